@@ -1,0 +1,29 @@
+"""Alembic's entry: on the connection that `receiver migrate` hands over, or on RECEIVER_DATABASE_URL."""
+
+import asyncio
+
+from alembic import context
+from sqlalchemy import Connection
+
+from receiver.db.engine import Database
+from receiver.db.tables import metadata
+from receiver.settings import Settings
+
+
+def run(connection: Connection) -> None:
+    context.configure(connection=connection, target_metadata=metadata, compare_type=True)
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+async def run_on_own_connection() -> None:
+    database = Database(Settings.load().database_url.get_secret_value())
+    async with database.write() as connection:
+        await connection.run_sync(run)
+    await database.close()
+
+
+if (handed_over := context.config.attributes.get("connection")) is not None:
+    run(handed_over)
+else:
+    asyncio.run(run_on_own_connection())

@@ -1,0 +1,1 @@
+"""Everything that is SQL: engine, tables, inbox, outbox, leases, migrations."""

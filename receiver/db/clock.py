@@ -1,0 +1,53 @@
+"""The database's clock in SQL.
+
+Leases and due times are set and compared by the database, so that a machine whose clock is wrong neither
+steals work nor sits on it.
+"""
+
+from typing import Any
+
+from sqlalchemy import Float
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.functions import FunctionElement
+
+from receiver.db.tables import UtcDateTime
+
+
+class db_time(FunctionElement[Any]):  # noqa: N801 - written like the SQL function that it is
+    """The database's current time plus a number of seconds: `db_time(0.0)`, `db_time(bindparam(...))`."""
+
+    type = UtcDateTime()
+    name = "db_time"
+    inherit_cache = True
+
+
+@compiles(db_time, "postgresql")
+def _postgresql(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
+    # clock_timestamp, not now(): a transaction that waited for a lock must not start leases in the past.
+    return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
+
+
+@compiles(db_time, "sqlite")
+def _sqlite(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
+    # The same text form as the driver's datetimes, six digits of fraction: values are compared as text.
+    seconds = compiler.process(element.clauses, **kw)
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
+
+
+class seconds_since(FunctionElement[float]):  # noqa: N801 - likewise
+    """Seconds from a column's time until now, by the database's clock."""
+
+    type = Float()
+    name = "seconds_since"
+    inherit_cache = True
+
+
+@compiles(seconds_since, "postgresql")
+def _postgresql_since(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"extract(epoch FROM clock_timestamp() - {compiler.process(element.clauses, **kw)})::float8"
+
+
+@compiles(seconds_since, "sqlite")
+def _sqlite_since(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
+    return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"

@@ -1,0 +1,142 @@
+"""Claiming rows of work by lease, for every table that has the work columns.
+
+The claim and the result are two short transactions; the work itself is done between them, in none. A result
+counts only while its lease is the row's: a process that was stopped for longer than its lease comes back to
+find its result refused, because another may have claimed the row since (a fencing token).
+"""
+
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from sqlalchemy import ColumnElement, Table, case, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.rows import Attempt, Claim, new_id
+from receiver.db.tables import attempts
+
+
+async def claim(
+    connection: AsyncConnection,
+    table: Table,
+    *,
+    limit: int,
+    lease: float,
+    where: Sequence[ColumnElement[bool]] = (),
+) -> list[Claim]:
+    """Claim up to `limit` due rows for `lease` seconds, oldest due first.
+
+    The try is counted here and not when it ends: work that kills its process must run out of tries, too.
+    """
+    due = (
+        select(table.c.id)
+        .where(table.c.state == "pending", table.c.next_attempt_at <= db_time(0.0), *where)
+        .order_by(table.c.next_attempt_at)
+        .limit(limit)
+        .with_for_update(skip_locked=True)
+        # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
+        .cte("due")
+    )
+    token = uuid.uuid4()
+    statement = (
+        update(table)
+        .where(table.c.id.in_(select(due.c.id)))
+        .values(
+            next_attempt_at=db_time(lease),
+            lease=token,
+            attempts=table.c.attempts + 1,
+            lost=case((table.c.lease.is_not(None), table.c.lost + 1), else_=table.c.lost),
+        )
+        .returning(
+            table.c.id,
+            table.c.event_seq,
+            table.c.attempts,
+            table.c.lost,
+            seconds_since(table.c.created_at).label("age"),
+        )
+    )
+    return [
+        Claim(
+            id=row.id, lease=token, event_seq=row.event_seq, attempt=row.attempts, lost=row.lost, age=row.age
+        )
+        for row in await connection.execute(statement)
+    ]
+
+
+async def renew(
+    connection: AsyncConnection, table: Table, claims: Collection[Claim], *, lease: float
+) -> set[uuid.UUID]:
+    """Extend the leases to `lease` seconds from now; return the ids that are still ours."""
+    rows = await connection.execute(
+        update(table).where(_held(table, claims)).values(next_attempt_at=db_time(lease)).returning(table.c.id)
+    )
+    return set(rows.scalars())
+
+
+async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
+    """Give rows back untried: due at once, the try not counted."""
+    await connection.execute(
+        update(table)
+        .where(_held(table, claims))
+        .values(next_attempt_at=db_time(0.0), lease=None, attempts=table.c.attempts - 1)
+    )
+
+
+async def retry(connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str) -> bool:
+    """Put a row back for another try in `delay` seconds; False where the lease is no longer ours."""
+    result = await connection.execute(
+        update(table)
+        .where(_held(table, [held]))
+        .values(next_attempt_at=db_time(delay), lease=None, lost=0, error=error)
+    )
+    return result.rowcount == 1
+
+
+async def finish(
+    connection: AsyncConnection,
+    table: Table,
+    held: Claim,
+    *,
+    state: str,
+    error: str | None = None,
+    **values: Any,
+) -> bool:
+    """Move a row to its last state; False where the lease is no longer ours."""
+    result = await connection.execute(
+        update(table)
+        .where(_held(table, [held]))
+        .values(
+            state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0), **values
+        )
+    )
+    return result.rowcount == 1
+
+
+async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
+    """Put one try on record."""
+    await connection.execute(
+        insert(attempts).values(
+            work_id=work_id,
+            number=attempt.number,
+            started_at=attempt.started_at,
+            duration_ms=attempt.duration_ms,
+            outcome=attempt.outcome,
+            error=attempt.error,
+        )
+    )
+
+
+def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
+    """Return the work columns of a new row; one that is not due waits until somebody sets its time."""
+    return {
+        "id": new_id(),
+        "state": state,
+        "next_attempt_at": db_time(0.0) if due else None,
+        "created_at": db_time(0.0),
+    }
+
+
+def _held(table: Table, claims: Collection[Claim]) -> ColumnElement[bool]:
+    leases = {held.lease for held in claims}
+    return table.c.id.in_([held.id for held in claims]) & table.c.lease.in_(leases)

@@ -1,0 +1,107 @@
+"""SQL of the work that follows an event: its media files and its deliveries."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from sqlalchemy import exists, func, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.leases import work_values
+from receiver.db.rows import Backlog, MediaRow, NewMedia
+from receiver.db.tables import deliveries, events, media
+
+
+async def insert_media(connection: AsyncConnection, event_seq: int, files: Collection[NewMedia]) -> None:
+    """Add the files of an event, due at once."""
+    for file in files:
+        await connection.execute(
+            insert(media).values(
+                event_seq=event_seq,
+                position=file.position,
+                variant=file.variant,
+                kind=file.kind,
+                url=file.url,
+                **work_values(),
+            )
+        )
+
+
+async def insert_delivery(
+    connection: AsyncConnection, event_seq: int, destination: str, *, due: bool
+) -> None:
+    """Add an event's delivery to a destination: due at once, or held until its media is settled."""
+    await connection.execute(
+        insert(deliveries).values(event_seq=event_seq, destination=destination, **work_values(due=due))
+    )
+
+
+async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
+    """Return the files of events, by the event's `seq`, in their order."""
+    statement = (
+        select(
+            media.c.event_seq,
+            media.c.id,
+            media.c.position,
+            media.c.variant,
+            media.c.kind,
+            media.c.url,
+            media.c.state,
+            media.c.error,
+            media.c.size,
+            media.c.sha256,
+            media.c.content_type,
+            media.c.uri,
+        )
+        .where(media.c.event_seq.in_(event_seqs))
+        .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
+    )
+    found: dict[int, list[MediaRow]] = defaultdict(list)
+    for row in (await connection.execute(statement)).mappings():
+        values = dict(row)
+        found[values.pop("event_seq")].append(MediaRow(**values))
+    return found
+
+
+async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
+    """Where no file of the event is pending any more, make it `ready` and its held deliveries due.
+
+    Returns the destinations whose deliveries became due. The event's row is locked first: two last files
+    that finish at once would else each see the other one pending, and the deliveries would be held for ever.
+    """
+    await connection.execute(select(events.c.seq).where(events.c.seq == event_seq).with_for_update())
+    pending = exists().where(media.c.event_seq == event_seq, media.c.state == "pending")
+    if (await connection.execute(select(pending))).scalar_one():
+        return ()
+    await connection.execute(
+        update(events).where(events.c.seq == event_seq, events.c.state == "fetching").values(state="ready")
+    )
+    rows = await connection.execute(
+        update(deliveries)
+        .where(
+            deliveries.c.event_seq == event_seq,
+            deliveries.c.state == "pending",
+            deliveries.c.next_attempt_at.is_(None),
+        )
+        .values(next_attempt_at=db_time(0.0))
+        .returning(deliveries.c.destination)
+    )
+    return list(rows.scalars())
+
+
+async def media_backlog(connection: AsyncConnection) -> Backlog:
+    """Return the files that are still to be downloaded."""
+    oldest = seconds_since(func.min(media.c.created_at))
+    row = (await connection.execute(select(func.count(), oldest).where(media.c.state == "pending"))).one()
+    return Backlog(rows=row[0], oldest=row[1] or 0.0)
+
+
+async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
+    """Return the unfinished deliveries by destination, held ones included."""
+    oldest = seconds_since(func.min(deliveries.c.created_at))
+    statement = (
+        select(deliveries.c.destination, func.count(), oldest)
+        .where(deliveries.c.state == "pending")
+        .group_by(deliveries.c.destination)
+    )
+    return {row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)}

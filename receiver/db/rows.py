@@ -1,0 +1,140 @@
+"""Values that cross the border of the database layer, and the ids of rows."""
+
+import secrets
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final, Literal
+
+EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
+"""Fixed for ever: an event keeps its id across databases, replays and re-imports."""
+
+EventState = Literal["received", "fetching", "ready", "unrecognized"]
+Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
+AttemptOutcome = Literal["succeeded", "retry", "failed"]
+
+
+def event_id(source: str, request_id: str) -> uuid.UUID:
+    """Return the id of an event: UUID v5 of its source and `request_id` (RFC 9562, section 5.5)."""
+    return uuid.uuid5(EVENT_NAMESPACE, f"{source}\n{request_id}")
+
+
+def new_id() -> uuid.UUID:
+    """Return a time-ordered random id, a UUID v7 (RFC 9562, section 5.7): indexes grow at their end."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = (milliseconds << 80) | secrets.randbits(80)
+    value = (value & ~(0xF << 76)) | (0x7 << 76)
+    value = (value & ~(0x3 << 62)) | (0x2 << 62)
+    return uuid.UUID(int=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewEvent:
+    """An event as ingest makes it."""
+
+    id: uuid.UUID
+    source: str
+    request_id: str
+    """Clipia's id; `sha256:<hex of the body>` where the body could not be recognized."""
+    origin: Literal["webhook", "poll"]
+    state: EventState
+    body: bytes
+    """The request body exactly as it was signed."""
+    body_sha256: str
+    received_at: datetime
+    reason: str | None = None
+    """Why the body was not recognized."""
+    status: str | None = None
+    model: str | None = None
+    cost: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewReceipt:
+    """One authentic inbound delivery of an event."""
+
+    webhook_id: str | None
+    """X-Clipia-Webhook-Id: not signed, for the log only."""
+    secret_id: str
+    signed_at: datetime
+    received_at: datetime
+    body_sha256: str
+    outcome: Outcome
+    body: bytes | None = None
+    """The raw body where it conflicts with the event's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredEvent:
+    """An event as workers need it."""
+
+    seq: int
+    id: uuid.UUID
+    source: str
+    request_id: str
+    status: str
+    body: bytes
+    received_at: datetime
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaRow:
+    """One file of an event."""
+
+    id: uuid.UUID
+    position: int
+    variant: str
+    kind: str
+    url: str
+    state: Literal["pending", "stored", "gone", "blocked"]
+    error: str | None
+    size: int | None
+    sha256: str | None
+    content_type: str | None
+    uri: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewMedia:
+    """A file to download."""
+
+    position: int
+    variant: str
+    kind: str
+    url: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One try at a row of work, as it is put on record."""
+
+    number: int
+    started_at: datetime
+    duration_ms: int
+    outcome: AttemptOutcome
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A row of work that this process holds until its lease ends."""
+
+    id: uuid.UUID
+    lease: uuid.UUID
+    event_seq: int
+    attempt: int
+    """Counts from 1; committed before the work starts, so that a crash is counted too."""
+    lost: int
+    """Claims in a row, before this one, that ended without a recorded result."""
+    age: float
+    """Seconds since the row was made, by the database's clock."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backlog:
+    """Unfinished rows of one lane."""
+
+    rows: int
+    oldest: float
+    """Age of the oldest in seconds; 0 where there is none."""

@@ -1,0 +1,186 @@
+"""The tables. Alembic's migrations make them; a test compares the two."""
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+    Uuid,
+    text,
+)
+from sqlalchemy.engine import Dialect
+from sqlalchemy.types import TypeDecorator
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """A point in time. Naive datetimes are refused: they mean another moment on another machine."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Store UTC; SQLite keeps it as text without a zone."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("naive datetime")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:
+        """Read UTC."""
+        if value is None:
+            return None
+        moment: datetime = value.replace(tzinfo=UTC) if dialect.name == "sqlite" else value.astimezone(UTC)
+        return moment
+
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# SQLite gives only a column of the exact type INTEGER its rowid.
+_Sequence: Final = BigInteger().with_variant(Integer(), "sqlite")
+
+
+def _event_reference() -> Column[int]:
+    return Column("event_seq", _Sequence, ForeignKey("events.seq"), nullable=False)
+
+
+def _work_columns() -> list[Column[Any]]:
+    """Columns of a row of work that is claimed by lease.
+
+    A row is due when `next_attempt_at` is past; a claim pushes it to the lease's end, so an abandoned row
+    becomes due by itself. `lost` counts the claims in a row that ended without a recorded result.
+    """
+    return [
+        Column("state", String(16), nullable=False),
+        Column("attempts", Integer, nullable=False, server_default=text("0")),
+        Column("lost", SmallInteger, nullable=False, server_default=text("0")),
+        Column("next_attempt_at", UtcDateTime),
+        Column("lease", Uuid),
+        Column("error", Text),
+        Column("created_at", UtcDateTime, nullable=False),
+        Column("finished_at", UtcDateTime),
+    ]
+
+
+events = Table(
+    "events",
+    metadata,
+    # Rows and indexes grow at their end: joins and pages go by `seq`, never by the random `id`.
+    Column("seq", _Sequence, primary_key=True),
+    Column("id", Uuid, nullable=False),
+    Column("source", String(63), nullable=False),
+    Column("request_id", String(128), nullable=False),
+    Column("origin", String(16), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("reason", String(32)),
+    Column("status", String(16)),
+    Column("model", Text),
+    Column("cost", BigInteger),
+    Column("body", LargeBinary, nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Column("received_at", UtcDateTime, nullable=False),
+    UniqueConstraint("id"),
+    UniqueConstraint("source", "request_id"),
+)
+Index(
+    "ix_events_received",
+    events.c.seq,
+    postgresql_where=events.c.state == text("'received'"),
+    sqlite_where=events.c.state == text("'received'"),
+)
+
+receipts = Table(
+    "receipts",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    _event_reference(),
+    Column("webhook_id", String(255)),
+    Column("secret_id", String(16), nullable=False),
+    Column("signed_at", UtcDateTime, nullable=False),
+    Column("received_at", UtcDateTime, nullable=False),
+    Column("body_sha256", String(64), nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("body", LargeBinary),
+    Index(None, "event_seq"),
+)
+
+media = Table(
+    "media",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _event_reference(),
+    Column("position", SmallInteger, nullable=False),
+    Column("variant", String(16), nullable=False),
+    Column("kind", String(16), nullable=False),
+    Column("url", Text, nullable=False),
+    *_work_columns(),
+    Column("size", BigInteger),
+    Column("sha256", String(64)),
+    Column("content_type", String(127)),
+    Column("storage_key", Text),
+    Column("uri", Text),
+    UniqueConstraint("event_seq", "position", "variant"),
+)
+Index(
+    "ix_media_due",
+    media.c.next_attempt_at,
+    postgresql_where=media.c.state == text("'pending'"),
+    sqlite_where=media.c.state == text("'pending'"),
+)
+
+deliveries = Table(
+    "deliveries",
+    metadata,
+    Column("id", Uuid, primary_key=True),
+    _event_reference(),
+    Column("destination", String(63), nullable=False),
+    *_work_columns(),
+    UniqueConstraint("event_seq", "destination"),
+)
+Index(
+    "ix_deliveries_due",
+    deliveries.c.destination,
+    deliveries.c.next_attempt_at,
+    postgresql_where=deliveries.c.state == text("'pending'"),
+    sqlite_where=deliveries.c.state == text("'pending'"),
+)
+
+attempts = Table(
+    "attempts",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    Column("work_id", Uuid, nullable=False),
+    Column("number", Integer, nullable=False),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("duration_ms", Integer, nullable=False),
+    Column("outcome", String(16), nullable=False),
+    Column("error", Text),
+    Index(None, "work_id"),
+)
+
+probes = Table(
+    "probes",
+    metadata,
+    Column("name", String(16), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+)

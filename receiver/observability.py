@@ -1,0 +1,141 @@
+"""Logs and metrics.
+
+Logs are one JSON object per line, or readable lines where standard error is a terminal. A record is a short
+message with a stable `event` key and ids as fields. Writing never blocks the service: records pass through a
+bounded queue, and what does not fit is dropped and counted (a reader that stopped must not stop webhooks).
+"""
+
+import atexit
+import logging
+import logging.handlers
+import queue
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Final
+
+import orjson
+import structlog
+from prometheus_client import Counter, Gauge, Histogram
+
+FIELD_LIMIT: Final = 2048
+"""Characters of one field that reach the log; payloads may quote whatever a provider or caller wrote."""
+QUEUE_LIMIT: Final = 10_000
+
+WEBHOOKS = Counter("receiver_webhooks", "Authentic webhooks by outcome.", ["source", "outcome"])
+REJECTIONS = Counter(
+    "receiver_rejections", "Requests refused at the callback, by reason.", ["source", "reason"]
+)
+SECRETS_USED = Counter(
+    "receiver_signatures_verified",
+    "Signatures verified, by the id of the secret that matched.",
+    ["source", "secret_id"],
+)
+ACK_SECONDS = Histogram(
+    "receiver_ack_seconds",
+    "From the first byte of the request seen by the application to the answer.",
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 8, 10),
+)
+DELIVERIES = Counter("receiver_deliveries", "Tries at deliveries, by outcome.", ["destination", "outcome"])
+MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
+MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
+BACKLOG = Gauge(
+    "receiver_backlog",
+    "Rows of work that are not finished, by lane.",
+    ["lane"],
+    multiprocess_mode="mostrecent",
+)
+BACKLOG_OLDEST = Gauge(
+    "receiver_backlog_oldest_seconds",
+    "Age of the oldest unfinished row, by lane.",
+    ["lane"],
+    multiprocess_mode="mostrecent",
+)
+LOGS_DROPPED = Counter(
+    "receiver_log_records_dropped", "Log records dropped because their reader was too slow."
+)
+
+_Event = MutableMapping[str, Any]
+
+
+class _DroppingQueueHandler(logging.handlers.QueueHandler):
+    """Counts what does not fit instead of blocking or printing a traceback."""
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        try:
+            self.queue.put_nowait(record)
+        except queue.Full:
+            LOGS_DROPPED.inc()
+
+
+def _limit_fields(_logger: Any, _method: str, event: _Event) -> _Event:
+    for key, value in event.items():
+        if isinstance(value, str) and len(value) > FIELD_LIMIT:
+            event[key] = value[:FIELD_LIMIT] + "…"
+    return event
+
+
+def _escape_controls(_logger: Any, _method: str, event: _Event) -> _Event:
+    """Escape what a terminal would act on: a payload may carry control characters. JSON needs no help."""
+    for key, value in event.items():
+        if isinstance(value, str) and not value.isprintable():
+            # The traceback is ours and needs its line ends.
+            event[key] = value if key == "exception" else value.encode("unicode_escape").decode("ascii")
+    return event
+
+
+def _dumps(event: Any, **_: Any) -> str:
+    return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+def configure_logging(*, level: str = "INFO") -> None:
+    """Send all logs of the process (ours, uvicorn's, libraries') to standard error."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        # No locals in tracebacks: they hold bodies and secrets.
+        structlog.processors.format_exc_info,
+        _limit_fields,
+    ]
+    renderer: list[structlog.typing.Processor] = (
+        [_escape_controls, structlog.dev.ConsoleRenderer()]
+        if sys.stderr.isatty()
+        else [structlog.processors.JSONRenderer(serializer=_dumps)]
+    )
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    stream = logging.StreamHandler(sys.stderr)
+    stream.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
+            foreign_pre_chain=shared,
+        )
+    )
+    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LIMIT)
+    handler = _DroppingQueueHandler(records)
+    # QueueHandler.prepare would flatten structlog's event dict into text.
+    handler.prepare = lambda record: record  # type: ignore[method-assign]
+    listener = logging.handlers.QueueListener(records, stream)
+    listener.start()
+    atexit.register(listener.stop)
+
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level)
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+    # One record per webhook is ours; httpx's would carry the URLs of signed media.
+    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)

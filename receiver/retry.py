@@ -1,0 +1,57 @@
+"""Retry as a decision: (attempt, error, age) → seconds until the next try, or give up. Pure."""
+
+from dataclasses import dataclass
+from typing import Final
+
+from receiver.errors import MediaMissing, ReceiverError, TransientError
+
+DAY: Final = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetryPolicy:
+    """Exponential backoff with full jitter: each delay is uniform in [0, min(cap, initial · 2ⁿ)].
+
+    Full jitter (AWS Architecture Blog, "Exponential Backoff And Jitter") spreads a backlog over the whole
+    interval, so that a destination that comes back is not hit by all of it at once.
+    """
+
+    initial: float = 2.0
+    """Upper bound of the first delay, in seconds."""
+    cap: float = 600.0
+    """Upper bound of every delay, in seconds."""
+    give_up_after: float = 3 * DAY
+    """Age of the work, in seconds, from which a failed try is the last one."""
+    min_attempts: int = 1
+    """Tries that are made however old the work is."""
+
+    def next_delay(self, error: Exception, *, attempt: int, age: float, jitter: float) -> float | None:
+        """Return the seconds to wait before the next try, or None to give up.
+
+        `attempt` counts from 1 and is the try that just failed; `age` is how long ago the work was made, in
+        seconds; `jitter` is a random number in [0, 1). An unexpected exception is retried like a transient
+        one: it may be a bug that the next release mends, and giving up at once would lose the work.
+        """
+        if isinstance(error, ReceiverError) and not isinstance(error, TransientError):
+            return None
+        if attempt >= self.min_attempts and age >= self.give_up_after:
+            return None
+        # The exponent is bounded: 2.0 ** 1024 would overflow long before three days of retries are over.
+        delay = jitter * min(self.cap, self.initial * 2.0 ** min(attempt - 1, 32))
+        if isinstance(error, TransientError) and error.retry_after is not None:
+            delay = max(delay, error.retry_after)
+        remaining = self.give_up_after - age
+        # The last try falls on the deadline, not somewhere before it.
+        return min(delay, remaining) if remaining > 0 else delay
+
+
+MEDIA: Final = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
+"""Downloads that fail: the CDN is slow, down or cuts off."""
+
+MEDIA_MISSING: Final = RetryPolicy(initial=1200.0, cap=1800.0, give_up_after=3600.0, min_attempts=3)
+"""Files that the CDN says it does not have: at least three tries over at least an hour, then `gone`."""
+
+
+def media_policy(error: Exception) -> RetryPolicy:
+    """Return the policy for a failed download."""
+    return MEDIA_MISSING if isinstance(error, MediaMissing) else MEDIA

@@ -1,0 +1,287 @@
+"""Typed settings: environment first, then `receiver.toml`, then defaults.
+
+This module is the only reader of the environment and of `receiver.toml`. Strings in the file may refer to
+environment variables as `${NAME}`, so that secrets stay out of it.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from receiver.errors import SettingsError
+
+DEFAULT_CONFIG: Final = "receiver.toml"
+DEFAULT_SOURCE: Final = "clipia"
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+Scope = Literal["submit", "read", "operate"]
+SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
+
+_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+
+class RetrySettings(_Table):
+    """How a destination is retried: exponential backoff with full jitter, in seconds."""
+
+    initial: float = Field(default=2.0, gt=0, le=3600)
+    cap: float = Field(default=600.0, gt=0, le=86_400)
+    give_up_after: float = Field(default=259_200.0, gt=0)
+
+
+class DestinationSettings(_Table):
+    """One `[[destinations]]` table."""
+
+    name: Name
+    url: SecretStr
+    """Where to; masked in output, because broker URLs carry passwords."""
+    secret: SecretStr | None = None
+    """`whsec_…`: sign HTTP forwards after Standard Webhooks."""
+    when: Literal["received", "media_stored"] = "media_stored"
+    retry: RetrySettings = RetrySettings()
+
+
+class SourceSettings(_Table):
+    """One Clipia account or environment with its own webhook secrets."""
+
+    name: Name
+    secret: SecretStr
+    """One secret, or several separated by commas while rotating."""
+    environment: Literal["live", "test"] | None = None
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The secrets, in the order given."""
+        return tuple(part.strip() for part in self.secret.get_secret_value().split(",") if part.strip())
+
+
+class ApiToken(_Table):
+    """A bearer token of the internal API: a caller's name, its token and what it may do."""
+
+    name: Name
+    token: SecretStr
+    scopes: frozenset[Scope]
+
+
+class Settings(BaseSettings):
+    """Everything that can be configured. `Settings.load()` reads it; the README has the table."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="RECEIVER_",
+        frozen=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        populate_by_name=True,
+        env_ignore_empty=True,
+    )
+
+    clipia_key: SecretStr | None = Field(default=None, validation_alias="CLIPIA_KEY")
+    clipia_webhook_secret: SecretStr | None = Field(default=None, validation_alias="CLIPIA_WEBHOOK_SECRET")
+    clipia_base_url: str = Field(default="https://api.clipia.ai", validation_alias="CLIPIA_BASE_URL")
+    database_url: SecretStr = SecretStr("sqlite:///data/receiver.db")
+    storage_url: SecretStr = SecretStr("file:data/media")
+    public_url: str | None = None
+    api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
+    signature_tolerance: int = Field(default=300, ge=30, le=900)
+    max_body_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * 1024 * 1024)
+    media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
+    destination_url: SecretStr | None = None
+    destinations: tuple[DestinationSettings, ...] = ()
+    sources: tuple[SourceSettings, ...] = ()
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Order the sources: arguments, environment, `receiver.toml`."""
+        return (
+            init_settings,
+            env_settings,
+            InitSettingsSource(settings_cls, init_kwargs=_read_config(os.environ)),
+        )
+
+    @field_validator("media_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return _split_list(value)
+
+    @field_validator("api_tokens", mode="before")
+    @classmethod
+    def _split_tokens(cls, value: Any) -> Any:
+        return [_parse_token(entry) for entry in _split_list(value)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _refuse_doubles("destination", [destination.name for destination in self.all_destinations])
+        _refuse_doubles("source", [source.name for source in self.all_sources])
+        _refuse_doubles("API token", [token.name for token in self.api_tokens])
+        key = self.clipia_key.get_secret_value() if self.clipia_key else ""
+        default = next((source for source in self.sources if source.name == DEFAULT_SOURCE), None)
+        wrong = {"live": "clipia_test_", "test": "clipia_live_"}.get(
+            (default and default.environment) or "", "-"
+        )
+        if key.startswith(wrong):
+            raise ValueError(
+                f"CLIPIA_KEY starts with {wrong} but the source {DEFAULT_SOURCE!r} is declared as "
+                f"environment = {default and default.environment!r}: sandbox and live events must not mix"
+            )
+        return self
+
+    @property
+    def all_destinations(self) -> tuple[DestinationSettings, ...]:
+        """The tables of `receiver.toml`, and `RECEIVER_DESTINATION_URL` as the one called `default`."""
+        if self.destination_url is None:
+            return self.destinations
+        return (*self.destinations, DestinationSettings(name="default", url=self.destination_url))
+
+    @property
+    def all_sources(self) -> tuple[SourceSettings, ...]:
+        """The tables of `receiver.toml`, and `CLIPIA_WEBHOOK_SECRET` as the source `clipia`."""
+        if self.clipia_webhook_secret is None:
+            return self.sources
+        others = tuple(source for source in self.sources if source.name != DEFAULT_SOURCE)
+        environment = next((s.environment for s in self.sources if s.name == DEFAULT_SOURCE), None)
+        return (
+            SourceSettings(name=DEFAULT_SOURCE, secret=self.clipia_webhook_secret, environment=environment),
+            *others,
+        )
+
+    def require_sources(self) -> tuple[SourceSettings, ...]:
+        """Return the sources; raise SettingsError where there is no usable secret."""
+        if not self.all_sources:
+            raise SettingsError(
+                "no webhook secret: set CLIPIA_WEBHOOK_SECRET to the signing secret from the Clipia "
+                "developer console (several, separated by commas, while rotating)"
+            )
+        for source in self.all_sources:
+            if not source.secrets:
+                where = (
+                    "CLIPIA_WEBHOOK_SECRET" if source.name == DEFAULT_SOURCE else f"source {source.name!r}"
+                )
+                raise SettingsError(
+                    f"{where}: the webhook secret is empty; an empty secret would let anyone sign"
+                )
+        return self.all_sources
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read the environment and `receiver.toml`.
+
+        Raises SettingsError, which names the setting and never quotes its value.
+        """
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            problems = "\n".join(
+                f"  {_spelling(e['loc'])}: {_reason(e)}" for e in error.errors(include_input=False)
+            )
+            raise SettingsError(f"the settings are not usable:\n{problems}") from None
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Return names in `environ` that start with RECEIVER_ and mean nothing to us: most likely typos."""
+    known = {f"RECEIVER_{name.upper()}" for name in Settings.model_fields} | {"RECEIVER_CONFIG"}
+    return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
+
+
+def _read_config(environ: Mapping[str, str]) -> dict[str, Any]:
+    named = environ.get("RECEIVER_CONFIG")
+    path = Path(named or DEFAULT_CONFIG)
+    if not path.is_file():
+        if named:
+            raise SettingsError(f"RECEIVER_CONFIG names {named}, which is not a file")
+        return {}
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"{path} cannot be read: {error}") from None
+    resolved: dict[str, Any] = _resolve(content, environ, path)
+    return resolved
+
+
+def _resolve(value: Any, environ: Mapping[str, str], path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolve(item, environ, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_resolve(item, environ, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def variable(match: re.Match[str]) -> str:
+        try:
+            return environ[match[1]]
+        except KeyError:
+            raise SettingsError(
+                f"{path} refers to ${{{match[1]}}}, which is not in the environment"
+            ) from None
+
+    return _REFERENCE.sub(variable, value)
+
+
+def _split_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _parse_token(entry: Any) -> Any:
+    if not isinstance(entry, str):
+        return entry
+    name, _, rest = entry.partition(":")
+    token, _, scopes = rest.partition(":")
+    if len(token) < 16:  # noqa: PLR2004 - 128 bits need at least 16 characters in any alphabet
+        raise ValueError(
+            f"the token of {name!r} is too short: write name:token[:scope+scope], token of 16+ characters"
+        )
+    return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if scopes else SCOPES)}
+
+
+def _refuse_doubles(what: str, names: list[str]) -> None:
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"{what} names must be unique; used more than once: {', '.join(doubles)}")
+
+
+def _spelling(location: tuple[int | str, ...]) -> str:
+    """Name a setting as the operator wrote it: a variable, or a path into the file."""
+    if not location:
+        return "settings"
+    head, *rest = location
+    if rest or str(head) in {"destinations", "sources"}:
+        return f"{DEFAULT_CONFIG}: " + ".".join(str(part) for part in location)
+    known = str(head).lower() in Settings.model_fields
+    if not known:
+        return f"{DEFAULT_CONFIG}: {head}"
+    return str(head).upper() if str(head).upper().startswith("CLIPIA_") else f"RECEIVER_{str(head).upper()}"
+
+
+def _reason(error: Any) -> str:
+    if error["type"] == "extra_forbidden":
+        return "is not a setting; see the table in the README"
+    return str(error["msg"]).removeprefix("Value error, ")

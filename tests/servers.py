@@ -1,0 +1,154 @@
+"""Real servers for tests, on free loopback ports, each in a folder of its own."""
+
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+SERVERS_REQUIRED = os.environ.get("CI") == "true" or bool(os.environ.get("RECEIVER_TEST_REQUIRE_SERVERS"))
+
+
+def free_port() -> int:
+    """Return a TCP port of 127.0.0.1 that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], *, seconds: float = 30) -> None:
+    """Wait until something listens on the port; fail at once where the process has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"{process.args!r} ended with {process.returncode}")
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
+    raise RuntimeError(f"nothing listens on {port} after {seconds} s")
+
+
+def missing(what: str, how: str) -> None:
+    """Skip the test for want of a server, or fail where servers are required (CI)."""
+    message = f"{what} is not installed: {how}"
+    if SERVERS_REQUIRED:
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+def end(process: subprocess.Popen[bytes], *, seconds: float = 15) -> int:
+    """Stop a process that a test started: SIGTERM, and SIGKILL where that does not help."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+        process.terminate()
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return process.wait()
+
+
+class Postgres:
+    """A PostgreSQL cluster; `url()` makes a fresh database in it."""
+
+    def __init__(self, directory: Path, *, options: Sequence[str] = ()) -> None:
+        self.directory = directory
+        self.data = directory / "data"
+        self.port = free_port()
+        self.options = options
+        self.databases = 0
+        self.process: subprocess.Popen[bytes] | None = None
+        self.bin = self._find()
+
+    @staticmethod
+    def _find() -> Path:
+        versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), reverse=True)
+        found = str(versions[0]) if versions else shutil.which("postgres")
+        if not found:
+            missing("PostgreSQL", "apt-get install postgresql")
+            raise AssertionError("unreachable")
+        return Path(found).parent
+
+    def _command(self, *arguments: str) -> list[str]:
+        # PostgreSQL refuses to run as root.
+        prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        return [*prefix, *arguments]
+
+    def __enter__(self) -> Self:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            os.chown(self.directory, user.pw_uid, user.pw_gid)
+            for parent in self.directory.parents:
+                if parent.stat().st_uid == 0 and parent.name.startswith("pytest"):
+                    parent.chmod(0o755)
+        subprocess.run(
+            self._command(
+                str(self.bin / "initdb"), "-D", str(self.data), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"
+            ),
+            check=True,
+            capture_output=True,
+        )
+        self.start()
+        return self
+
+    def start(self) -> None:
+        """Start the server and wait until it answers."""
+        settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": "200"}
+        arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
+        self.process = subprocess.Popen(
+            self._command(
+                str(self.bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *arguments, *self.options
+            ),
+            stdout=subprocess.DEVNULL,
+            stderr=(self.directory / "log").open("ab"),
+        )
+        wait_for_port(self.port, self.process)
+        deadline = time.monotonic() + 30
+        while self.sql("SELECT 1", check=False).returncode != 0:
+            assert time.monotonic() < deadline, "PostgreSQL does not answer"
+            time.sleep(0.05)
+
+    @property
+    def postmaster(self) -> int:
+        """The process id of the server."""
+        return int((self.data / "postmaster.pid").read_text().splitlines()[0])
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop the server: SIGINT is a fast shutdown, SIGQUIT an immediate one, SIGKILL a crash."""
+        assert self.process is not None
+        os.kill(self.postmaster, how)
+        self.process.wait(30)
+
+    def sql(self, statement: str, *, database: str = "postgres", check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run a statement with psql."""
+        return subprocess.run(
+            [self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", database, "-Atc", statement],
+            check=check,
+            capture_output=True,
+            text=True,
+        )
+
+    def url(self) -> str:
+        """Create an empty database and return its URL."""
+        self.databases += 1
+        name = f"test_{self.databases}"
+        self.sql(f"CREATE DATABASE {name}")
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.stop()
