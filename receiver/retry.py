@@ -1,9 +1,10 @@
 """Retry as a decision: (attempt, error, age) → seconds until the next try, or give up. Pure."""
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
-from receiver.errors import MediaMissing, ReceiverError, TransientError
+from receiver.errors import MediaMissing, ReceiverError, StorageUnavailable, TransientError
 
 DAY: Final = 86_400.0
 
@@ -52,6 +53,12 @@ MEDIA_MISSING: Final = RetryPolicy(initial=1200.0, cap=1800.0, give_up_after=360
 """Files that the CDN says it does not have: at least three tries over at least an hour, then `gone`."""
 
 
+STORAGE: Final = RetryPolicy(initial=5.0, cap=60.0, give_up_after=math.inf)
+"""Our own storage is full or away: the file is not the cause, so it is never given up for that."""
+
+
 def media_policy(error: Exception) -> RetryPolicy:
     """Return the policy for a failed download."""
+    if isinstance(error, StorageUnavailable):
+        return STORAGE
     return MEDIA_MISSING if isinstance(error, MediaMissing) else MEDIA

@@ -83,7 +83,9 @@ async def release(connection: AsyncConnection, table: Table, claims: Collection[
     )
 
 
-async def retry(connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str) -> bool:
+async def retry(
+    connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None
+) -> bool:
     """Put a row back for another try in `delay` seconds; False where the lease is no longer ours."""
     result = await connection.execute(
         update(table)

@@ -1,0 +1,1 @@
+"""HTTP: the callback and the operations endpoints."""

@@ -1,0 +1,29 @@
+"""Answers in Clipia's own error shape, sent without building a response object."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+from starlette.types import Send
+
+Headers = Sequence[tuple[bytes, bytes]]
+CLOSE: Final[Headers] = ((b"connection", b"close"),)
+"""For an answer that is sent before the request's body was read to its end."""
+
+
+def error_body(type_: str, code: str, message: str) -> bytes:
+    """Return `{"error": {"type", "code", "message"}}`."""
+    return orjson.dumps({"error": {"type": type_, "code": code, "message": message}})
+
+
+async def send_json(send: Send, status: int, body: bytes | dict[str, Any], headers: Headers = ()) -> None:
+    """Send a whole JSON answer."""
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    fields = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(content)),
+        (b"cache-control", b"no-store"),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": fields})
+    await send({"type": "http.response.body", "body": content})

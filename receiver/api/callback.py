@@ -1,0 +1,136 @@
+"""`POST /clipia/webhook`: raw bytes in, an answer out once they are stored."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Final
+
+import structlog
+from starlette.types import Receive, Scope, Send
+
+from receiver.api.answers import CLOSE, Headers, error_body, send_json
+from receiver.errors import DatabaseUnavailable, SignatureError
+from receiver.ingest import Ingest
+from receiver.observability import ACK_SECONDS, REJECTIONS, WEBHOOKS
+from receiver.settings import DEFAULT_SOURCE
+from receiver.signature import SIGNATURE_HEADER
+
+BODY_WAIT: Final = 3.0
+"""Seconds for the whole body, of the 10 after which Clipia gives up on an answer."""
+RETRY_AFTER: Final = b"5"
+
+_REQUEST = "invalid_request_error"
+# One constant answer for every failure: it must not tell a forger how close the forgery was.
+_UNAUTHORIZED = error_body(
+    "authentication_error", "invalid_signature", "The signature could not be verified."
+)
+_UNAVAILABLE = error_body("api_error", "service_unavailable", "The event could not be stored; send it again.")
+_ENCODED = error_body(
+    _REQUEST, "unsupported_encoding", "Send the body as it was signed, without Content-Encoding."
+)
+_TOO_LARGE = error_body(_REQUEST, "body_too_large", "The body is larger than a webhook can be.")
+_TOO_SLOW = error_body(_REQUEST, "body_too_slow", "The body did not arrive in time.")
+_NO_SOURCE = error_body(_REQUEST, "not_found", "There is no such source.")
+
+_Answer = tuple[int, bytes | dict[str, str], Headers]
+_NOT_STORED: Final[_Answer] = (503, _UNAVAILABLE, ((b"retry-after", RETRY_AFTER),))
+
+log = structlog.get_logger()
+
+
+class _RefusedBody(Exception):  # noqa: N818 - an answer, not an error
+    def __init__(self, status: int, reason: str, body: bytes) -> None:
+        self.status = status
+        self.reason = reason
+        self.body = body
+
+
+class _Disconnected(Exception):  # noqa: N818 - nobody is left to be told
+    pass
+
+
+class Callback:
+    """The ASGI endpoint that Clipia's webhooks hit."""
+
+    def __init__(self, ingest: Ingest, *, max_body_bytes: int) -> None:
+        self._ingest = ingest
+        self._max_body_bytes = max_body_bytes
+        self._logged: dict[str, float] = {}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one delivery."""
+        began = time.perf_counter()
+        source = scope["path_params"].get("source", DEFAULT_SOURCE)
+        if not self._ingest.knows(source):
+            await send_json(send, 404, _NO_SOURCE, CLOSE)
+            return
+        try:
+            status, body, headers = await self._answer(source, scope["headers"], receive)
+        except _Disconnected:
+            return
+        await send_json(send, status, body, headers)
+        ACK_SECONDS.observe(time.perf_counter() - began)
+
+    async def _answer(self, source: str, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> _Answer:
+        signatures, webhook_id, encoded, declared = [], None, False, 0
+        for name, value in headers:
+            if name == SIGNATURE_HEADER:
+                signatures.append(value)
+            elif name == b"x-clipia-webhook-id":
+                webhook_id = value.decode("ascii", "backslashreplace")[:255]
+            elif name == b"content-length":
+                declared = int(value)
+            elif name == b"content-encoding":
+                encoded |= value.strip().lower() not in (b"", b"identity")
+        try:
+            body = await self._read(receive, declared=declared, encoded=encoded)
+            received = await self._ingest.receive(
+                source, signatures=signatures, body=body, webhook_id=webhook_id
+            )
+        except _RefusedBody as refused:
+            self._reject(source, refused.reason)
+            return refused.status, refused.body, CLOSE
+        except SignatureError as error:
+            self._reject(source, error.reason)
+            return 401, _UNAUTHORIZED, ()
+        except DatabaseUnavailable as error:
+            WEBHOOKS.labels(source, "unavailable").inc()
+            log.error("webhook not stored", source=source, reason=error.reason, error=str(error))  # noqa: TRY400
+            return _NOT_STORED
+        except Exception:
+            WEBHOOKS.labels(source, "unavailable").inc()
+            log.exception("webhook not stored", source=source, reason="unexpected")
+            return _NOT_STORED
+        return 200, {"status": received.outcome, "event_id": str(received.event_id)}, ()
+
+    async def _read(self, receive: Receive, *, declared: int, encoded: bool) -> bytes:
+        """Return the whole body; refuse one larger than the limit, before reading it where it says so."""
+        if encoded:
+            raise _RefusedBody(415, "encoding", _ENCODED)
+        if declared > self._max_body_bytes:
+            raise _RefusedBody(413, "too_large", _TOO_LARGE)
+        chunks: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(BODY_WAIT):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _Disconnected
+                    chunk = message.get("body", b"")
+                    size += len(chunk)
+                    if size > self._max_body_bytes:
+                        raise _RefusedBody(413, "too_large", _TOO_LARGE)
+                    chunks.append(chunk)
+                    if not message.get("more_body", False):
+                        return b"".join(chunks)
+        except TimeoutError:
+            raise _RefusedBody(408, "too_slow", _TOO_SLOW) from None
+
+    def _reject(self, source: str, reason: str) -> None:
+        """Count every refusal, but log a reason once a second at most: a flood must not fill the disk."""
+        REJECTIONS.labels(source, reason).inc()
+        now = time.monotonic()
+        if now - self._logged.get(reason, float("-inf")) >= 1.0:
+            self._logged[reason] = now
+            log.warning("webhook refused", source=source, reason=reason)

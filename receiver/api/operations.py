@@ -1,0 +1,109 @@
+"""`/livez`, `/readyz` and `/metrics`."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from starlette.requests import Request
+from starlette.responses import Response
+
+from receiver.api.answers import error_body
+from receiver.api.auth import Tokens
+from receiver.db.rows import Backlog
+from receiver.errors import ReceiverError
+from receiver.observability import BACKLOG, BACKLOG_OLDEST
+
+PROBE_WAIT: Final = 4.0
+PROBE_AGE: Final = 1.0
+"""Seconds that a probe's answer is given again: health checks must not be a way to load the database."""
+
+log = structlog.get_logger()
+
+
+async def livez(_request: Request) -> Response:
+    """Answer that the process runs; touches nothing."""
+    return Response(b'{"status":"ok"}', media_type="application/json")
+
+
+class Readiness:
+    """Answers whether an event could be stored now, by a write that is committed."""
+
+    def __init__(self, probe: Callable[[], Awaitable[None]]) -> None:
+        self._probe = probe
+        self._lock = asyncio.Lock()
+        self._checked_at = float("-inf")
+        self._problem: str | None = None
+
+    async def __call__(self, _request: Request) -> Response:
+        """Answer 200, or 503 with the reason."""
+        async with self._lock:
+            if time.monotonic() - self._checked_at > PROBE_AGE:
+                self._problem = await self._check()
+                self._checked_at = time.monotonic()
+        if self._problem is None:
+            return Response(b'{"status":"ok"}', media_type="application/json")
+        body = error_body("api_error", "service_unavailable", self._problem)
+        return Response(body, 503, {"retry-after": "5"}, "application/json")
+
+    async def _check(self) -> str | None:
+        try:
+            async with asyncio.timeout(PROBE_WAIT):
+                await self._probe()
+        except (ReceiverError, TimeoutError) as error:
+            log.warning("not ready", error=str(error))
+            # Whoever may see this page need not see the database's own words.
+            return "The database cannot store an event now."
+        return None
+
+
+class Metrics:
+    """The Prometheus endpoint, with the backlog as the database has it."""
+
+    def __init__(
+        self,
+        backlog: Callable[[], Awaitable[dict[str, Backlog]]],
+        *,
+        tokens: Tokens,
+        multiprocess: bool,
+    ) -> None:
+        self._backlog = backlog
+        self._tokens = tokens
+        self._multiprocess = multiprocess
+        self._lanes: set[str] = set()
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer in Prometheus' text format; needs the scope `read` once any token is configured."""
+        if self._tokens:
+            caller = self._tokens.caller(request.headers)
+            if caller is None:
+                body = error_body(
+                    "authentication_error", "invalid_token", "Send Authorization: Bearer <token>."
+                )
+                return Response(body, 401, {"www-authenticate": "Bearer"}, "application/json")
+            if "read" not in caller.scopes:
+                body = error_body("permission_error", "insufficient_scope", "This needs the scope `read`.")
+                return Response(body, 403, media_type="application/json")
+        await self._update_backlog()
+        registry = REGISTRY
+        if self._multiprocess:
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _update_backlog(self) -> None:
+        try:
+            async with asyncio.timeout(PROBE_WAIT):
+                backlog = await self._backlog()
+        except (ReceiverError, TimeoutError) as error:
+            # The counters are worth having most while the database is away.
+            log.warning("backlog unknown", error=str(error))
+            return
+        self._lanes |= backlog.keys()
+        empty = Backlog(rows=0, oldest=0.0)
+        for lane in self._lanes:
+            BACKLOG.labels(lane).set(backlog.get(lane, empty).rows)
+            BACKLOG_OLDEST.labels(lane).set(backlog.get(lane, empty).oldest)

@@ -1,0 +1,203 @@
+"""Composition: what a process is made of, opened in order and closed in reverse."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from receiver.api.answers import error_body
+from receiver.api.auth import Tokens
+from receiver.api.callback import Callback
+from receiver.api.operations import Metrics, Readiness, livez
+from receiver.db import inbox, migrate, outbox
+from receiver.db.engine import Database
+from receiver.db.rows import Backlog
+from receiver.destinations import Destination, open_destination
+from receiver.ingest import Ingest
+from receiver.media import Downloader, MediaHosts, Storage, open_storage
+from receiver.pipeline import (
+    FAN_OUT_LANE,
+    MEDIA_LANE,
+    DeliveryLane,
+    FanOut,
+    MediaLane,
+    Target,
+    destination_lane,
+)
+from receiver.retry import RetryPolicy
+from receiver.settings import DestinationSettings, Settings
+from receiver.signature import Secret
+from receiver.worker import Wakeups, Worker
+
+Only = Literal["webhook", "internal"]
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the worker needs beside the database; made from the settings without touching the network."""
+
+    storage: Storage
+    downloader: Downloader
+    destinations: dict[str, Destination]
+
+    @classmethod
+    def make(cls, settings: Settings) -> "Parts":
+        """Raise SettingsError for whatever cannot be used."""
+        storage = open_storage(settings.storage_url.get_secret_value())
+        hosts = MediaHosts.parse(settings.media_hosts)
+        return cls(
+            storage=storage,
+            downloader=Downloader(hosts=hosts, storage=storage),
+            destinations={each.name: open_destination(each) for each in settings.all_destinations},
+        )
+
+
+async def prepare(settings: Settings, *, migrates: bool = True) -> None:
+    """Check at start what a running process relies on; bring an SQLite schema up to date.
+
+    Raises SettingsError, which says what to do, and DatabaseUnavailable.
+    """
+    database = Database(settings.database_url.get_secret_value())
+    try:
+        await database.require_durability()
+        # One machine's own file has nobody else to migrate it; a shared database is migrated on purpose.
+        if database.is_sqlite and migrates:
+            await migrate.upgrade(database)
+        await migrate.require_current(database)
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def running_worker(settings: Settings, database: Database, wakeups: Wakeups) -> AsyncIterator[Worker]:
+    """Open storage and destinations, run a worker inside the block, and drain it at its end."""
+    async with AsyncExitStack() as stack:
+        worker = await _open_worker(settings, database, wakeups, stack)
+        task = asyncio.create_task(worker.run(), name="worker")
+        try:
+            yield worker
+        finally:
+            worker.stop()
+            await task
+
+
+async def _open_worker(
+    settings: Settings, database: Database, wakeups: Wakeups, stack: AsyncExitStack
+) -> Worker:
+    parts = Parts.make(settings)
+    for origin in MediaHosts.parse(settings.media_hosts).development_origins:
+        log.warning("media is fetched from a development origin, unguarded", origin=origin)
+    stack.push_async_callback(parts.storage.close)
+    await parts.storage.sweep()
+    stack.push_async_callback(parts.downloader.close)
+    await parts.downloader.start()
+    targets = []
+    for each in settings.all_destinations:
+        destination = parts.destinations[each.name]
+        stack.push_async_callback(destination.close)
+        await destination.start()
+        targets.append(_target(each, destination))
+    if not targets:
+        log.warning("no destination is configured: events are stored and not forwarded")
+    lanes = [
+        MediaLane(database, parts.downloader, wake=wakeups.wake),
+        *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
+    ]
+    return Worker(FanOut(database, targets, wake=wakeups.wake), lanes, wakeups)
+
+
+def _target(settings: DestinationSettings, destination: Destination) -> Target:
+    return Target(
+        name=settings.name,
+        destination=destination,
+        waits_for_media=settings.when == "media_stored",
+        retry=RetryPolicy(**settings.retry.model_dump()),
+    )
+
+
+def create_app(
+    settings: Settings,
+    *,
+    only: Only | None = None,
+    worker: bool = True,
+    multiprocess: bool = False,
+    clock: Callable[[], float] = time.time,
+) -> Starlette:
+    """Make the web application. `only` leaves out the public or the internal half; `worker` embeds one."""
+    database = Database(settings.database_url.get_secret_value())
+    wakeups = Wakeups()
+    ingest = Ingest(
+        database,
+        secrets={
+            source.name: [Secret.from_text(text) for text in source.secrets]
+            for source in settings.require_sources()
+        },
+        tolerance=settings.signature_tolerance,
+        clock=clock,
+        on_accepted=lambda: wakeups.wake(FAN_OUT_LANE),
+    )
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(database.close)
+            if worker:
+                await stack.enter_async_context(running_worker(settings, database, wakeups))
+            yield
+
+    async def probe() -> None:
+        async with database.write() as connection:
+            await inbox.probe(connection)
+        await database.require_durability()
+
+    routes: list[BaseRoute] = [
+        Route("/livez", livez, methods=["GET"]),
+        Route("/readyz", Readiness(probe).__call__, methods=["GET"]),
+    ]
+    if only != "internal":
+        callback = Callback(ingest, max_body_bytes=settings.max_body_bytes)
+        routes += [
+            Route("/clipia/webhook", callback, methods=["POST"]),
+            Route("/clipia/webhook/{source}", callback, methods=["POST"]),
+        ]
+    if only != "webhook":
+        metrics = Metrics(
+            lambda: read_backlog(database, settings.all_destinations),
+            tokens=Tokens(settings.api_tokens),
+            multiprocess=multiprocess,
+        )
+        routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
+    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    app.router.redirect_slashes = False
+    return app
+
+
+async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
+    """Return the unfinished rows of every lane. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        by_destination = await outbox.delivery_backlog(connection)
+        lanes = {
+            FAN_OUT_LANE: await inbox.backlog(connection),
+            MEDIA_LANE: await outbox.media_backlog(connection),
+        }
+    empty = Backlog(rows=0, oldest=0.0)
+    names = by_destination.keys() | {each.name for each in destinations}
+    return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
+
+
+async def _http_error(_request: Request, exception: Exception) -> Response:
+    error = cast("HTTPException", exception)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
+    body = error_body("invalid_request_error", code, str(error.detail))
+    return Response(body, error.status_code, error.headers, "application/json")

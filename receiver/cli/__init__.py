@@ -1,0 +1,59 @@
+"""The commands. Each module holds one command or one group; this one puts them together."""
+
+import sys
+
+import typer
+
+from receiver import __version__
+from receiver.cli.check import check
+from receiver.cli.demo import demo
+from receiver.cli.events import events
+from receiver.cli.migrate import migrate
+from receiver.cli.sandbox import sandbox
+from receiver.cli.send import send
+from receiver.cli.serve import serve
+from receiver.cli.terminal import stderr
+from receiver.cli.worker import worker
+from receiver.errors import ReceiverError, SettingsError
+
+app = typer.Typer(
+    name="receiver",
+    help="Durable receiver for the Clipia API's webhooks: verify, store once, save the media, forward.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (demo, serve, worker, sandbox, migrate, check, send):
+    app.command()(command)
+app.add_typer(events, name="events")
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    """Durable receiver for the Clipia API's webhooks: verify, store once, save the media, forward."""
+
+
+def main() -> None:
+    """Run the command line. Exits with 2 where the settings are wrong and with 1 for what else went wrong."""
+    try:
+        app()
+    except SettingsError as error:
+        stderr.print(f"[bold red]error:[/] {_escape(error)}")
+        sys.exit(2)
+    except ReceiverError as error:
+        stderr.print(f"[bold red]error:[/] {_escape(error)}")
+        sys.exit(1)
+
+
+def _escape(error: Exception) -> str:
+    return str(error).replace("[", r"\[")

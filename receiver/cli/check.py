@@ -1,0 +1,128 @@
+"""`receiver check`: tell whether this configuration would work."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Literal
+
+import typer
+from rich.text import Text
+
+from receiver.cli.terminal import stdout
+from receiver.db import inbox, migrate
+from receiver.db.engine import Database
+from receiver.destinations import open_destination
+from receiver.errors import ReceiverError, SettingsError
+from receiver.media import MediaHosts, open_storage
+from receiver.settings import DestinationSettings, Settings, unknown_variables
+
+_MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
+
+
+def check() -> None:
+    """Check settings, database, storage and destinations, and say how to fix what is wrong.
+
+    Writes a probe to the database and to the storage, and sends no event. The exit status is 0 where
+    everything would work.
+    """
+    if not asyncio.run(_Check().run()):
+        raise typer.Exit(1)
+
+
+class _Check:
+    def __init__(self) -> None:
+        self._failed = False
+
+    async def run(self) -> bool:
+        try:
+            settings = Settings.load()
+        except SettingsError as error:
+            self._say("error", "settings", str(error))
+            return False
+        self._say("ok", "settings", "readable")
+        for name in unknown_variables(os.environ):
+            self._say(
+                "warning", "settings", f"{name} is set but means nothing to the receiver; is it a typo?"
+            )
+        async with self._step("webhook secret"):
+            sources = settings.require_sources()
+            names = ", ".join(f"{source.name} ({len(source.secrets)})" for source in sources)
+            self._say("ok", "webhook secret", f"for {names}")
+        async with self._step("database"):
+            await self._check_database(settings)
+        async with self._step("storage"):
+            await self._check_storage(settings)
+        async with self._step("media hosts"):
+            self._check_hosts(settings)
+        if not settings.all_destinations:
+            self._say(
+                "warning",
+                "destinations",
+                "none: events are stored but forwarded nowhere; set RECEIVER_DESTINATION_URL or write "
+                "[[destinations]] in receiver.toml",
+            )
+        for destination in settings.all_destinations:
+            async with self._step(f"destination {destination.name}"):
+                await self._check_destination(destination)
+        if settings.public_url:
+            url = f"{settings.public_url.rstrip('/')}/clipia/webhook"
+            self._say("ok", "public URL", f"give Clipia the webhook_url {url}")
+        return not self._failed
+
+    @asynccontextmanager
+    async def _step(self, name: str) -> AsyncIterator[None]:
+        try:
+            yield
+        except ReceiverError as error:
+            self._say("error", name, str(error))
+        except OSError as error:
+            self._say("error", name, f"{error.filename or ''} {error.strerror or error}".strip())
+
+    def _say(self, verdict: Literal["ok", "warning", "error"], what: str, message: str) -> None:
+        self._failed |= verdict == "error"
+        stdout.print(_MARKS[verdict], f"{what}:", Text(message), soft_wrap=True)
+
+    async def _check_database(self, settings: Settings) -> None:
+        database = Database(settings.database_url.get_secret_value())
+        try:
+            await database.require_durability()
+            if database.is_sqlite and await migrate.current(database) is None:
+                self._say("ok", "database", "SQLite, empty; `receiver serve` makes its tables")
+                return
+            await migrate.require_current(database)
+            async with database.write() as connection:
+                await inbox.probe(connection)
+            self._say(
+                "ok", "database", f"{database.dialect_name}, durable, schema {migrate.head()}, writable"
+            )
+        finally:
+            await database.close()
+
+    async def _check_storage(self, settings: Settings) -> None:
+        storage = open_storage(settings.storage_url.get_secret_value())
+        await _and_close(storage.check, storage.close)
+        self._say("ok", "storage", "writable")
+
+    def _check_hosts(self, settings: Settings) -> None:
+        hosts = MediaHosts.parse(settings.media_hosts)
+        self._say("ok", "media hosts", ", ".join(settings.media_hosts))
+        for origin in hosts.development_origins:
+            self._say("warning", "media hosts", f"{origin} is fetched unguarded: for development only")
+
+    async def _check_destination(self, settings: DestinationSettings) -> None:
+        destination = open_destination(settings)
+
+        async def start_and_check() -> None:
+            await destination.start()
+            await destination.check()
+
+        await _and_close(start_and_check, destination.close)
+        self._say("ok", f"destination {settings.name}", f"reachable; told when {settings.when}")
+
+
+async def _and_close(check: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await check()
+    finally:
+        await close()

@@ -1,0 +1,224 @@
+"""`receiver demo`: the main job, end to end, on this machine."""
+
+import asyncio
+import hashlib
+import os
+import secrets
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Final
+from urllib.parse import unquote, urlsplit
+
+import httpx
+import orjson
+import typer
+from clipia import AsyncClipia
+from rich.text import Text
+
+from receiver.cli.terminal import size, stdout
+from receiver.db import ledger
+from receiver.db.engine import Database
+from receiver.errors import ReceiverError
+from receiver.sandbox import SandboxOptions, create_app, running
+
+JOBS: Final = (
+    ("image", "nano-banana-2", {"prompt": "a sunset over mountains"}),
+    ("video", "seedance-2-fast-t2v", {"prompt": "waves on a beach", "duration": 4}),
+    ("audio", "suno-music", {"prompt": "a calm piano"}),
+)
+PATIENCE: Final = 60.0
+"""Seconds for everything to have happened."""
+
+
+def demo(
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--dir", help="Where to put the database, the media and the messages. Default: a new one."
+        ),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
+) -> None:
+    """Run sandbox, receiver and worker together and watch three jobs travel the whole way.
+
+    Needs no account and costs nothing. The exit status is 0 only if every step really happened.
+    """
+    folder = (directory or Path(tempfile.mkdtemp(prefix="clipia-demo-"))).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        asyncio.run(_Demo(folder).run(keep=keep))
+    except KeyboardInterrupt:
+        stdout.print("Stopped.")
+        raise typer.Exit(130) from None
+
+
+class _Demo:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._messages = folder / "events.jsonl"
+        self._began = time.monotonic()
+        self._said: set[tuple[str, ...]] = set()
+
+    async def run(self, *, keep: bool) -> None:
+        secret = f"whsec_{secrets.token_urlsafe(24)}"
+        app = create_app(SandboxOptions(duration=1.5), secret=secret)
+        async with running(app) as clipia:
+            self._say(f"Sandbox (a local Clipia) on {clipia}")
+            environment = self._environment(clipia, secret)
+            async with self._receiver(environment) as receiver:
+                self._say(f"Receiver with its worker on {receiver}")
+                kinds = await self._submit(clipia, f"{receiver}/clipia/webhook")
+                await self._watch(kinds, environment["RECEIVER_DATABASE_URL"])
+                self._tell_where_to_look(environment["RECEIVER_DATABASE_URL"])
+                if keep:
+                    self._say("Everything keeps running: press Ctrl-C to stop.")
+                    await asyncio.Event().wait()
+
+    def _environment(self, clipia: str, secret: str) -> dict[str, str]:
+        config = self._folder / "receiver.toml"
+        config.write_text(
+            f'[[destinations]]\nname = "demo"\nurl = "file:{self._messages}"\n', encoding="utf-8"
+        )
+        inherited = {
+            name: value for name, value in os.environ.items() if not name.startswith(("RECEIVER_", "CLIPIA_"))
+        }
+        return inherited | {
+            "CLIPIA_WEBHOOK_SECRET": secret,
+            "RECEIVER_CONFIG": str(config),
+            "RECEIVER_DATABASE_URL": f"sqlite:///{self._folder / 'receiver.db'}",
+            "RECEIVER_STORAGE_URL": f"file:{self._folder / 'media'}",
+            "RECEIVER_MEDIA_HOSTS": clipia,
+        }
+
+    @asynccontextmanager
+    async def _receiver(self, environment: dict[str, str]) -> AsyncIterator[str]:
+        log_file = self._folder / "receiver.log"
+        with log_file.open("wb") as log:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "receiver", "serve", "--port", "0"),
+                env=environment,
+                cwd=self._folder,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            yield await self._address(process, log_file)
+        finally:
+            if process.returncode is None:
+                process.send_signal(signal.SIGTERM)
+            await process.wait()
+
+    async def _address(self, process: asyncio.subprocess.Process, log_file: Path) -> str:
+        """Wait until the receiver is ready and return its base URL, from its own log."""
+        async with httpx.AsyncClient(trust_env=False) as client:
+            while time.monotonic() - self._began < PATIENCE:
+                if process.returncode is not None:
+                    raise ReceiverError(f"the receiver did not start; its log is {log_file}")
+                url = _listening_url(log_file)
+                if url and (await client.get(f"{url}/readyz")).is_success:
+                    return url
+                await asyncio.sleep(0.05)
+        raise ReceiverError(f"the receiver was not ready after {PATIENCE:.0f} s; its log is {log_file}")
+
+    async def _submit(self, clipia: str, webhook_url: str) -> dict[str, str]:
+        """Submit the jobs with Clipia's SDK; return the kind of each `request_id`."""
+        kinds = {}
+        async with AsyncClipia(f"clipia_live_{secrets.token_hex(16)}", base_url=clipia) as client:
+            for kind, model, parameters in JOBS:
+                job = await client.submit(model, parameters, webhook_url=webhook_url)
+                kinds[job.request_id] = kind
+                self._say(f"{kind}: submitted to {model} as {job.request_id}, {job.cost} credits")
+        return kinds
+
+    async def _watch(self, kinds: dict[str, str], database_url: str) -> None:
+        database = Database(database_url)
+        try:
+            while time.monotonic() - self._began < PATIENCE:
+                done = True
+                for request_id, kind in kinds.items():
+                    async with database.read() as connection:
+                        event = await ledger.show_event(connection, request_id)
+                    done &= event is not None and self._report(kind, event)
+                if done:
+                    return
+                await asyncio.sleep(0.1)
+        finally:
+            await database.close()
+        raise ReceiverError(
+            f"not everything had happened after {PATIENCE:.0f} s; see {self._folder / 'receiver.log'}"
+        )
+
+    def _report(self, kind: str, event: dict[str, Any]) -> bool:
+        """Say what is new about an event; True once all of it has really happened."""
+        key = str(event["id"])
+        self._say_once((key,), f"{kind}: webhook verified, event {key} stored once")
+        for file in event["media"]:
+            if file["state"] == "stored":
+                _verify(file)
+                self._say_once(
+                    (key, str(file["id"])),
+                    f"{kind}: {file['variant']} stored, {size(file['size'])} of {file['content_type']}, "
+                    f"sha256 {file['sha256'][:16]}…",
+                )
+        for delivery in event["deliveries"]:
+            if delivery["state"] == "delivered":
+                _find_message(self._messages, key)
+                self._say_once((key, "forwarded"), f"{kind}: message forwarded to {self._messages.name}")
+        return _all_in(event["media"], "stored") and _all_in(event["deliveries"], "delivered")
+
+    def _tell_where_to_look(self, database_url: str) -> None:
+        self._say("Done: three jobs, every file saved, every message forwarded. Look at")
+        for what, where in (
+            ("messages", self._messages),
+            ("media", self._folder / "media"),
+            ("log", self._folder / "receiver.log"),
+        ):
+            stdout.print(Text(f"          {what + ':':<10}{where}"), soft_wrap=True)
+        stdout.print(
+            Text(f"          events:   RECEIVER_DATABASE_URL={database_url} {_program()} events list"),
+            soft_wrap=True,
+        )
+
+    def _say_once(self, key: tuple[str, ...], message: str) -> None:
+        if key not in self._said:
+            self._said.add(key)
+            self._say(message)
+
+    def _say(self, message: str) -> None:
+        stdout.print(Text(f"{time.monotonic() - self._began:6.1f} s  {message}"), soft_wrap=True)
+
+
+def _listening_url(log_file: Path) -> str | None:
+    """Return where the receiver says that it listens, once it does."""
+    *lines, _unfinished = log_file.read_bytes().split(b"\n")
+    records = (orjson.loads(line) for line in lines)
+    return next((record["url"] for record in records if record["event"] == "listening"), None)
+
+
+def _all_in(works: Iterable[dict[str, Any]], state: str) -> bool:
+    states = [work["state"] for work in works]
+    return bool(states) and all(each == state for each in states)
+
+
+def _verify(file: dict[str, Any]) -> None:
+    """Read a stored file back; the database's word for it is not enough."""
+    path = Path(unquote(urlsplit(file["uri"]).path))
+    if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
+        raise ReceiverError(f"{path} does not have the checksum on record")
+
+
+def _find_message(messages: Path, event_id: str) -> None:
+    for line in messages.read_bytes().splitlines():
+        if orjson.loads(line)["id"] == event_id:
+            return
+    raise ReceiverError(f"{messages} has no message of event {event_id}")
+
+
+def _program() -> str:
+    """Return how the command was called, for printing."""
+    return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"

@@ -1,0 +1,159 @@
+"""`receiver events`: the ledger of what came in."""
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
+from typing import Annotated, Any, TypeVar
+
+import orjson
+import typer
+from rich.table import Table
+from rich.text import Text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.cli.terminal import print_json, size, stdout
+from receiver.db import ledger, migrate
+from receiver.db.engine import Database
+from receiver.errors import ReceiverError
+from receiver.settings import Settings
+
+events = typer.Typer(help="Look at stored events.", no_args_is_help=True)
+
+T = TypeVar("T")
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@events.command("list")
+def list_(
+    source: Annotated[str | None, typer.Option(help="Only of this source.")] = None,
+    state: Annotated[
+        str | None, typer.Option(help="Only in this state: received, fetching, ready or unrecognized.")
+    ] = None,
+    status: Annotated[str | None, typer.Option(help="Only with this status: OK or ERROR.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
+    since: Annotated[datetime | None, typer.Option(help="Only received at or after this time (UTC).")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Only received before this time (UTC).")] = None,
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 50,
+    before: Annotated[int | None, typer.Option(help="The next page: the `seq` of the last row.")] = None,
+    json: _Json = False,
+) -> None:
+    """List events, newest first."""
+
+    async def query(connection: AsyncConnection) -> list[dict[str, Any]]:
+        return await ledger.list_events(
+            connection,
+            limit=limit,
+            before=before,
+            source=source,
+            state=state,
+            status=status,
+            model=model,
+            since=since.replace(tzinfo=UTC) if since else None,
+            until=until.replace(tzinfo=UTC) if until else None,
+        )
+
+    found = _read(query)
+    if json:
+        print_json(found)
+        return
+    table = Table(
+        "seq", "event", "request", "status", "model", "state", "received", "media", "deliveries", box=None
+    )
+    for row in found:
+        table.add_row(
+            str(row["seq"]),
+            str(row["id"]),
+            Text(row["request_id"]),
+            row["status"] or "-",
+            Text(row["model"] or "-"),
+            row["state"],
+            _time(row["received_at"]),
+            _counts(row["media"]),
+            _counts(row["deliveries"]),
+        )
+    stdout.print(table if found else "No events.")
+
+
+@events.command()
+def show(
+    key: Annotated[str, typer.Argument(metavar="ID", help="An event's id, or Clipia's request_id.")],
+    json: _Json = False,
+) -> None:
+    """Show one event with its receipts, media, deliveries and every try at them."""
+
+    async def query(connection: AsyncConnection) -> dict[str, Any] | None:
+        return await ledger.show_event(connection, key)
+
+    event = _read(query)
+    if event is None:
+        raise ReceiverError(f"there is no event with the id or request_id {key!r}")
+    raw = event.pop("body")
+    try:
+        event["body"] = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        event["body_base64"] = base64.b64encode(raw).decode()
+    if json:
+        print_json(event)
+        return
+    _print_event(event)
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    facts = Table(box=None, show_header=False)
+    for name in ("id", "request_id", "source", "origin", "state", "reason", "status", "model", "cost"):
+        if event[name] is not None:
+            facts.add_row(name, Text(str(event[name])))
+    facts.add_row("received", _time(event["received_at"]))
+    stdout.print(facts)
+    stdout.print("\n[bold]Receipts[/]")
+    for receipt in event["receipts"]:
+        stdout.print(
+            f"  {_time(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}"
+        )
+    for title, works, label in (
+        ("Media", event["media"], lambda row: f"{row['position']:02d}-{row['variant']} {row['url']}"),
+        ("Deliveries", event["deliveries"], lambda row: str(row["destination"])),
+    ):
+        stdout.print(f"\n[bold]{title}[/]" + ("" if works else ": none"))
+        for work in works:
+            _print_work(work, label(work))
+
+
+def _print_work(work: dict[str, Any], label: str) -> None:
+    stdout.print(Text(f"  {work['state']:<9} {label}"))
+    if work.get("uri"):
+        stdout.print(Text(f"            {work['uri']}"))
+        stdout.print(
+            Text(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
+        )
+    for attempt in work["tries"]:
+        line = f"            try {attempt['number']}: {_time(attempt['started_at'])} {attempt['outcome']}"
+        error = f": {attempt['error']}" if attempt["error"] else ""
+        stdout.print(Text(f"{line} in {attempt['duration_ms']} ms{error}"))
+    if work["state"] == "pending":
+        due = _time(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
+        stdout.print(f"            next try: {due}")
+
+
+def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    settings = Settings.load()
+
+    async def run() -> T:
+        database = Database(settings.database_url.get_secret_value())
+        try:
+            await migrate.require_current(database)
+            async with database.read() as connection:
+                return await query(connection)
+        finally:
+            await database.close()
+
+    return asyncio.run(run())
+
+
+def _counts(states: dict[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "-"
+
+
+def _time(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")

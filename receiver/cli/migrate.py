@@ -1,0 +1,28 @@
+"""`receiver migrate`: bring the database's schema up to date."""
+
+import asyncio
+
+from receiver.cli.terminal import stdout
+from receiver.db import migrate as migrations
+from receiver.db.engine import Database
+from receiver.settings import Settings
+
+
+def migrate() -> None:
+    """Bring the database's schema to what this release needs; safe to run at any time, by several at once."""
+    settings = Settings.load()
+    asyncio.run(_migrate(settings))
+
+
+async def _migrate(settings: Settings) -> None:
+    database = Database(settings.database_url.get_secret_value())
+    try:
+        before = await migrations.current(database)
+        await migrations.upgrade(database)
+        after = await migrations.current(database)
+    finally:
+        await database.close()
+    if before == after:
+        stdout.print(f"The schema is up to date ({after}).")
+    else:
+        stdout.print(f"Migrated from {before or 'an empty database'} to {after}.")

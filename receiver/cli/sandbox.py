@@ -1,0 +1,59 @@
+"""`receiver sandbox`: a local Clipia."""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+import uvicorn
+
+from receiver.cli.terminal import stdout
+from receiver.observability import configure_logging
+from receiver.sandbox import SandboxOptions, create_app, switches
+from receiver.settings import Settings
+
+
+def sandbox(host: str, port: int, **values: Any) -> None:
+    """Run a local Clipia: the documented API, signed webhooks and a small CDN, on one origin.
+
+    Takes any well-formed clipia_test_… or clipia_live_… key and charges nothing. Webhooks are signed with the
+    first of CLIPIA_WEBHOOK_SECRET, or with a secret that is made and printed. The switches below make it
+    misbehave; PATCH /_sandbox/options changes them while it runs.
+    """
+    settings = Settings.load()
+    configure_logging(level=settings.log_level)
+    given = next((source.secrets for source in settings.all_sources if source.secrets), ())
+    app = create_app(SandboxOptions(**values), secret=given[0] if given else None)
+    base_url = f"http://{host}:{port}"
+    stdout.print(
+        f"Clipia sandbox on {base_url}\n  CLIPIA_BASE_URL={base_url}\n  CLIPIA_KEY=clipia_test_sandbox"
+    )
+    stdout.print(f"  RECEIVER_MEDIA_HOSTS={base_url}")
+    if not given:
+        stdout.print(f"  CLIPIA_WEBHOOK_SECRET={app.state.secret}", soft_wrap=True)
+    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """Make an option of every switch, so that the command line has the same ones as the sandbox."""
+    own = {
+        "host": (Annotated[str, typer.Option(help="Address to listen on.")], "127.0.0.1"),
+        "port": (Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)], 9000),
+    }
+    defaults = SandboxOptions().as_dict()
+    made = {
+        name: (Annotated[kind, typer.Option(help=_sentence(switch.help))], defaults[name])
+        for name, (kind, switch) in switches().items()
+    }
+    return [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        for name, (annotation, default) in (own | made).items()
+    ]
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
+
+
+# typer reads the signature; this is the one that callers see.
+sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+sandbox.__annotations__ = {each.name: each.annotation for each in _parameters()}

@@ -1,0 +1,50 @@
+"""`receiver send`: post a payload as Clipia would."""
+
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from receiver.cli.terminal import stdout
+from receiver.errors import ReceiverError, SettingsError
+from receiver.settings import DEFAULT_SOURCE, Settings
+from receiver.signature import sign
+
+
+def send(
+    file: Annotated[str, typer.Argument(help="The payload: a file, or - for standard input. Sent as it is.")],
+    url: Annotated[
+        str, typer.Option(help="The receiver's callback.")
+    ] = "http://127.0.0.1:8000/clipia/webhook",
+    source: Annotated[str, typer.Option(help="Sign with the secret of this source.")] = DEFAULT_SOURCE,
+    age: Annotated[int, typer.Option(help="Sign as if so many seconds ago (negative: in the future).")] = 0,
+) -> None:
+    """Sign a payload file with the source's first secret and post it to a receiver, as Clipia would.
+
+    Prints the answer; the exit status is 0 only for a 2xx.
+    """
+    secrets = {each.name: each.secrets[0] for each in Settings.load().require_sources()}
+    if source not in secrets:
+        raise SettingsError(f"there is no source {source!r}; known: {', '.join(secrets)}")
+    try:
+        body = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise ReceiverError(f"{file} cannot be read: {error.strerror}") from None
+    timestamp = int(time.time()) - age
+    headers = {
+        "Content-Type": "application/json",
+        "X-Clipia-Signature": sign(secrets[source].encode(), body, timestamp=timestamp),
+        "X-Clipia-Timestamp": str(timestamp),
+        "X-Clipia-Webhook-Id": str(uuid.uuid4()),
+    }
+    try:
+        response = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
+    except httpx.HTTPError as error:
+        raise ReceiverError(f"{url} did not answer: {error}; is `receiver serve` running?") from None
+    stdout.print(f"{response.status_code} {response.text}", markup=False)
+    if not response.is_success:
+        raise typer.Exit(1)

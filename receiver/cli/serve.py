@@ -1,0 +1,115 @@
+"""`receiver serve`: the web process."""
+
+import asyncio
+import gc
+import os
+import socket
+import tempfile
+from enum import StrEnum
+from functools import partial
+from typing import Annotated, Any, cast
+
+import structlog
+import typer
+import uvicorn
+from starlette.applications import Starlette
+from uvicorn.supervisors import Multiprocess
+
+from receiver.api.protocol import DeadlineHttpToolsProtocol
+from receiver.app import Only, Parts, create_app, prepare
+from receiver.errors import SettingsError
+from receiver.observability import configure_logging
+from receiver.settings import Settings
+
+GRACE = 10
+"""Seconds that open requests have to end at shutdown, before the worker drains."""
+
+log = structlog.get_logger()
+
+
+class Half(StrEnum):
+    """Which listener this is."""
+
+    webhook = "webhook"
+    internal = "internal"
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    worker: Annotated[
+        bool,
+        typer.Option("--worker/--no-worker", help="Embed a worker, or leave the work to `receiver worker`."),
+    ] = True,
+    only: Annotated[
+        Half | None,
+        typer.Option(help="Serve one half: the public callback, or everything else. Default: both."),
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Web processes (more than one needs PostgreSQL).", min=1)] = 1,
+) -> None:
+    """Receive webhooks, and (unless --no-worker) save their media and forward them.
+
+    Settings come from the environment and receiver.toml; CLIPIA_WEBHOOK_SECRET is the one that must be set.
+    """
+    settings = Settings.load()
+    settings.require_sources()
+    configure_logging(level=settings.log_level)
+    if worker:
+        Parts.make(settings)
+    if workers > 1 and settings.database_url.get_secret_value().startswith("sqlite"):
+        raise SettingsError(
+            "--workers needs PostgreSQL: several processes that write to one SQLite file wait on each other"
+        )
+    asyncio.run(prepare(settings))
+    half = cast("Only | None", only.value if only else None)
+    factory = partial(make_app, settings, only=half, worker=worker, multiprocess=workers > 1)
+    config = server_config(factory, host=host, port=port, workers=workers)
+    if workers == 1:
+        Server(config).run()
+        return
+    with tempfile.TemporaryDirectory(prefix="receiver-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        Multiprocess(config, target=Server(config).run, sockets=[config.bind_socket()]).run()
+
+
+class Server(uvicorn.Server):
+    """Says where it listens, for people and for whoever asked for port 0."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen."""
+        await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                host, port = listener.getsockname()[:2]
+                log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def make_app(settings: Settings, **options: Any) -> Starlette:
+    """Make the application inside the process that serves it."""
+    configure_logging(level=settings.log_level)
+    app = create_app(settings, **options)
+    # What start-up made lives as long as the process; scanning it again and again costs tens of milliseconds.
+    gc.collect()
+    gc.freeze()
+    return app
+
+
+def server_config(app: Any, *, host: str, port: int, workers: int = 1) -> uvicorn.Config:
+    """Return the server's configuration: the one that ships is the one that is tested."""
+    return uvicorn.Config(
+        app,
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        loop="uvloop",
+        http=DeadlineHttpToolsProtocol,
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        # Nobody's claim about the client's address is believed; none is needed either.
+        proxy_headers=False,
+        timeout_graceful_shutdown=GRACE,
+    )

@@ -1,0 +1,34 @@
+"""`receiver worker`: the work without the web."""
+
+import asyncio
+import signal
+
+from receiver.app import Parts, prepare, running_worker
+from receiver.db.engine import Database
+from receiver.observability import configure_logging
+from receiver.settings import Settings
+from receiver.worker import Wakeups
+
+
+def worker() -> None:
+    """Save media and forward events; any number of these may share one PostgreSQL database.
+
+    SIGTERM drains: nothing new is claimed, work under way is finished or given back.
+    """
+    settings = Settings.load()
+    configure_logging(level=settings.log_level)
+    Parts.make(settings)
+    asyncio.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    await prepare(settings)
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    database = Database(settings.database_url.get_secret_value())
+    try:
+        async with running_worker(settings, database, Wakeups()):
+            await stop.wait()
+    finally:
+        await database.close()

@@ -1,0 +1,76 @@
+"""Stored event → the CloudEvent that destinations get; pure."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any, Final
+from uuid import UUID
+
+from cloudevents.core.v1.event import CloudEvent
+
+TYPES: Final = {
+    "OK": "ai.clipia.generation.completed",
+    "ERROR": "ai.clipia.generation.failed",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardedFile:
+    """One file of an event, as destinations see it."""
+
+    url: str
+    """Where Clipia serves it; how long is not known."""
+    kind: str
+    variant: str
+    state: str
+    uri: str | None
+    """Where our storage has it; None until it is stored."""
+    sha256: str | None
+    size: int | None
+    """Bytes."""
+    content_type: str | None
+    error: str | None
+
+
+def build(
+    *,
+    event_id: UUID,
+    source: str,
+    received_at: datetime,
+    request_id: str,
+    status: str,
+    model: str | None,
+    cost: int | None,
+    output: Any,
+    error: Any,
+    media: Sequence[ForwardedFile],
+    delivery_id: UUID,
+    attempt: int,
+) -> CloudEvent:
+    """Make the message of one delivery (CloudEvents 1.0).
+
+    `id` is the event's and the same on every try and replay; `deliveryid` is this delivery's;
+    `attempt` counts from 1.
+    """
+    return CloudEvent(
+        attributes={
+            "specversion": "1.0",
+            "id": str(event_id),
+            "source": f"/clipia/webhook/{source}",
+            "type": TYPES[status],
+            "subject": request_id,
+            "time": received_at,
+            "datacontenttype": "application/json",
+            "deliveryid": str(delivery_id),
+            "attempt": attempt,
+        },
+        data={
+            "request_id": request_id,
+            "status": status,
+            "model": model,
+            "cost": cost,
+            "output": output,
+            "error": error,
+            "media": [asdict(file) for file in media],
+        },
+    )

@@ -1,0 +1,143 @@
+"""Sign and verify Clipia's webhook signature; pure: bytes and `now` come in, a verdict goes out.
+
+The header is ``X-Clipia-Signature: t=<unix seconds>,v1=<hex>``; `v1` is the HMAC-SHA256 of ``<t>.<body>``.
+The grammar is deliberately narrower than what other parsers take, because a second spelling of an accepted
+header is a header that nobody tested: one field, ASCII, no whitespace, one `t`, lower-case hex only.
+"""
+
+import hmac
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Self
+
+from receiver.errors import SignatureError
+
+SIGNATURE_HEADER: Final = b"x-clipia-signature"
+
+REASONS: Final = ("missing", "ambiguous", "format", "mismatch", "stale", "future")
+"""Every `SignatureError.reason`, in the order of the checks.
+
+`stale` and `future` are only said of a signature that holds. They therefore mean a clock that is off or a
+captured request sent again, and are worth an alarm; whatever a stranger makes up counts as `mismatch`.
+"""
+
+MAX_HEADER_BYTES: Final = 1024
+MAX_SIGNATURES: Final = 8
+
+_T = re.compile(rb"t=([1-9][0-9]{9,10})")
+_V1 = re.compile(rb"v1=([0-9a-f]{64})")
+# A `t` or `v1` of the wrong form must not pass for a scheme that we do not know.
+_OTHER_SCHEME = re.compile(rb"(?!t=|v1=)[A-Za-z0-9_-]+=[!-+\--~]*")
+
+_ID_LABEL = b"clipia-receiver secret id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Secret:
+    """One signing secret. Two secrets are compared by `id`; `value` shows in neither repr nor comparison."""
+
+    id: str
+    value: bytes = field(repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        # Whoever signs with an empty key would be let in.
+        if not self.value.strip():
+            raise ValueError("a signing secret must not be empty")
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """Make a secret whose `id` is a fingerprint: stable for ever, useless for finding the secret.
+
+        Raises `ValueError` for an empty secret or one that is not valid Unicode.
+        """
+        value = text.encode()
+        return cls(id=hmac.digest(value, _ID_LABEL, "sha256").hex()[:8], value=value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verified:
+    """What a valid signature vouches for: when it was made (unix seconds) and with which secret."""
+
+    timestamp: int
+    secret_id: str
+
+
+def verify(
+    header_values: Sequence[bytes],
+    body: bytes,
+    *,
+    secrets: Sequence[Secret],
+    now: float,
+    tolerance: int,
+) -> Verified:
+    """Check every `X-Clipia-Signature` field value of a request against its body, exactly as received.
+
+    `now` is in unix seconds; `t` may differ from it by `tolerance` seconds either way, bounds included.
+    The signature is checked before the age, so that the work done does not depend on `t`.
+
+    Raises `SignatureError` with one of `REASONS`, and `ValueError` without secrets.
+    """
+    if not secrets:
+        raise ValueError("no signing secret is configured")
+    if not header_values:
+        raise SignatureError("missing")
+    if len(header_values) > 1:
+        raise SignatureError("ambiguous")
+    t, signatures = _parse(header_values[0])
+    secret = _find_signer(t, signatures, body, secrets)
+    if secret is None:
+        raise SignatureError("mismatch")
+    timestamp = int(t)
+    if not abs(now - timestamp) <= tolerance:
+        raise SignatureError("stale" if timestamp < now else "future")
+    return Verified(timestamp=timestamp, secret_id=secret.id)
+
+
+def sign(secret: bytes, body: bytes, *, timestamp: int) -> str:
+    """Make the header value that Clipia would send for `body` at `timestamp` (unix seconds)."""
+    t = b"%d" % timestamp
+    return f"t={timestamp},v1={_hex_digest(secret, t, body).decode()}"
+
+
+def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
+    """Split a header into the received text of `t` and its `v1` values (1 to 8)."""
+    if len(header) > MAX_HEADER_BYTES:
+        raise SignatureError("format")
+    elements = header.split(b",")
+    # Whitespace is refused below, but two fields that a proxy joined with ", " are told apart from a typo.
+    if len([element for element in elements if element.lstrip().startswith(b"t=")]) > 1:
+        raise SignatureError("ambiguous")
+    t = None
+    signatures = []
+    for element in elements:
+        if match := _V1.fullmatch(element):
+            signatures.append(match[1])
+        elif match := _T.fullmatch(element):
+            t = match[1]
+        elif not _OTHER_SCHEME.fullmatch(element):
+            raise SignatureError("format")
+    if t is None or not 1 <= len(signatures) <= MAX_SIGNATURES:
+        raise SignatureError("format")
+    return t, signatures
+
+
+def _find_signer(t: bytes, signatures: list[bytes], body: bytes, secrets: Sequence[Secret]) -> Secret | None:
+    """Return the first secret that made one of the signatures.
+
+    Every pair is compared, in constant time and without stopping at a match: the time taken tells neither how
+    much of a guess was right nor which secret answered.
+    """
+    expected = [(secret, _hex_digest(secret.value, t, body)) for secret in secrets]
+    signers = [
+        secret
+        for secret, digest in expected
+        for signature in signatures
+        if hmac.compare_digest(digest, signature)
+    ]
+    return signers[0] if signers else None
+
+
+def _hex_digest(secret: bytes, t: bytes, body: bytes) -> bytes:
+    # `t` is the received text: signing a number formatted again would accept other spellings of it.
+    return hmac.digest(secret, b"%b.%b" % (t, body), "sha256").hex().encode()

@@ -1,0 +1,198 @@
+"""The worker: claim loops over lanes, lease renewal, and a drain that counts no attempt."""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Collection, Sequence
+from typing import Final, Protocol
+from uuid import UUID
+
+import structlog
+
+from receiver.db.rows import Claim
+from receiver.errors import DatabaseUnavailable
+from receiver.pipeline import FAN_OUT_LANE, LEASE, FanOut, Work
+
+POLL: Final = 0.5
+"""Seconds between looks for work that no signal announced: other processes' and what becomes due."""
+OUTAGE_PAUSE: Final = 2.0
+"""Seconds between tries while the database is away."""
+DRAIN: Final = 25.0
+"""Seconds that work under way has to finish at shutdown; what has not is given back."""
+
+log = structlog.get_logger()
+
+
+class Lane(Protocol):
+    """A kind of work, claimed by lease."""
+
+    name: str
+    concurrency: int
+
+    async def claim(self, limit: int) -> Sequence[Work]:
+        """Claim up to `limit` rows that are due."""
+        ...
+
+    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
+        """Extend leases; return the ids that are still ours."""
+        ...
+
+    async def release(self, claims: Collection[Claim]) -> None:
+        """Give claims back untried."""
+        ...
+
+
+class Wakeups:
+    """A signal per lane that shortens its wait; losing one costs no more than that wait."""
+
+    def __init__(self) -> None:
+        self._events: dict[str, asyncio.Event] = {}
+
+    def wake(self, lane: str) -> None:
+        """Tell a lane that there is work."""
+        if event := self._events.get(lane):
+            event.set()
+
+    async def wait(self, lane: str, *, timeout: float) -> None:  # noqa: ASYNC109 - returns, never raises
+        """Wait for a wake-up of the lane, or until the time is over."""
+        event = self._events.setdefault(lane, asyncio.Event())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await event.wait()
+        event.clear()
+
+
+class Worker:
+    """Runs the fan-out and every lane until it is told to stop."""
+
+    def __init__(
+        self, fan_out: FanOut, lanes: Sequence[Lane], wakeups: Wakeups, *, drain: float = DRAIN
+    ) -> None:
+        self._fan_out = fan_out
+        self._lanes = [_LaneRunner(lane, wakeups, drain=drain) for lane in lanes]
+        self._wakeups = wakeups
+        self._stopping = asyncio.Event()
+
+    def stop(self) -> None:
+        """Stop claiming and finish what is held; `run` returns when that is done."""
+        self._stopping.set()
+        for name in (FAN_OUT_LANE, *(runner.name for runner in self._lanes)):
+            self._wakeups.wake(name)
+
+    async def run(self) -> None:
+        """Work until `stop` is called. What fails unexpectedly is logged with its traceback and goes on."""
+        log.info("worker started", lanes=[runner.name for runner in self._lanes])
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._run_fan_out(), name=FAN_OUT_LANE)
+            for runner in self._lanes:
+                group.create_task(runner.run(self._stopping), name=runner.name)
+        log.info("worker stopped")
+
+    async def _run_fan_out(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                found = await self._fan_out.run()
+            except Exception as error:  # noqa: BLE001 - a loop that ended would leave acked events behind
+                await _sit_out(error, FAN_OUT_LANE, self._stopping)
+                continue
+            if not found:
+                await self._wakeups.wait(FAN_OUT_LANE, timeout=_jittered(POLL))
+
+
+class _LaneRunner:
+    """Claims and runs the work of one lane."""
+
+    def __init__(self, lane: Lane, wakeups: Wakeups, *, drain: float) -> None:
+        self.name = lane.name
+        self._lane = lane
+        self._wakeups = wakeups
+        self._drain = drain
+        self._held: dict[asyncio.Task[None], Claim] = {}
+
+    async def run(self, stopping: asyncio.Event) -> None:
+        """Claim and work until told to stop, then drain."""
+        renewal = asyncio.create_task(self._renew(), name=f"{self.name} renewal")
+        try:
+            while not stopping.is_set():
+                await self._turn(stopping)
+            await self._drain_held()
+        finally:
+            renewal.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await renewal
+
+    async def _turn(self, stopping: asyncio.Event) -> None:
+        room = self._lane.concurrency - len(self._held)
+        if room > 0:
+            try:
+                works = await self._lane.claim(room)
+            except Exception as error:  # noqa: BLE001 - as above
+                await _sit_out(error, self.name, stopping)
+                return
+            for work in works:
+                task = asyncio.create_task(self._perform(work), name=f"{self.name} {work.claim.id}")
+                self._held[task] = work.claim
+                task.add_done_callback(self._finished)
+            if len(works) == room:
+                return
+        await self._wakeups.wait(self.name, timeout=_jittered(POLL))
+
+    async def _perform(self, work: Work) -> None:
+        try:
+            await work.run()
+        except Exception:
+            # Lanes handle what they expect. The lease ends by itself and the row is tried again.
+            log.exception("work failed unexpectedly", lane=self.name, work_id=str(work.claim.id))
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        del self._held[task]
+        self._wakeups.wake(self.name)
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(LEASE / 3)
+            held = dict(self._held)
+            if not held:
+                continue
+            try:
+                ours = await self._lane.renew(held.values())
+            except Exception as error:  # noqa: BLE001 - as above
+                _log_failure("leases not renewed", error, self.name)
+                continue
+            for task, claim in held.items():
+                if claim.id not in ours and task in self._held:
+                    log.warning("lease lost, work dropped", lane=self.name, work_id=str(claim.id))
+                    task.cancel()
+
+    async def _drain_held(self) -> None:
+        if not self._held:
+            return
+        _, late = await asyncio.wait(self._held, timeout=self._drain)
+        claims = [self._held[task] for task in late]
+        for task in late:
+            task.cancel()
+        if not late:
+            return
+        await asyncio.wait(late)
+        try:
+            await self._lane.release(claims)
+        except Exception as error:  # noqa: BLE001 - shutting down; the leases end by themselves
+            _log_failure("claims not given back", error, self.name)
+        else:
+            log.info("claims given back", lane=self.name, count=len(claims))
+
+
+def _log_failure(message: str, error: Exception, lane: str) -> None:
+    expected = isinstance(error, DatabaseUnavailable)
+    log.warning(message, lane=lane, error=str(error), exc_info=None if expected else error)
+
+
+async def _sit_out(error: Exception, lane: str, stopping: asyncio.Event) -> None:
+    _log_failure("no work claimed", error, lane)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_jittered(OUTAGE_PAUSE)):
+            await stopping.wait()
+
+
+def _jittered(seconds: float) -> float:
+    return seconds * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
