@@ -99,7 +99,7 @@ def configure_logging(*, level: str = "INFO") -> None:
         _limit_fields,
     ]
     renderer: list[structlog.typing.Processor] = (
-        [_escape_controls, structlog.dev.ConsoleRenderer()]
+        [_escape_controls, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
         if sys.stderr.isatty()
         else [structlog.processors.JSONRenderer(serializer=_dumps)]
     )

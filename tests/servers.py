@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import pytest
 
 SERVERS_REQUIRED = os.environ.get("CI") == "true" or bool(os.environ.get("RECEIVER_TEST_REQUIRE_SERVERS"))
@@ -95,7 +96,16 @@ class Postgres:
                     parent.chmod(0o755)
         subprocess.run(
             self._command(
-                str(self.bin / "initdb"), "-D", str(self.data), "-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"
+                str(self.bin / "initdb"),
+                "-D",
+                str(self.data),
+                "-A",
+                "trust",
+                "-U",
+                "postgres",
+                "-E",
+                "UTF8",
+                "--no-sync",
             ),
             check=True,
             capture_output=True,
@@ -107,13 +117,11 @@ class Postgres:
         """Start the server and wait until it answers."""
         settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": "200"}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
-        self.process = subprocess.Popen(
-            self._command(
-                str(self.bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *arguments, *self.options
-            ),
-            stdout=subprocess.DEVNULL,
-            stderr=(self.directory / "log").open("ab"),
+        command = self._command(
+            str(self.bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *arguments, *self.options
         )
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         wait_for_port(self.port, self.process)
         deadline = time.monotonic() + 30
         while self.sql("SELECT 1", check=False).returncode != 0:
@@ -125,26 +133,45 @@ class Postgres:
         """The process id of the server."""
         return int((self.data / "postmaster.pid").read_text().splitlines()[0])
 
+    def processes(self) -> list[psutil.Process]:
+        """All server processes: the postmaster and its children."""
+        server = psutil.Process(self.postmaster)
+        return [server, *server.children(recursive=True)]
+
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:
         """Stop the server: SIGINT is a fast shutdown, SIGQUIT an immediate one, SIGKILL a crash."""
         assert self.process is not None
         os.kill(self.postmaster, how)
         self.process.wait(30)
 
-    def sql(self, statement: str, *, database: str = "postgres", check: bool = True) -> subprocess.CompletedProcess[str]:
+    def sql(
+        self, statement: str, *, database: str = "postgres", check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """Run a statement with psql."""
         return subprocess.run(
-            [self.bin / "psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", database, "-Atc", statement],
+            [
+                self.bin / "psql",
+                "-h",
+                "127.0.0.1",
+                "-p",
+                str(self.port),
+                "-U",
+                "postgres",
+                "-d",
+                database,
+                "-Atc",
+                statement,
+            ],
             check=check,
             capture_output=True,
             text=True,
         )
 
-    def url(self) -> str:
-        """Create an empty database and return its URL."""
+    def url(self, *, template: str = "template1") -> str:
+        """Create a database and return its URL."""
         self.databases += 1
         name = f"test_{self.databases}"
-        self.sql(f"CREATE DATABASE {name}")
+        self.sql(f"CREATE DATABASE {name} TEMPLATE {template}")
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def __exit__(

@@ -97,6 +97,8 @@ class Callback:
             WEBHOOKS.labels(source, "unavailable").inc()
             log.error("webhook not stored", source=source, reason=error.reason, error=str(error))  # noqa: TRY400
             return _NOT_STORED
+        except _Disconnected:
+            raise
         except Exception:
             WEBHOOKS.labels(source, "unavailable").inc()
             log.exception("webhook not stored", source=source, reason="unexpected")

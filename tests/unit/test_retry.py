@@ -1,0 +1,102 @@
+"""The retry decision, as a table."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from receiver.errors import (
+    MediaBlocked,
+    MediaMissing,
+    MediaUnavailable,
+    PublishFailed,
+    PublishRejected,
+    StorageUnavailable,
+)
+from receiver.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy
+
+POLICY = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
+FAILED = PublishFailed("no confirm", reason="timeout")
+
+
+@pytest.mark.parametrize(
+    ("attempt", "age", "jitter", "expected"),
+    [
+        (1, 0.0, 0.0, 0.0),
+        (1, 0.0, 0.5, 1.0),
+        (2, 5.0, 0.5, 2.0),
+        (5, 60.0, 0.5, 16.0),
+        (10, 900.0, 0.5, 300.0),
+        (1000, DAY, 0.5, 300.0),
+        (100_000, DAY, 0.999, 599.4),
+    ],
+)
+def test_delay_doubles_up_to_its_cap(attempt: int, age: float, jitter: float, expected: float) -> None:
+    """E4: delays grow exponentially to the cap, scaled by the jitter."""
+    assert POLICY.next_delay(FAILED, attempt=attempt, age=age, jitter=jitter) == pytest.approx(expected)
+
+
+def test_gives_up_when_the_schedule_ends() -> None:
+    """E4: the last try falls on the third day, and none comes after it."""
+    assert POLICY.next_delay(FAILED, attempt=500, age=3 * DAY - 10, jitter=0.9) == pytest.approx(10)
+    assert POLICY.next_delay(FAILED, attempt=501, age=3 * DAY, jitter=0.9) is None
+
+
+def test_permanent_errors_are_not_retried() -> None:
+    """E7: what cannot succeed is given up at once."""
+    for error in (PublishRejected("400", reason="status"), MediaBlocked("host", reason="host")):
+        assert POLICY.next_delay(error, attempt=1, age=0, jitter=0.5) is None
+
+
+def test_unexpected_errors_are_retried() -> None:
+    """A bug of ours loses no work: the next release may succeed."""
+    assert POLICY.next_delay(KeyError("x"), attempt=1, age=0, jitter=0.5) == 1.0
+
+
+def test_retry_after_is_a_lower_bound() -> None:
+    """E5: what the other side asks for is granted, also beyond the cap."""
+    busy = PublishFailed("429", reason="status", retry_after=900.0)
+    assert POLICY.next_delay(busy, attempt=1, age=0, jitter=0.5) == 900.0
+    soon = PublishFailed("429", reason="status", retry_after=0.5)
+    assert POLICY.next_delay(soon, attempt=8, age=0, jitter=0.5) == 128.0
+
+
+def test_missing_media_is_tried_three_times_over_an_hour() -> None:
+    """D15: a 404 is given up after at least three tries and at least one hour."""
+    missing = MediaMissing("404", reason="status")
+    assert media_policy(missing) is MEDIA_MISSING
+    assert MEDIA_MISSING.next_delay(missing, attempt=2, age=4000, jitter=0.5) is not None
+    assert MEDIA_MISSING.next_delay(missing, attempt=9, age=3500, jitter=0.9) == pytest.approx(100)
+    assert MEDIA_MISSING.next_delay(missing, attempt=3, age=3600, jitter=0.5) is None
+
+
+def test_trouble_with_our_own_storage_never_gives_a_file_up() -> None:
+    """D16: a full disk is retried every minute for as long as it takes."""
+    full = StorageUnavailable("no space", reason="full")
+    assert media_policy(full) is STORAGE
+    assert STORAGE.next_delay(full, attempt=10_000, age=30 * DAY, jitter=0.5) == 30.0
+
+
+def test_other_download_errors_have_three_days() -> None:
+    """D15: a CDN that is down is waited for."""
+    assert media_policy(MediaUnavailable("502", reason="status")) is MEDIA
+
+
+@given(
+    attempt=st.integers(1, 10**9),
+    age=st.floats(0, 10 * DAY),
+    jitter=st.floats(0, 1, exclude_max=True),
+    retry_after=st.none() | st.floats(0, 10 * DAY),
+)
+def test_a_delay_never_passes_the_deadline(
+    attempt: int, age: float, jitter: float, retry_after: float | None
+) -> None:
+    """E4: whatever comes in, the delay is finite, not negative, and does not outlast the schedule."""
+    error = PublishFailed("x", reason="x", retry_after=retry_after)
+    delay = POLICY.next_delay(error, attempt=attempt, age=age, jitter=jitter)
+    if delay is None:
+        assert age >= POLICY.give_up_after
+    else:
+        assert math.isfinite(delay)
+        assert 0 <= delay <= POLICY.give_up_after - age

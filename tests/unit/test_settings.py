@@ -1,0 +1,190 @@
+"""Settings: where they come from, and what a wrong one says."""
+
+from pathlib import Path
+
+import pytest
+
+from receiver.errors import SettingsError
+from receiver.settings import Settings, unknown_variables
+
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+def write_config(content: str) -> None:
+    """Write receiver.toml into the working directory."""
+    Path("receiver.toml").write_text(content, encoding="utf-8")
+
+
+def test_defaults_need_no_configuration() -> None:
+    """On a laptop nothing but the secret has to be set."""
+    settings = Settings.load()
+    assert settings.database_url.get_secret_value() == "sqlite:///data/receiver.db"
+    assert settings.storage_url.get_secret_value() == "file:data/media"
+    assert settings.signature_tolerance == 300
+    assert settings.max_body_bytes == 262_144
+    assert settings.media_hosts == ("media.clipia.ai",)
+    assert settings.all_destinations == ()
+
+
+def test_starting_without_a_secret_names_the_variable() -> None:
+    """A1: no secret is an error that says which variable to set."""
+    with pytest.raises(SettingsError, match="CLIPIA_WEBHOOK_SECRET"):
+        Settings.load().require_sources()
+
+
+@pytest.mark.parametrize("value", [",", " , ", " "])
+def test_an_empty_secret_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """A1: an empty secret would let anyone sign."""
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", value)
+    with pytest.raises(SettingsError, match="empty"):
+        Settings.load().require_sources()
+
+
+def test_several_secrets_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A12: while rotating, several secrets count."""
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "new-secret, old-secret")
+    (source,) = Settings.load().require_sources()
+    assert (source.name, source.secrets) == ("clipia", ("new-secret", "old-secret"))
+
+
+@pytest.mark.parametrize("value", ["0", "29", "901", "-300", "x", "1e9"])
+def test_tolerance_has_bounds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """A6: a tolerance that would switch the check off, or nearly, is an error at start."""
+    monkeypatch.setenv("RECEIVER_SIGNATURE_TOLERANCE", value)
+    with pytest.raises(SettingsError, match="RECEIVER_SIGNATURE_TOLERANCE"):
+        Settings.load()
+
+
+def test_environment_wins_over_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings come from the environment first, then from receiver.toml."""
+    write_config('database_url = "sqlite:///file.db"\nstorage_url = "file:from-file"\n')
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", "sqlite:///environment.db")
+    settings = Settings.load()
+    assert settings.database_url.get_secret_value() == "sqlite:///environment.db"
+    assert settings.storage_url.get_secret_value() == "file:from-file"
+
+
+def test_destinations_come_from_tables_and_from_one_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Destinations are [[destinations]] tables, and RECEIVER_DESTINATION_URL is one more."""
+    write_config(
+        '[[destinations]]\nname = "jobs"\nurl = "file:a.jsonl"\nwhen = "received"\nretry = { cap = 60 }\n'
+    )
+    monkeypatch.setenv("RECEIVER_DESTINATION_URL", "file:b.jsonl")
+    jobs, default = Settings.load().all_destinations
+    assert (jobs.name, jobs.when, jobs.retry.cap, jobs.retry.give_up_after) == (
+        "jobs",
+        "received",
+        60,
+        259_200,
+    )
+    assert (default.name, default.url.get_secret_value(), default.when) == (
+        "default",
+        "file:b.jsonl",
+        "media_stored",
+    )
+
+
+def test_secrets_in_the_file_are_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`${NAME}` keeps secrets out of receiver.toml; a missing one is named."""
+    write_config('[[sources]]\nname = "staging"\nsecret = "${STAGING_SECRET}"\n')
+    with pytest.raises(SettingsError, match="STAGING_SECRET"):
+        Settings.load()
+    monkeypatch.setenv("STAGING_SECRET", "from-environment")
+    (source,) = Settings.load().require_sources()
+    assert source.secrets == ("from-environment",)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("databse_url = 'x'", "databse_url: is not a setting"),
+        ("[[destinations]]\nname = 'A b'\nurl = 'file:x'", "destinations.0.name"),
+        ("[[destinations]]\nname = 'a'", "destinations.0.url"),
+        ("[[destinations]]\nname = 'a'\nurl = 'file:x'\nwehn = 'received'", "destinations.0.wehn"),
+        ("[[destinations]]\nname = 'a'\nurl = 'file:x'\n" * 2, "more than once: a"),
+        ("[[sources]]\nname = 'a'\nsecret = 'x'\n" * 2, "more than once: a"),
+        ("= broken", "cannot be read"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(content: str, said: str) -> None:
+    """Bad input gets a clear error that says where it is."""
+    write_config(content)
+    with pytest.raises(SettingsError, match=said):
+        Settings.load()
+
+
+def test_a_named_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RECEIVER_CONFIG that names nothing is an error, not silently the defaults."""
+    monkeypatch.setenv("RECEIVER_CONFIG", "absent.toml")
+    with pytest.raises(SettingsError, match="absent.toml"):
+        Settings.load()
+
+
+def test_secrets_show_in_neither_repr_nor_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: no secret reaches a log through a repr or an error message."""
+    canary = "canary-4242424242424242"
+    monkeypatch.setenv("CLIPIA_KEY", f"clipia_live_{canary}")
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", canary)
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", f"postgresql://user:{canary}@db/x")
+    monkeypatch.setenv("RECEIVER_API_TOKENS", f"ops:{canary}")
+    monkeypatch.setenv("RECEIVER_DESTINATION_URL", f"https://user:{canary}@example.com")
+    settings = Settings.load()
+    assert canary not in repr(settings)
+    assert canary not in repr(settings.all_sources) + repr(settings.all_destinations)
+    monkeypatch.setenv("RECEIVER_API_TOKENS", "ops:canary-42")
+    with pytest.raises(SettingsError, match="RECEIVER_API_TOKENS.*ops") as caught:
+        Settings.load()
+    assert "canary-42" not in str(caught.value)
+
+
+def test_tokens_have_names_and_scopes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G1: name:token[:scope+scope]; without scopes a token may do everything."""
+    monkeypatch.setenv(
+        "RECEIVER_API_TOKENS", f"grafana:{TOKEN}:read, ops:{TOKEN}x:read+operate, all:{TOKEN}y"
+    )
+    tokens = {token.name: token.scopes for token in Settings.load().api_tokens}
+    assert tokens == {"grafana": {"read"}, "ops": {"read", "operate"}, "all": {"submit", "read", "operate"}}
+
+
+@pytest.mark.parametrize("value", [f"a:{TOKEN}:write", f"a:{TOKEN},a:{TOKEN}x", f":{TOKEN}", "a"])
+def test_bad_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """G1: unknown scopes, doubled or missing names are errors at start."""
+    monkeypatch.setenv("RECEIVER_API_TOKENS", value)
+    with pytest.raises(SettingsError):
+        Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("key", "environment", "allowed"),
+    [
+        ("clipia_test_x", "live", False),
+        ("clipia_live_x", "test", False),
+        ("clipia_test_x", "test", True),
+        ("clipia_live_x", "live", True),
+    ],
+)
+def test_sandbox_and_live_do_not_mix(
+    monkeypatch: pytest.MonkeyPatch, key: str, environment: str, *, allowed: bool
+) -> None:
+    """A17: a sandbox key on a source that is declared live is a configuration error."""
+    write_config(f'[[sources]]\nname = "clipia"\nsecret = "s"\nenvironment = "{environment}"\n')
+    monkeypatch.setenv("CLIPIA_KEY", key)
+    if allowed:
+        Settings.load()
+        return
+    with pytest.raises(SettingsError, match="must not mix"):
+        Settings.load()
+
+
+def test_the_variable_replaces_the_secret_of_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CLIPIA_WEBHOOK_SECRET and a table for the same source are one source, the variable wins."""
+    write_config('[[sources]]\nname = "clipia"\nsecret = "file"\nenvironment = "live"\n')
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "variable")
+    (source,) = Settings.load().require_sources()
+    assert (source.secrets, source.environment) == (("variable",), "live")
+
+
+def test_unknown_variables_are_found() -> None:
+    """A misspelt variable is told, not ignored."""
+    names = {"RECEIVER_DATABSE_URL": "x", "RECEIVER_DATABASE_URL": "x", "RECEIVER_CONFIG": "x", "PATH": "x"}
+    assert unknown_variables(names) == ["RECEIVER_DATABSE_URL"]
