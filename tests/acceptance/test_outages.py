@@ -134,7 +134,7 @@ def test_a_crashed_database_loses_no_ack(own_postgres: Postgres, receiver: Recei
 
 
 def test_a_frozen_database_is_answered_in_time(own_postgres: Postgres, receiver: ReceiverProcess) -> None:
-    """C4, T7: with every server process stopped each request is answered 503 within 8 s, and /livez at once."""
+    """C4, T7: with every server process frozen each request is answered 503 within 8 s, /livez at once."""
     assert post(receiver).status_code == 200
     frozen = own_postgres.processes()
     for process in frozen:
@@ -160,27 +160,23 @@ def test_a_read_only_database_is_not_ready(own_postgres: Postgres, receiver: Rec
     assert get(receiver, "/readyz") == 503
 
 
-def test_a_held_lock_delays_but_never_acks(own_postgres: Postgres, receiver: ReceiverProcess) -> None:
+def test_a_held_lock_delays_but_never_acks(receiver: ReceiverProcess) -> None:
     """C2: a duplicate that meets an uncommitted first waits, and is answered 503 when that takes too long."""
     url = receiver.settings["RECEIVER_DATABASE_URL"]
 
-    async def hold(seconds: float, *, commit: bool) -> None:
+    async def hold(seconds: float) -> None:
         database = Database(url)
-        try:
-            async with database.write() as connection:
-                await connection.exec_driver_sql(
-                    "INSERT INTO events (id, source, request_id, origin, state, body, body_sha256, received_at) "
-                    "VALUES (gen_random_uuid(), 'clipia', 'held', 'webhook', 'received', 'x', 'x', now())"
-                )
-                await asyncio.sleep(seconds)
-                if not commit:
-                    raise RuntimeError
-        except RuntimeError:
-            pass
+        async with database.write() as connection:
+            await connection.exec_driver_sql(
+                "INSERT INTO events (id, source, request_id, origin, state, body, body_sha256, received_at) "
+                "VALUES (gen_random_uuid(), 'clipia', 'held', 'webhook', 'received', 'x', 'x', now())"
+            )
+            await asyncio.sleep(seconds)
+            await connection.rollback()
         await database.close()
 
     with ThreadPoolExecutor(1) as pool:
-        holding = pool.submit(asyncio.run, hold(4, commit=False))
+        holding = pool.submit(asyncio.run, hold(4))
         time.sleep(1)
         assert post(receiver, "held").status_code == 503
         holding.result()
@@ -348,6 +344,6 @@ def test_a_stopped_log_reader_does_not_stop_webhooks(tmp_path: Path) -> None:
         # A pipe holds 64 KiB; these records are several times that.
         assert {post(receiver).status_code for _ in range(1000)} == {200}
     finally:
-        with open(reader, "rb") as pipe, ThreadPoolExecutor(1) as pool:
+        with os.fdopen(reader, "rb") as pipe, ThreadPoolExecutor(1) as pool:
             pool.submit(pipe.read)
             end(process)

@@ -82,7 +82,10 @@ def metric(name: str, **labels: str) -> float:
 
 async def test_a_signed_webhook_is_stored_as_it_was_sent(site: Site) -> None:
     """A2: odd spacing, escapes and line ends are signed, verified and stored byte for byte."""
-    content = b'{ "request_id":"r-1",\r\n "status" : "OK", "payload":{"model":"m\\/x","cost":3,"new":"\\u00e9\xc3\xa9"} }\n'
+    content = (
+        b'{ "request_id":"r-1",\r\n "status" : "OK", '
+        b'"payload":{"model":"m\\/x","cost":3,"new":"\\u00e9\xc3\xa9"} }\n'
+    )
     response = await site.post(content)
     assert response.status_code == 200
     assert response.json() == {"status": "accepted", "event_id": str(event_id("clipia", "r-1"))}
@@ -177,7 +180,7 @@ async def test_one_signature_of_several_is_enough(site: Site) -> None:
 
 
 async def test_secrets_rotate_without_a_refusal(database_url: str, database: Database) -> None:
-    """A12: old only, then both, then new only; deliveries signed with either pass while both are configured."""
+    """A12: old only, both, new only: deliveries signed with either pass while both are configured."""
     for configured, accepted in (
         (SECRET, {SECRET}),
         (f"{OTHER_SECRET},{SECRET}", {SECRET, OTHER_SECRET}),
@@ -225,7 +228,7 @@ async def test_unsigned_headers_change_nothing(site: Site, webhook_id: str | Non
 
 
 async def test_sources_do_not_touch_each_other(database_url: str, database: Database) -> None:
-    """A16, A17: the same request_id from two sources is two events, and a secret opens its own source only."""
+    """A16, A17: one request_id from two sources is two events, and a secret opens its own source only."""
     staging = {"name": "staging", "secret": OTHER_SECRET}
     async with make_site(database_url, database, sources=[staging]) as site:
         content = body("r-9")
@@ -244,7 +247,7 @@ async def test_the_path_is_no_credential(site: Site) -> None:
     assert (await site.client.post(f"{URL}/clipia", content=body())).status_code == 401
 
 
-# -- the body -------------------------------------------------------------------------------------------------
+# -- the body
 
 
 async def test_a_large_body_is_refused_before_it_is_read(site: Site) -> None:
@@ -443,7 +446,7 @@ async def test_forwarded_headers_are_not_believed(site: Site) -> None:
     assert "6.6.6.6" not in repr(await site.rows(events)) + repr(await site.rows(receipts))
 
 
-# -- dedup and conflicts --------------------------------------------------------------------------------------
+# -- dedup and conflicts
 
 
 async def test_another_body_for_the_same_request_is_a_conflict(site: Site) -> None:

@@ -116,7 +116,7 @@ def test_mistakes_in_the_file_are_named(content: str, said: str) -> None:
 def test_a_named_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     """RECEIVER_CONFIG that names nothing is an error, not silently the defaults."""
     monkeypatch.setenv("RECEIVER_CONFIG", "absent.toml")
-    with pytest.raises(SettingsError, match="absent.toml"):
+    with pytest.raises(SettingsError, match=r"absent\.toml"):
         Settings.load()
 
 
@@ -132,7 +132,7 @@ def test_secrets_show_in_neither_repr_nor_errors(monkeypatch: pytest.MonkeyPatch
     assert canary not in repr(settings)
     assert canary not in repr(settings.all_sources) + repr(settings.all_destinations)
     monkeypatch.setenv("RECEIVER_API_TOKENS", "ops:canary-42")
-    with pytest.raises(SettingsError, match="RECEIVER_API_TOKENS.*ops") as caught:
+    with pytest.raises(SettingsError, match=r"RECEIVER_API_TOKENS.*ops") as caught:
         Settings.load()
     assert "canary-42" not in str(caught.value)
 

@@ -1,0 +1,272 @@
+"""What every storage promises: each test runs on a local folder and on an S3 server."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+from mediakit import Bucket, chunked, s3_server
+
+from receiver.errors import MediaUnavailable, StorageUnavailable
+from receiver.media import Storage, open_storage
+
+MIB = 1024 * 1024
+SMALL = bytes(range(256)) * 4
+# More than one part of a multipart upload, and no multiple of anything.
+LARGE = (bytes(range(251)) * 50_000)[: 11 * MIB + 12_345]
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """Run an S3 server for the tests of this module."""
+    with s3_server(tmp_path_factory.mktemp("s3")) as bucket, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        yield bucket
+
+
+@pytest.fixture(params=["file", "s3"])
+async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Storage]:
+    """Open a storage."""
+    url = request.getfixturevalue("bucket").url if request.param == "s3" else f"file:{tmp_path}/media"
+    storage = open_storage(url)
+    yield storage
+    await storage.close()
+
+
+@pytest.fixture
+def leftovers(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], int]:
+    """Count what a failed write has left: unfinished files, open uploads."""
+    if "s3" in request.node.callspec.id:
+        bucket: Bucket = request.getfixturevalue("bucket")
+        return bucket.open_uploads
+    return lambda: len(list((tmp_path / "media" / ".incoming").glob("*")))
+
+
+def files_below(folder: Path) -> list[str]:
+    """List every file."""
+    return [str(path) for path in folder.rglob("*") if path.is_file()]
+
+
+async def read(storage: Storage, key: str) -> bytes:
+    """Read a whole file."""
+    return b"".join([block async for block in storage.open(key)])
+
+
+@pytest.mark.parametrize("data", [b"", b"x", SMALL, LARGE], ids=["empty", "byte", "small", "large"])
+async def test_what_was_put_can_be_read(storage: Storage, data: bytes) -> None:
+    """D10: a stored file has every byte, and its size is known."""
+    await storage.put("aa/0-image.png", chunked(data, 65_536))
+    assert await read(storage, "aa/0-image.png") == data
+    assert await storage.stat("aa/0-image.png") == len(data)
+
+
+async def test_blocks_are_read_bounded(storage: Storage) -> None:
+    """D10: a large file is handed out in blocks of plain bytes, not at once."""
+    await storage.put("aa/1-video.mp4", chunked(LARGE, 65_536))
+    blocks = [block async for block in storage.open("aa/1-video.mp4")]
+    assert all(type(block) is bytes for block in blocks)
+    assert max(map(len, blocks)) <= 4 * MIB
+    assert b"".join(blocks) == LARGE
+
+
+async def test_reading_can_stop_early(storage: Storage) -> None:
+    """D10: whoever stops reading leaves nothing open."""
+    await storage.put("aa/2-video.mp4", chunked(LARGE, 65_536))
+    async with aclosing(storage.open("aa/2-video.mp4")) as blocks:  # type: ignore[type-var]  # both are generators
+        first = await anext(blocks)
+    assert LARGE.startswith(first)
+
+
+async def test_putting_again_replaces(storage: Storage) -> None:
+    """D11: a download that is repeated after a crash ends with one file, the last one."""
+    await storage.put("ab/0-image.png", chunked(LARGE, 65_536))
+    await storage.put("ab/0-image.png", chunked(SMALL))
+    assert await read(storage, "ab/0-image.png") == SMALL
+
+
+async def test_racing_writers_leave_one_whole_file(storage: Storage) -> None:
+    """D11: two workers that store the same file at once do not mix their bytes."""
+    contents = [bytes([number]) * MIB for number in range(4)]
+    await asyncio.gather(*(storage.put("ac/0-image.png", chunked(data, 65_536)) for data in contents))
+    assert await read(storage, "ac/0-image.png") in contents
+
+
+@pytest.mark.parametrize("size", [0, 1, len(SMALL), MIB, 6 * MIB, len(LARGE)])
+@pytest.mark.parametrize(
+    "error", [MediaUnavailable("cut", reason="truncated"), OSError("foreign"), ValueError("x")]
+)
+async def test_a_failing_source_leaves_nothing(
+    storage: Storage, leftovers: Callable[[], int], size: int, error: Exception
+) -> None:
+    """D10: the source's own error comes out as it is, and there is neither a file nor a part of one."""
+    before = leftovers()
+
+    async def source() -> AsyncIterator[bytes]:
+        async for chunk in chunked(LARGE[:size], 65_536):
+            yield chunk
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        await storage.put("ad/0-image.png", source())
+    assert caught.value is error
+    assert await storage.stat("ad/0-image.png") is None
+    assert leftovers() == before
+
+
+async def test_a_failing_source_leaves_the_old_file(storage: Storage) -> None:
+    """D10: a replacement that fails leaves what was there."""
+    await storage.put("ae/0-image.png", chunked(SMALL))
+
+    async def source() -> AsyncIterator[bytes]:
+        yield LARGE
+        raise MediaUnavailable("cut", reason="truncated")
+
+    with pytest.raises(MediaUnavailable):
+        await storage.put("ae/0-image.png", source())
+    assert await read(storage, "ae/0-image.png") == SMALL
+
+
+@pytest.mark.parametrize("size", [0, MIB, len(LARGE)])
+async def test_a_cancelled_write_leaves_nothing(
+    storage: Storage, leftovers: Callable[[], int], size: int
+) -> None:
+    """D10: a worker that is stopped in the middle of a file takes its part with it."""
+    before = leftovers()
+    waiting = asyncio.Event()
+    ended: list[bool] = []
+
+    async def source() -> AsyncIterator[bytes]:
+        try:
+            async for chunk in chunked(LARGE[:size], 65_536):
+                yield chunk
+            waiting.set()
+            await asyncio.Event().wait()
+        finally:
+            ended.append(True)
+
+    async with aclosing(source()) as chunks:  # type: ignore[type-var]  # it is a generator
+        task = asyncio.create_task(storage.put("af/0-image.png", chunks))
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert ended == [True]
+    assert await storage.stat("af/0-image.png") is None
+    assert leftovers() == before
+
+
+async def test_a_missing_file_is_said_to_be_missing(storage: Storage) -> None:
+    """D10: no such file: FileNotFoundError when read, None when asked for its size, nothing when deleted."""
+    assert await storage.stat("ag/0-image.png") is None
+    with pytest.raises(FileNotFoundError):
+        await read(storage, "ag/0-image.png")
+    await storage.delete("ag/0-image.png")
+
+
+async def test_a_deleted_file_is_gone(storage: Storage) -> None:
+    """D10: a deleted file can no longer be read."""
+    await storage.put("ah/0-image.png", chunked(SMALL))
+    await storage.delete("ah/0-image.png")
+    assert await storage.stat("ah/0-image.png") is None
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "",
+        ".",
+        "..",
+        "../x",
+        "a/../../x",
+        "a/./x",
+        "/etc/passwd",
+        "a//b",
+        "a/",
+        "a\\b",
+        "a\0b",
+        "a\nb",
+        "a b",
+        "a%2e%2e",
+        ".incoming/x",
+        "a/.hidden",
+        "a.",
+        "CON",
+        "Image.png",
+        "\u00e9.png",
+        "\uff0e\uff0e/x",
+        "a" * 300,
+        "/".join("a" * 9),
+        "-rf",
+        "a?b",
+        "a#b",
+    ],
+)
+async def test_a_key_cannot_leave_the_storage(storage: Storage, key: str, tmp_path: Path) -> None:
+    """D12: a key that is not plainly ours is refused by every method, before anything is touched."""
+    with pytest.raises(ValueError, match="Not a storage key"):
+        await storage.put(key, chunked(SMALL))
+    with pytest.raises(ValueError, match="Not a storage key"):
+        await read(storage, key)
+    with pytest.raises(ValueError, match="Not a storage key"):
+        await storage.stat(key)
+    with pytest.raises(ValueError, match="Not a storage key"):
+        await storage.delete(key)
+    with pytest.raises(ValueError, match="Not a storage key"):
+        storage.uri(key)
+    assert files_below(tmp_path) == []
+
+
+async def test_the_uri_says_where_the_file_is(storage: Storage, tmp_path: Path) -> None:
+    """D11: the URI names the storage and the key, and nothing secret."""
+    assert storage.uri("ai/0-image.png") in {
+        f"file://{tmp_path}/media/ai/0-image.png",
+        "s3://files/some/prefix/ai/0-image.png",
+    }
+
+
+async def test_the_check_leaves_nothing_behind(
+    storage: Storage, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """D16: the check really writes, reads and deletes."""
+    await storage.check()
+    assert files_below(tmp_path) == []
+    if "s3" in request.node.callspec.id:
+        assert not [key for key in request.getfixturevalue("bucket").list_keys() if "probe" in key]
+
+
+async def test_the_check_reads_back_what_it_wrote(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D16: a storage that takes files and gives back others, or none, is reported."""
+
+    async def other(key: str) -> AsyncIterator[bytes]:  # noqa: ARG001
+        yield b"something else"
+
+    async def nothing(key: str) -> AsyncIterator[bytes]:
+        raise FileNotFoundError(key)
+        yield b""
+
+    for instead in (other, nothing):
+        monkeypatch.setattr(storage, "open", instead)
+        with pytest.raises(StorageUnavailable, match="reads back"):
+            await storage.check()
+
+
+async def test_a_sweep_spares_what_is_in_use(storage: Storage) -> None:
+    """D10: the janitor touches neither finished files nor writes in progress."""
+    started, go_on = asyncio.Event(), asyncio.Event()
+
+    async def source() -> AsyncIterator[bytes]:
+        yield SMALL
+        started.set()
+        await go_on.wait()
+        yield SMALL
+
+    await storage.put("aj/0-image.png", chunked(SMALL))
+    task = asyncio.create_task(storage.put("aj/1-image.png", source()))
+    await started.wait()
+    assert await storage.sweep() == 0
+    go_on.set()
+    await task
+    assert await read(storage, "aj/0-image.png") == SMALL
+    assert await read(storage, "aj/1-image.png") == SMALL * 2

@@ -1,0 +1,600 @@
+"""Rows A1 to A18 of the fault catalogue, as far as they are about the header and the secrets."""
+
+import ast
+import hashlib
+import hmac
+import inspect
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from receiver import signature
+from receiver.errors import SignatureError
+from receiver.signature import REASONS, Secret, Verified, sign, verify
+
+NOW = 1_790_000_000
+T = b"1790000000"
+SECRET = Secret.from_text("whsec_0123456789abcdef")
+OTHER = Secret.from_text("whsec_fedcba9876543210")
+BODY = b'{"request_id":"r-1","status":"OK"}'
+BAD = b"0" * 64
+
+
+def mac(t: bytes = T, body: bytes = BODY, secret: Secret = SECRET) -> bytes:
+    """Compute a `v1` over any text of `t`, also one that `sign` would not write."""
+    return hmac.new(secret.value, t + b"." + body, hashlib.sha256).hexdigest().encode()
+
+
+GOOD = mac()
+VALID = b"t=%b,v1=%b" % (T, GOOD)
+
+
+def check(*headers: bytes, body: bytes = BODY, now: float = NOW, **changes: Any) -> Verified:
+    """Verify with the usual secret, time and tolerance."""
+    arguments: dict[str, Any] = {"secrets": [SECRET], "now": now, "tolerance": 300} | changes
+    return verify(headers, body, **arguments)
+
+
+def refusal(*headers: bytes, body: bytes = BODY, now: float = NOW, **changes: Any) -> str:
+    """Return the reason with which a request is refused; fail if it is not."""
+    with pytest.raises(SignatureError) as refused:
+        check(*headers, body=body, now=now, **changes)
+    return refused.value.reason
+
+
+def test_a_known_signature() -> None:
+    """The signature is the one that `openssl dgst -sha256 -hmac` computes over `t.body`."""
+    expected = "t=1790000000,v1=2d14762d2363687fb1adb053f27555bd3eb020c143e847ff2ac46c5f7033e19b"
+    assert sign(SECRET.value, BODY, timestamp=NOW) == expected
+
+
+def test_what_is_signed_verifies() -> None:
+    """A signed body gives the time and the id of the secret."""
+    header = sign(SECRET.value, BODY, timestamp=NOW).encode()
+    assert check(header) == Verified(timestamp=NOW, secret_id=SECRET.id)
+
+
+def test_order_of_elements_is_free() -> None:
+    """`v1` before `t` says the same."""
+    assert check(b"v1=%b,t=%b" % (GOOD, T)).timestamp == NOW
+
+
+def test_eleven_digits() -> None:
+    """A3: `t` may have eleven digits, which it will need in the year 2286."""
+    t = b"10000000000"
+    assert check(b"t=%b,v1=%b" % (t, mac(t)), now=1e10).timestamp == 10**10
+
+
+@pytest.mark.parametrize(
+    ("reason", "headers", "now"),
+    [
+        ("missing", [], NOW),
+        ("ambiguous", [VALID, VALID], NOW),
+        ("format", [b""], NOW),
+        ("mismatch", [b"t=%b,v1=%b" % (T, BAD)], NOW),
+        ("stale", [VALID], NOW + 301),
+        ("future", [VALID], NOW - 301),
+    ],
+)
+def test_reasons(reason: str, headers: list[bytes], now: float) -> None:
+    """A1: a missing or forged signature is refused, and every refusal has its fixed word."""
+    assert refusal(*headers, now=now) == reason
+
+
+def test_reasons_are_complete() -> None:
+    """The vocabulary that metrics are labelled with is exactly what the table above shows."""
+    (table,) = [mark for mark in test_reasons.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    assert tuple(row[0] for row in table.args[1]) == REASONS
+
+
+@pytest.mark.parametrize("header", [None, b"", VALID])
+def test_no_secret_is_refused(header: bytes | None) -> None:
+    """A1: without a secret nothing can be verified, and the caller hears of it before anything else."""
+    with pytest.raises(ValueError, match="no signing secret"):
+        check(*([] if header is None else [header]), secrets=[])
+
+
+@pytest.mark.parametrize("text", ["", " ", "\t\n", "\udcff"])
+def test_empty_secret_is_refused(text: str) -> None:
+    """A1: an empty secret would let in whoever signs with an empty key."""
+    with pytest.raises(ValueError, match=r"empty|codec"):
+        Secret.from_text(text)
+    with pytest.raises(ValueError, match="empty"):
+        Secret(id="x", value=b"")
+
+
+# --- the body ---
+
+ODD_BODIES = [
+    b"",
+    b"\n",
+    b'{ "a" :  1 }',
+    b'{"url":"https:\\/\\/media.clipia.ai\\/x"}',
+    '{"name":"é"}'.encode(),
+    b'{"name":"\\u00e9"}',
+    b'{"a":1}\r\n',
+    b'{"a":1}\n',
+    b"\xef\xbb\xbf{}",
+    b"\xff\xfe\x00",
+    b"1.2.3",
+    b"\x00",
+]
+
+
+@pytest.mark.parametrize("body", ODD_BODIES)
+def test_the_exact_bytes_are_signed(body: bytes) -> None:
+    """A2: each odd body verifies under its own signature, and under no other body's."""
+    header = b"t=%b,v1=%b" % (T, mac(body=body))
+    assert check(header, body=body).timestamp == NOW
+    for other in ODD_BODIES:
+        if other != body:
+            assert refusal(header, body=other) == "mismatch"
+
+
+def test_serialised_again_is_another_body() -> None:
+    """A2: the same JSON in another spelling does not verify."""
+    body = b'{ "request_id" : "r-1" }'
+    header = b"t=%b,v1=%b" % (T, mac(body=body))
+    assert refusal(header, body=json.dumps(json.loads(body)).encode()) == "mismatch"
+
+
+def test_every_bit_of_a_body_counts() -> None:
+    """A2: no single flipped bit, dropped byte or doubled byte of a body goes unnoticed."""
+    for at in range(len(BODY)):
+        before, byte, after = BODY[:at], BODY[at], BODY[at + 1 :]
+        changed = [before + bytes([byte ^ 1 << bit]) + after for bit in range(8)]
+        changed += [before + after, before + bytes([byte, byte]) + after]
+        for body in changed:
+            assert refusal(VALID, body=body) == "mismatch"
+
+
+@given(body=st.binary(min_size=1, max_size=400), data=st.data())
+@settings(deadline=None)
+def test_any_flipped_byte_is_noticed(body: bytes, data: st.DataObject) -> None:
+    """A2: a body with one byte changed does not verify, wherever and whatever it is."""
+    at = data.draw(st.integers(0, len(body) - 1))
+    flip = data.draw(st.integers(1, 255))
+    header = sign(SECRET.value, body, timestamp=NOW).encode()
+    assert check(header, body=body).timestamp == NOW
+    assert refusal(header, body=body[:at] + bytes([body[at] ^ flip]) + body[at + 1 :]) == "mismatch"
+
+
+def test_another_request_id() -> None:
+    """A14: a captured signature does not cover the same body with another `request_id`."""
+    assert refusal(VALID, body=BODY.replace(b"r-1", b"r-2")) == "mismatch"
+
+
+def test_replay_is_accepted_by_the_signature() -> None:
+    """A13: the same bytes verify again within the tolerance; collapsing them is the inbox's work."""
+    assert check(VALID, now=NOW + 1) == check(VALID, now=NOW + 299)
+
+
+# --- t ---
+
+SPELLINGS_OF_T = [
+    # not there, or not alone
+    b"",
+    b"t",
+    b"=",
+    b"=1790000000",
+    b"1790000000=",
+    # signs
+    b"+1790000000",
+    b"-1790000000",
+    b"-1",
+    b"--1790000000",
+    # other notations of a number
+    b"0",
+    b"1",
+    b"1e9",
+    b"1.79e9",
+    b"1790000000.",
+    b"1790000000.0",
+    b"1790000000,0",
+    b".1790000000",
+    b"0x6AB13F80",
+    b"0b1101010",
+    b"0o15254237600",
+    b"1790000000L",
+    b"1790000000s",
+    b"1790000000_0",
+    b"1_790000000",
+    b"179000000_",
+    b"1_790_000_000",
+    b"1'790'000'000",
+    b"NaN",
+    b"Infinity",
+    b"true",
+    b"None",
+    b"2026-09-21T14:13:20Z",
+    # number of digits
+    b"01790000000",
+    b"001790000000",
+    b"0000000000",
+    b"179000000",
+    b"179000000000",
+    b"1790000000000",
+    b"1" * 500,
+    b"9" * 5000,
+    # whitespace and control characters
+    b" 1790000000",
+    b"1790000000 ",
+    b"1790 000000",
+    b"\t1790000000",
+    b"1790000000\t",
+    b"1790000000\n",
+    b"1790000000\r\n",
+    b"\n1790000000",
+    b"1790000000\x0b",
+    b"1790000000\x0c",
+    b"1790000000\x1f",
+    b"1790000000\x00",
+    b"\x001790000000",
+    b"1790000000\x7f",
+    "\u00a01790000000".encode(),
+    "\u20031790000000".encode(),
+    "1790000000\u2028".encode(),
+    b"\xa01790000000",
+    b"1790000000\x85",
+    # digits that are not ASCII's
+    "\uff11\uff17\uff19\uff10\uff10\uff10\uff10\uff10\uff10\uff10".encode(),
+    "1\uff1790000000".encode(),
+    "\u0661\u0667\u0669\u0660\u0660\u0660\u0660\u0660\u0660\u0660".encode(),
+    "\u0967\u096d\u096f\u0966\u0966\u0966\u0966\u0966\u0966\u0966".encode(),
+    "179000000\u00b2".encode(),
+    b"179000000\xb2",
+    b"\xff",
+    b"\xef\xbb\xbf1790000000",
+    # quotes and brackets
+    b'"1790000000"',
+    b"'1790000000'",
+    b"[1790000000]",
+    b"%31790000000",
+    b"1790000000;",
+]
+
+
+def test_spellings_are_many() -> None:
+    """A3: the table below is as long as the catalogue asks for, and has no row twice."""
+    assert len(set(SPELLINGS_OF_T)) == len(SPELLINGS_OF_T) >= 40
+
+
+@pytest.mark.parametrize("t", SPELLINGS_OF_T, ids=lambda t: ascii(t[:24]))
+def test_spellings_of_t(t: bytes) -> None:
+    """A3: a `t` in any spelling but one is refused, first or last, whichever text was signed."""
+    for signed in (t, T):
+        v1 = mac(signed)
+        assert refusal(b"t=%b,v1=%b" % (t, v1)) == "format"
+        assert refusal(b"v1=%b,t=%b" % (v1, t)) == "format"
+
+
+@pytest.mark.parametrize("header", [b"v1=%b" % GOOD, b"T=%b,v1=%b" % (T, GOOD), b"ts=%b,v1=%b" % (T, GOOD)])
+def test_no_t(header: bytes) -> None:
+    """A3: a header without `t` is refused; another name is not `t`."""
+    assert refusal(header) == "format"
+
+
+@given(
+    body=st.one_of(st.binary(max_size=60), st.from_regex(r"[0-9.]{0,40}", fullmatch=True).map(str.encode)),
+)
+@settings(deadline=None)
+@example(body=b"1790000000.1790000000.{}")
+@example(body=b"0.1")
+def test_boundary_shift(body: bytes) -> None:
+    """A4: of all splits of a signed string into `t` and body only the original one verifies."""
+    signed = T + b"." + body
+    v1 = hmac.digest(SECRET.value, signed, "sha256").hex().encode()
+    accepted = [
+        (signed[:at], signed[start:])
+        for at in range(len(signed) + 1)
+        for start in (at, at + 1)
+        if _is_accepted(b"t=%b,v1=%b" % (signed[:at], v1), signed[start:])
+    ]
+    assert accepted == [(T, body)]
+
+
+def _is_accepted(header: bytes, body: bytes) -> bool:
+    try:
+        check(header, body=body, tolerance=2**40)
+    except SignatureError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("late", [0, 1, 299, 299.999, 300])
+def test_within_the_tolerance(late: float) -> None:
+    """A5: a difference of up to 300 s is accepted, either way and bounds included."""
+    assert check(VALID, now=NOW + late) == check(VALID, now=NOW - late)
+
+
+@pytest.mark.parametrize("late", [300.001, 301, 10_000, 2e9, math.inf])
+def test_outside_the_tolerance(late: float) -> None:
+    """A5: a signature that is too old or too far in the future is refused, and the two are told apart."""
+    assert refusal(VALID, now=NOW + late) == "stale"
+    assert refusal(VALID, now=NOW - late) == "future"
+
+
+def test_a_broken_clock() -> None:
+    """A5: a time that is no number is never fresh."""
+    assert refusal(VALID, now=math.nan) == "future"
+
+
+def test_no_tolerance_is_not_any_tolerance() -> None:
+    """A6: a tolerance of 0 does not switch the check off."""
+    assert check(VALID, tolerance=0).timestamp == NOW
+    assert refusal(VALID, tolerance=0, now=NOW + 1) == "stale"
+    assert refusal(VALID, tolerance=0, now=NOW - 1) == "future"
+
+
+@pytest.mark.parametrize("now", [NOW + 301, NOW - 301])
+def test_age_is_told_of_authentic_signatures_only(now: float) -> None:
+    """A forged header is a mismatch whatever time it names, so that `stale` is worth an alarm."""
+    assert refusal(b"t=%b,v1=%b" % (T, BAD), now=now) == "mismatch"
+
+
+# --- v1 and the rest of the header ---
+
+
+@pytest.mark.parametrize(
+    "elements",
+    [
+        [BAD, GOOD],
+        [GOOD, BAD],
+        [GOOD, GOOD],
+        [BAD] * 7 + [GOOD],
+        [GOOD] + [BAD] * 7,
+        [BAD] * 3 + [GOOD] + [BAD] * 4,
+    ],
+)
+def test_any_of_several_v1(elements: list[bytes]) -> None:
+    """A7: one of up to eight `v1` is enough, wherever it stands."""
+    header = b",".join([b"t=" + T, *(b"v1=" + v1 for v1 in elements)])
+    assert check(header).secret_id == SECRET.id
+
+
+@pytest.mark.parametrize("elements", [[GOOD] * 9, [BAD] * 8 + [GOOD], [GOOD] + [BAD] * 8, []])
+def test_too_many_or_no_v1(elements: list[bytes]) -> None:
+    """A7: nine `v1` are refused although one is right, and so is none."""
+    assert refusal(b",".join([b"t=" + T, *(b"v1=" + v1 for v1 in elements)])) == "format"
+
+
+@pytest.mark.parametrize(
+    "scheme", [b"v0", b"v2", b"v10", b"v11", b"V1", b"v1a", b"xv1", b"tt", b"kid", b"a-b_c"]
+)
+def test_unknown_schemes(scheme: bytes) -> None:
+    """A7: a scheme that we do not know neither helps nor harms."""
+    for value in (GOOD, BAD, b"", b"=", b"a=b==", b"!+-/~"):
+        assert check(b"t=%b,v1=%b,%b=%b" % (T, GOOD, scheme, value)).timestamp == NOW
+        assert check(b"%b=%b,t=%b,v1=%b" % (scheme, value, T, GOOD)).timestamp == NOW
+        assert refusal(b"t=%b,%b=%b" % (T, scheme, value)) == "format"
+        assert refusal(b"t=%b,v1=%b,%b=%b" % (T, BAD, scheme, value)) == "mismatch"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [VALID, VALID],
+        [VALID, b""],
+        [b"", VALID],
+        [VALID, b"t=%b,v1=%b" % (T, BAD)],
+        [VALID] * 1000,
+        [VALID + b"," + VALID],
+        [VALID + b", " + VALID],
+        [VALID + b",\t " + VALID],
+        [b"t=%b,t=%b,v1=%b" % (T, T, GOOD)],
+        [b"t=1790000001,t=%b,v1=%b" % (T, GOOD)],
+        [b"t=%b,t=1790000001,v1=%b" % (T, GOOD)],
+        [b"t=%b,v1=%b,t=" % (T, GOOD)],
+        [b"t=,t=%b,v1=%b" % (T, GOOD)],
+        [b"v1=%b, t=%b, v1=%b, t=%b" % (GOOD, T, GOOD, T)],
+    ],
+)
+def test_several_headers_or_t(headers: list[bytes]) -> None:
+    """A8: two fields, two fields joined by a proxy and two `t` are ambiguous, however equal they are."""
+    assert refusal(*headers) == "ambiguous"
+
+
+@pytest.mark.parametrize(
+    "v1",
+    [
+        b"",
+        GOOD.upper(),
+        GOOD.title(),
+        GOOD[:-1],
+        GOOD + b"0",
+        GOOD[:32],
+        GOOD * 2,
+        b" " + GOOD,
+        GOOD + b" ",
+        GOOD[:10] + b" " + GOOD[10:],
+        GOOD + b"\n",
+        GOOD + b"\r\n",
+        GOOD + b"\x00",
+        b'"%b"' % GOOD,
+        b"'%b'" % GOOD,
+        b"0x" + GOOD,
+        b"=" + GOOD,
+        b"sha256=" + GOOD,
+        GOOD[:-1] + b"g",
+        b"\xff" * 64,
+        GOOD[:-1] + b"\xff",
+        GOOD[:-2] + "é".encode(),
+        GOOD[:-1] + "\uff11".encode(),
+        GOOD[:-1] + "a".encode("utf-16-le"),
+        GOOD + b";",
+    ],
+    ids=lambda v1: ascii(v1[-12:]),
+)
+def test_spellings_of_v1(v1: bytes) -> None:
+    """A9: a `v1` that is not 64 lower-case hex digits is refused as `format`, also beside a right one."""
+    assert refusal(b"t=%b,v1=%b" % (T, v1)) == "format"
+    assert refusal(b"v1=%b,t=%b" % (v1, T)) == "format"
+    assert refusal(b"t=%b,v1=%b,v1=%b" % (T, GOOD, v1)) == "format"
+
+
+def test_every_digit_of_v1_counts() -> None:
+    """A1: a signature with a single wrong digit does not verify."""
+    for at, digit in enumerate(GOOD):
+        forged = GOOD[:at] + (b"1" if digit == ord("0") else b"0") + GOOD[at + 1 :]
+        assert refusal(b"t=%b,v1=%b" % (T, forged)) == "mismatch"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b" " + VALID,
+        VALID + b" ",
+        VALID + b"\n",
+        VALID.replace(b",", b", "),
+        VALID.replace(b",", b" ,"),
+        VALID.replace(b"t=", b"t ="),
+        VALID.replace(b"t=", b"t= "),
+        VALID.replace(b"t=", b" t="),
+        VALID.replace(b"v1=", b"v1 ="),
+        VALID.replace(b"v1=", b"v1\t="),
+        VALID + b",",
+        b"," + VALID,
+        VALID.replace(b",", b",,"),
+        VALID.replace(b",", b";"),
+        VALID.replace(b",", b"&"),
+        VALID.replace(b"=", b":"),
+        VALID + b",v1",
+        VALID + b",v2",
+        VALID + b",=",
+        VALID + b",=x",
+        VALID + b",v 2=x",
+        VALID + b",v2=a b",
+        VALID + b",v2=\x00",
+        VALID + b",v2=\x7f",
+        VALID + b",v2=\xff",
+        VALID + b",\xff=1",
+        VALID + b",v.2=1",
+        VALID + ",v\u00b2=x".encode(),
+        b'"%b"' % VALID,
+        b"Signature " + VALID,
+        GOOD,
+        b"sha256=" + GOOD,
+        b"\xff",
+        b"\x00",
+        b",",
+        b"=",
+        b"t=,v1=",
+        b"t=" + T,
+    ],
+    ids=ascii,
+)
+def test_other_forms_of_the_header(header: bytes) -> None:
+    """A9: whitespace, quotes, empty elements and bytes beyond ASCII are `format`, not a crash."""
+    assert refusal(header) == "format"
+
+
+@given(
+    header=st.binary(max_size=200) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "replace"))
+)
+@settings(max_examples=500, deadline=None)
+def test_any_bytes_are_refused_with_a_reason(header: bytes) -> None:
+    """A9: no header whatever makes `verify` raise anything but its own error."""
+    assert refusal(header) in {"ambiguous", "format", "mismatch"}
+
+
+def test_length_of_the_header() -> None:
+    """A10: a header of 1 KiB is read, one byte more is not."""
+    padded = VALID + b",x="
+    longest = padded + b"a" * (1024 - len(padded))
+    assert check(longest).timestamp == NOW
+    assert refusal(longest + b"a") == "format"
+    assert refusal(VALID + b",x=" + b"a" * 1_000_000) == "format"
+    assert refusal(b"t=1," * 250_000) == "format"
+
+
+# --- secrets ---
+
+
+def equality_tests(source: str) -> list[str]:
+    """List the comparisons in `source` that stop at the first different byte."""
+    early = (ast.Eq, ast.NotEq, ast.In, ast.NotIn)
+    return [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Compare) and any(isinstance(op, early) for op in node.ops))
+        or isinstance(node, ast.MatchValue)
+    ]
+
+
+def test_no_early_comparison() -> None:
+    """A11: the module has no `==`, `!=`, `in` or value pattern at all, so none can meet a signature."""
+    planted = "if a == b or a != b or a in b or a not in b: pass\nmatch a:\n  case b'x': pass"
+    assert len(equality_tests(planted)) == 5
+    source = inspect.getsource(signature)
+    assert "compare_digest" in source
+    assert equality_tests(source) == []
+
+
+@pytest.mark.parametrize(
+    "signatures", [[GOOD] * 8, [BAD] * 8, [GOOD] + [BAD] * 7, [BAD] * 7 + [GOOD], [GOOD]]
+)
+@pytest.mark.parametrize("secrets", [[SECRET, OTHER], [OTHER, SECRET], [OTHER, OTHER], [SECRET]])
+def test_every_pair_is_compared(
+    signatures: list[bytes], secrets: list[Secret], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A11: each secret meets each `v1` in constant time, whether or not one has matched before."""
+    pairs: list[tuple[bytes, bytes]] = []
+
+    compare_digest = hmac.compare_digest
+
+    def counting(a: bytes, b: bytes) -> bool:
+        pairs.append((a, b))
+        return compare_digest(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    header = b",".join([b"t=" + T, *(b"v1=" + v1 for v1 in signatures)])
+    accepted = GOOD in signatures and SECRET in secrets
+    if accepted:
+        assert check(header, secrets=secrets).secret_id == SECRET.id
+    else:
+        assert refusal(header, secrets=secrets) == "mismatch"
+    assert len(pairs) == len(signatures) * len(secrets)
+    assert {(len(a), len(b)) for a, b in pairs} == {(64, 64)}
+
+
+def test_rotation() -> None:
+    """A12: while old and new secrets overlap both verify, and the one that did is named."""
+    by_old, by_new = VALID, b"t=%b,v1=%b" % (T, mac(secret=OTHER))
+    for secrets in ([SECRET, OTHER], [OTHER, SECRET]):
+        assert check(by_old, secrets=secrets).secret_id == SECRET.id
+        assert check(by_new, secrets=secrets).secret_id == OTHER.id
+    assert refusal(by_new, secrets=[SECRET]) == "mismatch"
+    assert refusal(by_old, secrets=[OTHER]) == "mismatch"
+
+
+def test_both_secrets_in_one_header() -> None:
+    """A12: where the provider signs with both secrets, our first one is named."""
+    header = b"t=%b,v1=%b,v1=%b" % (T, GOOD, mac(secret=OTHER))
+    assert check(header, secrets=[OTHER, SECRET]).secret_id == OTHER.id
+    assert check(header, secrets=[SECRET, OTHER]).secret_id == SECRET.id
+
+
+def test_ids_of_secrets() -> None:
+    """A12: an id is a stable fingerprint, different for different secrets and no part of one."""
+    assert SECRET.id == "8c9840cd"
+    assert Secret.from_text("whsec_0123456789abcdef") == SECRET
+    assert OTHER.id != SECRET.id
+    assert SECRET.id != hashlib.sha256(SECRET.value).hexdigest()[:8]
+
+
+def test_secrets_stay_secret() -> None:
+    """A18: neither a secret's repr nor an error shows what it is made of."""
+    assert repr(SECRET) == f"Secret(id='{SECRET.id}')"
+    with pytest.raises(SignatureError) as refused:
+        check(b"t=%b,v1=%b" % (T, BAD))
+    assert (str(refused.value), refused.value.args) == ("mismatch", ("mismatch",))
+
+
+def test_secrets_are_compared_by_id() -> None:
+    """A11: `==` between secrets, in a list for instance, does not look at their values."""
+    assert Secret(id="one", value=b"a") == Secret(id="one", value=b"b")
+    assert Secret(id="one", value=b"a") != Secret(id="two", value=b"a")

@@ -1,0 +1,726 @@
+"""Rows B7 to B11 of the fault catalogue: what a body must be, and what is read from one that is."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from receiver.errors import UnrecognizedBody
+from receiver.webhook import REASONS, Generation, MediaRef, parse, same_json
+
+REQUEST_ID = "3f0c9a52-7b1e-4c53-9a55-0f6a1f7f0001"
+CDN = "https://media.clipia.ai/works"
+
+
+def ok(output: Any = None, **payload: Any) -> bytes:
+    """Encode a success, as Clipia sends it."""
+    payload = {"model": "flux-pro", "output": output, "cost": 12} | payload
+    return json.dumps({"request_id": REQUEST_ID, "status": "OK", "payload": payload}).encode()
+
+
+def refusal(raw: bytes) -> str:
+    """Return the reason why a body is not a generation; fail if it is one."""
+    with pytest.raises(UnrecognizedBody) as refused:
+        parse(raw)
+    return refused.value.reason
+
+
+def with_value(value: str) -> bytes:
+    """Put raw JSON text into a field that nobody knows."""
+    return b'{"request_id":"r-1","status":"OK","extra":%b}' % value.encode()
+
+
+def listed(output: Any) -> list[tuple[int, str, str, str, str]]:
+    """Return the media of an output, a row each."""
+    return [(ref.position, ref.kind, ref.variant, ref.url, ref.field) for ref in parse(ok(output)).media]
+
+
+# --- what Clipia documents ---
+
+
+def test_success() -> None:
+    """A documented success is read in full."""
+    output = {"images": [{"url": f"{CDN}/a.webp", "original_url": f"{CDN}/a.png", "width": 1, "height": 2}]}
+    assert parse(ok(output)) == Generation(
+        request_id=REQUEST_ID,
+        status="OK",
+        model="flux-pro",
+        cost=12,
+        output=output,
+        error=None,
+        media=(
+            MediaRef(
+                position=0,
+                kind="image",
+                variant="original",
+                url=f"{CDN}/a.png",
+                field="images[0].original_url",
+            ),
+            MediaRef(position=0, kind="image", variant="display", url=f"{CDN}/a.webp", field="images[0].url"),
+        ),
+        media_left_out=0,
+    )
+
+
+def test_failure() -> None:
+    """A documented failure is read in full, and has no media."""
+    error = {"code": "GENERATION_FAILED", "message": "no luck"}
+    body = {"request_id": REQUEST_ID, "status": "ERROR", "error": error}
+    assert parse(json.dumps(body).encode()) == Generation(
+        request_id=REQUEST_ID,
+        status="ERROR",
+        model=None,
+        cost=None,
+        output=None,
+        error=error,
+        media=(),
+        media_left_out=0,
+    )
+
+
+def test_failure_with_a_payload() -> None:
+    """The files of a failed generation are no result: its output is kept, but nothing is fetched."""
+    payload = {"model": "m", "cost": 0, "output": {"video": {"url": f"{CDN}/half.mp4"}, "images": ["x"]}}
+    body = {"request_id": "r", "status": "ERROR", "payload": payload, "error": "broken"}
+    generation = parse(json.dumps(body).encode())
+    assert (generation.model, generation.cost, generation.error) == ("m", 0, "broken")
+    assert generation.output == payload["output"]
+    assert (generation.media, generation.media_left_out) == ((), 0)
+
+
+def test_unknown_fields_are_kept() -> None:
+    """B10: what we do not know in an output or an error comes through as it was sent."""
+    output = {"images": [{"url": "u", "seed": 7, "é": [None, True, 0.5]}], "later": {"deep": [{}]}}
+    error = {"code": "X", "details": [1, {"a": "\u0001"}]}
+    body = {"request_id": "r", "status": "OK", "payload": {"output": output, "new": 1}, "error": error}
+    generation = parse(json.dumps(body).encode())
+    assert (generation.output, generation.error) == (output, error)
+
+
+@pytest.mark.parametrize(
+    ("output", "rows"),
+    [
+        ({"images": [{"url": "a"}]}, [(0, "image", "original", "a", "images[0].url")]),
+        ({"images": [{"original_url": "a"}]}, [(0, "image", "original", "a", "images[0].original_url")]),
+        (
+            {"images": [{"url": "a"}, {"url": "b", "original_url": "B"}]},
+            [
+                (0, "image", "original", "a", "images[0].url"),
+                (1, "image", "original", "B", "images[1].original_url"),
+                (1, "image", "display", "b", "images[1].url"),
+            ],
+        ),
+        (
+            {"video": {"url": "v", "original_url": "V", "duration": 8}},
+            [
+                (0, "video", "original", "V", "video.original_url"),
+                (0, "video", "display", "v", "video.url"),
+            ],
+        ),
+        ({"audio": {"url": "s", "format": "mp3"}}, [(0, "audio", "original", "s", "audio.url")]),
+        ({"audios": [{"url": "s"}]}, [(0, "audio", "original", "s", "audios[0].url")]),
+        (
+            {"audio": {"url": "s"}, "audios": [{"url": "s"}, {"url": "t"}]},
+            [(0, "audio", "original", "s", "audio.url"), (1, "audio", "original", "t", "audios[1].url")],
+        ),
+        (
+            {
+                "audios": [{"url": "s"}],
+                "audio": {"url": "a"},
+                "video": {"url": "v"},
+                "images": [{"url": "i"}],
+            },
+            [
+                (0, "image", "original", "i", "images[0].url"),
+                (1, "video", "original", "v", "video.url"),
+                (2, "audio", "original", "a", "audio.url"),
+                (3, "audio", "original", "s", "audios[0].url"),
+            ],
+        ),
+        # One URL under both names, and one shared by two files, is fetched once.
+        ({"video": {"url": "v", "original_url": "v"}}, [(0, "video", "original", "v", "video.original_url")]),
+        (
+            {"images": [{"url": "a", "original_url": "A"}, {"url": "b", "original_url": "A"}]},
+            [
+                (0, "image", "original", "A", "images[0].original_url"),
+                (0, "image", "display", "a", "images[0].url"),
+                (1, "image", "display", "b", "images[1].url"),
+            ],
+        ),
+        # Null is absence.
+        ({"video": {"url": "v", "original_url": None}}, [(0, "video", "original", "v", "video.url")]),
+        ({"images": None, "video": None, "audio": None, "audios": [None]}, []),
+    ],
+)
+def test_media(output: Any, rows: list[tuple[int, str, str, str, str]]) -> None:
+    """Every distinct URL is listed once, the original first, in an order that no order of keys changes."""
+    assert listed(output) == rows
+    assert listed(dict(reversed(output.items()))) == rows
+    assert parse(ok(output)).media_left_out == 0
+
+
+# --- B10: strange shapes ---
+
+
+@pytest.mark.parametrize("payload", ["null", "[]", "{}", '"x"', "0", "true", "[{}]", "1.5"])
+@pytest.mark.parametrize("status", ["OK", "ERROR"])
+def test_strange_payloads(payload: str, status: str) -> None:
+    """B10: a payload that is no object gives an event with nothing in it."""
+    generation = parse(b'{"request_id":"r","status":"%b","payload":%b}' % (status.encode(), payload.encode()))
+    assert dataclasses.astuple(generation) == ("r", status, None, None, None, None, (), 0)
+
+
+def test_no_payload_and_no_error() -> None:
+    """B10: an event may consist of its id and its status."""
+    assert parse(b'{"status":"OK","request_id":"r"}').output is None
+    assert parse(b'{"status":"ERROR","request_id":"r"}').error is None
+
+
+@pytest.mark.parametrize("output", [None, [], {}, "x", 0, True, [{"url": "u"}], {"image": {"url": "u"}}])
+def test_strange_outputs(output: Any) -> None:
+    """B10: an output of unknown shape is kept as it is and lists nothing."""
+    generation = parse(ok(output))
+    assert generation.output == output
+    assert (generation.media, generation.media_left_out) == ((), 0)
+
+
+@pytest.mark.parametrize("error", [None, [], {}, "x", 0, True])
+def test_strange_errors(error: Any) -> None:
+    """B10: an error of any shape is kept as it is."""
+    assert parse(json.dumps({"request_id": "r", "status": "ERROR", "error": error}).encode()).error == error
+
+
+@pytest.mark.parametrize(
+    ("output", "urls", "left_out"),
+    [
+        ({"images": []}, [], 0),
+        ({"images": [{}], "video": {}, "audio": {}, "audios": [{}]}, [], 0),
+        ({"images": "https://x"}, [], 1),
+        ({"images": ["https://x", 1, True, [], {"url": "u"}, None]}, ["u"], 4),
+        ({"video": "https://x", "audio": 0, "audios": False}, [], 3),
+        ({"images": {"url": "u"}}, ["u"], 0),
+        ({"video": [{"url": "u"}, {"url": "w"}]}, ["u", "w"], 0),
+        ({"images": [{"url": ""}, {"url": 1}, {"url": ["u"]}, {"url": {}}, {"url": False}]}, [], 5),
+        ({"images": [{"url": "u", "original_url": ""}]}, ["u"], 1),
+        ({"images": [{"url": "", "original_url": "U"}]}, ["U"], 1),
+        ({"images": [{"url": "u" * 2048}]}, ["u" * 2048], 0),
+        ({"images": [{"url": "u" * 2049}]}, [], 1),
+    ],
+)
+def test_strange_files(output: Any, urls: list[str], left_out: int) -> None:
+    """B10: what is no file, and a URL that is empty, too long or no text, is left out and counted."""
+    generation = parse(ok(output))
+    assert [ref.url for ref in generation.media] == urls
+    assert generation.media_left_out == left_out
+    assert generation.output == output
+
+
+def test_an_unusable_original() -> None:
+    """B10: where the original's URL is unusable, the other one is the best there is."""
+    assert listed({"video": {"url": "v", "original_url": 7}}) == [(0, "video", "original", "v", "video.url")]
+
+
+@pytest.mark.parametrize(("count", "left_out"), [(63, 0), (64, 0), (65, 1), (10_000, 9_936)])
+def test_at_most_64_files(count: int, left_out: int) -> None:
+    """B10: the first 64 files are listed, and the rest is counted."""
+    generation = parse(ok({"images": [{"url": f"u{n}"} for n in range(count)]}))
+    assert [ref.url for ref in generation.media] == [f"u{n}" for n in range(min(count, 64))]
+    assert [ref.position for ref in generation.media] == list(range(min(count, 64)))
+    assert generation.media_left_out == left_out
+
+
+def test_repeated_urls_are_not_left_out() -> None:
+    """B10: a URL that was seen before counts neither as listed nor as left out, also beyond the limit."""
+    images = [{"url": f"u{n}"} for n in range(70)]
+    generation = parse(ok({"images": images + images, "audios": images}))
+    assert (len(generation.media), generation.media_left_out) == (64, 6)
+
+
+def test_originals_count_against_the_limit() -> None:
+    """B10: both variants of a file are downloads, so both count."""
+    generation = parse(ok({"images": [{"url": f"u{n}", "original_url": f"U{n}"} for n in range(40)]}))
+    assert (len(generation.media), generation.media_left_out) == (64, 16)
+
+
+@pytest.mark.parametrize(
+    ("cost", "read"),
+    [
+        (12, 12),
+        (0, 0),
+        (-1, -1),
+        (2**63 - 1, 2**63 - 1),
+        (-(2**63), -(2**63)),
+        (2**63, None),
+        (True, None),
+        (12.0, None),
+        ("12", None),
+        ([12], None),
+        (None, None),
+    ],
+)
+def test_cost(cost: Any, read: int | None) -> None:
+    """B10: a cost is an integer that fits 64 bits; true is none."""
+    found = parse(ok(cost=cost)).cost
+    assert (found, type(found)) == (read, type(read))
+
+
+@pytest.mark.parametrize(
+    ("model", "read"),
+    [("m", "m"), ("m" * 255, "m" * 255), ("m" * 256, None), ("", None), (1, None), ({}, None), (None, None)],
+)
+def test_model(model: Any, read: str | None) -> None:
+    """B10: a model's name is a text of 1 to 255 characters."""
+    assert parse(ok(model=model)).model == read
+
+
+# --- B10, B11: id and status ---
+
+
+@pytest.mark.parametrize("request_id", ["r", "a" * 128, REQUEST_ID, "A.b_C-9", "0", "-", "."])
+def test_request_ids(request_id: str) -> None:
+    """B10: an id of 1 to 128 harmless characters is taken as it is."""
+    assert parse(json.dumps({"request_id": request_id, "status": "OK"}).encode()).request_id == request_id
+
+
+@pytest.mark.parametrize(
+    "request_id",
+    [
+        *[
+            "",
+            "a" * 129,
+            "a" * 10_240,
+            "../../x",
+            "a/b",
+            "a b",
+            " a",
+            "a\n",
+            "a\u0001",
+            "é",
+            "\uff11",
+            "\u0661",
+        ],
+        *["a:b", "a%00", "a'b", "a\\b", "a;b", "😀", 1, 0, -1, 1.5, True, None, [], {}, ["r"], {"r": 1}],
+    ],
+    ids=ascii,
+)
+def test_wrong_request_ids(request_id: Any) -> None:
+    """B10: an id of another form or type is not used as one."""
+    assert refusal(json.dumps({"request_id": request_id, "status": "OK"}).encode()) == "request_id"
+
+
+def test_no_request_id() -> None:
+    """B10: a body without an id is no event."""
+    assert refusal(b'{"status":"OK","payload":{"request_id":"r"}}') == "request_id"
+
+
+@pytest.mark.parametrize(
+    "status",
+    [
+        *[
+            "PENDING",
+            "",
+            "ok",
+            "Ok",
+            "OK ",
+            " OK",
+            "OK\n",
+            "ERROR!",
+            "error",
+            "CANCELED",
+            "COMPLETED",
+            "\uff2fK",
+        ],
+        *[None, 0, 1, True, [], {}, ["OK"], {"OK": 1}],
+    ],
+    ids=ascii,
+)
+def test_unknown_status(status: Any) -> None:
+    """B11: a status other than OK and ERROR is never guessed at."""
+    assert refusal(json.dumps({"request_id": "r", "status": status}).encode()) == "status"
+
+
+def test_no_status() -> None:
+    """B11: a body without a status is no event."""
+    assert refusal(b'{"request_id":"r"}') == "status"
+
+
+# --- B7 to B9: bytes that are no usable JSON ---
+
+PLAIN = '{"request_id":"r-1","status":"OK"}'
+
+UNRECOGNIZED: list[tuple[str, bytes]] = [
+    # Encoding, row B7
+    ("not_json", b""),
+    ("not_json", b" \r\n\t"),
+    ("not_json", b"\xef\xbb\xbf" + PLAIN.encode()),
+    ("not_json", PLAIN.encode("utf-16-le")),
+    ("not_json", PLAIN.encode("utf-16-be")),
+    ("not_utf8", PLAIN.encode("utf-16")),
+    ("not_json", PLAIN.encode("utf-32-le")),
+    ("not_utf8", PLAIN.encode("utf-32")),
+    ("not_json", b"\x00"),
+    ("not_json", b"\x00" + PLAIN.encode()),
+    ("not_json", PLAIN.encode() + b"\x00"),
+    # Broken encoding, row B8
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xff")),
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xe9")),
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xc3")),
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xc0\x80")),
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xed\xa0\x80")),
+    ("not_utf8", with_value('"?"').replace(b"?", b"\xf4\x90\x80\x80")),
+    ("not_utf8", b"\xff"),
+    # Another language
+    ("not_json", b"x"),
+    ("not_json", PLAIN.encode()[:-1]),
+    ("not_json", PLAIN.encode() + b"x"),
+    ("not_json", PLAIN.encode() * 2),
+    ("not_json", PLAIN.replace('"', "'").encode()),
+    ("not_json", PLAIN.replace("}", ",}").encode()),
+    ("not_json", with_value("[1,]")),
+    ("not_json", with_value("01")),
+    ("not_json", with_value("+1")),
+    ("not_json", with_value(".5")),
+    ("not_json", with_value("1.")),
+    ("not_json", with_value("0x10")),
+    ("not_json", with_value("1_0")),
+    ("not_json", with_value("\uff11")),
+    ("not_json", with_value("nan")),
+    ("not_json", with_value("undefined")),
+    ("not_json", with_value('"\t"')),
+    ("not_json", with_value('"\x00"')),
+    ("not_json", with_value('"\\x41"')),
+    ("not_json", with_value('"\\u12"')),
+    ("not_json", with_value("1 // no")),
+    ("not_json", with_value("\u00a01")),
+    ("not_json", b"request_id=r-1&status=OK"),
+    # Depth, row B9
+    ("too_deep", with_value("[" * 32 + "]" * 32)),
+    ("too_deep", with_value('{"a":' * 32 + "1" + "}" * 32)),
+    ("too_deep", with_value('[{"a":' * 16 + "1" + "}]" * 16)),
+    ("too_deep", b"[" * 33 + b"]" * 33),
+    ("too_deep", b"[" * 900 + b"]" * 900),
+    ("too_deep", b"[" * 100_000 + b"]" * 100_000),
+    ("too_deep", b"[" * 250_000),
+    ("too_deep", b'{"a":' * 50_000),
+    # Numbers, row B9
+    ("number", with_value("NaN")),
+    ("number", with_value("Infinity")),
+    ("number", with_value("-Infinity")),
+    ("number", with_value("1e400")),
+    ("number", with_value("-1e400")),
+    ("number", with_value("1.8e308")),
+    ("number", with_value("1" * 400 + ".5")),
+    ("number", with_value(str(2**63 + 1))),
+    ("number", with_value(str(-(2**63) - 1))),
+    ("number", with_value(str(2**64))),
+    ("number", with_value(str(2**65))),
+    ("number", with_value("1" * 5000)),
+    ("number", with_value("-" + "9" * 200_000)),
+    ("number", with_value('{"a":[NaN]}')),
+    # Duplicate keys, row B9
+    ("duplicate_key", b'{"request_id":"a","request_id":"b","status":"OK"}'),
+    ("duplicate_key", b'{"request_id":"a","request_id":"a","status":"OK"}'),
+    ("duplicate_key", b'{"request_id":"a","status":"OK","status":"ERROR"}'),
+    ("duplicate_key", b'{"request_id":"a","request_i\\u0064":"b","status":"OK"}'),
+    ("duplicate_key", with_value('[[{"a":1,"b":2,"a":1}]]')),
+    ("duplicate_key", with_value('{"":1,"":2}')),
+    # Text, row B9
+    ("text", with_value('"\\u0000"')),
+    ("text", with_value('"a\\u0000b"')),
+    ("text", with_value('{"\\u0000":1}')),
+    ("text", with_value('[{"a":["\\u0000"]}]')),
+    ("text", with_value('"\\ud800"')),
+    ("text", with_value('"\\uDBFF x"')),
+    ("text", with_value('"\\udc00"')),
+    ("text", with_value('"\\uDFFF"')),
+    ("text", with_value('"\\ude00\\ud83d"')),
+    ("text", with_value('{"\\ud83d":1}')),
+    ("text", b'{"request_id":"r\\u0000","status":"OK"}'),
+    # Shape, row B10
+    ("not_object", b"[]"),
+    ("not_object", b"null"),
+    ("not_object", b"true"),
+    ("not_object", b"0"),
+    ("not_object", b'"{}"'),
+    ("not_object", b"[%b]" % PLAIN.encode()),
+    ("request_id", b"{}"),
+    ("status", b'{"request_id":"r"}'),
+]
+
+
+@pytest.mark.parametrize(("reason", "raw"), UNRECOGNIZED, ids=lambda value: ascii(value[-40:]))
+def test_unrecognized(reason: str, raw: bytes) -> None:
+    """B7, B8, B9, B10: a body that cannot be used is refused with a fixed word and nothing else."""
+    assert refusal(raw) == reason
+
+
+def test_reasons_are_complete() -> None:
+    """The vocabulary that metrics are labelled with is exactly what the table above shows."""
+    assert {reason for reason, _ in UNRECOGNIZED} == set(REASONS)
+    assert len(set(REASONS)) == len(REASONS)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[" * 31 + "]" * 31,
+        "[" * 31 + "]" * 30 + ",[],{}]",
+        '{"a":' * 31 + "1" + "}" * 31,
+        "[" + "[]," * 40 + "0]",
+        '"' + "[" * 200 + '"',
+        '"' + "{" * 200 + '"',
+        str(2**63),
+        str(-(2**63)),
+        "-0",
+        "0.0000000001",
+        "1e-400",
+        "1.7e308",
+        "0." + "1" * 5000,
+        '"\\ud83d\\ude00"',
+        '{"\\ud83d\\ude00":"\\u00e9"}',
+        '"\\\\u0000"',
+        '"\\\\ud800"',
+        '"\\u0001\\u001f\\u007f\\uffff"',
+        '{"a":{"a":{"a":1}},"A":1,"a ":1}',
+        '"NaN"',
+        '"\U0010ffff"',
+        '"' + "x" * 200_000 + '"',
+    ],
+    ids=lambda value: ascii(value[:40]),
+)
+def test_allowed(value: str) -> None:
+    """B9: what stays within the limits, by however little, is read."""
+    assert parse(with_value(value)).request_id == "r-1"
+    assert parse(b" \r\n\t" + with_value(value) + b"\n").request_id == "r-1"
+
+
+# --- properties ---
+
+SCALARS = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**63), 2**63),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=8),
+)
+KEYS = st.sampled_from(
+    [
+        "request_id",
+        "status",
+        "payload",
+        "output",
+        "images",
+        "video",
+        "audio",
+        "audios",
+        "url",
+        "original_url",
+        "é",
+    ]
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4),
+    max_leaves=8,
+)
+URLS = st.one_of(SCALARS, st.sampled_from(["u", "v", "w", f"{CDN}/a.png"]))
+FILES = SCALARS | st.dictionaries(st.sampled_from(["url", "original_url", "width"]), URLS, max_size=3)
+OUTPUTS = SCALARS | st.dictionaries(
+    st.sampled_from(["images", "video", "audio", "audios", "text"]),
+    FILES | st.lists(FILES, max_size=5),
+    max_size=4,
+)
+PAYLOADS = SCALARS | st.fixed_dictionaries(
+    {}, optional={"model": SCALARS, "cost": SCALARS, "output": OUTPUTS, "extra": VALUES}
+)
+BODIES = st.fixed_dictionaries(
+    {
+        "request_id": st.from_regex(r"[A-Za-z0-9._-]{1,128}", fullmatch=True),
+        "status": st.sampled_from(["OK", "ERROR"]),
+    },
+    optional={"payload": PAYLOADS, "error": VALUES, "extra": VALUES},
+)
+
+
+def attempt(raw: bytes) -> Generation | None:
+    """Parse anything: a generation, or a known reason why not."""
+    try:
+        return parse(raw)
+    except UnrecognizedBody as refused:
+        reason = refused.reason
+    assert reason in REASONS
+    return None
+
+
+@given(
+    raw=st.binary(max_size=300)
+    | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass"))
+)
+@settings(max_examples=5000, deadline=None)
+def test_any_bytes(raw: bytes) -> None:
+    """B7, B8: no bytes whatever raise anything but the one error."""
+    attempt(raw)
+    assert same_json(raw, raw)
+
+
+@given(value=VALUES)
+@settings(max_examples=750, deadline=None)
+def test_any_json(value: Any) -> None:
+    """B9, B10: no JSON value whatever raises anything but the one error."""
+    attempt(json.dumps(value).encode())
+
+
+DAMAGE = [
+    b"",
+    b"[",
+    b"]",
+    b'"',
+    b",",
+    b"0",
+    b"\\",
+    b"\\u0000",
+    b"\\ud800",
+    b"NaN",
+    b"1e999",
+    b"9" * 30,
+    b"\xff",
+]
+ENCODED_NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
+INTACT = [
+    ok({"images": [{"url": "a", "original_url": "A", "width": 1}, {"url": "b"}], "s": "\u00e9\U0001f600"}),
+    b'{"request_id":"r-1","status":"ERROR","error":{"code":"X","list":[1,-2.5e3,null,"\xc3\xa9",{"":[[]]}]}}',
+]
+
+
+@given(
+    raw=st.sampled_from(INTACT), at=st.integers(0, 250), cut=st.integers(0, 3), put=st.sampled_from(DAMAGE)
+)
+@settings(max_examples=3500, deadline=None)
+@example(raw=INTACT[0], at=0, cut=0, put=b"")
+@example(raw=INTACT[1], at=0, cut=0, put=b"")
+def test_any_damage(raw: bytes, at: int, cut: int, put: bytes) -> None:
+    """B9, B10: whatever is accepted after damage a strict encoder can encode again, as the same value."""
+    generation = attempt(raw[:at] + put + raw[at + cut :])
+    if generation is not None:
+        for value in (generation.output, generation.error):
+            encoded = orjson.dumps(value)
+            assert not ENCODED_NUL.search(encoded)
+            assert same_json(json.dumps(value).encode(), encoded)
+
+
+@given(body=BODIES)
+@settings(max_examples=750, deadline=None)
+def test_any_event(body: dict[str, Any]) -> None:
+    """B10: a body with an id and a known status is an event, whatever else it holds."""
+    generation = parse(json.dumps(body).encode())
+    assert generation == parse(json.dumps(body, ensure_ascii=False, indent=1).encode())
+    assert (generation.request_id, generation.status) == (body["request_id"], body["status"])
+    assert generation.error == body.get("error")
+    payload = body.get("payload")
+    assert generation.output == (payload.get("output") if isinstance(payload, dict) else None)
+    keys = {(ref.position, ref.variant) for ref in generation.media}
+    urls = {ref.url for ref in generation.media}
+    assert len(keys) == len(urls) == len(generation.media) <= 64
+    if generation.media:
+        assert sorted({position for position, _ in keys}) == list(range(max(keys)[0] + 1))
+    assert all(resolve(generation.output, ref.field) == ref.url for ref in generation.media)
+
+
+def resolve(output: Any, field: str) -> Any:
+    """Follow a field such as "images[0].url" through an output."""
+    for step in _steps(field):
+        output = output[step]
+    return output
+
+
+def _steps(field: str) -> Iterator[str | int]:
+    for name in field.split("."):
+        key, _, index = name.rstrip("]").partition("[")
+        yield key
+        if index:
+            yield int(index)
+
+
+# --- equal as JSON ---
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (b"{}", b" { }\n"),
+        (b'{"a":1,"b":[1,2]}', b'{"b": [1, 2], "a": 1}'),
+        (b"1", b"1.0"),
+        (b"[100]", b"[1e2]"),
+        (b"0", b"-0.0"),
+        (b'"\\u00e9"', '"é"'.encode()),
+        (b'"\\/"', b'"/"'),
+        (b'"\\ud83d\\ude00"', '"😀"'.encode()),
+        (b"null", b" null"),
+        (b"[true,false]", b"[true, false]"),
+        # not JSON, but the same bytes
+        (b"", b""),
+        (b"\xff", b"\xff"),
+        (b"NaN", b"NaN"),
+        (b'{"a":1,"a":1}', b'{"a":1,"a":1}'),
+    ],
+)
+def test_same_json(a: bytes, b: bytes) -> None:
+    """Bodies that differ in order, space or spelling only are the same, and so no conflict."""
+    assert same_json(a, b)
+    assert same_json(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (b"{}", b"[]"),
+        (b"[1,2]", b"[2,1]"),
+        (b"[1]", b"[1,1]"),
+        (b"[]", b"[null]"),
+        (b"true", b"1"),
+        (b"false", b"0"),
+        (b"[true]", b"[1.0]"),
+        (b"true", b"false"),
+        (b'{"a":true}', b'{"a":1}'),
+        (b"null", b"0"),
+        (b"null", b"false"),
+        (b'"1"', b"1"),
+        (b'""', b"null"),
+        (b'{"a":null}', b"{}"),
+        (b'{"a":1}', b'{"b":1}'),
+        (b'{"a":1}', b'{"a":1,"b":1}'),
+        (b'{"a":{"b":[1]}}', b'{"a":{"b":[2]}}'),
+        (b'"a"', b'"A"'),
+        ('"é"'.encode(), '"e\u0301"'.encode()),
+        (b"9007199254740993", b"9007199254740992"),
+        # not JSON, so that only the same bytes are the same
+        (b"", b" "),
+        (b"\xff", b"\xfe"),
+        (b"NaN", b" NaN"),
+        (b"{}", b"\xef\xbb\xbf{}"),
+        (b'{"a":1,"a":1}', b'{"a":1, "a":1}'),
+        (b'{"a":1,"a":1}', b'{"a":1}'),
+        (b"1e400", b"1e401"),
+        (b"{}", b""),
+        (b"[" * 40 + b"]" * 40, b"[" * 40 + b" " + b"]" * 40),
+    ],
+)
+def test_different_json(a: bytes, b: bytes) -> None:
+    """Bodies that differ as JSON values are different: true is not 1, and what is no JSON is only itself."""
+    assert not same_json(a, b)
+    assert not same_json(b, a)
+
+
+@given(value=VALUES)
+@settings(deadline=None)
+def test_spelling_is_nothing(value: Any) -> None:
+    """Every JSON value is the same in another spelling, and another than the same inside a list."""
+    compact, spaced = orjson.dumps(value), json.dumps(value, indent=2, sort_keys=True).encode()
+    assert same_json(compact, spaced)
+    assert not same_json(compact, b"[%b]" % spaced)
