@@ -36,7 +36,7 @@ from receiver.pipeline import (
 from receiver.retry import RetryPolicy
 from receiver.settings import DestinationSettings, Settings
 from receiver.signature import Secret
-from receiver.worker import Wakeups, Worker
+from receiver.worker import Lane, Wakeups, Worker
 
 Only = Literal["webhook", "internal"]
 
@@ -110,7 +110,7 @@ async def _open_worker(
         targets.append(_target(each, destination))
     if not targets:
         log.warning("no destination is configured: events are stored and not forwarded")
-    lanes = [
+    lanes: list[Lane] = [
         MediaLane(database, parts.downloader, wake=wakeups.wake),
         *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
     ]

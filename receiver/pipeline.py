@@ -17,6 +17,7 @@ from typing import Any, Final, Protocol
 from uuid import UUID
 
 import structlog
+from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -192,15 +193,15 @@ class _Lane:
             try:
                 async with self._database.write() as connection:
                     held = await write(connection)
-                break
             except DatabaseUnavailable as error:
                 log.warning(
                     "result not recorded yet", lane=self.name, work_id=str(claim.id), error=str(error)
                 )
                 await asyncio.sleep(1.0)
-        if not held:
-            log.warning("result refused: the lease was lost", lane=self.name, work_id=str(claim.id))
-        return held
+            else:
+                if not held:
+                    log.warning("result refused: lease lost", lane=self.name, work_id=str(claim.id))
+                return held
 
 
 class MediaLane(_Lane):
@@ -354,7 +355,7 @@ class DeliveryLane(_Lane):
         }
 
 
-def build_message(event: StoredEvent, files: Sequence[MediaRow], claim: Claim) -> envelope.CloudEvent:
+def build_message(event: StoredEvent, files: Sequence[MediaRow], claim: Claim) -> CloudEvent:
     """Make the message of a claimed delivery."""
     generation = parse(event.body)
     return envelope.build(

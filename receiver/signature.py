@@ -89,6 +89,7 @@ def verify(
     if secret is None:
         raise SignatureError("mismatch")
     timestamp = int(t)
+    # Not `> tolerance`: a clock that says NaN would let everything in.
     if not abs(now - timestamp) <= tolerance:
         raise SignatureError("stale" if timestamp < now else "future")
     return Verified(timestamp=timestamp, secret_id=secret.id)

@@ -178,7 +178,7 @@ def _refuse_constant(_name: str) -> NoReturn:
 
 
 # Not orjson: it keeps the last of duplicate keys and makes a float of 2**65, and finding that out afterwards
-# costs what its speed gains.
+# costs more than its speed gains.
 _DECODER = json.JSONDecoder(
     object_pairs_hook=_object_without_duplicates,
     parse_int=_integer,

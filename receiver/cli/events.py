@@ -106,18 +106,21 @@ def _print_event(event: dict[str, Any]) -> None:
             facts.add_row(name, Text(str(event[name])))
     facts.add_row("received", _time(event["received_at"]))
     stdout.print(facts)
-    stdout.print("\n[bold]Receipts[/]")
+    _print_title("Receipts", event["receipts"])
     for receipt in event["receipts"]:
         stdout.print(
             f"  {_time(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}"
         )
-    for title, works, label in (
-        ("Media", event["media"], lambda row: f"{row['position']:02d}-{row['variant']} {row['url']}"),
-        ("Deliveries", event["deliveries"], lambda row: str(row["destination"])),
-    ):
-        stdout.print(f"\n[bold]{title}[/]" + ("" if works else ": none"))
-        for work in works:
-            _print_work(work, label(work))
+    _print_title("Media", event["media"])
+    for file in event["media"]:
+        _print_work(file, f"{file['position']:02d}-{file['variant']} {file['url']}")
+    _print_title("Deliveries", event["deliveries"])
+    for delivery in event["deliveries"]:
+        _print_work(delivery, delivery["destination"])
+
+
+def _print_title(title: str, rows: list[dict[str, Any]]) -> None:
+    stdout.print(f"\n[bold]{title}[/]" + ("" if rows else ": none"))
 
 
 def _print_work(work: dict[str, Any], label: str) -> None:

@@ -7,7 +7,7 @@ import socket
 import tempfile
 from enum import StrEnum
 from functools import partial
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
 
 import structlog
 import typer
@@ -61,7 +61,7 @@ def serve(
             "--workers needs PostgreSQL: several processes that write to one SQLite file wait on each other"
         )
     asyncio.run(prepare(settings))
-    half = cast("Only | None", only.value if only else None)
+    half: Only | None = only.value if only else None
     factory = partial(make_app, settings, only=half, worker=worker, multiprocess=workers > 1)
     config = server_config(factory, host=host, port=port, workers=workers)
     if workers == 1:
@@ -69,7 +69,9 @@ def serve(
         return
     with tempfile.TemporaryDirectory(prefix="receiver-metrics-") as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        Multiprocess(config, target=Server(config).run, sockets=[config.bind_socket()]).run()
+        listener = config.bind_socket()
+        _say_listening(listener)
+        Multiprocess(config, sockets=[listener]).run()
 
 
 class Server(uvicorn.Server):
@@ -80,8 +82,12 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for server in self.servers:
             for listener in server.sockets:
-                host, port = listener.getsockname()[:2]
-                log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+                _say_listening(listener)
+
+
+def _say_listening(listener: socket.socket) -> None:
+    host, port = listener.getsockname()[:2]
+    log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
 def make_app(settings: Settings, **options: Any) -> Starlette:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Final, Literal
 
+from receiver.webhook import Kind, Variant
+
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 """Fixed for ever: an event keeps its id across databases, replays and re-imports."""
 
@@ -84,8 +86,8 @@ class MediaRow:
 
     id: uuid.UUID
     position: int
-    variant: str
-    kind: str
+    variant: Variant
+    kind: Kind
     url: str
     state: Literal["pending", "stored", "gone", "blocked"]
     error: str | None
@@ -100,8 +102,8 @@ class NewMedia:
     """A file to download."""
 
     position: int
-    variant: str
-    kind: str
+    variant: Variant
+    kind: Kind
     url: str
 
 

@@ -146,21 +146,19 @@ async def end_leases(url: str) -> None:
 async def wait_until_done(url: str) -> dict[str, Any]:
     """Wait until nothing is pending, and return what there is."""
     database = Database(url)
+    received = select(func.count()).select_from(events).where(events.c.state == "received")
+    pending = select(func.count()).select_from(deliveries).where(deliveries.c.state == "pending")
     deadline = time.monotonic() + 180
-    while True:
-        async with database.read() as connection:
-            received = select(func.count()).select_from(events).where(events.c.state == "received")
-            pending = select(func.count()).select_from(deliveries).where(deliveries.c.state == "pending")
-            left = [(await connection.execute(query)).scalar_one() for query in (received, pending)]
-            if left == [0, 0]:
-                files = await connection.execute(
-                    select(media.c.uri, media.c.size, media.c.sha256, media.c.state)
-                )
-                found = [dict(row) for row in files.mappings()]
-                ids = (await connection.execute(select(events.c.request_id))).scalars().all()
-                break
+    left = [1]
+    while any(left):
         assert time.monotonic() < deadline, f"still pending: {left}"
         await asyncio.sleep(0.2)
+        async with database.read() as connection:
+            left = [(await connection.execute(query)).scalar_one() for query in (received, pending)]
+    async with database.read() as connection:
+        files = await connection.execute(select(media.c.uri, media.c.size, media.c.sha256, media.c.state))
+        found = [dict(row) for row in files.mappings()]
+        ids = (await connection.execute(select(events.c.request_id))).scalars().all()
     await database.close()
     assert {file["state"] for file in found} == {"stored"}
     return {"request_ids": ids, "media": found}

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from receiver.media import Downloader, MediaHosts, open_storage
 from receiver.pipeline import DeliveryLane, FanOut, MediaLane, Target
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running
-from receiver.worker import Wakeups, Worker
+from receiver.worker import Lane, Wakeups, Worker
 
 SECONDS = 15.0
 RETRY = RetryPolicy(initial=0.05, cap=0.05)
@@ -78,7 +79,7 @@ class World:
     def worker(self, *, drain: float = 5.0) -> Worker:
         """Make a worker over everything."""
         wakeups = Wakeups()
-        lanes = [
+        lanes: list[Lane] = [
             MediaLane(self.database, self.downloader, wake=wakeups.wake),
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
         ]
@@ -474,7 +475,7 @@ async def test_a_lost_lease_drops_the_work(world: World, monkeypatch: pytest.Mon
     await world.add(plain("r-1"))
     async with world.working(drain=0.1):
         await started.wait()
-        await world.set(deliveries, lease=leases.new_id(), next_attempt_at=db_time(3600.0))
+        await world.set(deliveries, lease=uuid.uuid4(), next_attempt_at=db_time(3600.0))
         await asyncio.wait_for(cancelled.wait(), SECONDS)
     assert await world.rows(attempts) == []
 

@@ -1,0 +1,54 @@
+"""What a destination is, and the bytes that all of them are sent."""
+
+from typing import Protocol
+
+from cloudevents.core.formats.json import JSONFormat
+from cloudevents.core.v1.event import CloudEvent
+
+from receiver.errors import PublishFailed, PublishRejected
+
+
+class Destination(Protocol):
+    """A place that events are forwarded to."""
+
+    async def start(self) -> None:
+        """Connect, open or repair. Raises SettingsError for what a restart cannot mend.
+
+        A destination that is only away for now starts all the same; `publish` tries again.
+        """
+        ...
+
+    async def check(self) -> None:
+        """See whether the destination can be reached, without an event.
+
+        Raises SettingsError or PublishFailed; the message says what to do.
+        """
+        ...
+
+    async def publish(self, event: CloudEvent) -> None:
+        """Send an event and return when the destination has confirmed it.
+
+        Many calls may run at once. Raises PublishRejected where trying again cannot help and PublishFailed
+        where it may; the event may have arrived even then. After `close` it raises PublishFailed.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Finish what is under way and let go. Calling it again does nothing."""
+        ...
+
+
+def encode(event: CloudEvent) -> bytes:
+    """Return the event in CloudEvents' structured mode: one JSON object without line ends, in ASCII.
+
+    Raises PublishRejected where it holds what JSON cannot.
+    """
+    try:
+        return JSONFormat().write(event)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise PublishRejected("the event cannot be written as JSON", reason="encoding") from error
+
+
+def closed() -> PublishFailed:
+    """Return what `publish` raises after `close`."""
+    return PublishFailed("the destination is closed", reason="closed")

@@ -1,0 +1,42 @@
+"""`memory:`, for tests: keeps events in a list."""
+
+import structlog
+from cloudevents.core.v1.event import CloudEvent
+
+from receiver.destinations.base import closed, encode
+from receiver.errors import PublishFailed, PublishRejected
+from receiver.settings import DestinationSettings
+
+log = structlog.get_logger()
+
+
+class MemoryDestination:
+    """Keeps what is published, in order; nothing outlives the process."""
+
+    def __init__(self, settings: DestinationSettings) -> None:
+        self.events: list[CloudEvent] = []
+        self.failure: PublishFailed | PublishRejected | None = None
+        """Raised by every `publish` and `check` while it is set."""
+        self._name = settings.name
+        self._closed = False
+
+    async def start(self) -> None:
+        """Warn: whatever is forwarded here is lost with the process."""
+        log.warning("a memory destination is for tests: it keeps nothing", destination=self._name)
+
+    async def check(self) -> None:
+        """Raise the failure that was asked for, if any."""
+        if self.failure is not None:
+            raise self.failure
+
+    async def publish(self, event: CloudEvent) -> None:
+        """Keep the event."""
+        if self._closed:
+            raise closed()
+        await self.check()
+        encode(event)
+        self.events.append(event)
+
+    async def close(self) -> None:
+        """Take no more events; keep those that are there."""
+        self._closed = True

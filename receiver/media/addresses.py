@@ -1,0 +1,58 @@
+"""Which addresses a download may connect to.
+
+`ipaddress.is_global` is another question: it says yes to multicast and to the NAT64 and 6to4 spellings of
+127.0.0.1.
+"""
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+
+_V4 = {
+    IPv4Network(network): why
+    for network, why in {
+        "0.0.0.0/8": "this host",
+        "10.0.0.0/8": "private",
+        "100.64.0.0/10": "carrier-grade NAT",
+        "127.0.0.0/8": "loopback",
+        "169.254.0.0/16": "link-local",
+        "172.16.0.0/12": "private",
+        "192.0.0.0/24": "protocol assignments",
+        "192.0.2.0/24": "documentation",
+        "192.31.196.0/24": "AS112",
+        "192.52.193.0/24": "AMT",
+        "192.88.99.0/24": "6to4 relay",
+        "192.168.0.0/16": "private",
+        "192.175.48.0/24": "AS112",
+        "198.18.0.0/15": "benchmarking",
+        "198.51.100.0/24": "documentation",
+        "203.0.113.0/24": "documentation",
+        "224.0.0.0/4": "multicast",
+        "240.0.0.0/4": "reserved",
+    }.items()
+}
+
+# Everything outside of global unicast is refused as a whole: loopback, v4-compatible, both NAT64 prefixes,
+# discard-only, SRv6, unique local, link-local, site-local, multicast. Rows are needed only for what is
+# inside.
+_V6_GLOBAL = IPv6Network("2000::/3")
+_V6 = {
+    IPv6Network(network): why
+    for network, why in {
+        "2001::/23": "protocol assignments, Teredo, benchmarking, ORCHID",
+        "2001:db8::/32": "documentation",
+        "2002::/16": "6to4",
+        "2620:4f:8000::/48": "AS112",
+        "3ffe::/16": "6bone",
+        "3fff::/20": "documentation",
+    }.items()
+}
+
+
+def forbidden(address: IPv4Address | IPv6Address) -> str | None:
+    """Say why `address` must not be connected to; None for an ordinary public address."""
+    if isinstance(address, IPv4Address):
+        return next((why for network, why in _V4.items() if address in network), None)
+    if address.ipv4_mapped is not None:
+        return forbidden(address.ipv4_mapped)
+    if address not in _V6_GLOBAL:
+        return "not global unicast"
+    return next((why for network, why in _V6.items() if address in network), None)

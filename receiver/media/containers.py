@@ -1,0 +1,252 @@
+"""Tells whether a file ends where its own container says that it ends.
+
+Each format is a generator that walks the structure as the bytes stream by and asks its cursor for what it
+needs next. It returns once the end is behind it; what follows is no concern of ours. It still waits when the
+file was cut. Nothing is decoded and skipped bytes are not kept. Where a format does not say how long a file
+is, the walk promises less: `docs/media.md` has the list.
+"""
+
+import re
+from collections.abc import Callable, Generator
+from typing import TypeAlias, TypeVar
+
+T = TypeVar("T")
+
+# A walk yields when it needs more bytes than there are.
+Wait: TypeAlias = Generator[None, None, T]
+
+# Structures made of tiny pieces would keep the event loop busy. A 64 MiB GIF has about 260,000.
+_MAX_PIECES = 1_000_000
+
+
+class Damaged(Exception):  # noqa: N818 - a finding about the file; never leaves this package
+    """The structure cannot be followed."""
+
+
+class Cursor:
+    """The place in the stream up to which a walk has come."""
+
+    def __init__(self) -> None:
+        self.position = 0
+        self.may_end = False
+        self._data = b""
+        self._at = 0
+        self._pieces = 0
+
+    def feed(self, part: bytes) -> None:
+        """Append what has arrived."""
+        self._data = self._data[self._at :] + part
+        self._at = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the walk has used every byte that was fed."""
+        return self._at == len(self._data)
+
+    def take(self, size: int) -> Wait[bytes]:
+        """Return the next `size` bytes. Only for small pieces: they are kept until they are complete."""
+        self._pieces += 1
+        if self._pieces > _MAX_PIECES:
+            raise Damaged("too many pieces")
+        while len(self._data) - self._at < size:
+            yield
+        taken = self._data[self._at : self._at + size]
+        self._advance(size)
+        return taken
+
+    def skip(self, size: int) -> Wait[None]:
+        """Leave `size` bytes behind."""
+        while (available := len(self._data) - self._at) < size:
+            self._advance(available)
+            size -= available
+            yield
+        self._advance(size)
+
+    def find(self, pattern: re.Pattern[bytes], *, overlap: int) -> Wait[bytes]:
+        """Go behind the next match and return it; `overlap` bytes of a match may be in the part before."""
+        while (match := pattern.search(self._data, self._at)) is None:
+            self._advance(max(0, len(self._data) - self._at - overlap))
+            yield
+        self._advance(match.end() - self._at)
+        return match[0]
+
+    def _advance(self, size: int) -> None:
+        self._at += size
+        self.position += size
+
+
+Walk: TypeAlias = Callable[[Cursor], Wait[None]]
+_END = object()
+
+
+class Follower:
+    """Feeds a stream to a walk."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._cursor = Cursor()
+        self._steps = walk(self._cursor)
+        self._is_done = False
+
+    def feed(self, part: bytes) -> None:
+        """Walk on through `part`. Raises Damaged."""
+        if self._is_done:
+            return
+        self._cursor.feed(part)
+        self._is_done = next(self._steps, _END) is _END
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the file may end here."""
+        return self._is_done or (self._cursor.may_end and self._cursor.is_empty)
+
+
+def unchecked(cursor: Cursor) -> Wait[None]:
+    """Walk a file that does not say where it ends."""
+    yield from cursor.skip(0)
+
+
+def png(cursor: Cursor) -> Wait[None]:
+    """Chunk by chunk to IEND."""
+    yield from cursor.skip(8)
+    while True:
+        head = yield from cursor.take(8)
+        if not head[4:].isalpha():
+            raise Damaged("not a PNG chunk")
+        yield from cursor.skip(int.from_bytes(head[:4], "big") + 4)
+        if head[4:] == b"IEND":
+            return
+
+
+_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
+_JPEG_START, _JPEG_END = 0xD8, 0xD9
+
+
+def jpeg(cursor: Cursor) -> Wait[None]:
+    """Segment by segment and through the compressed data to EOI; a thumbnail's EOI is inside a segment."""
+    yield from cursor.skip(2)
+    while True:
+        marker = (yield from cursor.find(_JPEG_MARKER, overlap=1))[1]
+        if marker == _JPEG_END:
+            return
+        if marker != _JPEG_START:
+            length = int.from_bytes((yield from cursor.take(2)), "big")
+            yield from cursor.skip(max(0, length - 2))
+
+
+_GIF_TRAILER, _GIF_EXTENSION, _GIF_IMAGE, _GIF_FILL = b"\x3b", b"\x21", b"\x2c", b"\x00"
+
+
+def gif(cursor: Cursor) -> Wait[None]:
+    """Block by block to the trailer."""
+    screen = yield from cursor.take(13)
+    yield from cursor.skip(_colour_table(screen[10]))
+    while (block := (yield from cursor.take(1))) != _GIF_TRAILER:
+        if block == _GIF_FILL:
+            continue
+        if block == _GIF_IMAGE:
+            descriptor = yield from cursor.take(9)
+            yield from cursor.skip(_colour_table(descriptor[8]))
+        elif block != _GIF_EXTENSION:
+            raise Damaged("not a GIF block")
+        yield from cursor.skip(1)
+        while size := (yield from cursor.take(1))[0]:
+            yield from cursor.skip(size)
+
+
+def _colour_table(flags: int) -> int:
+    return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
+
+
+# Written by encoders that stream a WAV and cannot go back: 0, 0x7FFFFFFF, 0xFFFFFFFF and neighbours.
+_RIFF_UNKNOWN = 0x7FFF_0000
+
+
+def riff(cursor: Cursor) -> Wait[None]:
+    """As many bytes as the header says (WebP, WAV)."""
+    head = yield from cursor.take(8)
+    size = int.from_bytes(head[4:], "little")
+    if size < _RIFF_UNKNOWN:
+        yield from cursor.skip(size)
+
+
+def iso(*required: bytes) -> Walk:
+    """Box by box (MP4, MOV, AVIF): the end is behind a whole box, once the `required` ones have come."""
+
+    def walk(cursor: Cursor) -> Wait[None]:
+        missing = set(required)
+        while True:
+            cursor.may_end = not missing
+            head = yield from cursor.take(8)
+            cursor.may_end = False
+            size, kind = int.from_bytes(head[:4], "big"), head[4:]
+            missing.discard(kind)
+            body = size - 8
+            if size == 1:
+                body = int.from_bytes((yield from cursor.take(8)), "big") - 16
+            if body < 0 and not missing:
+                return  # the last box, open to the end of the file, or bytes behind it
+            if body < 0:
+                raise Damaged("not a box")
+            yield from cursor.skip(body)
+
+    return walk
+
+
+def ebml(cursor: Cursor) -> Wait[None]:
+    """To the end of the segment (WebM, Matroska), where its size is known."""
+    yield from cursor.skip(4)
+    yield from cursor.skip((yield from _ebml_size(cursor)) or 0)
+    yield from cursor.skip(4)
+    yield from cursor.skip((yield from _ebml_size(cursor)) or 0)
+
+
+def _ebml_size(cursor: Cursor) -> Wait[int | None]:
+    first = (yield from cursor.take(1))[0]
+    more = 8 - first.bit_length()
+    rest = yield from cursor.take(more)
+    value = int.from_bytes(bytes([first & (0x7F >> more)]) + rest, "big")
+    return None if value == (1 << 7 * (more + 1)) - 1 else value
+
+
+def ogg(cursor: Cursor) -> Wait[None]:
+    """Page by page; the end is behind a whole one. Its end-of-stream flag is not asked for: many omit it."""
+    while True:
+        cursor.may_end = cursor.position > 0
+        head = yield from cursor.take(27)
+        cursor.may_end = False
+        if head[:4] != b"OggS":
+            return
+        lengths = yield from cursor.take(head[26])
+        yield from cursor.skip(sum(lengths))
+
+
+def flac(cursor: Cursor) -> Wait[None]:
+    """Through the metadata to the first frame: frames do not say how long they are."""
+    yield from cursor.skip(4)
+    is_last = False
+    while not is_last:
+        head = yield from cursor.take(4)
+        is_last = bool(head[0] & 0x80)
+        yield from cursor.skip(int.from_bytes(head[1:], "big"))
+    yield from cursor.take(16)
+
+
+_MP3_COUNT_OFFSETS = (36, 21, 13)
+
+
+def mp3(cursor: Cursor) -> Wait[None]:
+    """To the size in the Xing or Info header, where there is one, else to the first frame."""
+    head = yield from cursor.take(10)
+    if head[:3] == b"ID3":
+        size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
+        yield from cursor.skip(size + (10 if head[5] & 0x10 else 0))
+        head = b""
+    frame = head + (yield from cursor.take(52 - len(head)))
+    for offset in _MP3_COUNT_OFFSETS:
+        if frame[offset : offset + 4] in {b"Xing", b"Info"}:
+            flags = frame[offset + 7]
+            start = offset + (12 if flags & 1 else 8)
+            size = int.from_bytes(frame[start : start + 4], "big") if flags & 2 else 0
+            # Encoders disagree about whether tags count: only a file smaller than the size itself was cut.
+            yield from cursor.skip(max(0, size - cursor.position))
+            return

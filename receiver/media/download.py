@@ -1,0 +1,250 @@
+"""Downloads one file from an allow-listed host into the storage, whole or not at all."""
+
+import asyncio
+import re
+import ssl
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+
+import httpcore
+import httpx
+import structlog
+
+from receiver import __version__
+from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError
+from receiver.media.digests import stated_digests
+from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, UNKNOWN, Kind, sniff
+from receiver.media.hosts import MediaHosts
+from receiver.media.inspection import Inspection
+from receiver.media.network import GuardedNetwork
+from receiver.media.storage import Storage
+
+log = structlog.get_logger()
+
+_MIB = 1024 * 1024
+_OK = 200
+_RETRY_LATER = {408, 425, 429}
+_MAX_RETRY_AFTER = 24 * 60 * 60.0
+_SECONDS = re.compile(r"[0-9]{1,9}")
+# Reserved for ever: `start` asks for it, and a guarded pool must refuse.
+_NEVER_PUBLIC = "https://240.0.0.1/"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How large a file may be, in bytes, and how long its download may take, in seconds."""
+
+    image_bytes: int = 64 * _MIB
+    audio_bytes: int = 256 * _MIB
+    video_bytes: int = 2048 * _MIB
+    connect_seconds: float = 10.0
+    header_seconds: float = 30.0
+    idle_seconds: float = 30.0
+    total_seconds: float = 3600.0
+    min_bytes_per_second: int = 16 * 1024
+    # The rate is judged each time that this long was spent waiting for the sender; our storage's time does
+    # not count.
+    rate_window_seconds: float = 30.0
+
+    def max_bytes(self, kind: Kind) -> int:
+        """Return the cap for a file of `kind`."""
+        return {"image": self.image_bytes, "audio": self.audio_bytes, "video": self.video_bytes}[kind]
+
+
+_DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """A file that is complete and durable in the storage. `size` is in bytes, `sha256` in hex."""
+
+    key: str
+    uri: str
+    size: int
+    sha256: str
+    content_type: str
+
+
+class Downloader:
+    """Fetches files through httpcore, the layer below httpx.
+
+    Down there is no cookie jar, no redirect, no netrc and no proxy from the environment, and the guarded
+    network is an ordinary argument of the pool.
+    """
+
+    def __init__(self, *, hosts: MediaHosts, storage: Storage, limits: Limits = _DEFAULT_LIMITS) -> None:
+        self._hosts = hosts
+        self._storage = storage
+        self._limits = limits
+        self._pool = _open_pool(GuardedNetwork(hosts), httpx.create_ssl_context(trust_env=False))
+
+    async def start(self) -> None:
+        """See the pool refuse a forbidden address. Raises SettingsError if it does not."""
+        try:
+            async with self._get(httpx.URL(_NEVER_PUBLIC)):
+                pass
+        except MediaBlocked:
+            return
+        except MediaUnavailable:
+            pass
+        await self.close()
+        raise SettingsError(
+            "The installed httpcore bypasses the media guard: install the versions that are pinned"
+        )
+
+    async def save(self, *, url: str, kind: Kind, stem: str) -> StoredFile:
+        """Download `url`, announced as a `kind`, and store it as `stem` plus the extension of what it is.
+
+        What is no allowed file of that kind is stored too, as `application/octet-stream` with the extension
+        `.bin`: it was paid for. Raises MediaBlocked, MediaMissing, MediaUnavailable or StorageUnavailable;
+        then nothing is stored.
+        """
+        target = self._hosts.vet(url)
+        max_bytes = self._limits.max_bytes(kind)
+        deadline = asyncio.get_running_loop().time() + self._limits.total_seconds
+        async with self._get(target) as response:
+            headers = httpx.Headers(response.headers)
+            _judge(response.status, headers, max_bytes)
+            async with aclosing(_timely(response.aiter_stream(), self._limits, deadline)) as parts:
+                head = await _read_head(parts)
+                file_type = sniff(head, kind)
+                key = stem + file_type.extension
+                if file_type is UNKNOWN:
+                    log.warning("media kept as plain bytes", key=key, kind=kind)
+                inspection = Inspection(
+                    max_bytes=max_bytes, stated=stated_digests(headers), walk=file_type.walk
+                )
+                async with aclosing(_inspected(head, parts, inspection)) as chunks:
+                    await self._storage.put(key, chunks)
+        return StoredFile(
+            key=key,
+            uri=self._storage.uri(key),
+            size=inspection.size,
+            sha256=inspection.sha256,
+            content_type=file_type.content_type,
+        )
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._pool.aclose()
+
+    @asynccontextmanager
+    async def _get(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
+        request = httpcore.Request(
+            "GET",
+            httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
+            headers=[
+                (b"Host", url.netloc),
+                (b"User-Agent", b"clipia-receiver/" + __version__.encode()),
+                (b"Accept", b"*/*"),
+                (b"Accept-Encoding", b"identity"),
+            ],
+            extensions={"timeout": {"connect": self._limits.connect_seconds}},
+        )
+        try:
+            async with asyncio.timeout(self._limits.header_seconds):
+                response = await self._pool.handle_async_request(request)
+        except (TimeoutError, httpcore.TimeoutException) as error:
+            raise MediaUnavailable(f"No answer from {url.host} in time", reason="timeout") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError) as error:
+            raise MediaUnavailable(f"No answer from {url.host}: {error}", reason="connect") from error
+        try:
+            yield response
+        finally:
+            await response.aclose()
+
+
+def _open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
+    return httpcore.AsyncConnectionPool(
+        ssl_context=tls,
+        network_backend=network,
+        max_connections=None,  # whoever calls `save` decides how many run at once
+        max_keepalive_connections=0,  # every file gets a connection of its own, freshly vetted
+    )
+
+
+def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
+    """Raise unless the response is a whole file of known framing, sent as it is."""
+    if 300 <= status < 400:  # noqa: PLR2004 - the classes of HTTP
+        raise MediaBlocked(f"The host answers {status}: redirects are not followed", reason="redirect")
+    if 400 <= status < 500 and status not in _RETRY_LATER:  # noqa: PLR2004 - the classes of HTTP
+        raise MediaMissing(f"The host answers {status}", reason="missing")
+    if status != _OK:
+        raise MediaUnavailable(
+            f"The host answers {status}", reason="status", retry_after=_retry_after(headers)
+        )
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise MediaBlocked("The file is sent compressed, although it must not be", reason="encoding")
+    length = headers.get("content-length")
+    if length is None and "transfer-encoding" not in headers:
+        raise MediaUnavailable(
+            "Neither a length nor chunks: a broken connection would look like the end", reason="length"
+        )
+    if length is not None and int(length) > max_bytes:
+        raise MediaBlocked(f"The file has {length} bytes, more than {max_bytes}", reason="too_large")
+
+
+def _retry_after(headers: httpx.Headers) -> float | None:
+    value = headers.get("retry-after", "")
+    if _SECONDS.fullmatch(value):
+        return min(float(value), _MAX_RETRY_AFTER)
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    # An HTTP date is in GMT, also where it does not say so.
+    seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+async def _timely(
+    stream: AsyncIterator[bytes], limits: Limits, deadline: float
+) -> AsyncGenerator[bytes, None]:
+    """Pass the parts on while they come soon enough, fast enough and before the `deadline`."""
+    now = asyncio.get_running_loop().time
+    waited, received = 0.0, 0
+    while True:
+        started = now()
+        try:
+            async with asyncio.timeout_at(min(deadline, started + limits.idle_seconds)):
+                part = await anext(stream, None)
+        except TimeoutError as error:
+            raise MediaUnavailable("The rest of the file did not come in time", reason="timeout") from error
+        except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
+            raise MediaUnavailable(
+                f"The connection broke within the file: {error}", reason="truncated"
+            ) from error
+        if part is None:
+            return
+        waited += now() - started
+        received += len(part)
+        if waited >= limits.rate_window_seconds:
+            if received < waited * limits.min_bytes_per_second:
+                raise MediaUnavailable(f"Only {received} bytes came in {waited:.0f} s", reason="too_slow")
+            waited, received = 0.0, 0
+        yield part
+
+
+async def _read_head(parts: AsyncIterator[bytes]) -> bytes:
+    head = b""
+    async for part in parts:
+        head += part
+        if len(head) >= SNIFF_BYTES:
+            break
+    if len(head) < MIN_BYTES:
+        raise MediaUnavailable(f"The file ends early, after {len(head)} bytes", reason="truncated")
+    return head
+
+
+async def _inspected(
+    head: bytes, parts: AsyncIterator[bytes], inspection: Inspection
+) -> AsyncGenerator[bytes, None]:
+    inspection.feed(head)
+    yield head
+    async for part in parts:
+        inspection.feed(part)
+        yield part
+    inspection.finish()

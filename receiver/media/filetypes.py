@@ -1,0 +1,122 @@
+"""What a file is, by its first bytes: never by its name or by what a header claims."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from receiver.media import containers
+from receiver.media.containers import Walk
+
+Kind: TypeAlias = Literal["image", "video", "audio"]
+
+# Enough for every signature below, and what browsers look at when they guess a type.
+SNIFF_BYTES = 4096
+# No file of any kind is smaller; less cannot be told apart from the start of something else.
+MIN_BYTES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileType:
+    """A content type, the extension of its stored key, and the walk that finds its end."""
+
+    content_type: str
+    extension: str
+    walk: Walk = containers.unchecked
+
+
+UNKNOWN = FileType(content_type="application/octet-stream", extension=".bin")
+
+_Matches: TypeAlias = Callable[[bytes], bool]
+
+
+def _starts(*signatures: bytes) -> _Matches:
+    return lambda head: head.startswith(signatures)
+
+
+def _riff(form: bytes) -> _Matches:
+    return lambda head: head[:4] == b"RIFF" and head[8:12] == form
+
+
+def _iso(*brands: bytes) -> _Matches:
+    """Match a file type box with one of the `brands`; with none given, one without any for still images."""
+
+    def matches(head: bytes) -> bool:
+        if head[4:8] != b"ftyp":
+            return False
+        box = head[8 : int.from_bytes(head[:4], "big")]
+        found = {box[at : at + 4] for at in range(0, len(box), 4) if at != _MINOR_VERSION}
+        return bool(found.intersection(brands)) if brands else found.isdisjoint(_STILL_BRANDS)
+
+    return matches
+
+
+def _mpeg_frame(head: bytes) -> bool:
+    """Match the header of a layer III frame: sync, version, layer, then a valid bitrate and sampling rate."""
+    bits = f"{int.from_bytes(head[:3], 'big'):024b}"
+    return bool(_LAYER_3.fullmatch(bits))
+
+
+def _webm(head: bytes) -> bool:
+    return head.startswith(b"\x1a\x45\xdf\xa3") and b"webm" in head[:64]
+
+
+_LAYER_3 = re.compile(r"1{11}(?!01)..01.(?!0000|1111)....(?!11)....")
+_MINOR_VERSION = 4
+_STILL_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx "})
+_MOVIE = containers.iso(b"moov", b"mdat")
+
+_TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
+    "image": [
+        (
+            _starts(b"\x89PNG\r\n\x1a\n"),
+            FileType(content_type="image/png", extension=".png", walk=containers.png),
+        ),
+        (
+            _starts(b"\xff\xd8\xff"),
+            FileType(content_type="image/jpeg", extension=".jpg", walk=containers.jpeg),
+        ),
+        (
+            _starts(b"GIF87a", b"GIF89a"),
+            FileType(content_type="image/gif", extension=".gif", walk=containers.gif),
+        ),
+        (_riff(b"WEBP"), FileType(content_type="image/webp", extension=".webp", walk=containers.riff)),
+        (
+            _iso(b"avif", b"avis"),
+            FileType(content_type="image/avif", extension=".avif", walk=containers.iso(b"meta")),
+        ),
+    ],
+    "video": [
+        (_iso(b"qt  "), FileType(content_type="video/quicktime", extension=".mov", walk=_MOVIE)),
+        (_iso(), FileType(content_type="video/mp4", extension=".mp4", walk=_MOVIE)),
+        (_webm, FileType(content_type="video/webm", extension=".webm", walk=containers.ebml)),
+    ],
+    "audio": [
+        (_starts(b"ID3"), FileType(content_type="audio/mpeg", extension=".mp3", walk=containers.mp3)),
+        (_mpeg_frame, FileType(content_type="audio/mpeg", extension=".mp3", walk=containers.mp3)),
+        (_riff(b"WAVE"), FileType(content_type="audio/wav", extension=".wav", walk=containers.riff)),
+        (_starts(b"OggS"), FileType(content_type="audio/ogg", extension=".ogg", walk=containers.ogg)),
+        (_starts(b"fLaC"), FileType(content_type="audio/flac", extension=".flac", walk=containers.flac)),
+        (_starts(b"\xff\xf1", b"\xff\xf9"), FileType(content_type="audio/aac", extension=".aac")),
+        (_iso(), FileType(content_type="audio/mp4", extension=".m4a", walk=_MOVIE)),
+        (_webm, FileType(content_type="audio/webm", extension=".weba", walk=containers.ebml)),
+    ],
+}
+
+# A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
+# latter.
+_ACTIVE = re.compile(
+    rb"<(!doctype|html|head|body|script|svg|iframe|img|object|embed|style|meta|\?php)[\s/>]|%PDF-",
+    re.IGNORECASE,
+)
+
+
+def sniff(head: bytes, kind: Kind) -> FileType:
+    """Return the type of a file announced as `kind` that starts with `head` (SNIFF_BYTES, or all of it).
+
+    UNKNOWN for everything that is not an allowed type of that kind: SVG, HTML, PDF, a video announced as an
+    image, a file that is two things at once.
+    """
+    if _ACTIVE.search(head):
+        return UNKNOWN
+    return next((file_type for matches, file_type in _TYPES[kind] if matches(head)), UNKNOWN)

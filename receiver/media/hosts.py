@@ -1,0 +1,122 @@
+"""The allow-list of media hosts and the check of a URL against it."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Self
+
+import httpx
+
+from receiver.errors import MediaBlocked, SettingsError
+
+_PORTS = {"https": 443, "http": 80}
+_LAST_PORT = 65535
+_LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
+_ENTRY = re.compile(
+    rf"(?:(?P<scheme>https?)://)?(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[0-9a-f:.]+)\])"
+    r"(?::(?P<port>[0-9]{1,5}))?/?"
+)
+_PRINTABLE = re.compile(r"[!-~]{1,8192}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    scheme: str
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+    @property
+    def is_development(self) -> bool:
+        """Plain http or loopback: nothing that a service in production should fetch from."""
+        return self.scheme == "http" or _is_loopback(self.host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaHosts:
+    """`RECEIVER_MEDIA_HOSTS`, parsed: the origins that files may come from."""
+
+    origins: frozenset[_Origin]
+
+    @classmethod
+    def parse(cls, entries: Iterable[str]) -> Self:
+        """Read entries: `media.clipia.ai` is https on port 443, `http://127.0.0.1:9000` exactly that origin.
+
+        Raises SettingsError for anything else, and when there is no entry at all.
+        """
+        origins = frozenset(_parse_entry(entry.strip()) for entry in entries if entry.strip())
+        if not origins:
+            raise SettingsError(
+                "RECEIVER_MEDIA_HOSTS is empty: name at least one host, such as media.clipia.ai"
+            )
+        return cls(origins=origins)
+
+    @property
+    def development_origins(self) -> tuple[str, ...]:
+        """Plain-http and loopback origins, whose address is not checked: worth a warning at start."""
+        return tuple(sorted(str(origin) for origin in self.origins if origin.is_development))
+
+    def is_development(self, host: str, port: int) -> bool:
+        """Say whether a connection to `host`:`port` goes to a development origin."""
+        return any(
+            origin.is_development for origin in self.origins if (origin.host, origin.port) == (host, port)
+        )
+
+    def vet(self, url: str) -> httpx.URL:
+        """Return `url` parsed, once and for all: what is checked here is what gets requested.
+
+        Raises MediaBlocked with the reason `url`, `userinfo`, `host`, `scheme` or `port`.
+        """
+        if not _PRINTABLE.fullmatch(url) or "\\" in url or "#" in url:
+            raise MediaBlocked("The URL has characters that parsers disagree about", reason="url")
+        try:
+            parsed = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise MediaBlocked("The URL cannot be parsed", reason="url") from error
+        if parsed.userinfo:
+            raise MediaBlocked("The URL carries credentials", reason="userinfo")
+        port = _PORTS.get(parsed.scheme, 0) if parsed.port is None else parsed.port
+        origin = _Origin(scheme=parsed.scheme, host=parsed.raw_host.decode("ascii"), port=port)
+        if origin not in self.origins:
+            raise MediaBlocked(f"{origin} is not in RECEIVER_MEDIA_HOSTS", reason=self._difference(origin))
+        # Other spellings of an allowed origin (an empty user, a port with zeros) are where parsers differ.
+        authority = re.escape(parsed.netloc.decode("ascii"))
+        if not re.match(rf"{origin.scheme}://{authority}(:{port})?([/?]|\Z)", url, re.IGNORECASE):
+            raise MediaBlocked(f"The URL spells {origin} in an unusual way", reason="url")
+        return parsed
+
+    def _difference(self, origin: _Origin) -> str:
+        same_host = [allowed for allowed in self.origins if allowed.host == origin.host]
+        if not same_host:
+            return "host"
+        return "port" if any(allowed.scheme == origin.scheme for allowed in same_host) else "scheme"
+
+
+def _parse_entry(entry: str) -> _Origin:
+    match = _ENTRY.fullmatch(entry.lower())
+    # A port needs a scheme: `host:9000` leaves open whether plain http is meant.
+    if match is None or (match["port"] and not match["scheme"]):
+        raise _nonsense(entry)
+    scheme = match["scheme"] or "https"
+    port = int(match["port"] or _PORTS[scheme])
+    if not 0 < port <= _LAST_PORT:
+        raise _nonsense(entry)
+    return _Origin(scheme=scheme, host=match["name"] or match["v6"], port=port)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _nonsense(entry: str) -> SettingsError:
+    return SettingsError(
+        f"RECEIVER_MEDIA_HOSTS: {entry!r} is neither a host name, such as media.clipia.ai, "
+        "nor an origin, such as http://127.0.0.1:9000"
+    )

@@ -1,0 +1,90 @@
+"""The network under the downloads: connects to vetted addresses only.
+
+A name is resolved once, all of its addresses must be public, and the connection goes to one of those that
+were looked at, while TLS and the Host header keep the name. A second DNS answer has nothing left to change.
+"""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import TypeAlias
+
+import httpcore
+
+from receiver.errors import MediaBlocked
+from receiver.media.addresses import forbidden
+from receiver.media.hosts import MediaHosts
+
+_MAX_TRIES = 4
+
+Resolve: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
+
+
+async def system_resolve(host: str, port: int) -> list[str]:
+    """Ask the system for every address of `host`. Raises OSError where there is none."""
+    infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(info[4][0]) for info in infos))
+
+
+class GuardedNetwork(httpcore.AsyncNetworkBackend):
+    """What httpcore opens its connections through. Raises MediaBlocked for an address that is not public."""
+
+    def __init__(
+        self,
+        hosts: MediaHosts,
+        *,
+        resolve: Resolve = system_resolve,
+        dial: httpcore.AsyncNetworkBackend | None = None,
+    ) -> None:
+        self._hosts = hosts
+        self._resolve = resolve
+        self._dial = dial or httpcore.AnyIOBackend()
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        local_address: str | None = None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect to `host`, or to the address that was vetted for it."""
+        if self._hosts.is_development(host, port):
+            return await self._dial.connect_tcp(host, port, timeout, local_address, socket_options)
+        try:
+            async with asyncio.timeout(timeout):
+                addresses = [ip_address(address) for address in await self._resolve(host, port)]
+        except TimeoutError as error:
+            raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from error
+        except OSError as error:
+            raise httpcore.ConnectError(f"{host} cannot be resolved") from error
+        for address in addresses:
+            if why := forbidden(address):
+                raise MediaBlocked(f"{host} has the address {address} ({why})", reason="address")
+        return await self._connect(addresses[:_MAX_TRIES], port, timeout, local_address, socket_options)
+
+    async def _connect(
+        self,
+        addresses: list[IPv4Address | IPv6Address],
+        port: int,
+        timeout: float | None,  # noqa: ASYNC109 - passed on
+        local_address: str | None,
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
+    ) -> httpcore.AsyncNetworkStream:
+        failure: Exception = httpcore.ConnectError("No address")
+        share = timeout and timeout / len(addresses)
+        for address in addresses:
+            try:
+                stream = await self._dial.connect_tcp(
+                    str(address), port, share, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+                continue
+            peer = ip_address(stream.get_extra_info("server_addr")[0])
+            if peer != address:
+                await stream.aclose()
+                raise MediaBlocked(f"Connected to {peer} instead of {address}", reason="address")
+            return stream
+        raise failure

@@ -1,0 +1,183 @@
+"""An S3-compatible bucket as storage, through obstore. Importing this needs the extra `s3`."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import obstore
+from obstore.exceptions import BaseError
+from obstore.store import S3Store
+
+from receiver.errors import StorageUnavailable
+from receiver.media.storage.base import blocks, probe, require_key, settled
+
+if TYPE_CHECKING:
+    from obstore.store import S3Config
+
+# S3's smallest part. Few at once, so that memory stays flat whatever the size of the file.
+_PART = 5 * 1024 * 1024
+_PARTS_AT_ONCE = 2
+_READ = 1024 * 1024
+
+
+class S3Storage:
+    """Objects below `prefix` of `bucket`. Credentials are where every S3 client looks for them: `AWS_…`."""
+
+    def __init__(self, *, bucket: str, prefix: str, endpoint: str | None, region: str | None) -> None:
+        self._base = f"s3://{bucket}/{prefix}/" if prefix else f"s3://{bucket}/"
+        config: S3Config = {"checksum_algorithm": "SHA256"}
+        if endpoint is not None:
+            config["endpoint"] = endpoint
+        if region is not None:
+            config["region"] = region
+        self._store = S3Store(
+            bucket,
+            prefix=prefix or None,
+            config=config,
+            client_options={
+                "connect_timeout": "5s",
+                "timeout": "60s",
+                "allow_http": endpoint is not None and endpoint.startswith("http://"),
+            },
+            # Short: a download that could not be stored is tried again later, as a whole.
+            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
+        )
+
+    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+        """See Storage. What fits into one part is a single request, more is a multipart upload."""
+        path = require_key(key)
+        parts = blocks(chunks, _PART)
+        first = await anext(parts, b"")
+        if len(first) < _PART:
+            with self._translated():
+                await settled(obstore.put_async(self._store, path, first, use_multipart=False))
+            return
+        source = _Source(first, parts)
+        try:
+            with self._translated(source):
+                upload = obstore.put_async(
+                    self._store,
+                    path,
+                    source,
+                    use_multipart=True,
+                    chunk_size=_PART,
+                    max_concurrency=_PARTS_AT_ONCE,
+                )
+                await settled(upload, on_cancel=source.stop)
+        finally:
+            await source.aclose()
+
+    async def open(self, key: str) -> AsyncIterator[bytes]:
+        """See Storage."""
+        path = require_key(key)
+        with self._translated():
+            try:
+                found = await obstore.get_async(self._store, path)
+            except FileNotFoundError:
+                found = None
+        if found is None:
+            raise FileNotFoundError(key)
+        stream = aiter(found.stream(min_chunk_size=_READ))
+        while True:
+            with self._translated():
+                block = await anext(stream, None)
+            if block is None:
+                return
+            yield bytes(block)
+
+    async def stat(self, key: str) -> int | None:
+        """See Storage."""
+        path = require_key(key)
+        with self._translated():
+            try:
+                return (await obstore.head_async(self._store, path))["size"]
+            except FileNotFoundError:
+                return None
+
+    async def delete(self, key: str) -> None:
+        """See Storage."""
+        path = require_key(key)
+        with self._translated(), contextlib.suppress(FileNotFoundError):
+            await obstore.delete_async(self._store, path)
+
+    def uri(self, key: str) -> str:
+        """See Storage."""
+        return self._base + require_key(key)
+
+    async def check(self) -> None:
+        """See Storage."""
+        await probe(self)
+
+    async def sweep(self) -> int:
+        """See Storage. Failed uploads are aborted; what a crash leaves open is for a lifecycle rule."""
+        return 0
+
+    async def close(self) -> None:
+        """See Storage."""
+
+    @contextlib.contextmanager
+    def _translated(self, source: "_Source | None" = None) -> Iterator[None]:
+        try:
+            yield
+        except (BaseError, OSError, ValueError) as error:
+            if source is not None and source.failure is not None:
+                raise source.failure from None
+            summary = str(error).partition("\n")[0][:300]
+            raise StorageUnavailable(
+                f"Cannot use {self._base}: {summary}; check RECEIVER_STORAGE_URL, the bucket, "
+                "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+                reason="error",
+            ) from error
+
+
+class _Source:
+    """What an upload reads from. Only an error raised in here makes obstore abort the upload on the server.
+
+    Cancelling the upload instead would leave its parts in the bucket, invisible and paid for.
+    """
+
+    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
+        self.failure: Exception | None = None
+        self._first: bytes | None = first
+        self._rest = rest
+        self._reading: asyncio.Future[bytes | None] | None = None
+        self._is_stopped = False
+
+    def __aiter__(self) -> "_Source":
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self._first is not None:
+            first, self._first = self._first, None
+            return first
+        if self._is_stopped:
+            raise _Stopped
+        self._reading = asyncio.ensure_future(anext(self._rest, None))
+        try:
+            part = await self._reading
+        except asyncio.CancelledError:
+            raise _Stopped from None
+        except Exception as error:
+            self.failure = error
+            raise
+        if part is None:
+            raise StopAsyncIteration
+        return part
+
+    def stop(self) -> None:
+        """Make the upload fail now."""
+        self._is_stopped = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def aclose(self) -> None:
+        """Wait until nothing reads from the rest any more."""
+        self.stop()
+        if self._reading is not None:
+            await asyncio.wait({self._reading})
+
+
+class _Stopped(Exception):  # noqa: N818 - a signal
+    """The caller was cancelled."""

@@ -1,0 +1,64 @@
+"""Clipia's API v1 as it is documented: the routes, the catalogue and the account."""
+
+import uuid
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from receiver.sandbox.answers import Problem, json_response, read_input, read_object
+from receiver.sandbox.catalogue import MODELS, TEXT_MODEL, find_model
+from receiver.sandbox.core import Sandbox
+from receiver.sandbox.courier import Courier
+from receiver.sandbox.gate import Gate
+from receiver.sandbox.generations import Generations
+
+
+def routes(sandbox: Sandbox, courier: Courier) -> list[BaseRoute]:
+    """Return the routes under ``/v1``; a path or method that is not documented is a 404 like any other."""
+    gate = Gate(sandbox)
+    generations = Generations(sandbox, gate, courier)
+
+    async def account(_request: Request, api_key: str) -> Response:
+        now = sandbox.clock()
+        holder = sandbox.ledger.account(api_key)
+        return json_response(
+            {
+                "account_id": str(uuid.uuid5(uuid.NAMESPACE_OID, api_key)),
+                "balance": {"credits": max(0, sandbox.options.credits - holder.spent(now))},
+                "usage_30d": holder.usage(now),
+            }
+        )
+
+    methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+    return [
+        Route("/v1/models", gate.guard(_models), methods=["GET"]),
+        Route("/v1/models/{slug}", gate.guard(_model), methods=["GET"]),
+        Route("/v1/models/{slug}", generations.submit, methods=["POST"]),
+        Route("/v1/models/{slug}/estimate", gate.guard(_estimate), methods=["POST"]),
+        Route("/v1/requests/{id}/status", gate.guard(generations.status), methods=["GET"]),
+        Route("/v1/requests/{id}", gate.guard(generations.result), methods=["GET"]),
+        Route("/v1/account", gate.guard(account), methods=["GET"]),
+        Route("/v1/{path:path}", gate.guard(_nothing), methods=methods),
+    ]
+
+
+async def _models(_request: Request, _api_key: str) -> Response:
+    return json_response(
+        {"object": "list", "data": [*(model.listed() for model in MODELS.values()), TEXT_MODEL]}
+    )
+
+
+async def _model(request: Request, _api_key: str) -> Response:
+    return json_response(find_model(request.path_params["slug"]).described())
+
+
+async def _estimate(request: Request, _api_key: str) -> Response:
+    model = find_model(request.path_params["slug"])
+    given = read_input(await read_object(request))
+    model.check(given)
+    return json_response({"credits": model.price(given), "warnings": model.warnings(given)})
+
+
+async def _nothing(request: Request, _api_key: str) -> Response:
+    raise Problem("not_found", f"There is no {request.method} {request.url.path}.")

@@ -1,0 +1,473 @@
+"""Downloads from real servers: what is stored, what is refused, and what is left behind."""
+
+import asyncio
+import base64
+import contextlib
+import gzip
+import hashlib
+import ssl
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import httpcore
+import pytest
+from mediakit import PNG, SAMPLES, Answer, local_storage, response, site, stored_files
+from servers import free_port
+
+from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError, StorageUnavailable
+from receiver.media import Downloader, Kind, Limits, MediaHosts, Storage, StoredFile
+from receiver.media.download import _open_pool
+from receiver.media.network import GuardedNetwork
+from receiver.media.storage.local import LocalStorage
+
+QUICK = Limits(
+    image_bytes=100_000,
+    connect_seconds=2,
+    header_seconds=0.3,
+    idle_seconds=0.3,
+    total_seconds=2,
+    min_bytes_per_second=1000,
+    rate_window_seconds=0.2,
+)
+
+
+@contextlib.asynccontextmanager
+async def downloader(*origins: str, storage: Storage, limits: Limits = QUICK) -> AsyncIterator[Downloader]:
+    """Open a downloader that may fetch from `origins`."""
+    opened = Downloader(hosts=MediaHosts.parse(origins), storage=storage, limits=limits)
+    await opened.start()
+    try:
+        yield opened
+    finally:
+        await opened.close()
+
+
+async def fetch(
+    answer: bytes | Answer, root: Path, *, kind: Kind = "image", limits: Limits = QUICK
+) -> StoredFile:
+    """Download what a server answers."""
+    async with (
+        site(answer) as server,
+        downloader(server.origin, storage=local_storage(root), limits=limits) as opened,
+    ):
+        return await opened.save(
+            url=f"{server.origin}/works/secret-name.svg?token=x", kind=kind, stem="ab/00-image"
+        )
+
+
+async def refused(
+    answer: bytes | Answer, root: Path, error: type[Exception] = MediaUnavailable, *, limits: Limits = QUICK
+) -> Any:
+    """Download what a server answers, see it refused and nothing stored, and return the error."""
+    with pytest.raises(error) as caught:
+        await fetch(answer, root, limits=limits)
+    assert type(caught.value) is error
+    assert stored_files(root) == {}
+    return caught.value
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+async def test_stores_every_type(content_type: str, tmp_path: Path) -> None:
+    """D13: every type is stored under our key with its own extension; size, digest and type are recorded."""
+    sample = SAMPLES[content_type]
+    stored = await fetch(response(sample.data, "Content-Type: text/html"), tmp_path, kind=sample.kind)
+    key = f"ab/00-image{sample.extension}"
+    assert stored == StoredFile(
+        key=key,
+        uri=f"file://{tmp_path}/media/{key}",
+        size=len(sample.data),
+        sha256=hashlib.sha256(sample.data).hexdigest(),
+        content_type=content_type,
+    )
+    assert stored_files(tmp_path) == {f"media/{key}": sample.data}
+
+
+def in_chunks(data: bytes, size: int = 500) -> bytes:
+    """Return a chunked response."""
+    pieces = [data[at : at + size] for at in range(0, len(data), size)]
+    body = b"".join(f"{len(piece):x}\r\n".encode() + piece + b"\r\n" for piece in [*pieces, b""])
+    return response(body, "Transfer-Encoding: chunked", length=None)
+
+
+async def test_stores_a_chunked_file(tmp_path: Path) -> None:
+    """D9: a file without a length but in chunks has a certain end."""
+    assert (await fetch(in_chunks(PNG), tmp_path)).size == len(PNG)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"<svg onload=alert(1) xmlns='http://www.w3.org/2000/svg'/>", "image"),
+        (b"<html><body>sign in</body></html>", "image"),
+        (b"GIF89a/*<svg/onload=alert(1)>*/=alert(1)//;", "image"),
+        (SAMPLES["video/mp4"].data, "image"),
+        (PNG, "audio"),
+    ],
+)
+async def test_what_is_no_such_file_is_kept_as_bytes(data: bytes, kind: Kind, tmp_path: Path) -> None:
+    """D13: a page, a polyglot or another kind of file is kept, as bytes that no one will render."""
+    stored = await fetch(response(data, "Content-Type: image/png"), tmp_path, kind=kind)
+    assert (stored.key, stored.content_type) == ("ab/00-image.bin", "application/octet-stream")
+    assert stored_files(tmp_path) == {"media/ab/00-image.bin": data}
+
+
+def cut_points(size: int) -> list[int]:
+    """Return about a hundred places to cut, both ends included."""
+    return sorted({0, 1, 10, 16, *range(0, size, max(1, size // 100)), size - 2, size - 1})
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+async def test_a_broken_connection_stores_nothing(framing: str, tmp_path: Path) -> None:
+    """D9: cut the connection at a hundred places, and no truncated file is stored."""
+    whole = response(PNG) if framing == "length" else in_chunks(PNG)
+    body = whole.index(b"\r\n\r\n") + 4
+    for cut in cut_points(len(whole) - body):
+        error = await refused(whole[: body + cut], tmp_path)
+        assert error.reason == "truncated"
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+async def test_a_file_that_was_cut_before_it_was_sent_stores_nothing(
+    content_type: str, tmp_path: Path
+) -> None:
+    """D9: with a length that fits the cut file, the container's own end is what gives it away."""
+    sample = SAMPLES[content_type]
+    async with contextlib.AsyncExitStack() as stack:
+        bodies = [sample.data[:cut] for cut in cut_points(len(sample.data)) if cut not in sample.unseen]
+        queue = iter(bodies)
+
+        async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+            writer.write(response(next(queue)))
+
+        server = await stack.enter_async_context(site(answer))
+        opened = await stack.enter_async_context(downloader(server.origin, storage=local_storage(tmp_path)))
+        for _ in bodies:
+            with pytest.raises(MediaUnavailable) as caught:
+                await opened.save(url=f"{server.origin}/x", kind=sample.kind, stem="ab/00-image")
+            assert caught.value.reason == "truncated"
+    assert stored_files(tmp_path) == {}
+
+
+async def test_an_end_that_nothing_announces_is_not_believed(tmp_path: Path) -> None:
+    """D9: without a length or chunks a broken connection looks like the end, so such an answer is refused."""
+    error = await refused(response(PNG, length=None), tmp_path)
+    assert error.reason == "length"
+
+
+async def test_a_damaged_file_is_not_stored(tmp_path: Path) -> None:
+    """D9: a file whose structure cannot be followed is tried again later."""
+    data = bytearray(PNG)
+    data[37:41] = b"\0\0\0\0"
+    assert (await refused(response(bytes(data)), tmp_path)).reason == "damaged"
+
+
+async def test_a_stated_digest_is_compared(tmp_path: Path) -> None:
+    """D9: a body that is not what the server says it is is refused; one that is, is stored."""
+    good, bad = (base64.b64encode(hashlib.sha256(data).digest()).decode() for data in (PNG, b"other"))
+    assert (await refused(response(PNG, f"Repr-Digest: sha-256=:{bad}:"), tmp_path)).reason == "digest"
+    await fetch(response(PNG, f"Repr-Digest: sha-256=:{good}:"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "status",
+    ["301 Moved", "302 Found", "303 See Other", "304 Not Modified", "307 Temporary", "308 Permanent"],
+)
+async def test_redirects_are_not_followed(status: str, tmp_path: Path) -> None:
+    """D4: a redirect is blocked, even to another allowed host, which is never visited."""
+    async with site(response(PNG)) as sink:
+        async with site(response(b"", f"Location: {sink.origin}/x", status=status)) as server:
+            async with downloader(server.origin, sink.origin, storage=local_storage(tmp_path)) as opened:
+                with pytest.raises(MediaBlocked) as caught:
+                    await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+        assert caught.value.reason == "redirect"
+        assert sink.requests == []
+
+
+async def test_the_environment_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D5: neither a proxy nor credentials from the environment reach a download, and no cookie survives one."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("machine 127.0.0.1 login someone password secret\n")
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    async with site(response(b"")) as canary, site(response(PNG, "Set-Cookie: session=1; Path=/")) as server:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+            monkeypatch.setenv(name, canary.origin)
+            monkeypatch.setenv(name.lower(), canary.origin)
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setenv("no_proxy", "")
+        async with downloader(server.origin, storage=local_storage(tmp_path)) as opened:
+            for _ in range(2):
+                await opened.save(url=f"{server.origin}/x?y=z", kind="image", stem="ab/00-image")
+        assert canary.requests == []
+        head, *lines = server.requests[1].decode().split("\r\n")
+        assert head == "GET /x?y=z HTTP/1.1"
+        assert {line.partition(":")[0].lower() for line in lines if line} == {
+            "host",
+            "user-agent",
+            "accept",
+            "accept-encoding",
+        }
+        assert "Accept-Encoding: identity" in lines
+
+
+class CountingDial(httpcore.AsyncNetworkBackend):
+    """Connects as usual, and counts what is read."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
+        """Connect."""
+        stream = await httpcore.AnyIOBackend().connect_tcp(*args, **kwargs)
+        read = stream.read
+
+        async def count(*args: Any, **kwargs: Any) -> bytes:
+            data = await read(*args, **kwargs)
+            self.taken += len(data)
+            return data
+
+        stream.read = count  # type: ignore[method-assign]
+        return stream
+
+
+async def test_an_endless_file_ends_at_the_cap(tmp_path: Path) -> None:
+    """D7: no more than one read beyond the cap is taken from the network, and nothing is stored."""
+
+    async def endless(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+        writer.write(response(b"", "Transfer-Encoding: chunked", length=None))
+        while True:
+            writer.write(b"10000\r\n" + bytes(65_536) + b"\r\n")
+            await writer.drain()
+
+    dial = CountingDial()
+    async with site(endless) as server, downloader(server.origin, storage=local_storage(tmp_path)) as opened:
+        network = GuardedNetwork(MediaHosts.parse([server.origin]), dial=dial)
+        opened._pool = _open_pool(network, ssl.create_default_context())
+        with pytest.raises(MediaBlocked) as caught:
+            await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+    assert caught.value.reason == "too_large"
+    assert QUICK.image_bytes < dial.taken <= QUICK.image_bytes + 2 * 65_536
+    assert stored_files(tmp_path) == {}
+
+
+async def test_a_declared_size_beyond_the_cap_is_not_even_read(tmp_path: Path) -> None:
+    """D7: the length in the header is enough to refuse; each kind has its own cap."""
+    answer = response(PNG, length=QUICK.image_bytes + 1)
+    assert (await refused(answer, tmp_path, MediaBlocked)).reason == "too_large"
+    assert [Limits().max_bytes(kind) >> 20 for kind in ("image", "audio", "video")] == [64, 256, 2048]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "GZIP"])
+async def test_a_compressed_file_is_refused(encoding: str, tmp_path: Path) -> None:
+    """D8: what is sent compressed is never unpacked; a bomb is refused by its header."""
+    bomb = gzip.compress(bytes(3_000_000))
+    assert len(bomb) < QUICK.image_bytes
+    error = await refused(response(bomb, f"Content-Encoding: {encoding}"), tmp_path, MediaBlocked)
+    assert error.reason == "encoding"
+
+
+async def test_identity_is_no_compression(tmp_path: Path) -> None:
+    """D8: a server may say that it sends the file as it is."""
+    await fetch(response(PNG, "Content-Encoding: identity"), tmp_path)
+
+
+def pausing(*pieces: bytes, pause: float = 0.1) -> Answer:
+    """Send the pieces with pauses between them, and then nothing."""
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+        for piece in pieces:
+            writer.write(piece)
+            await asyncio.sleep(pause)
+        await asyncio.sleep(30)
+
+    return answer
+
+
+HEAD = response(b"", length=50_000)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (pausing(), "timeout"),
+        (pausing(*(bytes([byte]) for byte in HEAD)), "timeout"),
+        (pausing(*[b"HTTP/1.1 103 Early Hints\r\n\r\n"] * 50), "timeout"),
+        (pausing(HEAD), "timeout"),
+        (pausing(HEAD + PNG), "timeout"),
+        (pausing(HEAD + PNG[:500], *[b"x"] * 100), "too_slow"),
+        (pausing(HEAD + PNG[:500], *[b"x" * 200] * 100, pause=0.05), "timeout"),
+        (pausing(in_chunks(PNG)[:300], *[b"5;x=" + b"y" * 10 + b"\r\nabcde\r\n"] * 100), "too_slow"),
+        (
+            pausing(response(b"", "Transfer-Encoding: chunked", length=None) + b"5;x=", *[b"y"] * 200),
+            "timeout",
+        ),
+    ],
+    ids=[
+        "silent",
+        "drip-head",
+        "hints",
+        "no-body",
+        "stalled",
+        "drip-body",
+        "deadline",
+        "drip-chunks",
+        "drip-chunk-head",
+    ],
+)
+async def test_a_slow_server_is_given_up(answer: Answer, reason: str, tmp_path: Path) -> None:
+    """D7: silence, a drip at any place of the answer and a file that takes too long all end in time."""
+    async with asyncio.timeout(10):
+        error = await refused(answer, tmp_path)
+    assert error.reason == reason
+
+
+async def test_a_slow_storage_is_not_blamed_on_the_server(tmp_path: Path) -> None:
+    """D7: the rate counts only time spent waiting for the server."""
+
+    class SlowStorage(LocalStorage):
+        async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+            async def slowly() -> AsyncIterator[bytes]:
+                async for chunk in chunks:
+                    await asyncio.sleep(0.15)
+                    yield chunk
+
+            await super().put(key, slowly())
+
+    data = in_chunks(PNG, 200)
+    async with site(data) as server, downloader(server.origin, storage=SlowStorage(tmp_path)) as opened:
+        stored = await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+    assert stored.size == len(PNG)
+
+
+@pytest.mark.parametrize(
+    "status", ["400 Bad", "401 No", "403 Forbidden", "404 Not Found", "410 Gone", "451 Law"]
+)
+async def test_a_file_that_is_gone_is_missing(status: str, tmp_path: Path) -> None:
+    """D15: a 4xx that waiting does not cure means that there is no such file."""
+    assert (await refused(response(b"", status=status), tmp_path, MediaMissing)).reason == "missing"
+
+
+@pytest.mark.parametrize(
+    "status",
+    ["204 None", "206 Partial", "408 Slow", "425 Early", "429 Many", "500 Error", "503 Busy", "101 Switch"],
+)
+async def test_other_answers_are_tried_again(status: str, tmp_path: Path) -> None:
+    """D15: everything else that is not 200 may pass."""
+    error = await refused(response(b"", status=status), tmp_path)
+    assert (error.reason, error.retry_after) == ("status", None)
+
+
+@pytest.mark.parametrize(
+    ("value", "low", "high"),
+    [
+        ("120", 120, 120),
+        ("0", 0, 0),
+        ("999999999", 86_400, 86_400),
+        (format_datetime(datetime.now(UTC) + timedelta(seconds=600), usegmt=True), 500, 600),
+        (format_datetime((datetime.now(UTC) + timedelta(seconds=600)).replace(tzinfo=None)), 500, 600),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400, 86_400),
+    ],
+)
+async def test_retry_after_is_passed_on(value: str, low: float, high: float, tmp_path: Path) -> None:
+    """D15: seconds and dates are understood, and an absurd one does not park the file for ever."""
+    error = await refused(response(b"", f"Retry-After: {value}", status="503 Busy"), tmp_path)
+    assert error.retry_after is not None
+    assert low <= error.retry_after <= high
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-5", "1_0", "1e9", "\u0661", "Wed, 99 Oct 2015", "1" * 5000])
+async def test_a_strange_retry_after_is_ignored(value: str, tmp_path: Path) -> None:
+    """D15: what is neither seconds nor a date says nothing."""
+    answer = response(b"", f"Retry-After: {value}", status="429 Many")
+    assert (await refused(answer, tmp_path)).retry_after is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200",
+        b"nonsense\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nabcdef",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 200_000 + b"\r\n\r\n",
+    ],
+)
+async def test_a_broken_answer_is_no_answer(answer: bytes, tmp_path: Path) -> None:
+    """D9: what is not HTTP, or too much of it, is a failed connection."""
+    assert (await refused(answer, tmp_path)).reason == "connect"
+
+
+async def test_a_closed_port_is_unavailable(tmp_path: Path) -> None:
+    """D15: a server that is not there may come back."""
+    origin = f"http://127.0.0.1:{free_port()}"
+    async with downloader(origin, storage=local_storage(tmp_path)) as opened:
+        with pytest.raises(MediaUnavailable) as caught:
+            await opened.save(url=f"{origin}/x", kind="image", stem="ab/00-image")
+    assert caught.value.reason == "connect"
+
+
+async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
+    """D16: the storage's error passes through, and the connection is closed."""
+
+    class FullStorage(LocalStorage):
+        async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:  # noqa: ARG002
+            await anext(chunks)
+            raise StorageUnavailable("full", reason="full")
+
+    async with (
+        site(response(PNG)) as server,
+        downloader(server.origin, storage=FullStorage(tmp_path)) as opened,
+    ):
+        with pytest.raises(StorageUnavailable):
+            await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+        assert opened._pool.connections == []
+
+
+async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
+    """D10: a worker that is stopped in the middle of a download leaves neither a file nor a connection."""
+    async with (
+        site(pausing(HEAD + PNG[:500])) as server,
+        downloader(server.origin, storage=local_storage(tmp_path), limits=Limits()) as opened,
+    ):
+        task = asyncio.create_task(opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image"))
+        while not stored_files(tmp_path):
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert opened._pool.connections == []
+    assert stored_files(tmp_path) == {}
+
+
+async def test_a_repeated_download_ends_with_one_file(tmp_path: Path) -> None:
+    """D11: a download that is repeated, after a crash behind the rename, stores the same bytes again."""
+    first = await fetch(response(PNG), tmp_path)
+    assert await fetch(response(PNG), tmp_path) == first
+    assert stored_files(tmp_path) == {"media/ab/00-image.png": PNG}
+
+
+async def test_a_url_that_is_not_allowed_makes_no_connection(tmp_path: Path) -> None:
+    """D1: the allow-list comes before the network."""
+    async with (
+        site(response(PNG)) as server,
+        downloader("media.clipia.ai", storage=local_storage(tmp_path)) as opened,
+    ):
+        with pytest.raises(MediaBlocked):
+            await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+        assert server.requests == []
+
+
+async def test_starting_without_the_guard_is_refused(tmp_path: Path) -> None:
+    """D3: a pool that would connect to a forbidden address stops the start."""
+    opened = Downloader(
+        hosts=MediaHosts.parse(["media.clipia.ai"]), storage=local_storage(tmp_path), limits=QUICK
+    )
+    opened._pool = _open_pool(httpcore.AnyIOBackend(), ssl.create_default_context())
+    with pytest.raises(SettingsError, match="guard"):
+        await opened.start()

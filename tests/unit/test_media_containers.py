@@ -1,0 +1,159 @@
+"""Containers: complete files are complete, cut ones are not."""
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mediakit import NOISE, SAMPLES, box
+
+from receiver import sandbox
+from receiver.media import containers
+from receiver.media.containers import Damaged, Follower, Walk
+from receiver.media.filetypes import SNIFF_BYTES, sniff
+
+MOVIE = containers.iso(b"moov", b"mdat")
+
+
+def is_complete(walk: Walk, data: bytes, *, step: int = 1000) -> bool:
+    """Follow `data` in parts."""
+    follower = Follower(walk)
+    for at in range(0, len(data), step):
+        follower.feed(data[at : at + step])
+    return follower.is_complete
+
+
+def walk_of(content_type: str) -> Walk:
+    """Return the walk that a sample's first bytes select."""
+    sample = SAMPLES[content_type]
+    return sniff(sample.data[:SNIFF_BYTES], sample.kind).walk
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+@pytest.mark.parametrize("step", [1, 7, 100_000])
+def test_a_complete_file_is_complete(content_type: str, step: int) -> None:
+    """D9: a whole file passes, whatever the parts that it arrives in."""
+    assert is_complete(walk_of(content_type), SAMPLES[content_type].data, step=step)
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+def test_every_cut_is_noticed(content_type: str) -> None:
+    """D9: a file cut anywhere is incomplete, as far as its format says where it ends."""
+    sample = SAMPLES[content_type]
+    walk = walk_of(content_type)
+    accepted = [cut for cut in range(16, len(sample.data)) if is_complete(walk, sample.data[:cut])]
+    assert accepted == list(sample.unseen)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), st.lists(st.integers(0, 2000)), st.integers(16, 2200))
+def test_the_parts_make_no_difference(content_type: str, splits: list[int], cut: int) -> None:
+    """D9: the verdict depends on the bytes, not on how the network cut them up."""
+    data, walk = SAMPLES[content_type].data[:cut], walk_of(content_type)
+    follower = Follower(walk)
+    for start, end in zip([0, *sorted(splits)], [*sorted(splits), len(data)], strict=True):
+        follower.feed(data[start:end])
+    assert follower.is_complete == is_complete(walk, data, step=len(data))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(sorted(SAMPLES)), st.binary(max_size=300), st.integers(1, 64))
+def test_no_bytes_upset_a_walk(content_type: str, noise: bytes, step: int) -> None:
+    """D9: behind any valid start, arbitrary bytes lead to a verdict or to Damaged, never to another error."""
+    data = SAMPLES[content_type].data
+    for start in (16, 40, len(data)):
+        try:
+            is_complete(walk_of(content_type), data[:start] + noise, step=step)
+        except Damaged:
+            continue
+
+
+@pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/gif", "image/webp", "audio/wav"])
+def test_bytes_behind_the_end_do_not_matter(content_type: str) -> None:
+    """D9: what follows the end (a depth map, a tag, a padding byte) leaves the file complete."""
+    assert is_complete(walk_of(content_type), SAMPLES[content_type].data + NOISE)
+
+
+@pytest.mark.parametrize("tail", [bytes(64), b"\0\0\0\0free" + NOISE, b"\0\0\0\x05pad."])
+def test_a_movie_may_have_padding(tail: bytes) -> None:
+    """D9: a last box that is open to the end, or is none, ends the walk once the movie is whole."""
+    assert is_complete(MOVIE, SAMPLES["video/mp4"].data + tail)
+
+
+def test_a_movie_without_its_index_is_damaged() -> None:
+    """D9: a data box that is open to the end leaves no room for an index that has not come."""
+    with pytest.raises(Damaged):
+        is_complete(MOVIE, box(b"ftyp", b"isom" + bytes(4)) + b"\0\0\0\0mdat" + NOISE)
+
+
+def test_a_movie_cut_between_boxes_is_incomplete() -> None:
+    """D9: an index without the data that it points to is no movie, although every box is whole."""
+    assert not is_complete(MOVIE, box(b"ftyp", b"isom" + bytes(4)) + box(b"moov", NOISE))
+
+
+def test_damaged_structures_are_told_apart_from_short_ones() -> None:
+    """D9: a PNG chunk without a name and an unknown GIF block cannot be followed."""
+    for content_type, at in (("image/png", 37), ("image/gif", 19)):
+        data = bytearray(SAMPLES[content_type].data)
+        data[at : at + 1] = b"\x07"
+        with pytest.raises(Damaged):
+            is_complete(walk_of(content_type), bytes(data))
+
+
+def test_a_wav_of_unknown_length_is_accepted() -> None:
+    """D9: encoders that stream write a length that they cannot know; the framing of HTTP has to do."""
+    for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
+        data = b"RIFF" + struct.pack("<I", size) + b"WAVE" + NOISE
+        assert is_complete(containers.riff, data)
+
+
+def test_a_webm_of_unknown_length_is_accepted() -> None:
+    """D9: a live WebM has no size; the framing of HTTP has to do."""
+    assert is_complete(containers.ebml, b"\x1a\x45\xdf\xa3\x84webm\x18\x53\x80\x67\xff" + NOISE)
+
+
+def test_an_mp3_without_a_size_ends_anywhere() -> None:
+    """D9: a bare MPEG stream does not say how long it is; the framing of HTTP has to do."""
+    assert is_complete(containers.mp3, b"\xff\xfb\x90\x00" + NOISE)
+    assert is_complete(containers.mp3, b"ID3\x04\x00\x10\x00\x00\x00\x10" + bytes(16 + 10) + NOISE)
+
+
+@pytest.mark.parametrize(("flags", "offset"), [(2, 36), (3, 21), (2, 13)])
+def test_the_size_in_an_mp3_is_found(flags: int, offset: int) -> None:
+    """D9: the header of LAME and ffmpeg is found for mono and stereo, with and without a number of frames."""
+    frames = struct.pack(">I", 9) if flags & 1 else b""
+    head = b"\xff\xfb\x90\x00".ljust(offset, b"\0") + b"Xing" + struct.pack(">I", flags)
+    data = (head + frames + struct.pack(">I", 500)).ljust(500, b"\x55")
+    assert is_complete(containers.mp3, data)
+    assert not is_complete(containers.mp3, data[:-1])
+
+
+def test_a_flac_with_more_metadata_is_followed() -> None:
+    """D9: every metadata block has to be whole, and a frame has to follow."""
+    data = b"fLaC" + b"\x00\x00\x00\x22" + bytes(34) + b"\x84\x00\x00\x08" + bytes(8)
+    assert not is_complete(containers.flac, data)
+    assert is_complete(containers.flac, data + b"\xff\xf8" + NOISE)
+
+
+def test_endless_tiny_pieces_are_refused() -> None:
+    """D7: a structure of millions of empty pieces is not followed to its end."""
+    follower = Follower(MOVIE)
+    follower.feed(SAMPLES["video/mp4"].data)
+    with pytest.raises(Damaged, match="too many"):
+        follower.feed(box(b"free", b"") * 1_000_001)
+
+
+def test_an_ogg_page_after_foreign_bytes_is_not_looked_for() -> None:
+    """D9: bytes behind the last page end the walk."""
+    assert is_complete(containers.ogg, SAMPLES["audio/ogg"].data + NOISE)
+
+
+def test_real_files_are_complete_and_cut_ones_are_not() -> None:
+    """D9: files from real encoders pass, and fail without their last bytes."""
+    folder = Path(sandbox.__file__).parent / "samples"
+    for name, kind in (("image.png", "image"), ("image.webp", "image"), ("video.mp4", "video")):
+        data = (folder / name).read_bytes()
+        walk = sniff(data[:SNIFF_BYTES], kind).walk  # type: ignore[arg-type]  # the literals above
+        assert is_complete(walk, data)
+        assert not is_complete(walk, data[:-1])

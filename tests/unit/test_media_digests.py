@@ -1,0 +1,94 @@
+"""Digests that a response states about its body."""
+
+import base64
+import hashlib
+
+import httpx
+import pytest
+
+from receiver.errors import MediaBlocked, MediaUnavailable
+from receiver.media.containers import unchecked
+from receiver.media.digests import stated_digests
+from receiver.media.inspection import Inspection
+
+BODY = b"the body of a file"
+MD5, SHA256, SHA512 = (hashlib.new(name, BODY).digest() for name in ("md5", "sha256", "sha512"))
+
+
+def b64(digest: bytes) -> str:
+    """Encode a digest as headers have it."""
+    return base64.b64encode(digest).decode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ([("Repr-Digest", f"sha-256=:{b64(SHA256)}:")], {"sha256": SHA256}),
+        (
+            [("Repr-Digest", f"crc32c=:AAAA:, sha-512=:{b64(SHA512)}:, sha-256=:{b64(SHA256)}:")],
+            {"sha256": SHA256, "sha512": SHA512},
+        ),
+        ([("Content-Digest", f"sha-256=:{b64(SHA256)}:")], {"sha256": SHA256}),
+        ([("Content-MD5", b64(MD5))], {"md5": MD5}),
+        ([("x-goog-hash", "crc32c=n03x6A=="), ("x-goog-hash", f"md5={b64(MD5)}")], {"md5": MD5}),
+        ([("x-goog-hash", f"crc32c=n03x6A==,md5={b64(MD5)}")], {"md5": MD5}),
+        ([("ETag", f'"{MD5.hex()}"'), ("x-amz-server-side-encryption", "AES256")], {"md5": MD5}),
+    ],
+)
+def test_reads_what_servers_state(headers: list[tuple[str, str]], expected: dict[str, bytes]) -> None:
+    """D9: RFC 9530, Content-MD5, Google's and S3's own ways of stating a digest are understood."""
+    assert stated_digests(httpx.Headers(headers)) == expected
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [("ETag", f'"{MD5.hex()}"')],
+        [("ETag", f'"{MD5.hex()}"'), ("x-amz-server-side-encryption", "aws:kms")],
+        [("ETag", f'"{MD5.hex()}-3"'), ("x-amz-server-side-encryption", "AES256")],
+        [("ETag", f'W/"{MD5.hex()}"'), ("x-amz-server-side-encryption", "AES256")],
+        [("x-goog-hash", f"md5={b64(MD5)}"), ("x-goog-stored-content-encoding", "gzip")],
+        [("Content-MD5", "not base64")],
+        [("Content-MD5", b64(SHA256))],
+        [("Content-MD5", b64(MD5)), ("x-goog-hash", f"md5={b64(bytes(16))}")],
+        [("Repr-Digest", "sha-256=unquoted")],
+        [("Repr-Digest", "sha-256=:====:")],
+        [("Repr-Digest", f"sha-256=:{b64(MD5)}:")],
+    ],
+)
+def test_leaves_out_what_is_in_doubt(headers: list[tuple[str, str]]) -> None:
+    """D9: a weak, composite, encrypted, malformed or contradictory digest says nothing about the body."""
+    assert stated_digests(httpx.Headers(headers)) == {}
+
+
+def inspect(*, stated: dict[str, bytes], max_bytes: int = 1000) -> Inspection:
+    """Feed the body to an inspection."""
+    inspection = Inspection(max_bytes=max_bytes, stated=stated, walk=unchecked)
+    inspection.feed(BODY[:5])
+    inspection.feed(BODY[5:])
+    return inspection
+
+
+def test_a_body_that_matches_passes() -> None:
+    """D9: size and SHA-256 are those of the body, and every stated digest is compared."""
+    inspection = inspect(stated={"md5": MD5, "sha256": SHA256, "sha512": SHA512})
+    inspection.finish()
+    assert (inspection.size, inspection.sha256) == (len(BODY), SHA256.hex())
+
+
+@pytest.mark.parametrize("name", ["md5", "sha256", "sha512"])
+def test_a_body_that_differs_is_refused(name: str) -> None:
+    """D9: a body that is not what its server stated is tried again later."""
+    wrong = {"md5": MD5, "sha256": SHA256, "sha512": SHA512}[name][::-1]
+    with pytest.raises(MediaUnavailable) as caught:
+        inspect(stated={name: wrong}).finish()
+    assert caught.value.reason == "digest"
+
+
+def test_the_cap_counts_every_byte() -> None:
+    """D7: a file of exactly the cap passes, one byte more does not."""
+    inspect(stated={}, max_bytes=len(BODY)).finish()
+    with pytest.raises(MediaBlocked) as caught:
+        inspect(stated={}, max_bytes=len(BODY) - 1)
+    assert caught.value.reason == "too_large"

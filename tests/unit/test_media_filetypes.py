@@ -1,0 +1,94 @@
+"""What a file is, by its first bytes."""
+
+import pytest
+from mediakit import NOISE, SAMPLES, box
+
+from receiver.media import Kind
+from receiver.media.filetypes import SNIFF_BYTES, UNKNOWN, sniff
+
+KINDS: tuple[Kind, ...] = ("image", "video", "audio")
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+def test_knows_the_types_that_clipia_makes(content_type: str) -> None:
+    """D13: type and extension come from the bytes and the kind that was announced."""
+    sample = SAMPLES[content_type]
+    found = sniff(sample.data[:SNIFF_BYTES], sample.kind)
+    assert (found.content_type, found.extension) == (content_type, sample.extension)
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+def test_a_type_of_another_kind_is_not_believed(content_type: str) -> None:
+    """D13: a video announced as an image is no image; only an MP4 or WebM may be video or audio alike."""
+    sample = SAMPLES[content_type]
+    for kind in KINDS:
+        found = sniff(sample.data[:SNIFF_BYTES], kind)
+        is_both = kind != "image" and content_type.endswith(("/mp4", "/quicktime", "/webm"))
+        assert kind == sample.kind or is_both or found is UNKNOWN
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
+        b'<?xml version="1.0"?><svg onload="alert(1)"/>',
+        b"<!DOCTYPE html><html><body>Not found</body></html>",
+        b"%PDF-1.7\n" + NOISE,
+        b"GIF89a/*<svg/onload=alert(1)>*/=alert(1)//;",
+        b"GIF89a" + bytes(20) + b"<SCRIPT >alert(1)</script>" + b"\x3b",
+        SAMPLES["image/png"].data[:60] + b"<html ><body>" + SAMPLES["image/png"].data[60:],
+        SAMPLES["image/jpeg"].data[:30] + b"<?php system($_GET[0])" + SAMPLES["image/jpeg"].data[30:],
+        b"ID3\x04\x00\x00\x00\x00\x00\x7f<!doctype html>" + NOISE,
+        SAMPLES["video/mp4"].data[:24] + b"%PDF-1.4" + NOISE,
+        b"PK\x03\x04" + NOISE,
+        b"MZ" + NOISE,
+        b"\x7fELF" + NOISE,
+        b'{"error": "not found"}          ',
+        bytes(64),
+        b"BM" + NOISE,
+        b"RIFF\x40\x00\x00\x00AVI " + NOISE,
+        box(b"moov", NOISE),
+        b"\x1a\x45\xdf\xa3\x8b\x42\x82\x88matroska" + NOISE,
+        b"\xff\xe2\x00\x00" + NOISE,
+        b"\xff\xfb\xf0\x00" + NOISE,
+        b"\xff\xfb\x9c\x00" + NOISE,
+        b"\xff\xeb\x90\x00" + NOISE,
+        b"\xff\xfd\x90\x00" + NOISE,
+    ],
+)
+def test_everything_else_is_plain_bytes(data: bytes, kind: Kind) -> None:
+    """D13: pages, documents, programs, archives, polyglots and broken signatures are of no type at all."""
+    assert sniff(data, kind) is UNKNOWN
+
+
+@pytest.mark.parametrize(
+    "head", [b"\xff\xfb\x90\x00", b"\xff\xf3\x84\xc4", b"\xff\xe3\x18\xc4", b"\xff\xfa\x92\x40"]
+)
+def test_knows_mp3_frames_of_every_version(head: bytes) -> None:
+    """D13: MPEG 1, 2 and 2.5, with and without a checksum."""
+    assert sniff(head + NOISE, "audio").content_type == "audio/mpeg"
+
+
+def test_still_image_brands_are_no_video() -> None:
+    """D13: an HEIC or AVIF picture is in the same box format as a movie and is not taken for one."""
+    heic = box(b"ftyp", b"heic" + bytes(4) + b"mif1heic") + box(b"meta", NOISE)
+    assert sniff(heic, "video") is UNKNOWN
+    assert sniff(heic, "image") is UNKNOWN
+    assert sniff(SAMPLES["image/avif"].data, "video") is UNKNOWN
+
+
+def test_the_minor_version_is_no_brand() -> None:
+    """D13: the four bytes behind the main brand are a number, whatever they spell."""
+    data = box(b"ftyp", b"isom" + b"avif" + b"iso2") + box(b"moov", NOISE)
+    assert sniff(data, "video").content_type == "video/mp4"
+    assert sniff(data, "image") is UNKNOWN
+
+
+def test_words_in_metadata_do_no_harm() -> None:
+    """D13: a prompt or a rating in a picture's metadata is not taken for a page."""
+    words = (
+        b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF>a < b, styled as <htmlike> body</rdf:RDF></x:xmpmeta>'
+    )
+    data = SAMPLES["image/png"].data
+    assert sniff(data[:60] + words + data[60:], "image").content_type == "image/png"

@@ -1,0 +1,159 @@
+"""The guarded network: what it resolves, checks and connects to."""
+
+import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import httpcore
+import pytest
+
+from receiver.errors import MediaBlocked
+from receiver.media import MediaHosts
+from receiver.media.network import GuardedNetwork, system_resolve
+
+HOSTS = MediaHosts.parse(["media.clipia.ai", "http://localhost:9000"])
+PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:4700::1111"
+
+
+class Resolver:
+    """Gives each lookup the next answer, and counts."""
+
+    def __init__(self, *answers: list[str]) -> None:
+        self.answers = list(answers)
+        self.lookups: list[tuple[str, int]] = []
+
+    async def __call__(self, host: str, port: int) -> list[str]:
+        """Look up."""
+        self.lookups.append((host, port))
+        return self.answers.pop(0)
+
+
+class Stream(httpcore.AsyncNetworkStream):
+    """An open connection whose other end has the address `peer`."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.is_closed = False
+
+    def get_extra_info(self, info: str) -> Any:
+        """Know the peer."""
+        return (self.peer, 443) if info == "server_addr" else None
+
+    async def aclose(self) -> None:
+        """Remember that it was closed."""
+        self.is_closed = True
+
+
+class Dial(httpcore.AsyncNetworkBackend):
+    """Records the connects; the addresses in `dead` refuse, `hijacked` ones lead elsewhere."""
+
+    def __init__(self, *, dead: Iterable[str] = (), hijacked: dict[str, str] | None = None) -> None:
+        self.dead = set(dead)
+        self.hijacked = hijacked or {}
+        self.connects: list[tuple[str, int, float | None]] = []
+        self.streams: list[Stream] = []
+
+    async def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,  # noqa: ASYNC109
+        local_address: str | None = None,  # noqa: ARG002
+        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,  # noqa: ARG002
+    ) -> httpcore.AsyncNetworkStream:
+        """Connect, or refuse."""
+        self.connects.append((host, port, timeout))
+        if host in self.dead:
+            raise httpcore.ConnectError("refused")
+        self.streams.append(Stream(self.hijacked.get(host, host)))
+        return self.streams[-1]
+
+
+async def test_connects_to_the_address_that_was_vetted() -> None:
+    """D3: the connection goes to the address, not to the name again: one lookup in all."""
+    resolver, dial = Resolver([PUBLIC], ["127.0.0.1"]), Dial()
+    stream = await GuardedNetwork(HOSTS, resolve=resolver, dial=dial).connect_tcp("media.clipia.ai", 443, 8.0)
+    assert stream is dial.streams[0]
+    assert resolver.lookups == [("media.clipia.ai", 443)]
+    assert dial.connects == [(PUBLIC, 443, 8.0)]
+
+
+@pytest.mark.parametrize(
+    "answer", [["127.0.0.1"], [PUBLIC, "10.0.0.1"], [OTHER_PUBLIC, "::ffff:169.254.169.254"]]
+)
+async def test_one_forbidden_address_blocks_the_name(answer: list[str]) -> None:
+    """D2: every address must pass, whichever would have been used."""
+    dial = Dial()
+    with pytest.raises(MediaBlocked) as caught:
+        await GuardedNetwork(HOSTS, resolve=Resolver(answer), dial=dial).connect_tcp("media.clipia.ai", 443)
+    assert caught.value.reason == "address"
+    assert dial.connects == []
+
+
+@pytest.mark.parametrize("spelling", ["127.1", "0177.0.0.1", "2130706433", "0x7f.0.0.1", "127.0.0.1", "::1"])
+async def test_the_systems_resolver_cannot_be_talked_into_loopback(spelling: str) -> None:
+    """D2: spellings that getaddrinfo turns into loopback are judged by what it turned them into."""
+    dial = Dial()
+    with pytest.raises((MediaBlocked, httpcore.ConnectError)):
+        await GuardedNetwork(HOSTS, dial=dial).connect_tcp(spelling, 443)
+    assert dial.connects == []
+
+
+async def test_a_connection_that_ends_elsewhere_is_refused() -> None:
+    """D3: the peer of the open connection must be the vetted address."""
+    dial = Dial(hijacked={PUBLIC: "127.0.0.1"})
+    with pytest.raises(MediaBlocked) as caught:
+        await GuardedNetwork(HOSTS, resolve=Resolver([PUBLIC]), dial=dial).connect_tcp("media.clipia.ai", 443)
+    assert caught.value.reason == "address"
+    assert dial.streams[0].is_closed
+
+
+async def test_tries_the_next_vetted_address() -> None:
+    """D3: a dead address is skipped, and the time to connect is shared out."""
+    dial = Dial(dead={OTHER_PUBLIC})
+    network = GuardedNetwork(HOSTS, resolve=Resolver([OTHER_PUBLIC, PUBLIC]), dial=dial)
+    await network.connect_tcp("media.clipia.ai", 443, 8.0)
+    assert dial.connects == [(OTHER_PUBLIC, 443, 4.0), (PUBLIC, 443, 4.0)]
+
+
+async def test_gives_up_after_the_last_address() -> None:
+    """D3: when nothing answers, the error is the one that the downloader retries."""
+    dial = Dial(dead={OTHER_PUBLIC, PUBLIC})
+    with pytest.raises(httpcore.ConnectError):
+        await GuardedNetwork(HOSTS, resolve=Resolver([OTHER_PUBLIC, PUBLIC]), dial=dial).connect_tcp(
+            "media.clipia.ai", 443
+        )
+
+
+async def test_a_name_without_addresses_is_unavailable() -> None:
+    """D3: an unknown or empty name is a failed connection, not a crash."""
+    with pytest.raises(httpcore.ConnectError):
+        await GuardedNetwork(HOSTS, dial=Dial()).connect_tcp("no-such-host.invalid", 443)
+    with pytest.raises(httpcore.ConnectError):
+        await GuardedNetwork(HOSTS, resolve=Resolver([]), dial=Dial()).connect_tcp("media.clipia.ai", 443)
+
+
+async def test_a_slow_resolver_runs_out_of_time() -> None:
+    """D7: resolving counts against the time to connect."""
+
+    async def hang(host: str, port: int) -> list[str]:  # noqa: ARG001
+        await asyncio.Event().wait()
+        return []
+
+    with pytest.raises(httpcore.ConnectTimeout):
+        await GuardedNetwork(HOSTS, resolve=hang, dial=Dial()).connect_tcp("media.clipia.ai", 443, 0.01)
+
+
+async def test_a_development_origin_is_reached_as_it_is() -> None:
+    """D2: exactly the development origin skips the check; the same host on another port does not."""
+    resolver, dial = Resolver(["127.0.0.1"]), Dial()
+    network = GuardedNetwork(HOSTS, resolve=resolver, dial=dial)
+    await network.connect_tcp("localhost", 9000, 5.0)
+    assert dial.connects == [("localhost", 9000, 5.0)]
+    with pytest.raises(MediaBlocked):
+        await network.connect_tcp("localhost", 9001)
+
+
+async def test_the_system_resolver_lists_each_address_once() -> None:
+    """D2: the answer has plain addresses, whatever they are written as."""
+    assert await system_resolve("127.1", 443) == ["127.0.0.1"]

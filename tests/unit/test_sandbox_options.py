@@ -1,0 +1,111 @@
+"""The sandbox's switches, their dice, and the page that lists them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from receiver.errors import SettingsError
+from receiver.sandbox.answers import CODES
+from receiver.sandbox.options import Dice, SandboxOptions, switches
+
+DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
+
+
+def test_defaults_never_misbehave() -> None:
+    """Without switches nothing fails, is late or is lost."""
+    options = SandboxOptions()
+    assert {
+        name: value for name, value in options.as_dict().items() if name.endswith("_rate") and value
+    } == {}
+    assert (options.latency, options.media_latency, options.refuse_submits, options.webhook_first) == (
+        0,
+        0,
+        "",
+        False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fail_rate": 1.01}, "fail_rate must be from 0 to 1, not 1.01"),
+        ({"fail_rate": -0.1}, "fail_rate must be from 0 to 1, not -0.1"),
+        ({"latency": float("nan")}, "latency must be at least 0, not nan"),
+        ({"latency": float("inf")}, "latency must be at least 0, not inf"),
+        ({"webhook_attempts": 0}, "webhook_attempts must be from 1 to 20, not 0"),
+        ({"rate_limit": 0}, "rate_limit must be at least 1, not 0"),
+        ({"credits": 1.5}, "credits must be of type int, not float"),
+        ({"credits": True}, "credits must be of type int, not bool"),
+        ({"latency": True}, "latency must be of type float, not bool"),
+        ({"latency": "1"}, "latency must be of type float, not str"),
+        ({"webhook_first": 1}, "webhook_first must be of type bool, not int"),
+        ({"refuse_submits": None}, "refuse_submits must be of type str, not NoneType"),
+        ({"refuse_submits": "teapot"}, f"refuse_submits must be empty or one of: {', '.join(CODES)}"),
+        ({"video_bytes": 65_535}, "video_bytes must be 0 or at least 65536"),
+        ({"fail_rat": 1}, f"unknown switch 'fail_rat'; there are: {', '.join(switches())}"),
+    ],
+)
+def test_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
+    """A switch out of bounds, of another type or of another name is refused with a message that names it."""
+    with pytest.raises(SettingsError) as caught:
+        SandboxOptions().changed(changes)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fail_rate": 1},
+        {"fail_rate": 0.5, "latency": 2},
+        {"refuse_submits": "insufficient_scope"},
+        {"video_bytes": 65_536},
+        {"webhook_first": True},
+        {},
+    ],
+)
+def test_change_keeps_the_rest(changes: dict[str, Any]) -> None:
+    """A change sets what it names and nothing else, and the original stays as it was."""
+    options = SandboxOptions(seed=7)
+    assert options.changed(changes).as_dict() == SandboxOptions(seed=7).as_dict() | changes
+    assert options == SandboxOptions(seed=7)
+
+
+def test_dice_are_exact_at_the_ends() -> None:
+    """A rate of 0 never strikes and a rate of 1 always does."""
+    dice = Dice(0)
+    assert not any(dice.hit("fail_rate", 0) for _ in range(1000))
+    assert all(dice.hit("fail_rate", 1.0) for _ in range(1000))
+
+
+def test_dice_repeat_with_their_seed() -> None:
+    """The same seed gives the same faults, another seed others, and half means about half."""
+    first, same, other = ([dice.hit("x", 0.5) for _ in range(400)] for dice in (Dice(1), Dice(1), Dice(2)))
+    assert first == same
+    assert first != other
+    assert 150 < sum(first) < 250
+
+
+def test_one_switch_does_not_move_another() -> None:
+    """Throwing the dice for one switch leaves the faults of another where they were."""
+    alone, together = Dice(1), Dice(1)
+    expected = [alone.hit("fail_rate", 0.5) for _ in range(100)]
+    got = []
+    for _ in range(100):
+        together.hit("error_rate", 0.5)
+        got.append(together.hit("fail_rate", 0.5))
+    assert got == expected
+
+
+def test_page_lists_every_switch_with_its_default() -> None:
+    """The table in the documentation is the list of switches: flag, default and meaning."""
+    rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `--")]
+    defaults = SandboxOptions().as_dict()
+    expected = []
+    for name, (_, switch) in switches().items():
+        default = defaults[name] if isinstance(defaults[name], str) else json.dumps(defaults[name])
+        expected.append(
+            f"| `--{name.replace('_', '-')}` | {default}{' ' if default else ''}| {switch.help} |"
+        )
+    assert rows == expected
