@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import ssl
 import struct
 import subprocess
 import sys
@@ -167,7 +168,7 @@ class Site:
 
 
 @asynccontextmanager
-async def site(answer: bytes | Answer) -> AsyncIterator[Site]:
+async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
     """Answer every request with the same bytes, or as a function pleases, and close the connection."""
     requests: list[bytes] = []
 
@@ -186,7 +187,7 @@ async def site(answer: bytes | Answer) -> AsyncIterator[Site]:
         finally:
             writer.close()
 
-    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
     async with server:
         yield Site(port=server.sockets[0].getsockname()[1], requests=requests)
 

@@ -24,6 +24,7 @@ from receiver.cli.terminal import size, stdout
 from receiver.db import ledger
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
+from receiver.observability import configure_logging
 from receiver.sandbox import SandboxOptions, create_app, running
 
 JOBS: Final = (
@@ -50,6 +51,7 @@ def demo(
     """
     folder = (directory or Path(tempfile.mkdtemp(prefix="clipia-demo-"))).resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    configure_logging(level="WARNING")
     try:
         asyncio.run(_Demo(folder).run(keep=keep))
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """`file:path.jsonl`: one event per line, appended and flushed to the disk.
 
-Several processes may append to one file. Whoever writes holds its lock, so that a last line without an end can
-only be what a crash left of an append that was never confirmed.
+Several processes may append to one file. Whoever writes holds its lock, so that a last line without an end
+can only be what a crash left of an append that was never confirmed.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -31,6 +31,7 @@ BLOCK: Final = 4096
 _HOPELESS: Final = frozenset(
     {
         errno.EACCES,
+        errno.EEXIST,
         errno.EISDIR,
         errno.ELOOP,
         errno.ENAMETOOLONG,
@@ -56,7 +57,7 @@ class FileDestination:
         self._lines = _Lines(self._path)
         self._writing = asyncio.Lock()
         self._waiting: list[bytes] = []
-        self._next_write: asyncio.Task[None] | None = None
+        self._next_write: asyncio.Task[OSError | None] | None = None
         self._closed = False
 
     async def start(self) -> None:
@@ -83,10 +84,9 @@ class FileDestination:
         self._waiting.append(encode(event) + b"\n")
         if self._next_write is None:
             self._next_write = asyncio.create_task(self._write_waiting())
-        try:
-            # Shielded: the write is the others', too.
-            await asyncio.shield(self._next_write)
-        except OSError as error:
+        # Shielded: the write is the others', too.
+        error = await asyncio.shield(self._next_write)
+        if error is not None:
             raise self._failed(error) from error
 
     async def close(self) -> None:
@@ -97,11 +97,16 @@ class FileDestination:
         async with self._writing:
             await asyncio.to_thread(self._lines.close)
 
-    async def _write_waiting(self) -> None:
+    async def _write_waiting(self) -> OSError | None:
+        """Return a failure instead of raising it: nobody may be left to take it."""
         async with self._writing:
             lines, self._waiting = self._waiting, []
             self._next_write = None
-            await asyncio.to_thread(self._lines.append, b"".join(lines))
+            try:
+                await asyncio.to_thread(self._lines.append, b"".join(lines))
+            except OSError as error:
+                return error
+        return None
 
     def _failed(self, error: OSError) -> PublishFailed:
         reason = errno.errorcode.get(error.errno or 0, "io").lower()
@@ -118,7 +123,7 @@ class _UnusableError(OSError):
 class _Lines:
     """An append-only file that several processes share; blocking, for one thread at a time.
 
-    Every method raises OSError, and after one the file is opened anew.
+    Every method raises OSError; the next one opens the file anew.
     """
 
     def __init__(self, path: Path) -> None:
@@ -155,7 +160,7 @@ class _Lines:
             descriptor = self._lock_current()
             yield descriptor
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-        except OSError:
+        except BaseException:
             self.close()
             raise
 

@@ -3,12 +3,12 @@
 import asyncio
 import base64
 import re
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Final
 
+import anyio
 import httpx
 from cloudevents.core.v1.event import CloudEvent
 from standardwebhooks import Webhook
@@ -23,10 +23,14 @@ TIMEOUT: Final = 15.0
 MAX_ANSWER: Final = 64 * 1024
 """Bytes of an answer's body that are read; nobody looks at them."""
 MAX_RETRY_AFTER: Final = 86_400.0
-LIMITS: Final = httpx.Limits(max_connections=32, max_keepalive_connections=8)
+MAX_CONNECTIONS: Final = 32
+MAX_IDLE_CONNECTIONS: Final = 8
 MIN_SECRET: Final = 24
 """Bytes that Standard Webhooks asks for at least."""
 
+MAX_PORT: Final = 65_535
+
+_HOST: Final = re.compile(rb"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
 _TRANSIENT: Final = frozenset(
     {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
@@ -51,9 +55,15 @@ class HttpDestination:
         # The bare transport has what a client would have to be talked out of: no redirects, no cookies, no
         # proxies from the environment, no log line with the URL.
         self._transport = httpx.AsyncHTTPTransport(
-            verify=httpx.create_ssl_context(), trust_env=False, limits=LIMITS
+            verify=httpx.create_ssl_context(),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
+        # Not the pool's own limit: a request that is cancelled in the moment in which the pool gives it a
+        # connection takes that place with it for ever, and after enough timeouts there is none left.
+        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         self._closed = False
+        self._exchanges: set[asyncio.Task[httpx.Response | PublishFailed]] = set()
 
     async def start(self) -> None:
         """Do nothing: connections are opened as they are needed."""
@@ -76,11 +86,14 @@ class HttpDestination:
             raise _refusal(self._origin, response)
 
     async def close(self) -> None:
-        """Close all connections."""
+        """Let what is under way end, which the timeout bounds, and close all connections."""
         self._closed = True
+        if self._exchanges:
+            # The pool does not close connections that are being made when it is closed.
+            await asyncio.wait(self._exchanges)
         await self._transport.aclose()
 
-    def _sign(self, event: CloudEvent, body: bytes) -> Mapping[str, str]:
+    def _sign(self, event: CloudEvent, body: bytes) -> dict[str, str]:
         if self._signer is None:
             return {}
         # The delivery's id, not the event's: receivers drop an id that they have seen, and with it a replay.
@@ -96,20 +109,39 @@ class HttpDestination:
         """Return an answer whose body is read as far as needed and gone. Raises PublishFailed."""
         if self._closed:
             raise closed()
+        # In a task of its own, which only its scope cancels: httpcore shields its tidying up from scopes, but
+        # not from `Task.cancel`, and would lose the connection.
+        scope = anyio.CancelScope()
+        exchange = asyncio.create_task(self._run(request, scope))
+        self._exchanges.add(exchange)
+        exchange.add_done_callback(self._exchanges.discard)
         try:
-            async with asyncio.timeout(TIMEOUT):
-                response = await self._transport.handle_async_request(request)
-                try:
-                    if response.is_success:
-                        await _drain(response)
-                finally:
-                    await response.aclose()
-        except TimeoutError:
-            raise PublishFailed(
-                f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout"
-            ) from None
-        except httpx.TransportError as error:
-            raise PublishFailed(f"{self._origin}: {_describe(error)}", reason="connection") from error
+            outcome = await asyncio.shield(exchange)
+        except asyncio.CancelledError:
+            scope.cancel()
+            raise
+        if isinstance(outcome, PublishFailed):
+            raise outcome
+        return outcome
+
+    async def _run(self, request: httpx.Request, scope: anyio.CancelScope) -> httpx.Response | PublishFailed:
+        """Return a failure instead of raising it: nobody may be left to take it."""
+        scope.deadline = anyio.current_time() + TIMEOUT
+        with scope:
+            try:
+                async with self._places:
+                    return await self._send(request)
+            except httpx.TransportError as error:
+                return PublishFailed(f"{self._origin}: {_describe(error)}", reason="connection")
+        return PublishFailed(f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout")
+
+    async def _send(self, request: httpx.Request) -> httpx.Response:
+        response = await self._transport.handle_async_request(request)
+        try:
+            if response.is_success:
+                await _drain(response)
+        finally:
+            await response.aclose()
         return response
 
 
@@ -147,8 +179,9 @@ async def _drain(response: httpx.Response) -> None:
 
 
 def _describe(error: httpx.TransportError) -> str:
-    """Name the failure: the text of the error is the library's and might quote anything."""
-    return type(error).__name__
+    """Name the failure; past the connect, the library's text may quote what the other side has sent."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, httpx.ConnectError) else name
 
 
 def _parse(settings: DestinationSettings) -> httpx.URL:
@@ -158,12 +191,13 @@ def _parse(settings: DestinationSettings) -> httpx.URL:
     except httpx.InvalidURL:
         # The error would quote the URL.
         raise SettingsError(wrong) from None
-    if not url.host:
+    port = 1 if url.port is None else url.port
+    if not _HOST.fullmatch(url.raw_host) or not 0 < port <= MAX_PORT:
         raise SettingsError(wrong)
     return url
 
 
-def _authorization(url: httpx.URL) -> Mapping[str, str]:
+def _authorization(url: httpx.URL) -> dict[str, str]:
     """Move credentials from the URL, where everybody logs them, to the header that they are meant for."""
     if not url.userinfo:
         return {}
@@ -183,7 +217,7 @@ def _open_signer(settings: DestinationSettings) -> Webhook | None:
         key = b""
     if encoded == text or len(key) < MIN_SECRET:
         raise SettingsError(
-            f"destination {settings.name!r}: the secret must be whsec_ and the base64 of {MIN_SECRET} or more "
-            f"random bytes, such as from: echo whsec_$(openssl rand -base64 32)"
+            f"destination {settings.name!r}: the secret must be whsec_ and the base64 of at least "
+            f"{MIN_SECRET} random bytes, such as from: echo whsec_$(openssl rand -base64 32)"
         )
     return Webhook(key)

@@ -13,10 +13,11 @@ log = structlog.get_logger()
 class MemoryDestination:
     """Keeps what is published, in order; nothing outlives the process."""
 
+    failure: PublishFailed | PublishRejected | None = None
+    """Raised by every `publish` and `check` while it is set."""
+
     def __init__(self, settings: DestinationSettings) -> None:
         self.events: list[CloudEvent] = []
-        self.failure: PublishFailed | PublishRejected | None = None
-        """Raised by every `publish` and `check` while it is set."""
         self._name = settings.name
         self._closed = False
 

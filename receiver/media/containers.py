@@ -117,20 +117,17 @@ def png(cursor: Cursor) -> Wait[None]:
             return
 
 
-_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd8-\xfe]")
-_JPEG_START, _JPEG_END = 0xD8, 0xD9
+# Without those that have no length: TEM, restarts, SOI. EOI has none either, and is what we are looking for.
+_JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
+_JPEG_END = b"\xff\xd9"
 
 
 def jpeg(cursor: Cursor) -> Wait[None]:
     """Segment by segment and through the compressed data to EOI; a thumbnail's EOI is inside a segment."""
     yield from cursor.skip(2)
-    while True:
-        marker = (yield from cursor.find(_JPEG_MARKER, overlap=1))[1]
-        if marker == _JPEG_END:
-            return
-        if marker != _JPEG_START:
-            length = int.from_bytes((yield from cursor.take(2)), "big")
-            yield from cursor.skip(max(0, length - 2))
+    while (yield from cursor.find(_JPEG_MARKER, overlap=1)) != _JPEG_END:
+        length = int.from_bytes((yield from cursor.take(2)), "big")
+        yield from cursor.skip(max(0, length - 2))
 
 
 _GIF_TRAILER, _GIF_EXTENSION, _GIF_IMAGE, _GIF_FILL = b"\x3b", b"\x21", b"\x2c", b"\x00"

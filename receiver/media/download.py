@@ -16,7 +16,7 @@ import structlog
 from receiver import __version__
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError
 from receiver.media.digests import stated_digests
-from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, UNKNOWN, Kind, sniff
+from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, Kind, sniff
 from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork
@@ -112,7 +112,7 @@ class Downloader:
                 head = await _read_head(parts)
                 file_type = sniff(head, kind)
                 key = stem + file_type.extension
-                if file_type is UNKNOWN:
+                if not file_type.is_known:
                     log.warning("media kept as plain bytes", key=key, kind=kind)
                 inspection = Inspection(
                     max_bytes=max_bytes, stated=stated_digests(headers), walk=file_type.walk

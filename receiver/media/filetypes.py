@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 from receiver.media import containers
@@ -24,8 +24,15 @@ class FileType:
     extension: str
     walk: Walk = containers.unchecked
 
+    @property
+    def is_known(self) -> bool:
+        """Whether this is an allowed type."""
+        return self.content_type != "application/octet-stream"
+
 
 UNKNOWN = FileType(content_type="application/octet-stream", extension=".bin")
+# Pictures of a type that we do not know, and files that were cut before their brands: no box may be cut.
+_UNKNOWN_BOXES = replace(UNKNOWN, walk=containers.iso())
 
 _Matches: TypeAlias = Callable[[bytes], bool]
 
@@ -114,9 +121,10 @@ _ACTIVE = re.compile(
 def sniff(head: bytes, kind: Kind) -> FileType:
     """Return the type of a file announced as `kind` that starts with `head` (SNIFF_BYTES, or all of it).
 
-    UNKNOWN for everything that is not an allowed type of that kind: SVG, HTML, PDF, a video announced as an
-    image, a file that is two things at once.
+    What is no allowed type of that kind is not `is_known`: SVG, HTML, PDF, a video announced as an image, a
+    file that is two things at once.
     """
     if _ACTIVE.search(head):
         return UNKNOWN
-    return next((file_type for matches, file_type in _TYPES[kind] if matches(head)), UNKNOWN)
+    unknown = _UNKNOWN_BOXES if head[4:8] == b"ftyp" else UNKNOWN
+    return next((file_type for matches, file_type in _TYPES[kind] if matches(head)), unknown)

@@ -73,7 +73,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
     ) -> httpcore.AsyncNetworkStream:
         failure: Exception = httpcore.ConnectError("No address")
-        share = timeout and timeout / len(addresses)
+        share = timeout and timeout / max(1, len(addresses))
         for address in addresses:
             try:
                 stream = await self._dial.connect_tcp(

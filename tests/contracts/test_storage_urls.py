@@ -13,6 +13,7 @@ from mediakit import Bucket, chunked, response, s3_server, site
 
 from receiver.errors import SettingsError, StorageUnavailable
 from receiver.media import open_storage
+from receiver.media.storage import s3
 from receiver.media.storage.local import LocalStorage
 
 
@@ -228,3 +229,12 @@ async def test_a_part_that_fails_ends_the_upload() -> None:
         assert [
             request for request in server.requests if request.startswith(b"DELETE /files/a.mp4?uploadId=u1 ")
         ]
+
+
+async def test_a_stopped_upload_reads_no_further() -> None:
+    """D10: when the caller was cancelled while the server was busy, the next read ends the upload."""
+    source = s3._Source(chunked(b"x" * 100))
+    assert len(await source.peek(10)) == 100
+    source.stop()
+    with pytest.raises(s3._Stopped):
+        await anext(source)

@@ -28,7 +28,7 @@ QUICK = Limits(
     connect_seconds=2,
     header_seconds=0.3,
     idle_seconds=0.3,
-    total_seconds=2,
+    total_seconds=1.5,
     min_bytes_per_second=1000,
     rate_window_seconds=0.2,
 )
@@ -114,9 +114,24 @@ async def test_what_is_no_such_file_is_kept_as_bytes(data: bytes, kind: Kind, tm
     assert stored_files(tmp_path) == {"media/ab/00-image.bin": data}
 
 
-def cut_points(size: int) -> list[int]:
-    """Return about a hundred places to cut, both ends included."""
-    return sorted({0, 1, 10, 16, *range(0, size, max(1, size // 100)), size - 2, size - 1})
+def cut_points(size: int, *, count: int) -> list[int]:
+    """Return about `count` places to cut, both ends included."""
+    return sorted({0, 1, 10, 16, *range(0, size, max(1, size // count)), size - 2, size - 1})
+
+
+async def refuse_all(answers: list[bytes], root: Path, *, kind: Kind = "image") -> None:
+    """Download once per answer, and see each refused as truncated and nothing stored."""
+    queue = iter(answers)
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+        writer.write(next(queue))
+
+    async with site(answer) as server, downloader(server.origin, storage=local_storage(root)) as opened:
+        for _ in answers:
+            with pytest.raises(MediaUnavailable) as caught:
+                await opened.save(url=f"{server.origin}/x", kind=kind, stem="ab/00-image")
+            assert caught.value.reason == "truncated"
+    assert stored_files(root) == {}
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
@@ -124,9 +139,7 @@ async def test_a_broken_connection_stores_nothing(framing: str, tmp_path: Path) 
     """D9: cut the connection at a hundred places, and no truncated file is stored."""
     whole = response(PNG) if framing == "length" else in_chunks(PNG)
     body = whole.index(b"\r\n\r\n") + 4
-    for cut in cut_points(len(whole) - body):
-        error = await refused(whole[: body + cut], tmp_path)
-        assert error.reason == "truncated"
+    await refuse_all([whole[: body + cut] for cut in cut_points(len(whole) - body, count=100)], tmp_path)
 
 
 @pytest.mark.parametrize("content_type", SAMPLES)
@@ -135,20 +148,8 @@ async def test_a_file_that_was_cut_before_it_was_sent_stores_nothing(
 ) -> None:
     """D9: with a length that fits the cut file, the container's own end is what gives it away."""
     sample = SAMPLES[content_type]
-    async with contextlib.AsyncExitStack() as stack:
-        bodies = [sample.data[:cut] for cut in cut_points(len(sample.data)) if cut not in sample.unseen]
-        queue = iter(bodies)
-
-        async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
-            writer.write(response(next(queue)))
-
-        server = await stack.enter_async_context(site(answer))
-        opened = await stack.enter_async_context(downloader(server.origin, storage=local_storage(tmp_path)))
-        for _ in bodies:
-            with pytest.raises(MediaUnavailable) as caught:
-                await opened.save(url=f"{server.origin}/x", kind=sample.kind, stem="ab/00-image")
-            assert caught.value.reason == "truncated"
-    assert stored_files(tmp_path) == {}
+    cuts = [cut for cut in cut_points(len(sample.data), count=25) if cut not in sample.unseen]
+    await refuse_all([response(sample.data[:cut]) for cut in cuts], tmp_path, kind=sample.kind)
 
 
 async def test_an_end_that_nothing_announces_is_not_believed(tmp_path: Path) -> None:
@@ -177,17 +178,19 @@ async def test_a_stated_digest_is_compared(tmp_path: Path) -> None:
 )
 async def test_redirects_are_not_followed(status: str, tmp_path: Path) -> None:
     """D4: a redirect is blocked, even to another allowed host, which is never visited."""
-    async with site(response(PNG)) as sink:
-        async with site(response(b"", f"Location: {sink.origin}/x", status=status)) as server:
-            async with downloader(server.origin, sink.origin, storage=local_storage(tmp_path)) as opened:
-                with pytest.raises(MediaBlocked) as caught:
-                    await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
+    async with (
+        site(response(PNG)) as sink,
+        site(response(b"", f"Location: {sink.origin}/x", status=status)) as server,
+        downloader(server.origin, sink.origin, storage=local_storage(tmp_path)) as opened,
+    ):
+        with pytest.raises(MediaBlocked) as caught:
+            await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
         assert caught.value.reason == "redirect"
         assert sink.requests == []
 
 
 async def test_the_environment_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D5: neither a proxy nor credentials from the environment reach a download, and no cookie survives one."""
+    """D5: no proxy and no credentials of the environment reach a download, and no cookie survives one."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login someone password secret\n")
     netrc.chmod(0o600)
@@ -352,7 +355,7 @@ async def test_a_file_that_is_gone_is_missing(status: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "status",
-    ["204 None", "206 Partial", "408 Slow", "425 Early", "429 Many", "500 Error", "503 Busy", "101 Switch"],
+    ["204 None", "206 Partial", "408 Slow", "425 Early", "429 Many", "500 Error", "503 Busy"],
 )
 async def test_other_answers_are_tried_again(status: str, tmp_path: Path) -> None:
     """D15: everything else that is not 200 may pass."""
@@ -432,11 +435,11 @@ async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
 async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
     """D10: a worker that is stopped in the middle of a download leaves neither a file nor a connection."""
     async with (
-        site(pausing(HEAD + PNG[:500])) as server,
+        site(pausing(HEAD + bytes(8000))) as server,
         downloader(server.origin, storage=local_storage(tmp_path), limits=Limits()) as opened,
     ):
         task = asyncio.create_task(opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image"))
-        while not stored_files(tmp_path):
+        while not stored_files(tmp_path):  # noqa: ASYNC110 - a folder tells nobody that it changes
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -463,11 +466,21 @@ async def test_a_url_that_is_not_allowed_makes_no_connection(tmp_path: Path) -> 
         assert server.requests == []
 
 
-async def test_starting_without_the_guard_is_refused(tmp_path: Path) -> None:
-    """D3: a pool that would connect to a forbidden address stops the start."""
-    opened = Downloader(
-        hosts=MediaHosts.parse(["media.clipia.ai"]), storage=local_storage(tmp_path), limits=QUICK
-    )
-    opened._pool = _open_pool(httpcore.AnyIOBackend(), ssl.create_default_context())
+class Unreachable(httpcore.AsyncNetworkBackend):
+    """Tries any address, and fails."""
+
+    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:  # noqa: ARG002
+        """Fail."""
+        raise httpcore.ConnectError("unreachable")
+
+
+@pytest.mark.parametrize("network", [Unreachable(), httpcore.AsyncMockBackend([response(PNG)])])
+async def test_starting_without_the_guard_is_refused(
+    network: httpcore.AsyncNetworkBackend, tmp_path: Path
+) -> None:
+    """D3: a pool that tries to connect to a forbidden address stops the start, whatever comes of it."""
+    hosts = MediaHosts.parse(["media.clipia.ai"])
+    opened = Downloader(hosts=hosts, storage=local_storage(tmp_path), limits=QUICK)
+    opened._pool = _open_pool(network, ssl.create_default_context())
     with pytest.raises(SettingsError, match="guard"):
         await opened.start()

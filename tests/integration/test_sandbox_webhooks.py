@@ -3,6 +3,7 @@
 import asyncio
 import json
 import resource
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -341,10 +342,21 @@ async def test_nothing_follows_a_webhook_that_was_not_accepted(
 async def test_webhook_before_the_answer(
     sandbox: httpx.AsyncClient, receiver: Receiver, headers: dict[str, str]
 ) -> None:
-    """C10: with `webhook_first` the receiver has the webhook before the submitter has the request id."""
+    """C10: with `webhook_first` the submit is answered only when the receiver has dealt with the webhook."""
+    dealt_with = asyncio.Event()
+
+    async def take_time(_number: int) -> Response:
+        await dealt_with.wait()
+        return Response()
+
+    receiver.answer = take_time
     await switch(sandbox, webhook_first=True, duration=60)
-    request_id = await submit(sandbox, receiver.url, headers)
-    assert [json.loads(body)["request_id"] for _, body in receiver.calls] == [request_id]
+    submitting = asyncio.create_task(submit(sandbox, receiver.url, headers))
+    await receiver.count(1)
+    done, _ = await asyncio.wait({submitting}, timeout=0.1)
+    assert not done
+    dealt_with.set()
+    assert [json.loads(body)["request_id"] for _, body in receiver.calls] == [await submitting]
 
 
 async def test_webhook_first_does_not_wait_for_ever(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
@@ -452,6 +464,13 @@ async def test_taken_port_is_an_error() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         async with running(create_app(), port=taken.getsockname()[1]):
             pytest.fail("started on a taken port")
+
+
+async def test_signals_stay_with_the_program_around_it() -> None:
+    """Serving the sandbox inside a program leaves the program's signal handlers alone."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    async with running(create_app()):
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
 # Downloads

@@ -1,6 +1,7 @@
 """The guarded network: what it resolves, checks and connects to."""
 
 import asyncio
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -127,10 +128,16 @@ async def test_gives_up_after_the_last_address() -> None:
 
 async def test_a_name_without_addresses_is_unavailable() -> None:
     """D3: an unknown or empty name is a failed connection, not a crash."""
+
+    async def unknown(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, f"no {host}:{port}")
+
     with pytest.raises(httpcore.ConnectError):
-        await GuardedNetwork(HOSTS, dial=Dial()).connect_tcp("no-such-host.invalid", 443)
+        await GuardedNetwork(HOSTS, resolve=unknown, dial=Dial()).connect_tcp("media.clipia.ai", 443)
     with pytest.raises(httpcore.ConnectError):
-        await GuardedNetwork(HOSTS, resolve=Resolver([]), dial=Dial()).connect_tcp("media.clipia.ai", 443)
+        await GuardedNetwork(HOSTS, resolve=Resolver([]), dial=Dial()).connect_tcp(
+            "media.clipia.ai", 443, 5.0
+        )
 
 
 async def test_a_slow_resolver_runs_out_of_time() -> None:

@@ -96,6 +96,7 @@ def test_one_switch_does_not_move_another() -> None:
         together.hit("error_rate", 0.5)
         got.append(together.hit("fail_rate", 0.5))
     assert got == expected
+    assert [together.hit("latency", 0.5) for _ in range(100)] != expected, "they do not strike in step either"
 
 
 def test_page_lists_every_switch_with_its_default() -> None:

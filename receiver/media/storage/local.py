@@ -40,9 +40,8 @@ class LocalStorage:
                 await self._run(part.write, block)
             await self._run(part.publish, path)
         except BaseException:
-            with contextlib.suppress(
-                StorageUnavailable
-            ):  # the first error counts, and `sweep` comes by later
+            # The first error counts; what cannot be removed now is for `sweep`.
+            with contextlib.suppress(StorageUnavailable):
                 await self._run(part.discard)
             raise
 
@@ -121,10 +120,8 @@ class _Part:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(path)
         # Up to the root, even where a folder was there already: whoever made it may not have synced it yet.
-        for folder in (path.parent, *path.parent.parents):
+        for folder in path.parents[: len(path.relative_to(self._root).parts)]:
             _sync_folder(folder)
-            if folder == self._root:
-                break
 
     def discard(self) -> None:
         self._closing.close()

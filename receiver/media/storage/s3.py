@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -16,9 +17,10 @@ from receiver.media.storage.base import blocks, probe, require_key, settled
 if TYPE_CHECKING:
     from obstore.store import S3Config
 
-# S3's smallest part. Few at once, so that memory stays flat whatever the size of the file.
+# S3's smallest part, few at once and fed in small blocks, so that memory stays flat whatever the file's size.
 _PART = 5 * 1024 * 1024
 _PARTS_AT_ONCE = 2
+_BLOCK = 256 * 1024
 _READ = 1024 * 1024
 
 
@@ -48,13 +50,13 @@ class S3Storage:
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
         """See Storage. What fits into one part is a single request, more is a multipart upload."""
         path = require_key(key)
-        parts = blocks(chunks, _PART)
-        first = await anext(parts, b"")
-        if len(first) < _PART:
+        source = _Source(blocks(chunks, _BLOCK))
+        head = await source.peek(_PART)
+        if len(head) < _PART:
             with self._translated():
-                await settled(obstore.put_async(self._store, path, first, use_multipart=False))
+                await settled(obstore.put_async(self._store, path, head, use_multipart=False))
             return
-        source = _Source(first, parts)
+        del head  # or it would stay in memory for as long as the upload lasts
         try:
             with self._translated(source):
                 upload = obstore.put_async(
@@ -80,11 +82,12 @@ class S3Storage:
         if found is None:
             raise FileNotFoundError(key)
         stream = aiter(found.stream(min_chunk_size=_READ))
-        while True:
+
+        async def read() -> bytes | None:
             with self._translated():
-                block = await anext(stream, None)
-            if block is None:
-                return
+                return await anext(stream, None)
+
+        while (block := await read()) is not None:
             yield bytes(block)
 
     async def stat(self, key: str) -> int | None:
@@ -138,33 +141,40 @@ class _Source:
     Cancelling the upload instead would leave its parts in the bucket, invisible and paid for.
     """
 
-    def __init__(self, first: bytes, rest: AsyncIterator[bytes]) -> None:
+    def __init__(self, blocks: AsyncIterator[bytes]) -> None:
         self.failure: Exception | None = None
-        self._first: bytes | None = first
-        self._rest = rest
+        self._blocks = blocks
+        self._head: deque[bytes] = deque()
         self._reading: asyncio.Future[bytes | None] | None = None
         self._is_stopped = False
+
+    async def peek(self, size: int) -> bytes:
+        """Return the first blocks, `size` bytes or all that there are; they will still be read."""
+        length = 0
+        while length < size and (block := await anext(self._blocks, None)) is not None:
+            self._head.append(block)
+            length += len(block)
+        return b"".join(self._head)
 
     def __aiter__(self) -> "_Source":
         return self
 
     async def __anext__(self) -> bytes:
-        if self._first is not None:
-            first, self._first = self._first, None
-            return first
         if self._is_stopped:
             raise _Stopped
-        self._reading = asyncio.ensure_future(anext(self._rest, None))
+        if self._head:
+            return self._head.popleft()
+        self._reading = asyncio.ensure_future(anext(self._blocks, None))
         try:
-            part = await self._reading
+            block = await self._reading
         except asyncio.CancelledError:
             raise _Stopped from None
         except Exception as error:
             self.failure = error
             raise
-        if part is None:
+        if block is None:
             raise StopAsyncIteration
-        return part
+        return block
 
     def stop(self) -> None:
         """Make the upload fail now."""

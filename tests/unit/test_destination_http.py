@@ -1,0 +1,512 @@
+"""The HTTP destination: what is sent, what each answer means, and what it survives."""
+
+import asyncio
+import base64
+import json
+import logging
+import random
+import ssl
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from destination_kinds import Answer, HttpSink, Received, make_event, open_url
+from hypothesis import given
+from hypothesis import strategies as st
+from standardwebhooks import Webhook, WebhookVerificationError
+
+from receiver.destinations import Destination
+from receiver.destinations import http as http_module
+from receiver.destinations.http import MAX_ANSWER, MAX_RETRY_AFTER, parse_retry_after
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
+CANARY = "s3cr3t-canary"
+
+
+@pytest.fixture
+async def sink() -> AsyncIterator[HttpSink]:
+    """A server that answers 200 until told otherwise."""
+    async with HttpSink() as running:
+        yield running
+
+
+@pytest.fixture
+async def destination(sink: HttpSink) -> AsyncIterator[Destination]:
+    """A destination that posts to the server."""
+    opened = open_url(sink.url)
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the deadline of an exchange."""
+    monkeypatch.setattr(http_module, "TIMEOUT", 0.3)
+
+
+def raw(answer: bytes, *, close: bool = False) -> Answer:
+    """Answer with these bytes."""
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer)
+        if close:
+            writer.close()
+
+    return respond
+
+
+def status(code: int, headers: str = "") -> Answer:
+    """Answer with a status, headers and an empty body."""
+    return raw(f"HTTP/1.1 {code} Whatever\r\ncontent-length: 0\r\n{headers}\r\n".encode())
+
+
+async def test_request(sink: HttpSink, destination: Destination) -> None:
+    """E1: an event is one POST of a structured CloudEvent to exactly the path of the URL."""
+    event = make_event({"text": "Zürich"})
+    await destination.publish(event)
+    (request,) = sink.requests
+    assert (request.method, request.target) == ("POST", "/events")
+    assert request.headers["content-type"] == "application/cloudevents+json"
+    assert request.headers["host"] == f"127.0.0.1:{sink.port}"
+    assert request.headers["content-length"] == str(len(request.body))
+    assert request.headers["user-agent"].startswith("clipia-receiver/")
+    assert json.loads(request.body)["data"] == {"text": "Zürich"}
+    assert not [name for name in request.headers if name.startswith("webhook-")]
+
+
+async def test_signature_verifies_with_the_reference_library(sink: HttpSink) -> None:
+    """E14: with a secret the request carries a Standard Webhooks signature over the exact body."""
+    destination = open_url(sink.url, secret=SECRET)
+    event = make_event({"text": "Zürich 🎬"})
+    await destination.publish(event)
+    await destination.close()
+    (request,) = sink.requests
+    assert request.headers["webhook-id"] == event.get_extension("deliveryid")
+    verifier = Webhook(SECRET)
+    assert verifier.verify(request.body, request.headers)["id"] == event.get_id()
+    for change in ({"webhook-id": event.get_id()}, {"webhook-timestamp": "1"}):
+        with pytest.raises(WebhookVerificationError):
+            verifier.verify(request.body, request.headers | change)
+    with pytest.raises(WebhookVerificationError):
+        verifier.verify(request.body + b" ", request.headers)
+    with pytest.raises(WebhookVerificationError):
+        Webhook("whsec_" + base64.b64encode(b"x" * 24).decode()).verify(request.body, request.headers)
+
+
+async def test_event_without_delivery_id_is_signed_with_its_own(sink: HttpSink) -> None:
+    """E14: there is always a message id to deduplicate by."""
+    destination = open_url(sink.url, secret=SECRET)
+    event = make_event()
+    del event.get_attributes()["deliveryid"]
+    await destination.publish(event)
+    await destination.close()
+    assert sink.requests[0].headers["webhook-id"] == event.get_id()
+
+
+@pytest.mark.parametrize("size", [24, 25, 26, 64])
+async def test_secret_with_and_without_padding(sink: HttpSink, size: int) -> None:
+    """E14: base64 may leave out its padding, as some tools do."""
+    encoded = base64.b64encode(b"k" * size).decode()
+    for secret in {f"whsec_{encoded}", f"whsec_{encoded.rstrip('=')}"}:
+        destination = open_url(sink.url, secret=secret)
+        await destination.publish(make_event())
+        await destination.close()
+        request = sink.requests.pop()
+        Webhook(b"k" * size).verify(request.body, request.headers)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "",
+        "whsec_",
+        CANARY * 3,
+        SECRET.removeprefix("whsec_"),
+        f"whsec_{SECRET}",
+        f"{SECRET}!{CANARY}",
+        f"whsec_{base64.b64encode(b'x' * 23).decode()}",
+        f"whsec_é{base64.b64encode(b'x' * 32).decode()}",
+        f"whsec_ {base64.b64encode(b'x' * 32).decode()}",
+        f"WHSEC_{base64.b64encode(b'x' * 32).decode()}",
+    ],
+)
+def test_bad_secret_is_refused(secret: str) -> None:
+    """E14: a secret that is not whsec_ and base64 of enough bytes is refused at once, and is not quoted."""
+    with pytest.raises(SettingsError) as caught:
+        open_url("https://example.com", secret=secret)
+    assert "whsec_" in str(caught.value)
+    assert "'test'" in str(caught.value)
+    assert len(secret) < 7 or secret not in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [200, 201, 202, 204, 299])
+async def test_2xx_is_delivered(sink: HttpSink, destination: Destination, code: int) -> None:
+    """E1: every 2xx confirms."""
+    sink.answer = status(code)
+    await destination.publish(make_event())
+    await destination.publish(make_event())
+    assert len(sink.requests) == 2
+
+
+@pytest.mark.parametrize("code", [408, 425, 429, 500, 501, 502, 503, 504, 507, 599])
+async def test_transient_status(sink: HttpSink, destination: Destination, code: int) -> None:
+    """E4: the statuses that a later try may mend are tried again."""
+    sink.answer = status(code)
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event())
+    assert (caught.value.reason, caught.value.retry_after) == ("status", None)
+    assert str(caught.value) == f"http://127.0.0.1:{sink.port} answered {code}"
+
+
+@pytest.mark.parametrize("code", [300, 304, 305, 400, 401, 402, 403, 404, 405, 409, 410, 413, 422, 451, 499])
+async def test_permanent_status(sink: HttpSink, destination: Destination, code: int) -> None:
+    """E4: the statuses that say no for good end the delivery."""
+    sink.answer = status(code)
+    with pytest.raises(PublishRejected) as caught:
+        await destination.publish(make_event())
+    assert caught.value.reason == "status"
+    assert str(code) in str(caught.value)
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+async def test_redirect_is_not_followed(sink: HttpSink, destination: Destination, code: int) -> None:
+    """E13: a redirect is a refusal; nothing is sent where it points."""
+    async with HttpSink() as elsewhere:
+        sink.answer = status(code, f"location: {elsewhere.url}?{CANARY}\r\n")
+        with pytest.raises(PublishRejected, match="redirects are not followed") as caught:
+            await destination.publish(make_event())
+        assert elsewhere.connections == 0
+        assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(429, 7.0), (503, 7.0), (500, None), (408, None), (425, None), (502, None)]
+)
+async def test_retry_after_in_seconds(
+    sink: HttpSink, destination: Destination, code: int, expected: float | None
+) -> None:
+    """E5: the delay that a 429 or 503 asks for is handed on; other statuses ask for none."""
+    sink.answer = status(code, "retry-after: 7\r\n")
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event())
+    assert caught.value.retry_after == expected
+
+
+async def test_retry_after_as_a_date(sink: HttpSink, destination: Destination) -> None:
+    """E5: a date is turned into the seconds until then."""
+    sink.answer = status(503, f"retry-after: {format_datetime(datetime.now(UTC) + timedelta(hours=1))}\r\n")
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event())
+    assert caught.value.retry_after is not None
+    assert 3000 < caught.value.retry_after <= 3600
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        ("86400", MAX_RETRY_AFTER),
+        ("86401", MAX_RETRY_AFTER),
+        ("9" * 5000, MAX_RETRY_AFTER),
+        ("Fri, 20 Nov 2026 12:01:00 GMT", 60.0),
+        ("Friday, 20-Nov-26 12:01:00 GMT", 60.0),
+        ("Fri Nov 20 12:01:00 2026", 60.0),
+        ("Fri, 20 Nov 2026 14:01:00 +0200", 60.0),
+        ("Fri, 20 Nov 2026 11:00:00 GMT", 0.0),
+        ("Fri, 20 Nov 2099 12:00:00 GMT", MAX_RETRY_AFTER),
+        ("", None),
+        ("soon", None),
+        ("-1", None),
+        ("1.5", None),
+        ("1_0", None),
+        ("\uff11", None),
+        ("Fri, 99 Nov 2026 12:01:00 GMT", None),
+    ],
+)
+def test_parse_retry_after(value: str, expected: float | None) -> None:
+    """E5: seconds and the three forms of an HTTP date, up to a day; whatever else says nothing."""
+    assert parse_retry_after(value, now=NOW) == expected
+
+
+@given(st.text() | st.from_regex(r"\w{3}, \d+ \w{3} \d+ \d+:\d+:\d+ (GMT|[+-]\d+)"))
+def test_parse_retry_after_takes_anything(value: str) -> None:
+    """E5: no header value raises or asks for less than nothing or more than a day."""
+    seconds = parse_retry_after(value, now=NOW)
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER
+
+
+async def drip(writer: asyncio.StreamWriter, head: bytes) -> None:
+    """Send a byte at a time until the client has had enough."""
+    writer.write(head)
+    while not writer.is_closing():
+        writer.write(b"a")
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"HTTP/1.1 200 OK\r\nX: ", b"HTTP/1.1 200 OK\r\ncontent-length: 5000\r\n\r\n"],
+    ids=["status", "headers", "body"],
+)
+@pytest.mark.usefixtures("impatient")
+async def test_dripping_answer_is_cut_off(sink: HttpSink, destination: Destination, head: bytes) -> None:
+    """D7: the deadline is for the whole exchange: no byte that comes in time extends it."""
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await drip(writer, head)
+
+    sink.answer = respond
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event())
+    assert caught.value.reason in {"timeout", "connection"}
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_silent_server_times_out(sink: HttpSink, destination: Destination) -> None:
+    """E6: a server that takes the request and says nothing is given up on."""
+    sink.answer = raw(b"")
+    with pytest.raises(PublishFailed, match=r"did not answer within 0\.3 s") as caught:
+        await destination.publish(make_event())
+    assert caught.value.reason == "timeout"
+
+
+async def test_connections_survive_timeouts(
+    sink: HttpSink, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E6: a hundred exchanges that time out, many before they had a connection, leave the pool whole."""
+    answer, sink.answer = sink.answer, raw(b"")
+    monkeypatch.setattr(http_module, "TIMEOUT", 0.3)
+    results = await asyncio.gather(
+        *(destination.publish(make_event()) for _ in range(100)), return_exceptions=True
+    )
+    assert [type(result) for result in results] == [PublishFailed] * 100
+    monkeypatch.setattr(http_module, "TIMEOUT", 5.0)
+    sink.answer = answer
+    for _ in range(3):
+        await asyncio.gather(*(destination.publish(make_event()) for _ in range(20)))
+
+
+async def test_connections_survive_cancellation(sink: HttpSink, destination: Destination) -> None:
+    """E16: publishes that are cancelled at any moment leave neither connections nor places behind."""
+    choose = random.Random()
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(choose.uniform(0, 0.01))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+
+    sink.answer = respond
+    for _ in range(15):
+        tasks = [asyncio.create_task(destination.publish(make_event())) for _ in range(60)]
+        for _ in tasks:
+            await asyncio.sleep(choose.uniform(0, 0.001))
+            choose.choice(tasks).cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    await destination.publish(make_event())
+    async with asyncio.timeout(5):
+        while sink.open_connections > http_module.MAX_IDLE_CONNECTIONS:  # noqa: ASYNC110 - they end one by one
+            await asyncio.sleep(0.01)
+
+
+async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destination) -> None:
+    """D7: an answer without end confirms once the limit is read, and no more of it is taken."""
+    sent = 0
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n")
+        while True:
+            writer.write(b"a" * 8192)
+            sent += 8192
+            await writer.drain()
+
+    sink.answer = respond
+    await destination.publish(make_event())
+    # What is above the limit sits in the buffers of the two sockets.
+    assert MAX_ANSWER < sent < MAX_ANSWER + 16 * 1024 * 1024
+
+
+async def test_compressed_answer_is_not_inflated(sink: HttpSink, destination: Destination) -> None:
+    """D8: no compression is asked for, and what claims to be compressed is not unpacked."""
+    sink.answer = raw(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 7\r\n\r\nnot zip")
+    await destination.publish(make_event())
+    assert sink.requests[0].headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"HTTP/1.1 200 OK\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 100\r\n\r\nhalf",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhal",
+        b"220 " + CANARY.encode() + b"\r\n",
+        b"HTTP/1.1 2" + CANARY.encode() + b"\r\n\r\n",
+    ],
+    ids=["nothing", "half a head", "half a body", "half a chunk", "another protocol", "bad status"],
+)
+async def test_broken_answer_is_no_confirmation(
+    sink: HttpSink, destination: Destination, answer: bytes
+) -> None:
+    """E1: an answer that is cut off or no HTTP confirms nothing, and is not quoted."""
+    sink.answer = raw(answer, close=True)
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event())
+    assert caught.value.reason == "connection"
+    assert CANARY not in str(caught.value)
+
+
+async def test_connection_is_reused(sink: HttpSink, destination: Destination) -> None:
+    """E5: events that follow each other share a connection."""
+    for _ in range(20):
+        await destination.publish(make_event())
+    assert sink.connections == 1
+
+
+async def test_connections_are_bounded(sink: HttpSink, destination: Destination) -> None:
+    """E5: a backlog does not open a connection per event."""
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await asyncio.sleep(0.01)
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    sink.answer = respond
+    await asyncio.gather(*(destination.publish(make_event()) for _ in range(100)))
+    assert 1 < sink.most_open <= 32
+
+
+async def test_cookies_are_not_kept(sink: HttpSink, destination: Destination) -> None:
+    """D5: what a server sets is not sent back."""
+    sink.answer = status(204, "set-cookie: session=1\r\n")
+    for _ in range(2):
+        await destination.publish(make_event())
+    assert "cookie" not in sink.requests[1].headers
+
+
+async def test_environment_is_not_trusted(
+    sink: HttpSink, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """D5: proxies and password files of the environment get nothing."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text(f"machine 127.0.0.1 login user password {CANARY}\n")
+    netrc.chmod(0o600)
+    async with HttpSink() as proxy:
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
+        monkeypatch.setenv("NETRC", str(netrc))
+        destination = open_url(sink.url)
+        await destination.publish(make_event())
+        await destination.close()
+        assert proxy.connections == 0
+    assert "authorization" not in sink.requests[0].headers
+
+
+async def test_credentials_move_to_the_header(sink: HttpSink) -> None:
+    """G8: a user and password in the URL travel as Basic authorization, decoded, and not in the target."""
+    url = sink.url.replace("http://", "http://us%40er:p%C3%A4ss%3A@") + "?a=b"
+    destination = open_url(url)
+    await destination.publish(make_event())
+    await destination.close()
+    (request,) = sink.requests
+    kind, _, encoded = request.headers["authorization"].partition(" ")
+    assert (kind, base64.b64decode(encoded).decode()) == ("Basic", "us@er:päss:")
+    assert request.target == "/events?a=b"
+    assert request.headers["host"] == f"127.0.0.1:{sink.port}"
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_no_secret_reaches_errors_or_logs(sink: HttpSink, caplog: pytest.LogCaptureFixture) -> None:
+    """G8: passwords, queries, secrets and answers are in no error and no log line, at any level."""
+    caplog.set_level(logging.DEBUG)
+    url = sink.url.replace("http://", f"http://user:{CANARY}@") + f"/{CANARY}?token={CANARY}#{CANARY}"
+    destination = open_url(url, secret=SECRET)
+    texts = [repr(destination)]
+    answer = f"HTTP/1.1 %d {CANARY}\r\ncontent-length: {len(CANARY)}\r\n\r\n{CANARY}"
+    answers = [raw((answer % code).encode()) for code in (200, 302, 404, 500)]
+    for sink.answer in (*answers, raw(b""), raw(CANARY.encode(), close=True)):
+        try:
+            await destination.publish(make_event({"prompt": CANARY}))
+        except (PublishFailed, PublishRejected) as error:
+            texts += [str(error), repr(error)]
+    await sink.stop()
+    for call in (destination.publish(make_event()), destination.check()):
+        with pytest.raises(PublishFailed) as caught:
+            await call
+        texts.append(str(caught.value))
+    await destination.close()
+    assert len(texts) == 13
+    ours = [record.getMessage() for record in caplog.records if not record.name.startswith("httpcore")]
+    for secret in (CANARY, SECRET.removeprefix("whsec_")):
+        assert secret not in "\n".join(texts + ours)
+
+
+async def test_refused_connection_says_why(destination: Destination, sink: HttpSink) -> None:
+    """E4: a server that is not there is a transient failure that names the server."""
+    await sink.stop()
+    with pytest.raises(PublishFailed, match=rf"http://127\.0\.0\.1:{sink.port}: ConnectError") as caught:
+        await destination.publish(make_event())
+    assert caught.value.reason == "connection"
+
+
+@pytest.mark.parametrize(("code", "ok"), [(200, True), (404, True), (405, True), (501, True), (503, False)])
+async def test_check_asks_for_options(
+    sink: HttpSink, destination: Destination, code: int, *, ok: bool
+) -> None:
+    """The check takes any answer as reachable, unless the server says that it is not well."""
+    sink.answer = status(code)
+    if ok:
+        await destination.check()
+    else:
+        with pytest.raises(PublishFailed, match="is the service behind it up"):
+            await destination.check()
+    assert [(request.method, request.body) for request in sink.requests] == [("OPTIONS", b"")]
+
+
+def make_certificate(path: Path) -> Path:
+    """Write a key and a certificate for 127.0.0.1 that it signed itself."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    path.write_bytes(
+        key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        + certificate.public_bytes(encoding)
+    )
+    return path
+
+
+async def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E14: a server that cannot prove who it is gets nothing; SSL_CERT_FILE names a private authority."""
+    certificate = make_certificate(tmp_path / "server.pem")
+    context: Any = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate)
+    sink = await HttpSink().start(ssl=context)
+    destination = open_url(sink.url)
+    with pytest.raises(PublishFailed, match="CERTIFICATE_VERIFY_FAILED"):
+        await destination.publish(make_event())
+    await destination.close()
+    assert sink.requests == []
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    destination = open_url(sink.url)
+    await destination.publish(make_event())
+    await destination.close()
+    assert len(sink.requests) == 1
+    await sink.stop()

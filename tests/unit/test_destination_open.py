@@ -1,0 +1,100 @@
+"""Destination URLs: which are known, which are refused, and what the refusal may say."""
+
+import pytest
+from destination_kinds import make_event, open_url
+from structlog.testing import capture_logs
+
+from receiver.destinations.base import encode
+from receiver.destinations.file import FileDestination
+from receiver.destinations.http import HttpDestination
+from receiver.destinations.memory import MemoryDestination
+from receiver.errors import PublishRejected, SettingsError
+
+CANARY = "s3cr3t-canary"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind"),
+    [
+        ("file:events.jsonl", FileDestination),
+        ("file:///srv/events.jsonl", FileDestination),
+        ("http://localhost/hook", HttpDestination),
+        ("https://example.com/hook?a=b", HttpDestination),
+        ("HTTPS://example.com", HttpDestination),
+        ("memory:", MemoryDestination),
+    ],
+)
+async def test_scheme_chooses_the_kind(url: str, kind: type) -> None:
+    """The URL's scheme, in any case, says what kind of destination it is."""
+    destination = open_url(url)
+    assert type(destination) is kind
+    await destination.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["", "events.jsonl", f"gopher://u:{CANARY}@host", CANARY, f"://{CANARY}", "file"]
+)
+def test_unknown_scheme_is_refused(url: str) -> None:
+    """A URL without a known scheme is refused with the list of known ones, and is not quoted."""
+    with pytest.raises(SettingsError) as caught:
+        open_url(url)
+    message = str(caught.value)
+    assert all(word in message for word in ("'test'", "file:", "http:", "https:", "memory:"))
+    assert CANARY not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:",
+        "file:/",
+        "file:///",
+        "file://host/events.jsonl",
+        f"file:events.jsonl?token={CANARY}",
+        f"file:events.jsonl#{CANARY}",
+        "file:a%00b",
+        "file://[",
+        "https:",
+        "https://",
+        "https:///hook",
+        "https:example.com",
+        f"https://user:{CANARY}@:443/hook",
+        f"https://host:{CANARY}/",
+        f"https://host:99999999/{CANARY}",
+        f"https://host:0/{CANARY}",
+        f"https://ho st/{CANARY}",
+    ],
+)
+def test_unusable_url_is_refused(url: str) -> None:
+    """G8: a URL that cannot be used is refused with an example of a right one, and is not quoted."""
+    with pytest.raises(SettingsError) as caught:
+        open_url(url)
+    assert "'test'" in str(caught.value)
+    assert "write " in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+async def test_memory_destination_warns() -> None:
+    """A memory destination, which keeps nothing, does not start unnoticed."""
+    with capture_logs() as logs:
+        await open_url("memory:").start()
+    assert [(entry["log_level"], entry["destination"]) for entry in logs] == [("warning", "test")]
+
+
+def test_encoding_is_one_line() -> None:
+    """A message is one line whatever text it holds: the file's lines and their repair rely on it."""
+    encoded = encode(make_event({"text": "a\nb\r\u2028\u0085\x0b"}))
+    assert encoded.splitlines() == [encoded]
+    assert encoded.startswith(b"{")
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"bytes", 1 + 2j, "deep"])
+def test_unencodable_event_is_rejected_for_good(value: object) -> None:
+    """E7: an event that JSON cannot hold is not tried again."""
+    if value == "deep":
+        value = {}
+        for _ in range(100_000):
+            value = [value]
+    with pytest.raises(PublishRejected) as caught:
+        encode(make_event({"value": value}))
+    assert caught.value.reason == "encoding"
