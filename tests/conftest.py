@@ -41,9 +41,9 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server of the test session's own."""
-    with Postgres(tmp_path_factory.mktemp("postgres")) as server:
+    with Postgres() as server:
         server.sql("CREATE DATABASE migrated")
         asyncio.run(_migrate(f"postgresql://postgres@127.0.0.1:{server.port}/migrated"))
         yield server

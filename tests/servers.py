@@ -1,13 +1,14 @@
 """Real servers for tests, on free loopback ports, each in a folder of its own."""
 
+import contextlib
 import os
 import pwd
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -63,14 +64,14 @@ def end(process: subprocess.Popen[bytes], *, seconds: float = 15) -> int:
 class Postgres:
     """A PostgreSQL cluster; `url()` makes a fresh database in it."""
 
-    def __init__(self, directory: Path, *, options: Sequence[str] = ()) -> None:
-        self.directory = directory
-        self.data = directory / "data"
+    def __init__(self) -> None:
+        self.bin = self._find()
+        # Not below pytest's folders: those are closed to the user that the server runs as.
+        self.directory = Path(tempfile.mkdtemp(prefix="receiver-postgres-"))
+        self.data = self.directory / "data"
         self.port = free_port()
-        self.options = options
         self.databases = 0
         self.process: subprocess.Popen[bytes] | None = None
-        self.bin = self._find()
 
     @staticmethod
     def _find() -> Path:
@@ -87,29 +88,12 @@ class Postgres:
         return [*prefix, *arguments]
 
     def __enter__(self) -> Self:
-        self.directory.mkdir(parents=True, exist_ok=True)
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(self.directory, user.pw_uid, user.pw_gid)
-            for parent in self.directory.parents:
-                if parent.stat().st_uid == 0 and parent.name.startswith("pytest"):
-                    parent.chmod(0o755)
-        subprocess.run(
-            self._command(
-                str(self.bin / "initdb"),
-                "-D",
-                str(self.data),
-                "-A",
-                "trust",
-                "-U",
-                "postgres",
-                "-E",
-                "UTF8",
-                "--no-sync",
-            ),
-            check=True,
-            capture_output=True,
-        )
+        options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"]
+        command = self._command(str(self.bin / "initdb"), "-D", str(self.data), *options)
+        subprocess.run(command, check=True, capture_output=True, cwd=self.directory)
         self.start()
         return self
 
@@ -118,7 +102,7 @@ class Postgres:
         settings = {"listen_addresses": "127.0.0.1", "unix_socket_directories": "", "max_connections": "200"}
         arguments = [part for name, value in settings.items() for part in ("-c", f"{name}={value}")]
         command = self._command(
-            str(self.bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *arguments, *self.options
+            str(self.bin / "postgres"), "-D", str(self.data), "-p", str(self.port), *arguments
         )
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
@@ -138,11 +122,22 @@ class Postgres:
         server = psutil.Process(self.postmaster)
         return [server, *server.children(recursive=True)]
 
-    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
-        """Stop the server: SIGINT is a fast shutdown, SIGQUIT an immediate one, SIGKILL a crash."""
+    def stop(self) -> None:
+        """Stop the server without waiting for its clients (a fast shutdown)."""
         assert self.process is not None
-        os.kill(self.postmaster, how)
+        os.kill(self.postmaster, signal.SIGINT)
         self.process.wait(30)
+
+    def crash(self) -> None:
+        """Kill every server process at once."""
+        assert self.process is not None
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        # runuser stops itself along with a server that a test has stopped.
+        self.process.send_signal(signal.SIGCONT)
+        self.process.wait(30)
+        (self.data / "postmaster.pid").unlink(missing_ok=True)
 
     def sql(
         self, statement: str, *, database: str = "postgres", check: bool = True
@@ -178,4 +173,5 @@ class Postgres:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.process is not None and self.process.poll() is None:
-            self.stop()
+            self.crash()
+        shutil.rmtree(self.directory)

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Final
+from typing import Final, NamedTuple
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -49,6 +49,30 @@ class _Disconnected(Exception):  # noqa: N818 - nobody is left to be told
     pass
 
 
+class _Head(NamedTuple):
+    """What matters of a request's headers."""
+
+    signatures: list[bytes]
+    webhook_id: str | None
+    encoded: bool
+    declared: int
+    """Bytes of the body, where the request says so."""
+
+
+def _read_head(headers: Iterable[tuple[bytes, bytes]]) -> _Head:
+    signatures, webhook_id, encoded, declared = [], None, False, 0
+    for name, value in headers:
+        if name == SIGNATURE_HEADER:
+            signatures.append(value)
+        elif name == b"x-clipia-webhook-id":
+            webhook_id = value.decode("ascii", "backslashreplace")[:255]
+        elif name == b"content-length":
+            declared = int(value)
+        elif name == b"content-encoding":
+            encoded |= value.strip().lower() not in (b"", b"identity")
+    return _Head(signatures, webhook_id, encoded, declared)
+
+
 class Callback:
     """The ASGI endpoint that Clipia's webhooks hit."""
 
@@ -72,20 +96,11 @@ class Callback:
         ACK_SECONDS.observe(time.perf_counter() - began)
 
     async def _answer(self, source: str, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> _Answer:
-        signatures, webhook_id, encoded, declared = [], None, False, 0
-        for name, value in headers:
-            if name == SIGNATURE_HEADER:
-                signatures.append(value)
-            elif name == b"x-clipia-webhook-id":
-                webhook_id = value.decode("ascii", "backslashreplace")[:255]
-            elif name == b"content-length":
-                declared = int(value)
-            elif name == b"content-encoding":
-                encoded |= value.strip().lower() not in (b"", b"identity")
+        head = _read_head(headers)
         try:
-            body = await self._read(receive, declared=declared, encoded=encoded)
+            body = await self._read(receive, head)
             received = await self._ingest.receive(
-                source, signatures=signatures, body=body, webhook_id=webhook_id
+                source, signatures=head.signatures, body=body, webhook_id=head.webhook_id
             )
         except _RefusedBody as refused:
             self._reject(source, refused.reason)
@@ -105,11 +120,11 @@ class Callback:
             return _NOT_STORED
         return 200, {"status": received.outcome, "event_id": str(received.event_id)}, ()
 
-    async def _read(self, receive: Receive, *, declared: int, encoded: bool) -> bytes:
+    async def _read(self, receive: Receive, head: "_Head") -> bytes:
         """Return the whole body; refuse one larger than the limit, before reading it where it says so."""
-        if encoded:
+        if head.encoded:
             raise _RefusedBody(415, "encoding", _ENCODED)
-        if declared > self._max_body_bytes:
+        if head.declared > self._max_body_bytes:
             raise _RefusedBody(413, "too_large", _TOO_LARGE)
         chunks: list[bytes] = []
         size = 0

@@ -3,6 +3,7 @@
 import sys
 
 import typer
+from rich.text import Text
 
 from receiver import __version__
 from receiver.cli.check import check
@@ -48,12 +49,8 @@ def main() -> None:
     try:
         app()
     except SettingsError as error:
-        stderr.print(f"[bold red]error:[/] {_escape(error)}")
+        stderr.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         sys.exit(2)
     except ReceiverError as error:
-        stderr.print(f"[bold red]error:[/] {_escape(error)}")
+        stderr.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
         sys.exit(1)
-
-
-def _escape(error: Exception) -> str:
-    return str(error).replace("[", r"\[")

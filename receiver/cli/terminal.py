@@ -12,7 +12,9 @@ stderr: Final = Console(stderr=True, highlight=False)
 
 def print_json(value: Any) -> None:
     """Print one JSON document, indented; for programs and for people."""
-    sys.stdout.write(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode() + "\n")
+    sys.stdout.write(
+        orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode() + "\n"
+    )
 
 
 def size(count: int) -> str:

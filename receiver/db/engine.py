@@ -100,7 +100,9 @@ async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         raise  # our own mistake, not the database's condition
     except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        raise DatabaseUnavailable(f"{type(cause).__name__}: {cause}", reason="database") from error
+        raise DatabaseUnavailable(
+            f"the database is unavailable ({type(cause).__name__}: {cause})", reason="database"
+        ) from error
 
 
 def _sqlite_engine(url: URL, *, pool_size: int, begin: str) -> AsyncEngine:

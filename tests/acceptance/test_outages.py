@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -28,12 +27,10 @@ ANSWER = 8.0
 
 
 @pytest.fixture
-def own_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+def own_postgres() -> Iterator[Postgres]:
     """A PostgreSQL server that a test may break."""
-    with Postgres(tmp_path_factory.mktemp("own-postgres")) as server:
+    with Postgres() as server:
         yield server
-        for process in server.processes():
-            process.send_signal(signal.SIGCONT)
 
 
 @pytest.fixture
@@ -51,9 +48,9 @@ def post(receiver: ReceiverProcess, request_id: str | None = None) -> httpx.Resp
     """Post one genuine webhook and check that the answer comes in time."""
     content = body(request_id)
     began = time.monotonic()
-    response = httpx.post(
-        f"{receiver.url}/clipia/webhook", content=content, headers=signed(content), timeout=20
-    )
+    url = f"{receiver.url}/clipia/webhook"
+    # Without verify=False each call would load the certificates of the world first.
+    response = httpx.post(url, content=content, headers=signed(content), timeout=20, verify=False)
     assert time.monotonic() - began < ANSWER
     return response
 
@@ -117,14 +114,14 @@ def test_a_crashed_database_loses_no_ack(own_postgres: Postgres, receiver: Recei
 
     with ThreadPoolExecutor(8) as pool:
         clients = [pool.submit(load, client) for client in range(8)]
-        for _ in range(3):
-            time.sleep(1)
-            own_postgres.stop(signal.SIGKILL)
-            for process in own_postgres.processes():
-                process.kill()
-            own_postgres.start()
-            wait_until_stored(receiver)
-        stop.set()
+        try:
+            for _ in range(3):
+                time.sleep(1)
+                own_postgres.crash()
+                own_postgres.start()
+                wait_until_stored(receiver)
+        finally:
+            stop.set()
         for client in clients:
             client.result()
     assert len(acked) > 100
@@ -342,7 +339,7 @@ def test_a_stopped_log_reader_does_not_stop_webhooks(tmp_path: Path) -> None:
         wait_for_port(int(receiver.arguments[2]), process)
         receiver.url = f"http://127.0.0.1:{receiver.arguments[2]}"
         # A pipe holds 64 KiB; these records are several times that.
-        assert {post(receiver).status_code for _ in range(1000)} == {200}
+        assert {post(receiver).status_code for _ in range(400)} == {200}
     finally:
         with os.fdopen(reader, "rb") as pipe, ThreadPoolExecutor(1) as pool:
             pool.submit(pipe.read)

@@ -41,7 +41,7 @@ def test_a_race_of_identical_deliveries_is_one_event_each(
             folder.mkdir()
             settings.setdefault("RECEIVER_DATABASE_URL", f"sqlite:///{folder / 'receiver.db'}")
             running.append(stack.enter_context(ReceiverProcess(folder, **settings)))
-        answers = run_clients([receiver.url for receiver in running])
+        answers = run_clients([receiver.url.rsplit(":", 1)[1] for receiver in running])
         ledger = wait_until_forwarded(settings, tmp_path)
     assert answers == {"200 accepted": IDS, "200 duplicate": CLIENTS * COPIES * IDS - IDS}
     assert len({event["id"] for event in ledger}) == len(ledger) == IDS
@@ -52,11 +52,11 @@ def test_a_race_of_identical_deliveries_is_one_event_each(
         assert len({line["deliveryid"] for line in lines}) == IDS
 
 
-def run_clients(urls: list[str]) -> Counter[str]:
+def run_clients(ports: list[str]) -> Counter[str]:
     """Run the client processes to their end and add up their answers."""
     clients = [
         subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("race_client.py"), str(IDS), *urls],
+            [sys.executable, Path(__file__).with_name("race_client.py"), str(IDS), *ports],
             stdout=subprocess.PIPE,
             env={"PYTHONPATH": str(Path(__file__).parents[1])},
         )

@@ -369,13 +369,27 @@ async def test_truncated_file_is_appended_to_from_its_start(path: Path) -> None:
     assert len(read(path)) == 1
 
 
+def count_descriptors() -> int:
+    """Return how many descriptors this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+async def test_close_waits_for_what_is_to_be_written(path: Path) -> None:
+    """E16: an event that was handed over before the close is written before it, not after."""
+    await (await started(path)).close()
+    before = count_descriptors()
+    destination = open_url(f"file:{path}")
+    publishing = asyncio.create_task(destination.publish(make_event()))
+    await asyncio.sleep(0)
+    await destination.close()
+    assert len(read(path)) == 1
+    await publishing
+    assert count_descriptors() == before
+
+
 async def test_descriptors_are_not_lost(path: Path) -> None:
     """Rotations and failures leave no open descriptor behind."""
-
-    def count() -> int:
-        return len(list(Path("/proc/self/fd").iterdir()))
-
-    before = count()
+    before = count_descriptors()
     destination = await started(path)
     for _ in range(20):
         path.unlink()
@@ -387,7 +401,7 @@ async def test_descriptors_are_not_lost(path: Path) -> None:
         path.rmdir()
         path.touch()
     await destination.close()
-    assert count() == before
+    assert count_descriptors() == before
 
 
 async def test_lock_of_another_process_is_waited_for(path: Path) -> None:

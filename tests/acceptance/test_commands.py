@@ -1,0 +1,284 @@
+"""The commands, as a user types them."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from harness import ReceiverProcess, run_command
+from payloads import SECRET, body, signed
+from servers import Postgres, free_port
+
+COMMANDS = ["demo", "serve", "worker", "sandbox", "migrate", "check", "send", "events"]
+
+
+def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[str, object]]:
+    """Wait until a file of JSON lines has this many."""
+    deadline = time.monotonic() + seconds
+    while True:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return [json.loads(line) for line in lines]
+        assert time.monotonic() < deadline, f"{len(lines)} of {count} lines"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "events list", "events show"])
+def test_every_command_has_help(command: str) -> None:
+    """`--help` works everywhere and needs no settings."""
+    result = run_command(*command.split(), "--help")
+    assert result.returncode == 0, result.stderr
+    assert b"Usage" in result.stdout
+
+
+def test_help_lists_every_command() -> None:
+    """`receiver --help` names all of them; `--version` tells the version."""
+    output = run_command("--help").stdout.decode()
+    assert [command for command in COMMANDS if command not in output] == []
+    assert run_command("--version").stdout.strip()
+
+
+def test_the_demo_really_happens(tmp_path: Path) -> None:
+    """The demo ends with status 0, and its database, media and messages are really there."""
+    result = run_command("demo", "--dir", str(tmp_path / "demo"), cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = wait_for_lines(tmp_path / "demo" / "events.jsonl", 3)
+    assert {line["type"] for line in lines} == {"ai.clipia.generation.completed"}
+    stored = {path.suffix for path in (tmp_path / "demo" / "media").rglob("*") if path.is_file()}
+    assert stored == {".png", ".webp", ".mp4", ".mp3"}
+    again = run_command("demo", "--dir", str(tmp_path / "demo"), cwd=tmp_path)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert len(wait_for_lines(tmp_path / "demo" / "events.jsonl", 6)) == 6
+
+
+def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
+    """A1: no secret, no service; the message names the variable."""
+    result = run_command("serve", cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"CLIPIA_WEBHOOK_SECRET" in result.stderr
+    assert b"Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"RECEIVER_DATABASE_URL": "mysql://x"}, "RECEIVER_DATABASE_URL"),
+        ({"RECEIVER_DATABASE_URL": "sqlite://"}, "in-memory"),
+        ({"RECEIVER_DATABASE_URL": "postgresql://u:canary-pw@127.0.0.1:1/x"}, "database is unavailable"),
+        ({"RECEIVER_DESTINATION_URL": "gopher://canary-pw@x"}, "known are"),
+        ({"RECEIVER_STORAGE_URL": "ftp://canary-pw@x"}, "RECEIVER_STORAGE_URL"),
+        ({"RECEIVER_MEDIA_HOSTS": "not a host"}, "RECEIVER_MEDIA_HOSTS"),
+        ({"RECEIVER_CONFIG": "absent.toml"}, "absent.toml"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], said: str) -> None:
+    """G8: serve, worker and check refuse, name the setting, show no traceback and no password."""
+    for command in ("serve", "worker", "check"):
+        result = run_command(command, settings={"CLIPIA_WEBHOOK_SECRET": SECRET, **settings}, cwd=tmp_path)
+        output = (result.stdout + result.stderr).decode()
+        assert result.returncode in {1, 2}, output
+        assert said in output
+        assert "Traceback" not in output
+        assert "canary-pw" not in output
+
+
+def test_several_web_processes_need_postgresql(tmp_path: Path) -> None:
+    """SQLite is for one web process; more are refused with the reason."""
+    result = run_command("serve", "--workers", "2", settings={"CLIPIA_WEBHOOK_SECRET": SECRET}, cwd=tmp_path)
+    assert result.returncode == 2
+    assert b"PostgreSQL" in result.stderr
+
+
+def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
+    """`receiver check` says that all is well, and warns of what is for development."""
+    settings = {
+        "CLIPIA_WEBHOOK_SECRET": SECRET,
+        "RECEIVER_DESTINATION_URL": "file:events.jsonl",
+        "RECEIVER_MEDIA_HOSTS": "media.clipia.ai,http://127.0.0.1:9000",
+        "RECEIVER_PUBLIC_URL": "https://hooks.example.com/",
+        "RECEIVER_DATABSE_URL": "typo",
+    }
+    output = ""
+    for _ in range(2):  # before and after the database has its tables
+        result = run_command("check", settings=settings, cwd=tmp_path)
+        output = result.stdout.decode()
+        assert result.returncode == 0, output
+        assert "https://hooks.example.com/clipia/webhook" in output
+        assert "http://127.0.0.1:9000" in output
+        assert "RECEIVER_DATABSE_URL" in output
+        assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
+    assert "writable" in output
+
+
+def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
+    """`receiver check` goes through everything, and its exit status says that something is wrong."""
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    result = run_command(
+        "check",
+        settings={
+            "RECEIVER_STORAGE_URL": "file:blocked/media",
+            "RECEIVER_DESTINATION_URL": f"http://127.0.0.1:{free_port()}/",
+        },
+        cwd=tmp_path,
+    )
+    output = result.stdout.decode()
+    assert result.returncode == 1
+    for part in ("webhook secret", "storage", "destination default"):
+        assert [line for line in output.splitlines() if "error" in line and part in line], output
+
+
+def test_send_and_events(tmp_path: Path) -> None:
+    """`send` is accepted once, and `events` shows what became of it, for people and for programs."""
+    payload = tmp_path / "payload.json"
+    payload.write_bytes(body("r-1", payload={"model": "m", "output": {}, "cost": 2}))
+    with ReceiverProcess(tmp_path, RECEIVER_DESTINATION_URL="file:events.jsonl") as receiver:
+        callback = f"{receiver.url}/clipia/webhook"
+
+        def command(*arguments: str, stdin: bytes | None = None) -> str:
+            result = run_command(*arguments, settings=receiver.settings, cwd=tmp_path, stdin=stdin)
+            assert result.returncode == 0, result.stdout + result.stderr
+            return result.stdout.decode()
+
+        assert '"accepted"' in command("send", str(payload), "--url", callback)
+        assert '"duplicate"' in command("send", "-", "--url", callback, stdin=payload.read_bytes())
+        assert '"unrecognized"' in command("send", "-", "--url", callback, stdin=b"\xff strange [bold]")
+        stale = run_command(
+            "send", str(payload), "--url", callback, "--age", "400", settings=receiver.settings
+        )
+        assert stale.returncode == 1
+        assert b"401" in stale.stdout
+        wait_for_lines(tmp_path / "events.jsonl", 1)
+        time.sleep(0.5)
+        newest, oldest = json.loads(command("events", "list", "--json"))
+        assert (newest["state"], oldest["state"]) == ("unrecognized", "ready")
+        assert oldest["deliveries"] == {"delivered": 1}
+        assert "r-1" in command("events", "list")
+        assert json.loads(
+            command("events", "list", "--json", "--state", "ready", "--status", "OK", "--model", "m")
+        )
+        assert command("events", "list", "--source", "absent").strip() == "No events."
+        assert "No events" in command("events", "list", "--until", "2020-01-01")
+        assert len(json.loads(command("events", "list", "--json", "--before", str(newest["seq"])))) == 1
+        for key in ("r-1", oldest["id"]):
+            shown = json.loads(command("events", "show", key, "--json"))
+            assert [receipt["outcome"] for receipt in shown["receipts"]] == ["accepted", "duplicate"]
+            assert shown["body"]["request_id"] == "r-1"
+            (delivery,) = shown["deliveries"]
+            assert [attempt["outcome"] for attempt in delivery["tries"]] == ["succeeded"]
+        assert "delivered" in command("events", "show", "r-1")
+        assert "body_base64" in json.loads(command("events", "show", newest["id"], "--json"))
+        missing = run_command("events", "show", "absent", settings=receiver.settings, cwd=tmp_path)
+        assert missing.returncode == 1
+        assert b"no event" in missing.stderr
+    nobody = run_command("send", str(payload), "--url", callback, settings=receiver.settings)
+    assert nobody.returncode == 1
+    assert b"did not answer" in nobody.stderr
+    absent = run_command("send", str(tmp_path / "absent"), settings=receiver.settings)
+    assert absent.returncode == 1
+    assert b"cannot be read" in absent.stderr
+    source = run_command("send", str(payload), "--source", "absent", settings=receiver.settings)
+    assert source.returncode == 2
+
+
+def test_the_listeners_can_be_separate(tmp_path: Path) -> None:
+    """G2: the public listener has the callback and the health paths, the internal one everything else."""
+    expected = {
+        "webhook": {"/clipia/webhook": 405, "/livez": 200, "/readyz": 200, "/metrics": 404},
+        "internal": {"/clipia/webhook": 404, "/livez": 200, "/readyz": 200, "/metrics": 200},
+    }
+    for half, paths in expected.items():
+        arguments = ("serve", "--port", "0", "--no-worker", "--only", half)
+        with ReceiverProcess(tmp_path, *arguments) as receiver:
+            answers = {path: httpx.get(receiver.url + path, verify=False).status_code for path in paths}
+            assert answers == paths
+            for path in ("/docs", "/openapi.json", "/dashboard", "/v1/jobs", "/clipia/webhook/"):
+                assert httpx.get(receiver.url + path, verify=False).status_code == 404
+
+
+def test_metrics_need_a_token_once_there_is_one(tmp_path: Path) -> None:
+    """G1: without tokens open, with tokens only for the scope `read`."""
+    tokens = "grafana:0123456789abcdef:read,jobs:fedcba9876543210:submit"
+    with ReceiverProcess(tmp_path, RECEIVER_API_TOKENS=tokens) as receiver:
+
+        def get(token: str | None) -> httpx.Response:
+            headers = {"Authorization": token} if token else {}
+            return httpx.get(f"{receiver.url}/metrics", headers=headers, verify=False)
+
+        assert get(None).status_code == 401
+        assert get("Bearer wrong").status_code == 401
+        assert get("Basic 0123456789abcdef").status_code == 401
+        assert get("Bearer fedcba9876543210").status_code == 403
+        response = get("Bearer 0123456789abcdef")
+        assert response.status_code == 200
+        assert 'receiver_backlog{lane="fanout"}' in response.text
+        assert 'receiver_backlog{lane="media"}' in response.text
+
+
+def test_the_production_split_shares_the_work(postgres: Postgres, tmp_path: Path) -> None:
+    """`serve --no-worker --workers 2` receives, two `worker` processes forward; SIGTERM drains them all."""
+    settings = {
+        "RECEIVER_DATABASE_URL": postgres.url(template="migrated"),
+        "RECEIVER_DESTINATION_URL": f"file:{tmp_path / 'events.jsonl'}",
+    }
+    arguments = ("serve", "--port", "0", "--no-worker", "--workers", "2")
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    with (
+        ReceiverProcess(tmp_path, *arguments, **settings) as web,
+        ReceiverProcess(first, "worker", **settings) as one,
+        ReceiverProcess(second, "worker", **settings) as two,
+    ):
+        with httpx.Client(transport=httpx.HTTPTransport(retries=20)) as client:
+            for number in range(120):
+                content = body(f"r-{number}", payload={"model": "m", "output": {}, "cost": 1})
+                response = client.post(f"{web.url}/clipia/webhook", content=content, headers=signed(content))
+                assert response.status_code == 200
+        lines = wait_for_lines(tmp_path / "events.jsonl", 120)
+        metrics = httpx.get(f"{web.url}/metrics", verify=False).text
+        assert 'receiver_webhooks_total{outcome="accepted",source="clipia"} 120.0' in metrics
+        assert [worker.stop() for worker in (one, two)] == [0, 0]
+        assert web.stop() == 0
+    assert sorted(str(line["subject"]) for line in lines) == sorted(f"r-{number}" for number in range(120))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
+    """E16: on a signal the process ends by itself, without a traceback and without a lost record."""
+    receiver = ReceiverProcess(tmp_path).start()
+    assert receiver.process is not None
+    receiver.signal(number)
+    receiver.process.wait(20)
+    assert b"Traceback" not in receiver.log.read_bytes()
+    assert receiver.records()[-1]["event"]
+
+
+def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
+    """G7, G8: one JSON object per line whatever a payload says, and no secret, signature or body in it."""
+    canary = "canary-0123456789abcdef"
+    settings = {
+        "CLIPIA_WEBHOOK_SECRET": f"whsec_{canary}",
+        "RECEIVER_API_TOKENS": f"ops:{canary}",
+        "RECEIVER_DESTINATION_URL": f"http://127.0.0.1:{free_port()}/?token={canary}",
+    }
+    with ReceiverProcess(tmp_path, **settings) as receiver:
+        content = body("r-1", payload={"model": f"m\r\nFAKE \x1b[31m {canary}", "output": {}})
+        headers = signed(content, secret=f"whsec_{canary}") | {"X-Clipia-Webhook-Id": "FAKE \xff"}
+        with httpx.Client(verify=False) as client:
+            assert client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers).is_success
+            headers["X-Clipia-Signature"] = f"t=1,v1={canary}"
+            refused = client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers)
+            assert refused.status_code == 401
+            deadline = time.monotonic() + 20
+            while not [r for r in receiver.records() if r["event"] == "not delivered"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            metrics = client.get(f"{receiver.url}/metrics", headers={"Authorization": f"Bearer {canary}"})
+            assert metrics.is_success
+    log = receiver.log.read_text()
+    assert canary not in log + metrics.text
+    assert "\x1b" not in log
+    assert headers["X-Clipia-Signature"] not in log
+    assert {"webhook stored", "webhook refused"} <= {str(record["event"]) for record in receiver.records()}

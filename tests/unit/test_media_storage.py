@@ -1,0 +1,59 @@
+"""Work that must not be abandoned half-way."""
+
+import asyncio
+import threading
+
+import pytest
+
+from receiver.media.storage.base import settled
+
+
+async def test_a_cancelled_caller_waits_for_its_thread() -> None:
+    """D10: a thread that still writes is waited for, however often the caller is cancelled."""
+    is_running, may_end = threading.Event(), threading.Event()
+    notices: list[bool] = []
+
+    def work() -> None:
+        is_running.set()
+        may_end.wait(10)
+
+    task = asyncio.create_task(settled(asyncio.to_thread(work), on_cancel=lambda: notices.append(True)))
+    await asyncio.to_thread(is_running.wait)
+    for _ in range(3):
+        task.cancel()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert not task.done()
+    may_end.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert notices == [True] * 3
+
+
+async def test_a_cancelled_caller_hears_of_the_cancellation_not_of_the_error() -> None:
+    """D10: work that fails after its caller was cancelled is over; the cancellation is what counts."""
+    started = asyncio.Event()
+
+    async def work() -> None:
+        started.set()
+        await asyncio.sleep(0.01)
+        raise OSError("late")
+
+    task = asyncio.create_task(settled(work()))
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_results_and_errors_pass_through() -> None:
+    """D10: without a cancellation it is an ordinary await."""
+
+    async def work(error: Exception | None) -> int:
+        if error is not None:
+            raise error
+        return 7
+
+    assert await settled(work(None)) == 7
+    with pytest.raises(OSError, match="early"):
+        await settled(work(OSError("early")))
