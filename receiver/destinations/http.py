@@ -42,7 +42,7 @@ class HttpDestination:
 
     def __init__(self, settings: DestinationSettings) -> None:
         url = _parse(settings)
-        self._url = url.copy_with(userinfo=b"")
+        self._url = url
         self._origin = f"{url.scheme}://{url.netloc.decode('ascii')}"
         self._headers = {
             "content-type": "application/cloudevents+json",

@@ -319,6 +319,29 @@ async def test_connections_survive_cancellation(sink: HttpSink, destination: Des
             await asyncio.sleep(0.01)
 
 
+async def test_cancelled_publish_is_given_up(sink: HttpSink, destination: Destination) -> None:
+    """E16: a publish that is cancelled at shutdown does not hold up the close until the server answers."""
+    sink.answer = raw(b"")
+    publishing = asyncio.create_task(destination.publish(make_event()))
+    async with asyncio.timeout(5):
+        while not sink.requests:  # noqa: ASYNC110 - the request is on its way
+            await asyncio.sleep(0.01)
+        publishing.cancel()
+        await destination.close()
+
+
+@pytest.mark.parametrize("length", [0, 5])
+async def test_refusals_leave_no_connections(sink: HttpSink, destination: Destination, length: int) -> None:
+    """E5: an answer that is not read to its end does not keep its connection."""
+    sink.answer = raw(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n" % length + b"x" * length)
+    for _ in range(30):
+        with pytest.raises(PublishFailed):
+            await destination.publish(make_event())
+    async with asyncio.timeout(5):
+        while sink.open_connections > 1:  # noqa: ASYNC110 - the server learns of it later
+            await asyncio.sleep(0.01)
+
+
 async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destination) -> None:
     """D7: an answer without end confirms once the limit is read, and no more of it is taken."""
     sent = 0
