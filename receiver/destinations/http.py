@@ -41,8 +41,7 @@ class HttpDestination:
     """Posts events to a URL."""
 
     def __init__(self, settings: DestinationSettings) -> None:
-        url = _parse(settings)
-        self._url = url
+        self._url = url = _parse(settings)
         self._origin = f"{url.scheme}://{url.netloc.decode('ascii')}"
         self._headers = {
             "content-type": "application/cloudevents+json",
