@@ -202,7 +202,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._linger()
             return
         self._deaf = True
-        self._stop_deadline()
         if not cycle.more_body:
             # The fault is in a later request. This one is owed its own answer; the connection ends with it.
             cycle.keep_alive = False
@@ -228,8 +227,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
         Closing with unread bytes resets the connection, and the reset may overtake the answer.
         """
-        if self._deaf:
-            return
         self._deaf = True
         self._stop_deadline()
         if self.transport.can_write_eof():

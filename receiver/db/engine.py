@@ -48,11 +48,11 @@ class Database:
 
     def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that may write; it is committed durably when the block ends."""
-        return _transaction(self._writer)
+        return transaction(self._writer)
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads, from one snapshot on SQLite."""
-        return _transaction(self._reader)
+        return transaction(self._reader)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -92,7 +92,8 @@ def parse_url(url: str) -> URL:
 
 
 @asynccontextmanager
-async def _transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open one transaction; raise DatabaseUnavailable for what is the database's condition."""
     try:
         async with engine.begin() as connection:
             yield connection

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from receiver.db.engine import Database
-from receiver.errors import DatabaseUnavailable, SettingsError
+from receiver.db.engine import Database, transaction
+from receiver.errors import SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
 _CHECKOUT: Final = Path(__file__).parent.parent.parent / "migrations"
@@ -52,12 +52,10 @@ async def upgrade(database: Database, revision: str = "head") -> None:
     # Not the service's engine: a migration may take longer than any statement of the service.
     engine = create_async_engine(database.url, poolclass=NullPool, connect_args={"timeout": 10})
     try:
-        async with engine.begin() as connection:
+        async with transaction(engine) as connection:
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
             await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
             await connection.run_sync(run)
-    except OSError as error:
-        raise DatabaseUnavailable(str(error), reason="database") from error
     finally:
         await engine.dispose()
 

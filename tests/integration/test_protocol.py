@@ -1,6 +1,7 @@
 """The shipped HTTP protocol against raw sockets: deadlines, limits and the grammar of RFC 9112."""
 
 import asyncio
+import logging
 import re
 import socket
 import ssl
@@ -8,7 +9,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal, Self
@@ -16,10 +16,7 @@ from typing import Any, ClassVar, Literal, Self
 import psutil
 import pytest
 import uvicorn
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
+from certificates import make_certificate
 
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
@@ -373,6 +370,22 @@ def test_refusal_does_not_pose_as_another_answer(shipped: Server) -> None:
     assert shipped.app.requests == [("GET", "/after", b"")]
 
 
+def test_garbage_behind_a_slow_request_is_read_once(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B4: after a refusal nothing more is parsed, nor logged line by line, while an answer is still owed."""
+    warnings: list[str] = []
+    monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", warnings.append)
+    with shipped.connect() as connection:
+        connection.sendall(GET.replace(b"/after", b"/slow") + b"GARBAGE\r\n\r\n")
+        wait_until(lambda: warnings)
+        for _ in range(5):
+            connection.sendall(b"GARBAGE\r\n\r\n")
+            time.sleep(0.02)
+        shipped.app.release.set()
+        read_answer(connection)
+        assert read_to_end(connection) == b""
+    assert warnings == ["Invalid HTTP request received."]
+
+
 def test_broken_body_behind_another_request_is_cut(shipped: Server) -> None:
     """B4: a broken body gets no refusal that would pose as the answer of an earlier request."""
     with shipped.connect() as connection:
@@ -609,25 +622,6 @@ def test_refusal_explains_itself(shipped: Server) -> None:
         b'{"error":{"type":"invalid_request_error","code":"invalid_request",'
         b'"message":"This is not a valid HTTP/1.1 request."}}'
     )
-
-
-def make_certificate(path: Path) -> Path:
-    """Write a key and a certificate that it signed itself."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
-    now = datetime.now(UTC)
-    certificate = (
-        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=1))
-        .sign(key, hashes.SHA256())
-    )
-    encoding = serialization.Encoding.PEM
-    path.write_bytes(
-        key.private_bytes(encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + certificate.public_bytes(encoding)
-    )
-    return path
 
 
 def test_early_answer_over_tls(tmp_path: Path) -> None:

@@ -1,0 +1,120 @@
+"""The migrations make exactly the tables that the code declares, on both databases."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import Connection, inspect
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import inbox, migrate
+from receiver.db.engine import Database, parse_url
+from receiver.db.tables import metadata
+from receiver.errors import DatabaseUnavailable, SettingsError
+
+
+async def test_no_drift(database: Database) -> None:
+    """What Alembic would still change is nothing."""
+
+    def compare(connection: Connection) -> list[object]:
+        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+
+    async with database.write() as connection:
+        assert await connection.run_sync(compare) == []
+
+
+async def test_partial_indexes_are_partial(database: Database) -> None:
+    """C13: work is found through partial indexes, whose conditions autogenerate does not compare."""
+    conditions = {"ix_events_received": "received", "ix_media_due": "pending", "ix_deliveries_due": "pending"}
+
+    async def definition(connection: AsyncConnection, name: str) -> str:
+        query = (
+            f"SELECT sql FROM sqlite_master WHERE name = '{name}'"
+            if database.is_sqlite
+            else f"SELECT indexdef FROM pg_indexes WHERE indexname = '{name}'"
+        )
+        return str((await connection.exec_driver_sql(query)).scalar_one())
+
+    async with database.read() as connection:
+        for name, state in conditions.items():
+            assert f"'{state}'" in (await definition(connection, name)).split("WHERE")[1]
+
+
+async def test_upgrading_again_changes_nothing(database: Database) -> None:
+    """`migrate` is safe to run at any time."""
+    await migrate.upgrade(database)
+    assert await migrate.current(database) == migrate.head()
+    await migrate.require_current(database)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "mysql://x", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true", "x"]
+)
+def test_unusable_urls_are_refused(url: str) -> None:
+    """A database that cannot keep an ack, or that we do not know, is refused with what to write."""
+    with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"):
+        parse_url(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("sqlite:///a.db", "sqlite+aiosqlite:///a.db"),
+        ("postgres://u@h/d", "postgresql+asyncpg://u@h/d"),
+        ("postgresql://u@h:5/d?sslmode=require", "postgresql+asyncpg://u@h:5/d?ssl=require"),
+        ("postgresql+psycopg://u@h/d", "postgresql+asyncpg://u@h/d"),
+    ],
+)
+def test_plain_urls_are_taken(url: str, expected: str) -> None:
+    """The URLs that everybody has are the ones that work."""
+    assert parse_url(url).render_as_string() == expected
+
+
+async def test_an_unreachable_database_is_unavailable() -> None:
+    """C3: nobody listens: DatabaseUnavailable, whatever the driver raises."""
+    database = Database("postgresql://nobody@127.0.0.1:1/x")
+    with pytest.raises(DatabaseUnavailable, match="unavailable"):
+        await migrate.upgrade(database)
+    with pytest.raises(DatabaseUnavailable, match="unavailable"):
+        async with database.write() as connection:
+            await inbox.probe(connection)
+    await database.close()
+
+
+async def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
+    """C7: every connection has WAL, synchronous=FULL and foreign keys; a folder that is missing is made."""
+    database = Database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'receiver.db'}")
+    await database.require_durability()
+    for transaction in (database.write, database.read):
+        async with transaction() as connection:
+            values = [
+                (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
+                for name in ("journal_mode", "synchronous", "foreign_keys")
+            ]
+            assert values == ["wal", 2, 1]
+            assert not await connection.run_sync(lambda sync: inspect(sync).get_table_names())
+    await database.close()
+
+
+async def test_sqlite_updates_are_not_lost(database: Database) -> None:
+    """C14: transactions that read and then write are serialized; without BEGIN IMMEDIATE updates get lost."""
+    async with database.write() as connection:
+        await connection.exec_driver_sql("CREATE TABLE counter (value INTEGER NOT NULL)")
+        await connection.exec_driver_sql("INSERT INTO counter VALUES (0)")
+    others = [Database(database.url.render_as_string(hide_password=False)) for _ in range(3)]
+    lock = "" if database.is_sqlite else " FOR UPDATE"
+
+    async def increment(one: Database) -> None:
+        for _ in range(25):
+            async with one.write() as connection:
+                query = f"SELECT value FROM counter{lock}"
+                value = (await connection.exec_driver_sql(query)).scalar_one()
+                await connection.exec_driver_sql(f"UPDATE counter SET value = {value + 1}")
+
+    await asyncio.gather(*(increment(one) for one in (database, *others)))
+    async with database.read() as connection:
+        assert (await connection.exec_driver_sql("SELECT value FROM counter")).scalar_one() == 100
+    for one in others:
+        await one.close()
