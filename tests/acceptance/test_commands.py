@@ -265,7 +265,7 @@ def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
     }
     with ReceiverProcess(tmp_path, **settings) as receiver:
         content = body("r-1", payload={"model": f"m\r\nFAKE \x1b[31m {canary}", "output": {}})
-        headers = signed(content, secret=f"whsec_{canary}") | {"X-Clipia-Webhook-Id": "FAKE \xff"}
+        headers = signed(content, secret=f"whsec_{canary}") | {"X-Clipia-Webhook-Id": "[31mFAKE"}
         with httpx.Client(verify=False) as client:
             assert client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers).is_success
             headers["X-Clipia-Signature"] = f"t=1,v1={canary}"
