@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.cli.terminal import print_json, size, stdout
+from receiver.cli.terminal import print_json, size, stdout, wide
 from receiver.db import ledger, migrate
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
@@ -57,13 +57,12 @@ def list_(
     if json:
         print_json(found)
         return
-    table = Table(
-        "seq", "event", "request", "status", "model", "state", "received", "media", "deliveries", box=None
-    )
+    table = Table(box=None)
+    for name in ("seq", "request", "status", "model", "state", "received", "media", "deliveries"):
+        table.add_column(name, no_wrap=True)
     for row in found:
         table.add_row(
             str(row["seq"]),
-            str(row["id"]),
             Text(row["request_id"]),
             row["status"] or "-",
             Text(row["model"] or "-"),
@@ -72,7 +71,7 @@ def list_(
             _counts(row["media"]),
             _counts(row["deliveries"]),
         )
-    stdout.print(table if found else "No events.")
+    wide.print(table if found else "No events.")
 
 
 @events.command()
@@ -124,19 +123,21 @@ def _print_title(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _print_work(work: dict[str, Any], label: str) -> None:
-    stdout.print(Text(f"  {work['state']:<9} {label}"))
+    _print_line(f"  {work['state']:<9} {label}")
     if work.get("uri"):
-        stdout.print(Text(f"            {work['uri']}"))
-        stdout.print(
-            Text(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
-        )
+        _print_line(f"            {work['uri']}")
+        _print_line(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
     for attempt in work["tries"]:
         line = f"            try {attempt['number']}: {_time(attempt['started_at'])} {attempt['outcome']}"
         error = f": {attempt['error']}" if attempt["error"] else ""
-        stdout.print(Text(f"{line} in {attempt['duration_ms']} ms{error}"))
+        _print_line(f"{line} in {attempt['duration_ms']} ms{error}")
     if work["state"] == "pending":
         due = _time(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
-        stdout.print(f"            next try: {due}")
+        _print_line(f"            next try: {due}")
+
+
+def _print_line(line: str) -> None:
+    stdout.print(Text(line), soft_wrap=True)
 
 
 def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:

@@ -7,6 +7,8 @@ import orjson
 from rich.console import Console
 
 stdout: Final = Console(highlight=False)
+# For tables: an id that is cut off is of no use, so the terminal wraps long lines and we don't.
+wide: Final = Console(highlight=False, width=max(160, stdout.width))
 stderr: Final = Console(stderr=True, highlight=False)
 
 

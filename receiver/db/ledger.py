@@ -15,7 +15,7 @@ from receiver.db.tables import attempts, deliveries, events, media, receipts
 Row = dict[str, Any]
 
 _EVENT = [column for column in events.c if column.name != "body"]
-_WORK_HIDDEN = {"event_seq", "lease", "lost"}
+_HIDDEN = {"event_seq", "lease", "lost"}
 
 
 async def list_events(
@@ -62,11 +62,9 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
         return None
     event = dict(row)
     seq = event["seq"]
-    event["receipts"] = await _children(connection, receipts, seq, hidden={"event_seq"}, order="seq")
-    event["media"] = await _children(connection, media, seq, hidden=_WORK_HIDDEN, order="position")
-    event["deliveries"] = await _children(
-        connection, deliveries, seq, hidden=_WORK_HIDDEN, order="destination"
-    )
+    event["receipts"] = await _children(connection, receipts, seq, receipts.c.seq)
+    event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
+    event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
     await _add_attempts(connection, [*event["media"], *event["deliveries"]])
     return event
 
@@ -93,10 +91,10 @@ async def _count_states(
 
 
 async def _children(
-    connection: AsyncConnection, table: Table, seq: int, *, hidden: set[str], order: str
+    connection: AsyncConnection, table: Table, seq: int, *order: ColumnElement[Any]
 ) -> list[Row]:
-    columns = [column for column in table.c if column.name not in hidden]
-    statement = select(*columns).where(table.c.event_seq == seq).order_by(table.c[order])
+    columns = [column for column in table.c if column.name not in _HIDDEN]
+    statement = select(*columns).where(table.c.event_seq == seq).order_by(*order)
     return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 
