@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from receiver.cli.terminal import stdout
-from receiver.db import inbox, migrate
+from receiver.db import inbox, migrate, outbox
 from receiver.db.engine import Database
 from receiver.destinations import open_destination
 from receiver.errors import ReceiverError, SettingsError
@@ -93,9 +93,16 @@ class _Check:
             await migrate.require_current(database)
             async with database.write() as connection:
                 await inbox.probe(connection)
+                waiting = await outbox.delivery_backlog(connection)
             self._say(
                 "ok", "database", f"{database.dialect_name}, durable, schema {migrate.head()}, writable"
             )
+            for name in waiting.keys() - {each.name for each in settings.all_destinations}:
+                self._say(
+                    "warning",
+                    "database",
+                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, which is not configured",
+                )
         finally:
             await database.close()
 

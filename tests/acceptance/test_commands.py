@@ -112,6 +112,21 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
     assert "writable" in output
 
 
+def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
+    """A destination that was renamed or removed leaves its deliveries waiting; `check` says so."""
+    settings = {"RECEIVER_DESTINATION_URL": f"http://127.0.0.1:{free_port()}/"}
+    with ReceiverProcess(tmp_path, **settings) as receiver:
+        content = body("r-1", payload={"model": "m", "output": {}})
+        httpx.post(f"{receiver.url}/clipia/webhook", content=content, headers=signed(content), verify=False)
+        deadline = time.monotonic() + 20
+        while not [r for r in receiver.records() if r["event"] == "not delivered"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    del receiver.settings["RECEIVER_DESTINATION_URL"]
+    result = run_command("check", settings=receiver.settings, cwd=tmp_path)
+    assert b"1 deliveries wait for the destination 'default'" in result.stdout
+
+
 def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
     """`receiver check` goes through everything, and its exit status says that something is wrong."""
     (tmp_path / "blocked").write_text("a file where a folder should be")

@@ -326,6 +326,23 @@ async def test_a_slow_server_is_given_up(answer: Answer, reason: str, tmp_path: 
     assert error.reason == reason
 
 
+@pytest.mark.parametrize("answer", [pausing(), pausing(HEAD + PNG[:500])], ids=["silent", "stalled"])
+async def test_what_is_given_up_holds_no_connection(answer: Answer, tmp_path: Path) -> None:
+    """D7: hosts that fall silent, and downloads cancelled at shutdown, leave no connection open."""
+    storage = local_storage(tmp_path)
+    async with site(answer) as server, downloader(server.origin, storage=storage) as opened:
+        url = f"{server.origin}/a.png"
+        for number in range(3):
+            with pytest.raises(MediaUnavailable):
+                await opened.save(url=url, kind="image", stem=f"ab/{number:02d}-image")
+        cancelled = asyncio.create_task(opened.save(url=url, kind="image", stem="ab/03-image"))
+        await asyncio.sleep(0.1)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+        assert opened._pool.connections == []
+
+
 async def test_a_download_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
     """D7: a file that comes fast enough, but does not end, is cut off by the limit on the whole download."""
     answer = pausing(HEAD + PNG[:500], *[b"x" * 200] * 1000, pause=0.05)
