@@ -101,7 +101,8 @@ class _Check:
                 self._say(
                     "warning",
                     "database",
-                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, which is not configured",
+                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, "
+                    "which is not configured",
                 )
         finally:
             await database.close()
