@@ -1,6 +1,7 @@
 """The callback over HTTP, on both databases: what is stored, and what is answered."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import time
@@ -16,11 +17,14 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Table, func, select
 from starlette.applications import Starlette
 
+from receiver import ingest
 from receiver.api import callback
 from receiver.app import create_app
+from receiver.db import inbox
 from receiver.db.engine import Database
 from receiver.db.rows import event_id
 from receiver.db.tables import events, receipts
+from receiver.errors import DatabaseUnavailable
 from receiver.settings import Settings
 
 URL = "/clipia/webhook"
@@ -477,6 +481,36 @@ async def test_an_unrecognized_body_never_conflicts(site: Site) -> None:
     await site.post(b"x")
     assert (await site.post(b"y")).json()["status"] == "unrecognized"
     assert await site.count(events) == 2
+
+
+async def test_a_driver_that_hangs_is_answered_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C4: 503 in time even where the driver neither answers nor lets itself be cancelled."""
+    monkeypatch.setattr(ingest, "STORE_WAIT", 0.2)
+    released = asyncio.Event()
+
+    async def hang(*_arguments: Any) -> None:
+        while not released.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await released.wait()
+        raise DatabaseUnavailable("too late", reason="database")
+
+    monkeypatch.setattr(inbox, "insert_event", hang)
+    response = await asyncio.wait_for(site.post(body("r-15")), 5)
+    assert response.status_code == 503
+    assert response.headers["retry-after"]
+    released.set()
+    await asyncio.sleep(0.1)
+
+
+async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C3: whatever goes wrong while storing, the answer is 503 and Clipia tries again."""
+
+    async def break_down(*_arguments: Any) -> None:
+        raise RuntimeError("bug")
+
+    monkeypatch.setattr(inbox, "insert_receipt", break_down)
+    assert (await site.post(body("r-16"))).status_code == 503
+    assert await site.count(events) == 0
 
 
 def test_event_ids_never_change() -> None:
