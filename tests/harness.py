@@ -43,7 +43,9 @@ def run_command(
 class ReceiverProcess:
     """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
 
-    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, measured: bool = True, **settings: str) -> None:
+        # Coverage doubles the time to start, and a process that is killed reports none.
+        self.measured = measured
         self.folder = folder
         self.arguments: Sequence[str] = arguments or ("serve", "--port", "0")
         self.settings = {
@@ -66,7 +68,7 @@ class ReceiverProcess:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "receiver", *self.arguments],
-                env=command_environment(**self.settings),
+                env=self._environment(),
                 cwd=self.folder,
                 stdout=log,
                 stderr=log,
@@ -82,6 +84,14 @@ class ReceiverProcess:
                 break
             time.sleep(0.02)
         raise AssertionError(f"it does not run; its log:\n{self.log.read_text()}")
+
+    def _environment(self) -> dict[str, str]:
+        environment = command_environment(**self.settings)
+        return {
+            name: value
+            for name, value in environment.items()
+            if self.measured or not name.startswith("COVERAGE_")
+        }
 
     def records(self) -> list[dict[str, object]]:
         """Return the log's records so far; every line of it has to be one."""
