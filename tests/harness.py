@@ -43,9 +43,9 @@ def run_command(
 class ReceiverProcess:
     """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
 
-    def __init__(self, folder: Path, *arguments: str, measured: bool = True, **settings: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
         # Coverage doubles the time to start, and a process that is killed reports none.
-        self.measured = measured
+        self.measured = True
         self.folder = folder
         self.arguments: Sequence[str] = arguments or ("serve", "--port", "0")
         self.settings = {

@@ -101,7 +101,8 @@ def test_kill_cycles_lose_nothing(
     if kind == "postgresql":
         server: Postgres = request.getfixturevalue("postgres")
         settings["RECEIVER_DATABASE_URL"] = server.url(template="migrated")
-    receiver = ReceiverProcess(tmp_path, "serve", "--port", str(free_port()), measured=False, **settings)
+    receiver = ReceiverProcess(tmp_path, "serve", "--port", str(free_port()), **settings)
+    receiver.measured = False
     load = Load(clipia)
     chance = random.Random(kind)
     with ThreadPoolExecutor(CLIENTS) as pool:
