@@ -61,6 +61,7 @@ _STORED = (
     events.c.status,
     events.c.body,
     events.c.received_at,
+    events.c.job_id,
 )
 
 

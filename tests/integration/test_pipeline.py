@@ -539,11 +539,11 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
     """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
     monkeypatch.setattr(worker, "OUTAGE_PAUSE", 0.05)
     claim, lock = leases.claim, inbox.lock_received
-    broken = {"claim", "lock"}
+    broken = {"claim_of_events", "lock"}
 
     async def claim_or_break(*arguments: Any, **options: Any) -> Any:
-        if "claim" in broken:
-            broken.remove("claim")
+        if "claim_of_events" in broken:
+            broken.remove("claim_of_events")
             raise RuntimeError("bug")
         return await claim(*arguments, **options)
 
@@ -553,7 +553,7 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
             raise RuntimeError("bug")
         return await lock(*arguments, **options)
 
-    monkeypatch.setattr(leases, "claim", claim_or_break)
+    monkeypatch.setattr(leases, "claim_of_events", claim_or_break)
     monkeypatch.setattr(inbox, "lock_received", lock_or_break)
     await world.add(plain("r-1"))
     async with world.working():
