@@ -2,7 +2,7 @@
 
 The SDK makes the requests and reads the answers. Two things that it does not do happen in its transport: a
 submission is sent as the bytes that were frozen when the job was made, and the `RateLimit-*` fields of its
-answer are kept. Retries are not its business (`max_retries=0`): they are rows of work, which outlive a process.
+answer are kept. Retries are not its business (`max_retries=0`): they are rows of work, and outlive a process.
 """
 
 import asyncio

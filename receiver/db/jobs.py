@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.rows import Backlog, Claim, JobRef, JobState, NewJob, OpenRequest, Submission
+from receiver.db.rows import Attempt, Backlog, Claim, JobRef, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import events, jobs
 from receiver.webhook import Generation
 
@@ -271,8 +271,11 @@ async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) ->
     }
 
 
-async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, provider_key: uuid.UUID) -> bool:
-    """Make a job that ended without a result due again, under a new key; False where it did not end so."""
+async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, by: str) -> bool:
+    """Make a job that ended without a result due again, under a new key; False where it did not end so.
+
+    Who asked for it goes on record among the tries.
+    """
     result = await connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
@@ -280,13 +283,19 @@ async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, provider_k
             **dict.fromkeys(("account", "sent_at", "submitted_at", "request_id", "progress")),
             **dict.fromkeys(("charged", "warnings", "error", "finished_at", "lease")),
             state="pending",
-            provider_key=provider_key,
+            provider_key=uuid.uuid4(),
             lost=0,
             next_attempt_at=db_time(0.0),
             updated_at=db_time(0.0),
         )
     )
-    return result.rowcount == 1
+    if result.rowcount != 1:
+        return False
+    record = Attempt(
+        number=0, started_at=datetime.now(UTC), duration_ms=0, outcome="resubmitted", error=f"by {by}"
+    )
+    await leases.record_attempt(connection, job_id, record)
+    return True
 
 
 async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:

@@ -9,8 +9,8 @@
         job = await submitter.wait(job.id, seconds=120)
         print(job.state, [file.uri for file in job.event.media])
 
-It works on the service's own database, with the service's settings; `receiver worker` or `receiver serve` go on
-with what the submitting process could not finish. `SyncSubmitter` is the same for code without an event loop.
+It works on the service's own database, with the service's settings; `receiver worker` or `receiver serve`
+goes on with what the submitting process could not finish. `SyncSubmitter` is for code without an event loop.
 """
 
 from receiver.submitter.job import Job, JobAttempt, JobDelivery, JobEvent, JobFile, JobPage

@@ -15,7 +15,7 @@ from receiver.inputs import Misfit, check_input
 FRESH: Final = 600.0
 """Seconds for which a model is remembered; an older one serves while Clipia is away."""
 RECHECK: Final = 60.0
-"""Age in seconds from which a model is asked for again before it refuses an input: it may have learned since."""
+"""Age in seconds from which a model is asked for again before an input is refused: it may take it by now."""
 
 T = TypeVar("T")
 

@@ -4,15 +4,15 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from datetime import datetime
-from typing import Any, Final, Self
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, Self
 from uuid import UUID
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import CALL_WAIT, ClipiaClient
-from receiver.db import jobs, ledger, migrate
+from receiver.db import accounts, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
@@ -20,7 +20,7 @@ from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
 from receiver.settings import Settings
 from receiver.submitter.catalogue import Catalogue
-from receiver.submitter.job import Job, JobPage
+from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
 from receiver.submitter.request import JobRequest, check_key
 from receiver.submitter.waiting import Waiting
@@ -29,6 +29,8 @@ ANSWER_WAIT: Final = CALL_WAIT + 5.0
 """Seconds for which `submit` waits for Clipia; the submission goes on after that."""
 ANYONE: Final = "*"
 """The budget of callers that have none of their own."""
+
+_NO_KEY: Final = "CLIPIA_KEY is not set: nothing can be submitted without Clipia's API key"
 
 log = structlog.get_logger()
 
@@ -58,8 +60,10 @@ class Submitter:
         self._wake = wake
         self._waiting = Waiting(database)
         self._running: set[asyncio.Task[Any]] = set()
-        self.lane: Final = client and SubmitLane(database, client, poll_after=poll_after, wake=wake)
-        self._catalogue = client and Catalogue(database, client)
+        self.lane: Final = (
+            SubmitLane(database, client, poll_after=poll_after, wake=wake) if client is not None else None
+        )
+        self._catalogue = Catalogue(database, client) if client is not None else None
 
     @classmethod
     @asynccontextmanager
@@ -110,15 +114,14 @@ class Submitter:
     def client(self) -> ClipiaClient:
         """The API; raises SettingsError where no key is set."""
         if self._client is None:
-            raise SettingsError("CLIPIA_KEY is not set: jobs cannot be submitted without Clipia's API key")
+            raise SettingsError(_NO_KEY)
         return self._client
 
     @property
     def catalogue(self) -> Catalogue:
         """Models, prices and the account; raises SettingsError where no key is set."""
         if self._catalogue is None:
-            _ = self.client
-            raise AssertionError
+            raise SettingsError(_NO_KEY)
         return self._catalogue
 
     async def submit(
@@ -133,16 +136,21 @@ class Submitter:
     ) -> Job:
         """Issue a job, or return the one that this caller's key already stands for.
 
-        When this returns, the job is committed, and will be submitted exactly once whatever happens; its state
-        is `pending` where Clipia could not take it yet. Without a key one is made, and a call that is repeated
-        makes another job.
+        When this returns, the job is committed, and will be submitted exactly once whatever happens; its
+        state is `pending` where Clipia could not take it yet. Without a key one is made, and a call that is
+        repeated makes another job.
 
         Raises Refused where the input does not fit the model, the price exceeds `max_cost` (credits) or the
         caller's budget, the key stands for other parameters (409, `idempotency_key_reuse`), or Clipia refused
         the job for good. Raises ClipiaUnavailable where a price has to be known and Clipia cannot be asked,
         and DatabaseUnavailable: call again with the same key then.
         """
-        values = {"model": model, "input": dict(input), "metadata": dict(metadata or {}), "max_cost": max_cost}
+        values = {
+            "model": model,
+            "input": dict(input),
+            "metadata": dict(metadata or {}),
+            "max_cost": max_cost,
+        }
         return await self.issue(JobRequest.read(values), key=idempotency_key, caller=caller)
 
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
@@ -186,7 +194,7 @@ class Submitter:
         await self._waiting.wait(job_id, seconds=deadline - time.monotonic())
         return await self.get(job_id, caller=caller)
 
-    async def list(
+    async def list_jobs(
         self,
         *,
         limit: int = 50,
@@ -217,6 +225,40 @@ class Submitter:
         return JobPage(
             jobs=[Job.of(row) for row in rows[:limit]], next=str(rows[limit - 1]["seq"]) if more else None
         )
+
+    async def costs(
+        self,
+        *,
+        by: Literal["caller", "model", "day"],
+        caller: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
+        async with self._database.read() as connection:
+            return await ledger.job_costs(connection, by=by, caller=caller, since=since, until=until)
+
+    async def account(self) -> dict[str, Any]:
+        """Return Clipia's account, and what our own ledger says of the same 30 days.
+
+        A difference is normal where others use the account, too.
+        """
+        account = await self.catalogue.balance()
+        since = datetime.now(UTC) - timedelta(days=30)
+        rows = await self.costs(by="day", since=since)
+        async with self._database.read() as connection:
+            limits = await accounts.read(connection, self.client.account)
+        totals = {
+            name: sum(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
+        }
+        return account | {
+            "ledger_30d": totals,
+            "limits": {
+                "requests_per_minute": limits.requests_per_minute,
+                "in_flight": limits.in_flight_limit,
+                "paused": read_error(limits.pause),
+            },
+        }
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
@@ -259,7 +301,7 @@ class Submitter:
         return self._budgets.get(caller, self._budgets.get(ANYONE))
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
-        """Inside the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
+        """In the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
         budget = self._budget(job.caller)
         if budget is not None:
             spent = await jobs.spent_today(connection, job.caller)

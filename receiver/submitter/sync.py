@@ -14,10 +14,12 @@ from receiver.submitter.service import Submitter
 
 
 class SyncSubmitter:
-    """A `Submitter` in an event loop of its own, in a thread::
+    """A `Submitter` in an event loop of its own, in a thread.
 
-    with SyncSubmitter() as submitter:
-        job = submitter.submit("nano-banana-2", {"prompt": "a cat"}, idempotency_key="order-4711")
+    ::
+
+        with SyncSubmitter() as submitter:
+            job = submitter.submit("nano-banana-2", {"prompt": "a cat"}, idempotency_key="order-4711")
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
@@ -76,10 +78,10 @@ class SyncSubmitter:
 
         return self._portal.call(run)
 
-    def list(self, **filters: Any) -> JobPage:
-        """As `Submitter.list`."""
+    def list_jobs(self, **filters: Any) -> JobPage:
+        """As `Submitter.list_jobs`."""
 
         async def run() -> JobPage:
-            return await self._submitter.list(**filters)
+            return await self._submitter.list_jobs(**filters)
 
         return self._portal.call(run)

@@ -58,7 +58,9 @@ class Waiting:
         loop = asyncio.get_running_loop()
         while self._ended:
             waited_for = set(self._ended)
-            new = {job_id for job_id in waited_for if loop.time() - watched_at.get(job_id, -1e9) > ATTENTION / 2}
+            new = {
+                job_id for job_id in waited_for if loop.time() - watched_at.get(job_id, -1e9) > ATTENTION / 2
+            }
             try:
                 async with self._database.read() as connection:
                     ended = await jobs.settled(connection, waited_for)
