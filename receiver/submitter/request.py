@@ -14,9 +14,9 @@ from receiver.settings import DEFAULT_SOURCE
 LARGEST_REQUEST = 1024 * 1024
 """Bytes of a request to Clipia."""
 
-# What no database stores and no log shows: control characters, NUL among them, and lone surrogates.
-_Line = r"^[^\x00-\x1f\x7f\ud800-\udfff]+$"
-_Text = r"^[^\x00\ud800-\udfff]*$"
+# What no database stores: NUL. Lone surrogates are no strings to pydantic anyway.
+_LINE = r"^[^\x00-\x1f\x7f]+$"
+_TEXT = r"^[^\x00]*$"
 
 
 class JobRequest(BaseModel):
@@ -24,14 +24,14 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    model: Annotated[str, Field(min_length=1, max_length=255, pattern=_Line)]
+    model: Annotated[str, Field(min_length=1, max_length=255, pattern=_LINE)]
     """The slug of one of Clipia's models."""
     input: dict[str, Any]
     """The model's parameters."""
     metadata: Annotated[
         dict[
-            Annotated[str, Field(min_length=1, max_length=64, pattern=_Line)],
-            Annotated[str, Field(max_length=512, pattern=_Text)],
+            Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)],
+            Annotated[str, Field(max_length=512, pattern=_TEXT)],
         ],
         Field(max_length=32),
     ] = {}
