@@ -100,7 +100,7 @@ class Limits:
         limits = replace(self, paused_at=0.0, probes=0, pause=None) if self.paused_at else self
         if not self.in_flight_refused_at:
             # Only a window that is used says anything about the limit.
-            if in_flight * 2 >= self.in_flight_limit:
+            if in_flight >= self.in_flight_limit:
                 limits = replace(limits, in_flight_limit=self.in_flight_limit + 1)
         elif in_flight >= self.in_flight_limit and now - self.in_flight_refused_at >= PROBE_IN_FLIGHT:
             limits = replace(limits, in_flight_limit=self.in_flight_limit + 1, in_flight_refused_at=now)
@@ -114,7 +114,7 @@ class Limits:
     def crowded(self, now: float, *, in_flight: int, sent_at: float, retry_after: float | None) -> "Limits":
         """Return the state after `concurrency_limit_exceeded` for a submission of the moment `sent_at`.
 
-        `in_flight` are the other generations. Refusals of one burst count once.
+        `in_flight` are the generations that were accepted. Refusals of one burst count once.
         """
         wait = DEFAULT_WAIT if retry_after is None else retry_after
         limits = replace(self, submits_after=max(self.submits_after, now + wait))

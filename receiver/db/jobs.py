@@ -80,16 +80,33 @@ async def is_due(connection: AsyncConnection, state: JobState, *, but: uuid.UUID
     return (await connection.execute(statement)).first() is not None
 
 
-async def in_flight(connection: AsyncConnection, account: str) -> int:
-    """Return how many generations an account has in flight, submissions under way included."""
-    submitted = and_(
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """Generations that an account has in flight, as far as we know."""
+
+    accepted: int
+    under_way: int
+    """Submissions that are not answered yet."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.accepted + self.under_way
+
+
+async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
+    """Return how many generations an account has in flight."""
+    accepted = and_(
         jobs.c.state == "submitted", jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
     )
     under_way = and_(
         jobs.c.state == "pending", jobs.c.lease.is_not(None), jobs.c.next_attempt_at > db_time(0.0)
     )
-    statement = select(func.count()).select_from(jobs).where(or_(submitted, under_way))
-    return int((await connection.execute(statement)).scalar_one())
+    counts = [
+        (await connection.execute(select(func.count()).select_from(jobs).where(which))).scalar_one()
+        for which in (accepted, under_way)
+    ]
+    return InFlight(accepted=counts[0], under_way=counts[1])
 
 
 async def claim_to_submit(

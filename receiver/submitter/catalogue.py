@@ -1,5 +1,6 @@
 """Clipia's models, prices and account, asked for within the limits and remembered for a while."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final, TypeVar
@@ -29,6 +30,7 @@ class Catalogue:
         self._database = database
         self._client = client
         self._models: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._asking = asyncio.Lock()
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the list of models."""
@@ -36,17 +38,19 @@ class Catalogue:
 
     async def model(self, slug: str, *, fresh: float = FRESH) -> dict[str, Any]:
         """Return one model with its `input_schema`, not older than `fresh` seconds if Clipia answers."""
-        known = self._models.get(slug)
-        if known is not None and time.monotonic() - known[0] < fresh:
-            return known[1]
-        try:
-            model = await self._ask(lambda call: self._client.model(slug, call=call))
-        except ClipiaUnavailable:
-            if known is None:
-                raise
-            return known[1]
-        self._models[slug] = (time.monotonic(), model)
-        return model
+        # One question at a time: the first of a burst of jobs asks for all of them.
+        async with self._asking:
+            known = self._models.get(slug)
+            if known is not None and time.monotonic() - known[0] < fresh:
+                return known[1]
+            try:
+                model = await self._ask(lambda call: self._client.model(slug, call=call))
+            except ClipiaUnavailable:
+                if known is None:
+                    raise
+                return known[1]
+            self._models[slug] = (time.monotonic(), model)
+            return model
 
     async def check(self, slug: str, given: Mapping[str, Any]) -> None:
         """Raise Refused for a model that there is not, or an input that it would refuse or ignore parts of.

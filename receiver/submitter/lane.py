@@ -15,7 +15,7 @@ from receiver.clipia import Accepted, Call, ClipiaClient
 from receiver.db import accounts, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.jobs import SUBMIT_LANE
+from receiver.db.jobs import SUBMIT_LANE, InFlight
 from receiver.db.rows import Claim, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import (
@@ -85,7 +85,7 @@ class SubmitLane(WorkLane[Claim]):
         """Claim inside the caller's transaction, where `job_id` is given only that job."""
         account = self._client.account
         limits, now = await accounts.lock(connection, account)
-        room = limits.submits(now, in_flight=await jobs.in_flight(connection, account))
+        room = limits.submits(now, in_flight=(await jobs.in_flight(connection, account)).total)
         if not room:
             return []
         claimed = await jobs.claim_to_submit(
@@ -161,7 +161,7 @@ class SubmitLane(WorkLane[Claim]):
                 return False
             await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
             await self._learn(
-                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used)
+                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.total)
             )
             return True
 
@@ -242,7 +242,7 @@ class SubmitLane(WorkLane[Claim]):
         self,
         connection: AsyncConnection,
         call: Call,
-        change: Callable[[Limits, float, int], Limits] = lambda limits, _now, _used: limits,
+        change: Callable[[Limits, float, InFlight], Limits] = lambda limits, _now, _used: limits,
     ) -> None:
         """Keep what an answer says about the account's limits."""
         account = self._client.account
@@ -254,12 +254,12 @@ class SubmitLane(WorkLane[Claim]):
 
 
 def _after_failure(
-    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, in_flight: int
+    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, used: InFlight
 ) -> Limits:
     if isinstance(error, AccountRefused):
         return limits.refused(now, pause=text)
     if error.reason == "concurrency_limit_exceeded":
-        return limits.crowded(now, in_flight=in_flight, sent_at=sent_at, retry_after=error.retry_after)
+        return limits.crowded(now, in_flight=used.accepted, sent_at=sent_at, retry_after=error.retry_after)
     if error.status == 429:  # noqa: PLR2004 - Too Many Requests
         return limits.throttled(now, retry_after=error.retry_after)
     return limits
