@@ -538,12 +538,12 @@ async def test_several_workers_share_the_work(world: World) -> None:
 async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
     monkeypatch.setattr(worker, "OUTAGE_PAUSE", 0.05)
-    claim, lock = leases.claim, inbox.lock_received
-    broken = {"claim_of_events", "lock"}
+    claim, lock = leases.claim_of_events, inbox.lock_received
+    broken = {"claim", "lock"}
 
     async def claim_or_break(*arguments: Any, **options: Any) -> Any:
-        if "claim_of_events" in broken:
-            broken.remove("claim_of_events")
+        if "claim" in broken:
+            broken.remove("claim")
             raise RuntimeError("bug")
         return await claim(*arguments, **options)
 
