@@ -60,6 +60,10 @@ _Event = MutableMapping[str, Any]
 class _DroppingQueueHandler(logging.handlers.QueueHandler):
     """Counts what does not fit instead of blocking or printing a traceback."""
 
+    def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
+        # The library's would flatten structlog's event dict into text.
+        return record
+
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             self.queue.put_nowait(record)
@@ -122,8 +126,6 @@ def configure_logging(*, level: str = "INFO") -> None:
     )
     records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LIMIT)
     handler = _DroppingQueueHandler(records)
-    # QueueHandler.prepare would flatten structlog's event dict into text.
-    handler.prepare = lambda record: record  # type: ignore[method-assign]
     listener = logging.handlers.QueueListener(records, stream)
     listener.start()
     atexit.register(listener.stop)

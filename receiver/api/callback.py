@@ -120,7 +120,7 @@ class Callback:
             return _NOT_STORED
         return 200, {"status": received.outcome, "event_id": str(received.event_id)}, ()
 
-    async def _read(self, receive: Receive, head: "_Head") -> bytes:
+    async def _read(self, receive: Receive, head: _Head) -> bytes:
         """Return the whole body; refuse one larger than the limit, before reading it where it says so."""
         if head.encoded:
             raise _RefusedBody(415, "encoding", _ENCODED)

@@ -91,6 +91,7 @@ class Metrics:
         registry = REGISTRY
         if self._multiprocess:
             registry = CollectorRegistry()
+            # prometheus_client gives its constructor no types.
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 

@@ -54,6 +54,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Calls of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
 
+    # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)

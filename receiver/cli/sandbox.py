@@ -54,6 +54,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-# typer reads the signature; this is the one that callers see.
+# typer reads the signature; this is the one that callers see. inspect looks for the attribute, which the type
+# of functions does not declare.
 sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
 sandbox.__annotations__ = {each.name: each.annotation for each in _parameters()}

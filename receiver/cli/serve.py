@@ -90,10 +90,12 @@ def _say_listening(listener: socket.socket) -> None:
     log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
-def make_app(settings: Settings, **options: Any) -> Starlette:
+def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starlette:
     """Make the application inside the process that serves it."""
-    configure_logging(level=settings.log_level)
-    app = create_app(settings, **options)
+    if multiprocess:
+        # A process that uvicorn has spawned inherits no logging.
+        configure_logging(level=settings.log_level)
+    app = create_app(settings, multiprocess=multiprocess, **options)
     # What start-up made lives as long as the process; scanning it again and again costs tens of milliseconds.
     gc.collect()
     gc.freeze()

@@ -308,6 +308,7 @@ async def test_a_slow_body_is_given_up(site: Site, monkeypatch: pytest.MonkeyPat
 
 async def test_a_client_that_hangs_up_is_forgotten(site: Site) -> None:
     """B5: a disconnect in mid-body stores nothing and answers nothing."""
+    # The fixture gave the client an ASGITransport; httpx declares the base class of transports.
     app = site.client._transport.app  # type: ignore[attr-defined]
     messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
     sent: list[Any] = []

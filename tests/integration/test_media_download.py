@@ -233,6 +233,7 @@ class CountingDial(httpcore.AsyncNetworkBackend):
             self.taken += len(data)
             return data
 
+        # On the stream itself: the class is httpcore's, and other connections are not to be counted.
         stream.read = count  # type: ignore[method-assign]
         return stream
 
