@@ -17,8 +17,9 @@ from starlette.routing import BaseRoute, Route
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.callback import Callback
+from receiver.api.jobs import Jobs
 from receiver.api.operations import Metrics, Readiness, livez
-from receiver.db import inbox, migrate, outbox
+from receiver.db import inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import Backlog
 from receiver.destinations import Destination, open_destination
@@ -33,9 +34,11 @@ from receiver.pipeline import (
     Target,
     destination_lane,
 )
+from receiver.reconcile import PollLane
 from receiver.retry import RetryPolicy
-from receiver.settings import DestinationSettings, Settings
+from receiver.settings import DestinationSettings, Settings, SourceSettings
 from receiver.signature import Secret
+from receiver.submitter import Submitter
 from receiver.worker import Lane, Wakeups, Worker
 
 Only = Literal["webhook", "internal"]
@@ -80,10 +83,12 @@ async def prepare(settings: Settings, *, migrates: bool = True) -> None:
 
 
 @asynccontextmanager
-async def running_worker(settings: Settings, database: Database, wakeups: Wakeups) -> AsyncIterator[Worker]:
+async def running_worker(
+    settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
+) -> AsyncIterator[Worker]:
     """Open storage and destinations, run a worker inside the block, and drain it at its end."""
     async with AsyncExitStack() as stack:
-        worker = await _open_worker(settings, database, wakeups, stack)
+        worker = await _open_worker(settings, database, wakeups, submitter, stack)
         task = asyncio.create_task(worker.run(), name="worker")
         try:
             yield worker
@@ -93,7 +98,11 @@ async def running_worker(settings: Settings, database: Database, wakeups: Wakeup
 
 
 async def _open_worker(
-    settings: Settings, database: Database, wakeups: Wakeups, stack: AsyncExitStack
+    settings: Settings,
+    database: Database,
+    wakeups: Wakeups,
+    submitter: Submitter,
+    stack: AsyncExitStack,
 ) -> Worker:
     parts = Parts.make(settings)
     for origin in MediaHosts.parse(settings.media_hosts).development_origins:
@@ -113,8 +122,40 @@ async def _open_worker(
     lanes: list[Lane] = [
         MediaLane(database, parts.downloader, wake=wakeups.wake),
         *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
+        *_job_lanes(settings, database, wakeups, submitter),
     ]
     return Worker(FanOut(database, targets, wake=wakeups.wake), lanes, wakeups)
+
+
+def _job_lanes(settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter) -> list[Lane]:
+    if submitter.lane is None:
+        return []
+    # What is polled is not signed, so this needs no secret.
+    ingest = _make_ingest(settings.all_sources, settings, database, wakeups, time.time)
+
+    async def store(source: str, body: bytes) -> None:
+        await ingest.record_result(source, body)
+
+    poll = PollLane(
+        database, submitter.client, store=store, wake=wakeups.wake, poll_after=settings.poll_after
+    )
+    return [submitter.lane, poll]
+
+
+def _make_ingest(
+    sources: Sequence[SourceSettings],
+    settings: Settings,
+    database: Database,
+    wakeups: Wakeups,
+    clock: Callable[[], float],
+) -> Ingest:
+    return Ingest(
+        database,
+        secrets={source.name: [Secret.from_text(text) for text in source.secrets] for source in sources},
+        tolerance=settings.signature_tolerance,
+        clock=clock,
+        on_accepted=lambda: wakeups.wake(FAN_OUT_LANE),
+    )
 
 
 def _target(settings: DestinationSettings, destination: Destination) -> Target:
@@ -137,23 +178,16 @@ def create_app(
     """Make the web application. `only` leaves out the public or the internal half; `worker` embeds one."""
     database = Database(settings.database_url.get_secret_value())
     wakeups = Wakeups()
-    ingest = Ingest(
-        database,
-        secrets={
-            source.name: [Secret.from_text(text) for text in source.secrets]
-            for source in settings.require_sources()
-        },
-        tolerance=settings.signature_tolerance,
-        clock=clock,
-        on_accepted=lambda: wakeups.wake(FAN_OUT_LANE),
-    )
+    ingest = _make_ingest(settings.require_sources(), settings, database, wakeups, clock)
+    submitter = Submitter.configured(settings, database, wake=wakeups.wake)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(database.close)
+            stack.push_async_callback(submitter.close)
             if worker:
-                await stack.enter_async_context(running_worker(settings, database, wakeups))
+                await stack.enter_async_context(running_worker(settings, database, wakeups, submitter))
             yield
 
     async def probe() -> None:
@@ -170,6 +204,7 @@ def create_app(
         routes += [
             Route("/clipia/webhook", callback, methods=["POST"]),
             Route("/clipia/webhook/{source}", callback, methods=["POST"]),
+            Route("/clipia/webhook/{source}/{job}", callback, methods=["POST"]),
         ]
     if only != "webhook":
         metrics = Metrics(
@@ -178,6 +213,7 @@ def create_app(
             multiprocess=multiprocess,
         )
         routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
+        routes += Jobs(submitter, Tokens(settings.api_tokens)).routes()
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
     app.router.redirect_slashes = False
     return app
@@ -190,6 +226,7 @@ async def read_backlog(database: Database, destinations: Sequence[DestinationSet
         lanes = {
             FAN_OUT_LANE: await inbox.backlog(connection),
             MEDIA_LANE: await outbox.media_backlog(connection),
+            **await jobs.backlog(connection),
         }
     empty = Backlog(rows=0, oldest=0.0)
     names = by_destination.keys() | {each.name for each in destinations}

@@ -1,6 +1,6 @@
 """Stored event → the CloudEvent that destinations get; pure."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -32,6 +32,16 @@ class ForwardedFile:
     error: str | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForwardedJob:
+    """The job that an event is the result of, where it was submitted through this service."""
+
+    id: str
+    idempotency_key: str
+    """The caller's key, not the one sent to Clipia."""
+    metadata: Mapping[str, str]
+
+
 def build(
     *,
     event_id: UUID,
@@ -44,6 +54,7 @@ def build(
     output: Any,
     error: Any,
     media: Sequence[ForwardedFile],
+    job: ForwardedJob | None,
     delivery_id: UUID,
     attempt: int,
 ) -> CloudEvent:
@@ -72,5 +83,6 @@ def build(
             "output": output,
             "error": error,
             "media": [asdict(file) for file in media],
+            "job": None if job is None else asdict(job),
         },
     )

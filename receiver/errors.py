@@ -7,9 +7,12 @@
     ├── SignatureError           a webhook whose signature or freshness does not hold (`reason`)
     ├── UnrecognizedBody         an authentic body that cannot be used as an event (`reason`)
     ├── PermanentError           trying again cannot help (`reason`)
+    │   ├── Refused              a job or a call that Clipia or we turn down (`status`, `type`, `code`)
     │   ├── MediaBlocked         the guard refused a URL, an address or a file
     │   └── PublishRejected      the destination refused this message for good
     └── TransientError           trying again later may help (`reason`, `retry_after`)
+        ├── ClipiaUnavailable    the API did not answer, or not usably (`may_have_arrived`)
+        │   └── AccountRefused   401, 402, 403: it is the account's trouble, not the job's
         ├── DatabaseUnavailable
         ├── MediaUnavailable     the CDN did not give a whole file
         │   └── MediaMissing     it says that there is none (404 and the like): given up after few tries
@@ -55,6 +58,28 @@ class PermanentError(ReceiverError):
         self.reason = reason
 
 
+class Refused(PermanentError):  # noqa: N818 - a verdict
+    """A job or a call that Clipia, or this service in its place, turns down for good.
+
+    `status`, `type` and `code` are as in Clipia's own errors; `job_id` is the job's where one was made.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str,
+        status: int,
+        type_: str = "invalid_request_error",
+        job_id: str | None = None,
+    ) -> None:
+        super().__init__(message, reason=code)
+        self.status = status
+        self.type = type_
+        self.code = code
+        self.job_id = job_id
+
+
 class MediaBlocked(PermanentError):  # noqa: N818 - the media row's state is called `blocked`
     """The media guard refused a URL, an address, a redirect or a file."""
 
@@ -70,6 +95,31 @@ class TransientError(ReceiverError):
         super().__init__(message)
         self.reason = reason
         self.retry_after = retry_after
+
+
+class ClipiaUnavailable(TransientError):  # noqa: N818 - states a condition
+    """The Clipia API did not answer, refused for now, or answered what nobody can use.
+
+    `reason` is Clipia's code where it gave one. Unless `may_have_arrived` is False, the request may have been
+    carried out.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str,
+        status: int | None = None,
+        may_have_arrived: bool = True,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after=retry_after)
+        self.status = status
+        self.may_have_arrived = may_have_arrived
+
+
+class AccountRefused(ClipiaUnavailable):
+    """Clipia refuses the account (401, 402, 403): no job is at fault, and none should end for it."""
 
 
 class DatabaseUnavailable(TransientError):  # noqa: N818 - states a condition

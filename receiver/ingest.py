@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Final, Literal
 from uuid import UUID
 
 import structlog
@@ -63,12 +63,19 @@ class Ingest:
         return source in self._secrets
 
     async def receive(
-        self, source: str, *, signatures: Sequence[bytes], body: bytes, webhook_id: str | None = None
+        self,
+        source: str,
+        *,
+        signatures: Sequence[bytes],
+        body: bytes,
+        webhook_id: str | None = None,
+        job_id: UUID | None = None,
     ) -> Received:
         """Verify and store one delivery; when this returns, it is committed durably.
 
         `signatures` are the values of all X-Clipia-Signature fields, `body` the raw bytes; `webhook_id` is
-        not signed and only put on record.
+        not signed and only put on record; `job_id`, from the path, is not signed either and only helps to
+        find the job whose `request_id` is not known yet.
 
         Raises SignatureError where the signature or its age does not hold, and DatabaseUnavailable where the
         event could not be stored in time: it may or may not be stored then, and sending it again is safe.
@@ -76,7 +83,7 @@ class Ingest:
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
         SECRETS_USED.labels(source, verified.secret_id).inc()
-        event = make_event(source, body, received_at=datetime.fromtimestamp(now, UTC))
+        event = make_event(source, body, received_at=datetime.fromtimestamp(now, UTC), job_id=job_id)
         received = await self._store_in_time(event, verified, webhook_id)
         WEBHOOKS.labels(source, received.outcome).inc()
         if received.outcome == "accepted":
@@ -91,6 +98,24 @@ class Ingest:
             webhook_id=webhook_id,
         )
         return received
+
+    async def record_result(self, source: str, body: bytes) -> Received:
+        """Store a result that was asked for, in the place of the webhook that did not bring it.
+
+        `body` is what the webhook would have carried. Raises DatabaseUnavailable.
+        """
+        event = make_event(
+            source, body, received_at=datetime.fromtimestamp(self._clock(), UTC), origin="poll"
+        )
+        async with self._database.write() as connection:
+            seq = await inbox.insert_event(connection, event)
+        outcome: Outcome = "duplicate" if seq is None else "accepted"
+        if seq is not None and event.state == "unrecognized":
+            outcome = "unrecognized"
+        WEBHOOKS.labels(source, f"poll_{outcome}").inc()
+        if outcome == "accepted":
+            self._on_accepted()
+        return Received(event_id=event.id, outcome=outcome)
 
     async def _store_in_time(self, event: NewEvent, verified: Verified, webhook_id: str | None) -> Received:
         """Wait for the commit, but answer in time even where the database's driver hangs while cancelled."""
@@ -124,7 +149,7 @@ class Ingest:
                 seq = known.seq
                 if event.state == "unrecognized":
                     outcome = "unrecognized"
-                elif known.body is None or same_json(known.body, event.body):
+                elif known.body is None or _says_the_same(known, event):
                     outcome = "duplicate"
                 else:
                     outcome, body = "conflict", event.body
@@ -144,7 +169,21 @@ class Ingest:
         return Received(event_id=event.id, outcome=outcome)
 
 
-def make_event(source: str, body: bytes, *, received_at: datetime) -> NewEvent:
+def _says_the_same(known: inbox.KnownEvent, event: NewEvent) -> bool:
+    if known.origin == "poll":
+        # We wrote that body ourselves, and need not have hit Clipia's words.
+        return known.status == event.status
+    return known.body is not None and same_json(known.body, event.body)
+
+
+def make_event(
+    source: str,
+    body: bytes,
+    *,
+    received_at: datetime,
+    origin: Literal["webhook", "poll"] = "webhook",
+    job_id: UUID | None = None,
+) -> NewEvent:
     """Make the event of an authentic webhook body.
 
     A body that is no usable event is kept under its own digest and never under the `request_id` that it may
@@ -159,7 +198,7 @@ def make_event(source: str, body: bytes, *, received_at: datetime) -> NewEvent:
             id=event_id(source, request_id),
             source=source,
             request_id=request_id,
-            origin="webhook",
+            origin=origin,
             state="unrecognized",
             reason=error.reason,
             body=body,
@@ -170,11 +209,12 @@ def make_event(source: str, body: bytes, *, received_at: datetime) -> NewEvent:
         id=event_id(source, generation.request_id),
         source=source,
         request_id=generation.request_id,
-        origin="webhook",
+        origin=origin,
         state="received",
         status=generation.status,
         model=generation.model,
         cost=generation.cost,
+        job_id=job_id,
         body=body,
         body_sha256=sha256,
         received_at=received_at,

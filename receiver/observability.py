@@ -38,6 +38,13 @@ ACK_SECONDS = Histogram(
 DELIVERIES = Counter("receiver_deliveries", "Tries at deliveries, by outcome.", ["destination", "outcome"])
 MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
+SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])
+POLLS = Counter("receiver_polls", "Questions for the state of a job, by outcome.", ["outcome"])
+SUBMISSIONS_PAUSED = Gauge(
+    "receiver_submissions_paused",
+    "1 while Clipia refuses the account (401, 402, 403) and no job is submitted.",
+    multiprocess_mode="mostrecent",
+)
 BACKLOG = Gauge(
     "receiver_backlog",
     "Rows of work that are not finished, by lane.",

@@ -1,72 +1,51 @@
-"""What happens to an event after its ack: fan-out, media, deliveries.
+"""What happens to an event after its ack: fan-out, media, deliveries."""
 
-Each is a *lane*: it claims rows and gives back pieces of work. Between claim and result no transaction is
-open.
-"""
-
-import asyncio
 import hashlib
-import random
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Final, Protocol
-from uuid import UUID
+from typing import Any, Final
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import envelope
-from receiver.db import inbox, leases, outbox
+from receiver.db import inbox, jobs, leases, outbox
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, AttemptOutcome, Claim, EventState, MediaRow, NewMedia, StoredEvent
+from receiver.db.rows import Attempt, EventClaim, EventState, JobRef, MediaRow, NewMedia, StoredEvent
 from receiver.db.tables import deliveries, media
 from receiver.destinations import Destination
-from receiver.errors import (
-    DatabaseUnavailable,
-    MediaBlocked,
-    ReceiverError,
-    StorageUnavailable,
-    UnrecognizedBody,
+from receiver.errors import MediaBlocked, StorageUnavailable, UnrecognizedBody
+from receiver.lanes import (
+    LEASE,
+    MAX_LOST,
+    Record,
+    Work,
+    WorkLane,
+    describe,
+    jitter,
+    log_failure,
+    start_attempt,
 )
 from receiver.media import Downloader
 from receiver.observability import DELIVERIES, MEDIA_BYTES, MEDIA_FILES
 from receiver.retry import RetryPolicy, media_policy
 from receiver.webhook import parse
 
-LEASE: Final = 60.0
-"""Seconds that a claim holds; the worker renews it while it works."""
-MAX_LOST: Final = 5
-"""Claims in a row that may end without a result before the work is taken for what kills its workers."""
 STORAGE_PAUSE: Final = 15.0
 """Seconds without new downloads after our storage refused a file."""
-ERROR_LIMIT: Final = 2048
 FAN_OUT_LANE: Final = "fanout"
 MEDIA_LANE: Final = "media"
 
 log = structlog.get_logger()
 
 
-class _Record(Protocol):
-    def __call__(self, outcome: AttemptOutcome, error: str | None = None) -> Attempt: ...
-
-
 def destination_lane(name: str) -> str:
     """Return the name of a destination's lane."""
     return f"destination:{name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """One claimed row and what to do with it. `run` records its own result."""
-
-    claim: Claim
-    run: Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +100,7 @@ class FanOut:
             NewMedia(position=ref.position, variant=ref.variant, kind=ref.kind, url=ref.url)
             for ref in generation.media
         ]
+        await jobs.settle_with(connection, event.source, generation, job_id=event.job_id)
         await outbox.insert_media(connection, event.seq, files)
         if files:
             lanes.add(MEDIA_LANE)
@@ -132,79 +112,7 @@ class FanOut:
         return "fetching" if files else "ready"
 
 
-class _Lane:
-    """A lane over one table of work: claims, leases, and results that outlive a restart of the database."""
-
-    def __init__(
-        self, database: Database, table: Table, *, name: str, concurrency: int, wake: Callable[[str], None]
-    ) -> None:
-        self.name = name
-        self.concurrency = concurrency
-        self._database = database
-        self._table = table
-        self._wake = wake
-
-    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
-        """Extend leases; return the ids that are still ours."""
-        async with self._database.write() as connection:
-            return await leases.renew(connection, self._table, claims, lease=LEASE)
-
-    async def release(self, claims: Collection[Claim]) -> None:
-        """Give claims back untried."""
-        async with self._database.write() as connection:
-            await leases.release(connection, self._table, claims)
-
-    async def _finish(
-        self, claim: Claim, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
-    ) -> bool:
-        """Record the last result of a row; False where its lease was lost meanwhile."""
-        lanes: list[str] = []
-
-        async def write(connection: AsyncConnection) -> bool:
-            held = await leases.finish(connection, self._table, claim, state=state, error=error, **values)
-            if held:
-                await leases.record_attempt(connection, claim.id, attempt)
-                lanes[:] = await self._follow_up(connection, claim)
-            return held
-
-        held = await self._record(claim, write)
-        for lane in lanes:
-            self._wake(lane)
-        return held
-
-    async def _put_back(self, claim: Claim, attempt: Attempt, *, delay: float) -> bool:
-        """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
-
-        async def write(connection: AsyncConnection) -> bool:
-            held = await leases.retry(connection, self._table, claim, delay=delay, error=attempt.error)
-            if held:
-                await leases.record_attempt(connection, claim.id, attempt)
-            return held
-
-        return await self._record(claim, write)
-
-    async def _follow_up(self, _connection: AsyncConnection, _claim: Claim) -> list[str]:
-        """Do what else belongs into the transaction that finishes a row; return the lanes to wake."""
-        return []
-
-    async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[bool]]) -> bool:
-        # For as long as the database is away: work that is done would else be done, and forwarded, again.
-        while True:
-            try:
-                async with self._database.write() as connection:
-                    held = await write(connection)
-            except DatabaseUnavailable as error:
-                log.warning(
-                    "result not recorded yet", lane=self.name, work_id=str(claim.id), error=str(error)
-                )
-                await asyncio.sleep(1.0)
-            else:
-                if not held:
-                    log.warning("result refused: lease lost", lane=self.name, work_id=str(claim.id))
-                return held
-
-
-class MediaLane(_Lane):
+class MediaLane(WorkLane[EventClaim]):
     """Downloads the files of events."""
 
     def __init__(
@@ -219,7 +127,7 @@ class MediaLane(_Lane):
         if time.monotonic() < self._paused_until:
             return []
         async with self._database.write() as connection:
-            claims = await leases.claim(connection, media, limit=limit, lease=LEASE)
+            claims = await leases.claim_of_events(connection, media, limit=limit, lease=LEASE)
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}
@@ -231,8 +139,8 @@ class MediaLane(_Lane):
             for claim in claims
         ]
 
-    async def _save(self, claim: Claim, event: StoredEvent, row: MediaRow) -> None:
-        attempt = _start(claim)
+    async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
+        attempt = start_attempt(claim)
         if claim.lost >= MAX_LOST:
             await self._give_up(claim, attempt("failed", f"its download ended {claim.lost} workers"), "gone")
             return
@@ -264,28 +172,28 @@ class MediaLane(_Lane):
                 content_type=stored.content_type,
             )
 
-    async def _failed(self, claim: Claim, attempt: _Record, error: Exception) -> None:
-        message = _describe(error)
+    async def _failed(self, claim: EventClaim, attempt: Record, error: Exception) -> None:
+        message = describe(error)
         if isinstance(error, StorageUnavailable):
             self._paused_until = time.monotonic() + STORAGE_PAUSE
-        delay = media_policy(error).next_delay(error, attempt=claim.attempt, age=claim.age, jitter=_jitter())
-        _log_failure("media not stored", claim, error, message, delay=delay)
+        delay = media_policy(error).next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
+        log_failure("media not stored", claim, error, message, delay=delay)
         if delay is None:
             state = "blocked" if isinstance(error, MediaBlocked) else "gone"
             await self._give_up(claim, attempt("failed", message), state)
         elif await self._put_back(claim, attempt("retry", message), delay=delay):
             MEDIA_FILES.labels("retry").inc()
 
-    async def _give_up(self, claim: Claim, attempt: Attempt, state: str) -> None:
+    async def _give_up(self, claim: EventClaim, attempt: Attempt, state: str) -> None:
         if await self._finish(claim, attempt, state=state, error=attempt.error):
             MEDIA_FILES.labels(state).inc()
 
-    async def _follow_up(self, connection: AsyncConnection, claim: Claim) -> list[str]:
+    async def _follow_up(self, connection: AsyncConnection, claim: EventClaim) -> list[str]:
         """Release the deliveries that waited for the event's last file."""
         return [destination_lane(name) for name in await outbox.settle(connection, claim.event_seq)]
 
 
-class DeliveryLane(_Lane):
+class DeliveryLane(WorkLane[EventClaim]):
     """Publishes deliveries to one destination; no other destination's trouble reaches it."""
 
     def __init__(
@@ -299,27 +207,38 @@ class DeliveryLane(_Lane):
         """Claim deliveries that are due. Raises DatabaseUnavailable."""
         mine = deliveries.c.destination == self._target.name
         async with self._database.write() as connection:
-            claims = await leases.claim(connection, deliveries, limit=limit, lease=LEASE, where=[mine])
+            claims = await leases.claim_of_events(
+                connection, deliveries, limit=limit, lease=LEASE, where=[mine]
+            )
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}
             events = await inbox.load_events(connection, seqs)
             files = await outbox.load_media(connection, seqs)
+            refs = await jobs.load_refs(connection, seqs)
         return [
             Work(
                 claim=claim,
-                run=partial(self._publish, claim, events[claim.event_seq], files.get(claim.event_seq, ())),
+                run=partial(
+                    self._publish,
+                    claim,
+                    events[claim.event_seq],
+                    files.get(claim.event_seq, ()),
+                    refs.get(claim.event_seq),
+                ),
             )
             for claim in claims
         ]
 
-    async def _publish(self, claim: Claim, event: StoredEvent, files: Sequence[MediaRow]) -> None:
-        attempt = _start(claim)
+    async def _publish(
+        self, claim: EventClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+    ) -> None:
+        attempt = start_attempt(claim)
         if claim.lost >= MAX_LOST:
             await self._give_up(claim, attempt("failed", f"its delivery ended {claim.lost} workers"), event)
             return
         try:
-            await self._target.destination.publish(build_message(event, files, claim))
+            await self._target.destination.publish(build_message(event, files, job, claim))
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
             await self._failed(claim, attempt, event, error)
             return
@@ -327,17 +246,17 @@ class DeliveryLane(_Lane):
             self._count("delivered")
             log.info("delivered", **self._ids(claim, event))
 
-    async def _failed(self, claim: Claim, attempt: _Record, event: StoredEvent, error: Exception) -> None:
-        message = _describe(error)
-        delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=_jitter())
+    async def _failed(self, claim: EventClaim, attempt: Record, event: StoredEvent, error: Exception) -> None:
+        message = describe(error)
+        delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
         if delay is None:
             await self._give_up(claim, attempt("failed", message), event)
             return
-        _log_failure("not delivered", claim, error, message, delay=delay, destination=self._target.name)
+        log_failure("not delivered", claim, error, message, delay=delay, destination=self._target.name)
         if await self._put_back(claim, attempt("retry", message), delay=delay):
             self._count("retry")
 
-    async def _give_up(self, claim: Claim, attempt: Attempt, event: StoredEvent) -> None:
+    async def _give_up(self, claim: EventClaim, attempt: Attempt, event: StoredEvent) -> None:
         if await self._finish(claim, attempt, state="dead", error=attempt.error):
             self._count("dead")
             log.error("dead letter", error=attempt.error, **self._ids(claim, event))
@@ -345,7 +264,7 @@ class DeliveryLane(_Lane):
     def _count(self, outcome: str) -> None:
         DELIVERIES.labels(self._target.name, outcome).inc()
 
-    def _ids(self, claim: Claim, event: StoredEvent) -> dict[str, Any]:
+    def _ids(self, claim: EventClaim, event: StoredEvent) -> dict[str, Any]:
         return {
             "destination": self._target.name,
             "event_id": str(event.id),
@@ -355,7 +274,9 @@ class DeliveryLane(_Lane):
         }
 
 
-def build_message(event: StoredEvent, files: Sequence[MediaRow], claim: Claim) -> CloudEvent:
+def build_message(
+    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: EventClaim
+) -> CloudEvent:
     """Make the message of a claimed delivery."""
     generation = parse(event.body)
     return envelope.build(
@@ -382,6 +303,11 @@ def build_message(event: StoredEvent, files: Sequence[MediaRow], claim: Claim) -
             )
             for row in files
         ],
+        job=None
+        if job is None
+        else envelope.ForwardedJob(
+            id=str(job.id), idempotency_key=job.idempotency_key, metadata=job.metadata
+        ),
         delivery_id=claim.id,
         attempt=claim.attempt,
     )
@@ -395,39 +321,3 @@ def storage_stem(event: StoredEvent, row: MediaRow) -> str:
     """
     digest = hashlib.sha256(f"{event.source}\n{event.request_id}".encode()).hexdigest()
     return f"{digest[:2]}/{digest}/{row.position:02d}-{row.variant}"
-
-
-def _start(claim: Claim) -> _Record:
-    """Start the clock of a try; call the result to put it on record."""
-    started_at, began = datetime.now(UTC), time.monotonic()
-
-    def attempt(outcome: AttemptOutcome, error: str | None = None) -> Attempt:
-        duration = round((time.monotonic() - began) * 1000)
-        return Attempt(
-            number=claim.attempt, started_at=started_at, duration_ms=duration, outcome=outcome, error=error
-        )
-
-    return attempt
-
-
-def _jitter() -> float:
-    return random.random()  # noqa: S311 - spreads load, guards nothing
-
-
-def _log_failure(
-    message: str, claim: Claim, error: Exception, description: str, *, delay: float | None, **ids: str
-) -> None:
-    log.warning(
-        message,
-        work_id=str(claim.id),
-        attempt=claim.attempt,
-        error=description,
-        retry_in=delay,
-        # What is not one of ours is a bug and wants its traceback.
-        exc_info=None if isinstance(error, ReceiverError) else error,
-        **ids,
-    )
-
-
-def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")

@@ -57,6 +57,31 @@ STORAGE: Final = RetryPolicy(initial=5.0, cap=60.0, give_up_after=math.inf)
 """Our own storage is full or away: the file is not the cause, so it is never given up for that."""
 
 
+SUBMIT: Final = RetryPolicy(initial=1.0, cap=120.0, give_up_after=math.inf)
+"""Submissions that certainly did not arrive: a job that was asked for is sent when that is possible again."""
+
+KEY_HOLDS: Final = 23 * 3600.0
+"""Seconds from a job's first try in which another one is safe.
+
+Clipia forgets an idempotency key after 24 hours, and would then generate and charge anew.
+"""
+
+SUBMIT_AGAIN: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_HOLDS - 120.0)
+"""Submissions that may have arrived: sent again under the same key for as long as it holds."""
+
+
+def poll_delay(polls: int, *, overdue: float, has_webhook: bool, watched: bool) -> float:
+    """Return the seconds until a job's state is asked for again, after `polls` times.
+
+    A webhook is given `overdue` seconds before it is taken for lost. While somebody waits for the job, it is
+    asked for as often as Clipia's documentation allows.
+    """
+    if watched:
+        return 3.0
+    first, cap = (overdue, max(overdue, 300.0)) if has_webhook else (2.0, 15.0)
+    return min(cap, first * 1.5 ** min(polls, 32))
+
+
 def media_policy(error: Exception) -> RetryPolicy:
     """Return the policy for a failed download."""
     if isinstance(error, StorageUnavailable):

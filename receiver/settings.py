@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -110,6 +111,8 @@ class Settings(BaseSettings):
     destination_url: SecretStr | None = None
     destinations: tuple[DestinationSettings, ...] = ()
     sources: tuple[SourceSettings, ...] = ()
+    poll_after: float = Field(default=60.0, ge=1, le=86_400)
+    budgets: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod
@@ -132,6 +135,31 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _split_list(value)
+
+    @field_validator("budgets", mode="before")
+    @classmethod
+    def _split_budgets(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return dict(_parse_budget(entry) for entry in _split_list(value))
+
+    @field_validator("budgets")
+    @classmethod
+    def _no_debts(cls, value: dict[str, int]) -> dict[str, int]:
+        if any(budget < 0 for budget in value.values()):
+            raise ValueError("a budget is a number of credits from 0 up")
+        return value
+
+    @field_validator("public_url")
+    @classmethod
+    def _reachable(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        local = parts.scheme == "http" and parts.hostname in {"localhost", "127.0.0.1"}
+        if not parts.hostname or not (local or parts.scheme == "https") or parts.query or parts.fragment:
+            raise ValueError("write where Clipia reaches this service, such as https://hooks.example.com")
+        return value.rstrip("/")
 
     @field_validator("api_tokens", mode="before")
     @classmethod
@@ -260,6 +288,13 @@ def _parse_token(entry: Any) -> Any:
             f"the token of {name!r} is too short: write name:token[:scope+scope], token of 16+ characters"
         )
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if scopes else SCOPES)}
+
+
+def _parse_budget(entry: str) -> tuple[str, int]:
+    name, _, credits_ = entry.partition(":")
+    if not name or not (credits_.isascii() and credits_.isdigit()):
+        raise ValueError("write caller:credits, several separated by commas; the caller * is every other one")
+    return name, int(credits_)
 
 
 def _refuse_doubles(what: str, names: list[str]) -> None:

@@ -11,7 +11,7 @@ with whatever could be read from it: the raw bytes are stored anyway, and refusi
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
@@ -36,6 +36,7 @@ REASONS: Final = (
 `number` is one that is infinite, NaN or out of range; `text` is a string with a NUL or a lone surrogate.
 """
 
+CANCELED: Final = "CANCELED"
 MAX_DEPTH: Final = 32
 MAX_INTEGER: Final = 2**63
 MAX_FILES: Final = 64
@@ -77,6 +78,11 @@ class Generation:
     media: tuple[MediaRef, ...]  # each distinct URL once; empty for ERROR
     media_left_out: int  # URLs beyond `MAX_FILES`, and entries that are no usable file
 
+    @property
+    def canceled(self) -> bool:
+        """Whether it was canceled, as `result_body` says it."""
+        return isinstance(self.error, dict) and self.error.get("code") == CANCELED
+
 
 def parse(raw: bytes) -> Generation:
     """Read the body of a webhook. Raises `UnrecognizedBody` with one of `REASONS`, and nothing else."""
@@ -104,6 +110,24 @@ def parse(raw: bytes) -> Generation:
     )
 
 
+def result_body(
+    request_id: str, status: Literal["COMPLETED", "FAILED", "CANCELED"], result: Mapping[str, Any]
+) -> bytes:
+    """Return a polled result as the body of the webhook that did not come.
+
+    `result` is the JSON of `GET /v1/requests/{id}`. A cancellation, of which Clipia's webhooks know nothing,
+    is an ERROR with the code `CANCELED`.
+    """
+    if status == "COMPLETED":
+        payload = {name: result.get(name) for name in ("model", "output", "cost")}
+        return _encode({"request_id": request_id, "status": "OK", "payload": payload})
+    if status == "CANCELED":
+        error = {"code": CANCELED, "message": "The generation was canceled."}
+    else:
+        error = result.get("error") or {"code": "GENERATION_FAILED", "message": "The generation failed."}
+    return _encode({"request_id": request_id, "status": "ERROR", "error": error})
+
+
 def same_json(a: bytes, b: bytes) -> bool:
     """Tell whether two bodies are equal as JSON values: 1 equals 1.0 but not true; order of keys is nothing.
 
@@ -115,6 +139,10 @@ def same_json(a: bytes, b: bytes) -> bool:
         return _equal(_load(a), _load(b))
     except UnrecognizedBody:
         return False
+
+
+def _encode(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
 
 
 def _load(raw: bytes) -> Any:

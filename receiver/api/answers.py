@@ -11,9 +11,10 @@ CLOSE: Final[Headers] = ((b"connection", b"close"),)
 """For an answer that is sent before the request's body was read to its end."""
 
 
-def error_body(type_: str, code: str, message: str) -> bytes:
-    """Return `{"error": {"type", "code", "message"}}`."""
-    return orjson.dumps({"error": {"type": type_, "code": code, "message": message}})
+def error_body(type_: str, code: str, message: str, *, job_id: str | None = None) -> bytes:
+    """Return `{"error": {"type", "code", "message"}}`, and the id of the job that it is about."""
+    job = {} if job_id is None else {"job_id": job_id}
+    return orjson.dumps({"error": {"type": type_, "code": code, "message": message}, **job})
 
 
 async def send_json(send: Send, status: int, body: bytes | dict[str, Any], headers: Headers = ()) -> None:

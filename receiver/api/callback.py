@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 from typing import Final, NamedTuple
+from uuid import UUID
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -73,6 +74,14 @@ def _read_head(headers: Iterable[tuple[bytes, bytes]]) -> _Head:
     return _Head(signatures, webhook_id, encoded, declared)
 
 
+def _job_id(text: str | None) -> UUID | None:
+    # It only helps to find a job sooner: an event is not refused for it.
+    try:
+        return UUID(text or "")
+    except ValueError:
+        return None
+
+
 class Callback:
     """The ASGI endpoint that Clipia's webhooks hit."""
 
@@ -89,18 +98,22 @@ class Callback:
             await send_json(send, 404, _NO_SOURCE, CLOSE)
             return
         try:
-            status, body, headers = await self._answer(source, scope["headers"], receive)
+            status, body, headers = await self._answer(
+                source, _job_id(scope["path_params"].get("job")), scope["headers"], receive
+            )
         except _Disconnected:
             return
         await send_json(send, status, body, headers)
         ACK_SECONDS.observe(time.perf_counter() - began)
 
-    async def _answer(self, source: str, headers: Iterable[tuple[bytes, bytes]], receive: Receive) -> _Answer:
+    async def _answer(
+        self, source: str, job_id: UUID | None, headers: Iterable[tuple[bytes, bytes]], receive: Receive
+    ) -> _Answer:
         head = _read_head(headers)
         try:
             body = await self._read(receive, head)
             received = await self._ingest.receive(
-                source, signatures=head.signatures, body=body, webhook_id=head.webhook_id
+                source, signatures=head.signatures, body=body, webhook_id=head.webhook_id, job_id=job_id
             )
         except _RefusedBody as refused:
             self._reject(source, refused.reason)

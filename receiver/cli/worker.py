@@ -7,6 +7,7 @@ from receiver.app import Parts, prepare, running_worker
 from receiver.db.engine import Database
 from receiver.observability import configure_logging
 from receiver.settings import Settings
+from receiver.submitter import Submitter
 from receiver.worker import Wakeups
 
 
@@ -28,7 +29,12 @@ async def _run(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     database = Database(settings.database_url.get_secret_value())
     try:
-        async with running_worker(settings, database, Wakeups()):
-            await stop.wait()
+        wakeups = Wakeups()
+        submitter = Submitter.configured(settings, database, wake=wakeups.wake)
+        try:
+            async with running_worker(settings, database, wakeups, submitter):
+                await stop.wait()
+        finally:
+            await submitter.close()
     finally:
         await database.close()

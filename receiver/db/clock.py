@@ -51,3 +51,22 @@ def _postgresql_since(element: seconds_since, compiler: SQLCompiler, **kw: Any) 
 @compiles(seconds_since, "sqlite")
 def _sqlite_since(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> str:
     return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
+
+
+class unix_time(FunctionElement[float]):  # noqa: N801 - likewise
+    """Unix seconds of the database's clock."""
+
+    type = Float()
+    name = "unix_time"
+    inherit_cache = True
+
+
+@compiles(unix_time, "postgresql")
+def _postgresql_unix(_element: unix_time, _compiler: SQLCompiler, **_kw: Any) -> str:
+    return "extract(epoch FROM clock_timestamp())::float8"
+
+
+@compiles(unix_time, "sqlite")
+def _sqlite_unix(_element: unix_time, _compiler: SQLCompiler, **_kw: Any) -> str:
+    # julianday counts days from noon, and 1970 began at 2440587.5.
+    return "((julianday('now') - 2440587.5) * 86400.0)"

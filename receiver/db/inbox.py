@@ -17,6 +17,8 @@ class KnownEvent:
     """The event that was there first."""
 
     seq: int
+    origin: str
+    status: str | None
     body: bytes | None
     """Its raw body; None where the digest asked about is the same."""
 
@@ -41,11 +43,17 @@ async def find_event(
     """Return the event of (source, request_id), with its body where that has another digest than `sha256`."""
     body = case((events.c.body_sha256 != sha256, events.c.body), else_=None).label("body")
     row = (
-        await connection.execute(
-            select(events.c.seq, body).where(events.c.source == source, events.c.request_id == request_id)
+        (
+            await connection.execute(
+                select(events.c.seq, events.c.origin, events.c.status, body).where(
+                    events.c.source == source, events.c.request_id == request_id
+                )
+            )
         )
-    ).one_or_none()
-    return None if row is None else KnownEvent(seq=row.seq, body=row.body)
+        .mappings()
+        .one_or_none()
+    )
+    return None if row is None else KnownEvent(**row)
 
 
 async def insert_receipt(connection: AsyncConnection, event_seq: int, receipt: NewReceipt) -> None:
@@ -61,6 +69,7 @@ _STORED = (
     events.c.status,
     events.c.body,
     events.c.received_at,
+    events.c.job_id,
 )
 
 

@@ -9,12 +9,25 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Table, case, insert, select, update
+from sqlalchemy import Column, ColumnElement, Row, Table, case, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.rows import Attempt, Claim, new_id
+from receiver.db.rows import Attempt, Claim, EventClaim, new_id
 from receiver.db.tables import attempts
+
+
+async def claim_of_events(
+    connection: AsyncConnection,
+    table: Table,
+    *,
+    limit: int,
+    lease: float,
+    where: Sequence[ColumnElement[bool]] = (),
+) -> list[EventClaim]:
+    """Claim rows that belong to an event, as `claim` does."""
+    rows = await _claim(connection, table, [table.c.event_seq], limit=limit, lease=lease, where=where)
+    return [EventClaim(event_seq=row.event_seq, **_held_values(row)) for row in rows]
 
 
 async def claim(
@@ -24,44 +37,58 @@ async def claim(
     limit: int,
     lease: float,
     where: Sequence[ColumnElement[bool]] = (),
+    state: str = "pending",
 ) -> list[Claim]:
-    """Claim up to `limit` due rows for `lease` seconds, oldest due first.
+    """Claim up to `limit` due rows in `state` for `lease` seconds, oldest due first.
 
     The try is counted here and not when it ends: work that kills its process must run out of tries, too.
     """
+    rows = await _claim(connection, table, [], limit=limit, lease=lease, where=where, state=state)
+    return [Claim(**_held_values(row)) for row in rows]
+
+
+async def _claim(
+    connection: AsyncConnection,
+    table: Table,
+    columns: Sequence[Column[Any]],
+    *,
+    limit: int,
+    lease: float,
+    where: Sequence[ColumnElement[bool]],
+    state: str = "pending",
+) -> Sequence[Row[Any]]:
     due = (
         select(table.c.id)
-        .where(table.c.state == "pending", table.c.next_attempt_at <= db_time(0.0), *where)
+        .where(table.c.state == state, table.c.next_attempt_at <= db_time(0.0), *where)
         .order_by(table.c.next_attempt_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
         # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
         .cte("due")
     )
-    token = uuid.uuid4()
     statement = (
         update(table)
         .where(table.c.id.in_(select(due.c.id)))
         .values(
             next_attempt_at=db_time(lease),
-            lease=token,
+            lease=uuid.uuid4(),
             attempts=table.c.attempts + 1,
             lost=case((table.c.lease.is_not(None), table.c.lost + 1), else_=table.c.lost),
         )
         .returning(
             table.c.id,
-            table.c.event_seq,
+            table.c.lease,
             table.c.attempts,
             table.c.lost,
             seconds_since(table.c.created_at).label("age"),
+            *columns,
         )
     )
-    return [
-        Claim(
-            id=row.id, lease=token, event_seq=row.event_seq, attempt=row.attempts, lost=row.lost, age=row.age
-        )
-        for row in await connection.execute(statement)
-    ]
+    return (await connection.execute(statement)).all()
+
+
+def _held_values(row: Row[Any]) -> dict[str, Any]:
+    return {"id": row.id, "lease": row.lease, "attempt": row.attempts, "lost": row.lost, "age": row.age}
 
 
 async def renew(
@@ -84,13 +111,13 @@ async def release(connection: AsyncConnection, table: Table, claims: Collection[
 
 
 async def retry(
-    connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None
+    connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None, **values: Any
 ) -> bool:
     """Put a row back for another try in `delay` seconds; False where the lease is no longer ours."""
     result = await connection.execute(
         update(table)
         .where(_held(table, [held]))
-        .values(next_attempt_at=db_time(delay), lease=None, lost=0, error=error)
+        .values(next_attempt_at=db_time(delay), lease=None, lost=0, error=error, **values)
     )
     return result.rowcount == 1
 

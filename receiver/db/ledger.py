@@ -1,16 +1,16 @@
-"""SQL that only reads, for people: events with their receipts, media, deliveries and attempts."""
+"""SQL that only reads, for people: events and jobs with everything that hangs on them."""
 
 import contextlib
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Table, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, case, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.tables import attempts, deliveries, events, media, receipts
+from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
 
 Row = dict[str, Any]
 
@@ -67,6 +67,114 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
     await _add_attempts(connection, [*event["media"], *event["deliveries"]])
     return event
+
+
+async def list_jobs(
+    connection: AsyncConnection,
+    *,
+    limit: int,
+    before: int | None,
+    caller: str | None,
+    state: str | None,
+    model: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    metadata: Mapping[str, str],
+) -> list[Row]:
+    """Return jobs, newest first, each with the head of its event; `before` is as with events."""
+    exact = {"caller": caller, "state": state, "model": model}
+    where: list[ColumnElement[bool]] = [
+        jobs.c[name] == value for name, value in exact.items() if value is not None
+    ]
+    where += [jobs.c.metadata[key].as_string() == value for key, value in metadata.items()]
+    if before is not None:
+        where.append(jobs.c.seq < before)
+    if since is not None:
+        where.append(jobs.c.created_at >= since)
+    if until is not None:
+        where.append(jobs.c.created_at < until)
+    statement = select(jobs).where(*where).order_by(jobs.c.seq.desc()).limit(limit)
+    found = [dict(row) | {"tries": []} for row in (await connection.execute(statement)).mappings()]
+    heads = await _job_events(connection, [row["id"] for row in found])
+    for row in found:
+        event = heads.get(row["id"])
+        row["event"] = None if event is None else event | {"media": [], "deliveries": []}
+    return found
+
+
+async def show_job(connection: AsyncConnection, job_id: uuid.UUID) -> Row | None:
+    """Return one job with its tries and its event, that with its media and deliveries."""
+    row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).mappings().one_or_none()
+    if row is None:
+        return None
+    job = dict(row)
+    await _add_attempts(connection, [job])
+    event = (await _job_events(connection, [job_id])).get(job_id)
+    if event is not None:
+        seq = event["seq"]
+        event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
+        event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
+    job["event"] = event
+    return job
+
+
+async def job_costs(
+    connection: AsyncConnection,
+    *,
+    by: Literal["caller", "model", "day"],
+    caller: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> list[Row]:
+    """Return credits by caller, model or UTC day of the job: `jobs`, `reserved`, `charged`, `refunded`.
+
+    Each credit of a job is in one of the three: reserved while it is open, then charged or refunded. Jobs of
+    test keys cost nothing.
+    """
+    live = jobs.c.account.like("live-%")
+    held = jobs.c.state.in_(("submitted", "unsure"))
+    ended = jobs.c.charged.is_not(None) & jobs.c.request_id.is_not(None)
+    group = _day(connection) if by == "day" else jobs.c[by]
+
+    def total(value: ColumnElement[Any], *when: ColumnElement[bool]) -> ColumnElement[Any]:
+        return func.coalesce(func.sum(case((and_(live, *when), value), else_=0)), 0)
+
+    cost = func.coalesce(jobs.c.cost, 0)
+    statement = (
+        select(
+            group.label(by),
+            func.count().label("jobs"),
+            total(cost, held).label("reserved"),
+            total(jobs.c.charged, ended).label("charged"),
+            total(cost - jobs.c.charged, ended).label("refunded"),
+        )
+        .group_by(group)
+        .order_by(group)
+    )
+    if caller is not None:
+        statement = statement.where(jobs.c.caller == caller)
+    if since is not None:
+        statement = statement.where(jobs.c.created_at >= since)
+    if until is not None:
+        statement = statement.where(jobs.c.created_at < until)
+    rows = (await connection.execute(statement)).mappings()
+    return [{name: int(v) if name in _TOTALS else v for name, v in row.items()} for row in rows]
+
+
+_TOTALS = ("jobs", "reserved", "charged", "refunded")
+
+
+def _day(connection: AsyncConnection) -> ColumnElement[str]:
+    if connection.dialect.name == "sqlite":
+        return func.strftime("%Y-%m-%d", jobs.c.created_at)
+    return func.to_char(func.timezone("UTC", jobs.c.created_at), "YYYY-MM-DD")
+
+
+async def _job_events(connection: AsyncConnection, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Row]:
+    same = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
+    statement = select(jobs.c.id.label("of_job"), *_EVENT).join(events, same).where(jobs.c.id.in_(job_ids))
+    rows = [dict(row) for row in (await connection.execute(statement)).mappings()]
+    return {row.pop("of_job"): row for row in rows}
 
 
 def _matches(key: str) -> list[ColumnElement[bool]]:

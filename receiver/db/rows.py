@@ -14,7 +14,8 @@ EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 
 EventState = Literal["received", "fetching", "ready", "unrecognized"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
-AttemptOutcome = Literal["succeeded", "retry", "failed"]
+AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted"]
+JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
 
 
 def event_id(source: str, request_id: str) -> uuid.UUID:
@@ -50,6 +51,8 @@ class NewEvent:
     status: str | None = None
     model: str | None = None
     cost: int | None = None
+    job_id: uuid.UUID | None = None
+    """The job that the callback's path named; not signed, so it only helps to find the job."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +81,7 @@ class StoredEvent:
     status: str
     body: bytes
     received_at: datetime
+    job_id: uuid.UUID | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,6 @@ class Claim:
 
     id: uuid.UUID
     lease: uuid.UUID
-    event_seq: int
     attempt: int
     """Counts from 1; committed before the work starts, so that a crash is counted too."""
     lost: int
@@ -134,9 +137,76 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EventClaim(Claim):
+    """A claimed row that belongs to an event."""
+
+    event_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Backlog:
     """Unfinished rows of one lane."""
 
     rows: int
     oldest: float
     """Age of the oldest in seconds; 0 where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A job as its caller asked for it, complete before anything is sent."""
+
+    id: uuid.UUID
+    caller: str
+    idempotency_key: str
+    """The caller's."""
+    fingerprint: str
+    """SHA-256, in hex, of everything that must be the same where the key is."""
+    source: str
+    model: str
+    request: bytes
+    """The body of the call to Clipia."""
+    has_webhook: bool
+    provider_key: uuid.UUID
+    """The UUID v4 that Clipia gets as its Idempotency-Key."""
+    metadata: dict[str, str]
+    max_cost: int | None
+    cost: int | None
+    """Credits, where they were estimated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """A claimed job, as the call to Clipia needs it."""
+
+    id: uuid.UUID
+    model: str
+    request: bytes
+    provider_key: uuid.UUID
+    source: str
+    has_webhook: bool
+    account: str | None
+    """The account that it was sent to before, where it may have arrived."""
+    sent_for: float | None
+    """Seconds since the first try that may have arrived; None where there was none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenRequest:
+    """A claimed job that Clipia works on, as a poll needs it."""
+
+    id: uuid.UUID
+    source: str
+    request_id: str
+    has_webhook: bool
+    watched: bool
+    """Whether somebody waits for it right now."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRef:
+    """What a forwarded event says about its job."""
+
+    id: uuid.UUID
+    idempotency_key: str
+    metadata: dict[str, str]

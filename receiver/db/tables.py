@@ -4,9 +4,12 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
+    Boolean,
     Column,
     DateTime,
+    Double,
     ForeignKey,
     Index,
     Integer,
@@ -99,6 +102,8 @@ events = Table(
     Column("body", LargeBinary, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("received_at", UtcDateTime, nullable=False),
+    # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
+    Column("job_id", Uuid),
     UniqueConstraint("id"),
     UniqueConstraint("source", "request_id"),
 )
@@ -176,6 +181,66 @@ attempts = Table(
     Column("outcome", String(16), nullable=False),
     Column("error", Text),
     Index(None, "work_id"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    Column("id", Uuid, nullable=False),
+    Column("caller", String(63), nullable=False),
+    Column("idempotency_key", String(255), nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("source", String(63), nullable=False),
+    Column("model", Text, nullable=False),
+    # The bytes that go to Clipia, on every try the same; the input is in them and nowhere else.
+    Column("request", LargeBinary, nullable=False),
+    Column("has_webhook", Boolean, nullable=False),
+    Column("provider_key", Uuid, nullable=False),
+    Column("metadata", JSON, nullable=False),
+    Column("max_cost", BigInteger),
+    *_work_columns(),
+    # The Clipia account that the first try went to: its idempotency keys mean nothing to another one.
+    Column("account", String(40)),
+    Column("sent_at", UtcDateTime),
+    Column("submitted_at", UtcDateTime),
+    Column("updated_at", UtcDateTime, nullable=False),
+    Column("watched_until", UtcDateTime),
+    Column("request_id", String(128)),
+    Column("progress", SmallInteger),
+    Column("cost", BigInteger),
+    Column("charged", BigInteger),
+    Column("warnings", JSON),
+    UniqueConstraint("id"),
+    UniqueConstraint("caller", "idempotency_key"),
+    UniqueConstraint("source", "request_id"),
+    Index("ix_jobs_caller_created", "caller", "created_at"),
+    Index("ix_jobs_created", "created_at"),
+)
+for _state in ("pending", "submitted"):
+    Index(
+        f"ix_jobs_{_state}",
+        jobs.c.next_attempt_at,
+        postgresql_where=jobs.c.state == text(f"'{_state}'"),
+        sqlite_where=jobs.c.state == text(f"'{_state}'"),
+    )
+
+accounts = Table(
+    "accounts",
+    metadata,
+    # What Clipia lets one API key do, as far as it is known, and how much of that is used up. Moments are
+    # unix seconds of the database's clock: they are reckoned with, not read.
+    Column("id", String(40), primary_key=True),
+    Column("requests_per_minute", Integer, nullable=False),
+    Column("submits_until", Double, nullable=False),
+    Column("polls_until", Double, nullable=False),
+    Column("calls_after", Double, nullable=False),
+    Column("submits_after", Double, nullable=False),
+    Column("in_flight_limit", Integer, nullable=False),
+    Column("in_flight_refused_at", Double, nullable=False),
+    Column("paused_at", Double, nullable=False),
+    Column("probes", Integer, nullable=False),
+    Column("pause", Text),
 )
 
 probes = Table(

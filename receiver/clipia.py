@@ -1,0 +1,233 @@
+"""The Clipia API through its official SDK.
+
+The SDK makes the requests and reads the answers. Two things that it does not do happen in its transport: a
+submission is sent as the bytes that were frozen when the job was made, and the `RateLimit-*` fields of its
+answer are kept. Retries are not its business (`max_retries=0`): they are rows of work, and outlive a process.
+"""
+
+import asyncio
+import hashlib
+import math
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+from uuid import UUID
+
+import httpx
+from clipia import AsyncClipia, ClipiaApiError
+
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError
+from receiver.limits import RateHeaders
+
+CALL_WAIT: Final = 30.0
+"""Seconds that a whole call may take; well below a lease."""
+TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
+
+_ACCOUNT: Final = (401, 402, 403)
+_NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One call: the bytes to send in place of the SDK's, and what the answer said about limits."""
+
+    body: bytes | None = None
+    headers: RateHeaders = field(default_factory=RateHeaders)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """Clipia's answer to a submission."""
+
+    request_id: str
+    cost: int | None
+    """Credits."""
+    warnings: list[dict[str, Any]]
+    """Keys of the input that the model ignores: `code`, `parameter`, `message`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a generation is doing."""
+
+    status: str
+    progress: int | None
+    """Per cent."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status in TERMINAL
+
+
+_call: ContextVar[Call] = ContextVar("call")
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    def __init__(self) -> None:
+        self._inner = httpx.AsyncHTTPTransport()
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = _call.get()
+        if call.body is not None:
+            headers = {name: value for name, value in request.headers.items() if name != "content-length"}
+            request = httpx.Request(
+                request.method, request.url, headers=headers, content=call.body, extensions=request.extensions
+            )
+        response = await self._inner.handle_async_request(request)
+        call.headers = _rate_headers(response.headers)
+        return response
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+class ClipiaClient:
+    """Calls of one account. Every method raises Refused, ClipiaUnavailable or AccountRefused.
+
+    Each takes a `Call`, whose `headers` are set once an answer came, errors included.
+    """
+
+    def __init__(self, key: str, *, base_url: str) -> None:
+        """Raise SettingsError for a base URL over which a key must not travel."""
+        try:
+            self._sdk = AsyncClipia(
+                key,
+                base_url=base_url,
+                timeout=httpx.Timeout(CALL_WAIT, connect=5.0),
+                transport=_Transport(),
+                max_retries=0,
+            )
+        except ValueError:
+            raise SettingsError(
+                "CLIPIA_BASE_URL: write https://…; plain http is for localhost and 127.0.0.1 only, "
+                "because the key travels with every call"
+            ) from None
+        environment = "test" if key.startswith("clipia_test_") else "live"
+        digest = hashlib.sha256(f"{self._sdk.base_url}\n{key}".encode()).hexdigest()
+        self.account: Final = f"{environment}-{digest[:16]}"
+        """Stands for the key and the API that it belongs to; tells nothing of the key."""
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._sdk.close()
+
+    async def submit(self, model: str, body: bytes, *, key: UUID, call: Call) -> Accepted:
+        """Submit a generation: `body` as it is, under the idempotency key `key`."""
+        call.body = body
+        async with _translated(call):
+            answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
+            if not isinstance(answer.request_id, str):
+                raise TypeError("request_id")
+            return Accepted(
+                request_id=answer.request_id,
+                cost=_credits(answer.cost),
+                warnings=[w for w in answer.data.get("warnings") or () if isinstance(w, dict)],
+            )
+
+    async def status(self, request_id: str, *, call: Call) -> Status:
+        """Ask how a generation is doing."""
+        async with _translated(call):
+            answer = await self._sdk.status(request_id)
+            progress = answer.progress
+            return Status(status=str(answer.status), progress=progress if isinstance(progress, int) else None)
+
+    async def result(self, request_id: str, *, call: Call) -> dict[str, Any] | None:
+        """Return the JSON of a finished generation, or None while there is none."""
+        async with _translated(call):
+            answer = await self._sdk.result(request_id)
+            return None if answer.pending else dict(answer.data)
+
+    async def models(self, *, call: Call) -> list[dict[str, Any]]:
+        """Return the catalogue."""
+        async with _translated(call):
+            listing: Any = await self._sdk.models.list()
+            return [entry for entry in listing["data"] if isinstance(entry, dict)]
+
+    async def model(self, slug: str, *, call: Call) -> dict[str, Any]:
+        """Return one model with its `input_schema`."""
+        async with _translated(call):
+            return dict(await self._sdk.models.get(slug))
+
+    async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> dict[str, Any]:
+        """Return `{"credits", "warnings"}` for an input; nothing is queued."""
+        async with _translated(call):
+            answer = await self._sdk.models.estimate(slug, dict(given))
+            credits_ = _credits(answer.credits)
+            if credits_ is None:
+                raise TypeError("credits")
+            return dict(answer.data) | {"credits": credits_}
+
+    async def balance(self, *, call: Call) -> dict[str, Any]:
+        """Return the account: `account_id`, `balance`, `usage_30d`."""
+        async with _translated(call):
+            return dict(await self._sdk.account.get())
+
+
+@asynccontextmanager
+async def _translated(call: Call) -> AsyncIterator[None]:
+    """Bind the call to the transport, bound its time, and turn what goes wrong into our own errors."""
+    token = _call.set(call)
+    try:
+        async with asyncio.timeout(CALL_WAIT):
+            yield
+    except ClipiaApiError as error:
+        raise _translate(error) from error
+    except _NEVER_ARRIVED as error:
+        raise ClipiaUnavailable(
+            f"Clipia cannot be reached ({type(error).__name__}: {error})",
+            reason="unreachable",
+            may_have_arrived=False,
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        raise ClipiaUnavailable(
+            f"no answer from Clipia ({type(error).__name__}: {error})", reason="no_answer"
+        ) from error
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ClipiaUnavailable(
+            f"the answer is not one of Clipia's ({type(error).__name__}: {error})", reason="unreadable"
+        ) from error
+    finally:
+        _call.reset(token)
+
+
+def _translate(error: ClipiaApiError) -> Exception:
+    message, status, code = error.message[:1000], error.status, error.code[:64]
+    if status in _ACCOUNT:
+        return AccountRefused(message, reason=code or f"http_{status}", status=status, may_have_arrived=False)
+    # Retry-After is somebody else's data; a day is as good as never.
+    wait = None if error.retry_after is None else min(error.retry_after, 86_400.0)
+    if status == httpx.codes.TOO_MANY_REQUESTS:
+        return ClipiaUnavailable(
+            message,
+            reason=code or "rate_limit_exceeded",
+            status=status,
+            may_have_arrived=False,
+            retry_after=wait,
+        )
+    # A 4xx without Clipia's code comes from something in between, and says nothing about the job.
+    if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
+        return Refused(message, code=code, status=status, type_=error.type or "invalid_request_error")
+    return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
+
+
+def _rate_headers(headers: httpx.Headers) -> RateHeaders:
+    return RateHeaders(
+        limit=_number(headers.get("ratelimit-limit")),
+        remaining=_number(headers.get("ratelimit-remaining")),
+        reset=_number(headers.get("ratelimit-reset")),
+    )
+
+
+def _number(text: str | None) -> int | None:
+    text = (text or "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None  # noqa: PLR2004
+
+
+def _credits(value: Any) -> int | None:
+    # The API's credits are whole numbers; a fraction is rounded to our disadvantage, never to a free ride.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
+        return None
+    return math.ceil(value)

@@ -1,0 +1,43 @@
+"""SQL of the limits that all processes share."""
+
+from dataclasses import asdict
+
+from sqlalchemy import select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import unix_time
+from receiver.db.tables import accounts
+from receiver.limits import Limits
+
+
+async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float]:
+    """Return an account's limits, locked until the transaction ends, and the present moment.
+
+    Lock it last: whoever holds it waits for no other row.
+    """
+    columns = [column for column in accounts.c if column.name != "id"]
+    statement = select(*columns, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
+    row = (await connection.execute(statement)).mappings().one_or_none()
+    if row is None:
+        dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+        values = {"id": account} | asdict(Limits())
+        await connection.execute(dialect.insert(accounts).values(**values).on_conflict_do_nothing())
+        row = (await connection.execute(statement)).mappings().one()
+    found = dict(row)
+    now = found.pop("now")
+    return Limits(**found), now
+
+
+async def save(connection: AsyncConnection, account: str, limits: Limits) -> None:
+    """Store the limits of an account that is locked."""
+    await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(limits)))
+
+
+async def read(connection: AsyncConnection, account: str) -> Limits:
+    """Return an account's limits as they are, for people and for metrics."""
+    columns = [column for column in accounts.c if column.name != "id"]
+    row = (
+        (await connection.execute(select(*columns).where(accounts.c.id == account))).mappings().one_or_none()
+    )
+    return Limits() if row is None else Limits(**row)

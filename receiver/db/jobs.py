@@ -1,0 +1,364 @@
+"""SQL of jobs: reserving a key, claiming, and what became of each step."""
+
+import uuid
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+from sqlalchemy import BigInteger, ColumnElement, and_, case, false, func, literal, or_, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import leases
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.rows import Attempt, Backlog, Claim, JobRef, JobState, NewJob, OpenRequest, Submission
+from receiver.db.tables import events, jobs
+from receiver.webhook import Generation
+
+OPEN: Final = ("pending", "submitted", "unsure")
+"""States that an event still changes."""
+IN_FLIGHT_FOR: Final = 3600.0
+"""Seconds for which a generation without a known end counts as one in flight."""
+SUBMIT_LANE: Final = "submit"
+POLL_LANE: Final = "poll"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownJob:
+    """The job that was there first."""
+
+    id: uuid.UUID
+    fingerprint: str
+
+
+async def insert(connection: AsyncConnection, job: NewJob) -> bool:
+    """Insert a job, due at once; False where (caller, idempotency_key) is taken.
+
+    One statement, for the same reason as with events.
+    """
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    values = asdict(job) | leases.work_values() | {"id": job.id, "updated_at": db_time(0.0)}
+    statement = dialect.insert(jobs).values(**values).on_conflict_do_nothing().returning(jobs.c.seq)
+    return (await connection.execute(statement)).scalar_one_or_none() is not None
+
+
+async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownJob | None:
+    """Return the job of a caller's key."""
+    row = (
+        await connection.execute(
+            select(jobs.c.id, jobs.c.fingerprint).where(
+                jobs.c.caller == caller, jobs.c.idempotency_key == idempotency_key
+            )
+        )
+    ).one_or_none()
+    return None if row is None else KnownJob(id=row.id, fingerprint=row.fingerprint)
+
+
+async def spent_today(connection: AsyncConnection, caller: str) -> int:
+    """Return the credits of a caller's jobs of this UTC day: charged, reserved or estimated.
+
+    Locks the caller's spending until the transaction ends: two jobs must not both see room for one.
+    """
+    if connection.dialect.name == "postgresql":
+        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
+        await connection.execute(lock, {"caller": caller})
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    credits_ = func.coalesce(func.sum(func.coalesce(jobs.c.charged, jobs.c.cost)), 0)
+    statement = select(credits_).where(jobs.c.caller == caller, jobs.c.created_at >= midnight)
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def is_due(connection: AsyncConnection, state: JobState, *, but: uuid.UUID | None = None) -> bool:
+    """Tell whether any job in `state`, other than `but`, waits for its turn."""
+    statement = (
+        select(jobs.c.id).where(jobs.c.state == state, jobs.c.next_attempt_at <= db_time(0.0)).limit(1)
+    )
+    if but is not None:
+        statement = statement.where(jobs.c.id != but)
+    return (await connection.execute(statement)).first() is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class InFlight:
+    """Generations that an account has in flight, as far as we know."""
+
+    accepted: int
+    under_way: int
+    """Submissions that are not answered yet."""
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.accepted + self.under_way
+
+
+async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
+    """Return how many generations an account has in flight."""
+    accepted = and_(
+        jobs.c.state == "submitted", jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
+    )
+    under_way = and_(
+        jobs.c.state == "pending", jobs.c.lease.is_not(None), jobs.c.next_attempt_at > db_time(0.0)
+    )
+    counts = [
+        (await connection.execute(select(func.count()).select_from(jobs).where(which))).scalar_one()
+        for which in (accepted, under_way)
+    ]
+    return InFlight(accepted=counts[0], under_way=counts[1])
+
+
+async def claim_to_submit(
+    connection: AsyncConnection, account: str, *, limit: int, lease: float, job_id: uuid.UUID | None = None
+) -> list[tuple[Claim, Submission]]:
+    """Claim jobs that are due to be submitted, and note before the try that it may arrive."""
+    only = [] if job_id is None else [jobs.c.id == job_id]
+    claims = await leases.claim(connection, jobs, limit=limit, lease=lease, where=only)
+    ids = [claim.id for claim in claims]
+    statement = select(
+        jobs.c.id,
+        jobs.c.model,
+        jobs.c.request,
+        jobs.c.provider_key,
+        jobs.c.source,
+        jobs.c.has_webhook,
+        case((jobs.c.sent_at.is_not(None), jobs.c.account), else_=None).label("account"),
+        seconds_since(jobs.c.sent_at).label("sent_for"),
+    ).where(jobs.c.id.in_(ids))
+    found = {row["id"]: Submission(**row) for row in (await connection.execute(statement)).mappings()}
+    fresh = [job_id for job_id, submission in found.items() if submission.sent_for is None]
+    await connection.execute(
+        update(jobs).where(jobs.c.id.in_(fresh)).values(sent_at=db_time(0.0), account=account)
+    )
+    return [(claim, found[claim.id]) for claim in claims]
+
+
+async def claim_to_poll(
+    connection: AsyncConnection, *, limit: int, lease: float
+) -> list[tuple[Claim, OpenRequest]]:
+    """Claim jobs that Clipia works on and whose state is due to be asked for."""
+    claims = await leases.claim(connection, jobs, limit=limit, lease=lease, state="submitted")
+    watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
+    statement = select(jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, watched).where(
+        jobs.c.id.in_([claim.id for claim in claims])
+    )
+    found = {row["id"]: OpenRequest(**row) for row in (await connection.execute(statement)).mappings()}
+    return [(claim, found[claim.id]) for claim in claims]
+
+
+async def record_submitted(
+    connection: AsyncConnection,
+    held: Claim,
+    *,
+    request_id: str,
+    cost: int | None,
+    warnings: list[dict[str, Any]],
+    poll_after: float,
+) -> bool:
+    """Move a job to `submitted`; False where the lease is no longer ours, or its event was there first."""
+    result = await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == held.id, jobs.c.lease == held.lease, jobs.c.state == "pending")
+        .values(
+            state="submitted",
+            request_id=request_id,
+            cost=func.coalesce(literal(cost, BigInteger()), jobs.c.cost),
+            warnings=warnings,
+            submitted_at=db_time(0.0),
+            updated_at=db_time(0.0),
+            next_attempt_at=db_time(poll_after),
+            lease=None,
+            lost=0,
+            attempts=0,  # from here on it counts polls
+            error=None,
+        )
+    )
+    return result.rowcount == 1
+
+
+async def add_answer(
+    connection: AsyncConnection,
+    job_id: uuid.UUID,
+    *,
+    request_id: str,
+    cost: int | None,
+    warnings: list[dict[str, Any]],
+) -> bool:
+    """Add what a submission's answer says to a job whose event was faster; False where it is no such job."""
+    result = await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.request_id == request_id)
+        .values(
+            cost=func.coalesce(literal(cost, BigInteger()), jobs.c.cost),
+            warnings=warnings,
+            submitted_at=db_time(0.0),
+        )
+    )
+    return result.rowcount == 1
+
+
+async def put_back(
+    connection: AsyncConnection, held: Claim, *, delay: float, error: str, never_sent: bool
+) -> bool:
+    """Put a job back for another try; `never_sent` where it is certain that no try ever arrived."""
+    forget: dict[str, Any] = {"sent_at": None} if never_sent else {}
+    return await leases.retry(
+        connection, jobs, held, delay=delay, error=error, updated_at=db_time(0.0), **forget
+    )
+
+
+async def settle_with(
+    connection: AsyncConnection, source: str, generation: Generation, *, job_id: uuid.UUID | None = None
+) -> uuid.UUID | None:
+    """Bring the job of an event to its last state, as `settle` does."""
+    done = generation.status == "OK"
+    return await settle(
+        connection,
+        source=source,
+        request_id=generation.request_id,
+        job_id=job_id,
+        state="completed" if done else "canceled" if generation.canceled else "failed",
+        # A failure is refunded in full.
+        charged=generation.cost if done else 0,
+        error=generation.error,
+    )
+
+
+async def settle(
+    connection: AsyncConnection,
+    *,
+    source: str,
+    request_id: str,
+    job_id: uuid.UUID | None,
+    state: JobState,
+    charged: int | None,
+    error: Any,
+) -> uuid.UUID | None:
+    """Bring the job of an event, if there is one, to its last state; return its id.
+
+    It is found by `request_id`, and by the id in the callback's path while its `request_id` is not known yet.
+    Where the update meets the transaction that records it, it waits for that and looks again.
+    """
+    mine = jobs.c.request_id == request_id
+    if job_id is not None:
+        mine = or_(mine, and_(jobs.c.id == job_id, jobs.c.request_id.is_(None)))
+    final = literal(charged, BigInteger())
+    statement = (
+        update(jobs)
+        .where(jobs.c.source == source, mine, jobs.c.state.in_(OPEN))
+        .values(
+            state=state,
+            request_id=request_id,
+            charged=case((jobs.c.account.like("test-%"), 0), else_=func.coalesce(final, jobs.c.cost)),
+            # The event may know what the lost answer said.
+            cost=func.coalesce(jobs.c.cost, final),
+            progress=100 if state == "completed" else jobs.c.progress,
+            error=None if error is None else orjson.dumps(error).decode(),
+            lease=None,
+            next_attempt_at=None,
+            finished_at=db_time(0.0),
+            updated_at=db_time(0.0),
+        )
+        .returning(jobs.c.id)
+    )
+    found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
+    return found
+
+
+async def find_event_body(connection: AsyncConnection, source: str, request_id: str) -> bytes | None:
+    """Return the body of a request's event, if it has come already."""
+    statement = select(events.c.body).where(
+        events.c.source == source, events.c.request_id == request_id, events.c.state != "unrecognized"
+    )
+    body: bytes | None = (await connection.execute(statement)).scalar_one_or_none()
+    return body
+
+
+async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
+    """Return the jobs of events, by the event's `seq`."""
+    statement = (
+        select(events.c.seq, jobs.c.id, jobs.c.idempotency_key, jobs.c.metadata)
+        .join(jobs, _same_request())
+        .where(events.c.seq.in_(event_seqs))
+    )
+    return {
+        row.seq: JobRef(id=row.id, idempotency_key=row.idempotency_key, metadata=row.metadata)
+        for row in await connection.execute(statement)
+    }
+
+
+async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, by: str) -> bool:
+    """Make a job that ended without a result due again, under a new key; False where it did not end so.
+
+    Who asked for it goes on record among the tries.
+    """
+    result = await connection.execute(
+        update(jobs)
+        .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
+        .values(
+            **dict.fromkeys(("account", "sent_at", "submitted_at", "request_id", "progress")),
+            **dict.fromkeys(("charged", "warnings", "error", "finished_at", "lease")),
+            state="pending",
+            provider_key=uuid.uuid4(),
+            lost=0,
+            next_attempt_at=db_time(0.0),
+            updated_at=db_time(0.0),
+        )
+    )
+    if result.rowcount != 1:
+        return False
+    record = Attempt(
+        number=0, started_at=datetime.now(UTC), duration_ms=0, outcome="resubmitted", error=f"by {by}"
+    )
+    await leases.record_attempt(connection, job_id, record)
+    return True
+
+
+async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:
+    """Have the state of jobs asked for more often while somebody waits for them."""
+    soon = db_time(2.0)
+    await connection.execute(
+        update(jobs)
+        .where(jobs.c.id.in_(job_ids), jobs.c.state == "submitted")
+        .values(
+            watched_until=db_time(seconds),
+            next_attempt_at=case(
+                (and_(jobs.c.lease.is_(None), jobs.c.next_attempt_at > soon), soon),
+                else_=jobs.c.next_attempt_at,
+            ),
+        )
+    )
+
+
+async def settled(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+    """Return which of these jobs have ended, their files settled too."""
+    busy = events.c.state.in_(("received", "fetching"))
+    statement = (
+        select(jobs.c.id)
+        .join(events, _same_request(), isouter=True)
+        .where(
+            jobs.c.id.in_(job_ids),
+            jobs.c.state.not_in(("pending", "submitted")),
+            or_(events.c.seq.is_(None), ~busy),
+        )
+    )
+    return set((await connection.execute(statement)).scalars())
+
+
+async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
+    """Return the jobs that Clipia has not accepted yet, and those that it works on, by lane."""
+    statement = (
+        select(jobs.c.state, func.count(), seconds_since(func.min(jobs.c.created_at)))
+        .where(jobs.c.state.in_(("pending", "submitted")))
+        .group_by(jobs.c.state)
+    )
+    found = {
+        row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)
+    }
+    empty = Backlog(rows=0, oldest=0.0)
+    return {SUBMIT_LANE: found.get("pending", empty), POLL_LANE: found.get("submitted", empty)}
+
+
+def _same_request() -> ColumnElement[bool]:
+    return and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)

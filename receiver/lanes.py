@@ -1,0 +1,160 @@
+"""What every kind of work shares: a lane over one table, claimed by lease, and the record of each try.
+
+A lane claims rows and gives back pieces of work. Between claim and result no transaction is open.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final, Generic, Protocol, TypeVar
+from uuid import UUID
+
+import structlog
+from sqlalchemy import Table
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import leases
+from receiver.db.engine import Database
+from receiver.db.rows import Attempt, AttemptOutcome, Claim
+from receiver.errors import DatabaseUnavailable, ReceiverError
+
+LEASE: Final = 60.0
+"""Seconds that a claim holds; the worker renews it while it works."""
+MAX_LOST: Final = 5
+"""Claims in a row that may end without a result before the work is taken for what kills its workers."""
+ERROR_LIMIT: Final = 2048
+
+log = structlog.get_logger()
+
+
+class Record(Protocol):
+    """Ends a try, for the record."""
+
+    def __call__(self, outcome: AttemptOutcome, error: str | None = None) -> Attempt:
+        """Return the try as it goes on record."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One claimed row and what to do with it. `run` records its own result."""
+
+    claim: Claim
+    run: Callable[[], Awaitable[None]]
+
+
+ClaimT = TypeVar("ClaimT", bound=Claim)
+
+
+class WorkLane(Generic[ClaimT]):
+    """A lane over one table of work: claims, leases, and results that outlive a restart of the database."""
+
+    def __init__(
+        self, database: Database, table: Table, *, name: str, concurrency: int, wake: Callable[[str], None]
+    ) -> None:
+        self.name = name
+        self.concurrency = concurrency
+        self._database = database
+        self._table = table
+        self._wake = wake
+
+    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
+        """Extend leases; return the ids that are still ours."""
+        async with self._database.write() as connection:
+            return await leases.renew(connection, self._table, claims, lease=LEASE)
+
+    async def release(self, claims: Collection[Claim]) -> None:
+        """Give claims back untried."""
+        async with self._database.write() as connection:
+            await leases.release(connection, self._table, claims)
+
+    async def _finish(
+        self, claim: ClaimT, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
+    ) -> bool:
+        """Record the last result of a row; False where its lease was lost meanwhile."""
+        lanes: list[str] = []
+
+        async def write(connection: AsyncConnection) -> bool:
+            held = await leases.finish(connection, self._table, claim, state=state, error=error, **values)
+            if held:
+                await leases.record_attempt(connection, claim.id, attempt)
+                lanes[:] = await self._follow_up(connection, claim)
+            return held
+
+        held = await self._record(claim, write)
+        for lane in lanes:
+            self._wake(lane)
+        return held
+
+    async def _put_back(self, claim: ClaimT, attempt: Attempt, *, delay: float) -> bool:
+        """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
+
+        async def write(connection: AsyncConnection) -> bool:
+            held = await leases.retry(connection, self._table, claim, delay=delay, error=attempt.error)
+            if held:
+                await leases.record_attempt(connection, claim.id, attempt)
+            return held
+
+        return await self._record(claim, write)
+
+    async def _follow_up(self, _connection: AsyncConnection, _claim: ClaimT) -> list[str]:
+        """Do what else belongs into the transaction that finishes a row; return the lanes to wake."""
+        return []
+
+    async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[bool]]) -> bool:
+        # For as long as the database is away: work that is done would else be done, and forwarded, again.
+        while True:
+            try:
+                async with self._database.write() as connection:
+                    held = await write(connection)
+            except DatabaseUnavailable as error:
+                log.warning(
+                    "result not recorded yet", lane=self.name, work_id=str(claim.id), error=str(error)
+                )
+                await asyncio.sleep(1.0)
+            else:
+                if not held:
+                    log.warning("result refused: lease lost", lane=self.name, work_id=str(claim.id))
+                return held
+
+
+def start_attempt(claim: Claim) -> Record:
+    """Start the clock of a try; call the result to put it on record."""
+    started_at, began = datetime.now(UTC), time.monotonic()
+
+    def attempt(outcome: AttemptOutcome, error: str | None = None) -> Attempt:
+        duration = round((time.monotonic() - began) * 1000)
+        return Attempt(
+            number=claim.attempt, started_at=started_at, duration_ms=duration, outcome=outcome, error=error
+        )
+
+    return attempt
+
+
+def jitter() -> float:
+    """Return a random number in [0, 1) that spreads tries in time."""
+    return random.random()  # noqa: S311 - spreads load, guards nothing
+
+
+def log_failure(
+    message: str, claim: Claim, error: Exception, description: str, *, delay: float | None, **ids: str
+) -> None:
+    """Log a failed try; `delay` is in seconds until the next one, None where there is none."""
+    log.warning(
+        message,
+        work_id=str(claim.id),
+        attempt=claim.attempt,
+        error=description,
+        retry_in=delay,
+        # What is not one of ours is a bug and wants its traceback.
+        exc_info=None if isinstance(error, ReceiverError) else error,
+        **ids,
+    )
+
+
+def describe(error: Exception) -> str:
+    """Return an error as one bounded text that every database takes."""
+    return f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")

@@ -1,0 +1,144 @@
+"""Reconciliation: jobs whose webhook is overdue are asked for, and what is found goes through the inbox."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Literal, cast
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.clipia import Call, ClipiaClient
+from receiver.db import accounts, jobs, leases, tables
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.jobs import POLL_LANE
+from receiver.db.rows import Claim, OpenRequest
+from receiver.errors import ClipiaUnavailable, Refused, UnrecognizedBody
+from receiver.lanes import LEASE, Work, WorkLane, describe
+from receiver.limits import RateHeaders
+from receiver.observability import POLLS
+from receiver.retry import poll_delay
+from receiver.webhook import parse, result_body
+
+CONCURRENCY = 8
+
+Store = Callable[[str, bytes], Awaitable[None]]
+"""Puts a result into the inbox: the source and the body that its webhook would have had."""
+
+log = structlog.get_logger()
+
+
+class PollLane(WorkLane[Claim]):
+    """Asks Clipia for jobs whose end is not known, within their share of the account's requests."""
+
+    def __init__(
+        self,
+        database: Database,
+        client: ClipiaClient,
+        *,
+        store: Store,
+        wake: Callable[[str], None],
+        poll_after: float,
+    ) -> None:
+        """`poll_after` is how many seconds a webhook may take."""
+        super().__init__(database, tables.jobs, name=POLL_LANE, concurrency=CONCURRENCY, wake=wake)
+        self._client = client
+        self._store = store
+        self._poll_after = poll_after
+
+    async def claim(self, limit: int) -> list[Work]:
+        """Claim jobs that are due, as many as their share allows. Raises DatabaseUnavailable."""
+        account = self._client.account
+        async with self._database.write() as connection:
+            if not await jobs.is_due(connection, "submitted"):
+                return []
+            limits, now = await accounts.lock(connection, account)
+            room = limits.polls(now)
+            if not room:
+                return []
+            claimed = await jobs.claim_to_poll(connection, limit=min(limit, room), lease=LEASE)
+            await accounts.save(connection, account, limits.taking("poll", len(claimed), now))
+        return [Work(claim=claim, run=partial(self._poll, claim, request)) for claim, request in claimed]
+
+    async def _poll(self, claim: Claim, request: OpenRequest) -> None:
+        call = Call()
+        try:
+            status = await self._client.status(request.request_id, call=call)
+            result = None
+            if status.terminal:
+                # The first call's share was taken at the claim.
+                await self._learn(call.headers, extra_calls=1)
+                result = await self._client.result(request.request_id, call=call)
+        except (Refused, ClipiaUnavailable) as error:
+            POLLS.labels("failed").inc()
+            wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
+            log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
+            await self._later(claim, request, error=describe(error), at_least=wait or 0.0)
+            await self._learn(call.headers, throttled=error)
+            return
+        await self._learn(call.headers)
+        if result is None:
+            POLLS.labels("open").inc()
+            await self._later(claim, request, progress=status.progress)
+            return
+        POLLS.labels("ended").inc()
+        ended = cast("Literal['COMPLETED', 'FAILED', 'CANCELED']", status.status)
+        await self._end(claim, request, result_body(request.request_id, ended, result))
+
+    async def _end(self, claim: Claim, request: OpenRequest, body: bytes) -> None:
+        """Store a result as if its webhook had come; a webhook that comes later is then a duplicate."""
+        await self._store(request.source, body)
+        log.info("job ended without a webhook", job_id=str(claim.id), request_id=request.request_id)
+        try:
+            generation = parse(body)
+        except UnrecognizedBody as error:
+            log.error("result not recognized", job_id=str(claim.id), reason=error.reason)  # noqa: TRY400
+            await self._later(claim, request, error=f"the result is unusable ({error.reason})")
+            return
+
+        async def write(connection: AsyncConnection) -> bool:
+            # The fan-out does the same, unless the event was there before the job's `request_id`.
+            await jobs.settle_with(connection, request.source, generation)
+            return True
+
+        await self._record(claim, write)
+
+    async def _later(
+        self,
+        claim: Claim,
+        request: OpenRequest,
+        *,
+        error: str | None = None,
+        progress: int | None = None,
+        at_least: float = 0.0,
+    ) -> None:
+        delay = poll_delay(
+            claim.attempt,
+            overdue=self._poll_after,
+            has_webhook=request.has_webhook,
+            watched=request.watched and error is None,
+        )
+        known: dict[str, Any] = {} if progress is None else {"progress": progress, "updated_at": db_time(0.0)}
+
+        async def write(connection: AsyncConnection) -> bool:
+            await leases.retry(
+                connection, tables.jobs, claim, delay=max(delay, at_least), error=error, **known
+            )
+            # Where the lease is gone, its webhook has come meanwhile.
+            return True
+
+        await self._record(claim, write)
+
+    async def _learn(
+        self, headers: RateHeaders, *, extra_calls: int = 0, throttled: Exception | None = None
+    ) -> None:
+        """Keep what an answer says about the account's limits."""
+        async with self._database.write() as connection:
+            limits, now = await accounts.lock(connection, self._client.account)
+            learned = limits.reading(headers, now)
+            if extra_calls:
+                learned = learned.taking("poll", extra_calls, now)
+            if isinstance(throttled, ClipiaUnavailable) and throttled.status == 429:  # noqa: PLR2004
+                learned = learned.throttled(now, retry_after=throttled.retry_after)
+            if learned != limits:
+                await accounts.save(connection, self._client.account, learned)

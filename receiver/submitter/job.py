@@ -1,0 +1,187 @@
+"""A job as its caller sees it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from receiver.db.rows import JobState
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFile:
+    """One file of a job's result."""
+
+    kind: str
+    variant: str
+    url: str
+    """Where Clipia serves it."""
+    state: str
+    uri: str | None
+    """Where our storage has it; None until it is stored."""
+    size: int | None
+    """Bytes."""
+    sha256: str | None
+    content_type: str | None
+    error: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobDelivery:
+    """The forward of a job's event to one destination."""
+
+    id: UUID
+    destination: str
+    state: str
+    attempts: int
+    error: str | None
+    finished_at: datetime | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobEvent:
+    """The event that is a job's result."""
+
+    id: UUID
+    status: str
+    state: str
+    origin: str
+    """`webhook`, or `poll` where the webhook did not come."""
+    received_at: datetime
+    media: tuple[JobFile, ...]
+    """Empty in lists."""
+    deliveries: tuple[JobDelivery, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobAttempt:
+    """One try at submitting a job."""
+
+    number: int
+    started_at: datetime
+    duration_ms: int
+    outcome: str
+    error: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One logical generation that a caller asked for. Credits are whole numbers."""
+
+    id: UUID
+    state: JobState
+    caller: str
+    idempotency_key: str
+    model: str
+    input: dict[str, Any]
+    metadata: dict[str, str]
+    max_cost: int | None
+    request_id: str | None
+    progress: int | None
+    """Per cent, where it is known."""
+    cost: int | None
+    """The price: estimated before Clipia accepted the job, and what Clipia reserved from then on."""
+    charged: int | None
+    """What it cost in the end; None while that is open."""
+    warnings: list[dict[str, Any]]
+    """Parameters that Clipia ignores."""
+    error: Any
+    """`{"code", "message", ...}`: why it failed, or why the last try to submit it did."""
+    created_at: datetime
+    submitted_at: datetime | None
+    updated_at: datetime
+    finished_at: datetime | None
+    next_attempt_at: datetime | None
+    event: JobEvent | None
+    attempts: tuple[JobAttempt, ...]
+    """Tries at submitting it; empty in lists."""
+    new: bool = False
+    """Whether this very call made it."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended and its files are settled."""
+        busy = self.event is not None and self.event.state in ("received", "fetching")
+        return self.state not in ("pending", "submitted") and not busy
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], *, new: bool = False) -> "Job":
+        """Make a job of a row of the ledger."""
+        event = row["event"]
+        return cls(
+            **{name: row[name] for name in _COPIED},
+            input=orjson.loads(row["request"])["input"],
+            warnings=row["warnings"] or [],
+            error=read_error(row["error"]),
+            event=None if event is None else _event(event),
+            attempts=tuple(_attempt(each) for each in row["tries"]),
+            new=new,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what the API shows."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "new"}
+
+
+_COPIED = (
+    "id",
+    "state",
+    "caller",
+    "idempotency_key",
+    "model",
+    "metadata",
+    "max_cost",
+    "request_id",
+    "progress",
+    "cost",
+    "charged",
+    "created_at",
+    "submitted_at",
+    "updated_at",
+    "finished_at",
+    "next_attempt_at",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobPage:
+    """One page of a list, newest first."""
+
+    jobs: Sequence[Job]
+    next: str | None
+    """The cursor of the page after; None where this is the last one."""
+
+
+def read_error(text: str | None) -> Any:
+    """Return an error as it was stored: JSON, or plain words."""
+    if text is None:
+        return None
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return {"code": "internal_error", "message": text}
+
+
+def _event(row: Mapping[str, Any]) -> JobEvent:
+    return JobEvent(
+        id=row["id"],
+        status=row["status"],
+        state=row["state"],
+        origin=row["origin"],
+        received_at=row["received_at"],
+        media=tuple(
+            JobFile(**{name: file[name] for name in JobFile.__dataclass_fields__}) for file in row["media"]
+        ),
+        deliveries=tuple(
+            JobDelivery(**{name: each[name] for name in JobDelivery.__dataclass_fields__})
+            for each in row["deliveries"]
+        ),
+    )
+
+
+def _attempt(row: Mapping[str, Any]) -> JobAttempt:
+    values = {name: row[name] for name in JobAttempt.__dataclass_fields__}
+    return JobAttempt(**(values | {"error": read_error(row["error"])}))

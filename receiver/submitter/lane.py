@@ -1,0 +1,285 @@
+"""Submissions as rows of work: the same key and the same bytes until Clipia's answer is on record."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Final
+from uuid import UUID
+
+import orjson
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.clipia import Accepted, Call, ClipiaClient
+from receiver.db import accounts, jobs, leases, tables
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.jobs import SUBMIT_LANE, InFlight
+from receiver.db.rows import Claim, Submission
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, UnrecognizedBody
+from receiver.lanes import (
+    ERROR_LIMIT,
+    LEASE,
+    MAX_LOST,
+    Record,
+    Work,
+    WorkLane,
+    describe,
+    jitter,
+    start_attempt,
+)
+from receiver.limits import Limits
+from receiver.observability import SUBMISSIONS
+from receiver.retry import SUBMIT, SUBMIT_AGAIN, poll_delay
+from receiver.webhook import parse
+
+CONCURRENCY: Final = 16
+ACCOUNT_WAIT: Final = 5.0
+"""Least seconds until a job whose account was refused is tried again; up to twice that, at random."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Try:
+    """One call: the job, when it was claimed, and the record to be made."""
+
+    claim: Claim
+    submission: Submission
+    claimed_at: float
+    sent_at: float
+    record: Record
+
+    def sent_for(self) -> float:
+        """Return the seconds since the first try that may have arrived."""
+        return (self.submission.sent_for or 0.0) + time.monotonic() - self.claimed_at
+
+
+class SubmitLane(WorkLane[Claim]):
+    """Submits jobs to one Clipia account, within its limits."""
+
+    def __init__(
+        self,
+        database: Database,
+        client: ClipiaClient,
+        *,
+        wake: Callable[[str], None],
+        poll_after: float,
+    ) -> None:
+        """`poll_after` is how many seconds a webhook may take."""
+        super().__init__(database, tables.jobs, name=SUBMIT_LANE, concurrency=CONCURRENCY, wake=wake)
+        self._client = client
+        self._poll_after = poll_after
+
+    async def claim(self, limit: int) -> list[Work]:
+        """Claim jobs that are due, as many as the account lets us send. Raises DatabaseUnavailable."""
+        async with self._database.write() as connection:
+            if not await jobs.is_due(connection, "pending"):
+                return []
+            return await self.claim_in(connection, limit=limit)
+
+    async def claim_in(
+        self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
+    ) -> list[Work]:
+        """Claim inside the caller's transaction, where `job_id` is given only that job."""
+        account = self._client.account
+        limits, now = await accounts.lock(connection, account)
+        room = limits.submits(now, in_flight=(await jobs.in_flight(connection, account)).total)
+        if not room:
+            return []
+        claimed = await jobs.claim_to_submit(
+            connection, account, limit=min(limit, room), lease=LEASE, job_id=job_id
+        )
+        if claimed:
+            await accounts.save(connection, account, limits.taking("submit", len(claimed), now))
+        claimed_at = time.monotonic()
+        return [
+            Work(claim=claim, run=partial(self._submit, claim, submission, claimed_at, now))
+            for claim, submission in claimed
+        ]
+
+    async def _submit(self, claim: Claim, submission: Submission, claimed_at: float, now: float) -> None:
+        this = _Try(
+            claim=claim,
+            submission=submission,
+            claimed_at=claimed_at,
+            sent_at=now,
+            record=start_attempt(claim),
+        )
+        if trouble := self._cannot_be_sent(this):
+            await self._stop(this, Refused(trouble[1], code=trouble[0], status=409), state="unsure")
+            return
+        call = Call()
+        try:
+            accepted = await self._client.submit(
+                submission.model, submission.request, key=submission.provider_key, call=call
+            )
+        except Refused as error:
+            # The key is ours alone. Whoever used it for something else, another key could be charged twice.
+            state = "unsure" if error.code == "idempotency_key_reuse" else "failed"
+            await self._stop(this, error, state=state, call=call)
+        except ClipiaUnavailable as error:
+            await self._try_again(this, error, call)
+        except Exception as error:
+            log.exception("submission failed unexpectedly", job_id=str(claim.id))
+            unsure = ClipiaUnavailable(describe(error), reason="internal_error")
+            await self._try_again(this, unsure, call)
+        else:
+            await self._accept(this, accepted, call)
+
+    def _cannot_be_sent(self, this: _Try) -> tuple[str, str] | None:
+        """Return why another try could be paid for twice: a code, and words."""
+        submission = this.submission
+        if this.claim.lost >= MAX_LOST:
+            return "lost", f"Its submission ended {this.claim.lost} workers; it may have arrived."
+        if submission.account not in (None, self._client.account):
+            return "account_changed", (
+                "An earlier try may have arrived, but CLIPIA_KEY or CLIPIA_BASE_URL has changed since: "
+                "its idempotency key means nothing to another account."
+            )
+        if submission.sent_for is not None and this.sent_for() >= SUBMIT_AGAIN.give_up_after:
+            return "outcome_unknown", (
+                "No try was answered within 23 hours of the first one; Clipia forgets the key after 24."
+            )
+        return None
+
+    async def _accept(self, this: _Try, accepted: Accepted, call: Call) -> None:
+        submission = this.submission
+
+        async def write(connection: AsyncConnection) -> bool:
+            poll_after = poll_delay(
+                0, overdue=self._poll_after, has_webhook=submission.has_webhook, watched=False
+            )
+            held = await jobs.record_submitted(
+                connection, this.claim, poll_after=poll_after, **asdict(accepted)
+            )
+            if held:
+                await _settle_at_once(connection, submission.source, accepted.request_id)
+            # A webhook that was faster has brought the job to its end already.
+            elif not await jobs.add_answer(connection, this.claim.id, **asdict(accepted)):
+                return False
+            await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
+            await self._learn(
+                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.total)
+            )
+            return True
+
+        if await self._record(this.claim, write):
+            SUBMISSIONS.labels("accepted").inc()
+            log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
+
+    async def _stop(self, this: _Try, error: Refused, *, state: str, call: Call | None = None) -> None:
+        """End a job without a result."""
+        text = _error_text(error.code, str(error), type_=error.type, status=error.status)
+        attempt = this.record("failed", text)
+
+        async def write(connection: AsyncConnection) -> bool:
+            held = await leases.finish(
+                connection,
+                tables.jobs,
+                this.claim,
+                state=state,
+                error=text,
+                updated_at=db_time(0.0),
+                # What was never generated costs nothing.
+                **({"charged": 0} if state == "failed" else {}),
+            )
+            if held:
+                await leases.record_attempt(connection, this.claim.id, attempt)
+            if call is not None:
+                await self._learn(connection, call)
+            return held
+
+        if await self._record(this.claim, write):
+            SUBMISSIONS.labels("unsure" if state == "unsure" else "refused").inc()
+            log.error(
+                "job ended without a result",
+                job_id=str(this.claim.id),
+                state=state,
+                code=error.code,
+                error=str(error),
+            )
+
+    async def _try_again(self, this: _Try, error: ClipiaUnavailable, call: Call) -> None:
+        sent_before = this.submission.sent_for is not None
+        never_sent = not error.may_have_arrived and not sent_before
+        policy = SUBMIT if never_sent else SUBMIT_AGAIN
+        age = 0.0 if never_sent else this.sent_for()
+        delay = policy.next_delay(error, attempt=this.claim.attempt, age=age, jitter=jitter())
+        if isinstance(error, AccountRefused):
+            delay = ACCOUNT_WAIT * (1 + jitter())
+        if delay is None:
+            unknown = Refused(
+                f"No try was answered in time; the last one: {error}", code="outcome_unknown", status=409
+            )
+            await self._stop(this, unknown, state="unsure", call=call)
+            return
+        text = _error_text(error.reason, str(error), status=error.status)
+
+        async def write(connection: AsyncConnection) -> bool:
+            held = await jobs.put_back(connection, this.claim, delay=delay, error=text, never_sent=never_sent)
+            if held:
+                await leases.record_attempt(connection, this.claim.id, this.record("retry", text))
+            await self._learn(connection, call, partial(_after_failure, error, this.sent_at, text))
+            return held
+
+        if await self._record(this.claim, write):
+            SUBMISSIONS.labels("account_refused" if isinstance(error, AccountRefused) else "retry").inc()
+            emit = log.error if isinstance(error, AccountRefused) else log.warning
+            emit(
+                "submissions paused: Clipia refuses the account"
+                if isinstance(error, AccountRefused)
+                else "job not submitted",
+                job_id=str(this.claim.id),
+                reason=error.reason,
+                error=str(error),
+                attempt=this.claim.attempt,
+                retry_in=delay,
+            )
+
+    async def _learn(
+        self,
+        connection: AsyncConnection,
+        call: Call,
+        change: Callable[[Limits, float, InFlight], Limits] = lambda limits, _now, _used: limits,
+    ) -> None:
+        """Keep what an answer says about the account's limits."""
+        account = self._client.account
+        used = await jobs.in_flight(connection, account)
+        limits, now = await accounts.lock(connection, account)
+        learned = change(limits.reading(call.headers, now), now, used)
+        if learned != limits:
+            await accounts.save(connection, account, learned)
+
+
+def _after_failure(
+    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, used: InFlight
+) -> Limits:
+    if isinstance(error, AccountRefused):
+        return limits.refused(now, pause=text)
+    if error.reason == "concurrency_limit_exceeded":
+        return limits.crowded(now, in_flight=used.accepted, sent_at=sent_at, retry_after=error.retry_after)
+    if error.status == 429:  # noqa: PLR2004 - Too Many Requests
+        return limits.throttled(now, retry_after=error.retry_after)
+    return limits
+
+
+async def _settle_at_once(connection: AsyncConnection, source: str, request_id: str) -> None:
+    """Bring a job to its end whose event came before its `request_id` was known."""
+    body = await jobs.find_event_body(connection, source, request_id)
+    if body is None:
+        return
+    try:
+        generation = parse(body)
+    except UnrecognizedBody:
+        return
+    await jobs.settle_with(connection, source, generation)
+
+
+def _error_text(code: str, message: str, *, status: int | None, type_: str | None = None) -> str:
+    error = {"type": type_, "code": code, "message": message[:ERROR_LIMIT], "status": status}
+    # NUL is the one character that JSON escapes and PostgreSQL's text still takes as it is escaped.
+    return orjson.dumps({name: value for name, value in error.items() if value is not None}).decode(
+        "utf-8", "replace"
+    )

@@ -1,0 +1,104 @@
+"""What a caller asks for: checked, and frozen into the bytes that go to Clipia. Pure but for random ids."""
+
+import hashlib
+import uuid
+from typing import Annotated, Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from receiver.db.rows import NewJob, new_id
+from receiver.errors import Refused
+from receiver.settings import DEFAULT_SOURCE
+
+LARGEST_REQUEST = 1024 * 1024
+"""Bytes of a request to Clipia."""
+
+# What no database stores: NUL. Lone surrogates are no strings to pydantic anyway.
+_LINE = r"^[^\x00-\x1f\x7f]+$"
+_TEXT = r"^[^\x00]*$"
+
+
+class JobRequest(BaseModel):
+    """A job as its caller asks for it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=255, pattern=_LINE)]
+    """The slug of one of Clipia's models."""
+    input: dict[str, Any]
+    """The model's parameters."""
+    metadata: Annotated[
+        dict[
+            Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)],
+            Annotated[str, Field(max_length=512, pattern=_TEXT)],
+        ],
+        Field(max_length=32),
+    ] = {}
+    """The caller's own words, returned with the job and with the forwarded message."""
+    max_cost: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    """Credits that the job may cost at most."""
+
+    @classmethod
+    def read(cls, values: object) -> "JobRequest":
+        """Raise Refused, which says what is wrong, for anything that is not a job."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_input=False, include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the body"
+            raise Refused(f"{where}: {first['msg']}", code="invalid_request", status=400) from None
+
+    def freeze(
+        self, *, caller: str, key: str | None, public_url: str | None, cost: int | None = None
+    ) -> NewJob:
+        """Make the row of a new job, with the request as it will be sent on every try.
+
+        Raises Refused where the input cannot be sent.
+        """
+        job_id = new_id()
+        content: dict[str, Any] = {"input": self.input}
+        if public_url is not None:
+            # The path names the job, so that its event finds it even before the answer to the submission.
+            content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}"
+        request = _encode(content)
+        if len(request) > LARGEST_REQUEST:
+            raise Refused(
+                f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
+                code="invalid_request",
+                status=413,
+            )
+        return NewJob(
+            id=job_id,
+            caller=caller,
+            idempotency_key=check_key(key) if key is not None else str(job_id),
+            fingerprint=self.fingerprint(),
+            source=DEFAULT_SOURCE,
+            model=self.model,
+            request=request,
+            has_webhook=public_url is not None,
+            provider_key=uuid.uuid4(),
+            metadata=dict(self.metadata),
+            max_cost=self.max_cost,
+            cost=cost,
+        )
+
+    def fingerprint(self) -> str:
+        """Return what must be the same where a key is used again: everything, whatever its order."""
+        return hashlib.sha256(_encode(self.model_dump())).hexdigest()
+
+
+def check_key(key: str) -> str:
+    """Return a caller's idempotency key; raise Refused for one that cannot be stored as it is."""
+    if not 0 < len(key) <= 255 or not key.isprintable():  # noqa: PLR2004 - the column's width
+        raise Refused(
+            "Idempotency-Key: write from 1 to 255 printable characters", code="invalid_request", status=400
+        )
+    return key
+
+
+def _encode(value: Any) -> bytes:
+    try:
+        return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    except (orjson.JSONEncodeError, RecursionError) as error:
+        raise Refused(f"input: is not JSON ({error})", code="invalid_request", status=400) from None

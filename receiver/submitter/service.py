@@ -1,0 +1,354 @@
+"""The submitter: reserve the key, submit, record; and look at what became of jobs."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Literal, Self
+from uuid import UUID
+
+import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.clipia import CALL_WAIT, ClipiaClient
+from receiver.db import accounts, jobs, ledger, migrate
+from receiver.db.engine import Database
+from receiver.db.jobs import SUBMIT_LANE
+from receiver.db.rows import JobState, NewJob
+from receiver.errors import ClipiaUnavailable, Refused, SettingsError
+from receiver.lanes import Work
+from receiver.settings import Settings
+from receiver.submitter.catalogue import Catalogue
+from receiver.submitter.job import Job, JobPage, read_error
+from receiver.submitter.lane import SubmitLane
+from receiver.submitter.request import JobRequest, check_key
+from receiver.submitter.waiting import Waiting
+
+ANSWER_WAIT: Final = CALL_WAIT + 5.0
+"""Seconds for which `submit` waits for Clipia; the submission goes on after that."""
+ANYONE: Final = "*"
+"""The budget of callers that have none of their own."""
+
+_NO_KEY: Final = "CLIPIA_KEY is not set: nothing can be submitted without Clipia's API key"
+
+log = structlog.get_logger()
+
+
+class Submitter:
+    """Issues jobs; safe to use from any number of processes and tasks at once."""
+
+    def __init__(
+        self,
+        database: Database,
+        client: ClipiaClient | None,
+        *,
+        public_url: str | None = None,
+        budgets: Mapping[str, int] | None = None,
+        poll_after: float = 60.0,
+        wake: Callable[[str], None] = lambda _lane: None,
+    ) -> None:
+        """Take over `client`, which `close` closes; without one jobs can be looked at but not submitted.
+
+        `public_url` is where Clipia reaches the callback; without it jobs have no webhook and are polled.
+        `budgets` are credits per caller and UTC day. `poll_after` is in seconds.
+        """
+        self._database = database
+        self._client = client
+        self._public_url = public_url
+        self._budgets = budgets or {}
+        self._wake = wake
+        self._waiting = Waiting(database)
+        self._running: set[asyncio.Task[Any]] = set()
+        self.lane: Final = (
+            SubmitLane(database, client, poll_after=poll_after, wake=wake) if client is not None else None
+        )
+        self._catalogue = Catalogue(database, client) if client is not None else None
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, settings: Settings | None = None) -> AsyncIterator[Self]:
+        """Open a submitter on the service's database, with the service's settings unless others are given.
+
+        Raises SettingsError, which says what to set, and DatabaseUnavailable.
+        """
+        settings = settings or Settings.load()
+        database = Database(settings.database_url.get_secret_value())
+        try:
+            if database.is_sqlite:
+                await migrate.upgrade(database)
+            await migrate.require_current(database)
+            submitter = cls.configured(settings, database)
+            try:
+                yield submitter
+            finally:
+                await submitter.close()
+        finally:
+            await database.close()
+
+    @classmethod
+    def configured(
+        cls, settings: Settings, database: Database, *, wake: Callable[[str], None] = lambda _lane: None
+    ) -> Self:
+        """Make a submitter as the settings say. Raises SettingsError."""
+        key = settings.clipia_key
+        client = ClipiaClient(key.get_secret_value(), base_url=settings.clipia_base_url) if key else None
+        return cls(
+            database,
+            client,
+            public_url=settings.public_url,
+            budgets=settings.budgets,
+            poll_after=settings.poll_after,
+            wake=wake,
+        )
+
+    async def close(self) -> None:
+        """Let submissions under way end, and close the connections to Clipia."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=CALL_WAIT)
+        await self._waiting.close()
+        if self._client is not None:
+            await self._client.close()
+
+    @property
+    def client(self) -> ClipiaClient:
+        """The API; raises SettingsError where no key is set."""
+        if self._client is None:
+            raise SettingsError(_NO_KEY)
+        return self._client
+
+    @property
+    def catalogue(self) -> Catalogue:
+        """Models, prices and the account; raises SettingsError where no key is set."""
+        if self._catalogue is None:
+            raise SettingsError(_NO_KEY)
+        return self._catalogue
+
+    async def submit(
+        self,
+        model: str,
+        input: Mapping[str, Any],  # noqa: A002 - Clipia's name for it
+        *,
+        idempotency_key: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        max_cost: int | None = None,
+        caller: str = "local",
+    ) -> Job:
+        """Issue a job, or return the one that this caller's key already stands for.
+
+        When this returns, the job is committed, and will be submitted exactly once whatever happens; its
+        state is `pending` where Clipia could not take it yet. Without a key one is made, and a call that is
+        repeated makes another job.
+
+        Raises Refused where the input does not fit the model, the price exceeds `max_cost` (credits) or the
+        caller's budget, the key stands for other parameters (409, `idempotency_key_reuse`), or Clipia refused
+        the job for good. Raises ClipiaUnavailable where a price has to be known and Clipia cannot be asked,
+        and DatabaseUnavailable: call again with the same key then.
+        """
+        values = {
+            "model": model,
+            "input": dict(input),
+            "metadata": dict(metadata or {}),
+            "max_cost": max_cost,
+        }
+        return await self.issue(JobRequest.read(values), key=idempotency_key, caller=caller)
+
+    async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
+        """Issue a job that has been read already; else as `submit`."""
+        if key is not None:
+            async with self._database.read() as connection:
+                known = await jobs.find(connection, caller, check_key(key))
+            if known is not None:
+                return await self._repeat(known, request)
+        await self.catalogue.check(request.model, request.input)
+        job = request.freeze(
+            caller=caller, key=key, public_url=self._public_url, cost=await self._price(request, caller)
+        )
+        async with self._database.write() as connection:
+            new = await jobs.insert(connection, job)
+            works = await self._start(connection, job) if new else []
+            known = None if new else await jobs.find(connection, caller, job.idempotency_key)
+        if known is not None:
+            return await self._repeat(known, request)
+        log.info("job issued", job_id=str(job.id), caller=caller, model=job.model)
+        if not works:
+            self._wake(SUBMIT_LANE)
+        for work in works:
+            await self._finish(work)
+        return await self._show_or_raise(job.id, new=True)
+
+    async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
+        """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
+        async with self._database.read() as connection:
+            row = await ledger.show_job(connection, job_id)
+        if row is None or caller not in (None, row["caller"]):
+            return None
+        return Job.of(row)
+
+    async def wait(self, job_id: UUID, *, seconds: float, caller: str | None = None) -> Job | None:
+        """Return a job once it has ended and its files are settled, or as it is after `seconds`."""
+        deadline = time.monotonic() + seconds
+        job = await self.get(job_id, caller=caller)
+        if job is None or job.ended or seconds <= 0:
+            return job
+        await self._waiting.wait(job_id, seconds=deadline - time.monotonic())
+        return await self.get(job_id, caller=caller)
+
+    async def list_jobs(
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        caller: str | None = None,
+        state: JobState | None = None,
+        model: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> JobPage:
+        """Return jobs, newest first; `metadata` are keys and the values that they must have."""
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):  # noqa: PLR2004
+            raise Refused("cursor: is none of ours", code="invalid_request", status=400)
+        async with self._database.read() as connection:
+            rows = await ledger.list_jobs(
+                connection,
+                limit=limit + 1,
+                before=None if cursor is None else int(cursor),
+                caller=caller,
+                state=state,
+                model=model,
+                since=since,
+                until=until,
+                metadata=metadata or {},
+            )
+        more = len(rows) > limit
+        return JobPage(
+            jobs=[Job.of(row) for row in rows[:limit]], next=str(rows[limit - 1]["seq"]) if more else None
+        )
+
+    async def costs(
+        self,
+        *,
+        by: Literal["caller", "model", "day"],
+        caller: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[dict[str, Any]]:
+        """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
+        async with self._database.read() as connection:
+            return await ledger.job_costs(connection, by=by, caller=caller, since=since, until=until)
+
+    async def account(self) -> dict[str, Any]:
+        """Return Clipia's account, and what our own ledger says of the same 30 days.
+
+        A difference is normal where others use the account, too.
+        """
+        account = await self.catalogue.balance()
+        since = datetime.now(UTC) - timedelta(days=30)
+        rows = await self.costs(by="day", since=since)
+        async with self._database.read() as connection:
+            limits = await accounts.read(connection, self.client.account)
+        totals = {
+            name: sum(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
+        }
+        return account | {
+            "ledger_30d": totals,
+            "limits": {
+                "requests_per_minute": limits.requests_per_minute,
+                "in_flight": limits.in_flight_limit,
+                "paused": read_error(limits.pause),
+            },
+        }
+
+    async def resubmit(self, job_id: UUID, *, by: str) -> Job:
+        """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
+
+        That is for a person to decide; nothing here does it by itself. Raises Refused where the job is in a
+        state in which that cannot be.
+        """
+        _ = self.client
+        async with self._database.write() as connection:
+            done = await jobs.resubmit(connection, job_id, by=by)
+        job = await self.get(job_id)
+        if job is None:
+            raise Refused(f"there is no job {job_id}", code="not_found", status=404)
+        if not done:
+            raise Refused(
+                f"the job is {job.state}; only one that is unsure, failed or canceled can be submitted again",
+                code="not_resubmittable",
+                status=409,
+            )
+        self._wake(SUBMIT_LANE)
+        log.warning("job submitted anew by a person", job_id=str(job_id), by=by)
+        return job
+
+    async def _price(self, request: JobRequest, caller: str) -> int | None:
+        """Return the price where somebody set a limit to it."""
+        if request.max_cost is None and self._budget(caller) is None:
+            return None
+        estimate = await self.catalogue.estimate(request.model, request.input)
+        price: int = estimate["credits"]
+        if request.max_cost is not None and price > request.max_cost:
+            raise Refused(
+                f"the job costs {price} credits, more than its max_cost of {request.max_cost}",
+                code="max_cost_exceeded",
+                status=402,
+                type_="billing_error",
+            )
+        return price
+
+    def _budget(self, caller: str) -> int | None:
+        return self._budgets.get(caller, self._budgets.get(ANYONE))
+
+    async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
+        """In the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
+        budget = self._budget(job.caller)
+        if budget is not None:
+            spent = await jobs.spent_today(connection, job.caller)
+            if spent > budget:
+                raise Refused(
+                    f"the job costs {job.cost} credits; of today's {budget} for {job.caller!r} "
+                    f"{spent - (job.cost or 0)} are spent or reserved (a new day begins at 00:00 UTC)",
+                    code="budget_exceeded",
+                    status=402,
+                    type_="billing_error",
+                )
+        if self.lane is None or await jobs.is_due(connection, "pending", but=job.id):
+            return []
+        return await self.lane.claim_in(connection, limit=1, job_id=job.id)
+
+    async def _finish(self, work: Work) -> None:
+        """Run a submission to its end, however long its caller stays to see it."""
+        task = asyncio.ensure_future(work.run())
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        await asyncio.wait({task}, timeout=ANSWER_WAIT)
+        if task.done():
+            task.result()
+
+    async def _repeat(self, known: jobs.KnownJob, request: JobRequest) -> Job:
+        if known.fingerprint != request.fingerprint():
+            raise Refused(
+                "this Idempotency-Key was used with other parameters",
+                code="idempotency_key_reuse",
+                status=409,
+                job_id=str(known.id),
+            )
+        return await self._show_or_raise(known.id)
+
+    async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
+        """Return a job; raise Refused where Clipia never accepted it and never will."""
+        async with self._database.read() as connection:
+            row = await ledger.show_job(connection, job_id)
+        if row is None:
+            raise ClipiaUnavailable("the job vanished while it was looked up", reason="race")
+        job = Job.of(row, new=new)
+        if job.state == "failed" and job.request_id is None:
+            raise Refused(
+                job.error["message"],
+                code=job.error["code"],
+                status=job.error.get("status", 400),
+                type_=job.error.get("type", "invalid_request_error"),
+                job_id=str(job_id),
+            )
+        return job
