@@ -209,6 +209,7 @@ def create_app(
     if only != "webhook":
         metrics = Metrics(
             lambda: read_backlog(database, settings.all_destinations),
+            paused=submitter.paused,
             tokens=Tokens(settings.api_tokens),
             multiprocess=multiprocess,
         )

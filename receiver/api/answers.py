@@ -1,10 +1,13 @@
-"""Answers in Clipia's own error shape, sent without building a response object."""
+"""Answers in Clipia's own error shape."""
 
 from collections.abc import Sequence
 from typing import Any, Final
 
 import orjson
+from starlette.responses import Response
 from starlette.types import Send
+
+from receiver.errors import Refused
 
 Headers = Sequence[tuple[bytes, bytes]]
 CLOSE: Final[Headers] = ((b"connection", b"close"),)
@@ -18,7 +21,7 @@ def error_body(type_: str, code: str, message: str, *, job_id: str | None = None
 
 
 async def send_json(send: Send, status: int, body: bytes | dict[str, Any], headers: Headers = ()) -> None:
-    """Send a whole JSON answer."""
+    """Send a whole JSON answer without building a response object."""
     content = body if isinstance(body, bytes) else orjson.dumps(body)
     fields = [
         (b"content-type", b"application/json"),
@@ -28,3 +31,10 @@ async def send_json(send: Send, status: int, body: bytes | dict[str, Any], heade
     ]
     await send({"type": "http.response.start", "status": status, "headers": fields})
     await send({"type": "http.response.body", "body": content})
+
+
+def refusal(error: Refused) -> Response:
+    """Answer with an error in Clipia's shape, and the job's id where one was made."""
+    body = error_body(error.type, error.code, str(error), job_id=error.job_id)
+    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None  # noqa: PLR2004
+    return Response(body, error.status, headers, "application/json")

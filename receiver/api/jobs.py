@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from receiver.api.answers import error_body
+from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Caller, Tokens
 from receiver.db.rows import JobState
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
@@ -158,13 +158,6 @@ class Jobs:
         if job is None:
             raise Refused("there is no such job", code="not_found", status=404)
         return job
-
-
-def refusal(error: Refused) -> Response:
-    """Answer with an error in Clipia's shape, and the job's id where one was made."""
-    body = error_body(error.type, error.code, str(error), job_id=error.job_id)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None  # noqa: PLR2004
-    return Response(body, error.status, headers, "application/json")
 
 
 def _unavailable(error: ClipiaUnavailable | DatabaseUnavailable | SettingsError) -> Response:

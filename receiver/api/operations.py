@@ -11,11 +11,11 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from receiver.api.answers import error_body
+from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
-from receiver.errors import ReceiverError
-from receiver.observability import BACKLOG, BACKLOG_OLDEST
+from receiver.errors import ReceiverError, Refused
+from receiver.observability import BACKLOG, BACKLOG_OLDEST, SUBMISSIONS_PAUSED
 
 PROBE_WAIT: Final = 4.0
 PROBE_AGE: Final = 1.0
@@ -67,10 +67,12 @@ class Metrics:
         self,
         backlog: Callable[[], Awaitable[dict[str, Backlog]]],
         *,
+        paused: Callable[[], Awaitable[bool]],
         tokens: Tokens,
         multiprocess: bool,
     ) -> None:
         self._backlog = backlog
+        self._paused = paused
         self._tokens = tokens
         self._multiprocess = multiprocess
         self._lanes: set[str] = set()
@@ -78,16 +80,11 @@ class Metrics:
     async def __call__(self, request: Request) -> Response:
         """Answer in Prometheus' text format; needs the scope `read` once any token is configured."""
         if self._tokens:
-            caller = self._tokens.caller(request.headers)
-            if caller is None:
-                body = error_body(
-                    "authentication_error", "invalid_token", "Send Authorization: Bearer <token>."
-                )
-                return Response(body, 401, {"www-authenticate": "Bearer"}, "application/json")
-            if "read" not in caller.scopes:
-                body = error_body("permission_error", "insufficient_scope", "This needs the scope `read`.")
-                return Response(body, 403, media_type="application/json")
-        await self._update_backlog()
+            try:
+                self._tokens.require(request.headers, "read")
+            except Refused as error:
+                return refusal(error)
+        await self._update_gauges()
         registry = REGISTRY
         if self._multiprocess:
             registry = CollectorRegistry()
@@ -95,14 +92,15 @@ class Metrics:
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def _update_backlog(self) -> None:
+    async def _update_gauges(self) -> None:
         try:
             async with asyncio.timeout(PROBE_WAIT):
-                backlog = await self._backlog()
+                backlog, paused = await self._backlog(), await self._paused()
         except (ReceiverError, TimeoutError) as error:
             # The counters are worth having most while the database is away.
             log.warning("backlog unknown", error=str(error))
             return
+        SUBMISSIONS_PAUSED.set(paused)
         self._lanes |= backlog.keys()
         empty = Backlog(rows=0, oldest=0.0)
         for lane in self._lanes:

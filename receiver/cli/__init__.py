@@ -6,13 +6,16 @@ import typer
 from rich.text import Text
 
 from receiver import __version__
+from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
 from receiver.cli.demo import demo
 from receiver.cli.events import events
+from receiver.cli.jobs import jobs
 from receiver.cli.migrate import migrate
 from receiver.cli.sandbox import sandbox
 from receiver.cli.send import send
 from receiver.cli.serve import serve
+from receiver.cli.submit import submit
 from receiver.cli.terminal import stderr
 from receiver.cli.worker import worker
 from receiver.errors import ReceiverError, SettingsError
@@ -24,8 +27,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, serve, worker, sandbox, migrate, check, send):
+for command in (demo, serve, worker, submit, models, estimate, account, sandbox, migrate, check, send):
     app.command()(command)
+app.add_typer(jobs, name="jobs")
 app.add_typer(events, name="events")
 
 

@@ -10,6 +10,7 @@ import typer
 from rich.text import Text
 
 from receiver.cli.terminal import stdout
+from receiver.clipia import Call, ClipiaClient
 from receiver.db import inbox, migrate, outbox
 from receiver.db.engine import Database
 from receiver.destinations import open_destination
@@ -21,10 +22,10 @@ _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "
 
 
 def check() -> None:
-    """Check settings, database, storage and destinations, and say how to fix what is wrong.
+    """Check settings, database, storage, destinations and the API key, and say how to fix what is wrong.
 
-    Writes a probe to the database and to the storage, and sends no event. The exit status is 0 where
-    everything would work.
+    Writes a probe to the database and to the storage, sends no event and submits no job. The exit
+    status is 0 where everything would work.
     """
     if not asyncio.run(_Check().run()):
         raise typer.Exit(1)
@@ -66,8 +67,10 @@ class _Check:
             async with self._step(f"destination {destination.name}"):
                 await self._check_destination(destination)
         if settings.public_url:
-            url = f"{settings.public_url.rstrip('/')}/clipia/webhook"
-            self._say("ok", "public URL", f"give Clipia the webhook_url {url}")
+            url = f"{settings.public_url}/clipia/webhook"
+            self._say("ok", "public URL", f"Clipia reaches the callback as {url}")
+        async with self._step("Clipia"):
+            await self._check_clipia(settings)
         return not self._failed
 
     @asynccontextmanager
@@ -117,6 +120,30 @@ class _Check:
         self._say("ok", "media hosts", ", ".join(settings.media_hosts))
         for origin in hosts.development_origins:
             self._say("warning", "media hosts", f"{origin} is fetched unguarded: for development only")
+
+    async def _check_clipia(self, settings: Settings) -> None:
+        if settings.clipia_key is None:
+            self._say(
+                "ok", "Clipia", "no CLIPIA_KEY: webhooks are received, and no job can be submitted here"
+            )
+            return
+        client = ClipiaClient(settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url)
+
+        async def ask() -> None:
+            balance = (await client.balance(call=Call())).get("balance") or {}
+            self._say("ok", "Clipia", f"the key works; {balance.get('credits')} credits are left")
+
+        await _and_close(ask, client.close)
+        if settings.public_url is None:
+            self._say(
+                "warning", "Clipia", "no RECEIVER_PUBLIC_URL: jobs are submitted without a webhook and polled"
+            )
+        if not any("submit" in token.scopes for token in settings.api_tokens):
+            self._say(
+                "warning",
+                "Clipia",
+                "no token in RECEIVER_API_TOKENS has the scope `submit`: POST /v1/jobs refuses everybody",
+            )
 
     async def _check_destination(self, settings: DestinationSettings) -> None:
         destination = open_destination(settings)

@@ -5,6 +5,7 @@ import hashlib
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -17,7 +18,6 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import orjson
 import typer
-from clipia import AsyncClipia
 from rich.text import Text
 
 from receiver.cli.terminal import size, stdout
@@ -65,6 +65,8 @@ class _Demo:
         self._messages = folder / "events.jsonl"
         self._began = time.monotonic()
         self._said: set[tuple[str, ...]] = set()
+        self._token = secrets.token_urlsafe(24)
+        self._port = _free_port()
 
     async def run(self, *, keep: bool) -> None:
         secret = f"whsec_{secrets.token_urlsafe(24)}"
@@ -74,7 +76,7 @@ class _Demo:
             environment = self._environment(clipia, secret)
             async with self._receiver(environment) as receiver:
                 self._say(f"Receiver with its worker on {receiver}")
-                kinds = await self._submit(clipia, f"{receiver}/clipia/webhook")
+                kinds = await self._submit(receiver)
                 await self._watch(kinds, environment["RECEIVER_DATABASE_URL"])
                 self._tell_where_to_look(environment["RECEIVER_DATABASE_URL"])
                 if keep:
@@ -90,7 +92,11 @@ class _Demo:
             name: value for name, value in os.environ.items() if not name.startswith(("RECEIVER_", "CLIPIA_"))
         }
         return inherited | {
+            "CLIPIA_BASE_URL": clipia,
+            "CLIPIA_KEY": f"clipia_live_{secrets.token_hex(16)}",
             "CLIPIA_WEBHOOK_SECRET": secret,
+            "RECEIVER_API_TOKENS": f"demo:{self._token}",
+            "RECEIVER_PUBLIC_URL": f"http://127.0.0.1:{self._port}",
             "RECEIVER_CONFIG": str(config),
             "RECEIVER_DATABASE_URL": f"sqlite:///{self._folder / 'receiver.db'}",
             "RECEIVER_STORAGE_URL": f"file:{self._folder / 'media'}",
@@ -102,7 +108,7 @@ class _Demo:
         log_file = self._folder / "receiver.log"
         with log_file.open("wb") as log:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "receiver", "serve", "--port", "0"),
+                *(sys.executable, "-m", "receiver", "serve", "--port", str(self._port)),
                 env=environment,
                 cwd=self._folder,
                 stdout=log,
@@ -127,14 +133,22 @@ class _Demo:
                 await asyncio.sleep(0.05)
         raise ReceiverError(f"the receiver was not ready after {PATIENCE:.0f} s; its log is {log_file}")
 
-    async def _submit(self, clipia: str, webhook_url: str) -> dict[str, str]:
-        """Submit the jobs with Clipia's SDK; return the kind of each `request_id`."""
+    async def _submit(self, receiver: str) -> dict[str, str]:
+        """Submit the jobs to the receiver's own API; return the kind of each `request_id`."""
         kinds = {}
-        async with AsyncClipia(f"clipia_live_{secrets.token_hex(16)}", base_url=clipia) as client:
+        headers = {"Authorization": f"Bearer {self._token}"}
+        async with httpx.AsyncClient(base_url=receiver, headers=headers, trust_env=False) as client:
             for kind, model, parameters in JOBS:
-                job = await client.submit(model, parameters, webhook_url=webhook_url)
-                kinds[job.request_id] = kind
-                self._say(f"{kind}: submitted to {model} as {job.request_id}, {job.cost} credits")
+                # With the run in the key, the same folder can be used for another run.
+                key = {"Idempotency-Key": f"{kind}-{secrets.token_hex(4)}"}
+                answer = await client.post(
+                    "/v1/jobs", json={"model": model, "input": parameters}, headers=key
+                )
+                job = answer.json()
+                if answer.status_code != httpx.codes.CREATED:
+                    raise ReceiverError(f"the receiver did not take the {kind} job: {answer.text}")
+                kinds[job["request_id"]] = kind
+                self._say(f"{kind}: job {job['id']} submitted to {model}, {job['cost']} credits")
         return kinds
 
     async def _watch(self, kinds: dict[str, str], database_url: str) -> None:
@@ -181,10 +195,9 @@ class _Demo:
             ("log", self._folder / "receiver.log"),
         ):
             stdout.print(Text(f"          {what + ':':<10}{where}"), soft_wrap=True)
-        stdout.print(
-            Text(f"          events:   RECEIVER_DATABASE_URL={database_url} {_program()} events list"),
-            soft_wrap=True,
-        )
+        for what in ("jobs", "events"):
+            command = f"RECEIVER_DATABASE_URL={database_url} {_program()} {what} list"
+            stdout.print(Text(f"          {what + ':':<10}{command}"), soft_wrap=True)
 
     def _say_once(self, key: tuple[str, ...], message: str) -> None:
         if key not in self._said:
@@ -193,6 +206,14 @@ class _Demo:
 
     def _say(self, message: str) -> None:
         stdout.print(Text(f"{time.monotonic() - self._began:6.1f} s  {message}"), soft_wrap=True)
+
+
+def _free_port() -> int:
+    """Return a port that nothing listens on: jobs need the callback's URL before the receiver starts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _listening_url(log_file: Path) -> str | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.cli.terminal import print_json, size, stdout, wide
+from receiver.cli.terminal import Json, moment, print_json, print_line, print_title, size, stdout, wide
 from receiver.db import ledger, migrate
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
@@ -21,7 +21,6 @@ from receiver.settings import Settings
 events = typer.Typer(help="Look at stored events.", no_args_is_help=True)
 
 T = TypeVar("T")
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @events.command("list")
@@ -36,7 +35,7 @@ def list_(
     until: Annotated[datetime | None, typer.Option(help="Only received before this time (UTC).")] = None,
     limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 50,
     before: Annotated[int | None, typer.Option(help="The next page: the `seq` of the last row.")] = None,
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """List events, newest first."""
 
@@ -67,7 +66,7 @@ def list_(
             row["status"] or "-",
             Text(row["model"] or "-"),
             row["state"],
-            _time(row["received_at"]),
+            moment(row["received_at"]),
             _counts(row["media"]),
             _counts(row["deliveries"]),
         )
@@ -77,7 +76,7 @@ def list_(
 @events.command()
 def show(
     key: Annotated[str, typer.Argument(metavar="ID", help="An event's id, or Clipia's request_id.")],
-    json: _Json = False,
+    json: Json = False,
 ) -> None:
     """Show one event with its receipts, media, deliveries and every try at them."""
 
@@ -103,41 +102,33 @@ def _print_event(event: dict[str, Any]) -> None:
     for name in ("id", "request_id", "source", "origin", "state", "reason", "status", "model", "cost"):
         if event[name] is not None:
             facts.add_row(name, Text(str(event[name])))
-    facts.add_row("received", _time(event["received_at"]))
+    facts.add_row("received", moment(event["received_at"]))
     stdout.print(facts)
-    _print_title("Receipts", event["receipts"])
+    print_title("Receipts", event["receipts"])
     for receipt in event["receipts"]:
         stdout.print(
-            f"  {_time(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}"
+            f"  {moment(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}"
         )
-    _print_title("Media", event["media"])
+    print_title("Media", event["media"])
     for file in event["media"]:
         _print_work(file, f"{file['position']:02d}-{file['variant']} {file['url']}")
-    _print_title("Deliveries", event["deliveries"])
+    print_title("Deliveries", event["deliveries"])
     for delivery in event["deliveries"]:
         _print_work(delivery, delivery["destination"])
 
 
-def _print_title(title: str, rows: list[dict[str, Any]]) -> None:
-    stdout.print(f"\n[bold]{title}[/]" + ("" if rows else ": none"))
-
-
 def _print_work(work: dict[str, Any], label: str) -> None:
-    _print_line(f"  {work['state']:<9} {label}")
+    print_line(f"  {work['state']:<9} {label}")
     if work.get("uri"):
-        _print_line(f"            {work['uri']}")
-        _print_line(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
+        print_line(f"            {work['uri']}")
+        print_line(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
     for attempt in work["tries"]:
-        line = f"            try {attempt['number']}: {_time(attempt['started_at'])} {attempt['outcome']}"
+        line = f"            try {attempt['number']}: {moment(attempt['started_at'])} {attempt['outcome']}"
         error = f": {attempt['error']}" if attempt["error"] else ""
-        _print_line(f"{line} in {attempt['duration_ms']} ms{error}")
+        print_line(f"{line} in {attempt['duration_ms']} ms{error}")
     if work["state"] == "pending":
-        due = _time(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
-        _print_line(f"            next try: {due}")
-
-
-def _print_line(line: str) -> None:
-    stdout.print(Text(line), soft_wrap=True)
+        due = moment(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
+        print_line(f"            next try: {due}")
 
 
 def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
@@ -157,7 +148,3 @@ def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
 
 def _counts(states: dict[str, int]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "-"
-
-
-def _time(moment: datetime) -> str:
-    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,10 +1,16 @@
 """What commands print with."""
 
 import sys
-from typing import Any, Final
+from collections.abc import Sized
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
 
 import orjson
+import typer
 from rich.console import Console
+from rich.text import Text
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 stdout: Final = Console(highlight=False)
 # For tables: an id that is cut off is of no use, so the terminal wraps long lines and we don't.
@@ -27,3 +33,18 @@ def size(count: int) -> str:
             break
         amount /= 1024
     return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"
+
+
+def moment(time: datetime) -> str:
+    """Return a time for people, in UTC."""
+    return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def print_title(title: str, rows: Sized) -> None:
+    """Print the heading of a part that may have nothing in it."""
+    stdout.print(f"\n[bold]{title}[/]" + ("" if rows else ": none"))
+
+
+def print_line(line: str) -> None:
+    """Print a line as it is; somebody else's words are no markup."""
+    stdout.print(Text(line), soft_wrap=True)

@@ -56,6 +56,13 @@ async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -
     return None if row is None else KnownJob(id=row.id, fingerprint=row.fingerprint)
 
 
+async def find_by_request(connection: AsyncConnection, source: str, request_id: str) -> uuid.UUID | None:
+    """Return the id of the job that Clipia knows under a `request_id`."""
+    statement = select(jobs.c.id).where(jobs.c.source == source, jobs.c.request_id == request_id)
+    found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
+    return found
+
+
 async def spent_today(connection: AsyncConnection, caller: str) -> int:
     """Return the credits of a caller's jobs of this UTC day: charged, reserved or estimated.
 

@@ -18,7 +18,8 @@ from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
-from receiver.settings import Settings
+from receiver.limits import Limits
+from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
@@ -185,6 +186,12 @@ class Submitter:
             return None
         return Job.of(row)
 
+    async def find(self, request_id: str) -> Job | None:
+        """Return the job that Clipia knows under a `request_id`, or None."""
+        async with self._database.read() as connection:
+            job_id = await jobs.find_by_request(connection, DEFAULT_SOURCE, request_id)
+        return None if job_id is None else await self.get(job_id)
+
     async def wait(self, job_id: UUID, *, seconds: float, caller: str | None = None) -> Job | None:
         """Return a job once it has ended and its files are settled, or as it is after `seconds`."""
         deadline = time.monotonic() + seconds
@@ -241,24 +248,29 @@ class Submitter:
     async def account(self) -> dict[str, Any]:
         """Return Clipia's account, and what our own ledger says of the same 30 days.
 
-        A difference is normal where others use the account, too.
+        `difference_30d` are the credits that Clipia charged and the ledger does not know of: jobs of others
+        who use the account, or a mistake.
         """
         account = await self.catalogue.balance()
-        since = datetime.now(UTC) - timedelta(days=30)
-        rows = await self.costs(by="day", since=since)
-        async with self._database.read() as connection:
-            limits = await accounts.read(connection, self.client.account)
+        rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
+        limits = await self._limits()
         totals = {
             name: sum(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
         }
+        spent = (account.get("usage_30d") or {}).get("credits_spent")
         return account | {
             "ledger_30d": totals,
+            "difference_30d": spent - totals["charged"] if isinstance(spent, int) else None,
             "limits": {
                 "requests_per_minute": limits.requests_per_minute,
                 "in_flight": limits.in_flight_limit,
                 "paused": read_error(limits.pause),
             },
         }
+
+    async def paused(self) -> bool:
+        """Tell whether no job is submitted because Clipia refuses the account."""
+        return self._client is not None and bool((await self._limits()).paused_at)
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
@@ -296,6 +308,10 @@ class Submitter:
                 type_="billing_error",
             )
         return price
+
+    async def _limits(self) -> Limits:
+        async with self._database.read() as connection:
+            return await accounts.read(connection, self.client.account)
 
     def _budget(self, caller: str) -> int | None:
         return self._budgets.get(caller, self._budgets.get(ANYONE))
