@@ -11,7 +11,11 @@ from harness import ReceiverProcess, run_command
 from payloads import SECRET, body, signed
 from servers import Postgres, free_port
 
-COMMANDS = ["demo", "serve", "worker", "sandbox", "migrate", "check", "send", "events"]
+COMMANDS = [
+    *("demo", "serve", "worker", "sandbox", "migrate", "check", "send", "events"),
+    *("submit", "jobs", "models", "estimate", "account"),
+]
+GROUPS = ["events list", "events show", "jobs list", "jobs show", "jobs resubmit", "jobs cost"]
 
 
 def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[str, object]]:
@@ -25,7 +29,7 @@ def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "events list", "events show"])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *GROUPS])
 def test_every_command_has_help(command: str) -> None:
     """`--help` works everywhere and needs no settings."""
     result = run_command(*command.split(), "--help")
@@ -200,15 +204,15 @@ def test_send_and_events(tmp_path: Path) -> None:
 def test_the_listeners_can_be_separate(tmp_path: Path) -> None:
     """G2: the public listener has the callback and the health paths, the internal one everything else."""
     expected = {
-        "webhook": {"/clipia/webhook": 405, "/livez": 200, "/readyz": 200, "/metrics": 404},
-        "internal": {"/clipia/webhook": 404, "/livez": 200, "/readyz": 200, "/metrics": 200},
+        "webhook": {"/clipia/webhook": 405, "/readyz": 200, "/metrics": 404, "/v1/jobs": 404},
+        "internal": {"/clipia/webhook": 404, "/readyz": 200, "/metrics": 200, "/v1/jobs": 401},
     }
     for half, paths in expected.items():
         arguments = ("serve", "--port", "0", "--no-worker", "--only", half)
         with ReceiverProcess(tmp_path, *arguments) as receiver:
             answers = {path: httpx.get(receiver.url + path, verify=False).status_code for path in paths}
             assert answers == paths
-            for path in ("/docs", "/openapi.json", "/dashboard", "/v1/jobs", "/clipia/webhook/"):
+            for path in ("/docs", "/openapi.json", "/dashboard", "/clipia/webhook/"):
                 assert httpx.get(receiver.url + path, verify=False).status_code == 404
 
 

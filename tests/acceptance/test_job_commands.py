@@ -1,0 +1,244 @@
+"""`receiver submit`, `jobs`, `models`, `estimate` and `account`, against a sandbox and a running receiver."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from harness import ReceiverProcess, command_environment, run_command
+from payloads import SECRET
+from servers import end, free_port, wait_for_port
+
+CAT = '{"prompt": "a cat"}'
+IMAGE = "nano-banana-2"
+
+
+class Clipia:
+    """A sandbox in a process of its own."""
+
+    def __init__(self, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.settings = {
+            "CLIPIA_KEY": "clipia_live_commands",
+            "CLIPIA_BASE_URL": self.url,
+            "RECEIVER_MEDIA_HOSTS": self.url,
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "sandbox", "--port", str(self.port), *options],
+            env=command_environment(CLIPIA_WEBHOOK_SECRET=SECRET),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for_port(self.port, self.process)
+
+    def generations(self) -> list[dict[str, Any]]:
+        """Return everything that was really submitted."""
+        found: list[dict[str, Any]] = httpx.get(f"{self.url}/_sandbox/requests").json()["requests"]
+        return found
+
+    def switch(self, **options: Any) -> None:
+        """Change how it behaves."""
+        assert httpx.patch(f"{self.url}/_sandbox/options", json=options).is_success
+
+
+@pytest.fixture(scope="module")
+def clipia() -> Iterator[Clipia]:
+    """A sandbox whose generations take a moment."""
+    sandbox = Clipia("--duration", "0.5")
+    yield sandbox
+    end(sandbox.process)
+
+
+@pytest.fixture(autouse=True)
+def afresh(clipia: Clipia) -> None:
+    """Each test begins with a sandbox that knows of nothing."""
+    assert httpx.post(f"{clipia.url}/_sandbox/reset").is_success
+
+
+def receiver(folder: Path, clipia: Clipia, **settings: str) -> ReceiverProcess:
+    """Return a receiver that works with the sandbox."""
+    return ReceiverProcess(
+        folder, **clipia.settings, RECEIVER_DESTINATION_URL=f"file:{folder / 'events.jsonl'}", **settings
+    )
+
+
+def test_a_job_from_the_command_line_to_its_files(clipia: Clipia, tmp_path: Path) -> None:
+    """F10: without a public URL `submit --wait` ends with the files; the other commands show that job."""
+    running = receiver(tmp_path, clipia)
+    with running:
+
+        def command(*arguments: str) -> bytes:
+            result = run_command(*arguments, settings=running.settings, cwd=tmp_path)
+            assert result.returncode == 0, result.stderr
+            return result.stdout
+
+        waited = run_command(
+            *("submit", IMAGE, "--input", CAT, "--key", "order-7", "--metadata", "order=7", "--wait"),
+            settings=running.settings,
+            cwd=tmp_path,
+        )
+        assert waited.returncode == 0, waited.stderr
+        first = waited.stdout.decode().splitlines()
+        assert first[0] == "completed, 12 credits charged"
+        for uri in re.findall(r"file://(\S+)", waited.stdout.decode()):
+            assert Path(uri).stat().st_size > 0
+        assert len(first) == 3, "one image in two variants"
+
+        (tmp_path / "cat.json").write_text(CAT)
+        again = json.loads(
+            command("submit", IMAGE, "-i", "@cat.json", "--key", "order-7", "--metadata", "order=7", "--json")
+        )
+        assert again["state"] == "completed"
+        assert len(clipia.generations()) == 1
+
+        listed = json.loads(
+            command("jobs", "list", "--state", "completed", "--metadata", "order=7", "--json")
+        )
+        assert [job["id"] for job in listed["data"]] == [again["id"]]
+        assert listed["data"][0]["caller"] == "cli"
+        assert again["id"] in command("jobs", "list").decode()
+        assert b"No jobs." in command("jobs", "list", "--metadata", "order=8")
+        shown = command("jobs", "show", again["request_id"]).decode()
+        for part in (again["id"], "order=7", "by poll", "default: delivered", "image original: file://"):
+            assert part in shown
+        assert json.loads(command("jobs", "show", again["id"], "--json"))["charged"] == 12
+        assert json.loads(command("jobs", "cost", "--by", "model", "--json")) == [
+            {"model": IMAGE, "jobs": 1, "reserved": 0, "charged": 12, "refunded": 0}
+        ]
+        assert re.search(r"total +1 +0 +12 +0", command("jobs", "cost", "--by", "caller").decode())
+        account = json.loads(command("account", "--json"))
+        assert account["usage_30d"]["credits_spent"] == account["ledger_30d"]["charged"] == 12
+        assert account["difference_30d"] == 0
+        assert "balance:" in command("account").decode()
+
+
+def test_what_is_wrong_is_said_before_it_costs(clipia: Clipia, tmp_path: Path) -> None:
+    """F12: bad input and a price above --max-cost are errors, and nothing is queued."""
+    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
+
+    def refused(*arguments: str, stdin: bytes | None = None) -> str:
+        result = run_command("submit", *arguments, settings=settings, cwd=tmp_path, stdin=stdin)
+        assert result.returncode == 1, result.stdout
+        assert b"Traceback" not in result.stderr
+        return result.stderr.decode()
+
+    assert 'did you mean "prompt"' in refused(IMAGE, "-i", '{"promt": "a cat"}')
+    assert "no model" in refused("absent", "-i", CAT)
+    assert "max_cost of 11" in refused(IMAGE, "-i", CAT, "--max-cost", "11")
+    assert "not JSON" in refused(IMAGE, "-i", "@-", stdin=b"{")
+    assert "JSON object" in refused(IMAGE, "-i", "[]")
+    assert "cannot be read" in refused(IMAGE, "-i", "@absent.json")
+    assert "NAME=VALUE" in refused(IMAGE, "-i", CAT, "--metadata", "order")
+    assert clipia.generations() == []
+
+
+def test_without_a_key_the_message_says_what_to_set(tmp_path: Path) -> None:
+    """Each command that needs Clipia names the missing setting; looking at jobs needs none."""
+    for arguments in (["submit", IMAGE, "-i", CAT], ["models"], ["account"]):
+        result = run_command(*arguments, cwd=tmp_path)
+        assert result.returncode == 2
+        assert b"CLIPIA_KEY" in result.stderr
+    assert run_command("jobs", "list", cwd=tmp_path).returncode == 0
+
+
+def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
+    """Models of both schema shapes, and an estimate, with and without --json."""
+
+    def command(*arguments: str) -> str:
+        result = run_command(*arguments, settings=clipia.settings, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.decode()
+
+    listed = command("models")
+    assert IMAGE in listed
+    assert "suno-music" in listed
+    assert "prompt: type string, required True" in command("models", IMAGE)
+    assert "prompt: type string, required True" in command("models", "suno-music")
+    assert json.loads(command("models", IMAGE, "--json"))["slug"] == IMAGE
+    given = '{"prompt": "a cat", "num_images": 2}'
+    assert command("estimate", IMAGE, "-i", given) == "24 credits\n"
+    assert json.loads(command("estimate", IMAGE, "-i", given, "--json"))["credits"] == 24
+
+
+def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path) -> None:
+    """A failed generation is exit status 1; `jobs resubmit` asks first and then pays for another one."""
+    clipia.switch(fail_rate=1)
+    running = receiver(tmp_path, clipia)
+    with running:
+        failed = run_command(
+            "submit", IMAGE, "-i", CAT, "--wait", "--json", settings=running.settings, cwd=tmp_path
+        )
+        assert failed.returncode == 1
+        job = json.loads(failed.stdout)
+        assert (job["state"], job["charged"]) == ("failed", 0)
+        clipia.switch(fail_rate=0)
+        resubmit = ("jobs", "resubmit", job["id"])
+        asked = run_command(*resubmit, settings=running.settings, cwd=tmp_path, stdin=b"n\n")
+        assert asked.returncode == 1
+        assert b"pay for it again" in asked.stdout + asked.stderr
+        assert len(clipia.generations()) == 1
+        done = run_command(*resubmit, "--yes", settings=running.settings, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        deadline = time.monotonic() + 30
+        while True:
+            shown = run_command("jobs", "show", job["id"], "--json", settings=running.settings, cwd=tmp_path)
+            again = json.loads(shown.stdout)
+            if again["state"] == "completed":
+                break
+            assert time.monotonic() < deadline, again
+        assert "resubmitted" in [attempt["outcome"] for attempt in again["attempts"]]
+        refused = run_command(*resubmit, "--yes", settings=running.settings, cwd=tmp_path)
+        assert refused.returncode == 1
+        assert b"the job is completed" in refused.stderr
+    keys = [generation["idempotency_key"] for generation in clipia.generations()]
+    assert len(set(keys)) == 2
+    missing = run_command("jobs", "show", "absent", settings=running.settings, cwd=tmp_path)
+    assert missing.returncode == 1
+    assert b"no job" in missing.stderr
+
+
+def test_waiting_on_a_terminal_shows_progress_and_ctrl_c_leaves_the_job(
+    clipia: Clipia, tmp_path: Path
+) -> None:
+    """Where nobody goes on with the job the line ticks, a hint says so, and Ctrl-C ends the wait only."""
+    clipia.switch(duration=600)
+    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "receiver", "submit", IMAGE, "-i", CAT, "--wait"],
+        env=command_environment(**settings, TERM="xterm", COLUMNS="200"),
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    output = read_until(ours, b"neither `receiver serve` nor")
+    assert re.search(rb"submitted, \d s", output)
+    process.send_signal(signal.SIGINT)
+    output = read_until(ours, b"The job goes on")
+    assert process.wait(30) != 0
+    os.close(ours)
+    assert b"Traceback" not in output
+    assert [generation["status"] for generation in clipia.generations()] == ["IN_QUEUE"]
+
+
+def read_until(terminal: int, wanted: bytes, *, seconds: float = 60) -> bytes:
+    """Read a terminal until it has shown something."""
+    output = b""
+    deadline = time.monotonic() + seconds
+    while wanted not in output:
+        assert time.monotonic() < deadline, output
+        output += os.read(terminal, 4096)
+    return output
