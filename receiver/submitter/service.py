@@ -19,6 +19,7 @@ from receiver.db.rows import JobState, NewJob
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
 from receiver.limits import Limits
+from receiver.observability import configure_library_logging
 from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
@@ -71,8 +72,9 @@ class Submitter:
     async def open(cls, settings: Settings | None = None) -> AsyncIterator[Self]:
         """Open a submitter on the service's database, with the service's settings unless others are given.
 
-        Raises SettingsError, which says what to set, and DatabaseUnavailable.
+        Its logs go to `logging`. Raises SettingsError, which says what to set, and DatabaseUnavailable.
         """
+        configure_library_logging()
         settings = settings or Settings.load()
         database = Database(settings.database_url.get_secret_value())
         try:
