@@ -44,7 +44,7 @@ class ReceiverProcess:
     """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
-        # Coverage doubles the time to start, and a process that is killed reports none.
+        # Coverage doubles the time to start and halves the speed, and a process that is killed reports none.
         self.measured = True
         self.folder = folder
         self.arguments: Sequence[str] = arguments or ("serve", "--port", "0")
