@@ -8,6 +8,7 @@ answer are kept. Retries are not its business (`max_retries=0`): they are rows o
 import asyncio
 import hashlib
 import math
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -20,6 +21,7 @@ from clipia import AsyncClipia, ClipiaApiError
 
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError
 from receiver.limits import RateHeaders
+from receiver.webhook import is_request_id
 
 CALL_WAIT: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
@@ -34,6 +36,8 @@ class Call:
     """One call: the bytes to send in place of the SDK's, and what the answer said about limits."""
 
     body: bytes | None = None
+    not_after: float = math.inf
+    """The moment of `clock` after which it is not sent any more."""
     headers: RateHeaders = field(default_factory=RateHeaders)
 
 
@@ -62,6 +66,11 @@ class Status:
         return self.status in TERMINAL
 
 
+def clock() -> float:
+    """Return seconds that go on while the machine sleeps, where the system can tell them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
 _call: ContextVar[Call] = ContextVar("call")
 
 
@@ -71,6 +80,8 @@ class _Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         call = _call.get()
+        if clock() > call.not_after:
+            raise httpx.ConnectTimeout("it is too late to send this", request=request)
         if call.body is not None:
             headers = {name: value for name, value in request.headers.items() if name != "content-length"}
             request = httpx.Request(
@@ -119,37 +130,36 @@ class ClipiaClient:
         call.body = body
         async with _translated(call):
             answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
-            if not isinstance(answer.request_id, str):
+            if not is_request_id(answer.request_id):
                 raise TypeError("request_id")
             return Accepted(
                 request_id=answer.request_id,
                 cost=_credits(answer.cost),
-                warnings=[w for w in answer.data.get("warnings") or () if isinstance(w, dict)],
+                warnings=[_clean(w) for w in answer.data.get("warnings") or () if isinstance(w, dict)],
             )
 
     async def status(self, request_id: str, *, call: Call) -> Status:
         """Ask how a generation is doing."""
         async with _translated(call):
             answer = await self._sdk.status(request_id)
-            progress = answer.progress
-            return Status(status=str(answer.status), progress=progress if isinstance(progress, int) else None)
+            return Status(status=str(answer.status), progress=_per_cent(answer.progress))
 
     async def result(self, request_id: str, *, call: Call) -> dict[str, Any] | None:
         """Return the JSON of a finished generation, or None while there is none."""
         async with _translated(call):
             answer = await self._sdk.result(request_id)
-            return None if answer.pending else dict(answer.data)
+            return None if answer.pending else _clean_object(answer.data)
 
     async def models(self, *, call: Call) -> list[dict[str, Any]]:
         """Return the catalogue."""
         async with _translated(call):
             listing: Any = await self._sdk.models.list()
-            return [entry for entry in listing["data"] if isinstance(entry, dict)]
+            return [_clean(entry) for entry in listing["data"] if isinstance(entry, dict)]
 
     async def model(self, slug: str, *, call: Call) -> dict[str, Any]:
         """Return one model with its `input_schema`."""
         async with _translated(call):
-            return dict(await self._sdk.models.get(slug))
+            return _clean_object(await self._sdk.models.get(slug))
 
     async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> dict[str, Any]:
         """Return `{"credits", "warnings"}` for an input; nothing is queued."""
@@ -158,12 +168,12 @@ class ClipiaClient:
             credits_ = _credits(answer.credits)
             if credits_ is None:
                 raise TypeError("credits")
-            return dict(answer.data) | {"credits": credits_}
+            return _clean_object(answer.data) | {"credits": credits_}
 
     async def balance(self, *, call: Call) -> dict[str, Any]:
         """Return the account: `account_id`, `balance`, `usage_30d`."""
         async with _translated(call):
-            return dict(await self._sdk.account.get())
+            return _clean_object(await self._sdk.account.get())
 
 
 @asynccontextmanager
@@ -185,7 +195,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
         raise ClipiaUnavailable(
             f"no answer from Clipia ({type(error).__name__}: {error})", reason="no_answer"
         ) from error
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ClipiaUnavailable(
             f"the answer is not one of Clipia's ({type(error).__name__}: {error})", reason="unreadable"
         ) from error
@@ -194,7 +204,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
 
 
 def _translate(error: ClipiaApiError) -> Exception:
-    message, status, code = error.message[:1000], error.status, error.code[:64]
+    message, status, code = _clean(error.message[:1000]), error.status, _clean(error.code[:64])
     if status in _ACCOUNT:
         return AccountRefused(message, reason=code or f"http_{status}", status=status, may_have_arrived=False)
     # Retry-After is somebody else's data; a day is as good as never.
@@ -211,6 +221,26 @@ def _translate(error: ClipiaApiError) -> Exception:
     if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
         return Refused(message, code=code, status=status, type_=error.type or "invalid_request_error")
     return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
+
+
+def _clean(value: Any) -> Any:
+    """Return JSON without what no database takes: NUL, and the halves of an emoji that was cut in two."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode().replace("\0", "?")
+    if isinstance(value, dict):
+        return {_clean(key): _clean(item) for key, item in value.items()}
+    return [_clean(item) for item in value] if isinstance(value, list) else value
+
+
+def _clean_object(value: Any) -> dict[str, Any]:
+    cleaned: dict[str, Any] = _clean(dict(value))
+    return cleaned
+
+
+def _per_cent(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(min(max(value, 0), 100))
 
 
 def _rate_headers(headers: httpx.Headers) -> RateHeaders:

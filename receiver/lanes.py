@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Generic, Protocol, TypeVar
 from uuid import UUID
 
+import orjson
 import structlog
 from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -158,3 +159,9 @@ def log_failure(
 def describe(error: Exception) -> str:
     """Return an error as one bounded text that every database takes."""
     return f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")
+
+
+def error_text(code: str, message: str, *, status: int | None = None, type_: str | None = None) -> str:
+    """Return an error in the words of an API as one bounded text, which is JSON."""
+    error = {"type": type_, "code": code, "message": message[:ERROR_LIMIT], "status": status}
+    return orjson.dumps({name: value for name, value in error.items() if value is not None}).decode()

@@ -3,38 +3,52 @@
 Clipia limits the requests per minute and the generations in flight of a key. One row of the database holds
 what is known of them and what all processes together have used, so that they keep within the limits as one.
 
-Requests are spaced by the generic cell rate algorithm: a burst of a twentieth of a minute's requests, and a
-steady rate below the limit from there. In no 60 seconds does that exceed the limit, however Clipia's own
-minutes fall. Submissions and polls have a share each, so that neither can starve the other.
+Requests are spaced by the generic cell rate algorithm: a part of a minute's requests at once, and a steady
+rate from there. In no 60 seconds do both together exceed the limit, however Clipia's own minutes fall.
+Submissions, polls and questions (models, prices, the account) have a share each: none can starve another.
 
-The limit of generations in flight is nowhere to be read. It is found like a window in TCP: doubled while
-submissions are accepted, set to what was in flight when one is refused, and tried again at times.
+The limit of generations in flight is nowhere to be read. It is found like a window in TCP: one more for each
+submission that is accepted while the window is full, an eighth less when Clipia refuses, one more at times.
 """
 
 import math
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-Kind = Literal["submit", "poll"]
+Kind = Literal["submit", "poll", "ask"]
 
-SHARES: Final = {"submit": 0.8, "poll": 0.2}
-"""The parts of the requests per minute."""
-STEADY: Final = 0.9
-"""The part of a share that is spent evenly."""
-BURST: Final = 0.05
-"""The part of a share that may be spent at once; with `STEADY` it leaves a margin for calls that bunch up."""
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A part of the requests per minute: what of it may be spent at once, and what is spent evenly."""
+
+    burst: float
+    steady: float
+
+
+SHARES: Final[dict[Kind, Share]] = {
+    # Margins beside them are for calls that bunch up on their way.
+    "submit": Share(burst=0.035, steady=0.63),
+    "poll": Share(burst=0.01, steady=0.18),
+    # A person asks for a few things at once, and then for nothing.
+    "ask": Share(burst=0.05, steady=0.05),
+}
 LOW_WATER: Final = 0.02
 """The part of the limit that must remain; else somebody is using the key, too: wait for the next minute."""
 FIRST_RATE: Final = 60
 """Requests per minute that are assumed until an answer says how many there are."""
 FIRST_IN_FLIGHT: Final = 4
-PROBE_IN_FLIGHT: Final = 600.0
+PROBE_IN_FLIGHT: Final = 120.0
 """Seconds after a refusal until one more generation in flight is tried."""
+LONGEST_RESET: Final = 120.0
+"""Seconds that a minute may still last: whatever an answer says, the account is not blocked for longer."""
 DEFAULT_WAIT: Final = 5.0
 """Seconds to wait after a 429 that does not say for how long."""
 FIRST_PROBE: Final = 5.0
 LAST_PROBE: Final = 300.0
 """Bounds of the seconds between the single submissions that find out whether a paused account works again."""
+PROBE_WAIT: Final = 35.0
+"""Seconds that a probe has for its answer before there is another one: more than a call may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +70,7 @@ class Limits:
     submits_until: float = 0.0
     """When the submissions so far would have been sent at the steady rate."""
     polls_until: float = 0.0
+    asks_until: float = 0.0
     calls_after: float = 0.0
     """No call before this moment."""
     submits_after: float = 0.0
@@ -79,10 +94,23 @@ class Limits:
         """Return how many polls may be sent now."""
         return self._calls("poll", now)
 
+    def ask_wait(self, now: float) -> float:
+        """Return the seconds until a question may be sent, 0 where that is now."""
+        if self._calls("ask", now):
+            return 0.0
+        ahead = self.asks_until - now - (self._burst("ask") - 1) * self._interval("ask")
+        return max(self.calls_after - now, ahead, 0.001)
+
     def taking(self, kind: Kind, count: int, now: float) -> "Limits":
         """Return the state after `count` calls were sent; more than there was room for delays later ones."""
         until = max(self._until(kind), now) + count * self._interval(kind)
-        return replace(self, submits_until=until) if kind == "submit" else replace(self, polls_until=until)
+        if kind == "ask":
+            return replace(self, asks_until=until)
+        if kind == "poll":
+            return replace(self, polls_until=until)
+        # The answer to a probe decides; until then there is no other one.
+        after = max(self.submits_after, now + PROBE_WAIT) if self.paused_at else self.submits_after
+        return replace(self, submits_until=until, submits_after=after)
 
     def reading(self, headers: RateHeaders, now: float) -> "Limits":
         """Return the state after an answer with these headers."""
@@ -92,12 +120,15 @@ class Limits:
         if headers.remaining is not None and headers.reset is not None:
             low = math.ceil(limits.requests_per_minute * LOW_WATER)
             if headers.remaining < low:
-                limits = replace(limits, calls_after=max(limits.calls_after, now + headers.reset))
+                reset = min(headers.reset, LONGEST_RESET)
+                limits = replace(limits, calls_after=max(limits.calls_after, now + reset))
         return limits
 
     def accepted(self, now: float, *, in_flight: int) -> "Limits":
         """Return the state after Clipia accepted a submission; it is counted in `in_flight`."""
-        limits = replace(self, paused_at=0.0, probes=0, pause=None) if self.paused_at else self
+        limits = (
+            replace(self, paused_at=0.0, probes=0, pause=None, submits_after=now) if self.paused_at else self
+        )
         if not self.in_flight_refused_at:
             # Only a window that is used says anything about the limit.
             if in_flight >= self.in_flight_limit:
@@ -111,40 +142,48 @@ class Limits:
         wait = DEFAULT_WAIT if retry_after is None else retry_after
         return replace(self, calls_after=max(self.calls_after, now + wait))
 
-    def crowded(self, now: float, *, in_flight: int, sent_at: float, retry_after: float | None) -> "Limits":
+    def crowded(self, now: float, *, sent_at: float, retry_after: float | None) -> "Limits":
         """Return the state after `concurrency_limit_exceeded` for a submission of the moment `sent_at`.
 
-        `in_flight` are the generations that were accepted. Refusals of one burst count once.
+        Refusals of one burst count once.
         """
         wait = DEFAULT_WAIT if retry_after is None else retry_after
         limits = replace(self, submits_after=max(self.submits_after, now + wait))
         if sent_at <= self.in_flight_refused_at:
             return limits
-        fewer = max(1, min(self.in_flight_limit - 1, in_flight))
+        fewer = max(1, self.in_flight_limit - max(1, self.in_flight_limit // 8))
         return replace(limits, in_flight_limit=fewer, in_flight_refused_at=now)
 
-    def refused(self, now: float, *, pause: str) -> "Limits":
-        """Return the state after 401, 402 or 403: one submission at a time finds out when it is over."""
+    def refused(self, now: float, *, sent_at: float, pause: str) -> "Limits":
+        """Return the state after 401, 402 or 403 for a submission of the moment `sent_at`.
+
+        One submission at a time finds out when it is over. What was under way when the pause began says
+        nothing of that.
+        """
+        if self.paused_at and sent_at <= self.paused_at:
+            return self
         wait = min(LAST_PROBE, FIRST_PROBE * 2.0 ** min(self.probes, 16))
         return replace(
             self,
             paused_at=self.paused_at or now,
             probes=self.probes + 1,
             pause=pause,
-            submits_after=max(self.submits_after, now + wait),
+            submits_after=now + wait,
         )
 
     def _calls(self, kind: Kind, now: float) -> int:
         if now < self.calls_after:
             return 0
         interval = self._interval(kind)
-        burst = max(1, math.floor(self.requests_per_minute * SHARES[kind] * BURST))
         ahead = max(self._until(kind) - now, 0.0)
         # A hair's breadth more, so that rounding cannot hold back a call that is due.
-        return max(0, math.floor((burst * interval - ahead) / interval + 1e-6))
+        return max(0, math.floor((self._burst(kind) * interval - ahead) / interval + 1e-6))
+
+    def _burst(self, kind: Kind) -> int:
+        return max(1, math.floor(self.requests_per_minute * SHARES[kind].burst))
 
     def _interval(self, kind: Kind) -> float:
-        return 60.0 / (self.requests_per_minute * SHARES[kind] * STEADY)
+        return 60.0 / (self.requests_per_minute * SHARES[kind].steady)
 
     def _until(self, kind: Kind) -> float:
-        return self.submits_until if kind == "submit" else self.polls_until
+        return {"submit": self.submits_until, "poll": self.polls_until, "ask": self.asks_until}[kind]

@@ -2,7 +2,7 @@
 
 from collections.abc import Awaitable, Callable
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Final, Literal, cast
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -14,13 +14,16 @@ from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
 from receiver.db.rows import Claim, OpenRequest
 from receiver.errors import ClipiaUnavailable, Refused, UnrecognizedBody
-from receiver.lanes import LEASE, Work, WorkLane, describe
-from receiver.limits import RateHeaders
+from receiver.lanes import LEASE, Work, WorkLane, error_text
+from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
 from receiver.retry import poll_delay
 from receiver.webhook import parse, result_body
 
-CONCURRENCY = 8
+CONCURRENCY: Final = 8
+
+GIVE_UP_AFTER: Final = 86_400.0
+"""Seconds after which a job is given up that Clipia does not know, or whose result nobody can use."""
 
 Store = Callable[[str, bytes], Awaitable[None]]
 """Puts a result into the inbox: the source and the body that its webhook would have had."""
@@ -50,13 +53,13 @@ class PollLane(WorkLane[Claim]):
         """Claim jobs that are due, as many as their share allows. Raises DatabaseUnavailable."""
         account = self._client.account
         async with self._database.write() as connection:
-            if not await jobs.is_due(connection, "submitted"):
+            if not await jobs.is_due(connection, account, "submitted"):
                 return []
             limits, now = await accounts.lock(connection, account)
             room = limits.polls(now)
             if not room:
                 return []
-            claimed = await jobs.claim_to_poll(connection, limit=min(limit, room), lease=LEASE)
+            claimed = await jobs.claim_to_poll(connection, account, limit=min(limit, room), lease=LEASE)
             await accounts.save(connection, account, limits.taking("poll", len(claimed), now))
         return [Work(claim=claim, run=partial(self._poll, claim, request)) for claim, request in claimed]
 
@@ -70,11 +73,7 @@ class PollLane(WorkLane[Claim]):
                 await self._learn(call.headers, extra_calls=1)
                 result = await self._client.result(request.request_id, call=call)
         except (Refused, ClipiaUnavailable) as error:
-            POLLS.labels("failed").inc()
-            wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
-            log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
-            await self._later(claim, request, error=describe(error), at_least=wait or 0.0)
-            await self._learn(call.headers, throttled=error)
+            await self._not_answered(claim, request, error, call)
             return
         await self._learn(call.headers)
         if result is None:
@@ -85,6 +84,34 @@ class PollLane(WorkLane[Claim]):
         ended = cast("Literal['COMPLETED', 'FAILED', 'CANCELED']", status.status)
         await self._end(claim, request, result_body(request.request_id, ended, result))
 
+    async def _not_answered(
+        self, claim: Claim, request: OpenRequest, error: Refused | ClipiaUnavailable, call: Call
+    ) -> None:
+        POLLS.labels("failed").inc()
+        log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
+        text = error_text(error.reason, str(error), status=error.status)
+        throttled = error if error.status == 429 and isinstance(error, ClipiaUnavailable) else None  # noqa: PLR2004
+        unknown = isinstance(error, Refused) and error.status == 404  # noqa: PLR2004
+        if not (unknown and await self._give_up(claim, request, text)):
+            wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
+            await self._later(claim, request, error=text, at_least=wait or 0.0)
+        await self._learn(call.headers, throttled=throttled)
+
+    async def _give_up(self, claim: Claim, request: OpenRequest, error: str) -> bool:
+        """Leave a job to people that Clipia will tell nothing of any more; False where it is too early."""
+        if request.open_for < GIVE_UP_AFTER:
+            return False
+
+        async def write(connection: AsyncConnection) -> bool:
+            return await leases.finish(
+                connection, tables.jobs, claim, state="unsure", error=error, updated_at=db_time(0.0)
+            )
+
+        if await self._record(claim, write):
+            POLLS.labels("given_up").inc()
+            log.error("job given up", job_id=str(claim.id), request_id=request.request_id, error=error)
+        return True
+
     async def _end(self, claim: Claim, request: OpenRequest, body: bytes) -> None:
         """Store a result as if its webhook had come; a webhook that comes later is then a duplicate."""
         await self._store(request.source, body)
@@ -93,7 +120,9 @@ class PollLane(WorkLane[Claim]):
             generation = parse(body)
         except UnrecognizedBody as error:
             log.error("result not recognized", job_id=str(claim.id), reason=error.reason)  # noqa: TRY400
-            await self._later(claim, request, error=f"the result is unusable ({error.reason})")
+            text = error_text("result_unusable", f"Clipia's result is unusable ({error.reason}).")
+            if not await self._give_up(claim, request, text):
+                await self._later(claim, request, error=text)
             return
 
         async def write(connection: AsyncConnection) -> bool:
@@ -130,15 +159,14 @@ class PollLane(WorkLane[Claim]):
         await self._record(claim, write)
 
     async def _learn(
-        self, headers: RateHeaders, *, extra_calls: int = 0, throttled: Exception | None = None
+        self, headers: RateHeaders, *, extra_calls: int = 0, throttled: ClipiaUnavailable | None = None
     ) -> None:
         """Keep what an answer says about the account's limits."""
-        async with self._database.write() as connection:
-            limits, now = await accounts.lock(connection, self._client.account)
-            learned = limits.reading(headers, now)
+
+        def change(limits: Limits, now: float) -> Limits:
             if extra_calls:
-                learned = learned.taking("poll", extra_calls, now)
-            if isinstance(throttled, ClipiaUnavailable) and throttled.status == 429:  # noqa: PLR2004
-                learned = learned.throttled(now, retry_after=throttled.retry_after)
-            if learned != limits:
-                await accounts.save(connection, self._client.account, learned)
+                limits = limits.taking("poll", extra_calls, now)
+            return limits.throttled(now, retry_after=throttled.retry_after) if throttled else limits
+
+        async with self._database.write() as connection:
+            await accounts.learn(connection, self._client.account, headers, change)

@@ -173,6 +173,16 @@ class Settings(BaseSettings):
         _refuse_doubles("API token", [token.name for token in self.api_tokens])
         key = self.clipia_key.get_secret_value() if self.clipia_key else ""
         default = next((source for source in self.sources if source.name == DEFAULT_SOURCE), None)
+        if (
+            key
+            and self.public_url
+            and self.all_sources
+            and not any(source.name == DEFAULT_SOURCE for source in self.all_sources)
+        ):
+            raise ValueError(
+                f"the webhooks of jobs that CLIPIA_KEY submits come to {DEFAULT_SOURCE!r}, which has "
+                "no secret: set CLIPIA_WEBHOOK_SECRET"
+            )
         wrong = {"live": "clipia_test_", "test": "clipia_live_"}.get(
             (default and default.environment) or "", "-"
         )
@@ -282,12 +292,13 @@ def _parse_token(entry: Any) -> Any:
     if not isinstance(entry, str):
         return entry
     name, _, rest = entry.partition(":")
-    token, _, scopes = rest.partition(":")
+    token, colon, scopes = rest.partition(":")
     if len(token) < 16:  # noqa: PLR2004 - 128 bits need at least 16 characters in any alphabet
         raise ValueError(
             f"the token of {name!r} is too short: write name:token[:scope+scope], token of 16+ characters"
         )
-    return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if scopes else SCOPES)}
+    # `name:token:` asks for no scope at all, and that is a mistake, not a wish for all of them.
+    return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
 
 def _parse_budget(entry: str) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn, TypeGuard
 
 from receiver.errors import UnrecognizedBody
 
@@ -90,7 +90,7 @@ def parse(raw: bytes) -> Generation:
     if not isinstance(body, dict):
         raise UnrecognizedBody("not_object")
     request_id = body.get("request_id")
-    if not isinstance(request_id, str) or not _REQUEST_ID.fullmatch(request_id):
+    if not is_request_id(request_id):
         raise UnrecognizedBody("request_id")
     status = body.get("status")
     if status not in ("OK", "ERROR"):
@@ -128,6 +128,11 @@ def result_body(
     return _encode({"request_id": request_id, "status": "ERROR", "error": error})
 
 
+def is_request_id(value: object) -> TypeGuard[str]:
+    """Tell whether this is an id that Clipia may have given: a short word of plain characters."""
+    return isinstance(value, str) and _REQUEST_ID.fullmatch(value) is not None
+
+
 def same_json(a: bytes, b: bytes) -> bool:
     """Tell whether two bodies are equal as JSON values: 1 equals 1.0 but not true; order of keys is nothing.
 
@@ -142,7 +147,7 @@ def same_json(a: bytes, b: bytes) -> bool:
 
 
 def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 def _load(raw: bytes) -> Any:

@@ -65,6 +65,7 @@ def upgrade() -> None:
         sa.Column("requests_per_minute", sa.Integer(), nullable=False),
         sa.Column("submits_until", sa.Double(), nullable=False),
         sa.Column("polls_until", sa.Double(), nullable=False),
+        sa.Column("asks_until", sa.Double(), nullable=False),
         sa.Column("calls_after", sa.Double(), nullable=False),
         sa.Column("submits_after", sa.Double(), nullable=False),
         sa.Column("in_flight_limit", sa.Integer(), nullable=False),

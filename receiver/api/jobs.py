@@ -1,5 +1,6 @@
 """`/v1/jobs`, `/v1/models` and `/v1/account`: submission and what became of it, for internal services."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, cast, get_args
@@ -7,21 +8,25 @@ from uuid import UUID
 
 import orjson
 import structlog
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Caller, Tokens
-from receiver.db.rows import JobState
-from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
+from receiver.db.rows import JobState, new_id
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, ReceiverError, Refused, SettingsError
 from receiver.settings import Scope
 from receiver.submitter import Job, Submitter
-from receiver.submitter.request import LARGEST_REQUEST, JobRequest
+from receiver.submitter.request import LARGEST_REQUEST, JobRequest, check_key
 
 LONGEST_WAIT: Final = 300.0
 """Seconds that a long poll may last."""
 LARGEST_PAGE: Final = 200
+BODY_WAIT: Final = 10.0
+"""Seconds that a body may take to arrive."""
+
+_EXPECTED: Final = (Refused, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
 
 Handler = Callable[[Request, Caller], Awaitable[Response]]
 
@@ -57,35 +62,39 @@ class Jobs:
         async def endpoint(request: Request) -> Response:
             try:
                 return await handler(request, self._tokens.require(request.headers, scope))
-            except Refused as error:
-                return refusal(error)
-            except (ClipiaUnavailable, DatabaseUnavailable, SettingsError) as error:
-                return _unavailable(error)
+            except _EXPECTED as error:
+                return _answer(error)
+            except ClientDisconnect:
+                return Response(status_code=400)  # which nobody reads
 
         return endpoint
 
     async def _submit(self, request: Request, caller: Caller) -> Response:
+        key = _read_key(request) or str(new_id())
+        try:
+            response = await self._issue(request, caller, key)
+        except _EXPECTED as error:
+            response = _answer(error)
+        # On every answer: who has sent no key needs the one that was made to send the same job again.
+        response.raw_headers.append((b"idempotency-key", key.encode()))
+        return response
+
+    async def _issue(self, request: Request, caller: Caller, key: str) -> Response:
         body = await _read_object(request)
         wait = _seconds(body.pop("wait", 0))
-        job = await self._submitter.issue(
-            JobRequest.read(body), key=request.headers.get("idempotency-key"), caller=caller.name
-        )
+        job = await self._submitter.issue(JobRequest.read(body), key=key, caller=caller.name)
         new = job.new
         if wait:
             job = await self._submitter.wait(job.id, seconds=wait) or job
-        status = 202 if job.state == "pending" else 201 if new else 200
-        return _json(
-            job.as_dict(),
-            status=status,
-            headers={"location": f"/v1/jobs/{job.id}", "idempotency-key": job.idempotency_key},
-        )
+        status = 202 if job.request_id is None else 201 if new else 200
+        return _json(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
 
     async def _show(self, request: Request, caller: Caller) -> Response:
         seconds = _seconds(request.query_params.get("wait", "0"))
         return _json((await self._find(request, caller, seconds=seconds)).as_dict())
 
     async def _list(self, request: Request, caller: Caller) -> Response:
-        query = dict(request.query_params)
+        query = _read_query(request)
         metadata = {
             name.removeprefix("metadata."): query.pop(name)
             for name in list(query)
@@ -112,7 +121,7 @@ class Jobs:
         return _json({"data": [job.as_dict() for job in page.jobs], "next": page.next})
 
     async def _costs(self, request: Request, caller: Caller) -> Response:
-        query = dict(request.query_params)
+        query = _read_query(request)
         by = query.pop("by", "day")
         if by not in ("caller", "model", "day"):
             raise _invalid("by: write caller, model or day")
@@ -160,22 +169,50 @@ class Jobs:
         return job
 
 
-def _unavailable(error: ClipiaUnavailable | DatabaseUnavailable | SettingsError) -> Response:
+def _answer(error: ReceiverError) -> Response:
+    if isinstance(error, Refused):
+        return refusal(error)
     if isinstance(error, SettingsError):
         code, message, wait = "not_configured", str(error), 60.0
-    elif isinstance(error, DatabaseUnavailable):
-        # Whoever may call this need not see the database's own words.
-        log.warning("request not served", reason=error.reason, error=str(error))
-        code, message, wait = "service_unavailable", "The database is unavailable; send it again.", 5.0
-    else:
+    elif isinstance(error, ClipiaUnavailable):
         code, message, wait = error.reason, str(error), error.retry_after or 5.0
+    else:
+        # Whoever may call this need not see the database's own words.
+        log.warning("request not served", error=str(error))
+        message = "The database is unavailable; send it again, a submission with its Idempotency-Key."
+        code, wait = "service_unavailable", 5.0
     body = error_body("api_error", code, message)
     return Response(body, 503, {"retry-after": str(max(1, round(wait)))}, "application/json")
 
 
+def _read_key(request: Request) -> str | None:
+    """Return the caller's key; a header's bytes are UTF-8 here, as they are in every other client of ours."""
+    found = [value for name, value in request.headers.raw if name == b"idempotency-key"]
+    if not found:
+        return None
+    try:
+        return check_key(found[0].decode()) if len(found) == 1 else check_key("")
+    except UnicodeDecodeError:
+        raise _invalid("Idempotency-Key: is not UTF-8") from None
+
+
+def _read_query(request: Request) -> dict[str, str]:
+    for name, value in request.query_params.multi_items():
+        if "\0" in name + value:
+            raise _invalid(f"{name[:64]!r}: no database stores NUL")
+    return dict(request.query_params)
+
+
 async def _read_object(request: Request) -> dict[str, Any]:
     try:
-        content = orjson.loads(await request.body())
+        async with asyncio.timeout(BODY_WAIT):
+            raw = await request.body()
+    except TimeoutError:
+        raise Refused(
+            f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
+        ) from None
+    try:
+        content = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise _invalid(f"the body is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -216,7 +253,10 @@ def _time(name: str, text: str | None) -> datetime | None:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise _invalid(f"{name}: write a time such as 2026-01-31T12:00:00Z") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise _invalid(f"{name}: is beyond the years 1 to 9999") from None
 
 
 def _nothing_left(query: Mapping[str, str]) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.submit import describe_file
-from receiver.cli.submitting import with_submitter
+from receiver.cli.submitting import read_pair, with_submitter
 from receiver.cli.terminal import Json, moment, print_json, print_line, print_title, stderr, stdout, wide
 from receiver.errors import ReceiverError
 from receiver.submitter import Job, JobEvent, JobPage, Submitter
@@ -75,7 +75,7 @@ def list_(
     json: Json = False,
 ) -> None:
     """List jobs, newest first."""
-    pairs = [text.partition("=")[::2] for text in metadata or ()]
+    wanted = dict(read_pair(text) for text in metadata or ())
 
     async def run(submitter: Submitter) -> JobPage:
         return await submitter.list_jobs(
@@ -86,7 +86,7 @@ def list_(
             model=model,
             since=_utc(since),
             until=_utc(until),
-            metadata=dict(pairs),
+            metadata=wanted,
         )
 
     page = with_submitter(run)

@@ -8,9 +8,8 @@ import typer
 from rich.status import Status
 from rich.text import Text
 
-from receiver.cli.submitting import Input, read_input, with_submitter
+from receiver.cli.submitting import Input, read_input, read_pair, with_submitter
 from receiver.cli.terminal import Json, print_json, print_line, size, stderr
-from receiver.errors import ReceiverError
 from receiver.submitter import Job, JobFile, Submitter
 
 CALLER: Final = "cli"
@@ -40,7 +39,7 @@ def submit(
     The job is on record before Clipia hears of it; a running `receiver serve` or `receiver worker` goes on
     with what this command does not see the end of. With --wait the exit status is 0 only for a result.
     """
-    values = dict(_pair(text) for text in metadata or ())
+    values = dict(read_pair(text) for text in metadata or ())
     parameters = read_input(given)
 
     async def run(submitter: Submitter) -> Job:
@@ -57,13 +56,6 @@ def submit(
         _tell_result(job)
     if wait and job.state != "completed":
         raise typer.Exit(1)
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ReceiverError(f"--metadata {text!r}: write NAME=VALUE")
-    return name, value
 
 
 async def _watch(submitter: Submitter, job: Job) -> Job:
@@ -104,9 +96,11 @@ def _unattended(job: Job) -> bool:
 def _tell_submitted(job: Job) -> None:
     """Say on standard error what became of the submission; standard output is for the result."""
     _say(f"Job {job.id}{'' if job.new else ' (known already: its key was used before)'}")
+    why = f" ({job.error.get('message')})" if job.error else ""
     if job.state == "pending":
-        why = f" ({job.error['message']})" if job.error else ""
         _say(f"Clipia has not taken it yet{why}; a running receiver goes on with it.")
+    elif job.request_id is None:
+        _say(f"It is {job.state}{why}.")
     elif job.new:
         _say(f"Clipia took it as {job.request_id}; it costs {job.cost} credits.")
     for warning in job.warnings:

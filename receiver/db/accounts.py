@@ -1,5 +1,6 @@
 """SQL of the limits that all processes share."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 
 from sqlalchemy import select, update
@@ -8,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import unix_time
 from receiver.db.tables import accounts
-from receiver.limits import Limits
+from receiver.limits import Limits, RateHeaders
 
 
 async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float]:
@@ -32,6 +33,19 @@ async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float
 async def save(connection: AsyncConnection, account: str, limits: Limits) -> None:
     """Store the limits of an account that is locked."""
     await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(limits)))
+
+
+async def learn(
+    connection: AsyncConnection,
+    account: str,
+    headers: RateHeaders,
+    change: Callable[[Limits, float], Limits] = lambda limits, _now: limits,
+) -> None:
+    """Keep what an answer says about an account's limits: its headers, and what `change` makes of it."""
+    limits, now = await lock(connection, account)
+    learned = change(limits.reading(headers, now), now)
+    if learned != limits:
+        await save(connection, account, learned)
 
 
 async def read(connection: AsyncConnection, account: str) -> Limits:

@@ -91,6 +91,10 @@ def parse_url(url: str) -> URL:
     )
 
 
+_DATA_EXCEPTION: Final = "22"
+"""The class of SQLSTATE for values that PostgreSQL cannot take (its documentation, appendix A)."""
+
+
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Open one transaction; raise DatabaseUnavailable for what is the database's condition."""
@@ -101,6 +105,8 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         raise  # our own mistake, not the database's condition
     except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
         cause = getattr(error, "orig", None) or error
+        if str(getattr(cause, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
+            raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again
         raise DatabaseUnavailable(
             f"the database is unavailable ({type(cause).__name__}: {cause})", reason="database"
         ) from error

@@ -7,7 +7,20 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
-from sqlalchemy import BigInteger, ColumnElement, and_, case, false, func, literal, or_, select, text, update
+from sqlalchemy import (
+    BigInteger,
+    ColumnElement,
+    and_,
+    case,
+    exists,
+    false,
+    func,
+    literal,
+    or_,
+    select,
+    text,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -77,10 +90,14 @@ async def spent_today(connection: AsyncConnection, caller: str) -> int:
     return int((await connection.execute(statement)).scalar_one())
 
 
-async def is_due(connection: AsyncConnection, state: JobState, *, but: uuid.UUID | None = None) -> bool:
-    """Tell whether any job in `state`, other than `but`, waits for its turn."""
+async def is_due(
+    connection: AsyncConnection, account: str, state: JobState, *, but: uuid.UUID | None = None
+) -> bool:
+    """Tell whether any job in `state` that may go to this account, other than `but`, waits for its turn."""
     statement = (
-        select(jobs.c.id).where(jobs.c.state == state, jobs.c.next_attempt_at <= db_time(0.0)).limit(1)
+        select(jobs.c.id)
+        .where(jobs.c.state == state, jobs.c.next_attempt_at <= db_time(0.0), _same_environment(account))
+        .limit(1)
     )
     if but is not None:
         statement = statement.where(jobs.c.id != but)
@@ -107,7 +124,10 @@ async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
         jobs.c.state == "submitted", jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
     )
     under_way = and_(
-        jobs.c.state == "pending", jobs.c.lease.is_not(None), jobs.c.next_attempt_at > db_time(0.0)
+        jobs.c.state == "pending",
+        jobs.c.lease.is_not(None),
+        jobs.c.next_attempt_at > db_time(0.0),
+        jobs.c.account == account,
     )
     counts = [
         (await connection.execute(select(func.count()).select_from(jobs).where(which))).scalar_one()
@@ -120,7 +140,9 @@ async def claim_to_submit(
     connection: AsyncConnection, account: str, *, limit: int, lease: float, job_id: uuid.UUID | None = None
 ) -> list[tuple[Claim, Submission]]:
     """Claim jobs that are due to be submitted, and note before the try that it may arrive."""
-    only = [] if job_id is None else [jobs.c.id == job_id]
+    only = [_same_environment(account)]
+    if job_id is not None:
+        only.append(jobs.c.id == job_id)
     claims = await leases.claim(connection, jobs, limit=limit, lease=lease, where=only)
     ids = [claim.id for claim in claims]
     statement = select(
@@ -142,14 +164,17 @@ async def claim_to_submit(
 
 
 async def claim_to_poll(
-    connection: AsyncConnection, *, limit: int, lease: float
+    connection: AsyncConnection, account: str, *, limit: int, lease: float
 ) -> list[tuple[Claim, OpenRequest]]:
     """Claim jobs that Clipia works on and whose state is due to be asked for."""
-    claims = await leases.claim(connection, jobs, limit=limit, lease=lease, state="submitted")
-    watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
-    statement = select(jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, watched).where(
-        jobs.c.id.in_([claim.id for claim in claims])
+    claims = await leases.claim(
+        connection, jobs, limit=limit, lease=lease, where=[_same_environment(account)], state="submitted"
     )
+    watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
+    open_for = func.coalesce(seconds_since(jobs.c.submitted_at), 0.0).label("open_for")
+    statement = select(
+        jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, watched, open_for
+    ).where(jobs.c.id.in_([claim.id for claim in claims]))
     found = {row["id"]: OpenRequest(**row) for row in (await connection.execute(statement)).mappings()}
     return [(claim, found[claim.id]) for claim in claims]
 
@@ -245,15 +270,28 @@ async def settle(
     """Bring the job of an event, if there is one, to its last state; return its id.
 
     It is found by `request_id`, and by the id in the callback's path while its `request_id` is not known yet.
-    Where the update meets the transaction that records it, it waits for that and looks again.
+    Where the update meets the transaction that records it, it waits for that and looks again. The path is not
+    signed: it finds only a job that was sent, for a request that is no other job's.
     """
-    mine = jobs.c.request_id == request_id
+    mine = and_(jobs.c.request_id == request_id, jobs.c.state.in_(OPEN))
     if job_id is not None:
-        mine = or_(mine, and_(jobs.c.id == job_id, jobs.c.request_id.is_(None)))
+        others = jobs.alias()
+        taken = exists().where(others.c.source == source, others.c.request_id == request_id)
+        # One that was refused, after a try that may have arrived, has been accepted after all.
+        mine = or_(
+            mine,
+            and_(
+                jobs.c.id == job_id,
+                jobs.c.request_id.is_(None),
+                jobs.c.sent_at.is_not(None),
+                jobs.c.state.in_((*OPEN, "failed")),
+                ~taken,
+            ),
+        )
     final = literal(charged, BigInteger())
     statement = (
         update(jobs)
-        .where(jobs.c.source == source, mine, jobs.c.state.in_(OPEN))
+        .where(jobs.c.source == source, mine)
         .values(
             state=state,
             request_id=request_id,
@@ -295,19 +333,42 @@ async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) ->
     }
 
 
-async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, by: str) -> bool:
+async def find_request(connection: AsyncConnection, job_id: uuid.UUID) -> bytes | None:
+    """Return the bytes that were frozen for a job."""
+    found: bytes | None = (
+        await connection.execute(select(jobs.c.request).where(jobs.c.id == job_id))
+    ).scalar_one_or_none()
+    return found
+
+
+async def resubmit(
+    connection: AsyncConnection,
+    job_id: uuid.UUID,
+    *,
+    request: bytes,
+    has_webhook: bool,
+    account: str,
+    by: str,
+) -> bool:
     """Make a job that ended without a result due again, under a new key; False where it did not end so.
 
-    Who asked for it goes on record among the tries.
+    Who asked for it, and what it was before, goes on record among the tries.
     """
+    was = (
+        await connection.execute(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
+    ).scalar_one_or_none()
     result = await connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
         .values(
-            **dict.fromkeys(("account", "sent_at", "submitted_at", "request_id", "progress")),
+            **dict.fromkeys(("sent_at", "submitted_at", "request_id", "progress")),
             **dict.fromkeys(("charged", "warnings", "error", "finished_at", "lease")),
             state="pending",
+            request=request,
+            has_webhook=has_webhook,
+            account=account,
             provider_key=uuid.uuid4(),
+            attempts=0,
             lost=0,
             next_attempt_at=db_time(0.0),
             updated_at=db_time(0.0),
@@ -316,7 +377,11 @@ async def resubmit(connection: AsyncConnection, job_id: uuid.UUID, *, by: str) -
     if result.rowcount != 1:
         return False
     record = Attempt(
-        number=0, started_at=datetime.now(UTC), duration_ms=0, outcome="resubmitted", error=f"by {by}"
+        number=0,
+        started_at=datetime.now(UTC),
+        duration_ms=0,
+        outcome="resubmitted",
+        error=f"by {by}" + (f"; was {was}" if was else ""),
     )
     await leases.record_attempt(connection, job_id, record)
     return True
@@ -369,3 +434,9 @@ async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
 
 def _same_request() -> ColumnElement[bool]:
     return and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
+
+
+def _same_environment(account: str) -> ColumnElement[bool]:
+    """Tell live from test: what was asked for under a test key must never be charged, nor the reverse."""
+    environment = account.partition("-")[0]
+    return jobs.c.account.like(f"{environment}-%")

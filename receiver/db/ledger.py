@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, Table, and_, case, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, case, exists, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
@@ -86,7 +86,7 @@ async def list_jobs(
     where: list[ColumnElement[bool]] = [
         jobs.c[name] == value for name, value in exact.items() if value is not None
     ]
-    where += [jobs.c.metadata[key].as_string() == value for key, value in metadata.items()]
+    where += [_has_metadata(connection, key, value) for key, value in metadata.items()]
     if before is not None:
         where.append(jobs.c.seq < before)
     if since is not None:
@@ -100,6 +100,15 @@ async def list_jobs(
         event = heads.get(row["id"])
         row["event"] = None if event is None else event | {"media": [], "deliveries": []}
     return found
+
+
+def _has_metadata(connection: AsyncConnection, key: str, value: str) -> ColumnElement[bool]:
+    if connection.dialect.name == "postgresql":
+        found: ColumnElement[bool] = jobs.c.metadata[key].as_string() == value
+        return found
+    # A JSON path cannot spell every key; here they come as they are.
+    pairs = func.json_each(jobs.c.metadata).table_valued("key", "value")
+    return exists().where(pairs.c.key == key, pairs.c.value == value)
 
 
 async def show_job(connection: AsyncConnection, job_id: uuid.UUID) -> Row | None:

@@ -173,6 +173,8 @@ class NewJob:
     max_cost: int | None
     cost: int | None
     """Credits, where they were estimated."""
+    account: str
+    """The Clipia account that it is made for; what is made for a test key never goes to a live one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +203,8 @@ class OpenRequest:
     has_webhook: bool
     watched: bool
     """Whether somebody waits for it right now."""
+    open_for: float
+    """Seconds since Clipia accepted it."""
 
 
 @dataclass(frozen=True, kw_only=True)

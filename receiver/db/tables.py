@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import UUID
 
 from sqlalchemy import (
     JSON,
@@ -50,6 +51,17 @@ class UtcDateTime(TypeDecorator[datetime]):
         return moment
 
 
+class PlainUuid(TypeDecorator[UUID]):
+    """A UUID that is exactly that: asyncpg's own subclass is one that no JSON writer knows."""
+
+    impl = Uuid
+    cache_ok = True
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> UUID | None:  # noqa: ARG002
+        """Read a UUID."""
+        return value if value is None or type(value) is UUID else UUID(int=value.int)
+
+
 metadata = MetaData(
     naming_convention={
         "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -78,7 +90,7 @@ def _work_columns() -> list[Column[Any]]:
         Column("attempts", Integer, nullable=False, server_default=text("0")),
         Column("lost", SmallInteger, nullable=False, server_default=text("0")),
         Column("next_attempt_at", UtcDateTime),
-        Column("lease", Uuid),
+        Column("lease", PlainUuid),
         Column("error", Text),
         Column("created_at", UtcDateTime, nullable=False),
         Column("finished_at", UtcDateTime),
@@ -90,7 +102,7 @@ events = Table(
     metadata,
     # Rows and indexes grow at their end: joins and pages go by `seq`, never by the random `id`.
     Column("seq", _Sequence, primary_key=True),
-    Column("id", Uuid, nullable=False),
+    Column("id", PlainUuid, nullable=False),
     Column("source", String(63), nullable=False),
     Column("request_id", String(128), nullable=False),
     Column("origin", String(16), nullable=False),
@@ -103,7 +115,7 @@ events = Table(
     Column("body_sha256", String(64), nullable=False),
     Column("received_at", UtcDateTime, nullable=False),
     # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
-    Column("job_id", Uuid),
+    Column("job_id", PlainUuid),
     UniqueConstraint("id"),
     UniqueConstraint("source", "request_id"),
 )
@@ -132,7 +144,7 @@ receipts = Table(
 media = Table(
     "media",
     metadata,
-    Column("id", Uuid, primary_key=True),
+    Column("id", PlainUuid, primary_key=True),
     _event_reference(),
     Column("position", SmallInteger, nullable=False),
     Column("variant", String(16), nullable=False),
@@ -156,7 +168,7 @@ Index(
 deliveries = Table(
     "deliveries",
     metadata,
-    Column("id", Uuid, primary_key=True),
+    Column("id", PlainUuid, primary_key=True),
     _event_reference(),
     Column("destination", String(63), nullable=False),
     *_work_columns(),
@@ -174,7 +186,7 @@ attempts = Table(
     "attempts",
     metadata,
     Column("seq", _Sequence, primary_key=True),
-    Column("work_id", Uuid, nullable=False),
+    Column("work_id", PlainUuid, nullable=False),
     Column("number", Integer, nullable=False),
     Column("started_at", UtcDateTime, nullable=False),
     Column("duration_ms", Integer, nullable=False),
@@ -187,7 +199,7 @@ jobs = Table(
     "jobs",
     metadata,
     Column("seq", _Sequence, primary_key=True),
-    Column("id", Uuid, nullable=False),
+    Column("id", PlainUuid, nullable=False),
     Column("caller", String(63), nullable=False),
     Column("idempotency_key", String(255), nullable=False),
     Column("fingerprint", String(64), nullable=False),
@@ -196,7 +208,7 @@ jobs = Table(
     # The bytes that go to Clipia, on every try the same; the input is in them and nowhere else.
     Column("request", LargeBinary, nullable=False),
     Column("has_webhook", Boolean, nullable=False),
-    Column("provider_key", Uuid, nullable=False),
+    Column("provider_key", PlainUuid, nullable=False),
     Column("metadata", JSON, nullable=False),
     Column("max_cost", BigInteger),
     *_work_columns(),
@@ -234,6 +246,7 @@ accounts = Table(
     Column("requests_per_minute", Integer, nullable=False),
     Column("submits_until", Double, nullable=False),
     Column("polls_until", Double, nullable=False),
+    Column("asks_until", Double, nullable=False),
     Column("calls_after", Double, nullable=False),
     Column("submits_after", Double, nullable=False),
     Column("in_flight_limit", Integer, nullable=False),

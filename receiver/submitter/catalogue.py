@@ -3,8 +3,10 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Any, Final, TypeVar
 
+import orjson
 import structlog
 
 from receiver.clipia import Call, ClipiaClient
@@ -14,13 +16,76 @@ from receiver.errors import ClipiaUnavailable, Refused
 from receiver.inputs import Misfit, check_input
 
 FRESH: Final = 600.0
-"""Seconds for which a model is remembered; an older one serves while Clipia is away."""
+"""Seconds for which models are remembered; an older one serves while Clipia is away."""
 RECHECK: Final = 60.0
 """Age in seconds from which a model is asked for again before an input is refused: it may take it by now."""
+PRICE_HOLDS: Final = 60.0
+"""Seconds for which an estimate is remembered."""
+AWAY: Final = 30.0
+"""Seconds after a question that was not answered in which it is not asked again."""
+TURN_WAIT: Final = 5.0
+"""Seconds that a question waits for its turn within the limits."""
+CHECK_WAIT: Final = 5.0
+"""Seconds that a submission waits for the catalogue."""
+MOST_REMEMBERED: Final = 1000
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
+
+
+class _Memory:
+    """Answers by their question. Whoever asks what somebody asks already waits for that answer."""
+
+    def __init__(self) -> None:
+        self._answers: dict[str, tuple[float, Any]] = {}
+        self._failures: dict[str, tuple[float, ClipiaUnavailable]] = {}
+        self._asking: dict[str, asyncio.Task[Any]] = {}
+
+    async def recall(self, question: str, ask: Callable[[], Awaitable[T]], *, fresh: float) -> T:
+        """Return an answer that is not older than `fresh` seconds, or an older one while Clipia is away."""
+        asked_at, older = self._answers.get(question, (float("-inf"), None))
+        if time.monotonic() - asked_at < fresh:
+            known: T = older
+            return known
+        task = self._asking.get(question)
+        if task is None:
+            task = asyncio.create_task(self._ask(question, ask), name="question to Clipia")
+            self._asking[question] = task
+            task.add_done_callback(partial(self._asked, question))
+        try:
+            # Shielded: the answer is the others', too, and worth remembering for nobody.
+            answer: T = await asyncio.shield(task)
+        except ClipiaUnavailable:
+            if question not in self._answers:
+                raise
+            stale: T = older
+            return stale
+        return answer
+
+    def _asked(self, question: str, task: asyncio.Task[Any]) -> None:
+        del self._asking[question]
+        if not task.cancelled():
+            task.exception()  # looked at, so that asyncio does not report what nobody waited for
+
+    async def _ask(self, question: str, ask: Callable[[], Awaitable[T]]) -> T:
+        failed_at, failure = self._failures.get(question, (float("-inf"), None))
+        if failure is not None and time.monotonic() - failed_at < AWAY:
+            raise failure
+        try:
+            answer = await ask()
+        except ClipiaUnavailable as error:
+            self._remember(self._failures, question, error)
+            raise
+        self._failures.pop(question, None)
+        self._remember(self._answers, question, answer)
+        return answer
+
+    def _remember(self, where: dict[str, tuple[float, Any]], question: str, value: Any) -> None:
+        where.pop(question, None)
+        where[question] = (time.monotonic(), value)
+        if len(where) > MOST_REMEMBERED:
+            del where[next(iter(where))]
 
 
 class Catalogue:
@@ -29,28 +94,16 @@ class Catalogue:
     def __init__(self, database: Database, client: ClipiaClient) -> None:
         self._database = database
         self._client = client
-        self._models: dict[str, tuple[float, dict[str, Any]]] = {}
-        self._asking = asyncio.Lock()
+        self._memory = _Memory()
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the list of models."""
-        return await self._ask(lambda call: self._client.models(call=call))
+        return await self._memory.recall("models", partial(self._ask, self._client.models), fresh=FRESH)
 
     async def model(self, slug: str, *, fresh: float = FRESH) -> dict[str, Any]:
         """Return one model with its `input_schema`, not older than `fresh` seconds if Clipia answers."""
-        # One question at a time: the first of a burst of jobs asks for all of them.
-        async with self._asking:
-            known = self._models.get(slug)
-            if known is not None and time.monotonic() - known[0] < fresh:
-                return known[1]
-            try:
-                model = await self._ask(lambda call: self._client.model(slug, call=call))
-            except ClipiaUnavailable:
-                if known is None:
-                    raise
-                return known[1]
-            self._models[slug] = (time.monotonic(), model)
-            return model
+        ask = partial(self._ask, partial(self._client.model, slug))
+        return await self._memory.recall(f"model {slug}", ask, fresh=fresh)
 
     async def check(self, slug: str, given: Mapping[str, Any]) -> None:
         """Raise Refused for a model that there is not, or an input that it would refuse or ignore parts of.
@@ -58,11 +111,12 @@ class Catalogue:
         While Clipia is away an unknown model is not held against the job.
         """
         try:
-            misfits = await self._misfits(slug, given, fresh=FRESH)
-            if misfits:
-                misfits = await self._misfits(slug, given, fresh=RECHECK)
-        except ClipiaUnavailable as error:
-            log.warning("input not checked", model=slug, reason=error.reason)
+            async with asyncio.timeout(CHECK_WAIT):
+                misfits = await self._misfits(slug, given, fresh=FRESH)
+                if misfits:
+                    misfits = await self._misfits(slug, given, fresh=RECHECK)
+        except (ClipiaUnavailable, TimeoutError) as error:
+            log.warning("input not checked", model=slug, reason=getattr(error, "reason", "timeout"))
             return
         if misfits:
             message = " ".join(misfit.message for misfit in misfits[:5])
@@ -70,44 +124,57 @@ class Catalogue:
 
     async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return `{"credits", "warnings"}`, the price of an input."""
-        return await self._ask(lambda call: self._client.estimate(slug, given, call=call))
+        question = f"price {slug} {orjson.dumps(dict(given), option=orjson.OPT_SORT_KEYS).decode()}"
+        ask = partial(self._ask, partial(self._client.estimate, slug, given))
+        return await self._memory.recall(question, ask, fresh=PRICE_HOLDS)
 
     async def balance(self) -> dict[str, Any]:
-        """Return the account."""
-        return await self._ask(lambda call: self._client.balance(call=call))
+        """Return the account as it is now."""
+        return await self._ask(self._client.balance)
 
     async def _misfits(self, slug: str, given: Mapping[str, Any], *, fresh: float) -> tuple[Misfit, ...]:
         model = await self.model(slug, fresh=fresh)
         return check_input(model.get("input_schema"), given)
 
-    async def _ask(self, ask: Callable[[Call], Awaitable[T]]) -> T:
-        """Make one call, unless the account may make none now, and keep what it says about the limits."""
+    async def _ask(self, ask: Callable[..., Awaitable[T]]) -> T:
+        """Make one call when it is its turn, and keep what the answer says about the limits."""
         account = self._client.account
-        async with self._database.write() as connection:
-            limits, now = await accounts.lock(connection, account)
-            wait = limits.calls_after - now
-            if wait <= 0:
-                await accounts.save(connection, account, limits.taking("submit", 1, now))
-        if wait > 0:
-            raise ClipiaUnavailable(
-                "Clipia's limit of requests is used up",
-                reason="rate_limit_exceeded",
-                status=429,
-                may_have_arrived=False,
-                retry_after=wait,
-            )
+        await self._take_turn(account)
         call = Call()
-        failure: ClipiaUnavailable | None = None
+        throttled: ClipiaUnavailable | None = None
         try:
-            return await ask(call)
+            return await ask(call=call)
         except ClipiaUnavailable as error:
-            failure = error
+            throttled = error if error.reason == "rate_limit_exceeded" else None
             raise
         finally:
             async with self._database.write() as connection:
+                await accounts.learn(
+                    connection,
+                    account,
+                    call.headers,
+                    lambda limits, now: (
+                        limits
+                        if throttled is None
+                        else limits.throttled(now, retry_after=throttled.retry_after)
+                    ),
+                )
+
+    async def _take_turn(self, account: str) -> None:
+        deadline = time.monotonic() + TURN_WAIT
+        while True:
+            async with self._database.write() as connection:
                 limits, now = await accounts.lock(connection, account)
-                learned = limits.reading(call.headers, now)
-                if failure is not None and failure.reason == "rate_limit_exceeded":
-                    learned = learned.throttled(now, retry_after=failure.retry_after)
-                if learned != limits:
-                    await accounts.save(connection, account, learned)
+                wait = limits.ask_wait(now)
+                if not wait:
+                    await accounts.save(connection, account, limits.taking("ask", 1, now))
+                    return
+            if time.monotonic() + wait > deadline:
+                raise ClipiaUnavailable(
+                    "the share of Clipia's requests that questions have is used up for now",
+                    reason="rate_limit_exceeded",
+                    status=429,
+                    may_have_arrived=False,
+                    retry_after=wait,
+                )
+            await asyncio.sleep(wait)

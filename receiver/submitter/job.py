@@ -9,6 +9,7 @@ from uuid import UUID
 import orjson
 
 from receiver.db.rows import JobState
+from receiver.submitter.request import read_input
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +89,7 @@ class Job:
     """What it cost in the end; None while that is open."""
     warnings: list[dict[str, Any]]
     """Parameters that Clipia ignores."""
-    error: Any
+    error: dict[str, Any] | None
     """`{"code", "message", ...}`: why it failed, or why the last try to submit it did."""
     created_at: datetime
     submitted_at: datetime | None
@@ -113,7 +114,7 @@ class Job:
         event = row["event"]
         return cls(
             **{name: row[name] for name in _COPIED},
-            input=orjson.loads(row["request"])["input"],
+            input=read_input(row["request"]),
             warnings=row["warnings"] or [],
             error=read_error(row["error"]),
             event=None if event is None else _event(event),
@@ -155,14 +156,15 @@ class JobPage:
     """The cursor of the page after; None where this is the last one."""
 
 
-def read_error(text: str | None) -> Any:
-    """Return an error as it was stored: JSON, or plain words."""
+def read_error(text: str | None) -> dict[str, Any] | None:
+    """Return an error as an object; it was stored as JSON of Clipia's, or as plain words."""
     if text is None:
         return None
     try:
-        return orjson.loads(text)
+        found = orjson.loads(text)
     except orjson.JSONDecodeError:
         return {"code": "internal_error", "message": text}
+    return found if isinstance(found, dict) else {"code": "generation_failed", "message": str(found)}
 
 
 def _event(row: Mapping[str, Any]) -> JobEvent:

@@ -1,31 +1,28 @@
 """Submissions as rows of work: the same key and the same bytes until Clipia's answer is on record."""
 
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Final
 from uuid import UUID
 
-import orjson
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia import Accepted, Call, ClipiaClient
+from receiver.clipia import CALL_WAIT, Accepted, Call, ClipiaClient, clock
 from receiver.db import accounts, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE, InFlight
-from receiver.db.rows import Claim, Submission
+from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import (
-    ERROR_LIMIT,
     LEASE,
-    MAX_LOST,
     Record,
     Work,
     WorkLane,
     describe,
+    error_text,
     jitter,
     start_attempt,
 )
@@ -52,8 +49,8 @@ class _Try:
     record: Record
 
     def sent_for(self) -> float:
-        """Return the seconds since the first try that may have arrived."""
-        return (self.submission.sent_for or 0.0) + time.monotonic() - self.claimed_at
+        """Return the seconds since the first try that may have arrived; this one may, too."""
+        return (self.submission.sent_for or 0.0) + clock() - self.claimed_at
 
 
 class SubmitLane(WorkLane[Claim]):
@@ -75,7 +72,7 @@ class SubmitLane(WorkLane[Claim]):
     async def claim(self, limit: int) -> list[Work]:
         """Claim jobs that are due, as many as the account lets us send. Raises DatabaseUnavailable."""
         async with self._database.write() as connection:
-            if not await jobs.is_due(connection, "pending"):
+            if not await jobs.is_due(connection, self._client.account, "pending"):
                 return []
             return await self.claim_in(connection, limit=limit)
 
@@ -93,7 +90,7 @@ class SubmitLane(WorkLane[Claim]):
         )
         if claimed:
             await accounts.save(connection, account, limits.taking("submit", len(claimed), now))
-        claimed_at = time.monotonic()
+        claimed_at = clock()
         return [
             Work(claim=claim, run=partial(self._submit, claim, submission, claimed_at, now))
             for claim, submission in claimed
@@ -108,16 +105,17 @@ class SubmitLane(WorkLane[Claim]):
             record=start_attempt(claim),
         )
         if trouble := self._cannot_be_sent(this):
-            await self._stop(this, Refused(trouble[1], code=trouble[0], status=409), state="unsure")
+            await self._stop(this, trouble, state="unsure")
             return
-        call = Call()
+        # A process that was stopped meanwhile must not send what another one may hold by now.
+        call = Call(not_after=claimed_at + LEASE - CALL_WAIT)
         try:
             accepted = await self._client.submit(
                 submission.model, submission.request, key=submission.provider_key, call=call
             )
         except Refused as error:
             # The key is ours alone. Whoever used it for something else, another key could be charged twice.
-            state = "unsure" if error.code == "idempotency_key_reuse" else "failed"
+            state: JobState = "unsure" if error.code == "idempotency_key_reuse" else "failed"
             await self._stop(this, error, state=state, call=call)
         except ClipiaUnavailable as error:
             await self._try_again(this, error, call)
@@ -128,19 +126,20 @@ class SubmitLane(WorkLane[Claim]):
         else:
             await self._accept(this, accepted, call)
 
-    def _cannot_be_sent(self, this: _Try) -> tuple[str, str] | None:
-        """Return why another try could be paid for twice: a code, and words."""
-        submission = this.submission
-        if this.claim.lost >= MAX_LOST:
-            return "lost", f"Its submission ended {this.claim.lost} workers; it may have arrived."
-        if submission.account not in (None, self._client.account):
-            return "account_changed", (
+    def _cannot_be_sent(self, this: _Try) -> Refused | None:
+        """Return why another try could be paid for twice."""
+        if this.submission.account not in (None, self._client.account):
+            return Refused(
                 "An earlier try may have arrived, but CLIPIA_KEY or CLIPIA_BASE_URL has changed since: "
-                "its idempotency key means nothing to another account."
+                "its idempotency key means nothing to another account.",
+                code="account_changed",
+                status=409,
             )
-        if submission.sent_for is not None and this.sent_for() >= SUBMIT_AGAIN.give_up_after:
-            return "outcome_unknown", (
-                "No try was answered within 23 hours of the first one; Clipia forgets the key after 24."
+        if this.sent_for() >= SUBMIT_AGAIN.give_up_after:
+            return Refused(
+                "No try was answered within 23 hours of the first one; Clipia forgets the key after 24.",
+                code="outcome_unknown",
+                status=409,
             )
         return None
 
@@ -158,7 +157,7 @@ class SubmitLane(WorkLane[Claim]):
                 await _settle_at_once(connection, submission.source, accepted.request_id)
             # A webhook that was faster has brought the job to its end already.
             elif not await jobs.add_answer(connection, this.claim.id, **asdict(accepted)):
-                return False
+                return await self._keep_stray(connection, this, accepted)
             await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
             await self._learn(
                 connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.total)
@@ -169,9 +168,20 @@ class SubmitLane(WorkLane[Claim]):
             SUBMISSIONS.labels("accepted").inc()
             log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
 
-    async def _stop(self, this: _Try, error: Refused, *, state: str, call: Call | None = None) -> None:
+    async def _keep_stray(self, connection: AsyncConnection, this: _Try, accepted: Accepted) -> bool:
+        """Put on record what Clipia accepted for a job that has ended otherwise: it is paid for, too."""
+        stray = error_text(
+            "stray_generation", f"accepted as {accepted.request_id} for {accepted.cost} credits"
+        )
+        await leases.record_attempt(connection, this.claim.id, this.record("failed", stray))
+        log.error(
+            "generation of a job that has ended otherwise", job_id=str(this.claim.id), **asdict(accepted)
+        )
+        return False
+
+    async def _stop(self, this: _Try, error: Refused, *, state: JobState, call: Call | None = None) -> None:
         """End a job without a result."""
-        text = _error_text(error.code, str(error), type_=error.type, status=error.status)
+        text = error_text(error.code, str(error), type_=error.type, status=error.status)
         attempt = this.record("failed", text)
 
         async def write(connection: AsyncConnection) -> bool:
@@ -215,7 +225,7 @@ class SubmitLane(WorkLane[Claim]):
             )
             await self._stop(this, unknown, state="unsure", call=call)
             return
-        text = _error_text(error.reason, str(error), status=error.status)
+        text = error_text(error.reason, str(error), status=error.status)
 
         async def write(connection: AsyncConnection) -> bool:
             held = await jobs.put_back(connection, this.claim, delay=delay, error=text, never_sent=never_sent)
@@ -245,21 +255,19 @@ class SubmitLane(WorkLane[Claim]):
         change: Callable[[Limits, float, InFlight], Limits] = lambda limits, _now, _used: limits,
     ) -> None:
         """Keep what an answer says about the account's limits."""
-        account = self._client.account
-        used = await jobs.in_flight(connection, account)
-        limits, now = await accounts.lock(connection, account)
-        learned = change(limits.reading(call.headers, now), now, used)
-        if learned != limits:
-            await accounts.save(connection, account, learned)
+        used = await jobs.in_flight(connection, self._client.account)
+        await accounts.learn(
+            connection, self._client.account, call.headers, lambda limits, now: change(limits, now, used)
+        )
 
 
 def _after_failure(
-    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, used: InFlight
+    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, _used: InFlight
 ) -> Limits:
     if isinstance(error, AccountRefused):
-        return limits.refused(now, pause=text)
+        return limits.refused(now, sent_at=sent_at, pause=text)
     if error.reason == "concurrency_limit_exceeded":
-        return limits.crowded(now, in_flight=used.accepted, sent_at=sent_at, retry_after=error.retry_after)
+        return limits.crowded(now, sent_at=sent_at, retry_after=error.retry_after)
     if error.status == 429:  # noqa: PLR2004 - Too Many Requests
         return limits.throttled(now, retry_after=error.retry_after)
     return limits
@@ -275,11 +283,3 @@ async def _settle_at_once(connection: AsyncConnection, source: str, request_id: 
     except UnrecognizedBody:
         return
     await jobs.settle_with(connection, source, generation)
-
-
-def _error_text(code: str, message: str, *, status: int | None, type_: str | None = None) -> str:
-    error = {"type": type_, "code": code, "message": message[:ERROR_LIMIT], "status": status}
-    # NUL is the one character that JSON escapes and PostgreSQL's text still takes as it is escaped.
-    return orjson.dumps({name: value for name, value in error.items() if value is not None}).decode(
-        "utf-8", "replace"
-    )

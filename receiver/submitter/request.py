@@ -2,6 +2,7 @@
 
 import hashlib
 import uuid
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
@@ -24,7 +25,10 @@ class JobRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    model: Annotated[str, Field(min_length=1, max_length=255, pattern=_LINE)]
+    # It becomes a part of a path, where dots at its start would lead elsewhere.
+    model: Annotated[
+        str, Field(min_length=1, max_length=255, pattern=r"^[^.\x00-\x1f\x7f][^\x00-\x1f\x7f]*$")
+    ]
     """The slug of one of Clipia's models."""
     input: dict[str, Any]
     """The model's parameters."""
@@ -50,24 +54,13 @@ class JobRequest(BaseModel):
             raise Refused(f"{where}: {first['msg']}", code="invalid_request", status=400) from None
 
     def freeze(
-        self, *, caller: str, key: str | None, public_url: str | None, cost: int | None = None
+        self, *, caller: str, key: str | None, public_url: str | None, account: str, cost: int | None = None
     ) -> NewJob:
         """Make the row of a new job, with the request as it will be sent on every try.
 
         Raises Refused where the input cannot be sent.
         """
         job_id = new_id()
-        content: dict[str, Any] = {"input": self.input}
-        if public_url is not None:
-            # The path names the job, so that its event finds it even before the answer to the submission.
-            content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}"
-        request = _encode(content)
-        if len(request) > LARGEST_REQUEST:
-            raise Refused(
-                f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
-                code="invalid_request",
-                status=413,
-            )
         return NewJob(
             id=job_id,
             caller=caller,
@@ -75,17 +68,47 @@ class JobRequest(BaseModel):
             fingerprint=self.fingerprint(),
             source=DEFAULT_SOURCE,
             model=self.model,
-            request=request,
+            request=encode_request(self.input, job_id, public_url),
             has_webhook=public_url is not None,
             provider_key=uuid.uuid4(),
             metadata=dict(self.metadata),
             max_cost=self.max_cost,
             cost=cost,
+            account=account,
         )
 
     def fingerprint(self) -> str:
         """Return what must be the same where a key is used again: everything, whatever its order."""
-        return hashlib.sha256(_encode(self.model_dump())).hexdigest()
+        return hashlib.sha256(_encode(self.model_dump(exclude_defaults=True))).hexdigest()
+
+
+def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, public_url: str | None) -> bytes:
+    """Return the bytes that are sent to Clipia. Raises Refused where there are none or too many."""
+    content: dict[str, Any] = {"input": given}
+    if public_url is not None:
+        # The path names the job, so that its event finds it even before the answer to the submission.
+        content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}"
+    request = _encode(content)
+    if len(request) > LARGEST_REQUEST:
+        raise Refused(
+            f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
+            code="invalid_request",
+            status=413,
+        )
+    return request
+
+
+def read_input(request: bytes) -> dict[str, Any]:
+    """Return the input in the bytes that are sent to Clipia."""
+    found: dict[str, Any] = orjson.loads(request)["input"]
+    return found
+
+
+def check_caller(caller: str) -> str:
+    """Return a caller's name; raise Refused for one that cannot be stored as it is."""
+    if not 0 < len(caller) <= 63 or not caller.isprintable():  # noqa: PLR2004 - the column's width
+        raise Refused("caller: write from 1 to 63 printable characters", code="invalid_request", status=400)
+    return caller
 
 
 def check_key(key: str) -> str:

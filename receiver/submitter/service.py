@@ -24,7 +24,7 @@ from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
-from receiver.submitter.request import JobRequest, check_key
+from receiver.submitter.request import JobRequest, check_caller, check_key, encode_request, read_input
 from receiver.submitter.waiting import Waiting
 
 ANSWER_WAIT: Final = CALL_WAIT + 5.0
@@ -158,6 +158,7 @@ class Submitter:
 
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
         """Issue a job that has been read already; else as `submit`."""
+        check_caller(caller)
         if key is not None:
             async with self._database.read() as connection:
                 known = await jobs.find(connection, caller, check_key(key))
@@ -165,7 +166,11 @@ class Submitter:
                 return await self._repeat(known, request)
         await self.catalogue.check(request.model, request.input)
         job = request.freeze(
-            caller=caller, key=key, public_url=self._public_url, cost=await self._price(request, caller)
+            caller=caller,
+            key=key,
+            public_url=self._public_url,
+            account=self.client.account,
+            cost=await self._price(request, caller),
         )
         async with self._database.write() as connection:
             new = await jobs.insert(connection, job)
@@ -280,9 +285,20 @@ class Submitter:
         That is for a person to decide; nothing here does it by itself. Raises Refused where the job is in a
         state in which that cannot be.
         """
-        _ = self.client
+        account = self.client.account
+        done = False
         async with self._database.write() as connection:
-            done = await jobs.resubmit(connection, job_id, by=by)
+            frozen = await jobs.find_request(connection, job_id)
+            if frozen is not None:
+                # A new key is a new request: it goes to where the callback is now.
+                done = await jobs.resubmit(
+                    connection,
+                    job_id,
+                    request=encode_request(read_input(frozen), job_id, self._public_url),
+                    has_webhook=self._public_url is not None,
+                    account=account,
+                    by=by,
+                )
         job = await self.get(job_id)
         if job is None:
             raise Refused(f"there is no job {job_id}", code="not_found", status=404)
@@ -331,7 +347,7 @@ class Submitter:
                     status=402,
                     type_="billing_error",
                 )
-        if self.lane is None or await jobs.is_due(connection, "pending", but=job.id):
+        if self.lane is None or await jobs.is_due(connection, job.account, "pending", but=job.id):
             return []
         return await self.lane.claim_in(connection, limit=1, job_id=job.id)
 
@@ -362,11 +378,12 @@ class Submitter:
             raise ClipiaUnavailable("the job vanished while it was looked up", reason="race")
         job = Job.of(row, new=new)
         if job.state == "failed" and job.request_id is None:
+            error = job.error or {}
             raise Refused(
-                job.error["message"],
-                code=job.error["code"],
-                status=job.error.get("status", 400),
-                type_=job.error.get("type", "invalid_request_error"),
+                error.get("message", "Clipia refused the job."),
+                code=error.get("code", "invalid_request"),
+                status=error.get("status", 400),
+                type_=error.get("type", "invalid_request_error"),
                 job_id=str(job_id),
             )
         return job

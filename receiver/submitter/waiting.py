@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections import Counter
 from typing import Final
 from uuid import UUID
@@ -29,51 +30,53 @@ class Waiting:
         self._ended: dict[UUID, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
 
-    async def wait(self, job_id: UUID, *, seconds: float) -> bool:
-        """Wait until a job has ended and its files are settled; False where the time was over first."""
+    async def wait(self, job_id: UUID, *, seconds: float) -> None:
+        """Wait until a job has ended and its files are settled, or until the time is over."""
         event = self._ended.setdefault(job_id, asyncio.Event())
         self._waiters[job_id] += 1
         if self._task is None:
             self._task = asyncio.create_task(self._look(), name="job waiting")
         try:
-            async with asyncio.timeout(seconds):
-                await event.wait()
-        except TimeoutError:
-            return False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await event.wait()
         finally:
             self._waiters[job_id] -= 1
             if not self._waiters[job_id]:
                 del self._waiters[job_id], self._ended[job_id]
-        return True
 
     async def close(self) -> None:
         """Stop looking."""
-        if self._task is not None:
-            self._task.cancel()
+        if (task := self._task) is not None:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+                await task
 
     async def _look(self) -> None:
         watched_at: dict[UUID, float] = {}
-        loop = asyncio.get_running_loop()
-        while self._ended:
-            waited_for = set(self._ended)
-            new = {
-                job_id for job_id in waited_for if loop.time() - watched_at.get(job_id, -1e9) > ATTENTION / 2
-            }
-            try:
-                async with self._database.read() as connection:
-                    ended = await jobs.settled(connection, waited_for)
-                if unwatched := new - ended:
-                    async with self._database.write() as connection:
-                        await jobs.watch(connection, unwatched, seconds=ATTENTION)
-            except DatabaseUnavailable as error:
-                log.warning("jobs not looked at", error=str(error))
-            else:
-                watched_at = {
-                    job_id: loop.time() if job_id in new else watched_at[job_id] for job_id in waited_for
-                }
-                for job_id in ended & self._ended.keys():
-                    self._ended[job_id].set()
-            await asyncio.sleep(LOOK)
-        self._task = None
+        try:
+            while self._ended:
+                try:
+                    watched_at = await self._look_once(watched_at)
+                except DatabaseUnavailable as error:
+                    log.warning("jobs not looked at", error=str(error))
+                except Exception:
+                    # A loop that ended would leave everybody waiting for the whole of their time.
+                    log.exception("jobs not looked at")
+                await asyncio.sleep(LOOK)
+        finally:
+            self._task = None
+
+    async def _look_once(self, watched_at: dict[UUID, float]) -> dict[UUID, float]:
+        """Wake those whose job has ended, and keep the others watched; return since when they are."""
+        now = time.monotonic()
+        waited_for = set(self._ended)
+        new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > ATTENTION / 2}
+        async with self._database.read() as connection:
+            ended = await jobs.settled(connection, waited_for)
+        if unwatched := new - ended:
+            async with self._database.write() as connection:
+                await jobs.watch(connection, unwatched, seconds=ATTENTION)
+        for job_id in ended & self._ended.keys():
+            self._ended[job_id].set()
+        return {job_id: now if job_id in new else watched_at[job_id] for job_id in waited_for}
