@@ -1,0 +1,142 @@
+"""What the endpoints of the internal API share: scopes, errors, and how requests are read."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+import orjson
+import structlog
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from receiver.api.answers import error_body, refusal
+from receiver.api.auth import Caller, Tokens
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, ReceiverError, Refused, SettingsError
+from receiver.settings import Scope
+
+LARGEST_PAGE: Final = 200
+LARGEST_BODY: Final = 1024 * 1024 + 65_536
+"""Bytes: a request to Clipia of the largest size, and what is written around it."""
+BODY_WAIT: Final = 10.0
+"""Seconds that a body may take to arrive."""
+EXPECTED: Final = (Refused, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
+"""Errors that are an answer."""
+
+Handler = Callable[[Request, Caller], Awaitable[Response]]
+Endpoint = tuple[str, str, Scope, Handler]
+"""Method, path, the scope that it needs, and who answers."""
+
+log = structlog.get_logger()
+
+
+def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
+    """Return the routes of endpoints that only callers with the scope reach."""
+    return [
+        Route(path, _guard(tokens, scope, handler), methods=[method], max_body_size=LARGEST_BODY)
+        for method, path, scope, handler in table
+    ]
+
+
+def _guard(tokens: Tokens, scope: Scope, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        try:
+            return await handler(request, tokens.require(request.headers, scope))
+        except EXPECTED as error:
+            return answer_error(error)
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody reads
+
+    return endpoint
+
+
+def answer_error(error: ReceiverError) -> Response:
+    """Answer with an expected error; `EXPECTED` lists them."""
+    if isinstance(error, Refused):
+        return refusal(error)
+    if isinstance(error, SettingsError):
+        code, message, wait = "not_configured", str(error), 60.0
+    elif isinstance(error, ClipiaUnavailable):
+        code, message, wait = error.reason, str(error), error.retry_after or 5.0
+    else:
+        # Whoever may call this need not see the database's own words.
+        log.warning("request not served", error=str(error))
+        message = "The database is unavailable; send it again, a submission with its Idempotency-Key."
+        code, wait = "service_unavailable", 5.0
+    body = error_body("api_error", code, message)
+    return Response(body, 503, {"retry-after": str(max(1, round(wait)))}, "application/json")
+
+
+async def read_object(request: Request) -> dict[str, Any]:
+    """Read the JSON object of a body. Raises Refused."""
+    try:
+        async with asyncio.timeout(BODY_WAIT):
+            raw = await request.body()
+    except TimeoutError:
+        raise Refused(
+            f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
+        ) from None
+    try:
+        content = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the body is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise invalid("the body: write a JSON object")
+    return content
+
+
+def read_query(request: Request) -> dict[str, str]:
+    """Return the parameters of a list. Raises Refused."""
+    for name, value in request.query_params.multi_items():
+        if "\0" in name + value:
+            raise invalid(f"{name[:64]!r}: no database stores NUL")
+    return dict(request.query_params)
+
+
+def json_answer(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Answer with JSON that nobody may cache."""
+    return Response(
+        orjson.dumps(content), status, {"cache-control": "no-store", **(headers or {})}, "application/json"
+    )
+
+
+def read_limit(text: str) -> int:
+    """Read the size of a page. Raises Refused."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= LARGEST_PAGE):  # noqa: PLR2004
+        raise invalid(f"limit: write a number from 1 to {LARGEST_PAGE}")
+    return int(text)
+
+
+def read_time(name: str, text: str | None) -> datetime | None:
+    """Read a moment; one without a zone is UTC. Raises Refused."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise invalid(f"{name}: write a time such as 2026-01-31T12:00:00Z") from None
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise invalid(f"{name}: is beyond the years 1 to 9999") from None
+
+
+def nothing_left(query: Mapping[str, str]) -> None:
+    """Refuse parameters that nobody has read."""
+    if query:
+        raise invalid(f"{min(query)}: is no filter of this list")
+
+
+def invalid(message: str) -> Refused:
+    """Return the refusal of bad input."""
+    return Refused(message, code="invalid_request", status=400)
+
+
+def read_id(request: Request) -> UUID | None:
+    """Return the id in the path; None where it is none."""
+    try:
+        return UUID(request.path_params["id"])
+    except ValueError:
+        return None
