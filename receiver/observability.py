@@ -148,6 +148,9 @@ def configure_logging(*, level: str = "INFO") -> None:
     logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # These tell of every statement and its values, and of every header.
+    for name in ("aiosqlite", "httpcore"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def configure_library_logging() -> None:
