@@ -135,7 +135,7 @@ class ClipiaClient:
             return Accepted(
                 request_id=answer.request_id,
                 cost=_credits(answer.cost),
-                warnings=[_clean(w) for w in answer.data.get("warnings") or () if isinstance(w, dict)],
+                warnings=_objects(answer.data.get("warnings")),
             )
 
     async def status(self, request_id: str, *, call: Call) -> Status:
@@ -154,7 +154,7 @@ class ClipiaClient:
         """Return the catalogue."""
         async with _translated(call):
             listing: Any = await self._sdk.models.list()
-            return [_clean(entry) for entry in listing["data"] if isinstance(entry, dict)]
+            return _objects(listing["data"])
 
     async def model(self, slug: str, *, call: Call) -> dict[str, Any]:
         """Return one model with its `input_schema`."""
@@ -235,6 +235,10 @@ def _clean(value: Any) -> Any:
 def _clean_object(value: Any) -> dict[str, Any]:
     cleaned: dict[str, Any] = _clean(dict(value))
     return cleaned
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [_clean_object(one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _per_cent(value: Any) -> int | None:

@@ -66,7 +66,7 @@ KEY_HOLDS: Final = 23 * 3600.0
 Clipia forgets an idempotency key after 24 hours, and would then generate and charge anew.
 """
 
-SUBMIT_AGAIN: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_HOLDS - 120.0)
+SUBMIT_AGAIN: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_HOLDS)
 """Submissions that may have arrived: sent again under the same key for as long as it holds."""
 
 

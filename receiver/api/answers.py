@@ -1,6 +1,7 @@
 """Answers in Clipia's own error shape."""
 
 from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any, Final
 
 import orjson
@@ -36,5 +37,7 @@ async def send_json(send: Send, status: int, body: bytes | dict[str, Any], heade
 def refusal(error: Refused) -> Response:
     """Answer with an error in Clipia's shape, and the job's id where one was made."""
     body = error_body(error.type, error.code, str(error), job_id=error.job_id)
-    headers = {"www-authenticate": "Bearer"} if error.status == 401 else None  # noqa: PLR2004
+    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
+    if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
+        headers["connection"] = "close"  # the rest of the body is not read
     return Response(body, error.status, headers, "application/json")

@@ -35,7 +35,7 @@ log = structlog.get_logger()
 def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
     """Return the routes of endpoints that only callers with the scope reach."""
     return [
-        Route(path, _guard(tokens, scope, handler), methods=[method], max_body_size=LARGEST_BODY)
+        Route(path, _guard(tokens, scope, handler), methods=[method])
         for method, path, scope, handler in table
     ]
 
@@ -73,7 +73,7 @@ async def read_object(request: Request) -> dict[str, Any]:
     """Read the JSON object of a body. Raises Refused."""
     try:
         async with asyncio.timeout(BODY_WAIT):
-            raw = await request.body()
+            raw = await _read_body(request)
     except TimeoutError:
         raise Refused(
             f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
@@ -85,6 +85,15 @@ async def read_object(request: Request) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise invalid("the body: write a JSON object")
     return content
+
+
+async def _read_body(request: Request) -> bytes:
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > LARGEST_BODY:
+            raise Refused(f"the body is larger than {LARGEST_BODY} bytes", code="invalid_request", status=413)
+    return bytes(body)
 
 
 def read_query(request: Request) -> dict[str, str]:

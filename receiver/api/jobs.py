@@ -24,7 +24,7 @@ from receiver.api.endpoints import (
 from receiver.db.rows import JobState, new_id
 from receiver.errors import Refused
 from receiver.submitter import Job, Submitter
-from receiver.submitter.request import JobRequest, check_key
+from receiver.submitter.request import JobRequest
 
 LONGEST_WAIT: Final = 300.0
 """Seconds that a long poll may last."""
@@ -53,13 +53,14 @@ class Jobs:
         return guarded(table, self._tokens)
 
     async def _submit(self, request: Request, caller: Caller) -> Response:
-        key = _read_key(request) or str(new_id())
+        given = [value for name, value in request.headers.raw if name == b"idempotency-key"]
+        raw = given[0] if given else str(new_id()).encode()
         try:
-            response = await self._issue(request, caller, key)
+            response = await self._issue(request, caller, _read_key(raw) if len(given) < 2 else "")  # noqa: PLR2004
         except EXPECTED as error:
             response = answer_error(error)
         # On every answer: who has sent no key needs the one that was made to send the same job again.
-        response.raw_headers.append((b"idempotency-key", key.encode()))
+        response.raw_headers.append((b"idempotency-key", raw))
         return response
 
     async def _issue(self, request: Request, caller: Caller, key: str) -> Response:
@@ -148,15 +149,12 @@ class Jobs:
         return job
 
 
-def _read_key(request: Request) -> str | None:
-    """Return the caller's key; a header's bytes are UTF-8 here, as they are in every other client of ours."""
-    found = [value for name, value in request.headers.raw if name == b"idempotency-key"]
-    if not found:
-        return None
+def _read_key(raw: bytes) -> str:
+    """Return the caller's key: UTF-8, as most clients write it, or else what HTTP takes bytes for."""
     try:
-        return check_key(found[0].decode()) if len(found) == 1 else check_key("")
+        return raw.decode()
     except UnicodeDecodeError:
-        raise invalid("Idempotency-Key: is not UTF-8") from None
+        return raw.decode("latin-1")
 
 
 def _sees_all(caller: Caller) -> bool:

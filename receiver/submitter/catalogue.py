@@ -6,7 +6,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Final, TypeVar
 
-import orjson
 import structlog
 
 from receiver.clipia import Call, ClipiaClient
@@ -14,6 +13,7 @@ from receiver.db import accounts
 from receiver.db.engine import Database
 from receiver.errors import ClipiaUnavailable, Refused
 from receiver.inputs import Misfit, check_input
+from receiver.submitter.request import encode
 
 FRESH: Final = 600.0
 """Seconds for which models are remembered; an older one serves while Clipia is away."""
@@ -124,7 +124,7 @@ class Catalogue:
 
     async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return `{"credits", "warnings"}`, the price of an input."""
-        question = f"price {slug} {orjson.dumps(dict(given), option=orjson.OPT_SORT_KEYS).decode()}"
+        question = f"price {slug} {encode(dict(given)).decode()}"
         ask = partial(self._ask, partial(self._client.estimate, slug, given))
         return await self._memory.recall(question, ask, fresh=PRICE_HOLDS)
 

@@ -114,9 +114,10 @@ class SubmitLane(WorkLane[Claim]):
                 submission.model, submission.request, key=submission.provider_key, call=call
             )
         except Refused as error:
-            # The key is ours alone. Whoever used it for something else, another key could be charged twice.
-            state: JobState = "unsure" if error.code == "idempotency_key_reuse" else "failed"
-            await self._stop(this, error, state=state, call=call)
+            # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
+            # And the key is ours alone: where it stands for something else, another one could be charged.
+            maybe = submission.sent_for is not None or error.code == "idempotency_key_reuse"
+            await self._stop(this, error, state="unsure" if maybe else "failed", call=call)
         except ClipiaUnavailable as error:
             await self._try_again(this, error, call)
         except Exception as error:

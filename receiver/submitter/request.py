@@ -47,11 +47,13 @@ class JobRequest(BaseModel):
     def read(cls, values: object) -> "JobRequest":
         """Raise Refused, which says what is wrong, for anything that is not a job."""
         try:
-            return cls.model_validate(values)
+            request = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"]) or "the body"
             raise Refused(f"{where}: {first['msg']}", code="invalid_request", status=400) from None
+        encode([[[[request.input]]]])  # it has to fit into lists and messages, whose depth is bounded
+        return request
 
     def freeze(
         self, *, caller: str, key: str | None, public_url: str | None, account: str, cost: int | None = None
@@ -79,7 +81,7 @@ class JobRequest(BaseModel):
 
     def fingerprint(self) -> str:
         """Return what must be the same where a key is used again: everything, whatever its order."""
-        return hashlib.sha256(_encode(self.model_dump(exclude_defaults=True))).hexdigest()
+        return hashlib.sha256(encode(self.model_dump(exclude_defaults=True))).hexdigest()
 
 
 def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, public_url: str | None) -> bytes:
@@ -88,7 +90,7 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, public_url: str 
     if public_url is not None:
         # The path names the job, so that its event finds it even before the answer to the submission.
         content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}"
-    request = _encode(content)
+    request = encode(content)
     if len(request) > LARGEST_REQUEST:
         raise Refused(
             f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
@@ -120,7 +122,8 @@ def check_key(key: str) -> str:
     return key
 
 
-def _encode(value: Any) -> bytes:
+def encode(value: Any) -> bytes:
+    """Return JSON, the same for the same content. Raises Refused for what is none, or nested too deeply."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, RecursionError) as error:

@@ -159,11 +159,12 @@ class Submitter:
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
         """Issue a job that has been read already; else as `submit`."""
         check_caller(caller)
+        fingerprint = request.fingerprint()
         if key is not None:
             async with self._database.read() as connection:
                 known = await jobs.find(connection, caller, check_key(key))
             if known is not None:
-                return await self._repeat(known, request)
+                return await self._repeat(known, fingerprint)
         await self.catalogue.check(request.model, request.input)
         job = request.freeze(
             caller=caller,
@@ -177,7 +178,7 @@ class Submitter:
             works = await self._start(connection, job) if new else []
             known = None if new else await jobs.find(connection, caller, job.idempotency_key)
         if known is not None:
-            return await self._repeat(known, request)
+            return await self._repeat(known, fingerprint)
         log.info("job issued", job_id=str(job.id), caller=caller, model=job.model)
         if not works:
             self._wake(SUBMIT_LANE)
@@ -360,8 +361,8 @@ class Submitter:
         if task.done():
             task.result()
 
-    async def _repeat(self, known: jobs.KnownJob, request: JobRequest) -> Job:
-        if known.fingerprint != request.fingerprint():
+    async def _repeat(self, known: jobs.KnownJob, fingerprint: str) -> Job:
+        if known.fingerprint != fingerprint:
             raise Refused(
                 "this Idempotency-Key was used with other parameters",
                 code="idempotency_key_reuse",
