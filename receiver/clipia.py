@@ -27,6 +27,9 @@ CALL_WAIT: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
 
+MAX_DEPTH: Final = 64
+"""Objects and lists in each other that an answer may have."""
+
 _ACCOUNT: Final = (401, 402, 403)
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -219,17 +222,27 @@ def _translate(error: ClipiaApiError) -> Exception:
         )
     # A 4xx without Clipia's code comes from something in between, and says nothing about the job.
     if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
-        return Refused(message, code=code, status=status, type_=error.type or "invalid_request_error")
+        type_ = _clean(error.type[:64]) or "invalid_request_error"
+        return Refused(message, code=code, status=status, type_=type_)
     return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
 
 
-def _clean(value: Any) -> Any:
-    """Return JSON without what no database takes: NUL, and the halves of an emoji that was cut in two."""
+def _clean(value: Any, depth: int = 0) -> Any:
+    """Return JSON that every database and every writer of JSON takes.
+
+    Without NUL and the halves of an emoji that was cut in two, numbers beyond 64 bits and what is no number,
+    and whatever is nested too deeply to be meant.
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode().replace("\0", "?")
+    if isinstance(value, dict | list) and depth >= MAX_DEPTH:
+        return None
     if isinstance(value, dict):
-        return {_clean(key): _clean(item) for key, item in value.items()}
-    return [_clean(item) for item in value] if isinstance(value, list) else value
+        return {_clean(key): _clean(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item, depth + 1) for item in value]
+    is_number = isinstance(value, int | float)
+    return None if is_number and not (-(2**63) <= value < 2**63) else value
 
 
 def _clean_object(value: Any) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """What the endpoints of the internal API share: scopes, errors, and how requests are read."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import orjson
@@ -28,6 +29,8 @@ EXPECTED: Final = (Refused, ClipiaUnavailable, DatabaseUnavailable, SettingsErro
 Handler = Callable[[Request, Caller], Awaitable[Response]]
 Endpoint = tuple[str, str, Scope, Handler]
 """Method, path, the scope that it needs, and who answers."""
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -79,12 +82,17 @@ async def read_object(request: Request) -> dict[str, Any]:
             f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
         ) from None
     try:
-        content = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"the body is not JSON: {error}") from None
+        # Not orjson: it would turn large integers into fractions, and a seed is none.
+        content = json.loads(raw.decode(), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict):
         raise invalid("the body: write a JSON object")
     return content
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON's")
 
 
 async def _read_body(request: Request) -> bytes:
@@ -141,6 +149,28 @@ def nothing_left(query: Mapping[str, str]) -> None:
 def invalid(message: str) -> Refused:
     """Return the refusal of bad input."""
     return Refused(message, code="invalid_request", status=400)
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """Return what comes of some waiting; end it with ClientDisconnect where its client goes away.
+
+    The request's body has to have been read.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_wait_for_disconnect(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+
+async def _wait_for_disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def read_id(request: Request) -> UUID | None:

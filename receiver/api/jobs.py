@@ -20,11 +20,12 @@ from receiver.api.endpoints import (
     read_object,
     read_query,
     read_time,
+    while_connected,
 )
 from receiver.db.rows import JobState, new_id
 from receiver.errors import Refused
 from receiver.submitter import Job, Submitter
-from receiver.submitter.request import JobRequest
+from receiver.submitter.request import MOST_METADATA, JobRequest
 
 LONGEST_WAIT: Final = 300.0
 """Seconds that a long poll may last."""
@@ -69,7 +70,8 @@ class Jobs:
         job = await self._submitter.issue(JobRequest.read(body), key=key, caller=caller.name)
         new = job.new
         if wait:
-            job = await self._submitter.wait(job.id, seconds=wait) or job
+            waited = await while_connected(request, self._submitter.wait(job.id, seconds=wait))
+            job = waited or job
         status = 202 if job.request_id is None else 201 if new else 200
         return json_answer(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
 
@@ -84,6 +86,8 @@ class Jobs:
             for name in list(query)
             if name.startswith("metadata.")
         }
+        if len(metadata) > MOST_METADATA:
+            raise invalid(f"metadata: a job has no more than {MOST_METADATA} names")
         wanted = query.pop("caller", None)
         if not _sees_all(caller):
             # Another caller's jobs are not there, whether there are any or not.
@@ -141,9 +145,12 @@ class Jobs:
         return json_answer(await self._submitter.account())
 
     async def _find(self, request: Request, caller: Caller, *, seconds: float = 0.0) -> Job:
-        job_id = read_id(request)
+        job_id, job = read_id(request), None
         owner = None if _sees_all(caller) else caller.name
-        job = None if job_id is None else await self._submitter.wait(job_id, seconds=seconds, caller=owner)
+        if job_id is not None:
+            await request.body()
+            waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
+            job = await while_connected(request, waited)
         if job is None:
             raise Refused("there is no such job", code="not_found", status=404)
         return job

@@ -15,6 +15,8 @@ from receiver.settings import DEFAULT_SOURCE
 LARGEST_REQUEST = 1024 * 1024
 """Bytes of a request to Clipia."""
 
+MOST_METADATA = 32
+
 # What no database stores: NUL. Lone surrogates are no strings to pydantic anyway.
 _LINE = r"^[^\x00-\x1f\x7f]+$"
 _TEXT = r"^[^\x00]*$"
@@ -37,7 +39,7 @@ class JobRequest(BaseModel):
             Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)],
             Annotated[str, Field(max_length=512, pattern=_TEXT)],
         ],
-        Field(max_length=32),
+        Field(max_length=MOST_METADATA),
     ] = {}
     """The caller's own words, returned with the job and with the forwarded message."""
     max_cost: Annotated[int, Field(ge=0, lt=2**53)] | None = None
