@@ -230,6 +230,14 @@ async def add_answer(
     return result.rowcount == 1
 
 
+async def is_still_sent(connection: AsyncConnection, job_id: uuid.UUID, provider_key: uuid.UUID) -> bool:
+    """Tell whether a job is still to be submitted under a key, by whoever holds it now."""
+    statement = select(jobs.c.id).where(
+        jobs.c.id == job_id, jobs.c.state == "pending", jobs.c.provider_key == provider_key
+    )
+    return (await connection.execute(statement)).first() is not None
+
+
 async def put_back(
     connection: AsyncConnection, held: Claim, *, delay: float, error: str, never_sent: bool
 ) -> bool:
@@ -277,14 +285,13 @@ async def settle(
     if job_id is not None:
         others = jobs.alias()
         taken = exists().where(others.c.source == source, others.c.request_id == request_id)
-        # One that was refused, after a try that may have arrived, has been accepted after all.
         mine = or_(
             mine,
             and_(
                 jobs.c.id == job_id,
                 jobs.c.request_id.is_(None),
                 jobs.c.sent_at.is_not(None),
-                jobs.c.state.in_((*OPEN, "failed")),
+                jobs.c.state.in_(OPEN),
                 ~taken,
             ),
         )

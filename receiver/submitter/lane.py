@@ -158,7 +158,10 @@ class SubmitLane(WorkLane[Claim]):
                 await _settle_at_once(connection, submission.source, accepted.request_id)
             # A webhook that was faster has brought the job to its end already.
             elif not await jobs.add_answer(connection, this.claim.id, **asdict(accepted)):
-                return await self._keep_stray(connection, this, accepted)
+                # Whoever has the job by now sends the same key, and gets the same generation.
+                if not await jobs.is_still_sent(connection, this.claim.id, submission.provider_key):
+                    await self._keep_stray(connection, this, accepted)
+                return False
             await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
             await self._learn(
                 connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.total)
@@ -169,7 +172,7 @@ class SubmitLane(WorkLane[Claim]):
             SUBMISSIONS.labels("accepted").inc()
             log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
 
-    async def _keep_stray(self, connection: AsyncConnection, this: _Try, accepted: Accepted) -> bool:
+    async def _keep_stray(self, connection: AsyncConnection, this: _Try, accepted: Accepted) -> None:
         """Put on record what Clipia accepted for a job that has ended otherwise: it is paid for, too."""
         stray = error_text(
             "stray_generation", f"accepted as {accepted.request_id} for {accepted.cost} credits"
@@ -178,7 +181,6 @@ class SubmitLane(WorkLane[Claim]):
         log.error(
             "generation of a job that has ended otherwise", job_id=str(this.claim.id), **asdict(accepted)
         )
-        return False
 
     async def _stop(self, this: _Try, error: Refused, *, state: JobState, call: Call | None = None) -> None:
         """End a job without a result."""

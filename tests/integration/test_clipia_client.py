@@ -1,0 +1,648 @@
+"""Clipia's client against answers that no sandbox gives, and the catalogue over it on both databases."""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from email.utils import formatdate
+from typing import Any
+
+import pytest
+from clipia_kit import (
+    LIVE,
+    MODEL,
+    PRICE,
+    PROMPT,
+    TEST,
+    OddClipia,
+    Request,
+    Sandbox,
+    World,
+    accepted,
+    answer,
+    refusal,
+    refused,
+)
+from servers import free_port
+
+from receiver import clipia
+from receiver.clipia import Accepted, Call, ClipiaClient
+from receiver.db.tables import accounts
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError
+from receiver.limits import SHARES
+from receiver.submitter import catalogue
+
+KEY = uuid.UUID("6f2c6c52-29f6-4d1e-9a61-0d2f8e6f0c11")
+BODY = b'{ "input" : {"prompt":"caf\xc3\xa9"}}'
+
+PERMANENT = [
+    (400, "invalid_request"),
+    (400, "webhook_url_invalid"),
+    (400, "model_input_invalid"),
+    (422, "model_input_invalid"),
+    (404, "not_found"),
+    (404, "model_not_found"),
+    (409, "idempotency_key_reuse"),
+]
+ACCOUNT = [
+    (401, "invalid_api_key"),
+    (402, "insufficient_credits"),
+    (402, "subscription_required"),
+    (403, "insufficient_scope"),
+]
+LATER = [
+    (409, "request_in_progress", True),
+    (429, "rate_limit_exceeded", False),
+    (429, "concurrency_limit_exceeded", False),
+    (500, "internal_error", True),
+    (502, "service_unavailable", True),
+    (503, "service_unavailable", True),
+    (504, "service_unavailable", True),
+]
+
+
+@pytest.fixture
+async def odd() -> AsyncIterator[OddClipia]:
+    """A Clipia that answers what the test says."""
+    async with OddClipia().listening() as listening:
+        yield listening
+
+
+@pytest.fixture
+async def client(odd: OddClipia) -> AsyncIterator[ClipiaClient]:
+    """A client of it."""
+    opened = ClipiaClient(LIVE, base_url=odd.url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def sandbox() -> AsyncIterator[Sandbox]:
+    """A sandbox."""
+    async with Sandbox().listening() as listening:
+        yield listening
+
+
+@pytest.fixture
+async def world(database_url: str, sandbox: Sandbox) -> AsyncIterator[World]:
+    """A database and the sandbox."""
+    async with World(database_url, sandbox.url) as made:
+        yield made
+
+
+@pytest.fixture
+async def odd_world(database_url: str, odd: OddClipia) -> AsyncIterator[World]:
+    """A database and a Clipia that answers what the test says."""
+    async with World(database_url, odd.url) as made:
+        yield made
+
+
+async def submit(client: ClipiaClient, call: Call | None = None) -> Accepted:
+    """Submit the same bytes under the same key."""
+    return await client.submit(MODEL, BODY, key=KEY, call=call or Call())
+
+
+async def test_the_bytes_go_out_as_they_are(odd: OddClipia, client: ClipiaClient) -> None:
+    """F2: what was frozen is what Clipia reads, under our key, with the account's in the header."""
+    odd.script = [accepted("r-1", warnings=[{"code": "unknown_parameter"}, "odd"])]
+    assert await submit(client) == Accepted(
+        request_id="r-1", cost=PRICE, warnings=[{"code": "unknown_parameter"}]
+    )
+    (post,) = odd.posts
+    assert (post.method, post.path, post.body) == ("POST", f"/v1/models/{MODEL}", BODY)
+    assert post.headers["content-length"] == str(len(BODY))
+    assert post.headers["content-type"] == "application/json"
+    assert post.headers["idempotency-key"] == str(KEY)
+    assert post.headers["authorization"] == f"Bearer {LIVE}"
+
+
+async def test_calls_at_once_keep_their_bytes_apart(odd: OddClipia, client: ClipiaClient) -> None:
+    """F2: the bytes belong to the call, however many are under way."""
+    odd.script = [accepted()]
+    bodies = {uuid.uuid4(): json.dumps({"input": {"seed": number}}).encode() for number in range(20)}
+    await asyncio.gather(
+        *(client.submit(MODEL, body, key=key, call=Call()) for key, body in bodies.items()),
+        client.models(call=Call()),
+        return_exceptions=True,
+    )
+    assert {uuid.UUID(post.headers["idempotency-key"]): post.body for post in odd.posts} == bodies
+
+
+async def test_a_slug_stays_one_part_of_the_path(odd: OddClipia, client: ClipiaClient) -> None:
+    """A model's name is data: it leads to no other address."""
+    odd.script = [accepted()]
+    await client.submit("../account?x#y", BODY, key=KEY, call=Call())
+    assert odd.posts[0].path == "/v1/models/..%2Faccount%3Fx%23y"
+
+
+@pytest.mark.parametrize(("status", "code"), PERMANENT)
+async def test_what_clipia_refuses_is_refused(
+    odd: OddClipia, client: ClipiaClient, status: int, code: str
+) -> None:
+    """An error of the request is final, with Clipia's own words."""
+    odd.script = [refused(status, code, "The model takes no cats.")]
+    with pytest.raises(Refused, match=r"^The model takes no cats\.$") as caught:
+        await submit(client)
+    assert (caught.value.status, caught.value.code, caught.value.type) == (status, code, "some_error")
+
+
+@pytest.mark.parametrize(("status", "code"), ACCOUNT)
+async def test_an_account_is_refused_apart(
+    odd: OddClipia, client: ClipiaClient, status: int, code: str
+) -> None:
+    """F6: 401, 402 and 403 are the account's trouble, and nothing arrived."""
+    odd.script = [refused(status, code)]
+    with pytest.raises(AccountRefused) as caught:
+        await submit(client)
+    error = caught.value
+    assert (error.status, error.reason, error.may_have_arrived) == (status, code, False)
+
+
+@pytest.mark.parametrize(("status", "code", "may_have_arrived"), LATER)
+async def test_what_may_pass_later_is_transient(
+    odd: OddClipia, client: ClipiaClient, status: int, code: str, *, may_have_arrived: bool
+) -> None:
+    """F3, F5, F7: what is worth another try says whether this one may have been carried out."""
+    odd.script = [refused(status, code)]
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    error = caught.value
+    assert not isinstance(error, AccountRefused)
+    assert (error.status, error.reason, error.may_have_arrived) == (status, code, may_have_arrived)
+    assert error.retry_after is None
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "reason"),
+    [
+        (400, ClipiaUnavailable, "http_400"),
+        (401, AccountRefused, "http_401"),
+        (404, ClipiaUnavailable, "http_404"),
+        (413, ClipiaUnavailable, "http_413"),
+        (429, ClipiaUnavailable, "rate_limit_exceeded"),
+        (500, ClipiaUnavailable, "http_500"),
+    ],
+)
+async def test_a_proxys_error_is_not_clipias(
+    odd: OddClipia, client: ClipiaClient, status: int, kind: type[Exception], reason: str
+) -> None:
+    """F5: an error without Clipia's code comes from something in between and ends no job."""
+    odd.script = [answer(status, b"<html>Nope.</html>")]
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert type(caught.value) is kind
+    assert caught.value.reason == reason
+
+
+RETRY_AFTER = [
+    ("7", 7.0),
+    ("0", 0.0),
+    ("1.5", 1.5),
+    ("999999999", 86_400.0),
+    ("inf", 86_400.0),
+    ("nan", None),
+    ("-3", None),
+    ("soon", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("text", "seconds"), RETRY_AFTER)
+@pytest.mark.parametrize("status", [429, 503])
+async def test_retry_after_is_read(
+    odd: OddClipia, client: ClipiaClient, text: str, seconds: float | None, status: int
+) -> None:
+    """F7: seconds are taken as they are, a day at most; what is no number says nothing."""
+    odd.script = [refused(status, "x", Retry_After=text)]
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert caught.value.retry_after == seconds
+
+
+async def test_retry_after_may_be_a_date(
+    odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F7: a date counts from now, and one that is past means now."""
+    now = 1_800_000_000.0
+    monkeypatch.setattr("clipia._client.time.time", lambda: now)
+    for ahead, seconds in ((90, 90.0), (-90, 0.0), (10**7, 86_400.0)):
+        odd.script = [refused(429, "rate_limit_exceeded", Retry_After=formatdate(now + ahead, usegmt=True))]
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await submit(client)
+        assert caught.value.retry_after == seconds
+
+
+UNREADABLE = {
+    "no JSON": answer(content=b"OK"),
+    "nothing": answer(content=b""),
+    "not UTF-8": answer(content=b'{"request_id":"\xff"}'),
+    "null": answer(content=None),
+    "a list": answer(content=[1]),
+    "no request_id": answer(content={"status": "IN_QUEUE"}),
+    "no status": answer(content={"request_id": "r-1"}),
+    "a number for an id": answer(content={"request_id": 7, "status": "IN_QUEUE"}),
+    "null for an id": answer(content={"request_id": None, "status": "IN_QUEUE"}),
+    "an empty id": answer(content={"request_id": "", "status": "IN_QUEUE"}),
+    "an endless id": answer(content={"request_id": "r" * 200, "status": "IN_QUEUE"}),
+    "an id with a NUL": answer(content={"request_id": "r\x00", "status": "IN_QUEUE"}),
+    "an id that is a path": answer(content={"request_id": "../account", "status": "IN_QUEUE"}),
+    "another place": answer(302, b"", Location="/elsewhere"),
+    "nothing to say": answer(204, b""),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+async def test_an_answer_that_is_none_is_no_answer(odd: OddClipia, client: ClipiaClient, name: str) -> None:
+    """F5: 2xx without a usable request_id leaves it open whether there is a generation."""
+    odd.script = [UNREADABLE[name]]
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert (caught.value.reason, caught.value.may_have_arrived) == ("unreadable", True)
+    assert len(odd.requests) == 1
+
+
+async def test_warnings_of_another_shape_spoil_no_answer(odd: OddClipia, client: ClipiaClient) -> None:
+    """What is paid for is accepted, whatever stands where the warnings should be."""
+    strange: list[Any] = [None, [], {"code": "x"}, "x", 7, True]
+    for warnings in strange:
+        odd.script = [accepted("r-1", warnings=warnings)]
+        assert (await submit(client)).warnings == []
+
+
+async def test_an_answer_may_be_cut_anywhere(odd: OddClipia, client: ClipiaClient) -> None:
+    """F5: after any number of its bytes, a cut answer is an unknown outcome and never a result."""
+    whole = accepted("r-1")
+    for length in range(len(whole)):
+        odd.script = [whole[:length]]
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await submit(client)
+        assert (caught.value.reason, caught.value.may_have_arrived) == ("no_answer", True), whole[:length]
+    odd.script = [whole]
+    assert (await submit(client)).request_id == "r-1"
+
+
+async def test_a_call_has_a_deadline(odd: OddClipia, monkeypatch: pytest.MonkeyPatch) -> None:
+    """F5: an answer that does not come is given up, and may have been carried out."""
+    monkeypatch.setattr(clipia, "CALL_WAIT", 0.1)
+    never = asyncio.Event()
+
+    async def hang(_request: Request) -> None:
+        await never.wait()
+
+    odd.on_submit = hang
+    client = ClipiaClient(LIVE, base_url=odd.url)
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    await client.close()
+    assert (caught.value.reason, caught.value.may_have_arrived) == ("no_answer", True)
+
+
+async def test_a_drip_does_not_stretch_the_deadline(
+    odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: a byte now and then keeps a connection alive but not a call."""
+    monkeypatch.setattr(clipia, "CALL_WAIT", 0.2)
+    odd.script, odd.pause = [accepted()], 0.01
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert caught.value.reason == "no_answer"
+
+
+async def test_a_refused_connection_carried_nothing() -> None:
+    """F5: where nobody listens, nothing arrived."""
+    client = ClipiaClient(LIVE, base_url=f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    await client.close()
+    assert (caught.value.reason, caught.value.may_have_arrived) == ("unreachable", False)
+
+
+async def test_no_proxy_of_the_environment_sees_the_key(
+    odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key goes to Clipia alone."""
+    proxy = f"http://127.0.0.1:{free_port()}"
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    odd.script = [accepted("r-1")]
+    fresh = ClipiaClient(LIVE, base_url=odd.url)
+    assert (await submit(fresh)).request_id == "r-1"
+    await fresh.close()
+
+
+async def test_limits_are_read_from_every_answer(odd: OddClipia, client: ClipiaClient) -> None:
+    """F7: errors carry them too; what is no plain number says nothing."""
+    odd.script = [refused(503, "x", RateLimit_Remaining=" 3 ", RateLimit_Reset="12")]
+    call = Call()
+    with pytest.raises(ClipiaUnavailable):
+        await submit(client, call)
+    assert (call.headers.limit, call.headers.remaining, call.headers.reset) == (6000, 3, 12)
+    odd.script = [accepted()]
+    for limit in ("-1", "1_0", "1.5", "1" * 10, "", "many"):
+        odd.script = [answer(content={"request_id": "r", "status": "X"}, RateLimit_Limit=limit)]
+        await submit(client, call)
+        assert call.headers.limit is None
+        assert call.headers.remaining is None
+
+
+COSTS = [
+    (12, 12),
+    (0, 0),
+    (11.2, 12),
+    (True, None),
+    (-1, None),
+    ("12", None),
+    (None, None),
+    (2**53, None),
+    (float("nan"), None),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize(("said", "read"), COSTS)
+async def test_credits_are_whole_numbers(
+    odd: OddClipia, client: ClipiaClient, said: Any, read: int | None
+) -> None:
+    """F13: a fraction is rounded up, and what is no number of credits is unknown."""
+    odd.script = [accepted(cost=said)]
+    assert (await submit(client)).cost == read
+    odd.others = lambda _request: answer(content={"credits": said, "warnings": []})
+    if read is None:
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await client.estimate(MODEL, {}, call=Call())
+        assert caught.value.reason == "unreadable"
+    else:
+        assert await client.estimate(MODEL, {}, call=Call()) == {"credits": read, "warnings": []}
+
+
+@pytest.mark.parametrize(
+    ("progress", "read"),
+    [(40, 40), (0, 0), (None, None), (40.5, 40), ("40", None), (True, None), (10**9, 100), (-1, 0)],
+)
+async def test_progress_is_a_percentage_or_unknown(
+    odd: OddClipia, client: ClipiaClient, progress: Any, read: int | None
+) -> None:
+    """A poll tells how far a generation is, where it does."""
+    content = {"request_id": "r-1", "status": "IN_PROGRESS", "progress": progress}
+    odd.others = lambda _request: answer(content=content)
+    status = await client.status("r-1", call=Call())
+    assert (status.status, status.progress, status.terminal) == ("IN_PROGRESS", read, False)
+
+
+async def test_a_result_that_is_not_there_yet(odd: OddClipia, client: ClipiaClient) -> None:
+    """202 is no result, whatever its body says; 200 is, as it is."""
+    content = {"request_id": "r-1", "status": "COMPLETED", "new": 1}
+    odd.others = lambda _request: answer(202, content)
+    assert await client.result("r-1", call=Call()) is None
+    odd.others = lambda _request: answer(200, content)
+    assert await client.result("r-1", call=Call()) == content
+
+
+async def test_what_clipia_says_can_be_kept(odd: OddClipia, client: ClipiaClient) -> None:
+    """B9: what no database or writer of JSON takes is cleaned, and all else is as it was."""
+    nest: list[Any] = []
+    for _ in range(500):
+        nest = [nest]
+    said = {
+        "request_id": "r-1",
+        "status": "COMPLETED",
+        "ke\x00y": ["a\ud800b", 2**70, -(2**70), float("nan"), float("inf"), 2**53, 1.5, True, None, "é"],
+    }
+    odd.others = lambda _request: answer(200, said | {"nest": nest})
+    read = await client.result("r-1", call=Call())
+    assert read is not None
+    depth, nest = 0, read.pop("nest")
+    while nest:
+        depth, nest = depth + 1, nest[0]
+    assert depth < 100
+    assert read == {
+        "request_id": "r-1",
+        "status": "COMPLETED",
+        "ke?y": ["a?b", None, None, None, None, 2**53, 1.5, True, None, "é"],
+    }
+
+
+async def test_the_catalogue_is_open_ended(odd: OddClipia, client: ClipiaClient) -> None:
+    """Entries that are none are left out, and everything else is kept as it is."""
+    odd.others = lambda _request: answer(content={"data": [{"slug": "a", "new": 1}, {"id": "b"}, None, "c"]})
+    assert await client.models(call=Call()) == [{"slug": "a", "new": 1}, {"id": "b"}]
+    odd.others = lambda _request: answer(content={"models": []})
+    with pytest.raises(ClipiaUnavailable):
+        await client.models(call=Call())
+    odd.others = lambda _request: answer(content=None)
+    with pytest.raises(ClipiaUnavailable):
+        await client.model(MODEL, call=Call())
+
+
+async def test_an_account_stands_for_key_and_api(client: ClipiaClient, odd: OddClipia) -> None:
+    """What is kept per account changes with the key and the API, and tells nothing of the key."""
+    others = [
+        ClipiaClient("clipia_live_other", base_url=odd.url),
+        ClipiaClient(LIVE, base_url="https://api.clipia.ai"),
+        ClipiaClient(TEST, base_url=odd.url),
+    ]
+    same = ClipiaClient(LIVE, base_url=f"{odd.url}/")
+    assert same.account == client.account
+    assert len({each.account for each in [client, *others]}) == 4
+    assert [each.account[:5] for each in [client, *others]] == ["live-", "live-", "live-", "test-"]
+    assert LIVE not in client.account
+    for each in [same, *others]:
+        await each.close()
+
+
+@pytest.mark.parametrize("url", ["http://api.clipia.ai", "http://localhost.evil.example", "api.clipia.ai"])
+def test_a_key_never_travels_in_the_clear(url: str) -> None:
+    """Plain http is for this machine only; the message says what to write, and not the key."""
+    with pytest.raises(SettingsError, match="CLIPIA_BASE_URL: write https://") as caught:
+        ClipiaClient(LIVE, base_url=url)
+    assert LIVE not in str(caught.value)
+
+
+# --- the catalogue ---
+
+
+async def test_a_burst_asks_for_its_model_once(odd_world: World, odd: OddClipia) -> None:
+    """F7: jobs at once do not spend the account's calls on the same question."""
+    odd.script = [accepted]
+    submitter = odd_world.submitter()
+    await asyncio.gather(*(submitter.submit(MODEL, PROMPT) for _ in range(16)))
+    assert odd.questions == [f"/v1/models/{MODEL}"]
+
+
+async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A parameter that is new at Clipia is not refused for what was known an hour ago."""
+    schema: dict[str, Any] = {"prompt": {"type": "string"}}
+    odd.others = lambda _request: answer(content={"slug": MODEL, "input_schema": schema})
+    odd.script = [accepted]
+    submitter = odd_world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    schema["seed"] = {"type": "integer"}
+    given = {"prompt": "a cat", "seed": 1}
+    assert (await refusal(submitter.submit(MODEL, given))).code == "model_input_invalid"
+    assert len(odd.questions) == 1
+    monkeypatch.setattr(catalogue, "RECHECK", 0.0)
+    assert (await submitter.submit(MODEL, given)).input == given
+    odd.others = lambda _request: refused(503, "service_unavailable")
+    assert (await refusal(submitter.submit(MODEL, {"prompt": "a", "seat": 1}))).code == "model_input_invalid"
+
+
+async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox: Sandbox) -> None:
+    """F5: an old answer is better than none."""
+    models = world.submitter().catalogue
+    known = await models.model(MODEL)
+    await sandbox.switch(error_rate=1.0)
+    assert await models.model(MODEL) is known
+    assert await models.model(MODEL, fresh=0.0) is known
+    with pytest.raises(ClipiaUnavailable):
+        await models.model("suno-music")
+
+
+async def test_the_catalogue_is_clipias(world: World) -> None:
+    """Models, prices and the account come from Clipia as they are."""
+    offered = world.submitter().catalogue
+    assert {MODEL, "suno-music"} <= {each.get("slug") for each in await offered.models()}
+    assert (await offered.model(MODEL))["input_schema"]["prompt"]["required"] is True
+    assert await offered.estimate(MODEL, PROMPT | {"num_images": 4}) == {"credits": 48, "warnings": []}
+    assert (await offered.balance())["balance"] == {"credits": 100_000}
+    assert (await refusal(offered.estimate("nano-banana-3", PROMPT))).code == "model_not_found"
+
+
+async def test_questions_keep_within_the_limits_too(world: World, sandbox: Sandbox) -> None:
+    """F7: after a 429 nobody asks before the time that Clipia named, and nobody submits."""
+    submitter = world.submitter()
+    await sandbox.switch(throttle_rate=1.0, retry_after=400)
+    for _ in range(2):
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await submitter.catalogue.models()
+        assert (caught.value.reason, caught.value.may_have_arrived) == ("rate_limit_exceeded", False)
+        assert 300 < (caught.value.retry_after or 0) <= 400
+    await sandbox.switch(throttle_rate=0.0)
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.state, job.error) == ("pending", None)
+    assert await sandbox.submits() == []
+    (account,) = await world.rows(accounts)
+    assert 300 < account["calls_after"] - time.time() <= 401
+
+
+async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia) -> None:
+    """F7: what an answer says of the limits is kept for every process, errors included."""
+    odd.script = [refused(503, "x", RateLimit_Limit="300", RateLimit_Remaining="2", RateLimit_Reset="100")]
+    submitter = odd_world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    limits = (await submitter._limits()).requests_per_minute
+    (account,) = await odd_world.rows(accounts)
+    assert (limits, account["requests_per_minute"]) == (300, 300)
+    assert 60 < account["calls_after"] - time.time() <= 101
+
+
+async def test_a_price_is_asked_for_once_a_minute(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F7, F12: many jobs of one input cost one question; another input is another one."""
+    odd.script = [accepted]
+    odd.others = lambda _request: answer(content={"slug": MODEL, "credits": PRICE})
+    submitter = odd_world.submitter()
+    for _ in range(3):
+        await submitter.submit(MODEL, PROMPT, max_cost=PRICE)
+    prices = [path for path in odd.questions if path.endswith("/estimate")]
+    assert len(prices) == 1
+    await submitter.submit(MODEL, {"prompt": "a dog"}, max_cost=PRICE)
+    monkeypatch.setattr(catalogue, "PRICE_HOLDS", 0.0)
+    await submitter.submit(MODEL, PROMPT, max_cost=PRICE)
+    assert len([path for path in odd.questions if path.endswith("/estimate")]) == 3
+
+
+async def test_who_does_not_answer_is_left_alone_for_a_while(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F7: a Clipia that is away is not asked anew for every job."""
+    odd.others = lambda _request: refused(503, "service_unavailable")
+    models = odd_world.submitter().catalogue
+    for _ in range(3):
+        with pytest.raises(ClipiaUnavailable):
+            await models.model(MODEL)
+    assert len(odd.questions) == 1
+    monkeypatch.setattr(catalogue, "AWAY", 0.0)
+    odd.others = lambda _request: answer(content={"slug": MODEL})
+    assert await models.model(MODEL) == {"slug": MODEL}
+
+
+async def test_a_catalogue_that_is_slow_holds_up_no_job(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: the check of an input has its time; after that the job goes out unchecked."""
+    monkeypatch.setattr(catalogue, "CHECK_WAIT", 0.1)
+    go_on = asyncio.Event()
+
+    async def hold(_request: Request) -> None:
+        await go_on.wait()
+
+    odd.on_question, odd.script = hold, [accepted]
+    submitter = odd_world.submitter()
+    assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
+    # The question goes on, and its answer serves whoever asks next.
+    go_on.set()
+    assert await submitter.catalogue.model(MODEL) == {"slug": MODEL}
+    assert len(odd.questions) == 1
+
+
+async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -> None:
+    """F7: the answer belongs to all who wait for it, and a failure that nobody waits for harms nobody."""
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(_request: Request) -> None:
+        arrived.set()
+        await go_on.wait()
+
+    odd.on_question = hold
+    models = odd_world.submitter().catalogue
+    first, second = [asyncio.create_task(models.model(MODEL)) for _ in range(2)]
+    await arrived.wait()
+    first.cancel()
+    go_on.set()
+    assert await second == {"slug": MODEL}
+    assert first.cancelled()
+
+    arrived.clear()
+    go_on.clear()
+    odd.others = lambda _request: refused(503, "service_unavailable")
+    alone = asyncio.create_task(models.model("suno-music"))
+    await arrived.wait()
+    alone.cancel()
+    go_on.set()
+    with pytest.raises(ClipiaUnavailable):
+        await models.model("suno-music")
+    assert len(odd.questions) == 2
+
+
+async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -> None:
+    """F7: questions have a share of their own; what would wait too long is told when to come again."""
+    models = odd_world.submitter().catalogue
+    await models.balance()
+    share = SHARES["ask"]
+    interval, burst = 60.0 / (6000 * share.steady), 6000 * share.burst
+    now = time.time()
+    await odd_world.set(accounts, asks_until=now + (burst - 1) * interval + 0.4)
+    await models.balance()
+    assert time.time() - now >= 0.39
+    await odd_world.set(accounts, asks_until=now + 1000.0)
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await models.balance()
+    error = caught.value
+    assert (error.reason, error.status, error.may_have_arrived) == ("rate_limit_exceeded", 429, False)
+    assert (error.retry_after or 0) > 800
+    assert len(odd.questions) == 2
+
+
+async def test_a_catalogue_has_a_size(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What callers ask for fills no memory: the oldest answers make room."""
+    monkeypatch.setattr(catalogue, "MOST_REMEMBERED", 2)
+    models = odd_world.submitter().catalogue
+    for slug in ("a", "b", "c", "c", "b", "a"):
+        await models.model(slug)
+    assert [path.rpartition("/")[2] for path in odd.questions] == ["a", "b", "c", "a"]

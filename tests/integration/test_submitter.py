@@ -1,0 +1,1296 @@
+"""Jobs from their caller to Clipia and back, on both databases: each submitted once, whatever happens."""
+
+import asyncio
+import hashlib
+import json
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import pytest_asyncio
+from clipia_kit import (
+    LIVE,
+    MODEL,
+    PRICE,
+    PROMPT,
+    TEST,
+    OddClipia,
+    Request,
+    Sandbox,
+    World,
+    accepted,
+    answer,
+    error_code,
+    eventually,
+    post,
+    refusal,
+    refused,
+    show,
+)
+from payloads import body
+from servers import Postgres, free_port
+from sqlalchemy.exc import DBAPIError
+
+from receiver import clipia
+from receiver.db.clock import db_time
+from receiver.db.tables import accounts, attempts, jobs
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
+from receiver.retry import KEY_HOLDS, SUBMIT_AGAIN
+from receiver.sandbox.answers import CODES
+from receiver.settings import Settings
+from receiver.submitter import Job, Submitter, SyncSubmitter, service
+
+# One sandbox for the whole module: starting and stopping it takes longer than most tests.
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+module = pytest_asyncio.fixture(scope="module", loop_scope="module")
+each = pytest_asyncio.fixture(loop_scope="module")
+
+PUBLIC = "https://hooks.example.com"
+HOUR = 3600.0
+
+
+@module
+async def served() -> AsyncIterator[Sandbox]:
+    """A sandbox that listens."""
+    async with Sandbox().listening() as listening:
+        yield listening
+
+
+@each
+async def sandbox(served: Sandbox) -> Sandbox:
+    """The sandbox as it is after its start."""
+    await served.reset()
+    return served
+
+
+@each
+async def odd() -> AsyncIterator[OddClipia]:
+    """A Clipia that answers what the test says."""
+    async with OddClipia().listening() as listening:
+        yield listening
+
+
+@each
+async def world(database_url: str, sandbox: Sandbox) -> AsyncIterator[World]:
+    """A database and the sandbox."""
+    async with World(database_url, sandbox.url) as made:
+        yield made
+
+
+@each
+async def odd_world(database_url: str, odd: OddClipia) -> AsyncIterator[World]:
+    """A database and a Clipia that answers what the test says."""
+    async with World(database_url, odd.url) as made:
+        yield made
+
+
+# --- keys ---
+
+
+async def test_a_job_is_submitted(world: World, sandbox: Sandbox) -> None:
+    """A job that Clipia takes is on record with everything that Clipia said of it."""
+    submitter = world.submitter()
+    job = await submitter.submit(
+        MODEL, PROMPT, idempotency_key="order-1", metadata={"order": "1"}, max_cost=20, caller="shop"
+    )
+    (generation,) = await sandbox.generations()
+    assert (job.new, job.state, job.caller, job.idempotency_key) == (True, "submitted", "shop", "order-1")
+    assert (job.model, job.input, job.metadata, job.max_cost) == (MODEL, PROMPT, {"order": "1"}, 20)
+    assert (job.request_id, job.cost, job.charged) == (generation["request_id"], PRICE, None)
+    assert (job.warnings, job.error, job.event, job.ended) == ([], None, None, False)
+    assert job.submitted_at is not None
+    assert [(each.number, each.outcome, each.error) for each in job.attempts] == [(1, "succeeded", None)]
+    assert "new" not in job.as_dict()
+    assert job.as_dict()["request_id"] == job.request_id
+
+
+async def test_the_same_key_is_the_same_job(world: World, sandbox: Sandbox) -> None:
+    """F8: a call that is repeated returns the job that is there, whatever the order of its parameters."""
+    submitter = world.submitter()
+    first = await submitter.submit(MODEL, {"prompt": "a", "num_images": 2}, idempotency_key="k")
+    again = await submitter.submit(MODEL, {"num_images": 2, "prompt": "a"}, idempotency_key="k")
+    other = await world.submitter().submit(MODEL, {"prompt": "a", "num_images": 2}, idempotency_key="k")
+    assert first.new
+    assert not again.new
+    assert {first.id, again.id, other.id} == {first.id}
+    assert again.request_id == first.request_id
+    assert len(await sandbox.submits()) == 1
+
+
+async def test_32_calls_with_one_key_are_one_job(world: World, sandbox: Sandbox) -> None:
+    """F8: however many calls of however many processes race, one of them makes the job."""
+    submitters = [world.submitter(), world.submitter()]
+    made = await asyncio.gather(
+        *(submitters[n % 2].submit(MODEL, PROMPT, idempotency_key="k") for n in range(32))
+    )
+    assert len({job.id for job in made}) == 1
+    assert [job.new for job in made].count(True) == 1
+    assert len(await world.rows(jobs)) == 1
+    assert len(await sandbox.submits()) == 1
+    assert len(await sandbox.generations()) == 1
+
+
+async def test_racing_calls_with_other_bodies_get_one_job_and_refusals(
+    world: World, sandbox: Sandbox
+) -> None:
+    """F8: the key belongs to whoever came first, and nobody else gets that job for theirs."""
+    submitter = world.submitter()
+    made = await asyncio.gather(
+        *(submitter.submit(MODEL, {"prompt": f"cat {n}"}, idempotency_key="k") for n in range(8)),
+        return_exceptions=True,
+    )
+    (job,) = [each for each in made if isinstance(each, Job)]
+    errors = [each for each in made if isinstance(each, Refused)]
+    assert {(error.code, error.job_id) for error in errors} == {("idempotency_key_reuse", str(job.id))}
+    assert len(errors) == 7
+    assert [json.loads(each["body"])["input"] for each in await sandbox.submits()] == [job.input]
+
+
+OTHERS: list[dict[str, Any]] = [
+    {"model": "suno-music"},
+    {"input": {"prompt": "a dog"}},
+    {"metadata": {"order": "2"}},
+    {"metadata": {}},
+    {"max_cost": 13},
+    {"max_cost": None},
+]
+
+
+async def test_a_key_stands_for_all_parameters(world: World, sandbox: Sandbox) -> None:
+    """F8: the same key with anything else is refused, before anything is sent, and names the job."""
+    submitter = world.submitter()
+    given: dict[str, Any] = {"model": MODEL, "input": PROMPT, "metadata": {"order": "1"}, "max_cost": 12}
+    job = await submitter.submit(**given, idempotency_key="k")
+    for other in OTHERS:
+        error = await refusal(submitter.submit(**(given | other), idempotency_key="k"))
+        assert (error.status, error.code, error.job_id) == (409, "idempotency_key_reuse", str(job.id))
+    assert len(await sandbox.submits()) == len(await world.rows(jobs)) == 1
+
+
+async def test_two_callers_may_use_the_same_key(world: World, sandbox: Sandbox) -> None:
+    """F8: keys are the caller's own, and Clipia sees neither of them."""
+    submitter = world.submitter()
+    first = await submitter.submit(MODEL, PROMPT, idempotency_key="order-1", caller="shop")
+    second = await submitter.submit(MODEL, PROMPT, idempotency_key="order-1", caller="blog")
+    assert first.id != second.id
+    assert first.request_id != second.request_id
+    keys = {uuid.UUID(each["idempotency_key"]) for each in await sandbox.submits()}
+    assert len(keys) == 2
+    assert {key.version for key in keys} == {4}
+
+
+async def test_without_a_key_each_call_is_a_job(world: World, sandbox: Sandbox) -> None:
+    """A key that nobody gave is made, and returned with the job: it can be used to ask again."""
+    submitter = world.submitter()
+    first, second = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
+    assert first.id != second.id
+    assert len(await sandbox.generations()) == 2
+    assert (await submitter.submit(MODEL, PROMPT, idempotency_key=first.idempotency_key)).id == first.id
+
+
+async def test_a_key_that_cannot_be_kept_is_refused(world: World, sandbox: Sandbox) -> None:
+    """F8: from 1 to 255 printable characters."""
+    submitter = world.submitter()
+    for key in ("", "k" * 256, "a\nb", "a\x00", "\u200b", "\ud800"):
+        error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key=key))
+        assert (error.status, error.code) == (400, "invalid_request")
+        assert "from 1 to 255" in str(error)
+    assert await sandbox.submits() == await world.rows(jobs) == []
+
+
+async def test_a_key_may_be_any_text(world: World) -> None:
+    """F8: 255 characters of any script are kept as they are."""
+    key = "Bestellung №1 " + "ä" * 241
+    job = await world.submitter().submit(MODEL, PROMPT, idempotency_key=key)
+    assert len(key) == 255
+    assert job.idempotency_key == key
+
+
+# --- the bytes on the wire ---
+
+
+async def test_every_try_sends_the_same_bytes(world: World, sandbox: Sandbox) -> None:
+    """F1, F2: a retry is the first try again, though another process makes it under another public URL."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    given = {"prompt": "ein Kätzchen", "num_images": 1, "aspect_ratio": "1:1"}
+    job = await world.submitter(public_url=PUBLIC).submit(MODEL, given, idempotency_key="order-1")
+    assert job.state == "pending"
+    second = world.submitter(public_url="https://moved.example.com")
+    await world.retry(second)
+    await sandbox.switch(lost_answer_rate=0.0)
+    assert await world.retry(second) == 1
+
+    row = await world.job()
+    sent = await sandbox.submits()
+    assert [each["status"] for each in sent] == [504, 504, 200]
+    assert {each["body_sha256"] for each in sent} == {hashlib.sha256(row["request"]).hexdigest()}
+    assert {each["idempotency_key"] for each in sent} == {str(row["provider_key"])}
+    assert row["provider_key"].version == 4
+    assert json.loads(row["request"]) == {
+        "input": given,
+        "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}",
+    }
+    (generation,) = await sandbox.generations()
+    assert (row["state"], row["request_id"]) == ("submitted", generation["request_id"])
+
+
+async def test_without_a_public_url_there_is_no_webhook(world: World) -> None:
+    """What Clipia cannot reach is not named to it."""
+    job = await world.submitter().submit(MODEL, PROMPT)
+    row = await world.job()
+    assert json.loads(row["request"]) == {"input": PROMPT}
+    assert row["has_webhook"] is False
+    assert job.input == PROMPT
+
+
+async def test_the_intent_is_committed_before_the_first_try(odd_world: World, odd: OddClipia) -> None:
+    """F1: when Clipia gets the request, key and bytes are in the database already, for anybody to see."""
+    found: list[dict[str, Any]] = []
+
+    async def look(_request: Request) -> None:
+        # Connections of its own: they see only what is committed.
+        async with World(odd_world.database_url, odd.url) as another:
+            found.append(await another.job())
+
+    odd.on_submit, odd.script = look, [accepted()]
+    await odd_world.submitter(public_url=PUBLIC).submit(MODEL, PROMPT, idempotency_key="k")
+    (post,) = odd.posts
+    (row,) = found
+    assert (row["request"], str(row["provider_key"])) == (post.body, post.headers["idempotency-key"])
+    assert (row["state"], row["sent_at"] is not None, row["account"] is not None) == ("pending", True, True)
+
+
+async def test_a_process_that_dies_before_the_answer_leaves_the_key(world: World, sandbox: Sandbox) -> None:
+    """F1: the next process sends the same again and gets the generation that was paid for."""
+    await sandbox.switch(latency=0.7)
+    dying = world.submitter()
+    task = asyncio.create_task(dying.submit(MODEL, PROMPT, idempotency_key="k"))
+    await eventually(sandbox.generations)
+    for running in [task, *dying._running]:
+        running.cancel()
+    await asyncio.wait([task, *dying._running])
+    await sandbox.switch(latency=0.0)
+
+    assert (await world.job())["state"] == "pending"
+    another = world.submitter()
+
+    async def submitted() -> bool:
+        # Until the sandbox has noticed that nobody waits for the first answer it says `request_in_progress`.
+        return await world.retry(another) == 1 and (await world.job())["state"] == "submitted"
+
+    await eventually(submitted)
+    (generation,) = await sandbox.generations()
+    row = await world.job()
+    assert (row["request_id"], row["lost"]) == (generation["request_id"], 0)
+    assert len({each["idempotency_key"] for each in await sandbox.submits()}) == 1
+
+
+async def test_a_caller_may_leave(odd_world: World, odd: OddClipia) -> None:
+    """F1: the submission goes on without its caller, and `close` lets it end."""
+    arrived, go_on = asyncio.Event(), asyncio.Event()
+
+    async def hold(_request: Request) -> None:
+        arrived.set()
+        await go_on.wait()
+
+    odd.on_submit, odd.script = hold, [accepted("r-1")]
+    submitter = odd_world.submitter()
+    caller = asyncio.create_task(submitter.submit(MODEL, PROMPT))
+    await arrived.wait()
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+    assert (await odd_world.job())["state"] == "pending"
+    asyncio.get_running_loop().call_soon(go_on.set)
+    await submitter.close()
+    row = await odd_world.job()
+    assert (row["state"], row["request_id"]) == ("submitted", "r-1")
+
+
+async def test_a_caller_does_not_wait_for_ever(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: the job is returned as it is, pending, and its submission ends all the same."""
+    monkeypatch.setattr(service, "ANSWER_WAIT", 0.05)
+    go_on = asyncio.Event()
+
+    async def hold(_request: Request) -> None:
+        await go_on.wait()
+
+    odd.on_submit, odd.script = hold, [accepted("r-1")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.new, job.state, job.error) == (True, "pending", None)
+    go_on.set()
+    await submitter.close()
+    assert (await odd_world.job())["state"] == "submitted"
+
+
+# --- errors ---
+
+PERMANENT = [
+    (400, "invalid_request"),
+    (400, "webhook_url_invalid"),
+    (400, "model_input_invalid"),
+    (422, "model_input_invalid"),
+    (404, "not_found"),
+    (404, "model_not_found"),
+]
+
+
+@pytest.mark.parametrize(("status", "code"), PERMANENT)
+async def test_what_clipia_refuses_fails(odd_world: World, odd: OddClipia, status: int, code: str) -> None:
+    """The caller is told in Clipia's words, now and whenever it asks again, and it costs nothing."""
+    odd.script = [refused(status, code, "No such cats.")]
+    submitter = odd_world.submitter()
+    errors = [await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="k")) for _ in range(2)]
+    assert await odd_world.retry(submitter) == 0
+    row = await odd_world.job()
+    for error in errors:
+        assert (error.status, error.code, error.type) == (status, code, "some_error")
+        assert (str(error), error.job_id) == ("No such cats.", str(row["id"]))
+    assert len(odd.posts) == 1
+    assert (row["state"], row["charged"], row["request_id"]) == ("failed", 0, None)
+    assert row["finished_at"] is not None
+    (job,) = (await submitter.list_jobs()).jobs
+    assert job.ended
+    job = await show(submitter, job)
+    said = {"type": "some_error", "code": code, "message": "No such cats.", "status": status}
+    assert job.error == said
+    assert [(each.outcome, each.error) for each in job.attempts] == [("failed", said)]
+
+
+async def test_the_sandbox_refuses_likewise(world: World, sandbox: Sandbox) -> None:
+    """Every documented refusal of a request ends the job, with the status that belongs to it."""
+    submitter = world.submitter()
+    codes = [code for code, (status, _type) in CODES.items() if status in (400, 404)]
+    for code in codes:
+        await sandbox.switch(refuse_submits=code)
+        error = await refusal(submitter.submit(MODEL, PROMPT))
+        assert (error.code, (error.status, error.type)) == (code, CODES[code])
+    assert len(await sandbox.submits()) == len(codes) == 5
+    assert [row["state"] for row in await world.rows(jobs)] == ["failed"] * 5
+
+
+TROUBLE = {
+    "in progress": (refused(409, "request_in_progress"), "request_in_progress"),
+    "rate limit": (refused(429, "rate_limit_exceeded"), "rate_limit_exceeded"),
+    "concurrency": (refused(429, "concurrency_limit_exceeded"), "concurrency_limit_exceeded"),
+    "500": (refused(500, "internal_error"), "internal_error"),
+    "502": (refused(502, "service_unavailable"), "service_unavailable"),
+    "503": (refused(503, "service_unavailable"), "service_unavailable"),
+    "504": (refused(504, "service_unavailable"), "service_unavailable"),
+    "a proxy's 502": (answer(502, b"<html>"), "http_502"),
+    "a proxy's 404": (answer(404, b"<html>"), "http_404"),
+    "no answer": (b"", "no_answer"),
+    "half an answer": (accepted("r-1")[:-10], "no_answer"),
+    "no JSON": (answer(content=b"OK"), "unreadable"),
+    "no request_id": (answer(content={"status": "IN_QUEUE"}), "unreadable"),
+    "a number for an id": (answer(content={"request_id": 7, "status": "IN_QUEUE"}), "unreadable"),
+    "endless nesting": (answer(content=b"[" * 100_000), "unreadable"),
+    "an endless id": (accepted("r" * 200), "unreadable"),
+}
+
+
+NEVER_ARRIVED = ("rate_limit_exceeded", "concurrency_limit_exceeded")
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+async def test_what_may_pass_is_tried_again(odd_world: World, odd: OddClipia, name: str) -> None:
+    """F3, F4, F5, F7: the job stays pending, each try is the same, and the first that may count is noted."""
+    trouble, code = TROUBLE[name]
+    odd.script = [trouble, trouble, accepted("r-1", warnings=[{"code": "unknown_parameter"}])]
+    submitter = odd_world.submitter(public_url=PUBLIC)
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (job.state, error_code(job), job.request_id) == ("pending", code, None)
+    assert job.next_attempt_at is not None
+    first_sent_at = (await odd_world.job())["sent_at"]
+    assert (first_sent_at is None) is (code in NEVER_ARRIVED)
+    assert await odd_world.retry(submitter) == 1
+    assert (await odd_world.job())["sent_at"] == first_sent_at
+    assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).state == "pending"
+    assert await odd_world.retry(submitter) == 1
+    done = await show(submitter, job)
+    assert (done.state, done.request_id, done.cost, done.error) == ("submitted", "r-1", PRICE, None)
+    assert done.warnings == [{"code": "unknown_parameter"}]
+    assert [each.outcome for each in done.attempts] == ["retry", "retry", "succeeded"]
+    assert [each.number for each in done.attempts] == [1, 2, 3]
+    assert len(odd.posts) == 3
+    assert len({(post.headers["idempotency-key"], post.body) for post in odd.posts}) == 1
+
+
+async def test_what_nobody_expected_is_tried_again(odd_world: World, odd: OddClipia) -> None:
+    """F5: whatever breaks within a try, here a connection pool that was closed, ends no job."""
+    odd.script = [refused(503, "service_unavailable"), accepted("r-1")]
+    closing = odd_world.submitter()
+    await closing.submit(MODEL, PROMPT)
+    await closing.client.close()
+    assert await odd_world.retry(closing) == 1
+    row = await odd_world.job()
+    assert (row["state"], json.loads(row["error"])["code"]) == ("pending", "internal_error")
+    assert await odd_world.retry(odd_world.submitter()) == 1
+    assert (await odd_world.job())["request_id"] == "r-1"
+    assert len({post.headers["idempotency-key"] for post in odd.posts}) == 1
+
+
+async def test_an_answer_that_does_not_come_is_tried_again(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: a timeout is an unknown outcome."""
+    monkeypatch.setattr(clipia, "CALL_WAIT", 0.2)
+    hanging = [asyncio.Event()]
+
+    async def hang_once(_request: Request) -> None:
+        if hanging:
+            await hanging.pop().wait()
+
+    odd.on_submit, odd.script = hang_once, [accepted("r-1")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.state, error_code(job)) == ("pending", "no_answer")
+    assert (await odd_world.job())["sent_at"] is not None
+    await odd_world.retry(submitter)
+    assert (await odd_world.job())["request_id"] == "r-1"
+    assert len({post.headers["idempotency-key"] for post in odd.posts}) == 1
+
+
+async def test_a_lost_answer_is_found_again(world: World, sandbox: Sandbox) -> None:
+    """F5: the generation that nobody heard of is the one that the retry gets, paid for once."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.state, error_code(job)) == ("pending", "service_unavailable")
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.retry(submitter)
+    (generation,) = await sandbox.generations()
+    row = await world.job()
+    assert (row["state"], row["request_id"], row["cost"]) == ("submitted", generation["request_id"], PRICE)
+    assert generation["submits"] == 2
+
+
+async def test_a_webhook_spares_the_retry(world: World, sandbox: Sandbox) -> None:
+    """F5, C10: an event that comes while the outcome is unknown ends the job, and nothing is sent again."""
+    await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
+    submitter = world.submitter(public_url=await world.serve_callback())
+    job = await submitter.submit(MODEL, PROMPT)
+    (generation,) = await sandbox.generations()
+    assert await sandbox.send_webhook(generation["request_id"]) == 200
+    await world.forward()
+    done = await show(submitter, job)
+    assert (done.state, done.request_id, done.cost) == ("completed", generation["request_id"], PRICE)
+    assert await world.retry(submitter) == 0
+    assert len(await sandbox.submits()) == 1
+
+
+@pytest.mark.parametrize("as_date", [False, True], ids=["seconds", "date"])
+@pytest.mark.parametrize("code", ["rate_limit_exceeded", "concurrency_limit_exceeded"])
+async def test_retry_after_holds_the_account_back(
+    world: World, sandbox: Sandbox, code: str, *, as_date: bool
+) -> None:
+    """F7: neither the job nor any other one is tried before Clipia said."""
+    await sandbox.switch(refuse_submits=code, retry_after=400, retry_after_date=as_date)
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    assert 300 < await world.rests() <= 401
+    (account,) = await world.rows(accounts)
+    held = account["calls_after" if code == "rate_limit_exceeded" else "submits_after"]
+    assert 300 < held - time.time() <= 401
+    await sandbox.switch(refuse_submits="")
+    other = await submitter.submit(MODEL, PROMPT)
+    assert other.state == "pending"
+    await world.set(jobs, next_attempt_at=db_time(-1.0))
+    assert await world.turn(submitter.lane) == 0
+    assert len(await sandbox.submits()) == 1
+    await world.make_due()
+    assert await world.turn(submitter.lane) >= 1
+    assert len(await sandbox.generations()) >= 1
+
+
+async def test_refused_places_make_the_window_smaller(world: World, sandbox: Sandbox) -> None:
+    """F7: Clipia's limit of generations in flight is found and kept: the rest waits here."""
+    await sandbox.switch(concurrency_limit=2)
+    submitter = world.submitter()
+    for _ in range(4):
+        await submitter.submit(MODEL, PROMPT)
+    assert [each["status"] for each in await sandbox.submits()] == [200, 200, 429]
+    assert await world.retry(submitter) == 1
+    assert await world.retry(submitter) == 0
+    assert [each["status"] for each in await sandbox.submits()] == [200, 200, 429, 429]
+    (account,) = await world.rows(accounts)
+    assert account["in_flight_limit"] == 2
+
+
+async def test_a_key_that_clipia_knows_otherwise_is_never_changed(odd_world: World, odd: OddClipia) -> None:
+    """F2: after `idempotency_key_reuse` a new key could pay twice; a person has to look."""
+    odd.script = [refused(409, "idempotency_key_reuse", "Used with other parameters."), accepted()]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (job.state, error_code(job), job.charged) == ("unsure", "idempotency_key_reuse", None)
+    for _ in range(3):
+        assert await odd_world.retry(submitter) == 0
+        assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).state == "unsure"
+    assert len(odd.posts) == 1
+    assert str((await odd_world.job())["provider_key"]) == odd.posts[0].headers["idempotency-key"]
+
+
+async def test_a_refusal_after_an_unknown_outcome_is_no_failure(world: World, sandbox: Sandbox) -> None:
+    """F5: a generation that may be running is not called failed, or its caller would pay for another one."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    await sandbox.switch(refuse_submits="model_not_found")
+    await world.retry(submitter)
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (job.state, error_code(job), job.charged) == ("unsure", "model_not_found", None)
+
+
+async def test_a_webhook_corrects_a_refusal(world: World, sandbox: Sandbox) -> None:
+    """F5, F13: what was accepted after all ends as its event says, and costs what that says."""
+    await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
+    submitter = world.submitter(public_url=await world.serve_callback())
+    job = await submitter.submit(MODEL, PROMPT)
+    (generation,) = await sandbox.generations()
+    await sandbox.switch(refuse_submits="model_not_found")
+    await world.retry(submitter)
+    assert await sandbox.send_webhook(generation["request_id"]) == 200
+    await world.forward()
+    done = await show(submitter, job)
+    assert (done.state, done.request_id) == ("completed", generation["request_id"])
+    assert (done.cost, done.charged, done.error) == (PRICE, PRICE, None)
+
+
+async def test_a_path_makes_no_result_of_a_refusal(odd_world: World, odd: OddClipia) -> None:
+    """A15, C11: what Clipia refused at its first try was never generated, whatever an unsigned path says."""
+    callback = await odd_world.serve_callback()
+    odd.script = [refused(400, "invalid_request")]
+    await refusal(odd_world.submitter(public_url=callback).submit(MODEL, PROMPT))
+    job_id = (await odd_world.job())["id"]
+    await post(f"{callback}/clipia/webhook/clipia/{job_id}", body("r-of-another"))
+    await odd_world.forward()
+    row = await odd_world.job()
+    assert (row["state"], row["request_id"], row["charged"]) == ("failed", None, 0)
+
+
+async def test_words_that_no_database_takes_are_cleaned(odd_world: World, odd: OddClipia) -> None:
+    """Clipia's words may hold a NUL or half an emoji; the verdict counts all the same, and can be shown."""
+    strange = "a\x00b\ud800c"
+    odd.script = [
+        refused(400, "invalid_request", strange),
+        accepted("r-1", warnings=[{"code": "unknown_parameter", "message": strange}]),
+    ]
+    submitter = odd_world.submitter()
+    error = await refusal(submitter.submit(MODEL, PROMPT))
+    assert (error.code, str(error)) == ("invalid_request", "a?b?c")
+    assert (await odd_world.job())["state"] == "failed"
+    job = await submitter.submit(MODEL, PROMPT)
+    assert job.warnings == [{"code": "unknown_parameter", "message": "a?b?c"}]
+    assert orjson.loads(orjson.dumps(job.as_dict()))["id"] == str(job.id)
+
+
+ACCOUNT = [code for code, (status, _type) in CODES.items() if status in (401, 402, 403)]
+
+
+@pytest.mark.parametrize("code", ACCOUNT)
+async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: Sandbox, code: str) -> None:
+    """F6: no job ends for it; one at a time finds out when it is over, and then all of them go out."""
+    await sandbox.switch(refuse_submits=code)
+    submitter = world.submitter()
+    first = await submitter.submit(MODEL, PROMPT)
+    assert (first.state, error_code(first)) == ("pending", code)
+    assert await submitter.paused()
+    (account,) = await world.rows(accounts)
+    assert account["submits_after"] - account["paused_at"] == pytest.approx(5.0, abs=0.1)
+    await world.set(accounts, submits_after=time.time() + HOUR)
+    for _ in range(3):
+        assert (await submitter.submit(MODEL, PROMPT)).state == "pending"
+    assert await world.turn(submitter.lane) == 0
+    assert len(await sandbox.submits()) == 1
+    paused = (await submitter.account())["limits"]["paused"]
+    assert (paused["code"], paused["status"]) == (code, CODES[code][0])
+
+    # Still refused: one probe, however many jobs are due, and the next one is longer in coming.
+    assert await world.retry(submitter) == 1
+    (account,) = await world.rows(accounts)
+    assert account["probes"] == 2
+    assert account["submits_after"] - account["paused_at"] > 9.9
+    assert [row["state"] for row in await world.rows(jobs)] == ["pending"] * 4
+
+    await sandbox.switch(refuse_submits="")
+    assert await world.retry(submitter) == 1
+    assert not await submitter.paused()
+    assert (await submitter.account())["limits"]["paused"] is None
+    assert await world.retry(submitter) == 3
+    assert len(await sandbox.generations()) == 4
+    assert {row["state"] for row in await world.rows(jobs)} == {"submitted"}
+
+
+async def test_an_account_that_is_refused_never_had_the_job(world: World, sandbox: Sandbox) -> None:
+    """F4, F6: a pause of days brings no job near the end of its key: it was never sent."""
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    row = await world.job()
+    assert row["sent_at"] is None
+    assert 4.9 < await world.rests() < 10.1
+    await world.set(jobs, created_at=db_time(-30 * 24 * HOUR))
+    await sandbox.switch(refuse_submits="")
+    await world.retry(submitter)
+    assert (await world.job())["state"] == "submitted"
+
+
+async def test_an_account_refused_near_the_end_of_the_key_ends_unsure(world: World, sandbox: Sandbox) -> None:
+    """F4, F6: after a try that may have arrived, the pause does not stretch the key's life."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    await world.retry(submitter)
+    row = await world.job()
+    assert (row["state"], row["sent_at"] is not None) == ("pending", True)
+    await world.set(jobs, sent_at=db_time(-KEY_HOLDS - 60))
+    await sandbox.switch(refuse_submits="")
+    await world.retry(submitter)
+    assert (await world.job())["state"] == "unsure"
+    assert len(await sandbox.submits()) == 2
+
+
+async def test_processes_that_end_end_no_job(world: World, sandbox: Sandbox) -> None:
+    """F1: however many processes a submission has seen end, the next one makes it, under the same key."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.set(jobs, lost=20, lease=uuid.uuid4())
+    await world.retry(submitter)
+    row = await world.job()
+    assert (row["state"], row["lost"]) == ("submitted", 0)
+    assert len(await sandbox.generations()) == 1
+
+
+async def test_a_process_that_slept_sends_nothing(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F1: what was claimed and is sent only half a minute later may be another's by then: it is not sent."""
+    odd.script = [refused(503, "service_unavailable"), accepted("r-1")]
+    submitter = odd_world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    await odd_world.make_due()
+    assert submitter.lane is not None
+    (work,) = await submitter.lane.claim(1)
+    now = clipia.clock
+    with monkeypatch.context() as patched:
+        patched.setattr(clipia, "clock", lambda: now() + 31.0)
+        await work.run()
+    assert len(odd.posts) == 1
+    row = await odd_world.job()
+    assert (row["state"], json.loads(row["error"])["code"]) == ("pending", "unreachable")
+    await odd_world.retry(submitter)
+    assert (await odd_world.job())["state"] == "submitted"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [accepted("r-1"), refused(400, "invalid_request"), refused(503, "service_unavailable")],
+    ids=["accepted", "refused", "unavailable"],
+)
+async def test_a_result_without_its_lease_does_not_count(
+    odd_world: World, odd: OddClipia, said: bytes
+) -> None:
+    """A process that was stopped for too long changes nothing: another has the job by now."""
+    lease = uuid.uuid4()
+
+    async def take_over(_request: Request) -> None:
+        await odd_world.set(jobs, lease=lease)
+
+    odd.on_submit, odd.script = take_over, [said]
+    job = await odd_world.submitter().submit(MODEL, PROMPT)
+    row = await odd_world.job()
+    assert (job.state, row["lease"], row["request_id"], row["error"]) == ("pending", lease, None, None)
+    assert await odd_world.rows(attempts) == []
+
+
+async def test_a_claim_that_finds_nothing_uses_nothing_up(world: World) -> None:
+    """F7: where another worker was faster, no call of the account is spent."""
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    before = await world.rows(accounts)
+    assert submitter.lane is not None
+    async with world.database.write() as connection:
+        assert await submitter.lane.claim_in(connection, limit=1, job_id=uuid.uuid4()) == []
+    assert await world.rows(accounts) == before
+
+
+async def test_a_value_that_no_column_takes_is_no_outage(world: World) -> None:
+    """What a database refuses for its content would be refused for ever: waiting for it would never end."""
+    await world.submitter().submit(MODEL, PROMPT)
+    outages = []
+    values: list[dict[str, Any]] = [{"request_id": "r" * 200}, {"request_id": "\x00"}, {"progress": 10**9}]
+    for value in values:
+        try:
+            await world.set(jobs, **value)
+        except DBAPIError:
+            pass
+        except DatabaseUnavailable as error:
+            outages.append(str(error))
+    assert outages == []
+
+
+# --- the life of a provider key ---
+
+
+async def test_a_key_is_used_for_23_hours(world: World, sandbox: Sandbox) -> None:
+    """F4: at 22 h 59 min after the first try there is another one, under the same key."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    await submitter.submit(MODEL, PROMPT)
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.set(jobs, sent_at=db_time(-22 * HOUR - 59 * 60))
+    await world.retry(submitter)
+    assert len(await sandbox.submits()) == 2
+    assert len(await sandbox.generations()) == 1
+    assert (await world.job())["state"] == "submitted"
+
+
+async def test_a_key_is_not_used_after_23_hours(world: World, sandbox: Sandbox) -> None:
+    """F4: at 23 h 01 min nothing is sent any more; the job says so and waits for a person."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.set(jobs, sent_at=db_time(-23 * HOUR - 60))
+    for _ in range(3):
+        await world.retry(submitter)
+        await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert len(await sandbox.submits()) == 1
+    shown = await show(submitter, job)
+    assert (shown.state, error_code(shown), shown.ended) == ("unsure", "outcome_unknown", True)
+    assert "23 hours" in str(shown.error)
+    assert [each.outcome for each in shown.attempts] == ["retry", "failed"]
+    assert shown.next_attempt_at is None
+
+
+async def test_the_last_try_is_the_last(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F4: a try that ends unanswered when the time is over has no successor."""
+    submitter = odd_world.submitter()
+    odd.script = [refused(503, "service_unavailable")]
+    await submitter.submit(MODEL, PROMPT)
+    await odd_world.set(jobs, sent_at=db_time(100.0 - SUBMIT_AGAIN.give_up_after))
+    now = clipia.clock
+
+    async def answer_late(_request: Request) -> None:
+        monkeypatch.setattr("receiver.submitter.lane.clock", lambda: now() + 200.0)
+
+    odd.on_submit = answer_late
+    await odd_world.retry(submitter)
+    row = await odd_world.job()
+    assert (row["state"], json.loads(row["error"])["code"]) == ("unsure", "outcome_unknown")
+    assert "No." in row["error"]
+    assert len(odd.posts) == 2
+
+
+async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: Sandbox) -> None:
+    """F4, F13: the event finds its job by the callback's path and knows what it cost."""
+    await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
+    submitter = world.submitter(public_url=await world.serve_callback())
+    job = await submitter.submit(MODEL, PROMPT)
+    await world.set(jobs, sent_at=db_time(-KEY_HOLDS - 60))
+    await world.retry(submitter)
+    assert (await world.job())["state"] == "unsure"
+    (generation,) = await sandbox.generations()
+    assert await sandbox.send_webhook(generation["request_id"]) == 200
+    await world.forward()
+    done = await show(submitter, job)
+    assert (done.state, done.request_id) == ("completed", generation["request_id"])
+    assert (done.cost, done.charged, done.error, done.progress) == (PRICE, PRICE, None, 100)
+    assert done.event is not None
+    assert len(await sandbox.submits()) == 1
+
+
+async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> None:
+    """F4: under a new key, with the callback of today, and on record with who asked for it."""
+    odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    moved = odd_world.submitter(public_url=PUBLIC)
+    again = await moved.resubmit(job.id, by="alice")
+    assert (again.state, again.error) == ("pending", None)
+    assert await odd_world.turn(submitter.lane) == 1
+    done = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (done.id, done.state, done.request_id) == (job.id, "submitted", "r-2")
+    assert [each.outcome for each in done.attempts] == ["failed", "resubmitted", "succeeded"]
+    assert "alice" in str(done.attempts[1].error)
+    first, second = odd.posts
+    assert json.loads(first.body) == {"input": PROMPT}
+    assert json.loads(second.body) == {
+        "input": PROMPT,
+        "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}",
+    }
+    assert (await odd_world.job())["request"] == second.body
+    keys = [uuid.UUID(post.headers["idempotency-key"]) for post in (first, second)]
+    assert keys[0] != keys[1]
+    assert keys[1].version == 4
+
+
+@pytest.mark.parametrize("state", ["failed", "canceled", "unsure"])
+async def test_what_ended_without_a_result_may_be_submitted_anew(
+    world: World, sandbox: Sandbox, state: str
+) -> None:
+    """F13: the job starts afresh and owes nothing to its first life."""
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    await world.set(
+        jobs, state=state, charged=0, progress=70, error='{"code":"x","message":"y"}', next_attempt_at=None
+    )
+    again = await submitter.resubmit(job.id, by="alice")
+    assert (again.state, again.request_id, again.charged, again.progress) == ("pending", None, None, None)
+    assert (again.submitted_at, again.finished_at, again.error) == (None, None, None)
+    assert await world.turn(submitter.lane) == 1
+    first, second = await sandbox.generations()
+    done = await show(submitter, job)
+    assert done.request_id == second["request_id"] != first["request_id"]
+    assert first["request_id"] in str(done.attempts[1].error)
+
+
+async def test_a_result_of_the_first_life_is_not_paid_for_in_silence(
+    odd_world: World, odd: OddClipia
+) -> None:
+    """F1, F13: where the old request's webhook overtakes the new one's answer, the stray one is on record."""
+    callback = await odd_world.serve_callback()
+    submitter = odd_world.submitter(public_url=callback)
+    odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
+    job = await submitter.submit(MODEL, PROMPT)
+    await submitter.resubmit(job.id, by="alice")
+
+    async def finish_the_old_one(request: Request) -> None:
+        await post(json.loads(request.body)["webhook_url"], body("r-1"))
+        await odd_world.forward()
+
+    odd.on_submit = finish_the_old_one
+    assert await odd_world.turn(submitter.lane) == 1
+    done = await show(submitter, job)
+    assert (done.state, done.request_id, done.charged) == ("completed", "r-1", 12)
+    assert [each.outcome for each in done.attempts] == ["failed", "resubmitted", "failed"]
+    assert "r-2" in str(done.attempts[2].error)
+
+
+@pytest.mark.parametrize("state", ["pending", "submitted", "completed"])
+async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
+    world: World, sandbox: Sandbox, state: str
+) -> None:
+    """F4: nobody pays twice by a slip of the hand."""
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    await world.set(jobs, state=state)
+    error = await refusal(submitter.resubmit(job.id, by="alice"))
+    assert (error.status, error.code) == (409, "not_resubmittable")
+    assert state in str(error)
+    assert (await world.job())["state"] == state
+    assert len(await sandbox.submits()) == 1
+    error = await refusal(submitter.resubmit(uuid.uuid4(), by="alice"))
+    assert (error.status, error.code) == (404, "not_found")
+
+
+# --- another account ---
+
+
+async def test_another_account_does_not_get_what_may_have_arrived(world: World, sandbox: Sandbox) -> None:
+    """F1: idempotency keys mean nothing to another account, so the job waits for a person."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    await world.submitter().submit(MODEL, PROMPT)
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.retry(world.submitter(key="clipia_live_another"))
+    row = await world.job()
+    assert (row["state"], json.loads(row["error"])["code"]) == ("unsure", "account_changed")
+    assert "CLIPIA_KEY" in row["error"]
+    assert len(await sandbox.submits()) == 1
+
+
+@pytest.mark.parametrize("code", ["insufficient_credits", "rate_limit_exceeded"])
+async def test_another_account_gets_what_never_arrived(world: World, sandbox: Sandbox, code: str) -> None:
+    """F6: whoever replaces a key that is refused has the queue go out under the new one."""
+    await sandbox.switch(refuse_submits=code)
+    await world.submitter().submit(MODEL, PROMPT)
+    await sandbox.switch(refuse_submits="")
+    another = world.submitter(key="clipia_live_another")
+    await world.set(jobs, next_attempt_at=db_time(-1.0))
+    assert await world.turn(another.lane) == 1
+    row = await world.job()
+    assert (row["state"], row["account"]) == ("submitted", another.client.account)
+
+
+async def test_live_and_test_do_not_mix(world: World, sandbox: Sandbox) -> None:
+    """F1: what was asked for under a live key is neither sent nor polled under a test key, or the reverse."""
+    await sandbox.switch(refuse_submits="rate_limit_exceeded")
+    live, test = world.submitter(), world.submitter(key=TEST)
+    await live.submit(MODEL, PROMPT)
+    await test.submit(MODEL, PROMPT)
+    await sandbox.switch(refuse_submits="")
+    await world.make_due()
+    assert await world.turn(test.lane) == 1
+    assert [row["state"] for row in await world.rows(jobs)] == ["pending", "submitted"]
+    await world.make_due()
+    assert await world.turn(live.lane) == 1
+    assert [each["mode"] for each in await sandbox.generations()] == ["test", "live"]
+    await world.make_due()
+    assert await world.turn(world.poll_lane(test)) == 1
+    assert [row["state"] for row in await world.rows(jobs)] == ["submitted", "completed"]
+
+
+async def test_a_key_of_one_try_is_not_spent_by_a_closed_door(world: World, sandbox: Sandbox) -> None:
+    """F5: where nobody listens nothing arrives, so another address may have the job."""
+    closed = world.submitter(url=f"http://127.0.0.1:{free_port()}")
+    job = await closed.submit(MODEL, PROMPT)
+    row = await world.job()
+    assert (job.state, error_code(job), row["sent_at"]) == ("pending", "unreachable", None)
+    assert await world.retry(world.submitter()) == 1
+    (generation,) = await sandbox.generations()
+    assert (await world.job())["request_id"] == generation["request_id"]
+
+
+# --- what a job may cost ---
+
+
+async def test_max_cost_holds(world: World, sandbox: Sandbox) -> None:
+    """F12: a job that costs more than its caller allows is refused before anything is sent."""
+    submitter = world.submitter()
+    given = {"prompt": "a cat", "num_images": 3}
+    error = await refusal(submitter.submit(MODEL, given, max_cost=35))
+    assert (error.status, error.code, error.type) == (402, "max_cost_exceeded", "billing_error")
+    assert "36" in str(error)
+    assert "35" in str(error)
+    assert await sandbox.submits() == await world.rows(jobs) == []
+    job = await submitter.submit(MODEL, given, max_cost=36)
+    assert (job.state, job.cost, job.max_cost) == ("submitted", 36, 36)
+
+
+async def test_a_price_is_known_before_clipia_takes_the_job(world: World, sandbox: Sandbox) -> None:
+    """F12: what was estimated counts until Clipia says what it reserved."""
+    await sandbox.switch(refuse_submits="service_unavailable")
+    job = await world.submitter().submit(MODEL, PROMPT, max_cost=100)
+    assert (job.state, job.cost) == ("pending", PRICE)
+    job = await world.submitter().submit(MODEL, PROMPT)
+    assert (job.state, job.cost) == ("pending", None)
+
+
+async def test_a_price_that_cannot_be_known_makes_no_job(world: World, sandbox: Sandbox) -> None:
+    """F12: with a limit to keep, a job is not taken on trust; the caller sends it again."""
+    await sandbox.switch(error_rate=1.0)
+    submitter = world.submitter(budgets={"shop": 100})
+    with pytest.raises(ClipiaUnavailable):
+        await submitter.submit(MODEL, PROMPT, max_cost=100)
+    with pytest.raises(ClipiaUnavailable):
+        await submitter.submit(MODEL, PROMPT, caller="shop")
+    assert await world.rows(jobs) == []
+    assert (await submitter.submit(MODEL, PROMPT)).state == "pending"
+
+
+async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
+    """F12: a caller's own budget counts, or else the one of everybody; nothing is sent beyond it."""
+    submitter = world.submitter(budgets={"shop": 24, "*": 12, "idle": 0})
+    for caller, jobs_each in (("shop", 2), ("blog", 1), ("press", 1), ("idle", 0)):
+        for _ in range(jobs_each):
+            assert (await submitter.submit(MODEL, PROMPT, caller=caller)).state == "submitted"
+        error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="last", caller=caller))
+        assert (error.status, error.code, error.type) == (402, "budget_exceeded", "billing_error")
+        assert f"of today's {jobs_each * 12} for '{caller}' {jobs_each * 12} are spent" in str(error)
+    assert len(await sandbox.submits()) == len(await world.rows(jobs)) == 4
+
+
+async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sandbox) -> None:
+    """F12: of jobs at once, in several processes, as many get through as there is room for."""
+    submitters = [world.submitter(budgets={"shop": 40}) for _ in range(2)]
+    made = await asyncio.gather(
+        *(submitters[n % 2].submit(MODEL, PROMPT, caller="shop") for n in range(10)), return_exceptions=True
+    )
+    assert sum(isinstance(each, Job) for each in made) == 3
+    assert [each.code for each in made if isinstance(each, Refused)] == ["budget_exceeded"] * 7
+    assert len(await world.rows(jobs)) == 3
+    while await world.retry(submitters[0]):
+        pass
+    assert len(await sandbox.generations()) == 3
+
+
+async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox: Sandbox) -> None:
+    """F12, F13: yesterday's jobs and those that cost nothing in the end leave it alone."""
+    submitter = world.submitter(budgets={"shop": 12})
+    await submitter.submit(MODEL, PROMPT, caller="shop")
+    await world.set(jobs, created_at=db_time(-24 * HOUR))
+    second = await submitter.submit(MODEL, PROMPT, caller="shop")
+    assert (await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))).code == "budget_exceeded"
+    await world.set(jobs, where=jobs.c.id == second.id, charged=0)
+    assert (await submitter.submit(MODEL, PROMPT, caller="shop")).state == "submitted"
+    await sandbox.switch(refuse_submits="invalid_request")
+    await world.set(jobs, created_at=db_time(-24 * HOUR))
+    for _ in range(2):
+        assert (await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))).code == "invalid_request"
+
+
+# --- inputs ---
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "said"),
+    [
+        (MODEL, {"promt": "a cat"}, "prompt"),
+        (MODEL, {"prompt": "a cat", "aspect_ratio": "2:1"}, "16:9"),
+        (MODEL, {"prompt": "a cat", "num_images": 9}, "from 1 to 4"),
+        ("seedance-2-fast-i2v", {"prompt": "a cat"}, "image_url"),
+    ],
+)
+async def test_a_wrong_input_is_refused_before_it_is_sent(
+    world: World, sandbox: Sandbox, model: str, given: dict[str, Any], said: str
+) -> None:
+    """A typo costs nothing: the message says what is wrong, and there is no job."""
+    error = await refusal(world.submitter().submit(model, given))
+    assert (error.status, error.code) == (400, "model_input_invalid")
+    assert said in str(error)
+    assert await sandbox.submits() == await world.rows(jobs) == []
+
+
+async def test_an_unknown_model_is_refused(world: World, sandbox: Sandbox) -> None:
+    """A model that Clipia does not have is refused before it is sent."""
+    error = await refusal(world.submitter().submit("nano-banana-3", PROMPT))
+    assert (error.status, error.code) == (404, "model_not_found")
+    assert await sandbox.submits() == await world.rows(jobs) == []
+
+
+DEEP: list[Any] = []
+for _ in range(300):
+    DEEP = [DEEP]
+
+STRANGE: dict[str, dict[str, Any]] = {
+    "no model": {"model": ""},
+    "two lines": {"model": "a\nb"},
+    "a path": {"model": "../account"},
+    "a long model": {"model": "m" * 256},
+    "metadata is no text": {"metadata": {"order": 1}},
+    "metadata with NUL": {"metadata": {"order": "\x00"}},
+    "metadata without a name": {"metadata": {"": "x"}},
+    "too much metadata": {"metadata": {str(number): "" for number in range(33)}},
+    "long metadata": {"metadata": {"order": "x" * 513}},
+    "a negative price": {"max_cost": -1},
+    "a price that is none": {"max_cost": True},
+    "half a credit": {"max_cost": 1.5},
+    "a number for a name": {"input": {1: "a"}},
+    "no JSON": {"input": {"prompt": "a", "image_url": {b"x"}}},
+    "a lone surrogate": {"input": {"prompt": "\ud800"}},
+    "a huge number": {"input": {"prompt": "a", "seed": 2**70}},
+    "too deep": {"input": {"prompt": "a", "list": DEEP}},
+}
+
+
+@pytest.mark.parametrize("limits", [{}, {"max_cost": 5}], ids=["", "with max_cost"])
+async def test_what_cannot_be_a_job_is_refused(
+    odd_world: World, odd: OddClipia, limits: dict[str, Any]
+) -> None:
+    """Whatever a caller passes, a request that cannot be kept or sent is refused as the caller's mistake."""
+    odd.others = lambda _request: answer(content={"slug": MODEL, "credits": 1})
+    submitter = odd_world.submitter()
+    outcomes: dict[str, object] = {}
+    for name, strange in STRANGE.items():
+        given = {"model": MODEL, "input": PROMPT} | limits | strange
+        try:
+            await submitter.submit(**given, idempotency_key="k")
+        except Refused as error:
+            outcomes[name] = (error.status, error.code)
+        except ClipiaUnavailable as error:
+            outcomes[name] = error.reason
+    assert outcomes == dict.fromkeys(STRANGE, (400, "invalid_request"))
+    assert odd.posts == []
+    assert await odd_world.rows(jobs) == []
+
+
+async def test_a_strange_repeat_is_refused(odd_world: World, odd: OddClipia) -> None:
+    """F8: a known key is no way around the checks of an input."""
+    odd.script = [accepted]
+    submitter = odd_world.submitter()
+    await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    for given in ({"prompt": "a", "list": DEEP}, {"prompt": {b"x"}}):
+        error = await refusal(submitter.submit(MODEL, given, idempotency_key="k"))
+        assert error.code in ("invalid_request", "idempotency_key_reuse")
+
+
+@pytest.mark.parametrize("caller", ["c" * 64, "a\x00b"], ids=["long", "NUL"])
+async def test_a_caller_has_a_name(world: World, sandbox: Sandbox, caller: str) -> None:
+    """F8: what no database can keep is the caller's mistake on each of them, not an outage."""
+    error = await refusal(world.submitter().submit(MODEL, PROMPT, caller=caller))
+    assert (error.status, error.code) == (400, "invalid_request")
+    assert await sandbox.submits() == []
+
+
+async def test_a_request_has_a_size(odd_world: World, odd: OddClipia) -> None:
+    """A file belongs into a URL: more than a megabyte is refused before it is sent."""
+    odd.script = [accepted]
+    submitter = odd_world.submitter()
+    error = await refusal(submitter.submit(MODEL, {"prompt": "x" * 1024 * 1024}))
+    assert (error.status, error.code) == (413, "invalid_request")
+    assert odd.posts == []
+    assert await odd_world.rows(jobs) == []
+    largest = "x" * (1024 * 1024 - len(b'{"input":{"prompt":""}}'))
+    assert (await submitter.submit(MODEL, {"prompt": largest})).state == "submitted"
+
+
+async def test_an_unreachable_catalogue_loses_no_job(world: World, sandbox: Sandbox) -> None:
+    """F5: what cannot be checked is not held against the job; what Clipia warns of is kept."""
+    await sandbox.switch(error_rate=1.0)
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, {"prompt": "a cat", "sead": 1}, idempotency_key="k")
+    assert (job.state, await world.rows(jobs) != []) == ("pending", True)
+    await sandbox.switch(error_rate=0.0)
+    assert await world.retry(submitter) == 1
+    done = await submitter.submit(MODEL, {"prompt": "a cat", "sead": 1}, idempotency_key="k")
+    assert done.state == "submitted"
+    assert [(each["code"], each["parameter"]) for each in done.warnings] == [("unknown_parameter", "sead")]
+    assert "sead" in done.warnings[0]["message"]
+    assert (await submitter.list_jobs()).jobs[0].warnings == done.warnings
+
+
+async def test_a_refused_account_does_not_stop_the_check(odd_world: World, odd: OddClipia) -> None:
+    """F6: a key that may not read the catalogue may still submit."""
+    odd.script = [accepted("r-1")]
+    odd.others = lambda _request: refused(403, "insufficient_scope")
+    job = await odd_world.submitter().submit(MODEL, PROMPT)
+    assert (job.state, job.request_id) == ("submitted", "r-1")
+
+
+# --- opening it ---
+
+
+async def test_a_submitter_is_opened_by_the_settings(
+    database_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The environment says everything: database, key, address, public URL and budgets."""
+    environment = {
+        "RECEIVER_DATABASE_URL": database_url,
+        "CLIPIA_KEY": LIVE,
+        "CLIPIA_BASE_URL": sandbox.url,
+        "RECEIVER_PUBLIC_URL": PUBLIC,
+        "RECEIVER_BUDGETS": "local:12",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    async with Submitter.open() as submitter:
+        job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+        assert (await refusal(submitter.submit(MODEL, PROMPT))).code == "budget_exceeded"
+    (generation,) = await sandbox.generations()
+    assert (job.state, job.request_id) == ("submitted", generation["request_id"])
+    assert generation["webhook"]["url"] == f"{PUBLIC}/clipia/webhook/clipia/{job.id}"
+    async with Submitter.open() as submitter:
+        assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).id == job.id
+
+
+async def test_without_a_key_jobs_can_only_be_looked_at(world: World, sandbox: Sandbox) -> None:
+    """What needs Clipia says which setting is missing; all else works."""
+    job = await world.submitter().submit(MODEL, PROMPT, idempotency_key="k")
+    settings = Settings.load(database_url=world.database_url)
+    async with Submitter.open(settings) as submitter:
+        assert submitter.lane is None
+        assert (await show(submitter, job)).id == job.id
+        assert not await submitter.paused()
+        assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).id == job.id
+        calls = [
+            submitter.submit(MODEL, PROMPT, idempotency_key="new"),
+            submitter.resubmit(job.id, by="alice"),
+            submitter.account(),
+        ]
+        for call in calls:
+            with pytest.raises(SettingsError, match="CLIPIA_KEY is not set"):
+                await call
+    assert len(await world.rows(jobs)) == len(await sandbox.submits()) == 1
+
+
+async def test_a_database_without_tables_is_refused(postgres: Postgres) -> None:
+    """A shared database is migrated on purpose; the message says how."""
+    settings = Settings.load(database_url=postgres.url(), clipia_key=LIVE)
+    with pytest.raises(SettingsError, match="run `receiver migrate`"):
+        async with Submitter.open(settings):
+            pass
+
+
+async def test_a_file_of_ones_own_is_made(tmp_path: Path, sandbox: Sandbox) -> None:
+    """SQLite needs nobody to prepare it."""
+    settings = Settings.load(
+        database_url=f"sqlite:///{tmp_path}/new/jobs.db", clipia_key=LIVE, clipia_base_url=sandbox.url
+    )
+    async with Submitter.open(settings) as submitter:
+        assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
+
+
+async def test_a_database_that_is_away_is_an_error(sandbox: Sandbox) -> None:
+    """Where nothing can be committed nothing is sent."""
+    settings = Settings.load(
+        database_url=f"postgresql://nobody@127.0.0.1:{free_port()}/none",
+        clipia_key=LIVE,
+        clipia_base_url=sandbox.url,
+    )
+    with pytest.raises(DatabaseUnavailable):
+        async with Submitter.open(settings):
+            pass
+    assert await sandbox.submits() == []
+
+
+async def test_a_base_url_in_the_clear_is_refused(world: World) -> None:
+    """The key does not travel over plain http."""
+    settings = Settings.load(
+        database_url=world.database_url, clipia_key=LIVE, clipia_base_url="http://api.clipia.ai"
+    )
+    with pytest.raises(SettingsError, match="CLIPIA_BASE_URL"):
+        async with Submitter.open(settings):
+            pass
+
+
+async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
+    """F8: code without an event loop has the same promises, from any number of threads."""
+    settings = Settings.load(
+        database_url=world.database_url, clipia_key=LIVE, clipia_base_url=sandbox.url, budgets={"poor": 1}
+    )
+
+    def work() -> tuple[list[Job], str]:
+        made: list[Job] = []
+        with SyncSubmitter(settings) as submitter:
+            given: dict[str, Any] = {"idempotency_key": "k", "metadata": {"order": "1"}, "max_cost": 12}
+            threads = [
+                threading.Thread(target=lambda: made.append(submitter.submit(MODEL, PROMPT, **given)))
+                for _ in range(4)
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            job = submitter.get(made[0].id)
+            waited = submitter.wait(made[0].id, seconds=0.05)
+            page = submitter.list_jobs(metadata={"order": "1"}, limit=10)
+            assert job is not None
+            assert waited is not None
+            assert submitter.get(uuid.uuid4()) is None
+            with pytest.raises(Refused) as caught:
+                submitter.submit(MODEL, PROMPT, caller="poor")
+        return [*made, job, waited, *page.jobs], caught.value.code
+
+    found, code = await asyncio.to_thread(work)
+    assert len(found) == 7
+    assert len({job.id for job in found}) == 1
+    assert [job.new for job in found].count(True) == 1
+    assert code == "budget_exceeded"
+    assert len(await sandbox.generations()) == 1
+
+
+async def test_a_thread_is_told_what_is_wrong(database_url: str, tmp_path: Path) -> None:
+    """Opening it in a thread raises what opening it in a loop does, with the environment's settings too."""
+    settings = Settings.load(database_url=database_url, clipia_key=LIVE, clipia_base_url="http://a.example")
+    (tmp_path / "receiver.toml").write_text("nonsense = 1")
+
+    def work() -> None:
+        with pytest.raises(SettingsError, match="CLIPIA_BASE_URL"), SyncSubmitter(settings):
+            pass
+        with pytest.raises(SettingsError, match="nonsense"), SyncSubmitter():
+            pass
+
+    await asyncio.to_thread(work)
