@@ -100,7 +100,8 @@ class FanOut:
             NewMedia(position=ref.position, variant=ref.variant, kind=ref.kind, url=ref.url)
             for ref in generation.media
         ]
-        await jobs.settle_with(connection, event.source, generation, job_id=event.job_id)
+        if await jobs.settle_with(connection, event.source, generation, job_id=event.job_id):
+            lanes.add(jobs.SUBMIT_LANE)
         await outbox.insert_media(connection, event.seq, files)
         if files:
             lanes.add(MEDIA_LANE)
