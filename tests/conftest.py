@@ -14,6 +14,8 @@ from servers import Postgres
 from receiver.db import migrate
 from receiver.db.engine import Database
 
+pytest_plugins = ["clipia_fixtures"]
+
 hypothesis_settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("default")
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import orjson
 import pytest
-import pytest_asyncio
 from clipia_kit import (
     DURATION,
     LIVE,
@@ -45,47 +44,9 @@ from receiver.limits import SHARES
 from receiver.submitter import Job, Submitter, waiting
 from receiver.worker import Lane, Wakeups, Worker
 
-# One sandbox for the whole module: starting and stopping it takes longer than most tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
-module = pytest_asyncio.fixture(scope="module", loop_scope="module")
-each = pytest_asyncio.fixture(loop_scope="module")
 
 HOUR = 3600.0
-
-
-@module
-async def served() -> AsyncIterator[Sandbox]:
-    """A sandbox that listens."""
-    async with Sandbox().listening() as listening:
-        yield listening
-
-
-@each
-async def sandbox(served: Sandbox) -> Sandbox:
-    """The sandbox as it is after its start."""
-    await served.reset()
-    return served
-
-
-@each
-async def odd() -> AsyncIterator[OddClipia]:
-    """A Clipia that answers what the test says."""
-    async with OddClipia().listening() as listening:
-        yield listening
-
-
-@each
-async def world(database_url: str, sandbox: Sandbox) -> AsyncIterator[World]:
-    """A database and the sandbox."""
-    async with World(database_url, sandbox.url) as made:
-        yield made
-
-
-@each
-async def odd_world(database_url: str, odd: OddClipia) -> AsyncIterator[World]:
-    """A database and a Clipia that answers what the test says."""
-    async with World(database_url, odd.url) as made:
-        yield made
 
 
 @pytest.fixture
