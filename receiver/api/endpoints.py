@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
@@ -83,7 +84,7 @@ async def read_object(request: Request) -> dict[str, Any]:
         ) from None
     try:
         # Not orjson: it would turn large integers into fractions, and a seed is none.
-        content = json.loads(raw.decode(), parse_constant=_refuse_constant)
+        content = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_read_float)
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict):
@@ -93,6 +94,13 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number of JSON's")
+
+
+def _read_float(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:40]} is beyond all bounds")
+    return number
 
 
 async def _read_body(request: Request) -> bytes:
@@ -152,10 +160,7 @@ def invalid(message: str) -> Refused:
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return what comes of some waiting; end it with ClientDisconnect where its client goes away.
-
-    The request's body has to have been read.
-    """
+    """Return what comes of some waiting; end it with ClientDisconnect where its client goes away."""
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_wait_for_disconnect(request))
     try:

@@ -148,7 +148,6 @@ class Jobs:
         job_id, job = read_id(request), None
         owner = None if _sees_all(caller) else caller.name
         if job_id is not None:
-            await request.body()
             waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
             job = await while_connected(request, waited)
         if job is None:

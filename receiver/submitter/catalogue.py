@@ -102,6 +102,7 @@ class Catalogue:
 
     async def model(self, slug: str, *, fresh: float = FRESH) -> dict[str, Any]:
         """Return one model with its `input_schema`, not older than `fresh` seconds if Clipia answers."""
+        _refuse_path(slug)
         ask = partial(self._ask, partial(self._client.model, slug))
         return await self._memory.recall(f"model {slug}", ask, fresh=fresh)
 
@@ -124,6 +125,7 @@ class Catalogue:
 
     async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return `{"credits", "warnings"}`, the price of an input."""
+        _refuse_path(slug)
         question = f"price {slug} {encode(dict(given)).decode()}"
         ask = partial(self._ask, partial(self._client.estimate, slug, given))
         return await self._memory.recall(question, ask, fresh=PRICE_HOLDS)
@@ -178,3 +180,9 @@ class Catalogue:
                     retry_after=wait,
                 )
             await asyncio.sleep(wait)
+
+
+def _refuse_path(slug: str) -> None:
+    # It becomes a part of a path, where dots at its start would lead elsewhere.
+    if slug.startswith("."):
+        raise Refused(f"There is no model {slug[:64]!r}.", code="model_not_found", status=404)

@@ -52,7 +52,7 @@ class JobRequest(BaseModel):
             request = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the body"
+            where = ".".join(str(part)[:64] for part in first["loc"]) or "the body"
             raise Refused(f"{where}: {first['msg']}", code="invalid_request", status=400) from None
         encode([[[[request.input]]]])  # it has to fit into lists and messages, whose depth is bounded
         return request
