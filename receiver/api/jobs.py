@@ -170,7 +170,7 @@ def _sees_all(caller: Caller) -> bool:
 def _seconds(value: object) -> float:
     try:
         seconds = float(value) if isinstance(value, str | int | float) else -1.0
-    except ValueError:
+    except (ValueError, OverflowError):
         seconds = -1.0
     if isinstance(value, bool) or not 0 <= seconds <= LONGEST_WAIT:
         raise invalid(f"wait: write seconds from 0 to {LONGEST_WAIT:.0f}")

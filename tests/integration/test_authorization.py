@@ -1,0 +1,500 @@
+"""Who may do what over HTTP: every route with every kind of credential, and each other's jobs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import chain, combinations
+from pathlib import Path
+from typing import Any, get_args
+
+import httpx
+import pytest
+import pytest_asyncio
+from harness import ReceiverProcess
+from payloads import SECRET, body, signed
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from receiver.app import Only, create_app
+from receiver.sandbox import SandboxOptions, running
+from receiver.sandbox import create_app as create_sandbox
+from receiver.settings import SCOPES, Scope, Settings
+
+MODEL = "nano-banana-2"
+JOB: dict[str, Any] = {"model": MODEL, "input": {"prompt": "a cat"}}
+OWNER = "token-of-owner-0123456789"
+
+OPEN = {
+    "GET /livez": 200,
+    "GET /readyz": 200,
+    # They have their own lock: a signature.
+    "POST /clipia/webhook": 401,
+    "POST /clipia/webhook/{source}": 401,
+    "POST /clipia/webhook/{source}/{job}": 401,
+}
+"""Routes that need no token, with what they answer."""
+GUARDED: dict[str, tuple[Scope, int]] = {
+    "GET /metrics": ("read", 200),
+    "POST /v1/jobs": ("submit", 201),
+    "GET /v1/jobs": ("read", 200),
+    "GET /v1/jobs/costs": ("read", 200),
+    # The job of another caller: it is not there, unless the scope `operate` shows all of them.
+    "GET /v1/jobs/{id}": ("read", 404),
+    "POST /v1/jobs/{id}/resubmit": ("operate", 409),
+    "GET /v1/models": ("read", 200),
+    "GET /v1/models/{slug}": ("read", 200),
+    "POST /v1/models/{slug}/estimate": ("read", 200),
+    "GET /v1/account": ("operate", 200),
+}
+"""Routes that need a scope, with what they answer who has it."""
+ALLOWED_WITH_ALL = {"GET /v1/jobs/{id}": 200}
+
+SUBSETS = list(chain.from_iterable(combinations(SCOPES, size) for size in range(len(SCOPES) + 1)))
+
+
+def token_of(scopes: tuple[Scope, ...]) -> str:
+    """Return the token with exactly these scopes."""
+    return f"token-for-{'-'.join(scopes) or 'nothing'}-0123456789"
+
+
+TOKENS = [
+    {"name": "owner", "token": OWNER, "scopes": ["submit", "read"]},
+    *(
+        {"name": "-".join(("has", *scopes)), "token": token_of(scopes), "scopes": list(scopes)}
+        for scopes in SUBSETS
+    ),
+]
+
+BAD_CREDENTIALS: dict[str, list[tuple[str, str | bytes]]] = {
+    "nothing": [],
+    "an empty header": [("Authorization", "")],
+    "a scheme alone": [("Authorization", "Bearer")],
+    "a scheme and a space": [("Authorization", b"Bearer ")],
+    "a token alone": [("Authorization", OWNER)],
+    "another scheme": [("Authorization", f"Basic {OWNER}")],
+    "Clipia's scheme": [("Authorization", f"Key {OWNER}")],
+    "Clipia's header": [("X-Api-Key", OWNER)],
+    "a cookie": [("Cookie", f"token={OWNER}; Authorization=Bearer {OWNER}")],
+    "a tab": [("Authorization", f"Bearer\t{OWNER}")],
+    "a wrong token": [("Authorization", "Bearer wrong-token-0123456789")],
+    "a token too short": [("Authorization", f"Bearer {OWNER[:-1]}")],
+    "a token too long": [("Authorization", f"Bearer {OWNER}0")],
+    "a token in capitals": [("Authorization", f"Bearer {OWNER.upper()}")],
+    "a token in quotes": [("Authorization", f'Bearer "{OWNER}"')],
+    "two tokens": [("Authorization", f"Bearer {OWNER}, {OWNER}")],
+    "a name and a token": [("Authorization", f"Bearer owner:{OWNER}")],
+    "no ASCII": [("Authorization", b"Bearer \xff\xfe")],
+    "a long one": [("Authorization", f"Bearer {'x' * 12_000}")],
+    "a wrong one before a right one": [
+        ("Authorization", "Bearer wrong-token-0123456789"),
+        ("Authorization", f"Bearer {OWNER}"),
+    ],
+}
+
+
+class Site:
+    """A receiver without a worker inside the test, and a sandbox that it submits to over HTTP."""
+
+    def __init__(self, app: Starlette) -> None:
+        self.app = app
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://receiver")
+
+    async def call(self, route: str, *, job_id: str = "x", headers: Any = ()) -> httpx.Response:
+        """Call a route as its table writes it."""
+        method, path = route.split()
+        for name, value in {"source": "clipia", "job": job_id, "id": job_id, "slug": MODEL}.items():
+            path = path.replace(f"{{{name}}}", value)
+        content = JOB if method == "POST" else None
+        return await self.client.request(method, path, json=content, headers=list(headers))
+
+    async def as_(self, token: str, method: str, path: str, **options: Any) -> httpx.Response:
+        """Make a request with a token."""
+        return await self.client.request(method, path, headers=bearer(token), **options)
+
+    async def submit(self, token: str, key: str | None = None, **changes: Any) -> dict[str, Any]:
+        """Submit a job and return it."""
+        headers = dict(bearer(token)) | ({} if key is None else {"Idempotency-Key": key})
+        response = await self.client.post("/v1/jobs", json=JOB | changes, headers=headers)
+        assert response.status_code == 201, response.text
+        job: dict[str, Any] = response.json()
+        return job
+
+
+@asynccontextmanager
+async def make_site(
+    database_url: str, clipia: str, *, only: Only | None = None, **settings: Any
+) -> AsyncIterator[Site]:
+    """Open a receiver."""
+    values = {"clipia_webhook_secret": SECRET, "clipia_key": "clipia_live_x", "api_tokens": TOKENS}
+    values |= {"database_url": database_url, "clipia_base_url": clipia}
+    app = create_app(Settings.load(**(values | settings)), only=only, worker=False)
+    async with app.router.lifespan_context(app):
+        site = Site(app)
+        yield site
+        await site.client.aclose()
+
+
+@pytest.fixture
+async def clipia() -> AsyncIterator[str]:
+    """A sandbox whose generations do not end."""
+    async with running(create_sandbox(SandboxOptions(duration=60), secret=SECRET)) as url:
+        yield url
+
+
+@pytest.fixture
+async def site(database_url: str, clipia: str) -> AsyncIterator[Site]:
+    """A receiver, on each database."""
+    async with make_site(database_url, clipia) as opened:
+        yield opened
+
+
+@pytest.fixture
+async def local(migrated_sqlite: Path, tmp_path: Path, clipia: str) -> AsyncIterator[Site]:
+    """A receiver, where the database does not matter."""
+    async with make_site(copy_of(migrated_sqlite, tmp_path), clipia) as opened:
+        yield opened
+
+
+# Routes
+
+
+@pytest.mark.parametrize("only", [None, *get_args(Only)])
+def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
+    """G1, G2: a route that no table here declares fails; the public half has few and no other ones."""
+    settings = Settings.load(
+        database_url=f"sqlite:///{tmp_path / 'receiver.db'}", clipia_webhook_secret=SECRET, api_tokens=TOKENS
+    )
+    health = {"GET /livez", "GET /readyz"}
+    expected = {
+        None: {*OPEN, *GUARDED},
+        "webhook": {*OPEN},
+        "internal": {*GUARDED, *health},
+    }
+    assert routes_of(create_app(settings, only=only, worker=False)) == expected[only]
+
+
+def routes_of(app: Starlette) -> set[str]:
+    """Return an application's routes; what is no plain route is unknown territory."""
+    found = set()
+    for route in app.routes:
+        assert isinstance(route, Route), route
+        methods = route.methods or set()
+        assert "HEAD" not in methods or "GET" in methods
+        found |= {f"{method} {route.path}" for method in methods - {"HEAD"}}
+    return found
+
+
+@pytest.mark.parametrize("only", get_args(Only))
+async def test_the_other_half_is_not_there(
+    migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only
+) -> None:
+    """G2: with the best of tokens, what belongs to the other listener is 404 on this one."""
+    foreign = GUARDED if only == "webhook" else [route for route in OPEN if "webhook" in route]
+    content = body()
+    async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, only=only) as site:
+        for route in foreign:
+            response = await site.call(route, headers=bearer(token_of(SCOPES)))
+            assert response.status_code == 404, route
+        delivered = await site.client.post("/clipia/webhook", content=content, headers=signed(content))
+        assert delivered.status_code == (200 if only == "webhook" else 404)
+        assert (await site.client.get("/livez")).status_code == 200
+
+
+# Tokens
+
+
+@pytest.mark.parametrize("scopes", SUBSETS, ids=lambda scopes: "+".join(scopes) or "none")
+async def test_a_scope_opens_its_routes_and_no_others(local: Site, scopes: tuple[Scope, ...]) -> None:
+    """G1: the matrix of every route and every set of scopes; what is refused is refused before it is read."""
+    job_id = (await local.submit(OWNER))["id"]
+    headers = bearer(token_of(scopes))
+    for route, (scope, status) in GUARDED.items():
+        response = await local.call(route, job_id=job_id, headers=headers)
+        expected = ALLOWED_WITH_ALL.get(route, status) if "operate" in scopes else status
+        assert response.status_code == (expected if scope in scopes else 403), (route, response.text)
+        if scope not in scopes:
+            assert response.json() == {
+                "error": {
+                    "type": "permission_error",
+                    "code": "insufficient_scope",
+                    "message": f"This needs the scope `{scope}`.",
+                }
+            }
+    for route, status in OPEN.items():
+        assert (await local.call(route, headers=headers)).status_code == status, route
+    submitted = (await local.as_(token_of(SCOPES), "GET", "/v1/jobs")).json()["data"]
+    assert len(submitted) == (2 if "submit" in scopes else 1)
+
+
+async def test_a_credential_that_is_none_opens_nothing(local: Site) -> None:
+    """G1: without a token that is known every guarded route answers the same 401, whatever was tried."""
+    job_id = (await local.submit(OWNER))["id"]
+    for route in GUARDED:
+        answers = {
+            name: await local.call(route, job_id=job_id, headers=headers)
+            for name, headers in BAD_CREDENTIALS.items()
+        }
+        for name, answer in answers.items():
+            assert answer.status_code == 401, (route, name, answer.text)
+            assert answer.headers["www-authenticate"] == "Bearer"
+            assert answer.json() == {
+                "error": {
+                    "type": "authentication_error",
+                    "code": "invalid_token",
+                    "message": "Send Authorization: Bearer <token>.",
+                }
+            }
+        # Nothing tells a token that is nearly right from one that is not.
+        assert len({tuple(sorted(answer.headers.items())) for answer in answers.values()}) == 1
+    for route, status in OPEN.items():
+        for headers in BAD_CREDENTIALS.values():
+            assert (await local.call(route, headers=headers)).status_code == status
+    assert len((await local.as_(token_of(SCOPES), "GET", "/v1/jobs")).json()["data"]) == 1
+
+
+async def test_a_token_s_scheme_may_be_spelled_in_any_way(local: Site) -> None:
+    """The scheme's case and the spaces after it mean nothing (RFC 9110, section 11.1)."""
+    for value in (f"Bearer {OWNER}", f"bearer {OWNER}", f"BEARER   {OWNER}", f"Bearer {OWNER} "):
+        response = await local.client.get("/v1/jobs", headers=[(b"Authorization", value.encode())])
+        assert response.status_code == 200
+
+
+async def test_head_is_guarded_like_get(local: Site) -> None:
+    """G1: HEAD, which every GET route answers too, needs the same token and scope."""
+    for route, (scope, _) in GUARDED.items():
+        if not route.startswith("GET"):
+            continue
+        head = route.replace("GET", "HEAD")
+        assert (await local.call(head)).status_code == 401
+        without = tuple(each for each in SCOPES if each != scope)
+        assert (await local.call(head, headers=bearer(token_of(without)))).status_code == 403
+
+
+async def test_other_methods_and_paths_tell_nothing(local: Site) -> None:
+    """What is no route is 404 or 405 in Clipia's shape, with or without a token, and changes nothing."""
+    job_id = (await local.submit(OWNER))["id"]
+    for headers in ((), bearer(token_of(SCOPES))):
+        for route in (*OPEN, *GUARDED):
+            _, path = route.split()
+            for method in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"):
+                response = await local.call(f"{method} {path}", job_id=job_id, headers=headers)
+                assert response.status_code == 405, (method, path)
+                assert response.json()["error"]["code"] == "method_not_allowed"
+        for path in ("/", "/v1", "/v1/jobs/", "//v1/jobs", "/V1/jobs", f"/v1/jobs/{job_id}/", "/v1/jobs/x/y"):
+            response = await local.client.get(path, headers=list(headers))
+            assert response.status_code == 404, path
+            assert response.json()["error"]["code"] == "not_found"
+    assert (await local.as_(OWNER, "GET", f"/v1/jobs/{job_id}")).json()["state"] == "submitted"
+
+
+async def test_without_tokens_the_internal_api_is_closed(
+    migrated_sqlite: Path, tmp_path: Path, clipia: str
+) -> None:
+    """G1: no token configured is nobody allowed, not everybody; the answer says what to set."""
+    async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, api_tokens=()) as site:
+        for route in GUARDED:
+            for headers in BAD_CREDENTIALS.values():
+                response = await site.call(route, headers=headers)
+                if route == "GET /metrics":  # open until there is a token, as documented
+                    assert response.status_code == 200
+                    continue
+                assert response.status_code == 401, route
+                assert "RECEIVER_API_TOKENS" in response.json()["error"]["message"]
+
+
+async def test_a_request_is_refused_before_its_body_is_read(local: Site) -> None:
+    """G1: who may not submit learns nothing about a body, be it broken or larger than the limit."""
+    for content in (b"{", b"x" * 3_000_000):
+        for headers, status in (((), 401), (bearer(token_of(("read",))), 403)):
+            response = await local.client.post("/v1/jobs", content=content, headers=list(headers))
+            assert response.status_code == status
+            assert response.json()["error"]["code"] in ("invalid_token", "insufficient_scope")
+
+
+# Callers and each other's jobs
+
+
+READER, STRANGER, OPERATOR = (
+    token_of(("read",)),
+    token_of(("submit", "read")),
+    token_of(("submit", "read", "operate")),
+)
+
+
+async def test_a_caller_does_not_see_another_one_s_job(site: Site) -> None:
+    """G3: another caller's job is answered like one that there is not, whatever is asked of it."""
+    job_id = (await site.submit(OWNER, "k", metadata={"a": "1"}))["id"]
+    nobody = "01a1fe04-89f8-77d7-8764-432122f47fc3"
+    for token in (READER, STRANGER):
+        for query in ("", "?wait=30"):
+            theirs = await site.as_(token, "GET", f"/v1/jobs/{job_id}{query}")
+            none = await site.as_(token, "GET", f"/v1/jobs/{nobody}{query}")
+            assert theirs.status_code == none.status_code == 404
+            assert (theirs.content, theirs.headers) == (none.content, none.headers)
+        theirs = await site.as_(token, "POST", f"/v1/jobs/{job_id}/resubmit")
+        none = await site.as_(token, "POST", f"/v1/jobs/{nobody}/resubmit")
+        assert theirs.status_code == none.status_code == 403
+        assert theirs.content == none.content
+
+
+async def test_a_caller_lists_its_own_jobs_alone(site: Site) -> None:
+    """G3: no filter, no cursor and no sum shows anything of another caller's jobs."""
+    theirs = [await site.submit(OWNER, metadata={"a": "1"}) for _ in range(2)]
+    own = await site.submit(STRANGER, metadata={"a": "1"})
+    for query in ("", "caller=has-submit-read", "metadata.a=1", f"model={MODEL}", "cursor=999999", "limit=1"):
+        page = (await site.as_(STRANGER, "GET", f"/v1/jobs?{query}")).json()
+        assert [job["id"] for job in page["data"]] == [own["id"]], query
+        assert page["next"] is None
+    for query in ("caller=owner", "caller=owner&metadata.a=1", "caller=", "caller=nobody"):
+        page = (await site.as_(STRANGER, "GET", f"/v1/jobs?{query}")).json()
+        assert page == {"data": [], "next": None}, query
+    assert (await site.as_(READER, "GET", "/v1/jobs")).json()["data"] == []
+    costs = (await site.as_(STRANGER, "GET", "/v1/jobs/costs?by=caller")).json()["data"]
+    assert [(row["caller"], row["jobs"]) for row in costs] == [("has-submit-read", 1)]
+    assert (await site.as_(STRANGER, "GET", "/v1/jobs/costs?caller=owner")).status_code == 400
+    assert (await site.as_(READER, "GET", "/v1/jobs/costs")).json()["data"] == []
+    listed = (await site.as_(OWNER, "GET", "/v1/jobs")).json()["data"]
+    assert [job["id"] for job in listed] == [job["id"] for job in theirs[::-1]]
+
+
+async def test_a_key_leads_to_its_own_caller_s_job_alone(site: Site) -> None:
+    """F8, G3: another caller's key is free: it neither leads to that job nor tells that there is one."""
+    first = await site.submit(OWNER, "k")
+    second = await site.submit(STRANGER, "k")
+    assert first["id"] != second["id"]
+    headers = {**dict(bearer(STRANGER)), "Idempotency-Key": "k"}
+    response = await site.client.post("/v1/jobs", json=JOB | {"metadata": {"a": "1"}}, headers=headers)
+    assert (response.status_code, response.json()["job_id"]) == (409, second["id"])
+
+
+async def test_operate_sees_every_job(site: Site) -> None:
+    """G3: who operates the service sees, waits for, sums up and submits again the jobs of all callers."""
+    jobs = [await site.submit(OWNER), await site.submit(STRANGER)]
+    listed = (await site.as_(OPERATOR, "GET", "/v1/jobs")).json()["data"]
+    assert [job["id"] for job in listed] == [job["id"] for job in jobs[::-1]]
+    listed = (await site.as_(OPERATOR, "GET", "/v1/jobs?caller=owner")).json()["data"]
+    assert [job["id"] for job in listed] == [jobs[0]["id"]]
+    for job in jobs:
+        for query in ("", "?wait=0.05"):
+            shown = await site.as_(OPERATOR, "GET", f"/v1/jobs/{job['id']}{query}")
+            assert (shown.status_code, shown.json()["caller"]) == (200, job["caller"])
+        again = await site.as_(OPERATOR, "POST", f"/v1/jobs/{job['id']}/resubmit")
+        assert again.json()["error"]["code"] == "not_resubmittable"
+    costs = (await site.as_(OPERATOR, "GET", "/v1/jobs/costs?by=caller")).json()["data"]
+    assert [row["caller"] for row in costs] == ["has-submit-read", "owner"]
+
+
+async def test_operate_alone_reads_and_submits_nothing(local: Site) -> None:
+    """G1: a scope does not contain another one, `operate` neither."""
+    job_id = (await local.submit(OWNER))["id"]
+    token = token_of(("operate",))
+    for method, path in (("GET", f"/v1/jobs/{job_id}"), ("GET", "/v1/jobs"), ("POST", "/v1/jobs")):
+        assert (await local.as_(token, method, path)).status_code == 403
+
+
+# Secrets
+
+CANARIES = {
+    "a token": "canary-token-0123456789",
+    "a wrong token": "canary-wrong-0123456789",
+    "Clipia's key": "clipia_live_canary-key",
+    "the webhook secret": "whsec_canary-0123456789",
+}
+CONTENTS = {
+    "a prompt": "canary prompt",
+    "metadata": "canary metadata",
+    "a body that is refused": "canary refused",
+    "a webhook": "canary webhook",
+}
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What requests with canaries left behind."""
+
+    log: str
+    answers: str
+    database: str
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
+    """A receiver that tells the most it can has served requests, good and bad ones, and has ended."""
+    folder = tmp_path_factory.mktemp("canaries")
+    secret = CANARIES["the webhook secret"]
+    async with running(create_sandbox(SandboxOptions(duration=60), secret=secret)) as clipia:
+        receiver = ReceiverProcess(
+            folder,
+            RECEIVER_LOG_LEVEL="DEBUG",
+            RECEIVER_API_TOKENS=f"canary:{CANARIES['a token']}",
+            CLIPIA_KEY=CANARIES["Clipia's key"],
+            CLIPIA_WEBHOOK_SECRET=secret,
+            CLIPIA_BASE_URL=clipia,
+        )
+        await asyncio.to_thread(receiver.start)
+        async with httpx.AsyncClient(base_url=receiver.url, verify=False, timeout=30) as client:
+            answers = await _leave_traces(client, secret)
+            async with httpx.AsyncClient(base_url=clipia) as sandbox:
+                await sandbox.patch("/_sandbox/options", json={"refuse_submits": "invalid_api_key"})
+            answers += await _leave_traces(client, secret)
+        await asyncio.to_thread(receiver.stop)
+    files = sorted(folder.glob("receiver.db*"))
+    return Traces(
+        log=receiver.log.read_text(),
+        answers="\n".join(f"{answer.status_code} {answer.headers} {answer.text}" for answer in answers),
+        database="".join(path.read_bytes().decode("latin-1") for path in files),
+    )
+
+
+async def _leave_traces(client: httpx.AsyncClient, secret: str) -> list[httpx.Response]:
+    job = JOB | {"input": {"prompt": CONTENTS["a prompt"]}, "metadata": {"m": CONTENTS["metadata"]}}
+    refused = JOB | {"input": {"prompt": 1, CONTENTS["a body that is refused"]: 1}}
+    paths = ("/v1/jobs", "/v1/jobs/x", "/v1/account", "/v1/models", "/metrics", "/v1/jobs?m=x")
+    calls: list[tuple[str, str, Any]] = [("GET", path, None) for path in paths]
+    calls += [("POST", "/v1/jobs", content) for content in (job, refused, job | {"max_cost": 1})]
+    answers = [
+        await client.request(method, path, json=content, headers=bearer(token))
+        for token in (CANARIES["a token"], CANARIES["a wrong token"])
+        for method, path, content in calls
+    ]
+    webhook = body(note=CONTENTS["a webhook"])
+    for key in (secret, "whsec_other-0123456789"):
+        headers = signed(webhook, secret=key)
+        answers += [await client.post("/clipia/webhook", content=webhook, headers=headers)]
+    return answers
+
+
+def test_no_secret_is_left_anywhere(traces: Traces) -> None:
+    """G8: tokens, Clipia's key and the webhook secret are in no log, no answer and no database."""
+    assert "job issued" in traces.log
+    assert "insufficient_scope" not in traces.answers
+    assert "submissions paused" in traces.log
+    for name, canary in CANARIES.items():
+        assert canary not in traces.log, name
+        assert canary not in traces.answers, name
+        assert canary not in traces.database, name
+
+
+def test_no_content_is_left_in_the_log(traces: Traces) -> None:
+    """G8, G9: what callers and Clipia send is in the database, and never in the log, at any level."""
+    for name in ("a prompt", "metadata", "a webhook"):
+        assert CONTENTS[name] in traces.database, name
+    for name, canary in CONTENTS.items():
+        assert canary not in traces.log, name
+
+
+# Helpers
+
+
+def bearer(token: str) -> list[tuple[str, str]]:
+    """Return the header that carries a token."""
+    return [("Authorization", f"Bearer {token}")]
+
+
+def copy_of(template: Path, folder: Path) -> str:
+    """Return the URL of a copy of an SQLite file."""
+    path = folder / "receiver.db"
+    path.write_bytes(template.read_bytes())
+    return f"sqlite:///{path}"

@@ -1,0 +1,96 @@
+"""Bearer tokens: what is kept of them, how they are compared, and what is refused."""
+
+import hmac
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import SecretStr
+from starlette.datastructures import Headers
+
+from receiver.api.auth import Caller, Tokens
+from receiver.errors import Refused
+from receiver.settings import ApiToken
+
+FIRST, LAST = "token-of-first-0123456789", "token-of-last-0123456789"
+TOKENS = Tokens(
+    [
+        ApiToken(name="first", token=SecretStr(FIRST), scopes=frozenset({"read"})),
+        ApiToken(name="middle", token=SecretStr("token-of-middle-0123456789"), scopes=frozenset()),
+        ApiToken(name="last", token=SecretStr(LAST), scopes=frozenset({"submit", "operate"})),
+    ]
+)
+
+
+def headers(authorization: str) -> Headers:
+    """Return the headers of a request as they come from the wire: bytes, read as Latin-1."""
+    return Headers(raw=[(b"authorization", authorization.encode("latin-1"))])
+
+
+def test_a_token_leads_to_its_caller() -> None:
+    """Each token stands for one name and its scopes."""
+    assert TOKENS.caller(headers(f"Bearer {FIRST}")) == Caller(name="first", scopes=frozenset({"read"}))
+    assert TOKENS.caller(headers(f"bearer  {LAST} ")) == Caller(
+        name="last", scopes=frozenset({"submit", "operate"})
+    )
+    assert TOKENS.caller(Headers(raw=[])) is None
+
+
+@given(st.text(st.characters(max_codepoint=255)), st.sampled_from(["", "Bearer ", "bearer ", "Basic "]))
+def test_no_other_text_is_a_token(text: str, scheme: str) -> None:
+    """G1: whatever bytes a header has, only a known token has a caller, and nothing raises."""
+    found = TOKENS.caller(headers(scheme + text))
+    assert found is None or text.strip() in (FIRST, LAST)
+
+
+@pytest.mark.parametrize("token", [FIRST, LAST, "token-of-nobody-0123456789", FIRST[:-1], "x"])
+def test_every_token_is_compared(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
+    """G1: as many comparisons, of as many bytes, in constant time, whichever token is right or nearly so."""
+    compared: list[tuple[int, int]] = []
+    compare = hmac.compare_digest
+
+    def noting(known: bytes, given: bytes) -> bool:
+        compared.append((len(known), len(given)))
+        return compare(known, given)
+
+    monkeypatch.setattr("receiver.api.auth.hmac.compare_digest", noting)
+    TOKENS.caller(headers(f"Bearer {token}"))
+    assert compared == [(32, 32)] * 3
+
+
+def test_tokens_are_not_kept() -> None:
+    """G1, G8: what stays in memory are digests, which open nothing."""
+    kept = pickle.dumps(vars(TOKENS))
+    assert b"first" in kept
+    assert FIRST.encode() not in kept
+    assert FIRST not in repr(TOKENS)
+
+
+def test_a_scope_has_to_be_there() -> None:
+    """G1: 401 without a caller, 403 without the scope; a scope contains no other one."""
+    assert TOKENS.require(headers(f"Bearer {FIRST}"), "read").name == "first"
+    with pytest.raises(Refused) as nobody:
+        TOKENS.require(headers("Bearer x"), "read")
+    assert (nobody.value.status, nobody.value.type, nobody.value.code) == (
+        401,
+        "authentication_error",
+        "invalid_token",
+    )
+    with pytest.raises(Refused) as somebody:
+        TOKENS.require(headers(f"Bearer {LAST}"), "read")
+    assert (somebody.value.status, somebody.value.type, somebody.value.code) == (
+        403,
+        "permission_error",
+        "insufficient_scope",
+    )
+    assert "last" not in str(somebody.value)
+
+
+def test_no_tokens_are_nobody() -> None:
+    """G1: without any token nobody is allowed, and the answer says what to set."""
+    empty = Tokens([])
+    assert not empty
+    assert TOKENS
+    with pytest.raises(Refused, match="RECEIVER_API_TOKENS"):
+        empty.require(headers(f"Bearer {FIRST}"), "read")
