@@ -10,6 +10,14 @@ from starlette.types import Send
 
 from receiver.errors import Refused
 
+_UNREAD: Final = (
+    HTTPStatus.UNAUTHORIZED,
+    HTTPStatus.FORBIDDEN,
+    HTTPStatus.REQUEST_TIMEOUT,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+)
+"""Refusals that come before the body was read to its end."""
+
 Headers = Sequence[tuple[bytes, bytes]]
 CLOSE: Final[Headers] = ((b"connection", b"close"),)
 """For an answer that is sent before the request's body was read to its end."""
@@ -38,6 +46,6 @@ def refusal(error: Refused) -> Response:
     """Answer with an error in Clipia's shape, and the job's id where one was made."""
     body = error_body(error.type, error.code, str(error), job_id=error.job_id)
     headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
-    if error.status in (HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.REQUEST_ENTITY_TOO_LARGE):
-        headers["connection"] = "close"  # the rest of the body is not read
+    if error.status in _UNREAD:
+        headers["connection"] = "close"
     return Response(body, error.status, headers, "application/json")

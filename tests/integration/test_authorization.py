@@ -434,12 +434,16 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
             CLIPIA_BASE_URL=clipia,
         )
         await asyncio.to_thread(receiver.start)
-        async with httpx.AsyncClient(base_url=receiver.url, verify=False, timeout=30) as client:
-            answers = await _leave_traces(client, secret)
-            async with httpx.AsyncClient(base_url=clipia) as sandbox:
+        try:
+            async with (
+                httpx.AsyncClient(base_url=receiver.url, verify=False, timeout=30) as client,
+                httpx.AsyncClient(base_url=clipia) as sandbox,
+            ):
+                answers = await _leave_traces(client, secret)
                 await sandbox.patch("/_sandbox/options", json={"refuse_submits": "invalid_api_key"})
-            answers += await _leave_traces(client, secret)
-        await asyncio.to_thread(receiver.stop)
+                answers += await _leave_traces(client, secret)
+        finally:
+            await asyncio.to_thread(receiver.stop)
     files = sorted(folder.glob("receiver.db*"))
     return Traces(
         log=receiver.log.read_text(),
