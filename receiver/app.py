@@ -215,7 +215,9 @@ def create_app(
         )
         routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
         routes += Jobs(submitter, Tokens(settings.api_tokens)).routes()
-    app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error})
+    app = Starlette(
+        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _crash}
+    )
     app.router.redirect_slashes = False
     return app
 
@@ -232,6 +234,12 @@ async def read_backlog(database: Database, destinations: Sequence[DestinationSet
     empty = Backlog(rows=0, oldest=0.0)
     names = by_destination.keys() | {each.name for each in destinations}
     return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
+
+
+async def _crash(_request: Request, _exception: Exception) -> Response:
+    # Starlette raises it again, so that the server logs it.
+    body = error_body("api_error", "internal_error", "This is a mistake of ours; it is in the log.")
+    return Response(body, 500, None, "application/json")
 
 
 async def _http_error(_request: Request, exception: Exception) -> Response:

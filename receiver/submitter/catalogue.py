@@ -1,6 +1,7 @@
 """Clipia's models, prices and account, asked for within the limits and remembered for a while."""
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
@@ -71,11 +72,12 @@ class _Memory:
     async def _ask(self, question: str, ask: Callable[[], Awaitable[T]]) -> T:
         failed_at, failure = self._failures.get(question, (float("-inf"), None))
         if failure is not None and time.monotonic() - failed_at < AWAY:
-            raise failure
+            raise _again(failure, after=time.monotonic() - failed_at)
         try:
             answer = await ask()
         except ClipiaUnavailable as error:
-            self._remember(self._failures, question, error)
+            # A copy: the error holds on to its traceback, and that to the whole input.
+            self._remember(self._failures, question, _again(error, after=0.0))
             raise
         self._failures.pop(question, None)
         self._remember(self._answers, question, answer)
@@ -86,6 +88,17 @@ class _Memory:
         where[question] = (time.monotonic(), value)
         if len(where) > MOST_REMEMBERED:
             del where[next(iter(where))]
+
+
+def _again(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
+    """Return the same error, `after` seconds later."""
+    return type(error)(
+        str(error),
+        reason=error.reason,
+        status=error.status,
+        may_have_arrived=error.may_have_arrived,
+        retry_after=None if error.retry_after is None else max(0.0, error.retry_after - after),
+    )
 
 
 class Catalogue:
@@ -126,7 +139,8 @@ class Catalogue:
     async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return `{"credits", "warnings"}`, the price of an input."""
         _refuse_path(slug)
-        question = f"price {slug} {encode(dict(given)).decode()}"
+        # Its digest: an input may have a megabyte, and a thousand of them are remembered.
+        question = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"
         ask = partial(self._ask, partial(self._client.estimate, slug, given))
         return await self._memory.recall(question, ask, fresh=PRICE_HOLDS)
 

@@ -29,6 +29,8 @@ from receiver.submitter.waiting import Waiting
 
 ANSWER_WAIT: Final = CALL_WAIT + 5.0
 """Seconds for which `submit` waits for Clipia; the submission goes on after that."""
+LOOKS: Final = 3
+"""Looks at single jobs at once: waiters that wake up together queue here, not for connections."""
 ANYONE: Final = "*"
 """The budget of callers that have none of their own."""
 
@@ -61,6 +63,7 @@ class Submitter:
         self._budgets = budgets or {}
         self._wake = wake
         self._waiting = Waiting(database)
+        self._looks = asyncio.Semaphore(LOOKS)
         self._running: set[asyncio.Task[Any]] = set()
         self.lane: Final = (
             SubmitLane(database, client, poll_after=poll_after, wake=wake) if client is not None else None
@@ -188,7 +191,7 @@ class Submitter:
 
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
-        async with self._database.read() as connection:
+        async with self._looks, self._database.read() as connection:
             row = await ledger.show_job(connection, job_id)
         if row is None or caller not in (None, row["caller"]):
             return None

@@ -767,15 +767,15 @@ async def test_a_time_without_a_zone_is_utc(local: Site, monkeypatch: pytest.Mon
     """What a filter means does not depend on where the machine stands."""
     job_id = (await local.submit()).json()["id"]
     await local.set(job_id, created_at=datetime(2026, 1, 2, 12, tzinfo=UTC))
-    monkeypatch.setenv("TZ", "Asia/Tokyo")
-    time.tzset()
     try:
-        for path in ("/v1/jobs", "/v1/jobs/costs"):
-            times = ("2026-01-02T11:59:59", "2026-01-02T12:00:01")
-            found = [(await local.alice.get(f"{path}?since={each}")).json()["data"] for each in times]
-            assert [len(rows) for rows in found] == [1, 0], path
+        with monkeypatch.context() as there:
+            there.setenv("TZ", "Asia/Tokyo")
+            time.tzset()
+            for path in ("/v1/jobs", "/v1/jobs/costs"):
+                times = ("2026-01-02T11:59:59", "2026-01-02T12:00:01")
+                found = [(await local.alice.get(f"{path}?since={each}")).json()["data"] for each in times]
+                assert [len(rows) for rows in found] == [1, 0], path
     finally:
-        monkeypatch.undo()
         time.tzset()
 
 
