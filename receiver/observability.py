@@ -81,7 +81,9 @@ class _DroppingQueueHandler(logging.handlers.QueueHandler):
 def _limit_fields(_logger: Any, _method: str, event: _Event) -> _Event:
     for key, value in event.items():
         if isinstance(value, str) and len(value) > FIELD_LIMIT:
-            event[key] = value[:FIELD_LIMIT] + "…"
+            # What went wrong stands at the end of a traceback.
+            last = key == "exception"
+            event[key] = f"…{value[-FIELD_LIMIT:]}" if last else f"{value[:FIELD_LIMIT]}…"
     return event
 
 

@@ -164,7 +164,7 @@ class SubmitLane(WorkLane[Claim]):
                 return False
             await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
             await self._learn(
-                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.total)
+                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.accepted)
             )
             return True
 

@@ -703,6 +703,17 @@ async def test_a_value_that_no_column_takes_is_no_outage(world: World) -> None:
 # --- the life of a provider key ---
 
 
+async def test_a_callers_key_holds_for_ever(world: World, sandbox: Sandbox) -> None:
+    """F9: who comes back after a month gets the job that is there, and Clipia hears nothing of it."""
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    month = db_time(-30 * 24 * HOUR)
+    await world.set(jobs, created_at=month, sent_at=month, submitted_at=month)
+    again = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (again.id, again.new) == (job.id, False)
+    assert len(await sandbox.submits()) == 1
+
+
 async def test_a_key_is_used_for_23_hours(world: World, sandbox: Sandbox) -> None:
     """F4: at 22 h 59 min after the first try there is another one, under the same key."""
     await sandbox.switch(lost_answer_rate=1.0)
