@@ -164,6 +164,7 @@ def _target(settings: DestinationSettings, destination: Destination) -> Target:
         destination=destination,
         waits_for_media=settings.when == "media_stored",
         retry=RetryPolicy(**settings.retry.model_dump()),
+        filter=settings.filter,
     )
 
 

@@ -4,7 +4,7 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -13,12 +13,13 @@ from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import envelope
+from receiver.circuit import Circuit
 from receiver.db import inbox, jobs, leases, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import Attempt, EventClaim, EventState, JobRef, MediaRow, NewMedia, StoredEvent
 from receiver.db.tables import deliveries, media
 from receiver.destinations import Destination
-from receiver.errors import MediaBlocked, StorageUnavailable, UnrecognizedBody
+from receiver.errors import MediaBlocked, PublishFailed, StorageUnavailable, UnrecognizedBody
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -31,9 +32,11 @@ from receiver.lanes import (
     start_attempt,
 )
 from receiver.media import Downloader
-from receiver.observability import DELIVERIES, MEDIA_BYTES, MEDIA_FILES
+from receiver.observability import CIRCUIT_OPEN, DELIVERIES, MEDIA_BYTES, MEDIA_FILES
 from receiver.retry import RetryPolicy, media_policy
-from receiver.webhook import parse
+from receiver.routing import Facts, refusal
+from receiver.settings import FilterSettings
+from receiver.webhook import Generation, parse
 
 STORAGE_PAUSE: Final = 15.0
 """Seconds without new downloads after our storage refused a file."""
@@ -56,6 +59,7 @@ class Target:
     destination: Destination
     waits_for_media: bool
     retry: RetryPolicy
+    filter: FilterSettings = field(default_factory=FilterSettings)
 
 
 class FanOut:
@@ -105,12 +109,20 @@ class FanOut:
         await outbox.insert_media(connection, event.seq, files)
         if files:
             lanes.add(MEDIA_LANE)
+        facts = await self._facts(connection, event, generation)
         for target in self._targets:
+            if refusal(target.filter, facts) is not None:
+                continue
             due = not (files and target.waits_for_media)
             await outbox.insert_delivery(connection, event.seq, target.name, due=due)
             if due:
                 lanes.add(destination_lane(target.name))
         return "fetching" if files else "ready"
+
+    async def _facts(self, connection: AsyncConnection, event: StoredEvent, generation: Generation) -> Facts:
+        needs_job = any(target.filter.needs_job for target in self._targets)
+        refs = await jobs.load_refs(connection, [event.seq]) if needs_job else {}
+        return facts_of(event, generation.model, refs.get(event.seq))
 
 
 class MediaLane(WorkLane[EventClaim]):
@@ -203,9 +215,13 @@ class DeliveryLane(WorkLane[EventClaim]):
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
+        self._circuit = Circuit(concurrency)
 
     async def claim(self, limit: int) -> list[Work]:
-        """Claim deliveries that are due. Raises DatabaseUnavailable."""
+        """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
+        limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
+        if not limit:
+            return []
         mine = deliveries.c.destination == self._target.name
         async with self._database.write() as connection:
             claims = await leases.claim_of_events(
@@ -234,18 +250,28 @@ class DeliveryLane(WorkLane[EventClaim]):
     async def _publish(
         self, claim: EventClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
     ) -> None:
-        attempt = start_attempt(claim)
+        attempt, started = start_attempt(claim), time.monotonic()
         if claim.lost >= MAX_LOST:
             await self._give_up(claim, attempt("failed", f"its delivery ended {claim.lost} workers"), event)
             return
         try:
             await self._target.destination.publish(build_message(event, files, job, claim))
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
+            self._note(error, started)
             await self._failed(claim, attempt, event, error)
             return
+        self._note(None, started)
         if await self._finish(claim, attempt("succeeded"), state="delivered"):
             self._count("delivered")
             log.info("delivered", **self._ids(claim, event))
+
+    def _note(self, error: Exception | None, started: float) -> None:
+        """Tell the circuit how the destination is doing; a refusal of one message is no trouble of its own."""
+        if not isinstance(error, PublishFailed):
+            self._circuit.succeeded()
+        elif self._circuit.failed(time.monotonic(), started=started):
+            log.error("destination left alone", destination=self._target.name, error=str(error))
+        CIRCUIT_OPEN.labels(self._target.name).set(self._circuit.is_open)
 
     async def _failed(self, claim: EventClaim, attempt: Record, event: StoredEvent, error: Exception) -> None:
         message = describe(error)
@@ -273,6 +299,17 @@ class DeliveryLane(WorkLane[EventClaim]):
             "delivery_id": str(claim.id),
             "attempt": claim.attempt,
         }
+
+
+def facts_of(event: StoredEvent, model: str | None, job: JobRef | None) -> Facts:
+    """Return what filters look at."""
+    return Facts(
+        status=event.status,
+        model=model,
+        source=event.source,
+        caller=job.caller if job else None,
+        metadata=job.metadata if job else {},
+    )
 
 
 def build_message(

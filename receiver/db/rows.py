@@ -209,8 +209,9 @@ class OpenRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRef:
-    """What a forwarded event says about its job."""
+    """An event's job, as routing and the forwarded message need it."""
 
     id: uuid.UUID
+    caller: str
     idempotency_key: str
     metadata: dict[str, str]
