@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
@@ -16,7 +17,16 @@ from receiver import envelope
 from receiver.circuit import Circuit
 from receiver.db import inbox, jobs, leases, outbox
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, EventClaim, EventState, JobRef, MediaRow, NewMedia, StoredEvent
+from receiver.db.rows import (
+    Attempt,
+    DeliveryClaim,
+    EventClaim,
+    EventState,
+    JobRef,
+    MediaRow,
+    NewMedia,
+    StoredEvent,
+)
 from receiver.db.tables import deliveries, media
 from receiver.destinations import Destination
 from receiver.errors import MediaBlocked, PublishFailed, StorageUnavailable, UnrecognizedBody
@@ -206,7 +216,7 @@ class MediaLane(WorkLane[EventClaim]):
         return [destination_lane(name) for name in await outbox.settle(connection, claim.event_seq)]
 
 
-class DeliveryLane(WorkLane[EventClaim]):
+class DeliveryLane(WorkLane[DeliveryClaim]):
     """Publishes deliveries to one destination; no other destination's trouble reaches it."""
 
     def __init__(
@@ -216,17 +226,16 @@ class DeliveryLane(WorkLane[EventClaim]):
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
         self._circuit = Circuit(concurrency)
+        self._replay_share = max(1, concurrency // 4)
+        self._replaying = set[UUID]()
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
         limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
         if not limit:
             return []
-        mine = deliveries.c.destination == self._target.name
         async with self._database.write() as connection:
-            claims = await leases.claim_of_events(
-                connection, deliveries, limit=limit, lease=LEASE, where=[mine]
-            )
+            claims = await self._claim(connection, limit)
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}
@@ -247,8 +256,27 @@ class DeliveryLane(WorkLane[EventClaim]):
             for claim in claims
         ]
 
+    async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
+        """Claim what is live first, and of replays no more than leaves room for it."""
+        claim = partial(leases.claim_deliveries, connection, self._target.name, lease=LEASE)
+        claims = await claim(limit=limit, replayed=False)
+        room = min(limit - len(claims), self._replay_share - len(self._replaying))
+        if room > 0:
+            replayed = await claim(limit=room, replayed=True)
+            self._replaying |= {each.id for each in replayed}
+            claims += replayed
+        return claims
+
     async def _publish(
-        self, claim: EventClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+    ) -> None:
+        try:
+            await self._try(claim, event, files, job)
+        finally:
+            self._replaying.discard(claim.id)
+
+    async def _try(
+        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
     ) -> None:
         attempt, started = start_attempt(claim), time.monotonic()
         if claim.lost >= MAX_LOST:
@@ -266,14 +294,16 @@ class DeliveryLane(WorkLane[EventClaim]):
             log.info("delivered", **self._ids(claim, event))
 
     def _note(self, error: Exception | None, started: float) -> None:
-        """Tell the circuit how the destination is doing; a refusal of one message is no trouble of its own."""
+        """Tell the circuit how the destination is doing; refusing one message is no trouble."""
         if not isinstance(error, PublishFailed):
             self._circuit.succeeded()
         elif self._circuit.failed(time.monotonic(), started=started):
             log.error("destination left alone", destination=self._target.name, error=str(error))
         CIRCUIT_OPEN.labels(self._target.name).set(self._circuit.is_open)
 
-    async def _failed(self, claim: EventClaim, attempt: Record, event: StoredEvent, error: Exception) -> None:
+    async def _failed(
+        self, claim: DeliveryClaim, attempt: Record, event: StoredEvent, error: Exception
+    ) -> None:
         message = describe(error)
         delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
         if delay is None:
@@ -283,7 +313,7 @@ class DeliveryLane(WorkLane[EventClaim]):
         if await self._put_back(claim, attempt("retry", message), delay=delay):
             self._count("retry")
 
-    async def _give_up(self, claim: EventClaim, attempt: Attempt, event: StoredEvent) -> None:
+    async def _give_up(self, claim: DeliveryClaim, attempt: Attempt, event: StoredEvent) -> None:
         if await self._finish(claim, attempt, state="dead", error=attempt.error):
             self._count("dead")
             log.error("dead letter", error=attempt.error, **self._ids(claim, event))
@@ -291,7 +321,7 @@ class DeliveryLane(WorkLane[EventClaim]):
     def _count(self, outcome: str) -> None:
         DELIVERIES.labels(self._target.name, outcome).inc()
 
-    def _ids(self, claim: EventClaim, event: StoredEvent) -> dict[str, Any]:
+    def _ids(self, claim: DeliveryClaim, event: StoredEvent) -> dict[str, Any]:
         return {
             "destination": self._target.name,
             "event_id": str(event.id),
@@ -313,7 +343,7 @@ def facts_of(event: StoredEvent, model: str | None, job: JobRef | None) -> Facts
 
 
 def build_message(
-    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: EventClaim
+    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: DeliveryClaim
 ) -> CloudEvent:
     """Make the message of a claimed delivery."""
     generation = parse(event.body)
@@ -348,6 +378,7 @@ def build_message(
         ),
         delivery_id=claim.id,
         attempt=claim.attempt,
+        replay_id=claim.replay_id,
     )
 
 

@@ -14,7 +14,7 @@ EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 
 EventState = Literal["received", "fetching", "ready", "unrecognized"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
-AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted"]
+AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
 
 
@@ -133,7 +133,7 @@ class Claim:
     lost: int
     """Claims in a row, before this one, that ended without a recorded result."""
     age: float
-    """Seconds since the row was made, by the database's clock."""
+    """Seconds since the row was made or restarted, by the database's clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +141,13 @@ class EventClaim(Claim):
     """A claimed row that belongs to an event."""
 
     event_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryClaim(EventClaim):
+    """A claimed delivery."""
+
+    replay_id: uuid.UUID | None
 
 
 @dataclass(frozen=True, kw_only=True)
