@@ -3,8 +3,7 @@
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Final
 from uuid import UUID
@@ -28,48 +27,36 @@ from receiver.db.rows import (
     StoredEvent,
 )
 from receiver.db.tables import deliveries, media
-from receiver.destinations import Destination
-from receiver.errors import MediaBlocked, PublishFailed, StorageUnavailable, UnrecognizedBody
+from receiver.errors import MediaBlocked, MediaMissing, PublishFailed, StorageUnavailable, UnrecognizedBody
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
+    MEDIA_LANE,
     Record,
+    Target,
     Work,
     WorkLane,
     describe,
+    destination_lane,
+    facts_of,
     jitter,
     log_failure,
     start_attempt,
 )
 from receiver.media import Downloader
 from receiver.observability import CIRCUIT_OPEN, DELIVERIES, MEDIA_BYTES, MEDIA_FILES
-from receiver.retry import RetryPolicy, media_policy
+from receiver.retry import media_policy
 from receiver.routing import Facts, refusal
-from receiver.settings import FilterSettings
 from receiver.webhook import Generation, parse
 
+FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
+
+FRESH_URLS: Final = 3
+"""Tries at a file after which nobody asks any more whether it has moved."""
 STORAGE_PAUSE: Final = 15.0
 """Seconds without new downloads after our storage refused a file."""
-FAN_OUT_LANE: Final = "fanout"
-MEDIA_LANE: Final = "media"
 
 log = structlog.get_logger()
-
-
-def destination_lane(name: str) -> str:
-    """Return the name of a destination's lane."""
-    return f"destination:{name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One destination, as the pipeline needs it."""
-
-    name: str
-    destination: Destination
-    waits_for_media: bool
-    retry: RetryPolicy
-    filter: FilterSettings = field(default_factory=FilterSettings)
 
 
 class FanOut:
@@ -139,10 +126,18 @@ class MediaLane(WorkLane[EventClaim]):
     """Downloads the files of events."""
 
     def __init__(
-        self, database: Database, downloader: Downloader, *, wake: Callable[[str], None], concurrency: int = 8
+        self,
+        database: Database,
+        downloader: Downloader,
+        *,
+        wake: Callable[[str], None],
+        fresh_url: FreshUrl | None = None,
+        concurrency: int = 8,
     ) -> None:
+        """`fresh_url` tells where Clipia has a file now, for one that is no longer where it was."""
         super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
         self._downloader = downloader
+        self._fresh_url = fresh_url
         self._paused_until = 0.0
 
     async def claim(self, limit: int) -> list[Work]:
@@ -170,7 +165,7 @@ class MediaLane(WorkLane[EventClaim]):
         try:
             stored = await self._downloader.save(url=row.url, kind=row.kind, stem=storage_stem(event, row))
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
-            await self._failed(claim, attempt, error)
+            await self._failed(claim, attempt, event, row, error)
             return
         if await self._finish(
             claim,
@@ -195,7 +190,15 @@ class MediaLane(WorkLane[EventClaim]):
                 content_type=stored.content_type,
             )
 
-    async def _failed(self, claim: EventClaim, attempt: Record, error: Exception) -> None:
+    async def _failed(
+        self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, error: Exception
+    ) -> None:
+        if isinstance(error, MediaMissing) and claim.attempt <= FRESH_URLS:
+            url = await self._fresh_url(event, row) if self._fresh_url is not None else None
+            if url not in (None, row.url):
+                log.info("media moved", work_id=str(claim.id), request_id=event.request_id)
+                await self._put_back(claim, attempt("retry", describe(error)), delay=1.0, url=url)
+                return
         message = describe(error)
         if isinstance(error, StorageUnavailable):
             self._paused_until = time.monotonic() + STORAGE_PAUSE
@@ -329,17 +332,6 @@ class DeliveryLane(WorkLane[DeliveryClaim]):
             "delivery_id": str(claim.id),
             "attempt": claim.attempt,
         }
-
-
-def facts_of(event: StoredEvent, model: str | None, job: JobRef | None) -> Facts:
-    """Return what filters look at."""
-    return Facts(
-        status=event.status,
-        model=model,
-        source=event.source,
-        caller=job.caller if job else None,
-        metadata=job.metadata if job else {},
-    )
 
 
 def build_message(

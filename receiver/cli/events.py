@@ -1,6 +1,5 @@
 """`receiver events`: the ledger of what came in."""
 
-import asyncio
 import base64
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -12,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, print_line, print_title, size, stdout, wide
-from receiver.db import ledger, migrate
+from receiver.db import ledger
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
@@ -132,18 +132,11 @@ def _print_work(work: dict[str, Any], label: str) -> None:
 
 
 def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    settings = Settings.load()
+    async def use(_settings: Settings, database: Database) -> T:
+        async with database.read() as connection:
+            return await query(connection)
 
-    async def run() -> T:
-        database = Database(settings.database_url.get_secret_value())
-        try:
-            await migrate.require_current(database)
-            async with database.read() as connection:
-                return await query(connection)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
+    return with_database(use)
 
 
 def _counts(states: dict[str, int]) -> str:

@@ -5,7 +5,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from receiver.webhook import Kind, Variant
 
@@ -98,6 +98,7 @@ class MediaRow:
     size: int | None
     sha256: str | None
     content_type: str | None
+    storage_key: str | None
     uri: str | None
 
 
@@ -222,3 +223,34 @@ class JobRef:
     caller: str
     idempotency_key: str
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewReplay:
+    """An order to send stored events again."""
+
+    id: uuid.UUID
+    caller: str
+    """Who ordered it."""
+    idempotency_key: str
+    fingerprint: str
+    """SHA-256, in hex, of everything that must be the same where the key is."""
+    reason: str
+    selection: dict[str, Any]
+    destinations: list[str]
+    media: bool
+    rate: float | None
+    """Events per second at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOrder:
+    """A claimed replay, as its next step needs it."""
+
+    id: uuid.UUID
+    selection: dict[str, Any]
+    destinations: list[str]
+    media: bool
+    rate: float | None
+    after_seq: int
+    until_seq: int
