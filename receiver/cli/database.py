@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from receiver.db import migrate
 from receiver.db.engine import Database
+from receiver.observability import configure_logging
 from receiver.settings import Settings
 
 T = TypeVar("T")
@@ -13,6 +14,8 @@ T = TypeVar("T")
 
 def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
     """Run `use` on the service's database. Raises SettingsError and DatabaseUnavailable."""
+    # The command itself says what goes wrong; the log would say it twice.
+    configure_logging(level="CRITICAL")
     settings = Settings.load()
 
     async def run() -> T:
