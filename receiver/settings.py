@@ -86,6 +86,8 @@ class DestinationSettings(_Table):
     """Where to; masked in output, because broker URLs carry passwords."""
     secret: SecretStr | None = None
     """`whsec_…`: sign HTTP forwards after Standard Webhooks."""
+    binary: bool = False
+    """HTTP only: CloudEvents' binary mode, with the attributes in headers and the data for a body."""
     when: Literal["received", "media_stored"] = "media_stored"
     filter: FilterSettings = FilterSettings()
     retry: RetrySettings = RetrySettings()
