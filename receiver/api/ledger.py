@@ -21,6 +21,7 @@ from receiver.api.endpoints import (
     read_id,
     read_limit,
     read_object,
+    read_query,
     read_time,
 )
 from receiver.db import ledger, outbox
@@ -60,7 +61,7 @@ class Ledger:
         return guarded(table, self._tokens)
 
     async def _events(self, request: Request, _caller: Caller) -> Response:
-        query = dict(request.query_params)
+        query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
         cursor = _number(query.pop("cursor", None))
         async with self._database.read() as connection:
@@ -91,7 +92,7 @@ class Ledger:
         return json_answer(event)
 
     async def _deliveries(self, request: Request, _caller: Caller) -> Response:
-        query = dict(request.query_params)
+        query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
         cursor = query.pop("cursor", None)
         async with self._database.read() as connection:
@@ -163,7 +164,7 @@ class Ledger:
         return json_answer(order, status=202, headers=headers)
 
     async def _list_replays(self, request: Request, _caller: Caller) -> Response:
-        query = dict(request.query_params)
+        query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
         rows = await self._replays.list_orders(limit=limit + 1, before=_number(query.pop("cursor", None)))
         nothing_left(query)

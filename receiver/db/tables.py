@@ -171,7 +171,7 @@ deliveries = Table(
     _event_reference(),
     Column("destination", String(63), nullable=False),
     *_work_columns(),
-    Column("replay_id", Uuid),
+    Column("replay_id", PlainUuid),
     Column("restarted_at", UtcDateTime),
     Index(None, "event_seq"),
 )
@@ -266,7 +266,7 @@ replays = Table(
     "replays",
     metadata,
     Column("seq", _Sequence, primary_key=True),
-    Column("id", Uuid, nullable=False),
+    Column("id", PlainUuid, nullable=False),
     # Who ordered it, and why.
     Column("caller", String(63), nullable=False),
     Column("idempotency_key", String(255), nullable=False),

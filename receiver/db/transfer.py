@@ -11,11 +11,21 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, LargeBinary, Table, Uuid, func, insert, select
+from sqlalchemy import ColumnElement, LargeBinary, Table, func, insert, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.tables import UtcDateTime, attempts, deliveries, events, jobs, media, receipts, replays
+from receiver.db.tables import (
+    PlainUuid,
+    UtcDateTime,
+    attempts,
+    deliveries,
+    events,
+    jobs,
+    media,
+    receipts,
+    replays,
+)
 
 VERSION: Final = 1
 CHILDREN: Final = {"receipts": receipts, "media": media, "deliveries": deliveries}
@@ -174,7 +184,7 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
             value = base64.b64decode(value, validate=True)
         elif isinstance(column.type, UtcDateTime):
             value = datetime.fromisoformat(value)
-        elif isinstance(column.type, Uuid):
+        elif isinstance(column.type, PlainUuid):
             value = uuid.UUID(value)
         values[column.name] = value
     return values
