@@ -25,7 +25,7 @@ from sqlalchemy import func, insert, select
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from destination_kinds import KINDS
+from all_kinds import ALL_KINDS
 from payloads import body
 from servers import Postgres
 
@@ -116,7 +116,7 @@ async def measure(kind: str, url: str, *, count: int, rounds: int) -> tuple[list
     alone, outbox = [], []
     database = Database(url)
     with tempfile.TemporaryDirectory() as folder:
-        async with KINDS[kind](Path(folder)) as place:
+        async with ALL_KINDS[kind](Path(folder)) as place:
             destination = place.open()
             await destination.start()
             await adapter_alone(destination, 200)
@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = [kind for kind in KINDS if kind != "memory"]
+    kinds = [kind for kind in ALL_KINDS if kind != "memory"]
     parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--count", type=int, default=2000, help="messages of a round")
     parser.add_argument("--rounds", type=int, default=3)

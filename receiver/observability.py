@@ -157,8 +157,11 @@ def configure_logging(*, level: str = "INFO") -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # These tell of every statement and its values, and of every header.
-    for name in ("aiosqlite", "httpcore"):
+    for name in ("aiosqlite", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # And these, at any level, of messages and logins; what fails is told by who uses them.
+    for name in ("aiormq", "aiokafka"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def configure_library_logging() -> None:

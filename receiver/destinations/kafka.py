@@ -51,6 +51,7 @@ START_TIMEOUT: Final = 10.0
 """Seconds to get ready once a broker has answered."""
 REQUEST_TIMEOUT: Final = 4.0
 """Seconds for one request, so that a publish outlives a broker that hangs and finds the next leader."""
+CLOSE_TIMEOUT: Final = 2.0
 RETRY_DELAY: Final = 0.1
 BATCH: Final = 64 * 1024
 """Bytes of one partition that go together; a larger record goes alone."""
@@ -259,8 +260,8 @@ class KafkaDestination:
                 raise
         except TimeoutError:
             return PublishFailed(
-                f"{self._place.shown}: a broker answers, but none does at the addresses that the cluster "
-                "advertises: see advertised.listeners",
+                f"{self._place.shown}: a broker answers, but the cluster does not get ready to take records: "
+                "can its brokers be reached at what they advertise (advertised.listeners)?",
                 reason="timeout",
             )
         except KafkaError as error:
@@ -275,16 +276,18 @@ class KafkaDestination:
     async def _find_broker(self) -> str:
         """Return the first of the URL's brokers that answers. The library would not say why none does."""
         attempts = [asyncio.create_task(self._try(broker)) for broker in self._place.brokers]
+        failures: list[PublishFailed] = []
         try:
             for attempt in asyncio.as_completed(attempts):
                 broker, failure = await attempt
                 if failure is None:
                     return broker
+                failures.append(failure)
         finally:
             for task in attempts:
                 task.cancel()
             await asyncio.wait(attempts)
-        raise failure
+        raise failures[0]
 
     async def _try(self, broker: str) -> tuple[str, PublishFailed | None]:
         host, _, port = broker.rpartition(":")
@@ -335,8 +338,7 @@ class _Sender(Sender):  # type: ignore[misc]  # the library has no types
         self.requests: set[asyncio.Task[Any]] = set()
 
     async def _send_produce_req(self, *args: Any) -> None:
-        task = asyncio.current_task()
-        assert task is not None
+        task: Any = asyncio.current_task()
         self.requests.add(task)
         task.add_done_callback(self.requests.discard)
         await super()._send_produce_req(*args)
@@ -366,6 +368,7 @@ class _Producer(AIOKafkaProducer):  # type: ignore[misc]  # the library has no t
             retry_backoff_ms=delay,
             request_timeout_ms=timeout,
         )
+        self._closed: bool
         self.users = 0
         self.broken = False
 
@@ -375,7 +378,7 @@ class _Producer(AIOKafkaProducer):  # type: ignore[misc]  # the library has no t
         return min(len(partition.replicas) for partition in partitions.values())
 
     async def drop(self) -> None:
-        """Disconnect at once. The library's `stop` would first send all that waits, however long that takes."""
+        """Disconnect at once; the library's `stop` first sends all that waits, for as long as it takes."""
         if self._closed:
             return
         self._closed = True
@@ -390,17 +393,16 @@ class _Producer(AIOKafkaProducer):  # type: ignore[misc]  # the library has no t
             # A broker that hangs reads nothing any more, and a polite end waits until all is read.
             if connection._writer is not None:  # noqa: SLF001
                 connection._writer.transport.abort()  # noqa: SLF001
-        await self.client.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT):
+                await self.client.close()
 
 
 def _encode(event: CloudEvent) -> KafkaMessage:
     try:
-        message = to_binary_event(
-            event, key_mapper=lambda event: (event.get_subject() or "").encode() or None
-        )
+        return to_binary_event(event, key_mapper=lambda event: (event.get_subject() or "").encode() or None)
     except (TypeError, ValueError, RecursionError) as error:
         raise PublishRejected("the event cannot be written as a record", reason="encoding") from error
-    return message
 
 
 def _parse(settings: DestinationSettings) -> _Place:
@@ -447,7 +449,7 @@ def _parse(settings: DestinationSettings) -> _Place:
             "sasl_plain_password": unquote(password),
         }
     return _Place(
-        brokers=tuple(broker for broker in brokers if broker),
+        brokers=tuple(filter(None, brokers)),
         topic=topic,
         security=MappingProxyType(security),
     )

@@ -1,8 +1,9 @@
 """`nats:`: one JetStream message per event, a CloudEvent in binary mode.
 
-`nats://user:password@host:4222?subject=clipia.events&stream=CLIPIA`; several servers of a cluster are separated
-by commas, and a user without a password is a token. With `stream` that stream is made where it is missing, and no
-other will do; without it some stream must take the subject. TLS is used where the server asks for it.
+`nats://user:password@host:4222?subject=clipia.events&stream=CLIPIA`; several servers of a cluster are
+separated by commas, and a user without a password is a token. With `stream` that stream is made where it is
+missing, and no other will do; without it some stream must take the subject. TLS is used where the server asks
+for it.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
 from typing import Final
@@ -39,13 +40,15 @@ API_TIMEOUT: Final = 2.5
 """Seconds for a question about streams; to who may not ask, the server says nothing."""
 CLOSE_TIMEOUT: Final = 2.0
 PING_INTERVAL: Final = 20
+NEVER: Final = 86_400.0
+"""Seconds until the client itself would connect again; it is closed long before."""
 MAX_IN_FLIGHT: Final = 256
 DEFAULT_PORT: Final = 4222
 MAX_PORT: Final = 65_535
 
 _SERVER: Final = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:(?P<port>[0-9]{1,5}))?", re.ASCII)
-_SUBJECT: Final = re.compile(r"[^\s.*>$][^\s.*>]*(\.[^\s.*>]+)*")
-_STREAM: Final = re.compile(r"[^\s.*>/\\]+")
+_SUBJECT: Final = re.compile(r"(?!\$)[^\s\x00-\x1f\x7f.*>]+(\.[^\s\x00-\x1f\x7f.*>]+)*")
+_STREAM: Final = re.compile(r"[^\s\x00-\x1f\x7f.*>/\\]+")
 _NO_RESPONDERS: Final = "503"
 # JetStream's error codes.
 _TOO_LARGE: Final = frozenset({10054, 10097})
@@ -73,8 +76,8 @@ class _Place:
 
     servers: tuple[str, ...]
     user: str | None
-    password: str | None
-    token: str | None
+    password: str | None = field(repr=False)
+    token: str | None = field(repr=False)
     subject: str
     stream: str | None
 
@@ -87,8 +90,8 @@ class _Place:
 class NatsDestination:
     """Publishes events to a JetStream subject, many at once over one connection.
 
-    A connection that breaks is thrown away, and the next publish makes a new one: the client's own reconnecting
-    would keep messages for later whose publishers have long been told that they failed.
+    A connection that breaks is thrown away, and the next publish makes a new one: the client's own
+    reconnecting would keep messages for later whose publishers have long been told that they failed.
     """
 
     def __init__(self, settings: DestinationSettings) -> None:
@@ -232,13 +235,17 @@ class _Connection:
             token=self._place.token,
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
-            # Two tries at each server now; before the client connects again it is closed.
+            # Two tries at each server now, and none on its own later.
             max_reconnect_attempts=1,
             reconnect_time_wait=0,
+            reconnect_to_server_handler=lambda _servers, _info: (None, NEVER),
             ping_interval=PING_INTERVAL,
             # Nothing is kept for later.
             pending_size=0,
         )
+        if not self._client.is_connected:
+            # The client does not mind a server that hangs up after its greeting.
+            raise ConnectionResetError("the server has hung up")
         self._open = True
         await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
         if self._place.stream is not None:
@@ -277,7 +284,7 @@ class _Connection:
             raise self.failed(error) from error
         if self._place.stream not in {None, name}:
             raise PublishFailed(
-                f"the subject {self._place.subject} belongs to the stream {name}, not to {self._place.stream}",
+                f"the subject {self._place.subject} belongs to {name}, not to {self._place.stream}",
                 reason="wrong_stream",
             )
         if info.config.no_ack:
@@ -310,7 +317,10 @@ class _Connection:
         shown = self._place.shown
         if isinstance(error, APIError):
             return self._refused(error)
-        if isinstance(error, nats.errors.NoServersError) and self._last_error is not None:
+        if self.lost is not None:
+            return _copy(self.lost)
+        if not self._open and self._last_error is not None:
+            # What the client says in the end is only that it has tried, or how long.
             error = self._last_error
         if isinstance(error, TimeoutError):
             return PublishFailed(f"{shown} did not answer in time", reason="timeout")
@@ -340,26 +350,22 @@ class _Connection:
         try:
             content = json.loads(answer.data)
             if "error" in content:
-                error = APIError.from_error(content["error"])
-                stored = False
-            else:
-                error = None
-                stored = content["stream"] == (self._place.stream or content["stream"]) and content["seq"] > 0
-        except (ValueError, TypeError, KeyError):
-            error, stored = None, False
-        if error is not None:
+                raise APIError.from_error(content["error"])
+            if content["stream"] and content["seq"] > 0:
+                return
+        except APIError as error:
             if error.err_code in _TOO_LARGE:
-                raise _too_large(f"the stream refuses it: {error.description}")
-            raise self._refused(error)
-        if not stored:
-            raise PublishFailed(
-                f"something else than a stream answers on the subject {self._place.subject}",
-                reason="protocol",
-            )
+                raise _too_large(f"the stream refuses it: {error.description}") from error
+            raise self._refused(error) from error
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise PublishFailed(
+            f"something else than a stream answers on the subject {self._place.subject}", reason="protocol"
+        )
 
     def _no_stream(self) -> PublishFailed:
         return PublishFailed(
-            f"no stream takes the subject {self._place.subject}: make one, or add the subject to one's subjects",
+            f"no stream takes the subject {self._place.subject}: make one, or add it to one's subjects",
             reason="no_stream",
         )
 
@@ -367,6 +373,7 @@ class _Connection:
         reason = "no_jetstream" if error.err_code is None else _REASONS.get(error.err_code, "refused")
         text = {
             "no_jetstream": "has no JetStream for this account, or no quorum for it",
+            "wrong_stream": f"gives the subject to another stream than the URL's ({error.description})",
             "full": f"cannot store the message ({error.description}): see the limits of stream and account",
         }.get(reason, f"refuses: {error.description} ({error.err_code})")
         return PublishFailed(f"{self._place.shown} {text}", reason=reason)
@@ -380,7 +387,9 @@ class _Connection:
         self._drop(self, PublishFailed(f"{self._place.shown}: the connection is lost", reason="connection"))
 
     async def _on_error(self, error: Exception) -> None:
-        self._last_error = error
+        if not self._open and not isinstance(self._last_error, nats.errors.Error):
+            # What the server has said tells more than that it has hung up.
+            self._last_error = error
         if not self._open or self.lost is not None:
             return
         text = str(error)
@@ -426,15 +435,14 @@ def _describe_losses(info: StreamInfo) -> str | None:
     if info.config.storage == StorageType.MEMORY:
         return "the stream is kept in memory: make one with file storage"
     if (info.config.num_replicas or 1) == 1:
-        return "the stream has one replica: a power cut may lose minutes, unless the server's sync_interval is always"
+        return "a power cut may lose minutes: the stream has one replica; or is sync_interval always there?"
     return None
 
 
 def _parse(settings: DestinationSettings) -> _Place:
     wrong = SettingsError(
-        f"destination {settings.name!r}: write nats://user:password@host:4222?subject=clipia.events&stream=CLIPIA, "
-        "where user and stream may be missing; characters such as @ : / % in the password are written as "
-        "%40 %3A %2F %25"
+        f"destination {settings.name!r}: write nats://user:password@host:4222?subject=clipia.events or, "
+        "to have the stream made, &stream=CLIPIA; in a password @ : / % are written as %40 %3A %2F %25"
     )
     try:
         parts = urlsplit(settings.url.get_secret_value())

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
+from uuid import uuid4
 
 import structlog
 from aiormq import Connection, TransportFactory, spec
@@ -20,6 +21,7 @@ from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import (
     AuthenticationError,
     ChannelAccessRefused,
+    ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionClosed,
@@ -31,6 +33,7 @@ from aiormq.exceptions import (
 from cloudevents.core.bindings.amqp import CE_PREFIX_UNDERSCORE, CONTENT_TYPE_PROPERTY, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 from pamqp.header import ContentHeader
+from pydantic import SecretStr
 from yarl import URL
 
 from receiver.destinations.base import closed
@@ -55,15 +58,13 @@ PERSISTENT: Final = 2
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _TOO_LARGE: Final = re.compile(r"message size [0-9]+ is larger than .*max size ([0-9]+)")
 _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
-    (ProbableAuthenticationError, "credentials", "correct the user or the password"),
-    (AuthenticationError, "credentials", "allow the mechanism PLAIN"),
-    (
-        InvalidFrameError,
-        "refused",
-        "it refused the connection: see that the virtual host exists and that the user may open it",
-    ),
-    (ChannelNotFoundEntity, "not_found", "make it, or name a queue to declare with queue= in the URL"),
-    (ChannelAccessRefused, "permission", "grant the user what it lacks (queue= also needs configure)"),
+    (ProbableAuthenticationError, "credentials", "{error}: correct the user or the password"),
+    (AuthenticationError, "credentials", "{error}: allow the mechanism PLAIN"),
+    # The library's own words for a refused virtual host say nothing.
+    (InvalidFrameError, "refused", "see that the virtual host exists and that the user may open it"),
+    (ChannelNotFoundEntity, "not_found", "{error}: make it, or have a queue declared with queue= in the URL"),
+    (ChannelInvalidStateError, "connection", "the channel was closed"),
+    (ChannelAccessRefused, "permission", "{error}: grant it, or leave out queue= where the queue is there"),
 )
 _Failure = PublishFailed | PublishRejected
 
@@ -74,8 +75,9 @@ class RabbitmqDestination:
     """Publishes events to an exchange or a queue, many at once on one channel."""
 
     def __init__(self, settings: DestinationSettings) -> None:
-        self._url, self._place = _parse(settings)
-        self._origin = f"{self._url.scheme}://{self._url.host_port_subcomponent}"
+        url, self._place = _parse(settings)
+        self._url = SecretStr(str(url))
+        self._origin = f"{url.scheme}://{url.host_port_subcomponent}"
         self._name = settings.name
         self._places = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._link: _Link | None = None
@@ -107,6 +109,7 @@ class RabbitmqDestination:
             await asyncio.wait(self._running, timeout=CLOSE_TIMEOUT)
         if self._opening is not None:
             self._opening.cancel()
+            await asyncio.wait([self._opening])
         if self._link is not None:
             self._let_go(self._link)
         while self._running or self._leaving:
@@ -186,7 +189,7 @@ class RabbitmqDestination:
         return outcome
 
     async def _open(self) -> "_Link | PublishFailed":
-        link = _Link(self._url, self._place, name=self._name)
+        link = _Link(URL(self._url.get_secret_value()), self._place, name=self._name)
         try:
             with _translated(self._origin):
                 async with asyncio.timeout(OPEN_TIMEOUT):
@@ -239,7 +242,7 @@ class _Message:
 
     @property
     def id(self) -> str:
-        """The delivery's id."""
+        """The delivery's id, where it fits."""
         return str(self.properties.message_id)
 
 
@@ -338,11 +341,11 @@ class _Link:
         except DeliveryError:
             answer = None
         except ChannelPreconditionFailed as error:
-            # It ends the channel and all that is under way there, yet only one message is to blame.
+            # It has ended the channel and all that was under way there, but one message is to blame.
             limit = _TOO_LARGE.search(str(error))
             if limit and len(message.body) > int(limit[1]):
                 raise PublishRejected(str(error), reason="too_large") from None
-            raise
+            raise PublishFailed(f"another message ended the channel: {error}", reason="connection") from None
         finally:
             self._ids.discard(message.id)
         if not isinstance(answer, spec.Basic.Ack):
@@ -381,7 +384,7 @@ class _Link:
         place = self._place
         return PublishFailed(
             f"no queue takes messages of exchange {place.exchange!r} with routing key {place.routing_key!r}: "
-            "bind one, or name one to declare with queue= in the URL",
+            "bind one, or have one declared with queue= in the URL",
             reason="unroutable",
         )
 
@@ -404,7 +407,7 @@ def _translated(origin: str) -> Iterator[None]:
     except Exception as error:
         for kind, reason, advice in _ADVICE:
             if isinstance(error, kind):
-                raise PublishFailed(f"{origin}: {error}: {advice}", reason=reason) from error
+                raise PublishFailed(f"{origin}: {advice.format(error=error)}", reason=reason) from error
         # The library passes on whatever has ended its reader.
         raise PublishFailed(f"{origin}: {type(error).__name__}: {error}", reason="connection") from error
 
@@ -420,7 +423,7 @@ def _encode(event: CloudEvent) -> tuple[bytes, spec.Basic.Properties]:
         content_type=message.properties.get(CONTENT_TYPE_PROPERTY),
         headers=headers,
         delivery_mode=PERSISTENT,
-        message_id=_short(event.get_extension("deliveryid") or event.get_id()),
+        message_id=_short(event.get_extension("deliveryid") or event.get_id()) or uuid4().hex,
         correlation_id=_short(event.get_subject()),
         message_type=_short(event.get_type()),
         timestamp=event.get_time(),

@@ -1,7 +1,7 @@
 """`redis:` and `rediss:`: one entry per event, at the end of a stream.
 
-`redis://user:password@host:6379/0?stream=clipia-events&maxlen=100000`; `rediss:` is the same over TLS. Without
-`maxlen` nothing is ever trimmed.
+`redis://user:password@host:6379/0?stream=clipia-events&maxlen=100000`; `rediss:` is the same over TLS.
+Without `maxlen` nothing is ever trimmed.
 """
 
 import asyncio
@@ -38,6 +38,7 @@ DEFAULT_PORT: Final = 6379
 MAX_LENGTH: Final = 2**63 - 1
 
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
+_ENTRY_ID: Final = re.compile(rb"[0-9]+-[0-9]+")
 _NOT_AN_ID: Final = "check"
 _REFUSALS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
@@ -68,7 +69,7 @@ class _Place:
     host: str
     port: int
     user: str | None
-    password: str | None
+    password: str | None = field(repr=False)
     tls: bool
     database: int
     stream: str
@@ -189,7 +190,12 @@ class RedisDestination:
                 replies = await self._execute(batch)
         except (TimeoutError, RedisError, OSError, RuntimeError) as error:
             return [self._failed(error) for _ in batch]
-        return [None if isinstance(reply, bytes) else self._failed(reply) for reply in replies]
+        return [self._judge(reply) for reply in replies]
+
+    def _judge(self, reply: object) -> PublishFailed | None:
+        if isinstance(reply, bytes) and _ENTRY_ID.fullmatch(reply):
+            return None
+        return self._failed(reply)
 
     async def _execute(self, batch: list[_Entry]) -> list[Any]:
         pipeline = self._client.pipeline(transaction=False)
@@ -209,13 +215,13 @@ class RedisDestination:
     async def _check_write(self) -> None:
         """Send what the server refuses for its id, once it has seen to rights, memory, disk and role."""
         try:
-            await self._client.execute_command("XADD", self._place.stream, _NOT_AN_ID, "event", "")
+            await self._client.xadd(self._place.stream, {"event": ""}, id=_NOT_AN_ID)
         except ResponseError as error:
             if _code(error) != "ERR":
                 raise
 
     async def _warn_of_losses(self) -> None:
-        found: dict[str, str] = {}
+        found: dict[Any, Any] = {}
         # Managed servers and careful operators forbid this command.
         with contextlib.suppress(ResponseError):
             for pattern in ("append*", "maxmemory*"):
@@ -224,7 +230,7 @@ class RedisDestination:
         if problem:
             log.warning("the destination may lose events", destination=self._name, problem=problem)
 
-    def _failed(self, error: Any) -> PublishFailed:
+    def _failed(self, error: object) -> PublishFailed:
         shown = self._place.shown
         if isinstance(error, TimeoutError | RedisTimeoutError):
             return self._late(BATCH_TIMEOUT)
@@ -236,13 +242,15 @@ class RedisDestination:
             return PublishFailed(f"{shown} refuses the login: {error}", reason="auth")
         if isinstance(error, ResponseError):
             return PublishFailed(f"{shown} refuses: {code} {error}", reason="refused")
+        if not isinstance(error, Exception):
+            return PublishFailed(f"{shown} replies with no entry's id: is it Redis?", reason="protocol")
         return PublishFailed(f"{shown}: {error}", reason="connection")
 
     def _late(self, seconds: float) -> PublishFailed:
         return PublishFailed(f"{self._place.shown} did not reply within {seconds:g} s", reason="timeout")
 
 
-def _code(reply: Any) -> str:
+def _code(reply: object) -> str:
     """Return the word that an error of the server starts with; the client cuts off those that it knows."""
     if not isinstance(reply, RedisError):
         return ""
@@ -275,8 +283,8 @@ def _describe_losses(found: Mapping[str, str]) -> str | None:
 
 def _parse(settings: DestinationSettings) -> _Place:
     wrong = SettingsError(
-        f"destination {settings.name!r}: write redis://user:password@host:6379/0?stream=name, and &maxlen=100000 "
-        "to trim it; characters such as @ : / % in the password are written as %40 %3A %2F %25"
+        f"destination {settings.name!r}: write redis://user:password@host:6379/0?stream=name or, to have it "
+        "trimmed, &maxlen=100000; in a password @ : / % are written as %40 %3A %2F %25"
     )
     try:
         parts = urlsplit(settings.url.get_secret_value())
