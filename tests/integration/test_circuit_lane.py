@@ -258,3 +258,27 @@ async def test_one_lane_takes_no_more_than_its_width(world: World, width: int) -
     for work in works:
         await work.run()
     assert await world.states(deliveries) == {"delivered": width, "pending": 10 - width}
+
+
+@pytest.mark.parametrize("error", [None, PublishFailed("x", reason="x"), PublishRejected("x", reason="x")])
+async def test_a_result_that_comes_too_late_changes_nothing(world: World, error: Exception | None) -> None:
+    """E10: success, failure or refusal: a worker whose lease was lost meanwhile records none of them."""
+    main = world.add_destination("main")
+
+    def behave(_event: CloudEvent) -> None:
+        if error is not None:
+            raise error
+
+    main.behave = behave
+    await world.add(plain("r-1"))
+    await world.fan_out()
+    (late,) = await world.delivery_lane().claim(1)
+    await world.change(deliveries, next_attempt_at=db_time(0.0))
+    (other,) = await world.delivery_lane().claim(1)
+    before = await world.rows(deliveries)
+    await late.run()
+    assert await world.rows(deliveries) == before
+    assert await world.rows(attempts) == []
+    main.behave = lambda _event: None
+    await other.run()
+    assert await world.states(deliveries) == {"delivered": 1}

@@ -368,6 +368,23 @@ async def test_a_live_download_finds_its_fresh_url_too(
     assert await world.states(media) == {"stored": 1}
 
 
+@pytest.mark.parametrize("path", [IMAGE, ABSENT])
+async def test_a_download_that_comes_too_late_changes_nothing(world: World, clipia: str, path: str) -> None:
+    """E10: a worker whose lease was lost meanwhile records neither the file nor its failure."""
+    world.add_destination("main")
+    await world.add(with_files(clipia, "r-1", path))
+    await world.fan_out()
+    for tries in (0, 5):
+        await world.change(media, attempts=tries, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+        (late,) = await world.media_lane().claim(1)
+        await world.change(media, lease=uuid.uuid4())
+        before = await world.rows(media)
+        await late.run()
+        assert await world.rows(media) == before
+        assert await world.rows(attempts) == []
+    assert await world.states(events) == {"fetching": 1}
+
+
 async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
     """D15: a file that is not at its fresh URL either is asked for three times, then given up like others."""
     world.add_destination("main")

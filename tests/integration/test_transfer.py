@@ -230,6 +230,10 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
     moved = await export(there)
     assert comparable(moved) == comparable(lines)
     assert await count_rows(there) == await count_rows(here)
+    for table, name in ((events, "body"), (receipts, "body"), (jobs, "request"), (jobs, "metadata")):
+        kept = [row[name] for row in await here.rows(table)]
+        assert [row[name] for row in await there.rows(table)] == kept
+        assert any(kept)
     back = await databases.world("sqlite" if here.database.is_sqlite else "postgresql")
     await load(back, moved)
     assert comparable(await export(back)) == comparable(lines)
