@@ -33,9 +33,6 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	$(BIN)/lint-imports
 	$(MAKE) test ARGS="--cov --cov-report=term $(ARGS)"
 
-bench: $(VENV)/.dev  ## Measure what the outbox costs each destination (ARGS="--kinds redis" selects some)
-	$(BIN)/python benchmarks/publish.py $(ARGS)
-
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
