@@ -366,7 +366,7 @@ async def test_a_slow_storage_is_not_blamed_on_the_server(tmp_path: Path) -> Non
 
     data = in_chunks(PNG, 200)
     # A machine that is busy is not to be blamed either.
-    limits = replace(QUICK, header_seconds=10, idle_seconds=10)
+    limits = replace(QUICK, header_seconds=10, idle_seconds=10, rate_window_seconds=2)
     storage = SlowStorage(tmp_path)
     async with site(data) as server, downloader(server.origin, storage=storage, limits=limits) as opened:
         stored = await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
