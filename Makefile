@@ -35,6 +35,9 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	# On its own: 128 deliveries at once want the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 
+bench: $(VENV)/.dev  ## Measure what the outbox costs each destination (ARGS="--kinds redis" selects some)
+	$(BIN)/python benchmarks/publish.py $(ARGS)
+
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .

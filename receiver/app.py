@@ -18,23 +18,18 @@ from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.callback import Callback
 from receiver.api.jobs import Jobs
+from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
 from receiver.db import inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import Backlog
 from receiver.destinations import Destination, open_destination
 from receiver.ingest import Ingest
+from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
-from receiver.pipeline import (
-    FAN_OUT_LANE,
-    MEDIA_LANE,
-    DeliveryLane,
-    FanOut,
-    MediaLane,
-    Target,
-    destination_lane,
-)
-from receiver.reconcile import PollLane
+from receiver.pipeline import DeliveryLane, FanOut, MediaLane
+from receiver.reconcile import FreshUrls, PollLane
+from receiver.replay import ReplayLane, Replays
 from receiver.retry import RetryPolicy
 from receiver.settings import DestinationSettings, Settings, SourceSettings
 from receiver.signature import Secret
@@ -120,8 +115,14 @@ async def _open_worker(
     if not targets:
         log.warning("no destination is configured: events are stored and not forwarded")
     lanes: list[Lane] = [
-        MediaLane(database, parts.downloader, wake=wakeups.wake),
+        MediaLane(
+            database,
+            parts.downloader,
+            wake=wakeups.wake,
+            fresh_url=FreshUrls(database, submitter.client).find if submitter.lane is not None else None,
+        ),
         *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
+        ReplayLane(database, targets, parts.storage, wake=wakeups.wake),
         *_job_lanes(settings, database, wakeups, submitter),
     ]
     return Worker(FanOut(database, targets, wake=wakeups.wake), lanes, wakeups)
@@ -164,6 +165,7 @@ def _target(settings: DestinationSettings, destination: Destination) -> Target:
         destination=destination,
         waits_for_media=settings.when == "media_stored",
         retry=RetryPolicy(**settings.retry.model_dump()),
+        filter=settings.filter,
     )
 
 
@@ -207,19 +209,29 @@ def create_app(
             Route("/clipia/webhook/{source}/{job}", callback, methods=["POST"]),
         ]
     if only != "webhook":
+        tokens = Tokens(settings.api_tokens)
         metrics = Metrics(
             lambda: read_backlog(database, settings.all_destinations),
             paused=submitter.paused,
-            tokens=Tokens(settings.api_tokens),
+            tokens=tokens,
             multiprocess=multiprocess,
         )
         routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
-        routes += Jobs(submitter, Tokens(settings.api_tokens)).routes()
+        routes += Jobs(submitter, tokens).routes()
+        routes += Ledger(database, make_replays(settings, database, wake=wakeups.wake), tokens).routes()
     app = Starlette(
         routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _crash}
     )
     app.router.redirect_slashes = False
     return app
+
+
+def make_replays(
+    settings: Settings, database: Database, *, wake: Callable[[str], None] = lambda _lane: None
+) -> Replays:
+    """Make what orders replays to the destinations that are configured."""
+    filters = {each.name: each.filter for each in settings.all_destinations}
+    return Replays(database, filters, wake=wake)
 
 
 async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:

@@ -57,11 +57,12 @@ def build(
     job: ForwardedJob | None,
     delivery_id: UUID,
     attempt: int,
+    replay_id: UUID | None = None,
 ) -> CloudEvent:
     """Make the message of one delivery (CloudEvents 1.0).
 
-    `id` is the event's and the same on every try and replay; `deliveryid` is this delivery's;
-    `attempt` counts from 1.
+    `id` is the event's and the same on every try and replay; `deliveryid` is this delivery's; `replayid` is
+    there where a replay ordered it; `attempt` counts from 1.
     """
     return CloudEvent(
         attributes={
@@ -74,6 +75,7 @@ def build(
             "datacontenttype": "application/json",
             "deliveryid": str(delivery_id),
             "attempt": attempt,
+            **({} if replay_id is None else {"replayid": str(replay_id)}),
         },
         data={
             "request_id": request_id,

@@ -1,4 +1,4 @@
-"""What every kind of work shares: a lane over one table, claimed by lease, and the record of each try.
+"""What every kind of work shares: lanes over one table, claimed by lease, the record of each try, targets.
 
 A lane claims rows and gives back pieces of work. Between claim and result no transaction is open.
 """
@@ -7,7 +7,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Generic, Protocol, TypeVar
 from uuid import UUID
@@ -19,16 +19,49 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, AttemptOutcome, Claim
+from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, StoredEvent
+from receiver.destinations import Destination
 from receiver.errors import DatabaseUnavailable, ReceiverError
+from receiver.retry import RetryPolicy
+from receiver.routing import Facts
+from receiver.settings import FilterSettings
 
 LEASE: Final = 60.0
 """Seconds that a claim holds; the worker renews it while it works."""
 MAX_LOST: Final = 5
 """Claims in a row that may end without a result before the work is taken for what kills its workers."""
 ERROR_LIMIT: Final = 2048
+FAN_OUT_LANE: Final = "fanout"
+MEDIA_LANE: Final = "media"
 
 log = structlog.get_logger()
+
+
+def destination_lane(name: str) -> str:
+    """Return the name of a destination's lane."""
+    return f"destination:{name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """One destination, as work needs it."""
+
+    name: str
+    destination: Destination
+    waits_for_media: bool
+    retry: RetryPolicy
+    filter: FilterSettings = field(default_factory=FilterSettings)
+
+
+def facts_of(event: StoredEvent, model: str | None, job: JobRef | None) -> Facts:
+    """Return what filters look at."""
+    return Facts(
+        status=event.status,
+        model=model,
+        source=event.source,
+        caller=job.caller if job else None,
+        metadata=job.metadata if job else {},
+    )
 
 
 class Record(Protocol):
@@ -90,11 +123,13 @@ class WorkLane(Generic[ClaimT]):
             self._wake(lane)
         return held
 
-    async def _put_back(self, claim: ClaimT, attempt: Attempt, *, delay: float) -> bool:
+    async def _put_back(self, claim: ClaimT, attempt: Attempt, *, delay: float, **values: Any) -> bool:
         """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
 
         async def write(connection: AsyncConnection) -> bool:
-            held = await leases.retry(connection, self._table, claim, delay=delay, error=attempt.error)
+            held = await leases.retry(
+                connection, self._table, claim, delay=delay, error=attempt.error, **values
+            )
             if held:
                 await leases.record_attempt(connection, claim.id, attempt)
             return held

@@ -36,6 +36,12 @@ ACK_SECONDS = Histogram(
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 8, 10),
 )
 DELIVERIES = Counter("receiver_deliveries", "Tries at deliveries, by outcome.", ["destination", "outcome"])
+CIRCUIT_OPEN = Gauge(
+    "receiver_circuit_open",
+    "1 while a destination is left alone but for probes.",
+    ["destination"],
+    multiprocess_mode="livemax",
+)
 MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
 SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])
@@ -151,8 +157,11 @@ def configure_logging(*, level: str = "INFO") -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # These tell of every statement and its values, and of every header.
-    for name in ("aiosqlite", "httpcore"):
+    for name in ("aiosqlite", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # And these, at any level, of messages and logins; what fails is told by who uses them.
+    for name in ("aiormq", "aiokafka"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def configure_library_logging() -> None:

@@ -3,59 +3,60 @@
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import envelope
+from receiver.circuit import Circuit
 from receiver.db import inbox, jobs, leases, outbox
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, EventClaim, EventState, JobRef, MediaRow, NewMedia, StoredEvent
+from receiver.db.rows import (
+    Attempt,
+    DeliveryClaim,
+    EventClaim,
+    EventState,
+    JobRef,
+    MediaRow,
+    NewMedia,
+    StoredEvent,
+)
 from receiver.db.tables import deliveries, media
-from receiver.destinations import Destination
-from receiver.errors import MediaBlocked, StorageUnavailable, UnrecognizedBody
+from receiver.errors import MediaBlocked, MediaMissing, PublishFailed, StorageUnavailable, UnrecognizedBody
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
+    MEDIA_LANE,
     Record,
+    Target,
     Work,
     WorkLane,
     describe,
+    destination_lane,
+    facts_of,
     jitter,
     log_failure,
     start_attempt,
 )
 from receiver.media import Downloader
-from receiver.observability import DELIVERIES, MEDIA_BYTES, MEDIA_FILES
-from receiver.retry import RetryPolicy, media_policy
-from receiver.webhook import parse
+from receiver.observability import CIRCUIT_OPEN, DELIVERIES, MEDIA_BYTES, MEDIA_FILES
+from receiver.retry import media_policy
+from receiver.routing import Facts, refusal
+from receiver.webhook import Generation, parse
 
+FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
+
+FRESH_URLS: Final = 3
+"""Tries at a file after which nobody asks any more whether it has moved."""
 STORAGE_PAUSE: Final = 15.0
 """Seconds without new downloads after our storage refused a file."""
-FAN_OUT_LANE: Final = "fanout"
-MEDIA_LANE: Final = "media"
 
 log = structlog.get_logger()
-
-
-def destination_lane(name: str) -> str:
-    """Return the name of a destination's lane."""
-    return f"destination:{name}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Target:
-    """One destination, as the pipeline needs it."""
-
-    name: str
-    destination: Destination
-    waits_for_media: bool
-    retry: RetryPolicy
 
 
 class FanOut:
@@ -105,22 +106,38 @@ class FanOut:
         await outbox.insert_media(connection, event.seq, files)
         if files:
             lanes.add(MEDIA_LANE)
+        facts = await self._facts(connection, event, generation)
         for target in self._targets:
+            if refusal(target.filter, facts) is not None:
+                continue
             due = not (files and target.waits_for_media)
             await outbox.insert_delivery(connection, event.seq, target.name, due=due)
             if due:
                 lanes.add(destination_lane(target.name))
         return "fetching" if files else "ready"
 
+    async def _facts(self, connection: AsyncConnection, event: StoredEvent, generation: Generation) -> Facts:
+        needs_job = any(target.filter.needs_job for target in self._targets)
+        refs = await jobs.load_refs(connection, [event.seq]) if needs_job else {}
+        return facts_of(event, generation.model, refs.get(event.seq))
+
 
 class MediaLane(WorkLane[EventClaim]):
     """Downloads the files of events."""
 
     def __init__(
-        self, database: Database, downloader: Downloader, *, wake: Callable[[str], None], concurrency: int = 8
+        self,
+        database: Database,
+        downloader: Downloader,
+        *,
+        wake: Callable[[str], None],
+        fresh_url: FreshUrl | None = None,
+        concurrency: int = 8,
     ) -> None:
+        """`fresh_url` tells where Clipia has a file now, for one that is no longer where it was."""
         super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
         self._downloader = downloader
+        self._fresh_url = fresh_url
         self._paused_until = 0.0
 
     async def claim(self, limit: int) -> list[Work]:
@@ -148,7 +165,7 @@ class MediaLane(WorkLane[EventClaim]):
         try:
             stored = await self._downloader.save(url=row.url, kind=row.kind, stem=storage_stem(event, row))
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
-            await self._failed(claim, attempt, error)
+            await self._failed(claim, attempt, event, row, error)
             return
         if await self._finish(
             claim,
@@ -173,7 +190,15 @@ class MediaLane(WorkLane[EventClaim]):
                 content_type=stored.content_type,
             )
 
-    async def _failed(self, claim: EventClaim, attempt: Record, error: Exception) -> None:
+    async def _failed(
+        self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, error: Exception
+    ) -> None:
+        if isinstance(error, MediaMissing) and claim.attempt <= FRESH_URLS:
+            url = await self._fresh_url(event, row) if self._fresh_url is not None else None
+            if url not in (None, row.url):
+                log.info("media moved", work_id=str(claim.id), request_id=event.request_id)
+                await self._put_back(claim, attempt("retry", describe(error)), delay=1.0, url=url)
+                return
         message = describe(error)
         if isinstance(error, StorageUnavailable):
             self._paused_until = time.monotonic() + STORAGE_PAUSE
@@ -194,7 +219,7 @@ class MediaLane(WorkLane[EventClaim]):
         return [destination_lane(name) for name in await outbox.settle(connection, claim.event_seq)]
 
 
-class DeliveryLane(WorkLane[EventClaim]):
+class DeliveryLane(WorkLane[DeliveryClaim]):
     """Publishes deliveries to one destination; no other destination's trouble reaches it."""
 
     def __init__(
@@ -203,14 +228,17 @@ class DeliveryLane(WorkLane[EventClaim]):
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
+        self._circuit = Circuit(concurrency)
+        self._replay_share = max(1, concurrency // 4)
+        self._replaying = set[UUID]()
 
     async def claim(self, limit: int) -> list[Work]:
-        """Claim deliveries that are due. Raises DatabaseUnavailable."""
-        mine = deliveries.c.destination == self._target.name
+        """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
+        limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
+        if not limit:
+            return []
         async with self._database.write() as connection:
-            claims = await leases.claim_of_events(
-                connection, deliveries, limit=limit, lease=LEASE, where=[mine]
-            )
+            claims = await self._claim(connection, limit)
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}
@@ -231,23 +259,54 @@ class DeliveryLane(WorkLane[EventClaim]):
             for claim in claims
         ]
 
+    async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
+        """Claim what is live first, and of replays no more than leaves room for it."""
+        claim = partial(leases.claim_deliveries, connection, self._target.name, lease=LEASE)
+        claims = await claim(limit=limit, replayed=False)
+        room = min(limit - len(claims), self._replay_share - len(self._replaying))
+        if room > 0:
+            replayed = await claim(limit=room, replayed=True)
+            self._replaying |= {each.id for each in replayed}
+            claims += replayed
+        return claims
+
     async def _publish(
-        self, claim: EventClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
     ) -> None:
-        attempt = start_attempt(claim)
+        try:
+            await self._try(claim, event, files, job)
+        finally:
+            self._replaying.discard(claim.id)
+
+    async def _try(
+        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+    ) -> None:
+        attempt, started = start_attempt(claim), time.monotonic()
         if claim.lost >= MAX_LOST:
             await self._give_up(claim, attempt("failed", f"its delivery ended {claim.lost} workers"), event)
             return
         try:
             await self._target.destination.publish(build_message(event, files, job, claim))
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
+            self._note(error, started)
             await self._failed(claim, attempt, event, error)
             return
+        self._note(None, started)
         if await self._finish(claim, attempt("succeeded"), state="delivered"):
             self._count("delivered")
             log.info("delivered", **self._ids(claim, event))
 
-    async def _failed(self, claim: EventClaim, attempt: Record, event: StoredEvent, error: Exception) -> None:
+    def _note(self, error: Exception | None, started: float) -> None:
+        """Tell the circuit how the destination is doing; refusing one message is no trouble."""
+        if not isinstance(error, PublishFailed):
+            self._circuit.succeeded()
+        elif self._circuit.failed(time.monotonic(), started=started):
+            log.error("destination left alone", destination=self._target.name, error=str(error))
+        CIRCUIT_OPEN.labels(self._target.name).set(self._circuit.is_open)
+
+    async def _failed(
+        self, claim: DeliveryClaim, attempt: Record, event: StoredEvent, error: Exception
+    ) -> None:
         message = describe(error)
         delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
         if delay is None:
@@ -257,7 +316,7 @@ class DeliveryLane(WorkLane[EventClaim]):
         if await self._put_back(claim, attempt("retry", message), delay=delay):
             self._count("retry")
 
-    async def _give_up(self, claim: EventClaim, attempt: Attempt, event: StoredEvent) -> None:
+    async def _give_up(self, claim: DeliveryClaim, attempt: Attempt, event: StoredEvent) -> None:
         if await self._finish(claim, attempt, state="dead", error=attempt.error):
             self._count("dead")
             log.error("dead letter", error=attempt.error, **self._ids(claim, event))
@@ -265,7 +324,7 @@ class DeliveryLane(WorkLane[EventClaim]):
     def _count(self, outcome: str) -> None:
         DELIVERIES.labels(self._target.name, outcome).inc()
 
-    def _ids(self, claim: EventClaim, event: StoredEvent) -> dict[str, Any]:
+    def _ids(self, claim: DeliveryClaim, event: StoredEvent) -> dict[str, Any]:
         return {
             "destination": self._target.name,
             "event_id": str(event.id),
@@ -276,7 +335,7 @@ class DeliveryLane(WorkLane[EventClaim]):
 
 
 def build_message(
-    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: EventClaim
+    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: DeliveryClaim
 ) -> CloudEvent:
     """Make the message of a claimed delivery."""
     generation = parse(event.body)
@@ -311,6 +370,7 @@ def build_message(
         ),
         delivery_id=claim.id,
         attempt=claim.attempt,
+        replay_id=claim.replay_id,
     )
 
 

@@ -1,4 +1,4 @@
-"""Reconciliation: jobs whose webhook is overdue are asked for, and what is found goes through the inbox."""
+"""Reconciliation: what did not come is asked for: overdue results, which go through the inbox, and files."""
 
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -12,12 +12,13 @@ from receiver.db import accounts, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
-from receiver.db.rows import Claim, OpenRequest
+from receiver.db.rows import Claim, MediaRow, OpenRequest, StoredEvent
 from receiver.errors import ClipiaUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import LEASE, Work, WorkLane, error_text
 from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
 from receiver.retry import poll_delay
+from receiver.settings import DEFAULT_SOURCE
 from receiver.webhook import parse, result_body
 
 CONCURRENCY: Final = 8
@@ -170,3 +171,29 @@ class PollLane(WorkLane[Claim]):
 
         async with self._database.write() as connection:
             await accounts.learn(connection, self._client.account, headers, change)
+
+
+class FreshUrls:
+    """Asks Clipia where a file is now, within the polls' share of the account's requests."""
+
+    def __init__(self, database: Database, client: ClipiaClient) -> None:
+        self._database = database
+        self._client = client
+
+    async def find(self, event: StoredEvent, file: MediaRow) -> str | None:
+        """Return a file's present URL; None where that is not to be had now."""
+        if event.source != DEFAULT_SOURCE:
+            return None  # another account's, which our key does not open
+        async with self._database.write() as connection:
+            limits, now = await accounts.lock(connection, self._client.account)
+            if not limits.polls(now):
+                return None
+            await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
+        try:
+            result = await self._client.result(event.request_id, call=Call())
+            generation = parse(result_body(event.request_id, "COMPLETED", result or {}))
+        except (Refused, ClipiaUnavailable, UnrecognizedBody) as error:
+            log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
+            return None
+        here = (file.position, file.variant)
+        return next((ref.url for ref in generation.media if (ref.position, ref.variant) == here), None)

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
@@ -52,6 +53,31 @@ class RetrySettings(_Table):
     give_up_after: float = Field(default=259_200.0, gt=0)
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+_Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+
+
+class FilterSettings(_Table):
+    """Which events a destination gets: all that fit every line; a line that is not there fits all.
+
+    Each takes one value or a list of them; `model` takes globs, such as `seedance-*`.
+    """
+
+    status: Annotated[tuple[Literal["OK", "ERROR"], ...], BeforeValidator(_one_or_more)] = ()
+    model: _Words = ()
+    source: _Words = ()
+    caller: _Words = ()
+    metadata: dict[str, _Words] = Field(default_factory=dict)
+
+    @property
+    def needs_job(self) -> bool:
+        """Whether it looks at what only our own jobs have."""
+        return bool(self.caller or self.metadata)
+
+
 class DestinationSettings(_Table):
     """One `[[destinations]]` table."""
 
@@ -60,7 +86,10 @@ class DestinationSettings(_Table):
     """Where to; masked in output, because broker URLs carry passwords."""
     secret: SecretStr | None = None
     """`whsec_…`: sign HTTP forwards after Standard Webhooks."""
+    binary: bool = False
+    """HTTP only: CloudEvents' binary mode, with the attributes in headers and the data for a body."""
     when: Literal["received", "media_stored"] = "media_stored"
+    filter: FilterSettings = FilterSettings()
     retry: RetrySettings = RetrySettings()
 
 

@@ -11,8 +11,8 @@ import structlog
 
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
-from receiver.lanes import LEASE, Work
-from receiver.pipeline import FAN_OUT_LANE, FanOut
+from receiver.lanes import FAN_OUT_LANE, LEASE, Work
+from receiver.pipeline import FanOut
 
 POLL: Final = 0.5
 """Seconds between looks for work that no signal announced: other processes' and what becomes due."""

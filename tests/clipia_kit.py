@@ -23,7 +23,8 @@ from receiver.db.tables import accounts, jobs
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import Refused
 from receiver.ingest import Ingest
-from receiver.pipeline import DeliveryLane, FanOut, Target
+from receiver.lanes import Target
+from receiver.pipeline import DeliveryLane, FanOut
 from receiver.reconcile import PollLane
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running

@@ -1,6 +1,6 @@
 """Destinations for the contract suite: how to open each kind, read what arrived, break it and mend it.
 
-A new kind of destination gets a subclass of `Kind` and an entry in `KINDS`; the suite needs no change.
+A new kind of destination gets a subclass of `Kind` and an entry in `all_kinds`; the suite needs no change.
 """
 
 import abc

@@ -122,9 +122,9 @@ def read_query(request: Request) -> dict[str, str]:
 
 def json_answer(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with JSON that nobody may cache."""
-    return Response(
-        orjson.dumps(content), status, {"cache-control": "no-store", **(headers or {})}, "application/json"
-    )
+    # A row's keys are SQLAlchemy's own kind of str.
+    body = orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+    return Response(body, status, {"cache-control": "no-store", **(headers or {})}, "application/json")
 
 
 def read_limit(text: str) -> int:

@@ -8,10 +8,14 @@ from rich.text import Text
 from receiver import __version__
 from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
+from receiver.cli.deliveries import deliveries
 from receiver.cli.demo import demo
 from receiver.cli.events import events
 from receiver.cli.jobs import jobs
+from receiver.cli.media import media
 from receiver.cli.migrate import migrate
+from receiver.cli.replay import replay, replays
+from receiver.cli.route import route
 from receiver.cli.sandbox import sandbox
 from receiver.cli.send import send
 from receiver.cli.serve import serve
@@ -27,10 +31,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, serve, worker, submit, models, estimate, account, sandbox, migrate, check, send):
+for command in (
+    demo,
+    serve,
+    worker,
+    submit,
+    models,
+    estimate,
+    account,
+    replay,
+    route,
+    sandbox,
+    migrate,
+    check,
+    send,
+):
     app.command()(command)
 app.add_typer(jobs, name="jobs")
 app.add_typer(events, name="events")
+app.add_typer(deliveries, name="deliveries")
+app.add_typer(replays, name="replays")
+app.add_typer(media, name="media")
 
 
 def _show_version(value: bool) -> None:

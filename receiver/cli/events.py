@@ -1,26 +1,45 @@
 """`receiver events`: the ledger of what came in."""
 
-import asyncio
 import base64
-from collections.abc import Awaitable, Callable
+import sys
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, Final, TypeVar
 
 import orjson
 import typer
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.cli.terminal import Json, moment, print_json, print_line, print_title, size, stdout, wide
-from receiver.db import ledger, migrate
+from receiver.cli.database import with_database
+from receiver.cli.terminal import (
+    Json,
+    moment,
+    print_json,
+    print_line,
+    print_title,
+    size,
+    stderr,
+    stdout,
+    wide,
+)
+from receiver.db import ledger, transfer
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
-events = typer.Typer(help="Look at stored events.", no_args_is_help=True)
+events = typer.Typer(help="Look at stored events, export and import them.", no_args_is_help=True)
 
 T = TypeVar("T")
+
+BATCH: Final = 200
+"""Lines of an export that are read or written in one transaction."""
 
 
 @events.command("list")
@@ -97,6 +116,117 @@ def show(
     _print_event(event)
 
 
+@events.command()
+def export(
+    file: Annotated[str, typer.Argument(help="Where to: a file, or - for standard output.")],
+    since: Annotated[datetime | None, typer.Option(help="Only from this time on (UTC).")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Only before this time (UTC).")] = None,
+) -> None:
+    """Write the ledger as JSON lines: events with their raw bodies and all that hangs on them, jobs, replays.
+
+    Stop the receiver's workers first, or what they do meanwhile is not in it.
+    """
+
+    async def run(_settings: Settings, database: Database) -> dict[str, int]:
+        bounds = {"since": since.replace(tzinfo=UTC) if since else None}
+        bounds["until"] = until.replace(tzinfo=UTC) if until else None
+        async with database.read() as connection:
+            counts = await transfer.count(connection, **bounds)
+        with _open_output(file) as output, Progress(console=stderr) as progress:
+            task = progress.add_task("lines", total=sum(counts.values()))
+            output.write(orjson.dumps({"type": "ledger", "version": transfer.VERSION}) + b"\n")
+            for kind in transfer.KINDS:
+                after = 0
+                while True:
+                    async with database.read() as connection:
+                        lines, after = await transfer.read(
+                            connection, kind, after=after, limit=BATCH, **bounds
+                        )
+                    if not lines:
+                        break
+                    output.writelines(orjson.dumps(line) + b"\n" for line in lines)
+                    progress.advance(task, len(lines))
+        return counts
+
+    counts = with_database(run)
+    _say(", ".join(f"{count} {kind}s" for kind, count in counts.items()) + " exported")
+
+
+@events.command("import")
+def import_(file: Annotated[str, typer.Argument(help="An export: a file, or - for standard input.")]) -> None:
+    """Read an export into this database. What is here already stays as it is, so it can be repeated.
+
+    What was delivered stays delivered; what was pending is delivered from here. Leave the old workers off.
+    """
+
+    async def run(_settings: Settings, database: Database) -> Counter[str]:
+        done: Counter[str] = Counter()
+        with _open_input(file) as source, Progress(console=stderr) as progress:
+            task = progress.add_task("lines", total=None)
+            for number, lines in _batches(source):
+                try:
+                    async with database.write() as connection:
+                        done += await transfer.write(connection, lines)
+                except (KeyError, TypeError, ValueError) as error:
+                    raise ReceiverError(
+                        f"{file}: between lines {number} and {number + len(lines) - 1} is none of an export "
+                        f"({type(error).__name__}: {error}); what came before is imported"
+                    ) from None
+                progress.advance(task, len(lines))
+        return done
+
+    done = with_database(run)
+    _say(", ".join(f"{count} {what}" for what, count in sorted(done.items())) or "nothing in it")
+
+
+def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]]]:
+    """Yield lines in batches, each with the number of its first line; check the head."""
+    numbered = enumerate(map(_line, source), start=1)
+    _, head = next(numbered, (0, {}))
+    if head.get("type") != "ledger" or head.get("version") != transfer.VERSION:
+        raise ReceiverError(f"this is no export of version {transfer.VERSION}: its first line says otherwise")
+    while batch := list(islice(numbered, BATCH)):
+        yield batch[0][0], [line for _, line in batch]
+
+
+def _line(text: bytes) -> transfer.Line:
+    try:
+        value = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise ReceiverError(f"a line is not JSON: {error}; was the export cut off?") from None
+    if not isinstance(value, dict):
+        raise ReceiverError("a line is no JSON object")
+    return value
+
+
+@contextmanager
+def _open_output(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdout.buffer
+        return
+    try:
+        with Path(name).open("xb") as output:
+            yield output
+    except OSError as error:
+        raise ReceiverError(f"{name} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _open_input(name: str) -> Iterator[BinaryIO]:
+    if name == "-":
+        yield sys.stdin.buffer
+        return
+    try:
+        with Path(name).open("rb") as source:
+            yield source
+    except OSError as error:
+        raise ReceiverError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _say(message: str) -> None:
+    stderr.print(message)
+
+
 def _print_event(event: dict[str, Any]) -> None:
     facts = Table(box=None, show_header=False)
     for name in ("id", "request_id", "source", "origin", "state", "reason", "status", "model", "cost"):
@@ -132,18 +262,11 @@ def _print_work(work: dict[str, Any], label: str) -> None:
 
 
 def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-    settings = Settings.load()
+    async def use(_settings: Settings, database: Database) -> T:
+        async with database.read() as connection:
+            return await query(connection)
 
-    async def run() -> T:
-        database = Database(settings.database_url.get_secret_value())
-        try:
-            await migrate.require_current(database)
-            async with database.read() as connection:
-                return await query(connection)
-        finally:
-            await database.close()
-
-    return asyncio.run(run())
+    return with_database(use)
 
 
 def _counts(states: dict[str, int]) -> str:

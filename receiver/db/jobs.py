@@ -330,13 +330,13 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
 async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
     """Return the jobs of events, by the event's `seq`."""
     statement = (
-        select(events.c.seq, jobs.c.id, jobs.c.idempotency_key, jobs.c.metadata)
+        select(events.c.seq, jobs.c.id, jobs.c.caller, jobs.c.idempotency_key, jobs.c.metadata)
         .join(jobs, _same_request())
         .where(events.c.seq.in_(event_seqs))
     )
     return {
-        row.seq: JobRef(id=row.id, idempotency_key=row.idempotency_key, metadata=row.metadata)
-        for row in await connection.execute(statement)
+        values.pop("seq"): JobRef(**values)
+        for values in map(dict, (await connection.execute(statement)).mappings())
     }
 
 

@@ -9,12 +9,12 @@ import uuid
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Row, Table, case, insert, select, update
+from sqlalchemy import Column, ColumnElement, Row, Table, case, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.rows import Attempt, Claim, EventClaim, new_id
-from receiver.db.tables import attempts
+from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
+from receiver.db.tables import attempts, deliveries
 
 
 async def claim_of_events(
@@ -28,6 +28,24 @@ async def claim_of_events(
     """Claim rows that belong to an event, as `claim` does."""
     rows = await _claim(connection, table, [table.c.event_seq], limit=limit, lease=lease, where=where)
     return [EventClaim(event_seq=row.event_seq, **_held_values(row)) for row in rows]
+
+
+async def claim_deliveries(
+    connection: AsyncConnection, destination: str, *, limit: int, lease: float, replayed: bool
+) -> list[DeliveryClaim]:
+    """Claim a destination's deliveries as `claim` does: those of replays, or the live ones."""
+    is_replay = deliveries.c.replay_id.is_not(None) if replayed else deliveries.c.replay_id.is_(None)
+    rows = await _claim(
+        connection,
+        deliveries,
+        [deliveries.c.event_seq, deliveries.c.replay_id],
+        limit=limit,
+        lease=lease,
+        where=[deliveries.c.destination == destination, is_replay],
+    )
+    return [
+        DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_held_values(row)) for row in rows
+    ]
 
 
 async def claim(
@@ -66,6 +84,11 @@ async def _claim(
         # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
         .cte("due")
     )
+    began = (
+        func.coalesce(table.c.restarted_at, table.c.created_at)
+        if "restarted_at" in table.c
+        else table.c.created_at
+    )
     statement = (
         update(table)
         .where(table.c.id.in_(select(due.c.id)))
@@ -80,7 +103,7 @@ async def _claim(
             table.c.lease,
             table.c.attempts,
             table.c.lost,
-            seconds_since(table.c.created_at).label("age"),
+            seconds_since(began).label("age"),
             *columns,
         )
     )

@@ -69,6 +69,78 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     return event
 
 
+async def list_deliveries(
+    connection: AsyncConnection,
+    *,
+    limit: int,
+    before: uuid.UUID | None = None,
+    state: str | None = None,
+    destination: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+) -> list[Row]:
+    """Return deliveries, newest first, each with its event's `event_id`, `request_id`, `status` and `model`.
+
+    `before` is the id of the last row of the page before; times are when it was made.
+    """
+    exact = {"state": state, "destination": destination}
+    where: list[ColumnElement[bool]] = [
+        deliveries.c[name] == value for name, value in exact.items() if value is not None
+    ]
+    if before is not None:
+        where.append(deliveries.c.id < before)
+    if since is not None:
+        where.append(deliveries.c.created_at >= since)
+    if until is not None:
+        where.append(deliveries.c.created_at < until)
+    columns = [column for column in deliveries.c if column.name not in _HIDDEN]
+    statement = (
+        select(
+            *columns,
+            events.c.id.label("event_id"),
+            events.c.request_id,
+            events.c.status,
+            events.c.model,
+        )
+        .join(events, deliveries.c.event_seq == events.c.seq)
+        .where(*where)
+        .order_by(deliveries.c.id.desc())
+        .limit(limit)
+    )
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def count_stored(connection: AsyncConnection, *, since: datetime | None) -> int:
+    """Return how many files are stored."""
+    statement = select(func.count()).select_from(media).where(*_stored(since))
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def list_stored(
+    connection: AsyncConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
+) -> list[Row]:
+    """Return stored files in order of their ids, each with its event's `request_id`."""
+    where = _stored(since)
+    if after is not None:
+        where.append(media.c.id > after)
+    columns = [media.c[name] for name in ("id", "storage_key", "uri", "size", "sha256")]
+    statement = (
+        select(*columns, events.c.request_id)
+        .join(events, media.c.event_seq == events.c.seq)
+        .where(*where)
+        .order_by(media.c.id)
+        .limit(limit)
+    )
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+def _stored(since: datetime | None) -> list[ColumnElement[bool]]:
+    where = [media.c.state == "stored"]
+    if since is not None:
+        where.append(media.c.finished_at >= since)
+    return where
+
+
 async def list_jobs(
     connection: AsyncConnection,
     *,

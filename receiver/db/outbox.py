@@ -1,15 +1,18 @@
 """SQL of the work that follows an event: its media files and its deliveries."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from uuid import UUID
 
-from sqlalchemy import exists, func, insert, select, update
+from sqlalchemy import ColumnElement, exists, func, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
 from receiver.db.rows import Backlog, MediaRow, NewMedia
-from receiver.db.tables import deliveries, events, media
+from receiver.db.tables import attempts, deliveries, events, media
 
 
 async def insert_media(connection: AsyncConnection, event_seq: int, files: Collection[NewMedia]) -> None:
@@ -51,6 +54,7 @@ async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -
             media.c.size,
             media.c.sha256,
             media.c.content_type,
+            media.c.storage_key,
             media.c.uri,
         )
         .where(media.c.event_seq.in_(event_seqs))
@@ -87,6 +91,61 @@ async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
         .returning(deliveries.c.destination)
     )
     return list(rows.scalars())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeadLetters:
+    """Which dead letters somebody means; nothing given is all of them."""
+
+    ids: Collection[UUID] = ()
+    destination: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    """Given up at or after `since` and before `until`."""
+
+    def conditions(self) -> list[ColumnElement[bool]]:
+        """Return the conditions on `deliveries`."""
+        found = [deliveries.c.state == "dead"]
+        if self.ids:
+            found.append(deliveries.c.id.in_(self.ids))
+        if self.destination is not None:
+            found.append(deliveries.c.destination == self.destination)
+        if self.since is not None:
+            found.append(deliveries.c.finished_at >= self.since)
+        if self.until is not None:
+            found.append(deliveries.c.finished_at < self.until)
+        return found
+
+
+async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, limit: int) -> dict[str, int]:
+    """Have up to `limit` dead letters delivered after all; return how many by destination.
+
+    Who asked for it goes on record among the tries. What is pending is left alone: it is tried anyway.
+    """
+    chosen = select(deliveries.c.id).where(*which.conditions()).order_by(deliveries.c.id).limit(limit)
+    rows = (
+        await connection.execute(
+            update(deliveries)
+            .where(deliveries.c.id.in_(chosen), deliveries.c.state == "dead")
+            .values(
+                state="pending",
+                attempts=0,
+                lost=0,
+                error=None,
+                finished_at=None,
+                next_attempt_at=db_time(0.0),
+                restarted_at=db_time(0.0),
+            )
+            .returning(deliveries.c.id, deliveries.c.destination)
+        )
+    ).all()
+    if rows:
+        record = {"number": 0, "duration_ms": 0, "outcome": "restarted", "error": f"by {by}"}
+        started = datetime.now(UTC)
+        await connection.execute(
+            insert(attempts), [record | {"work_id": row.id, "started_at": started} for row in rows]
+        )
+    return Counter(row.destination for row in rows)
 
 
 async def media_backlog(connection: AsyncConnection) -> Backlog:

@@ -5,7 +5,7 @@ import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from receiver.webhook import Kind, Variant
 
@@ -14,7 +14,7 @@ EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 
 EventState = Literal["received", "fetching", "ready", "unrecognized"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
-AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted"]
+AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
 
 
@@ -98,6 +98,7 @@ class MediaRow:
     size: int | None
     sha256: str | None
     content_type: str | None
+    storage_key: str | None
     uri: str | None
 
 
@@ -133,7 +134,7 @@ class Claim:
     lost: int
     """Claims in a row, before this one, that ended without a recorded result."""
     age: float
-    """Seconds since the row was made, by the database's clock."""
+    """Seconds since the row was made or restarted, by the database's clock."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,13 @@ class EventClaim(Claim):
     """A claimed row that belongs to an event."""
 
     event_seq: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeliveryClaim(EventClaim):
+    """A claimed delivery."""
+
+    replay_id: uuid.UUID | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +217,40 @@ class OpenRequest:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRef:
-    """What a forwarded event says about its job."""
+    """An event's job, as routing and the forwarded message need it."""
 
     id: uuid.UUID
+    caller: str
     idempotency_key: str
     metadata: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewReplay:
+    """An order to send stored events again."""
+
+    id: uuid.UUID
+    caller: str
+    """Who ordered it."""
+    idempotency_key: str
+    fingerprint: str
+    """SHA-256, in hex, of everything that must be the same where the key is."""
+    reason: str
+    selection: dict[str, Any]
+    destinations: list[str]
+    media: bool
+    rate: float | None
+    """Events per second at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayOrder:
+    """A claimed replay, as its next step needs it."""
+
+    id: uuid.UUID
+    selection: dict[str, Any]
+    destinations: list[str]
+    media: bool
+    rate: float | None
+    after_seq: int
+    until_seq: int

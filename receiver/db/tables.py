@@ -9,6 +9,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     DateTime,
     Double,
     ForeignKey,
@@ -22,6 +23,7 @@ from sqlalchemy import (
     Text,
     UniqueConstraint,
     Uuid,
+    and_,
     text,
 )
 from sqlalchemy.engine import Dialect
@@ -79,6 +81,12 @@ def _event_reference() -> Column[int]:
     return Column("event_seq", _Sequence, ForeignKey("events.seq"), nullable=False)
 
 
+def _partial_index(
+    name: str, *columns: Column[Any], where: ColumnElement[bool], unique: bool = False
+) -> None:
+    Index(name, *columns, unique=unique, postgresql_where=where, sqlite_where=where)
+
+
 def _work_columns() -> list[Column[Any]]:
     """Columns of a row of work that is claimed by lease.
 
@@ -119,12 +127,7 @@ events = Table(
     UniqueConstraint("id"),
     UniqueConstraint("source", "request_id"),
 )
-Index(
-    "ix_events_received",
-    events.c.seq,
-    postgresql_where=events.c.state == text("'received'"),
-    sqlite_where=events.c.state == text("'received'"),
-)
+_partial_index("ix_events_received", events.c.seq, where=events.c.state == text("'received'"))
 
 receipts = Table(
     "receipts",
@@ -156,14 +159,10 @@ media = Table(
     Column("content_type", String(127)),
     Column("storage_key", Text),
     Column("uri", Text),
+    Column("restarted_at", UtcDateTime),
     UniqueConstraint("event_seq", "position", "variant"),
 )
-Index(
-    "ix_media_due",
-    media.c.next_attempt_at,
-    postgresql_where=media.c.state == text("'pending'"),
-    sqlite_where=media.c.state == text("'pending'"),
-)
+_partial_index("ix_media_due", media.c.next_attempt_at, where=media.c.state == text("'pending'"))
 
 deliveries = Table(
     "deliveries",
@@ -172,15 +171,27 @@ deliveries = Table(
     _event_reference(),
     Column("destination", String(63), nullable=False),
     *_work_columns(),
-    UniqueConstraint("event_seq", "destination"),
+    Column("replay_id", PlainUuid),
+    Column("restarted_at", UtcDateTime),
+    Index(None, "event_seq"),
 )
-Index(
-    "ix_deliveries_due",
-    deliveries.c.destination,
-    deliveries.c.next_attempt_at,
-    postgresql_where=deliveries.c.state == text("'pending'"),
-    sqlite_where=deliveries.c.state == text("'pending'"),
+_is_live, _is_replay = deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None)
+_is_pending, _is_dead = (deliveries.c.state == text(f"'{state}'") for state in ("pending", "dead"))
+_partial_index(
+    "uq_deliveries_live", deliveries.c.event_seq, deliveries.c.destination, where=_is_live, unique=True
 )
+_partial_index(
+    "uq_deliveries_replayed",
+    *(deliveries.c.replay_id, deliveries.c.event_seq, deliveries.c.destination),
+    where=_is_replay,
+    unique=True,
+)
+# One each, so that a long replay is no obstacle on the way to what is live.
+for _name, _which in (("ix_deliveries_due", _is_live), ("ix_deliveries_replays_due", _is_replay)):
+    _partial_index(
+        _name, deliveries.c.destination, deliveries.c.next_attempt_at, where=and_(_is_pending, _which)
+    )
+_partial_index("ix_deliveries_dead", deliveries.c.destination, deliveries.c.id, where=_is_dead)
 
 attempts = Table(
     "attempts",
@@ -230,12 +241,7 @@ jobs = Table(
     Index("ix_jobs_created", "created_at"),
 )
 for _state in ("pending", "submitted"):
-    Index(
-        f"ix_jobs_{_state}",
-        jobs.c.next_attempt_at,
-        postgresql_where=jobs.c.state == text(f"'{_state}'"),
-        sqlite_where=jobs.c.state == text(f"'{_state}'"),
-    )
+    _partial_index(f"ix_jobs_{_state}", jobs.c.next_attempt_at, where=jobs.c.state == text(f"'{_state}'"))
 
 accounts = Table(
     "accounts",
@@ -255,6 +261,34 @@ accounts = Table(
     Column("probes", Integer, nullable=False),
     Column("pause", Text),
 )
+
+replays = Table(
+    "replays",
+    metadata,
+    Column("seq", _Sequence, primary_key=True),
+    Column("id", PlainUuid, nullable=False),
+    # Who ordered it, and why.
+    Column("caller", String(63), nullable=False),
+    Column("idempotency_key", String(255), nullable=False),
+    Column("fingerprint", String(64), nullable=False),
+    Column("reason", Text, nullable=False),
+    # Which events, and to which destinations.
+    Column("selection", JSON, nullable=False),
+    Column("destinations", JSON, nullable=False),
+    Column("media", Boolean, nullable=False),
+    Column("rate", Double),
+    Column("matched", Integer, nullable=False),
+    # It goes through the events by `seq`: those above `after_seq`, up to the last one of when it was ordered.
+    Column("after_seq", _Sequence, nullable=False),
+    Column("until_seq", _Sequence, nullable=False),
+    Column("handled", Integer, nullable=False, server_default=text("0")),
+    Column("ordered", Integer, nullable=False, server_default=text("0")),
+    Column("downloads", Integer, nullable=False, server_default=text("0")),
+    *_work_columns(),
+    UniqueConstraint("id"),
+    UniqueConstraint("caller", "idempotency_key"),
+)
+_partial_index("ix_replays_due", replays.c.next_attempt_at, where=replays.c.state == text("'pending'"))
 
 probes = Table(
     "probes",

@@ -10,6 +10,8 @@ from typing import Final
 
 import anyio
 import httpx
+from cloudevents.core.bindings.http import to_binary
+from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 from standardwebhooks import Webhook
 
@@ -43,8 +45,8 @@ class HttpDestination:
     def __init__(self, settings: DestinationSettings) -> None:
         self._url = url = _parse(settings)
         self._origin = f"{url.scheme}://{url.netloc.decode('ascii')}"
+        self._binary = settings.binary
         self._headers = {
-            "content-type": "application/cloudevents+json",
             "user-agent": f"clipia-receiver/{__version__}",
             # Nobody looks at the answer's body; nobody should have to inflate it.
             "accept-encoding": "identity",
@@ -79,7 +81,11 @@ class HttpDestination:
     async def publish(self, event: CloudEvent) -> None:
         """Post the event and return when a 2xx answer has arrived whole."""
         body = encode(event)
-        headers = self._headers | self._sign(event, body)
+        fields = {"content-type": "application/cloudevents+json"}
+        if self._binary:
+            message = to_binary(event, JSONFormat())
+            fields, body = message.headers, message.body
+        headers = self._headers | fields | self._sign(event, body)
         response = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
         if not response.is_success:
             raise _refusal(self._origin, response)

@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from destination_kinds import KINDS, Kind, make_event
+from all_kinds import ALL_KINDS
+from destination_kinds import Kind, make_event
 
 from receiver.destinations import Destination
 from receiver.destinations.base import encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=ALL_KINDS)
 async def kind(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kind]:
     """Each kind with its other side."""
-    async with KINDS[request.param](tmp_path) as running:
+    async with ALL_KINDS[request.param](tmp_path) as running:
         yield running
 
 

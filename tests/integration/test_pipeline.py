@@ -23,8 +23,9 @@ from receiver.db.rows import Claim
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
 from receiver.ingest import make_event
+from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.pipeline import DeliveryLane, FanOut, MediaLane, Target
+from receiver.pipeline import DeliveryLane, FanOut, MediaLane
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running
 from receiver.worker import Lane, Wakeups, Worker

@@ -14,15 +14,18 @@ from typing import Any
 
 import pytest
 from certificates import make_certificate
+from cloudevents.core.bindings.http import HTTPMessage, from_http_event
 from destination_kinds import Answer, HttpSink, Received, make_event, open_url
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from receiver.destinations import Destination
+from receiver.destinations import Destination, open_destination
 from receiver.destinations import http as http_module
 from receiver.destinations.http import MAX_ANSWER, MAX_RETRY_AFTER, parse_retry_after
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.settings import DestinationSettings
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -43,6 +46,22 @@ async def destination(sink: HttpSink) -> AsyncIterator[Destination]:
     await opened.start()
     yield opened
     await opened.close()
+
+
+async def test_binary_mode_has_the_attributes_in_headers(sink: HttpSink) -> None:
+    """E14: where it is asked for, the CloudEvents library reads the same event from headers and body."""
+    settings = DestinationSettings(
+        name="test", url=SecretStr(sink.url), secret=SecretStr(SECRET), binary=True
+    )
+    destination = open_destination(settings)
+    event = make_event({"prompt": "Zürich 東京"}, subject="request é 1", replayid="replay-1")
+    await destination.publish(event)
+    await destination.close()
+    (request,) = sink.requests
+    read = from_http_event(HTTPMessage(headers=request.headers, body=request.body))
+    assert read.get_attributes() == event.get_attributes() | {"attempt": "1"}
+    assert read.get_data() == event.get_data()
+    Webhook(SECRET).verify(request.body, request.headers)
 
 
 @pytest.fixture

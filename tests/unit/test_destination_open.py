@@ -1,5 +1,7 @@
 """Destination URLs: which are known, which are refused, and what the refusal may say."""
 
+import sys
+
 import pytest
 from destination_kinds import make_event, open_url
 from structlog.testing import capture_logs
@@ -7,7 +9,12 @@ from structlog.testing import capture_logs
 from receiver.destinations.base import encode
 from receiver.destinations.file import FileDestination
 from receiver.destinations.http import HttpDestination
+from receiver.destinations.kafka import KafkaDestination
 from receiver.destinations.memory import MemoryDestination
+from receiver.destinations.nats import NatsDestination
+from receiver.destinations.rabbitmq import RabbitmqDestination
+from receiver.destinations.redis import RedisDestination
+from receiver.destinations.sqs import SqsDestination
 from receiver.errors import PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
@@ -22,6 +29,13 @@ CANARY = "s3cr3t-canary"
         ("https://example.com/hook?a=b", HttpDestination),
         ("HTTPS://example.com", HttpDestination),
         ("memory:", MemoryDestination),
+        ("amqp://host/?queue=q", RabbitmqDestination),
+        ("amqps://host/?queue=q", RabbitmqDestination),
+        ("redis://host?stream=s", RedisDestination),
+        ("rediss://host/0?stream=s", RedisDestination),
+        ("nats://host?subject=s", NatsDestination),
+        ("kafka://host/topic", KafkaDestination),
+        ("sqs://sqs.eu-west-1.amazonaws.com/123456789012/queue", SqsDestination),
     ],
 )
 async def test_scheme_chooses_the_kind(url: str, kind: type) -> None:
@@ -29,6 +43,45 @@ async def test_scheme_chooses_the_kind(url: str, kind: type) -> None:
     destination = open_url(url)
     assert type(destination) is kind
     await destination.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "extra"),
+    [
+        ("amqp://host/?queue=q", "rabbitmq"),
+        ("redis://host?stream=s", "redis"),
+        ("nats://host?subject=s", "nats"),
+        ("kafka://host/topic", "kafka"),
+        ("sqs://sqs.eu-west-1.amazonaws.com/123456789012/queue", "sqs"),
+    ],
+)
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, url: str, extra: str) -> None:
+    """A destination whose client is not installed is one clear error, with what to install."""
+    client = {
+        "rabbitmq": "aiormq",
+        "nats": "nats",
+        "kafka": "aiokafka",
+        "sqs": "aiobotocore",
+        "redis": "redis",
+    }
+    monkeypatch.delitem(sys.modules, f"receiver.destinations.{extra}", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == client[extra]]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing(client[extra]), *sys.meta_path])
+    with pytest.raises(SettingsError, match=rf"clipia-receiver\[{extra}\]"):
+        open_url(url)
+
+
+class Missing:
+    """An import system without one package."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, *_: object) -> None:
+        """Find everything but that package elsewhere."""
+        if name.partition(".")[0] == self.name:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 @pytest.mark.parametrize(

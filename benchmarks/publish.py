@@ -1,0 +1,168 @@
+"""Confirmed messages per second to each kind of destination: through the outbox, and by its adapter alone.
+
+Both sides publish the same messages with the same client, in turns, in one run. Through the outbox means: N
+deliveries are due in a database, and a worker claims, publishes and records each of them. The adapter alone
+publishes them from memory, with as many in flight, and records nothing.
+
+    python benchmarks/publish.py --kinds rabbitmq redis --count 2000 --rounds 3
+
+Needs the development dependencies and the brokers' Debian packages; it starts the servers itself.
+"""
+
+import argparse
+import asyncio
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from unittest import mock
+
+from sqlalchemy import func, insert, select
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from all_kinds import ALL_KINDS
+from payloads import body
+from servers import Postgres
+
+from receiver.db import leases, migrate
+from receiver.db.engine import Database
+from receiver.db.rows import DeliveryClaim, StoredEvent, new_id
+from receiver.db.tables import deliveries, events
+from receiver.destinations import Destination
+from receiver.ingest import make_event
+from receiver.lanes import Target
+from receiver.pipeline import DeliveryLane, FanOut, build_message
+from receiver.retry import RetryPolicy
+from receiver.worker import Wakeups, Worker
+
+IN_FLIGHT = 64
+
+
+def stored(number: int) -> StoredEvent:
+    """Return a finished generation."""
+    event = make_event("clipia", body(f"bench-{uuid.uuid4()}"), received_at=datetime.now(UTC))
+    return StoredEvent(
+        seq=number,
+        id=event.id,
+        source=event.source,
+        request_id=event.request_id,
+        status="OK",
+        body=event.body,
+        received_at=event.received_at,
+        job_id=None,
+    )
+
+
+async def adapter_alone(destination: Destination, count: int) -> float:
+    """Return messages per second from memory."""
+    messages = []
+    for number in range(count):
+        claim = DeliveryClaim(
+            id=new_id(), lease=uuid.uuid4(), attempt=1, lost=0, age=0.0, event_seq=number, replay_id=None
+        )
+        messages.append(build_message(stored(number), (), None, claim))
+    places = asyncio.Semaphore(IN_FLIGHT)
+
+    async def publish(number: int) -> None:
+        async with places:
+            await destination.publish(messages[number])
+
+    began = time.perf_counter()
+    await asyncio.gather(*(publish(number) for number in range(count)))
+    return count / (time.perf_counter() - began)
+
+
+async def fill(database: Database, count: int) -> None:
+    """Add events with one delivery each that is due."""
+    async with database.write() as connection:
+        for _ in range(count):
+            event = make_event("clipia", body(f"bench-{uuid.uuid4()}"), received_at=datetime.now(UTC))
+            values = {name: getattr(event, name) for name in event.__dataclass_fields__} | {"state": "ready"}
+            seq = (
+                await connection.execute(insert(events).values(**values).returning(events.c.seq))
+            ).scalar_one()
+            row = {"event_seq": seq, "destination": "bench", **leases.work_values()}
+            await connection.execute(insert(deliveries).values(**row))
+
+
+async def through_outbox(database: Database, destination: Destination, count: int) -> float:
+    """Return messages per second until the last delivery is on record as delivered."""
+    await fill(database, count)
+    target = Target(name="bench", destination=destination, waits_for_media=True, retry=RetryPolicy())
+    wakeups = Wakeups()
+    lane = DeliveryLane(database, target, wake=wakeups.wake, concurrency=IN_FLIGHT)
+    worker = Worker(FanOut(database, [target], wake=wakeups.wake), [lane], wakeups)
+    began = time.perf_counter()
+    task = asyncio.create_task(worker.run())
+    waiting = count
+    while waiting:
+        await asyncio.sleep(0.05)
+        async with database.read() as connection:
+            statement = select(func.count()).where(deliveries.c.state == "pending")
+            waiting = int((await connection.execute(statement)).scalar_one())
+    rate = count / (time.perf_counter() - began)
+    worker.stop()
+    await task
+    return rate
+
+
+async def measure(kind: str, url: str, *, count: int, rounds: int) -> tuple[list[float], list[float]]:
+    """Return the rates of both sides, in turns."""
+    alone, outbox = [], []
+    database = Database(url)
+    with tempfile.TemporaryDirectory() as folder:
+        async with ALL_KINDS[kind](Path(folder)) as place:
+            destination = place.open()
+            await destination.start()
+            await adapter_alone(destination, 200)
+            for _ in range(rounds):
+                alone.append(await adapter_alone(destination, count))
+                outbox.append(await through_outbox(database, destination, count))
+            await destination.close()
+    await database.close()
+    return alone, outbox
+
+
+def main() -> None:
+    """Run all and print a table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = [kind for kind in ALL_KINDS if kind != "memory"]
+    parser.add_argument("--kinds", nargs="+", choices=kinds, default=kinds)
+    parser.add_argument("--count", type=int, default=2000, help="messages of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    print(
+        f"{options.count} messages a round, {options.rounds} rounds, {IN_FLIGHT} in flight; "
+        f"Python {platform.python_version()}, PostgreSQL on the same machine; medians, messages per second"
+    )
+    print("| Destination | adapter alone | through the outbox | ratio | spread of the ratio |")
+    print("|---|---|---|---|---|")
+    # Logs of every delivery would be part of what is measured on one side only.
+    with Postgres() as server, mock.patch("receiver.pipeline.log"), mock.patch("receiver.worker.log"):
+        for kind in options.kinds:
+            url = server.url()
+            asyncio.run(_migrate(url))
+            alone, outbox = asyncio.run(measure(kind, url, count=options.count, rounds=options.rounds))
+            ratios = [ours / bare for ours, bare in zip(outbox, alone, strict=True)]
+            print(
+                f"| {kind} | {statistics.median(alone):,.0f} | {statistics.median(outbox):,.0f} "
+                f"| {statistics.median(ratios):.2f} | {min(ratios):.2f} to {max(ratios):.2f} |",
+                flush=True,
+            )
+
+
+async def _migrate(url: str) -> None:
+    database = Database(url)
+    await migrate.upgrade(database)
+    await database.close()
+
+
+if __name__ == "__main__":
+    main()

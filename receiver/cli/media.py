@@ -1,0 +1,70 @@
+"""`receiver media`: whether the stored files are still what was stored."""
+
+from datetime import UTC, datetime
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from receiver.cli.database import with_database
+from receiver.cli.terminal import Json, print_json, print_line, stderr, stdout
+from receiver.db import ledger
+from receiver.db.engine import Database
+from receiver.media import open_storage
+from receiver.media.verify import verify as verify_file
+from receiver.settings import Settings
+
+PAGE = 200
+
+media = typer.Typer(help="Look after stored files.", no_args_is_help=True)
+
+
+@media.command()
+def verify(
+    since: Annotated[datetime | None, typer.Option(help="Only stored at or after this time (UTC).")] = None,
+    json: Json = False,
+) -> None:
+    """Read every stored file and compare it with its checksum. The exit status is 0 where all are intact."""
+    start = since.replace(tzinfo=UTC) if since else None
+
+    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+        storage = open_storage(settings.storage_url.get_secret_value())
+        found: dict[str, Any] = {"intact": 0, "damaged": []}
+        try:
+            async with database.read() as connection:
+                total = await ledger.count_stored(connection, since=start)
+            with Progress(console=stderr) as progress:
+                task = progress.add_task("files", total=total)
+                before = None
+                while True:
+                    async with database.read() as connection:
+                        page = await ledger.list_stored(connection, limit=PAGE, after=before, since=start)
+                    if not page:
+                        return found
+                    before = page[-1]["id"]
+                    for row in page:
+                        finding = await verify_file(
+                            storage, row["storage_key"], size=row["size"], sha256=row["sha256"]
+                        )
+                        if finding == "intact":
+                            found["intact"] += 1
+                        else:
+                            found["damaged"].append(row | {"finding": finding})
+                        progress.advance(task)
+        finally:
+            await storage.close()
+
+    found = with_database(run)
+    damaged = found["damaged"]
+    if json:
+        print_json(found)
+    else:
+        for row in damaged:
+            print_line(f"{row['finding']:<8} {row['uri']} of {row['request_id']}")
+        stdout.print(f"{found['intact']} intact, {len(damaged)} damaged")
+        if damaged:
+            stdout.print(
+                "Download them again with: receiver replay --media REQUEST_ID... (and --to, or to all)"
+            )
+    if damaged:
+        raise typer.Exit(1)

@@ -1,0 +1,250 @@
+"""`receiver replay` and `receiver replays`: send stored events again."""
+
+import asyncio
+import getpass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Final
+from uuid import UUID
+
+import typer
+from pydantic import ValidationError
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from receiver.app import make_replays
+from receiver.cli.database import with_database
+from receiver.cli.terminal import Json, moment, print_json, print_line, stderr, stdout, wide
+from receiver.db.engine import Database
+from receiver.errors import ReceiverError
+from receiver.replay import ReplayRequest, Replays
+from receiver.settings import Settings
+
+LOOK: Final = 0.5
+"""Seconds between looks at a replay's progress."""
+UNATTENDED: Final = 10.0
+"""Seconds without progress after which a hint is due."""
+
+replays = typer.Typer(help="Look at replays.", no_args_is_help=True)
+
+
+def replay(
+    ids: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of events, or Clipia's request_ids.")
+    ] = None,
+    since: Annotated[datetime | None, typer.Option(help="Received at or after this time (UTC).")] = None,
+    until: Annotated[datetime | None, typer.Option(help="Received before this time (UTC).")] = None,
+    status: Annotated[str | None, typer.Option(help="OK or ERROR.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model, or a glob such as 'seedance-*'.")] = None,
+    source: Annotated[str | None, typer.Option(help="A source.")] = None,
+    caller: Annotated[str | None, typer.Option(help="Who submitted the job.")] = None,
+    destination: Annotated[str | None, typer.Option(help="With a delivery to this destination.")] = None,
+    delivery_state: Annotated[
+        str | None, typer.Option(help="With a delivery that is pending, delivered or dead.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All events.")] = False,
+    to: Annotated[
+        list[str] | None, typer.Option(help="Send to this destination only. Repeatable. Default: to all.")
+    ] = None,
+    media: Annotated[
+        bool, typer.Option("--media", help="Download again what is missing or lost its checksum.")
+    ] = False,
+    rate: Annotated[float | None, typer.Option(help="Events per second at most.")] = None,
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+    key: Annotated[
+        str | None, typer.Option(help="Idempotency key: the same one again is the same replay.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, by destination.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Show the progress until it has ended.")
+    ] = True,
+    json: Json = False,
+) -> None:
+    """Send stored events again: the same event ids, with new delivery ids and the replay's id.
+
+    The order is on record before anything is sent, and workers carry it out: ending this command does not end
+    it, and `receiver replays show ID` goes on watching. A destination's filter holds for replays, too.
+    """
+    choice = {
+        "ids": tuple(ids or ()),
+        "since": _utc(since),
+        "until": _utc(until),
+        "status": status,
+        "model": model,
+        "source": source,
+        "caller": caller,
+        "destination": destination,
+        "delivery_state": delivery_state,
+    }
+    if not any(choice.values()) and not everything:
+        raise ReceiverError("say which events: ids, a filter such as --since, or --all")
+    request = _read(
+        {"selection": choice, "to": tuple(to or ()), "media": media, "rate": rate, "reason": reason}
+    )
+
+    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+        orders = make_replays(settings, database)
+        if dry_run:
+            return await orders.dry_run(request)
+        order = await orders.order(request, key=key, caller=f"cli-{getpass.getuser()}"[:63])
+        if not json:
+            stderr.print(f"Replay {order['id']}: {order['matched']} events")
+        return await _watch(orders, order) if wait else order
+
+    found = with_database(run)
+    if json:
+        print_json(found)
+    elif dry_run:
+        _print_counts(found)
+    elif wait:
+        _print(found)
+    if wait and not dry_run and _count(found, "dead"):
+        raise typer.Exit(1)
+
+
+def _read(values: dict[str, Any]) -> ReplayRequest:
+    try:
+        return ReplayRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "replay"
+        raise ReceiverError(f"--{name}: {first['msg']}") from None
+
+
+def _print_counts(found: dict[str, Any]) -> None:
+    stdout.print(f"{found['events']} events")
+    for name, count in found["deliveries"].items():
+        stdout.print(f"{name}: {count} deliveries")
+
+
+@replays.command("list")
+def list_(
+    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 50, json: Json = False
+) -> None:
+    """List replays, newest first: who ordered them, and why."""
+
+    async def run(settings: Settings, database: Database) -> list[dict[str, Any]]:
+        return await make_replays(settings, database).list_orders(limit=limit)
+
+    found = with_database(run)
+    if json:
+        print_json(found)
+        return
+    table = Table(box=None)
+    for name in ("id", "state", "by", "ordered", "events", "deliveries", "reason"):
+        table.add_column(name, no_wrap=True)
+    for row in found:
+        table.add_row(
+            str(row["id"]),
+            row["state"],
+            Text(row["caller"]),
+            moment(row["created_at"]),
+            f"{row['handled']} of {row['matched']}",
+            str(row["ordered"]),
+            Text(row["reason"][:60] or "-"),
+        )
+    wide.print(table if found else "No replays.")
+
+
+@replays.command()
+def show(
+    replay_id: Annotated[UUID, typer.Argument(metavar="ID")],
+    wait: Annotated[bool, typer.Option("--wait", help="Show the progress until it has ended.")] = False,
+    json: Json = False,
+) -> None:
+    """Show a replay and what became of its deliveries."""
+
+    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+        orders = make_replays(settings, database)
+        order = await _find(orders, replay_id)
+        return await _watch(orders, order) if wait else order
+
+    found = with_database(run)
+    if json:
+        print_json(found)
+    else:
+        _print(found)
+
+
+@replays.command()
+def cancel(replay_id: Annotated[UUID, typer.Argument(metavar="ID")]) -> None:
+    """Stop a replay: what was not sent yet will not be."""
+
+    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+        orders = make_replays(settings, database)
+        await _find(orders, replay_id)
+        if not await orders.cancel(replay_id, by=f"{getpass.getuser()} on the command line"):
+            raise ReceiverError("the replay has ended")
+        return await _find(orders, replay_id)
+
+    _print(with_database(run))
+
+
+async def _find(orders: Replays, replay_id: UUID) -> dict[str, Any]:
+    found = await orders.show(replay_id)
+    if found is None:
+        raise ReceiverError(f"there is no replay {replay_id}")
+    return found
+
+
+async def _watch(orders: Replays, order: dict[str, Any]) -> dict[str, Any]:
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        console=stderr,
+    )
+    loop = asyncio.get_running_loop()
+    began = changed = loop.time()
+    sent_first = sent = _ended(order)
+    hinted = False
+    with progress:
+        task = progress.add_task("delivered", total=None, rate="")
+        try:
+            while order["state"] == "pending" or _count(order, "pending"):
+                await asyncio.sleep(LOOK)
+                order = await _find(orders, order["id"])
+                if _ended(order) != sent:
+                    sent, changed = _ended(order), loop.time()
+                # How many deliveries there will be is known once all events have been looked at.
+                total = order["ordered"] if order["state"] != "pending" else None
+                rate = (sent - sent_first) / (loop.time() - began)
+                progress.update(task, completed=sent, total=total, rate=f"{rate:.0f}/s")
+                if not hinted and loop.time() - changed > UNATTENDED:
+                    hinted = True
+                    stderr.print(
+                        "No progress: is `receiver serve` or `receiver worker` running on this database?"
+                    )
+        except BaseException:
+            stderr.print(
+                f"The replay goes on; `receiver replays show {order['id']} --wait` watches it again."
+            )
+            raise
+    return order
+
+
+def _count(order: dict[str, Any], *states: str) -> int:
+    return sum(counts.get(state, 0) for counts in order["deliveries"].values() for state in states)
+
+
+def _ended(order: dict[str, Any]) -> int:
+    return _count(order, "delivered", "dead", "canceled")
+
+
+def _print(order: dict[str, Any]) -> None:
+    print_line(f"Replay {order['id']}: {order['state']}, {order['handled']} of {order['matched']} events")
+    print_line(
+        f"  by {order['caller']}, {moment(order['created_at'])}: {order['reason'] or 'no reason given'}"
+    )
+    if order["error"]:
+        print_line(f"  {order['error']}")
+    if order["media"]:
+        print_line(f"  {order['downloads']} files downloaded again")
+    for name, counts in sorted(order["deliveries"].items()):
+        print_line(f"  {name}: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
+
+
+def _utc(time: datetime | None) -> datetime | None:
+    return time.replace(tzinfo=UTC) if time else None

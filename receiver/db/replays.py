@@ -1,0 +1,242 @@
+"""SQL of replays: orders to send stored events again."""
+
+import uuid
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import leases
+from receiver.db.clock import db_time
+from receiver.db.rows import Claim, NewReplay, ReplayOrder, StoredEvent, new_id
+from receiver.db.selection import Selection
+from receiver.db.tables import deliveries, events, media, replays
+
+PAGE = 1000
+
+# What has not been through the fan-out is on its way anyway, and what was not recognized is no message.
+_ELIGIBLE = events.c.state.in_(("fetching", "ready"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownReplay:
+    """The replay that was there first."""
+
+    id: uuid.UUID
+    fingerprint: str
+
+
+async def insert_order(connection: AsyncConnection, order: NewReplay, selection: Selection) -> bool:
+    """Insert a replay of what is there now, due at once; False where (caller, idempotency_key) is taken."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    values = asdict(order) | leases.work_values()
+    statement = (
+        dialect.insert(replays)
+        .values(
+            **values | {"id": order.id},
+            matched=await count(connection, selection),
+            after_seq=0,
+            until_seq=select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery(),
+        )
+        .on_conflict_do_nothing()
+        .returning(replays.c.seq)
+    )
+    return (await connection.execute(statement)).scalar_one_or_none() is not None
+
+
+async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownReplay | None:
+    """Return the replay of a caller's key."""
+    statement = select(replays.c.id, replays.c.fingerprint).where(
+        replays.c.caller == caller, replays.c.idempotency_key == idempotency_key
+    )
+    row = (await connection.execute(statement)).one_or_none()
+    return None if row is None else KnownReplay(id=row.id, fingerprint=row.fingerprint)
+
+
+async def count(connection: AsyncConnection, selection: Selection) -> int:
+    """Return how many events a replay would go through."""
+    statement = select(func.count()).select_from(events).where(_ELIGIBLE, *selection.conditions())
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def select_events(
+    connection: AsyncConnection,
+    selection: Selection,
+    *,
+    after_seq: int,
+    until_seq: int | None = None,
+    limit: int = PAGE,
+) -> Sequence[tuple[StoredEvent, str | None, str]]:
+    """Return the next events of a selection, each with its model and its state, by `seq`."""
+    where: list[ColumnElement[bool]] = [_ELIGIBLE, events.c.seq > after_seq, *selection.conditions()]
+    if until_seq is not None:
+        where.append(events.c.seq <= until_seq)
+    columns = [events.c[name] for name in StoredEvent.__dataclass_fields__]
+    statement = (
+        select(*columns, events.c.model, events.c.state).where(*where).order_by(events.c.seq).limit(limit)
+    )
+    found = []
+    for row in (await connection.execute(statement)).mappings():
+        values = dict(row)
+        model, state = values.pop("model"), values.pop("state")
+        found.append((StoredEvent(**values), model, state))
+    return found
+
+
+async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> list[tuple[Claim, ReplayOrder]]:
+    """Claim replays that are due for their next step."""
+    claims = await leases.claim(connection, replays, limit=limit, lease=lease)
+    columns = [replays.c[name] for name in ReplayOrder.__dataclass_fields__]
+    statement = select(*columns).where(replays.c.id.in_([claim.id for claim in claims]))
+    found = {row["id"]: ReplayOrder(**row) for row in (await connection.execute(statement)).mappings()}
+    return [(claim, found[claim.id]) for claim in claims]
+
+
+async def add_deliveries(
+    connection: AsyncConnection,
+    replay_id: uuid.UUID,
+    wanted: Collection[tuple[int, str]],
+    *,
+    due: bool,
+) -> int:
+    """Add deliveries (event's `seq`, destination), due at once or held until the media is settled."""
+    if not wanted:
+        return 0
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = (
+        dialect.insert(deliveries)
+        .values(state="pending", next_attempt_at=db_time(0.0) if due else None, created_at=db_time(0.0))
+        .on_conflict_do_nothing()
+        .returning(deliveries.c.id)
+    )
+    rows = [
+        {"id": new_id(), "event_seq": seq, "destination": name, "replay_id": replay_id}
+        for seq, name in wanted
+    ]
+    return len((await connection.execute(statement, rows)).all())
+
+
+async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> int:
+    """Have files downloaded again, and their events wait for them."""
+    restarted = await connection.execute(
+        update(media)
+        .where(media.c.id.in_(media_ids), media.c.state != "pending")
+        .values(
+            state="pending",
+            attempts=0,
+            lost=0,
+            lease=None,
+            error=None,
+            finished_at=None,
+            next_attempt_at=db_time(0.0),
+            restarted_at=db_time(0.0),
+        )
+        .returning(media.c.event_seq)
+    )
+    seqs = list(restarted.scalars())
+    await connection.execute(
+        update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
+    )
+    return len(seqs)
+
+
+async def advance(
+    connection: AsyncConnection, held: Claim, *, after_seq: int, handled: int, delay: float
+) -> bool:
+    """Record that a step is done with the events up to `after_seq`; False where the lease is lost."""
+    return await leases.retry(
+        connection,
+        replays,
+        held,
+        delay=delay,
+        error=None,
+        after_seq=after_seq,
+        handled=replays.c.handled + handled,
+    )
+
+
+async def add_counts(
+    connection: AsyncConnection, replay_id: uuid.UUID, *, ordered: int, downloads: int
+) -> None:
+    """Count what a step has ordered."""
+    await connection.execute(
+        update(replays)
+        .where(replays.c.id == replay_id)
+        .values(ordered=replays.c.ordered + ordered, downloads=replays.c.downloads + downloads)
+    )
+
+
+async def waiting(connection: AsyncConnection, replay_id: uuid.UUID) -> int:
+    """Return how many deliveries of a replay are not finished."""
+    statement = select(func.count()).where(
+        deliveries.c.replay_id == replay_id, deliveries.c.state == "pending"
+    )
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
+    """Stop a replay: what was not sent yet will not be. False where it has ended already."""
+    stopped = await connection.execute(
+        update(replays)
+        .where(replays.c.id == replay_id, replays.c.state == "pending")
+        .values(state="canceled", lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+    )
+    dropped = await connection.execute(
+        update(deliveries)
+        .where(
+            deliveries.c.replay_id == replay_id,
+            deliveries.c.state == "pending",
+            deliveries.c.lease.is_(None),
+        )
+        .values(state="canceled", next_attempt_at=None, finished_at=db_time(0.0))
+    )
+    return bool(stopped.rowcount or dropped.rowcount)
+
+
+async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> dict[str, Any] | None:
+    """Return a replay and how many of its deliveries are in which state."""
+    statement = select(replays).where(replays.c.id == replay_id)
+    row = (await connection.execute(statement)).mappings().one_or_none()
+    if row is None:
+        return None
+    states = (
+        select(deliveries.c.destination, deliveries.c.state, func.count())
+        .where(deliveries.c.replay_id == replay_id)
+        .group_by(deliveries.c.destination, deliveries.c.state)
+    )
+    counts: dict[str, dict[str, int]] = {}
+    for destination, state, number in await connection.execute(states):
+        counts.setdefault(destination, {})[state] = number
+    return {name: row[name] for name in _SHOWN} | {"deliveries": counts}
+
+
+async def list_orders(connection: AsyncConnection, *, limit: int, before: int | None) -> list[dict[str, Any]]:
+    """Return replays, newest first; `before` is the `seq` of the last one of the page before."""
+    statement = select(*(replays.c[name] for name in _SHOWN)).order_by(replays.c.seq.desc()).limit(limit)
+    if before is not None:
+        statement = statement.where(replays.c.seq < before)
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+
+
+_SHOWN = (
+    "seq",
+    "id",
+    "caller",
+    "idempotency_key",
+    "reason",
+    "state",
+    "selection",
+    "destinations",
+    "media",
+    "rate",
+    "matched",
+    "handled",
+    "ordered",
+    "downloads",
+    "error",
+    "created_at",
+    "finished_at",
+)

@@ -1,0 +1,209 @@
+"""A ledger as rows that another database takes: events with all that hangs on them, jobs, and replays.
+
+What is known there already (by the keys that are unique for ever) is left as it is, so an import can be
+repeated, and can be interrupted. Leases stay behind: whoever held them works on the other database.
+"""
+
+import base64
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, LargeBinary, Table, func, insert, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.tables import (
+    PlainUuid,
+    UtcDateTime,
+    attempts,
+    deliveries,
+    events,
+    jobs,
+    media,
+    receipts,
+    replays,
+)
+
+VERSION: Final = 1
+CHILDREN: Final = {"receipts": receipts, "media": media, "deliveries": deliveries}
+
+_LEFT_BEHIND: Final = {"seq", "event_seq", "lease"}
+
+Line = dict[str, Any]
+"""One JSON object: `type`, the row's columns, and what hangs on it."""
+
+
+async def count(
+    connection: AsyncConnection, *, since: datetime | None, until: datetime | None
+) -> dict[str, int]:
+    """Return how many lines there will be, by their type."""
+    found = {}
+    for name, table, column in _TOP:
+        statement = select(func.count()).select_from(table).where(*_between(column, since, until))
+        found[name] = int((await connection.execute(statement)).scalar_one())
+    return found
+
+
+async def read(
+    connection: AsyncConnection,
+    kind: str,
+    *,
+    after: int,
+    limit: int,
+    since: datetime | None,
+    until: datetime | None,
+) -> tuple[list[Line], int]:
+    """Return the next lines of a type (`event`, `job`, `replay`) and the `after` of the page that follows."""
+    _, table, column = next(each for each in _TOP if each[0] == kind)
+    statement = (
+        select(table)
+        .where(table.c.seq > after, *_between(column, since, until))
+        .order_by(table.c.seq)
+        .limit(limit)
+    )
+    rows = (await connection.execute(statement)).mappings().all()
+    lines = [{"type": kind, **_dump(table, row)} for row in rows]
+    if kind == "event":
+        await _add_children(connection, lines, [row["seq"] for row in rows])
+    elif kind == "job":
+        tries = await _tries(connection, [row["id"] for row in rows])
+        for line, row in zip(lines, rows, strict=True):
+            line["tries"] = tries[row["id"]]
+    return lines, rows[-1]["seq"] if rows else after
+
+
+async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[str]:
+    """Insert lines; return how many were new and how many known, such as `event new`.
+
+    Raises KeyError, TypeError or ValueError for what no export has written.
+    """
+    done: Counter[str] = Counter()
+    for line in lines:
+        kind = line["type"]
+        new = await {"event": _write_event, "job": _write_job, "replay": _write_replay}[kind](
+            connection, line
+        )
+        done[f"{kind} {'new' if new else 'known'}"] += 1
+    return done
+
+
+async def _write_event(connection: AsyncConnection, line: Line) -> bool:
+    seq = await _insert_new(connection, events, _load(events, line))
+    if seq is None:
+        return False
+    for name, table in CHILDREN.items():
+        for child in line[name]:
+            await connection.execute(insert(table).values(event_seq=seq, **_load(table, child)))
+            await _write_tries(connection, child)
+    return True
+
+
+async def _write_job(connection: AsyncConnection, line: Line) -> bool:
+    if await _insert_new(connection, jobs, _load(jobs, line)) is None:
+        return False
+    await _write_tries(connection, line)
+    return True
+
+
+async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
+    values = _load(replays, line)
+    if values["state"] == "pending":
+        # Events have other numbers here: it starts over, and meets the deliveries that it has made.
+        highest = select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery()
+        values |= {"after_seq": 0, "handled": 0, "until_seq": highest}
+    return await _insert_new(connection, replays, values) is not None
+
+
+async def _insert_new(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> int | None:
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(table).values(**values).on_conflict_do_nothing().returning(table.c.seq)
+    found: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    return found
+
+
+async def _write_tries(connection: AsyncConnection, line: Line) -> None:
+    rows = [_load(attempts, each) | {"work_id": uuid.UUID(line["id"])} for each in line.get("tries", ())]
+    if rows:
+        await connection.execute(insert(attempts), rows)
+
+
+async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs: Sequence[int]) -> None:
+    by_seq = dict(zip(seqs, lines, strict=True))
+    works: list[Line] = []
+    for name, table in CHILDREN.items():
+        for line in lines:
+            line[name] = []
+        order = table.c.seq if "seq" in table.c else table.c.id
+        statement = select(table).where(table.c.event_seq.in_(seqs)).order_by(order)
+        for row in (await connection.execute(statement)).mappings():
+            child = _dump(table, row)
+            by_seq[row["event_seq"]][name].append(child)
+            if "id" in child:
+                works.append(child)
+    tries = await _tries(connection, [uuid.UUID(work["id"]) for work in works])
+    for work in works:
+        work["tries"] = tries[uuid.UUID(work["id"])]
+
+
+async def _tries(connection: AsyncConnection, work_ids: Collection[uuid.UUID]) -> dict[uuid.UUID, list[Line]]:
+    found: dict[uuid.UUID, list[Line]] = defaultdict(list)
+    statement = select(attempts).where(attempts.c.work_id.in_(work_ids)).order_by(attempts.c.seq)
+    for row in (await connection.execute(statement)).mappings():
+        found[row["work_id"]].append(_dump(attempts, row))
+    return found
+
+
+def _dump(table: Table, row: Mapping[Any, Any]) -> Line:
+    line: Line = {}
+    for column in table.c:
+        value = row[column.name]
+        if column.name in _LEFT_BEHIND or column is attempts.c.work_id:
+            continue
+        if isinstance(value, bytes):
+            value = base64.b64encode(value).decode("ascii")
+        elif isinstance(value, datetime):
+            value = value.isoformat()
+        elif isinstance(value, uuid.UUID):
+            value = str(value)
+        # SQLAlchemy's names are a kind of str that no JSON writer knows.
+        line[str(column.name)] = value
+    return line
+
+
+def _load(table: Table, line: Line) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for column in table.c:
+        value = line.get(column.name)
+        # An absent value is left to the column: a null in a JSON column would be JSON's own.
+        if column.name in _LEFT_BEHIND or value is None:
+            continue
+        if isinstance(column.type, LargeBinary):
+            value = base64.b64decode(value, validate=True)
+        elif isinstance(column.type, UtcDateTime):
+            value = datetime.fromisoformat(value)
+        elif isinstance(column.type, PlainUuid):
+            value = uuid.UUID(value)
+        values[column.name] = value
+    return values
+
+
+def _between(
+    column: ColumnElement[Any], since: datetime | None, until: datetime | None
+) -> list[ColumnElement[bool]]:
+    found: list[ColumnElement[bool]] = []
+    if since is not None:
+        found.append(column >= since)
+    if until is not None:
+        found.append(column < until)
+    return found
+
+
+_TOP: Final = (
+    ("event", events, events.c.received_at),
+    ("job", jobs, jobs.c.created_at),
+    ("replay", replays, replays.c.created_at),
+)
+KINDS: Final = tuple(name for name, _, _ in _TOP)

@@ -1,0 +1,302 @@
+"""Replay: stored events are sent again, as a durable order that workers carry out.
+
+An order goes through its events by `seq`, a step at a time: the deliveries that a step adds and how far the
+order has come are one transaction, so a process that dies in between leaves neither a gap nor a double.
+"""
+
+import hashlib
+import uuid
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Final
+
+import orjson
+import structlog
+from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import jobs, leases, outbox, replays, tables
+from receiver.db.engine import Database
+from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayOrder, StoredEvent, new_id
+from receiver.db.selection import Selection
+from receiver.errors import Refused
+from receiver.lanes import (
+    LEASE,
+    MAX_LOST,
+    MEDIA_LANE,
+    Target,
+    Work,
+    WorkLane,
+    describe,
+    destination_lane,
+    facts_of,
+)
+from receiver.media import Storage
+from receiver.media.verify import verify
+from receiver.routing import Facts, refusal
+from receiver.settings import FilterSettings
+
+REPLAY_LANE: Final = "replay"
+STEP: Final = 200
+"""Events of one step at most."""
+MOST_WAITING: Final = 1000
+"""Unfinished deliveries of a replay beyond which it waits before it adds more."""
+PAUSE: Final = 0.5
+"""Seconds until a replay that waits, or whose step failed, looks again."""
+
+log = structlog.get_logger()
+
+
+class ReplayRequest(BaseModel):
+    """A replay as somebody orders it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    selection: Selection = Selection()
+    to: Annotated[tuple[str, ...], Field(max_length=100)] = ()
+    """Destinations; none given is all that are configured. A destination's filter holds for replays, too."""
+    media: bool = False
+    """Download again what is missing or no longer has its checksum."""
+    rate: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    """Events per second at most."""
+    reason: Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")] = ""
+
+
+class Replays:
+    """Orders replays and looks at them."""
+
+    def __init__(
+        self,
+        database: Database,
+        filters: Mapping[str, FilterSettings],
+        *,
+        wake: Callable[[str], None] = lambda _lane: None,
+    ) -> None:
+        """Take the filters of the destinations that are configured, by name."""
+        self._database = database
+        self._filters = filters
+        self._wake = wake
+
+    async def order(self, request: ReplayRequest, *, key: str | None, caller: str) -> dict[str, Any]:
+        """Order a replay, or return the one that this caller's key already stands for.
+
+        Raises Refused for a destination that is not configured and for a key that stands for another order.
+        """
+        destinations = self._destinations(request)
+        content = request.model_dump(mode="json")
+        order_id = new_id()
+        order = NewReplay(
+            id=order_id,
+            caller=caller,
+            idempotency_key=key or str(order_id),
+            fingerprint=hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest(),
+            reason=request.reason,
+            selection=content["selection"],
+            destinations=destinations,
+            media=request.media,
+            rate=request.rate,
+        )
+        async with self._database.write() as connection:
+            if not await replays.insert_order(connection, order, request.selection):
+                known = await replays.find(connection, caller, order.idempotency_key)
+                if known is None or known.fingerprint != order.fingerprint:
+                    raise Refused(
+                        "this Idempotency-Key was used for another replay",
+                        code="idempotency_key_reuse",
+                        status=409,
+                    )
+                order_id = known.id
+            found = await replays.show(connection, order_id)
+        if found is None:
+            raise Refused("the replay vanished while it was looked up", code="not_found", status=404)
+        log.info("replay ordered", replay_id=str(order_id), by=caller, events=found["matched"])
+        self._wake(REPLAY_LANE)
+        return found
+
+    async def dry_run(self, request: ReplayRequest) -> dict[str, Any]:
+        """Return what a replay would do: `events`, and `deliveries` by destination."""
+        filters = {name: self._filters[name] for name in self._destinations(request)}
+        counts: Counter[str] = Counter(dict.fromkeys(filters, 0))
+        events = after_seq = 0
+        while True:
+            async with self._database.read() as connection:
+                page = await replays.select_events(connection, request.selection, after_seq=after_seq)
+                facts = await _facts(connection, page)
+            if not page:
+                return {"events": events, "deliveries": dict(counts)}
+            events += len(page)
+            after_seq = page[-1][0].seq
+            counts.update(
+                name for each in facts for name, wanted in filters.items() if refusal(wanted, each) is None
+            )
+
+    async def show(self, replay_id: uuid.UUID) -> dict[str, Any] | None:
+        """Return a replay with its progress."""
+        async with self._database.read() as connection:
+            return await replays.show(connection, replay_id)
+
+    async def list_orders(self, *, limit: int, before: int | None = None) -> list[dict[str, Any]]:
+        """Return replays, newest first."""
+        async with self._database.read() as connection:
+            return await replays.list_orders(connection, limit=limit, before=before)
+
+    async def cancel(self, replay_id: uuid.UUID, *, by: str) -> bool:
+        """Stop a replay; False where there is nothing of it left to stop."""
+        async with self._database.write() as connection:
+            stopped = await replays.cancel(connection, replay_id)
+        if stopped:
+            log.warning("replay canceled", replay_id=str(replay_id), by=by)
+        return stopped
+
+    def _destinations(self, request: ReplayRequest) -> list[str]:
+        if unknown := [name for name in request.to if name not in self._filters]:
+            known = ", ".join(self._filters) or "none"
+            raise Refused(
+                f"there is no destination {unknown[0]!r}; configured: {known}",
+                code="invalid_request",
+                status=400,
+            )
+        if not self._filters:
+            raise Refused("no destination is configured", code="invalid_request", status=400)
+        return list(request.to or self._filters)
+
+
+class ReplayLane(WorkLane[Claim]):
+    """Carries out replays, a step at a time."""
+
+    def __init__(
+        self,
+        database: Database,
+        targets: Collection[Target],
+        storage: Storage,
+        *,
+        wake: Callable[[str], None],
+    ) -> None:
+        super().__init__(database, tables.replays, name=REPLAY_LANE, concurrency=2, wake=wake)
+        self._targets = {target.name: target for target in targets}
+        self._storage = storage
+
+    async def claim(self, limit: int) -> list[Work]:
+        """Claim replays that are due for their next step. Raises DatabaseUnavailable."""
+        async with self._database.write() as connection:
+            claimed = await replays.claim(connection, limit=limit, lease=LEASE)
+        return [Work(claim=claim, run=partial(self._run, claim, order)) for claim, order in claimed]
+
+    async def _run(self, claim: Claim, order: ReplayOrder) -> None:
+        if claim.lost >= MAX_LOST:
+            await self._end(claim, state="failed", error=f"its steps ended {claim.lost} workers")
+            return
+        try:
+            await self._step(claim, order)
+        except Exception as error:  # noqa: BLE001 - whatever happened belongs to this order, not to its lane
+            message = describe(error)
+            log.warning("replay held up", replay_id=str(claim.id), error=message)
+
+            async def put_back(connection: AsyncConnection) -> bool:
+                return await self._later(connection, claim, error=message)
+
+            await self._record(claim, put_back)
+
+    async def _step(self, claim: Claim, order: ReplayOrder) -> None:
+        size = STEP if order.rate is None else max(1, min(STEP, int(order.rate)))
+        selection = Selection.model_validate(order.selection)
+        async with self._database.read() as connection:
+            crowded = await replays.waiting(connection, order.id) >= MOST_WAITING
+            page = (
+                []
+                if crowded
+                else await replays.select_events(
+                    connection,
+                    selection,
+                    after_seq=order.after_seq,
+                    until_seq=order.until_seq,
+                    limit=size,
+                )
+            )
+            facts = await _facts(connection, page)
+            files = await outbox.load_media(connection, [event.seq for event, _, _ in page])
+        if crowded:
+            async with self._database.write() as connection:
+                await self._later(connection, claim)
+            return
+        if not page:
+            await self._end(claim, state="completed")
+            return
+        damaged = await self._find_damaged(files) if order.media else {}
+        due, held = self._deliveries(order, page, facts, damaged)
+        async with self._database.write() as connection:
+            if not await replays.advance(
+                connection,
+                claim,
+                after_seq=page[-1][0].seq,
+                handled=len(page),
+                delay=0.0 if order.rate is None else len(page) / order.rate,
+            ):
+                log.warning("replay's step refused: lease lost", replay_id=str(order.id))
+                return
+            files_to_load = [row.id for rows in damaged.values() for row in rows]
+            downloads = await replays.restart_media(connection, files_to_load)
+            ordered = await replays.add_deliveries(connection, order.id, due, due=True)
+            ordered += await replays.add_deliveries(connection, order.id, held, due=False)
+            for seq in {seq for seq, _ in held} - damaged.keys():
+                # Its last file may have been settled since it was read.
+                await outbox.settle(connection, seq)
+            await replays.add_counts(connection, order.id, ordered=ordered, downloads=downloads)
+        for name in {name for _, name in due}:
+            self._wake(destination_lane(name))
+        if downloads:
+            self._wake(MEDIA_LANE)
+        self._wake(REPLAY_LANE)
+
+    def _deliveries(
+        self,
+        order: ReplayOrder,
+        page: Sequence[tuple[StoredEvent, str | None, str]],
+        facts: Sequence[Facts],
+        damaged: Mapping[int, Sequence[MediaRow]],
+    ) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """Return (event's `seq`, destination): those that are due, and those that wait for media."""
+        due: list[tuple[int, str]] = []
+        held: list[tuple[int, str]] = []
+        for (event, _, state), each in zip(page, facts, strict=True):
+            for name in order.destinations:
+                target = self._targets.get(name)
+                # One that is configured no more gets nothing; whoever brings it back may order anew.
+                if target is None or refusal(target.filter, each) is not None:
+                    continue
+                fetching = state == "fetching" or event.seq in damaged
+                (held if target.waits_for_media and fetching else due).append((event.seq, name))
+        return due, held
+
+    async def _find_damaged(self, files: Mapping[int, Sequence[MediaRow]]) -> dict[int, list[MediaRow]]:
+        """Return the files that are not what they should be, by their event's `seq`."""
+        damaged: dict[int, list[MediaRow]] = {}
+        for seq, rows in files.items():
+            bad = [row for row in rows if row.state != "pending" and not await self._is_intact(row)]
+            if bad:
+                damaged[seq] = bad
+        return damaged
+
+    async def _is_intact(self, row: MediaRow) -> bool:
+        if row.state != "stored" or row.storage_key is None or row.size is None or row.sha256 is None:
+            return False
+        found = await verify(self._storage, row.storage_key, size=row.size, sha256=row.sha256)
+        return found == "intact"
+
+    async def _later(self, connection: AsyncConnection, claim: Claim, *, error: str | None = None) -> bool:
+        return await leases.retry(connection, tables.replays, claim, delay=PAUSE, error=error)
+
+    async def _end(self, claim: Claim, *, state: str, error: str | None = None) -> None:
+        async def write(connection: AsyncConnection) -> bool:
+            return await leases.finish(connection, tables.replays, claim, state=state, error=error)
+
+        if await self._record(claim, write):
+            log.info("replay ended", replay_id=str(claim.id), state=state)
+
+
+async def _facts(
+    connection: AsyncConnection, page: Sequence[tuple[StoredEvent, str | None, str]]
+) -> list[Facts]:
+    refs = await jobs.load_refs(connection, [event.seq for event, _, _ in page])
+    return [facts_of(event, model, refs.get(event.seq)) for event, model, _ in page]

@@ -1,0 +1,40 @@
+"""Which events go to which destination; pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from receiver.settings import FilterSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a filter looks at."""
+
+    status: str
+    """`OK` or `ERROR`."""
+    model: str | None
+    source: str
+    caller: str | None
+    """Who submitted the job; None for an event whose job is not ours."""
+    metadata: Mapping[str, str]
+
+
+def refusal(wanted: FilterSettings, facts: Facts) -> str | None:
+    """Return why an event is not for a destination with this filter, None where it is."""
+    exact = {"status": facts.status, "source": facts.source, "caller": facts.caller}
+    for name, value in exact.items():
+        allowed = getattr(wanted, name)
+        if allowed and value not in allowed:
+            return _because(name, value, allowed)
+    if wanted.model and not any(fnmatchcase(facts.model or "", pattern) for pattern in wanted.model):
+        return _because("model", facts.model, wanted.model)
+    for key, allowed in wanted.metadata.items():
+        if facts.metadata.get(key) not in allowed:
+            return _because(f"metadata.{key}", facts.metadata.get(key), allowed)
+    return None
+
+
+def _because(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
+    shown = "absent" if value is None else repr(value)
+    return f"{name} is {shown}, wanted is {' or '.join(map(repr, allowed))}"

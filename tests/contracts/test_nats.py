@@ -1,0 +1,751 @@
+"""The NATS destination: what a message holds, what each refusal means, and what it survives."""
+
+import asyncio
+import contextlib
+import gc
+import json
+import time
+from collections.abc import AsyncIterator, Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import nats
+import psutil
+import pytest
+from brokers_redis_nats import Nats
+from certificates import make_certificate
+from destination_kinds import make_event, open_url
+from kind_redis_nats import read_messages, read_nats
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.js.api import DiscardPolicy, StorageType
+from servers import free_port
+from structlog.testing import capture_logs
+
+from receiver.destinations import Destination
+from receiver.destinations import nats as nats_module
+from receiver.destinations.nats import NatsDestination
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
+
+CANARY = "s3cr3t-canary"
+numbers = count()
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Nats]:
+    """One server for the tests that only use it."""
+    with Nats("max_payload: 400000") as server:
+        yield server
+
+
+@pytest.fixture
+def server() -> Iterator[Nats]:
+    """A server of the test's own."""
+    with Nats() as running:
+        yield running
+
+
+@pytest.fixture
+def name() -> str:
+    """A name for a stream and its subject that no other test uses."""
+    return f"events-{next(numbers)}"
+
+
+@pytest.fixture
+async def admin(shared: Nats) -> AsyncIterator[Client]:
+    """An independent client of the shared server."""
+    client = await nats.connect(f"nats://127.0.0.1:{shared.port}")
+    yield client
+    await client.close()
+
+
+@pytest.fixture
+async def destination(shared: Nats, name: str) -> AsyncIterator[Destination]:
+    """A destination on the shared server that makes its stream."""
+    opened = open_url(shared.url(f"subject={name}&stream={name}"))
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shorten the deadlines."""
+    monkeypatch.setattr(nats_module, "TIMEOUT", 1.5)
+    monkeypatch.setattr(nats_module, "CONNECT_TIMEOUT", 2.0)
+    monkeypatch.setattr(nats_module, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(nats_module, "API_TIMEOUT", 0.3)
+
+
+@pytest.fixture
+async def no_stray_failures() -> AsyncIterator[None]:
+    """Fail the test where the event loop is told of a failure that nobody took."""
+    found: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
+    yield
+    await asyncio.sleep(0)
+    gc.collect()
+    assert found == []
+
+
+async def outcome(destination: Destination, data: dict[str, Any] | None = None) -> str:
+    """Publish an event and return "delivered" or the reason of the failure."""
+    try:
+        await destination.publish(make_event(data))
+    except (PublishFailed, PublishRejected) as failure:
+        return failure.reason
+    return "delivered"
+
+
+async def until_outcome(destination: Destination, expected: str) -> None:
+    """Publish events until one has this outcome: a server may hang up before its words have arrived."""
+    deadline = time.monotonic() + 10
+    while (found := await outcome(destination)) != expected:
+        assert time.monotonic() < deadline, found
+        await asyncio.sleep(0.01)
+
+
+async def verdict(destination: Destination) -> str:
+    """Check and return "fine" or the reason of the failure."""
+    try:
+        await destination.check()
+    except PublishFailed as failure:
+        return failure.reason
+    return "fine"
+
+
+def waiting(destination: Destination) -> int:
+    """Count the messages that are sent and not acknowledged."""
+    assert isinstance(destination, NatsDestination)
+    return 0 if destination._connection is None else len(destination._connection._answers)
+
+
+async def until_waiting(destination: Destination, number: int) -> None:
+    """Wait until as many messages are sent and not acknowledged."""
+    deadline = time.monotonic() + 10
+    while waiting(destination) != number:
+        assert time.monotonic() < deadline, waiting(destination)
+        await asyncio.sleep(0.005)
+
+
+def connections(server: Nats) -> int:
+    """Count this process's connections to the server."""
+    remote = [tuple(connection.raddr) for connection in psutil.Process().net_connections()]
+    return remote.count(("127.0.0.1", server.port))
+
+
+async def test_message(shared: Nats, destination: Destination, name: str) -> None:
+    """E1: a message is a CloudEvent in binary mode: headers for the attributes, the data as its body."""
+    await destination.publish(
+        make_event(
+            {"text": "Zürich 東京"},
+            id="event-1",
+            subject="request 1 é",
+            deliveryid="delivery-1",
+            attempt=7,
+        )
+    )
+    [(headers, body)] = await read_messages(shared, name)
+    assert headers == {
+        "ce-specversion": "1.0",
+        "ce-id": "event-1",
+        "ce-source": "/clipia/webhook/clipia",
+        "ce-type": "ai.clipia.generation.completed",
+        "ce-subject": "request%201%20%C3%A9",
+        "ce-time": "2026-11-20T12:30:15.123456Z",
+        "ce-datacontenttype": "application/json",
+        "ce-deliveryid": "delivery-1",
+        "ce-attempt": "7",
+        "Nats-Msg-Id": "delivery-1",
+        "Nats-Expected-Stream": name,
+    }
+    assert json.loads(body) == {"text": "Zürich 東京"}
+
+
+async def test_repeated_delivery_is_stored_once(shared: Nats, destination: Destination, name: str) -> None:
+    """E3: a second try at a delivery counts as delivered and adds nothing; a replay gets through."""
+    first = make_event(id="event-1", deliveryid="delivery-1", attempt=1)
+    again = make_event(id="event-1", deliveryid="delivery-1", attempt=2)
+    replay = make_event(id="event-1", deliveryid="delivery-2", attempt=1)
+    for event in (first, again, replay):
+        await destination.publish(event)
+    stored = [(event["deliveryid"], event["attempt"]) for event in await read_nats(shared, name)]
+    assert stored == [("delivery-1", 1), ("delivery-2", 1)]
+
+
+async def test_missing_stream_is_made(admin: Client, shared: Nats, name: str) -> None:
+    """E1: a stream that is named and missing is made in files for the subject, by several at once, too."""
+    destinations = [open_url(shared.url(f"subject={name}&stream={name}")) for _ in range(4)]
+    # The server shows a stream to the others a moment before it listens.
+    await asyncio.gather(*(until_outcome(each, "delivered") for each in destinations))
+    for each in destinations:
+        await each.close()
+    info = await admin.jsm().stream_info(name)
+    assert (info.config.storage, info.config.subjects, info.state.messages) == (StorageType.FILE, [name], 4)
+
+
+async def test_stream_that_is_there_stays_as_it_is(
+    admin: Client, destination: Destination, name: str
+) -> None:
+    """E1: a stream of the operator's is used and not changed."""
+    made = await admin.jsm().add_stream(name=name, subjects=[name, f"{name}.*"], max_age=3600)
+    assert await outcome(destination) == "delivered"
+    assert (await admin.jsm().stream_info(name)).config == made.config
+
+
+async def test_stream_of_somebody_else(admin: Client, shared: Nats, name: str) -> None:
+    """E1: without a stream in the URL the subject's own one takes the event; there must be one."""
+    destination = open_url(shared.url(f"subject={name}.done"))
+    assert await outcome(destination) == "no_stream"
+    with pytest.raises(PublishFailed, match=f"no stream takes the subject {name}.done: make one") as caught:
+        await destination.check()
+    assert caught.value.reason == "no_stream"
+    await admin.jsm().add_stream(name=name, subjects=[f"{name}.*"])
+    assert await verdict(destination) == "fine"
+    assert await outcome(destination) == "delivered"
+    await destination.close()
+    assert len(await read_nats(shared, name)) == 1
+
+
+async def test_deleted_stream_is_made_again(admin: Client, destination: Destination, name: str) -> None:
+    """E1: when the stream is deleted, publish fails and the next one makes it again."""
+    assert await outcome(destination) == "delivered"
+    await admin.jsm().delete_stream(name)
+    assert [await outcome(destination) for _ in range(2)] == ["no_stream", "delivered"]
+    assert (await admin.jsm().stream_info(name)).state.messages == 1
+
+
+async def test_subject_of_another_stream(admin: Client, shared: Nats, name: str) -> None:
+    """E1: an event is never stored in another stream than the URL's, be that missing or there."""
+    other = f"{name}-other"
+    await admin.jsm().add_stream(name=other, subjects=[name])
+    destination = open_url(shared.url(f"subject={name}&stream={name}"))
+    assert (await outcome(destination), await verdict(destination)) == ("wrong_stream", "wrong_stream")
+    await admin.jsm().add_stream(name=name, subjects=[f"{name}.elsewhere"])
+    assert (await outcome(destination), await verdict(destination)) == ("wrong_stream", "wrong_stream")
+    assert (await admin.jsm().stream_info(other)).state.messages == 0
+    await destination.close()
+
+
+@pytest.mark.parametrize("query", ["subject=events", "subject=events&stream=EVENTS"])
+async def test_server_without_jetstream(query: str) -> None:
+    """E1: a server without JetStream confirms nothing and is told by the check."""
+    with Nats(jetstream=False) as server:
+        destination = open_url(server.url(query))
+        assert await outcome(destination) in {"no_stream", "no_jetstream"}
+        assert await verdict(destination) == "no_jetstream"
+        await destination.close()
+
+
+async def test_full_stream(admin: Client, destination: Destination, name: str) -> None:
+    """E1: a full stream that takes nothing new is a failure until there is room again."""
+    manager = admin.jsm()
+    await manager.add_stream(name=name, subjects=[name], max_msgs=2, discard=DiscardPolicy.NEW)
+    outcomes = await asyncio.gather(*(outcome(destination) for _ in range(4)))
+    assert sorted(outcomes) == ["delivered", "delivered", "full", "full"]
+    await manager.purge_stream(name)
+    assert await outcome(destination) == "delivered"
+
+
+async def test_stream_that_limits_sizes(admin: Client, destination: Destination, name: str) -> None:
+    """E7: a message that the stream refuses for its size is refused for good, alone."""
+    await admin.jsm().add_stream(name=name, subjects=[name], max_msg_size=5_000)
+    outcomes = await asyncio.gather(
+        *(outcome(destination, {"fill": "x" * size}) for size in (10, 10_000, 20))
+    )
+    assert outcomes == ["delivered", "too_large", "delivered"]
+    with pytest.raises(PublishRejected, match="too large"):
+        await destination.publish(make_event({"fill": "x" * 10_000}))
+
+
+async def test_server_that_limits_sizes(shared: Nats, destination: Destination, name: str) -> None:
+    """E7: the limit counts the headers, too; what exceeds it does not cost others their connection."""
+    await destination.publish(make_event({"first": True}))
+    assert isinstance(destination, NatsDestination)
+    connection = destination._connection
+    limit = 400_000
+    outcomes = await asyncio.gather(
+        *(outcome(destination, {"fill": "x" * (limit - less)}) for less in (2_000, 800, 500, 300, 100, 0))
+    )
+    assert set(outcomes) == {"delivered", "too_large"}
+    assert outcomes == sorted(outcomes)
+    assert destination._connection is connection
+    assert len(await read_nats(shared, name)) == 1 + outcomes.count("delivered")
+
+
+@pytest.mark.parametrize("short", [0, 1])
+async def test_size_is_counted_to_the_byte(
+    shared: Nats, destination: Destination, name: str, short: int
+) -> None:
+    """E7: a message of just the allowed size is sent, one of a byte more is not."""
+    await destination.publish(make_event(deliveryid="d", id="e", subject="s"))
+    [(headers, _)] = await read_messages(shared, name)
+    wire = "NATS/1.0\r\n" + "".join(f"{key}: {value}\r\n" for key, value in headers.items()) + "\r\n"
+    fill = 400_000 - len(wire) - len('{"f": ""}') + 1 - short
+    event = make_event({"f": "x" * fill}, deliveryid="f", id="e", subject="s")
+    if short:
+        await destination.publish(event)
+    else:
+        with pytest.raises(PublishRejected):
+            await destination.publish(event)
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_server_that_lowers_its_limit() -> None:
+    """E7: a limit that is lowered while connected costs one connection; then it is known."""
+    with Nats("max_payload: 400000") as server:
+        destination = open_url(server.url("subject=events&stream=EVENTS"))
+        data = {"fill": "x" * 100_000}
+        assert await outcome(destination, data) == "delivered"
+        server.reload("max_payload: 50000")
+        deadline = time.monotonic() + 10
+        while "Reloaded server configuration" not in server.log():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert [await outcome(destination, data) for _ in range(2)] == ["connection", "too_large"]
+        assert await outcome(destination) == "delivered"
+        await destination.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_stream_without_acknowledgements(admin: Client, destination: Destination, name: str) -> None:
+    """E1: a stream that acknowledges nothing delivers nothing, and the check says why."""
+    await admin.jsm().add_stream(name=name, subjects=[name], no_ack=True)
+    assert (await outcome(destination), await verdict(destination)) == ("timeout", "no_ack")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"thanks",
+        b"[]",
+        b"{}",
+        b'"stream"',
+        b'{"stream": "", "seq": 1}',
+        b'{"stream": "x", "seq": 0}',
+        b'{"stream": "x", "seq": "1"}',
+        b'{"error": 1}',
+        b'{"error": {}}',
+    ],
+)
+async def test_answer_of_somebody_else(admin: Client, shared: Nats, name: str, answer: bytes) -> None:
+    """E1: nothing but a stream's acknowledgement confirms, whoever else answers on the subject."""
+
+    async def respond(message: Msg) -> None:
+        await message.respond(answer)
+
+    await admin.subscribe(name, cb=respond)
+    await admin.flush()
+    destination = open_url(shared.url(f"subject={name}"))
+    assert await outcome(destination) == "protocol"
+    await destination.close()
+
+
+@pytest.mark.usefixtures("impatient")
+async def test_listener_is_no_stream(admin: Client, shared: Nats, name: str) -> None:
+    """E1: an event that somebody heard and no stream has stored is not delivered."""
+    heard = await admin.subscribe(name)
+    await admin.flush()
+    destination = open_url(shared.url(f"subject={name}"))
+    assert await outcome(destination) == "timeout"
+    assert (await heard.next_msg(timeout=5)).subject == name
+    await destination.close()
+
+
+async def test_publishes_are_in_flight_together(server: Nats) -> None:
+    """E6: many events are sent before the first is acknowledged."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    await destination.check()
+    server.freeze()
+    publishes = [asyncio.create_task(outcome(destination)) for _ in range(100)]
+    await until_waiting(destination, 100)
+    server.thaw()
+    assert await asyncio.gather(*publishes) == ["delivered"] * 100
+    await destination.close()
+    assert len(await read_nats(server, "EVENTS")) == 100
+
+
+async def test_publishes_in_flight_are_bounded(server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E6: however many are called for, only so many events are in flight; all arrive."""
+    monkeypatch.setattr(nats_module, "MAX_IN_FLIGHT", 5)
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    await destination.check()
+    server.freeze()
+    publishes = [asyncio.create_task(outcome(destination)) for _ in range(40)]
+    await until_waiting(destination, 5)
+    server.thaw()
+    most = 0
+    while not all(publish.done() for publish in publishes):
+        most = max(most, waiting(destination))
+        await asyncio.sleep(0)
+    assert most == 5
+    assert [publish.result() for publish in publishes] == ["delivered"] * 40
+    await destination.close()
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_restart_while_idle(server: Nats) -> None:
+    """E4: after a restart of the server, the first publish works, on a new connection."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    for _ in range(3):
+        assert await outcome(destination) == "delivered"
+        await asyncio.to_thread(server.stop)
+        await asyncio.to_thread(server.start)
+    await destination.close()
+    assert len(await read_nats(server, "EVENTS")) == 3
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_nothing_confirmed_is_lost_in_crashes(server: Nats) -> None:
+    """E1: whatever publish has confirmed is there after the server was killed and started again."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    confirmed: set[str] = set()
+    stop = asyncio.Event()
+
+    async def publish_on() -> None:
+        while not stop.is_set():
+            event = make_event()
+            try:
+                await destination.publish(event)
+            except PublishFailed:
+                await asyncio.sleep(0.01)
+            else:
+                confirmed.add(event.get_extension("deliveryid"))
+
+    publishers = [asyncio.create_task(publish_on()) for _ in range(16)]
+    for _ in range(4):
+        size = len(confirmed)
+        deadline = time.monotonic() + 15
+        while len(confirmed) < size + 100:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(server.crash)
+        await asyncio.to_thread(server.start)
+    stop.set()
+    await asyncio.gather(*publishers)
+    await destination.close()
+    arrived = [event["deliveryid"] for event in await read_nats(server, "EVENTS")]
+    assert confirmed <= set(arrived)
+    assert len(arrived) == len(set(arrived))
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_lost_connection_ends_the_wait(server: Nats) -> None:
+    """E4: when the server dies, what waits for it fails at once, each publish with its own error."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    await destination.check()
+    server.freeze()
+    publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(20)]
+    await until_waiting(destination, 20)
+    started = time.monotonic()
+    await asyncio.to_thread(server.crash)
+    failures = await asyncio.gather(*publishes, return_exceptions=True)
+    assert time.monotonic() - started < 3
+    assert [getattr(failure, "reason", None) for failure in failures] == ["connection"] * 20
+    assert len({id(failure) for failure in failures}) == 20
+    await destination.close()
+
+
+@pytest.mark.usefixtures("impatient", "no_stray_failures")
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["small", "larger than all buffers"])
+async def test_frozen_server(server: Nats, size: int) -> None:
+    """E4: a server that does not answer fails every publish in time; thawed, the same destination works."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    assert await outcome(destination) == "delivered"
+    server.freeze()
+    started = time.monotonic()
+    outcomes = await asyncio.gather(*(outcome(destination, {"fill": "x" * size}) for _ in range(24)))
+    assert outcomes == ["timeout"] * 24
+    assert await outcome(destination) == "timeout"
+    assert await verdict(destination) == "timeout"
+    assert time.monotonic() - started < 5
+    server.thaw()
+    assert await outcome(destination) == "delivered"
+    await destination.close()
+
+
+@pytest.mark.usefixtures("impatient", "no_stray_failures")
+@pytest.mark.parametrize("size", [10, 1_000_000], ids=["small", "larger than all buffers"])
+async def test_start_and_close_at_a_frozen_server(server: Nats, size: int) -> None:
+    """E16: neither start nor close waits for a server that does not answer; no task and no socket stays."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    await destination.publish(make_event())
+    server.freeze()
+    started = time.monotonic()
+    other = open_url(server.url("subject=events&stream=EVENTS"))
+    with capture_logs() as logs:
+        await other.start()
+    assert [entry["log_level"] for entry in logs] == ["warning"]
+    publishes = [asyncio.create_task(outcome(destination, {"fill": "x" * size})) for _ in range(24)]
+    await until_waiting(destination, 24)
+    await destination.close()
+    await other.close()
+    assert await asyncio.gather(*publishes) == ["timeout"] * 24
+    assert time.monotonic() - started < 5
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert connections(server) == 0
+    server.thaw()
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_failed_event_is_not_sent_later(server: Nats) -> None:
+    """E1: nothing is kept while there is no connection: what failed then does not arrive afterwards."""
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    await destination.publish(make_event({"number": 0}))
+    await asyncio.to_thread(server.crash)
+    failed = [await outcome(destination, {"number": number}) for number in range(1, 4)]
+    assert failed == ["connection"] * 3
+    await asyncio.to_thread(server.start)
+    await destination.publish(make_event({"number": 4}))
+    await destination.close()
+    assert [event["data"]["number"] for event in await read_nats(server, "EVENTS")] == [0, 4]
+
+
+PERMISSIONS = """
+    accounts: { A: { jetstream: enabled, users: [
+        { user: admin, password: admin }
+        { user: writer, password: "p@ss:w/rd%", permissions: { publish: %s, subscribe: %s } }
+    ] } }
+    no_auth_user: admin
+"""
+
+
+@pytest.mark.parametrize(
+    ("publish", "subscribe", "outcomes"),
+    [
+        ('["events"]', '["_INBOX.>"]', ("delivered", "fine")),
+        ('["$JS.API.>"]', '["_INBOX.>"]', ("permission", "fine")),
+        ('[">"]', '["other"]', ("permission", "permission")),
+    ],
+    ids=["may only publish", "may not publish", "may not hear answers"],
+)
+@pytest.mark.usefixtures("impatient", "no_stray_failures")
+@pytest.mark.parametrize("stream", ["", "&stream=EVENTS"])
+async def test_permissions(publish: str, subscribe: str, outcomes: tuple[str, str], stream: str) -> None:
+    """E1: a user who may publish can; one who may not is told so, and what is missing is logged."""
+    with Nats(PERMISSIONS.replace("%s", publish, 1).replace("%s", subscribe, 1)) as server:
+        client = await nats.connect(f"nats://admin:admin@127.0.0.1:{server.port}")
+        await client.jsm().add_stream(name="EVENTS", subjects=["events"])
+        destination = open_url(server.url(f"subject=events{stream}", login="writer:p%40ss%3Aw%2Frd%25@"))
+        with capture_logs() as logs:
+            assert await outcome(destination) == outcomes[0]
+            assert await verdict(destination) == outcomes[1]
+        assert "permissions violation" in str(logs)
+        stored = (await client.jsm().stream_info("EVENTS")).state.messages
+        assert stored == (1 if outcomes[0] == "delivered" else 0) or subscribe == '["other"]'
+        await destination.close()
+        await client.close()
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+@pytest.mark.parametrize(
+    ("config", "right", "wrong"),
+    [
+        (f"authorization {{ user: u, password: {CANARY} }}", f"u:{CANARY}@", f"u:{CANARY}2@"),
+        (f"authorization {{ token: {CANARY} }}", f"{CANARY}@", f"{CANARY}2@"),
+        (f"authorization {{ token: {CANARY} }}", f"{CANARY}@", ""),
+    ],
+    ids=["password", "token", "nothing"],
+)
+async def test_login(config: str, right: str, wrong: str) -> None:
+    """E1: wrong credentials are told by publish and check, and are in no message, log or repr."""
+    with Nats(config) as server:
+        destination = open_url(server.url("subject=events&stream=EVENTS", login=wrong))
+        with capture_logs() as logs:
+            await until_outcome(destination, "auth")
+            with pytest.raises(PublishFailed) as caught:
+                await destination.check()
+        assert CANARY not in f"{caught.value} {vars(destination)!r} {logs}"
+        await destination.close()
+        admitted = open_url(server.url("subject=events&stream=EVENTS", login=right))
+        assert await outcome(admitted) == "delivered"
+        await admitted.close()
+
+
+@pytest.mark.usefixtures("impatient", "no_stray_failures")
+async def test_user_who_is_expelled(capfd: pytest.CaptureFixture[str]) -> None:
+    """E4: a connection that the server ends with an error is made anew; that is logged, not printed."""
+    allowed, denied = (f"authorization {{ user: u, password: {word} }}" for word in ("p", "q"))
+    with Nats(allowed) as server:
+        destination = open_url(server.url("subject=events&stream=EVENTS", login="u:p@"))
+        assert await outcome(destination) == "delivered"
+        for config, expected in ((denied, "auth"), (allowed, "delivered")):
+            server.reload(config)
+            await until_outcome(destination, expected)
+        await destination.close()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_other_server_of_a_cluster(server: Nats) -> None:
+    """E4: of several servers in the URL one that is there is found."""
+    destination = open_url(
+        f"nats://127.0.0.1:{free_port()},127.0.0.1:{server.port}?subject=events&stream=EVENTS"
+    )
+    for _ in range(3):
+        assert await outcome(destination) == "delivered"
+        await asyncio.to_thread(server.crash)
+        await asyncio.to_thread(server.start)
+    await destination.close()
+
+
+@pytest.mark.usefixtures("no_stray_failures")
+async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E1: where the server asks for TLS its certificate is checked; an unknown one gets no event."""
+    path = make_certificate(tmp_path / "server.pem")
+    with Nats(f"tls {{ cert_file: '{path}', key_file: '{path}' }}") as server:
+        destination = open_url(server.url("subject=events&stream=EVENTS"))
+        with monkeypatch.context() as patch:
+            # The client waits for a connection that it has replaced by one with TLS.
+            patch.setattr(nats_module, "CONNECT_TIMEOUT", 2.0)
+            with pytest.raises(PublishFailed, match="CERTIFICATE_VERIFY_FAILED"):
+                await destination.publish(make_event())
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        assert await outcome(destination) == "delivered"
+        await destination.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "hangs_up"),
+    [
+        (b"", False),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", False),
+        (b"INFO {\r\n", False),
+        (b"INFO " + b"x" * 100_000, False),
+        (b'INFO {"headers": true}\r\n', False),
+        (b'INFO {"headers": true}\r\n', True),
+    ],
+    ids=["silence", "SSH", "half a greeting", "long greeting", "greeting", "greeting and goodbye"],
+)
+@pytest.mark.usefixtures("impatient", "no_stray_failures")
+async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noqa: FBT001 - a parameter
+    """E4: what is no NATS server is a failure, not a crash."""
+    writers: list[asyncio.StreamWriter] = []
+
+    def greet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(line)
+        if hangs_up:
+            writer.write_eof()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    destination = open_url(f"nats://127.0.0.1:{server.sockets[0].getsockname()[1]}?subject=events")
+    assert await outcome(destination) in {"timeout", "connection"}
+    await destination.close()
+    server.close()
+    for writer in writers:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"storage": StorageType.MEMORY}, "file storage"),
+        ({"storage": StorageType.FILE}, "sync_interval"),
+    ],
+    ids=["memory", "one replica"],
+)
+async def test_check_warns_of_losses(
+    admin: Client, destination: Destination, name: str, settings: dict[str, Any], problem: str
+) -> None:
+    """E2: a stream whose acknowledgements are not durable is warned of; the check stores nothing."""
+    await admin.jsm().add_stream(name=name, subjects=[name], **settings)
+    with capture_logs() as logs:
+        await destination.check()
+    assert [entry["log_level"] for entry in logs] == ["warning"]
+    assert problem in logs[0]["problem"]
+    assert (await admin.jsm().stream_info(name)).state.messages == 0
+
+
+def test_replicated_stream_is_not_warned_of() -> None:
+    """E2: a stream in files with several replicas needs no warning."""
+    config = nats.js.api.StreamConfig(storage=StorageType.FILE, num_replicas=3)
+    state = nats.js.api.StreamState(messages=0, bytes=0, first_seq=0, last_seq=0, consumer_count=0)
+    assert nats_module._describe_losses(nats.js.api.StreamInfo(config=config, state=state)) is None
+
+
+async def test_ids_that_are_no_text(destination: Destination) -> None:
+    """E7: an event whose ids cannot be written is refused for good."""
+    with pytest.raises(PublishRejected) as caught:
+        await destination.publish(make_event(deliveryid="\ud800"))
+    assert caught.value.reason == "encoding"
+    assert await outcome(destination) == "delivered"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "nats:",
+        "nats://",
+        "nats://host",
+        "nats://host?subject=",
+        "nats://host?stream=A",
+        "nats://host?subject=a&stream=",
+        "nats://host?subject=a&subject=b",
+        "nats://host?subject=a.*",
+        "nats://host?subject=>",
+        "nats://host?subject=a..b",
+        "nats://host?subject=.a",
+        "nats://host?subject=a.",
+        "nats://host?subject=a%20b",
+        "nats://host?subject=a%0D%0Ab",
+        "nats://host?subject=a%00b",
+        "nats://host?subject=$JS.API.INFO",
+        "nats://host?subject=a&stream=a.b",
+        "nats://host?subject=a&stream=a/b",
+        "nats://host?subject=a&stream=a%20b",
+        f"nats://host?subject=a&{CANARY}=1",
+        f"nats://host?subject=a#{CANARY}",
+        f"nats://host/{CANARY}?subject=a",
+        f"nats://:{CANARY}@host?subject=a",
+        f"nats://u:{CANARY}@?subject=a",
+        f"nats://u:{CANARY}@:4222?subject=a",
+        f"nats://u:{CANARY}@host:0?subject=a",
+        f"nats://u:{CANARY}@host:65536?subject=a",
+        f"nats://u:{CANARY}@host:port?subject=a",
+        f"nats://u:{CANARY}@host,?subject=a",
+        f"nats://u:{CANARY}@ho st?subject=a",
+        f"nats://u:{CANARY}@[host?subject=a",
+        f"nats://@{CANARY}?subject=a",
+    ],
+)
+def test_unusable_url(url: str) -> None:
+    """G8: a URL that cannot be used is refused with an example of a right one, and is not quoted."""
+    with pytest.raises(SettingsError) as caught:
+        open_url(url)
+    assert "'test'" in str(caught.value)
+    assert "write nats://" in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("nats://host?subject=a", (("nats://host:4222",), None, None, None, "a", None)),
+        ("nats://host/?subject=a.b&stream=S_1", (("nats://host:4222",), None, None, None, "a.b", "S_1")),
+        (
+            "NATS://u%40:p%3A@a:1,b:2,c?subject=a",
+            (("nats://a:1", "nats://b:2", "nats://c:4222"), "u@", "p:", None, "a", None),
+        ),
+        ("nats://t%2Fk@[::1]:3?subject=a", (("nats://[::1]:3",), None, None, "t/k", "a", None)),
+        ("nats://u:@host?subject=a", (("nats://host:4222",), "u", "", None, "a", None)),
+    ],
+)
+async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
+    """E1: each part of the URL reaches the client, unquoted."""
+    destination = open_url(url)
+    assert isinstance(destination, NatsDestination)
+    place = destination._place
+    assert (
+        place.servers,
+        place.user,
+        place.password,
+        place.token,
+        place.subject,
+        place.stream,
+    ) == expected
+    await destination.close()

@@ -1,0 +1,284 @@
+"""Destinations that are down, on both databases: they are left alone, the others notice nothing."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+from eventkit import Recorder, World, opened, plain, until
+from prometheus_client import REGISTRY
+
+from receiver import circuit
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.tables import attempts, deliveries
+from receiver.errors import PublishFailed, PublishRejected
+from receiver.retry import RetryPolicy
+
+WIDTH = 32
+"""Deliveries that a lane has under way at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Try:
+    """One publish as the destination saw it begin."""
+
+    at: float
+    under_way: int
+    """Others that were not answered yet."""
+    succeeded_before: int
+    failed_before: int
+
+
+class Switchable:
+    """A destination that can be switched off, and watches who comes."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.is_up = False
+        self.recorder = recorder
+        self.tries: list[Try] = []
+        self.failed = 0
+        recorder.behave = self._answer
+
+    @property
+    def probes(self) -> list[Try]:
+        """The tries that began when it had failed often enough."""
+        return [tried for tried in self.tries if tried.failed_before >= circuit.THRESHOLD]
+
+    async def _answer(self, _event: CloudEvent) -> None:
+        self.tries.append(
+            Try(
+                at=time.monotonic(),
+                under_way=self.recorder.under_way - 1,
+                succeeded_before=len(self.recorder.published),
+                failed_before=self.failed,
+            )
+        )
+        is_up = self.is_up
+        await asyncio.sleep(0.005)
+        if not is_up:
+            self.failed += 1
+            raise PublishFailed("nobody is there", reason="connect")
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """Everything but the web."""
+    async with opened(database, tmp_path / "media") as made:
+        yield made
+
+
+@pytest.fixture
+def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probes come ten times as fast as they would."""
+    monkeypatch.setattr(circuit, "FIRST_PROBE", 0.1)
+    monkeypatch.setattr(circuit, "LAST_PROBE", 0.4)
+
+
+def is_shown_open(name: str) -> bool:
+    """Return what the metrics say of a destination's circuit."""
+    return REGISTRY.get_sample_value("receiver_circuit_open", {"destination": name}) == 1.0
+
+
+@pytest.mark.usefixtures("quick_probes")
+async def test_a_dead_destination_gets_probes_only(world: World) -> None:
+    """E4, E6: after the failures of its first batch a dead destination is probed, one at a time."""
+    fine = world.add_destination("fine")
+    dead = Switchable(world.add_destination("dead"))
+    for number in range(100):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, deliveries.c.destination == "fine", delivered=100)
+
+        async def probed() -> bool:
+            return len(dead.probes) >= 4
+
+        await until(probed)
+        assert is_shown_open("dead")
+    assert not is_shown_open("fine")
+    assert sorted(fine.subjects) == sorted(f"r-{number}" for number in range(100))
+    assert max(tried.under_way for tried in dead.tries) < WIDTH
+    assert {tried.under_way for tried in dead.probes} == {0}
+    pauses = [after.at - before.at for before, after in pairwise(dead.probes)]
+    assert min(pauses) >= 0.2, "the second pause is twice the first one"
+    assert await world.states(deliveries, deliveries.c.destination == "dead") == {"pending": 100}
+
+
+@pytest.mark.usefixtures("quick_probes")
+async def test_recovery_ramps_up_and_drains(world: World) -> None:
+    """E5: once a probe comes through, the number under way doubles, and all that waited is delivered."""
+    back = Switchable(world.add_destination("back"))
+    for number in range(150):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+
+        async def probed() -> bool:
+            return bool(back.probes)
+
+        await until(probed)
+        down = len(back.tries)
+        back.is_up = True
+        await world.until_states(deliveries, delivered=150)
+    assert not is_shown_open("back")
+    assert len(set(back.recorder.subjects)) == len(back.recorder.subjects) == 150
+    for tried in back.tries[down:]:
+        ramp = 2 ** max(0, tried.succeeded_before - 1)
+        assert tried.under_way + 1 <= min(WIDTH, ramp), tried
+    assert max(tried.under_way for tried in back.tries[down:]) >= WIDTH // 4, "it does get wider again"
+
+
+@pytest.mark.usefixtures("quick_probes")
+async def test_a_second_outage_is_met_like_the_first(world: World) -> None:
+    """E4: down, back, down and back again: nothing is lost, and each outage opens the circuit anew."""
+    shaky = Switchable(world.add_destination("shaky"))
+    shaky.is_up = True
+    for outage in range(2):
+        for number in range(40):
+            await world.add(plain(f"r-{outage}-{number}"))
+        async with world.working():
+            shaky.is_up = False
+
+            async def opened_again() -> bool:
+                return is_shown_open("shaky")
+
+            await until(opened_again)
+            shaky.is_up = True
+            await world.until_states(deliveries, delivered=40 * (outage + 1))
+            assert not is_shown_open("shaky")
+    assert len(set(shaky.recorder.subjects)) == 80
+
+
+async def test_a_few_failures_slow_nothing_down(world: World) -> None:
+    """E7: deliveries that fail here and there are retried, and leave the circuit closed."""
+    mixed = world.add_destination("mixed")
+    seen: set[str] = set()
+
+    def fail_some_once(event: CloudEvent) -> None:
+        subject = str(event.get_subject())
+        if subject.endswith("3") and subject not in seen:
+            seen.add(subject)
+            raise PublishFailed("not now", reason="status")
+
+    mixed.behave = fail_some_once
+    for number in range(60):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, delivered=60)
+    assert len(seen) == 6
+    assert not is_shown_open("mixed")
+    assert len(await world.rows(attempts, attempts.c.outcome == "retry")) == 6
+
+
+async def test_refusing_messages_is_no_outage(world: World) -> None:
+    """E7: a destination that rejects one message after the other is alive: all are dead letters at once."""
+    strict = world.add_destination("strict")
+
+    def reject(_event: CloudEvent) -> None:
+        assert not is_shown_open("strict")
+        raise PublishRejected("422 from the destination", reason="status")
+
+    strict.behave = reject
+    for number in range(80):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, dead=80)
+    assert len(await world.rows(attempts)) == 80
+    assert not is_shown_open("strict")
+
+
+async def test_a_bug_in_a_destination_opens_no_circuit(world: World) -> None:
+    """E7: an unexpected exception is put on record and tried again, at the destination's full width."""
+    buggy = world.add_destination("buggy", retry=RetryPolicy(initial=0.1, cap=0.1))
+
+    def break_early(event: CloudEvent) -> None:
+        if event.get_extension("attempt") == 1:
+            raise ZeroDivisionError("bug")
+
+    buggy.behave = break_early
+    for number in range(8):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, delivered=8)
+    assert len(await world.rows(attempts)) == 16
+    assert not is_shown_open("buggy")
+
+
+@pytest.mark.usefixtures("quick_probes")
+async def test_a_dead_destination_loses_nothing_by_restarts(world: World) -> None:
+    """E4, E16: a new process knows nothing of the outage, finds out by itself, and drops nothing."""
+    dead = Switchable(world.add_destination("dead"))
+    for number in range(50):
+        await world.add(plain(f"r-{number}"))
+    for restart in range(1, 3):
+        async with world.working():
+
+            async def has_tried(tries: int = restart * 5) -> bool:
+                return len(dead.tries) >= tries
+
+            await until(has_tried)
+    rows = await world.rows(deliveries)
+    assert {(row["state"], row["lease"]) for row in rows} == {("pending", None)}
+    dead.is_up = True
+    await world.change(deliveries, next_attempt_at=db_time(0.0))
+    async with world.working():
+        await world.until_states(deliveries, delivered=50)
+
+
+async def test_a_lane_without_room_asks_for_nothing(world: World) -> None:
+    """E4: while the circuit is open the lane claims no row: tries and due times stay as they are."""
+    dead = Switchable(world.add_destination("dead", retry=RetryPolicy(initial=0.001, cap=0.001)))
+    for number in range(10):
+        await world.add(plain(f"r-{number}"))
+    await world.fan_out()
+    lane = world.delivery_lane(concurrency=5)
+    works = await lane.claim(5)
+    assert len(works) == 5
+    for work in works:
+        await work.run()
+    assert len(dead.tries) == 5
+    before = await world.rows(deliveries)
+    assert await lane.claim(5) == []
+    assert await world.rows(deliveries) == before
+
+
+@pytest.mark.parametrize("width", [1, 3])
+async def test_one_lane_takes_no_more_than_its_width(world: World, width: int) -> None:
+    """E5: what is under way is part of the width, whatever the lane is asked for."""
+    world.add_destination("narrow")
+    for number in range(10):
+        await world.add(plain(f"r-{number}"))
+    await world.fan_out()
+    lane = world.delivery_lane(concurrency=width)
+    works = await lane.claim(width)
+    assert len(works) == width
+    for work in works:
+        await work.run()
+    assert await world.states(deliveries) == {"delivered": width, "pending": 10 - width}
+
+
+@pytest.mark.parametrize("error", [None, PublishFailed("x", reason="x"), PublishRejected("x", reason="x")])
+async def test_a_result_that_comes_too_late_changes_nothing(world: World, error: Exception | None) -> None:
+    """E10: success, failure or refusal: a worker whose lease was lost meanwhile records none of them."""
+    main = world.add_destination("main")
+
+    def behave(_event: CloudEvent) -> None:
+        if error is not None:
+            raise error
+
+    main.behave = behave
+    await world.add(plain("r-1"))
+    await world.fan_out()
+    (late,) = await world.delivery_lane().claim(1)
+    await world.change(deliveries, next_attempt_at=db_time(0.0))
+    (other,) = await world.delivery_lane().claim(1)
+    before = await world.rows(deliveries)
+    await late.run()
+    assert await world.rows(deliveries) == before
+    assert await world.rows(attempts) == []
+    main.behave = lambda _event: None
+    await other.run()
+    assert await world.states(deliveries) == {"delivered": 1}

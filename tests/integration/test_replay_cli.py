@@ -1,0 +1,389 @@
+"""What the commands of replays, deliveries, routes and stored files say, on both databases."""
+
+import asyncio
+import json
+import re
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eventkit import World, opened, plain, with_files
+from payloads import failure
+from structlog.testing import capture_logs
+
+from receiver.cli import main
+from receiver.db import outbox
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.rows import event_id
+from receiver.db.tables import attempts, deliveries, events, media, replays
+from receiver.sandbox import SandboxOptions, create_app, running
+
+TWO = (
+    '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
+    '[[destinations]]\nname = "failures"\nurl = "file:failures.jsonl"\nfilter = { status = "ERROR" }\n'
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a command printed, and its exit status."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Commands:
+    """Runs commands in this process, on a world's database."""
+
+    def __init__(
+        self, world: World, cdn: str, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
+    ) -> None:
+        self.world = world
+        self.cdn = cdn
+        self._capsys = capsys
+        self._patch = patch
+
+    async def try_(self, *arguments: str) -> Said:
+        """Run a command, in a thread, because it brings an event loop of its own."""
+        self._patch.setattr(sys, "argv", ["receiver", *arguments])
+        self._capsys.readouterr()
+        status = await asyncio.to_thread(self._main)
+        captured = self._capsys.readouterr()
+        return Said(status=status, out=captured.out, err=" ".join(captured.err.split()))
+
+    @staticmethod
+    def _main() -> int:
+        try:
+            main()
+        except SystemExit as exit_:
+            return int(exit_.code or 0)
+        return 0
+
+    async def run(self, *arguments: str) -> str:
+        """Run a command that succeeds; return what it prints."""
+        said = await self.try_(*arguments)
+        assert said.status == 0, said
+        return said.out
+
+    async def json(self, *arguments: str) -> Any:
+        """Run a command that succeeds with --json; return what it prints."""
+        return json.loads(await self.run(*arguments, "--json"))
+
+    async def error(self, *arguments: str, status: int = 1) -> str:
+        """Run a command that fails; return what it says."""
+        said = await self.try_(*arguments)
+        assert said.status == status, said
+        return said.err
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands leave this process's logging alone, and no log gets between their lines."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    with capture_logs():
+        yield
+
+
+@pytest.fixture
+async def commands(
+    database: Database,
+    database_url: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    quiet: None,  # noqa: ARG001 - a fixture
+) -> AsyncIterator[Commands]:
+    """Commands of a receiver with two destinations, one of them filtered."""
+    (tmp_path / "receiver.toml").write_text(TWO)
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
+    monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
+    async with (
+        running(create_app(SandboxOptions())) as cdn,
+        opened(database, tmp_path / "media", cdn) as world,
+    ):
+        world.add_destination("main")
+        world.add_destination("failures", status="ERROR")
+        yield Commands(world, cdn, capsys, monkeypatch)
+
+
+async def test_dry_runs_count_by_destination(commands: Commands) -> None:
+    """E12: for people and for programs, with every filter that a replay has."""
+    world = commands.world
+    await world.add_job("job", request_id="r-1")
+    await world.add_history(plain("r-1"), plain("r-2", model="seedance-2"), failure("e-1"))
+    await world.change(events, events.c.request_id == "r-2", received_at=datetime(2026, 3, 1, 12, tzinfo=UTC))
+    counted = await commands.run("replay", "--all", "--dry-run")
+    assert counted.splitlines() == ["3 events", "main: 3 deliveries", "failures: 1 deliveries"]
+    for arguments, matched in (
+        (["r-1", "absent", str(event_id("clipia", "e-1"))], 2),
+        (["--status", "ERROR"], 1),
+        (["--model", "seedance-*"], 1),
+        (["--source", "clipia"], 3),
+        (["--caller", "shop"], 1),
+        (["--destination", "failures"], 1),
+        (["--delivery-state", "dead"], 0),
+        (["--since", "2026-03-01T12:00:01"], 2),
+        (["--until", "2026-03-01T12:00:01"], 1),
+        (["--since", "2026-03-01", "--until", "2026-03-02"], 1),
+        (["--all", "--status", "OK", "--to", "main"], 2),
+    ):
+        found = await commands.json("replay", *arguments, "--dry-run")
+        assert (arguments, found["events"]) == (arguments, matched)
+
+
+async def test_an_order_is_watched_to_its_end(commands: Commands) -> None:
+    """E12: it prints what became of it, in words or as JSON; --no-wait returns at once."""
+    world = commands.world
+    await world.add_history(plain("r-1"), plain("r-2"), failure("e-1"))
+    order = await commands.json("replay", "--all", "--no-wait", "--rate", "50", "--key", "k", "--reason", "x")
+    assert (order["state"], order["matched"], order["rate"], order["reason"]) == ("pending", 3, 50.0, "x")
+    said = await commands.try_("replay", "--all", "--no-wait", "--rate", "50", "--key", "k", "--reason", "x")
+    assert (said.status, said.out, said.err) == (0, "", f"Replay {order['id']}: 3 events")
+    async with world.working():
+        shown = await commands.run("replays", "show", order["id"], "--wait")
+        assert f"Replay {order['id']}: completed, 3 of 3 events" in shown
+        assert "main: 3 delivered" in shown
+        assert "failures: 1 delivered" in shown
+        assert "no reason given" in await commands.run("replay", "r-1", "--to", "main")
+        done = await commands.json("replay", "r-2", "--to", "main")
+        assert (done["state"], done["deliveries"]) == ("completed", {"main": {"delivered": 1}})
+    assert sorted(world.recorders["main"].subjects) == ["e-1", "r-1", "r-1", "r-2", "r-2"]
+
+
+async def test_replays_are_listed_and_shown(commands: Commands) -> None:
+    """E12: who, when, why and how far, newest first; somebody's words are no markup."""
+    assert (await commands.run("replays", "list")).strip() == "No replays."
+    await commands.world.add_history(plain("r-1"))
+    orders = [await commands.world.order(reason=f"[red]{n}", caller=f"caller-{n}") for n in range(3)]
+    listed = await commands.run("replays", "list")
+    assert [str(order["id"]) in listed for order in orders] == [True] * 3
+    assert "[red]2" in listed
+    rows = await commands.json("replays", "list", "--limit", "2")
+    assert [row["id"] for row in rows] == [str(orders[2]["id"]), str(orders[1]["id"])]
+    newest = str(orders[2]["id"])
+    assert (await commands.json("replays", "show", newest))["caller"] == "caller-2"
+    shown = await commands.run("replays", "show", newest)
+    assert "pending, 0 of 1 events" in shown
+    assert "by caller-2" in shown
+    assert "canceled" in await commands.run("replays", "cancel", newest)
+    assert "has ended" in await commands.error("replays", "cancel", newest)
+    for command in ("show", "cancel"):
+        assert "there is no replay" in await commands.error("replays", command, str(uuid.uuid4()))
+
+
+async def test_a_failed_replay_says_why(commands: Commands) -> None:
+    """E8: its error is shown, and how many files were downloaded again."""
+    order = await commands.world.order(media=True)
+    await commands.world.change(replays, state="failed", error="its steps ended 5 workers", downloads=7)
+    shown = await commands.run("replays", "show", str(order["id"]))
+    assert "its steps ended 5 workers" in shown
+    assert "7 files downloaded again" in shown
+
+
+async def test_what_is_wrong_with_an_order_is_said_at_once(commands: Commands) -> None:
+    """E12: no filter, a bad one, an unknown destination or a key of another order: nothing is ordered."""
+    await commands.world.add_history(plain("r-1"))
+    for arguments in ([], ["--to", "main"], ["--reason", "x"], ["--media"], ["--dry-run"]):
+        assert "say which events" in await commands.error("replay", *arguments)
+    assert "no destination 'absent'" in await commands.error("replay", "--all", "--to", "absent")
+    for option, value in (
+        ("--status", "ok"),
+        ("--delivery-state", "canceled"),
+        ("--rate", "0"),
+        ("--rate", "nan"),
+        ("--model", "x" * 256),
+        ("--source", "a\x00b"),
+        ("--reason", "x" * 1001),
+    ):
+        assert f"error: {option}: " in await commands.error("replay", "--all", option, value)
+    assert "--since" in await commands.error("replay", "--since", "yesterday", status=2)
+    assert (await commands.run("replays", "list")).strip() == "No replays."
+    await commands.run("replay", "--all", "--key", "k", "--no-wait")
+    assert "another replay" in await commands.error("replay", "r-1", "--key", "k", "--no-wait")
+
+
+async def test_a_bad_id_is_named_as_one(commands: Commands) -> None:
+    """E12: an empty id, or one that is too long, is told to be an id."""
+    for bad in ("", "x" * 256):
+        assert re.match("error: (the )?ids?: ", await commands.error("replay", "r-1", bad))
+
+
+async def test_a_bad_key_is_one_clear_error(commands: Commands) -> None:
+    """F8: a key that no database takes is refused before anything is ordered."""
+    await commands.world.add_history(plain("r-1"))
+    for key in ("x" * 256, "a\nb"):
+        assert "key" in (await commands.error("replay", "--all", "--key", key, "--no-wait")).lower()
+    assert (await commands.run("replays", "list")).strip() == "No replays."
+
+
+async def test_without_destinations_there_is_nothing_to_replay(commands: Commands) -> None:
+    """E12: the error says that none is configured; `route` says so, too."""
+    await commands.world.add_history(plain("r-1"))
+    Path("receiver.toml").write_text("")
+    assert "no destination is configured" in await commands.error("replay", "--all")
+    assert (await commands.run("route", "r-1")).strip() == "No destination is configured."
+
+
+async def test_route_shows_every_verdict(commands: Commands) -> None:
+    """`receiver route` says where an event goes, and which filter keeps it from the others."""
+    await commands.world.add_history(plain("r-1"), failure("e-1"))
+    await commands.world.add(b"odd")
+    await commands.world.add(plain("new"))
+    yes, no = (await commands.run("route", "r-1")).splitlines()
+    assert yes.split() == ["yes", "main"]
+    assert no.split(maxsplit=1) == ["no", "failures: status is 'OK', wanted is 'ERROR'"]
+    assert await commands.json("route", str(event_id("clipia", "e-1"))) == [
+        {"destination": "main", "refused": None},
+        {"destination": "failures", "refused": None},
+    ]
+    assert "yes main" in " ".join((await commands.run("route", "new")).split())
+    (odd,) = await commands.world.rows(events, events.c.state == "unrecognized")
+    assert "goes nowhere" in await commands.error("route", str(odd["id"]))
+    assert "no event" in await commands.error("route", "absent")
+
+
+async def test_route_knows_the_job(commands: Commands) -> None:
+    """A filter on caller or metadata is decided by the event's job, as in the fan-out."""
+    Path("receiver.toml").write_text(
+        '[[destinations]]\nname = "gold"\nurl = "file:x"\n'
+        'filter = { caller = "shop", metadata = { tier = "gold" } }\n'
+    )
+    for request_id, metadata in (("gold", {"tier": "gold"}), ("tin", {"tier": "tin"})):
+        await commands.world.add_job(request_id, request_id=request_id, metadata=metadata)
+    await commands.world.add_history(plain("gold"), plain("tin"), plain("stranger"))
+    verdicts = [(await commands.json("route", key))[0]["refused"] for key in ("gold", "tin", "stranger")]
+    assert verdicts == [
+        None,
+        "metadata.tier is 'tin', wanted is 'gold'",
+        "caller is absent, wanted is 'shop'",
+    ]
+
+
+async def kill(world: World, count: int) -> list[str]:
+    """Make dead letters; return their ids, newest first."""
+    known = {row["id"] for row in await world.rows(deliveries)}
+    await world.add_history(*(plain(f"r-{number}") for number in range(count)))
+    ids = [row["id"] for row in await world.rows(deliveries) if row["id"] not in known]
+    await world.change(
+        deliveries,
+        deliveries.c.id.in_(ids),
+        state="dead",
+        error="PublishRejected: [422]",
+        attempts=3,
+        finished_at=db_time(-86_400.0),
+    )
+    return [str(each) for each in ids[::-1]]
+
+
+async def test_deliveries_are_listed_with_their_reasons(commands: Commands) -> None:
+    """E4: newest first, in pages, by state, destination and time."""
+    assert (await commands.run("deliveries", "list")).strip() == "No deliveries."
+    await commands.world.add_history(failure("e-1"))
+    ids = await kill(commands.world, 5)
+    listed = await commands.run("deliveries", "list", "--state", "dead", "--limit", "2")
+    assert [each in listed for each in ids] == [True, True, False, False, False]
+    assert "PublishRejected: [422]" in listed
+    first = await commands.json("deliveries", "list", "--state", "dead", "--limit", "2")
+    rest = await commands.json("deliveries", "list", "--state", "dead", "--before", first[-1]["id"])
+    assert [row["id"] for row in first + rest] == ids
+    assert (first[0]["request_id"], first[0]["attempts"]) == ("r-4", 3)
+    for arguments, count in (
+        (["--destination", "failures"], 1),
+        (["--since", "2100-01-01"], 0),
+        (["--until", "2020-01-01"], 0),
+        (["--since", "2020-01-01", "--until", "2100-01-01"], 7),
+    ):
+        assert len(await commands.json("deliveries", "list", *arguments)) == count
+    assert "no delivery's id" in await commands.error("deliveries", "list", "--before", "r-1")
+
+
+async def test_dead_letters_are_retried(commands: Commands) -> None:
+    """E4, E15: by id, by filter or all of them; what does not fit is said, and is exit status 1."""
+    ids = await kill(commands.world, 6)
+    assert await commands.run("deliveries", "retry", ids[0], ids[1]) == "main: 2 restarted\n"
+    assert "No dead letter fits" in await commands.error("deliveries", "retry", ids[0])
+    assert "No dead letter fits" in await commands.error("deliveries", "retry", "--destination", "absent")
+    yesterday = (datetime.now(UTC) - timedelta(hours=25)).strftime("%Y-%m-%dT%H:%M:%S")
+    assert "No dead letter fits" in await commands.error("deliveries", "retry", "--until", yesterday)
+    await commands.world.change(
+        deliveries, deliveries.c.id == uuid.UUID(ids[2]), finished_at=db_time(-172_800.0)
+    )
+    assert await commands.json("deliveries", "retry", "--until", yesterday) == {"restarted": {"main": 1}}
+    assert await commands.json("deliveries", "retry", "--since", yesterday, ids[3]) == {
+        "restarted": {"main": 1}
+    }
+    assert await commands.run("deliveries", "retry", "--all") == "main: 2 restarted\n"
+    assert "say which dead letters" in await commands.error("deliveries", "retry")
+    assert "no delivery's id" in await commands.error("deliveries", "retry", "r-1")
+    assert await commands.world.states(deliveries) == {"pending": 6}
+    records = await commands.world.rows(attempts)
+    assert {row["outcome"] for row in records} == {"restarted"}
+    assert all(re.fullmatch("by .+ on the command line", row["error"]) for row in records)
+
+
+async def test_retrying_everything_comes_to_an_end(
+    commands: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E4: in batches, each dead letter once, also where the destination refuses them again at once."""
+    await kill(commands.world, 7)
+    monkeypatch.setattr(import_module("receiver.cli.deliveries"), "BATCH", 3)
+    restart = outbox.restart
+    batches = 0
+
+    async def refused_at_once(connection: Any, *arguments: Any, **options: Any) -> dict[str, int]:
+        nonlocal batches
+        batches += 1
+        assert batches < 6, "it goes round in circles"
+        done = await restart(connection, *arguments, **options)
+        again = deliveries.update().where(deliveries.c.state == "pending")
+        await connection.execute(again.values(state="dead", finished_at=db_time(0.0)))
+        return done
+
+    monkeypatch.setattr(outbox, "restart", refused_at_once)
+    assert await commands.run("deliveries", "retry", "--all") == "main: 7 restarted\n"
+
+
+async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D11: every stored file is read; what is damaged is listed, with what to do, as exit status 1."""
+    monkeypatch.setattr(import_module("receiver.cli.media"), "PAGE", 2)
+    assert await commands.run("media", "verify") == "0 intact, 0 damaged\n"
+    world = commands.world
+    for number in range(5):
+        await world.add(with_files(commands.cdn, f"r-{number}", f"/sandbox/{number}.png"))
+    async with world.working():
+        await world.until_states(media, stored=5)
+    assert await commands.run("media", "verify") == "5 intact, 0 damaged\n"
+    assert await commands.run("media", "verify", "--since", "2100-01-01") == "0 intact, 0 damaged\n"
+    paths = [Path(row["uri"].removeprefix("file://")) for row in await world.rows(media)]
+    paths[0].unlink()
+    paths[3].write_bytes(b"x" * paths[3].stat().st_size)
+    said = await commands.try_("media", "verify")
+    assert said.status == 1
+    lines = said.out.splitlines()
+    assert lines[:3] == [
+        f"missing  file://{paths[0]} of r-0",
+        f"changed  file://{paths[3]} of r-3",
+        "3 intact, 2 damaged",
+    ]
+    assert "receiver replay --media" in said.out
+    said = await commands.try_("media", "verify", "--json")
+    found = json.loads(said.out)
+    assert (said.status, found["intact"]) == (1, 3)
+    assert [(row["request_id"], row["finding"]) for row in found["damaged"]] == [
+        ("r-0", "missing"),
+        ("r-3", "changed"),
+    ]
+    async with world.working():
+        assert "2 files downloaded again" in await commands.run("replay", "r-0", "r-3", "--media")
+    assert await commands.run("media", "verify") == "5 intact, 0 damaged\n"
+    paths[1].unlink()
+    paths[1].mkdir()
+    assert "Cannot use" in await commands.error("media", "verify")

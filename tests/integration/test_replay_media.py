@@ -1,0 +1,498 @@
+"""Replays with `media`: what is missing or damaged is downloaded again, from where Clipia has it now."""
+
+import uuid
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+from eventkit import World, opened, plain, until, with_files
+from servers import free_port
+from sqlalchemy import select
+
+from receiver import replay
+from receiver.clipia import Call, ClipiaClient
+from receiver.db import accounts, inbox, outbox
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.rows import MediaRow, StoredEvent
+from receiver.db.tables import accounts as account_rows
+from receiver.db.tables import attempts, deliveries, events, media
+from receiver.errors import DatabaseUnavailable, StorageUnavailable
+from receiver.media.verify import verify
+from receiver.pipeline import FRESH_URLS
+from receiver.reconcile import FreshUrls
+from receiver.sandbox import SandboxOptions, create_app, running
+from receiver.webhook import result_body
+
+IMAGE = "/sandbox/sample-image.png"
+PICTURE = "/sandbox/another.webp"
+ABSENT = "/works/absent.txt"
+SPEECH, PAIR = "gemini-3-1-flash-tts", "nano-banana-2"
+"""A model whose results have one file, and one with two: an original, and what is made of it for display."""
+PROMPT = b'{"input":{"prompt":"a cat"}}'
+
+
+@pytest.fixture
+async def clipia() -> AsyncIterator[str]:
+    """A sandbox: Clipia's API and its CDN."""
+    async with running(create_app(SandboxOptions(duration=0.05))) as url:
+        yield url
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path, clipia: str) -> AsyncIterator[World]:
+    """Everything but the web, without destinations."""
+    async with opened(database, tmp_path / "media", clipia) as made:
+        yield made
+
+
+@pytest.fixture
+async def client(clipia: str) -> AsyncIterator[ClipiaClient]:
+    """The API of the sandbox."""
+    opened_client = ClipiaClient("clipia_live_x", base_url=clipia)
+    yield opened_client
+    await opened_client.close()
+
+
+def path_of(row: dict[str, Any]) -> Path:
+    """Return where a file is stored."""
+    return Path(row["uri"].removeprefix("file://"))
+
+
+async def store(world: World, *contents: bytes, source: str = "clipia") -> list[dict[str, Any]]:
+    """Store events and their files, deliver them, and return the rows of the files."""
+    for content in contents:
+        await world.add(content, source=source)
+    async with world.working():
+
+        async def is_done() -> bool:
+            states = await world.states(deliveries)
+            return states["delivered"] == len(contents) * len(world.targets)
+
+        await until(is_done)
+    return await world.rows(media)
+
+
+def files_in(message: CloudEvent) -> list[dict[str, Any]]:
+    """Return the files as a message lists them."""
+    data: Any = message.get_data()
+    files: list[dict[str, Any]] = data["media"]
+    return files
+
+
+async def test_missing_and_changed_files_are_downloaded_again(world: World, clipia: str) -> None:
+    """D11: what is gone, cut off or overwritten comes again; what is intact is not touched."""
+    main = world.add_destination("main")
+    contents = [with_files(clipia, f"r-{number}", IMAGE, PICTURE) for number in range(4)]
+    rows = await store(world, *contents, plain("without"))
+    originals = {row["id"]: path_of(row).read_bytes() for row in rows}
+    missing, changed, short = (path_of(rows[index]) for index in (0, 2, 5))
+    missing.unlink()
+    changed.write_bytes(bytes(changed.stat().st_size))
+    short.write_bytes(short.read_bytes()[:-1])
+    tries = len(await world.rows(attempts))
+    order = await world.order(media=True)
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["downloads"], done["ordered"]) == (3, 5)
+    again = await world.rows(media)
+    assert {row["id"]: path_of(row).read_bytes() for row in again} == originals
+    assert [row["state"] for row in again] == ["stored"] * 8
+    assert [row["restarted_at"] is not None for row in again] == [index in (0, 2, 5) for index in range(8)]
+    assert [row["attempts"] for row in again] == [1] * 8
+    assert len(await world.rows(attempts)) == tries + 3 + 5
+    assert await world.states(events) == {"ready": 5}
+    for message in main.replayed(order["id"]):
+        assert {file["state"] for file in files_in(message)} <= {"stored"}
+
+
+async def test_without_media_no_file_is_looked_at(world: World, clipia: str) -> None:
+    """D11: a plain replay sends what is on record and downloads nothing."""
+    main = world.add_destination("main")
+    (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
+    path_of(row).unlink()
+    order = await world.order()
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert done["downloads"] == 0
+    assert not path_of(row).exists()
+    assert len(main.replayed(order["id"])) == 1
+
+
+async def test_deliveries_wait_for_what_is_downloaded_again(world: World, clipia: str) -> None:
+    """D11: who waits for media gets the message once the file is there; who does not, at once."""
+    late, early = world.add_destination("late"), world.add_destination("early", waits_for_media=False)
+    rows = await store(world, with_files(clipia, "r-1", IMAGE), with_files(clipia, "r-2", PICTURE))
+    path_of(rows[0]).unlink()
+    order = await world.order(media=True)
+    (work,) = await world.replay_lane().claim(1)
+    await work.run()
+    held = await world.rows(
+        deliveries, deliveries.c.next_attempt_at.is_(None), deliveries.c.state == "pending"
+    )
+    assert [(row["destination"], row["replay_id"]) for row in held] == [("late", order["id"])]
+    assert await world.states(events) == {"fetching": 1, "ready": 1}
+    lane = world.delivery_lane(1)
+    for each in await lane.claim(10):
+        await each.run()
+    shown = {str(message.get_subject()): files_in(message) for message in early.replayed(order["id"])}
+    assert {subject: file["state"] for subject, (file,) in shown.items()} == {
+        "r-1": "pending",
+        "r-2": "stored",
+    }
+    async with world.working():
+        await world.until_replayed(order)
+    assert {file["state"] for message in late.replayed(order["id"]) for file in files_in(message)} == {
+        "stored"
+    }
+    assert path_of(rows[0]).exists()
+
+
+async def test_a_replay_of_an_event_in_fetching_waits_with_it(world: World, clipia: str) -> None:
+    """D11: files that were never stored yet are not ordered twice; the replay's delivery waits for them."""
+    main = world.add_destination("main")
+    await world.add(with_files(clipia, "r-1", IMAGE))
+    await world.fan_out()
+    order = await world.order(media=True)
+    (work,) = await world.replay_lane().claim(1)
+    await work.run()
+    (row,) = await world.rows(media)
+    assert (row["state"], row["restarted_at"]) == ("pending", None)
+    async with world.working():
+        done = await world.until_replayed(order)
+        await world.until_states(deliveries, delivered=2)
+    assert done["downloads"] == 0
+    assert [files_in(message)[0]["state"] for message in main.published] == ["stored", "stored"]
+
+
+async def test_files_that_settle_in_mid_step_hold_nothing_back(
+    world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D11: the last file is stored between a step's look and its commit: its delivery is due all the same."""
+    world.add_destination("main")
+    await world.add(with_files(clipia, "r-1", IMAGE))
+    await world.fan_out()
+    order = await world.order()
+    load_media = outbox.load_media
+
+    async def then_store(*arguments: Any) -> Any:
+        found = await load_media(*arguments)
+        monkeypatch.setattr(outbox, "load_media", load_media)
+        await world.change(media, state="stored")
+        async with world.database.write() as connection:
+            await outbox.settle(connection, 1)
+        return found
+
+    monkeypatch.setattr(outbox, "load_media", then_store)
+    lane = world.replay_lane()
+    (work,) = await lane.claim(1)
+    await work.run()
+    rows = await world.rows(deliveries, deliveries.c.replay_id == order["id"])
+    assert [row["next_attempt_at"] is not None for row in rows] == [True]
+
+
+@pytest.mark.parametrize("state", ["gone", "blocked"])
+async def test_files_that_were_given_up_get_another_chance(world: World, clipia: str, state: str) -> None:
+    """D15: what was gone or blocked is tried again from the start, and stored where it is there now."""
+    main = world.add_destination("main")
+    await store(world, with_files(clipia, "r-1", IMAGE))
+    await world.change(
+        media, state=state, error="404", attempts=9, created_at=db_time(-90_000.0), size=None, sha256=None
+    )
+    order = await world.order(media=True)
+    async with world.working():
+        await world.until_replayed(order)
+    (row,) = await world.rows(media)
+    assert (row["state"], row["error"], row["attempts"]) == ("stored", None, 1)
+    (message,) = main.replayed(order["id"])
+    assert files_in(message)[0]["state"] == "stored"
+
+
+async def test_a_restarted_download_has_all_its_time_again(world: World, clipia: str) -> None:
+    """D15: its hour starts over: an old file that is still missing is not given up at its first try."""
+    world.add_destination("main")
+    await store(world, with_files(clipia, "r-1", IMAGE))
+    await world.change(media, state="gone", url=clipia + ABSENT, created_at=db_time(-90_000.0), attempts=9)
+    await world.order(media=True)
+    async with world.working():
+
+        async def is_tried() -> bool:
+            (row,) = await world.rows(media)
+            return row["attempts"] == 1 and row["error"] is not None
+
+        await until(is_tried)
+    (row,) = await world.rows(media)
+    assert row["state"] == "pending"
+
+
+async def test_a_file_that_is_not_to_be_had_again_is_told_as_such(world: World, clipia: str) -> None:
+    """D15: lost here and gone there: the message goes out, says so, and names no file that is not there."""
+    main = world.add_destination("main")
+    (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
+    path_of(row).unlink()
+    await world.change(media, url=clipia + ABSENT)
+    order = await world.order(media=True)
+    (work,) = await world.replay_lane().claim(1)
+    await work.run()
+    await world.change(media, attempts=5, restarted_at=db_time(-3601.0))
+    async with world.working():
+        await world.until_replayed(order)
+    (message,) = main.replayed(order["id"])
+    (file,) = files_in(message)
+    assert (file["state"], "404" in file["error"]) == ("gone", True)
+    assert (file["uri"], file["sha256"], file["size"]) == (None, None, None)
+
+
+async def test_a_storage_that_is_away_holds_a_replay_up(
+    world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D16: files that cannot be read just now are not taken for damaged."""
+    monkeypatch.setattr(replay, "PAUSE", 0.0)
+    world.add_destination("main")
+    (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
+    order = await world.order(media=True)
+    read = world.storage.open
+
+    async def away(_key: str) -> AsyncIterator[bytes]:
+        raise StorageUnavailable("the disk is gone", reason="error")
+        yield b""
+
+    lane = world.replay_lane()
+    monkeypatch.setattr(world.storage, "open", away)
+    (work,) = await lane.claim(1)
+    await work.run()
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"]) == ("pending", 0)
+    assert "the disk is gone" in shown["error"]
+    monkeypatch.setattr(world.storage, "open", read)
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["downloads"], done["error"]) == (0, None)
+    assert await world.rows(media) == [row]
+
+
+async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
+    """D11: intact, missing, or changed, be it by its length or by its content."""
+    world.add_destination("main")
+    (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
+    path, content = path_of(row), path_of(row).read_bytes()
+
+    async def finding() -> str:
+        return await verify(world.storage, row["storage_key"], size=row["size"], sha256=row["sha256"])
+
+    assert await finding() == "intact"
+    for damaged in (b"", content[:-1], content + b"\x00", bytes([content[0] ^ 1]) + content[1:]):
+        path.write_bytes(damaged)
+        assert await finding() == "changed"
+    path.unlink()
+    assert await finding() == "missing"
+
+
+async def generate(client: ClipiaClient, model: str = SPEECH) -> bytes:
+    """Have the sandbox generate something; return the body of its webhook."""
+    accepted = await client.submit(model, PROMPT, key=uuid.uuid4(), call=Call())
+
+    async def finished() -> dict[str, Any] | None:
+        status = await client.status(accepted.request_id, call=Call())
+        return await client.result(accepted.request_id, call=Call()) if status.terminal else None
+
+    return result_body(accepted.request_id, "COMPLETED", await until(finished))
+
+
+async def move_files(world: World, clipia: str) -> list[dict[str, Any]]:
+    """Lose the stored files, and let their URLs be those of before they moved; return the rows of before."""
+    rows = await world.rows(media)
+    for row in rows:
+        path_of(row).unlink()
+    await world.change(media, url=clipia + ABSENT)
+    return rows
+
+
+async def test_a_file_that_moved_is_found_through_a_fresh_url(
+    world: World, clipia: str, client: ClipiaClient
+) -> None:
+    """D15: its URL answers 404: Clipia is asked where it is now, and it is stored from there."""
+    main = world.add_destination("main")
+    world.fresh_url = FreshUrls(world.database, client).find
+    await store(world, await generate(client))
+    (before,) = await move_files(world, clipia)
+    order = await world.order(media=True)
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert done["downloads"] == 1
+    (row,) = await world.rows(media)
+    assert [row[name] for name in ("state", "url", "sha256")] == ["stored", before["url"], before["sha256"]]
+    assert path_of(row).exists()
+    (message,) = main.replayed(order["id"])
+    assert [(file["url"], file["state"]) for file in files_in(message)] == [(before["url"], "stored")]
+    async with world.database.read() as connection:
+        account = (await connection.execute(select(account_rows))).mappings().one()
+    assert account["polls_until"] > 0, "the call is taken out of the account's share"
+
+
+async def test_all_files_of_a_result_that_moved_are_found(
+    world: World, clipia: str, client: ClipiaClient
+) -> None:
+    """D15: one answer tells of every file: the second one need not wait for another call's turn."""
+    world.add_destination("main")
+    world.fresh_url = FreshUrls(world.database, client).find
+    await store(world, await generate(client, PAIR))
+    before = await move_files(world, clipia)
+    assert len(before) == 2
+    await world.order(media=True)
+    async with world.working():
+
+        async def are_back() -> bool:
+            rows = await world.rows(media)
+            found = [(row["state"], row["url"]) for row in rows]
+            return found == [("stored", row["url"]) for row in before]
+
+        await until(are_back, seconds=8)
+
+
+async def test_a_live_download_finds_its_fresh_url_too(
+    world: World, clipia: str, client: ClipiaClient
+) -> None:
+    """D15: an event that came in late, when its file had moved already, gets it all the same."""
+    world.add_destination("main")
+    world.fresh_url = FreshUrls(world.database, client).find
+    await world.add(await generate(client))
+    await world.fan_out()
+    await world.change(media, url=clipia + ABSENT)
+    async with world.working():
+        await world.until_states(deliveries, delivered=1)
+    assert await world.states(media) == {"stored": 1}
+
+
+@pytest.mark.parametrize("path", [IMAGE, ABSENT])
+async def test_a_download_that_comes_too_late_changes_nothing(world: World, clipia: str, path: str) -> None:
+    """E10: a worker whose lease was lost meanwhile records neither the file nor its failure."""
+    world.add_destination("main")
+    await world.add(with_files(clipia, "r-1", path))
+    await world.fan_out()
+    for tries in (0, 5):
+        await world.change(media, attempts=tries, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+        (late,) = await world.media_lane().claim(1)
+        await world.change(media, lease=uuid.uuid4())
+        before = await world.rows(media)
+        await late.run()
+        assert await world.rows(media) == before
+        assert await world.rows(attempts) == []
+    assert await world.states(events) == {"fetching": 1}
+
+
+async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
+    """D15: a file that is not at its fresh URL either is asked for three times, then given up like others."""
+    world.add_destination("main")
+    asked: list[str] = []
+
+    async def elsewhere(_event: StoredEvent, row: MediaRow) -> str | None:
+        asked.append(row.url)
+        return f"{clipia}/works/absent-{len(asked)}.txt"
+
+    world.fresh_url = elsewhere
+    await world.add(with_files(clipia, "r-1", ABSENT))
+    async with world.working():
+        for number in range(1, FRESH_URLS + 2):
+
+            async def is_tried(tries: int = number) -> bool:
+                (*_, row) = await world.rows(media) or [{"attempts": 0, "lease": None}]
+                return row["attempts"] >= tries and row["lease"] is None
+
+            await until(is_tried)
+            await world.change(media, next_attempt_at=db_time(0.0))
+    assert asked == [f"{clipia}{ABSENT}", *(f"{clipia}/works/absent-{n}.txt" for n in range(1, FRESH_URLS))]
+    outcomes = {row["outcome"] for row in await world.rows(attempts)}
+    assert outcomes == {"retry"}
+
+
+async def test_the_same_url_again_is_no_news(world: World, clipia: str) -> None:
+    """D15: where Clipia names the old URL, the file is missing like any other, with the schedule for that."""
+    world.add_destination("main")
+
+    async def the_same(_event: StoredEvent, row: MediaRow) -> str | None:
+        return row.url
+
+    world.fresh_url = the_same
+    await world.add(with_files(clipia, "r-1", ABSENT))
+    async with world.working():
+
+        async def is_tried() -> bool:
+            return bool(await world.rows(attempts))
+
+        await until(is_tried)
+        await world.change(media, attempts=5, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+        await world.until_states(deliveries, delivered=1)
+    assert await world.states(media) == {"gone": 1}
+
+
+def another(event: StoredEvent, **changes: Any) -> StoredEvent:
+    """Return an event like this one."""
+    return StoredEvent(
+        **({name: getattr(event, name) for name in StoredEvent.__dataclass_fields__} | changes)
+    )
+
+
+async def read_event(world: World) -> tuple[StoredEvent, MediaRow]:
+    """Return the only event and its first file."""
+    async with world.database.read() as connection:
+        event = (await inbox.load_events(connection, [1]))[1]
+        return event, (await outbox.load_media(connection, [1]))[1][0]
+
+
+async def test_what_clipia_does_not_know_stays_unknown(
+    world: World, clipia: str, client: ClipiaClient
+) -> None:
+    """D15: no answer, request, result or call left, or another source: then there is no fresh URL."""
+    fresh = FreshUrls(world.database, client)
+    await world.add(await generate(client))
+    await world.fan_out()
+    event, file = await read_event(world)
+    row = {name: getattr(file, name) for name in MediaRow.__dataclass_fields__}
+    async with httpx.AsyncClient(base_url=clipia) as control:
+        (await control.patch("/_sandbox/options", json={"duration": 600})).raise_for_status()
+    unfinished = await client.submit(SPEECH, PROMPT, key=uuid.uuid4(), call=Call())
+
+    async def find(seq: int, wanted: MediaRow = file, **changes: Any) -> str | None:
+        await world.change(account_rows, polls_until=0.0)
+        return await fresh.find(another(event, seq=seq, **changes), wanted)
+
+    assert await find(1) == file.url
+    assert await find(2, MediaRow(**(row | {"position": 7}))) is None
+    assert await find(3, source="staging") is None
+    assert await find(4, request_id=str(uuid.uuid4())) is None
+    assert await find(5, request_id=unfinished.request_id) is None
+    assert await find(6) == file.url
+    event = another(event, seq=7)
+    nobody = ClipiaClient("clipia_live_x", base_url=f"http://127.0.0.1:{free_port()}")
+    assert await FreshUrls(world.database, nobody).find(event, file) is None
+    await nobody.close()
+    event = another(event, seq=8)
+    async with world.database.write() as connection:
+        limits, now = await accounts.lock(connection, client.account)
+        await accounts.save(connection, client.account, limits.taking("poll", 1000, now))
+    assert await fresh.find(event, file) is None
+
+
+async def test_a_database_that_is_away_costs_a_download_no_result(
+    world: World, clipia: str, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E3: the limits cannot be read just now: the download's failure is put on record without a fresh URL."""
+    world.add_destination("main")
+    world.fresh_url = FreshUrls(world.database, client).find
+
+    async def away(*_arguments: Any) -> Any:
+        raise DatabaseUnavailable("away", reason="database")
+
+    monkeypatch.setattr(accounts, "lock", away)
+    await world.add(with_files(clipia, "r-1", ABSENT))
+    async with world.working():
+
+        async def is_tried() -> bool:
+            return bool(await world.rows(attempts))
+
+        await until(is_tried, seconds=5)

@@ -1,0 +1,860 @@
+"""Replays and restarted dead letters, from the order to the message, on both databases."""
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from alembic import command
+from cloudevents.core.v1.event import CloudEvent
+from eventkit import World, opened, plain, until
+from payloads import failure
+from servers import Postgres
+from sqlalchemy import Connection, insert, select
+
+from receiver import replay
+from receiver.db import jobs as job_rows
+from receiver.db import migrate, outbox
+from receiver.db import replays as replay_rows
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.engine import Database
+from receiver.db.rows import event_id
+from receiver.db.selection import Selection
+from receiver.db.tables import deliveries, events, replays
+from receiver.errors import DatabaseUnavailable, PublishFailed, Refused
+from receiver.lanes import MAX_LOST, Work
+from receiver.replay import ReplayLane, ReplayRequest
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """Everything but the web, without destinations."""
+    async with opened(database, tmp_path / "media") as made:
+        yield made
+
+
+async def test_an_order_sends_stored_events_again(world: World) -> None:
+    """E12: the same event ids, new delivery ids and the replay's id in every message, and who and why."""
+    first, second = world.add_destination("first"), world.add_destination("second")
+    for number in range(3):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, delivered=6)
+        live = list(first.published)
+        order = await world.order(selection={}, reason="the shop lost its disk", caller="ops")
+        done = await world.until_replayed(order)
+    assert {name: done[name] for name in ("state", "caller", "reason", "matched", "handled", "ordered")} == {
+        "state": "completed",
+        "caller": "ops",
+        "reason": "the shop lost its disk",
+        "matched": 3,
+        "handled": 3,
+        "ordered": 6,
+    }
+    assert done["deliveries"] == {"first": {"delivered": 3}, "second": {"delivered": 3}}
+    assert (done["downloads"], done["error"], done["media"], done["rate"]) == (0, None, False, None)
+    assert done["finished_at"] >= done["created_at"]
+    for recorder in (first, second):
+        again = recorder.replayed(order["id"])
+        assert sorted(event.get_id() for event in again) == sorted(event.get_id() for event in live)
+        assert {event.get_extension("attempt") for event in again} == {1}
+    assert {event.get_extension("replayid") for event in live} == {None}
+    before = {message.get_id(): message for message in live}
+    for message in first.replayed(order["id"]):
+        assert message.get_data() == before[message.get_id()].get_data()
+        assert message.get_time() == before[message.get_id()].get_time()
+    ids = [event.get_extension("deliveryid") for event in first.published + second.published]
+    assert len(set(ids)) == 12
+    assert await world.states(deliveries) == {"delivered": 12}
+
+
+async def test_two_orders_are_two_replays(world: World) -> None:
+    """E12: without a key each order stands for itself; every event arrives once more for each."""
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(5)))
+    orders = [await world.order() for _ in range(2)]
+    async with world.working():
+        for order in orders:
+            await world.until_replayed(order)
+    for order in orders:
+        assert sorted(event.get_subject() or "" for event in main.replayed(order["id"])) == [
+            f"r-{number}" for number in range(5)
+        ]
+    assert len(main.published) == 10
+
+
+async def seed_selections(world: World) -> datetime:
+    """Store events that differ in all that a selection asks for; return a moment between them."""
+    world.add_destination("main")
+    world.add_destination("seedance", model="seedance-*")
+    await world.add(plain("image", model="nano-banana-2"))
+    await world.add(plain("video", model="seedance-2"))
+    await world.add(plain("pro", model="seedance-pro_max"))
+    await world.add(plain("odd", model="100%_wide\\x"))
+    await world.add(plain("staging", model="seedance-2"), source="staging")
+    await world.add(failure("broken"))
+    await world.add_job("by shop", request_id="image")
+    await world.add_job("by blog", request_id="video", caller="blog")
+    await world.add_job("elsewhere", request_id="pro", source="staging")
+    await world.fan_out()
+    await world.add(b"strange")
+    await world.add(plain("new"))
+    to = {
+        name: deliveries.c.event_seq.in_(select(events.c.seq).where(events.c.request_id.in_(ids)))
+        for name, ids in {"early": ("image", "video"), "broken": ("broken",)}.items()
+    }
+    await world.change(deliveries, state="delivered", finished_at=db_time(0.0))
+    await world.change(deliveries, to["broken"], state="dead")
+    await world.change(deliveries, to["early"], deliveries.c.destination == "seedance", state="pending")
+    between = datetime.now(UTC) - timedelta(days=3)
+    for request_id, days in (("image", 5), ("video", 4), ("pro", 2)):
+        await world.change(
+            events,
+            events.c.request_id == request_id,
+            received_at=between + timedelta(days=3 - days),
+        )
+    return between
+
+
+async def test_a_selection_is_all_its_conditions(world: World) -> None:
+    """E12: each field, and several together; what is not through the fan-out is never part of a replay."""
+    between = await seed_selections(world)
+    everything = {"image", "video", "pro", "odd", "staging", "broken"}
+    known = str(event_id("clipia", "video"))
+    exactly = between - timedelta(days=1)
+    cases: list[tuple[dict[str, Any], set[str]]] = [
+        ({}, everything),
+        ({"ids": ["image", "absent", known]}, {"image", "video"}),
+        ({"ids": ["absent", str(uuid.uuid4())]}, set()),
+        ({"since": between}, everything - {"image", "video"}),
+        ({"until": between}, {"image", "video"}),
+        ({"since": exactly, "until": between}, {"video"}),
+        ({"until": exactly}, {"image"}),
+        ({"status": "OK"}, everything - {"broken"}),
+        ({"status": "ERROR"}, {"broken"}),
+        ({"model": "seedance-2"}, {"video", "staging"}),
+        ({"model": "seedance-?"}, {"video", "staging"}),
+        ({"model": "seedance-*"}, {"video", "pro", "staging"}),
+        ({"model": "*"}, everything - {"broken"}),
+        ({"model": "100%_wide\\?"}, {"odd"}),
+        ({"model": "100%*"}, {"odd"}),
+        ({"model": "seedance-pro?max"}, {"pro"}),
+        ({"model": "seedance_*"}, set()),
+        ({"model": "%"}, set()),
+        ({"source": "staging"}, {"staging"}),
+        ({"source": "absent"}, set()),
+        ({"caller": "shop"}, {"image"}),
+        ({"caller": "blog"}, {"video"}),
+        ({"destination": "seedance"}, {"video", "pro", "staging"}),
+        ({"delivery_state": "dead"}, {"broken"}),
+        ({"delivery_state": "pending"}, {"video"}),
+        ({"destination": "main", "delivery_state": "pending"}, set()),
+        ({"destination": "seedance", "delivery_state": "delivered"}, {"pro", "staging"}),
+        ({"status": "OK", "source": "clipia", "model": "seedance-*", "caller": "blog"}, {"video"}),
+        ({"status": "ERROR", "model": "*"}, set()),
+    ]
+    found = []
+    for given, _ in cases:
+        selection = Selection.model_validate(given)
+        async with world.database.read() as connection:
+            rows = await replay_rows.select_events(connection, selection, after_seq=0)
+            assert await replay_rows.count(connection, selection) == len(rows)
+        found.append((given, {event.request_id for event, _, _ in rows}))
+    assert found == cases
+
+
+async def test_globs_mean_the_same_on_every_database(world: World) -> None:
+    """E12: models are told apart by case, as in the filters of destinations, on SQLite, too."""
+    await seed_selections(world)
+    counts = [
+        (await world.dry_run(selection={"model": glob}))["events"]
+        for glob in ("seedance-*", "SEEDANCE-*", "Seedance-?", "SEEDANCE-2")
+    ]
+    assert counts == [3, 0, 0, 0]
+
+
+async def test_a_page_follows_another(world: World) -> None:
+    """Events come by `seq`, from the one behind `after_seq` up to `until_seq`, in pages."""
+    await world.add_history(*(plain(f"r-{number}") for number in range(7)))
+    seqs = [row["seq"] for row in await world.rows(events)]
+    async with world.database.read() as connection:
+        page = await replay_rows.select_events(
+            connection, Selection(), after_seq=seqs[1], until_seq=seqs[5], limit=3
+        )
+    assert [(event.seq, model, state) for event, model, state in page] == [
+        (seq, "m", "ready") for seq in seqs[2:5]
+    ]
+
+
+async def test_a_replay_to_one_destination_leaves_the_others_alone(world: World) -> None:
+    """E12: `to` names who gets it; one that was added later is filled from history."""
+    old = world.add_destination("old")
+    await world.add_history(*(plain(f"r-{number}") for number in range(4)))
+    new = world.add_destination("new")
+    order = await world.order(to=["new", "new"])
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert done["deliveries"] == {"new": {"delivered": 4}}
+    assert done["ordered"] == 4
+    assert sorted(new.subjects) == [f"r-{number}" for number in range(4)]
+    assert old.published == []
+
+
+async def test_orders_that_cannot_be_carried_out_are_refused(world: World) -> None:
+    """E12: a destination that is not there, or none at all, is an error, and nothing is on record."""
+    with pytest.raises(Refused, match="no destination is configured") as caught:
+        await world.order()
+    assert (caught.value.status, caught.value.code) == (400, "invalid_request")
+    with pytest.raises(Refused, match="configured: none"):
+        await world.order(to=["main"])
+    world.add_destination("main")
+    world.add_destination("other")
+    for ask in (world.order, world.dry_run):
+        with pytest.raises(Refused, match="no destination 'mian'; configured: main, other"):
+            await ask(to=["main", "mian"])
+    assert await world.rows(replays) == []
+
+
+async def test_a_dry_run_counts_what_then_happens(world: World) -> None:
+    """E12: filters hold for replays, and the numbers by destination are those of the real thing."""
+    recorders = {
+        "all": world.add_destination("all"),
+        "seedance": world.add_destination("seedance", model="seedance-*", waits_for_media=False),
+        "shop": world.add_destination("shop", caller="shop"),
+        "none": world.add_destination("none", source="elsewhere"),
+    }
+    for number in range(30):
+        await world.add(plain(f"r-{number}", model=("seedance-2", "nano")[number % 2]))
+        if number % 5 == 0:
+            await world.add_job(f"{number}", request_id=f"r-{number}")
+    await world.fan_out()
+    await world.change(deliveries, state="delivered", next_attempt_at=None)
+    await world.add(b"strange")
+    wanted: dict[str, Any] = {"selection": {"source": "clipia"}, "to": ["all", "seedance", "shop", "none"]}
+    counted = await world.dry_run(**wanted)
+    assert counted == {"events": 30, "deliveries": {"all": 30, "seedance": 15, "shop": 6, "none": 0}}
+    assert await world.rows(replays) == []
+    order = await world.order(**wanted)
+    assert order["matched"] == counted["events"]
+    async with world.working():
+        done = await world.until_replayed(order)
+    sent = {name: len(recorder.replayed(order["id"])) for name, recorder in recorders.items()}
+    assert sent == counted["deliveries"]
+    assert {name: sum(counts.values()) for name, counts in done["deliveries"].items()} == {
+        name: count for name, count in counted["deliveries"].items() if count
+    }
+
+
+async def test_a_dry_run_goes_through_all_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12: more events than fit a page are all counted."""
+    world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(25)))
+    select_events = replay_rows.select_events
+    pages = 0
+
+    async def by_ten(*arguments: Any, **options: Any) -> Any:
+        nonlocal pages
+        pages += 1
+        return await select_events(*arguments, **options, limit=10)
+
+    monkeypatch.setattr(replay_rows, "select_events", by_ten)
+    assert await world.dry_run() == {"events": 25, "deliveries": {"main": 25}}
+    assert pages == 4
+
+
+async def test_a_key_stands_for_one_order(world: World) -> None:
+    """E12: the same order twice starts nothing new; another order under its key is a conflict."""
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(3)))
+    order = await world.order(key="monday", selection={"status": "OK"}, rate=500, reason="disk")
+    async with world.working():
+        await world.until_replayed(order)
+        again = await world.order(key="monday", selection={"status": "OK"}, rate=500, reason="disk")
+        assert (again["id"], again["state"]) == (order["id"], "completed")
+        others: list[dict[str, Any]] = [
+            {"selection": {"status": "ERROR"}},
+            {"selection": {"status": "OK"}, "media": True},
+            {"selection": {"status": "OK"}, "rate": 1},
+            {"selection": {"status": "OK"}, "to": ["main"]},
+        ]
+        for changes in others:
+            values: dict[str, Any] = {"rate": 500, "reason": "disk"} | changes
+            with pytest.raises(Refused, match="another replay") as caught:
+                await world.order(key="monday", **values)
+            assert (caught.value.status, caught.value.code) == (409, "idempotency_key_reuse")
+        theirs = await world.order(key="monday", caller="somebody else")
+        assert theirs["id"] != order["id"]
+        await world.until_replayed(theirs)
+    assert len(await world.rows(replays)) == 2
+    assert len(main.published) == 6
+
+
+async def test_a_key_used_many_times_at_once_is_one_replay(world: World) -> None:
+    """E12: eight callers of one key at the same moment get the same replay."""
+    world.add_destination("main")
+    await world.add_history(plain("r-1"))
+    orders = await asyncio.gather(*(world.order(key="k", selection={}) for _ in range(8)))
+    assert len({order["id"] for order in orders}) == 1
+    assert len(await world.rows(replays)) == 1
+
+
+async def test_several_workers_make_each_delivery_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E15: three workers carry out two replays of 150 events: no double and no gap."""
+    monkeypatch.setattr(replay, "STEP", 20)
+    main, other = world.add_destination("main"), world.add_destination("other", status="OK")
+    await world.add_history(*(plain(f"r-{number}") for number in range(150)))
+    orders = [await world.order(to=["main"]), await world.order()]
+    async with world.working(count=3):
+        done = [await world.until_replayed(order) for order in orders]
+    assert [each["ordered"] for each in done] == [150, 300]
+    for recorder, order in ((main, orders[0]), (main, orders[1]), (other, orders[1])):
+        sent = Counter(event.get_id() for event in recorder.replayed(order["id"]))
+        assert len(sent) == 150
+        assert set(sent.values()) == {1}
+    assert len(main.published) + len(other.published) == 3 * 150
+
+
+async def take(lane: ReplayLane) -> Work:
+    """Claim the next step of the only replay."""
+    (work,) = await lane.claim(2)
+    return work
+
+
+async def lose_lease(world: World) -> None:
+    """Let the lease of whoever holds the replay be over."""
+    await world.change(replays, replays.c.state == "pending", next_attempt_at=db_time(0.0))
+
+
+async def run_to_the_end(lane: ReplayLane, *, steps: int = 50) -> None:
+    """Carry out a replay until it is due no more."""
+    for _ in range(steps):
+        works = await lane.claim(2)
+        if not works:
+            return
+        for work in works:
+            await work.run()
+
+
+async def test_a_step_whose_lease_is_lost_changes_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E10: a worker that slept through its lease wakes up in mid-replay: no double, no gap."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(35)))
+    order = await world.order()
+    sleeper, other = world.replay_lane(), world.replay_lane()
+    zombies = []
+    for _ in range(3):
+        zombies.append(await take(sleeper))
+        await lose_lease(world)
+        await (await take(other)).run()
+    before = await world.rows(deliveries, deliveries.c.replay_id == order["id"])
+    assert len(before) == 30
+    for zombie in zombies:
+        await zombie.run()
+    assert await world.rows(deliveries, deliveries.c.replay_id == order["id"]) == before
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["handled"], shown["ordered"], shown["state"]) == (30, 30, "pending")
+    await run_to_the_end(other)
+    rows = await world.rows(deliveries, deliveries.c.replay_id == order["id"])
+    assert len({row["event_seq"] for row in rows}) == len(rows) == 35
+    await zombies[0].run()
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"], shown["ordered"]) == ("completed", 35, 35)
+
+
+async def test_a_crash_between_steps_is_resumed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12: claims whose process died are claimed again when their lease is over, and go on where it was."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(45)))
+    order = await world.order()
+    for _ in range(3):
+        dying = world.replay_lane()
+        await (await take(dying)).run()
+        await take(dying)
+        assert await world.replay_lane().claim(2) == [], "its lease holds"
+        await lose_lease(world)
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["state"], done["handled"], done["ordered"], done["error"]) == ("completed", 45, 45, None)
+    assert sorted(main.subjects) == sorted(f"r-{number}" for number in range(45))
+
+
+async def test_a_step_that_is_given_back_is_due_at_once(world: World) -> None:
+    """E16: at shutdown a step that was not done is released: no try counted, and the next worker takes it."""
+    world.add_destination("main")
+    await world.add_history(plain("r-1"))
+    await world.order()
+    leaving, other = world.replay_lane(), world.replay_lane()
+    held = await take(leaving)
+    assert await leaving.renew([held.claim]) == {held.claim.id}
+    await leaving.release([held.claim])
+    taken = await take(other)
+    assert (taken.claim.attempt, taken.claim.lost) == (1, 0)
+    assert await leaving.renew([held.claim]) == set()
+    await held.run()
+    assert await world.rows(deliveries, deliveries.c.replay_id.is_not(None)) == []
+    await taken.run()
+    assert len(await world.rows(deliveries, deliveries.c.replay_id.is_not(None))) == 1
+
+
+async def test_a_step_that_breaks_off_leaves_nothing_of_itself(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E12: progress and deliveries are one transaction; a step that fails in it is done again as a whole."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replay, "PAUSE", 0.0)
+    world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(25)))
+    order = await world.order()
+    lane = world.replay_lane()
+    add_counts = replay_rows.add_counts
+
+    async def away(*_arguments: Any, **_options: Any) -> None:
+        raise DatabaseUnavailable("gone for a moment", reason="database")
+
+    monkeypatch.setattr(replay_rows, "add_counts", away)
+    await (await take(lane)).run()
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"], shown["deliveries"]) == ("pending", 0, {})
+    assert "gone for a moment" in shown["error"]
+    monkeypatch.setattr(replay_rows, "add_counts", add_counts)
+    await run_to_the_end(lane)
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"], shown["ordered"], shown["error"]) == ("completed", 25, 25, None)
+    assert shown["deliveries"] == {"main": {"pending": 25}}
+
+
+async def test_a_replay_that_kills_its_workers_is_given_up(world: World) -> None:
+    """E8: an order whose steps ended five workers in a row fails, with the reason."""
+    world.add_destination("main")
+    await world.add_history(plain("r-1"))
+    order = await world.order()
+    for _ in range(MAX_LOST):
+        await take(world.replay_lane())
+        await lose_lease(world)
+    await run_to_the_end(world.replay_lane())
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["error"]) == ("failed", f"its steps ended {MAX_LOST} workers")
+    assert shown["deliveries"] == {}
+
+
+async def test_a_replay_waits_while_too_much_of_it_waits(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E12: beyond `MOST_WAITING` unfinished deliveries it adds none, and goes on when they are done."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replay, "MOST_WAITING", 25)
+    monkeypatch.setattr(replay, "PAUSE", 0.0)
+    world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(60)))
+    order = await world.order()
+    lane = world.replay_lane()
+    mine = deliveries.c.replay_id == order["id"]
+    await run_to_the_end(lane, steps=6)
+    assert await world.states(deliveries, mine) == {"pending": 30}
+    await world.change(deliveries, mine, state="delivered", next_attempt_at=None)
+    await run_to_the_end(lane, steps=6)
+    assert await world.states(deliveries, mine) == {"pending": 30, "delivered": 30}
+    await world.change(deliveries, mine, state="delivered", next_attempt_at=None)
+    await run_to_the_end(lane)
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"]) == ("completed", 60)
+
+
+async def test_a_rate_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12: each step is as long as it may be, and the next one is due when its events' time is over."""
+    monkeypatch.setattr(replay, "STEP", 20)
+    world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(50)))
+    lane = world.replay_lane()
+    due_in = -seconds_since(replays.c.next_attempt_at)
+    cases = [(0.5, 1, 2.0), (1, 1, 1.0), (4, 4, 1.0), (7.9, 7, 7 / 7.9), (1000, 20, 0.02)]
+    for rate, size, pause in cases:
+        order = await world.order(rate=rate)
+        await (await take(lane)).run()
+        async with world.database.read() as connection:
+            waits = (await connection.execute(select(due_in).where(replays.c.id == order["id"]))).scalar_one()
+        shown = await world.replays.show(order["id"])
+        assert shown is not None
+        assert shown["handled"] == size
+        assert waits <= pause + 0.01
+        if pause > 0.5:
+            assert waits > pause - 0.5
+            assert await lane.claim(2) == []
+        await world.replays.cancel(order["id"], by="ops")
+
+
+async def test_a_rate_holds_to_the_end(world: World) -> None:
+    """E12: 30 events at 20 a second take a second at least, whoever carries it out."""
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(30)))
+    loop = asyncio.get_running_loop()
+    order = await world.order(rate=20)
+    began = loop.time()
+    async with world.working(count=2):
+        await world.until_replayed(order)
+    # A step of 20 has to pass before the last 10.
+    assert loop.time() - began >= 0.99
+    assert sorted(main.subjects) == sorted(f"r-{number}" for number in range(30))
+
+
+async def test_events_still_received_are_left_to_live_traffic(world: World) -> None:
+    """E12: what has not been through the fan-out goes out by itself, once, and not by the replay, too."""
+    main = world.add_destination("main")
+    await world.add_history(plain("old"))
+    await world.add(plain("new"))
+    order = await world.order()
+    assert order["matched"] == 1
+    await run_to_the_end(world.replay_lane())
+    async with world.working():
+        await world.until_replayed(order)
+        await world.until_states(deliveries, delivered=3)
+    assert sorted((event.get_subject(), event.get_extension("replayid")) for event in main.published) == [
+        ("new", None),
+        ("old", str(order["id"])),
+    ]
+
+
+async def test_an_event_on_its_way_is_sent_once(world: World) -> None:
+    """E12: what waited for its fan-out at the order goes out once, whichever of the two is faster."""
+    main = world.add_destination("main")
+    await world.add_history(plain("old"))
+    await world.add(plain("new"))
+    order = await world.order()
+    await world.fan_out()
+    async with world.working():
+        done = await world.until_replayed(order)
+        await world.until_states(deliveries, deliveries.c.replay_id.is_(None), delivered=2)
+    assert (done["matched"], done["handled"]) == (1, 1)
+    assert sorted(main.subjects) == ["new", "old"]
+
+
+async def test_a_replay_ends_with_the_events_of_its_order(world: World) -> None:
+    """E12: what comes in after the order is no part of it, so it comes to an end under live traffic."""
+    main = world.add_destination("main")
+    await world.add_history(plain("old"))
+    order = await world.order()
+    await world.add_history(plain("later"))
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["matched"], done["handled"]) == (1, 1)
+    assert main.subjects == ["old"]
+
+
+async def test_a_destination_that_was_removed_gets_nothing(world: World) -> None:
+    """E12: a destination that is configured no more is left out, and the replay still ends."""
+    world.add_destination("removed")
+    stays = world.add_destination("stays")
+    await world.add_history(*(plain(f"r-{number}") for number in range(3)))
+    order = await world.order()
+    del world.targets[0]
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["state"], done["deliveries"]) == ("completed", {"stays": {"delivered": 3}})
+    assert len(stays.published) == 3
+
+
+async def test_a_dead_destination_holds_up_no_other_of_the_replay(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E6: a replay to two destinations goes on for the one that takes it while the other one is down."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replay, "MOST_WAITING", 20)
+    monkeypatch.setattr(replay, "PAUSE", 0.05)
+    dead, fine = world.add_destination("dead"), world.add_destination("fine")
+
+    def fail(_event: CloudEvent) -> None:
+        raise PublishFailed("down", reason="connect")
+
+    dead.behave = fail
+    await world.add_history(*(plain(f"r-{number}") for number in range(60)))
+    order = await world.order()
+
+    async def is_sent() -> bool:
+        return len(fine.replayed(order["id"])) == 60
+
+    async with world.working():
+        await until(is_sent, seconds=5)
+
+
+async def test_a_failed_step_is_tried_again_by_the_worker(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E12: trouble inside a step holds the replay up and ends neither it nor the lane."""
+    monkeypatch.setattr(replay, "PAUSE", 0.05)
+    main = world.add_destination("main")
+    await world.add_history(plain("r-1"))
+    waiting = replay_rows.waiting
+    troubles: list[Exception] = [RuntimeError("a bug"), DatabaseUnavailable("away", reason="database")]
+
+    async def trouble(*arguments: Any) -> int:
+        if troubles:
+            raise troubles.pop()
+        return await waiting(*arguments)
+
+    monkeypatch.setattr(replay_rows, "waiting", trouble)
+    order = await world.order()
+    async with world.working():
+        await world.until_replayed(order)
+    assert main.subjects == ["r-1"]
+
+
+async def test_canceling_stops_what_was_not_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12: no further step and no waiting delivery; what is under way ends, the live ones are untouched."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"r-{number}") for number in range(40)))
+    await world.add(plain("live"))
+    await world.fan_out()
+    order = await world.order()
+    lane = world.replay_lane()
+    await (await take(lane)).run()
+    delivering = world.delivery_lane(concurrency=12)
+    under_way = await delivering.claim(12)
+    zombie = await take(lane)
+    assert len(under_way) == 4, "one live and three replayed"
+    assert await world.replays.cancel(order["id"], by="ops")
+    await zombie.run()
+    for work in under_way:
+        await work.run()
+    assert await world.replay_lane().claim(2) == []
+    mine = deliveries.c.replay_id == order["id"]
+    assert await world.states(deliveries, mine) == {"canceled": 7, "delivered": 3}
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert (shown["state"], shown["handled"]) == ("canceled", 10)
+    assert shown["finished_at"] is not None
+    assert await delivering.claim(12) == []
+    assert len(main.published) == 4
+    assert not await world.replays.cancel(order["id"], by="ops")
+    assert not await world.replays.cancel(uuid.uuid4(), by="ops")
+
+
+async def test_canceling_a_finished_order_drops_what_still_waits(world: World) -> None:
+    """E12: an order whose events are all handled can be stopped for as long as deliveries of it wait."""
+    main = world.add_destination("main")
+
+    def fail(_event: CloudEvent) -> None:
+        raise PublishFailed("down", reason="connect")
+
+    main.behave = fail
+    await world.add_history(*(plain(f"r-{number}") for number in range(4)))
+    order = await world.order()
+    await run_to_the_end(world.replay_lane())
+    lane = world.delivery_lane(concurrency=4)
+    (work,) = await lane.claim(4)
+    assert await world.replays.cancel(order["id"], by="ops")
+    await work.run()
+    mine = deliveries.c.replay_id == order["id"]
+    assert await world.states(deliveries, mine) == {"canceled": 3, "pending": 1}
+    assert await world.replays.cancel(order["id"], by="ops"), "the one that was under way and failed"
+    assert await world.states(deliveries, mine) == {"canceled": 4}
+    shown = await world.replays.show(order["id"])
+    assert shown is not None
+    assert shown["state"] == "completed"
+
+
+async def test_replays_are_listed_newest_first(world: World) -> None:
+    """E12: every order is on record with who and why, in pages."""
+    world.add_destination("main")
+    orders = [await world.order(reason=f"reason {number}", caller=f"c{number}") for number in range(5)]
+    first = await world.replays.list_orders(limit=3)
+    rest = await world.replays.list_orders(limit=3, before=first[-1]["seq"])
+    assert [row["id"] for row in first + rest] == [order["id"] for order in reversed(orders)]
+    assert [(row["caller"], row["reason"]) for row in rest] == [("c1", "reason 1"), ("c0", "reason 0")]
+    assert await world.replays.show(uuid.uuid4()) is None
+
+
+async def test_live_deliveries_go_before_replayed_ones(world: World) -> None:
+    """E12: a lane takes what is live first, and of replays a quarter of its width at most."""
+    world.add_destination("main")
+    await world.add_history(*(plain(f"old-{number}") for number in range(60)))
+    await world.order()
+    await run_to_the_end(world.replay_lane())
+    lane = world.delivery_lane()
+    replayed = await lane.claim(32)
+    assert len(replayed) == 8
+    assert await lane.claim(24) == [], "the other places are for live deliveries"
+    for number in range(40):
+        await world.add(plain(f"new-{number}"))
+    await world.fan_out()
+    live = await lane.claim(24)
+    assert len(live) == 24
+    claimed = await world.rows(deliveries, deliveries.c.lease.is_not(None))
+    assert Counter(row["replay_id"] is None for row in claimed) == {True: 24, False: 8}
+    for work in [*replayed[:3], *live[:5]]:
+        await work.run()
+    more = await lane.claim(8)
+    assert len(more) == 8
+    claimed = await world.rows(deliveries, deliveries.c.lease.is_not(None))
+    assert Counter(row["replay_id"] is None for row in claimed) == {True: 27, False: 5}, "live ones first"
+
+
+@pytest.mark.parametrize("width", [1, 3])
+async def test_the_narrowest_lane_replays_too(world: World, width: int) -> None:
+    """E12: one place at least is there for replays, while nothing live waits."""
+    world.add_destination("main")
+    await world.add_history(plain("old-1"), plain("old-2"))
+    await world.order()
+    await run_to_the_end(world.replay_lane())
+    lane = world.delivery_lane(concurrency=width)
+    (work,) = await lane.claim(width)
+    await work.run()
+    assert len(await lane.claim(width)) == 1
+
+
+async def test_a_claim_that_was_rolled_back_takes_no_share(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E3, E12: a database that goes away in mid-claim costs replays none of their places."""
+    world.add_destination("main")
+    await world.add_history(*(plain(f"old-{number}") for number in range(30)))
+    order = await world.order()
+    await run_to_the_end(world.replay_lane())
+    lane = world.delivery_lane()
+    load_refs = job_rows.load_refs
+
+    async def away(*_arguments: Any) -> Any:
+        raise DatabaseUnavailable("gone for a moment", reason="database")
+
+    monkeypatch.setattr(job_rows, "load_refs", away)
+    with pytest.raises(DatabaseUnavailable):
+        await lane.claim(32)
+    monkeypatch.setattr(job_rows, "load_refs", load_refs)
+    assert await world.states(deliveries, deliveries.c.lease.is_not(None)) == {}
+    works = await lane.claim(32)
+    assert len(works) == 8
+    for work in works:
+        await work.run()
+    assert await world.states(deliveries, deliveries.c.replay_id == order["id"]) == {
+        "delivered": 8,
+        "pending": 22,
+    }
+
+
+async def test_a_full_replay_backlog_leaves_room_for_live_traffic(world: World) -> None:
+    """E12: while a slow destination works on a replay, each live event goes out before the replay is done."""
+    slow = world.add_destination("slow")
+    slow.behave = lambda event: asyncio.sleep(0.05 if event.get_extension("replayid") else 0)
+    await world.add_history(*(plain(f"old-{number}") for number in range(80)))
+    order = await world.order()
+    async with world.working():
+
+        async def is_under_way() -> bool:
+            return len(slow.replayed(order["id"])) > 0
+
+        await until(is_under_way)
+        for number in range(10):
+            await world.add(plain(f"new-{number}"))
+        await world.until_replayed(order)
+        await world.until_states(deliveries, delivered=170)
+    live = [index for index, subject in enumerate(slow.subjects) if subject.startswith("new")]
+    assert len(live) == 10
+    assert max(live) < 50, "they did not queue behind the replay"
+
+
+async def test_an_event_has_one_live_delivery_per_destination(world: World) -> None:
+    """E15: a second one, or a second one of the same replay, is refused by the database itself."""
+    world.add_destination("main")
+    await world.add_history(plain("r-1"))
+    order = await world.order()
+    await run_to_the_end(world.replay_lane())
+    async with world.database.write() as connection:
+        again = await replay_rows.add_deliveries(connection, order["id"], [(1, "main")], due=True)
+        other = await replay_rows.add_deliveries(connection, uuid.uuid4(), [(1, "main")] * 2, due=False)
+        none = await replay_rows.add_deliveries(connection, order["id"], [], due=True)
+    assert (again, other, none) == (0, 1, 0)
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        async with world.database.write() as connection:
+            await outbox.insert_delivery(connection, 1, "main", due=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        ({"rate": 0}, "rate"),
+        ({"rate": 100_001}, "rate"),
+        ({"rate": float("nan")}, "rate"),
+        ({"reason": "x" * 1001}, "reason"),
+        ({"reason": "a\x00b"}, "reason"),
+        ({"to": ["x"] * 101}, "to"),
+        ({"dry_run": True}, "dry_run"),
+        ({"selection": {"ids": ["x"] * 10_001}}, "ids"),
+        ({"selection": {"ids": [""]}}, "ids"),
+        ({"selection": {"since": "2026-01-01T00:00:00"}}, "since"),
+        ({"selection": {"status": "ok"}}, "status"),
+        ({"selection": {"delivery_state": "canceled"}}, "delivery_state"),
+        ({"selection": {"caller": "a\x00b"}}, "caller"),
+        ({"selection": {"modle": "x"}}, "modle"),
+    ],
+)
+def test_bad_orders_are_refused(values: dict[str, Any], field: str) -> None:
+    """E12: what an order may say is bounded, and a field that nobody knows is an error."""
+    with pytest.raises(ValueError, match=field):
+        ReplayRequest.model_validate(values)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_the_migration_keeps_deliveries(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str
+) -> None:
+    """E15: rows of before go through the upgrade; the way back drops those of replays, and no others."""
+    url = f"sqlite:///{tmp_path / 'old.db'}"
+    if kind == "postgresql":
+        server: Postgres = request.getfixturevalue("postgres")
+        url = server.url()
+    database = Database(url)
+    await migrate.upgrade(database, "0002")
+    old_columns = [column for column in deliveries.c if column.name not in {"replay_id", "restarted_at"}]
+    async with database.write() as connection:
+        await connection.execute(
+            insert(events).values(
+                id=uuid.uuid4(), source="clipia", request_id="r-1", origin="webhook", state="ready",
+                body=b"{}", body_sha256="0" * 64, received_at=datetime.now(UTC),
+            )
+        )  # fmt: skip
+        for name in ("a", "b"):
+            await connection.execute(
+                insert(deliveries).values(
+                    id=uuid.uuid4(), event_seq=1, destination=name, state="dead", created_at=db_time(0.0)
+                )
+            )
+        before = (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all()
+    await migrate.upgrade(database)
+    async with database.write() as connection:
+        assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before
+        assert await replay_rows.add_deliveries(connection, uuid.uuid4(), [(1, "a")], due=True) == 1
+
+    def downgrade(connection: Connection) -> None:
+        config = migrate._config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0002")
+
+    async with database.write() as connection:
+        await connection.run_sync(downgrade)
+    assert await migrate.current(database) == "0002"
+    async with database.read() as connection:
+        assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before
+    with pytest.raises(Exception, match=r"(?i)unique"):
+        async with database.write() as connection:
+            await connection.execute(
+                insert(deliveries).values(
+                    id=uuid.uuid4(), event_seq=1, destination="a", state="dead", created_at=db_time(0.0)
+                )
+            )
+    await migrate.upgrade(database)
+    await migrate.require_current(database)
+    await database.close()

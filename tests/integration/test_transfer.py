@@ -1,0 +1,638 @@
+"""Ledgers that move from one database to another, with nothing lost and nothing sent twice."""
+
+import asyncio
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from eventkit import World, opened, plain
+from payloads import body, failure
+from servers import Postgres
+from sqlalchemy import func, select
+
+from receiver import replay
+from receiver.db import inbox, transfer
+from receiver.db import replays as replay_rows
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.rows import NewReceipt
+from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
+from receiver.errors import ReceiverError
+
+commands: Any = import_module("receiver.cli.events")
+"""Not by `import`: the package has the group of commands under this name."""
+MOVED = {"after_seq", "until_seq", "handled"}
+"""What is another one for a replay that goes on elsewhere."""
+ODD = b"\xff\xfe\x00 not text \x00"
+
+Line = dict[str, Any]
+
+
+class Databases:
+    """Makes fresh databases, and worlds over them."""
+
+    def __init__(self, template: Path, server: Postgres, folder: Path, stack: AsyncExitStack) -> None:
+        self._template = template
+        self._server = server
+        self._folder = folder
+        self._stack = stack
+        self._count = 0
+
+    async def world(self, kind: str) -> World:
+        """Return a world over a fresh database of a kind, with two destinations."""
+        self._count += 1
+        if kind == "sqlite":
+            path = self._folder / f"{self._count}.db"
+            path.write_bytes(self._template.read_bytes())
+            url = f"sqlite:///{path}"
+        else:
+            url = self._server.url(template="migrated")
+        database = Database(url)
+        self._stack.push_async_callback(database.close)
+        world = await self._stack.enter_async_context(opened(database, self._folder / f"media-{self._count}"))
+        world.add_destination("main")
+        world.add_destination("early", waits_for_media=False)
+        return world
+
+
+@pytest.fixture
+async def databases(migrated_sqlite: Path, postgres: Postgres, tmp_path: Path) -> AsyncIterator[Databases]:
+    """A source of databases."""
+    async with AsyncExitStack() as stack:
+        yield Databases(migrated_sqlite, postgres, tmp_path, stack)
+
+
+@pytest.fixture(params=["sqlite to postgresql", "postgresql to sqlite"])
+async def pair(request: pytest.FixtureRequest, databases: Databases) -> tuple[World, World]:
+    """A database to move from and one to move to."""
+    kinds: list[str] = request.param.split(" to ")
+    here, there = [await databases.world(kind) for kind in kinds]
+    return here, there
+
+
+async def export(world: World, *, limit: int = 7) -> list[bytes]:
+    """Return a ledger as the lines of an export."""
+    lines: list[bytes] = []
+    for kind in transfer.KINDS:
+        after = 0
+        while True:
+            async with world.database.read() as connection:
+                page, after = await transfer.read(
+                    connection, kind, after=after, limit=limit, since=None, until=None
+                )
+            if not page:
+                break
+            lines += [orjson.dumps(line) for line in page]
+    return lines
+
+
+async def load(world: World, lines: Sequence[bytes]) -> Counter[str]:
+    """Import lines."""
+    async with world.database.write() as connection:
+        return await transfer.write(connection, [orjson.loads(line) for line in lines])
+
+
+def comparable(lines: Sequence[bytes]) -> list[Line]:
+    """Return lines without what a replay that goes on elsewhere does not keep."""
+    found: list[Line] = [orjson.loads(line) for line in lines]
+    for line in found:
+        if line["type"] == "replay" and line["state"] == "pending":
+            for name in MOVED:
+                line.pop(name)
+    return found
+
+
+async def count_rows(world: World) -> dict[str, int]:
+    """Return how many rows each table has."""
+    found = {}
+    for table in (events, receipts, media, deliveries, attempts, jobs, replays):
+        async with world.database.read() as connection:
+            found[table.name] = (
+                await connection.execute(select(func.count()).select_from(table))
+            ).scalar_one()
+    return found
+
+
+async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | None = None) -> None:
+    """Put an inbound delivery of an event on record."""
+    async with world.database.write() as connection:
+        await inbox.insert_receipt(
+            connection,
+            seq,
+            NewReceipt(
+                webhook_id=None if content else "wh-1",
+                secret_id="0123456789abcdef",
+                signed_at=datetime.now(UTC),
+                received_at=datetime.now(UTC),
+                body_sha256="f" * 64,
+                outcome=outcome,
+                body=content,
+            ),
+        )
+
+
+async def fill(world: World) -> None:
+    """Store events, jobs and replays in every state there is."""
+    await world.add_history(plain("delivered"), plain("дом-1", model="größer"), failure("failed"))
+    for state in ("dead", "canceled"):
+        await world.add_history(plain(state))
+        await world.change(
+            deliveries,
+            deliveries.c.event_seq == (await world.rows(events))[-1]["seq"],
+            state=state,
+            error="PublishRejected: 4\u00fc22",
+            attempts=9,
+            lost=2,
+        )
+    await world.change(deliveries, deliveries.c.state == "dead", restarted_at=db_time(-3600.0))
+    files = {"images": [{"url": f"https://cdn.invalid/{name}.png"} for name in ("s", "g", "b", "p")]}
+    await world.add(body("files", payload={"model": "m", "output": files, "cost": 3}))
+    await world.fan_out()
+    outcomes: list[dict[str, Any]] = [
+        {"state": "stored", "size": 12, "sha256": "a" * 64, "content_type": "image/png", "storage_key": "k"},
+        {"state": "gone", "error": "404", "attempts": 3, "restarted_at": db_time(-5.0)},
+        {"state": "blocked", "error": "host", "finished_at": db_time(-5.0)},
+        {"state": "pending", "lease": uuid.uuid4(), "attempts": 2, "next_attempt_at": db_time(60.0)},
+    ]
+    for position, outcome in enumerate(outcomes):
+        await world.change(media, media.c.position == position, **outcome)
+    await world.add(plain("waits"))
+    await world.add(plain("under-way"))
+    await world.fan_out()
+    lane = world.delivery_lane()
+    works = await lane.claim(32)
+    await works[0].run()
+    await world.add(plain("received"), job_id=uuid.uuid4())
+    await world.add(plain("elsewhere"), source="staging")
+    await world.add(ODD)
+    await world.add(b"")
+    seqs = {row["request_id"]: row["seq"] for row in await world.rows(events)}
+    await world.change(events, events.c.request_id == "elsewhere", origin="poll")
+    await add_receipt(world, seqs["delivered"], "accepted")
+    await add_receipt(world, seqs["delivered"], "conflict", ODD)
+    await add_receipt(world, seqs["delivered"], "conflict", plain("delivered", model="\u2028"))
+    await fill_jobs(world)
+    await fill_replays(world)
+
+
+async def fill_jobs(world: World) -> None:
+    """Store jobs in every state."""
+    values: dict[str, dict[str, Any]] = {
+        "pending": {"lease": uuid.uuid4(), "sent_at": db_time(-5.0), "account": "live-1"},
+        "submitted": {"request_id": "open", "warnings": [{"code": "x", "message": "ü"}], "progress": 40},
+        "completed": {"request_id": "delivered", "warnings": [], "charged": 12, "cost": 12},
+        "failed": {"request_id": "failed", "error": '{"code": "X"}', "charged": 0},
+        "canceled": {"watched_until": db_time(3.0)},
+        "unsure": {"error": "nobody knows", "max_cost": 2**40},
+    }
+    for state, changes in values.items():
+        job_id = await world.add_job(state, metadata={"order": state, "größe": "\U0001f600"})
+        await world.change(jobs, jobs.c.id == job_id, state=state, request=ODD, **changes)
+
+
+async def fill_replays(world: World) -> None:
+    """Store replays in every state, none of them due, and deliveries of the last one."""
+    selection = {"status": "OK", "since": "2026-01-01T00:00:00+02:00"}
+    seqs = [row["seq"] for row in await world.rows(events)]
+    for state in ("completed", "canceled", "failed", "pending"):
+        order = await world.order(selection=selection, reason=f"{state} \u2603", rate=0.5)
+        await world.change(
+            replays,
+            replays.c.id == order["id"],
+            state=state,
+            after_seq=2,
+            handled=2,
+            ordered=4,
+            lease=uuid.uuid4(),
+            next_attempt_at=db_time(3600.0),
+        )
+        async with world.database.write() as connection:
+            await replay_rows.add_deliveries(connection, order["id"], [(seqs[0], "main")], due=True)
+            await replay_rows.add_deliveries(connection, order["id"], [(seqs[1], "main")], due=False)
+
+
+async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: Databases) -> None:
+    """Every column of every row in every state, line by line, and all the way back."""
+    here, there = pair
+    await fill(here)
+    lines = await export(here)
+    kinds = Counter(orjson.loads(line)["type"] for line in lines)
+    assert kinds == {"event": 12, "job": 6, "replay": 4}
+    done = await load(there, lines)
+    assert done == {f"{kind} new": count for kind, count in kinds.items()}
+    moved = await export(there)
+    assert comparable(moved) == comparable(lines)
+    assert await count_rows(there) == await count_rows(here)
+    for table, name in ((events, "body"), (receipts, "body"), (jobs, "request"), (jobs, "metadata")):
+        kept = [row[name] for row in await here.rows(table)]
+        assert [row[name] for row in await there.rows(table)] == kept
+        assert any(kept)
+    back = await databases.world("sqlite" if here.database.is_sqlite else "postgresql")
+    await load(back, moved)
+    assert comparable(await export(back)) == comparable(lines)
+
+
+async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:
+    """What an export leaves behind is named: numbers of rows, and leases, whose holders work elsewhere."""
+    here, _ = pair
+    await fill(here)
+    lines: list[Line] = [orjson.loads(line) for line in await export(here)]
+    by_table = {
+        "events": [line for line in lines if line["type"] == "event"],
+        "jobs": [line for line in lines if line["type"] == "job"],
+        "replays": [line for line in lines if line["type"] == "replay"],
+    }
+    for name in ("receipts", "media", "deliveries"):
+        by_table[name] = [child for line in by_table["events"] for child in line[name]]
+    works = by_table["media"] + by_table["deliveries"] + by_table["jobs"]
+    by_table["attempts"] = [attempt for work in works for attempt in work["tries"]]
+    for table in (events, receipts, media, deliveries, attempts, jobs, replays):
+        kept = {column.name for column in table.c} - {"seq", "event_seq", "lease", "work_id"}
+        assert by_table[table.name], table.name
+        for line in by_table[table.name]:
+            assert kept - line.keys() == set()
+    for name in ("events", "media", "deliveries", "jobs", "replays"):
+        table = next(each for each in (events, media, deliveries, jobs, replays) if each.name == name)
+        assert {row["state"] for row in await here.rows(table)} == {line["state"] for line in by_table[name]}
+
+
+async def test_importing_again_changes_nothing(pair: tuple[World, World]) -> None:
+    """An import can be repeated: what is there is known, also when it has gone on meanwhile."""
+    here, there = pair
+    await fill(here)
+    lines = await export(here)
+    await load(there, lines)
+    await there.change(deliveries, deliveries.c.state == "pending", state="delivered")
+    before, counts = await export(there), await count_rows(there)
+    assert await load(there, lines) == {"event known": 12, "job known": 6, "replay known": 4}
+    assert await export(there) == before
+    assert await count_rows(there) == counts
+    assert await load(here, lines) == {"event known": 12, "job known": 6, "replay known": 4}
+    assert await export(here) == lines
+
+
+async def test_an_interrupted_import_is_continued(pair: tuple[World, World]) -> None:
+    """A batch arrives as a whole or not at all; the next try takes the rest."""
+    here, there = pair
+    await fill(here)
+    lines = await export(here)
+    await load(there, lines[:5])
+    counts = await count_rows(there)
+
+    async def break_off() -> None:
+        async with there.database.write() as connection:
+            await transfer.write(connection, [orjson.loads(line) for line in lines[5:9]])
+            raise ConnectionAbortedError
+
+    with pytest.raises(Exception, match=r"(?i)aborted|unavailable"):
+        await break_off()
+    assert await count_rows(there) == counts
+    done = await load(there, lines)
+    assert done == {"event new": 7, "event known": 5, "job new": 6, "replay new": 4}
+    assert comparable(await export(there)) == comparable(lines)
+
+
+async def test_two_imports_at_once_are_one(pair: tuple[World, World]) -> None:
+    """Whoever comes second finds everything known."""
+    here, there = pair
+    await fill(here)
+    lines = await export(here)
+    done: Counter[str] = sum(await asyncio.gather(*(load(there, lines) for _ in range(3))), Counter())
+    assert done == {
+        "event new": 12,
+        "job new": 6,
+        "replay new": 4,
+        "event known": 24,
+        "job known": 12,
+        "replay known": 8,
+    }
+    assert comparable(await export(there)) == comparable(lines)
+
+
+async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> None:
+    """An event that the new database has received itself is not overwritten, nor sent by what is imported."""
+    here, there = pair
+    await here.add_history(plain("both"), plain("old"))
+    await there.add(plain("both"))
+    assert await load(there, await export(here)) == {"event new": 1, "event known": 1}
+    states = {row["request_id"]: row["state"] for row in await there.rows(events)}
+    assert states == {"both": "received", "old": "ready"}
+    assert len(await there.rows(deliveries)) == 2
+
+
+async def test_what_was_pending_is_delivered_once_and_nothing_else(pair: tuple[World, World]) -> None:
+    """E12: the new database's workers send what the old one's had not, and never what was delivered."""
+    here, there = pair
+    await here.add_history(*(plain(f"old-{number}") for number in range(5)))
+    for number in range(6):
+        await here.add(plain(f"due-{number}"))
+    await here.fan_out()
+    under_way = await here.delivery_lane().claim(3)
+    await under_way[0].run()
+    await here.add(plain("new"))
+    await load(there, await export(here))
+    assert await there.states(deliveries) == {"delivered": 11, "pending": 11}
+    await there.change(deliveries, deliveries.c.state == "pending", next_attempt_at=db_time(0.0))
+    async with there.working():
+        await there.until_states(deliveries, delivered=24)
+    fresh = sorted(["new", *(f"due-{number}" for number in range(6))])
+    assert len(here.recorders["main"].subjects) == 1
+    assert sorted(here.recorders["main"].subjects + there.recorders["main"].subjects) == fresh
+    assert sorted(there.recorders["early"].subjects) == fresh
+
+
+async def test_a_claim_of_the_old_workers_is_not_carried_over(pair: tuple[World, World]) -> None:
+    """E10: a row that was under way is due when its lease would have ended, and its try is counted."""
+    here, there = pair
+    await here.add(plain("r-1"))
+    await here.fan_out()
+    await here.delivery_lane().claim(1)
+    await load(there, await export(here))
+    (old,) = await here.rows(deliveries, deliveries.c.destination == "main")
+    (new,) = await there.rows(deliveries, deliveries.c.destination == "main")
+    assert (new["lease"], new["attempts"], new["lost"]) == (None, 1, 0)
+    assert new["next_attempt_at"] == old["next_attempt_at"]
+    assert await there.delivery_lane().claim(5) == []
+    await there.change(deliveries, next_attempt_at=db_time(0.0))
+    (work,) = await there.delivery_lane().claim(5)
+    assert (work.claim.attempt, work.claim.id) == (2, old["id"])
+
+
+async def test_a_pending_replay_goes_on_without_doubles(
+    pair: tuple[World, World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E12: what it has ordered is not ordered again, what it has sent is not sent again, the rest follows."""
+    monkeypatch.setattr(replay, "STEP", 10)
+    here, there = pair
+    await here.add_history(*(plain(f"r-{number}") for number in range(35)))
+    order = await here.order(to=["main"])
+    lane = here.replay_lane()
+    for _ in range(2):
+        (work,) = await lane.claim(1)
+        await work.run()
+    for delivery in await here.delivery_lane().claim(6):
+        await delivery.run()
+    assert len(here.recorders["main"].subjects) == 6
+    await load(there, await export(here))
+    async with there.working():
+        done = await there.until_replayed(order)
+    sent = here.recorders["main"].subjects + there.recorders["main"].subjects
+    assert sorted(sent) == sorted(f"r-{number}" for number in range(35))
+    assert (done["state"], done["ordered"], done["matched"]) == ("completed", 35, 35)
+    assert done["deliveries"] == {"main": {"delivered": 35}}
+
+
+async def test_an_imported_replay_leaves_later_events_alone(pair: tuple[World, World]) -> None:
+    """E12: what the new database received after the order was delivered live, and is no part of it."""
+    here, there = pair
+    await here.add_history(plain("old"))
+    order = await here.order(to=["main"])
+    await there.add(plain("live"))
+    async with there.working():
+        await there.until_states(deliveries, delivered=2)
+    await load(there, await export(here))
+    async with there.working():
+        await there.until_replayed(order)
+    assert there.recorders["main"].subjects == ["live", "old"]
+
+
+def ledger_lines(file: Path) -> list[bytes]:
+    """Return the lines of an export that stand for something in the ledger."""
+    lines = file.read_bytes().splitlines()
+    return [line for line in lines if orjson.loads(line)["type"] in transfer.KINDS]
+
+
+@pytest.fixture
+def commanded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands run in this process, and leave its logging alone."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    monkeypatch.setattr(commands, "BATCH", 4)
+
+
+async def run_export(world: World, file: Path, **bounds: datetime) -> None:
+    """Run `receiver events export` on a world's database."""
+    await run_on(world, commands.export, str(file), bounds.get("since"), bounds.get("until"))
+
+
+async def run_import(world: World, file: Path) -> None:
+    """Run `receiver events import` on a world's database."""
+    await run_on(world, commands.import_, str(file))
+
+
+async def run_on(world: World, command: Callable[..., None], *arguments: Any) -> None:
+    """Run a command in a thread, because it brings an event loop of its own."""
+    url = world.database.url.set(drivername=world.database.url.get_backend_name())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RECEIVER_DATABASE_URL", url.render_as_string(hide_password=False))
+        await asyncio.to_thread(command, *arguments)
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_the_commands_move_a_ledger(
+    pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Export and import in batches of four; both say how much it was, and a repeated import that it knew."""
+    here, there = pair
+    await fill(here)
+    await run_export(here, tmp_path / "ledger")
+    assert "12 events, 6 jobs, 4 replays exported" in capsys.readouterr().err
+    head, *_ = (tmp_path / "ledger").read_bytes().splitlines()
+    assert orjson.loads(head) == {"type": "ledger", "version": transfer.VERSION}
+    lines = ledger_lines(tmp_path / "ledger")
+    assert lines == await export(here)
+    await run_import(there, tmp_path / "ledger")
+    assert "12 event new, 6 job new, 4 replay new" in capsys.readouterr().err
+    assert comparable(await export(there)) == comparable(lines)
+    await run_import(there, tmp_path / "ledger")
+    assert "12 event known, 6 job known, 4 replay known" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_an_export_can_be_cut_to_a_time(pair: tuple[World, World], tmp_path: Path) -> None:
+    """`--since` and `--until` go by when something came in or was made; together they miss nothing."""
+    here, there = pair
+    await here.add_history(*(plain(f"r-{number}") for number in range(6)))
+    cut = datetime(2026, 3, 1, 12)  # noqa: DTZ001 - as the command line gives it, and means UTC
+    before, after = (cut.replace(tzinfo=UTC) + timedelta(hours=hours) for hours in (-1, 1))
+    await here.change(events, received_at=after)
+    await here.change(events, events.c.request_id.in_(["r-0", "r-4"]), received_at=before)
+    await run_export(here, tmp_path / "early", until=cut)
+    await run_export(here, tmp_path / "late", since=cut)
+    counts = {}
+    for name in ("early", "late"):
+        await run_import(there, tmp_path / name)
+        counts[name] = {row["request_id"] for row in await there.rows(events)}
+    assert counts["early"] == {"r-0", "r-4"}
+    assert counts["late"] == {f"r-{number}" for number in range(6)}
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_an_export_that_was_cut_off_is_an_error(pair: tuple[World, World], tmp_path: Path) -> None:
+    """A file that ends in mid-line: the error says so, what came before is there, and the rest can follow."""
+    here, there = pair
+    await fill(here)
+    await run_export(here, tmp_path / "whole")
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / "part").write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ReceiverError, match="cut off"):
+        await run_import(there, tmp_path / "part")
+    imported = len(await there.rows(events))
+    assert 0 < imported < 12
+    assert imported % 4 == 0, "whole batches"
+    await run_import(there, tmp_path / "whole")
+    assert comparable(await export(there)) == comparable(ledger_lines(tmp_path / "whole"))
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_an_export_without_its_end_is_an_error(pair: tuple[World, World], tmp_path: Path) -> None:
+    """A file that lacks its last lines, as a full disk leaves it, does not pass for a whole ledger."""
+    here, there = pair
+    await here.add_history(plain("r-1"), plain("r-2"))
+    await run_export(here, tmp_path / "whole")
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    for kept in range(1, len(lines)):
+        (tmp_path / "part").write_bytes(b"".join(lines[:kept]))
+        with pytest.raises(ReceiverError):
+            await run_import(there, tmp_path / "part")
+
+
+EVENT: dict[str, Any] = {
+    "type": "event",
+    "id": "7c9e6679-7425-40de-944b-e07fc1f90ae7",
+    "source": "clipia",
+    "request_id": "r-1",
+    "origin": "webhook",
+    "state": "ready",
+    "status": "OK",
+    "model": "m",
+    "cost": 1,
+    "body": "e30=",
+    "body_sha256": "0" * 64,
+    "received_at": "2026-03-01T12:00:00+00:00",
+    **{name: [] for name in transfer.CHILDREN},
+}
+GARBAGE: list[dict[str, Any]] = [
+    {},
+    {"type": "evnet"},
+    {"type": None},
+    {"type": ["event"]},
+    {"type": "event"},
+    {"type": "job"},
+    {"type": "replay"},
+    *(
+        {name: value for name, value in EVENT.items() if name != missing}
+        for missing in ("id", "body", "media")
+    ),
+    EVENT | {"id": "no id"},
+    EVENT | {"id": 7},
+    EVENT | {"id": None},
+    EVENT | {"body": "no base64!"},
+    EVENT | {"body": 7},
+    EVENT | {"received_at": "yesterday"},
+    EVENT | {"received_at": 7},
+    EVENT | {"received_at": "2026-03-01T12:00:00"},
+    EVENT | {"source": {"a": 1}},
+    EVENT | {"media": None},
+    EVENT | {"media": 7},
+    EVENT | {"media": "x"},
+    EVENT | {"receipts": [7]},
+    EVENT | {"receipts": [{}]},
+    EVENT | {"deliveries": [{"id": "7c9e6679-7425-40de-944b-e07fc1f90ae8"}]},
+    EVENT | {"deliveries": [{"tries": [{}]}]},
+]
+
+
+@pytest.mark.usefixtures("commanded")
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_what_no_export_has_written_is_one_clear_error(
+    databases: Databases, tmp_path: Path, kind: str
+) -> None:
+    """Lines of other programs, or damaged ones: the error names where, and nothing of the batch is there."""
+    world = await databases.world(kind)
+    wrong: list[tuple[Line, str]] = []
+    head = {"type": "ledger", "version": transfer.VERSION}
+    for number, line in enumerate(GARBAGE):
+        file = tmp_path / f"{number}"
+        good = EVENT | {"id": str(uuid.uuid4()), "request_id": f"good-{number}"}
+        file.write_bytes(b"\n".join(map(orjson.dumps, [head, good, line])) + b"\n")
+        try:
+            await run_import(world, file)
+        except ReceiverError as error:
+            if "between lines 2 and 3" not in str(error) or "\n" in str(error):
+                wrong.append((line, str(error)))
+        except Exception as error:  # noqa: BLE001 - what would be a traceback for the user
+            wrong.append((line, repr(error)[:200]))
+        else:
+            wrong.append((line, "imported"))
+    assert wrong == []
+    assert await world.rows(events) == []
+
+
+@pytest.mark.usefixtures("commanded")
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "no export"),
+        (b"\n", "not JSON"),
+        (b"{}\n", "no export"),
+        (b'{"type": "ledger", "version": 2}\n', "version 1"),
+        (b'{"type": "event"}\n', "no export"),
+        (b"[]\n", "no JSON object"),
+        (b"\xff\xfe\n", "not JSON"),
+        (b"\x1f\x8b\x08 gzip", "not JSON"),
+        (b'{"type": "ledger", "version": 1}\n7\n', "no JSON object"),
+        (b'{"type": "ledger", "version": 1}\n{"type": "event"', "cut off"),
+    ],
+)
+async def test_files_that_are_no_export_are_refused(
+    databases: Databases, tmp_path: Path, content: bytes, said: str
+) -> None:
+    """A file of another kind or version says so, and changes nothing."""
+    world = await databases.world("sqlite")
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(ReceiverError, match=said):
+        await run_import(world, tmp_path / "file")
+    assert await world.rows(events) == []
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_files_that_cannot_be_used_are_named(databases: Databases, tmp_path: Path) -> None:
+    """No export overwrites a file; a missing folder or file is one clear error."""
+    world = await databases.world("sqlite")
+    (tmp_path / "mine").write_text("precious")
+    for file, said in ((tmp_path / "mine", "exists"), (tmp_path / "absent" / "x", "No such")):
+        with pytest.raises(ReceiverError, match=f"{file.name} cannot be written: .*{said}"):
+            await run_export(world, file)
+    assert (tmp_path / "mine").read_text() == "precious"
+    with pytest.raises(ReceiverError, match="absent cannot be read: No such file"):
+        await run_import(world, tmp_path / "absent")
+
+
+async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -> None:
+    """After a hundred replays a page of an export has more rows on it than a statement has places."""
+    here, _ = pair
+    await fill(here)
+    works = {row["work_id"] for row in await here.rows(attempts)}
+    assert works
+    async with here.database.read() as connection:
+        found = await transfer._tries(connection, [*(uuid.uuid4() for _ in range(40_000)), *works])
+    assert found.keys() == works
+
+
+@pytest.mark.usefixtures("commanded")
+async def test_an_empty_ledger_moves_too(
+    pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing in it is no error, and is said."""
+    here, there = pair
+    await run_export(here, tmp_path / "empty")
+    assert "0 events, 0 jobs, 0 replays exported" in capsys.readouterr().err
+    await run_import(there, tmp_path / "empty")
+    assert "nothing in it" in capsys.readouterr().err

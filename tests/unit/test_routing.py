@@ -1,0 +1,167 @@
+"""Filters: which events a destination gets, and what is said of the others."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from receiver.errors import SettingsError
+from receiver.routing import Facts, refusal
+from receiver.settings import FilterSettings, Settings
+
+WORDS = ("a", "b", "seedance-2", "seedance-pro")
+
+
+def facts(**changes: Any) -> Facts:
+    """Return the facts of a result of our own job."""
+    values: dict[str, Any] = {
+        "status": "OK",
+        "model": "seedance-2",
+        "source": "clipia",
+        "caller": "shop",
+        "metadata": {"order": "7", "tier": "gold"},
+    }
+    return Facts(**(values | changes))
+
+
+STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
+"""What is known of an event whose job is not ours."""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes"),
+    [
+        ({}, {}),
+        ({}, {"status": "ERROR", "model": None, **STRANGER}),
+        ({"status": "OK"}, {}),
+        ({"status": ["ERROR", "OK"]}, {}),
+        ({"source": "clipia"}, {}),
+        ({"source": ["staging", "clipia"]}, {}),
+        ({"caller": "shop"}, {}),
+        ({"caller": ["blog", "shop"]}, {}),
+        ({"model": "seedance-2"}, {}),
+        ({"model": "seedance-*"}, {}),
+        ({"model": "seedance-?"}, {}),
+        ({"model": "seedance-[12]"}, {}),
+        ({"model": ["nano-*", "*dance*"]}, {}),
+        ({"model": "*"}, {"model": None}),
+        ({"metadata": {"order": "7"}}, {}),
+        ({"metadata": {"order": ["6", "7"], "tier": "gold"}}, {}),
+        ({"status": "OK", "model": "seed*", "source": "clipia", "caller": "shop"}, {}),
+    ],
+)
+def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict[str, Any]) -> None:
+    """One value or a list, globs for models, and a line that is not there fits all."""
+    assert refusal(FilterSettings(**wanted), facts(**changes)) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "changes", "said"),
+    [
+        ({"status": "ERROR"}, {}, "status is 'OK', wanted is 'ERROR'"),
+        ({"source": ["a", "b"]}, {}, "source is 'clipia', wanted is 'a' or 'b'"),
+        ({"caller": "blog"}, {}, "caller is 'shop', wanted is 'blog'"),
+        ({"caller": "shop"}, STRANGER, "caller is absent, wanted is 'shop'"),
+        ({"model": "nano-*"}, {}, "model is 'seedance-2', wanted is 'nano-*'"),
+        ({"model": "seedance"}, {}, "model is 'seedance-2', wanted is 'seedance'"),
+        ({"model": "Seedance-*"}, {}, "model is 'seedance-2', wanted is 'Seedance-*'"),
+        ({"model": "seedance-*"}, {"model": None}, "model is absent, wanted is 'seedance-*'"),
+        ({"metadata": {"tier": "gold"}}, STRANGER, "metadata.tier is absent, wanted is 'gold'"),
+        ({"metadata": {"tier": ["iron", "tin"]}}, {}, "metadata.tier is 'gold', wanted is 'iron' or 'tin'"),
+        ({"metadata": {"order": "7", "absent": "x"}}, {}, "metadata.absent is absent, wanted is 'x'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    wanted: dict[str, Any], changes: dict[str, Any], said: str
+) -> None:
+    """One line that does not fit is enough, and the reason names it, what is there and what is wanted."""
+    assert refusal(FilterSettings(**wanted), facts(**changes)) == said
+    others = {"status": ["OK", "ERROR"], "model": "*", "source": "clipia"}
+    assert refusal(FilterSettings(**(others | wanted)), facts(**changes)) == said
+
+
+@given(
+    wanted=st.fixed_dictionaries(
+        {},
+        optional={
+            "status": st.sampled_from(["OK", "ERROR"]),
+            "model": st.lists(st.sampled_from([*WORDS, "seed*", "?"]), min_size=1),
+            "source": st.lists(st.sampled_from(WORDS), min_size=1),
+            "caller": st.sampled_from(WORDS),
+            "metadata": st.dictionaries(st.sampled_from("kl"), st.sampled_from(WORDS)),
+        },
+    ),
+    status=st.sampled_from(["OK", "ERROR"]),
+    model=st.none() | st.sampled_from(WORDS),
+    source=st.sampled_from(WORDS),
+    caller=st.none() | st.sampled_from(WORDS),
+    metadata=st.dictionaries(st.sampled_from("kl"), st.sampled_from(WORDS)),
+)
+def test_a_filter_is_all_its_lines(wanted: dict[str, Any], **changes: Any) -> None:
+    """What each line alone lets through, all of them together let through, and nothing else."""
+    alone = [refusal(FilterSettings(**{name: value}), facts(**changes)) for name, value in wanted.items()]
+    together = refusal(FilterSettings(**wanted), facts(**changes))
+    assert (together is None) == (not any(alone))
+    assert together is None or together in alone
+
+
+@pytest.mark.parametrize(
+    ("wanted", "needs"),
+    [
+        ({}, False),
+        ({"status": "OK", "model": "*", "source": "clipia"}, False),
+        ({"caller": "shop"}, True),
+        ({"metadata": {"tier": "gold"}}, True),
+    ],
+)
+def test_only_callers_and_metadata_need_the_job(wanted: dict[str, Any], *, needs: bool) -> None:
+    """Looking for an event's job is left out where no filter asks for it."""
+    assert FilterSettings(**wanted).needs_job is needs
+
+
+def write_filter(content: str) -> None:
+    """Write a receiver.toml with one destination and its filter."""
+    head = '[[destinations]]\nname = "jobs"\nurl = "file:jobs.jsonl"\n'
+    Path("receiver.toml").write_text(head + content, encoding="utf-8")
+
+
+def test_a_filter_is_read_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each line takes one value or a list, `${NAME}` works in it, and no filter is one that fits all."""
+    monkeypatch.setenv("CUSTOMER", "shop")
+    write_filter(
+        '[destinations.filter]\nstatus = "OK"\nmodel = ["seedance-*", "nano-banana-2"]\n'
+        'caller = "${CUSTOMER}"\nmetadata = { tier = ["gold", "iron"], region = "eu" }\n'
+        '[[destinations]]\nname = "all"\nurl = "file:all.jsonl"\n'
+    )
+    jobs, everything = Settings.load().all_destinations
+    assert jobs.filter == FilterSettings(
+        status=("OK",),
+        model=("seedance-*", "nano-banana-2"),
+        caller=("shop",),
+        metadata={"tier": ("gold", "iron"), "region": ("eu",)},
+    )
+    assert everything.filter == FilterSettings()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('filter = { status = "ok" }', r"destinations\.0\.filter\.status"),
+        ('filter = { status = ["OK", "FAILED"] }', r"destinations\.0\.filter\.status\.1"),
+        ("filter = { model = 2 }", r"destinations\.0\.filter\.model"),
+        ("filter = { source = [1] }", r"destinations\.0\.filter\.source\.0"),
+        ("filter = { caller = true }", r"destinations\.0\.filter\.caller"),
+        ("filter = { metadata = { order = 7 } }", r"destinations\.0\.filter\.metadata\.order"),
+        ('filter = { metadata = "tier" }', r"destinations\.0\.filter\.metadata"),
+        ('filter = { modle = "x" }', r"destinations\.0\.filter\.modle: is not a setting"),
+        ('filter = "status = OK"', r"destinations\.0\.filter"),
+        ('filter = { caller = "${ABSENT_CALLER}" }', "ABSENT_CALLER"),
+    ],
+)
+def test_mistakes_in_a_filter_are_named(content: str, said: str) -> None:
+    """A filter that means nothing is an error at start: it would else let through too much or nothing."""
+    write_filter(content)
+    with pytest.raises(SettingsError, match=said):
+        Settings.load()
