@@ -245,6 +245,8 @@ class DeliveryLane(WorkLane[DeliveryClaim]):
             events = await inbox.load_events(connection, seqs)
             files = await outbox.load_media(connection, seqs)
             refs = await jobs.load_refs(connection, seqs)
+        # Only now: a claim that was rolled back takes no place.
+        self._replaying |= {claim.id for claim in claims if claim.replay_id is not None}
         return [
             Work(
                 claim=claim,
@@ -265,9 +267,7 @@ class DeliveryLane(WorkLane[DeliveryClaim]):
         claims = await claim(limit=limit, replayed=False)
         room = min(limit - len(claims), self._replay_share - len(self._replaying))
         if room > 0:
-            replayed = await claim(limit=room, replayed=True)
-            self._replaying |= {each.id for each in replayed}
-            claims += replayed
+            claims += await claim(limit=room, replayed=True)
         return claims
 
     async def _publish(

@@ -1,5 +1,7 @@
 """Reconciliation: what did not come is asked for: overdue results, which go through the inbox, and files."""
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Final, Literal, cast
@@ -13,7 +15,7 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
 from receiver.db.rows import Claim, MediaRow, OpenRequest, StoredEvent
-from receiver.errors import ClipiaUnavailable, Refused, UnrecognizedBody
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import LEASE, Work, WorkLane, error_text
 from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
@@ -28,6 +30,12 @@ GIVE_UP_AFTER: Final = 86_400.0
 
 Store = Callable[[str, bytes], Awaitable[None]]
 """Puts a result into the inbox: the source and the body that its webhook would have had."""
+
+ANSWERS_KEPT: Final = 60.0
+"""Seconds for which an answer is good for the other files of its event."""
+
+Urls = dict[tuple[int, str], str]
+"""The files of a result by position and variant."""
 
 log = structlog.get_logger()
 
@@ -179,21 +187,31 @@ class FreshUrls:
     def __init__(self, database: Database, client: ClipiaClient) -> None:
         self._database = database
         self._client = client
+        self._answers: dict[int, tuple[float, asyncio.Task[Urls]]] = {}
 
     async def find(self, event: StoredEvent, file: MediaRow) -> str | None:
         """Return a file's present URL; None where that is not to be had now."""
         if event.source != DEFAULT_SOURCE:
             return None  # another account's, which our key does not open
+        now = time.monotonic()
+        self._answers = {seq: kept for seq, kept in self._answers.items() if kept[0] > now}
+        if event.seq not in self._answers:
+            asking = asyncio.create_task(self._ask(event), name=f"fresh URLs of {event.request_id}")
+            self._answers[event.seq] = (now + ANSWERS_KEPT, asking)
+        try:
+            urls = await asyncio.shield(self._answers[event.seq][1])
+        except (Refused, ClipiaUnavailable, UnrecognizedBody, DatabaseUnavailable) as error:
+            self._answers.pop(event.seq, None)
+            log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
+            return None
+        return urls.get((file.position, file.variant))
+
+    async def _ask(self, event: StoredEvent) -> Urls:
         async with self._database.write() as connection:
             limits, now = await accounts.lock(connection, self._client.account)
             if not limits.polls(now):
-                return None
+                raise ClipiaUnavailable("no call is left for now", reason="budget", may_have_arrived=False)
             await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
-        try:
-            result = await self._client.result(event.request_id, call=Call())
-            generation = parse(result_body(event.request_id, "COMPLETED", result or {}))
-        except (Refused, ClipiaUnavailable, UnrecognizedBody) as error:
-            log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
-            return None
-        here = (file.position, file.variant)
-        return next((ref.url for ref in generation.media if (ref.position, ref.variant) == here), None)
+        result = await self._client.result(event.request_id, call=Call())
+        generation = parse(result_body(event.request_id, "COMPLETED", result or {}))
+        return {(ref.position, ref.variant): ref.url for ref in generation.media}

@@ -41,7 +41,8 @@ REPLAY_LANE: Final = "replay"
 STEP: Final = 200
 """Events of one step at most."""
 MOST_WAITING: Final = 1000
-"""Unfinished deliveries of a replay beyond which it waits before it adds more."""
+"""Unfinished deliveries of a replay, to the destination that has the fewest, beyond which it adds no more."""
+LONGEST_KEY: Final = 255
 PAUSE: Final = 0.5
 """Seconds until a replay that waits, or whose step failed, looks again."""
 
@@ -83,6 +84,12 @@ class Replays:
 
         Raises Refused for a destination that is not configured and for a key that stands for another order.
         """
+        if key is not None and (not 0 < len(key) <= LONGEST_KEY or not key.isprintable()):
+            raise Refused(
+                f"Idempotency-Key: write from 1 to {LONGEST_KEY} printable characters",
+                code="invalid_request",
+                status=400,
+            )
         destinations = self._destinations(request)
         content = request.model_dump(mode="json")
         order_id = new_id()
@@ -202,7 +209,7 @@ class ReplayLane(WorkLane[Claim]):
         size = STEP if order.rate is None else max(1, min(STEP, int(order.rate)))
         selection = Selection.model_validate(order.selection)
         async with self._database.read() as connection:
-            crowded = await replays.waiting(connection, order.id) >= MOST_WAITING
+            crowded = await replays.waiting(connection, order.id, order.destinations) >= MOST_WAITING
             page = (
                 []
                 if crowded
@@ -211,6 +218,7 @@ class ReplayLane(WorkLane[Claim]):
                     selection,
                     after_seq=order.after_seq,
                     until_seq=order.until_seq,
+                    ordered_at=order.created_at,
                     limit=size,
                 )
             )

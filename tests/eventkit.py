@@ -125,11 +125,15 @@ class World:
             self.database, self.targets[index], wake=lambda _lane: None, concurrency=concurrency
         )
 
+    def media_lane(self, wake: Callable[[str], None] = lambda _lane: None) -> MediaLane:
+        """Return a lane that downloads when the test says so."""
+        return MediaLane(self.database, self.downloader, wake=wake, fresh_url=self.fresh_url)
+
     def worker(self, *, drain: float = 5.0) -> Worker:
         """Make a worker over everything."""
         wakeups = Wakeups()
         lanes: list[Lane] = [
-            MediaLane(self.database, self.downloader, wake=wakeups.wake, fresh_url=self.fresh_url),
+            self.media_lane(wakeups.wake),
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
             ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake),
         ]
@@ -195,10 +199,9 @@ class World:
         )
         async with self.database.write() as connection:
             assert await jobs.insert(connection, job)
-        if request_id is not None:
-            await self.change(
-                tables.jobs, tables.jobs.c.id == job.id, state="submitted", request_id=request_id
-            )
+        state = "pending" if request_id is None else "submitted"
+        mine = tables.jobs.c.id == job.id
+        await self.change(tables.jobs, mine, state=state, request_id=request_id, sent_at=db_time(0.0))
         return job.id
 
     async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def answer_error(error: ReceiverError) -> Response:
     return Response(body, 503, {"retry-after": str(max(1, round(wait)))}, "application/json")
 
 
-async def read_object(request: Request) -> dict[str, Any]:
-    """Read the JSON object of a body. Raises Refused."""
+async def read_object(request: Request, *, optional: bool = False) -> dict[str, Any]:
+    """Read the JSON object of a body; with `optional` no body is an empty one. Raises Refused."""
     try:
         async with asyncio.timeout(BODY_WAIT):
             raw = await _read_body(request)
@@ -82,6 +82,8 @@ async def read_object(request: Request) -> dict[str, Any]:
         raise Refused(
             f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
         ) from None
+    if optional and not raw:
+        return {}
     try:
         # Not orjson: it would turn large integers into fractions, and a seed is none.
         content = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_read_float)
@@ -122,9 +124,15 @@ def read_query(request: Request) -> dict[str, str]:
 
 def json_answer(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Answer with JSON that nobody may cache."""
-    # A row's keys are SQLAlchemy's own kind of str.
-    body = orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS)
+    # A row's keys are SQLAlchemy's own kind of str, and its ids asyncpg's own kind of UUID.
+    body = orjson.dumps(content, default=_plain, option=orjson.OPT_NON_STR_KEYS)
     return Response(body, status, {"cache-control": "no-store", **(headers or {})}, "application/json")
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, UUID):
+        return str(value)
+    raise TypeError(type(value).__name__)
 
 
 def read_limit(text: str) -> int:

@@ -77,10 +77,7 @@ class Ledger:
         return json_answer(_page(rows, limit, "seq"))
 
     async def _event(self, request: Request, _caller: Caller) -> Response:
-        async with self._database.read() as connection:
-            event = await ledger.show_event(connection, request.path_params["id"])
-        if event is None:
-            raise _nothing("event")
+        event = await self._find_event(request)
         body = event.pop("body")
         try:
             event["body"] = orjson.loads(body)
@@ -120,7 +117,8 @@ class Ledger:
         body = await read_object(request)
         ids = body.pop("ids", [])
         destination = body.pop("destination", None)
-        if not isinstance(ids, list) or not isinstance(destination, str | None):
+        named = destination is None or (isinstance(destination, str) and "\x00" not in destination)
+        if not isinstance(ids, list) or not named:
             raise invalid("write ids as a list, destination as a name")
         which = DeadLetters(
             ids=[_uuid(each) for each in ids],
@@ -142,17 +140,26 @@ class Ledger:
         log.info("dead letters restarted", by=caller.name, count=sum(done.values()))
         return done
 
-    async def _replay_event(self, request: Request, caller: Caller) -> Response:
+    async def _find_event(self, request: Request) -> dict[str, Any]:
+        id_ = request.path_params["id"]
         async with self._database.read() as connection:
-            event = await ledger.show_event(connection, request.path_params["id"])
+            # No database stores NUL.
+            event = None if "\0" in id_ else await ledger.show_event(connection, id_)
         if event is None:
             raise _nothing("event")
-        values = await read_object(request) if await request.body() else {}
+        return event
+
+    async def _replay_event(self, request: Request, caller: Caller) -> Response:
+        event = await self._find_event(request)
+        values = await read_object(request, optional=True)
         return await self._order(request, caller, values | {"selection": {"ids": [str(event["id"])]}})
 
     async def _replay(self, request: Request, caller: Caller) -> Response:
         values = await read_object(request)
-        if values.pop("dry_run", False) is True:
+        dry_run = values.pop("dry_run", False)
+        if not isinstance(dry_run, bool):
+            raise invalid("dry_run: write true or false")
+        if dry_run:
             return json_answer(await self._replays.dry_run(_read(values)))
         return await self._order(request, caller, values)
 

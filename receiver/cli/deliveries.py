@@ -1,6 +1,7 @@
 """`receiver deliveries`: what goes where, and dead letters."""
 
 import getpass
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
 from uuid import UUID
@@ -8,10 +9,12 @@ from uuid import UUID
 import typer
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy import select
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, wide
 from receiver.db import ledger, outbox
+from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
 from receiver.errors import ReceiverError
@@ -93,9 +96,13 @@ def retry(
 
     async def run(_settings: Settings, database: Database) -> dict[str, int]:
         done: dict[str, int] = {}
+        async with database.read() as connection:
+            began = (await connection.execute(select(db_time(0.0)))).scalar_one()
+        # Those that are refused again at once are for the next call.
+        once = replace(which, not_restarted_since=began)
         while True:
             async with database.write() as connection:
-                batch = await outbox.restart(connection, which, by=by, limit=BATCH)
+                batch = await outbox.restart(connection, once, by=by, limit=BATCH)
             for name, count in batch.items():
                 done[name] = done.get(name, 0) + count
             if sum(batch.values()) < BATCH:

@@ -15,6 +15,7 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.cli.database import with_database
@@ -135,6 +136,7 @@ def export(
         with _open_output(file) as output, Progress(console=stderr) as progress:
             task = progress.add_task("lines", total=sum(counts.values()))
             output.write(orjson.dumps({"type": "ledger", "version": transfer.VERSION}) + b"\n")
+            written = 0
             for kind in transfer.KINDS:
                 after = 0
                 while True:
@@ -145,7 +147,9 @@ def export(
                     if not lines:
                         break
                     output.writelines(orjson.dumps(line) + b"\n" for line in lines)
+                    written += len(lines)
                     progress.advance(task, len(lines))
+            output.write(orjson.dumps({"type": "end", "lines": written}) + b"\n")
         return counts
 
     counts = with_database(run)
@@ -167,10 +171,10 @@ def import_(file: Annotated[str, typer.Argument(help="An export: a file, or - fo
                 try:
                     async with database.write() as connection:
                         done += await transfer.write(connection, lines)
-                except (KeyError, TypeError, ValueError) as error:
+                except (AttributeError, KeyError, TypeError, ValueError, StatementError) as error:
                     raise ReceiverError(
                         f"{file}: between lines {number} and {number + len(lines) - 1} is none of an export "
-                        f"({type(error).__name__}: {error}); what came before is imported"
+                        f"({type(error).__name__}: {_first_line(error)}); what came before is imported"
                     ) from None
                 progress.advance(task, len(lines))
         return done
@@ -185,8 +189,19 @@ def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]
     _, head = next(numbered, (0, {}))
     if head.get("type") != "ledger" or head.get("version") != transfer.VERSION:
         raise ReceiverError(f"this is no export of version {transfer.VERSION}: its first line says otherwise")
+    last: transfer.Line = {}
+    read = 0
     while batch := list(islice(numbered, BATCH)):
-        yield batch[0][0], [line for _, line in batch]
+        lines = [line for _, line in batch]
+        if lines[-1].get("type") == "end":
+            last = lines.pop()
+        read += len(lines)
+        if lines:
+            yield batch[0][0], lines
+    if last.get("lines") != read:
+        raise ReceiverError(
+            "the export ends before its end: was it cut off? What there was of it is imported"
+        )
 
 
 def _line(text: bytes) -> transfer.Line:
@@ -221,6 +236,11 @@ def _open_input(name: str) -> Iterator[BinaryIO]:
             yield source
     except OSError as error:
         raise ReceiverError(f"{name} cannot be read: {error.strerror}") from None
+
+
+def _first_line(error: Exception) -> str:
+    # A statement's error goes on with the statement and its values.
+    return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
 def _say(message: str) -> None:

@@ -107,8 +107,10 @@ def _read(values: dict[str, Any]) -> ReplayRequest:
         return ReplayRequest.model_validate(values)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
-        name = str(first["loc"][-1]).replace("_", "-") if first["loc"] else "replay"
-        raise ReceiverError(f"--{name}: {first['msg']}") from None
+        name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "replay")
+        # Ids have no option of their own.
+        option = "ids" if name == "ids" else "--" + name.replace("_", "-")
+        raise ReceiverError(f"{option}: {first['msg']}") from None
 
 
 def _print_counts(found: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
@@ -102,6 +102,7 @@ class DeadLetters:
     since: datetime | None = None
     until: datetime | None = None
     """Given up at or after `since` and before `until`."""
+    not_restarted_since: datetime | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on `deliveries`."""
@@ -114,6 +115,9 @@ class DeadLetters:
             found.append(deliveries.c.finished_at >= self.since)
         if self.until is not None:
             found.append(deliveries.c.finished_at < self.until)
+        if self.not_restarted_since is not None:
+            restarted = deliveries.c.restarted_at
+            found.append(or_(restarted.is_(None), restarted < self.not_restarted_since))
         return found
 
 

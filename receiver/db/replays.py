@@ -3,9 +3,10 @@
 import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -58,7 +59,11 @@ async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -
 
 async def count(connection: AsyncConnection, selection: Selection) -> int:
     """Return how many events a replay would go through."""
-    statement = select(func.count()).select_from(events).where(_ELIGIBLE, *selection.conditions())
+    statement = (
+        select(func.count())
+        .select_from(events)
+        .where(_ELIGIBLE, *selection.conditions(connection.dialect.name))
+    )
     return int((await connection.execute(statement)).scalar_one())
 
 
@@ -68,12 +73,27 @@ async def select_events(
     *,
     after_seq: int,
     until_seq: int | None = None,
+    ordered_at: datetime | None = None,
     limit: int = PAGE,
 ) -> Sequence[tuple[StoredEvent, str | None, str]]:
-    """Return the next events of a selection, each with its model and its state, by `seq`."""
-    where: list[ColumnElement[bool]] = [_ELIGIBLE, events.c.seq > after_seq, *selection.conditions()]
+    """Return the next events of a selection, each with its model and its state, by `seq`.
+
+    Those that went through their fan-out after `ordered_at` are left out: they were on their way then.
+    """
+    where: list[ColumnElement[bool]] = [
+        _ELIGIBLE,
+        events.c.seq > after_seq,
+        *selection.conditions(connection.dialect.name),
+    ]
     if until_seq is not None:
         where.append(events.c.seq <= until_seq)
+    if ordered_at is not None:
+        fanned_out_later = exists().where(
+            deliveries.c.event_seq == events.c.seq,
+            deliveries.c.replay_id.is_(None),
+            deliveries.c.created_at > ordered_at,
+        )
+        where.append(~fanned_out_later)
     columns = [events.c[name] for name in StoredEvent.__dataclass_fields__]
     statement = (
         select(*columns, events.c.model, events.c.state).where(*where).order_by(events.c.seq).limit(limit)
@@ -133,6 +153,7 @@ async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.
             finished_at=None,
             next_attempt_at=db_time(0.0),
             restarted_at=db_time(0.0),
+            **dict.fromkeys(("size", "sha256", "content_type", "storage_key", "uri")),
         )
         .returning(media.c.event_seq)
     )
@@ -169,12 +190,17 @@ async def add_counts(
     )
 
 
-async def waiting(connection: AsyncConnection, replay_id: uuid.UUID) -> int:
-    """Return how many deliveries of a replay are not finished."""
-    statement = select(func.count()).where(
-        deliveries.c.replay_id == replay_id, deliveries.c.state == "pending"
-    )
-    return int((await connection.execute(statement)).scalar_one())
+async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destinations: Collection[str]) -> int:
+    """Return how many deliveries of a replay the fastest of its destinations has still to do."""
+    counts = []
+    for name in destinations:
+        mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.destination == name)
+        pending = select(func.count()).where(mine, deliveries.c.state == "pending")
+        count = int((await connection.execute(pending)).scalar_one())
+        # One that was ordered nothing so far, because of its filter, says nothing.
+        if count or (await connection.execute(select(exists().where(mine)))).scalar_one():
+            counts.append(count)
+    return min(counts, default=0)
 
 
 async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:

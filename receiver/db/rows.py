@@ -254,3 +254,4 @@ class ReplayOrder:
     rate: float | None
     after_seq: int
     until_seq: int
+    created_at: datetime

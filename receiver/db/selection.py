@@ -2,9 +2,10 @@
 
 import contextlib
 import uuid
+from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, and_, exists, or_
 
 from receiver.db.tables import deliveries, events, jobs
@@ -14,6 +15,16 @@ _Word = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]*$"
 _LIKE: Final = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
 
 
+def _in_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is beyond the calendar") from None
+
+
+_Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+
+
 class Selection(BaseModel):
     """Events that fit everything that is given; nothing given is all of them."""
 
@@ -21,8 +32,8 @@ class Selection(BaseModel):
 
     ids: Annotated[tuple[_Word, ...], Field(max_length=10_000)] = ()
     """Ids of events, or Clipia's `request_id`s."""
-    since: AwareDatetime | None = None
-    until: AwareDatetime | None = None
+    since: _Moment | None = None
+    until: _Moment | None = None
     """Received at or after `since` and before `until`."""
     status: Literal["OK", "ERROR"] | None = None
     model: _Word | None = None
@@ -34,8 +45,8 @@ class Selection(BaseModel):
     delivery_state: Literal["pending", "delivered", "dead"] | None = None
     """Events with a delivery in this state, to `destination` where that is given."""
 
-    def conditions(self) -> list[ColumnElement[bool]]:
-        """Return the conditions on `events`."""
+    def conditions(self, dialect: str) -> list[ColumnElement[bool]]:
+        """Return the conditions on `events`, for a dialect of SQLAlchemy's."""
         found: list[ColumnElement[bool]] = []
         if self.ids:
             found.append(or_(events.c.request_id.in_(self.ids), events.c.id.in_(_uuids(self.ids))))
@@ -49,7 +60,7 @@ class Selection(BaseModel):
         if self.until is not None:
             found.append(events.c.received_at < self.until)
         if self.model is not None:
-            found.append(_globbed(self.model))
+            found.append(_globbed(self.model, dialect))
         if self.caller is not None:
             same = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
             found.append(exists().where(same, jobs.c.caller == self.caller))
@@ -71,8 +82,11 @@ def _uuids(texts: tuple[str, ...]) -> list[uuid.UUID]:
     return found
 
 
-def _globbed(pattern: str) -> ColumnElement[bool]:
+def _globbed(pattern: str, dialect: str) -> ColumnElement[bool]:
     if not set(pattern) & set("*?"):
         return events.c.model == pattern
+    if dialect == "sqlite":
+        # Its LIKE takes A for a.
+        return events.c.model.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
     escaped = "".join(_LIKE.get(character, character) for character in pattern)
     return events.c.model.like(escaped, escape="\\")

@@ -11,7 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, LargeBinary, Table, func, insert, select
+from sqlalchemy import (
+    JSON,
+    Boolean,
+    ColumnElement,
+    Double,
+    LargeBinary,
+    String,
+    Table,
+    Text,
+    func,
+    insert,
+    select,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -28,8 +40,16 @@ from receiver.db.tables import (
 )
 
 VERSION: Final = 1
+IDS: Final = 10_000
 CHILDREN: Final = {"receipts": receipts, "media": media, "deliveries": deliveries}
 
+_TYPES: Final[Mapping[type, type | tuple[type, ...]]] = {
+    String: str,
+    Text: str,
+    Boolean: bool,
+    Double: (int, float),
+}
+"""What JSON has for a column; the others are whole numbers."""
 _LEFT_BEHIND: Final = {"seq", "event_seq", "lease"}
 
 Line = dict[str, Any]
@@ -78,7 +98,7 @@ async def read(
 async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[str]:
     """Insert lines; return how many were new and how many known, such as `event new`.
 
-    Raises KeyError, TypeError or ValueError for what no export has written.
+    Raises AttributeError, KeyError, TypeError or ValueError for what no export has written.
     """
     done: Counter[str] = Counter()
     for line in lines:
@@ -150,9 +170,13 @@ async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs
 
 async def _tries(connection: AsyncConnection, work_ids: Collection[uuid.UUID]) -> dict[uuid.UUID, list[Line]]:
     found: dict[uuid.UUID, list[Line]] = defaultdict(list)
-    statement = select(attempts).where(attempts.c.work_id.in_(work_ids)).order_by(attempts.c.seq)
-    for row in (await connection.execute(statement)).mappings():
-        found[row["work_id"]].append(_dump(attempts, row))
+    ids = list(work_ids)
+    # A statement has room for 32,767 values.
+    for start in range(0, len(ids), IDS):
+        some = attempts.c.work_id.in_(ids[start : start + IDS])
+        statement = select(attempts).where(some).order_by(attempts.c.seq)
+        for row in (await connection.execute(statement)).mappings():
+            found[row["work_id"]].append(_dump(attempts, row))
     return found
 
 
@@ -177,8 +201,12 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for column in table.c:
         value = line.get(column.name)
+        if column.name in _LEFT_BEHIND or column is attempts.c.work_id:
+            continue
         # An absent value is left to the column: a null in a JSON column would be JSON's own.
-        if column.name in _LEFT_BEHIND or value is None:
+        if value is None:
+            if not column.nullable and column.server_default is None:
+                raise KeyError(f"{table.name}.{column.name}")
             continue
         if isinstance(column.type, LargeBinary):
             value = base64.b64decode(value, validate=True)
@@ -186,6 +214,8 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
             value = datetime.fromisoformat(value)
         elif isinstance(column.type, PlainUuid):
             value = uuid.UUID(value)
+        elif not isinstance(column.type, JSON) and not isinstance(value, _TYPES.get(type(column.type), int)):
+            raise TypeError(f"{table.name}.{column.name}: {type(value).__name__}")
         values[column.name] = value
     return values
 
