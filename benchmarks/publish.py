@@ -33,10 +33,11 @@ from receiver.db import leases, migrate
 from receiver.db.engine import Database
 from receiver.db.rows import DeliveryClaim, StoredEvent, new_id
 from receiver.db.tables import deliveries, events
+from receiver.delivery import DeliveryLane, build_message
 from receiver.destinations import Destination
 from receiver.ingest import make_event
 from receiver.lanes import Target
-from receiver.pipeline import DeliveryLane, FanOut, build_message
+from receiver.pipeline import FanOut
 from receiver.retry import RetryPolicy
 from receiver.worker import Wakeups, Worker
 
@@ -145,7 +146,7 @@ def main() -> None:
     print("| Destination | adapter alone | through the outbox | ratio | spread of the ratio |")
     print("|---|---|---|---|---|")
     # Logs of every delivery would be part of what is measured on one side only.
-    with Postgres() as server, mock.patch("receiver.pipeline.log"), mock.patch("receiver.worker.log"):
+    with Postgres() as server, mock.patch("receiver.delivery.log"), mock.patch("receiver.worker.log"):
         for kind in options.kinds:
             url = server.url()
             asyncio.run(_migrate(url))

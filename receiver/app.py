@@ -23,11 +23,12 @@ from receiver.api.operations import Metrics, Readiness, livez
 from receiver.db import inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import Backlog
+from receiver.delivery import DeliveryLane
 from receiver.destinations import Destination, open_destination
 from receiver.ingest import Ingest
 from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
-from receiver.pipeline import DeliveryLane, FanOut, MediaLane
+from receiver.pipeline import FanOut, MediaLane
 from receiver.reconcile import FreshUrls, PollLane
 from receiver.replay import ReplayLane, Replays
 from receiver.retry import RetryPolicy

@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Final, Protocol
 from uuid import UUID
 
 import orjson
@@ -80,10 +80,7 @@ class Work:
     run: Callable[[], Awaitable[None]]
 
 
-ClaimT = TypeVar("ClaimT", bound=Claim)
-
-
-class WorkLane(Generic[ClaimT]):
+class WorkLane:
     """A lane over one table of work: claims, leases, and results that outlive a restart of the database."""
 
     def __init__(
@@ -105,47 +102,20 @@ class WorkLane(Generic[ClaimT]):
         async with self._database.write() as connection:
             await leases.release(connection, self._table, claims)
 
-    async def _finish(
-        self, claim: ClaimT, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
-    ) -> bool:
-        """Record the last result of a row; False where its lease was lost meanwhile."""
-        lanes: list[str] = []
-
-        async def write(connection: AsyncConnection) -> bool:
-            held = await leases.finish(connection, self._table, claim, state=state, error=error, **values)
-            if held:
-                await leases.record_attempt(connection, claim.id, attempt)
-                lanes[:] = await self._follow_up(connection, claim)
-            return held
-
-        held = await self._record(claim, write)
-        for lane in lanes:
-            self._wake(lane)
-        return held
-
-    async def _put_back(self, claim: ClaimT, attempt: Attempt, *, delay: float, **values: Any) -> bool:
-        """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
-
-        async def write(connection: AsyncConnection) -> bool:
-            held = await leases.retry(
-                connection, self._table, claim, delay=delay, error=attempt.error, **values
-            )
-            if held:
-                await leases.record_attempt(connection, claim.id, attempt)
-            return held
-
-        return await self._record(claim, write)
-
-    async def _follow_up(self, _connection: AsyncConnection, _claim: ClaimT) -> list[str]:
-        """Do what else belongs into the transaction that finishes a row; return the lanes to wake."""
-        return []
-
     async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[bool]]) -> bool:
+        """Record a result in a transaction of its own; False where the lease was lost meanwhile."""
+
+        async def record() -> bool:
+            async with self._database.write() as connection:
+                return await write(connection)
+
+        return await self._until_recorded(claim, record)
+
+    async def _until_recorded(self, claim: Claim, record: Callable[[], Awaitable[bool]]) -> bool:
         # For as long as the database is away: work that is done would else be done, and forwarded, again.
         while True:
             try:
-                async with self._database.write() as connection:
-                    held = await write(connection)
+                held = await record()
             except DatabaseUnavailable as error:
                 log.warning(
                     "result not recorded yet", lane=self.name, work_id=str(claim.id), error=str(error)

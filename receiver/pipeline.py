@@ -1,33 +1,27 @@
-"""What happens to an event after its ack: fan-out, media, deliveries."""
+"""What happens to an event between its ack and its deliveries: fan-out and media."""
 
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from typing import Any, Final
-from uuid import UUID
 
 import structlog
-from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver import envelope
-from receiver.circuit import Circuit
 from receiver.db import inbox, jobs, leases, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import (
     Attempt,
-    DeliveryClaim,
     EventClaim,
     EventState,
-    JobRef,
     MediaRow,
     NewMedia,
     StoredEvent,
 )
-from receiver.db.tables import deliveries, media
-from receiver.errors import MediaBlocked, MediaMissing, PublishFailed, StorageUnavailable, UnrecognizedBody
+from receiver.db.tables import media
+from receiver.errors import MediaBlocked, MediaMissing, StorageUnavailable, UnrecognizedBody
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -44,7 +38,7 @@ from receiver.lanes import (
     start_attempt,
 )
 from receiver.media import Downloader
-from receiver.observability import CIRCUIT_OPEN, DELIVERIES, MEDIA_BYTES, MEDIA_FILES
+from receiver.observability import MEDIA_BYTES, MEDIA_FILES
 from receiver.retry import media_policy
 from receiver.routing import Facts, refusal
 from receiver.webhook import Generation, parse
@@ -122,7 +116,7 @@ class FanOut:
         return facts_of(event, generation.model, refs.get(event.seq))
 
 
-class MediaLane(WorkLane[EventClaim]):
+class MediaLane(WorkLane):
     """Downloads the files of events."""
 
     def __init__(
@@ -214,164 +208,35 @@ class MediaLane(WorkLane[EventClaim]):
         if await self._finish(claim, attempt, state=state, error=attempt.error):
             MEDIA_FILES.labels(state).inc()
 
-    async def _follow_up(self, connection: AsyncConnection, claim: EventClaim) -> list[str]:
-        """Release the deliveries that waited for the event's last file."""
-        return [destination_lane(name) for name in await outbox.settle(connection, claim.event_seq)]
+    async def _finish(
+        self, claim: EventClaim, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
+    ) -> bool:
+        """Record the last result of a file; False where its lease was lost meanwhile."""
+        names: list[str] = []
 
+        async def write(connection: AsyncConnection) -> bool:
+            held = await leases.finish(connection, media, claim, state=state, error=error, **values)
+            if held:
+                await leases.record_attempt(connection, claim.id, attempt)
+                # With the event's last file the deliveries that waited for it become due.
+                names[:] = await outbox.settle(connection, claim.event_seq)
+            return held
 
-class DeliveryLane(WorkLane[DeliveryClaim]):
-    """Publishes deliveries to one destination; no other destination's trouble reaches it."""
+        held = await self._record(claim, write)
+        for name in names:
+            self._wake(destination_lane(name))
+        return held
 
-    def __init__(
-        self, database: Database, target: Target, *, wake: Callable[[str], None], concurrency: int = 32
-    ) -> None:
-        name = destination_lane(target.name)
-        super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
-        self._target = target
-        self._circuit = Circuit(concurrency)
-        self._replay_share = max(1, concurrency // 4)
-        self._replaying = set[UUID]()
+    async def _put_back(self, claim: EventClaim, attempt: Attempt, *, delay: float, **values: Any) -> bool:
+        """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
 
-    async def claim(self, limit: int) -> list[Work]:
-        """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
-        limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
-        if not limit:
-            return []
-        async with self._database.write() as connection:
-            claims = await self._claim(connection, limit)
-            if not claims:
-                return []
-            seqs = {claim.event_seq for claim in claims}
-            events = await inbox.load_events(connection, seqs)
-            files = await outbox.load_media(connection, seqs)
-            refs = await jobs.load_refs(connection, seqs)
-        # Only now: a claim that was rolled back takes no place.
-        self._replaying |= {claim.id for claim in claims if claim.replay_id is not None}
-        return [
-            Work(
-                claim=claim,
-                run=partial(
-                    self._publish,
-                    claim,
-                    events[claim.event_seq],
-                    files.get(claim.event_seq, ()),
-                    refs.get(claim.event_seq),
-                ),
-            )
-            for claim in claims
-        ]
+        async def write(connection: AsyncConnection) -> bool:
+            held = await leases.retry(connection, media, claim, delay=delay, error=attempt.error, **values)
+            if held:
+                await leases.record_attempt(connection, claim.id, attempt)
+            return held
 
-    async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
-        """Claim what is live first, and of replays no more than leaves room for it."""
-        claim = partial(leases.claim_deliveries, connection, self._target.name, lease=LEASE)
-        claims = await claim(limit=limit, replayed=False)
-        room = min(limit - len(claims), self._replay_share - len(self._replaying))
-        if room > 0:
-            claims += await claim(limit=room, replayed=True)
-        return claims
-
-    async def _publish(
-        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
-    ) -> None:
-        try:
-            await self._try(claim, event, files, job)
-        finally:
-            self._replaying.discard(claim.id)
-
-    async def _try(
-        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
-    ) -> None:
-        attempt, started = start_attempt(claim), time.monotonic()
-        if claim.lost >= MAX_LOST:
-            await self._give_up(claim, attempt("failed", f"its delivery ended {claim.lost} workers"), event)
-            return
-        try:
-            await self._target.destination.publish(build_message(event, files, job, claim))
-        except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
-            self._note(error, started)
-            await self._failed(claim, attempt, event, error)
-            return
-        self._note(None, started)
-        if await self._finish(claim, attempt("succeeded"), state="delivered"):
-            self._count("delivered")
-            log.info("delivered", **self._ids(claim, event))
-
-    def _note(self, error: Exception | None, started: float) -> None:
-        """Tell the circuit how the destination is doing; refusing one message is no trouble."""
-        if not isinstance(error, PublishFailed):
-            self._circuit.succeeded()
-        elif self._circuit.failed(time.monotonic(), started=started):
-            log.error("destination left alone", destination=self._target.name, error=str(error))
-        CIRCUIT_OPEN.labels(self._target.name).set(self._circuit.is_open)
-
-    async def _failed(
-        self, claim: DeliveryClaim, attempt: Record, event: StoredEvent, error: Exception
-    ) -> None:
-        message = describe(error)
-        delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
-        if delay is None:
-            await self._give_up(claim, attempt("failed", message), event)
-            return
-        log_failure("not delivered", claim, error, message, delay=delay, destination=self._target.name)
-        if await self._put_back(claim, attempt("retry", message), delay=delay):
-            self._count("retry")
-
-    async def _give_up(self, claim: DeliveryClaim, attempt: Attempt, event: StoredEvent) -> None:
-        if await self._finish(claim, attempt, state="dead", error=attempt.error):
-            self._count("dead")
-            log.error("dead letter", error=attempt.error, **self._ids(claim, event))
-
-    def _count(self, outcome: str) -> None:
-        DELIVERIES.labels(self._target.name, outcome).inc()
-
-    def _ids(self, claim: DeliveryClaim, event: StoredEvent) -> dict[str, Any]:
-        return {
-            "destination": self._target.name,
-            "event_id": str(event.id),
-            "request_id": event.request_id,
-            "delivery_id": str(claim.id),
-            "attempt": claim.attempt,
-        }
-
-
-def build_message(
-    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: DeliveryClaim
-) -> CloudEvent:
-    """Make the message of a claimed delivery."""
-    generation = parse(event.body)
-    return envelope.build(
-        event_id=event.id,
-        source=event.source,
-        received_at=event.received_at,
-        request_id=event.request_id,
-        status=event.status,
-        model=generation.model,
-        cost=generation.cost,
-        output=generation.output,
-        error=generation.error,
-        media=[
-            envelope.ForwardedFile(
-                url=row.url,
-                kind=row.kind,
-                variant=row.variant,
-                state=row.state,
-                uri=row.uri,
-                sha256=row.sha256,
-                size=row.size,
-                content_type=row.content_type,
-                error=row.error,
-            )
-            for row in files
-        ],
-        job=None
-        if job is None
-        else envelope.ForwardedJob(
-            id=str(job.id), idempotency_key=job.idempotency_key, metadata=job.metadata
-        ),
-        delivery_id=claim.id,
-        attempt=claim.attempt,
-        replay_id=claim.replay_id,
-    )
+        return await self._record(claim, write)
 
 
 def storage_stem(event: StoredEvent, row: MediaRow) -> str:

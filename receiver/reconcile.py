@@ -40,7 +40,7 @@ Urls = dict[tuple[int, str], str]
 log = structlog.get_logger()
 
 
-class PollLane(WorkLane[Claim]):
+class PollLane(WorkLane):
     """Asks Clipia for jobs whose end is not known, within their share of the account's requests."""
 
     def __init__(

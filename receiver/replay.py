@@ -169,7 +169,7 @@ class Replays:
         return list(request.to or self._filters)
 
 
-class ReplayLane(WorkLane[Claim]):
+class ReplayLane(WorkLane):
     """Carries out replays, a step at a time."""
 
     def __init__(

@@ -20,11 +20,12 @@ from receiver.clipia import ClipiaClient
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.tables import accounts, jobs
+from receiver.delivery import DeliveryLane
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import Refused
 from receiver.ingest import Ingest
 from receiver.lanes import Target
-from receiver.pipeline import DeliveryLane, FanOut
+from receiver.pipeline import FanOut
 from receiver.reconcile import PollLane
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running

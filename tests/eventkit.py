@@ -19,10 +19,11 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.rows import NewJob, new_id
 from receiver.db.tables import deliveries, events
+from receiver.delivery import DeliveryLane
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.pipeline import DeliveryLane, FanOut, FreshUrl, MediaLane
+from receiver.pipeline import FanOut, FreshUrl, MediaLane
 from receiver.replay import ReplayLane, ReplayRequest, Replays
 from receiver.retry import RetryPolicy
 from receiver.settings import FilterSettings

@@ -155,28 +155,41 @@ async def finish(
     **values: Any,
 ) -> bool:
     """Move a row to its last state; False where the lease is no longer ours."""
-    result = await connection.execute(
+    return bool(await finish_all(connection, table, [held], state=state, error=error, **values))
+
+
+async def finish_all(
+    connection: AsyncConnection,
+    table: Table,
+    claims: Collection[Claim],
+    *,
+    state: str,
+    error: str | None = None,
+    **values: Any,
+) -> set[uuid.UUID]:
+    """Move rows to their last state; return the ids whose lease was still ours."""
+    rows = await connection.execute(
         update(table)
-        .where(_held(table, [held]))
+        .where(_held(table, claims))
         .values(
             state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0), **values
         )
+        .returning(table.c.id)
     )
-    return result.rowcount == 1
+    return set(rows.scalars())
 
 
 async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
     """Put one try on record."""
-    await connection.execute(
-        insert(attempts).values(
-            work_id=work_id,
-            number=attempt.number,
-            started_at=attempt.started_at,
-            duration_ms=attempt.duration_ms,
-            outcome=attempt.outcome,
-            error=attempt.error,
+    await record_attempts(connection, [(work_id, attempt)])
+
+
+async def record_attempts(connection: AsyncConnection, tries: Collection[tuple[uuid.UUID, Attempt]]) -> None:
+    """Put tries on record, each with the id of its row."""
+    if tries:
+        await connection.execute(
+            insert(attempts), [{"work_id": work_id, **vars(attempt)} for work_id, attempt in tries]
         )
-    )
 
 
 def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class _Try:
         return (self.submission.sent_for or 0.0) + clock() - self.claimed_at
 
 
-class SubmitLane(WorkLane[Claim]):
+class SubmitLane(WorkLane):
     """Submits jobs to one Clipia account, within its limits."""
 
     def __init__(

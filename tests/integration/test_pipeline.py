@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +21,12 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.rows import Claim
 from receiver.db.tables import attempts, deliveries, events, media
+from receiver.delivery import DeliveryLane
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.pipeline import DeliveryLane, FanOut, MediaLane
+from receiver.pipeline import FanOut, MediaLane
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running
 from receiver.worker import Lane, Wakeups, Worker
@@ -485,17 +486,19 @@ async def test_a_result_is_recorded_when_the_database_is_back(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E3: a confirmed message whose result could not be written is not published once more for that."""
-    finish = leases.finish
+    finish_all = leases.finish_all
     failures = 2
 
-    async def away_at_first(connection: AsyncConnection, table: Table, held: Claim, **values: Any) -> bool:
+    async def away_at_first(
+        connection: AsyncConnection, table: Table, claims: Collection[Claim], **values: Any
+    ) -> set[uuid.UUID]:
         nonlocal failures
         if failures:
             failures -= 1
             raise DatabaseUnavailable("gone for a moment", reason="database")
-        return await finish(connection, table, held, **values)
+        return await finish_all(connection, table, claims, **values)
 
-    monkeypatch.setattr(leases, "finish", away_at_first)
+    monkeypatch.setattr(leases, "finish_all", away_at_first)
     await world.add(plain("r-1"))
     async with world.working():
         await world.until(deliveries, "delivered")
