@@ -56,8 +56,15 @@ class DeliveryLane(WorkLane):
     """Publishes deliveries to one destination; no other destination's trouble reaches it."""
 
     def __init__(
-        self, database: Database, target: Target, *, wake: Callable[[str], None], concurrency: int = 32
+        self,
+        database: Database,
+        target: Target,
+        *,
+        wake: Callable[[str], None],
+        concurrency: int | None = None,
     ) -> None:
+        """`concurrency` is the destination's own unless it is given."""
+        concurrency = concurrency or target.destination.concurrency
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target

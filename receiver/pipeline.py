@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -63,57 +63,85 @@ class FanOut:
         self._targets = targets
         self._wake = wake
 
-    async def run(self, *, limit: int = 100) -> int:
+    async def run(self, *, limit: int = 200) -> int:
         """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable."""
-        lanes: set[str] = set()
         async with self._database.write() as connection:
             events = await inbox.lock_received(connection, limit=limit)
-            by_state: dict[EventState, list[int]] = defaultdict(list)
-            for event in events:
-                by_state[await self._add_work(connection, event, lanes)].append(event.seq)
-            for state, seqs in by_state.items():
-                await inbox.set_state(connection, seqs, state)
+            lanes = await self._add_work(connection, events) if events else ()
         for lane in lanes:
             self._wake(lane)
         return len(events)
 
-    async def _add_work(self, connection: AsyncConnection, event: StoredEvent, lanes: set[str]) -> EventState:
-        try:
-            generation = parse(event.body)
-        except UnrecognizedBody as error:
-            # It was recognized when it came in: this release reads more strictly than the one that stored it.
-            log.error("event not recognized", event_id=str(event.id), reason=error.reason)  # noqa: TRY400
-            return "unrecognized"
-        if generation.media_left_out:
-            log.warning(
-                "media left out",
-                event_id=str(event.id),
-                count=generation.media_left_out,
-                kept=len(generation.media),
-            )
-        files = [
-            NewMedia(position=ref.position, variant=ref.variant, kind=ref.kind, url=ref.url)
-            for ref in generation.media
-        ]
-        if await jobs.settle_with(connection, event.source, generation, job_id=event.job_id):
+    async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> set[str]:
+        """Add what follows from the events; return the lanes that have work now."""
+        lanes: set[str] = set()
+        parsed = [(event, _read(event)) for event in events]
+        recognized = [(event, generation) for event, generation in parsed if generation is not None]
+        if await self._settle_jobs(connection, recognized):
             lanes.add(jobs.SUBMIT_LANE)
-        await outbox.insert_media(connection, event.seq, files)
+        facts = await self._facts(connection, recognized)
+        files: list[tuple[int, NewMedia]] = []
+        due: list[tuple[int, str]] = []
+        held: list[tuple[int, str]] = []
+        for (event, generation), each in zip(recognized, facts, strict=True):
+            files += [
+                (event.seq, NewMedia(position=ref.position, variant=ref.variant, kind=ref.kind, url=ref.url))
+                for ref in generation.media
+            ]
+            for target in self._targets:
+                if refusal(target.filter, each) is None:
+                    waits = generation.media and target.waits_for_media
+                    (held if waits else due).append((event.seq, target.name))
+        await outbox.insert_media(connection, files)
+        await outbox.insert_deliveries(connection, due, due=True)
+        await outbox.insert_deliveries(connection, held, due=False)
+        states: dict[EventState, list[int]] = defaultdict(list)
+        for event, known in parsed:
+            states["unrecognized" if known is None else "fetching" if known.media else "ready"].append(
+                event.seq
+            )
+        for state, seqs in states.items():
+            await inbox.set_state(connection, seqs, state)
         if files:
             lanes.add(MEDIA_LANE)
-        facts = await self._facts(connection, event, generation)
-        for target in self._targets:
-            if refusal(target.filter, facts) is not None:
-                continue
-            due = not (files and target.waits_for_media)
-            await outbox.insert_delivery(connection, event.seq, target.name, due=due)
-            if due:
-                lanes.add(destination_lane(target.name))
-        return "fetching" if files else "ready"
+        return lanes | {destination_lane(name) for _, name in due}
 
-    async def _facts(self, connection: AsyncConnection, event: StoredEvent, generation: Generation) -> Facts:
+    async def _settle_jobs(
+        self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
+    ) -> bool:
+        """Bring the events' jobs to their last state; return whether there were any."""
+        seqs = await jobs.with_open_jobs(connection, [event.seq for event, _ in recognized])
+        settled = [
+            await jobs.settle_with(connection, event.source, generation, job_id=event.job_id)
+            for event, generation in recognized
+            if event.seq in seqs
+        ]
+        return any(settled)
+
+    async def _facts(
+        self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
+    ) -> list[Facts]:
+        """Return what the filters look at, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
-        refs = await jobs.load_refs(connection, [event.seq]) if needs_job else {}
-        return facts_of(event, generation.model, refs.get(event.seq))
+        refs = await jobs.load_refs(connection, [event.seq for event, _ in recognized]) if needs_job else {}
+        return [facts_of(event, generation.model, refs.get(event.seq)) for event, generation in recognized]
+
+
+def _read(event: StoredEvent) -> Generation | None:
+    try:
+        generation = parse(event.body)
+    except UnrecognizedBody as error:
+        # It was recognized when it came in: this release reads more strictly than the one that stored it.
+        log.error("event not recognized", event_id=str(event.id), reason=error.reason)  # noqa: TRY400
+        return None
+    if generation.media_left_out:
+        log.warning(
+            "media left out",
+            event_id=str(event.id),
+            count=generation.media_left_out,
+            kept=len(generation.media),
+        )
+    return generation
 
 
 class MediaLane(WorkLane):

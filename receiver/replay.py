@@ -245,8 +245,8 @@ class ReplayLane(WorkLane):
                 return
             files_to_load = [row.id for rows in damaged.values() for row in rows]
             downloads = await replays.restart_media(connection, files_to_load)
-            ordered = await replays.add_deliveries(connection, order.id, due, due=True)
-            ordered += await replays.add_deliveries(connection, order.id, held, due=False)
+            insert = partial(outbox.insert_deliveries, connection, replay_id=order.id)
+            ordered = await insert(due, due=True) + await insert(held, due=False)
             for seq in {seq for seq, _ in held} - damaged.keys():
                 # Its last file may have been settled since it was read.
                 await outbox.settle(connection, seq)

@@ -47,6 +47,8 @@ async def until(look: Callable[[], Awaitable[T | None]], *, seconds: float = SEC
 class Recorder:
     """A destination inside the test: remembers what was published, and does what it is told to."""
 
+    concurrency = 32
+
     def __init__(self) -> None:
         self.published: list[CloudEvent] = []
         self.behave: Callable[[CloudEvent], Any] = lambda _event: None

@@ -19,6 +19,7 @@ from sqlalchemy import (
     or_,
     select,
     text,
+    union,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -325,6 +326,19 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
     )
     body: bytes | None = (await connection.execute(statement)).scalar_one_or_none()
     return body
+
+
+async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
+    """Return the `seq` of those events that `settle` may find an open job for."""
+    named = and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id)
+    found = union(
+        *(
+            select(events.c.seq).join(jobs, same).where(events.c.seq.in_(event_seqs), jobs.c.state.in_(OPEN))
+            # Apart: for an OR of both no index would serve.
+            for same in (_same_request(), named)
+        )
+    )
+    return set((await connection.execute(found)).scalars())
 
 
 async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:

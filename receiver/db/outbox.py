@@ -4,39 +4,61 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
-from receiver.db.rows import Backlog, MediaRow, NewMedia
+from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import attempts, deliveries, events, media
 
 
-async def insert_media(connection: AsyncConnection, event_seq: int, files: Collection[NewMedia]) -> None:
-    """Add the files of an event, due at once."""
-    for file in files:
+async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
+    """Add files, each with the `seq` of its event, due at once."""
+    if files:
         await connection.execute(
-            insert(media).values(
-                event_seq=event_seq,
-                position=file.position,
-                variant=file.variant,
-                kind=file.kind,
-                url=file.url,
-                **work_values(),
-            )
+            insert(media).values(**_pending(due=True)),
+            [{"id": new_id(), "event_seq": seq, **vars(file)} for seq, file in files],
         )
 
 
-async def insert_delivery(
-    connection: AsyncConnection, event_seq: int, destination: str, *, due: bool
-) -> None:
-    """Add an event's delivery to a destination: due at once, or held until its media is settled."""
-    await connection.execute(
-        insert(deliveries).values(event_seq=event_seq, destination=destination, **work_values(due=due))
+async def insert_deliveries(
+    connection: AsyncConnection,
+    wanted: Collection[tuple[int, str]],
+    *,
+    due: bool,
+    replay_id: UUID | None = None,
+) -> int:
+    """Add deliveries (event's `seq`, destination), due at once or held until the media is settled.
+
+    What an event and a destination have already, of the same replay or as live, is left as it is. Returns how
+    many are new.
+    """
+    if not wanted:
+        return 0
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = (
+        dialect.insert(deliveries)
+        .values(**_pending(due=due))
+        .on_conflict_do_nothing()
+        .returning(deliveries.c.id)
     )
+    rows = [
+        {"id": new_id(), "event_seq": seq, "destination": name, "replay_id": replay_id}
+        for seq, name in wanted
+    ]
+    return len((await connection.execute(statement, rows)).all())
+
+
+def _pending(*, due: bool) -> dict[str, Any]:
+    values = work_values(due=due)
+    # Every row has its own.
+    del values["id"]
+    return values
 
 
 async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:

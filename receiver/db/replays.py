@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time
-from receiver.db.rows import Claim, NewReplay, ReplayOrder, StoredEvent, new_id
+from receiver.db.rows import Claim, NewReplay, ReplayOrder, StoredEvent
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, media, replays
 
@@ -113,30 +113,6 @@ async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> lis
     statement = select(*columns).where(replays.c.id.in_([claim.id for claim in claims]))
     found = {row["id"]: ReplayOrder(**row) for row in (await connection.execute(statement)).mappings()}
     return [(claim, found[claim.id]) for claim in claims]
-
-
-async def add_deliveries(
-    connection: AsyncConnection,
-    replay_id: uuid.UUID,
-    wanted: Collection[tuple[int, str]],
-    *,
-    due: bool,
-) -> int:
-    """Add deliveries (event's `seq`, destination), due at once or held until the media is settled."""
-    if not wanted:
-        return 0
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = (
-        dialect.insert(deliveries)
-        .values(state="pending", next_attempt_at=db_time(0.0) if due else None, created_at=db_time(0.0))
-        .on_conflict_do_nothing()
-        .returning(deliveries.c.id)
-    )
-    rows = [
-        {"id": new_id(), "event_seq": seq, "destination": name, "replay_id": replay_id}
-        for seq, name in wanted
-    ]
-    return len((await connection.execute(statement, rows)).all())
 
 
 async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> int:

@@ -11,6 +11,9 @@ from receiver.errors import PublishFailed, PublishRejected
 class Destination(Protocol):
     """A place that events are forwarded to."""
 
+    concurrency: int
+    """How many publishes it is worth having under way at once."""
+
     async def start(self) -> None:
         """Connect, open or repair. Raises SettingsError for what a restart cannot mend.
 

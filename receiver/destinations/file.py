@@ -51,6 +51,8 @@ class FileDestination:
     disk costs the same for one as for many.
     """
 
+    concurrency = 128
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._path = _parse(settings)
         self._name = settings.name

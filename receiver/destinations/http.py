@@ -42,6 +42,8 @@ _TRANSIENT: Final = frozenset(
 class HttpDestination:
     """Posts events to a URL."""
 
+    concurrency = MAX_CONNECTIONS
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._url = url = _parse(settings)
         self._origin = f"{url.scheme}://{url.netloc.decode('ascii')}"

@@ -125,6 +125,8 @@ class KafkaDestination:
     process lives, and after a refused batch it counts on where the broker does not.
     """
 
+    concurrency = 128
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
         self._place = _parse(settings)

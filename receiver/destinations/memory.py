@@ -13,6 +13,8 @@ log = structlog.get_logger()
 class MemoryDestination:
     """Keeps what is published, in order; nothing outlives the process."""
 
+    concurrency = 128
+
     failure: PublishFailed | PublishRejected | None = None
     """Raised by every `publish` and `check` while it is set."""
 

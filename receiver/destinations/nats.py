@@ -94,6 +94,8 @@ class NatsDestination:
     reconnecting would keep messages for later whose publishers have long been told that they failed.
     """
 
+    concurrency = 128
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
         self._place = _parse(settings)

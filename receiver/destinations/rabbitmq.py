@@ -74,6 +74,8 @@ log = structlog.get_logger()
 class RabbitmqDestination:
     """Publishes events to an exchange or a queue, many at once on one channel."""
 
+    concurrency = MAX_IN_FLIGHT
+
     def __init__(self, settings: DestinationSettings) -> None:
         url, self._place = _parse(settings)
         self._url = SecretStr(str(url))

@@ -100,6 +100,8 @@ class RedisDestination:
     pipeline; each has a reply of its own.
     """
 
+    concurrency = MAX_BATCH
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
         self._place = place = _parse(settings)

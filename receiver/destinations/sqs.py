@@ -137,6 +137,8 @@ class SqsDestination:
     Events that come while others are on their way gather for the next batch; each has an answer of its own.
     """
 
+    concurrency = MAX_ENTRIES * MAX_BATCHES
+
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
         self._queue = _parse(settings)

@@ -42,7 +42,7 @@ async def add_deliveries(database: Database, count: int, *, due: bool = True) ->
     for index in range(count):
         seq = await add_event(database, f"r{index}")
         async with database.write() as connection:
-            await outbox.insert_delivery(connection, seq, "d", due=due)
+            await outbox.insert_deliveries(connection, [(seq, "d")], due=due)
 
 
 async def claim(database: Database, *, limit: int = 10, lease: float = LEASE) -> list[EventClaim]:
@@ -169,15 +169,12 @@ async def test_files_that_finish_at_once_release_the_deliveries(database: Databa
     for round_ in range(10):
         seq = await add_event(database, f"race{round_}")
         async with database.write() as connection:
-            await outbox.insert_media(
-                connection,
-                seq,
-                [
-                    NewMedia(position=index, variant="original", kind="image", url=f"https://x/{index}")
-                    for index in range(files)
-                ],
-            )
-            await outbox.insert_delivery(connection, seq, "d", due=False)
+            added = [
+                NewMedia(position=index, variant="original", kind="image", url=f"https://x/{index}")
+                for index in range(files)
+            ]
+            await outbox.insert_media(connection, [(seq, file) for file in added])
+            await outbox.insert_deliveries(connection, [(seq, "d")], due=False)
             await inbox.set_state(connection, [seq], "fetching")
             claims = await leases.claim_of_events(connection, media, limit=files, lease=LEASE)
 

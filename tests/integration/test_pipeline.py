@@ -38,6 +38,8 @@ RETRY = RetryPolicy(initial=0.05, cap=0.05)
 class Recorder:
     """A destination inside the test: remembers what was published, and does what it is told to."""
 
+    concurrency = 32
+
     def __init__(self) -> None:
         self.published: list[CloudEvent] = []
         self.behave: Callable[[CloudEvent], Any] = lambda _event: None
@@ -508,17 +510,17 @@ async def test_a_result_is_recorded_when_the_database_is_back(
 async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: a fan-out that breaks off half-way leaves no row of it, and is done again as a whole."""
     world.targets.append(world.target("second", Recorder()))
-    insert = outbox.insert_delivery
+    insert = outbox.insert_deliveries
     calls = 0
 
-    async def break_off(connection: AsyncConnection, event_seq: int, destination: str, *, due: bool) -> None:
+    async def break_off(*arguments: Any, **options: Any) -> int:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise DatabaseUnavailable("gone", reason="database")
-        await insert(connection, event_seq, destination, due=due)
+        return await insert(*arguments, **options)
 
-    monkeypatch.setattr(outbox, "insert_delivery", break_off)
+    monkeypatch.setattr(outbox, "insert_deliveries", break_off)
     fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
     await world.add(with_image(cdn))
     with pytest.raises(DatabaseUnavailable):

@@ -18,8 +18,7 @@ from servers import Postgres
 from sqlalchemy import func, select
 
 from receiver import replay
-from receiver.db import inbox, transfer
-from receiver.db import replays as replay_rows
+from receiver.db import inbox, outbox, transfer
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.rows import NewReceipt
@@ -214,8 +213,8 @@ async def fill_replays(world: World) -> None:
             next_attempt_at=db_time(3600.0),
         )
         async with world.database.write() as connection:
-            await replay_rows.add_deliveries(connection, order["id"], [(seqs[0], "main")], due=True)
-            await replay_rows.add_deliveries(connection, order["id"], [(seqs[1], "main")], due=False)
+            await outbox.insert_deliveries(connection, [(seqs[0], "main")], due=True, replay_id=order["id"])
+            await outbox.insert_deliveries(connection, [(seqs[1], "main")], due=False, replay_id=order["id"])
 
 
 async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: Databases) -> None:
