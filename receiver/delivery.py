@@ -1,5 +1,6 @@
 """Deliveries: each destination has a lane of its own; what came of the tries is recorded in groups."""
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -38,6 +39,10 @@ from receiver.webhook import parse
 
 LARGEST_GROUP: Final = 200
 """Results that share a transaction at most."""
+LIVE: Final = 1.0
+"""Seconds for which a live delivery counts as traffic that replays give way to."""
+MAX_REST: Final = 0.25
+"""Seconds that replays rest at most between two batches."""
 
 log = structlog.get_logger()
 
@@ -70,7 +75,8 @@ class DeliveryLane(WorkLane):
         self._target = target
         self._circuit = Circuit(concurrency)
         self._replay_share = max(1, concurrency // 4)
-        self._replaying = set[UUID]()
+        self._replaying: dict[UUID, float] = {}
+        self._live_until = self._replays_from = 0.0
         self._results = GroupCommit(self._write, limit=LARGEST_GROUP)
 
     async def claim(self, limit: int) -> list[Work]:
@@ -87,7 +93,8 @@ class DeliveryLane(WorkLane):
             files = await outbox.load_media(connection, seqs)
             refs = await jobs.load_refs(connection, seqs)
         # Only now: a claim that was rolled back takes no place.
-        self._replaying |= {claim.id for claim in claims if claim.replay_id is not None}
+        now = time.monotonic()
+        self._replaying |= {claim.id: now for claim in claims if claim.replay_id is not None}
         return [
             Work(
                 claim=claim,
@@ -103,13 +110,24 @@ class DeliveryLane(WorkLane):
         ]
 
     async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
-        """Claim what is live first, and of replays no more than leaves room for it."""
+        """Claim what is live first, and of replays no more than leaves room and time for it."""
         claim = partial(leases.claim_deliveries, connection, self._target.name, lease=LEASE)
         claims = await claim(limit=limit, replayed=False)
+        now = time.monotonic()
+        if claims:
+            self._live_until = now + LIVE
         room = min(limit - len(claims), self._replay_share - len(self._replaying))
-        if room > 0:
+        if room > 0 and now >= self._replays_from:
             claims += await claim(limit=room, replayed=True)
         return claims
+
+    def _replayed(self, claim: DeliveryClaim) -> None:
+        """Let replays rest for as long as they have worked, while there is live traffic."""
+        began, now = self._replaying.pop(claim.id), time.monotonic()
+        if self._replays_from <= now < self._live_until:
+            rest = min(MAX_REST, now - began)
+            self._replays_from = now + rest
+            asyncio.get_running_loop().call_later(rest, self._wake, self.name)
 
     async def _publish(
         self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
@@ -117,7 +135,8 @@ class DeliveryLane(WorkLane):
         try:
             await self._try(claim, event, files, job)
         finally:
-            self._replaying.discard(claim.id)
+            if claim.replay_id is not None:
+                self._replayed(claim)
 
     async def _try(
         self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
@@ -169,7 +188,7 @@ class DeliveryLane(WorkLane):
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return which of them found their lease still held."""
         finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)
-        held: set[UUID] = set()
+        held = set[UUID]()
         async with self._database.write() as connection:
             for each in results:
                 if each.state is not None:

@@ -38,7 +38,7 @@ from receiver.routing import Facts, refusal
 from receiver.settings import FilterSettings
 
 REPLAY_LANE: Final = "replay"
-STEP: Final = 200
+STEP: Final = 100
 """Events of one step at most."""
 MOST_WAITING: Final = 1000
 """Unfinished deliveries of a replay, to the destination that has the fewest, beyond which it adds no more."""
