@@ -241,6 +241,8 @@ class _MockCluster:
         assert handle.value, error.value
         self._cluster = pointer(library.rd_kafka_handle_mock_cluster(handle))
         library.rd_kafka_mock_start_request_tracking(self._cluster)
+        # Of consumers: a group's first member need not wait for others.
+        library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, ctypes.c_int32(0))
         self.address: str = library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
     def create_topic(self, topic: str, partitions: int, replicas: int) -> None:
