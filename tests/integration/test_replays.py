@@ -17,7 +17,7 @@ from payloads import failure
 from servers import Postgres
 from sqlalchemy import Connection, insert, select
 
-from receiver import replay
+from receiver import delivery, replay
 from receiver.db import jobs as job_rows
 from receiver.db import migrate, outbox
 from receiver.db import replays as replay_rows
@@ -26,6 +26,7 @@ from receiver.db.engine import Database
 from receiver.db.rows import event_id
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, replays
+from receiver.delivery import DeliveryLane
 from receiver.errors import DatabaseUnavailable, PublishFailed, Refused
 from receiver.lanes import MAX_LOST, Work
 from receiver.replay import ReplayLane, ReplayRequest
@@ -744,6 +745,34 @@ async def test_a_claim_that_was_rolled_back_takes_no_share(
         "delivered": 8,
         "pending": 22,
     }
+
+
+async def test_replays_rest_beside_live_traffic(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E12: after a batch of replayed deliveries the lane is free for live ones for a while."""
+    monkeypatch.setattr(delivery, "MAX_REST", 3600.0)
+    main = world.add_destination("main")
+    await world.add_history(*(plain(f"old-{number}") for number in range(30)))
+    await world.order()
+    await run_to_the_end(world.replay_lane())
+    woken: list[str] = []
+    lane = DeliveryLane(world.database, world.targets[0], wake=woken.append, concurrency=16)
+    for _ in range(2):
+        for work in await lane.claim(16):
+            await work.run()
+    assert len(main.published) == 8, "no rest while nothing live comes"
+    main.behave = lambda event: asyncio.sleep(0.2 if event.get_extension("replayid") else 0)
+    await world.add(plain("new"))
+    await world.fan_out()
+    works = await lane.claim(16)
+    assert len(works) == 5
+    await asyncio.gather(*(work.run() for work in works))
+    assert await lane.claim(16) == [], "a rest as long as the work"
+
+    async def is_woken() -> bool:
+        return woken == ["destination:main"]
+
+    await until(is_woken)
+    assert len(await lane.claim(16)) == 4
 
 
 async def test_a_full_replay_backlog_leaves_room_for_live_traffic(world: World) -> None:
