@@ -213,6 +213,7 @@ def create_app(
         tokens = Tokens(settings.api_tokens)
         metrics = Metrics(
             lambda: read_backlog(database, settings.all_destinations),
+            dead=lambda: count_dead_letters(database, settings.all_destinations),
             paused=submitter.paused,
             tokens=tokens,
             multiprocess=multiprocess,
@@ -247,6 +248,14 @@ async def read_backlog(database: Database, destinations: Sequence[DestinationSet
     empty = Backlog(rows=0, oldest=0.0)
     names = by_destination.keys() | {each.name for each in destinations}
     return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
+
+
+async def count_dead_letters(
+    database: Database, destinations: Sequence[DestinationSettings]
+) -> dict[str, int]:
+    """Return how many dead letters each destination has. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
 
 
 async def _crash(_request: Request, _exception: Exception) -> Response:

@@ -42,6 +42,12 @@ CIRCUIT_OPEN = Gauge(
     ["destination"],
     multiprocess_mode="livemax",
 )
+DEAD_LETTERS = Gauge(
+    "receiver_dead_letters",
+    "Deliveries that were given up and wait for somebody, by destination.",
+    ["destination"],
+    multiprocess_mode="mostrecent",
+)
 MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
 SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])

@@ -35,6 +35,13 @@ def refusal(wanted: FilterSettings, facts: Facts) -> str | None:
     return None
 
 
+def describe(wanted: FilterSettings) -> str:
+    """Return a filter in words, such as `status OK, model seedance-* or nano-*`; empty for all events."""
+    lines = {"status": wanted.status, "model": wanted.model, "source": wanted.source, "caller": wanted.caller}
+    lines |= {f"metadata.{key}": allowed for key, allowed in wanted.metadata.items()}
+    return ", ".join(f"{name} {' or '.join(allowed)}" for name, allowed in lines.items() if allowed)
+
+
 def _because(name: str, value: str | None, allowed: tuple[str, ...]) -> str:
     shown = "absent" if value is None else repr(value)
     return f"{name} is {shown}, wanted is {' or '.join(map(repr, allowed))}"

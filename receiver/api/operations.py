@@ -15,7 +15,7 @@ from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, Refused
-from receiver.observability import BACKLOG, BACKLOG_OLDEST, SUBMISSIONS_PAUSED
+from receiver.observability import BACKLOG, BACKLOG_OLDEST, DEAD_LETTERS, SUBMISSIONS_PAUSED
 
 PROBE_WAIT: Final = 4.0
 PROBE_AGE: Final = 1.0
@@ -67,15 +67,18 @@ class Metrics:
         self,
         backlog: Callable[[], Awaitable[dict[str, Backlog]]],
         *,
+        dead: Callable[[], Awaitable[dict[str, int]]],
         paused: Callable[[], Awaitable[bool]],
         tokens: Tokens,
         multiprocess: bool,
     ) -> None:
         self._backlog = backlog
+        self._dead = dead
         self._paused = paused
         self._tokens = tokens
         self._multiprocess = multiprocess
         self._lanes: set[str] = set()
+        self._destinations: set[str] = set()
 
     async def __call__(self, request: Request) -> Response:
         """Answer in Prometheus' text format; needs the scope `read` once any token is configured."""
@@ -95,12 +98,15 @@ class Metrics:
     async def _update_gauges(self) -> None:
         try:
             async with asyncio.timeout(PROBE_WAIT):
-                backlog, paused = await self._backlog(), await self._paused()
+                backlog, dead, paused = await self._backlog(), await self._dead(), await self._paused()
         except (ReceiverError, TimeoutError) as error:
             # The counters are worth having most while the database is away.
             log.warning("backlog unknown", error=str(error))
             return
         SUBMISSIONS_PAUSED.set(paused)
+        self._destinations |= dead.keys()
+        for name in self._destinations:
+            DEAD_LETTERS.labels(name).set(dead.get(name, 0))
         self._lanes |= backlog.keys()
         empty = Backlog(rows=0, oldest=0.0)
         for lane in self._lanes:

@@ -16,6 +16,7 @@ from receiver.db.engine import Database
 from receiver.destinations import open_destination
 from receiver.errors import ReceiverError, SettingsError
 from receiver.media import MediaHosts, open_storage
+from receiver.routing import describe
 from receiver.settings import DestinationSettings, Settings, unknown_variables
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
@@ -153,7 +154,8 @@ class _Check:
             await destination.check()
 
         await _and_close(start_and_check, destination.close)
-        self._say("ok", f"destination {settings.name}", f"reachable; told when {settings.when}")
+        which = describe(settings.filter) or "every event"
+        self._say("ok", f"destination {settings.name}", f"reachable; gets {which}, when {settings.when}")
 
 
 async def _and_close(check: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:

@@ -190,3 +190,13 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
         .group_by(deliveries.c.destination)
     )
     return {row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)}
+
+
+async def count_dead(connection: AsyncConnection) -> dict[str, int]:
+    """Return how many dead letters there are, by destination."""
+    statement = (
+        select(deliveries.c.destination, func.count())
+        .where(deliveries.c.state == "dead")
+        .group_by(deliveries.c.destination)
+    )
+    return {row[0]: row[1] for row in await connection.execute(statement)}

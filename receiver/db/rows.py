@@ -24,11 +24,14 @@ def event_id(source: str, request_id: str) -> uuid.UUID:
 
 
 def new_id() -> uuid.UUID:
-    """Return a time-ordered random id, a UUID v7 (RFC 9562, section 5.7): indexes grow at their end."""
-    milliseconds = time.time_ns() // 1_000_000
-    value = (milliseconds << 80) | secrets.randbits(80)
-    value = (value & ~(0xF << 76)) | (0x7 << 76)
-    value = (value & ~(0x3 << 62)) | (0x2 << 62)
+    """Return a time-ordered id, a UUID v7 with 62 random bits: indexes grow at their end.
+
+    Its time has a precision of a quarter of a microsecond (RFC 9562, section 6.2, method 3), so that ids that
+    are made one after the other are in that order.
+    """
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    fraction = rest * 4096 // 1_000_000
+    value = (milliseconds << 80) | (0x7 << 76) | (fraction << 64) | (0x2 << 62) | secrets.randbits(62)
     return uuid.UUID(int=value)
 
 

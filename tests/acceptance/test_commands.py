@@ -114,6 +114,7 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
         assert "RECEIVER_DATABSE_URL" in output
         assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
     assert "writable" in output
+    assert "gets every event, when media_stored" in output
 
 
 def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:

@@ -473,6 +473,25 @@ async def test_one_dead_letter_is_retried(site: Site) -> None:
     assert [row["id"] for row in await site.data("/v1/deliveries", state="dead")] == [second["id"]]
 
 
+async def test_dead_letters_are_counted_until_they_are_retried(site: Site) -> None:
+    """E4: the metrics say how many each destination has, none included."""
+
+    async def counts() -> set[str]:
+        async with site.client(TOKENS["reader"]) as reader:
+            lines = (await reader.get("/metrics")).text.splitlines()
+        return {line for line in lines if line.startswith("receiver_dead_letters{")}
+
+    (first, *_) = await kill(site, 3)
+    assert await counts() == {
+        'receiver_dead_letters{destination="main"} 3.0',
+        'receiver_dead_letters{destination="failures"} 0.0',
+    }
+    await site.post(f"/v1/deliveries/{first['id']}/retry")
+    assert 'receiver_dead_letters{destination="main"} 2.0' in await counts()
+    await site.post("/v1/deliveries/retry", {"all": True})
+    assert 'receiver_dead_letters{destination="main"} 0.0' in await counts()
+
+
 async def test_dead_letters_are_retried_by_filter(site: Site) -> None:
     """E4: by ids, by destination, by time, or all of them when that is said."""
     dead = await kill(site, 4)

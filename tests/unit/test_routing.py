@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from receiver.errors import SettingsError
-from receiver.routing import Facts, refusal
+from receiver.routing import Facts, describe, refusal
 from receiver.settings import FilterSettings, Settings
 
 WORDS = ("a", "b", "seedance-2", "seedance-pro")
@@ -119,6 +119,22 @@ def test_a_filter_is_all_its_lines(wanted: dict[str, Any], **changes: Any) -> No
 def test_only_callers_and_metadata_need_the_job(wanted: dict[str, Any], *, needs: bool) -> None:
     """Looking for an event's job is left out where no filter asks for it."""
     assert FilterSettings(**wanted).needs_job is needs
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({}, ""),
+        ({"status": "OK"}, "status OK"),
+        (
+            {"model": ["seedance-*", "nano-*"], "metadata": {"tier": "gold"}, "caller": "shop"},
+            "model seedance-* or nano-*, caller shop, metadata.tier gold",
+        ),
+    ],
+)
+def test_a_filter_is_put_in_words(wanted: dict[str, Any], said: str) -> None:
+    """What `receiver check` says of a destination."""
+    assert describe(FilterSettings(**wanted)) == said
 
 
 def write_filter(content: str) -> None:
