@@ -35,8 +35,9 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	# On its own: 128 deliveries at once want the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 
-bench: $(VENV)/.dev  ## Measure what the outbox costs each destination (ARGS="--kinds redis" selects some)
-	$(BIN)/python benchmarks/publish.py $(ARGS)
+bench: $(VENV)/.dev  ## Measure what the outbox costs, and what frozen brokers and replays cost live events
+	$(BIN)/python benchmarks/publish.py
+	$(BIN)/python benchmarks/isolation.py
 
 format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
