@@ -21,7 +21,13 @@ from receiver.db.rows import (
     StoredEvent,
 )
 from receiver.db.tables import media
-from receiver.errors import MediaBlocked, MediaMissing, StorageUnavailable, UnrecognizedBody
+from receiver.errors import (
+    DatabaseUnavailable,
+    MediaBlocked,
+    MediaMissing,
+    StorageUnavailable,
+    UnrecognizedBody,
+)
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -53,6 +59,9 @@ STORAGE_PAUSE: Final = 15.0
 log = structlog.get_logger()
 
 
+_AddWork = Callable[[AsyncConnection, Sequence[StoredEvent]], Awaitable[set[str] | None]]
+
+
 class FanOut:
     """Moves events out of `received`: their files and their deliveries in the same transaction."""
 
@@ -64,13 +73,43 @@ class FanOut:
         self._wake = wake
 
     async def run(self, *, limit: int = 200) -> int:
-        """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable."""
+        """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable.
+
+        Where it fails for the lot, each event is done by itself, so that a bad one holds up no other.
+        """
+        try:
+            return await self._run(limit, self._add_work)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:
+            found = await self._run(limit, self._add_work_singly)
+            if not found:
+                raise
+            log.warning("fan-out went event by event", error=describe(error), count=found)
+            return found
+
+    async def _run(self, limit: int, add_work: _AddWork) -> int:
         async with self._database.write() as connection:
             events = await inbox.lock_received(connection, limit=limit)
-            lanes = await self._add_work(connection, events) if events else ()
-        for lane in lanes:
+            lanes = await add_work(connection, events) if events else None
+        for lane in lanes or ():
             self._wake(lane)
-        return len(events)
+        return 0 if lanes is None else len(events)
+
+    async def _add_work_singly(
+        self, connection: AsyncConnection, events: Sequence[StoredEvent]
+    ) -> set[str] | None:
+        """Add what follows from each event that can be done; None where that is none of them."""
+        lanes: set[str] = set()
+        failed = 0
+        for event in events:
+            try:
+                async with connection.begin_nested():
+                    lanes |= await self._add_work(connection, [event])
+            except Exception:
+                failed += 1
+                log.exception("event not fanned out", event_id=str(event.id))
+        return lanes if failed < len(events) else None
 
     async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> set[str]:
         """Add what follows from the events; return the lanes that have work now."""

@@ -3,7 +3,7 @@
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from receiver import pipeline, worker
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import Claim
+from receiver.db.rows import Claim, StoredEvent
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.delivery import DeliveryLane
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
@@ -530,6 +530,36 @@ async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: py
     assert await fan_out.run() == 1
     assert len(await world.rows(deliveries)) == 2
     assert len(await world.rows(media)) == 1
+
+
+async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E7: an event that cannot be fanned out stays where it is; those before and behind it go on."""
+    add_work = FanOut._add_work
+
+    async def break_on_bad(
+        self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]
+    ) -> set[str]:
+        lanes = await add_work(self, connection, found)
+        if any(event.request_id == "bad" for event in found):
+            raise RuntimeError("bug")
+        return lanes
+
+    monkeypatch.setattr(FanOut, "_add_work", break_on_bad)
+    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    for name in ("r-1", "bad", "r-2"):
+        await world.add(plain(name))
+    assert await fan_out.run() == 3
+    with pytest.raises(RuntimeError):
+        await fan_out.run()
+    assert {row["request_id"]: row["state"] for row in await world.rows(events)} == {
+        "r-1": "ready",
+        "bad": "received",
+        "r-2": "ready",
+    }
+    assert len(await world.rows(deliveries)) == 2
+    monkeypatch.setattr(FanOut, "_add_work", add_work)
+    assert await fan_out.run() == 1
+    assert len(await world.rows(deliveries)) == 3
 
 
 async def test_several_workers_share_the_work(world: World) -> None:
