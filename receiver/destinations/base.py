@@ -1,11 +1,18 @@
-"""What a destination is, and the bytes that all of them are sent."""
+"""What a destination is, and what several kinds do alike."""
 
+import abc
 from typing import Protocol
 
+import structlog
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.settings import DestinationSettings
+
+Failure = PublishFailed | PublishRejected
+
+log = structlog.get_logger()
 
 
 class Destination(Protocol):
@@ -55,3 +62,30 @@ def encode(event: CloudEvent) -> bytes:
 def closed() -> PublishFailed:
     """Return what `publish` raises after `close`."""
     return PublishFailed("the destination is closed", reason="closed")
+
+
+def again(failure: Failure) -> Failure:
+    """Return the failure as a new exception: each of those who share it gets a traceback of its own."""
+    return type(failure)(str(failure), reason=failure.reason)
+
+
+class Broker(abc.ABC):
+    """What the destinations that are brokers do alike."""
+
+    def __init__(self, settings: DestinationSettings) -> None:
+        self._name = settings.name
+        self._closed = False
+
+    async def start(self) -> None:
+        """Check, and only warn: the broker may come later."""
+        try:
+            await self.check()
+        except PublishFailed as error:
+            log.warning("destination is not ready", destination=self._name, error=str(error))
+
+    @abc.abstractmethod
+    async def check(self) -> None:
+        """See whether an event would be taken, and warn where the broker may lose it."""
+
+    def _warn_of_losses(self, problem: str) -> None:
+        log.warning("the destination may lose events", destination=self._name, problem=problem)

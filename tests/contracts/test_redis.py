@@ -16,10 +16,11 @@ from brokers_redis_nats import Redis
 from certificates import make_certificate
 from destination_kinds import make_event, open_url
 from kind_redis_nats import read_redis
+from redis.asyncio.client import Pipeline
 from servers import free_port
 from structlog.testing import capture_logs
 
-from receiver.destinations import Destination
+from receiver.destinations import Destination, batches
 from receiver.destinations import redis as redis_module
 from receiver.destinations.base import encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -78,6 +79,7 @@ async def destination(shared: Redis, stream: str) -> AsyncIterator[Destination]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the deadlines."""
+    monkeypatch.setattr(batches, "TIMEOUT", 1.0)
     monkeypatch.setattr(redis_module, "TIMEOUT", 1.0)
     monkeypatch.setattr(redis_module, "BATCH_TIMEOUT", 0.4)
     monkeypatch.setattr(redis_module, "CONNECT_TIMEOUT", 0.3)
@@ -173,22 +175,22 @@ async def test_publishes_travel_together(admin: redis.Redis, destination: Destin
     assert [json.loads(fields[b"event"])["data"]["number"] for _, fields in entries] == list(range(-1, 300))
 
 
-async def test_batches_are_bounded(
-    shared: Redis, destination: Destination, stream: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_batches_are_bounded(shared: Redis, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """E6: however much waits, one round trip carries only so many entries and bytes; all arrive."""
     sizes: list[int] = []
-    execute = redis_module.RedisDestination._execute
+    execute = Pipeline.execute
 
-    async def spy(self: redis_module.RedisDestination, batch: Any) -> Any:
-        sizes.append(len(batch))
-        return await execute(self, batch)
+    async def spy(self: Pipeline, **options: Any) -> Any:
+        sizes.append(len(self))
+        return await execute(self, **options)
 
-    monkeypatch.setattr(redis_module.RedisDestination, "_execute", spy)
+    monkeypatch.setattr(Pipeline, "execute", spy)
     monkeypatch.setattr(redis_module, "MAX_BATCH", 7)
+    monkeypatch.setattr(redis_module, "MAX_BATCH_BYTES", 250_000)
+    destination = open_url(shared.url(f"stream={stream}"))
     await asyncio.gather(*(destination.publish(make_event()) for _ in range(30)))
-    monkeypatch.setattr(redis_module, "MAX_BATCH_BYTES", 150_000)
     await asyncio.gather(*(destination.publish(make_event({"fill": "x" * 100_000})) for _ in range(6)))
+    await destination.close()
     assert sizes == [7, 7, 7, 7, 2, 2, 2, 2]
     assert len(read_redis(shared, stream)) == 36
 
@@ -456,10 +458,11 @@ async def test_given_up_before_its_turn(server: Redis) -> None:
     await destination.publish(make_event({"number": 0}))
     server.freeze()
     first = asyncio.create_task(outcome(destination, {"number": 1}))
-    await until(lambda: destination._sender is not None and not destination._waiting)
+    senders, waiting = destination._batches._senders, destination._batches._waiting
+    await until(lambda: bool(senders) and not waiting)
     second = asyncio.create_task(destination.publish(make_event({"number": 2})))
     third = asyncio.create_task(outcome(destination, {"number": 3}))
-    await until(lambda: len(destination._waiting) == 2)
+    await until(lambda: len(waiting) == 2)
     second.cancel()
     server.thaw()
     assert [await first, await third] == ["delivered", "delivered"]
