@@ -26,10 +26,7 @@ class _Entry(Generic[Message]):
 
 
 class Batches(Generic[Message]):
-    """Sends messages in batches, several at once; each message has an outcome of its own.
-
-    `send` returns one outcome per message, or raises PublishFailed for them all.
-    """
+    """Sends messages in batches, several at once; `send` returns an outcome for each message of its batch."""
 
     def __init__(
         self,
@@ -103,9 +100,10 @@ class Batches(Generic[Message]):
             async with asyncio.timeout_at(max(entry.deadline for entry in batch)):
                 return await self._send([entry.message for entry in batch])
         except TimeoutError:
-            return [self._late()] * len(batch)
-        except PublishFailed as failure:
-            return [failure] * len(batch)
+            failure = self._late()
+        except Exception as error:  # noqa: BLE001 - a client may stumble over an answer
+            failure = PublishFailed(f"{self._shown}: {type(error).__name__}", reason="protocol")
+        return [failure] * len(batch)
 
     def _late(self) -> PublishFailed:
         return PublishFailed(f"{self._shown} did not answer within {TIMEOUT:g} s", reason="timeout")

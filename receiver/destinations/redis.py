@@ -143,7 +143,7 @@ class RedisDestination(Broker):
                 if any(_code(reply) in _ELSEWHERE for reply in replies):
                     await self._client.connection_pool.disconnect()
         except _ERRORS as error:
-            raise self._failed(error) from error
+            return [self._failed(error)] * len(batch)
         return [self._judge(reply) for reply in replies]
 
     def _judge(self, reply: object) -> PublishFailed | None:

@@ -11,14 +11,11 @@ import contextlib
 import hashlib
 import logging
 import re
-from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
 
-import structlog
 from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
 from aiobotocore.session import get_session  # type: ignore[import-untyped]
 from botocore.exceptions import (  # type: ignore[import-untyped]
@@ -33,12 +30,12 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 )
 from cloudevents.core.v1.event import CloudEvent
 
-from receiver.destinations.base import closed, encode
-from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.destinations.base import Broker, Failure, closed, encode
+from receiver.destinations.batches import TIMEOUT, Batches
+from receiver.destinations.urls import split_url, usable_url
+from receiver.errors import PublishFailed, PublishRejected
 from receiver.settings import DestinationSettings
 
-TIMEOUT: Final = 15.0
-"""Seconds for a whole publish, from waiting for its batch to the answer."""
 CONNECT_TIMEOUT: Final = 5
 READ_TIMEOUT: Final = 10
 TRIES: Final = 2
@@ -53,7 +50,6 @@ MAX_BATCH: Final = 256 * 1024
 MAX_TEXT: Final = 200
 """Characters of the service's words in a message."""
 
-_HOST: Final = re.compile(r"(?:[A-Za-z0-9-]{1,63}\.)*[A-Za-z0-9-]{1,63}(?::[0-9]{1,5})?")
 _REGION: Final = re.compile(r"(?:.*\.)?sqs(?:-fips)?\.([a-z]{2,}(?:-[a-z]+)+-[0-9]+)\..+")
 _REGION_NAME: Final = re.compile(r"[a-z0-9-]{1,63}")
 _PATH: Final = re.compile(r"/[0-9]{12}/(?=.{1,80}$)[A-Za-z0-9_-]+(?:\.fifo)?")
@@ -95,10 +91,6 @@ _NO_CREDENTIALS: Final = (
     TokenRetrievalError,
 )
 
-_Failure = PublishFailed | PublishRejected
-
-log = structlog.get_logger()
-
 # At DEBUG it logs whole events and the headers that sign for us, session tokens among them.
 _library_log = logging.getLogger("botocore")
 if _library_log.level == logging.NOTSET:
@@ -120,42 +112,32 @@ class _Queue:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """One event on its way; `outcome` is what `publish` has to raise, or None."""
+class _Message:
+    """One entry of a batch, without its number."""
 
-    message: Mapping[str, Any]
+    fields: Mapping[str, Any]
     size: int
-    deadline: float = field(default_factory=lambda: asyncio.get_running_loop().time() + TIMEOUT)
-    outcome: asyncio.Future[_Failure | None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
 
 
-class SqsDestination:
-    """Sends events to an SQS queue.
-
-    Events that come while others are on their way gather for the next batch; each has an answer of its own.
-    """
+class SqsDestination(Broker):
+    """Sends events to an SQS queue, those that come together in one request."""
 
     concurrency = MAX_ENTRIES * MAX_BATCHES
 
     def __init__(self, settings: DestinationSettings) -> None:
-        self._name = settings.name
+        super().__init__(settings)
         self._queue = _parse(settings)
-        self._waiting: deque[_Entry] = deque()
-        self._senders: set[asyncio.Task[None]] = set()
+        self._batches = Batches(
+            self._send,
+            shown=self._queue.url,
+            at_once=MAX_BATCHES,
+            max_messages=MAX_ENTRIES,
+            max_bytes=MAX_BATCH,
+        )
         self._clients = contextlib.AsyncExitStack()
         self._client: Any = None
         self._opening = asyncio.Lock()
         self._max_message = MAX_MESSAGE
-        self._closed = False
-
-    async def start(self) -> None:
-        """Check, and only warn: the queue may come later."""
-        try:
-            await self.check()
-        except PublishFailed as error:
-            log.warning("destination is not ready", destination=self._name, error=str(error))
 
     async def check(self) -> None:
         """Ask for the queue's attributes."""
@@ -171,31 +153,19 @@ class SqsDestination:
             raise self._failed(error) from error
         self._max_message = int(answer.get("Attributes", {}).get("MaximumMessageSize", MAX_MESSAGE))
         if self._max_message < MAX_BATCH:
-            problem = f"larger messages than {self._max_message} bytes are rejected: raise MaximumMessageSize"
-            log.warning("the destination may lose events", destination=self._name, problem=problem)
+            self._warn_of_losses(
+                f"larger messages than {self._max_message} bytes are rejected: raise MaximumMessageSize"
+            )
 
     async def publish(self, event: CloudEvent) -> None:
         """Send the event and return when the service has answered that it has it."""
-        entry = self._make_entry(event)
-        if self._closed:
-            raise closed()
-        self._waiting.append(entry)
-        if len(self._senders) < MAX_BATCHES:
-            self._senders.add(asyncio.create_task(self._send_waiting()))
-        try:
-            async with asyncio.timeout_at(entry.deadline):
-                failure = await entry.outcome
-        except TimeoutError as error:
-            raise self._failed(error) from error
-        if failure is not None:
-            # The others of the batch may have been given the same one.
-            raise type(failure)(str(failure), reason=failure.reason)
+        message = _encode(event, is_fifo=self._queue.is_fifo)
+        await self._batches.publish(message, message.size)
 
     async def close(self) -> None:
         """Send what waits, which the timeout bounds, and close the connections."""
         self._closed = True
-        if self._senders:
-            await asyncio.wait(self._senders)
+        await self._batches.close()
         await self._clients.aclose()
 
     async def _open(self) -> Any:
@@ -220,63 +190,30 @@ class SqsDestination:
                 )
             return self._client
 
-    async def _send_waiting(self) -> None:
+    async def _send(self, batch: Sequence[_Message]) -> list[Failure | None]:
+        """Send a batch and return one outcome per message."""
         try:
-            while batch := self._take():
-                await self._send(batch)
-        finally:
-            # Not by a callback: who publishes before that runs would wait for a sender that has ended.
-            self._senders.discard(asyncio.current_task())
-
-    def _take(self) -> list[_Entry]:
-        """Take the next batch from the queue, without what nobody waits for any more."""
-        batch: list[_Entry] = []
-        room = MAX_BATCH
-        while self._waiting and len(batch) < MAX_ENTRIES:
-            entry = self._waiting[0]
-            if not entry.outcome.done():
-                if batch and entry.size > room:
-                    break
-                batch.append(entry)
-                room -= entry.size
-            self._waiting.popleft()
-        return batch
-
-    async def _send(self, batch: list[_Entry]) -> None:
-        """Send a batch and give each of its entries its outcome."""
-        rest: _Failure = PublishFailed(f"{self._queue.url}: not confirmed", reason="unconfirmed")
-        outcomes: Mapping[str, _Failure | None] = {}
-        try:
-            async with asyncio.timeout_at(max(entry.deadline for entry in batch)):
-                outcomes = await self._ask(batch)
+            client = await self._open()
+            answer = await client.send_message_batch(
+                QueueUrl=self._queue.url,
+                Entries=[{"Id": str(number), **message.fields} for number, message in enumerate(batch)],
+            )
         except ClientError as error:
             if _code(error) not in _ABOUT_A_MESSAGE:
-                rest = self._failed(error)
-            elif len(batch) == 1:
-                rest = self._judge(_code(error), "", batch[0])
-            else:
-                # One of them has spoilt it for all, and nobody says which.
-                await asyncio.gather(*(self._send([entry]) for entry in batch))
-        except (TimeoutError, BotoCoreError) as error:
-            rest = self._failed(error)
-        finally:
-            for number, entry in enumerate(batch):
-                if not entry.outcome.done():
-                    entry.outcome.set_result(outcomes.get(str(number), rest))
-
-    async def _ask(self, batch: list[_Entry]) -> dict[str, _Failure | None]:
-        """Return the outcomes by the number in the batch. Raises what the library raises."""
-        client = await self._open()
-        answer = await client.send_message_batch(
-            QueueUrl=self._queue.url,
-            Entries=[{"Id": str(number), **entry.message} for number, entry in enumerate(batch)],
-        )
-        outcomes = {taken["Id"]: None for taken in answer.get("Successful", ())}
-        refused = {
-            each["Id"]: self._judge(each.get("Code", ""), each.get("Message", ""), batch[int(each["Id"])])
-            for each in answer.get("Failed", ())
-        }
-        return outcomes | refused
+                return [self._failed(error)] * len(batch)
+            if len(batch) == 1:
+                return [self._judge(_code(error), "", batch[0])]
+            # One of them has spoilt it for all, and nobody says which.
+            alone = await asyncio.gather(*(self._send([message]) for message in batch))
+            return [outcome for [outcome] in alone]
+        except BotoCoreError as error:
+            return [self._failed(error)] * len(batch)
+        outcomes: dict[str, Failure | None] = {each["Id"]: None for each in answer.get("Successful", ())}
+        for each in answer.get("Failed", ()):
+            message = batch[int(each["Id"])]
+            outcomes[each["Id"]] = self._judge(each.get("Code", ""), each.get("Message", ""), message)
+        silence = PublishFailed(f"{self._queue.url}: not confirmed", reason="unconfirmed")
+        return [outcomes.get(str(number), silence) for number in range(len(batch))]
 
     def _failed(self, error: TimeoutError | BotoCoreError | ClientError) -> PublishFailed:
         url = self._queue.url
@@ -296,38 +233,38 @@ class SqsDestination:
             )
         return PublishFailed(f"{url}: {error}", reason="connection")
 
-    def _judge(self, code: str, text: str, entry: _Entry) -> _Failure:
+    def _judge(self, code: str, text: str, message: _Message) -> Failure:
         """Return what the refusal of one message means."""
         url = self._queue.url
         if code == "InvalidMessageContents":
             return PublishRejected(f"{url} takes no such text", reason="content")
-        if code in _ABOUT_A_MESSAGE and (code == "BatchRequestTooLong" or entry.size > self._max_message):
-            return PublishRejected(f"{url} takes no message of {entry.size} bytes", reason="too_large")
+        if code in _ABOUT_A_MESSAGE and (code == "BatchRequestTooLong" or message.size > self._max_message):
+            return PublishRejected(f"{url} takes no message of {message.size} bytes", reason="too_large")
         reason, advice = _ADVICE.get(code, ("refused", text[:MAX_TEXT]))
         return PublishFailed(f"{url}: {code}: {advice}", reason=reason)
 
-    def _make_entry(self, event: CloudEvent) -> _Entry:
-        body = encode(event).decode("ascii")
-        delivery_id = str(event.get_extension("deliveryid") or event.get_id())
-        ids = {"id": str(event.get_id()), "deliveryid": delivery_id}
-        message: dict[str, Any] = {
-            "MessageBody": body,
-            "MessageAttributes": {
-                name: {"DataType": "String", "StringValue": value} for name, value in ids.items()
-            },
-        }
-        if self._queue.is_fifo:
-            message["MessageGroupId"] = _fifo_id(event.get_subject() or delivery_id)
-            message["MessageDeduplicationId"] = _fifo_id(delivery_id)
-        size = len(body) + sum(
-            len(name) + len("String") + len(value.encode("utf-8", "surrogatepass"))
-            for name, value in ids.items()
+
+def _encode(event: CloudEvent, *, is_fifo: bool) -> _Message:
+    body = encode(event).decode("ascii")
+    delivery_id = str(event.get_extension("deliveryid") or event.get_id())
+    ids = {"id": str(event.get_id()), "deliveryid": delivery_id}
+    fields: dict[str, Any] = {
+        "MessageBody": body,
+        "MessageAttributes": {
+            name: {"DataType": "String", "StringValue": value} for name, value in ids.items()
+        },
+    }
+    if is_fifo:
+        fields["MessageGroupId"] = _fifo_id(event.get_subject() or delivery_id)
+        fields["MessageDeduplicationId"] = _fifo_id(delivery_id)
+    size = len(body) + sum(
+        len(name) + len("String") + len(value.encode("utf-8", "surrogatepass")) for name, value in ids.items()
+    )
+    if size > MAX_MESSAGE:
+        raise PublishRejected(
+            f"SQS takes messages of at most {MAX_MESSAGE} bytes, not of {size}", reason="too_large"
         )
-        if size > MAX_MESSAGE:
-            raise PublishRejected(
-                f"SQS takes messages of at most {MAX_MESSAGE} bytes, not of {size}", reason="too_large"
-            )
-        return _Entry(message=message, size=size)
+    return _Message(fields=fields, size=size)
 
 
 def _code(error: ClientError) -> str:
@@ -346,34 +283,24 @@ def _fifo_id(text: str) -> str:
 
 
 def _parse(settings: DestinationSettings) -> _Queue:
-    wrong = SettingsError(
-        f"destination {settings.name!r}: write sqs://sqs.<region>.amazonaws.com/<account>/<queue>, "
-        "?endpoint=https://host&region=name as needed; credentials belong in AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY"
-    )
-    try:
-        parts = urlsplit(settings.url.get_secret_value())
-        pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
-        options = dict(pairs)
-        endpoint = urlsplit(options.get("endpoint", f"https://{parts.netloc}"))
-    except ValueError:
-        # The error would quote the URL.
-        raise wrong from None
-    found = _REGION.fullmatch(parts.netloc)
-    region = options.get("region", found[1] if found else "")
-    if (
-        not _HOST.fullmatch(parts.netloc)
-        or not _PATH.fullmatch(parts.path)
-        or parts.fragment
-        or len(options) != len(pairs)
-        or not options.keys() <= {"endpoint", "region"}
-        or not _REGION_NAME.fullmatch(region)
-        or endpoint.scheme not in {"https", "http"}
-        or not _HOST.fullmatch(endpoint.netloc)
-        or endpoint.path not in {"", "/"}
-        or endpoint.query
-        or endpoint.fragment
-    ):
-        raise wrong
-    origin = f"{endpoint.scheme}://{endpoint.netloc}"
-    return _Queue(url=origin + parts.path, endpoint=origin, region=region)
+    with usable_url(
+        settings,
+        "sqs://sqs.<region>.amazonaws.com/<account>/<queue>, ?endpoint=https://host&region=name as needed; "
+        "credentials belong in AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ) as text:
+        url = split_url(text, port=443, options={"endpoint", "region"})
+        [(host, port)] = url.hosts
+        endpoint = url.options.get("endpoint", f"https://{host}:{port}".removesuffix(":443"))
+        _check_endpoint(endpoint)
+        found = _REGION.fullmatch(host)
+        region = url.options.get("region", found[1] if found else "")
+        if url.user is not None or not _PATH.fullmatch(url.path) or not _REGION_NAME.fullmatch(region):
+            raise ValueError("no login, but an account, a queue and a region")
+        endpoint = endpoint.removesuffix("/")
+        return _Queue(url=endpoint + url.path, endpoint=endpoint, region=region)
+
+
+def _check_endpoint(text: str) -> None:
+    url = split_url(text, port=443)
+    if url.scheme not in {"https", "http"} or url.user is not None or url.path not in {"", "/"}:
+        raise ValueError("not an endpoint")

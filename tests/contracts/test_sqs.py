@@ -14,7 +14,7 @@ from destination_kinds import HttpSink, Received, make_event, open_url
 from kind_kafka_sqs import aws_environment, shared_sqs
 from structlog.testing import capture_logs
 
-from receiver.destinations import Destination
+from receiver.destinations import Destination, batches
 from receiver.destinations import sqs as sqs_module
 from receiver.destinations.base import encode
 from receiver.destinations.sqs import MAX_BATCH, MAX_BATCHES, MAX_ENTRIES, MAX_MESSAGE, SqsDestination
@@ -123,6 +123,7 @@ async def destination(service: Service) -> AsyncIterator[Destination]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch, destination: Destination) -> None:  # noqa: ARG001 - not its start
     """Shorten the deadline."""
+    monkeypatch.setattr(batches, "TIMEOUT", 1.0)
     monkeypatch.setattr(sqs_module, "TIMEOUT", 1.0)
 
 
@@ -461,7 +462,8 @@ async def test_no_publish_is_left_behind(
     service: Service, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E1: who publishes in the very moment when the last sender ends is served, too."""
-    monkeypatch.setattr(sqs_module, "MAX_BATCHES", 1)
+    assert isinstance(destination, SqsDestination)
+    monkeypatch.setattr(destination._batches, "_at_once", 1)
     for _ in range(5):
         await destination.publish(make_event())
     assert len(service.batches) == 5
@@ -471,7 +473,8 @@ async def test_cancelled_publish_is_not_sent(
     service: Service, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E16: a publish that is cancelled before its batch leaves is not in it."""
-    monkeypatch.setattr(sqs_module, "MAX_BATCHES", 1)
+    assert isinstance(destination, SqsDestination)
+    monkeypatch.setattr(destination._batches, "_at_once", 1)
     service.gate.clear()
     first = asyncio.create_task(destination.publish(make_event({"kind": "first"})))
     await until(lambda: service.under_way == 1)
