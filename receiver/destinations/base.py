@@ -1,7 +1,7 @@
 """What a destination is, and what several kinds do alike."""
 
 import abc
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 from cloudevents.core.formats.json import JSONFormat
@@ -11,6 +11,7 @@ from receiver.errors import PublishFailed, PublishRejected
 from receiver.settings import DestinationSettings
 
 Failure = PublishFailed | PublishRejected
+AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
 log = structlog.get_logger()
 
@@ -64,7 +65,7 @@ def closed() -> PublishFailed:
     return PublishFailed("the destination is closed", reason="closed")
 
 
-def again(failure: Failure) -> Failure:
+def again(failure: AnyFailure) -> AnyFailure:
     """Return the failure as a new exception: each of those who share it gets a traceback of its own."""
     return type(failure)(str(failure), reason=failure.reason)
 

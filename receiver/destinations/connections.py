@@ -2,8 +2,7 @@
 
 import abc
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
 from receiver.destinations.base import Failure, again, closed
@@ -42,6 +41,7 @@ class Connection(abc.ABC):
 
 
 Link = TypeVar("Link", bound=Connection)
+Result = TypeVar("Result")
 
 
 class Shared(Generic[Link]):
@@ -62,9 +62,10 @@ class Shared(Generic[Link]):
         self._idle = asyncio.Event()
         self._closed = False
 
-    @contextlib.asynccontextmanager
-    async def use(self, *, deadline: float | None = None) -> AsyncIterator[Link]:
-        """Lend the connection. Raises PublishFailed where there is none or what is done takes too long."""
+    async def run(
+        self, work: Callable[[Link], Awaitable[Result]], *, deadline: float | None = None
+    ) -> Result:
+        """Do the work with the connection. Raises PublishFailed where there is none or it takes too long."""
         if self._closed:
             raise closed()
         link: Link | None = None
@@ -73,7 +74,7 @@ class Shared(Generic[Link]):
             async with asyncio.timeout_at(deadline or deadline_of_a_publish()), self._places:
                 link = await self._get()
                 link.users += 1
-                yield link
+                return await work(link)
         except TimeoutError as error:
             failure = (link and await link.explain_timeout()) or PublishFailed(
                 f"{self._shown} did not answer within {TIMEOUT:g} s", reason="timeout"

@@ -114,8 +114,7 @@ class KafkaDestination(Broker):
 
     async def check(self) -> None:
         """See whether the topic is there and can be written, and warn where a broker may lose it."""
-        async with self._connections.use() as producer:
-            copies = await producer.count_copies()
+        copies = await self._connections.run(_Producer.count_copies)
         if copies < 2:  # noqa: PLR2004
             self._warn_of_losses("the topic has one replica: what is confirmed is lost with its broker")
 
@@ -124,20 +123,16 @@ class KafkaDestination(Broker):
         message = _encode(event)
         deadline = deadline_of_a_publish()
         try:
-            await self._send(message, deadline)
+            await self._connections.run(lambda producer: producer.publish(message), deadline=deadline)
         except PublishFailed as failure:
             if failure.reason != _OUT_OF_STEP:
                 raise
             # Another event's failure has left a hole in the count, and the broker took none after it.
-            await self._send(message, deadline)
+            await self._connections.run(lambda producer: producer.publish(message), deadline=deadline)
 
     async def close(self) -> None:
         """Wait for what is under way, which the timeout bounds, and disconnect."""
         await self._connections.close()
-
-    async def _send(self, message: KafkaMessage, deadline: float) -> None:
-        async with self._connections.use(deadline=deadline) as producer:
-            await producer.publish(message)
 
 
 class _Producer(Connection):

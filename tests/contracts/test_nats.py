@@ -23,7 +23,7 @@ from nats.js.api import DiscardPolicy, StorageType
 from servers import free_port
 from structlog.testing import capture_logs
 
-from receiver.destinations import Destination
+from receiver.destinations import Destination, connections
 from receiver.destinations import nats as nats_module
 from receiver.destinations.nats import NatsDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -71,9 +71,8 @@ async def destination(shared: Nats, name: str) -> AsyncIterator[Destination]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the deadlines."""
-    monkeypatch.setattr(nats_module, "TIMEOUT", 1.5)
-    monkeypatch.setattr(nats_module, "CONNECT_TIMEOUT", 2.0)
-    monkeypatch.setattr(nats_module, "ANSWER_TIMEOUT", 0.5)
+    monkeypatch.setattr(connections, "TIMEOUT", 1.0)
+    monkeypatch.setattr(nats_module, "OPEN_TIMEOUT", 0.9)
     monkeypatch.setattr(nats_module, "API_TIMEOUT", 0.3)
 
 
@@ -117,7 +116,7 @@ async def verdict(destination: Destination) -> str:
 def waiting(destination: Destination) -> int:
     """Count the messages that are sent and not acknowledged."""
     assert isinstance(destination, NatsDestination)
-    return 0 if destination._connection is None else len(destination._connection._answers)
+    return 0 if destination._connections._current is None else len(destination._connections._current._answers)
 
 
 async def until_waiting(destination: Destination, number: int) -> None:
@@ -128,7 +127,7 @@ async def until_waiting(destination: Destination, number: int) -> None:
         await asyncio.sleep(0.005)
 
 
-def connections(server: Nats) -> int:
+def count_connections(server: Nats) -> int:
     """Count this process's connections to the server."""
     remote = [tuple(connection.raddr) for connection in psutil.Process().net_connections()]
     return remote.count(("127.0.0.1", server.port))
@@ -262,14 +261,14 @@ async def test_server_that_limits_sizes(shared: Nats, destination: Destination, 
     """E7: the limit counts the headers, too; what exceeds it does not cost others their connection."""
     await destination.publish(make_event({"first": True}))
     assert isinstance(destination, NatsDestination)
-    connection = destination._connection
+    connection = destination._connections._current
     limit = 400_000
     outcomes = await asyncio.gather(
         *(outcome(destination, {"fill": "x" * (limit - less)}) for less in (2_000, 800, 500, 300, 100, 0))
     )
     assert set(outcomes) == {"delivered", "too_large"}
     assert outcomes == sorted(outcomes)
-    assert destination._connection is connection
+    assert destination._connections._current is connection
     assert len(await read_nats(shared, name)) == 1 + outcomes.count("delivered")
 
 
@@ -485,7 +484,7 @@ async def test_start_and_close_at_a_frozen_server(server: Nats, size: int) -> No
     assert time.monotonic() - started < 5
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
-    assert connections(server) == 0
+    assert count_connections(server) == 0
     server.thaw()
 
 
@@ -599,7 +598,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         destination = open_url(server.url("subject=events&stream=EVENTS"))
         with monkeypatch.context() as patch:
             # The client waits for a connection that it has replaced by one with TLS.
-            patch.setattr(nats_module, "CONNECT_TIMEOUT", 2.0)
+            patch.setattr(nats_module, "OPEN_TIMEOUT", 2.0)
             with pytest.raises(PublishFailed, match="CERTIFICATE_VERIFY_FAILED"):
                 await destination.publish(make_event())
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
