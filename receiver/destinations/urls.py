@@ -60,10 +60,10 @@ def split_url(text: str, *, port: int, options: Collection[str] = ()) -> BrokerU
 
 @contextlib.contextmanager
 def usable_url(settings: DestinationSettings, example: str) -> Iterator[str]:
-    """Yield the URL; raise a ValueError about it as SettingsError, which has an example and never the URL."""
+    """Yield the URL; raise an error about it as SettingsError, which has an example and never the URL."""
     try:
         yield settings.url.get_secret_value()
-    except ValueError:
+    except (TypeError, ValueError):
         raise SettingsError(f"destination {settings.name!r}: write {example}") from None
 
 
