@@ -75,7 +75,6 @@ class Broker(abc.ABC):
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
-        self._closed = False
 
     async def start(self) -> None:
         """Check, and only warn: the broker may come later."""

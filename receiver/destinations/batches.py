@@ -44,11 +44,11 @@ class Batches(Generic[Message]):
         self._max_bytes = max_bytes
         self._waiting: deque[_Entry[Message]] = deque()
         self._senders: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self.closed = False
 
     async def publish(self, message: Message, size: int) -> None:
         """Return when the message is confirmed. Raises PublishFailed and PublishRejected."""
-        if self._closed:
+        if self.closed:
             raise closed()
         loop = asyncio.get_running_loop()
         entry = _Entry(
@@ -67,7 +67,7 @@ class Batches(Generic[Message]):
 
     async def close(self) -> None:
         """Send what waits, which the timeout bounds, and take no more."""
-        self._closed = True
+        self.closed = True
         if self._senders:
             await asyncio.wait(self._senders)
 

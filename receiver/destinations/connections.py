@@ -21,7 +21,7 @@ class Connection(abc.ABC):
     @property
     @abc.abstractmethod
     def is_open(self) -> bool:
-        """Whether publishing may work."""
+        """Whether publishing may work; asked only after `open`."""
 
     @abc.abstractmethod
     async def open(self) -> None:

@@ -19,9 +19,7 @@ from aiormq import TransportFactory, spec
 from aiormq.abc import AbstractChannel
 from aiormq.connection import TCPTransportFactory, TLSTransportFactory
 from aiormq.exceptions import (
-    AuthenticationError,
     ChannelAccessRefused,
-    ChannelInvalidStateError,
     ChannelNotFoundEntity,
     ChannelPreconditionFailed,
     ConnectionClosed,
@@ -56,12 +54,10 @@ PERSISTENT: Final = 2
 
 _TOO_LARGE: Final = re.compile(r"message size [0-9]+ is larger than .*max size ([0-9]+)")
 _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
-    (ProbableAuthenticationError, "credentials", "{error}: correct the user or the password"),
-    (AuthenticationError, "credentials", "{error}: allow the mechanism PLAIN"),
+    (ProbableAuthenticationError, "auth", "{error}: correct the user or the password"),
     # The library's own words for a refused virtual host say nothing.
     (InvalidFrameError, "refused", "see that the virtual host exists and that the user may open it"),
     (ChannelNotFoundEntity, "not_found", "{error}: make it, or have a queue declared with queue= in the URL"),
-    (ChannelInvalidStateError, "connection", "the channel was closed"),
     (ChannelAccessRefused, "permission", "{error}: grant it, or leave out queue= where the queue is there"),
 )
 
@@ -161,23 +157,20 @@ class _Connection(Connection):
 
     def __init__(self, place: _Place, name: str) -> None:
         url = URL(place.url.get_secret_value())
-        secure = url.scheme == "amqps"
-        self._socket = _Socket(TLSTransportFactory() if secure else TCPTransportFactory())
-        options: dict[str, Any] = {"ssl_shutdown_timeout": CLOSE_TIMEOUT} if secure else {}
+        self._socket = _Socket(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
         self._connection = aiormq.Connection(
             url,
             transport_factory=self._socket,
             client_properties={"connection_name": f"clipia-receiver {name}"},
-            **options,
         )
-        self._channel: AbstractChannel | None = None
+        self._channel: AbstractChannel
         self._place = place
         self._ids: set[str] = set()
 
     @property
     def is_open(self) -> bool:
         """Whether publishing may work."""
-        return self._connection.is_opened and self._channel is not None and not self._channel.is_closed
+        return self._connection.is_opened and not self._channel.is_closed
 
     async def open(self) -> None:
         """Connect, log in, and prepare the place."""
@@ -259,8 +252,6 @@ class _Connection(Connection):
 
     async def _send(self, message: _Message) -> object:
         """Return RabbitMQ's answer, None for its refusal."""
-        if self._channel is None:
-            raise ChannelInvalidStateError
         place = self._place
         try:
             return await self._channel.basic_publish(

@@ -108,7 +108,7 @@ class RedisDestination(Broker):
 
     async def check(self) -> None:
         """See whether an entry would be taken, and warn where the server may lose it."""
-        if self._closed:
+        if self._batches.closed:
             raise closed()
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -127,7 +127,6 @@ class RedisDestination(Broker):
 
     async def close(self) -> None:
         """Send what waits, which the timeouts bound, and close the connections."""
-        self._closed = True
         await self._batches.close()
         with contextlib.suppress(*_ERRORS):
             await self._client.aclose()

@@ -141,7 +141,7 @@ class SqsDestination(Broker):
 
     async def check(self) -> None:
         """Ask for the queue's attributes."""
-        if self._closed:
+        if self._batches.closed:
             raise closed()
         try:
             async with asyncio.timeout(TIMEOUT):
@@ -164,7 +164,6 @@ class SqsDestination(Broker):
 
     async def close(self) -> None:
         """Send what waits, which the timeout bounds, and close the connections."""
-        self._closed = True
         await self._batches.close()
         await self._clients.aclose()
 

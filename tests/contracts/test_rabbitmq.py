@@ -21,11 +21,12 @@ from cloudevents.core.v1.event import CloudEvent
 from destination_kinds import make_event, open_url
 from kind_rabbitmq import Relay, drain, open_channel, rabbitmq_server, to_structured
 from structlog.testing import capture_logs
+from yarl import URL
 
 from receiver.destinations import Destination, connections
 from receiver.destinations import rabbitmq as rabbitmq_module
 from receiver.destinations.base import encode
-from receiver.destinations.rabbitmq import MAX_IN_FLIGHT
+from receiver.destinations.rabbitmq import MAX_IN_FLIGHT, RabbitmqDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
@@ -515,9 +516,14 @@ async def test_heartbeats(
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_close_at_a_frozen_server(server: RabbitMq, queue: str) -> None:
+@pytest.mark.parametrize("scheme", ["amqp", "amqps"])
+async def test_close_at_a_frozen_server(
+    server: RabbitMq, queue: str, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
     """E16: closing ends in time though nobody reads what was sent, and fails what is under way."""
-    destination = open_url(server.url(f"?queue={queue}"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(server.certificate))
+    port = server.tls_port if scheme == "amqps" else server.port
+    destination = open_url(server.url(f"?queue={queue}", port=port).replace("amqp:", f"{scheme}:"))
     await destination.publish(make_event())
     server.freeze()
     try:
@@ -572,7 +578,7 @@ async def test_wrong_credentials(server: RabbitMq, queue: str) -> None:
     """G8: a wrong password or virtual host is told apart, and never quoted."""
     wrong = server.url(f"?queue={queue}").replace(quote(PASSWORD, safe=""), f"{CANARY}-wrong")
     elsewhere = server.url(f"nowhere?queue={queue}")
-    for url, reason in ((wrong, "credentials"), (elsewhere, "refused")):
+    for url, reason in ((wrong, "auth"), (elsewhere, "refused")):
         destination = open_url(url)
         assert (await failure_of(destination.check())).reason == reason
         assert (await failure_of(destination.publish(make_event()))).reason == reason
@@ -653,3 +659,35 @@ def test_unusable_url_is_refused(url: str) -> None:
     assert "'test'" in str(caught.value)
     assert "write amqp://" in str(caught.value)
     assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("amqp://host?queue=q", ("/", None, None, "host", 5672, "", "q", "q")),
+        ("amqp://host/%2F?routing_key=k", ("/", None, None, "host", 5672, "", "k", "")),
+        (
+            "AMQPS://u%40:p%2Fw%25%3A@[::1]/a%2Fb?exchange=e&routing_key=k",
+            ("a/b", "u@", "p/w%:", "::1", 5671, "e", "k", ""),
+        ),
+        ("amqp://u:@host:1/v%20%3F?queue=q%20r", ("v ?", "u", "", "host", 1, "", "q r", "q r")),
+    ],
+)
+async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
+    """E1: each part of the URL reaches the client, unquoted."""
+    destination = open_url(url)
+    assert isinstance(destination, RabbitmqDestination)
+    place = destination._place
+    target = URL(place.url.get_secret_value())
+    vhost = Connection(target).vhost
+    assert (
+        vhost,
+        target.user,
+        target.password,
+        target.host,
+        target.port,
+        place.exchange,
+        place.routing_key,
+        place.queue,
+    ) == expected
+    await destination.close()

@@ -406,13 +406,14 @@ async def test_broken_answer(service: Service, destination: Destination, answer:
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"Successful": [{"Id": "1"}]}', b""])
 async def test_answer_without_meaning(service: Service, destination: Destination, body: bytes) -> None:
-    """E1: a 200 that does not name the message confirms nothing."""
+    """E1: a 200 that does not name the message confirms nothing, and fails it at once."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
 
     service.answer = respond
-    await failure(destination)
+    async with asyncio.timeout(8):
+        await failure(destination)
 
 
 async def test_dead_connection_is_no_failure(service: Service, destination: Destination) -> None:
