@@ -95,13 +95,18 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def unread_bytes(destination: Destination) -> int:
-    """Return how much of what was written has not left this process."""
+def open_transports(destination: Destination) -> list[asyncio.WriteTransport]:
+    """Return the transports of the destination's connections."""
     assert isinstance(destination, KafkaDestination)
     producer = destination._connections._current
     assert producer is not None
     writers = [connection._writer for connection in producer._producer.client._conns.values()]
-    return sum(writer.transport.get_write_buffer_size() for writer in writers if writer is not None)
+    return [writer.transport for writer in writers if writer is not None]
+
+
+def unread_bytes(transports: list[asyncio.WriteTransport]) -> int:
+    """Return how much of what was written has not left this process."""
+    return sum(transport.get_write_buffer_size() for transport in transports)
 
 
 async def test_record(kafka: Kafka, destination: Destination) -> None:
@@ -334,10 +339,12 @@ async def test_close_cuts_what_a_frozen_broker_does_not_read(
     kafka.freeze()
     publish = asyncio.create_task(destination.publish(make_event({"fill": "x" * 16 * 1024 * 1024})))
     began = time.monotonic()
-    await until(lambda: unread_bytes(destination) > 0)
+    await until(lambda: unread_bytes(open_transports(destination)) > 0)
+    transports = open_transports(destination)
     publish.cancel()
     await destination.close()
     assert time.monotonic() - began < 8
+    assert unread_bytes(transports) == 0
     assert asyncio.all_tasks() == {asyncio.current_task()}
     kafka.thaw()
 

@@ -15,7 +15,7 @@ import pytest
 from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import ChannelPreconditionFailed
-from aiormq import Connection
+from aiormq import Channel, Connection
 from brokers_rabbitmq import MAX_MESSAGE_SIZE, PASSWORD, USER, RabbitMq
 from cloudevents.core.v1.event import CloudEvent
 from destination_kinds import make_event, open_url
@@ -281,6 +281,25 @@ async def test_cancelled_unroutable_publish(server: RabbitMq, exchange: str) -> 
     await destination.close()
 
 
+async def test_publish_that_is_cancelled_as_it_returns(
+    server: RabbitMq, exchange: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E16: a publish that is cancelled in the moment of its return does not end the channel for others."""
+    destination = open_url(server.url(f"?exchange={exchange}&routing_key=key"))
+    await destination.check()
+    tasks = [asyncio.create_task(destination.publish(make_event())) for _ in range(6)]
+    read_return = Channel._on_return_frame
+
+    async def cancel_first(self: Channel, frame: Any) -> None:
+        tasks[0].cancel()
+        await read_return(self, frame)
+
+    monkeypatch.setattr(Channel, "_on_return_frame", cancel_first)
+    for task in tasks[1:]:
+        assert (await failure_of(task)).reason == "unroutable"
+    await destination.close()
+
+
 async def test_deleted_queue_is_declared_again(
     destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
@@ -521,6 +540,7 @@ async def test_close_at_a_frozen_server(
     server: RabbitMq, queue: str, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """E16: closing ends in time though nobody reads what was sent, and fails what is under way."""
+    others = asyncio.all_tasks()
     monkeypatch.setenv("SSL_CERT_FILE", str(server.certificate))
     port = server.tls_port if scheme == "amqps" else server.port
     destination = open_url(server.url(f"?queue={queue}", port=port).replace("amqp:", f"{scheme}:"))
@@ -536,6 +556,9 @@ async def test_close_at_a_frozen_server(
         confirmed, errors = await publishing
         assert confirmed == set()
         assert reasons_of(errors) == {"timeout"}
+        while asyncio.all_tasks() - others:
+            assert time.monotonic() - began < 2
+            await asyncio.sleep(0.01)
     finally:
         server.thaw()
 
