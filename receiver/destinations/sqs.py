@@ -57,7 +57,10 @@ _FIFO_ID: Final = re.compile(r"[!-~]{1,128}")
 _ABOUT_A_MESSAGE: Final = frozenset(
     {"BatchRequestTooLong", "InvalidMessageContents", "InvalidParameterValue"}
 )
-_AUTH: Final = ("auth", "see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and the clock")
+_AUTH: Final = (
+    "auth",
+    "see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role, and the clock",
+)
 _PERMISSION: Final = (
     "permission",
     "allow sqs:SendMessage and, for the check, sqs:GetQueueAttributes; for an encrypted queue its key, too",
@@ -222,15 +225,11 @@ class SqsDestination(Broker):
             return PublishFailed(f"{url}: {_code(error)}: {advice}", reason=reason)
         if isinstance(error, TimeoutError):
             return PublishFailed(f"{url} did not answer within {TIMEOUT:g} s", reason="timeout")
-        if isinstance(error, ConnectTimeoutError | ReadTimeoutError):
-            return PublishFailed(f"{url}: {error}", reason="timeout")
         if isinstance(error, _NO_CREDENTIALS):
-            return PublishFailed(
-                f"{url}: {error}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, or give "
-                "the machine a role",
-                reason="auth",
-            )
-        return PublishFailed(f"{url}: {error}", reason="connection")
+            reason, advice = _AUTH
+            return PublishFailed(f"{url}: {error}: {advice}", reason=reason)
+        is_late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
+        return PublishFailed(f"{url}: {error}", reason="timeout" if is_late else "connection")
 
     def _judge(self, code: str, text: str, message: _Message) -> Failure:
         """Return what the refusal of one message means."""
