@@ -489,6 +489,27 @@ async def test_start_and_close_at_a_frozen_server(server: Nats, size: int) -> No
 
 
 @pytest.mark.usefixtures("no_stray_failures")
+async def test_close_while_connecting(server: Nats) -> None:
+    """E16: an attempt to connect that nobody waits for any more ends with the destination."""
+    server.freeze()
+    destination = open_url(server.url("subject=events&stream=EVENTS"))
+    publish = asyncio.create_task(destination.publish(make_event()))
+    deadline = time.monotonic() + 10
+    while not count_connections(server):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    publish.cancel()
+    began = time.monotonic()
+    await asyncio.wait([publish])
+    await destination.close()
+    assert time.monotonic() - began < 3
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert count_connections(server) == 0
+    server.thaw()
+
+
+@pytest.mark.usefixtures("no_stray_failures")
 async def test_failed_event_is_not_sent_later(server: Nats) -> None:
     """E1: nothing is kept while there is no connection: what failed then does not arrive afterwards."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
