@@ -131,7 +131,7 @@ class Run:
         """Order a replay of the history to what is measured; return its id."""
         response = httpx.post(
             f"http://127.0.0.1:{self.port}/v1/replays",
-            json={"to": list(MEASURED), "reason": "benchmark"},
+            json={"all": True, "to": list(MEASURED), "reason": "benchmark"},
             headers={"authorization": f"Bearer {TOKEN}", "idempotency-key": str(uuid4())},
         )
         return str(response.raise_for_status().json()["id"])

@@ -15,12 +15,12 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import envelope
 from receiver.circuit import Circuit
-from receiver.db import inbox, jobs, leases, outbox
+from receiver.db import inbox, jobs, leases, outbox, replays
 from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
-from receiver.errors import PublishFailed
+from receiver.errors import PublishRejected
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -92,11 +92,16 @@ class DeliveryLane(WorkLane):
             events = await inbox.load_events(connection, seqs)
             files = await outbox.load_media(connection, seqs)
             refs = await jobs.load_refs(connection, seqs)
+            canceled = await replays.canceled(
+                connection, {claim.replay_id for claim in claims if claim.replay_id is not None}
+            )
         # Only now: a claim that was rolled back takes no place.
         now = time.monotonic()
         self._replaying |= {claim.id: now for claim in claims if claim.replay_id is not None}
         return [
-            Work(
+            Work(claim=claim, run=partial(self._drop, claim))
+            if claim.replay_id in canceled
+            else Work(
                 claim=claim,
                 run=partial(
                     self._publish,
@@ -138,6 +143,12 @@ class DeliveryLane(WorkLane):
             if claim.replay_id is not None:
                 self._replayed(claim)
 
+    async def _drop(self, claim: DeliveryClaim) -> None:
+        """End a delivery whose replay was canceled."""
+        self._replaying.pop(claim.id)
+        attempt = start_attempt(claim)("failed", "its replay was canceled")
+        await self._settle(Result(claim=claim, attempt=attempt, state="canceled"))
+
     async def _try(
         self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
     ) -> None:
@@ -146,8 +157,13 @@ class DeliveryLane(WorkLane):
             await self._give_up(claim, attempt("failed", f"its delivery ended {claim.lost} workers"), event)
             return
         try:
-            await self._target.destination.publish(build_message(event, files, job, claim))
+            message = build_message(event, files, job, claim)
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
+            await self._failed(claim, attempt, event, error)
+            return
+        try:
+            await self._target.destination.publish(message)
+        except Exception as error:  # noqa: BLE001 - likewise
             self._note(error, started)
             await self._failed(claim, attempt, event, error)
             return
@@ -158,7 +174,9 @@ class DeliveryLane(WorkLane):
 
     def _note(self, error: Exception | None, started: float) -> None:
         """Tell the circuit how the destination is doing; refusing one message is no trouble."""
-        if not isinstance(error, PublishFailed):
+        if error is None or isinstance(error, PublishRejected):
+            if self._circuit.is_open:
+                log.info("destination takes events again", destination=self._target.name)
             self._circuit.succeeded()
         elif self._circuit.failed(time.monotonic(), started=started):
             log.error("destination left alone", destination=self._target.name, error=str(error))
@@ -172,7 +190,7 @@ class DeliveryLane(WorkLane):
         if delay is None:
             await self._give_up(claim, attempt("failed", message), event)
             return
-        log_failure("not delivered", claim, error, message, delay=delay, destination=self._target.name)
+        log_failure("not delivered", claim, error, message, delay=delay, **self._ids(claim, event))
         if await self._settle(Result(claim=claim, attempt=attempt("retry", message), delay=delay)):
             self._count("retry")
 
@@ -190,6 +208,7 @@ class DeliveryLane(WorkLane):
         finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)
         held = set[UUID]()
         async with self._database.write() as connection:
+            await leases.lock(connection, deliveries, [each.claim for each in results])
             for each in results:
                 if each.state is not None:
                     finished[each.state, each.attempt.error].append(each.claim)

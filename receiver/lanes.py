@@ -9,7 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from uuid import UUID
 
 import orjson
@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, StoredEvent
+from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, ReplayedEvent, StoredEvent
 from receiver.destinations import Destination
 from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retry import RetryPolicy
@@ -53,7 +53,7 @@ class Target:
     filter: FilterSettings = field(default_factory=FilterSettings)
 
 
-def facts_of(event: StoredEvent, model: str | None, job: JobRef | None) -> Facts:
+def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> Facts:
     """Return what filters look at."""
     return Facts(
         status=event.status,
@@ -146,24 +146,18 @@ def jitter() -> float:
 
 
 def log_failure(
-    message: str, claim: Claim, error: Exception, description: str, *, delay: float | None, **ids: str
+    message: str, claim: Claim, error: Exception, description: str, *, delay: float | None, **ids: Any
 ) -> None:
     """Log a failed try; `delay` is in seconds until the next one, None where there is none."""
-    log.warning(
-        message,
-        work_id=str(claim.id),
-        attempt=claim.attempt,
-        error=description,
-        retry_in=delay,
-        # What is not one of ours is a bug and wants its traceback.
-        exc_info=None if isinstance(error, ReceiverError) else error,
-        **ids,
-    )
+    fields = {"work_id": str(claim.id), "attempt": claim.attempt, "error": description, "retry_in": delay}
+    # What is not one of ours is a bug and wants its traceback.
+    log.warning(message, exc_info=None if isinstance(error, ReceiverError) else error, **fields | ids)
 
 
 def describe(error: Exception) -> str:
     """Return an error as one bounded text that every database takes."""
-    return f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")
+    text = f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")
+    return text.encode(errors="backslashreplace").decode()
 
 
 def error_text(code: str, message: str, *, status: int | None = None, type_: str | None = None) -> str:

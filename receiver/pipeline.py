@@ -26,6 +26,7 @@ from receiver.errors import (
     MediaBlocked,
     MediaMissing,
     StorageUnavailable,
+    TransientError,
     UnrecognizedBody,
 )
 from receiver.lanes import (
@@ -45,7 +46,7 @@ from receiver.lanes import (
 )
 from receiver.media import Downloader
 from receiver.observability import MEDIA_BYTES, MEDIA_FILES
-from receiver.retry import media_policy
+from receiver.retry import DAY, media_policy
 from receiver.routing import Facts, refusal
 from receiver.webhook import Generation, parse
 
@@ -53,6 +54,10 @@ FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 
 FRESH_URLS: Final = 3
 """Tries at a file after which nobody asks any more whether it has moved."""
+ASK_AGAIN: Final = 15.0
+"""Seconds until Clipia is asked again where a file is, if it could not be asked."""
+ASK_FOR: Final = 3 * DAY
+"""Age of a download, in seconds, from which that is no reason to wait any more."""
 STORAGE_PAUSE: Final = 15.0
 """Seconds without new downloads after our storage refused a file."""
 
@@ -254,8 +259,14 @@ class MediaLane(WorkLane):
     async def _failed(
         self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, error: Exception
     ) -> None:
-        if isinstance(error, MediaMissing) and claim.attempt <= FRESH_URLS:
-            url = await self._fresh_url(event, row) if self._fresh_url is not None else None
+        if isinstance(error, MediaMissing) and claim.attempt <= FRESH_URLS and self._fresh_url is not None:
+            try:
+                url = await self._fresh_url(event, row)
+            except TransientError as unknown:
+                if claim.age < ASK_FOR:
+                    await self._ask_again(claim, attempt("retry", f"{describe(error)}; {unknown}"), unknown)
+                    return
+                url = None
             if url not in (None, row.url):
                 log.info("media moved", work_id=str(claim.id), request_id=event.request_id)
                 await self._put_back(claim, attempt("retry", describe(error)), delay=1.0, url=url)
@@ -264,12 +275,19 @@ class MediaLane(WorkLane):
         if isinstance(error, StorageUnavailable):
             self._paused_until = time.monotonic() + STORAGE_PAUSE
         delay = media_policy(error).next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
-        log_failure("media not stored", claim, error, message, delay=delay)
+        ids = {"event_id": str(event.id), "request_id": event.request_id, "variant": row.variant}
+        log_failure("media not stored", claim, error, message, delay=delay, **ids)
         if delay is None:
             state = "blocked" if isinstance(error, MediaBlocked) else "gone"
             await self._give_up(claim, attempt("failed", message), state)
         elif await self._put_back(claim, attempt("retry", message), delay=delay):
             MEDIA_FILES.labels("retry").inc()
+
+    async def _ask_again(self, claim: EventClaim, attempt: Attempt, unknown: TransientError) -> None:
+        """Put a file back whose present URL cannot be asked for now; the try counts for nothing."""
+        delay = max(ASK_AGAIN, unknown.retry_after or 0.0) * (1.0 + jitter())
+        log.info("fresh URL not to be had yet", work_id=str(claim.id), reason=unknown.reason, retry_in=delay)
+        await self._put_back(claim, attempt, delay=delay, attempts=media.c.attempts - 1)
 
     async def _give_up(self, claim: EventClaim, attempt: Attempt, state: str) -> None:
         if await self._finish(claim, attempt, state=state, error=attempt.error):

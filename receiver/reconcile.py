@@ -190,7 +190,10 @@ class FreshUrls:
         self._answers: dict[int, tuple[float, asyncio.Task[Urls]]] = {}
 
     async def find(self, event: StoredEvent, file: MediaRow) -> str | None:
-        """Return a file's present URL; None where that is not to be had now."""
+        """Return a file's present URL; None where there is none.
+
+        Raises ClipiaUnavailable or DatabaseUnavailable where that is not to be known now.
+        """
         if event.source != DEFAULT_SOURCE:
             return None  # another account's, which our key does not open
         now = time.monotonic()
@@ -200,7 +203,10 @@ class FreshUrls:
             self._answers[event.seq] = (now + ANSWERS_KEPT, asking)
         try:
             urls = await asyncio.shield(self._answers[event.seq][1])
-        except (Refused, ClipiaUnavailable, UnrecognizedBody, DatabaseUnavailable) as error:
+        except (ClipiaUnavailable, DatabaseUnavailable):
+            self._answers.pop(event.seq, None)
+            raise
+        except (Refused, UnrecognizedBody) as error:
             self._answers.pop(event.seq, None)
             log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
             return None

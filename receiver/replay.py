@@ -4,23 +4,25 @@ An order goes through its events by `seq`, a step at a time: the deliveries that
 order has come are one transaction, so a process that dies in between leaves neither a gap nor a double.
 """
 
+import asyncio
 import hashlib
 import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import orjson
 import structlog
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import jobs, leases, outbox, replays, tables
 from receiver.db.engine import Database
-from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayOrder, StoredEvent, new_id
+from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
-from receiver.errors import Refused
+from receiver.errors import Refused, SettingsError
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -44,7 +46,11 @@ MOST_WAITING: Final = 1000
 """Unfinished deliveries of a replay, to the destination that has the fewest, beyond which it adds no more."""
 LONGEST_KEY: Final = 255
 PAUSE: Final = 0.5
-"""Seconds until a replay that waits, or whose step failed, looks again."""
+"""Seconds until a replay that waits looks again."""
+TROUBLE_PAUSE: Final = 5.0
+"""Seconds until a step that failed is tried again."""
+BATCH: Final = 5000
+"""Deliveries that one transaction cancels at most."""
 
 log = structlog.get_logger()
 
@@ -55,13 +61,26 @@ class ReplayRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     selection: Selection = Selection()
+    all: bool = False
+    """Whether an empty selection is meant: all events."""
     to: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     """Destinations; none given is all that are configured. A destination's filter holds for replays, too."""
     media: bool = False
     """Download again what is missing or no longer has its checksum."""
-    rate: Annotated[float, Field(gt=0, le=100_000)] | None = None
+    rate: Annotated[float, Field(ge=0.001, le=100_000)] | None = None
     """Events per second at most."""
     reason: Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")] = ""
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        # An empty list of ids is a caller's mistake, and not a wish for everything.
+        if "ids" in self.selection.model_fields_set and not self.selection.ids:
+            raise ValueError("selection.ids is empty")
+        if "to" in self.model_fields_set and not self.to:
+            raise ValueError("to is empty")
+        if self.selection == Selection() and not self.all:
+            raise ValueError('say which events: a selection, or "all": true')
+        return self
 
 
 class Replays:
@@ -104,8 +123,12 @@ class Replays:
             media=request.media,
             rate=request.rate,
         )
+        # Counting takes long, and not in a transaction that writes.
+        async with self._database.read() as connection:
+            scope = await _find_scope(connection, request.selection)
+            matched = await replays.count(connection, request.selection, scope)
         async with self._database.write() as connection:
-            if not await replays.insert_order(connection, order, request.selection):
+            if not await replays.insert_order(connection, order, scope, matched=matched):
                 known = await replays.find(connection, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
                     raise Refused(
@@ -125,18 +148,19 @@ class Replays:
         """Return what a replay would do: `events`, and `deliveries` by destination."""
         filters = {name: self._filters[name] for name in self._destinations(request)}
         counts: Counter[str] = Counter(dict.fromkeys(filters, 0))
-        events = after_seq = 0
-        while True:
+        events = 0
+        async with self._database.read() as connection:
+            scope = await _find_scope(connection, request.selection)
+        while scope.after_seq < scope.until_seq:
             async with self._database.read() as connection:
-                page = await replays.select_events(connection, request.selection, after_seq=after_seq)
+                page, reached = await replays.select_events(connection, request.selection, scope)
                 facts = await _facts(connection, page)
-            if not page:
-                return {"events": events, "deliveries": dict(counts)}
             events += len(page)
-            after_seq = page[-1][0].seq
+            scope = replace(scope, after_seq=reached)
             counts.update(
                 name for each in facts for name, wanted in filters.items() if refusal(wanted, each) is None
             )
+        return {"events": events, "deliveries": dict(counts)}
 
     async def show(self, replay_id: uuid.UUID) -> dict[str, Any] | None:
         """Return a replay with its progress."""
@@ -152,6 +176,12 @@ class Replays:
         """Stop a replay; False where there is nothing of it left to stop."""
         async with self._database.write() as connection:
             stopped = await replays.cancel(connection, replay_id)
+        while True:
+            async with self._database.write() as connection:
+                dropped = await replays.drop_waiting(connection, replay_id, limit=BATCH)
+            stopped |= dropped > 0
+            if dropped < BATCH:
+                break
         if stopped:
             log.warning("replay canceled", replay_id=str(replay_id), by=by)
         return stopped
@@ -201,79 +231,78 @@ class ReplayLane(WorkLane):
             log.warning("replay held up", replay_id=str(claim.id), error=message)
 
             async def put_back(connection: AsyncConnection) -> bool:
-                return await self._later(connection, claim, error=message)
+                return await self._later(connection, claim, delay=TROUBLE_PAUSE, error=message)
 
             await self._record(claim, put_back)
 
     async def _step(self, claim: Claim, order: ReplayOrder) -> None:
-        size = STEP if order.rate is None else max(1, min(STEP, int(order.rate)))
-        selection = Selection.model_validate(order.selection)
-        async with self._database.read() as connection:
-            crowded = await replays.waiting(connection, order.id, order.destinations) >= MOST_WAITING
-            page = (
-                []
-                if crowded
-                else await replays.select_events(
-                    connection,
-                    selection,
-                    after_seq=order.after_seq,
-                    until_seq=order.until_seq,
-                    ordered_at=order.created_at,
-                    limit=size,
-                )
-            )
-            facts = await _facts(connection, page)
-            files = await outbox.load_media(connection, [event.seq for event, _, _ in page])
-        if crowded:
-            async with self._database.write() as connection:
-                await self._later(connection, claim)
-            return
-        if not page:
+        if unknown := [name for name in order.destinations if name not in self._targets]:
+            # Another worker's newer configuration may have it; whoever has removed it may cancel the order.
+            raise SettingsError(f"this worker has no destination {unknown[0]!r}: restart it, or cancel")
+        scope = replays.Scope(after_seq=order.after_seq, until_seq=order.until_seq)
+        if scope.after_seq >= scope.until_seq:
             await self._end(claim, state="completed")
             return
+        size = STEP if order.rate is None else max(1, min(STEP, int(order.rate)))
+        if await self._is_crowded(order):
+            async with self._database.write() as connection:
+                await self._later(connection, claim, delay=PAUSE)
+            return
+        async with self._database.read() as connection:
+            page, reached = await replays.select_events(
+                connection,
+                Selection.model_validate(order.selection),
+                scope,
+                ordered_at=order.created_at,
+                limit=size,
+            )
+            facts = await _facts(connection, page)
+            files = await outbox.load_media(connection, [event.seq for event in page])
         damaged = await self._find_damaged(files) if order.media else {}
         due, held = self._deliveries(order, page, facts, damaged)
+        delay = 0.0 if order.rate is None else len(page) / order.rate
         async with self._database.write() as connection:
             if not await replays.advance(
-                connection,
-                claim,
-                after_seq=page[-1][0].seq,
-                handled=len(page),
-                delay=0.0 if order.rate is None else len(page) / order.rate,
+                connection, claim, after_seq=reached, handled=len(page), delay=delay
             ):
                 log.warning("replay's step refused: lease lost", replay_id=str(order.id))
                 return
             files_to_load = [row.id for rows in damaged.values() for row in rows]
-            downloads = await replays.restart_media(connection, files_to_load)
+            loading = await replays.restart_media(connection, files_to_load)
+            waiting = [name for name, target in self._targets.items() if target.waits_for_media]
+            await outbox.hold(connection, loading, waiting)
             insert = partial(outbox.insert_deliveries, connection, replay_id=order.id)
             ordered = await insert(due, due=True) + await insert(held, due=False)
-            for seq in {seq for seq, _ in held} - damaged.keys():
+            for seq in sorted({seq for seq, _ in held}):
                 # Its last file may have been settled since it was read.
                 await outbox.settle(connection, seq)
-            await replays.add_counts(connection, order.id, ordered=ordered, downloads=downloads)
+            await replays.add_counts(connection, order.id, ordered=ordered, downloads=len(loading))
         for name in {name for _, name in due}:
             self._wake(destination_lane(name))
-        if downloads:
+        if loading:
             self._wake(MEDIA_LANE)
-        self._wake(REPLAY_LANE)
+        asyncio.get_running_loop().call_later(delay, self._wake, REPLAY_LANE)
+
+    async def _is_crowded(self, order: ReplayOrder) -> bool:
+        async with self._database.read() as connection:
+            return await replays.waiting(connection, order.id, order.destinations) >= MOST_WAITING
 
     def _deliveries(
         self,
         order: ReplayOrder,
-        page: Sequence[tuple[StoredEvent, str | None, str]],
+        page: Sequence[ReplayedEvent],
         facts: Sequence[Facts],
         damaged: Mapping[int, Sequence[MediaRow]],
     ) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
         """Return (event's `seq`, destination): those that are due, and those that wait for media."""
         due: list[tuple[int, str]] = []
         held: list[tuple[int, str]] = []
-        for (event, _, state), each in zip(page, facts, strict=True):
+        for event, each in zip(page, facts, strict=True):
             for name in order.destinations:
-                target = self._targets.get(name)
-                # One that is configured no more gets nothing; whoever brings it back may order anew.
-                if target is None or refusal(target.filter, each) is not None:
+                target = self._targets[name]
+                if refusal(target.filter, each) is not None:
                     continue
-                fetching = state == "fetching" or event.seq in damaged
+                fetching = event.state == "fetching" or event.seq in damaged
                 (held if target.waits_for_media and fetching else due).append((event.seq, name))
         return due, held
 
@@ -292,8 +321,10 @@ class ReplayLane(WorkLane):
         found = await verify(self._storage, row.storage_key, size=row.size, sha256=row.sha256)
         return found == "intact"
 
-    async def _later(self, connection: AsyncConnection, claim: Claim, *, error: str | None = None) -> bool:
-        return await leases.retry(connection, tables.replays, claim, delay=PAUSE, error=error)
+    async def _later(
+        self, connection: AsyncConnection, claim: Claim, *, delay: float, error: str | None = None
+    ) -> bool:
+        return await leases.retry(connection, tables.replays, claim, delay=delay, error=error)
 
     async def _end(self, claim: Claim, *, state: str, error: str | None = None) -> None:
         async def write(connection: AsyncConnection) -> bool:
@@ -303,8 +334,17 @@ class ReplayLane(WorkLane):
             log.info("replay ended", replay_id=str(claim.id), state=state)
 
 
-async def _facts(
-    connection: AsyncConnection, page: Sequence[tuple[StoredEvent, str | None, str]]
-) -> list[Facts]:
-    refs = await jobs.load_refs(connection, [event.seq for event, _, _ in page])
-    return [facts_of(event, model, refs.get(event.seq)) for event, model, _ in page]
+async def _facts(connection: AsyncConnection, page: Sequence[ReplayedEvent]) -> list[Facts]:
+    refs = await jobs.load_refs(connection, [event.seq for event in page])
+    return [facts_of(event, event.model, refs.get(event.seq)) for event in page]
+
+
+async def _find_scope(connection: AsyncConnection, selection: Selection) -> replays.Scope:
+    """Return what a selection may reach. Raises Refused for ids that there are not."""
+    if selection.ids and (unknown := await replays.find_unknown(connection, selection)):
+        raise Refused(
+            f"there is no event {', '.join(map(repr, unknown[:5]))}{' …' if unknown[5:] else ''}",
+            code="invalid_request",
+            status=400,
+        )
+    return await replays.find_scope(connection, selection)

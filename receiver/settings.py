@@ -57,7 +57,7 @@ def _one_or_more(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
-_Words = Annotated[tuple[str, ...], BeforeValidator(_one_or_more)]
+_Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)]
 
 
 class FilterSettings(_Table):
@@ -91,6 +91,13 @@ class DestinationSettings(_Table):
     when: Literal["received", "media_stored"] = "media_stored"
     filter: FilterSettings = FilterSettings()
     retry: RetrySettings = RetrySettings()
+
+    @model_validator(mode="after")
+    def _is_heeded(self) -> Self:
+        over_http = self.url.get_secret_value().lower().startswith(("http:", "https:"))
+        if not over_http and (self.secret is not None or self.binary):
+            raise ValueError("secret and binary are for http: and https: alone")
+        return self
 
 
 class SourceSettings(_Table):

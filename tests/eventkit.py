@@ -208,12 +208,12 @@ class World:
         return job.id
 
     async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> dict[str, Any]:
-        """Order a replay."""
-        return await self.replays.order(ReplayRequest.model_validate(values), key=key, caller=caller)
+        """Order a replay, of everything unless there is a selection."""
+        return await self.replays.order(_request(values), key=key, caller=caller)
 
     async def dry_run(self, **values: Any) -> dict[str, Any]:
         """Ask what a replay would do."""
-        return await self.replays.dry_run(ReplayRequest.model_validate(values))
+        return await self.replays.dry_run(_request(values))
 
     async def until_replayed(self, order: Mapping[str, Any]) -> dict[str, Any]:
         """Wait until a replay has ended and none of its deliveries is left to do."""
@@ -260,6 +260,10 @@ class World:
         )
         async with self.database.read() as connection:
             return {(row[0], row[1]) for row in await connection.execute(statement)}
+
+
+def _request(values: Mapping[str, Any]) -> ReplayRequest:
+    return ReplayRequest.model_validate({"all": not values.get("selection"), **values})
 
 
 @asynccontextmanager

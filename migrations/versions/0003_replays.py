@@ -68,7 +68,7 @@ def upgrade() -> None:
     op.create_index(
         "uq_deliveries_replayed",
         "deliveries",
-        ["replay_id", "event_seq", "destination"],
+        ["replay_id", "destination", "event_seq"],
         unique=True,
         **where("replay_id IS NOT NULL"),
     )
@@ -85,11 +85,13 @@ def upgrade() -> None:
         ["destination", "next_attempt_at"],
         **where("state = 'pending' AND replay_id IS NOT NULL"),
     )
-    op.create_index("ix_deliveries_dead", "deliveries", ["destination", "id"], **where("state = 'dead'"))
+    op.create_index("ix_deliveries_dead", "deliveries", ["id"], **where("state = 'dead'"))
     op.add_column("media", sa.Column("restarted_at", sa.DateTime(timezone=True)))
+    op.create_index("ix_events_request_id", "events", ["request_id"])
 
 
 def downgrade() -> None:
+    op.drop_index("ix_events_request_id", "events")
     op.drop_column("media", "restarted_at")
     for index in ("dead", "replays_due", "due", "event_seq"):
         op.drop_index(f"ix_deliveries_{index}", "deliveries")

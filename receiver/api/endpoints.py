@@ -87,6 +87,8 @@ async def read_object(request: Request, *, optional: bool = False) -> dict[str, 
     try:
         # Not orjson: it would turn large integers into fractions, and a seed is none.
         content = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_read_float)
+        # Half a character is no text, and no database stores it.
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(content, dict):
@@ -133,6 +135,14 @@ def _plain(value: object) -> str:
     if isinstance(value, UUID):
         return str(value)
     raise TypeError(type(value).__name__)
+
+
+def read_choice(query: dict[str, str], name: str, choices: Sequence[str]) -> str | None:
+    """Take a parameter that has only so many values out of a query. Raises Refused."""
+    value = query.pop(name, None)
+    if value is not None and value not in choices:
+        raise invalid(f"{name}: write one of {', '.join(choices)}")
+    return value
 
 
 def read_limit(text: str) -> int:

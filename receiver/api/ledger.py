@@ -1,7 +1,7 @@
 """`/v1/events`, `/v1/deliveries` and `/v1/replays`: what came in, where it went, and sending it again."""
 
 import base64
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 from uuid import UUID
 
 import orjson
@@ -18,6 +18,7 @@ from receiver.api.endpoints import (
     invalid,
     json_answer,
     nothing_left,
+    read_choice,
     read_id,
     read_limit,
     read_object,
@@ -27,6 +28,7 @@ from receiver.api.endpoints import (
 from receiver.db import ledger, outbox
 from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
+from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.errors import Refused
 from receiver.replay import ReplayRequest, Replays
 
@@ -71,7 +73,9 @@ class Ledger:
                 before=cursor,
                 since=read_time("since", query.pop("since", None)),
                 until=read_time("until", query.pop("until", None)),
-                **{name: query.pop(name, None) for name in ("source", "state", "status", "model")},
+                state=read_choice(query, "state", get_args(EventState)),
+                status=read_choice(query, "status", get_args(EventStatus)),
+                **{name: query.pop(name, None) for name in ("source", "model")},
             )
         nothing_left(query)
         return json_answer(_page(rows, limit, "seq"))
@@ -99,7 +103,8 @@ class Ledger:
                 before=None if cursor is None else _uuid(cursor),
                 since=read_time("since", query.pop("since", None)),
                 until=read_time("until", query.pop("until", None)),
-                **{name: query.pop(name, None) for name in ("state", "destination")},
+                state=read_choice(query, "state", get_args(DeliveryState)),
+                destination=query.pop("destination", None),
             )
         nothing_left(query)
         return json_answer(_page(rows, limit, "id"))

@@ -1,6 +1,5 @@
 """`receiver deliveries`: what goes where, and dead letters."""
 
-import getpass
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -12,11 +11,12 @@ from rich.text import Text
 from sqlalchemy import select
 
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, wide
+from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, user_name, wide
 from receiver.db import ledger, outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
+from receiver.db.rows import DeliveryState
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
@@ -29,9 +29,7 @@ _Destination = Annotated[str | None, typer.Option(help="Only to this destination
 
 @deliveries.command("list")
 def list_(
-    state: Annotated[
-        str | None, typer.Option(help="Only in this state: pending, delivered, dead or canceled.")
-    ] = None,
+    state: Annotated[DeliveryState | None, typer.Option(help="Only in this state.")] = None,
     destination: _Destination = None,
     since: Annotated[datetime | None, typer.Option(help="Only made at or after this time (UTC).")] = None,
     until: Annotated[datetime | None, typer.Option(help="Only made before this time (UTC).")] = None,
@@ -60,7 +58,8 @@ def list_(
         return
     table = Table(box=None)
     for name in ("id", "destination", "state", "tries", "request", "made", "reason"):
-        table.add_column(name, no_wrap=True)
+        # An id that is cut off is of no use; a reason may take several lines.
+        table.add_column(name, no_wrap=name != "reason")
     for row in found:
         table.add_row(
             str(row["id"]),
@@ -92,7 +91,7 @@ def retry(
     )
     if which == DeadLetters(ids=[]) and not everything:
         raise ReceiverError("say which dead letters: ids, --destination, --since, --until, or --all")
-    by = f"{getpass.getuser()} on the command line"
+    by = f"{user_name()} on the command line"
 
     async def run(_settings: Settings, database: Database) -> dict[str, int]:
         done: dict[str, int] = {}

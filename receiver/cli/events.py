@@ -32,6 +32,7 @@ from receiver.cli.terminal import (
 )
 from receiver.db import ledger, transfer
 from receiver.db.engine import Database
+from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
@@ -46,10 +47,8 @@ BATCH: Final = 200
 @events.command("list")
 def list_(
     source: Annotated[str | None, typer.Option(help="Only of this source.")] = None,
-    state: Annotated[
-        str | None, typer.Option(help="Only in this state: received, fetching, ready or unrecognized.")
-    ] = None,
-    status: Annotated[str | None, typer.Option(help="Only with this status: OK or ERROR.")] = None,
+    state: Annotated[EventState | None, typer.Option(help="Only in this state.")] = None,
+    status: Annotated[EventStatus | None, typer.Option(help="Only with this status.")] = None,
     model: Annotated[str | None, typer.Option(help="Only of this model.")] = None,
     since: Annotated[datetime | None, typer.Option(help="Only received at or after this time (UTC).")] = None,
     until: Annotated[datetime | None, typer.Option(help="Only received before this time (UTC).")] = None,
@@ -275,7 +274,7 @@ def _print_work(work: dict[str, Any], label: str) -> None:
     for attempt in work["tries"]:
         line = f"            try {attempt['number']}: {moment(attempt['started_at'])} {attempt['outcome']}"
         error = f": {attempt['error']}" if attempt["error"] else ""
-        print_line(f"{line} in {attempt['duration_ms']} ms{error}")
+        print_line(f"{line} after {attempt['duration_ms']} ms{error}")
     if work["state"] == "pending":
         due = moment(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
         print_line(f"            next try: {due}")

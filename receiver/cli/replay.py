@@ -1,7 +1,6 @@
 """`receiver replay` and `receiver replays`: send stored events again."""
 
 import asyncio
-import getpass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 from uuid import UUID
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from receiver.app import make_replays
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, moment, print_json, print_line, stderr, stdout, wide
+from receiver.cli.terminal import Json, moment, print_json, print_line, stderr, stdout, user_name, wide
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
 from receiver.replay import ReplayRequest, Replays
@@ -66,7 +65,7 @@ def replay(
     it, and `receiver replays show ID` goes on watching. A destination's filter holds for replays, too.
     """
     choice = {
-        "ids": tuple(ids or ()),
+        "ids": tuple(ids) if ids else None,
         "since": _utc(since),
         "until": _utc(until),
         "status": status,
@@ -76,17 +75,25 @@ def replay(
         "destination": destination,
         "delivery_state": delivery_state,
     }
-    if not any(choice.values()) and not everything:
+    selection = {name: value for name, value in choice.items() if value is not None}
+    if not selection and not everything:
         raise ReceiverError("say which events: ids, a filter such as --since, or --all")
     request = _read(
-        {"selection": choice, "to": tuple(to or ()), "media": media, "rate": rate, "reason": reason}
+        {
+            "selection": selection,
+            "all": everything,
+            **({"to": tuple(to)} if to else {}),
+            "media": media,
+            "rate": rate,
+            "reason": reason,
+        }
     )
 
     async def run(settings: Settings, database: Database) -> dict[str, Any]:
         orders = make_replays(settings, database)
         if dry_run:
             return await orders.dry_run(request)
-        order = await orders.order(request, key=key, caller=f"cli-{getpass.getuser()}"[:63])
+        order = await orders.order(request, key=key, caller=f"cli-{user_name()}"[:63])
         if not json:
             stderr.print(f"Replay {order['id']}: {order['matched']} events")
         return await _watch(orders, order) if wait else order
@@ -98,7 +105,7 @@ def replay(
         _print_counts(found)
     elif wait:
         _print(found)
-    if wait and not dry_run and _count(found, "dead"):
+    if wait and not dry_run and (found["state"] == "failed" or _count(found, "dead")):
         raise typer.Exit(1)
 
 
@@ -175,7 +182,7 @@ def cancel(replay_id: Annotated[UUID, typer.Argument(metavar="ID")]) -> None:
     async def run(settings: Settings, database: Database) -> dict[str, Any]:
         orders = make_replays(settings, database)
         await _find(orders, replay_id)
-        if not await orders.cancel(replay_id, by=f"{getpass.getuser()} on the command line"):
+        if not await orders.cancel(replay_id, by=f"{user_name()} on the command line"):
             raise ReceiverError("the replay has ended")
         return await _find(orders, replay_id)
 
@@ -210,8 +217,10 @@ async def _watch(orders: Replays, order: dict[str, Any]) -> dict[str, Any]:
                 order = await _find(orders, order["id"])
                 if _ended(order) != sent:
                     sent, changed = _ended(order), loop.time()
-                # How many deliveries there will be is known once all events have been looked at.
-                total = order["ordered"] if order["state"] != "pending" else None
+                # How many deliveries there will be is reckoned from the events that were looked at so far.
+                total = order["ordered"]
+                if order["state"] == "pending":
+                    total = round(total * order["matched"] / order["handled"]) if order["handled"] else None
                 rate = (sent - sent_first) / (loop.time() - began)
                 progress.update(task, completed=sent, total=total, rate=f"{rate:.0f}/s")
                 if not hinted and loop.time() - changed > UNATTENDED:

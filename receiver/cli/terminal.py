@@ -1,5 +1,7 @@
 """What commands print with."""
 
+import getpass
+import os
 import sys
 from collections.abc import Sized
 from datetime import UTC, datetime
@@ -16,6 +18,14 @@ stdout: Final = Console(highlight=False)
 # For tables: an id that is cut off is of no use, so the terminal wraps long lines and we don't.
 wide: Final = Console(highlight=False, width=max(160, stdout.width))
 stderr: Final = Console(stderr=True, highlight=False)
+
+
+def user_name() -> str:
+    """Return who runs this command, for the record; a container's user may have no name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid-{os.getuid()}"
 
 
 def print_json(value: Any) -> None:

@@ -80,7 +80,8 @@ async def lock_received(connection: AsyncConnection, *, limit: int) -> Sequence[
         .where(events.c.state == "received")
         .order_by(events.c.seq)
         .limit(limit)
-        .with_for_update(skip_locked=True)
+        # Not against those who only refer to the event, such as the receipt of a duplicate.
+        .with_for_update(skip_locked=True, key_share=True)
     )
     return [StoredEvent(**row) for row in (await connection.execute(statement)).mappings()]
 

@@ -6,10 +6,11 @@ find its result refused, because another may have claimed the row since (a fenci
 """
 
 import uuid
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Row, Table, case, func, insert, select, update
+from sqlalchemy import Column, ColumnElement, Row, Table, and_, case, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
@@ -118,10 +119,18 @@ async def renew(
     connection: AsyncConnection, table: Table, claims: Collection[Claim], *, lease: float
 ) -> set[uuid.UUID]:
     """Extend the leases to `lease` seconds from now; return the ids that are still ours."""
+    await lock(connection, table, claims)
     rows = await connection.execute(
         update(table).where(_held(table, claims)).values(next_attempt_at=db_time(lease)).returning(table.c.id)
     )
     return set(rows.scalars())
+
+
+async def lock(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
+    """Lock rows that are ours, in the one order that keeps those who change the same rows from a deadlock."""
+    await connection.execute(
+        select(table.c.id).where(_held(table, claims)).order_by(table.c.id).with_for_update()
+    )
 
 
 async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
@@ -203,5 +212,7 @@ def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
 
 
 def _held(table: Table, claims: Collection[Claim]) -> ColumnElement[bool]:
-    leases = {held.lease for held in claims}
-    return table.c.id.in_([held.id for held in claims]) & table.c.lease.in_(leases)
+    by_lease: dict[uuid.UUID, list[uuid.UUID]] = defaultdict(list)
+    for held in claims:
+        by_lease[held.lease].append(held.id)
+    return or_(*(and_(table.c.lease == lease, table.c.id.in_(ids)) for lease, ids in by_lease.items()))

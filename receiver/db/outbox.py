@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -95,7 +95,10 @@ async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
     Returns the destinations whose deliveries became due. The event's row is locked first: two last files
     that finish at once would else each see the other one pending, and the deliveries would be held for ever.
     """
-    await connection.execute(select(events.c.seq).where(events.c.seq == event_seq).with_for_update())
+    # Not against those who only refer to the event.
+    await connection.execute(
+        select(events.c.seq).where(events.c.seq == event_seq).with_for_update(key_share=True)
+    )
     pending = exists().where(media.c.event_seq == event_seq, media.c.state == "pending")
     if (await connection.execute(select(pending))).scalar_one():
         return ()
@@ -109,7 +112,8 @@ async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
             deliveries.c.state == "pending",
             deliveries.c.next_attempt_at.is_(None),
         )
-        .values(next_attempt_at=db_time(0.0))
+        # From here on it has as long as any other: what it has waited for was not the destination.
+        .values(next_attempt_at=db_time(0.0), restarted_at=db_time(0.0))
         .returning(deliveries.c.destination)
     )
     return list(rows.scalars())
@@ -183,13 +187,35 @@ async def media_backlog(connection: AsyncConnection) -> Backlog:
 
 async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     """Return the unfinished deliveries by destination, held ones included."""
-    oldest = seconds_since(func.min(deliveries.c.created_at))
-    statement = (
-        select(deliveries.c.destination, func.count(), oldest)
-        .where(deliveries.c.state == "pending")
-        .group_by(deliveries.c.destination)
-    )
+    # Apart, because live and replayed ones have an index each.
+    pending = union_all(
+        *(
+            select(deliveries.c.destination, deliveries.c.created_at).where(
+                deliveries.c.state == "pending", half
+            )
+            for half in (deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None))
+        )
+    ).subquery()
+    statement = select(
+        pending.c.destination, func.count(), seconds_since(func.min(pending.c.created_at))
+    ).group_by(pending.c.destination)
     return {row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)}
+
+
+async def hold(
+    connection: AsyncConnection, event_seqs: Collection[int], destinations: Collection[str]
+) -> None:
+    """Have what is due of events, and is not under way, wait again for their media."""
+    await connection.execute(
+        update(deliveries)
+        .where(
+            deliveries.c.event_seq.in_(event_seqs),
+            deliveries.c.destination.in_(destinations),
+            deliveries.c.state == "pending",
+            deliveries.c.lease.is_(None),
+        )
+        .values(next_attempt_at=None)
+    )
 
 
 async def count_dead(connection: AsyncConnection) -> dict[str, int]:

@@ -4,19 +4,21 @@ import uuid
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, and_, exists, func, select, update
+from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time
-from receiver.db.rows import Claim, NewReplay, ReplayOrder, StoredEvent
+from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, media, replays
 
-PAGE = 1000
+PAGE: Final = 1000
+SPAN: Final = 20_000
+"""Events that one statement goes through at most: a long history makes many of them and none that is slow."""
 
 # What has not been through the fan-out is on its way anyway, and what was not recognized is no message.
 _ELIGIBLE = events.c.state.in_(("fetching", "ready"))
@@ -30,17 +32,25 @@ class KnownReplay:
     fingerprint: str
 
 
-async def insert_order(connection: AsyncConnection, order: NewReplay, selection: Selection) -> bool:
-    """Insert a replay of what is there now, due at once; False where (caller, idempotency_key) is taken."""
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """The events from one `seq` (exclusive) to another (inclusive)."""
+
+    after_seq: int
+    until_seq: int
+
+
+async def insert_order(connection: AsyncConnection, order: NewReplay, scope: Scope, *, matched: int) -> bool:
+    """Insert a replay, due at once; False where (caller, idempotency_key) is taken."""
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     values = asdict(order) | leases.work_values()
     statement = (
         dialect.insert(replays)
         .values(
             **values | {"id": order.id},
-            matched=await count(connection, selection),
-            after_seq=0,
-            until_seq=select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery(),
+            matched=matched,
+            after_seq=scope.after_seq,
+            until_seq=scope.until_seq,
         )
         .on_conflict_do_nothing()
         .returning(replays.c.seq)
@@ -57,36 +67,60 @@ async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -
     return None if row is None else KnownReplay(id=row.id, fingerprint=row.fingerprint)
 
 
-async def count(connection: AsyncConnection, selection: Selection) -> int:
+async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope:
+    """Return what a selection may reach of the events that are there now."""
+    if not selection.ids:
+        last = (await connection.execute(select(func.max(events.c.seq)))).scalar_one()
+        return Scope(after_seq=0, until_seq=last or 0)
+    bounds = select(func.min(events.c.seq), func.max(events.c.seq)).where(selection.has_id())
+    first, last = (await connection.execute(bounds)).one()
+    return Scope(after_seq=(first or 1) - 1, until_seq=last or 0)
+
+
+async def find_unknown(connection: AsyncConnection, selection: Selection) -> list[str]:
+    """Return those of a selection's ids that no event has."""
+    rows = await connection.execute(select(events.c.id, events.c.request_id).where(selection.has_id()))
+    known = {text for row in rows for text in (str(row.id), row.request_id)}
+    return [text for text in selection.ids if text not in known and text.lower() not in known]
+
+
+async def count(connection: AsyncConnection, selection: Selection, scope: Scope) -> int:
     """Return how many events a replay would go through."""
-    statement = (
-        select(func.count())
-        .select_from(events)
-        .where(_ELIGIBLE, *selection.conditions(connection.dialect.name))
-    )
-    return int((await connection.execute(statement)).scalar_one())
+    total = 0
+    for start in range(scope.after_seq, scope.until_seq, SPAN):
+        statement = (
+            select(func.count())
+            .select_from(events)
+            .where(
+                _ELIGIBLE,
+                events.c.seq > start,
+                events.c.seq <= min(start + SPAN, scope.until_seq),
+                *selection.conditions(connection.dialect.name),
+            )
+        )
+        total += (await connection.execute(statement)).scalar_one()
+    return total
 
 
 async def select_events(
     connection: AsyncConnection,
     selection: Selection,
+    scope: Scope,
     *,
-    after_seq: int,
-    until_seq: int | None = None,
     ordered_at: datetime | None = None,
     limit: int = PAGE,
-) -> Sequence[tuple[StoredEvent, str | None, str]]:
-    """Return the next events of a selection, each with its model and its state, by `seq`.
+) -> tuple[Sequence[ReplayedEvent], int]:
+    """Return the next events of a selection by `seq`, and the `seq` up to which they were looked for.
 
     Those that went through their fan-out after `ordered_at` are left out: they were on their way then.
     """
+    until = min(scope.after_seq + SPAN, scope.until_seq)
     where: list[ColumnElement[bool]] = [
         _ELIGIBLE,
-        events.c.seq > after_seq,
+        events.c.seq > scope.after_seq,
+        events.c.seq <= until,
         *selection.conditions(connection.dialect.name),
     ]
-    if until_seq is not None:
-        where.append(events.c.seq <= until_seq)
     if ordered_at is not None:
         fanned_out_later = exists().where(
             deliveries.c.event_seq == events.c.seq,
@@ -94,16 +128,10 @@ async def select_events(
             deliveries.c.created_at > ordered_at,
         )
         where.append(~fanned_out_later)
-    columns = [events.c[name] for name in StoredEvent.__dataclass_fields__]
-    statement = (
-        select(*columns, events.c.model, events.c.state).where(*where).order_by(events.c.seq).limit(limit)
-    )
-    found = []
-    for row in (await connection.execute(statement)).mappings():
-        values = dict(row)
-        model, state = values.pop("model"), values.pop("state")
-        found.append((StoredEvent(**values), model, state))
-    return found
+    columns = [events.c[name] for name in ReplayedEvent.__dataclass_fields__]
+    rows = await connection.execute(select(*columns).where(*where).order_by(events.c.seq).limit(limit))
+    found = [ReplayedEvent(**row) for row in rows.mappings()]
+    return found, found[-1].seq if len(found) == limit else until
 
 
 async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> list[tuple[Claim, ReplayOrder]]:
@@ -115,8 +143,8 @@ async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> lis
     return [(claim, found[claim.id]) for claim in claims]
 
 
-async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> int:
-    """Have files downloaded again, and their events wait for them."""
+async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> list[int]:
+    """Have files downloaded again, and their events wait for them; return the event's `seq` of each file."""
     restarted = await connection.execute(
         update(media)
         .where(media.c.id.in_(media_ids), media.c.state != "pending")
@@ -137,7 +165,7 @@ async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.
     await connection.execute(
         update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
     )
-    return len(seqs)
+    return seqs
 
 
 async def advance(
@@ -180,22 +208,36 @@ async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destination
 
 
 async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
-    """Stop a replay: what was not sent yet will not be. False where it has ended already."""
+    """Stop a replay that still orders or whose deliveries still wait. False where it has ended already."""
+    waits = exists().where(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
+    unfinished = or_(replays.c.state == "pending", and_(replays.c.state == "completed", waits))
     stopped = await connection.execute(
         update(replays)
-        .where(replays.c.id == replay_id, replays.c.state == "pending")
+        .where(replays.c.id == replay_id, unfinished)
         .values(state="canceled", lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+    )
+    return bool(stopped.rowcount)
+
+
+async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
+    """Cancel up to `limit` deliveries of a replay that nobody holds; return how many."""
+    waits = select(deliveries.c.id).where(
+        deliveries.c.replay_id == replay_id, deliveries.c.state == "pending", deliveries.c.lease.is_(None)
     )
     dropped = await connection.execute(
         update(deliveries)
-        .where(
-            deliveries.c.replay_id == replay_id,
-            deliveries.c.state == "pending",
-            deliveries.c.lease.is_(None),
-        )
+        .where(deliveries.c.id.in_(waits.limit(limit).with_for_update(skip_locked=True)))
         .values(state="canceled", next_attempt_at=None, finished_at=db_time(0.0))
     )
-    return bool(stopped.rowcount or dropped.rowcount)
+    return dropped.rowcount
+
+
+async def canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+    """Return those replays that were canceled."""
+    if not replay_ids:
+        return set()
+    statement = select(replays.c.id).where(replays.c.id.in_(replay_ids), replays.c.state == "canceled")
+    return set((await connection.execute(statement)).scalars())
 
 
 async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> dict[str, Any] | None:

@@ -13,6 +13,8 @@ EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 """Fixed for ever: an event keeps its id across databases, replays and re-imports."""
 
 EventState = Literal["received", "fetching", "ready", "unrecognized"]
+DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
+EventStatus = Literal["OK", "ERROR"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
 AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
@@ -85,6 +87,17 @@ class StoredEvent:
     body: bytes
     received_at: datetime
     job_id: uuid.UUID | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedEvent:
+    """An event as the step of a replay needs it."""
+
+    seq: int
+    source: str
+    status: str
+    model: str | None
+    state: EventState
 
 
 @dataclass(frozen=True, kw_only=True)

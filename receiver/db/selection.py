@@ -5,7 +5,7 @@ import uuid
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, and_, exists, or_
 
 from receiver.db.tables import deliveries, events, jobs
@@ -17,12 +17,13 @@ _LIKE: Final = {"\\": r"\\", "%": r"\%", "_": r"\_", "*": "%", "?": "_"}
 
 def _in_utc(moment: datetime) -> datetime:
     try:
-        return moment.astimezone(UTC)
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
         raise ValueError("is beyond the calendar") from None
 
 
-_Moment = Annotated[AwareDatetime, AfterValidator(_in_utc)]
+_Moment = Annotated[datetime, AfterValidator(_in_utc)]
+"""One without a zone is UTC."""
 
 
 class Selection(BaseModel):
@@ -49,7 +50,7 @@ class Selection(BaseModel):
         """Return the conditions on `events`, for a dialect of SQLAlchemy's."""
         found: list[ColumnElement[bool]] = []
         if self.ids:
-            found.append(or_(events.c.request_id.in_(self.ids), events.c.id.in_(_uuids(self.ids))))
+            found.append(self.has_id())
         found += [
             events.c[name] == value
             for name in ("status", "source")
@@ -72,6 +73,10 @@ class Selection(BaseModel):
                 wanted.append(deliveries.c.state == self.delivery_state)
             found.append(exists().where(*wanted))
         return found
+
+    def has_id(self) -> ColumnElement[bool]:
+        """Return the condition that an event is one of `ids`."""
+        return or_(events.c.request_id.in_(self.ids), events.c.id.in_(_uuids(self.ids)))
 
 
 def _uuids(texts: tuple[str, ...]) -> list[uuid.UUID]:

@@ -126,6 +126,8 @@ events = Table(
     Column("job_id", PlainUuid),
     UniqueConstraint("id"),
     UniqueConstraint("source", "request_id"),
+    # People look an event up by its request_id alone.
+    Index(None, "request_id"),
 )
 _partial_index("ix_events_received", events.c.seq, where=events.c.state == text("'received'"))
 
@@ -182,7 +184,7 @@ _partial_index(
 )
 _partial_index(
     "uq_deliveries_replayed",
-    *(deliveries.c.replay_id, deliveries.c.event_seq, deliveries.c.destination),
+    *(deliveries.c.replay_id, deliveries.c.destination, deliveries.c.event_seq),
     where=_is_replay,
     unique=True,
 )
@@ -191,7 +193,7 @@ for _name, _which in (("ix_deliveries_due", _is_live), ("ix_deliveries_replays_d
     _partial_index(
         _name, deliveries.c.destination, deliveries.c.next_attempt_at, where=and_(_is_pending, _which)
     )
-_partial_index("ix_deliveries_dead", deliveries.c.destination, deliveries.c.id, where=_is_dead)
+_partial_index("ix_deliveries_dead", deliveries.c.id, where=_is_dead)
 
 attempts = Table(
     "attempts",

@@ -145,9 +145,10 @@ async def _insert_new(connection: AsyncConnection, table: Table, values: Mapping
 
 
 async def _write_tries(connection: AsyncConnection, line: Line) -> None:
-    rows = [_load(attempts, each) | {"work_id": uuid.UUID(line["id"])} for each in line.get("tries", ())]
-    if rows:
-        await connection.execute(insert(attempts), rows)
+    if tries := line.get("tries"):
+        # All with the same columns: a statement for many rows goes by those of the first.
+        same = {"error": None, "work_id": uuid.UUID(line["id"])}
+        await connection.execute(insert(attempts), [same | _load(attempts, each) for each in tries])
 
 
 async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs: Sequence[int]) -> None:

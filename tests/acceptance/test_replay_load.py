@@ -147,7 +147,7 @@ def test_a_replay_beside_live_traffic_makes_each_delivery_once(postgres: Postgre
         def order() -> dict[str, Any]:
             response = httpx.post(
                 f"http://127.0.0.1:{port}/v1/replays",
-                json={"selection": {}, "reason": "the consumer lost its data"},
+                json={"all": True, "reason": "the consumer lost its data"},
                 headers={"authorization": f"Bearer {TOKEN}", "idempotency-key": "once"},
                 timeout=20,
             )

@@ -46,6 +46,17 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/models/{slug}": ("read", 200),
     "POST /v1/models/{slug}/estimate": ("read", 200),
     "GET /v1/account": ("operate", 200),
+    "GET /v1/events": ("operate", 200),
+    "GET /v1/events/{id}": ("operate", 404),
+    "POST /v1/events/{id}/replay": ("operate", 404),
+    "GET /v1/deliveries": ("operate", 200),
+    # The body is a job's.
+    "POST /v1/deliveries/retry": ("operate", 400),
+    "POST /v1/deliveries/{id}/retry": ("operate", 404),
+    "GET /v1/replays": ("operate", 200),
+    "POST /v1/replays": ("operate", 400),
+    "GET /v1/replays/{id}": ("operate", 404),
+    "POST /v1/replays/{id}/cancel": ("operate", 404),
 }
 """Routes that need a scope, with what they answer who has it."""
 ALLOWED_WITH_ALL = {"GET /v1/jobs/{id}": 200}

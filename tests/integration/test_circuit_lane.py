@@ -1,11 +1,13 @@
 """Destinations that are down, on both databases: they are left alone, the others notice nothing."""
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import cast
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
@@ -13,10 +15,14 @@ from eventkit import Recorder, World, opened, plain, until
 from prometheus_client import REGISTRY
 
 from receiver import circuit
+from receiver.circuit import THRESHOLD
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
+from receiver.db.rows import DeliveryClaim
 from receiver.db.tables import attempts, deliveries
+from receiver.delivery import Result
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.lanes import start_attempt
 from receiver.retry import RetryPolicy
 
 WIDTH = 32
@@ -282,3 +288,55 @@ async def test_a_result_that_comes_too_late_changes_nothing(world: World, error:
     main.behave = lambda _event: None
     await other.run()
     assert await world.states(deliveries) == {"delivered": 1}
+
+
+async def test_errors_of_no_known_kind_open_the_circuit_too(world: World) -> None:
+    """E6: a client's own error is a failure like any other; one message that cannot be made is none."""
+    main = world.add_destination("odd")
+
+    def reset(_event: CloudEvent) -> None:
+        raise ConnectionResetError
+
+    main.behave = reset
+    for number in range(THRESHOLD):
+        await world.add(plain(f"r-{number}"))
+    await world.fan_out()
+    lane = world.delivery_lane()
+    for work in await lane.claim(THRESHOLD):
+        await work.run()
+    assert is_shown_open("odd")
+    await world.change(deliveries, next_attempt_at=db_time(0.0))
+    assert await lane.claim(32) == []
+
+
+async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> None:
+    """E9: leases are renewed while a group of results is recorded, of which no order is known."""
+    main = world.add_destination("main")
+
+    def fail(event: CloudEvent) -> None:
+        if str(event.get_subject()).endswith("0"):
+            raise PublishFailed("down", reason="connect")
+
+    main.behave = fail
+    for number in range(100):
+        await world.add(plain(f"r-{number}"))
+    await world.fan_out()
+    lane = world.delivery_lane(concurrency=100)
+    works = await lane.claim(100)
+    by_chance = random.Random(7)
+    for _ in range(4):
+        claims = [cast("DeliveryClaim", work.claim) for work in works]
+        results = [
+            Result(
+                claim=claim,
+                attempt=start_attempt(claim)("retry", f"error {index}"),
+                state=None if index % 3 else "delivered",
+            )
+            for index, claim in enumerate(claims)
+        ]
+        by_chance.shuffle(results)
+        by_chance.shuffle(claims)
+        _, held = await asyncio.gather(lane.renew(claims), lane._write(results))
+        assert len(held) == len(works)
+        await world.change(deliveries, state="pending", lease=None, next_attempt_at=db_time(0.0))
+        works = await lane.claim(100)

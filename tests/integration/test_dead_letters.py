@@ -191,3 +191,22 @@ async def restart(world: World, *, limit: int = 1000, **which: Any) -> dict[str,
     """Restart dead letters."""
     async with world.database.write() as connection:
         return await outbox.restart(connection, DeadLetters(**which), by="ops", limit=limit)
+
+
+async def test_what_waited_for_its_media_has_all_its_time(world: World) -> None:
+    """E4: a delivery that was held for three days is not given up for its first failure."""
+    main = world.add_destination("main")
+
+    def fail(_event: CloudEvent) -> None:
+        raise PublishFailed("down", reason="connect")
+
+    main.behave = fail
+    await world.add_history(plain("r-1"))
+    await world.change(
+        deliveries, state="pending", next_attempt_at=None, finished_at=None, created_at=db_time(-4 * DAY)
+    )
+    async with world.database.write() as connection:
+        assert await outbox.settle(connection, 1) == ["main"]
+    (work,) = await world.delivery_lane().claim(1)
+    await work.run()
+    assert await world.states(deliveries) == {"pending": 1}

@@ -334,7 +334,7 @@ async def test_a_replay_is_ordered_by_filter(site: Site) -> None:
     }
     counted = await site.post("/v1/replays", order | {"dry_run": True})
     assert (counted.status_code, counted.json()) == (200, {"events": 1, "deliveries": {"main": 1}})
-    assert (await site.post("/v1/replays", {"dry_run": True})).json() == {
+    assert (await site.post("/v1/replays", {"all": True, "dry_run": True})).json() == {
         "events": 3,
         "deliveries": {"main": 3, "failures": 1},
     }
@@ -360,12 +360,12 @@ async def test_a_dry_run_that_is_not_understood_orders_nothing(site: Site) -> No
 async def test_a_key_is_one_replay(site: Site) -> None:
     """E12: the same order under the same key is the same replay, another one is 409."""
     await site.world.add_history(plain("r-1"))
-    first = await site.post("/v1/replays", {"reason": "a"}, key="monday")
-    again = await site.post("/v1/replays", {"reason": "a"}, key="monday")
+    first = await site.post("/v1/replays", {"all": True, "reason": "a"}, key="monday")
+    again = await site.post("/v1/replays", {"all": True, "reason": "a"}, key="monday")
     assert (first.status_code, again.status_code) == (202, 202)
     assert first.json()["id"] == again.json()["id"]
     assert again.headers["idempotency-key"] == "monday"
-    other = await site.post("/v1/replays", {"reason": "b"}, key="monday")
+    other = await site.post("/v1/replays", {"all": True, "reason": "b"}, key="monday")
     assert error_of(other) == (409, "idempotency_key_reuse")
     single = await site.post("/v1/events/r-1/replay", key="monday")
     assert error_of(single) == (409, "idempotency_key_reuse")
@@ -376,7 +376,7 @@ async def test_a_key_that_is_too_long_is_refused(site: Site) -> None:
     """F8: a key has at most 255 characters, on every database."""
     await site.world.add_history(plain("r-1"))
     for length, status in ((255, 202), (256, 400), (10_000, 400)):
-        response = await site.post("/v1/replays", {}, key="x" * length)
+        response = await site.post("/v1/replays", {"all": True}, key="x" * length)
         assert (length, response.status_code) == (length, status)
 
 
@@ -386,7 +386,9 @@ BAD_ORDERS = [
     (b"[]", "JSON object"),
     (b'{"selection": []}', "selection"),
     (b'{"selection": {"status": "ok"}}', "selection.status"),
-    (b'{"selection": {"since": "2026-01-01T00:00:00"}}', "selection.since"),
+    (b'{"selection": {"since": "monday"}}', "selection.since"),
+    (b'{"all": true, "to": []}', "to is empty"),
+    (b'{"selection": {"ids": ["nobody"]}}', "'nobody'"),
     (b'{"selection": {"ids": ["r-1", 2]}}', "selection.ids.1"),
     (b'{"selection": {"model": ""}}', "selection.model"),
     (b'{"selection": {"modle": "x"}}', "selection.modle"),
@@ -394,8 +396,14 @@ BAD_ORDERS = [
     (b'{"rate": "fast"}', "rate"),
     (b'{"media": "perhaps"}', "media"),
     (b'{"to": "main"}', "to"),
-    (b'{"to": ["absent"]}', "absent"),
+    (b'{"all": true, "to": ["absent"]}', "absent"),
     (b'{"absent": 1}', "absent"),
+    (b"{}", "say which events"),
+    (b'{"selection": {}}', "say which events"),
+    (b'{"selection": {"ids": []}}', "ids is empty"),
+    (b'{"all": true, "selection": {"ids": []}}', "ids is empty"),
+    (b'{"all": true, "rate": 1e-9}', "rate"),
+    (b'{"all": true, "reason": "\\ud800"}', "surrogates"),
 ]
 
 
@@ -418,7 +426,7 @@ async def test_bodies_have_a_limit(site: Site) -> None:
 async def test_a_replay_is_canceled(site: Site) -> None:
     """E12: it answers with the canceled replay; a second time there is nothing left to cancel."""
     await site.world.add_history(plain("r-1"))
-    order = (await site.post("/v1/replays", {})).json()
+    order = (await site.post("/v1/replays", {"all": True})).json()
     canceled = await site.post(f"/v1/replays/{order['id']}/cancel")
     assert (canceled.status_code, canceled.json()["state"]) == (200, "canceled")
     assert error_of(await site.post(f"/v1/replays/{order['id']}/cancel")) == (409, "not_cancelable")
@@ -564,7 +572,7 @@ async def test_without_a_database_everything_is_503(tmp_path: Path) -> None:
         httpx.AsyncClient(transport=transport, base_url="http://receiver", headers=headers) as client,
     ):
         for method, path in ROUTES:
-            content = {"all": True} if path.endswith("retry") else {}
+            content = {"all": True} if path.endswith(("retry", "replays")) else {}
             response = await client.request(
                 method, path_with(path), json=content if method == "POST" else None
             )

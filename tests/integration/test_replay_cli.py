@@ -123,7 +123,7 @@ async def test_dry_runs_count_by_destination(commands: Commands) -> None:
     counted = await commands.run("replay", "--all", "--dry-run")
     assert counted.splitlines() == ["3 events", "main: 3 deliveries", "failures: 1 deliveries"]
     for arguments, matched in (
-        (["r-1", "absent", str(event_id("clipia", "e-1"))], 2),
+        (["r-1", str(event_id("clipia", "e-1")).upper()], 2),
         (["--status", "ERROR"], 1),
         (["--model", "seedance-*"], 1),
         (["--source", "clipia"], 3),
@@ -193,6 +193,7 @@ async def test_what_is_wrong_with_an_order_is_said_at_once(commands: Commands) -
     await commands.world.add_history(plain("r-1"))
     for arguments in ([], ["--to", "main"], ["--reason", "x"], ["--media"], ["--dry-run"]):
         assert "say which events" in await commands.error("replay", *arguments)
+    assert "no event 'absent'" in await commands.error("replay", "r-1", "absent")
     assert "no destination 'absent'" in await commands.error("replay", "--all", "--to", "absent")
     for option, value in (
         ("--status", "ok"),

@@ -20,7 +20,7 @@ from receiver.db.engine import Database
 from receiver.db.rows import MediaRow, StoredEvent
 from receiver.db.tables import accounts as account_rows
 from receiver.db.tables import attempts, deliveries, events, media
-from receiver.errors import DatabaseUnavailable, StorageUnavailable
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, StorageUnavailable
 from receiver.media.verify import verify
 from receiver.pipeline import FRESH_URLS
 from receiver.reconcile import FreshUrls
@@ -107,6 +107,29 @@ async def test_missing_and_changed_files_are_downloaded_again(world: World, clip
     assert await world.states(events) == {"ready": 5}
     for message in main.replayed(order["id"]):
         assert {file["state"] for file in files_in(message)} <= {"stored"}
+
+
+async def test_live_deliveries_wait_for_what_is_downloaded_again(world: World, clipia: str) -> None:
+    """D11: a live delivery that is due and not yet under way is not sent with half its files either."""
+    main = world.add_destination("main")
+    early = world.add_destination("early", waits_for_media=False)
+    (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
+    path_of(row).unlink()
+    await world.change(deliveries, state="pending", next_attempt_at=db_time(0.0), finished_at=None)
+    main.published.clear()
+    early.published.clear()
+    order = await world.order(media=True, to=["main"])
+    (work,) = await world.replay_lane().claim(1)
+    await work.run()
+    for index, count in ((0, 0), (1, 1)):
+        works = await world.delivery_lane(index).claim(10)
+        assert len(works) == count
+        for work in works:
+            await work.run()
+    async with world.working():
+        await world.until_replayed(order)
+        await world.until_states(deliveries, delivered=3)
+    assert [[file["state"] for file in files_in(message)] for message in main.published] == [["stored"]] * 2
 
 
 async def test_without_media_no_file_is_looked_at(world: World, clipia: str) -> None:
@@ -447,7 +470,7 @@ async def read_event(world: World) -> tuple[StoredEvent, MediaRow]:
 async def test_what_clipia_does_not_know_stays_unknown(
     world: World, clipia: str, client: ClipiaClient
 ) -> None:
-    """D15: no answer, request, result or call left, or another source: then there is no fresh URL."""
+    """D15: no request or result, or another source: no fresh URL; no answer or call left: none for now."""
     fresh = FreshUrls(world.database, client)
     await world.add(await generate(client))
     await world.fan_out()
@@ -469,13 +492,46 @@ async def test_what_clipia_does_not_know_stays_unknown(
     assert await find(6) == file.url
     event = another(event, seq=7)
     nobody = ClipiaClient("clipia_live_x", base_url=f"http://127.0.0.1:{free_port()}")
-    assert await FreshUrls(world.database, nobody).find(event, file) is None
+    with pytest.raises(ClipiaUnavailable):
+        await FreshUrls(world.database, nobody).find(event, file)
     await nobody.close()
     event = another(event, seq=8)
     async with world.database.write() as connection:
         limits, now = await accounts.lock(connection, client.account)
         await accounts.save(connection, client.account, limits.taking("poll", 1000, now))
-    assert await fresh.find(event, file) is None
+    with pytest.raises(ClipiaUnavailable, match="no call is left"):
+        await fresh.find(event, file)
+
+
+async def test_a_fresh_url_that_cannot_be_asked_for_yet_costs_no_try(world: World, clipia: str) -> None:
+    """D15: while no call is left for it, a file is not given up; when one is, it is found."""
+    world.add_destination("main")
+    asked = 0
+
+    async def busy(_event: StoredEvent, _row: MediaRow) -> str:
+        nonlocal asked
+        asked += 1
+        if asked <= 5:
+            raise ClipiaUnavailable("no call is left for now", reason="budget", may_have_arrived=False)
+        return f"{clipia}{IMAGE}"
+
+    world.fresh_url = busy
+    await world.add(with_files(clipia, "r-1", ABSENT))
+    await world.fan_out()
+    lane = world.media_lane()
+    for _ in range(7):
+        await world.change(media, media.c.state == "pending", next_attempt_at=db_time(0.0))
+        for work in await lane.claim(1):
+            await work.run()
+    assert await world.states(media) == {"stored": 1}
+    (row,) = await world.rows(media)
+    assert (row["attempts"], asked) == (2, 6)
+    await world.change(media, state="pending", url=f"{clipia}{ABSENT}", created_at=db_time(-3 * 86_400.0))
+    asked = 0
+    await world.change(media, next_attempt_at=db_time(0.0), attempts=2)
+    (work,) = await lane.claim(1)
+    await work.run()
+    assert await world.states(media) == {"gone": 1}, "not for ever"
 
 
 async def test_a_database_that_is_away_costs_a_download_no_result(

@@ -18,10 +18,10 @@ from servers import Postgres
 from sqlalchemy import func, select
 
 from receiver import replay
-from receiver.db import inbox, outbox, transfer
+from receiver.db import inbox, leases, outbox, transfer
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import NewReceipt
+from receiver.db.rows import Attempt, NewReceipt
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
 
@@ -236,6 +236,22 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
     back = await databases.world("sqlite" if here.database.is_sqlite else "postgresql")
     await load(back, moved)
     assert comparable(await export(back)) == comparable(lines)
+
+
+@pytest.mark.parametrize("errors", [(None, "answered 503"), ("answered 503", None), (None, None)])
+async def test_tries_keep_their_errors(pair: tuple[World, World], errors: tuple[str | None, ...]) -> None:
+    """D14: a delivery whose tries ended differently arrives with all of them."""
+    here, there = pair
+    await here.add_history(plain("r-1"))
+    (delivery, *_) = await here.rows(deliveries)
+    tries = [
+        Attempt(number=number, started_at=datetime.now(UTC), duration_ms=1, outcome="retry", error=error)
+        for number, error in enumerate(errors, start=1)
+    ]
+    async with here.database.write() as connection:
+        await leases.record_attempts(connection, [(delivery["id"], each) for each in tries])
+    await load(there, await export(here))
+    assert [row["error"] for row in await there.rows(attempts)] == list(errors)
 
 
 async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:

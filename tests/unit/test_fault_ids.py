@@ -1,6 +1,7 @@
 """Every known fault of the signature, of the request and of jobs has a test that names it."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROWS = [
 ]
 
 
+@functools.cache
 def named_ids() -> set[str]:
     """Return the ids before the colon of each test's docstring, ranges such as B7-B11 spelled out."""
     found: set[str] = set()
