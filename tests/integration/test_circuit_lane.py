@@ -336,7 +336,11 @@ async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> 
         ]
         by_chance.shuffle(results)
         by_chance.shuffle(claims)
-        _, held = await asyncio.gather(lane.renew(claims), lane._write(results))
+        recording = asyncio.create_task(lane._write(results))
+        # In the middle of it.
+        await asyncio.sleep(0.03)
+        await lane.renew(claims)
+        held = await recording
         assert len(held) == len(works)
         await world.change(deliveries, state="pending", lease=None, next_attempt_at=db_time(0.0))
         works = await lane.claim(100)
