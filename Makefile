@@ -24,7 +24,7 @@ demo: $(VENV)/.run  ## Run the main job end to end on this machine (ARGS="--keep
 	$(BIN)/receiver demo $(ARGS)
 
 test: $(VENV)/.dev  ## Run the tests (ARGS="-k name" selects some)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with branch coverage (at least 95 %)
 	$(BIN)/ruff format --check .

@@ -119,7 +119,7 @@ def kill(server: Server) -> None:
     """Kill a server and start it again, many times."""
     chance = random.Random(str(type(server)))
     for _ in range(KILLS):
-        time.sleep(chance.uniform(0.2, 3.0))
+        time.sleep(chance.uniform(0.2, 1.0))
         server.crash()
         server.start()
 

@@ -191,16 +191,9 @@ def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
     assert len(service.messages()) == 20
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_worker_killed_twice_leaves_neither_gap_nor_double(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
+def test_a_worker_killed_twice_leaves_neither_gap_nor_double(tmp_path: Path) -> None:
     """E3, E9, E12: kill -9 in the middle of a replay of 2,000 events, twice: each arrives once more."""
-    settings = {}
-    if kind == "postgresql":
-        server: Postgres = request.getfixturevalue("postgres")
-        settings["RECEIVER_DATABASE_URL"] = server.url(template="migrated")
-    service = Service(tmp_path, TWO, **settings)
+    service = Service(tmp_path, TWO)
     service.worker.measured = False
     service.add_history(*(plain(f"r-{number}") for number in range(KILLED)))
     order = service.json("replay", "--all", "--key", "once", "--no-wait")
