@@ -31,7 +31,7 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(MAKE) test ARGS="--cov --cov-report=term --ignore=tests/acceptance/test_race.py $(ARGS)"
+	$(MAKE) test ARGS="--cov --cov-report=term --durations=20 --ignore=tests/acceptance/test_race.py $(ARGS)"
 	# On its own: 128 deliveries at once want the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 

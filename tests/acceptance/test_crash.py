@@ -26,7 +26,7 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.tables import deliveries, events, media
 
-CYCLES = int(os.environ.get("RECEIVER_TEST_KILL_CYCLES", "40"))
+CYCLES = int(os.environ.get("RECEIVER_TEST_KILL_CYCLES", "30"))
 CLIENTS = 4
 
 
@@ -95,7 +95,7 @@ class Load:
 def test_kill_cycles_lose_nothing(
     request: pytest.FixtureRequest, tmp_path: Path, clipia: str, kind: str
 ) -> None:
-    """T1, T2, D10, E3: 40 cycles of kill -9 at a random moment, with the worker embedded."""
+    """T1, T2, D10, E3: 30 cycles of kill -9 at a random moment, with the worker embedded."""
     messages = tmp_path / "events.jsonl"
     settings = {"RECEIVER_DESTINATION_URL": f"file:{messages}", "RECEIVER_MEDIA_HOSTS": clipia}
     if kind == "postgresql":

@@ -36,12 +36,12 @@ IN_FLIGHT = 10
 SHARE = 0.8
 """The part of the rate limit that submissions may take."""
 AT_ONCE = 32
-JOBS = int(os.environ.get("RECEIVER_TEST_BURST_JOBS", "600"))
+JOBS = int(os.environ.get("RECEIVER_TEST_BURST_JOBS", "400"))
 INSTANT_JOBS = JOBS // 2
 
 
 def test_a_burst_keeps_within_the_limits(tmp_path: Path) -> None:
-    """F7: 600 jobs at once, of which 10 may be in flight: all are generated once, 429 stays under 1 %."""
+    """F7: 400 jobs at once, of which 10 may be in flight: all are generated once, 429 stays under 1 %."""
     with limited_sandbox(tmp_path, rate_limit=RATE_LIMIT, duration=0.15) as (sandbox, proxy):
         receiver = job_receiver(tmp_path / "receiver", sandbox, api=proxy.url)
         receiver.measured = False
@@ -100,7 +100,7 @@ def test_one_key_on_two_receivers_is_one_job(tmp_path: Path, postgres: Postgres)
 
 
 def test_instant_results_are_one_event_each(tmp_path: Path) -> None:
-    """F11: with a test key webhooks come before or after the answers, 300 times: one event, one message."""
+    """F11: with a test key webhooks come before or after the answers, 200 times: one event, one message."""
     with (
         Sandbox(tmp_path) as sandbox,
         Proxy(sandbox) as proxy,
