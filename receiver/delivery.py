@@ -128,7 +128,9 @@ class DeliveryLane(WorkLane):
 
     def _replayed(self, claim: DeliveryClaim) -> None:
         """Let replays rest for as long as they have worked, while there is live traffic."""
-        began, now = self._replaying.pop(claim.id), time.monotonic()
+        now = time.monotonic()
+        # Gone already where its lease was lost and this process has claimed it anew.
+        began = self._replaying.pop(claim.id, now)
         if self._replays_from <= now < self._live_until:
             rest = min(MAX_REST, now - began)
             self._replays_from = now + rest
@@ -145,7 +147,7 @@ class DeliveryLane(WorkLane):
 
     async def _drop(self, claim: DeliveryClaim) -> None:
         """End a delivery whose replay was canceled."""
-        self._replaying.pop(claim.id)
+        self._replaying.pop(claim.id, None)
         attempt = start_attempt(claim)("failed", "its replay was canceled")
         await self._settle(Result(claim=claim, attempt=attempt, state="canceled"))
 
