@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import leases
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
-from receiver.db.selection import Selection
+from receiver.db.selection import Selection, uuids
 from receiver.db.tables import deliveries, events, media, replays
 
 PAGE: Final = 1000
@@ -80,8 +80,8 @@ async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope
 async def find_unknown(connection: AsyncConnection, selection: Selection) -> list[str]:
     """Return those of a selection's ids that no event has."""
     rows = await connection.execute(select(events.c.id, events.c.request_id).where(selection.has_id()))
-    known = {text for row in rows for text in (str(row.id), row.request_id)}
-    return [text for text in selection.ids if text not in known and text.lower() not in known]
+    known = {key for row in rows for key in (row.id, row.request_id)}
+    return [text for text in selection.ids if text not in known and not known.intersection(uuids((text,)))]
 
 
 async def count(connection: AsyncConnection, selection: Selection, scope: Scope) -> int:

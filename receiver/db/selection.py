@@ -76,10 +76,11 @@ class Selection(BaseModel):
 
     def has_id(self) -> ColumnElement[bool]:
         """Return the condition that an event is one of `ids`."""
-        return or_(events.c.request_id.in_(self.ids), events.c.id.in_(_uuids(self.ids)))
+        return or_(events.c.request_id.in_(self.ids), events.c.id.in_(uuids(self.ids)))
 
 
-def _uuids(texts: tuple[str, ...]) -> list[uuid.UUID]:
+def uuids(texts: tuple[str, ...]) -> list[uuid.UUID]:
+    """Return the texts that are UUIDs, however they are written."""
     found = []
     for text in texts:
         with contextlib.suppress(ValueError):

@@ -124,6 +124,7 @@ async def test_dry_runs_count_by_destination(commands: Commands) -> None:
     assert counted.splitlines() == ["3 events", "main: 3 deliveries", "failures: 1 deliveries"]
     for arguments, matched in (
         (["r-1", str(event_id("clipia", "e-1")).upper()], 2),
+        ([event_id("clipia", "e-1").hex], 1),
         (["--status", "ERROR"], 1),
         (["--model", "seedance-*"], 1),
         (["--source", "clipia"], 3),
