@@ -841,7 +841,7 @@ async def test_replays_rest_beside_live_traffic(world: World, monkeypatch: pytes
 async def test_a_full_replay_backlog_leaves_room_for_live_traffic(world: World) -> None:
     """E12: while a slow destination works on a replay, each live event goes out before the replay is done."""
     slow = world.add_destination("slow")
-    slow.behave = lambda event: asyncio.sleep(0.05 if event.get_extension("replayid") else 0)
+    slow.behave = lambda event: asyncio.sleep(0.4 if event.get_extension("replayid") else 0)
     await world.add_history(*(plain(f"old-{number}") for number in range(80)))
     order = await world.order()
     async with world.working():
