@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import Mapping
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, cast
+from typing import ClassVar, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
@@ -48,16 +48,18 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
+    _in_head: bool = False
     _in_body: bool = False
-    _header_bytes: int = 0
     _callbacks: int = 0
-    """Calls of the parser so far; a read that makes none was swallowed without result."""
+    """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
+    _read_size: int = 0
 
     # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)
+        self._answers = cast("asyncio.Transport", _AnswerTransport(self))
         self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -66,40 +68,35 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse, and bound what the parser swallows without telling: half a header line, chunk extensions."""
+        """Parse, and bound what makes no progress: a head, trailers, a chunk's extensions.
+
+        What is done here is done for every request: a timer or an override for each header costs more than
+        the parsing itself.
+        """
         if self._deaf:
             return
         callbacks = self._callbacks
+        self._read_size = len(data)
         super().data_received(data)
         if self._deaf:
             return
-        if self._callbacks != callbacks:
-            self._swallowed = 0
-            return
-        self._swallowed += len(data)
+        made = self._callbacks - callbacks
+        if not made:
+            self._swallowed += len(data)
+        else:
+            # Where a head has begun in this read and nothing else happened, the whole read is that head's.
+            self._swallowed = len(data) if made == 1 and self._in_head else 0
         if self._swallowed > self.MAX_HEADER_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        elif not self._in_body:
+        elif self._in_head or (not made and not self._in_body):
             # Line ends before a request begin no message, but they have stopped the keep-alive clock.
             self._start_deadline()
 
     def on_message_begin(self) -> None:
-        """Start the deadline of a later request on the connection."""
+        """Note that a request has begun."""
         self._callbacks += 1
-        self._header_bytes = 0
-        self._start_deadline()
+        self._in_head = True
         super().on_message_begin()
-
-    def on_url(self, url: bytes) -> None:
-        """Count the request line."""
-        self._count(len(url))
-        super().on_url(url)
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count the header, and drop trailers: uvicorn would add them to the headers of a running request."""
-        self._count(len(name) + len(value) + len(b": \r\n"))
-        if not self._in_body:
-            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """Stop the deadline and hand the request to the application, unless RFC 9112 forbids it."""
@@ -109,9 +106,12 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._refuse(fault)
             raise _Refused
         self._stop_deadline()
+        self._in_head = False
         self._in_body = True
         super().on_headers_complete()
-        self.cycle.transport = cast("asyncio.Transport", _AnswerTransport(self))
+        # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
+        self.headers = []
+        self.cycle.transport = self._answers
         if self.parser.should_upgrade() and not self._should_upgrade():
             # The parser drops what came in the same read after a request for an upgrade, so that the bytes
             # of a later read may be the middle of a request: this one has to be the last.
@@ -123,8 +123,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """Note that headers come next."""
+        """Note that a head comes next."""
         self._callbacks += 1
+        if self.headers and self._head_is_too_large():
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            raise _Refused
         self._in_body = False
         super().on_message_complete()
 
@@ -169,29 +172,31 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _count(self, size: int) -> None:
-        self._callbacks += 1
-        self._header_bytes += size
-        if self._header_bytes > self.MAX_HEADER_BYTES:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            raise _Refused
-
     def _fault(self) -> HTTPStatus | None:
         """Return the status for a request that httptools lets through but must not be served."""
         version = self.parser.get_http_version()
         if version not in {"1.0", "1.1"}:
             return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-        hosts = [value for name, value in self.headers if name == b"host"]
-        codings = [value.lower() for name, value in self.headers if name == b"transfer-encoding"]
-        lengths = [value for name, value in self.headers if name == b"content-length"]
-        if len(hosts) > 1 or (not hosts and version == "1.1"):
+        if self._swallowed + self._read_size > self.MAX_HEADER_BYTES and self._head_is_too_large():
+            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
+        names = [name for name, _ in self.headers]
+        hosts = names.count(b"host")
+        if hosts > 1 or (not hosts and version == "1.1"):
             return HTTPStatus.BAD_REQUEST
+        codings = self._values(b"transfer-encoding") if b"transfer-encoding" in names else []
         if codings and (codings != [b"chunked"] or version == "1.0"):
             return HTTPStatus.BAD_REQUEST
         # The parser skips the body of a request for an upgrade, and would take it for the next request.
-        if self.parser.should_upgrade() and (codings or lengths not in ([], [b"0"])):
+        if self.parser.should_upgrade() and (codings or self._values(b"content-length") not in ([], [b"0"])):
             return HTTPStatus.NOT_IMPLEMENTED
         return None
+
+    def _head_is_too_large(self) -> bool:
+        lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
+        return len(self.url) + lines > self.MAX_HEADER_BYTES
+
+    def _values(self, name: bytes) -> list[bytes]:
+        return [value.lower() for each, value in self.headers if each == name]
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer and close. Only the first refusal on a connection counts."""
@@ -239,10 +244,6 @@ class _AnswerTransport:
     """The transport as uvicorn's request cycle sees it, but for how it closes."""
 
     def __init__(self, protocol: DeadlineHttpToolsProtocol) -> None:
-        self._protocol = protocol
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._protocol.transport, name)
-
-    def close(self) -> None:
-        self._protocol.close()
+        self.write = protocol.transport.write
+        self.is_closing = protocol.transport.is_closing
+        self.close = protocol.close
