@@ -89,7 +89,7 @@ class Run:
         rows = []
         for number in range(count):
             event = make_event("clipia", result(f"old-{number}"), received_at=datetime.now(UTC))
-            rows.append({name: getattr(event, name) for name in event.__dataclass_fields__})
+            rows.append(event._asdict())
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
         await database.close()

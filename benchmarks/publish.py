@@ -85,7 +85,7 @@ async def fill(database: Database, count: int) -> None:
     async with database.write() as connection:
         for _ in range(count):
             event = make_event("clipia", body(f"bench-{uuid.uuid4()}"), received_at=datetime.now(UTC))
-            values = {name: getattr(event, name) for name in event.__dataclass_fields__} | {"state": "ready"}
+            values = event._asdict() | {"state": "ready"}
             seq = (
                 await connection.execute(insert(events).values(**values).returning(events.c.seq))
             ).scalar_one()

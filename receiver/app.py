@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Final, Literal, cast
 
 import structlog
 from starlette.applications import Starlette
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
@@ -38,6 +39,8 @@ from receiver.submitter import Submitter
 from receiver.worker import Lane, Wakeups, Worker
 
 Only = Literal["webhook", "internal"]
+
+CALLBACK: Final = "/clipia/webhook"
 
 log = structlog.get_logger()
 
@@ -170,6 +173,27 @@ def _target(settings: DestinationSettings, destination: Destination) -> Target:
     )
 
 
+class _App(Starlette):
+    """Starlette with the callback in front of it.
+
+    On the way through the middleware that catches errors, and through the router, a webhook would spend as
+    much time as in the check of its signature, its parsing and its storing together.
+    """
+
+    def __init__(self, callbacks: Mapping[str, ASGIApp], **options: Any) -> None:
+        super().__init__(**options)
+        self._callbacks = callbacks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve a request."""
+        if scope["type"] == "http" and scope["method"] == "POST":
+            callback = self._callbacks.get(scope["path"])
+            if callback is not None:
+                await callback(scope, receive, send)
+                return
+        await super().__call__(scope, receive, send)
+
+
 def create_app(
     settings: Settings,
     *,
@@ -202,12 +226,14 @@ def create_app(
         Route("/livez", livez, methods=["GET"]),
         Route("/readyz", Readiness(probe).__call__, methods=["GET"]),
     ]
+    callbacks: dict[str, ASGIApp] = {}
     if only != "internal":
         callback = Callback(ingest, max_body_bytes=settings.max_body_bytes)
+        callbacks[CALLBACK] = callback
         routes += [
-            Route("/clipia/webhook", callback, methods=["POST"]),
-            Route("/clipia/webhook/{source}", callback, methods=["POST"]),
-            Route("/clipia/webhook/{source}/{job}", callback, methods=["POST"]),
+            Route(CALLBACK, callback, methods=["POST"]),
+            Route(f"{CALLBACK}/{{source}}", callback, methods=["POST"]),
+            Route(f"{CALLBACK}/{{source}}/{{job}}", callback, methods=["POST"]),
         ]
     if only != "webhook":
         tokens = Tokens(settings.api_tokens)
@@ -221,8 +247,11 @@ def create_app(
         routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
         routes += Jobs(submitter, tokens).routes()
         routes += Ledger(database, make_replays(settings, database, wake=wakeups.wake), tokens).routes()
-    app = Starlette(
-        routes=routes, lifespan=lifespan, exception_handlers={HTTPException: _http_error, Exception: _crash}
+    app = _App(
+        callbacks,
+        routes=routes,
+        lifespan=lifespan,
+        exception_handlers={HTTPException: _http_error, Exception: _crash},
     )
     app.router.redirect_slashes = False
     return app

@@ -1,34 +1,39 @@
 """Ingest: verify the signature → parse → store once. The answer may be sent when it returns, not before."""
 
-import asyncio
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 from uuid import UUID
 
 import structlog
 
-from receiver.db import inbox
+from receiver.db import arrivals, inbox
 from receiver.db.engine import Database
-from receiver.db.rows import NewEvent, NewReceipt, Outcome, event_id
+from receiver.db.group import GroupCommit
+from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.observability import SECRETS_USED, WEBHOOKS
-from receiver.signature import Secret, Verified, verify
-from receiver.webhook import parse, same_json
+from receiver.signature import Secret, verify
+from receiver.webhook import same_json, summarize
 
 STORE_WAIT: Final = 5.0
 """Seconds until an event that is not stored yet is answered as unavailable.
 
 With 3 s for a slow body this leaves room inside the 10 s after which Clipia gives up on an answer.
 """
+REPEAT_WAIT: Final = 1.5
+"""Seconds that the receipt of an event which was there already may take, after that."""
+LARGEST_GROUP: Final = 256
+"""Deliveries that share a transaction at most."""
+ROOM: Final = 4096
+"""Deliveries that wait for their transaction at most."""
 
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Received:
+class Received(NamedTuple):
     """What became of one authentic delivery."""
 
     event_id: UUID
@@ -56,7 +61,13 @@ class Ingest:
         self._tolerance = tolerance
         self._clock = clock
         self._on_accepted = on_accepted
-        self._unanswered: set[asyncio.Task[Received]] = set()
+        self._first = GroupCommit(self._store, limit=LARGEST_GROUP, wait=STORE_WAIT, room=ROOM)
+        self._again = GroupCommit(self._compare, limit=LARGEST_GROUP, wait=REPEAT_WAIT, room=ROOM)
+        self._verified = {
+            (source, secret.id): SECRETS_USED.labels(source, secret.id)
+            for source, known in secrets.items()
+            for secret in known
+        }
 
     def knows(self, source: str) -> bool:
         """Tell whether there is such a source."""
@@ -82,22 +93,13 @@ class Ingest:
         """
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
-        SECRETS_USED.labels(source, verified.secret_id).inc()
+        self._verified[source, verified.secret_id].inc()
         event = make_event(source, body, received_at=datetime.fromtimestamp(now, UTC), job_id=job_id)
-        received = await self._store_in_time(event, verified, webhook_id)
-        WEBHOOKS.labels(source, received.outcome).inc()
-        if received.outcome == "accepted":
-            self._on_accepted()
-        log.info(
-            "webhook stored",
-            source=source,
-            outcome=received.outcome,
-            event_id=str(received.event_id),
-            request_id=event.request_id,
-            reason=event.reason,
-            webhook_id=webhook_id,
+        arrival = Arrival(
+            event, webhook_id, verified.secret_id, datetime.fromtimestamp(verified.timestamp, UTC)
         )
-        return received
+        outcome = await self._first.add(arrival) or await self._again.add(arrival)
+        return Received(event.id, outcome)
 
     async def record_result(self, source: str, body: bytes) -> Received:
         """Store a result that was asked for, in the place of the webhook that did not bring it.
@@ -117,63 +119,88 @@ class Ingest:
             self._on_accepted()
         return Received(event_id=event.id, outcome=outcome)
 
-    async def _store_in_time(self, event: NewEvent, verified: Verified, webhook_id: str | None) -> Received:
-        """Wait for the commit, but answer in time even where the database's driver hangs while cancelled."""
-        task = asyncio.create_task(self._store(event, verified, webhook_id))
-        self._unanswered.add(task)
-        task.add_done_callback(self._unanswered.discard)
-        try:
-            done, _ = await asyncio.wait({task}, timeout=STORE_WAIT)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if not done:
-            task.add_done_callback(_retrieve)
-            task.cancel()
-            raise DatabaseUnavailable(f"not stored within {STORE_WAIT} s", reason="timeout")
-        return task.result()
+    async def _store(self, group: Sequence[Arrival]) -> list[Outcome | None]:
+        """Store what is new, and return how it is answered; None where the event was there already."""
+        # Of two deliveries of one event in a group the second is a repetition like any other.
+        new = {arrival.event.id: arrival for arrival in reversed(group)}
+        known = await arrivals.insert_new(self._database, [*new.values()])
+        outcomes: list[Outcome | None] = [
+            _first_outcome(arrival.event)
+            if arrival.event.id not in known and new[arrival.event.id] is arrival
+            else None
+            for arrival in group
+        ]
+        self._report(group, outcomes)
+        if "accepted" in outcomes:
+            self._on_accepted()
+        return outcomes
 
-    async def _store(self, event: NewEvent, verified: Verified, webhook_id: str | None) -> Received:
+    async def _compare(self, group: Sequence[Arrival]) -> list[Outcome]:
+        """Put deliveries of events that are there already on record, and return how they are answered."""
         async with self._database.write() as connection:
-            body = None
-            seq = await inbox.insert_event(connection, event)
-            if seq is not None:
-                outcome: Outcome = "accepted" if event.state == "received" else "unrecognized"
-            else:
-                known = await inbox.find_event(
-                    connection, source=event.source, request_id=event.request_id, sha256=event.body_sha256
-                )
-                if known is None:
-                    # Pruned between the two statements. The next delivery starts afresh.
-                    raise DatabaseUnavailable("the event vanished while it was looked up", reason="race")
-                seq = known.seq
-                if event.state == "unrecognized":
-                    outcome = "unrecognized"
-                elif known.body is None or _says_the_same(known, event):
-                    outcome = "duplicate"
-                else:
-                    outcome, body = "conflict", event.body
-            await inbox.insert_receipt(
+            known = await inbox.find_events(connection, {arrival.event.id for arrival in group})
+            if any(arrival.event.id not in known for arrival in group):
+                # Pruned since. The next delivery starts afresh.
+                raise DatabaseUnavailable("the event vanished while it was looked up", reason="race")
+            others = [
+                known[event.id].seq for event, *_ in group if known[event.id].body_sha256 != event.body_sha256
+            ]
+            bodies = await inbox.load_bodies(connection, others) if others else {}
+            outcomes = [_outcome(known[event.id], event, bodies) for event, *_ in group]
+            await inbox.insert_receipts(
                 connection,
-                seq,
-                NewReceipt(
-                    webhook_id=webhook_id,
-                    secret_id=verified.secret_id,
-                    signed_at=datetime.fromtimestamp(verified.timestamp, UTC),
-                    received_at=event.received_at,
-                    body_sha256=event.body_sha256,
-                    outcome=outcome,
-                    body=body,
-                ),
+                [
+                    (known[arrival.event.id].seq, arrival, outcome)
+                    for arrival, outcome in zip(group, outcomes, strict=True)
+                ],
             )
-        return Received(event_id=event.id, outcome=outcome)
+        self._report(group, outcomes)
+        return outcomes
+
+    def _report(self, group: Sequence[Arrival], outcomes: Sequence[Outcome | None]) -> None:
+        """Count and log those that have an outcome.
+
+        A line tells of all that were stored together: one for each would cost more than storing it.
+        """
+        lots: dict[tuple[str, Outcome], list[str]] = defaultdict(list)
+        for (event, webhook_id, *_), outcome in zip(group, outcomes, strict=True):
+            if outcome is None:
+                continue
+            lots[event.source, outcome].append(event.request_id)
+            if outcome in {"conflict", "unrecognized"}:
+                log.warning(
+                    "webhook kept and not forwarded",
+                    source=event.source,
+                    outcome=outcome,
+                    event_id=str(event.id),
+                    request_id=event.request_id,
+                    reason=event.reason,
+                    webhook_id=webhook_id,
+                )
+        for (source, outcome), request_ids in lots.items():
+            WEBHOOKS.labels(source, outcome).inc(len(request_ids))
+            log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
 
 
-def _says_the_same(known: inbox.KnownEvent, event: NewEvent) -> bool:
+def _first_outcome(event: NewEvent) -> Outcome:
+    return "accepted" if event.state == "received" else "unrecognized"
+
+
+def _outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:
+    """Return how the delivery of an event that is there already is answered.
+
+    `bodies` are those of known events, by `seq`, that are not the same bytes.
+    """
+    if event.state == "unrecognized":
+        return "unrecognized"
+    if known.body_sha256 == event.body_sha256:
+        return "duplicate"
     if known.origin == "poll":
         # We wrote that body ourselves, and need not have hit Clipia's words.
-        return known.status == event.status
-    return known.body is not None and same_json(known.body, event.body)
+        same = known.status == event.status
+    else:
+        same = same_json(bodies[known.seq], event.body)
+    return "duplicate" if same else "conflict"
 
 
 def make_event(
@@ -191,7 +218,7 @@ def make_event(
     """
     sha256 = hashlib.sha256(body).hexdigest()
     try:
-        generation = parse(body)
+        summary = summarize(body)
     except UnrecognizedBody as error:
         request_id = f"sha256:{sha256}"
         return NewEvent(
@@ -206,22 +233,16 @@ def make_event(
             received_at=received_at,
         )
     return NewEvent(
-        id=event_id(source, generation.request_id),
+        id=event_id(source, summary.request_id),
         source=source,
-        request_id=generation.request_id,
+        request_id=summary.request_id,
         origin=origin,
         state="received",
-        status=generation.status,
-        model=generation.model,
-        cost=generation.cost,
+        status=summary.status,
+        model=summary.model,
+        cost=summary.cost,
         job_id=job_id,
         body=body,
         body_sha256=sha256,
         received_at=received_at,
     )
-
-
-def _retrieve(task: asyncio.Task[Received]) -> None:
-    """Take the outcome of an abandoned task, so that asyncio does not report it as unhandled."""
-    if not task.cancelled():
-        task.exception()

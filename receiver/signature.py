@@ -9,7 +9,7 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from receiver.errors import SignatureError
 
@@ -28,6 +28,7 @@ MAX_SIGNATURES: Final = 8
 _T = re.compile(rb"t=([1-9][0-9]{9,10})")
 _V1 = re.compile(rb"v1=([0-9a-f]{64})")
 # A `t` or `v1` of the wrong form must not pass for a scheme that we do not know.
+_USUAL = re.compile(rb"%b,%b" % (_T.pattern, _V1.pattern))
 _OTHER_SCHEME = re.compile(rb"(?!t=|v1=)[A-Za-z0-9_-]+=[!-+\--~]*")
 
 _ID_LABEL = b"clipia-receiver secret id"
@@ -39,11 +40,21 @@ class Secret:
 
     id: str
     value: bytes = field(repr=False, compare=False)
+    _keyed: "hmac.HMAC" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         # Whoever signs with an empty key would be let in.
         if not self.value.strip():
             raise ValueError("a signing secret must not be empty")
+        object.__setattr__(self, "_keyed", hmac.new(self.value, digestmod="sha256"))
+
+    def hex_digest(self, t: bytes, body: bytes) -> bytes:
+        """Return the HMAC-SHA256 of ``<t>.<body>`` in hex."""
+        # A copy has the key's part of the work behind it. `t` is the received text: signing a number that is
+        # formatted again would accept other spellings of it.
+        keyed = self._keyed.copy()
+        keyed.update(b"%b.%b" % (t, body))
+        return keyed.hexdigest().encode()
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -55,8 +66,7 @@ class Secret:
         return cls(id=hmac.digest(value, _ID_LABEL, "sha256").hex()[:8], value=value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Verified:
+class Verified(NamedTuple):
     """What a valid signature vouches for: when it was made (unix seconds) and with which secret."""
 
     timestamp: int
@@ -84,7 +94,9 @@ def verify(
         raise SignatureError("missing")
     if len(header_values) > 1:
         raise SignatureError("ambiguous")
-    t, signatures = _parse(header_values[0])
+    # As Clipia writes it; the rest of the grammar is for the rare others.
+    usual = _USUAL.fullmatch(header_values[0])
+    t, signatures = (usual[1], [usual[2]]) if usual else _parse(header_values[0])
     secret = _find_signer(t, signatures, body, secrets)
     if secret is None:
         raise SignatureError("mismatch")
@@ -92,13 +104,13 @@ def verify(
     # Not `> tolerance`: a clock that says NaN would let everything in.
     if not abs(now - timestamp) <= tolerance:
         raise SignatureError("stale" if timestamp < now else "future")
-    return Verified(timestamp=timestamp, secret_id=secret.id)
+    return Verified(timestamp, secret.id)
 
 
 def sign(secret: bytes, body: bytes, *, timestamp: int) -> str:
     """Make the header value that Clipia would send for `body` at `timestamp` (unix seconds)."""
     t = b"%d" % timestamp
-    return f"t={timestamp},v1={_hex_digest(secret, t, body).decode()}"
+    return f"t={timestamp},v1={hmac.digest(secret, b'%b.%b' % (t, body), 'sha256').hex()}"
 
 
 def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
@@ -129,16 +141,10 @@ def _find_signer(t: bytes, signatures: list[bytes], body: bytes, secrets: Sequen
     Every pair is compared, in constant time and without stopping at a match: the time taken tells neither how
     much of a guess was right nor which secret answered.
     """
-    expected = [(secret, _hex_digest(secret.value, t, body)) for secret in secrets]
-    signers = [
-        secret
-        for secret, digest in expected
-        for signature in signatures
-        if hmac.compare_digest(digest, signature)
-    ]
-    return signers[0] if signers else None
-
-
-def _hex_digest(secret: bytes, t: bytes, body: bytes) -> bytes:
-    # `t` is the received text: signing a number formatted again would accept other spellings of it.
-    return hmac.digest(secret, b"%b.%b" % (t, body), "sha256").hex().encode()
+    signer = None
+    for secret in secrets:
+        digest = secret.hex_digest(t, body)
+        for signature in signatures:
+            if hmac.compare_digest(digest, signature):
+                signer = signer or secret
+    return signer

@@ -4,6 +4,7 @@ import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def postgres() -> Iterator[Postgres]:
     """A PostgreSQL server of the test session's own."""
     with Postgres() as server:
         server.sql("CREATE DATABASE migrated")
-        asyncio.run(_migrate(f"postgresql://postgres@127.0.0.1:{server.port}/migrated"))
+        _migrate(f"postgresql://postgres@127.0.0.1:{server.port}/migrated")
         yield server
 
 
@@ -55,14 +56,19 @@ def postgres() -> Iterator[Postgres]:
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file that the migrations made, to be copied."""
     path = tmp_path_factory.mktemp("sqlite") / "receiver.db"
-    asyncio.run(_migrate(f"sqlite:///{path}"))
+    _migrate(f"sqlite:///{path}")
     return path
 
 
-async def _migrate(url: str) -> None:
-    database = Database(url)
-    await migrate.upgrade(database)
-    await database.close()
+def _migrate(url: str) -> None:
+    async def upgrade() -> None:
+        database = Database(url)
+        await migrate.upgrade(database)
+        await database.close()
+
+    # In a thread: where the first test to need a database is asynchronous, a loop runs in this one.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(asyncio.run, upgrade()).result()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -1,11 +1,13 @@
 """Engines for SQLite and PostgreSQL behind one small class, set up so that a commit is durable."""
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, event, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -20,6 +22,8 @@ COMMAND_WAIT: Final = 4.0
 It is the client that counts: `statement_timeout` never fires in a server process that is frozen.
 """
 POOL_SIZE: Final = 10
+T = TypeVar("T")
+
 _DURABLE: Final = ("fsync", "full_page_writes", "synchronous_commit")
 
 
@@ -27,7 +31,8 @@ class Database:
     """Connections to one database.
 
     `write()` and `read()` open one transaction each and raise DatabaseUnavailable when the database does not
-    answer in time, refuses, or cannot write.
+    answer in time, refuses, or cannot write. `run_at_once()` and `fetch_at_once()` are the short ways of the
+    hot path, one for each database.
     """
 
     def __init__(self, url: str) -> None:
@@ -35,20 +40,59 @@ class Database:
         self.url: Final = parse_url(url)
         self.is_sqlite: Final = self.url.get_backend_name() == "sqlite"
         if self.is_sqlite:
-            # One writing connection: transactions queue here, fairly, and not in SQLite's busy handler.
-            self._writer = _sqlite_engine(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
-            self._reader = _sqlite_engine(self.url, pool_size=4, begin="BEGIN")
+            self._writer = sqlite_engine(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
+            self._reader = sqlite_engine(self.url, pool_size=4, begin="BEGIN")
+            self._thread: Final = _SqliteThread(self.url)
+            # Writers queue here, fairly, and not in SQLite's busy handler.
+            self._turn: Final = asyncio.Lock()
         else:
-            self._writer = self._reader = _postgresql_engine(self.url)
+            self._writer = self._reader = _postgresql_engine(self.url, pool_size=POOL_SIZE)
+            # Of its own: those who find the other pool empty must not keep webhooks waiting.
+            self._statements: Final = _PostgresqlStatements(self.url)
 
     @property
     def dialect_name(self) -> str:
         """`sqlite` or `postgresql`."""
         return self._writer.dialect.name
 
-    def write(self) -> AbstractAsyncContextManager[AsyncConnection]:
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that may write; it is committed durably when the block ends."""
-        return transaction(self._writer)
+        async with self._in_turn(), transaction(self._writer) as connection:
+            yield connection
+
+    async def run_at_once(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in one durable transaction on SQLite, in a thread that it does not leave meanwhile.
+
+        Raises as `write` does.
+        """
+        with _unavailable():
+            async with self._in_turn():
+                return await self._thread.run(work)
+
+    async def fetch_at_once(self, statement: str, arguments: Sequence[object]) -> list[Any]:
+        """Run a statement that is a durable transaction by itself on PostgreSQL; return its rows.
+
+        Raises DatabaseUnavailable as `write` does, and for other errors asyncpg's own.
+        """
+        return await self._statements.fetch(statement, arguments)
+
+    @asynccontextmanager
+    async def _in_turn(self) -> AsyncIterator[None]:
+        if not self.is_sqlite:
+            yield
+            return
+        try:
+            async with asyncio.timeout(POOL_WAIT):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise DatabaseUnavailable(
+                "the database is busy with another transaction", reason="database"
+            ) from None
+        try:
+            yield
+        finally:
+            self._turn.release()
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads, from one snapshot on SQLite."""
@@ -57,8 +101,11 @@ class Database:
     async def close(self) -> None:
         """Close all connections."""
         await self._writer.dispose()
-        if self._reader is not self._writer:
+        if self.is_sqlite:
             await self._reader.dispose()
+            await self._thread.close()
+        else:
+            await self._statements.close()
 
     async def require_durability(self) -> None:
         """Raise SettingsError where the database would lose commits that it has confirmed."""
@@ -92,15 +139,24 @@ def parse_url(url: str) -> URL:
 
 
 _DATA_EXCEPTION: Final = "22"
-"""The class of SQLSTATE for values that PostgreSQL cannot take (its documentation, appendix A)."""
+_OUR_MISTAKES: Final = (_DATA_EXCEPTION, "23", "42")
+"""Classes of SQLSTATE (PostgreSQL's documentation, appendix A): values that it cannot take, constraints, and
+statements that it does not understand."""
 
 
 @asynccontextmanager
 async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """Open one transaction; raise DatabaseUnavailable for what is the database's condition."""
-    try:
+    with _unavailable():
         async with engine.begin() as connection:
             yield connection
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    """Raise DatabaseUnavailable for what is the database's condition."""
+    try:
+        yield
     except (IntegrityError, DataError, ProgrammingError):
         raise  # our own mistake, not the database's condition
     except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
@@ -112,7 +168,8 @@ async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
         ) from error
 
 
-def _sqlite_engine(url: URL, *, pool_size: int, begin: str) -> AsyncEngine:
+def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
+    """Return an engine with our settings; `begin` is the statement that opens a transaction."""
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
     engine = create_async_engine(
@@ -122,24 +179,53 @@ def _sqlite_engine(url: URL, *, pool_size: int, begin: str) -> AsyncEngine:
         pool_timeout=POOL_WAIT,
         connect_args={"timeout": POOL_WAIT},
     )
+    _set_up_sqlite(engine.sync_engine, begin, foreign_keys=foreign_keys)
+    return engine
 
-    @event.listens_for(engine.sync_engine, "connect")
+
+def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> None:
+    @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
         # Without this pysqlite opens transactions on its own terms and updates get lost without an error.
         connection.isolation_level = None
         cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"foreign_keys={foreign_keys:d}"):
             cursor.execute(f"PRAGMA {pragma}")
         cursor.close()
 
-    @event.listens_for(engine.sync_engine, "begin")
+    @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
         connection.exec_driver_sql(begin)
 
-    return engine
+
+class _SqliteThread:
+    """A connection in a thread of its own: a transaction goes there once, and not for every statement."""
+
+    def __init__(self, url: URL) -> None:
+        self._engine = create_engine(
+            url.set(drivername="sqlite+pysqlite"),
+            pool_size=1,
+            max_overflow=0,
+            connect_args={"timeout": POOL_WAIT},
+        )
+        _set_up_sqlite(self._engine, "BEGIN IMMEDIATE")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    async def run(self, work: Callable[[Connection], T]) -> T:
+        """Run `work` in a transaction of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work)
+
+    def _run(self, work: Callable[[Connection], T]) -> T:
+        with self._engine.begin() as connection:
+            return work(connection)
+
+    async def close(self) -> None:
+        """Close the connection, in the thread that has opened it, and end the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
+        self._executor.shutdown(wait=False)
 
 
-def _postgresql_engine(url: URL) -> AsyncEngine:
+def _postgresql_engine(url: URL, *, pool_size: int, **options: Any) -> AsyncEngine:
     settings = {
         "application_name": "clipia-receiver",
         "lock_timeout": "2s",
@@ -148,15 +234,60 @@ def _postgresql_engine(url: URL) -> AsyncEngine:
     try:
         return create_async_engine(
             url,
-            pool_size=POOL_SIZE,
+            pool_size=pool_size,
             max_overflow=0,
             pool_timeout=POOL_WAIT,
+            **options,
             connect_args={"timeout": POOL_WAIT, "command_timeout": COMMAND_WAIT, "server_settings": settings},
         )
     except ModuleNotFoundError:
         raise SettingsError(
             "PostgreSQL needs the driver asyncpg: pip install 'clipia-receiver[postgres]'"
         ) from None
+
+
+class _PostgresqlStatements:
+    """A connection for statements that need no transaction around them, spoken to by its driver.
+
+    SQLAlchemy opens it and knows how; what it does for each statement beyond that takes longer than the
+    statement. One at a time is all that a group commit asks for.
+    """
+
+    def __init__(self, url: URL) -> None:
+        self._engine = _postgresql_engine(url, pool_size=1, isolation_level="AUTOCOMMIT")
+        self._connection: AsyncConnection | None = None
+        self._turn = asyncio.Lock()
+
+    async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
+        """Run a statement and return its rows."""
+        async with self._turn:
+            with _unavailable():
+                if self._connection is None:
+                    self._connection = await self._engine.connect()
+                raw = await self._connection.get_raw_connection()
+            driver: Any = raw.driver_connection
+            try:
+                rows: list[Any] = await driver.fetch(statement, *arguments)
+            except BaseException as error:
+                # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
+                connection, self._connection = self._connection, None
+                with _unavailable():
+                    await connection.invalidate()
+                    await connection.close()
+                sqlstate = str(getattr(error, "sqlstate", None) or "")
+                ours = isinstance(error, ValueError) or sqlstate[:2] in _OUR_MISTAKES
+                if ours or not isinstance(error, Exception):
+                    raise
+                raise DatabaseUnavailable(
+                    f"the database is unavailable ({type(error).__name__}: {error})", reason="database"
+                ) from error
+            return rows
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            await self._connection.close()
+        await self._engine.dispose()
 
 
 async def _require_durable_postgresql(connection: AsyncConnection) -> None:

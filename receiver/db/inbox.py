@@ -1,26 +1,25 @@
 """SQL of the inbox: events and receipts."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
+from uuid import UUID
 
-from sqlalchemy import case, func, insert, select, update
+from sqlalchemy import func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.rows import Backlog, EventState, NewEvent, NewReceipt, StoredEvent
+from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, probes, receipts
 
 
-@dataclass(frozen=True, kw_only=True)
-class KnownEvent:
+class KnownEvent(NamedTuple):
     """The event that was there first."""
 
     seq: int
     origin: str
     status: str | None
-    body: bytes | None
-    """Its raw body; None where the digest asked about is the same."""
+    body_sha256: str
 
 
 async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
@@ -32,33 +31,40 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
     """
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
     statement = (
-        dialect.insert(events).values(**asdict(event)).on_conflict_do_nothing().returning(events.c.seq)
+        dialect.insert(events).values(**event._asdict()).on_conflict_do_nothing().returning(events.c.seq)
     )
     return (await connection.execute(statement)).scalar_one_or_none()
 
 
-async def find_event(
-    connection: AsyncConnection, *, source: str, request_id: str, sha256: str
-) -> KnownEvent | None:
-    """Return the event of (source, request_id), with its body where that has another digest than `sha256`."""
-    body = case((events.c.body_sha256 != sha256, events.c.body), else_=None).label("body")
-    row = (
-        (
-            await connection.execute(
-                select(events.c.seq, events.c.origin, events.c.status, body).where(
-                    events.c.source == source, events.c.request_id == request_id
-                )
-            )
-        )
-        .mappings()
-        .one_or_none()
-    )
-    return None if row is None else KnownEvent(**row)
+async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
+    """Return those of the events that are there."""
+    columns = events.c.id, events.c.seq, events.c.origin, events.c.status, events.c.body_sha256
+    rows = await connection.execute(select(*columns).where(events.c.id.in_(ids)))
+    return {id_: KnownEvent(*values) for id_, *values in rows}
 
 
-async def insert_receipt(connection: AsyncConnection, event_seq: int, receipt: NewReceipt) -> None:
-    """Put one inbound delivery of an event on record."""
-    await connection.execute(insert(receipts).values(event_seq=event_seq, **asdict(receipt)))
+async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
+    """Return the raw bodies of events, by `seq`."""
+    rows = await connection.execute(select(events.c.seq, events.c.body).where(events.c.seq.in_(seqs)))
+    return {row.seq: row.body for row in rows}
+
+
+async def insert_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
+    """Put inbound deliveries on record, each with its event's `seq`; one that conflicts keeps its body."""
+    rows = [
+        {
+            "event_seq": seq,
+            "webhook_id": arrival.webhook_id,
+            "secret_id": arrival.secret_id,
+            "signed_at": arrival.signed_at,
+            "received_at": arrival.event.received_at,
+            "body_sha256": arrival.event.body_sha256,
+            "outcome": outcome,
+            "body": arrival.event.body if outcome == "conflict" else None,
+        }
+        for seq, arrival, outcome in found
+    ]
+    await connection.execute(insert(receipts), rows)
 
 
 _STORED = (

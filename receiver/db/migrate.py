@@ -1,5 +1,6 @@
 """The schema's version: what the database has, what this code needs, and the way there."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -11,7 +12,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from receiver.db.engine import Database, transaction
+from receiver.db.engine import Database, sqlite_engine, transaction
 from receiver.errors import SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
@@ -39,23 +40,31 @@ async def upgrade(database: Database, revision: str = "head") -> None:
 
     Raises DatabaseUnavailable where the database cannot be reached.
     """
+    await apply(database, lambda config: command.upgrade(config, revision))
+
+
+async def apply(database: Database, change: Callable[[Config], None]) -> None:
+    """Run a command of Alembic's as `upgrade` does."""
 
     def run(connection: Connection) -> None:
         config = _config()
         config.attributes["connection"] = connection
-        command.upgrade(config, revision)
+        change(config)
 
+    # Not the service's engines: a migration may take longer than any statement of the service, and SQLite
+    # changes a table by copying it, which the references of others to its rows would forbid.
     if database.is_sqlite:
-        async with database.write() as connection:
-            await connection.run_sync(run)
-        return
-    # Not the service's engine: a migration may take longer than any statement of the service.
-    engine = create_async_engine(database.url, poolclass=NullPool, connect_args={"timeout": 10})
+        engine = sqlite_engine(database.url, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
+    else:
+        engine = create_async_engine(database.url, poolclass=NullPool, connect_args={"timeout": 10})
     try:
         async with transaction(engine) as connection:
-            await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
-            await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+            if not database.is_sqlite:
+                await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
+                await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
             await connection.run_sync(run)
+            if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
+                raise RuntimeError("the migration would leave rows that refer to nothing")
     finally:
         await engine.dispose()
 

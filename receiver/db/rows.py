@@ -1,11 +1,12 @@
 """Values that cross the border of the database layer, and the ids of rows."""
 
+import hashlib
 import secrets
 import time
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from receiver.webhook import Kind, Variant
 
@@ -22,7 +23,10 @@ JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "u
 
 def event_id(source: str, request_id: str) -> uuid.UUID:
     """Return the id of an event: UUID v5 of its source and `request_id` (RFC 9562, section 5.5)."""
-    return uuid.uuid5(EVENT_NAMESPACE, f"{source}\n{request_id}")
+    name = f"{source}\n{request_id}".encode()
+    # What uuid.uuid5 does, in two thirds of its time.
+    digest = hashlib.sha1(EVENT_NAMESPACE.bytes + name, usedforsecurity=False).digest()
+    return uuid.UUID(bytes=digest[:16], version=5)
 
 
 def new_id() -> uuid.UUID:
@@ -37,9 +41,8 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(int=value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewEvent:
-    """An event as ingest makes it."""
+class NewEvent(NamedTuple):
+    """An event as ingest makes it. A tuple, like `Arrival`: groups of them are turned into columns."""
 
     id: uuid.UUID
     source: str
@@ -60,19 +63,14 @@ class NewEvent:
     """The job that the callback's path named; not signed, so it only helps to find the job."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class NewReceipt:
-    """One authentic inbound delivery of an event."""
+class Arrival(NamedTuple):
+    """One authentic inbound delivery, and the event that it is of."""
 
+    event: NewEvent
     webhook_id: str | None
     """X-Clipia-Webhook-Id: not signed, for the log only."""
     secret_id: str
     signed_at: datetime
-    received_at: datetime
-    body_sha256: str
-    outcome: Outcome
-    body: bytes | None = None
-    """The raw body where it conflicts with the event's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,9 +125,8 @@ events = Table(
     # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
     Column("job_id", PlainUuid),
     UniqueConstraint("id"),
-    UniqueConstraint("source", "request_id"),
-    # People look an event up by its request_id alone.
-    Index(None, "request_id"),
+    # In this order: people look an event up by its request_id alone.
+    UniqueConstraint("request_id", "source"),
 )
 _partial_index("ix_events_received", events.c.seq, where=events.c.state == text("'received'"))
 

@@ -83,9 +83,7 @@ class Service:
         for content in contents:
             event = make_event("clipia", content, received_at=datetime.now(UTC))
             state = "unrecognized" if event.state == "unrecognized" else "ready"
-            rows.append(
-                {name: getattr(event, name) for name in event.__dataclass_fields__} | {"state": state}
-            )
+            rows.append(event._asdict() | {"state": state})
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
             seqs = (await connection.execute(select(events.c.seq))).scalars().all()

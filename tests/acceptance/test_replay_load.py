@@ -72,7 +72,7 @@ async def add_events(url: str) -> None:
     rows = []
     for number in range(EVENTS):
         event = make_event("clipia", plain(f"old-{number}"), received_at=datetime.now(UTC))
-        rows.append({name: getattr(event, name) for name in event.__dataclass_fields__})
+        rows.append(event._asdict())
     async with database.write() as connection:
         await connection.execute(insert(events), rows)
     await database.close()

@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from receiver import ingest
 from receiver.api import callback
 from receiver.app import create_app
-from receiver.db import inbox
+from receiver.db import arrivals
 from receiver.db.engine import Database
 from receiver.db.rows import event_id
 from receiver.db.tables import events, receipts
@@ -484,7 +484,9 @@ async def test_an_unrecognized_body_never_conflicts(site: Site) -> None:
     assert await site.count(events) == 2
 
 
-async def test_a_driver_that_hangs_is_answered_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_driver_that_hangs_is_answered_in_time(
+    database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """C4: 503 in time even where the driver neither answers nor lets itself be cancelled."""
     monkeypatch.setattr(ingest, "STORE_WAIT", 0.2)
     released = asyncio.Event()
@@ -495,12 +497,13 @@ async def test_a_driver_that_hangs_is_answered_in_time(site: Site, monkeypatch: 
                 await released.wait()
         raise DatabaseUnavailable("too late", reason="database")
 
-    monkeypatch.setattr(inbox, "insert_event", hang)
-    response = await asyncio.wait_for(site.post(body("r-15")), 5)
-    assert response.status_code == 503
-    assert response.headers["retry-after"]
-    released.set()
-    await asyncio.sleep(0.1)
+    monkeypatch.setattr(arrivals, "insert_new", hang)
+    async with make_site(database_url, database) as site:
+        response = await asyncio.wait_for(site.post(body("r-15")), 5)
+        assert response.status_code == 503
+        assert response.headers["retry-after"]
+        released.set()
+        await asyncio.sleep(0.1)
 
 
 async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -509,7 +512,7 @@ async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -
     async def break_down(*_arguments: Any) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(inbox, "insert_receipt", break_down)
+    monkeypatch.setattr(arrivals, "insert_new", break_down)
     assert (await site.post(body("r-16"))).status_code == 503
     assert await site.count(events) == 0
 

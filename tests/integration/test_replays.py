@@ -15,7 +15,7 @@ from cloudevents.core.v1.event import CloudEvent
 from eventkit import World, opened, plain, until
 from payloads import failure
 from servers import Postgres
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import insert, select
 
 from receiver import delivery, replay
 from receiver.db import jobs as job_rows
@@ -932,13 +932,7 @@ async def test_the_migration_keeps_deliveries(
         assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before
         assert await outbox.insert_deliveries(connection, [(1, "a")], due=True, replay_id=uuid.uuid4()) == 1
 
-    def downgrade(connection: Connection) -> None:
-        config = migrate._config()
-        config.attributes["connection"] = connection
-        command.downgrade(config, "0002")
-
-    async with database.write() as connection:
-        await connection.run_sync(downgrade)
+    await migrate.apply(database, lambda config: command.downgrade(config, "0002"))
     assert await migrate.current(database) == "0002"
     async with database.read() as connection:
         assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before

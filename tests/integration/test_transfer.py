@@ -21,9 +21,10 @@ from receiver import replay
 from receiver.db import inbox, leases, outbox, transfer
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, NewReceipt
+from receiver.db.rows import Arrival, Attempt
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
+from receiver.ingest import make_event
 
 commands: Any = import_module("receiver.cli.events")
 """Not by `import`: the package has the group of commands under this name."""
@@ -122,19 +123,9 @@ async def count_rows(world: World) -> dict[str, int]:
 async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | None = None) -> None:
     """Put an inbound delivery of an event on record."""
     async with world.database.write() as connection:
-        await inbox.insert_receipt(
-            connection,
-            seq,
-            NewReceipt(
-                webhook_id=None if content else "wh-1",
-                secret_id="0123456789abcdef",
-                signed_at=datetime.now(UTC),
-                received_at=datetime.now(UTC),
-                body_sha256="f" * 64,
-                outcome=outcome,
-                body=content,
-            ),
-        )
+        event = make_event("clipia", content or b"{}", received_at=datetime.now(UTC))
+        arrival = Arrival(event, None if content else "wh-1", "0123456789abcdef", datetime.now(UTC))
+        await inbox.insert_receipts(connection, [(seq, arrival, outcome)])
 
 
 async def fill(world: World) -> None:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from receiver import webhook
 from receiver.errors import UnrecognizedBody
 from receiver.webhook import REASONS, Generation, MediaRef, parse, same_json
 
@@ -724,3 +725,35 @@ def test_spelling_is_nothing(value: Any) -> None:
     compact, spaced = orjson.dumps(value), json.dumps(value, indent=2, sort_keys=True).encode()
     assert same_json(compact, spaced)
     assert not same_json(compact, b"[%b]" % spaced)
+
+
+NESTED = "[" * 16 + "]" * 16
+
+
+@given(st.one_of(VALUES.map(orjson.dumps), st.binary(max_size=24), st.text(max_size=24).map(str.encode)))
+@example(b'{"a":1,"a":1}')
+@example(b"9007199254740993")
+@example(b"18446744073709551615")
+@example(b"9223372036854775809")
+@example(b"1e400")
+@example(b"-0")
+@example(b"1.0")
+@example(b'"\\u0000"')
+@example(b'"\\ud800"')
+@example(b"\xef\xbb\xbf1")
+@example(f"[{NESTED},{NESTED}]".encode())
+@example(b"NaN")
+@settings(max_examples=1000)
+def test_the_short_way_is_no_other_way(raw: bytes) -> None:
+    """B8: what is read without looking twice is what the strict reader reads, to the type of each number."""
+    value = webhook._load_plain(raw)
+    if value is not webhook._NOT_PLAIN:
+        assert repr(value) == repr(webhook._load_strictly(raw))
+
+
+def test_what_clipia_sends_takes_the_short_way() -> None:
+    """The body of a usual webhook needs no second look."""
+    assert (
+        webhook._load_plain(orjson.dumps(json.loads(ok({"images": [{"url": "u"}]}))))
+        is not webhook._NOT_PLAIN
+    )

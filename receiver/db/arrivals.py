@@ -1,0 +1,116 @@
+"""SQL of the hot path: a group of inbound deliveries becomes events and receipts in one short transaction.
+
+The values of a group go to the driver as they are: on SQLite SQLAlchemy's handling of each of them takes as
+long as SQLite itself, and on PostgreSQL one statement with an array for each column is parsed and planned
+once, whatever the size of the group.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from functools import partial
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import Connection, String, bindparam, func, select
+from sqlalchemy.dialects import postgresql
+
+from receiver.db.engine import Database
+from receiver.db.rows import Arrival, NewEvent
+from receiver.db.tables import events, receipts
+
+_OF_EVENT: Final = NewEvent._fields
+_OF_RECEIPT: Final = Arrival._fields[1:]
+_IN_RECEIPT: Final = (*_OF_RECEIPT, "received_at", "body_sha256", "outcome")
+
+
+async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
+    """Insert the events that are new, each with its first receipt; return the ids of the others.
+
+    The arrivals are of different events. They are inserted in one order by every process: two that insert the
+    same events at once would else wait for each other in a circle.
+
+    One statement decides who was first, because a SELECT before it would let two deliveries both find
+    nothing. An insert that meets the uncommitted row of another transaction waits for it: the event is not
+    new after that commit, and new after its rollback.
+
+    Raises DatabaseUnavailable.
+    """
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
+    if database.is_sqlite:
+        return await database.run_at_once(partial(_insert_rows, arrivals))
+    of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
+    _, *of_receipt = zip(*arrivals, strict=True)
+    rows = await database.fetch_at_once(_INSERT, (*of_event, *of_receipt))
+    return {row["id"] for row in rows}
+
+
+def _insert_columns() -> str:
+    """Return PostgreSQL's statement; its parameters are an array for each field, in their order."""
+    fields = {name: events.c[name] for name in _OF_EVENT} | {name: receipts.c[name] for name in _OF_RECEIPT}
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    arrays = [
+        # A cast to a text of limited length would cut what is longer, where an insert refuses it.
+        f"${number}::{'text' if isinstance(column.type, String) else column.type.compile(dialect)}[]"
+        for number, column in enumerate(fields.values(), 1)
+    ]
+    return f"""
+        WITH arrived AS (SELECT * FROM unnest({", ".join(arrays)}) AS arrays ({", ".join(fields)})),
+        new AS (
+            INSERT INTO events ({", ".join(_OF_EVENT)}) SELECT {", ".join(_OF_EVENT)} FROM arrived
+            ON CONFLICT DO NOTHING RETURNING seq, id
+        ),
+        on_record AS (
+            INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
+            SELECT new.seq, {", ".join(_IN_RECEIPT[:-1])},
+                CASE state WHEN 'received' THEN 'accepted' ELSE 'unrecognized' END
+            FROM new JOIN arrived USING (id)
+        )
+        SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
+    """  # noqa: S608 - our own names only
+
+
+_INSERT: Final = _insert_columns()
+
+
+def _insert_rows(arrivals: Sequence[Arrival], connection: Connection) -> set[UUID]:
+    """Insert on SQLite, where nobody else can write meanwhile: what is above the last `seq` is ours."""
+    last = connection.execute(_LAST_SEQ).scalar_one() or 0
+    event_rows = [tuple(map(_sqlite_value, arrival.event)) for arrival in arrivals]
+    connection.exec_driver_sql(_INSERT_EVENT, event_rows)
+    rows = connection.execute(_ABOVE, {"last": last})
+    seqs: dict[UUID, int] = {row.id: row.seq for row in rows}
+    new = [
+        (
+            seqs[event.id],
+            *map(_sqlite_value, of_receipt),
+            _sqlite_value(event.received_at),
+            event.body_sha256,
+            "accepted" if event.state == "received" else "unrecognized",
+        )
+        for event, *of_receipt in arrivals
+        if event.id in seqs
+    ]
+    if new:
+        connection.exec_driver_sql(_INSERT_RECEIPT, new)
+    return {arrival.event.id for arrival in arrivals} - seqs.keys()
+
+
+_LAST_SEQ: Final = select(func.max(events.c.seq))
+_ABOVE: Final = select(events.c.id, events.c.seq).where(events.c.seq > bindparam("last"))
+
+
+def _insert_into(table: str, names: Sequence[str]) -> str:
+    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
+
+
+_INSERT_EVENT: Final = f"{_insert_into('events', _OF_EVENT)} ON CONFLICT DO NOTHING"
+_INSERT_RECEIPT: Final = _insert_into("receipts", ("event_seq", *_IN_RECEIPT))
+
+
+def _sqlite_value(value: Any) -> Any:
+    """Return a value in the form in which the tables' types write it to SQLite."""
+    if isinstance(value, UUID):
+        return value.hex
+    if isinstance(value, datetime):
+        return value.replace(tzinfo=None).isoformat(" ", "microseconds")
+    return value
