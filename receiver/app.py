@@ -1,6 +1,7 @@
 """Composition: what a process is made of, opened in order and closed in reverse."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -24,6 +25,7 @@ from receiver.api.operations import Metrics, Readiness, livez
 from receiver.db import inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import Backlog
+from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
 from receiver.destinations import Destination, open_destination
 from receiver.ingest import Ingest
@@ -88,11 +90,25 @@ async def running_worker(
     """Open storage and destinations, run a worker inside the block, and drain it at its end."""
     async with AsyncExitStack() as stack:
         worker = await _open_worker(settings, database, wakeups, submitter, stack)
+        if not database.is_sqlite:
+            await stack.enter_async_context(_listening(database, wakeups))
         task = asyncio.create_task(worker.run(), name="worker")
         try:
             yield worker
         finally:
             worker.stop()
+            await task
+
+
+@asynccontextmanager
+async def _listening(database: Database, wakeups: Wakeups) -> AsyncIterator[None]:
+    """Wake lanes when other processes say that they have work."""
+    task = asyncio.create_task(listen(database, wakeups.wake), name="listen")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
             await task
 
 
@@ -204,7 +220,8 @@ def create_app(
 ) -> Starlette:
     """Make the web application. `only` leaves out the public or the internal half; `worker` embeds one."""
     database = Database(settings.database_url.get_secret_value())
-    wakeups = Wakeups()
+    signals = None if worker or database.is_sqlite else Signals(database)
+    wakeups = Wakeups(signals.send) if signals else Wakeups()
     ingest = _make_ingest(settings.require_sources(), settings, database, wakeups, clock)
     submitter = Submitter.configured(settings, database, wake=wakeups.wake)
 
@@ -213,6 +230,8 @@ def create_app(
         async with AsyncExitStack() as stack:
             stack.push_async_callback(database.close)
             stack.push_async_callback(submitter.close)
+            if signals:
+                stack.push_async_callback(signals.close)
             if worker:
                 await stack.enter_async_context(running_worker(settings, database, wakeups, submitter))
             yield

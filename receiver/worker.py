@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol
 from uuid import UUID
 
@@ -49,13 +49,17 @@ class Lane(Protocol):
 class Wakeups:
     """A signal per lane that shortens its wait; losing one costs no more than that wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Callable[[str], None] = lambda _lane: None) -> None:
+        """`elsewhere` is told of lanes that nobody waits for here: their worker is another process."""
         self._events: dict[str, asyncio.Event] = {}
+        self._elsewhere = elsewhere
 
     def wake(self, lane: str) -> None:
         """Tell a lane that there is work."""
         if event := self._events.get(lane):
             event.set()
+        else:
+            self._elsewhere(lane)
 
     async def wait(self, lane: str, *, timeout: float) -> None:  # noqa: ASYNC109 - returns, never raises
         """Wait for a wake-up of the lane, or until the time is over."""

@@ -77,6 +77,10 @@ class Database:
         """
         return await self._statements.fetch(statement, arguments)
 
+    def hold_driver(self) -> AbstractAsyncContextManager[Any]:
+        """Open a connection of asyncpg's for the block, on PostgreSQL; raises as `write` does."""
+        return self._statements.hold()
+
     @asynccontextmanager
     async def _in_turn(self) -> AsyncIterator[None]:
         if not self.is_sqlite:
@@ -254,7 +258,8 @@ class _PostgresqlStatements:
     """
 
     def __init__(self, url: URL) -> None:
-        self._engine = _postgresql_engine(url, pool_size=1, isolation_level="AUTOCOMMIT")
+        # One for statements, and one for who holds one.
+        self._engine = _postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
         self._connection: AsyncConnection | None = None
         self._turn = asyncio.Lock()
 
@@ -282,6 +287,17 @@ class _PostgresqlStatements:
                     f"the database is unavailable ({type(error).__name__}: {error})", reason="database"
                 ) from error
             return rows
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Any]:
+        """Open a connection for the block; nobody else gets it afterwards."""
+        with _unavailable():
+            connection = await self._engine.connect()
+            try:
+                yield (await connection.get_raw_connection()).driver_connection
+            finally:
+                await connection.invalidate()
+                await connection.close()
 
     async def close(self) -> None:
         """Close the connection."""
