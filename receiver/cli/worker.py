@@ -3,6 +3,8 @@
 import asyncio
 import signal
 
+import uvloop
+
 from receiver.app import Parts, prepare, running_worker
 from receiver.db.engine import Database
 from receiver.observability import configure_logging
@@ -19,7 +21,7 @@ def worker() -> None:
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     Parts.make(settings)
-    asyncio.run(_run(settings))
+    uvloop.run(_run(settings))
 
 
 async def _run(settings: Settings) -> None:

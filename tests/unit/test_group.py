@@ -105,3 +105,47 @@ async def test_who_gives_up_takes_nobody_along(*, fails: bool) -> None:
     writer.commit.set()
     assert await third == 4
     assert writer.groups == [[0], [2]]
+
+
+async def test_a_writer_that_hangs_is_not_waited_for() -> None:
+    """C4: whoever waits longer is told so, in the group or behind it; later ones are written."""
+    writer = Writer()
+    writer.commit.clear()
+    group = GroupCommit(writer, limit=10, wait=0.1)
+    (first,) = await start(group, 0)
+    await asyncio.sleep(0.06)
+    (second,) = await start(group, 1)
+    results = await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 1)
+    assert [str(each) for each in results] == ["not written within 0.1 s"] * 2
+    (third,) = await start(group, 2)
+    writer.commit.set()
+    assert await third == 4
+    assert writer.groups == [[0], [2]]
+
+
+async def test_each_has_the_whole_time() -> None:
+    """Who came later is not given up with who came first."""
+    writer = Writer()
+    writer.commit.clear()
+    group = GroupCommit(writer, limit=10, wait=0.2)
+    (first,) = await start(group, 0)
+    await asyncio.sleep(0.12)
+    (second,) = await start(group, 1)
+    with pytest.raises(DatabaseUnavailable):
+        await first
+    assert not second.done()
+    writer.commit.set()
+    assert await second == 2
+
+
+async def test_there_is_room_for_so_many() -> None:
+    """C4: who finds no room is told at once; room is made by what is written."""
+    writer = Writer()
+    writer.commit.clear()
+    group = GroupCommit(writer, limit=2, room=2)
+    tasks = [*await start(group, 0), *await start(group, 1, 2)]
+    results = await asyncio.gather(*await start(group, 3), return_exceptions=True)
+    assert [getattr(each, "reason", each) for each in results] == ["busy"]
+    writer.commit.set()
+    assert await asyncio.gather(*tasks) == [0, 2, 4]
+    assert await group.add(5) == 10

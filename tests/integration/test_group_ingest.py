@@ -1,0 +1,203 @@
+"""Webhooks that are stored together, on both databases: who is new, who is not, and who pays for it."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from payloads import SECRET, body, signed
+from servers import Postgres
+from sqlalchemy import func, select, text
+
+from receiver.db import arrivals, inbox
+from receiver.db.engine import Database
+from receiver.db.rows import Arrival
+from receiver.db.tables import events, receipts
+from receiver.errors import DatabaseUnavailable
+from receiver.ingest import Ingest, Received, make_event
+from receiver.signature import Secret
+
+NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, UTC)
+
+
+def arrival(content: bytes, **changes: Any) -> Arrival:
+    """Return a delivery as ingest makes it."""
+    return Arrival(
+        make_event("clipia", content, received_at=NOW)._replace(**changes), "wh-1", "0123abcd", NOW
+    )
+
+
+def make_ingest(database: Database) -> Ingest:
+    """Return an ingest with one source."""
+    return Ingest(
+        database,
+        secrets={"clipia": [Secret.from_text(SECRET)]},
+        tolerance=300,
+        clock=time.time,
+        on_accepted=lambda: None,
+    )
+
+
+async def deliver(ingest: Ingest, contents: Sequence[bytes]) -> list[Received | BaseException]:
+    """Deliver bodies at once; the first is a group of its own, and the others share the next."""
+    return await asyncio.gather(
+        *(
+            ingest.receive(
+                "clipia",
+                signatures=[signed(content)["X-Clipia-Signature"].encode()],
+                body=content,
+            )
+            for content in contents
+        ),
+        return_exceptions=True,
+    )
+
+
+def outcomes(results: Sequence[Received | BaseException]) -> list[str]:
+    """Return what became of deliveries, by name."""
+    return [each.outcome if isinstance(each, Received) else type(each).__name__ for each in results]
+
+
+async def count(database: Database) -> tuple[int, int]:
+    """Return how many events and receipts there are."""
+    async with database.read() as connection:
+        found = [
+            (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+            for table in (events, receipts)
+        ]
+    return found[0], found[1]
+
+
+async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many wait, they are inserted by one call, each with its receipt."""
+    groups: list[int] = []
+    insert = arrivals.insert_new
+
+    async def counted(one: Database, group: Sequence[Arrival]) -> Any:
+        groups.append(len(group))
+        return await insert(one, group)
+
+    monkeypatch.setattr(arrivals, "insert_new", counted)
+    results = await deliver(make_ingest(database), [body(f"r-{number}") for number in range(50)])
+    assert outcomes(results) == ["accepted"] * 50
+    assert sum(groups) == 50
+    assert len(groups) <= 2
+    assert await count(database) == (50, 50)
+
+
+async def test_the_same_event_twice_in_a_group(database: Database) -> None:
+    """C6: of equal deliveries in one group one is new; of different bodies the first stands."""
+    other = body("r-1", payload={"model": "another"})
+    strange = b"not json"
+    results = await deliver(
+        make_ingest(database), [body("r-0"), body("r-1"), body("r-1"), other, strange, strange]
+    )
+    assert outcomes(results) == [
+        *("accepted", "accepted", "duplicate", "conflict"),
+        *("unrecognized", "unrecognized"),
+    ]
+    assert await count(database) == (3, 6)
+    async with database.read() as connection:
+        kept = await connection.execute(select(receipts.c.outcome, receipts.c.body).order_by(receipts.c.seq))
+        found = [tuple(row) for row in kept]
+        stored = await connection.execute(select(events.c.body).where(events.c.request_id == "r-1"))
+        assert stored.scalar_one() == body("r-1")
+    assert Counter(found) == Counter(
+        {
+            ("accepted", None): 2,
+            ("duplicate", None): 1,
+            ("conflict", other): 1,
+            ("unrecognized", None): 2,
+        }
+    )
+
+
+async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row that the database refuses is answered as not stored; its neighbours are stored and acked."""
+    good, insert = "gut", arrivals.insert_new
+
+    async def spoiled(one: Database, group: Sequence[Arrival]) -> Any:
+        return await insert(
+            one,
+            [
+                each._replace(secret_id=None)  # type: ignore[arg-type]
+                if each.event.request_id == "bad"
+                else each
+                for each in group
+            ],
+        )
+
+    monkeypatch.setattr(arrivals, "insert_new", spoiled)
+    results = await deliver(make_ingest(database), [body(each) for each in (good, "r-1", "bad", "r-2")])
+    assert [each == "accepted" for each in outcomes(results)] == [True, True, False, True]
+    assert await count(database) == (3, 3)
+
+
+async def test_groups_that_overlap_do_not_deadlock(database: Database) -> None:
+    """Two processes that insert the same events in opposite orders at once: each event is new for one."""
+    other = Database(database.url.render_as_string(hide_password=False))
+    for turn in range(20):
+        group = [arrival(body(f"r-{turn}-{number}")) for number in range(40)]
+        known = await asyncio.gather(
+            arrivals.insert_new(database, group), arrivals.insert_new(other, group[::-1])
+        )
+        assert len(known[0]) + len(known[1]) == len(group)
+        assert not known[0] & known[1]
+    await other.close()
+    assert await count(database) == (800, 800)
+
+
+async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
+    """The short way writes the same values, in the same form, as the tables' own types."""
+    content = body("r-1")
+    short = arrival(content, job_id=make_event("x", b"", received_at=NOW).id)
+    await arrivals.insert_new(database, [short])
+    columns = "id, received_at, job_id, body, cost, reason, model, state, origin"
+    async with database.write() as connection:
+        one = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
+        receipt = (await connection.execute(select(receipts))).mappings().one()
+        await connection.execute(text("DELETE FROM receipts"))
+        await connection.execute(text("DELETE FROM events"))
+        seq = await inbox.insert_event(connection, short.event)
+        assert seq is not None
+        await inbox.insert_receipts(connection, [(seq, short, "accepted")])
+        other = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
+        again = (await connection.execute(select(receipts))).mappings().one()
+    assert tuple(one) == tuple(other)
+    assert {**receipt, "seq": 0, "event_seq": 0} == {**again, "seq": 0, "event_seq": 0}
+
+
+@pytest.fixture
+async def on_postgresql(postgres: Postgres) -> AsyncIterator[Database]:
+    """A fresh PostgreSQL database."""
+    opened = Database(postgres.url(template="migrated"))
+    yield opened
+    await opened.close()
+
+
+async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
+    """A value that does not fit its column is an error on PostgreSQL; SQLite's columns have no length."""
+    database = on_postgresql
+    with pytest.raises(Exception, match="too long"):
+        await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 129)])
+    assert await count(database) == (0, 0)
+    assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+
+
+async def test_a_lost_connection_costs_one_group(on_postgresql: Database) -> None:
+    """C3: whose connection is ended is told so, and the next group has a new one."""
+    database = on_postgresql
+    assert not await arrivals.insert_new(database, [arrival(body("r-1"))])
+    async with database.write() as connection:
+        await connection.execute(
+            text(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid()"
+                " AND datname = current_database()"
+            )
+        )
+    with pytest.raises(DatabaseUnavailable):
+        await arrivals.insert_new(database, [arrival(body("r-2"))])
+    assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
