@@ -20,6 +20,7 @@ from servers import Postgres, end, free_port, missing, wait_for_port
 from sqlalchemy import func, select
 
 from receiver.db.engine import Database
+from receiver.db.rows import event_id
 from receiver.db.tables import events
 
 ANSWER = 8.0
@@ -295,6 +296,56 @@ def test_acks_follow_the_flush(tmp_path: Path) -> None:
             assert flushed > 0, "an ack without a flush before it"
             flushed = 0
     assert acks == 50
+
+
+def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
+    """C6, T4: between the reading of a request and its own 200 there is a flush, however many share it."""
+    if shutil.which("strace") is None:
+        missing("strace", "apt-get install strace")
+    trace = tmp_path / "trace"
+    names = [f"group-{number:03d}" for number in range(200)]
+    with ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker") as receiver:
+        assert receiver.process is not None
+        calls = "trace=fdatasync,fsync,read,recvfrom,recvmsg,write,sendto,sendmsg,writev"
+        with (
+            subprocess.Popen(
+                [
+                    "strace",
+                    "-f",
+                    "-y",
+                    "-s",
+                    "4096",
+                    "-e",
+                    calls,
+                    "-o",
+                    trace,
+                    "-p",
+                    str(receiver.process.pid),
+                ],
+                stderr=subprocess.PIPE,
+            ) as strace,
+            ThreadPoolExecutor(16) as clients,
+        ):
+            assert strace.stderr is not None
+            strace.stderr.readline()  # "attached"
+            answers = list(clients.map(lambda name: post(receiver, name), names))
+            strace.terminate()
+    assert [answer.status_code for answer in answers] == [200] * len(names)
+    of_event = {str(event_id("clipia", name)): name for name in names}
+    read: dict[str, int] = {}
+    flushed: list[int] = []
+    acked: set[str] = set()
+    for number, line in enumerate(trace.read_text(errors="replace").splitlines()):
+        if re.search(r"(fdatasync|fsync)\(\d+<[^>]*-wal>", line):
+            flushed.append(number)
+        elif found := re.search(r"request_id[^a-z]+(group-\d+)", line):
+            read.setdefault(found[1], number)
+        elif (found := re.search(r"event_id[^0-9a-f]+([0-9a-f-]{36})", line)) and found[1] in of_event:
+            request_id = of_event[found[1]]
+            assert any(read[request_id] < flush < number for flush in flushed), request_id
+            acked.add(request_id)
+    assert acked == set(names)
+    assert len(flushed) < len(names), "nothing was grouped"
 
 
 def test_a_failing_flush_is_not_acked(tmp_path: Path) -> None:
