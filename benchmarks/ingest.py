@@ -1,0 +1,247 @@
+"""Webhooks per second, durably stored, against the bare server and what one would write oneself.
+
+wrk sends requests that are signed beforehand, each of another event, over 64 connections on the same machine;
+its own share of the CPU is shown. The sides take turns, and a ratio is of the two sides of one round. After
+each run the rows are counted: every acked webhook must be there.
+
+    python benchmarks/ingest.py --rounds 3 --seconds 8 --write docs
+
+Needs the development dependencies and the Debian packages postgresql, wrk and strace; it starts its servers.
+`--write` puts the table into `performance.md` of a folder, and the chart beside it as `ingest.svg`.
+"""
+
+import argparse
+import platform
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from harness import run_command
+from load import HERE, Measured, family, run_wrk, served
+from servers import Postgres
+
+CONNECTIONS = 64
+MOST = 45_000
+"""Requests per second that no side reaches."""
+SIDES = {
+    "bare": "bare uvicorn, nothing stored",
+    "postgresql": "receiver, PostgreSQL",
+    "postgresql-2": "receiver, PostgreSQL, 2 web processes",
+    "sqlite": "receiver, SQLite",
+    "ungrouped-postgresql": "receiver, PostgreSQL, a commit for each",
+    "ungrouped-sqlite": "receiver, SQLite, a commit for each",
+    "naive-postgresql": "naive handler, PostgreSQL",
+    "naive-sqlite": "naive handler, SQLite",
+}
+START, END = "<!-- ingest: begin -->", "<!-- ingest: end -->"
+
+
+class Bench:
+    """A PostgreSQL server, a folder, and the sides on them."""
+
+    def __init__(self, postgres: Postgres, folder: Path) -> None:
+        self._postgres = postgres
+        self._folder = folder
+        self._turn = 0
+
+    def run(self, side: str, *, connections: int = CONNECTIONS, seconds: float) -> Measured:
+        """Measure a side on a fresh database, and count what it stored."""
+        with self._serving(side) as (port, process, url):
+            servers = [*family(process), *(self._postgres.processes() if "postgresql" in side else [])]
+            most = MOST if side == "bare" else MOST / 2
+            measured = run_wrk(
+                port,
+                self._folder / "requests",
+                connections=connections,
+                seconds=seconds,
+                most=most,
+                servers=servers,
+            )
+        if measured.failed:
+            sys.exit(f"{side}: {measured.failed} requests failed; see {self._folder}")
+        if url is not None:
+            stored = self._count(url, "results" if "naive" in side else "events")
+            # wrk leaves up to a request of each connection behind: stored, and its answer not counted.
+            if not measured.acked <= stored <= measured.acked + connections:
+                sys.exit(f"{side}: {measured.acked} acked, {stored} stored")
+        return measured
+
+    def flushes(self, *, seconds: float) -> tuple[int, int]:
+        """Return how often SQLite's log was flushed for how many acks, at 64 connections."""
+        trace = self._folder / "trace"
+        with self._serving("sqlite") as (port, process, _url):
+            command = ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-o", str(trace)]
+            with subprocess.Popen([*command, "-p", str(process.pid)], stderr=subprocess.PIPE) as strace:
+                assert strace.stderr is not None
+                strace.stderr.readline()
+                measured = run_wrk(
+                    port,
+                    self._folder / "requests",
+                    connections=CONNECTIONS,
+                    seconds=seconds,
+                    most=MOST / 2,
+                    servers=[psutil.Process(process.pid)],
+                )
+                strace.terminate()
+        return trace.read_text(errors="replace").count("-wal>"), measured.acked
+
+    @contextmanager
+    def _serving(self, side: str) -> Iterator[tuple[int, subprocess.Popen[bytes], str | None]]:
+        self._turn += 1
+        folder = self._folder / f"{self._turn}-{side}"
+        folder.mkdir()
+        url = None
+        if side != "bare":
+            url = self._postgres.url() if "postgresql" in side else f"sqlite:///{folder / 'receiver.db'}"
+        settings = {} if url is None else {"RECEIVER_DATABASE_URL": url}
+        if side in {"bare", "naive-postgresql", "naive-sqlite"}:
+            arguments = [str(HERE / "sides.py"), side.partition("-")[0]]
+        else:
+            assert run_command("migrate", settings=settings).returncode == 0
+            if side.startswith("ungrouped"):
+                arguments = [str(HERE / "sides.py"), "ungrouped"]
+            else:
+                workers = ["--workers", "2"] if side.endswith("-2") else []
+                arguments = ["-m", "receiver", "serve", "--no-worker", *workers]
+        with served(folder, *arguments, settings=settings) as (port, process):
+            yield port, process, url
+
+    def _count(self, url: str, table: str) -> int:
+        statement = f"SELECT count(*) FROM {table}"
+        if url.startswith("postgresql"):
+            return int(self._postgres.sql(statement, database=url.rpartition("/")[2]).stdout)
+        with closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection:
+            return int(connection.execute(statement).fetchone()[0])
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return the median of values and, in brackets, the least and the greatest."""
+    low, middle, high = (
+        format(value, form) for value in (min(values), statistics.median(values), max(values))
+    )
+    return f"{middle} ({low} to {high})"
+
+
+def table(found: dict[str, list[Measured]]) -> list[str]:
+    """Return the lines of the table of sides."""
+    lines = [
+        "| Side | webhooks/s | of bare uvicorn | ack p50 / p99, ms | CPU of client / servers |",
+        "|---|---|---|---|---|",
+    ]
+    for side, runs in found.items():
+        ratios = [ours.rate / one.rate for ours, one in zip(runs, found["bare"], strict=True)]
+        p50, p99, client, servers = (
+            statistics.median(getattr(each, name) for each in runs)
+            for name in ("p50", "p99", "client_cpu", "server_cpu")
+        )
+        times, cpu = f"{p50:.1f} / {p99:.1f}", f"{client:.2f} / {servers:.2f}"
+        rates = spread([each.rate for each in runs], ",.0f")
+        lines.append(f"| {SIDES[side]} | {rates} | {spread(ratios, '.2f')} | {times} | {cpu} |")
+    return lines
+
+
+def against_naive(found: dict[str, list[Measured]]) -> list[str]:
+    """Return how we compare with the naive handler on each database."""
+    lines = []
+    for database in ("postgresql", "sqlite"):
+        if found.keys() >= {database, f"naive-{database}"}:
+            pairs = zip(found[database], found[f"naive-{database}"], strict=True)
+            ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
+            lines.append(
+                f"Receiver ÷ naive handler, {SIDES[database].split(', ')[1]}: {spread(ratios, '.1f')}"
+            )
+    return lines
+
+
+def chart(found: dict[str, list[Measured]]) -> str:
+    """Return the rates as an SVG bar chart."""
+    rates = {SIDES[side]: statistics.median(each.rate for each in runs) for side, runs in found.items()}
+    width, left, row = 760, 300, 30
+    scale = (width - left - 90) / max(rates.values())
+    height = row * len(rates) + 40
+    drawing = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        'font-size="13" role="img" aria-label="Webhooks per second by side">'
+    )
+    parts = [
+        drawing,
+        f'<rect width="{width}" height="{height}" fill="#fff"/>',
+        '<text x="10" y="20" font-weight="bold">Webhooks per second, 64 connections (medians)</text>',
+    ]
+    for index, (name, rate) in enumerate(rates.items()):
+        y = 32 + row * index
+        colour = "#2563eb" if name.startswith("receiver") else "#9ca3af"
+        length = max(1.0, rate * scale)
+        parts += [
+            f'<text x="{left - 10}" y="{y + 17}" text-anchor="end">{escape(name)}</text>',
+            f'<rect x="{left}" y="{y + 3}" width="{length:.0f}" height="20" fill="{colour}"/>',
+            f'<text x="{left + length + 6:.0f}" y="{y + 17}">{rate:,.0f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    """Run the sides in turns and print what came of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="bare is always one")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="of each run")
+    parser.add_argument("--write", type=Path, help="folder whose performance.md and ingest.svg are written")
+    options = parser.parse_args()
+    sides = [side for side in SIDES if side == "bare" or side in options.sides]
+    found: dict[str, list[Measured]] = defaultdict(list)
+    lines: list[str] = []
+    with Postgres() as postgres, tempfile.TemporaryDirectory() as folder:
+        bench = Bench(postgres, Path(folder))
+        for number in range(options.rounds):
+            for side in sides:
+                measured = bench.run(side, seconds=options.seconds)
+                found[side].append(measured)
+                print(
+                    f"round {number + 1}: {SIDES[side]}: {measured.rate:,.0f}/s, p99 {measured.p99:.1f} ms",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        for side in set(sides) & {"postgresql", "sqlite"}:
+            for connections in (1, 256):
+                measured = bench.run(side, connections=connections, seconds=options.seconds)
+                lines.append(
+                    f"{SIDES[side]}, {connections} connections: {measured.rate:,.0f}/s, "
+                    f"ack p50 {measured.p50:.1f}, p95 {measured.p95:.1f}, p99 {measured.p99:.1f} ms"
+                )
+        if "sqlite" in sides:
+            flushes, acked = bench.flushes(seconds=options.seconds)
+            lines.append(
+                f"Flushes per acked event on SQLite at {CONNECTIONS} connections: 1/{acked / flushes:.0f} "
+                f"({flushes:,} for {acked:,}, traced)"
+            )
+    where = (
+        f"{options.rounds} rounds of {options.seconds:.0f} s, {psutil.cpu_count()} cores for everything, "
+        f"Python {platform.python_version()}; medians, in brackets the least and the greatest round."
+    )
+    text = "\n".join(
+        [where, "", *table(found), "", *(f"- {line}" for line in [*against_naive(found), *sorted(lines)])]
+    )
+    print(text)
+    if options.write:
+        page = options.write / "performance.md"
+        before, _, rest = page.read_text().partition(START)
+        page.write_text(f"{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+        (options.write / "ingest.svg").write_text(chart(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What the benchmarks share: signed requests, wrk, the CPU time of processes, and sides that are served."""
+
+import hmac
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from payloads import SECRET
+from servers import end, free_port, wait_for_port
+
+HERE = Path(__file__).parent
+PATH = "/clipia/webhook"
+BODY_BYTES = 600
+STARTED = 30.0
+"""Seconds that a server may take to answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a load showed; times are in milliseconds."""
+
+    rate: float
+    acked: int
+    failed: int
+    p50: float
+    p95: float
+    p99: float
+    longest: float
+    client_cpu: float
+    """Of one core."""
+    server_cpu: float
+    """Of one core, with the database's processes."""
+
+
+def signed_request(content: bytes) -> bytes:
+    """Return a whole HTTP request that delivers a body, signed now."""
+    timestamp = str(int(time.time())).encode()
+    signature = hmac.digest(SECRET.encode(), timestamp + b"." + content, "sha256").hex().encode()
+    head = (
+        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        b"X-Clipia-Signature: t=%b,v1=%b\r\nX-Clipia-Timestamp: %b\r\nX-Clipia-Webhook-Id: %b\r\n"
+        b"Content-Length: %d\r\n\r\n"
+    )
+    fields = (PATH.encode(), timestamp, signature, timestamp, str(uuid.uuid4()).encode(), len(content))
+    return head % fields + content
+
+
+def result(request_id: str) -> bytes:
+    """Return the body of a finished generation without files, `BODY_BYTES` long."""
+    value = {
+        "request_id": request_id,
+        "status": "OK",
+        "payload": {"model": "nano-banana-2", "output": {"text": ""}, "cost": 12},
+    }
+    bare = json.dumps(value, separators=(",", ":")).encode()
+    return bare.replace(b'"text":""', b'"text":"%b"' % (b"x" * (BODY_BYTES - len(bare))))
+
+
+def write_requests(file: Path, count: int) -> int:
+    """Write signed requests of different events to a file; return the size of each."""
+    size = 0
+    with file.open("wb") as target:
+        for _ in range(count):
+            whole = signed_request(result(str(uuid.uuid4())))
+            size = len(whole)
+            target.write(whole)
+    return size
+
+
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """Return the CPU time that processes have used."""
+    total = 0.0
+    for process in processes:
+        used = process.cpu_times()
+        total += used.user + used.system
+    return total
+
+
+def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return a process and those that it started."""
+    root = psutil.Process(process.pid)
+    return [root, *root.children(recursive=True)]
+
+
+def run_wrk(
+    port: int,
+    file: Path,
+    *,
+    connections: int,
+    seconds: float,
+    most: float,
+    servers: Sequence[psutil.Process],
+) -> Measured:
+    """Load a server with requests that are each sent once; `most` is the highest rate that is possible."""
+    if shutil.which("wrk") is None:
+        sys.exit("wrk is not installed: apt-get install wrk")
+    size = write_requests(file, round(most * seconds) + connections)
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "-s", str(HERE / "load.lua")]
+    command += [f"http://127.0.0.1:{port}{PATH}", "--", str(file), str(size)]
+    before, used = cpu_seconds(servers), resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    after, now = cpu_seconds(servers), resource.getrusage(resource.RUSAGE_CHILDREN)
+    file.unlink()
+    told = json.loads(done.stderr.strip().splitlines()[-1])
+    if "requests" not in told:
+        sys.exit(f"wrk did not finish: {done.stderr or done.stdout}")
+    took = told["microseconds"] / 1e6
+    client = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+    return Measured(
+        rate=told["requests"] / took,
+        acked=told["requests"],
+        failed=told["failed"],
+        p50=told["p50"] / 1e3,
+        p95=told["p95"] / 1e3,
+        p99=told["p99"] / 1e3,
+        longest=told["max"] / 1e3,
+        client_cpu=client / took,
+        server_cpu=(after - before) / took,
+    )
+
+
+@contextmanager
+def served(
+    folder: Path, *arguments: str, settings: dict[str, str] | None = None
+) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
+    """Run a server of Python's that takes `--port`, for the block; yield its port and its process."""
+    port = free_port()
+    environment = dict(os.environ) | {"CLIPIA_WEBHOOK_SECRET": SECRET} | (settings or {})
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments, "--port", str(port)],
+            env=environment,
+            cwd=folder,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            wait_for_port(port, process, seconds=STARTED)
+            time.sleep(1)
+            yield port, process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            end(process)
