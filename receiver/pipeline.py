@@ -211,7 +211,7 @@ class MediaLane(WorkLane):
         if time.monotonic() < self._paused_until:
             return []
         async with self._database.write() as connection:
-            claims = await leases.claim_of_events(connection, media, limit=limit, lease=LEASE)
+            claims = await leases.claim_media(connection, limit=limit, lease=LEASE)
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}

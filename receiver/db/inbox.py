@@ -4,11 +4,12 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import func, insert, select, update
+from sqlalchemy import Integer, String, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.lists import padded
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, probes, receipts
 
@@ -79,30 +80,39 @@ _STORED = (
 )
 
 
+# Made once: to make one takes as long as to run it.
+_RECEIVED = (
+    select(*_STORED)
+    .where(events.c.state == "received")
+    .order_by(events.c.seq)
+    .limit(bindparam("most", type_=Integer))
+    # Not against those who only refer to the event, such as the receipt of a duplicate.
+    .with_for_update(skip_locked=True, key_share=True)
+)
+_BY_SEQ = select(*_STORED).where(events.c.seq.in_(bindparam("seqs", expanding=True)))
+_SET_STATE = (
+    update(events)
+    .where(events.c.seq.in_(bindparam("seqs", expanding=True)))
+    .values(state=bindparam("new_state"), reason=bindparam("new_reason", type_=String))
+)
+
+
 async def lock_received(connection: AsyncConnection, *, limit: int) -> Sequence[StoredEvent]:
     """Return the oldest events in `received`, locked until the transaction ends; others skip them."""
-    statement = (
-        select(*_STORED)
-        .where(events.c.state == "received")
-        .order_by(events.c.seq)
-        .limit(limit)
-        # Not against those who only refer to the event, such as the receipt of a duplicate.
-        .with_for_update(skip_locked=True, key_share=True)
-    )
-    return [StoredEvent(**row) for row in (await connection.execute(statement)).mappings()]
+    return [StoredEvent(*row) for row in await connection.execute(_RECEIVED, {"most": limit})]
 
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:
     """Return events by `seq`."""
-    rows = (await connection.execute(select(*_STORED).where(events.c.seq.in_(seqs)))).mappings()
-    return {row["seq"]: StoredEvent(**row) for row in rows}
+    rows = await connection.execute(_BY_SEQ, {"seqs": padded(seqs)})
+    return {row.seq: StoredEvent(*row) for row in rows}
 
 
 async def set_state(
     connection: AsyncConnection, seqs: Collection[int], state: EventState, *, reason: str | None = None
 ) -> None:
     """Move events to another state."""
-    await connection.execute(update(events).where(events.c.seq.in_(seqs)).values(state=state, reason=reason))
+    await connection.execute(_SET_STATE, {"seqs": padded(seqs), "new_state": state, "new_reason": reason})
 
 
 async def backlog(connection: AsyncConnection) -> Backlog:

@@ -11,6 +11,7 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     and_,
+    bindparam,
     case,
     exists,
     false,
@@ -27,6 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.lists import padded
 from receiver.db.rows import Attempt, Backlog, Claim, JobRef, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import events, jobs
 from receiver.webhook import Generation
@@ -145,6 +147,8 @@ async def claim_to_submit(
     if job_id is not None:
         only.append(jobs.c.id == job_id)
     claims = await leases.claim(connection, jobs, limit=limit, lease=lease, where=only)
+    if not claims:
+        return []
     ids = [claim.id for claim in claims]
     statement = select(
         jobs.c.id,
@@ -171,6 +175,8 @@ async def claim_to_poll(
     claims = await leases.claim(
         connection, jobs, limit=limit, lease=lease, where=[_same_environment(account)], state="submitted"
     )
+    if not claims:
+        return []
     watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
     open_for = func.coalesce(seconds_since(jobs.c.submitted_at), 0.0).label("open_for")
     statement = select(
@@ -328,29 +334,36 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
     return body
 
 
-async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
-    """Return the `seq` of those events that `settle` may find an open job for."""
-    named = and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id)
-    found = union(
-        *(
-            select(events.c.seq).join(jobs, same).where(events.c.seq.in_(event_seqs), jobs.c.state.in_(OPEN))
-            # Apart: for an OR of both no index would serve.
-            for same in (_same_request(), named)
+# Made once: to make one takes as long as to run it.
+_SAME_REQUEST: Final = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
+_AMONG: Final = events.c.seq.in_(bindparam("seqs", expanding=True))
+_WITH_OPEN_JOBS: Final = union(
+    *(
+        select(events.c.seq).join(jobs, same).where(_AMONG, jobs.c.state.in_(OPEN))
+        # Apart: for an OR of both no index would serve.
+        for same in (
+            _SAME_REQUEST,
+            and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id),
         )
     )
-    return set((await connection.execute(found)).scalars())
+)
+_REFS: Final = (
+    select(events.c.seq, jobs.c.id, jobs.c.caller, jobs.c.idempotency_key, jobs.c.metadata)
+    .join(jobs, _SAME_REQUEST)
+    .where(_AMONG)
+)
+
+
+async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
+    """Return the `seq` of those events that `settle` may find an open job for."""
+    return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": padded(event_seqs)})).scalars())
 
 
 async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
     """Return the jobs of events, by the event's `seq`."""
-    statement = (
-        select(events.c.seq, jobs.c.id, jobs.c.caller, jobs.c.idempotency_key, jobs.c.metadata)
-        .join(jobs, _same_request())
-        .where(events.c.seq.in_(event_seqs))
-    )
     return {
         values.pop("seq"): JobRef(**values)
-        for values in map(dict, (await connection.execute(statement)).mappings())
+        for values in map(dict, (await connection.execute(_REFS, {"seqs": padded(event_seqs)})).mappings())
     }
 
 
@@ -429,7 +442,7 @@ async def settled(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -
     busy = events.c.state.in_(("received", "fetching"))
     statement = (
         select(jobs.c.id)
-        .join(events, _same_request(), isouter=True)
+        .join(events, _SAME_REQUEST, isouter=True)
         .where(
             jobs.c.id.in_(job_ids),
             jobs.c.state.not_in(("pending", "submitted")),
@@ -451,10 +464,6 @@ async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     }
     empty = Backlog(rows=0, oldest=0.0)
     return {SUBMIT_LANE: found.get("pending", empty), POLL_LANE: found.get("submitted", empty)}
-
-
-def _same_request() -> ColumnElement[bool]:
-    return and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
 
 
 def _same_environment(account: str) -> ColumnElement[bool]:

@@ -8,26 +8,96 @@ find its result refused, because another may have claimed the row since (a fenci
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, Row, Table, and_, case, func, insert, or_, select, update
+from sqlalchemy import (
+    Column,
+    ColumnElement,
+    Float,
+    Integer,
+    Row,
+    Table,
+    and_,
+    bindparam,
+    case,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.lists import padded
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
-from receiver.db.tables import attempts, deliveries
+from receiver.db.tables import PlainUuid, attempts, deliveries, media
 
 
-async def claim_of_events(
-    connection: AsyncConnection,
+def _claim_statement(
     table: Table,
-    *,
-    limit: int,
-    lease: float,
+    *columns: Column[Any],
     where: Sequence[ColumnElement[bool]] = (),
-) -> list[EventClaim]:
-    """Claim rows that belong to an event, as `claim` does."""
-    rows = await _claim(connection, table, [table.c.event_seq], limit=limit, lease=lease, where=where)
+    state: str = "pending",
+) -> ReturningUpdate[Any]:
+    """Return the statement that claims up to `most` due rows for `seconds`, oldest due first.
+
+    The try is counted here and not when it ends: work that kills its process must run out of tries, too.
+    """
+    due = (
+        select(table.c.id)
+        .where(table.c.state == state, table.c.next_attempt_at <= db_time(0.0), *where)
+        .order_by(table.c.next_attempt_at)
+        .limit(bindparam("most", type_=Integer))
+        .with_for_update(skip_locked=True)
+        # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
+        .cte("due")
+    )
+    began = (
+        func.coalesce(table.c.restarted_at, table.c.created_at)
+        if "restarted_at" in table.c
+        else table.c.created_at
+    )
+    return (
+        update(table)
+        .where(table.c.id.in_(select(due.c.id)))
+        .values(
+            next_attempt_at=db_time(bindparam("seconds", type_=Float)),
+            lease=bindparam("new_lease", type_=PlainUuid),
+            attempts=table.c.attempts + 1,
+            lost=case((table.c.lease.is_not(None), table.c.lost + 1), else_=table.c.lost),
+        )
+        .returning(
+            table.c.id,
+            table.c.lease,
+            table.c.attempts,
+            table.c.lost,
+            seconds_since(began).label("age"),
+            *columns,
+        )
+    )
+
+
+# Made once: to make one takes as long as to run it.
+_CLAIM_MEDIA: Final = _claim_statement(media, media.c.event_seq)
+_CLAIM_DELIVERIES: Final = {
+    replayed: _claim_statement(
+        deliveries,
+        deliveries.c.event_seq,
+        deliveries.c.replay_id,
+        where=[
+            deliveries.c.destination == bindparam("to"),
+            deliveries.c.replay_id.is_not(None) if replayed else deliveries.c.replay_id.is_(None),
+        ],
+    )
+    for replayed in (False, True)
+}
+
+
+async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) -> list[EventClaim]:
+    """Claim files as `claim` does."""
+    rows = await _claim(connection, _CLAIM_MEDIA, limit=limit, lease=lease)
     return [EventClaim(event_seq=row.event_seq, **_held_values(row)) for row in rows]
 
 
@@ -35,15 +105,8 @@ async def claim_deliveries(
     connection: AsyncConnection, destination: str, *, limit: int, lease: float, replayed: bool
 ) -> list[DeliveryClaim]:
     """Claim a destination's deliveries as `claim` does: those of replays, or the live ones."""
-    is_replay = deliveries.c.replay_id.is_not(None) if replayed else deliveries.c.replay_id.is_(None)
-    rows = await _claim(
-        connection,
-        deliveries,
-        [deliveries.c.event_seq, deliveries.c.replay_id],
-        limit=limit,
-        lease=lease,
-        where=[deliveries.c.destination == destination, is_replay],
-    )
+    statement = _CLAIM_DELIVERIES[replayed]
+    rows = await _claim(connection, statement, limit=limit, lease=lease, to=destination)
     return [
         DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_held_values(row)) for row in rows
     ]
@@ -58,57 +121,18 @@ async def claim(
     where: Sequence[ColumnElement[bool]] = (),
     state: str = "pending",
 ) -> list[Claim]:
-    """Claim up to `limit` due rows in `state` for `lease` seconds, oldest due first.
-
-    The try is counted here and not when it ends: work that kills its process must run out of tries, too.
-    """
-    rows = await _claim(connection, table, [], limit=limit, lease=lease, where=where, state=state)
+    """Claim up to `limit` due rows in `state` for `lease` seconds, oldest due first."""
+    statement = _claim_statement(table, where=where, state=state)
+    rows = await _claim(connection, statement, limit=limit, lease=lease)
     return [Claim(**_held_values(row)) for row in rows]
 
 
 async def _claim(
-    connection: AsyncConnection,
-    table: Table,
-    columns: Sequence[Column[Any]],
-    *,
-    limit: int,
-    lease: float,
-    where: Sequence[ColumnElement[bool]],
-    state: str = "pending",
+    connection: AsyncConnection, statement: ReturningUpdate[Any], *, limit: int, lease: float, **values: Any
 ) -> Sequence[Row[Any]]:
-    due = (
-        select(table.c.id)
-        .where(table.c.state == state, table.c.next_attempt_at <= db_time(0.0), *where)
-        .order_by(table.c.next_attempt_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-        # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
-        .cte("due")
-    )
-    began = (
-        func.coalesce(table.c.restarted_at, table.c.created_at)
-        if "restarted_at" in table.c
-        else table.c.created_at
-    )
-    statement = (
-        update(table)
-        .where(table.c.id.in_(select(due.c.id)))
-        .values(
-            next_attempt_at=db_time(lease),
-            lease=uuid.uuid4(),
-            attempts=table.c.attempts + 1,
-            lost=case((table.c.lease.is_not(None), table.c.lost + 1), else_=table.c.lost),
-        )
-        .returning(
-            table.c.id,
-            table.c.lease,
-            table.c.attempts,
-            table.c.lost,
-            seconds_since(began).label("age"),
-            *columns,
-        )
-    )
-    return (await connection.execute(statement)).all()
+    given = {"most": limit, "seconds": lease, "new_lease": uuid.uuid4(), **values}
+    rows: Sequence[Row[Any]] = (await connection.execute(statement, given)).all()
+    return rows
 
 
 def _held_values(row: Row[Any]) -> dict[str, Any]:
@@ -215,4 +239,6 @@ def _held(table: Table, claims: Collection[Claim]) -> ColumnElement[bool]:
     by_lease: dict[uuid.UUID, list[uuid.UUID]] = defaultdict(list)
     for held in claims:
         by_lease[held.lease].append(held.id)
-    return or_(*(and_(table.c.lease == lease, table.c.id.in_(ids)) for lease, ids in by_lease.items()))
+    return or_(
+        *(and_(table.c.lease == lease, table.c.id.in_(padded(ids))) for lease, ids in by_lease.items())
+    )

@@ -73,8 +73,7 @@ class Arrival(NamedTuple):
     signed_at: datetime
 
 
-@dataclass(frozen=True, kw_only=True)
-class StoredEvent:
+class StoredEvent(NamedTuple):
     """An event as workers need it."""
 
     seq: int

@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import Attempt, Claim, EventClaim, NewEvent, NewMedia, event_id
+from receiver.db.rows import Attempt, Claim, DeliveryClaim, NewEvent, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, media
 
 LEASE = 60.0
@@ -45,10 +45,10 @@ async def add_deliveries(database: Database, count: int, *, due: bool = True) ->
             await outbox.insert_deliveries(connection, [(seq, "d")], due=due)
 
 
-async def claim(database: Database, *, limit: int = 10, lease: float = LEASE) -> list[EventClaim]:
+async def claim(database: Database, *, limit: int = 10, lease: float = LEASE) -> list[DeliveryClaim]:
     """Claim deliveries."""
     async with database.write() as connection:
-        return await leases.claim_of_events(connection, deliveries, limit=limit, lease=lease)
+        return await leases.claim_deliveries(connection, "d", limit=limit, lease=lease, replayed=False)
 
 
 async def test_a_row_is_claimed_once(database: Database) -> None:
@@ -176,7 +176,7 @@ async def test_files_that_finish_at_once_release_the_deliveries(database: Databa
             await outbox.insert_media(connection, [(seq, file) for file in added])
             await outbox.insert_deliveries(connection, [(seq, "d")], due=False)
             await inbox.set_state(connection, [seq], "fetching")
-            claims = await leases.claim_of_events(connection, media, limit=files, lease=LEASE)
+            claims = await leases.claim_media(connection, limit=files, lease=LEASE)
 
         async def finish(held: Claim, event_seq: int = seq) -> list[str]:
             async with database.write() as connection:

@@ -574,7 +574,7 @@ async def test_several_workers_share_the_work(world: World) -> None:
 async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
     monkeypatch.setattr(worker, "OUTAGE_PAUSE", 0.05)
-    claim, lock = leases.claim_of_events, inbox.lock_received
+    claim, lock = leases.claim_media, inbox.lock_received
     broken = {"claim", "lock"}
 
     async def claim_or_break(*arguments: Any, **options: Any) -> Any:
@@ -589,7 +589,7 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
             raise RuntimeError("bug")
         return await lock(*arguments, **options)
 
-    monkeypatch.setattr(leases, "claim_of_events", claim_or_break)
+    monkeypatch.setattr(leases, "claim_media", claim_or_break)
     monkeypatch.setattr(inbox, "lock_received", lock_or_break)
     await world.add(plain("r-1"))
     async with world.working():

@@ -455,9 +455,7 @@ async def test_the_same_url_again_is_no_news(world: World, clipia: str) -> None:
 
 def another(event: StoredEvent, **changes: Any) -> StoredEvent:
     """Return an event like this one."""
-    return StoredEvent(
-        **({name: getattr(event, name) for name in StoredEvent.__dataclass_fields__} | changes)
-    )
+    return StoredEvent(**({name: getattr(event, name) for name in StoredEvent._fields} | changes))
 
 
 async def read_event(world: World) -> tuple[StoredEvent, MediaRow]:

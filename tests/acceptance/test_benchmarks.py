@@ -1,0 +1,49 @@
+"""The benchmarks run as printed, on small sizes: figures that nobody can get again are none."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from harness import command_environment
+from servers import missing
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> str:
+    """Run a benchmark and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        env=command_environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
+    """All sides are measured, every ack is accounted for, and the page gets its table and its chart."""
+    for program in ("wrk", "strace"):
+        if shutil.which(program) is None:
+            missing(program, f"apt-get install {program}")
+    shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
+    printed = run("benchmarks/ingest.py", "--rounds", "1", "--seconds", "1", "--write", str(tmp_path))
+    page = (tmp_path / "performance.md").read_text()
+    assert printed.strip() in page
+    assert "## Where the time goes" in page
+    assert page.count("<!-- ingest: begin -->") == 1
+    for line in ("receiver, PostgreSQL |", "naive handler, SQLite |", "Flushes per acked event"):
+        assert line in page
+    assert (tmp_path / "ingest.svg").read_text().count("<rect") == 9
+
+
+def test_latency_is_measured() -> None:
+    """Both databases have a row for the rate, with a time in every column."""
+    rows = run("benchmarks/latency.py", "--rates", "50", "--seconds", "2", "--rounds", "1").splitlines()[3:]
+    assert [row.split(" | ")[0] for row in rows] == ["| PostgreSQL", "| SQLite"]
+    assert all(row.count("(") == 5 for row in rows)

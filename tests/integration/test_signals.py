@@ -1,0 +1,154 @@
+"""Wake-ups across processes: who is signalled, and that nothing depends on it."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+import httpx
+import pytest
+from payloads import SECRET, body, signed
+from servers import Postgres
+from sqlalchemy import text
+
+from receiver.app import create_app
+from receiver.db import signals
+from receiver.db.engine import Database
+from receiver.db.signals import Signals, listen
+from receiver.lanes import FAN_OUT_LANE
+from receiver.settings import Settings
+from receiver.worker import Wakeups
+
+SOON = 10.0
+
+
+class Heard:
+    """The lanes that a listener was told of."""
+
+    def __init__(self) -> None:
+        self.lanes: list[str] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, lane: str) -> None:
+        """Note a lane."""
+        self.lanes.append(lane)
+        self._news.set()
+
+    async def until(self, *lanes: str) -> None:
+        """Wait until the lanes were signalled."""
+        async with asyncio.timeout(SOON):
+            while not set(lanes) <= set(self.lanes):
+                await self._news.wait()
+                self._news.clear()
+
+
+@pytest.fixture
+async def one(postgres: Postgres) -> AsyncIterator[Database]:
+    """The database, as a process without a worker has it."""
+    opened = Database(postgres.url(template="migrated"))
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def heard(one: Database) -> AsyncIterator[Heard]:
+    """A listener, as a worker in another process has it."""
+    other, heard = Database(one.url.render_as_string(hide_password=False)), Heard()
+    task = asyncio.create_task(listen(other, heard))
+    await listening(one)
+    yield heard
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await other.close()
+
+
+async def listening(database: Database) -> None:
+    """Wait until somebody listens."""
+    query = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+    async with asyncio.timeout(SOON):
+        while True:
+            async with database.read() as connection:
+                if (await connection.execute(query)).scalar_one():
+                    return
+            await asyncio.sleep(0.02)
+
+
+async def test_lanes_are_signalled_across_processes(one: Database, heard: Heard) -> None:
+    """Who has no worker tells those who have one, whatever the lane is called."""
+    sender = Signals(one)
+    wakeups = Wakeups(sender.send)
+    wakeups.wake("fanout")
+    wakeups.wake("destination:größer")
+    await heard.until("fanout", "destination:größer")
+    await sender.close()
+
+
+async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) -> None:
+    """Where a lane waits in this process, its wake-up stays here."""
+    sender = Signals(one)
+    wakeups = Wakeups(sender.send)
+    waiting = asyncio.create_task(wakeups.wait("fanout", timeout=SOON))
+    await asyncio.sleep(0)
+    wakeups.wake("fanout")
+    await asyncio.wait_for(waiting, SOON / 2)
+    wakeups.wake("media")
+    await heard.until("media")
+    assert heard.lanes == ["media"]
+    await sender.close()
+
+
+async def test_one_signal_does_for_many_commits(one: Database, heard: Heard) -> None:
+    """Under load a lane is signalled at intervals, and the last time after the last commit."""
+    sender = Signals(one)
+    for _ in range(200):
+        sender.send("fanout")
+        await asyncio.sleep(0)
+    sender.send("last")
+    await heard.until("fanout", "last")
+    await sender.close()
+    assert heard.lanes.count("fanout") < 20
+
+
+async def test_a_lost_listener_comes_back(
+    one: Database, heard: Heard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C3: a listener whose connection is ended listens again."""
+    monkeypatch.setattr(signals, "RECONNECT", 0.1)
+    async with one.write() as connection:
+        await connection.execute(
+            text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+        )
+    await asyncio.sleep(0.3)
+    await listening(one)
+    sender = Signals(one)
+    sender.send("fanout")
+    await heard.until("fanout")
+    await sender.close()
+
+
+async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
+    """C3: while the database is away signals are dropped, and later ones are sent."""
+    database = Database("postgresql://nobody@127.0.0.1:1/x")
+    sender = Signals(database)
+    sender.send("fanout")
+    await sender.close()
+    sender.send("fanout")
+    await sender.close()
+    await database.close()
+
+
+async def test_a_web_process_signals_what_it_stores(one: Database, heard: Heard) -> None:
+    """A webhook that is acked by a process without a worker wakes the fan-out of the one that has it."""
+    settings = Settings.load(
+        database_url=one.url.render_as_string(hide_password=False).replace("+asyncpg", ""),
+        clipia_webhook_secret=SECRET,
+    )
+    app = create_app(settings, worker=False)
+    content = body("r-1")
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client,
+    ):
+        answer = await client.post("/clipia/webhook", content=content, headers=signed(content))
+        assert answer.status_code == 200
+        await heard.until(FAN_OUT_LANE)
