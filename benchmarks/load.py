@@ -109,7 +109,8 @@ def run_wrk(
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed: apt-get install wrk")
     size = write_requests(file, round(most * seconds) + connections)
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "-s", str(HERE / "load.lua")]
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s"]
+    command += ["-s", str(HERE / "load.lua")]
     command += [f"http://127.0.0.1:{port}{PATH}", "--", str(file), str(size)]
     before, used = cpu_seconds(servers), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
