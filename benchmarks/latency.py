@@ -150,7 +150,7 @@ def main() -> None:
     options = parser.parse_args()
     print(
         f"{options.rounds} rounds of {options.seconds:.0f} s, {os.cpu_count()} cores for everything; "
-        "medians of the rounds, in milliseconds; in brackets the worst round"
+        "medians of the rounds, in milliseconds; in brackets the worst round\n"
     )
     names = ("ack p50", "ack p99", "end to end p50", "end to end p95", "end to end p99")
     print(f"| Database | webhooks/s | {' | '.join(names)} | idle CPU |")

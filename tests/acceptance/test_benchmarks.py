@@ -45,6 +45,6 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
 
 def test_latency_is_measured() -> None:
     """Both databases have a row for the rate, with a time in every column."""
-    rows = run("benchmarks/latency.py", "--rates", "50", "--seconds", "2", "--rounds", "1").splitlines()[3:]
+    rows = run("benchmarks/latency.py", "--rates", "50", "--seconds", "2", "--rounds", "1").splitlines()[4:]
     assert [row.split(" | ")[0] for row in rows] == ["| PostgreSQL", "| SQLite"]
     assert all(row.count("(") == 5 for row in rows)
