@@ -43,6 +43,16 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
     assert (tmp_path / "ingest.svg").read_text().count("<rect") == 4
 
 
+def test_downloads_are_measured() -> None:
+    """Large and small files have a row, with both ratios."""
+    if shutil.which("curl") is None:
+        missing("curl", "apt-get install curl")
+    printed = run("benchmarks/download.py", "--mebibytes", "16", "--files", "8", "--rounds", "1")
+    rows = printed.splitlines()[4:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1 of 16 MiB", "| 8 of 1 MiB"]
+    assert all(row.count(" to ") == 2 for row in rows)
+
+
 def test_latency_is_measured() -> None:
     """Both databases have a row for the rate, with a time in every column."""
     rows = run("benchmarks/latency.py", "--rates", "50", "--seconds", "2", "--rounds", "1").splitlines()[4:]
