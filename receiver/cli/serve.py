@@ -99,6 +99,8 @@ def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starl
     # What start-up made lives as long as the process; scanning it again and again costs tens of milliseconds.
     gc.collect()
     gc.freeze()
+    # Requests leave next to no cycles behind: looking for some every 700 objects only costs time.
+    gc.set_threshold(50_000, 20, 100)
     return app
 
 
