@@ -99,6 +99,9 @@ class Ingest:
             event, webhook_id, verified.secret_id, datetime.fromtimestamp(verified.timestamp, UTC)
         )
         outcome = await self._first.add(arrival) or await self._again.add(arrival)
+        if outcome is None:
+            # Pruned since it was found to be there. The next delivery starts afresh.
+            raise DatabaseUnavailable("the event vanished while it was looked up", reason="race")
         return Received(event.id, outcome)
 
     async def record_result(self, source: str, body: bytes) -> Received:
@@ -111,9 +114,7 @@ class Ingest:
         )
         async with self._database.write() as connection:
             seq = await inbox.insert_event(connection, event)
-        outcome: Outcome = "duplicate" if seq is None else "accepted"
-        if seq is not None and event.state == "unrecognized":
-            outcome = "unrecognized"
+        outcome = "duplicate" if seq is None else event.first_outcome
         WEBHOOKS.labels(source, f"poll_{outcome}").inc()
         if outcome == "accepted":
             self._on_accepted()
@@ -125,7 +126,7 @@ class Ingest:
         new = {arrival.event.id: arrival for arrival in reversed(group)}
         known = await arrivals.insert_new(self._database, [*new.values()])
         outcomes: list[Outcome | None] = [
-            _first_outcome(arrival.event)
+            arrival.event.first_outcome
             if arrival.event.id not in known and new[arrival.event.id] is arrival
             else None
             for arrival in group
@@ -135,23 +136,30 @@ class Ingest:
             self._on_accepted()
         return outcomes
 
-    async def _compare(self, group: Sequence[Arrival]) -> list[Outcome]:
-        """Put deliveries of events that are there already on record, and return how they are answered."""
+    async def _compare(self, group: Sequence[Arrival]) -> list[Outcome | None]:
+        """Put deliveries of events that are there already on record, and return how they are answered.
+
+        None is for one whose event is there no more.
+        """
         async with self._database.write() as connection:
-            known = await inbox.find_events(connection, {arrival.event.id for arrival in group})
-            if any(arrival.event.id not in known for arrival in group):
-                # Pruned since. The next delivery starts afresh.
-                raise DatabaseUnavailable("the event vanished while it was looked up", reason="race")
-            others = [
-                known[event.id].seq for event, *_ in group if known[event.id].body_sha256 != event.body_sha256
-            ]
+            found = await inbox.find_events(connection, {event.request_id for event, *_ in group})
+            known = [found.get((event.source, event.request_id)) for event, *_ in group]
+            others = {
+                one.seq
+                for one, (event, *_) in zip(known, group, strict=True)
+                if one is not None and one.body_sha256 != event.body_sha256
+            }
             bodies = await inbox.load_bodies(connection, others) if others else {}
-            outcomes = [_outcome(known[event.id], event, bodies) for event, *_ in group]
+            outcomes = [
+                None if one is None else _outcome(one, event, bodies)
+                for one, (event, *_) in zip(known, group, strict=True)
+            ]
             await inbox.insert_receipts(
                 connection,
                 [
-                    (known[arrival.event.id].seq, arrival, outcome)
-                    for arrival, outcome in zip(group, outcomes, strict=True)
+                    (one.seq, arrival, outcome)
+                    for one, arrival, outcome in zip(known, group, outcomes, strict=True)
+                    if one is not None and outcome is not None
                 ],
             )
         self._report(group, outcomes)
@@ -180,10 +188,6 @@ class Ingest:
         for (source, outcome), request_ids in lots.items():
             WEBHOOKS.labels(source, outcome).inc(len(request_ids))
             log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
-
-
-def _first_outcome(event: NewEvent) -> Outcome:
-    return "accepted" if event.state == "received" else "unrecognized"
 
 
 def _outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:

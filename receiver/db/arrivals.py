@@ -20,7 +20,7 @@ from receiver.db.tables import events, receipts
 
 _OF_EVENT: Final = NewEvent._fields
 _OF_RECEIPT: Final = Arrival._fields[1:]
-_IN_RECEIPT: Final = (*_OF_RECEIPT, "received_at", "body_sha256", "outcome")
+_IN_RECEIPT: Final = (*_OF_RECEIPT, "outcome", "received_at", "body_sha256")
 
 
 async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
@@ -40,13 +40,16 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
         return await database.run_at_once(partial(_insert_rows, arrivals))
     of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
     _, *of_receipt = zip(*arrivals, strict=True)
-    rows = await database.fetch_at_once(_INSERT, (*of_event, *of_receipt))
+    outcomes = tuple(arrival.event.first_outcome for arrival in arrivals)
+    rows = await database.fetch_at_once(_INSERT, (*of_event, *of_receipt, outcomes))
     return {row["id"] for row in rows}
 
 
 def _insert_columns() -> str:
     """Return PostgreSQL's statement; its parameters are an array for each field, in their order."""
-    fields = {name: events.c[name] for name in _OF_EVENT} | {name: receipts.c[name] for name in _OF_RECEIPT}
+    fields = {name: events.c[name] for name in _OF_EVENT}
+    fields |= {name: receipts.c[name] for name in (*_OF_RECEIPT, "outcome")}
+    # SQLAlchemy gives the constructors of its dialects no types.
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     arrays = [
         # A cast to a text of limited length would cut what is longer, where an insert refuses it.
@@ -61,9 +64,7 @@ def _insert_columns() -> str:
         ),
         on_record AS (
             INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
-            SELECT new.seq, {", ".join(_IN_RECEIPT[:-1])},
-                CASE state WHEN 'received' THEN 'accepted' ELSE 'unrecognized' END
-            FROM new JOIN arrived USING (id)
+            SELECT new.seq, {", ".join(_IN_RECEIPT)} FROM new JOIN arrived USING (id)
         )
         SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
     """  # noqa: S608 - our own names only
@@ -83,9 +84,9 @@ def _insert_rows(arrivals: Sequence[Arrival], connection: Connection) -> set[UUI
         (
             seqs[event.id],
             *map(_sqlite_value, of_receipt),
+            event.first_outcome,
             _sqlite_value(event.received_at),
             event.body_sha256,
-            "accepted" if event.state == "received" else "unrecognized",
         )
         for event, *of_receipt in arrivals
         if event.id in seqs

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -262,6 +263,9 @@ class _PostgresqlStatements:
         self._engine = _postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
         self._connection: AsyncConnection | None = None
         self._turn = asyncio.Lock()
+        # An extra, which is there once the engine could be made.
+        asyncpg = import_module("asyncpg")
+        self._refusals = (asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError, OSError)
 
     async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
         """Run a statement and return its rows."""
@@ -281,7 +285,7 @@ class _PostgresqlStatements:
                     await connection.close()
                 sqlstate = str(getattr(error, "sqlstate", None) or "")
                 ours = isinstance(error, ValueError) or sqlstate[:2] in _OUR_MISTAKES
-                if ours or not isinstance(error, Exception):
+                if ours or not isinstance(error, self._refusals):
                     raise
                 raise DatabaseUnavailable(
                     f"the database is unavailable ({type(error).__name__}: {error})", reason="database"

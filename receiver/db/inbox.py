@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
-from uuid import UUID
 
 from sqlalchemy import Integer, String, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
@@ -37,16 +36,21 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
     return (await connection.execute(statement)).scalar_one_or_none()
 
 
-async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
-    """Return those of the events that are there."""
-    columns = events.c.id, events.c.seq, events.c.origin, events.c.status, events.c.body_sha256
-    rows = await connection.execute(select(*columns).where(events.c.id.in_(ids)))
-    return {id_: KnownEvent(*values) for id_, *values in rows}
+async def find_events(
+    connection: AsyncConnection, request_ids: Collection[str]
+) -> dict[tuple[str, str], KnownEvent]:
+    """Return the events of some `request_id`s, by source and `request_id`."""
+    key = events.c.source, events.c.request_id
+    columns = events.c.seq, events.c.origin, events.c.status, events.c.body_sha256
+    rows = await connection.execute(
+        select(*key, *columns).where(events.c.request_id.in_(padded(request_ids)))
+    )
+    return {(source, request_id): KnownEvent(*values) for source, request_id, *values in rows}
 
 
 async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
     """Return the raw bodies of events, by `seq`."""
-    rows = await connection.execute(select(events.c.seq, events.c.body).where(events.c.seq.in_(seqs)))
+    rows = await connection.execute(select(events.c.seq, events.c.body).where(events.c.seq.in_(padded(seqs))))
     return {row.seq: row.body for row in rows}
 
 
@@ -65,7 +69,8 @@ async def insert_receipts(connection: AsyncConnection, found: Sequence[tuple[int
         }
         for seq, arrival, outcome in found
     ]
-    await connection.execute(insert(receipts), rows)
+    if rows:
+        await connection.execute(insert(receipts), rows)
 
 
 _STORED = (

@@ -62,6 +62,11 @@ class NewEvent(NamedTuple):
     job_id: uuid.UUID | None = None
     """The job that the callback's path named; not signed, so it only helps to find the job."""
 
+    @property
+    def first_outcome(self) -> Outcome:
+        """How the delivery that made the event is answered, and put on record."""
+        return "accepted" if self.state == "received" else "unrecognized"
+
 
 class Arrival(NamedTuple):
     """One authentic inbound delivery, and the event that it is of."""

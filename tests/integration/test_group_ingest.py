@@ -137,6 +137,24 @@ async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.Mon
     assert await count(database) == (3, 3)
 
 
+async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that is pruned between the two looks is sent again; those who share its group are answered."""
+    ingest = make_ingest(database)
+    names = ("r-1", "r-2", "r-3")
+    assert outcomes(await deliver(ingest, [body(each) for each in names])) == ["accepted"] * 3
+    find = inbox.find_events
+
+    async def pruned(*arguments: Any) -> dict[tuple[str, str], inbox.KnownEvent]:
+        found = await find(*arguments)
+        found.pop(("clipia", "r-2"), None)
+        return found
+
+    monkeypatch.setattr(inbox, "find_events", pruned)
+    results = await deliver(ingest, [body(each) for each in names])
+    assert outcomes(results) == ["duplicate", "DatabaseUnavailable", "duplicate"]
+    assert await count(database) == (3, 5)
+
+
 async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
     """The short way writes the same values, in the same form, as the tables' own types."""
     content = body("r-1")
@@ -191,6 +209,22 @@ async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
         await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 129)])
     assert await count(database) == (0, 0)
     assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+
+
+async def test_a_mistake_of_ours_is_no_outage(
+    on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that is not the database's shows as itself, and only its own delivery fails for it."""
+    database, fetch = on_postgresql, Database.fetch_at_once
+
+    async def spoiled(one: Database, statement: str, arguments: Any) -> list[Any]:
+        return await fetch(one, statement, None if "bad" in arguments[2] else arguments)  # type: ignore[arg-type] # the mistake
+
+    monkeypatch.setattr(Database, "fetch_at_once", spoiled)
+    results = await deliver(make_ingest(database), [body(each) for each in ("r-0", "r-1", "bad", "r-2")])
+    assert [each == "accepted" for each in outcomes(results)] == [True, True, False, True]
+    assert isinstance(results[2], TypeError)
+    assert await count(database) == (3, 3)
 
 
 async def test_a_lost_connection_costs_one_group(on_postgresql: Database) -> None:
