@@ -262,27 +262,29 @@ class _PostgresqlStatements:
         # One for statements, and one for who holds one.
         self._engine = _postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
         self._connection: AsyncConnection | None = None
+        self._driver: Any = None
         self._turn = asyncio.Lock()
         # An extra, which is there once the engine could be made.
         asyncpg = import_module("asyncpg")
-        self._refusals = (asyncpg.PostgresError, asyncpg.InterfaceError, TimeoutError, OSError)
+        self._refusals = (
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+            # What a statement meets between the server's word that it ends the connection and the end.
+            asyncpg.InternalClientError,
+            TimeoutError,
+            OSError,
+        )
 
     async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
         """Run a statement and return its rows."""
         async with self._turn:
-            with _unavailable():
-                if self._connection is None:
-                    self._connection = await self._engine.connect()
-                raw = await self._connection.get_raw_connection()
-            driver: Any = raw.driver_connection
+            if self._connection is None or self._driver.is_closed():
+                await self._reconnect()
             try:
-                rows: list[Any] = await driver.fetch(statement, *arguments)
+                rows: list[Any] = await self._driver.fetch(statement, *arguments)
             except BaseException as error:
                 # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
-                connection, self._connection = self._connection, None
-                with _unavailable():
-                    await connection.invalidate()
-                    await connection.close()
+                await self._disconnect()
                 sqlstate = str(getattr(error, "sqlstate", None) or "")
                 ours = isinstance(error, ValueError) or sqlstate[:2] in _OUR_MISTAKES
                 if ours or not isinstance(error, self._refusals):
@@ -291,6 +293,20 @@ class _PostgresqlStatements:
                     f"the database is unavailable ({type(error).__name__}: {error})", reason="database"
                 ) from error
             return rows
+
+    async def _reconnect(self) -> None:
+        await self._disconnect()
+        with _unavailable():
+            connection = await self._engine.connect()
+            self._driver = (await connection.get_raw_connection()).driver_connection
+            self._connection = connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with _unavailable():
+                await connection.invalidate()
+                await connection.close()
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Any]:
