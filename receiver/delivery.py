@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +35,7 @@ from receiver.lanes import (
     start_attempt,
 )
 from receiver.observability import CIRCUIT_OPEN, DELIVERIES
-from receiver.webhook import parse
+from receiver.webhook import reread
 
 LARGEST_GROUP: Final = 200
 """Results that share a transaction at most."""
@@ -52,6 +52,7 @@ class Result:
     """What came of a try: the delivery's last state, or with `delay` (seconds) another try."""
 
     claim: DeliveryClaim
+    event: StoredEvent
     attempt: Attempt
     state: str | None = None
     delay: float = 0.0
@@ -74,6 +75,7 @@ class DeliveryLane(WorkLane):
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
         self._circuit = Circuit(concurrency)
+        CIRCUIT_OPEN.labels(target.name).set(0)
         self._replay_share = max(1, concurrency // 4)
         self._replaying: dict[UUID, float] = {}
         self._live_until = self._replays_from = 0.0
@@ -84,22 +86,24 @@ class DeliveryLane(WorkLane):
         limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
         if not limit:
             return []
-        async with self._database.write() as connection:
-            claims = await self._claim(connection, limit)
-            if not claims:
-                return []
-            seqs = {claim.event_seq for claim in claims}
-            events = await inbox.load_events(connection, seqs)
-            files = await outbox.load_media(connection, seqs)
-            refs = await jobs.load_refs(connection, seqs)
-            canceled = await replays.canceled(
-                connection, {claim.replay_id for claim in claims if claim.replay_id is not None}
-            )
+        work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
         # Only now: a claim that was rolled back takes no place.
-        now = time.monotonic()
-        self._replaying |= {claim.id: now for claim in claims if claim.replay_id is not None}
+        self._replaying |= dict.fromkeys(replayed, time.monotonic())
+        return work
+
+    async def _take(self, connection: AsyncConnection, *, limit: int) -> tuple[list[Work], list[UUID]]:
+        """Claim deliveries; return what to do with them, and the ids of those that are of replays."""
+        claims = await self._claim(connection, limit)
+        if not claims:
+            return [], []
+        seqs = {claim.event_seq for claim in claims}
+        events = await inbox.load_events(connection, seqs)
+        files = await outbox.load_media(connection, seqs)
+        refs = await jobs.load_refs(connection, seqs)
+        replay_ids = {claim.id: claim.replay_id for claim in claims if claim.replay_id is not None}
+        canceled = await replays.canceled(connection, set(replay_ids.values()))
         return [
-            Work(claim=claim, run=partial(self._drop, claim))
+            Work(claim=claim, run=partial(self._drop, claim, events[claim.event_seq]))
             if claim.replay_id in canceled
             else Work(
                 claim=claim,
@@ -112,7 +116,7 @@ class DeliveryLane(WorkLane):
                 ),
             )
             for claim in claims
-        ]
+        ], list(replay_ids)
 
     async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
         """Claim what is live first, and of replays no more than leaves room and time for it."""
@@ -145,11 +149,11 @@ class DeliveryLane(WorkLane):
             if claim.replay_id is not None:
                 self._replayed(claim)
 
-    async def _drop(self, claim: DeliveryClaim) -> None:
+    async def _drop(self, claim: DeliveryClaim, event: StoredEvent) -> None:
         """End a delivery whose replay was canceled."""
         self._replaying.pop(claim.id, None)
         attempt = start_attempt(claim)("failed", "its replay was canceled")
-        await self._settle(Result(claim=claim, attempt=attempt, state="canceled"))
+        await self._settle(Result(claim=claim, event=event, attempt=attempt, state="canceled"))
 
     async def _try(
         self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
@@ -170,19 +174,19 @@ class DeliveryLane(WorkLane):
             await self._failed(claim, attempt, event, error)
             return
         self._note(None, started)
-        if await self._settle(Result(claim=claim, attempt=attempt("succeeded"), state="delivered")):
-            self._count("delivered")
-            log.info("delivered", **self._ids(claim, event))
+        await self._settle(Result(claim=claim, event=event, attempt=attempt("succeeded"), state="delivered"))
 
     def _note(self, error: Exception | None, started: float) -> None:
         """Tell the circuit how the destination is doing; refusing one message is no trouble."""
+        was_open = self._circuit.is_open
         if error is None or isinstance(error, PublishRejected):
-            if self._circuit.is_open:
-                log.info("destination takes events again", destination=self._target.name)
             self._circuit.succeeded()
+            if was_open:
+                log.info("destination takes events again", destination=self._target.name)
         elif self._circuit.failed(time.monotonic(), started=started):
             log.error("destination left alone", destination=self._target.name, error=str(error))
-        CIRCUIT_OPEN.labels(self._target.name).set(self._circuit.is_open)
+        if self._circuit.is_open != was_open:
+            CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
 
     async def _failed(
         self, claim: DeliveryClaim, attempt: Record, event: StoredEvent, error: Exception
@@ -193,12 +197,10 @@ class DeliveryLane(WorkLane):
             await self._give_up(claim, attempt("failed", message), event)
             return
         log_failure("not delivered", claim, error, message, delay=delay, **self._ids(claim, event))
-        if await self._settle(Result(claim=claim, attempt=attempt("retry", message), delay=delay)):
-            self._count("retry")
+        await self._settle(Result(claim=claim, event=event, attempt=attempt("retry", message), delay=delay))
 
     async def _give_up(self, claim: DeliveryClaim, attempt: Attempt, event: StoredEvent) -> None:
-        if await self._settle(Result(claim=claim, attempt=attempt, state="dead")):
-            self._count("dead")
+        if await self._settle(Result(claim=claim, event=event, attempt=attempt, state="dead")):
             log.error("dead letter", error=attempt.error, **self._ids(claim, event))
 
     async def _settle(self, result: Result) -> bool:
@@ -207,25 +209,16 @@ class DeliveryLane(WorkLane):
 
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return which of them found their lease still held."""
-        finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)
-        held = set[UUID]()
-        async with self._database.write() as connection:
-            await leases.lock(connection, deliveries, [each.claim for each in results])
-            for each in results:
-                if each.state is not None:
-                    finished[each.state, each.attempt.error].append(each.claim)
-                elif await leases.retry(
-                    connection, deliveries, each.claim, delay=each.delay, error=each.attempt.error
-                ):
-                    held.add(each.claim.id)
-            for (state, error), claims in finished.items():
-                held |= await leases.finish_all(connection, deliveries, claims, state=state, error=error)
-            tries = [(each.claim.id, each.attempt) for each in results if each.claim.id in held]
-            await leases.record_attempts(connection, tries)
+        held = await self._database.run_at_once(partial(_record, results=results))
+        self._count([each for each in results if each.claim.id in held])
         return [each.claim.id in held for each in results]
 
-    def _count(self, outcome: str) -> None:
-        DELIVERIES.labels(self._target.name, outcome).inc()
+    def _count(self, results: Sequence[Result]) -> None:
+        """Count what is on record now. The log has one line for all that was delivered."""
+        for outcome, count in Counter(each.state or "retry" for each in results).items():
+            DELIVERIES.labels(self._target.name, outcome).inc(count)
+        if delivered := [each.event.request_id for each in results if each.state == "delivered"]:
+            log.info("events delivered", destination=self._target.name, request_ids=delivered)
 
     def _ids(self, claim: DeliveryClaim, event: StoredEvent) -> dict[str, Any]:
         return {
@@ -237,21 +230,40 @@ class DeliveryLane(WorkLane):
         }
 
 
+async def _record(connection: AsyncConnection, results: Sequence[Result]) -> set[UUID]:
+    """Record results; return the ids of those whose lease was still held."""
+    held = set[UUID]()
+    finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)
+    await leases.lock(connection, deliveries, [each.claim for each in results])
+    for each in results:
+        if each.state is not None:
+            finished[each.state, each.attempt.error].append(each.claim)
+        elif await leases.retry(
+            connection, deliveries, each.claim, delay=each.delay, error=each.attempt.error
+        ):
+            held.add(each.claim.id)
+    for (state, error), claims in finished.items():
+        held |= await leases.finish_all(connection, deliveries, claims, state=state, error=error)
+    tries = [(each.claim.id, each.attempt) for each in results if each.claim.id in held]
+    await leases.record_attempts(connection, tries)
+    return held
+
+
 def build_message(
     event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: DeliveryClaim
 ) -> CloudEvent:
     """Make the message of a claimed delivery."""
-    generation = parse(event.body)
+    content = reread(event.body)
     return envelope.build(
         event_id=event.id,
         source=event.source,
         received_at=event.received_at,
         request_id=event.request_id,
         status=event.status,
-        model=generation.model,
-        cost=generation.cost,
-        output=generation.output,
-        error=generation.error,
+        model=content.model,
+        cost=content.cost,
+        output=content.output,
+        error=content.error,
         media=[
             envelope.ForwardedFile(
                 url=row.url,

@@ -4,10 +4,12 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final, Literal, NamedTuple
 from uuid import UUID
 
 import structlog
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import arrivals, inbox
 from receiver.db.engine import Database
@@ -141,27 +143,7 @@ class Ingest:
 
         None is for one whose event is there no more.
         """
-        async with self._database.write() as connection:
-            found = await inbox.find_events(connection, {event.request_id for event, *_ in group})
-            known = [found.get((event.source, event.request_id)) for event, *_ in group]
-            others = {
-                one.seq
-                for one, (event, *_) in zip(known, group, strict=True)
-                if one is not None and one.body_sha256 != event.body_sha256
-            }
-            bodies = await inbox.load_bodies(connection, others) if others else {}
-            outcomes = [
-                None if one is None else _outcome(one, event, bodies)
-                for one, (event, *_) in zip(known, group, strict=True)
-            ]
-            await inbox.insert_receipts(
-                connection,
-                [
-                    (one.seq, arrival, outcome)
-                    for one, arrival, outcome in zip(known, group, outcomes, strict=True)
-                    if one is not None and outcome is not None
-                ],
-            )
+        outcomes = await self._database.run_at_once(partial(_record_again, group=group))
         self._report(group, outcomes)
         return outcomes
 
@@ -188,6 +170,30 @@ class Ingest:
         for (source, outcome), request_ids in lots.items():
             WEBHOOKS.labels(source, outcome).inc(len(request_ids))
             log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
+
+
+async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:
+    found = await inbox.find_events(connection, {event.request_id for event, *_ in group})
+    known = [found.get((event.source, event.request_id)) for event, *_ in group]
+    others = {
+        one.seq
+        for one, (event, *_) in zip(known, group, strict=True)
+        if one is not None and one.body_sha256 != event.body_sha256
+    }
+    bodies = await inbox.load_bodies(connection, others) if others else {}
+    outcomes = [
+        None if one is None else _outcome(one, event, bodies)
+        for one, (event, *_) in zip(known, group, strict=True)
+    ]
+    await inbox.insert_receipts(
+        connection,
+        [
+            (one.seq, arrival, outcome)
+            for one, arrival, outcome in zip(known, group, outcomes, strict=True)
+            if one is not None and outcome is not None
+        ],
+    )
+    return outcomes
 
 
 def _outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:

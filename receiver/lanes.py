@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final, Protocol
 from uuid import UUID
 
@@ -94,22 +95,17 @@ class WorkLane:
 
     async def renew(self, claims: Collection[Claim]) -> set[UUID]:
         """Extend leases; return the ids that are still ours."""
-        async with self._database.write() as connection:
-            return await leases.renew(connection, self._table, claims, lease=LEASE)
+        return await self._database.run_at_once(
+            partial(leases.renew, table=self._table, claims=claims, lease=LEASE)
+        )
 
     async def release(self, claims: Collection[Claim]) -> None:
         """Give claims back untried."""
-        async with self._database.write() as connection:
-            await leases.release(connection, self._table, claims)
+        await self._database.run_at_once(partial(leases.release, table=self._table, claims=claims))
 
     async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[bool]]) -> bool:
         """Record a result in a transaction of its own; False where the lease was lost meanwhile."""
-
-        async def record() -> bool:
-            async with self._database.write() as connection:
-                return await write(connection)
-
-        return await self._until_recorded(claim, record)
+        return await self._until_recorded(claim, lambda: self._database.run_at_once(write))
 
     async def _until_recorded(self, claim: Claim, record: Callable[[], Awaitable[bool]]) -> bool:
         # For as long as the database is away: work that is done would else be done, and forwarded, again.

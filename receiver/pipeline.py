@@ -94,12 +94,14 @@ class FanOut:
             return found
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
-        async with self._database.write() as connection:
+        async def work(connection: AsyncConnection) -> tuple[int, set[str] | None]:
             events = await inbox.lock_received(connection, limit=limit)
-            lanes = await add_work(connection, events) if events else None
+            return len(events), await add_work(connection, events) if events else None
+
+        count, lanes = await self._database.run_at_once(work)
         for lane in lanes or ():
             self._wake(lane)
-        return 0 if lanes is None else len(events)
+        return 0 if lanes is None else count
 
     async def _add_work_singly(
         self, connection: AsyncConnection, events: Sequence[StoredEvent]
@@ -210,18 +212,21 @@ class MediaLane(WorkLane):
         """Claim files that are due. Raises DatabaseUnavailable."""
         if time.monotonic() < self._paused_until:
             return []
-        async with self._database.write() as connection:
+
+        async def work(connection: AsyncConnection) -> list[Work]:
             claims = await leases.claim_media(connection, limit=limit, lease=LEASE)
             if not claims:
                 return []
             seqs = {claim.event_seq for claim in claims}
             events = await inbox.load_events(connection, seqs)
             files = await outbox.load_media(connection, seqs)
-        rows = {row.id: row for event_files in files.values() for row in event_files}
-        return [
-            Work(claim=claim, run=partial(self._save, claim, events[claim.event_seq], rows[claim.id]))
-            for claim in claims
-        ]
+            rows = {row.id: row for event_files in files.values() for row in event_files}
+            return [
+                Work(claim=claim, run=partial(self._save, claim, events[claim.event_seq], rows[claim.id]))
+                for claim in claims
+            ]
+
+        return await self._database.run_at_once(work)
 
     async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
         attempt = start_attempt(claim)

@@ -17,8 +17,8 @@ from receiver.pipeline import FanOut
 POLL: Final = 0.5
 """Seconds between looks for work that no signal announced: other processes' and what becomes due."""
 GATHER: Final = 0.01
-"""Seconds between the claims of a busy lane: one that claimed for every place that comes free would claim one
-row at a time."""
+"""Seconds that a busy lane waits for half of its places to come free: one that claimed for every place would
+claim one row at a time."""
 OUTAGE_PAUSE: Final = 2.0
 """Seconds between tries while the database is away."""
 DRAIN: Final = 25.0
@@ -116,6 +116,7 @@ class _LaneRunner:
         self._wakeups = wakeups
         self._drain = drain
         self._held: dict[asyncio.Task[None], Claim] = {}
+        self._half_free = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Claim and work until told to stop, then drain."""
@@ -142,10 +143,21 @@ class _LaneRunner:
                 self._held[task] = work.claim
                 task.add_done_callback(self._finished)
             if works:
-                await asyncio.sleep(GATHER)
+                await self._gather()
             if len(works) == room:
                 return
         await self._wakeups.wait(self.name, timeout=_jittered(POLL))
+
+    async def _gather(self) -> None:
+        if self._is_half_free():
+            return
+        self._half_free.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GATHER):
+                await self._half_free.wait()
+
+    def _is_half_free(self) -> bool:
+        return 2 * len(self._held) <= self._lane.concurrency
 
     async def _perform(self, work: Work) -> None:
         try:
@@ -156,6 +168,8 @@ class _LaneRunner:
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         del self._held[task]
+        if self._is_half_free():
+            self._half_free.set()
         self._wakeups.wake(self.name)
 
     async def _renew(self) -> None:

@@ -1,7 +1,6 @@
 """`receiver serve`: the web process."""
 
 import asyncio
-import gc
 import os
 import socket
 import tempfile
@@ -16,7 +15,7 @@ from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
 from receiver.api.protocol import DeadlineHttpToolsProtocol
-from receiver.app import Only, Parts, create_app, prepare
+from receiver.app import Only, Parts, collect_garbage_less, create_app, prepare
 from receiver.errors import SettingsError
 from receiver.observability import configure_logging
 from receiver.settings import Settings
@@ -96,11 +95,7 @@ def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starl
         # A process that uvicorn has spawned inherits no logging.
         configure_logging(level=settings.log_level)
     app = create_app(settings, multiprocess=multiprocess, **options)
-    # What start-up made lives as long as the process; scanning it again and again costs tens of milliseconds.
-    gc.collect()
-    gc.freeze()
-    # Requests leave next to no cycles behind: looking for some every 700 objects only costs time.
-    gc.set_threshold(50_000, 20, 100)
+    collect_garbage_less()
     return app
 
 

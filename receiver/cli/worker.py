@@ -5,7 +5,7 @@ import signal
 
 import uvloop
 
-from receiver.app import Parts, prepare, running_worker
+from receiver.app import Parts, collect_garbage_less, prepare, running_worker
 from receiver.db.engine import Database
 from receiver.observability import configure_logging
 from receiver.settings import Settings
@@ -35,6 +35,7 @@ async def _run(settings: Settings) -> None:
         submitter = Submitter.configured(settings, database, wake=wakeups.wake)
         try:
             async with running_worker(settings, database, wakeups, submitter):
+                collect_garbage_less()
                 await stop.wait()
         finally:
             await submitter.close()

@@ -11,8 +11,9 @@ from functools import partial
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Connection, String, bindparam, func, select
+from sqlalchemy import String, bindparam, func, select
 from sqlalchemy.dialects import postgresql
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.engine import Database
 from receiver.db.rows import Arrival, NewEvent
@@ -73,12 +74,12 @@ def _insert_columns() -> str:
 _INSERT: Final = _insert_columns()
 
 
-def _insert_rows(arrivals: Sequence[Arrival], connection: Connection) -> set[UUID]:
+async def _insert_rows(arrivals: Sequence[Arrival], connection: AsyncConnection) -> set[UUID]:
     """Insert on SQLite, where nobody else can write meanwhile: what is above the last `seq` is ours."""
-    last = connection.execute(_LAST_SEQ).scalar_one() or 0
+    last = (await connection.execute(_LAST_SEQ)).scalar_one() or 0
     event_rows = [tuple(map(_sqlite_value, arrival.event)) for arrival in arrivals]
-    connection.exec_driver_sql(_INSERT_EVENT, event_rows)
-    rows = connection.execute(_ABOVE, {"last": last})
+    await connection.exec_driver_sql(_INSERT_EVENT, event_rows)
+    rows = await connection.execute(_ABOVE, {"last": last})
     seqs: dict[UUID, int] = {row.id: row.seq for row in rows}
     new = [
         (
@@ -92,7 +93,7 @@ def _insert_rows(arrivals: Sequence[Arrival], connection: Connection) -> set[UUI
         if event.id in seqs
     ]
     if new:
-        connection.exec_driver_sql(_INSERT_RECEIPT, new)
+        await connection.exec_driver_sql(_INSERT_RECEIPT, new)
     return {arrival.event.id for arrival in arrivals} - seqs.keys()
 
 

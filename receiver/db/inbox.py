@@ -8,7 +8,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.lists import padded
+from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, probes, receipts
 
@@ -39,18 +39,14 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
 async def find_events(
     connection: AsyncConnection, request_ids: Collection[str]
 ) -> dict[tuple[str, str], KnownEvent]:
-    """Return the events of some `request_id`s, by source and `request_id`."""
-    key = events.c.source, events.c.request_id
-    columns = events.c.seq, events.c.origin, events.c.status, events.c.body_sha256
-    rows = await connection.execute(
-        select(*key, *columns).where(events.c.request_id.in_(padded(request_ids)))
-    )
+    """Return the events of some `request_id`s, by source and `request_id`; none is pruned from now on."""
+    rows = await connection.execute(_KNOWN, {"request_ids": request_ids})
     return {(source, request_id): KnownEvent(*values) for source, request_id, *values in rows}
 
 
 async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
     """Return the raw bodies of events, by `seq`."""
-    rows = await connection.execute(select(events.c.seq, events.c.body).where(events.c.seq.in_(padded(seqs))))
+    rows = await connection.execute(_BODIES, {"seqs": seqs})
     return {row.seq: row.body for row in rows}
 
 
@@ -73,6 +69,21 @@ async def insert_receipts(connection: AsyncConnection, found: Sequence[tuple[int
         await connection.execute(insert(receipts), rows)
 
 
+# Made once: to make one takes as long as to run it.
+_KNOWN = (
+    select(
+        events.c.source,
+        events.c.request_id,
+        events.c.seq,
+        events.c.origin,
+        events.c.status,
+        events.c.body_sha256,
+    )
+    .where(among(events.c.request_id, "request_ids"))
+    # As a receipt will do: one whose event is gone by then would fail, and its whole group with it.
+    .with_for_update(read=True, key_share=True)
+)
+_BODIES = select(events.c.seq, events.c.body).where(among(events.c.seq, "seqs"))
 _STORED = (
     events.c.seq,
     events.c.id,
@@ -83,9 +94,6 @@ _STORED = (
     events.c.received_at,
     events.c.job_id,
 )
-
-
-# Made once: to make one takes as long as to run it.
 _RECEIVED = (
     select(*_STORED)
     .where(events.c.state == "received")
@@ -94,10 +102,10 @@ _RECEIVED = (
     # Not against those who only refer to the event, such as the receipt of a duplicate.
     .with_for_update(skip_locked=True, key_share=True)
 )
-_BY_SEQ = select(*_STORED).where(events.c.seq.in_(bindparam("seqs", expanding=True)))
+_BY_SEQ = select(*_STORED).where(among(events.c.seq, "seqs"))
 _SET_STATE = (
     update(events)
-    .where(events.c.seq.in_(bindparam("seqs", expanding=True)))
+    .where(among(events.c.seq, "seqs"))
     .values(state=bindparam("new_state"), reason=bindparam("new_reason", type_=String))
 )
 
@@ -109,7 +117,7 @@ async def lock_received(connection: AsyncConnection, *, limit: int) -> Sequence[
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:
     """Return events by `seq`."""
-    rows = await connection.execute(_BY_SEQ, {"seqs": padded(seqs)})
+    rows = await connection.execute(_BY_SEQ, {"seqs": seqs})
     return {row.seq: StoredEvent(*row) for row in rows}
 
 
@@ -117,7 +125,7 @@ async def set_state(
     connection: AsyncConnection, seqs: Collection[int], state: EventState, *, reason: str | None = None
 ) -> None:
     """Move events to another state."""
-    await connection.execute(_SET_STATE, {"seqs": padded(seqs), "new_state": state, "new_reason": reason})
+    await connection.execute(_SET_STATE, {"seqs": seqs, "new_state": state, "new_reason": reason})
 
 
 async def backlog(connection: AsyncConnection) -> Backlog:

@@ -11,7 +11,6 @@ from sqlalchemy import (
     BigInteger,
     ColumnElement,
     and_,
-    bindparam,
     case,
     exists,
     false,
@@ -28,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.lists import padded
+from receiver.db.lists import among
 from receiver.db.rows import Attempt, Backlog, Claim, JobRef, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import events, jobs
 from receiver.webhook import Generation
@@ -336,7 +335,7 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
 
 # Made once: to make one takes as long as to run it.
 _SAME_REQUEST: Final = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
-_AMONG: Final = events.c.seq.in_(bindparam("seqs", expanding=True))
+_AMONG: Final = among(events.c.seq, "seqs")
 _WITH_OPEN_JOBS: Final = union(
     *(
         select(events.c.seq).join(jobs, same).where(_AMONG, jobs.c.state.in_(OPEN))
@@ -356,14 +355,14 @@ _REFS: Final = (
 
 async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
     """Return the `seq` of those events that `settle` may find an open job for."""
-    return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": padded(event_seqs)})).scalars())
+    return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": event_seqs})).scalars())
 
 
 async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
     """Return the jobs of events, by the event's `seq`."""
     return {
         values.pop("seq"): JobRef(**values)
-        for values in map(dict, (await connection.execute(_REFS, {"seqs": padded(event_seqs)})).mappings())
+        for values in map(dict, (await connection.execute(_REFS, {"seqs": event_seqs})).mappings())
     }
 
 

@@ -8,6 +8,7 @@ find its result refused, because another may have claimed the row since (a fenci
 import uuid
 from collections import defaultdict
 from collections.abc import Collection, Sequence
+from functools import cache
 from typing import Any, Final
 
 from sqlalchemy import (
@@ -16,13 +17,14 @@ from sqlalchemy import (
     Float,
     Integer,
     Row,
+    Select,
     Table,
+    Update,
     and_,
     bindparam,
     case,
     func,
     insert,
-    or_,
     select,
     update,
 )
@@ -30,9 +32,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.lists import padded
+from receiver.db.lists import among, unnested
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, media
+
+_ENDED: Final = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
 
 
 def _claim_statement(
@@ -98,7 +102,7 @@ _CLAIM_DELIVERIES: Final = {
 async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) -> list[EventClaim]:
     """Claim files as `claim` does."""
     rows = await _claim(connection, _CLAIM_MEDIA, limit=limit, lease=lease)
-    return [EventClaim(event_seq=row.event_seq, **_held_values(row)) for row in rows]
+    return [EventClaim(event_seq=row.event_seq, **_claimed(row)) for row in rows]
 
 
 async def claim_deliveries(
@@ -107,9 +111,7 @@ async def claim_deliveries(
     """Claim a destination's deliveries as `claim` does: those of replays, or the live ones."""
     statement = _CLAIM_DELIVERIES[replayed]
     rows = await _claim(connection, statement, limit=limit, lease=lease, to=destination)
-    return [
-        DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_held_values(row)) for row in rows
-    ]
+    return [DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_claimed(row)) for row in rows]
 
 
 async def claim(
@@ -124,7 +126,7 @@ async def claim(
     """Claim up to `limit` due rows in `state` for `lease` seconds, oldest due first."""
     statement = _claim_statement(table, where=where, state=state)
     rows = await _claim(connection, statement, limit=limit, lease=lease)
-    return [Claim(**_held_values(row)) for row in rows]
+    return [Claim(**_claimed(row)) for row in rows]
 
 
 async def _claim(
@@ -135,7 +137,7 @@ async def _claim(
     return rows
 
 
-def _held_values(row: Row[Any]) -> dict[str, Any]:
+def _claimed(row: Row[Any]) -> dict[str, Any]:
     return {"id": row.id, "lease": row.lease, "attempt": row.attempts, "lost": row.lost, "age": row.age}
 
 
@@ -144,26 +146,23 @@ async def renew(
 ) -> set[uuid.UUID]:
     """Extend the leases to `lease` seconds from now; return the ids that are still ours."""
     await lock(connection, table, claims)
-    rows = await connection.execute(
-        update(table).where(_held(table, claims)).values(next_attempt_at=db_time(lease)).returning(table.c.id)
-    )
-    return set(rows.scalars())
+    found = set()
+    for given in _held_values(claims):
+        rows = await connection.execute(_renewal(table), given | {"seconds": lease})
+        found.update(rows.scalars())
+    return found
 
 
 async def lock(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
     """Lock rows that are ours, in the one order that keeps those who change the same rows from a deadlock."""
-    await connection.execute(
-        select(table.c.id).where(_held(table, claims)).order_by(table.c.id).with_for_update()
-    )
+    for given in _held_values(claims):
+        await connection.execute(_locking(table), given)
 
 
 async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
     """Give rows back untried: due at once, the try not counted."""
-    await connection.execute(
-        update(table)
-        .where(_held(table, claims))
-        .values(next_attempt_at=db_time(0.0), lease=None, attempts=table.c.attempts - 1)
-    )
+    for given in _held_values(claims):
+        await connection.execute(_release(table), given)
 
 
 async def retry(
@@ -172,7 +171,7 @@ async def retry(
     """Put a row back for another try in `delay` seconds; False where the lease is no longer ours."""
     result = await connection.execute(
         update(table)
-        .where(_held(table, [held]))
+        .where(table.c.id == held.id, table.c.lease == held.lease)
         .values(next_attempt_at=db_time(delay), lease=None, lost=0, error=error, **values)
     )
     return result.rowcount == 1
@@ -188,28 +187,23 @@ async def finish(
     **values: Any,
 ) -> bool:
     """Move a row to its last state; False where the lease is no longer ours."""
-    return bool(await finish_all(connection, table, [held], state=state, error=error, **values))
+    result = await connection.execute(
+        update(table)
+        .where(table.c.id == held.id, table.c.lease == held.lease)
+        .values(state=state, error=error, **_ENDED, **values)
+    )
+    return result.rowcount == 1
 
 
 async def finish_all(
-    connection: AsyncConnection,
-    table: Table,
-    claims: Collection[Claim],
-    *,
-    state: str,
-    error: str | None = None,
-    **values: Any,
+    connection: AsyncConnection, table: Table, claims: Collection[Claim], *, state: str, error: str | None
 ) -> set[uuid.UUID]:
     """Move rows to their last state; return the ids whose lease was still ours."""
-    rows = await connection.execute(
-        update(table)
-        .where(_held(table, claims))
-        .values(
-            state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0), **values
-        )
-        .returning(table.c.id)
-    )
-    return set(rows.scalars())
+    found = set()
+    for given in _held_values(claims):
+        rows = await connection.execute(_finish(table), given | {"new_state": state, "new_error": error})
+        found.update(rows.scalars())
+    return found
 
 
 async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
@@ -219,10 +213,19 @@ async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attemp
 
 async def record_attempts(connection: AsyncConnection, tries: Collection[tuple[uuid.UUID, Attempt]]) -> None:
     """Put tries on record, each with the id of its row."""
-    if tries:
+    rows = [{"work_id": work_id, **vars(attempt)} for work_id, attempt in tries]
+    if not rows:
+        return
+    if connection.dialect.name == "sqlite":
+        await connection.execute(insert(attempts), rows)
+    else:
         await connection.execute(
-            insert(attempts), [{"work_id": work_id, **vars(attempt)} for work_id, attempt in tries]
+            _ATTEMPTS, {column.name: [row[column.name] for row in rows] for column in _OF_ATTEMPT}
         )
+
+
+_OF_ATTEMPT: Final = [column for column in attempts.c if column.name != "seq"]
+_ATTEMPTS: Final = insert(attempts).from_select(_OF_ATTEMPT, select(unnested(*_OF_ATTEMPT)))
 
 
 def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
@@ -235,10 +238,36 @@ def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
     }
 
 
-def _held(table: Table, claims: Collection[Claim]) -> ColumnElement[bool]:
+def _held_values(claims: Collection[Claim]) -> list[dict[str, Any]]:
+    """Return the parameters of `_held`, for each lease in an order that all keep to."""
     by_lease: dict[uuid.UUID, list[uuid.UUID]] = defaultdict(list)
     for held in claims:
         by_lease[held.lease].append(held.id)
-    return or_(
-        *(and_(table.c.lease == lease, table.c.id.in_(padded(ids))) for lease, ids in by_lease.items())
-    )
+    return [{"held_lease": lease, "held_ids": ids} for lease, ids in sorted(by_lease.items())]
+
+
+def _held(table: Table) -> ColumnElement[bool]:
+    return and_(table.c.lease == bindparam("held_lease"), among(table.c.id, "held_ids"))
+
+
+@cache
+def _locking(table: Table) -> Select[Any]:
+    return select(table.c.id).where(_held(table)).order_by(table.c.id).with_for_update()
+
+
+@cache
+def _renewal(table: Table) -> ReturningUpdate[Any]:
+    until = db_time(bindparam("seconds", type_=Float))
+    return update(table).where(_held(table)).values(next_attempt_at=until).returning(table.c.id)
+
+
+@cache
+def _release(table: Table) -> Update:
+    due = {"next_attempt_at": db_time(0.0), "lease": None, "attempts": table.c.attempts - 1}
+    return update(table).where(_held(table)).values(due)
+
+
+@cache
+def _finish(table: Table) -> ReturningUpdate[Any]:
+    values: dict[str, Any] = {"state": bindparam("new_state"), "error": bindparam("new_error"), **_ENDED}
+    return update(table).where(_held(table)).values(values).returning(table.c.id)

@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, bindparam, exists, func, insert, or_, select, union_all, update
+from sqlalchemy import ColumnElement, exists, func, insert, or_, select, union_all, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
-from receiver.db.lists import padded
+from receiver.db.lists import among
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import attempts, deliveries, events, media
 
@@ -78,7 +78,7 @@ _FILES: Final = (
         media.c.storage_key,
         media.c.uri,
     )
-    .where(media.c.event_seq.in_(bindparam("seqs", expanding=True)))
+    .where(among(media.c.event_seq, "seqs"))
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
 """Made once: to make a statement takes as long as to run it."""
@@ -87,7 +87,7 @@ _FILES: Final = (
 async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
     """Return the files of events, by the event's `seq`, in their order."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
-    for row in (await connection.execute(_FILES, {"seqs": padded(event_seqs)})).mappings():
+    for row in (await connection.execute(_FILES, {"seqs": event_seqs})).mappings():
         values = dict(row)
         found[values.pop("event_seq")].append(MediaRow(**values))
     return found

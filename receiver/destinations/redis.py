@@ -84,7 +84,7 @@ class RedisDestination(Broker):
     deduplicates without parsing.
     """
 
-    concurrency = MAX_BATCH
+    concurrency = 2 * MAX_BATCH
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)

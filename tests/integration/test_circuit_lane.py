@@ -16,6 +16,7 @@ from prometheus_client import REGISTRY
 
 from receiver import circuit
 from receiver.circuit import THRESHOLD
+from receiver.db import inbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.rows import DeliveryClaim
@@ -324,11 +325,14 @@ async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> 
     lane = world.delivery_lane(concurrency=100)
     works = await lane.claim(100)
     by_chance = random.Random(7)
+    async with world.database.read() as connection:
+        (event,) = (await inbox.load_events(connection, [1])).values()
     for _ in range(4):
         claims = [cast("DeliveryClaim", work.claim) for work in works]
         results = [
             Result(
                 claim=claim,
+                event=event,
                 attempt=start_attempt(claim)("retry", f"error {index}"),
                 state=None if index % 3 else "delivered",
             )

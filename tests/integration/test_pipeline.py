@@ -1,6 +1,8 @@
 """From the stored event to the confirmed message, on both databases, with a real CDN beside it."""
 
 import asyncio
+import itertools
+import statistics
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 from payloads import body, failure
+from prometheus_client import REGISTRY
 from sqlalchemy import Table, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
+from structlog.testing import capture_logs
 
 from receiver import pipeline, worker
 from receiver.db import inbox, leases, outbox
@@ -33,6 +37,7 @@ from receiver.worker import Lane, Wakeups, Worker
 
 SECONDS = 15.0
 RETRY = RetryPolicy(initial=0.05, cap=0.05)
+DELIVERED = {"destination": "main", "outcome": "delivered"}
 
 
 class Recorder:
@@ -560,6 +565,42 @@ async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.M
     monkeypatch.setattr(FanOut, "_add_work", add_work)
     assert await fan_out.run() == 1
     assert len(await world.rows(deliveries)) == 3
+
+
+async def test_a_busy_lane_claims_many_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: places that come free one by one are not each filled by a claim of its own."""
+    claims: list[int] = []
+    claim = leases.claim_deliveries
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        found = await claim(*arguments, **options)
+        claims.append(len(found))
+        return found
+
+    monkeypatch.setattr(leases, "claim_deliveries", counted)
+    numbers = itertools.count()
+    world.recorder.behave = lambda _event: asyncio.sleep(next(numbers) % 32 / 1000)
+    for number in range(320):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until(deliveries, *["delivered"] * 320)
+    found = [size for size in claims if size]
+    assert sum(found) == 320
+    assert statistics.mean(found) > 8
+
+
+async def test_deliveries_are_logged_together(world: World) -> None:
+    """A line tells of all that were recorded together; each is counted."""
+    before = REGISTRY.get_sample_value("receiver_deliveries_total", DELIVERED) or 0
+    for number in range(20):
+        await world.add(plain(f"r-{number}"))
+    with capture_logs() as lines:
+        async with world.working():
+            await world.until(deliveries, *["delivered"] * 20)
+    told = [line["request_ids"] for line in lines if line["event"] == "events delivered"]
+    assert sorted(itertools.chain(*told)) == sorted(f"r-{number}" for number in range(20))
+    assert len(told) < 20
+    assert (REGISTRY.get_sample_value("receiver_deliveries_total", DELIVERED) or 0) - before == 20
 
 
 async def test_several_workers_share_the_work(world: World) -> None:

@@ -751,6 +751,34 @@ def test_the_short_way_is_no_other_way(raw: bytes) -> None:
         assert repr(value) == repr(webhook._load_strictly(raw))
 
 
+RESULTS = st.builds(
+    lambda status, payload, error, rest: {"request_id": "r", "status": status, **payload, **error, **rest},
+    st.sampled_from(["OK", "ERROR"]),
+    st.one_of(st.just({}), st.fixed_dictionaries({"payload": VALUES})),
+    st.one_of(st.just({}), st.fixed_dictionaries({"error": VALUES})),
+    st.dictionaries(st.sampled_from(["a", "b"]), VALUES),
+)
+
+
+@given(value=RESULTS, ascii_only=st.booleans())
+@example(
+    value={"request_id": "r", "status": "OK", "payload": {"cost": 2**63, "output": [-(2**63), 1e16]}},
+    ascii_only=True,
+)
+@example(value={"request_id": "r", "status": "ERROR", "error": {"a": "\U0001f600"}}, ascii_only=True)
+@settings(deadline=None)
+def test_a_stored_body_is_read_again_as_at_first(*, value: dict[str, Any], ascii_only: bool) -> None:
+    """What `parse` takes, `reread` reads as the same, to the type of each number."""
+    raw = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
+    try:
+        first = parse(raw)
+    except UnrecognizedBody:
+        return
+    assert repr(webhook.reread(raw)) == repr(
+        webhook.Content(first.model, first.cost, first.output, first.error)
+    )
+
+
 def test_what_clipia_sends_takes_the_short_way() -> None:
     """The body of a usual webhook needs no second look."""
     assert (
