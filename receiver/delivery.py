@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import envelope
 from receiver.circuit import Circuit
-from receiver.db import inbox, jobs, leases, outbox, replays
+from receiver.db import inbox, job_events, leases, outbox, replays
 from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
@@ -99,7 +99,7 @@ class DeliveryLane(WorkLane):
         seqs = {claim.event_seq for claim in claims}
         events = await inbox.load_events(connection, seqs)
         files = await outbox.load_media(connection, seqs)
-        refs = await jobs.load_refs(connection, seqs)
+        refs = await job_events.load_refs(connection, seqs)
         replay_ids = {claim.id: claim.replay_id for claim in claims if claim.replay_id is not None}
         canceled = await replays.canceled(connection, set(replay_ids.values()))
         return [

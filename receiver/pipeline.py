@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import inbox, jobs, leases, outbox
+from receiver.db import inbox, job_events, jobs, leases, outbox
 from receiver.db.engine import Database
 from receiver.db.rows import (
     Attempt,
@@ -156,9 +156,9 @@ class FanOut:
         self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
     ) -> bool:
         """Bring the events' jobs to their last state; return whether there were any."""
-        seqs = await jobs.with_open_jobs(connection, [event.seq for event, _ in recognized])
+        seqs = await job_events.with_open_jobs(connection, [event.seq for event, _ in recognized])
         settled = [
-            await jobs.settle_with(connection, event.source, generation, job_id=event.job_id)
+            await job_events.settle_with(connection, event.source, generation, job_id=event.job_id)
             for event, generation in recognized
             if event.seq in seqs
         ]
@@ -169,7 +169,11 @@ class FanOut:
     ) -> list[Facts]:
         """Return what the filters look at, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
-        refs = await jobs.load_refs(connection, [event.seq for event, _ in recognized]) if needs_job else {}
+        refs = (
+            await job_events.load_refs(connection, [event.seq for event, _ in recognized])
+            if needs_job
+            else {}
+        )
         return [facts_of(event, generation.model, refs.get(event.seq)) for event, generation in recognized]
 
 

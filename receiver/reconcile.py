@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import Call, ClipiaClient
-from receiver.db import accounts, jobs, leases, tables
+from receiver.db import accounts, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
@@ -136,7 +136,7 @@ class PollLane(WorkLane):
 
         async def write(connection: AsyncConnection) -> bool:
             # The fan-out does the same, unless the event was there before the job's `request_id`.
-            await jobs.settle_with(connection, request.source, generation)
+            await job_events.settle_with(connection, request.source, generation)
             return True
 
         await self._record(claim, write)

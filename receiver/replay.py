@@ -18,7 +18,7 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import jobs, leases, outbox, replays, tables
+from receiver.db import job_events, leases, outbox, replays, tables
 from receiver.db.engine import Database
 from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
@@ -335,7 +335,7 @@ class ReplayLane(WorkLane):
 
 
 async def _facts(connection: AsyncConnection, page: Sequence[ReplayedEvent]) -> list[Facts]:
-    refs = await jobs.load_refs(connection, [event.seq for event in page])
+    refs = await job_events.load_refs(connection, [event.seq for event in page])
     return [facts_of(event, event.model, refs.get(event.seq)) for event in page]
 
 

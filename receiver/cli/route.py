@@ -7,7 +7,7 @@ from rich.text import Text
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, print_json, stdout
-from receiver.db import inbox, jobs, ledger
+from receiver.db import inbox, job_events, ledger
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
 from receiver.lanes import facts_of
@@ -30,7 +30,7 @@ def route(
                 raise ReceiverError("the event was not recognized, so it goes nowhere")
             seq = found["seq"]
             event = (await inbox.load_events(connection, [seq]))[seq]
-            refs = await jobs.load_refs(connection, [seq])
+            refs = await job_events.load_refs(connection, [seq])
         facts = facts_of(event, found["model"], refs.get(seq))
         return [
             {"destination": each.name, "refused": refusal(each.filter, facts)}

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import CALL_WAIT, Accepted, Call, ClipiaClient, clock
-from receiver.db import accounts, jobs, leases, tables
+from receiver.db import accounts, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE, InFlight
@@ -278,11 +278,11 @@ def _after_failure(
 
 async def _settle_at_once(connection: AsyncConnection, source: str, request_id: str) -> None:
     """Bring a job to its end whose event came before its `request_id` was known."""
-    body = await jobs.find_event_body(connection, source, request_id)
+    body = await job_events.find_event_body(connection, source, request_id)
     if body is None:
         return
     try:
         generation = parse(body)
     except UnrecognizedBody:
         return
-    await jobs.settle_with(connection, source, generation)
+    await job_events.settle_with(connection, source, generation)

@@ -9,7 +9,7 @@ from uuid import UUID
 
 import structlog
 
-from receiver.db import jobs
+from receiver.db import job_events, jobs
 from receiver.db.engine import Database
 from receiver.errors import DatabaseUnavailable
 
@@ -73,7 +73,7 @@ class Waiting:
         waited_for = set(self._ended)
         new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > ATTENTION / 2}
         async with self._database.read() as connection:
-            ended = await jobs.settled(connection, waited_for)
+            ended = await job_events.settled(connection, waited_for)
         if unwatched := new - ended:
             async with self._database.write() as connection:
                 await jobs.watch(connection, unwatched, seconds=ATTENTION)

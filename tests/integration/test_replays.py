@@ -18,8 +18,7 @@ from servers import Postgres
 from sqlalchemy import insert, select
 
 from receiver import delivery, replay
-from receiver.db import jobs as job_rows
-from receiver.db import migrate, outbox
+from receiver.db import job_events, migrate, outbox
 from receiver.db import replays as replay_rows
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.engine import Database
@@ -790,15 +789,15 @@ async def test_a_claim_that_was_rolled_back_takes_no_share(
     order = await world.order()
     await run_to_the_end(world.replay_lane())
     lane = world.delivery_lane()
-    load_refs = job_rows.load_refs
+    load_refs = job_events.load_refs
 
     async def away(*_arguments: Any) -> Any:
         raise DatabaseUnavailable("gone for a moment", reason="database")
 
-    monkeypatch.setattr(job_rows, "load_refs", away)
+    monkeypatch.setattr(job_events, "load_refs", away)
     with pytest.raises(DatabaseUnavailable):
         await lane.claim(32)
-    monkeypatch.setattr(job_rows, "load_refs", load_refs)
+    monkeypatch.setattr(job_events, "load_refs", load_refs)
     assert await world.states(deliveries, deliveries.c.lease.is_not(None)) == {}
     works = await lane.claim(32)
     assert len(works) == 8

@@ -9,8 +9,7 @@ import pytest
 from eventkit import Recorder, World, opened, plain, with_files
 from payloads import failure
 
-from receiver.db import inbox
-from receiver.db import jobs as job_rows
+from receiver.db import inbox, job_events
 from receiver.db.engine import Database
 from receiver.db.tables import deliveries, events, jobs, media
 from receiver.lanes import facts_of
@@ -134,7 +133,7 @@ async def test_the_fan_out_does_what_the_filters_say(world: World) -> None:
         seq = row["seq"]
         async with world.database.read() as connection:
             event = (await inbox.load_events(connection, [seq]))[seq]
-            refs = await job_rows.load_refs(connection, [seq])
+            refs = await job_events.load_refs(connection, [seq])
         facts = facts_of(event, row["model"], refs.get(seq))
         expected |= {
             (row["request_id"], target.name)

@@ -1,0 +1,144 @@
+"""SQL of where jobs and events meet: a job ends with its event, and an event's message names its job."""
+
+import uuid
+from collections.abc import Collection
+from typing import Any, Final
+
+import orjson
+from sqlalchemy import BigInteger, and_, case, exists, func, literal, or_, select, union, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time
+from receiver.db.lists import among
+from receiver.db.rows import JobRef, JobState
+from receiver.db.tables import events, jobs
+from receiver.webhook import Generation
+
+OPEN: Final = ("pending", "submitted", "unsure")
+"""States that an event still changes."""
+
+# Made once: to make one takes as long as to run it.
+_SAME_REQUEST: Final = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
+_AMONG: Final = among(events.c.seq, "seqs")
+_WITH_OPEN_JOBS: Final = union(
+    *(
+        select(events.c.seq).join(jobs, same).where(_AMONG, jobs.c.state.in_(OPEN))
+        # Apart: for an OR of both no index would serve.
+        for same in (
+            _SAME_REQUEST,
+            and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id),
+        )
+    )
+)
+_REFS: Final = (
+    select(events.c.seq, jobs.c.id, jobs.c.caller, jobs.c.idempotency_key, jobs.c.metadata)
+    .join(jobs, _SAME_REQUEST)
+    .where(_AMONG)
+)
+
+
+async def settle_with(
+    connection: AsyncConnection, source: str, generation: Generation, *, job_id: uuid.UUID | None = None
+) -> uuid.UUID | None:
+    """Bring the job of an event to its last state, as `settle` does."""
+    done = generation.status == "OK"
+    return await settle(
+        connection,
+        source=source,
+        request_id=generation.request_id,
+        job_id=job_id,
+        state="completed" if done else "canceled" if generation.canceled else "failed",
+        # A failure is refunded in full.
+        charged=generation.cost if done else 0,
+        error=generation.error,
+    )
+
+
+async def settle(
+    connection: AsyncConnection,
+    *,
+    source: str,
+    request_id: str,
+    job_id: uuid.UUID | None,
+    state: JobState,
+    charged: int | None,
+    error: Any,
+) -> uuid.UUID | None:
+    """Bring the job of an event, if there is one, to its last state; return its id.
+
+    It is found by `request_id`, and by the id in the callback's path while its `request_id` is not known yet.
+    Where the update meets the transaction that records it, it waits for that and looks again. The path is not
+    signed: it finds only a job that was sent, for a request that is no other job's.
+    """
+    mine = and_(jobs.c.request_id == request_id, jobs.c.state.in_(OPEN))
+    if job_id is not None:
+        others = jobs.alias()
+        taken = exists().where(others.c.source == source, others.c.request_id == request_id)
+        mine = or_(
+            mine,
+            and_(
+                jobs.c.id == job_id,
+                jobs.c.request_id.is_(None),
+                jobs.c.sent_at.is_not(None),
+                jobs.c.state.in_(OPEN),
+                ~taken,
+            ),
+        )
+    final = literal(charged, BigInteger())
+    statement = (
+        update(jobs)
+        .where(jobs.c.source == source, mine)
+        .values(
+            state=state,
+            request_id=request_id,
+            charged=case((jobs.c.account.like("test-%"), 0), else_=func.coalesce(final, jobs.c.cost)),
+            # The event may know what the lost answer said.
+            cost=func.coalesce(jobs.c.cost, final),
+            progress=100 if state == "completed" else jobs.c.progress,
+            error=None if error is None else orjson.dumps(error).decode(),
+            lease=None,
+            next_attempt_at=None,
+            finished_at=db_time(0.0),
+            updated_at=db_time(0.0),
+        )
+        .returning(jobs.c.id)
+    )
+    found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
+    return found
+
+
+async def find_event_body(connection: AsyncConnection, source: str, request_id: str) -> bytes | None:
+    """Return the body of a request's event, if it has come already."""
+    statement = select(events.c.body).where(
+        events.c.source == source, events.c.request_id == request_id, events.c.state != "unrecognized"
+    )
+    body: bytes | None = (await connection.execute(statement)).scalar_one_or_none()
+    return body
+
+
+async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
+    """Return the `seq` of those events that `settle` may find an open job for."""
+    return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": event_seqs})).scalars())
+
+
+async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
+    """Return the jobs of events, by the event's `seq`."""
+    return {
+        values.pop("seq"): JobRef(**values)
+        for values in map(dict, (await connection.execute(_REFS, {"seqs": event_seqs})).mappings())
+    }
+
+
+async def settled(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+    """Return which of these jobs have ended, their files settled too."""
+    busy = events.c.state.in_(("received", "fetching"))
+    statement = (
+        select(jobs.c.id)
+        .join(events, _SAME_REQUEST, isouter=True)
+        .where(
+            jobs.c.id.in_(job_ids),
+            jobs.c.state.not_in(("pending", "submitted")),
+            or_(events.c.seq.is_(None), ~busy),
+        )
+    )
+    return set((await connection.execute(statement)).scalars())
