@@ -14,6 +14,7 @@ from receiver.cli.events import events
 from receiver.cli.jobs import jobs
 from receiver.cli.media import media
 from receiver.cli.migrate import migrate
+from receiver.cli.prune import prune
 from receiver.cli.replay import replay, replays
 from receiver.cli.route import route
 from receiver.cli.sandbox import sandbox
@@ -40,6 +41,7 @@ for command in (
     estimate,
     account,
     replay,
+    prune,
     route,
     sandbox,
     migrate,

@@ -17,7 +17,7 @@ from receiver.cli import app
 COMMANDS = [
     *("demo", "serve", "worker", "sandbox", "migrate", "check", "send", "events"),
     *("submit", "jobs", "models", "estimate", "account"),
-    *("replay", "replays", "deliveries", "route", "media"),
+    *("replay", "replays", "deliveries", "route", "media", "prune"),
 ]
 GROUPS = [
     *("events list", "events show", "events export", "events import"),

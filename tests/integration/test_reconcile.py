@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -35,6 +36,7 @@ from clipia_kit import (
 from payloads import body, failure
 from sqlalchemy import func, select, update
 
+from receiver import retention
 from receiver.db import inbox
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, deliveries, events, jobs, media, receipts
@@ -172,6 +174,39 @@ async def test_a_job_that_its_webhook_ended_is_not_polled(world: World, sandbox:
     assert done.event is not None
     assert done.event.origin == "webhook"
     assert await world.turn(world.poll_lane(submitter)) == 0
+
+
+async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
+    """C16: once its event is pruned a job is shown without it; nobody asks for it again, or pays again."""
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    sandbox.end_all()
+    poll = world.poll_lane(submitter)
+    await world.make_due()
+    assert await world.turn(poll) == 1
+    await world.forward()
+    done = await show(submitter, job)
+    assert done.event is not None
+    await world.set(media, state="gone")
+    await world.set(events, state="ready", received_at=db_time(-100 * 24 * HOUR))
+    begun = await retention.begin(world.database, older_than=timedelta(days=90))
+    assert [each.events async for each in retention.prune(world.database, begun)] == [1, 1]
+    await world.set(jobs, next_attempt_at=db_time(-1.0))
+    assert await world.turn(poll) == 0
+    await world.set(jobs, next_attempt_at=None)
+    shown = await show(submitter, job)
+    assert shown == replace(done, event=None)
+    assert shown.ended
+    assert [each.event for each in (await submitter.list_jobs()).jobs] == [None]
+    assert await submitter.wait(job.id, seconds=5.0) == shown
+    again = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    assert (again.id, again.new) == (job.id, False)
+    assert len(await sandbox.submits()) == 1
+    # A webhook that comes now is a new event, is forwarded again, and leaves the job as it has ended.
+    await post(f"{await world.serve_callback()}/clipia/webhook", failure(str(job.request_id)))
+    await world.forward()
+    assert len(world.destination.events) == 2
+    assert replace(await show(submitter, job), event=None) == shown
 
 
 async def test_webhook_and_poll_at_once_are_one_event(world: World, sandbox: Sandbox) -> None:

@@ -1,0 +1,199 @@
+"""`receiver prune`, as a user types it, interrupts it and kills it."""
+
+import asyncio
+import json
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing, suppress
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from eventkit import until
+from harness import command_environment
+from history import count_rows, fill, whole
+from sqlalchemy import text
+from typer.testing import CliRunner
+
+from receiver import retention
+from receiver.cli import app
+from receiver.cli.prune import _watch
+from receiver.db.engine import Database
+from receiver.errors import DatabaseUnavailable, ReceiverError
+from receiver.retention import Pruned
+
+MANY = 4000
+"""Events of a run that is ended in the middle; it takes eight batches."""
+
+T = TypeVar("T")
+
+
+class Receiver:
+    """A receiver's database, and what is done to it."""
+
+    def __init__(self, database_url: str, folder: Path) -> None:
+        self._url = database_url
+        self._folder = folder
+        self._settings = {"RECEIVER_DATABASE_URL": database_url}
+
+    def use(self, work: Callable[[Database], Awaitable[T]]) -> T:
+        """Do something to the database."""
+
+        async def run() -> T:
+            database = Database(self._url)
+            try:
+                return await work(database)
+            finally:
+                await database.close()
+
+        return asyncio.run(run())
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        """Start a run, and return in the middle of a batch that is not its first."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "prune", "--older-than", "90d"],
+            env=command_environment(**self._settings),
+            cwd=self._folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        self.use(until_in_the_middle)
+        return process
+
+
+async def until_in_the_middle(database: Database) -> None:
+    """Wait until a run has done a batch, and the transaction of another one is under way."""
+
+    async def has_begun() -> bool:
+        return (await count_rows(database))["events"] < MANY
+
+    async def deletes() -> bool:
+        if database.is_sqlite:
+            return is_locked(str(database.url.database))
+        async with database.read() as connection:
+            active = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'DELETE%' AND state <> 'idle'"
+            return (await connection.execute(text(active))).first() is not None
+
+    await until(has_begun)
+    await until(deletes, seconds=5)
+
+
+def is_locked(path: str) -> bool:
+    """Tell whether somebody writes to an SQLite database."""
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+    with closing(connection), suppress(sqlite3.OperationalError):
+        connection.execute("BEGIN IMMEDIATE")
+        return False
+    return True
+
+
+@pytest.fixture
+def receiver(database_url: str, tmp_path: Path) -> Receiver:
+    """A receiver."""
+    return Receiver(database_url, tmp_path)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_it_says_what_it_deletes(
+    receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C16: for people, and for programs; an age that is too short is one clear error."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
+    receiver.use(partial(fill, count=3))
+
+    def prune(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["prune", *arguments], catch_exceptions=False).stdout
+
+    with pytest.raises(ReceiverError, match="30 days at least"):
+        prune("--older-than", "4w")
+    day = (datetime.now(UTC) - timedelta(weeks=14)).strftime("%Y-%m-%d")
+    said = prune("--older-than", "14w", "--dry-run")
+    assert re.fullmatch(rf"3 events received before {day} ..:..:..Z to delete, 0 as old kept\n", said)
+    assert receiver.use(count_rows) == whole(3)
+    found = json.loads(prune("--older-than", "90d", "--json"))
+    before = datetime.fromisoformat(found.pop("before"))
+    assert found == {"events": 3, "kept": 0}
+    assert timedelta(0) < datetime.now(UTC) - timedelta(days=90) - before < timedelta(minutes=1)
+    assert receiver.use(count_rows) == whole(0)
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], *(["--older-than", age] for age in ("90", "-90d", "90h", "100000d"))]
+)
+def test_an_age_is_required_and_has_a_unit(arguments: list[str]) -> None:
+    """C16: days or weeks; there is no age that everybody would expect."""
+    result = CliRunner().invoke(app, ["prune", *arguments])
+    assert result.exit_code == 2
+    assert ("such as 90d or 12w" if arguments else "Missing option") in result.output
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_ctrl_c_ends_it_after_a_batch(receiver: Receiver) -> None:
+    """C13: the batch under way is finished, and it says how many events are gone."""
+    receiver.use(partial(fill, count=MANY))
+    process = receiver.start()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"")
+    counts = receiver.use(count_rows)
+    assert counts == whole(counts["events"])
+    assert 0 < counts["events"] < MANY
+    assert b"%d events until then" % (MANY - counts["events"]) in err
+
+
+async def test_ctrl_c_waits_for_the_batch_under_way(capsys: pytest.CaptureFixture[str]) -> None:
+    """C13: it is finished and counted, and no other is begun."""
+    begun = Pruned(before=datetime.now(UTC))
+    under_way = asyncio.Event()
+
+    async def batches() -> AsyncIterator[Pruned]:
+        yield replace(begun, events=5)
+        under_way.set()
+        await asyncio.sleep(0.1)
+        yield replace(begun, events=7)
+        yield replace(begun, events=9)
+
+    watching = asyncio.create_task(_watch(begun, batches()))
+    await under_way.wait()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+    assert "7 events until then" in capsys.readouterr().err
+
+
+async def test_a_run_that_fails_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
+    """C13: the database may go away in the middle; what is committed is told all the same."""
+
+    async def batches() -> AsyncIterator[Pruned]:
+        yield Pruned(before=datetime.now(UTC), events=5)
+        raise DatabaseUnavailable("gone", reason="database")
+
+    with pytest.raises(DatabaseUnavailable):
+        await _watch(Pruned(before=datetime.now(UTC)), batches())
+    assert "5 events until then" in capsys.readouterr().err
+
+
+def test_kill_9_leaves_no_half_event(receiver: Receiver) -> None:
+    """C13: what a killed run leaves are whole events, and the next run goes on from there."""
+    receiver.use(partial(fill, count=MANY))
+    process = receiver.start()
+    process.kill()
+    process.communicate(timeout=30)
+    counts = receiver.use(count_rows)
+    assert 0 < counts["events"] < MANY, "it was not killed in the middle"
+    assert counts == whole(counts["events"])
+
+    async def go_on(database: Database) -> int:
+        begun = await retention.begin(database, older_than=retention.SHORTEST)
+        return [done.events async for done in retention.prune(database, begun)][-1]
+
+    assert receiver.use(go_on) == counts["events"]
+    assert receiver.use(count_rows) == whole(0)

@@ -1,0 +1,443 @@
+"""Old events are deleted, and nothing that somebody still waits for, on both databases."""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from eventkit import World, opened, plain
+from history import DAY, count_rows, fill, fill_jobs, whole
+from payloads import SECRET, signed
+from servers import Postgres
+from sqlalchemy import insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from receiver import retention
+from receiver.db import inbox, leases, outbox, pruning
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMedia
+from receiver.db.tables import deliveries, events, jobs, media, receipts, replays
+from receiver.errors import DatabaseUnavailable, Refused
+from receiver.ingest import Ingest, make_event
+from receiver.retention import Pruned
+from receiver.signature import Secret
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """Everything but the web, with one destination."""
+    async with opened(database, tmp_path / "media") as made:
+        made.add_destination("main")
+        yield made
+
+
+@pytest.fixture
+async def on_postgresql(postgres: Postgres, tmp_path: Path) -> AsyncIterator[World]:
+    """The same on PostgreSQL, for what SQLite's one writer rules out."""
+    database = Database(postgres.url(template="migrated"))
+    async with opened(database, tmp_path / "media") as made:
+        made.add_destination("main")
+        yield made
+    await database.close()
+
+
+async def prune(world: World, *, days: float = 90.0, **options: bool) -> Pruned:
+    """Prune to the end."""
+    begun = await retention.begin(world.database, older_than=timedelta(days=days))
+    return [done async for done in retention.prune(world.database, begun, **options)][-1]
+
+
+async def add_old(world: World, *names: str, days: float = 100.0) -> None:
+    """Store events that went everywhere so many days ago."""
+    await world.add_history(*map(plain, names))
+    await age(world, *names, days=days)
+
+
+async def age(world: World, *names: str, days: float) -> None:
+    """Have events been received so many days ago."""
+    await world.change(events, events.c.request_id.in_(names), received_at=db_time(-days * DAY))
+
+
+async def change(world: World, name: str, **values: Any) -> None:
+    """Change an event."""
+    await world.change(events, events.c.request_id == name, **values)
+
+
+async def set_delivery(world: World, name: str, state: str) -> None:
+    """Put the delivery of an event into a state."""
+    seq = select(events.c.seq).where(events.c.request_id == name).scalar_subquery()
+    await world.change(deliveries, deliveries.c.event_seq == seq, state=state)
+
+
+async def add_file(world: World, name: str, state: str) -> None:
+    """Give an event a file in a state."""
+    async with world.database.write() as connection:
+        found = select(events.c.seq).where(events.c.request_id == name)
+        seq = (await connection.execute(found)).scalar_one()
+        file = NewMedia(position=0, variant="original", kind="image", url="https://media.clipia.ai/a.png")
+        await outbox.insert_media(connection, [(seq, file)])
+        await connection.execute(update(media).where(media.c.event_seq == seq).values(state=state))
+
+
+async def left(world: World) -> set[str]:
+    """Return the events that are there."""
+    return {row["request_id"] for row in await world.rows(events)}
+
+
+def ingest_of(world: World) -> Ingest:
+    """Return the use case behind the callback, as a process has it."""
+    secrets = {"clipia": [Secret.from_text(SECRET)]}
+    return Ingest(world.database, secrets=secrets, tolerance=300, clock=time.time, on_accepted=lambda: None)
+
+
+async def deliver(ingest: Ingest, name: str) -> str:
+    """Deliver an event's webhook; return how it was answered."""
+    content = plain(name)
+    signature = signed(content)["X-Clipia-Signature"].encode()
+    try:
+        return (await ingest.receive("clipia", signatures=[signature], body=content)).outcome
+    except DatabaseUnavailable as error:
+        return error.reason
+
+
+# --- what goes, and what stays ---
+
+
+async def test_old_events_go_with_all_that_hangs_on_them(world: World) -> None:
+    """C13: receipts, files, deliveries and tries go with their event; its neighbours keep theirs."""
+    ingest = ingest_of(world)
+    for name in ("old", "young"):
+        assert [await deliver(ingest, name) for _ in range(3)] == ["accepted", "duplicate", "duplicate"]
+        await world.add_job(name, request_id=name)
+    await world.fan_out()
+    for name in ("old", "young"):
+        await set_delivery(world, name, "delivered")
+        await add_file(world, name, "stored")
+    work = [row["id"] for table in (media, deliveries) for row in await world.rows(table)]
+    attempt = Attempt(number=1, started_at=datetime.now(UTC), duration_ms=1, outcome="succeeded")
+    async with world.database.write() as connection:
+        await leases.record_attempts(connection, [(each, attempt) for each in work])
+    both = {"events": 2, "receipts": 6, "media": 2, "deliveries": 2, "attempts": 4}
+    assert await count_rows(world.database) == both
+    await age(world, "old", days=91)
+    await age(world, "young", days=89)
+    assert (await prune(world)).events == 1
+    assert await left(world) == {"young"}
+    assert await count_rows(world.database) == {name: count // 2 for name, count in both.items()}
+    assert len(await world.rows(jobs)) == 2
+
+
+async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
+    """C16: the shortest age is 30 days, to the moment; less is refused with the reason."""
+    minute = 60.0 / DAY
+    for name, days in (("older", 30 + minute), ("younger", 30 - minute)):
+        await add_old(world, name, days=days)
+    with pytest.raises(Refused, match=r"30 days at least: .* is taken for a new one, and forwarded again"):
+        await prune(world, days=30 - minute)
+    assert await left(world) == {"older", "younger"}
+    done = await prune(world, days=30)
+    assert (done.events, done.kept) == (1, 0)
+    assert await left(world) == {"younger"}
+
+
+async def test_what_is_not_settled_stays(world: World) -> None:
+    """C16: an event that is on its way, a file or a delivery that is pending, and a dead letter."""
+    of_event = [f"event-{state}" for state in get_args(EventState)]
+    of_file = [f"file-{state}" for state in ("pending", "stored", "gone", "blocked")]
+    of_delivery = [f"delivery-{state}" for state in get_args(DeliveryState)]
+    await add_old(world, *of_event, *of_file, *of_delivery)
+    for name in of_event:
+        await change(world, name, state=name.split("-")[1])
+    for name in of_file:
+        await add_file(world, name, name.split("-")[1])
+    for name in of_delivery:
+        await set_delivery(world, name, name.split("-")[1])
+    stay = {"event-received", "event-fetching", "file-pending", "delivery-pending", "delivery-dead"}
+    done = await prune(world)
+    assert await left(world) == stay
+    assert (done.events, done.kept) == (len(of_event + of_file + of_delivery) - len(stay), len(stay))
+
+
+async def test_dead_letters_go_where_that_is_asked_for(world: World) -> None:
+    """C16: with `dead_letters` a delivery that was given up keeps nothing; one that is pending still does."""
+    world.add_destination("other")
+    await add_old(world, "dead", "dead-and-pending", "dead-and-fetching")
+    await world.change(deliveries, deliveries.c.destination == "main", state="dead")
+    await change(world, "dead-and-fetching", state="fetching")
+    seq = select(events.c.seq).where(events.c.request_id == "dead-and-pending").scalar_subquery()
+    await world.change(
+        deliveries, deliveries.c.event_seq == seq, deliveries.c.destination == "other", state="pending"
+    )
+    assert (await prune(world)).events == 0
+    assert (await prune(world, dead_letters=True)).events == 1
+    assert await left(world) == {"dead-and-pending", "dead-and-fetching"}
+
+
+async def test_what_a_replay_has_yet_to_reach_stays(world: World) -> None:
+    """C16: a replay keeps what is above its position, up to its end; one that has ended keeps nothing."""
+    names = [f"r-{number}" for number in range(1, 9)]
+    await add_old(world, *names)
+    seqs = [row["seq"] for row in await world.rows(events)]
+    order = await world.order()
+    await world.change(replays, after_seq=seqs[2], until_seq=seqs[5])
+    ended = await world.order(reason="done")
+    await world.change(replays, replays.c.id == ended["id"], state="completed", after_seq=0)
+    assert (await prune(world)).kept == 3
+    assert await left(world) == {"r-4", "r-5", "r-6"}
+    assert await world.replays.cancel(order["id"], by="me")
+    await prune(world)
+    assert await left(world) == set()
+
+
+async def test_the_event_of_an_open_job_stays(world: World) -> None:
+    """C16: found by its request_id or by the callback's path, and within its source."""
+    states = get_args(JobState)
+    names = [f"{way}-{state}" for way in ("request", "path") for state in states]
+    await add_old(world, *names, "stranger")
+    for name in names:
+        way, state = name.split("-")
+        job_id = await world.add_job(name, request_id=name if way == "request" else None)
+        await world.change(jobs, jobs.c.id == job_id, state=state)
+        if way == "path":
+            await change(world, name, job_id=job_id)
+    await world.add_job("other", request_id="stranger", source="staging")
+    await prune(world)
+    open_ = ("pending", "submitted", "unsure")
+    assert await left(world) == {f"{way}-{state}" for way in ("request", "path") for state in open_}
+    assert len(await world.rows(jobs)) == 2 * len(states) + 1
+
+
+async def test_a_dry_run_says_what_the_run_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dry_run` counts the same, over as many batches, and deletes nothing."""
+    await add_old(world, *(f"r-{number}" for number in range(12)))
+    await set_delivery(world, "r-1", "dead")
+    await set_delivery(world, "r-2", "pending")
+    before = await count_rows(world.database)
+    monkeypatch.setattr(retention, "BATCH", 5)
+    counted = [await prune(world, dry_run=True, dead_letters=each) for each in (False, True)]
+    assert await count_rows(world.database) == before
+    assert [(each.events, each.kept) for each in counted] == [(10, 2), (11, 1)]
+    done = await prune(world)
+    assert (done.events, done.kept) == (10, 2)
+    done = await prune(world, dead_letters=True)
+    assert (done.events, done.kept) == (1, 1)
+
+
+# --- how it goes through them ---
+
+
+async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: in pages of rows, whatever gaps there are, up to the first page with nothing old in it."""
+    await add_old(world, *(f"r-{number:02}" for number in range(20)))
+    young = {f"r-{number:02}" for number in (5, 7, *range(9, 15), *range(16, 20))}
+    await age(world, *young, days=1)
+    # A whole page that stays is no reason to end.
+    stay = {"r-00", "r-01", "r-02"}
+    for name in stay:
+        await set_delivery(world, name, "dead")
+    async with world.database.write() as connection:
+        # Many pages of numbers after the others.
+        far = make_event("clipia", plain("far"), received_at=datetime.now(UTC))
+        await connection.execute(insert(events).values(**far._asdict() | {"seq": 10_000, "state": "ready"}))
+    monkeypatch.setattr(retention, "BATCH", 3)
+    pages: list[int] = []
+    find = pruning.find_old
+
+    async def seen(*arguments: Any, **options: Any) -> tuple[list[int], int]:
+        old, after = await find(*arguments, **options)
+        pages.append(len(old))
+        return old, after
+
+    monkeypatch.setattr(pruning, "find_old", seen)
+    done = await prune(world)
+    assert (done.events, done.kept) == (4, 3)
+    assert pages == [3, 2, 2, 0]
+    # An old one among young ones, as an import may have brought it, goes when its neighbours do.
+    assert await left(world) == {*stay, *young, "r-15", "far"}
+    pages.clear()
+    await age(world, *young, "far", days=100)
+    assert (await prune(world, dead_letters=True)).events == 17
+    assert await left(world) == set()
+    assert pages == [3, 3, 3, 3, 3, 2, 0]
+
+
+async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: it rests after each batch for as long as the batch took."""
+    await add_old(world, *(f"r-{number}" for number in range(4)))
+    monkeypatch.setattr(retention, "BATCH", 2)
+    rests: list[float] = []
+    sleep, delete_events = asyncio.sleep, pruning.delete_events
+
+    async def slow(*arguments: Any) -> None:
+        await sleep(0.05)
+        await delete_events(*arguments)
+
+    async def rest(seconds: float) -> None:
+        rests.append(seconds)
+
+    monkeypatch.setattr(pruning, "delete_events", slow)
+    monkeypatch.setattr(asyncio, "sleep", rest)
+    await prune(world)
+    assert len(rests) == 3
+    assert min(rests) >= 0.05
+
+
+async def test_it_reads_no_whole_table(on_postgresql: World, postgres: Postgres) -> None:
+    """C13: among 20,000 events each statement goes by an index, and what checks the foreign keys, too."""
+    database, name = on_postgresql.database, on_postgresql.database.url.database or ""
+    await fill(database, 20_000)
+    await fill_jobs(database)
+    async with database.write() as connection:
+        await connection.execute(update(events).where(events.c.seq > 1200).values(received_at=db_time(0.0)))
+    postgres.sql("ANALYZE", database=name)
+
+    async def scans() -> str:
+        # Connections report what they have done when they end, if not before.
+        await database.close()
+        tables = ", ".join(f"'{table}'" for table in (*whole(0), "jobs"))
+        counted = f"SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ({tables})"
+        return postgres.sql(counted, database=name).stdout
+
+    before = await scans()
+    assert (await prune(on_postgresql, dead_letters=True)).events == 1200
+    assert await scans() == before
+
+
+# --- meanwhile ---
+
+
+async def test_what_comes_again_after_all_is_a_new_event(world: World) -> None:
+    """C16: why there is a shortest age: what was pruned is not known any more, and is forwarded again."""
+    await add_old(world, "r-1")
+    ingest = ingest_of(world)
+    assert await deliver(ingest, "r-1") == "duplicate"
+    assert (await prune(world)).events == 1
+    assert await deliver(ingest, "r-1") == "accepted"
+    await world.fan_out()
+    assert await world.states(deliveries) == {"pending": 1}
+
+
+async def test_two_runs_at_once_do_no_harm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: each event is deleted and counted once, by whichever run comes to it first."""
+    await fill(world.database, 60)
+    monkeypatch.setattr(retention, "BATCH", 7)
+    other = Database(world.database.url.render_as_string(hide_password=False))
+    async with opened(other, world.folder) as elsewhere:
+        runs = await asyncio.gather(*(prune(each) for each in (world, elsewhere)))
+    await other.close()
+    assert sum(run.events for run in runs) == 60
+    assert await count_rows(world.database) == whole(0)
+
+
+async def test_repeats_that_come_meanwhile_are_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C16: a delivery of an event that is pruned is a repeat, a new one, or sent again; never lost."""
+    names = [f"r-{number}" for number in range(40)]
+    await add_old(world, *names)
+    monkeypatch.setattr(retention, "BATCH", 5)
+    ingest = ingest_of(world)
+    answers: Counter[str] = Counter()
+
+    async def keep_sending(name: str) -> None:
+        while not pruning_.done():
+            answers[await deliver(ingest, name)] += 1
+            await asyncio.sleep(0.01)
+
+    pruning_ = asyncio.create_task(prune(world))
+    await asyncio.gather(*map(keep_sending, names))
+    done = await pruning_
+    assert done.events > 0
+    assert done.events + done.kept == len(names)
+    # Those that were answered 503 come again.
+    again = Counter([await deliver(ingest, name) for name in names])
+    assert again["accepted"] + again["duplicate"] == len(names)
+    assert answers.keys() <= {"accepted", "duplicate", "race"}
+    assert answers["accepted"] + again["accepted"] == done.events
+    assert await left(world) == set(names)
+    assert {row["event_seq"] for row in await world.rows(receipts)} == {
+        row["seq"] for row in await world.rows(events)
+    }
+
+
+async def test_a_repeat_keeps_its_event(on_postgresql: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C16: from the moment that a repeat has found its event no run deletes it; the repeat is on record."""
+    world = on_postgresql
+    await add_old(world, "r-1", "r-2")
+    load = inbox.insert_receipts
+
+    async def pruned_first(*arguments: Any) -> None:
+        done = await prune(world)
+        assert (done.events, done.kept) == (1, 1)
+        await load(*arguments)
+
+    monkeypatch.setattr(inbox, "insert_receipts", pruned_first)
+    assert await deliver(ingest_of(world), "r-1") == "duplicate"
+    assert await left(world) == {"r-1"}
+    assert (await prune(world)).events == 1
+
+
+async def test_what_was_added_before_the_lock_is_seen(
+    on_postgresql: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C16: between the page and the lock a delivery may be added: it is looked for after the lock."""
+    world = on_postgresql
+    await add_old(world, "r-1", "r-2")
+    (seq, _) = [row["seq"] for row in await world.rows(events)]
+    lock = pruning.lock
+
+    async def added_first(*arguments: Any, **options: Any) -> Sequence[int]:
+        async with world.database.write() as connection:
+            await outbox.insert_deliveries(connection, [(seq, "other")], due=True)
+        return await lock(*arguments, **options)
+
+    monkeypatch.setattr(pruning, "lock", added_first)
+    await prune(world)
+    assert await left(world) == {"r-1"}
+
+
+async def test_nothing_is_added_after_the_lock(on_postgresql: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C16: what would be added to a locked event waits, and then finds that there is none."""
+    world = on_postgresql
+    await add_old(world, "r-1")
+    (seq,) = [row["seq"] for row in await world.rows(events)]
+    delete_events = pruning.delete_events
+    adding: list[asyncio.Task[None]] = []
+
+    async def add() -> None:
+        async with world.database.write() as connection:
+            await outbox.insert_deliveries(connection, [(seq, "other")], due=True)
+
+    async def added_meanwhile(*arguments: Any) -> None:
+        if not adding:
+            adding.append(asyncio.create_task(add()))
+            await asyncio.sleep(0.2)
+        await delete_events(*arguments)
+
+    monkeypatch.setattr(pruning, "delete_events", added_meanwhile)
+    assert (await prune(world)).events == 1
+    with pytest.raises(IntegrityError):
+        await adding[0]
+    assert await count_rows(world.database) == whole(0)
+
+
+async def test_a_dead_letter_that_is_restarted_meanwhile_stays(on_postgresql: World) -> None:
+    """C16: a run with `dead_letters` waits for whoever restarts one, and sees then that it is pending."""
+    world = on_postgresql
+    await add_old(world, "r-1", "r-2")
+    for name in ("r-1", "r-2"):
+        await set_delivery(world, name, "dead")
+    (first, _) = [row["id"] for row in await world.rows(deliveries)]
+    async with world.database.write() as connection:
+        await outbox.restart(connection, outbox.DeadLetters(ids=[first]), by="me", limit=1)
+        pruning_ = asyncio.create_task(prune(world, dead_letters=True))
+        await asyncio.sleep(0.2)
+        assert not pruning_.done()
+    done = await pruning_
+    assert (done.events, done.kept) == (1, 1)
+    assert await world.states(deliveries) == {"pending": 1}
