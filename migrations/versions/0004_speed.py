@@ -1,4 +1,4 @@
-"""One index less on the hot path: events are found by their request_id through the constraint itself.
+"""Cost that does not grow with history: events by when they were received; by request_id with one index less.
 
 Revision: 0004
 """
@@ -17,10 +17,12 @@ def upgrade() -> None:
         events.create_unique_constraint("uq_events_request_id_source", ["request_id", "source"])
         events.drop_constraint("uq_events_source_request_id", type_="unique")
         events.drop_index("ix_events_request_id")
+        events.create_index("ix_events_received_at_seq", ["received_at", "seq"])
 
 
 def downgrade() -> None:
     with op.batch_alter_table("events") as events:
+        events.drop_index("ix_events_received_at_seq")
         events.create_index("ix_events_request_id", ["request_id"])
         events.create_unique_constraint("uq_events_source_request_id", ["source", "request_id"])
         events.drop_constraint("uq_events_request_id_source", type_="unique")

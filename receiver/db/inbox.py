@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
-from receiver.db.tables import events, probes, receipts
+from receiver.db.tables import events, in_state, probes, receipts
 
 
 class KnownEvent(NamedTuple):
@@ -96,7 +96,7 @@ _STORED = (
 )
 _RECEIVED = (
     select(*_STORED)
-    .where(events.c.state == "received")
+    .where(in_state(events, "received"))
     .order_by(events.c.seq)
     .limit(bindparam("most", type_=Integer))
     # Not against those who only refer to the event, such as the receipt of a duplicate.
@@ -131,7 +131,7 @@ async def set_state(
 async def backlog(connection: AsyncConnection) -> Backlog:
     """Return how many events wait for their fan-out."""
     oldest = seconds_since(func.min(events.c.received_at))
-    row = (await connection.execute(select(func.count(), oldest).where(events.c.state == "received"))).one()
+    row = (await connection.execute(select(func.count(), oldest).where(in_state(events, "received")))).one()
     return Backlog(rows=row[0], oldest=row[1] or 0.0)
 
 

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import leases
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.rows import Attempt, Backlog, Claim, JobState, NewJob, OpenRequest, Submission
-from receiver.db.tables import jobs
+from receiver.db.tables import in_state, jobs
 
 IN_FLIGHT_FOR: Final = 3600.0
 """Seconds for which a generation without a known end counts as one in flight."""
@@ -90,7 +90,7 @@ async def is_due(
     """Tell whether any job in `state` that may go to this account, other than `but`, waits for its turn."""
     statement = (
         select(jobs.c.id)
-        .where(jobs.c.state == state, jobs.c.next_attempt_at <= db_time(0.0), _same_environment(account))
+        .where(in_state(jobs, state), jobs.c.next_attempt_at <= db_time(0.0), _same_environment(account))
         .limit(1)
     )
     if but is not None:
@@ -115,10 +115,10 @@ class InFlight:
 async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
     """Return how many generations an account has in flight."""
     accepted = and_(
-        jobs.c.state == "submitted", jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
+        in_state(jobs, "submitted"), jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
     )
     under_way = and_(
-        jobs.c.state == "pending",
+        in_state(jobs, "pending"),
         jobs.c.lease.is_not(None),
         jobs.c.next_attempt_at > db_time(0.0),
         jobs.c.account == account,
@@ -318,16 +318,13 @@ async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, 
 
 async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     """Return the jobs that Clipia has not accepted yet, and those that it works on, by lane."""
-    statement = (
-        select(jobs.c.state, func.count(), seconds_since(func.min(jobs.c.created_at)))
-        .where(jobs.c.state.in_(("pending", "submitted")))
-        .group_by(jobs.c.state)
-    )
-    found = {
-        row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)
-    }
-    empty = Backlog(rows=0, oldest=0.0)
-    return {SUBMIT_LANE: found.get("pending", empty), POLL_LANE: found.get("submitted", empty)}
+    found = {}
+    # One by one, because each state has an index of its own.
+    for lane, state in ((SUBMIT_LANE, "pending"), (POLL_LANE, "submitted")):
+        oldest = seconds_since(func.min(jobs.c.created_at))
+        row = (await connection.execute(select(func.count(), oldest).where(in_state(jobs, state)))).one()
+        found[lane] = Backlog(rows=row[0], oldest=row[1] or 0.0)
+    return found
 
 
 def _same_environment(account: str) -> ColumnElement[bool]:

@@ -34,7 +34,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.lists import among, unnested
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
-from receiver.db.tables import PlainUuid, attempts, deliveries, media
+from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, media
 
 _ENDED: Final = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
 
@@ -51,7 +51,7 @@ def _claim_statement(
     """
     due = (
         select(table.c.id)
-        .where(table.c.state == state, table.c.next_attempt_at <= db_time(0.0), *where)
+        .where(in_state(table, state), table.c.next_attempt_at <= db_time(0.0), *where)
         .order_by(table.c.next_attempt_at)
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)

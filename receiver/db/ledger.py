@@ -4,17 +4,26 @@ import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, Literal
+from datetime import datetime, timedelta
+from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Table, and_, case, exists, func, or_, select
+from sqlalchemy import ColumnElement, Table, and_, case, exists, func, or_, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
+from receiver.db.rows import least_id
+from receiver.db.tables import attempts, deliveries, events, in_state, jobs, media, receipts
 
 Row = dict[str, Any]
 
 _EVENT = [column for column in events.c if column.name != "body"]
+_PENDING: Final = union_all(
+    *(
+        select(deliveries.c.id).where(in_state(deliveries, "pending"), half)
+        for half in (deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None))
+    )
+)
+CLOCKS_APART: Final = timedelta(days=1)
+"""What the clock that made a row's id and the database's, which dates the row, are never apart."""
 _HIDDEN = {"event_seq", "lease", "lost"}
 
 
@@ -38,13 +47,17 @@ async def list_events(
     where: list[ColumnElement[bool]] = [
         events.c[name] == value for name, value in exact.items() if value is not None
     ]
+    place = tuple_(events.c.received_at, events.c.seq)
     if before is not None:
-        where.append(events.c.seq < before)
+        last = select(events.c.received_at).where(events.c.seq == before)
+        moment = (await connection.execute(last)).scalar_one_or_none()
+        # What was pruned meanwhile was among the oldest.
+        where.append(events.c.seq < before if moment is None else place < tuple_(moment, before))
     if since is not None:
         where.append(events.c.received_at >= since)
     if until is not None:
         where.append(events.c.received_at < until)
-    statement = select(*_EVENT).where(*where).order_by(events.c.seq.desc()).limit(limit)
+    statement = select(*_EVENT).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
     found = [dict(row) for row in (await connection.execute(statement)).mappings()]
     seqs = [row["seq"] for row in found]
     for name, table in (("media", media), ("deliveries", deliveries)):
@@ -83,16 +96,20 @@ async def list_deliveries(
 
     `before` is the id of the last row of the page before; times are when it was made.
     """
-    exact = {"state": state, "destination": destination}
-    where: list[ColumnElement[bool]] = [
-        deliveries.c[name] == value for name, value in exact.items() if value is not None
-    ]
+    where: list[ColumnElement[bool]] = []
+    if state == "pending":
+        # Live ones and those of replays have an index each, and there is none for both.
+        where.append(deliveries.c.id.in_(_PENDING))
+    elif state is not None:
+        where.append(in_state(deliveries, state))
+    if destination is not None:
+        where.append(deliveries.c.destination == destination)
     if before is not None:
         where.append(deliveries.c.id < before)
     if since is not None:
-        where.append(deliveries.c.created_at >= since)
+        where += [deliveries.c.created_at >= since, deliveries.c.id >= least_id(since - CLOCKS_APART)]
     if until is not None:
-        where.append(deliveries.c.created_at < until)
+        where += [deliveries.c.created_at < until, deliveries.c.id < least_id(until + CLOCKS_APART)]
     columns = [column for column in deliveries.c if column.name not in _HIDDEN]
     statement = (
         select(

@@ -46,6 +46,10 @@ class among(FunctionElement[bool]):  # noqa: N801 - written like an SQL function
     def __init__(self, column: Column[Any], name: str) -> None:
         super().__init__(column, bindparam(name, type_=_ListOf(column.type)))
 
+    def self_group(self, against: Any = None) -> "among":  # noqa: ARG002 - a signature of SQLAlchemy's
+        """Stand in a condition as it is; SQLite uses no index for what is compared with 1 to be true."""
+        return self
+
 
 @compiles(among, "postgresql")
 def _postgresql(element: among, compiler: SQLCompiler, **kw: Any) -> str:

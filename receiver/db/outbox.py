@@ -15,7 +15,7 @@ from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
 from receiver.db.lists import among
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
-from receiver.db.tables import attempts, deliveries, events, media
+from receiver.db.tables import attempts, deliveries, events, in_state, media
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
@@ -136,7 +136,7 @@ class DeadLetters:
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on `deliveries`."""
-        found = [deliveries.c.state == "dead"]
+        found = [in_state(deliveries, "dead")]
         if self.ids:
             found.append(deliveries.c.id.in_(self.ids))
         if self.destination is not None:
@@ -185,7 +185,7 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
 async def media_backlog(connection: AsyncConnection) -> Backlog:
     """Return the files that are still to be downloaded."""
     oldest = seconds_since(func.min(media.c.created_at))
-    row = (await connection.execute(select(func.count(), oldest).where(media.c.state == "pending"))).one()
+    row = (await connection.execute(select(func.count(), oldest).where(in_state(media, "pending")))).one()
     return Backlog(rows=row[0], oldest=row[1] or 0.0)
 
 
@@ -195,7 +195,7 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     pending = union_all(
         *(
             select(deliveries.c.destination, deliveries.c.created_at).where(
-                deliveries.c.state == "pending", half
+                in_state(deliveries, "pending"), half
             )
             for half in (deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None))
         )
@@ -226,7 +226,7 @@ async def count_dead(connection: AsyncConnection) -> dict[str, int]:
     """Return how many dead letters there are, by destination."""
     statement = (
         select(deliveries.c.destination, func.count())
-        .where(deliveries.c.state == "dead")
+        .where(in_state(deliveries, "dead"))
         .group_by(deliveries.c.destination)
     )
     return {row[0]: row[1] for row in await connection.execute(statement)}

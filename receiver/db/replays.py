@@ -14,7 +14,7 @@ from receiver.db import leases
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection, uuids
-from receiver.db.tables import deliveries, events, media, replays
+from receiver.db.tables import deliveries, events, in_state, media, replays
 
 PAGE: Final = 1000
 SPAN: Final = 20_000
@@ -199,7 +199,7 @@ async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destination
     counts = []
     for name in destinations:
         mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.destination == name)
-        pending = select(func.count()).where(mine, deliveries.c.state == "pending")
+        pending = select(func.count()).where(mine, in_state(deliveries, "pending"))
         count = int((await connection.execute(pending)).scalar_one())
         # One that was ordered nothing so far, because of its filter, says nothing.
         if count or (await connection.execute(select(exists().where(mine)))).scalar_one():

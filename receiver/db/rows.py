@@ -41,6 +41,12 @@ def new_id() -> uuid.UUID:
     return uuid.UUID(int=value)
 
 
+def least_id(moment: datetime) -> uuid.UUID:
+    """Return the least id that `new_id` may make at a moment."""
+    milliseconds = max(0, int(moment.timestamp() * 1000))
+    return uuid.UUID(int=(milliseconds << 80) | (0x7 << 76) | (0x2 << 62))
+
+
 class NewEvent(NamedTuple):
     """An event as ingest makes it. A tuple, like `Arrival`: groups of them are turned into columns."""
 

@@ -1,0 +1,150 @@
+"""What is done for every event, and what is shown and measured, costs the same however much there is."""
+
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from eventkit import World, opened, plain, with_files
+from history import fill, fill_jobs
+from payloads import SECRET, signed
+from servers import Postgres
+from sqlalchemy import event
+
+from receiver.app import count_dead_letters, read_backlog
+from receiver.db import jobs, ledger, replays
+from receiver.db.engine import Database
+from receiver.ingest import Ingest
+from receiver.signature import Secret
+
+HISTORY = 20_000
+ROWS_AT_MOST = 2_000
+"""Rows that a few events, or a few pages, may have PostgreSQL read."""
+STEPS = 100
+STEPS_AT_MOST = 40_000
+"""Steps of SQLite's machine that they may take; for a row of a table it takes two or more."""
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """Everything but the web, one destination, and a long history."""
+    await fill(database, HISTORY)
+    await fill_jobs(database)
+    async with opened(database, tmp_path / "media") as made:
+        made.add_destination("main")
+        yield made
+
+
+@asynccontextmanager
+async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[None]:
+    """Check how much the database has to go through for what is done in the block."""
+    if database.is_sqlite:
+        steps = 0
+
+        def count() -> None:
+            nonlocal steps
+            steps += STEPS
+
+        def watch(connection: Any, _record: Any) -> None:
+            if isinstance(connection, sqlite3.Connection):
+                connection.set_progress_handler(count, STEPS)
+            else:
+                connection.run_async(lambda driver: driver.set_progress_handler(count, STEPS))
+
+        await database._writer.dispose()
+        await database._reader.dispose()
+        for engine in (database._writer.sync_engine, database._reader.sync_engine, database._thread._engine):
+            event.listen(engine, "connect", watch)
+        yield
+        assert 0 < steps < STEPS_AT_MOST
+        return
+    name = database.url.database or ""
+    postgres.sql("ANALYZE", database=name)
+
+    async def rows_read() -> int:
+        # Connections report what they have done when they end, if not before.
+        await database.close()
+        counted = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_user_tables"
+        return int(postgres.sql(counted, database=name).stdout)
+
+    before = await rows_read()
+    yield
+    assert 0 < await rows_read() - before < ROWS_AT_MOST
+
+
+async def receive(world: World, contents: Sequence[bytes]) -> list[str]:
+    """Deliver webhooks; return how they were answered."""
+    ingest = Ingest(
+        world.database,
+        secrets={"clipia": [Secret.from_text(SECRET)]},
+        tolerance=300,
+        clock=time.time,
+        on_accepted=lambda: None,
+    )
+    return [
+        (
+            await ingest.receive(
+                "clipia",
+                signatures=[signed(content)["X-Clipia-Signature"].encode()],
+                body=content,
+            )
+        ).outcome
+        for content in contents
+    ]
+
+
+async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
+    """C13: from the webhook to the record of its delivery; its neighbours' downloads; jobs and replays."""
+    async with little_read(world.database, postgres):
+        contents = [
+            plain("new-1"),
+            plain("new-2"),
+            plain("r-7"),
+            with_files("https://media.clipia.ai", "new-3"),
+        ]
+        contents.append(with_files("https://media.clipia.ai", "new-4", "/a.png"))
+        outcomes = await receive(world, contents)
+        assert outcomes == ["accepted", "accepted", "conflict", "accepted", "accepted"]
+        await world.fan_out()
+        lane = world.delivery_lane()
+        for work in await lane.claim(10):
+            await lane.renew([work.claim])
+            await work.run()
+        assert sorted(world.recorders["main"].subjects) == ["new-1", "new-2", "new-3"]
+        downloads = world.media_lane()
+        works = await downloads.claim(10)
+        assert len(works) == 1
+        await downloads.release([work.claim for work in works])
+        async with world.database.write() as connection:
+            assert not await jobs.is_due(connection, "live-1", "pending")
+            assert not (await jobs.in_flight(connection, "live-1")).total
+            assert not await jobs.claim_to_submit(connection, "live-1", limit=10, lease=60.0)
+            assert not await jobs.claim_to_poll(connection, "live-1", limit=10, lease=60.0)
+            assert not await replays.claim(connection, limit=1, lease=60.0)
+
+
+async def test_what_is_shown(world: World, postgres: Postgres) -> None:
+    """C13: pages of lists, one event by either of its ids, and the numbers behind `/metrics`."""
+    just_now, long_ago = datetime.now(UTC), datetime.now(UTC) - timedelta(days=200)
+    async with little_read(world.database, postgres):
+        async with world.database.read() as connection:
+            for before in (None, HISTORY // 2):
+                page = await ledger.list_events(connection, limit=50, before=before)
+                assert len(page) == 50
+            (middle,) = await ledger.list_events(connection, limit=1, before=HISTORY // 2)
+            assert await ledger.show_event(connection, middle["request_id"])
+            assert await ledger.show_event(connection, str(middle["id"]))
+            assert not await ledger.list_events(connection, limit=50, since=just_now)
+            assert not await ledger.list_events(connection, limit=50, until=long_ago)
+            assert len(await ledger.list_deliveries(connection, limit=50)) == 50
+            for state in ("pending", "dead"):
+                assert not await ledger.list_deliveries(connection, limit=50, state=state)
+            assert not await ledger.list_deliveries(connection, limit=50, since=just_now)
+            assert not await ledger.list_deliveries(connection, limit=50, until=long_ago)
+        backlog = await read_backlog(world.database, [])
+        assert not any(each.rows for each in backlog.values())
+        assert not await count_dead_letters(world.database, [])
