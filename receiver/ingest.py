@@ -143,7 +143,7 @@ class Ingest:
 
         None is for one whose event is there no more.
         """
-        outcomes = await self._database.run_at_once(partial(_record_again, group=group))
+        outcomes = await self._database.run_at_once(partial(_record_again, group=group), is_webhook=True)
         self._report(group, outcomes)
         return outcomes
 

@@ -38,7 +38,7 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
     """
     arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
     if database.is_sqlite:
-        return await database.run_at_once(partial(_insert_rows, arrivals))
+        return await database.run_at_once(partial(_insert_rows, arrivals), is_webhook=True)
     of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
     _, *of_receipt = zip(*arrivals, strict=True)
     outcomes = tuple(arrival.event.first_outcome for arrival in arrivals)

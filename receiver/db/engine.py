@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
@@ -44,8 +44,9 @@ class Database:
             self._writer = sqlite_engine(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = sqlite_engine(self.url, pool_size=4, begin="BEGIN")
             self._thread: Final = _SqliteThread(self.url)
-            # Writers queue here, fairly, and not in SQLite's busy handler.
-            self._turn: Final = asyncio.Lock()
+            # Writers queue here, and not in SQLite's busy handler. All but webhooks pass the gate first, one
+            # by one: a webhook waits for one other transaction, and the others have every second turn.
+            self._turn, self._gate = asyncio.Lock(), asyncio.Lock()
         else:
             self._writer = self._reader = _postgresql_engine(self.url, pool_size=POOL_SIZE)
             # Of its own: those who find the other pool empty must not keep webhooks waiting.
@@ -62,7 +63,9 @@ class Database:
         async with self._in_turn(), transaction(self._writer) as connection:
             yield connection
 
-    async def run_at_once(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def run_at_once(
+        self, work: Callable[[AsyncConnection], Awaitable[T]], *, is_webhook: bool = False
+    ) -> T:
         """Run `work` in one transaction as `write()` does; it awaits nothing but its connection.
 
         On SQLite it does not leave its thread meanwhile. Where each statement comes back to the event loop, a
@@ -72,7 +75,7 @@ class Database:
             async with transaction(self._writer) as connection:
                 return await work(connection)
         with _unavailable():
-            async with self._in_turn():
+            async with self._in_turn(is_webhook=is_webhook):
                 return await self._thread.run(work)
 
     async def fetch_at_once(self, statement: str, arguments: Sequence[object]) -> list[Any]:
@@ -87,21 +90,21 @@ class Database:
         return self._statements.hold()
 
     @asynccontextmanager
-    async def _in_turn(self) -> AsyncIterator[None]:
+    async def _in_turn(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
         if not self.is_sqlite:
             yield
             return
-        try:
-            async with asyncio.timeout(POOL_WAIT):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise DatabaseUnavailable(
-                "the database is busy with another transaction", reason="database"
-            ) from None
-        try:
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(POOL_WAIT):
+                    if not is_webhook:
+                        await held.enter_async_context(self._gate)
+                    await held.enter_async_context(self._turn)
+            except TimeoutError:
+                raise DatabaseUnavailable(
+                    "the database is busy with another transaction", reason="database"
+                ) from None
             yield
-        finally:
-            self._turn.release()
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads, from one snapshot on SQLite."""

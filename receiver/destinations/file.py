@@ -51,7 +51,7 @@ class FileDestination:
     disk costs the same for one as for many.
     """
 
-    concurrency = 128
+    concurrency = 256
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._path = _parse(settings)

@@ -106,7 +106,7 @@ class _Place:
 class KafkaDestination(Broker):
     """Writes events to a Kafka topic through an idempotent producer that waits for all in-sync replicas."""
 
-    concurrency = 128
+    concurrency = 256
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)

@@ -91,7 +91,7 @@ class _Place:
 class NatsDestination(Broker):
     """Publishes events to a JetStream subject, many at once over one connection."""
 
-    concurrency = 128
+    concurrency = 256
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)

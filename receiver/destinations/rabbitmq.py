@@ -85,7 +85,7 @@ class _Message:
 class RabbitmqDestination(Broker):
     """Publishes events to an exchange or a queue, many at once on one channel."""
 
-    concurrency = MAX_IN_FLIGHT
+    concurrency = 2 * MAX_IN_FLIGHT
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)

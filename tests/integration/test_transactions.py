@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+from functools import partial
+from itertools import pairwise
 
 import pytest
 from sqlalchemy import func, insert, select
@@ -88,3 +90,25 @@ async def test_nothing_but_the_connection_is_waited_for_on_sqlite(database: Data
         await database.run_at_once(wait)
     assert await count(database) == 0
     await database.run_at_once(add)
+
+
+async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> None:
+    """C13: the worker's transactions do not line up before it; and webhooks do not keep them out for ever."""
+    if not database.is_sqlite:
+        return
+    order: list[str] = []
+
+    async def work(connection: AsyncConnection, name: str) -> None:
+        await connection.execute(select(1))
+        order.append(name)
+
+    async def others() -> None:
+        await asyncio.gather(*(database.run_at_once(partial(work, name="other")) for _ in range(5)))
+
+    async def webhooks() -> None:
+        for _ in range(5):
+            await database.run_at_once(partial(work, name="webhook"), is_webhook=True)
+
+    await asyncio.gather(others(), webhooks())
+    assert len(order) == 10
+    assert all(one != other for one, other in pairwise(order))
