@@ -7,13 +7,13 @@ from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, exists, func, insert, or_, select, union_all, update
+from sqlalchemy import ColumnElement, Insert, exists, func, insert, literal, or_, select, union_all, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
-from receiver.db.lists import among
+from receiver.db.lists import among, unnested
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import attempts, deliveries, events, in_state, media
 
@@ -41,18 +41,15 @@ async def insert_deliveries(
     """
     if not wanted:
         return 0
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = (
-        dialect.insert(deliveries)
-        .values(**_pending(due=due))
-        .on_conflict_do_nothing()
-        .returning(deliveries.c.id)
-    )
     rows = [
         {"id": new_id(), "event_seq": seq, "destination": name, "replay_id": replay_id}
         for seq, name in wanted
     ]
-    return len((await connection.execute(statement, rows)).all())
+    if connection.dialect.name == "sqlite":
+        statement = sqlite.insert(deliveries).values(**_pending(due=due)).on_conflict_do_nothing()
+        return len((await connection.execute(statement.returning(deliveries.c.id), rows)).all())
+    columns = {column.name: [row[column.name] for row in rows] for column in _OF_DELIVERY}
+    return (await connection.execute(_DELIVERIES[due], columns)).rowcount
 
 
 def _pending(*, due: bool) -> dict[str, Any]:
@@ -62,6 +59,18 @@ def _pending(*, due: bool) -> dict[str, Any]:
     return values
 
 
+_OF_DELIVERY: Final = [deliveries.c[name] for name in ("id", "event_seq", "destination", "replay_id")]
+
+
+def _insert_unnested(*, due: bool) -> Insert:
+    rest = {name: value for name, value in _pending(due=due).items() if value is not None}
+    values = (literal(value) if isinstance(value, str) else value for value in rest.values())
+    rows = select(unnested(*_OF_DELIVERY), *values)
+    return postgresql.insert(deliveries).from_select([*_OF_DELIVERY, *rest], rows).on_conflict_do_nothing()
+
+
+# Made once: to make a statement takes as long as to run it.
+_DELIVERIES: Final = {due: _insert_unnested(due=due) for due in (True, False)}
 _FILES: Final = (
     select(
         media.c.event_seq,
@@ -81,7 +90,6 @@ _FILES: Final = (
     .where(among(media.c.event_seq, "seqs"))
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
-"""Made once: to make a statement takes as long as to run it."""
 
 
 async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
