@@ -35,6 +35,27 @@ def _sqlite(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
 
 
+class statement_time(FunctionElement[Any]):  # noqa: N801 - likewise
+    """The database's time when the statement began, which an index can be searched for: `statement_time()`.
+
+    For one that goes on while the statement runs PostgreSQL would look at every row.
+    """
+
+    type = UtcDateTime()
+    name = "statement_time"
+    inherit_cache = True
+
+
+@compiles(statement_time, "postgresql")
+def _postgresql_statement(_element: statement_time, _compiler: SQLCompiler, **_kw: Any) -> str:
+    return "statement_timestamp()"
+
+
+@compiles(statement_time, "sqlite")
+def _sqlite_statement(_element: statement_time, _compiler: SQLCompiler, **_kw: Any) -> str:
+    return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
+
+
 class seconds_since(FunctionElement[float]):  # noqa: N801 - likewise
     """Seconds from a column's time until now, by the database's clock."""
 

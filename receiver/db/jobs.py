@@ -22,7 +22,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
-from receiver.db.clock import db_time, seconds_since
+from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.rows import Attempt, Backlog, Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import in_state, jobs
 
@@ -90,7 +90,7 @@ async def is_due(
     """Tell whether any job in `state` that may go to this account, other than `but`, waits for its turn."""
     statement = (
         select(jobs.c.id)
-        .where(in_state(jobs, state), jobs.c.next_attempt_at <= db_time(0.0), _same_environment(account))
+        .where(in_state(jobs, state), jobs.c.next_attempt_at <= statement_time(), _same_environment(account))
         .limit(1)
     )
     if but is not None:
@@ -120,7 +120,7 @@ async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
     under_way = and_(
         in_state(jobs, "pending"),
         jobs.c.lease.is_not(None),
-        jobs.c.next_attempt_at > db_time(0.0),
+        jobs.c.next_attempt_at > statement_time(),
         jobs.c.account == account,
     )
     counts = [

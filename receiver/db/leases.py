@@ -31,7 +31,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from receiver.db.clock import db_time, seconds_since
+from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.lists import among, unnested
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, media
@@ -51,7 +51,7 @@ def _claim_statement(
     """
     due = (
         select(table.c.id)
-        .where(in_state(table, state), table.c.next_attempt_at <= db_time(0.0), *where)
+        .where(in_state(table, state), table.c.next_attempt_at <= statement_time(), *where)
         .order_by(table.c.next_attempt_at)
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)

@@ -17,7 +17,9 @@ from sqlalchemy import event
 
 from receiver.app import count_dead_letters, read_backlog
 from receiver.db import jobs, ledger, replays
+from receiver.db.clock import db_time
 from receiver.db.engine import Database
+from receiver.db.tables import deliveries
 from receiver.ingest import Ingest
 from receiver.signature import Secret
 
@@ -125,6 +127,17 @@ async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
             assert not await jobs.claim_to_submit(connection, "live-1", limit=10, lease=60.0)
             assert not await jobs.claim_to_poll(connection, "live-1", limit=10, lease=60.0)
             assert not await replays.claim(connection, limit=1, lease=60.0)
+
+
+async def test_what_waits_for_another_try(world: World, postgres: Postgres) -> None:
+    """C13: a destination that was away for long is no obstacle on the way to what is due."""
+    await world.change(deliveries, destination="main", state="pending", next_attempt_at=db_time(3600.0))
+    async with little_read(world.database, postgres):
+        await receive(world, [plain("new-1")])
+        await world.fan_out()
+        for work in await world.delivery_lane().claim(10):
+            await work.run()
+    assert world.recorders["main"].subjects == ["new-1"]
 
 
 async def test_what_is_shown(world: World, postgres: Postgres) -> None:

@@ -1,0 +1,583 @@
+"""What a webhook, a claim and a page cost after millions of events, against the same after ten thousand.
+
+Two databases of each kind are filled with events that are done, each with its receipt, its delivery and that
+one's try, and every tenth with its job; a few deliveries among them are dead or wait for another try. The two
+take turns, and a ratio is of one round. The load is wrk's, through `receiver serve`, and every acked webhook
+must be there; the rest goes through the functions of the worker, the API and `/metrics`. The plans at the end
+are those of the statements that these functions sent.
+
+    python benchmarks/growth.py --events 10_000_000 --sqlite-events 2_000_000 --rounds 3 --seconds 8
+
+Needs the development dependencies, the Debian packages postgresql and wrk, and 40 GB of disk for ten million
+events; it starts its servers.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import hashlib
+import platform
+import random
+import sqlite3
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import psutil
+from sqlalchemy import Engine, event, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from ingest import CONNECTIONS, MOST, spread
+from load import family, result, run_wrk, served
+from servers import Postgres
+
+from receiver.db import arrivals, inbox, jobs, ledger, migrate, outbox
+from receiver.db.engine import Database
+from receiver.db.rows import Arrival, event_id
+from receiver.db.tables import deliveries
+from receiver.delivery import DeliveryLane
+from receiver.destinations.memory import MemoryDestination
+from receiver.errors import DatabaseUnavailable
+from receiver.ingest import make_event
+from receiver.lanes import Target
+from receiver.pipeline import FanOut
+from receiver.retry import RetryPolicy
+from receiver.settings import DestinationSettings
+
+DESTINATION = "bench"
+OPEN = 300
+"""Deliveries of the history that are dead, and as many that wait for another try."""
+CHUNK = 100_000
+"""Events of a transaction while a database is filled."""
+FORWARDED = 1000
+"""Events of a round that go on to their delivery."""
+GROUP, BATCH, PAGE = 200, 64, 50
+"""Events of a fan-out, deliveries of a claim, rows of a page."""
+REPEATED, ENOUGH = 20, 5000.0
+"""How often a round reads the same, unless that takes more milliseconds."""
+INGEST = "ingest, webhooks/s"
+WIDTH = 150
+"""Characters of a line of a plan."""
+
+Found = dict[str, list[float]]
+Statements = list[tuple[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Store:
+    """One database, and how many events its history has."""
+
+    url: str
+    count: int
+
+    @property
+    def is_sqlite(self) -> bool:
+        """The other kind is PostgreSQL."""
+        return self.url.startswith("sqlite")
+
+    @property
+    def name(self) -> str:
+        """The kind, and on PostgreSQL the name that it has there; on SQLite the file."""
+        return self.url.removeprefix("sqlite:///") if self.is_sqlite else self.url.rpartition("/")[2]
+
+    def __str__(self) -> str:
+        return f"{'SQLite' if self.is_sqlite else 'PostgreSQL'}, {self.count:,} events"
+
+
+# The history. Both kinds of database make a table of what differs from event to event; all rows come from it.
+
+_INSERTS = (
+    """INSERT INTO events (seq, id, source, request_id, origin, state, status, model, cost, body, body_sha256,
+        received_at)
+    SELECT n, id, 'clipia', request_id, 'webhook', 'ready', 'OK', 'nano-banana-2', 12, body, sha256, began
+    FROM history ORDER BY n""",
+    """INSERT INTO receipts (seq, event_seq, webhook_id, secret_id, signed_at, received_at, body_sha256,
+        outcome)
+    SELECT n, n, request_id, 'default', began, began, sha256, 'accepted' FROM history ORDER BY n""",
+    f"""INSERT INTO deliveries (id, event_seq, destination, state, attempts, next_attempt_at, error,
+        created_at, finished_at)
+    SELECT delivery, n, '{DESTINATION}', state, 1, CASE state WHEN 'pending' THEN later END,
+        CASE state WHEN 'delivered' THEN NULL ELSE 'refused' END, began,
+        CASE state WHEN 'pending' THEN NULL ELSE ended END
+    FROM history ORDER BY n""",
+    """INSERT INTO attempts (seq, work_id, number, started_at, duration_ms, outcome)
+    SELECT n, delivery, 1, began, 12,
+        CASE state WHEN 'delivered' THEN 'succeeded' WHEN 'dead' THEN 'failed' ELSE 'retry' END
+    FROM history ORDER BY n""",
+    """INSERT INTO jobs (seq, id, caller, idempotency_key, fingerprint, source, model, request, has_webhook,
+        provider_key, metadata, state, attempts, created_at, finished_at, account, sent_at, submitted_at,
+        updated_at, request_id, cost, charged)
+    SELECT n / 10, delivery, 'bench', request_id, sha256, 'clipia', 'nano-banana-2', body, TRUE, id, '{}',
+        'completed', 1, began, ended, 'live-bench', began, began, ended, request_id, 12, 12
+    FROM history WHERE n % 10 = 0 ORDER BY n""",
+)
+
+_POSTGRESQL_HISTORY = """
+    SET session_replication_role = replica; -- nothing is looked up for the references: it is there
+    SET synchronous_commit = off;
+    CREATE TEMPORARY TABLE history AS
+    SELECT n, request_id, md5('event ' || n)::uuid AS id, body, encode(sha256(body), 'hex') AS sha256,
+        began, began + interval '1 second' AS ended, now() + interval '1 hour' AS later,
+        overlay(md5('delivery ' || n) PLACING milliseconds || '7' FROM 1)::uuid AS delivery,
+        CASE n % {every} WHEN 0 THEN 'dead' WHEN 1 THEN 'pending' ELSE 'delivered' END AS state
+    FROM generate_series({first}, {last}) AS n
+    CROSS JOIN LATERAL (
+        SELECT md5('history ' || n)::uuid::text AS request_id, now() - ({count} - n) * interval '1 s' AS began
+    ) AS named
+    CROSS JOIN LATERAL (
+        SELECT convert_to('{head}' || request_id || '{tail}', 'UTF8') AS body,
+            lpad(to_hex((extract(epoch FROM began) * 1000)::bigint), 12, '0') AS milliseconds
+    ) AS written
+"""
+
+# How to drop and to make again every index that new rows do not just extend.
+_POSTGRESQL_INDEXES = """
+    SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname),
+        format('ALTER TABLE %s ADD CONSTRAINT %I %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
+    FROM pg_constraint WHERE contype = 'u' AND connamespace = 'public'::regnamespace
+    UNION ALL
+    SELECT format('DROP INDEX %s', indexrelid::regclass), pg_get_indexdef(indexrelid)
+    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+    WHERE relnamespace = 'public'::regnamespace
+        AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
+"""
+
+
+def request_of(number: int) -> str:
+    """Return the `request_id` of an event of the history."""
+    return str(uuid.UUID(hashlib.md5(f"history {number}".encode(), usedforsecurity=False).hexdigest()))
+
+
+def fill_postgresql(postgres: Postgres, database: str, count: int) -> None:
+    """Fill a database, without most of its indexes until the rows are there."""
+
+    def run(statement: str) -> str:
+        return postgres.sql(statement, database=database).stdout
+
+    indexes = [line.split("|") for line in run(_POSTGRESQL_INDEXES).splitlines()]
+    run("; ".join(drop for drop, _ in indexes))
+    name = request_of(0)
+    head, _, tail = result(name).decode().partition(name)
+    for numbers in _chunks(count):
+        history = _POSTGRESQL_HISTORY.format(
+            first=numbers[0], last=numbers[-1], count=count, every=_every(count), head=head, tail=tail
+        )
+        run("; ".join([history, *_INSERTS]))
+        _tell(f"PostgreSQL: {numbers[-1]:,} of {count:,} events")
+    run("; ".join(["SET maintenance_work_mem = '1GB'", *(make for _, make in indexes)]))
+    for table in ("events", "receipts", "attempts", "jobs"):
+        run(f"SELECT setval(pg_get_serial_sequence('{table}', 'seq'), max(seq)) FROM {table}")
+    run("VACUUM ANALYZE")
+    _tell("PostgreSQL: indexes made, vacuumed")
+
+
+def fill_sqlite(file: str, count: int) -> None:
+    """Fill a database file."""
+    now, every = datetime.now(UTC), _every(count)
+
+    def moment(value: datetime) -> str:
+        return value.replace(tzinfo=None).isoformat(" ", "microseconds")
+
+    def row(number: int) -> tuple[object, ...]:
+        began, request_id = now - timedelta(seconds=count - number), request_of(number)
+        body = result(request_id)
+        return (
+            number,
+            request_id,
+            event_id("clipia", request_id).hex,
+            body,
+            hashlib.sha256(body).hexdigest(),
+            moment(began),
+            moment(began + timedelta(seconds=1)),
+            moment(now + timedelta(hours=1)),
+            f"{int(began.timestamp() * 1000):012x}7{random.getrandbits(76):019x}",
+            {0: "dead", 1: "pending"}.get(number % every, "delivered"),
+        )
+
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.executescript("""
+            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -2000000;
+            CREATE TEMPORARY TABLE history (
+                n INTEGER PRIMARY KEY, request_id, id, body, sha256, began, ended, later, delivery, state
+            );
+        """)
+        for numbers in _chunks(count):
+            connection.execute("BEGIN")
+            connection.execute("DELETE FROM history")
+            connection.executemany(f"INSERT INTO history VALUES ({', '.join('?' * 10)})", map(row, numbers))
+            for statement in _INSERTS:
+                connection.execute(statement)
+            connection.execute("COMMIT")
+            _tell(f"SQLite: {numbers[-1]:,} of {count:,} events")
+        connection.execute("PRAGMA journal_mode = WAL")
+
+
+def _chunks(count: int) -> list[range]:
+    return [range(first, min(first + CHUNK, count + 1)) for first in range(1, count + 1, CHUNK)]
+
+
+def _every(count: int) -> int:
+    return max(10, count // OPEN)
+
+
+def _tell(message: str) -> None:
+    print(f"{datetime.now(UTC):%H:%M:%S} {message}", file=sys.stderr, flush=True)
+
+
+# What is measured.
+
+
+class Bench:
+    """A PostgreSQL server, a folder, and the stores on them."""
+
+    def __init__(self, postgres: Postgres, folder: Path) -> None:
+        self._postgres = postgres
+        self._folder = folder
+
+    def store(self, kind: str, count: int) -> Store:
+        """Make a database and fill it."""
+        url = self._postgres.url() if kind == "postgresql" else f"sqlite:///{self._folder / f'{count}.db'}"
+        store = Store(url=url, count=count)
+        asyncio.run(_migrate(store))
+        if store.is_sqlite:
+            fill_sqlite(store.name, count)
+        else:
+            fill_postgresql(self._postgres, store.name, count)
+        return store
+
+    def ingest(self, store: Store, *, seconds: float) -> dict[str, float]:
+        """Load a receiver on a store; return its rate, and what that took."""
+        last = int(self.query(store, "SELECT max(seq) FROM events"))
+        if not store.is_sqlite:
+            # What changes for the first time after one is logged whole: each load begins with everything.
+            self.query(store, "CHECKPOINT")
+        settings = {"RECEIVER_DATABASE_URL": store.url}
+        arguments = ("-m", "receiver", "serve", "--no-worker")
+        with served(self._folder, *arguments, settings=settings) as (port, process):
+            web = psutil.Process(process.pid)
+            memory, used, logged = web.memory_info().rss, self._cpu(store, process), self._logged(store)
+            measured = run_wrk(
+                port,
+                self._folder / "requests",
+                connections=CONNECTIONS,
+                seconds=seconds,
+                most=MOST / 2,
+                servers=[],
+            )
+            used, logged = self._cpu(store, process) - used, self._logged(store) - logged
+            grown = web.memory_info().rss
+        stored = int(self.query(store, f"SELECT count(*) FROM events WHERE seq > {last}"))
+        # wrk leaves up to a request of each connection behind: stored, and its answer not counted.
+        if measured.failed or not measured.acked <= stored <= measured.acked + CONNECTIONS:
+            sys.exit(f"{store}: {measured.acked} acked, {measured.failed} failed, {stored} stored")
+        done = last + max(0, stored - FORWARDED)
+        self.query(store, f"UPDATE events SET state = 'ready' WHERE state = 'received' AND seq <= {done}")
+        found = {
+            INGEST: measured.rate,
+            "ack p50, ms": measured.p50,
+            "ack p99, ms": measured.p99,
+            "CPU of receiver and database for each, µs": used / stored * 1e6,
+        }
+        if not store.is_sqlite:
+            found["written ahead for each, bytes"] = logged / stored
+        return found | {
+            "web process before, MiB": memory / 2**20,
+            "web process after, MiB": grown / 2**20,
+        }
+
+    def _cpu(self, store: Store, process: subprocess.Popen[bytes]) -> float:
+        """Return the CPU time that a receiver and its database have used, in seconds."""
+        used = 0.0
+        for each in [*family(process), *([] if store.is_sqlite else self._postgres.processes())]:
+            # One that ended meanwhile is among its parent's children.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                times = each.cpu_times()
+                used += times.user + times.system + times.children_user + times.children_system
+        return used
+
+    def _logged(self, store: Store) -> float:
+        """Return how much PostgreSQL has written to its log, in bytes."""
+        return 0.0 if store.is_sqlite else float(self.query(store, "SELECT pg_current_wal_lsn() - '0/0'"))
+
+    def sizes(self, store: Store) -> str:
+        """Return how much room a database takes."""
+        if store.is_sqlite:
+            return f"{Path(store.name).stat().st_size / 2**20:,.0f} MiB"
+        found = self.query(
+            store,
+            "SELECT relname, pg_table_size(relid) / 1048576, pg_indexes_size(relid) / 1048576 "
+            "FROM pg_stat_user_tables WHERE n_live_tup > 0 ORDER BY pg_table_size(relid) DESC LIMIT 5",
+        )
+        rows = [line.split("|") for line in found.splitlines()]
+        return ", ".join(
+            f"{name} {int(table):,} and indexes {int(indexes):,} MiB" for name, table, indexes in rows
+        )
+
+    def query(self, store: Store, statement: str) -> str:
+        """Run a statement beside the receiver; return its rows as psql prints them."""
+        if not store.is_sqlite:
+            return self._postgres.sql(statement, database=store.name).stdout
+        with closing(sqlite3.connect(store.name)) as connection, connection:
+            return "\n".join("|".join(map(str, row)) for row in connection.execute(statement))
+
+
+@asynccontextmanager
+async def opened(store: Store) -> AsyncIterator[Database]:
+    """Open a store for the block."""
+    database = Database(store.url)
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+async def _migrate(store: Store) -> None:
+    async with opened(store) as database:
+        await migrate.upgrade(database)
+
+
+def worker(database: Database) -> tuple[FanOut, DeliveryLane]:
+    """Return what a worker does, over a destination in memory."""
+    settings = DestinationSettings.model_validate({"name": DESTINATION, "url": "memory:"})
+    target = Target(
+        name=DESTINATION,
+        destination=MemoryDestination(settings),
+        waits_for_media=True,
+        retry=RetryPolicy(),
+    )
+    fan_out = FanOut(database, [target], wake=lambda _lane: None)
+    return fan_out, DeliveryLane(database, target, wake=lambda _lane: None, concurrency=BATCH)
+
+
+async def work(store: Store) -> dict[str, float]:
+    """Forward the newest events; return the median time of each step."""
+    found: Found = defaultdict(list)
+    async with opened(store) as database:
+        fan_out, lane = worker(database)
+        while await timed(found[f"fan-out of {GROUP} events, ms"], fan_out.run(limit=GROUP)):
+            pass
+        while works := await timed(found[f"claim of {BATCH} deliveries, ms"], lane.claim(BATCH)):
+            runs = asyncio.gather(*(each.run() for each in works))
+            await timed(found[f"record of {BATCH} deliveries, ms"], runs)
+    return _medians(found)
+
+
+async def timed(times: list[float], step: Awaitable[Any]) -> Any:
+    """Wait for a step and add the milliseconds that it took."""
+    began = time.perf_counter()
+    try:
+        return await step
+    finally:
+        times.append((time.perf_counter() - began) * 1000)
+
+
+Query = Callable[[AsyncConnection, int], Awaitable[object]]
+QUERIES: dict[str, Query] = {
+    "newest page of events, ms": lambda connection, _: ledger.list_events(connection, limit=PAGE),
+    "page of events somewhere, ms": lambda connection, count: ledger.list_events(
+        connection, limit=PAGE, before=random.randint(1, count)
+    ),
+    "page of events since just now, ms": lambda connection, _: ledger.list_events(
+        connection, limit=PAGE, since=datetime.now(UTC)
+    ),
+    "an event by its request_id, ms": lambda connection, count: ledger.show_event(
+        connection, request_of(random.randint(1, count))
+    ),
+    "newest page of deliveries, ms": lambda connection, _: ledger.list_deliveries(connection, limit=PAGE),
+    "newest page of pending deliveries, ms": lambda connection, _: ledger.list_deliveries(
+        connection, limit=PAGE, state="pending"
+    ),
+    "newest page of dead deliveries, ms": lambda connection, _: ledger.list_deliveries(
+        connection, limit=PAGE, state="dead"
+    ),
+    "/metrics: events to fan out, ms": lambda connection, _: inbox.backlog(connection),
+    "/metrics: deliveries to do, ms": lambda connection, _: outbox.delivery_backlog(connection),
+    "/metrics: dead letters, ms": lambda connection, _: outbox.count_dead(connection),
+    "/metrics: jobs to do, ms": lambda connection, _: jobs.backlog(connection),
+}
+
+
+async def read(stores: Sequence[Store]) -> dict[Store, dict[str, float]]:
+    """Return the median time of each query; one that gets no answer in time counts as long as it waits."""
+    found: dict[Store, Found] = {store: defaultdict(list) for store in stores}
+    async with contextlib.AsyncExitStack() as stack:
+        databases = {store: await stack.enter_async_context(opened(store)) for store in stores}
+        for what, query in QUERIES.items():
+            for _ in range(REPEATED):
+                for store, database in databases.items():
+                    with contextlib.suppress(DatabaseUnavailable):
+                        async with database.read() as connection:
+                            await timed(found[store][what], query(connection, store.count))
+                if max(sum(times[what]) for times in found.values()) > ENOUGH:
+                    break
+    return {store: _medians(times) for store, times in found.items()}
+
+
+def _medians(found: Found) -> dict[str, float]:
+    return {what: statistics.median(times) for what, times in found.items()}
+
+
+def measure(bench: Bench, stores: Sequence[Store], *, rounds: int, seconds: float) -> dict[Store, Found]:
+    """Measure stores in turns; return for each what every round showed."""
+    found: dict[Store, Found] = {store: defaultdict(list) for store in stores}
+    for number in range(rounds):
+        order = stores if number % 2 == 0 else stores[::-1]
+        shown = {store: bench.ingest(store, seconds=seconds) for store in order}
+        for store in order:
+            shown[store] |= asyncio.run(work(store))
+        for store, values in asyncio.run(read(order)).items():
+            _tell(f"round {number + 1}: {store}: {shown[store][INGEST]:,.0f}/s")
+            for what, value in (shown[store] | values).items():
+                found[store][what].append(value)
+    return found
+
+
+def table(found: dict[Store, Found]) -> list[str]:
+    """Return the lines of the table of two stores."""
+    (small, few), (large, many) = found.items()
+    lines = [f"| | {small} | {large.count:,} events | ratio |", "|---|---|---|---|"]
+    for what, values in many.items():
+        form = ".1f" if what.endswith("ms") else ",.0f"
+        ratios = [ours / before for ours, before in zip(values, few[what], strict=True)]
+        cells = (what, spread(few[what], form), spread(values, form), spread(ratios, ".2f"))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+# The plans.
+
+
+async def plans(store: Store) -> list[str]:
+    """Return the plans of what ingest, a worker and pages send to a database."""
+    found: dict[str, Statements] = {}
+    async with opened(store) as database:
+        fan_out, lane = worker(database)
+        async with database.write() as connection:
+            waiting = update(deliveries).where(deliveries.c.state == "pending")
+            await connection.execute(waiting.values(next_attempt_at=deliveries.c.created_at))
+        await arrivals.insert_new(database, _arrived())
+        with sent(database) as found["insert"]:
+            await arrivals.insert_new(database, _arrived())
+        with sent(database) as found["fan-out"]:
+            await fan_out.run()
+        with sent(database) as found["claim"]:
+            works = await lane.claim(BATCH)
+        with sent(database) as found["record"]:
+            await asyncio.gather(*(each.run() for each in works))
+        async with database.write() as connection:
+            with sent(database) as found["page of events"]:
+                await ledger.list_events(connection, limit=PAGE, before=store.count // 2)
+            with sent(database) as found["page of deliveries"]:
+                await ledger.list_deliveries(connection, limit=PAGE)
+            lines: list[str] = []
+            for what, statements in found.items():
+                for statement, arguments in statements:
+                    lines += await _explained(connection, f"{store}: {what}", statement, arguments)
+    return lines
+
+
+def _arrived() -> list[Arrival]:
+    now = datetime.now(UTC)
+    new = [make_event("clipia", result(str(uuid.uuid4())), received_at=now) for _ in range(CONNECTIONS // 2)]
+    return [Arrival(event=each, webhook_id=None, secret_id="default", signed_at=now) for each in new]
+
+
+@contextmanager
+def sent(database: Database) -> Iterator[Statements]:
+    """Note what goes to a database in the block, but for what has many sets of arguments.
+
+    What goes to the driver directly is noted and not carried out: its plan is to be that of a first time.
+    """
+    found: Statements = []
+
+    def note(_connection: object, _cursor: object, statement: str, arguments: Any, *context: Any) -> None:
+        if not context[-1]:
+            found.append((statement, arguments))
+
+    async def note_only(statement: str, arguments: Sequence[object]) -> list[Any]:
+        found.append((statement.strip(), arguments))
+        return []
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        with mock.patch.object(database, "fetch_at_once", note_only):
+            yield found
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+async def _explained(connection: AsyncConnection, what: str, statement: str, arguments: Any) -> list[str]:
+    """Return the plan of a statement that reads or changes rows, and undo what asking for it did."""
+    if not statement.startswith(("SELECT", "UPDATE", "WITH")):
+        return []
+    explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (ANALYZE, BUFFERS)"
+    nested = await connection.begin_nested()
+    rows = (await connection.exec_driver_sql(f"{explain} {statement}", arguments)).all()
+    await nested.rollback()
+    return [f"-- {what}: {_cut(' '.join(statement.split()))}", *_plan(rows)]
+
+
+def _plan(rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Return the lines of a plan: PostgreSQL indents them, and SQLite's name their parents."""
+    depths = {0: -1}
+    lines = []
+    for *ids, line in rows:
+        depth = 0
+        if ids:
+            depth = depths[ids[0]] = depths[ids[1]] + 1
+        lines.append(_cut("  " * depth + line))
+    return lines
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDTH else f"{line[:WIDTH]}…"
+
+
+def main() -> None:
+    """Fill, measure and print what came of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--events", type=int, default=10_000_000, help="of the large history on PostgreSQL")
+    parser.add_argument("--sqlite-events", type=int, default=2_000_000, help="likewise on SQLite")
+    parser.add_argument("--small", type=int, default=10_000, help="events of the small histories")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8, help="of each load")
+    options = parser.parse_args()
+    print(
+        f"{options.rounds} rounds, loads of {options.seconds:.0f} s, {psutil.cpu_count()} cores for "
+        f"everything, Python {platform.python_version()}; medians, in brackets the least and the greatest "
+        "round."
+    )
+    explained: list[str] = []
+    # Logs of every delivery would be part of what is measured.
+    with (
+        Postgres() as postgres,
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch("receiver.delivery.log"),
+    ):
+        bench = Bench(postgres, Path(folder))
+        for kind, count in (("postgresql", options.events), ("sqlite", options.sqlite_events)):
+            stores = [bench.store(kind, size) for size in (options.small, count)]
+            found = measure(bench, stores, rounds=options.rounds, seconds=options.seconds)
+            sizes = [f"- {store}: {bench.sizes(store)}" for store in stores]
+            print("\n".join(["", *table(found), "", *sizes]), flush=True)
+            explained += asyncio.run(plans(stores[-1]))
+    print("\n".join(["", *explained]))
+
+
+if __name__ == "__main__":
+    main()
