@@ -35,10 +35,11 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	# On its own: 128 deliveries at once want the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 
-bench: $(VENV)/.dev  ## Measure ingest, latency, growth, downloads, the outbox, and what frozen brokers and replays cost
+bench: $(VENV)/.dev  ## Measure ingest, latency, growth, memory, downloads, the outbox, and what frozen brokers and replays cost
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/growth.py --events 1_000_000 --sqlite-events 500_000
+	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/publish.py
 	$(BIN)/python benchmarks/isolation.py

@@ -78,3 +78,18 @@ def test_growth_is_measured_and_explained() -> None:
     # PostgreSQL reads a small table whole, and SQLite, which counts no rows, plans for many as it does here.
     tables = ("events", "receipts", "media", "deliveries", "attempts", "jobs")
     assert not {f"SCAN {table}" for table in tables} & {line.strip() for line in explained.splitlines()}
+
+
+def test_memory_is_measured() -> None:
+    """Each turn has a row with the memory of both processes, and every event has arrived."""
+    if shutil.which("wrk") is None:
+        missing("wrk", "apt-get install wrk")
+    start, *rows = run("benchmarks/soak.py", "--events", "500", "--seconds", "1").splitlines()[2:]
+    assert start.startswith("| 0 | | | ")
+    assert rows
+    for row in rows:
+        events, rate, drained, web, worker = (
+            int(each.replace(",", "")) for each in row.strip("| ").split(" | ")
+        )
+        assert min(events, rate, drained) > 0
+        assert min(web, worker) > 20
