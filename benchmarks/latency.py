@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,10 +24,8 @@ import orjson
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from harness import command_environment, run_command
-from load import PATH, cpu_seconds, family, result, served, signed_request
-from payloads import SECRET
-from servers import Postgres, end
+from load import PATH, cpu_seconds, family, forwarding, result, served, signed_request, working
+from servers import Postgres
 
 CONNECTIONS = 32
 WARM_UP = 1.0
@@ -109,29 +106,12 @@ def measure(url: str, *, rate: int, seconds: float) -> tuple[Times, float]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         database = url if split else f"sqlite:///{folder / 'receiver.db'}"
-        settings = {
-            "RECEIVER_DATABASE_URL": database,
-            "RECEIVER_STORAGE_URL": f"file:{folder / 'media'}",
-            "RECEIVER_DESTINATION_URL": f"file:{folder / 'events.jsonl'}",
-            "CLIPIA_WEBHOOK_SECRET": SECRET,
-        }
-        if run_command("migrate", settings=settings).returncode:
-            sys.exit("the database could not be migrated")
+        settings = forwarding(folder, database)
         role = ["--no-worker"] if split else []
-        (folder / "events.jsonl").touch()
         port, web = stack.enter_context(served(folder, "-m", "receiver", "serve", *role, settings=settings))
         processes = family(web)
         if split:
-            worker = subprocess.Popen(
-                [sys.executable, "-m", "receiver", "worker"],
-                env=command_environment(**settings),
-                cwd=folder,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            stack.callback(end, worker)
-            processes += family(worker)
-            time.sleep(2)
+            processes += family(stack.enter_context(working(folder, settings)))
         before = cpu_seconds(processes)
         time.sleep(IDLE)
         idle = (cpu_seconds(processes) - before) / IDLE

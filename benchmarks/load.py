@@ -19,6 +19,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from harness import command_environment, run_command
 from payloads import SECRET
 from servers import end, free_port, wait_for_port
 
@@ -156,3 +157,34 @@ def served(
         finally:
             process.send_signal(signal.SIGTERM)
             end(process)
+
+
+def forwarding(folder: Path, database: str) -> dict[str, str]:
+    """Migrate a database, and return the settings of a receiver on it that forwards to `events.jsonl`."""
+    settings = {
+        "RECEIVER_DATABASE_URL": database,
+        "RECEIVER_STORAGE_URL": f"file:{folder / 'media'}",
+        "RECEIVER_DESTINATION_URL": f"file:{folder / 'events.jsonl'}",
+        "CLIPIA_WEBHOOK_SECRET": SECRET,
+    }
+    if run_command("migrate", settings=settings).returncode:
+        sys.exit("the database could not be migrated")
+    (folder / "events.jsonl").touch()
+    return settings
+
+
+@contextmanager
+def working(folder: Path, settings: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker for the block."""
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "receiver", "worker"],
+        env=command_environment(**settings),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        time.sleep(2)
+        yield worker
+    finally:
+        end(worker)

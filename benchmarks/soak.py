@@ -10,7 +10,6 @@ Needs the development dependencies and the Debian packages postgresql and wrk; i
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,10 +21,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from harness import command_environment, run_command
-from load import family, run_wrk, served
-from payloads import SECRET
-from servers import Postgres, end
+from load import family, forwarding, run_wrk, served, working
+from servers import Postgres
 
 CONNECTIONS = 64
 MOST = 20_000
@@ -57,28 +54,12 @@ def main() -> None:
     print("|---|---|---|---|---|")
     with Postgres() as postgres, ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        settings = {
-            "RECEIVER_DATABASE_URL": postgres.url(),
-            "RECEIVER_STORAGE_URL": f"file:{folder / 'media'}",
-            "RECEIVER_DESTINATION_URL": f"file:{folder / 'events.jsonl'}",
-            "CLIPIA_WEBHOOK_SECRET": SECRET,
-        }
-        if run_command("migrate", settings=settings).returncode:
-            sys.exit("the database could not be migrated")
+        settings = forwarding(folder, postgres.url())
         file = folder / "events.jsonl"
-        file.touch()
         port, web = stack.enter_context(
             served(folder, "-m", "receiver", "serve", "--no-worker", settings=settings)
         )
-        worker = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "worker"],
-            env=command_environment(**settings),
-            cwd=folder,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        stack.callback(end, worker)
-        time.sleep(2)
+        worker = stack.enter_context(working(folder, settings))
         processes = [psutil.Process(web.pid), psutil.Process(worker.pid)]
         print(f"| 0 | | | {' | '.join(map(megabytes, processes))} |", flush=True)
         database = settings["RECEIVER_DATABASE_URL"].rpartition("/")[2]

@@ -68,11 +68,11 @@ class Database:
     ) -> T:
         """Run `work` in one transaction as `write()` does; it awaits nothing but its connection.
 
-        On SQLite it does not leave its thread meanwhile. Where each statement comes back to the event loop, a
-        busy loop has everybody wait for the write lock.
+        On SQLite it runs in a thread and does not leave it meanwhile, so it may wake nobody who waits on the
+        event loop. Where each statement comes back to the loop, a busy loop has everybody wait for the lock.
         """
         if not self.is_sqlite:
-            async with transaction(self._writer) as connection:
+            async with self.write() as connection:
                 return await work(connection)
         with _unavailable():
             async with self._in_turn(is_webhook=is_webhook):

@@ -34,7 +34,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.lists import among, unnested
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
-from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, media
+from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media
 
 _ENDED: Final = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
 
@@ -92,7 +92,7 @@ _CLAIM_DELIVERIES: Final = {
         deliveries.c.replay_id,
         where=[
             deliveries.c.destination == bindparam("to"),
-            deliveries.c.replay_id.is_not(None) if replayed else deliveries.c.replay_id.is_(None),
+            is_replayed if replayed else is_live,
         ],
     )
     for replayed in (False, True)

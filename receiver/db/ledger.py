@@ -11,16 +11,23 @@ from sqlalchemy import ColumnElement, Table, and_, case, exists, func, or_, sele
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.rows import least_id
-from receiver.db.tables import attempts, deliveries, events, in_state, jobs, media, receipts
+from receiver.db.tables import (
+    attempts,
+    deliveries,
+    events,
+    in_state,
+    is_live,
+    is_replayed,
+    jobs,
+    media,
+    receipts,
+)
 
 Row = dict[str, Any]
 
 _EVENT = [column for column in events.c if column.name != "body"]
 _PENDING: Final = union_all(
-    *(
-        select(deliveries.c.id).where(in_state(deliveries, "pending"), half)
-        for half in (deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None))
-    )
+    *(select(deliveries.c.id).where(in_state(deliveries, "pending"), half) for half in (is_live, is_replayed))
 )
 CLOCKS_APART: Final = timedelta(days=1)
 """What the clock that made a row's id and the database's, which dates the row, are never apart."""

@@ -15,7 +15,7 @@ from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
 from receiver.db.lists import among, unnested
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
-from receiver.db.tables import attempts, deliveries, events, in_state, media
+from receiver.db.tables import attempts, deliveries, events, in_state, is_live, is_replayed, media
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
@@ -205,7 +205,7 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
             select(deliveries.c.destination, deliveries.c.created_at).where(
                 in_state(deliveries, "pending"), half
             )
-            for half in (deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None))
+            for half in (is_live, is_replayed)
         )
     ).subquery()
     statement = select(

@@ -186,19 +186,19 @@ deliveries = Table(
     Column("restarted_at", UtcDateTime),
     Index(None, "event_seq"),
 )
-_is_live, _is_replay = deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None)
+is_live, is_replayed = deliveries.c.replay_id.is_(None), deliveries.c.replay_id.is_not(None)
 _is_pending, _is_dead = (in_state(deliveries, state) for state in ("pending", "dead"))
 _partial_index(
-    "uq_deliveries_live", deliveries.c.event_seq, deliveries.c.destination, where=_is_live, unique=True
+    "uq_deliveries_live", deliveries.c.event_seq, deliveries.c.destination, where=is_live, unique=True
 )
 _partial_index(
     "uq_deliveries_replayed",
     *(deliveries.c.replay_id, deliveries.c.destination, deliveries.c.event_seq),
-    where=_is_replay,
+    where=is_replayed,
     unique=True,
 )
 # One each, so that a long replay is no obstacle on the way to what is live.
-for _name, _which in (("ix_deliveries_due", _is_live), ("ix_deliveries_replays_due", _is_replay)):
+for _name, _which in (("ix_deliveries_due", is_live), ("ix_deliveries_replays_due", is_replayed)):
     _partial_index(
         _name, deliveries.c.destination, deliveries.c.next_attempt_at, where=and_(_is_pending, _which)
     )
