@@ -15,12 +15,10 @@ events; it starts its servers.
 import argparse
 import asyncio
 import contextlib
-import hashlib
 import platform
 import random
 import sqlite3
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,7 +27,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,13 +38,14 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+from fill import DESTINATION, fill_postgresql, fill_sqlite, request_of, tell
 from ingest import CONNECTIONS, MOST, spread
 from load import family, result, run_wrk, served
 from servers import Postgres
 
 from receiver.db import arrivals, inbox, jobs, ledger, migrate, outbox
 from receiver.db.engine import Database
-from receiver.db.rows import Arrival, event_id
+from receiver.db.rows import Arrival
 from receiver.db.tables import deliveries
 from receiver.delivery import DeliveryLane
 from receiver.destinations.memory import MemoryDestination
@@ -57,11 +56,6 @@ from receiver.pipeline import FanOut
 from receiver.retry import RetryPolicy
 from receiver.settings import DestinationSettings
 
-DESTINATION = "bench"
-OPEN = 300
-"""Deliveries of the history that are dead, and as many that wait for another try."""
-CHUNK = 100_000
-"""Events of a transaction while a database is filled."""
 FORWARDED = 1000
 """Events of a round that go on to their delivery."""
 GROUP, BATCH, PAGE = 200, 64, 50
@@ -97,149 +91,6 @@ class Store:
         return f"{'SQLite' if self.is_sqlite else 'PostgreSQL'}, {self.count:,} events"
 
 
-# The history. Both kinds of database make a table of what differs from event to event; all rows come from it.
-
-_INSERTS = (
-    """INSERT INTO events (seq, id, source, request_id, origin, state, status, model, cost, body, body_sha256,
-        received_at)
-    SELECT n, id, 'clipia', request_id, 'webhook', 'ready', 'OK', 'nano-banana-2', 12, body, sha256, began
-    FROM history ORDER BY n""",
-    """INSERT INTO receipts (seq, event_seq, webhook_id, secret_id, signed_at, received_at, body_sha256,
-        outcome)
-    SELECT n, n, request_id, 'default', began, began, sha256, 'accepted' FROM history ORDER BY n""",
-    f"""INSERT INTO deliveries (id, event_seq, destination, state, attempts, next_attempt_at, error,
-        created_at, finished_at)
-    SELECT delivery, n, '{DESTINATION}', state, 1, CASE state WHEN 'pending' THEN later END,
-        CASE state WHEN 'delivered' THEN NULL ELSE 'refused' END, began,
-        CASE state WHEN 'pending' THEN NULL ELSE ended END
-    FROM history ORDER BY n""",
-    """INSERT INTO attempts (seq, work_id, number, started_at, duration_ms, outcome)
-    SELECT n, delivery, 1, began, 12,
-        CASE state WHEN 'delivered' THEN 'succeeded' WHEN 'dead' THEN 'failed' ELSE 'retry' END
-    FROM history ORDER BY n""",
-    """INSERT INTO jobs (seq, id, caller, idempotency_key, fingerprint, source, model, request, has_webhook,
-        provider_key, metadata, state, attempts, created_at, finished_at, account, sent_at, submitted_at,
-        updated_at, request_id, cost, charged)
-    SELECT n / 10, delivery, 'bench', request_id, sha256, 'clipia', 'nano-banana-2', body, TRUE, id, '{}',
-        'completed', 1, began, ended, 'live-bench', began, began, ended, request_id, 12, 12
-    FROM history WHERE n % 10 = 0 ORDER BY n""",
-)
-
-_POSTGRESQL_HISTORY = """
-    SET session_replication_role = replica; -- nothing is looked up for the references: it is there
-    SET synchronous_commit = off;
-    CREATE TEMPORARY TABLE history AS
-    SELECT n, request_id, md5('event ' || n)::uuid AS id, body, encode(sha256(body), 'hex') AS sha256,
-        began, began + interval '1 second' AS ended, now() + interval '1 hour' AS later,
-        overlay(md5('delivery ' || n) PLACING milliseconds || '7' FROM 1)::uuid AS delivery,
-        CASE n % {every} WHEN 0 THEN 'dead' WHEN 1 THEN 'pending' ELSE 'delivered' END AS state
-    FROM generate_series({first}, {last}) AS n
-    CROSS JOIN LATERAL (
-        SELECT md5('history ' || n)::uuid::text AS request_id, now() - ({count} - n) * interval '1 s' AS began
-    ) AS named
-    CROSS JOIN LATERAL (
-        SELECT convert_to('{head}' || request_id || '{tail}', 'UTF8') AS body,
-            lpad(to_hex((extract(epoch FROM began) * 1000)::bigint), 12, '0') AS milliseconds
-    ) AS written
-"""
-
-# How to drop and to make again every index that new rows do not just extend.
-_POSTGRESQL_INDEXES = """
-    SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname),
-        format('ALTER TABLE %s ADD CONSTRAINT %I %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
-    FROM pg_constraint WHERE contype = 'u' AND connamespace = 'public'::regnamespace
-    UNION ALL
-    SELECT format('DROP INDEX %s', indexrelid::regclass), pg_get_indexdef(indexrelid)
-    FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
-    WHERE relnamespace = 'public'::regnamespace
-        AND NOT EXISTS (SELECT FROM pg_constraint WHERE conindid = indexrelid)
-"""
-
-
-def request_of(number: int) -> str:
-    """Return the `request_id` of an event of the history."""
-    return str(uuid.UUID(hashlib.md5(f"history {number}".encode(), usedforsecurity=False).hexdigest()))
-
-
-def fill_postgresql(postgres: Postgres, database: str, count: int) -> None:
-    """Fill a database, without most of its indexes until the rows are there."""
-
-    def run(statement: str) -> str:
-        return postgres.sql(statement, database=database).stdout
-
-    indexes = [line.split("|") for line in run(_POSTGRESQL_INDEXES).splitlines()]
-    run("; ".join(drop for drop, _ in indexes))
-    name = request_of(0)
-    head, _, tail = result(name).decode().partition(name)
-    for numbers in _chunks(count):
-        history = _POSTGRESQL_HISTORY.format(
-            first=numbers[0], last=numbers[-1], count=count, every=_every(count), head=head, tail=tail
-        )
-        run("; ".join([history, *_INSERTS]))
-        _tell(f"PostgreSQL: {numbers[-1]:,} of {count:,} events")
-    run("; ".join(["SET maintenance_work_mem = '1GB'", *(make for _, make in indexes)]))
-    for table in ("events", "receipts", "attempts", "jobs"):
-        run(f"SELECT setval(pg_get_serial_sequence('{table}', 'seq'), max(seq)) FROM {table}")
-    run("VACUUM ANALYZE")
-    _tell("PostgreSQL: indexes made, vacuumed")
-
-
-def fill_sqlite(file: str, count: int) -> None:
-    """Fill a database file."""
-    now, every = datetime.now(UTC), _every(count)
-
-    def moment(value: datetime) -> str:
-        return value.replace(tzinfo=None).isoformat(" ", "microseconds")
-
-    def row(number: int) -> tuple[object, ...]:
-        began, request_id = now - timedelta(seconds=count - number), request_of(number)
-        body = result(request_id)
-        return (
-            number,
-            request_id,
-            event_id("clipia", request_id).hex,
-            body,
-            hashlib.sha256(body).hexdigest(),
-            moment(began),
-            moment(began + timedelta(seconds=1)),
-            moment(now + timedelta(hours=1)),
-            f"{int(began.timestamp() * 1000):012x}7{random.getrandbits(76):019x}",
-            {0: "dead", 1: "pending"}.get(number % every, "delivered"),
-        )
-
-    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
-        connection.executescript("""
-            PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -2000000;
-            CREATE TEMPORARY TABLE history (
-                n INTEGER PRIMARY KEY, request_id, id, body, sha256, began, ended, later, delivery, state
-            );
-        """)
-        for numbers in _chunks(count):
-            connection.execute("BEGIN")
-            connection.execute("DELETE FROM history")
-            connection.executemany(f"INSERT INTO history VALUES ({', '.join('?' * 10)})", map(row, numbers))
-            for statement in _INSERTS:
-                connection.execute(statement)
-            connection.execute("COMMIT")
-            _tell(f"SQLite: {numbers[-1]:,} of {count:,} events")
-        connection.execute("PRAGMA journal_mode = WAL")
-
-
-def _chunks(count: int) -> list[range]:
-    return [range(first, min(first + CHUNK, count + 1)) for first in range(1, count + 1, CHUNK)]
-
-
-def _every(count: int) -> int:
-    return max(10, count // OPEN)
-
-
-def _tell(message: str) -> None:
-    print(f"{datetime.now(UTC):%H:%M:%S} {message}", file=sys.stderr, flush=True)
-
-
-# What is measured.
-
-
 class Bench:
     """A PostgreSQL server, a folder, and the stores on them."""
 
@@ -266,19 +117,19 @@ class Bench:
             self.query(store, "CHECKPOINT")
         settings = {"RECEIVER_DATABASE_URL": store.url}
         arguments = ("-m", "receiver", "serve", "--no-worker")
+        database = list if store.is_sqlite else self._postgres.processes
         with served(self._folder, *arguments, settings=settings) as (port, process):
             web = psutil.Process(process.pid)
-            memory, used, logged = web.memory_info().rss, self._cpu(store, process), self._logged(store)
+            memory, logged = web.memory_info().rss, self._logged(store)
             measured = run_wrk(
                 port,
                 self._folder / "requests",
                 connections=CONNECTIONS,
                 seconds=seconds,
                 most=MOST / 2,
-                servers=[],
+                servers=lambda: [*family(process), *database()],
             )
-            used, logged = self._cpu(store, process) - used, self._logged(store) - logged
-            grown = web.memory_info().rss
+            logged, grown = self._logged(store) - logged, web.memory_info().rss
         stored = int(self.query(store, f"SELECT count(*) FROM events WHERE seq > {last}"))
         # wrk leaves up to a request of each connection behind: stored, and its answer not counted.
         if measured.failed or not measured.acked <= stored <= measured.acked + CONNECTIONS:
@@ -289,7 +140,7 @@ class Bench:
             INGEST: measured.rate,
             "ack p50, ms": measured.p50,
             "ack p99, ms": measured.p99,
-            "CPU of receiver and database for each, µs": used / stored * 1e6,
+            "CPU of receiver and database for each, µs": measured.server_cpu / measured.rate * 1e6,
         }
         if not store.is_sqlite:
             found["written ahead for each, bytes"] = logged / stored
@@ -297,16 +148,6 @@ class Bench:
             "web process before, MiB": memory / 2**20,
             "web process after, MiB": grown / 2**20,
         }
-
-    def _cpu(self, store: Store, process: subprocess.Popen[bytes]) -> float:
-        """Return the CPU time that a receiver and its database have used, in seconds."""
-        used = 0.0
-        for each in [*family(process), *([] if store.is_sqlite else self._postgres.processes())]:
-            # One that ended meanwhile is among its parent's children.
-            with contextlib.suppress(psutil.NoSuchProcess):
-                times = each.cpu_times()
-                used += times.user + times.system + times.children_user + times.children_system
-        return used
 
     def _logged(self, store: Store) -> float:
         """Return how much PostgreSQL has written to its log, in bytes."""
@@ -384,6 +225,12 @@ async def timed(times: list[float], step: Awaitable[Any]) -> Any:
         times.append((time.perf_counter() - began) * 1000)
 
 
+async def _show(connection: AsyncConnection, request_id: str) -> object:
+    shown = await ledger.show_event(connection, request_id)
+    assert shown is not None
+    return shown
+
+
 Query = Callable[[AsyncConnection, int], Awaitable[object]]
 QUERIES: dict[str, Query] = {
     "newest page of events, ms": lambda connection, _: ledger.list_events(connection, limit=PAGE),
@@ -393,7 +240,7 @@ QUERIES: dict[str, Query] = {
     "page of events since just now, ms": lambda connection, _: ledger.list_events(
         connection, limit=PAGE, since=datetime.now(UTC)
     ),
-    "an event by its request_id, ms": lambda connection, count: ledger.show_event(
+    "an event by its request_id, ms": lambda connection, count: _show(
         connection, request_of(random.randint(1, count))
     ),
     "newest page of deliveries, ms": lambda connection, _: ledger.list_deliveries(connection, limit=PAGE),
@@ -439,7 +286,7 @@ def measure(bench: Bench, stores: Sequence[Store], *, rounds: int, seconds: floa
         for store in order:
             shown[store] |= asyncio.run(work(store))
         for store, values in asyncio.run(read(order)).items():
-            _tell(f"round {number + 1}: {store}: {shown[store][INGEST]:,.0f}/s")
+            tell(f"round {number + 1}: {store}: {shown[store][INGEST]:,.0f}/s")
             for what, value in (shown[store] | values).items():
                 found[store][what].append(value)
     return found

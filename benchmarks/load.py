@@ -1,5 +1,6 @@
 """What the benchmarks share: signed requests, wrk, the CPU time of processes, and sides that are served."""
 
+import contextlib
 import hmac
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,21 +74,24 @@ def result(request_id: str) -> bytes:
 
 def write_requests(file: Path, count: int) -> int:
     """Write signed requests of different events to a file; return the size of each."""
-    size = 0
+    name, size = str(uuid.uuid4()), 0
+    head, _, tail = result(name).partition(name.encode())
     with file.open("wb") as target:
         for _ in range(count):
-            whole = signed_request(result(str(uuid.uuid4())))
+            whole = signed_request(head + str(uuid.uuid4()).encode() + tail)
             size = len(whole)
             target.write(whole)
     return size
 
 
-def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
-    """Return the CPU time that processes have used."""
+def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
+    """Return the CPU time that processes have used, and those of their children that have ended."""
     total = 0.0
     for process in processes:
-        used = process.cpu_times()
-        total += used.user + used.system
+        # One that has ended since it was listed is among its parent's children.
+        with contextlib.suppress(psutil.NoSuchProcess):
+            used = process.cpu_times()
+            total += used.user + used.system + used.children_user + used.children_system
     return total
 
 
@@ -104,18 +108,21 @@ def run_wrk(
     connections: int,
     seconds: float,
     most: float,
-    servers: Sequence[psutil.Process],
+    servers: Callable[[], Sequence[psutil.Process]],
 ) -> Measured:
-    """Load a server with requests that are each sent once; `most` is the highest rate that is possible."""
+    """Load a server with requests that are each sent once; `most` is the highest rate that is possible.
+
+    `servers` lists the processes whose CPU time counts, before the load and after it: some start meanwhile.
+    """
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed: apt-get install wrk")
     size = write_requests(file, round(most * seconds) + connections)
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "load.lua")]
     command += [f"http://127.0.0.1:{port}{PATH}", "--", str(file), str(size)]
-    before, used = cpu_seconds(servers), resource.getrusage(resource.RUSAGE_CHILDREN)
+    before, used = cpu_seconds(servers()), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    after, now = cpu_seconds(servers), resource.getrusage(resource.RUSAGE_CHILDREN)
+    after, now = cpu_seconds(servers()), resource.getrusage(resource.RUSAGE_CHILDREN)
     file.unlink()
     told = json.loads(done.stderr.strip().splitlines()[-1])
     if "requests" not in told:

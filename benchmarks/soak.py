@@ -72,7 +72,7 @@ def main() -> None:
                 connections=CONNECTIONS,
                 seconds=options.seconds,
                 most=MOST,
-                servers=[*family(web), *family(worker)],
+                servers=lambda: [*family(web), *family(worker), *postgres.processes()],
             )
             if measured.failed:
                 sys.exit(f"{measured.failed} requests failed")
