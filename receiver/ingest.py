@@ -173,8 +173,8 @@ class Ingest:
 
 
 async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:
-    found = await inbox.find_events(connection, {event.request_id for event, *_ in group})
-    known = [found.get((event.source, event.request_id)) for event, *_ in group]
+    found = await inbox.find_events(connection, {event.id for event, *_ in group})
+    known = [found.get(event.id) for event, *_ in group]
     others = {
         one.seq
         for one, (event, *_) in zip(known, group, strict=True)

@@ -1,45 +1,39 @@
 """A long history: many events that were settled long ago, and what is left of them."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import bindparam, func, select, text
+from sqlalchemy import bindparam, func, insert, select, text
 
+from receiver.db import sources
 from receiver.db.engine import Database
+from receiver.db.rows import event_id
 from receiver.db.tables import UtcDateTime, attempts, deliveries, events, media, receipts
 
 DAY: Final = 86_400.0
 
-_NUMBERS: Final = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < :count)"
 _ID: Final = {
     "sqlite": "printf('{start}%020x', i)",
     "postgresql": "('{start}' || lpad(to_hex(i), 20, '0'))::uuid",
 }
-_MOMENT: Final = {
-    "sqlite": "strftime('%Y-%m-%d %H:%M:%f000', :old, printf('+%.3f seconds', i / 1000.0))",
-    "postgresql": "CAST(:old AS timestamptz) + make_interval(secs => i / 1000.0)",
-}
-_SHA256: Final = f"'{'0' * 64}'"
+_SHA256: Final = "0" * 64
 
 
 async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
     """Add events, each with a receipt, a file, a delivery and a try at either, all of so many days ago."""
     old = datetime.now(UTC) - timedelta(days=days)
     # Time-ordered, as ids are.
-    event, file, delivery = (
+    file, delivery = (
         _ID[database.dialect_name].format(start=f"{round(old.timestamp() * 1000) + kind:012x}")
-        for kind in range(3)
+        for kind in range(2)
     )
-    moment = _MOMENT[database.dialect_name]
-    body = "CAST('{}' AS BLOB)" if database.is_sqlite else "'{}'::bytea"
+    async with database.write() as connection:
+        await connection.execute(insert(events), [_event(f"r-{i}", old, i) for i in range(1, count + 1)])
+        await sources.remember(connection, "clipia")
     work = "state, attempts, created_at"
-    for insert in (
-        f"""INSERT INTO events (id, source, request_id, origin, state, status, body, body_sha256, received_at)
-            {_NUMBERS}
-            SELECT {event}, 'clipia', 'r-' || i, 'webhook', 'ready', 'OK', {body}, {_SHA256}, {moment}
-            FROM n""",
+    for statement in (
         f"""INSERT INTO receipts (event_seq, secret_id, signed_at, received_at, body_sha256, outcome)
-            SELECT seq, 'one', :old, :old, {_SHA256}, 'accepted' FROM events""",
+            SELECT seq, 'one', :old, :old, '{_SHA256}', 'accepted' FROM events""",
         f"""INSERT INTO media (id, event_seq, position, variant, kind, url, {work})
             SELECT {file}, i, 0, 'original', 'image', 'https://media.clipia.ai/a.png', 'stored', 1, :old
             FROM (SELECT seq AS i FROM events) AS n""",
@@ -51,9 +45,22 @@ async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
             for table in ("media", "deliveries")
         ),
     ):
-        statement = text(insert).bindparams(bindparam("old", old, UtcDateTime))
         async with database.write() as connection:
-            await connection.execute(statement.bindparams(count=count) if ":count" in insert else statement)
+            await connection.execute(text(statement).bindparams(bindparam("old", old, UtcDateTime)))
+
+
+def _event(request_id: str, old: datetime, number: int) -> dict[str, Any]:
+    return {
+        "id": event_id("clipia", request_id),
+        "source": "clipia",
+        "request_id": request_id,
+        "origin": "webhook",
+        "state": "ready",
+        "status": "OK",
+        "body": b"{}",
+        "body_sha256": _SHA256,
+        "received_at": old + timedelta(milliseconds=number),
+    }
 
 
 async def fill_jobs(database: Database) -> None:

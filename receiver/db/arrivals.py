@@ -5,9 +5,9 @@ long as SQLite itself, and on PostgreSQL one statement with an array for each co
 once, whatever the size of the group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from typing import Any, Final
 from uuid import UUID
 
@@ -66,6 +66,9 @@ def _insert_columns() -> str:
         on_record AS (
             INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
             SELECT new.seq, {", ".join(_IN_RECEIPT)} FROM new JOIN arrived USING (id)
+        ),
+        remembered AS (
+            INSERT INTO sources (name) SELECT DISTINCT source FROM arrived ON CONFLICT DO NOTHING
         )
         SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
     """  # noqa: S608 - our own names only
@@ -77,36 +80,66 @@ _INSERT: Final = _insert_columns()
 async def _insert_rows(arrivals: Sequence[Arrival], connection: AsyncConnection) -> set[UUID]:
     """Insert on SQLite, where nobody else can write meanwhile: what is above the last `seq` is ours."""
     last = (await connection.execute(_LAST_SEQ)).scalar_one() or 0
-    event_rows = [tuple(map(_sqlite_value, arrival.event)) for arrival in arrivals]
-    await connection.exec_driver_sql(_INSERT_EVENT, event_rows)
-    rows = await connection.execute(_ABOVE, {"last": last})
-    seqs: dict[UUID, int] = {row.id: row.seq for row in rows}
-    new = [
-        (
-            seqs[event.id],
-            *map(_sqlite_value, of_receipt),
-            event.first_outcome,
-            _sqlite_value(event.received_at),
-            event.body_sha256,
-        )
-        for event, *of_receipt in arrivals
-        if event.id in seqs
-    ]
-    if new:
-        await connection.exec_driver_sql(_INSERT_RECEIPT, new)
-    return {arrival.event.id for arrival in arrivals} - seqs.keys()
+    new = 0
+    for lot in _lots(arrivals):
+        values = [value for arrival in lot for value in _event_values(arrival.event)]
+        await connection.exec_driver_sql(_insert_events(len(lot)), tuple(values))
+        values = [value for arrival in lot for value in _receipt_values(arrival)]
+        inserted = await connection.exec_driver_sql(_insert_receipts(len(lot)), (*values, last))
+        new += inserted.rowcount
+    for source in {arrival.event.source for arrival in arrivals}:
+        await connection.exec_driver_sql(_REMEMBER, (source,))
+    if new == len(arrivals):
+        return set()
+    ours = set((await connection.execute(_ABOVE, {"last": last})).scalars())
+    return {arrival.event.id for arrival in arrivals} - ours
 
 
 _LAST_SEQ: Final = select(func.max(events.c.seq))
-_ABOVE: Final = select(events.c.id, events.c.seq).where(events.c.seq > bindparam("last"))
+_ABOVE: Final = select(events.c.id).where(events.c.seq > bindparam("last"))
+_REMEMBER: Final = "INSERT INTO sources (name) VALUES (?) ON CONFLICT DO NOTHING"
 
 
-def _insert_into(table: str, names: Sequence[str]) -> str:
-    return f"INSERT INTO {table} ({', '.join(names)}) VALUES ({', '.join('?' * len(names))})"  # noqa: S608
+def _lots(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
+    """Cut a group into powers of two, so that SQLite has to parse few different statements."""
+    start = 0
+    while rest := len(arrivals) - start:
+        size = 1 << (rest.bit_length() - 1)
+        yield arrivals[start : start + size]
+        start += size
 
 
-_INSERT_EVENT: Final = f"{_insert_into('events', _OF_EVENT)} ON CONFLICT DO NOTHING"
-_INSERT_RECEIPT: Final = _insert_into("receipts", ("event_seq", *_IN_RECEIPT))
+# For many rows at once: the thread leaves the interpreter to the event loop once for a statement and not for
+# each row, and has to wait as often to get it back.
+@cache
+def _insert_events(rows: int) -> str:
+    return (
+        f"INSERT INTO events ({', '.join(_OF_EVENT)}) VALUES {_places(rows, len(_OF_EVENT))} "  # noqa: S608
+        "ON CONFLICT DO NOTHING"
+    )
+
+
+@cache
+def _insert_receipts(rows: int) -> str:
+    arrived = ("id", *_OF_RECEIPT, "outcome")
+    return f"""
+        INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
+        WITH arrived ({", ".join(arrived)}) AS (VALUES {_places(rows, len(arrived))})
+        SELECT seq, {", ".join(_IN_RECEIPT)} FROM arrived CROSS JOIN events USING (id) WHERE seq > ?
+    """  # noqa: S608 - our own names only
+
+
+def _places(rows: int, columns: int) -> str:
+    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
+
+
+def _event_values(event: NewEvent) -> Iterator[Any]:
+    return map(_sqlite_value, event)
+
+
+def _receipt_values(arrival: Arrival) -> Iterator[Any]:
+    event, *of_receipt = arrival
+    return map(_sqlite_value, (event.id, *of_receipt, event.first_outcome))
 
 
 def _sqlite_value(value: Any) -> Any:

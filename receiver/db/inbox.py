@@ -2,11 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
+from uuid import UUID
 
 from sqlalchemy import Integer, String, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import sources
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
@@ -23,7 +25,7 @@ class KnownEvent(NamedTuple):
 
 
 async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
-    """Insert an event and return its `seq`, or None where (source, request_id) is taken.
+    """Insert an event and return its `seq`, or None where its id, and so (source, request_id), is taken.
 
     One statement, because a SELECT first would let two deliveries both find nothing. An insert that meets the
     uncommitted row of another transaction waits for it: it returns None after that commit, and wins after its
@@ -33,15 +35,16 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
     statement = (
         dialect.insert(events).values(**event._asdict()).on_conflict_do_nothing().returning(events.c.seq)
     )
-    return (await connection.execute(statement)).scalar_one_or_none()
+    seq: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    if seq is not None:
+        await sources.remember(connection, event.source)
+    return seq
 
 
-async def find_events(
-    connection: AsyncConnection, request_ids: Collection[str]
-) -> dict[tuple[str, str], KnownEvent]:
-    """Return the events of some `request_id`s, by source and `request_id`; none is pruned from now on."""
-    rows = await connection.execute(_KNOWN, {"request_ids": request_ids})
-    return {(source, request_id): KnownEvent(*values) for source, request_id, *values in rows}
+async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
+    """Return events by `id`; none is pruned from now on."""
+    rows = await connection.execute(_KNOWN, {"ids": ids})
+    return {id_: KnownEvent(*values) for id_, *values in rows}
 
 
 async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
@@ -72,14 +75,13 @@ async def insert_receipts(connection: AsyncConnection, found: Sequence[tuple[int
 # Made once: to make one takes as long as to run it.
 _KNOWN = (
     select(
-        events.c.source,
-        events.c.request_id,
+        events.c.id,
         events.c.seq,
         events.c.origin,
         events.c.status,
         events.c.body_sha256,
     )
-    .where(among(events.c.request_id, "request_ids"))
+    .where(among(events.c.id, "ids"))
     # As a receipt will do: one whose event is gone by then would fail, and its whole group with it.
     .with_for_update(read=True, key_share=True)
 )

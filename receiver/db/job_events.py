@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time
 from receiver.db.lists import among
-from receiver.db.rows import JobRef, JobState
+from receiver.db.rows import JobRef, JobState, event_id
 from receiver.db.tables import events, jobs
 from receiver.webhook import Generation
 
@@ -110,7 +110,7 @@ async def settle(
 async def find_event_body(connection: AsyncConnection, source: str, request_id: str) -> bytes | None:
     """Return the body of a request's event, if it has come already."""
     statement = select(events.c.body).where(
-        events.c.source == source, events.c.request_id == request_id, events.c.state != "unrecognized"
+        events.c.id == event_id(source, request_id), events.c.state != "unrecognized"
     )
     body: bytes | None = (await connection.execute(statement)).scalar_one_or_none()
     return body
@@ -131,14 +131,11 @@ async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) ->
 
 async def settled(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
     """Return which of these jobs have ended, their files settled too."""
-    busy = events.c.state.in_(("received", "fetching"))
-    statement = (
-        select(jobs.c.id)
-        .join(events, _SAME_REQUEST, isouter=True)
-        .where(
-            jobs.c.id.in_(job_ids),
-            jobs.c.state.not_in(("pending", "submitted")),
-            or_(events.c.seq.is_(None), ~busy),
-        )
+    statement = select(jobs.c.id, jobs.c.source, jobs.c.request_id).where(
+        jobs.c.id.in_(job_ids), jobs.c.state.not_in(("pending", "submitted"))
     )
-    return set((await connection.execute(statement)).scalars())
+    ended = (await connection.execute(statement)).all()
+    by_event = {event_id(row.source, row.request_id): row.id for row in ended if row.request_id is not None}
+    busy = select(events.c.id).where(events.c.id.in_(by_event), events.c.state.in_(("received", "fetching")))
+    unsettled = {by_event[id_] for id_ in (await connection.execute(busy)).scalars()}
+    return {row.id for row in ended} - unsettled

@@ -1,16 +1,16 @@
 """SQL that only reads, for people: events and jobs with everything that hangs on them."""
 
-import contextlib
 import uuid
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
-from sqlalchemy import ColumnElement, Table, and_, case, exists, func, or_, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Table, and_, case, exists, func, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.rows import least_id
+from receiver.db.rows import event_id, least_id
+from receiver.db.sources import find_event_ids
 from receiver.db.tables import (
     attempts,
     deliveries,
@@ -76,7 +76,8 @@ async def list_events(
 
 async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     """Return one event by its id or `request_id`, with its body (bytes) and everything that hangs on it."""
-    statement = select(events).where(or_(*_matches(key))).order_by(events.c.seq.desc()).limit(1)
+    ids = (await find_event_ids(connection, [key]))[key]
+    statement = select(events).where(events.c.id.in_(ids)).order_by(events.c.seq.desc()).limit(1)
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         return None
@@ -191,7 +192,7 @@ async def list_jobs(
         where.append(jobs.c.created_at < until)
     statement = select(jobs).where(*where).order_by(jobs.c.seq.desc()).limit(limit)
     found = [dict(row) | {"tries": []} for row in (await connection.execute(statement)).mappings()]
-    heads = await _job_events(connection, [row["id"] for row in found])
+    heads = await _job_events(connection, found)
     for row in found:
         event = heads.get(row["id"])
         row["event"] = None if event is None else event | {"media": [], "deliveries": []}
@@ -214,7 +215,7 @@ async def show_job(connection: AsyncConnection, job_id: uuid.UUID) -> Row | None
         return None
     job = dict(row)
     await _add_attempts(connection, [job])
-    event = (await _job_events(connection, [job_id])).get(job_id)
+    event = (await _job_events(connection, [job])).get(job_id)
     if event is not None:
         seq = event["seq"]
         event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
@@ -275,18 +276,15 @@ def _day(connection: AsyncConnection) -> ColumnElement[str]:
     return func.to_char(func.timezone("UTC", jobs.c.created_at), "YYYY-MM-DD")
 
 
-async def _job_events(connection: AsyncConnection, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Row]:
-    same = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
-    statement = select(jobs.c.id.label("of_job"), *_EVENT).join(events, same).where(jobs.c.id.in_(job_ids))
-    rows = [dict(row) for row in (await connection.execute(statement)).mappings()]
-    return {row.pop("of_job"): row for row in rows}
-
-
-def _matches(key: str) -> list[ColumnElement[bool]]:
-    matches: list[ColumnElement[bool]] = [events.c.request_id == key]
-    with contextlib.suppress(ValueError):
-        matches.append(events.c.id == uuid.UUID(key))
-    return matches
+async def _job_events(connection: AsyncConnection, found: Sequence[Row]) -> dict[uuid.UUID, Row]:
+    """Return the heads of the events of jobs, by the job's id."""
+    job_ids = {
+        event_id(job["source"], job["request_id"]): job["id"]
+        for job in found
+        if job["request_id"] is not None
+    }
+    rows = await connection.execute(select(*_EVENT).where(events.c.id.in_(job_ids)))
+    return {job_ids[row["id"]]: dict(row) for row in rows.mappings()}
 
 
 async def _count_states(

@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import leases
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
-from receiver.db.selection import Selection, uuids
+from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, in_state, media, replays
 
 PAGE: Final = 1000
@@ -72,21 +72,19 @@ async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope
     if not selection.ids:
         last = (await connection.execute(select(func.max(events.c.seq)))).scalar_one()
         return Scope(after_seq=0, until_seq=last or 0)
-    bounds = select(func.min(events.c.seq), func.max(events.c.seq)).where(selection.has_id())
-    first, last = (await connection.execute(bounds)).one()
-    return Scope(after_seq=(first or 1) - 1, until_seq=last or 0)
+    seqs = [seq for found in (await selection.find_seqs(connection)).values() for seq in found]
+    return Scope(after_seq=min(seqs, default=1) - 1, until_seq=max(seqs, default=0))
 
 
 async def find_unknown(connection: AsyncConnection, selection: Selection) -> list[str]:
     """Return those of a selection's ids that no event has."""
-    rows = await connection.execute(select(events.c.id, events.c.request_id).where(selection.has_id()))
-    known = {key for row in rows for key in (row.id, row.request_id)}
-    return [text for text in selection.ids if text not in known and not known.intersection(uuids((text,)))]
+    return [key for key, seqs in (await selection.find_seqs(connection)).items() if not seqs]
 
 
 async def count(connection: AsyncConnection, selection: Selection, scope: Scope) -> int:
     """Return how many events a replay would go through."""
     total = 0
+    conditions = await selection.conditions(connection)
     for start in range(scope.after_seq, scope.until_seq, SPAN):
         statement = (
             select(func.count())
@@ -95,7 +93,7 @@ async def count(connection: AsyncConnection, selection: Selection, scope: Scope)
                 _ELIGIBLE,
                 events.c.seq > start,
                 events.c.seq <= min(start + SPAN, scope.until_seq),
-                *selection.conditions(connection.dialect.name),
+                *conditions,
             )
         )
         total += (await connection.execute(statement)).scalar_one()
@@ -119,7 +117,7 @@ async def select_events(
         _ELIGIBLE,
         events.c.seq > scope.after_seq,
         events.c.seq <= until,
-        *selection.conditions(connection.dialect.name),
+        *await selection.conditions(connection),
     ]
     if ordered_at is not None:
         fanned_out_later = exists().where(

@@ -1,13 +1,16 @@
 """Which events somebody means: for replays, exports and lists."""
 
-import contextlib
-import uuid
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Final, Literal
+from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from sqlalchemy import ColumnElement, and_, exists, or_
+from sqlalchemy import ColumnElement, and_, exists, select
+from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db.lists import among
+from receiver.db.sources import find_event_ids
 from receiver.db.tables import deliveries, events, jobs
 
 _Word = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]*$")]
@@ -46,11 +49,11 @@ class Selection(BaseModel):
     delivery_state: Literal["pending", "delivered", "dead"] | None = None
     """Events with a delivery in this state, to `destination` where that is given."""
 
-    def conditions(self, dialect: str) -> list[ColumnElement[bool]]:
-        """Return the conditions on `events`, for a dialect of SQLAlchemy's."""
+    async def conditions(self, connection: AsyncConnection) -> list[ColumnElement[bool]]:
+        """Return the conditions on `events`."""
         found: list[ColumnElement[bool]] = []
         if self.ids:
-            found.append(self.has_id())
+            found.append(_is_among(await find_event_ids(connection, self.ids)))
         found += [
             events.c[name] == value
             for name in ("status", "source")
@@ -61,7 +64,7 @@ class Selection(BaseModel):
         if self.until is not None:
             found.append(events.c.received_at < self.until)
         if self.model is not None:
-            found.append(_globbed(self.model, dialect))
+            found.append(_globbed(self.model, connection.dialect.name))
         if self.caller is not None:
             same = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
             found.append(exists().where(same, jobs.c.caller == self.caller))
@@ -74,18 +77,17 @@ class Selection(BaseModel):
             found.append(exists().where(*wanted))
         return found
 
-    def has_id(self) -> ColumnElement[bool]:
-        """Return the condition that an event is one of `ids`."""
-        return or_(events.c.request_id.in_(self.ids), events.c.id.in_(uuids(self.ids)))
+    async def find_seqs(self, connection: AsyncConnection) -> dict[str, list[int]]:
+        """Return the `seq`s of the events that each of `ids` names."""
+        ids = await find_event_ids(connection, self.ids)
+        rows = await connection.execute(select(events.c.id, events.c.seq).where(_is_among(ids)))
+        seqs: dict[UUID, int] = {row.id: row.seq for row in rows}
+        return {key: [seqs[id_] for id_ in found if id_ in seqs] for key, found in ids.items()}
 
 
-def uuids(texts: tuple[str, ...]) -> list[uuid.UUID]:
-    """Return the texts that are UUIDs, however they are written."""
-    found = []
-    for text in texts:
-        with contextlib.suppress(ValueError):
-            found.append(uuid.UUID(text))
-    return found
+def _is_among(ids: Mapping[str, set[UUID]]) -> ColumnElement[bool]:
+    # As one parameter: a statement has not room for 10,000 ids of a few sources.
+    return among(events.c.id, "ids").params(ids={id_ for found in ids.values() for id_ in found})
 
 
 def _globbed(pattern: str, dialect: str) -> ColumnElement[bool]:

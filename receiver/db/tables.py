@@ -133,12 +133,14 @@ events = Table(
     Column("received_at", UtcDateTime, nullable=False),
     # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
     Column("job_id", PlainUuid),
+    # The only random key, for each is a page that nobody else changes; it is made of source and request_id.
     UniqueConstraint("id"),
-    # In this order: people look an event up by its request_id alone.
-    UniqueConstraint("request_id", "source"),
     Index(None, "received_at", "seq"),
 )
 _partial_index("ix_events_received", events.c.seq, where=in_state(events, "received"))
+
+# Those of all events: with them a request_id says which `id` its event has.
+sources = Table("sources", metadata, Column("name", String(63), primary_key=True))
 
 receipts = Table(
     "receipts",

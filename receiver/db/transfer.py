@@ -27,6 +27,8 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import sources
+from receiver.db.rows import event_id
 from receiver.db.tables import (
     PlainUuid,
     UtcDateTime,
@@ -111,9 +113,13 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
 
 
 async def _write_event(connection: AsyncConnection, line: Line) -> bool:
-    seq = await _insert_new(connection, events, _load(events, line))
+    values = _load(events, line)
+    if values["id"] != event_id(values["source"], values["request_id"]):
+        raise ValueError("events.id is not that of this source and request_id")
+    seq = await _insert_new(connection, events, values)
     if seq is None:
         return False
+    await sources.remember(connection, values["source"])
     for name, table in CHILDREN.items():
         for child in line[name]:
             await connection.execute(insert(table).values(event_seq=seq, **_load(table, child)))

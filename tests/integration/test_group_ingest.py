@@ -7,15 +7,16 @@ from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
+from uuid import UUID
 
 import pytest
 from payloads import SECRET, body, signed
 from servers import Postgres
 from sqlalchemy import func, select, text
 
-from receiver.db import arrivals, inbox
+from receiver.db import arrivals, inbox, ledger
 from receiver.db.engine import Database
-from receiver.db.rows import Arrival
+from receiver.db.rows import Arrival, event_id
 from receiver.db.tables import events, receipts
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import Ingest, Received, make_event
@@ -82,9 +83,14 @@ async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytes
         return await insert(one, group)
 
     monkeypatch.setattr(arrivals, "insert_new", counted)
-    results = await deliver(make_ingest(database), [body(f"r-{number}") for number in range(50)])
+    names = [f"r-{number}" for number in range(50)]
+    results = await deliver(make_ingest(database), [body(name) for name in names])
     assert outcomes(results) == ["accepted"] * 50
     assert sum(groups) == 50
+    async with database.read() as connection:
+        for name in names:
+            shown = await ledger.show_event(connection, name) or {}
+            assert [receipt["outcome"] for receipt in shown["receipts"]] == ["accepted"]
     assert len(groups) <= 2
     assert await count(database) == (50, 50)
 
@@ -144,9 +150,9 @@ async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: py
     assert outcomes(await deliver(ingest, [body(each) for each in names])) == ["accepted"] * 3
     find = inbox.find_events
 
-    async def pruned(*arguments: Any) -> dict[tuple[str, str], inbox.KnownEvent]:
+    async def pruned(*arguments: Any) -> dict[UUID, inbox.KnownEvent]:
         found = await find(*arguments)
-        found.pop(("clipia", "r-2"), None)
+        found.pop(event_id("clipia", "r-2"), None)
         return found
 
     monkeypatch.setattr(inbox, "find_events", pruned)

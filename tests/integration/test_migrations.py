@@ -1,18 +1,24 @@
 """The migrations make exactly the tables that the code declares, on both databases."""
 
 import asyncio
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from eventkit import plain
 from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import inbox, migrate
+from receiver.db import inbox, ledger, migrate
 from receiver.db.engine import Database, parse_url
+from receiver.db.rows import Arrival
+from receiver.db.selection import Selection
 from receiver.db.tables import metadata
 from receiver.errors import DatabaseUnavailable, SettingsError
+from receiver.ingest import make_event
 
 
 async def test_no_drift(database: Database) -> None:
@@ -40,6 +46,36 @@ async def test_partial_indexes_are_partial(database: Database) -> None:
     async with database.read() as connection:
         for name, state in conditions.items():
             assert f"'{state}'" in (await definition(connection, name)).split("WHERE")[1]
+
+
+async def test_an_old_ledger_is_found_again(database: Database) -> None:
+    """C1: where `request_id` had an index, the sources of what is there are noted, and nothing is lost."""
+    wanted = {(source, f"r-{number}") for source in ("clipia", "staging") for number in range(3)}
+    async with database.write() as connection:
+        for source, request_id in sorted(wanted):
+            content = plain(request_id)
+            event = make_event(source, content, received_at=datetime.now(UTC))
+            seq = await inbox.insert_event(connection, event)
+            await inbox.insert_receipts(
+                connection, [(seq or 0, Arrival(event, None, "one", event.received_at), "accepted")]
+            )
+    async with database.read() as connection:
+        assert await ledger.show_event(connection, "r-1") is not None
+    await migrate.apply(database, lambda config: command.downgrade(config, "0004"))
+    await migrate.upgrade(database)
+    async with database.write() as connection:
+        found = await ledger.list_events(connection, limit=100)
+        assert {(row["source"], row["request_id"]) for row in found} == wanted
+        for row in found:
+            for key in (str(row["id"]), row["id"].hex):
+                assert (await ledger.show_event(connection, key) or {})["id"] == row["id"]
+        shown = await ledger.show_event(connection, "r-1") or {}
+        # Of two sources' events with one request_id it is the newest.
+        assert (shown["source"], len(shown["receipts"])) == ("staging", 1)
+        ids = await Selection(ids=("r-1", "r-7")).find_seqs(connection)
+        assert {key: len(seqs) for key, seqs in ids.items()} == {"r-1": 2, "r-7": 0}
+        again = make_event("clipia", plain("r-1"), received_at=datetime.now(UTC))
+        assert await inbox.insert_event(connection, again) is None
 
 
 async def test_upgrading_again_changes_nothing(database: Database) -> None:

@@ -18,10 +18,10 @@ from servers import Postgres
 from sqlalchemy import func, select
 
 from receiver import replay
-from receiver.db import inbox, leases, outbox, transfer
+from receiver.db import inbox, leases, ledger, outbox, transfer
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import Arrival, Attempt
+from receiver.db.rows import Arrival, Attempt, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
 from receiver.ingest import make_event
@@ -224,6 +224,8 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
         kept = [row[name] for row in await here.rows(table)]
         assert [row[name] for row in await there.rows(table)] == kept
         assert any(kept)
+    async with there.database.read() as connection:
+        assert await ledger.show_event(connection, (await here.rows(events))[0]["request_id"]) is not None
     back = await databases.world("sqlite" if here.database.is_sqlite else "postgresql")
     await load(back, moved)
     assert comparable(await export(back)) == comparable(lines)
@@ -511,7 +513,7 @@ async def test_an_export_without_its_end_is_an_error(pair: tuple[World, World], 
 
 EVENT: dict[str, Any] = {
     "type": "event",
-    "id": "7c9e6679-7425-40de-944b-e07fc1f90ae7",
+    "id": str(event_id("clipia", "r-1")),
     "source": "clipia",
     "request_id": "r-1",
     "origin": "webhook",
@@ -538,6 +540,8 @@ GARBAGE: list[dict[str, Any]] = [
     ),
     EVENT | {"id": "no id"},
     EVENT | {"id": 7},
+    # It would be a second event of its `request_id`.
+    EVENT | {"id": "7c9e6679-7425-40de-944b-e07fc1f90ae7"},
     EVENT | {"id": None},
     EVENT | {"body": "no base64!"},
     EVENT | {"body": 7},
@@ -566,7 +570,8 @@ async def test_what_no_export_has_written_is_one_clear_error(
     head = {"type": "ledger", "version": transfer.VERSION}
     for number, line in enumerate(GARBAGE):
         file = tmp_path / f"{number}"
-        good = EVENT | {"id": str(uuid.uuid4()), "request_id": f"good-{number}"}
+        name = f"good-{number}"
+        good = EVENT | {"id": str(event_id("clipia", name)), "request_id": name}
         file.write_bytes(b"\n".join(map(orjson.dumps, [head, good, line])) + b"\n")
         try:
             await run_import(world, file)
