@@ -17,10 +17,14 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import orjson
+import uvloop
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -38,6 +42,41 @@ ARRIVED = 30.0
 Times = dict[str, float]
 
 
+class Connection(asyncio.Protocol):
+    """A connection that sends one request after the other."""
+
+    def __init__(self, free: "asyncio.Queue[Connection]") -> None:
+        self._free = free
+        self._answer = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Be there for the first request."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._free.put_nowait(self)
+
+    def send(self, request: bytes, on_ack: Callable[[], None]) -> None:
+        """Send a request; `on_ack` is called with its answer."""
+        self._on_ack = on_ack
+        self._transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        """Tell of an answer once it is complete."""
+        self._answer += data
+        head, _, body = self._answer.partition(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0] or -1)
+        if len(body) != length:
+            return
+        if not head.startswith(b"HTTP/1.1 200"):
+            raise RuntimeError(f"{PATH} answered {head[:80]!r}")
+        self._answer = b""
+        self._on_ack()
+        self._free.put_nowait(self)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._transport.close()
+
+
 class Load:
     """Sends events at a rate, and notes when they were due, acked and there."""
 
@@ -45,29 +84,34 @@ class Load:
         self._port = port
         self._destination = destination
         self._rate = rate
-        self._names = [str(uuid.uuid4()) for _ in range(round(rate * seconds))]
+        # Signed beforehand: what the client does meanwhile takes the receiver's time.
+        self._requests = {
+            name: signed_request(result(name))
+            for name in (str(uuid.uuid4()) for _ in range(round(rate * seconds)))
+        }
         self._due: dict[str, float] = {}
         self._acked: dict[str, float] = {}
         self._arrived: dict[str, float] = {}
-        self._idle: asyncio.Queue[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = asyncio.Queue()
+        self._free: asyncio.Queue[Connection] = asyncio.Queue()
 
     async def run(self) -> Times:
         """Return the times in milliseconds."""
+        loop = asyncio.get_running_loop()
         for _ in range(CONNECTIONS):
-            self._idle.put_nowait(await asyncio.open_connection("127.0.0.1", self._port))
+            await loop.create_connection(lambda: Connection(self._free), "127.0.0.1", self._port)
         watch = asyncio.create_task(self._watch())
         began = time.perf_counter()
-        async with asyncio.TaskGroup() as group:
-            for number, name in enumerate(self._names):
-                due = began + number / self._rate
-                if (wait := due - time.perf_counter()) > 0:
-                    await asyncio.sleep(wait)
-                self._due[name] = due
-                group.create_task(self._post(name))
+        for number, (name, request) in enumerate(self._requests.items()):
+            due = began + number / self._rate
+            if (wait := due - time.perf_counter()) > 0:
+                await asyncio.sleep(wait)
+            self._due[name] = due
+            connection = await self._free.get()
+            connection.send(request, partial(self._note_ack, name))
         await asyncio.wait_for(watch, ARRIVED)
-        while not self._idle.empty():
-            self._idle.get_nowait()[1].close()
-        counted = self._names[round(self._rate * WARM_UP) :]
+        for _ in range(CONNECTIONS):
+            (await self._free.get()).close()
+        counted = list(self._requests)[round(self._rate * WARM_UP) :]
         found = {}
         for what, moments in (("ack", self._acked), ("end to end", self._arrived)):
             times = sorted((moments[name] - self._due[name]) * 1000 for name in counted)
@@ -75,22 +119,14 @@ class Load:
                 found[f"{what} p{share}"] = times[min(len(times) - 1, len(times) * share // 100)]
         return found
 
-    async def _post(self, name: str) -> None:
-        reader, writer = await self._idle.get()
-        writer.write(signed_request(result(name)))
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"{PATH} answered {head[:80]!r}")
-        length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
-        await reader.readexactly(length)
+    def _note_ack(self, name: str) -> None:
         self._acked[name] = time.perf_counter()
-        self._idle.put_nowait((reader, writer))
 
     async def _watch(self) -> None:
         """Note when each event's line is in the file."""
         rest = b""
         with self._destination.open("rb") as lines:
-            while len(self._arrived) < len(self._names):
+            while len(self._arrived) < len(self._requests):
                 if not (data := lines.read()):
                     await asyncio.sleep(0.001)
                     continue
@@ -116,7 +152,7 @@ def measure(url: str, *, rate: int, seconds: float) -> tuple[Times, float]:
         time.sleep(IDLE)
         idle = (cpu_seconds(processes) - before) / IDLE
         load = Load(port, folder / "events.jsonl", rate=rate, seconds=seconds)
-        return asyncio.run(load.run()), idle
+        return uvloop.run(load.run()), idle
 
 
 def main() -> None:

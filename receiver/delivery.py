@@ -78,17 +78,19 @@ class DeliveryLane(WorkLane):
         CIRCUIT_OPEN.labels(target.name).set(0)
         self._replay_share = max(1, concurrency // 4)
         self._replaying: dict[UUID, float] = {}
-        self._live_until = self._replays_from = 0.0
+        self._live_until = self._replays_from = self._no_replays_until = 0.0
         self._results = GroupCommit(self._write, limit=LARGEST_GROUP)
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
         limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
+        self.left_behind = True
         if not limit:
             return []
         work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
         # Only now: a claim that was rolled back takes no place.
         self._replaying |= dict.fromkeys(replayed, time.monotonic())
+        self.left_behind = len(work) == limit or bool(self._replaying)
         return work
 
     async def _take(self, connection: AsyncConnection, *, limit: int) -> tuple[list[Work], list[UUID]]:
@@ -119,15 +121,21 @@ class DeliveryLane(WorkLane):
         ], list(replay_ids)
 
     async def _claim(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
-        """Claim what is live first, and of replays no more than leaves room and time for it."""
+        """Claim what is live first, and of replays no more than leaves room and time for it.
+
+        Where there were no replays a moment ago, what is live does not wait for another look.
+        """
         claim = partial(leases.claim_deliveries, connection, self._target.name, lease=LEASE)
         claims = await claim(limit=limit, replayed=False)
         now = time.monotonic()
         if claims:
             self._live_until = now + LIVE
         room = min(limit - len(claims), self._replay_share - len(self._replaying))
-        if room > 0 and now >= self._replays_from:
-            claims += await claim(limit=room, replayed=True)
+        if room > 0 and now >= max(self._replays_from, self._no_replays_until if claims else now):
+            replayed = await claim(limit=room, replayed=True)
+            if not replayed:
+                self._no_replays_until = now + MAX_REST
+            claims += replayed
         return claims
 
     def _replayed(self, claim: DeliveryClaim) -> None:

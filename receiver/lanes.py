@@ -84,6 +84,8 @@ class Work:
 class WorkLane:
     """A lane over one table of work: claims, leases, and results that outlive a restart of the database."""
 
+    left_behind = True
+
     def __init__(
         self, database: Database, table: Table, *, name: str, concurrency: int, wake: Callable[[str], None]
     ) -> None:

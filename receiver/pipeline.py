@@ -52,6 +52,8 @@ from receiver.webhook import Generation, parse
 
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 
+FAN_OUT_LIMIT: Final = 200
+"""Events that are fanned out together at most."""
 FRESH_URLS: Final = 3
 """Tries at a file after which nobody asks any more whether it has moved."""
 ASK_AGAIN: Final = 15.0
@@ -77,7 +79,7 @@ class FanOut:
         self._targets = targets
         self._wake = wake
 
-    async def run(self, *, limit: int = 200) -> int:
+    async def run(self, *, limit: int = FAN_OUT_LIMIT) -> int:
         """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable.
 
         Where it fails for the lot, each event is done by itself, so that a bad one holds up no other.

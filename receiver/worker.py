@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import random
+import time
 from collections.abc import Callable, Collection, Sequence
 from typing import Final, Protocol
 from uuid import UUID
@@ -12,10 +13,13 @@ import structlog
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
 from receiver.lanes import FAN_OUT_LANE, LEASE, Work
-from receiver.pipeline import FanOut
+from receiver.pipeline import FAN_OUT_LIMIT, FanOut
 
 POLL: Final = 0.5
 """Seconds between looks for work that no signal announced: other processes' and what becomes due."""
+PACE: Final = 0.01
+"""Seconds between two looks for events to fan out at least: under load those of a moment go together, because
+one by one each costs its worker and its database several milliseconds."""
 GATHER: Final = 0.01
 """Seconds that a busy lane waits for half of its places to come free: one that claimed for every place would
 claim one row at a time."""
@@ -32,6 +36,8 @@ class Lane(Protocol):
 
     name: str
     concurrency: int
+    left_behind: bool
+    """Whether there may be more that is due than the last claim took."""
 
     async def claim(self, limit: int) -> Sequence[Work]:
         """Claim up to `limit` rows that are due."""
@@ -98,13 +104,15 @@ class Worker:
 
     async def _run_fan_out(self) -> None:
         while not self._stopping.is_set():
+            began = time.monotonic()
             try:
                 found = await self._fan_out.run()
             except Exception as error:  # noqa: BLE001 - a loop that ended would leave acked events behind
                 await _sit_out(error, FAN_OUT_LANE, self._stopping)
                 continue
-            if not found:
+            if found < FAN_OUT_LIMIT:
                 await self._wakeups.wait(FAN_OUT_LANE, timeout=_jittered(POLL))
+                await asyncio.sleep(began + PACE - time.monotonic())
 
 
 class _LaneRunner:
@@ -170,7 +178,8 @@ class _LaneRunner:
         del self._held[task]
         if self._is_half_free():
             self._half_free.set()
-        self._wakeups.wake(self.name)
+        if self._lane.left_behind:
+            self._wakeups.wake(self.name)
 
     async def _renew(self) -> None:
         while True:

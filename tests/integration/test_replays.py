@@ -18,7 +18,7 @@ from servers import Postgres
 from sqlalchemy import insert, select
 
 from receiver import delivery, replay
-from receiver.db import job_events, migrate, outbox
+from receiver.db import job_events, leases, migrate, outbox
 from receiver.db import replays as replay_rows
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.engine import Database
@@ -765,6 +765,65 @@ async def test_live_deliveries_go_before_replayed_ones(world: World) -> None:
     assert len(more) == 8
     claimed = await world.rows(deliveries, deliveries.c.lease.is_not(None))
     assert Counter(row["replay_id"] is None for row in claimed) == {True: 27, False: 5}, "live ones first"
+
+
+async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
+    """After a claim that took all there is, the end of its work is no reason to look again."""
+    main = world.add_destination("main")
+    for number in range(3):
+        await world.add(plain(f"r-{number}"))
+    await world.fan_out()
+    lane = world.delivery_lane()
+    works = await lane.claim(2)
+    assert lane.left_behind, "as many as were asked for"
+    works += await lane.claim(2)
+    assert (len(works), lane.left_behind) == (3, False)
+    await world.order()
+    await run_to_the_end(world.replay_lane())
+    works += await lane.claim(29)
+    assert (len(works), lane.left_behind) == (6, True), "replays have a share of the places"
+    for work in works:
+        await work.run()
+
+    def refuse(_event: CloudEvent) -> None:
+        raise PublishFailed("down", reason="connect")
+
+    main.behave = refuse
+    for number in range(10):
+        await world.add(plain(f"s-{number}"))
+    await world.fan_out()
+    for work in await lane.claim(20):
+        await work.run()
+    await world.change(deliveries, deliveries.c.state == "pending", next_attempt_at=db_time(0.0))
+    assert await lane.claim(20) == []
+    assert lane.left_behind, "the circuit lets nothing through"
+
+
+async def test_live_deliveries_do_not_wait_for_a_look_for_replays(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E12: whether there are replays is asked now and then beside live ones, and at once without any."""
+    monkeypatch.setattr(delivery, "MAX_REST", 3600.0)
+    world.add_destination("main")
+    await world.add_history(plain("old"))
+    lane = world.delivery_lane()
+    asked: list[bool] = []
+    claim = leases.claim_deliveries
+
+    async def ask(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["replayed"])
+        return await claim(*arguments, **options)
+
+    monkeypatch.setattr(leases, "claim_deliveries", ask)
+    for number in range(3):
+        await world.add(plain(f"new-{number}"))
+        await world.fan_out()
+        if number == 2:
+            await world.order()
+            await run_to_the_end(world.replay_lane())
+        assert len(await lane.claim(8)) == 1
+    assert asked == [False, True, False, False]
+    assert await lane.claim(8), "nothing live, but a replay"
 
 
 @pytest.mark.parametrize("width", [1, 3])

@@ -1,0 +1,109 @@
+"""When the worker looks for work, and when it lets the database be."""
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import cast
+from uuid import UUID
+
+from receiver.db.rows import Claim
+from receiver.lanes import FAN_OUT_LANE, Work
+from receiver.pipeline import FAN_OUT_LIMIT, FanOut
+from receiver.worker import PACE, POLL, Wakeups, Worker
+
+SOON = 0.6 * POLL
+"""Seconds in which nobody looks for work who was not told of it."""
+
+
+class Events:
+    """A fan-out that finds what it is told to."""
+
+    def __init__(self, find: Callable[[], int] = lambda: 0) -> None:
+        self.find = find
+        self.looks = 0
+
+    async def run(self) -> int:
+        """Look once."""
+        self.looks += 1
+        return self.find()
+
+
+class Places:
+    """A lane that has two pieces of work, and may have left some behind."""
+
+    name = "places"
+    concurrency = 8
+
+    def __init__(self, *, left_behind: bool) -> None:
+        self.left_behind = left_behind
+        self.claims = 0
+
+    async def claim(self, limit: int) -> Sequence[Work]:
+        """Claim both the first time."""
+        self.claims += 1
+        if self.claims > 1 or limit < 2:
+            return []
+        claims = [Claim(id=uuid.uuid4(), lease=uuid.uuid4(), attempt=1, lost=0, age=0.0) for _ in range(2)]
+        return [Work(claim=claim, run=lambda: asyncio.sleep(0.02)) for claim in claims]
+
+    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
+        """Keep them."""
+        return {claim.id for claim in claims}
+
+    async def release(self, claims: Collection[Claim]) -> None:
+        """Nobody else wants them."""
+
+
+@asynccontextmanager
+async def working(found: Events, *lanes: Places) -> AsyncIterator[Wakeups]:
+    """Run a worker inside the block."""
+    wakeups = Wakeups()
+    worker = Worker(cast("FanOut", found), lanes, wakeups)
+    task = asyncio.create_task(worker.run())
+    try:
+        yield wakeups
+    finally:
+        worker.stop()
+        await task
+
+
+async def test_events_that_trickle_in_are_fanned_out_together() -> None:
+    """One by one they would cost a transaction each; a busy worker looks a hundred times a second at most."""
+    found, began = Events(lambda: 1), time.monotonic()
+    async with working(found) as wakeups:
+        while time.monotonic() - began < SOON:
+            wakeups.wake(FAN_OUT_LANE)
+            await asyncio.sleep(0.001)
+    assert 2 < found.looks <= (time.monotonic() - began) / PACE + 2
+
+
+async def test_the_first_event_does_not_wait() -> None:
+    """Who has nothing to do looks as soon as it is told."""
+    found = Events()
+    async with working(found) as wakeups:
+        await asyncio.sleep(5 * PACE)
+        assert found.looks == 1
+        wakeups.wake(FAN_OUT_LANE)
+        await asyncio.sleep(SOON / 2)
+        assert found.looks == 2
+
+
+async def test_a_backlog_is_fanned_out_without_a_break() -> None:
+    """As long as there is as much as is done at once, nobody waits to be told of more."""
+    left = [FAN_OUT_LIMIT] * 5
+    found = Events(lambda: left.pop() if left else 0)
+    async with working(found):
+        await asyncio.sleep(SOON)
+    assert not left
+
+
+async def test_a_lane_that_has_left_nothing_is_not_claimed_from_again() -> None:
+    """The end of the work itself is no news of more, but for a lane that could not take all."""
+    took_all, left_some = Places(left_behind=False), Places(left_behind=True)
+    left_some.name = "others"
+    async with working(Events(), took_all, left_some):
+        await asyncio.sleep(SOON)
+        assert took_all.claims == 1
+        assert left_some.claims > 1
