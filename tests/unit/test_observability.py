@@ -2,10 +2,18 @@
 
 import logging
 import queue
+import time
 
 from prometheus_client import REGISTRY
 
-from receiver.observability import FIELD_LIMIT, _DroppingQueueHandler, _escape_controls, _limit_fields
+from receiver.observability import (
+    FIELD_LIMIT,
+    WRITING_DELAY,
+    _DroppingQueueHandler,
+    _escape_controls,
+    _limit_fields,
+    _UnhurriedListener,
+)
 
 
 def dropped() -> float:
@@ -22,6 +30,36 @@ def test_a_full_queue_drops_and_counts() -> None:
         handler.emit(logging.LogRecord("x", logging.INFO, "x", number, "message", None, None))
     assert records.qsize() == 2
     assert dropped() == before + 3
+
+
+def test_records_are_written_together_and_none_is_lost() -> None:
+    """G10: the thread that writes wakes up now and then, and writes what is there when the process ends."""
+
+    class Records(queue.Queue[logging.LogRecord]):
+        waits = 0
+
+        def get(self, block: bool = True, timeout: float | None = None) -> logging.LogRecord:  # noqa: FBT001, FBT002
+            self.waits += block
+            return super().get(block, timeout)
+
+    class Written(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers: list[int] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.numbers.append(record.lineno)
+
+    records, written = Records(), Written()
+    listener = _UnhurriedListener(records, written)
+    handler, began = _DroppingQueueHandler(records), time.monotonic()
+    listener.start()
+    for number in range(100):
+        handler.emit(logging.LogRecord("x", logging.INFO, "x", number, "message", None, None))
+        time.sleep(0.001)
+    listener.stop()
+    assert written.numbers == list(range(100))
+    assert records.waits <= (time.monotonic() - began) / WRITING_DELAY + 2
 
 
 def test_fields_are_cut() -> None:
