@@ -32,6 +32,7 @@ from receiver.destinations import Destination, open_destination
 from receiver.ingest import Ingest
 from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
+from receiver.observability import write_logs
 from receiver.pipeline import FanOut, MediaLane
 from receiver.reconcile import FreshUrls, PollLane
 from receiver.replay import ReplayLane, Replays
@@ -229,6 +230,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(write_logs)
             stack.push_async_callback(database.close)
             stack.push_async_callback(submitter.close)
             if signals:

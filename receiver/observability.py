@@ -5,12 +5,13 @@ message with a stable `event` key and ids as fields. Writing never blocks the se
 bounded queue, and what does not fit is dropped and counted (a reader that stopped must not stop webhooks).
 """
 
+import asyncio
 import atexit
 import logging
 import logging.handlers
 import queue
 import sys
-import time
+import threading
 from collections.abc import MutableMapping
 from typing import Any, Final
 
@@ -100,12 +101,25 @@ class _UnhurriedListener(logging.handlers.QueueListener):
     group of webhooks that was a tenth of the process's time.
     """
 
+    def __init__(self, records: "queue.Queue[logging.LogRecord]", handler: logging.Handler) -> None:
+        super().__init__(records, handler)
+        self._records = records
+        self._hurry = threading.Event()
+
+    async def write_all(self) -> None:
+        """Write what there is, for a second at most, and from now on at once."""
+        self._hurry.set()
+        for _ in range(200):
+            if not self._records.unfinished_tasks:
+                break
+            await asyncio.sleep(0.005)
+
     def dequeue(self, block: bool) -> logging.LogRecord:  # noqa: FBT001 - the library's signature
         try:
             return super().dequeue(False)  # noqa: FBT003 - likewise
         except queue.Empty:
             record = super().dequeue(block)
-            time.sleep(WRITING_DELAY)
+            self._hurry.wait(WRITING_DELAY)
             return record
 
 
@@ -129,6 +143,15 @@ def _escape_controls(_logger: Any, _method: str, event: _Event) -> _Event:
 
 def _dumps(event: Any, **_: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
+_listeners: list[_UnhurriedListener] = []
+
+
+async def write_logs() -> None:
+    """Write what was logged; for a process that ends by a signal, and has no later moment for it."""
+    for listener in _listeners:
+        await listener.write_all()
 
 
 def configure_logging(*, level: str = "INFO") -> None:
@@ -169,6 +192,7 @@ def configure_logging(*, level: str = "INFO") -> None:
     listener = _UnhurriedListener(records, stream)
     listener.start()
     atexit.register(listener.stop)
+    _listeners[:] = [listener]
 
     root = logging.getLogger()
     root.handlers = [handler]

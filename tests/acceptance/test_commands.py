@@ -279,6 +279,16 @@ def test_the_production_split_shares_the_work(postgres: Postgres, tmp_path: Path
     assert sorted(str(line["subject"]) for line in lines) == sorted(f"r-{number}" for number in range(120))
 
 
+def test_what_was_logged_is_written_before_the_end(tmp_path: Path) -> None:
+    """G10: records wait for others for a moment, but not until it is too late."""
+    receiver = ReceiverProcess(tmp_path).start()
+    content = body("r-last")
+    answer = httpx.post(f"{receiver.url}/clipia/webhook", content=content, headers=signed(content))
+    assert answer.status_code == 200
+    receiver.stop()
+    assert {"webhooks stored", "worker stopped"} <= {str(record["event"]) for record in receiver.records()}
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
     """E16: on a signal the process ends by itself, without a traceback and without a lost record."""
