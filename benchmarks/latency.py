@@ -67,7 +67,9 @@ class Connection(asyncio.Protocol):
         if len(body) != length:
             return
         if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(f"{PATH} answered {head[:80]!r}")
+            # The connection is not free again, and the load ends with a TimeoutError.
+            print(f"{PATH} answered {head[:80]!r}", file=sys.stderr)
+            return
         self._answer = b""
         self._on_ack()
         self._free.put_nowait(self)
@@ -106,11 +108,11 @@ class Load:
             if (wait := due - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             self._due[name] = due
-            connection = await self._free.get()
+            connection = await asyncio.wait_for(self._free.get(), ARRIVED)
             connection.send(request, partial(self._note_ack, name))
         await asyncio.wait_for(watch, ARRIVED)
         for _ in range(CONNECTIONS):
-            (await self._free.get()).close()
+            (await asyncio.wait_for(self._free.get(), ARRIVED)).close()
         counted = list(self._requests)[round(self._rate * WARM_UP) :]
         found = {}
         for what, moments in (("ack", self._acked), ("end to end", self._arrived)):

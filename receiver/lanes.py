@@ -85,6 +85,7 @@ class WorkLane:
     """A lane over one table of work: claims, leases, and results that outlive a restart of the database."""
 
     left_behind = True
+    """Whether the end of work is a reason to claim again: there may be more that is due."""
 
     def __init__(
         self, database: Database, table: Table, *, name: str, concurrency: int, wake: Callable[[str], None]

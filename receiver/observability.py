@@ -107,7 +107,7 @@ class _UnhurriedListener(logging.handlers.QueueListener):
         self._hurry = threading.Event()
 
     async def write_all(self) -> None:
-        """Write what there is, for a second at most, and from now on at once."""
+        """Write what there is, for a second at most; what comes later does not wait for more."""
         self._hurry.set()
         for _ in range(200):
             if not self._records.unfinished_tasks:
@@ -192,7 +192,7 @@ def configure_logging(*, level: str = "INFO") -> None:
     listener = _UnhurriedListener(records, stream)
     listener.start()
     atexit.register(listener.stop)
-    _listeners[:] = [listener]
+    _listeners.append(listener)
 
     root = logging.getLogger()
     root.handlers = [handler]

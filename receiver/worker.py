@@ -17,9 +17,11 @@ from receiver.pipeline import FAN_OUT_LIMIT, FanOut
 
 POLL: Final = 0.5
 """Seconds between looks for work that no signal announced: other processes' and what becomes due."""
-PACE: Final = 0.01
-"""Seconds between two looks for events to fan out at least: under load those of a moment go together, because
-one by one each costs its worker and its database several milliseconds."""
+PACE: Final = 0.02
+"""Seconds between two looks for events to fan out at least, unless there was as much as is done at once.
+
+Those of a moment go together: one by one each costs its worker and its database several milliseconds.
+"""
 GATHER: Final = 0.01
 """Seconds that a busy lane waits for half of its places to come free: one that claimed for every place would
 claim one row at a time."""

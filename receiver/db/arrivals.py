@@ -68,7 +68,7 @@ def _insert_columns() -> str:
             SELECT new.seq, {", ".join(_IN_RECEIPT)} FROM new JOIN arrived USING (id)
         ),
         remembered AS (
-            INSERT INTO sources (name) SELECT DISTINCT source FROM arrived ON CONFLICT DO NOTHING
+            INSERT INTO sources (name) SELECT DISTINCT source FROM arrived ORDER BY 1 ON CONFLICT DO NOTHING
         )
         SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
     """  # noqa: S608 - our own names only

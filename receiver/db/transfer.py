@@ -109,6 +109,9 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
             connection, line
         )
         done[f"{kind} {'new' if new else 'known'}"] += 1
+    # After all events, as whoever stores webhooks does: else each would wait for the other.
+    for source in sorted({line["source"] for line in lines if line["type"] == "event"}):
+        await sources.remember(connection, source)
     return done
 
 
@@ -119,7 +122,6 @@ async def _write_event(connection: AsyncConnection, line: Line) -> bool:
     seq = await _insert_new(connection, events, values)
     if seq is None:
         return False
-    await sources.remember(connection, values["source"])
     for name, table in CHILDREN.items():
         for child in line[name]:
             await connection.execute(insert(table).values(event_seq=seq, **_load(table, child)))

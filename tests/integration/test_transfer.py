@@ -324,6 +324,30 @@ async def test_two_imports_at_once_are_one(pair: tuple[World, World]) -> None:
     assert comparable(await export(there)) == comparable(lines)
 
 
+async def test_an_import_keeps_no_webhook_waiting(
+    databases: Databases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C6: while a source that is new is imported, its webhooks are stored; no lock is held for longer."""
+    world = await databases.world("postgresql")
+    insert_new, stored = transfer._insert_new, 0
+
+    async def insert_beside(*arguments: Any) -> Any:
+        nonlocal stored
+        found = await insert_new(*arguments)
+        async with asyncio.timeout(1.0):
+            await world.add(plain(f"beside-{stored}"))
+        stored += 1
+        return found
+
+    monkeypatch.setattr(transfer, "_insert_new", insert_beside)
+    names = ("r-1", "r-2", "r-3")
+    lines = [EVENT | {"id": str(event_id("clipia", name)), "request_id": name} for name in names]
+    async with world.database.write() as connection:
+        await transfer.write(connection, lines)
+    assert stored == 3
+    assert (await count_rows(world))["events"] == 6
+
+
 async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> None:
     """An event that the new database has received itself is not overwritten, nor sent by what is imported."""
     here, there = pair

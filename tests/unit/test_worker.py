@@ -70,7 +70,7 @@ async def working(found: Events, *lanes: Places) -> AsyncIterator[Wakeups]:
 
 
 async def test_events_that_trickle_in_are_fanned_out_together() -> None:
-    """One by one they would cost a transaction each; a busy worker looks a hundred times a second at most."""
+    """One by one they would cost a transaction each; a busy worker looks fifty times a second at most."""
     found, began = Events(lambda: 1), time.monotonic()
     async with working(found) as wakeups:
         while time.monotonic() - began < SOON:
