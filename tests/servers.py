@@ -131,6 +131,8 @@ class Postgres:
     def crash(self) -> None:
         """Kill every server process at once."""
         assert self.process is not None
+        # Else a connection that comes meanwhile gets a process that outlives the others.
+        psutil.Process(self.postmaster).suspend()
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

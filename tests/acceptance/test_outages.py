@@ -160,14 +160,14 @@ def test_a_read_only_database_is_not_ready(own_postgres: Postgres, receiver: Rec
 
 def test_a_held_lock_delays_but_never_acks(receiver: ReceiverProcess) -> None:
     """C2: a duplicate that meets an uncommitted first waits, and is answered 503 when that takes too long."""
-    url = receiver.settings["RECEIVER_DATABASE_URL"]
+    url, held = receiver.settings["RECEIVER_DATABASE_URL"], event_id("clipia", "held")
 
     async def hold(seconds: float) -> None:
         database = Database(url)
         async with database.write() as connection:
             await connection.exec_driver_sql(
                 "INSERT INTO events (id, source, request_id, origin, state, body, body_sha256, received_at) "
-                "VALUES (gen_random_uuid(), 'clipia', 'held', 'webhook', 'received', 'x', 'x', now())"
+                f"VALUES ('{held}', 'clipia', 'held', 'webhook', 'received', 'x', 'x', now())"
             )
             await asyncio.sleep(seconds)
             await connection.rollback()

@@ -26,6 +26,7 @@ from payloads import failure, signed
 from servers import Postgres, end, free_port, wait_for_port
 from sqlalchemy import insert, select, update
 
+from receiver.db import sources
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.rows import new_id
@@ -86,6 +87,7 @@ class Service:
             rows.append(event._asdict() | {"state": state})
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
+            await sources.remember(connection, "clipia")
             seqs = (await connection.execute(select(events.c.seq))).scalars().all()
             await connection.execute(
                 insert(deliveries).values(
