@@ -22,6 +22,11 @@ def command_environment(**settings: str) -> dict[str, str]:
     return {name: os.environ[name] for name in _INHERITED if name in os.environ} | settings
 
 
+def unmeasured(environment: dict[str, str]) -> dict[str, str]:
+    """Return the environment of a process whose coverage is not measured, which would halve its speed."""
+    return {name: value for name, value in environment.items() if not name.startswith("COVERAGE_")}
+
+
 def run_command(
     *arguments: str,
     settings: Mapping[str, str] | None = None,
@@ -87,11 +92,7 @@ class ReceiverProcess:
 
     def _environment(self) -> dict[str, str]:
         environment = command_environment(**self.settings)
-        return {
-            name: value
-            for name, value in environment.items()
-            if self.measured or not name.startswith("COVERAGE_")
-        }
+        return environment if self.measured else unmeasured(environment)
 
     def records(self) -> list[dict[str, object]]:
         """Return the log's records so far; every line of it has to be one."""

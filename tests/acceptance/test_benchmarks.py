@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import command_environment
+from harness import command_environment, unmeasured
 from servers import missing
 
 ROOT = Path(__file__).parents[2]
@@ -15,7 +15,7 @@ def run(*arguments: str) -> str:
     """Run a benchmark and return what it printed."""
     done = subprocess.run(
         [sys.executable, *arguments],
-        env=command_environment(),
+        env=unmeasured(command_environment()),
         cwd=ROOT,
         capture_output=True,
         text=True,
