@@ -97,8 +97,8 @@ class _DroppingQueueHandler(logging.handlers.QueueHandler):
 class _UnhurriedListener(logging.handlers.QueueListener):
     """Writes what has come within a moment at once.
 
-    Each time that its thread wakes up the event loop has to wait for the interpreter: with a record for every
-    group of webhooks that was a tenth of the process's time.
+    Each time that its thread wakes up the event loop has to wait for the interpreter, and every group of
+    webhooks makes a record: hundreds a second.
     """
 
     def __init__(self, records: "queue.Queue[logging.LogRecord]", handler: logging.Handler) -> None:

@@ -84,6 +84,18 @@ class Recorder:
         return [event for event in self.published if event.get_extension("replayid") == str(replay_id)]
 
 
+@asynccontextmanager
+async def running(*workers: Worker) -> AsyncIterator[None]:
+    """Run workers inside the block."""
+    tasks = [asyncio.create_task(each.run()) for each in workers]
+    try:
+        yield
+    finally:
+        for each in workers:
+            each.stop()
+        await asyncio.gather(*tasks)
+
+
 class World:
     """A database, a storage folder, destinations, and workers over them."""
 
@@ -145,14 +157,8 @@ class World:
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
         """Run workers inside the block."""
-        workers = [self.worker(drain=drain) for _ in range(count)]
-        tasks = [asyncio.create_task(each.run()) for each in workers]
-        try:
+        async with running(*(self.worker(drain=drain) for _ in range(count))):
             yield
-        finally:
-            for each in workers:
-                each.stop()
-            await asyncio.gather(*tasks)
 
     async def add(self, content: bytes, *, source: str = "clipia", job_id: uuid.UUID | None = None) -> None:
         """Store an event as ingest does."""

@@ -15,6 +15,7 @@ from sqlalchemy import String, bindparam, func, select
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import sources
 from receiver.db.engine import Database
 from receiver.db.rows import Arrival, NewEvent
 from receiver.db.tables import events, receipts
@@ -82,13 +83,13 @@ async def _insert_rows(arrivals: Sequence[Arrival], connection: AsyncConnection)
     last = (await connection.execute(_LAST_SEQ)).scalar_one() or 0
     new = 0
     for lot in _lots(arrivals):
-        values = [value for arrival in lot for value in _event_values(arrival.event)]
+        values = [_sqlite_value(value) for arrival in lot for value in arrival.event]
         await connection.exec_driver_sql(_insert_events(len(lot)), tuple(values))
         values = [value for arrival in lot for value in _receipt_values(arrival)]
         inserted = await connection.exec_driver_sql(_insert_receipts(len(lot)), (*values, last))
         new += inserted.rowcount
     for source in {arrival.event.source for arrival in arrivals}:
-        await connection.exec_driver_sql(_REMEMBER, (source,))
+        await sources.remember(connection, source)
     if new == len(arrivals):
         return set()
     ours = set((await connection.execute(_ABOVE, {"last": last})).scalars())
@@ -97,7 +98,6 @@ async def _insert_rows(arrivals: Sequence[Arrival], connection: AsyncConnection)
 
 _LAST_SEQ: Final = select(func.max(events.c.seq))
 _ABOVE: Final = select(events.c.id).where(events.c.seq > bindparam("last"))
-_REMEMBER: Final = "INSERT INTO sources (name) VALUES (?) ON CONFLICT DO NOTHING"
 
 
 def _lots(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
@@ -131,10 +131,6 @@ def _insert_receipts(rows: int) -> str:
 
 def _places(rows: int, columns: int) -> str:
     return ", ".join([f"({', '.join('?' * columns)})"] * rows)
-
-
-def _event_values(event: NewEvent) -> Iterator[Any]:
-    return map(_sqlite_value, event)
 
 
 def _receipt_values(arrival: Arrival) -> Iterator[Any]:

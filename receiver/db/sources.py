@@ -18,8 +18,14 @@ from receiver.db.tables import sources
 
 async def remember(connection: AsyncConnection, source: str) -> None:
     """Note that there are events of a source; in the transaction that inserts one, after it."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    await connection.execute(dialect.insert(sources).values(name=source).on_conflict_do_nothing())
+    await connection.execute(_REMEMBER[connection.dialect.name], {"name": source})
+
+
+# Made once: to make one takes as long as to run it.
+_REMEMBER = {
+    "sqlite": sqlite.insert(sources).on_conflict_do_nothing(),
+    "postgresql": postgresql.insert(sources).on_conflict_do_nothing(),
+}
 
 
 async def find_event_ids(connection: AsyncConnection, keys: Collection[str]) -> dict[str, set[UUID]]:

@@ -33,6 +33,7 @@ from clipia_kit import (
     refused,
     show,
 )
+from eventkit import running
 from payloads import body, failure
 from sqlalchemy import func, select, update
 
@@ -942,10 +943,5 @@ async def working(world: World, *, key: str) -> AsyncIterator[Submitter]:
     submitter.catalogue._memory._answers[f"model {MODEL}"] = (time.monotonic(), {"slug": MODEL})
     assert submitter.lane is not None
     lanes: list[Lane] = [submitter.lane, world.poll_lane(submitter), world.delivery_lane(wake=wakeups.wake)]
-    worker = Worker(world.fan_out(wake=wakeups.wake), lanes, wakeups)
-    task = asyncio.create_task(worker.run())
-    try:
+    async with running(Worker(world.fan_out(wake=wakeups.wake), lanes, wakeups)):
         yield submitter
-    finally:
-        worker.stop()
-        await task
