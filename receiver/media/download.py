@@ -110,7 +110,7 @@ class Downloader:
             _judge(response.status, headers, max_bytes)
             async with aclosing(_timely(response.aiter_stream(), self._limits, deadline)) as parts:
                 head = await _read_head(parts)
-                file_type = sniff(head, kind)
+                file_type = sniff(head[:SNIFF_BYTES], kind)
                 key = stem + file_type.extension
                 if not file_type.is_known:
                     log.warning("media kept as plain bytes", key=key, kind=kind)

@@ -16,12 +16,13 @@ from typing import Any
 
 import httpcore
 import pytest
-from mediakit import PNG, SAMPLES, Answer, local_storage, response, site, stored_files
+from mediakit import PNG, SAMPLES, Answer, box, local_storage, response, site, stored_files
 from servers import free_port
 
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError, StorageUnavailable
 from receiver.media import Downloader, Kind, Limits, MediaHosts, Storage, StoredFile
 from receiver.media.download import _open_pool, _timely
+from receiver.media.filetypes import SNIFF_BYTES
 from receiver.media.network import GuardedNetwork
 from receiver.media.storage.local import LocalStorage
 
@@ -114,6 +115,13 @@ async def test_what_is_no_such_file_is_kept_as_bytes(data: bytes, kind: Kind, tm
     stored = await fetch(response(data, "Content-Type: image/png"), tmp_path, kind=kind)
     assert (stored.key, stored.content_type) == ("ab/00-image.bin", "application/octet-stream")
     assert stored_files(tmp_path) == {"media/ab/00-image.bin": data}
+
+
+async def test_only_the_first_bytes_tell_what_a_file_is(tmp_path: Path) -> None:
+    """D13: the verdict depends on the file and not on how much of it arrives at once."""
+    head = box(b"ftyp", b"isom" + bytes(4) + b"iso2") + box(b"moov", bytes(200))
+    data = head + box(b"mdat", bytes(SNIFF_BYTES - len(head) - 8) + b"<script>")
+    assert (await fetch(response(data), tmp_path, kind="video")).key == "ab/00-image.mp4"
 
 
 def cut_points(size: int, *, count: int) -> list[int]:
