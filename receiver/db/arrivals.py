@@ -1,21 +1,20 @@
-"""SQL of the hot path: a group of inbound deliveries becomes events and receipts in one short transaction.
+"""SQL of the hot path: a group of inbound deliveries becomes events and receipts in one statement.
 
-The values of a group go to the driver as they are: on SQLite SQLAlchemy's handling of each of them takes as
-long as SQLite itself, and on PostgreSQL one statement with an array for each column is parsed and planned
-once, whatever the size of the group.
+Its values go to the driver as they are: SQLAlchemy's handling of each of them takes as long as SQLite itself.
+On PostgreSQL there is an array for each column, so that the statement is parsed and planned once, whatever
+the size of the group.
 """
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
+from itertools import chain
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import String, bindparam, func, select
+from sqlalchemy import PoolProxiedConnection, String
 from sqlalchemy.dialects import postgresql
-from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import sources
 from receiver.db.engine import Database
 from receiver.db.rows import Arrival, NewEvent
 from receiver.db.tables import events, receipts
@@ -23,6 +22,8 @@ from receiver.db.tables import events, receipts
 _OF_EVENT: Final = NewEvent._fields
 _OF_RECEIPT: Final = Arrival._fields[1:]
 _IN_RECEIPT: Final = (*_OF_RECEIPT, "outcome", "received_at", "body_sha256")
+_VIEW: Final = "arriving"
+_IN_VIEW: Final = (*_OF_EVENT, *_OF_RECEIPT, "outcome")
 
 
 async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
@@ -39,7 +40,8 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
     """
     arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
     if database.is_sqlite:
-        return await database.run_at_once(partial(_insert_rows, arrivals), is_webhook=True)
+        values = [_sqlite_value(value) for arrival in arrivals for value in _in_view(arrival)]
+        return await database.run_with_driver(partial(_insert_rows, values))
     of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
     _, *of_receipt = zip(*arrivals, strict=True)
     outcomes = tuple(arrival.event.first_outcome for arrival in arrivals)
@@ -78,64 +80,65 @@ def _insert_columns() -> str:
 _INSERT: Final = _insert_columns()
 
 
-async def _insert_rows(arrivals: Sequence[Arrival], connection: AsyncConnection) -> set[UUID]:
-    """Insert on SQLite, where nobody else can write meanwhile: what is above the last `seq` is ours."""
-    last = (await connection.execute(_LAST_SEQ)).scalar_one() or 0
-    new = 0
-    for lot in _lots(arrivals):
-        values = [_sqlite_value(value) for arrival in lot for value in arrival.event]
-        await connection.exec_driver_sql(_insert_events(len(lot)), tuple(values))
-        values = [value for arrival in lot for value in _receipt_values(arrival)]
-        inserted = await connection.exec_driver_sql(_insert_receipts(len(lot)), (*values, last))
-        new += inserted.rowcount
-    for source in {arrival.event.source for arrival in arrivals}:
-        await sources.remember(connection, source)
-    if new == len(arrivals):
-        return set()
-    ours = set((await connection.execute(_ABOVE, {"last": last})).scalars())
-    return {arrival.event.id for arrival in arrivals} - ours
+def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
+    """Insert on SQLite; `values` are those of the rows of `_VIEW`, one after the other."""
+    known = connection.info.get(_VIEW)
+    if known is None:
+        known = connection.info[_VIEW] = _make_view(connection)
+    known.clear()
+    rows = len(values) // len(_IN_VIEW)
+    # SQLite has to parse few different statements when their sizes are powers of two.
+    size = 1 << (rows - 1).bit_length()
+    padding = [None] * ((size - rows) * len(_IN_VIEW))
+    connection.cursor().execute(_insert_into_view(size), [*values, *padding])
+    return {UUID(id_) for id_ in known}
 
 
-_LAST_SEQ: Final = select(func.max(events.c.seq))
-_ABOVE: Final = select(events.c.id).where(events.c.seq > bindparam("last"))
+def _make_view(connection: PoolProxiedConnection) -> list[str]:
+    """Make a view of this connection's that takes arrivals; return the list that gets the ids of known ones.
+
+    With a trigger on a view a group is one statement, which is a transaction by itself. The thread leaves the
+    interpreter to the event loop while a statement runs, and may wait longer than that to get it back: a busy
+    loop lets go of it only for moments, too short to wake up in.
+    """
+    known: list[str] = []
+    driver: Any = connection.driver_connection
+    driver.create_function("is_known", 1, known.append)
+    for statement in _MAKE_VIEW:
+        driver.execute(statement)
+    return known
 
 
-def _lots(arrivals: Sequence[Arrival]) -> Iterator[Sequence[Arrival]]:
-    """Cut a group into powers of two, so that SQLite has to parse few different statements."""
-    start = 0
-    while rest := len(arrivals) - start:
-        size = 1 << (rest.bit_length() - 1)
-        yield arrivals[start : start + size]
-        start += size
+def _new(names: Sequence[str]) -> str:
+    return ", ".join(f"NEW.{name}" for name in names)
 
 
-# For many rows at once: the thread leaves the interpreter to the event loop once for a statement and not for
-# each row, and has to wait as often to get it back.
-@cache
-def _insert_events(rows: int) -> str:
-    return (
-        f"INSERT INTO events ({', '.join(_OF_EVENT)}) VALUES {_places(rows, len(_OF_EVENT))} "  # noqa: S608
-        "ON CONFLICT DO NOTHING"
-    )
-
-
-@cache
-def _insert_receipts(rows: int) -> str:
-    arrived = ("id", *_OF_RECEIPT, "outcome")
-    return f"""
+_MAKE_VIEW: Final = (
+    # A statement with triggers keeps its rows in a temporary table first, and not everybody has a /tmp.
+    "PRAGMA temp_store=MEMORY",
+    f"CREATE TEMP VIEW IF NOT EXISTS {_VIEW} AS SELECT {', '.join(f'NULL AS {name}' for name in _IN_VIEW)}",
+    f"""
+    CREATE TEMP TRIGGER IF NOT EXISTS {_VIEW}_insert INSTEAD OF INSERT ON {_VIEW}
+    WHEN NEW.id IS NOT NULL BEGIN
+        INSERT INTO events ({", ".join(_OF_EVENT)}) VALUES ({_new(_OF_EVENT)}) ON CONFLICT DO NOTHING;
+        SELECT is_known(NEW.id) WHERE changes() = 0;
         INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
-        WITH arrived ({", ".join(arrived)}) AS (VALUES {_places(rows, len(arrived))})
-        SELECT seq, {", ".join(_IN_RECEIPT)} FROM arrived CROSS JOIN events USING (id) WHERE seq > ?
-    """  # noqa: S608 - our own names only
+            SELECT last_insert_rowid(), {_new(_IN_RECEIPT)} WHERE changes() > 0;
+        INSERT INTO sources (name) VALUES (NEW.source) ON CONFLICT DO NOTHING;
+    END
+    """,  # noqa: S608 - our own names only
+)
 
 
-def _places(rows: int, columns: int) -> str:
-    return ", ".join([f"({', '.join('?' * columns)})"] * rows)
-
-
-def _receipt_values(arrival: Arrival) -> Iterator[Any]:
+def _in_view(arrival: Arrival) -> Iterator[Any]:
     event, *of_receipt = arrival
-    return map(_sqlite_value, (event.id, *of_receipt, event.first_outcome))
+    return chain(event, of_receipt, (event.first_outcome,))
+
+
+@cache
+def _insert_into_view(rows: int) -> str:
+    row = f"({', '.join('?' * len(_IN_VIEW))})"
+    return f"INSERT INTO {_VIEW} VALUES {', '.join([row] * rows)}"  # noqa: S608 - our own names only
 
 
 def _sqlite_value(value: Any) -> Any:

@@ -1,14 +1,32 @@
 """Engines for SQLite and PostgreSQL behind one small class, set up so that a commit is durable."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    closing,
+    contextmanager,
+)
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
-from sqlalchemy import URL, Connection, CursorResult, Engine, Executable, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    PoolProxiedConnection,
+    create_engine,
+    event,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
@@ -77,6 +95,15 @@ class Database:
         with _unavailable():
             async with self._in_turn(is_webhook=is_webhook):
                 return await self._thread.run(work)
+
+    async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        """Run `work` on SQLite with a connection of its driver's, where each statement is a transaction.
+
+        It has a webhook's turn, and raises as `write` does.
+        """
+        with _unavailable():
+            async with self._in_turn(is_webhook=True):
+                return await self._thread.run_with_driver(work)
 
     async def fetch_at_once(self, statement: str, arguments: Sequence[object]) -> list[Any]:
         """Run a statement that is a durable transaction by itself on PostgreSQL; return its rows.
@@ -154,6 +181,7 @@ _DATA_EXCEPTION: Final = "22"
 _OUR_MISTAKES: Final = (_DATA_EXCEPTION, "23", "42")
 """Classes of SQLSTATE (PostgreSQL's documentation, appendix A): values that it cannot take, constraints, and
 statements that it does not understand."""
+_SQLITE_MISTAKES: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
 
 
 @asynccontextmanager
@@ -169,9 +197,9 @@ def _unavailable() -> Iterator[None]:
     """Raise DatabaseUnavailable for what is the database's condition."""
     try:
         yield
-    except (IntegrityError, DataError, ProgrammingError):
+    except (IntegrityError, DataError, ProgrammingError, *_SQLITE_MISTAKES):
         raise  # our own mistake, not the database's condition
-    except (DBAPIError, PoolTimeoutError, TimeoutError, OSError) as error:
+    except (DBAPIError, sqlite3.Error, PoolTimeoutError, TimeoutError, OSError) as error:
         cause = getattr(error, "orig", None) or error
         if str(getattr(cause, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
             raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again
@@ -230,6 +258,14 @@ class _SqliteThread:
     def _run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
         with self._engine.begin() as connection:
             return _result(work(cast("AsyncConnection", _AwaitedConnection(connection))))
+
+    async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        """Run `work` in no transaction."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run_with_driver, work)
+
+    def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        with closing(self._engine.raw_connection()) as connection:
+            return work(connection)
 
     async def close(self) -> None:
         """Close the connection, in the thread that has opened it, and end the thread."""

@@ -161,6 +161,18 @@ async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: py
     assert await count(database) == (3, 5)
 
 
+async def test_one_that_is_gone_is_new_again(database: Database) -> None:
+    """What an earlier group found to be there says nothing about a later one."""
+    one = arrival(body("r-1"))
+    assert await arrivals.insert_new(database, [one]) == set()
+    assert await arrivals.insert_new(database, [one, arrival(body("r-2"))]) == {one.event.id}
+    async with database.write() as connection:
+        await connection.execute(text("DELETE FROM receipts"))
+        await connection.execute(text("DELETE FROM events"))
+    assert await arrivals.insert_new(database, [one]) == set()
+    assert await count(database) == (1, 1)
+
+
 async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
     """The short way writes the same values, in the same form, as the tables' own types."""
     content = body("r-1")
