@@ -32,7 +32,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.lists import among, unnested
+from receiver.db.lists import DIALECTS, Rows, among
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media
 
@@ -214,18 +214,15 @@ async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attemp
 async def record_attempts(connection: AsyncConnection, tries: Collection[tuple[uuid.UUID, Attempt]]) -> None:
     """Put tries on record, each with the id of its row."""
     rows = [{"work_id": work_id, **vars(attempt)} for work_id, attempt in tries]
-    if not rows:
-        return
-    if connection.dialect.name == "sqlite":
-        await connection.execute(insert(attempts), rows)
-    else:
-        await connection.execute(
-            _ATTEMPTS, {column.name: [row[column.name] for row in rows] for column in _OF_ATTEMPT}
-        )
+    if rows:
+        dialect_name = connection.dialect.name
+        await connection.execute(_ATTEMPTS[dialect_name], _TRIES.parameters(dialect_name, rows))
 
 
-_OF_ATTEMPT: Final = [column for column in attempts.c if column.name != "seq"]
-_ATTEMPTS: Final = insert(attempts).from_select(_OF_ATTEMPT, select(unnested(*_OF_ATTEMPT)))
+_TRIES: Final = Rows(*(column for column in attempts.c if column.name != "seq"))
+_ATTEMPTS: Final = {
+    name: insert(attempts).from_select(_TRIES.columns, _TRIES.select(name)) for name in DIALECTS
+}
 
 
 def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:

@@ -1,17 +1,31 @@
 """Lists in statements: one parameter whatever their length, so that a statement is made and planned once."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import Boolean, Column, FromClause, Text, bindparam, func
+from sqlalchemy import (
+    Boolean,
+    Column,
+    ColumnElement,
+    Select,
+    Text,
+    bindparam,
+    func,
+    literal_column,
+    select,
+    true,
+)
+from sqlalchemy.dialects import sqlite
 from sqlalchemy.dialects.postgresql import ARRAY
 from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.functions import FunctionElement
 from sqlalchemy.types import TypeDecorator, TypeEngine
+
+DIALECTS: Final = ("sqlite", "postgresql")
 
 
 class _ListOf(TypeDecorator[Collection[Any]]):
@@ -63,7 +77,40 @@ def _sqlite(element: among, compiler: SQLCompiler, **kw: Any) -> str:
     return f"{column} IN (SELECT value FROM json_each({values}))"  # noqa: S608 - a column and a parameter
 
 
-def unnested(*columns: Column[Any]) -> FromClause:
-    """Return PostgreSQL's rows of parameters: a list for each column, named as the column."""
-    arrays = [bindparam(column.name, type_=ARRAY(column.type)) for column in columns]
-    return func.unnest(*arrays).table_valued(*(column.name for column in columns)).render_derived()
+class Rows:
+    """Rows that are parameters: those of any number of rows for one statement, which is planned once."""
+
+    def __init__(self, *columns: Column[Any]) -> None:
+        """`columns` are those of a table that the values are for."""
+        self.columns: Final = columns
+        self._writers: Final = [
+            (column.name, column.type.dialect_impl(_SQLITE).bind_processor(_SQLITE) or _unchanged)
+            for column in columns
+        ]
+
+    def select(self, dialect_name: str, *others: ColumnElement[Any]) -> Select[Any]:
+        """Return the rows, with `others` at the end of each."""
+        if dialect_name == "postgresql":
+            arrays = [bindparam(column.name, type_=ARRAY(column.type)) for column in self.columns]
+            rows = func.unnest(*arrays).table_valued(*(column.name for column in self.columns))
+            return select(rows.render_derived(), *others)
+        each = func.json_each(bindparam("rows", type_=Text)).table_valued("value")
+        values = (
+            func.json_extract(each.c.value, literal_column(f"'$[{number}]'"))
+            for number in range(len(self.columns))
+        )
+        # Without a WHERE SQLite would take ON CONFLICT for the condition of a join.
+        return select(*values, *others).select_from(each).where(true())
+
+    def parameters(self, dialect_name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Return the parameters of a statement with `select`; each of the `rows` has all columns."""
+        if dialect_name == "postgresql":
+            return {column.name: [row[column.name] for row in rows] for column in self.columns}
+        return {"rows": json.dumps([[write(row[name]) for name, write in self._writers] for row in rows])}
+
+
+def _unchanged(value: Any) -> Any:
+    return value
+
+
+_SQLITE: Final = sqlite.dialect()

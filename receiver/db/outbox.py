@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import work_values
-from receiver.db.lists import among, unnested
+from receiver.db.lists import DIALECTS, Rows, among
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import attempts, deliveries, events, in_state, is_live, is_replayed, media
 
@@ -45,11 +45,9 @@ async def insert_deliveries(
         {"id": new_id(), "event_seq": seq, "destination": name, "replay_id": replay_id}
         for seq, name in wanted
     ]
-    if connection.dialect.name == "sqlite":
-        statement = sqlite.insert(deliveries).values(**_pending(due=due)).on_conflict_do_nothing()
-        return len((await connection.execute(statement.returning(deliveries.c.id), rows)).all())
-    columns = {column.name: [row[column.name] for row in rows] for column in _OF_DELIVERY}
-    return (await connection.execute(_DELIVERIES[due], columns)).rowcount
+    dialect_name = connection.dialect.name
+    parameters = _WANTED.parameters(dialect_name, rows)
+    return (await connection.execute(_DELIVERIES[dialect_name, due], parameters)).rowcount
 
 
 def _pending(*, due: bool) -> dict[str, Any]:
@@ -59,18 +57,21 @@ def _pending(*, due: bool) -> dict[str, Any]:
     return values
 
 
-_OF_DELIVERY: Final = [deliveries.c[name] for name in ("id", "event_seq", "destination", "replay_id")]
+_WANTED: Final = Rows(*(deliveries.c[name] for name in ("id", "event_seq", "destination", "replay_id")))
 
 
-def _insert_unnested(*, due: bool) -> Insert:
+def _insert_wanted(dialect_name: str, *, due: bool) -> Insert:
     rest = {name: value for name, value in _pending(due=due).items() if value is not None}
     values = (literal(value) if isinstance(value, str) else value for value in rest.values())
-    rows = select(unnested(*_OF_DELIVERY), *values)
-    return postgresql.insert(deliveries).from_select([*_OF_DELIVERY, *rest], rows).on_conflict_do_nothing()
+    rows = _WANTED.select(dialect_name, *values)
+    new = sqlite.insert(deliveries) if dialect_name == "sqlite" else postgresql.insert(deliveries)
+    return new.from_select([*_WANTED.columns, *rest], rows).on_conflict_do_nothing()
 
 
 # Made once: to make a statement takes as long as to run it.
-_DELIVERIES: Final = {due: _insert_unnested(due=due) for due in (True, False)}
+_DELIVERIES: Final = {
+    (name, due): _insert_wanted(name, due=due) for name in DIALECTS for due in (True, False)
+}
 _FILES: Final = (
     select(
         media.c.event_seq,
