@@ -78,7 +78,7 @@ def _sqlite(element: among, compiler: SQLCompiler, **kw: Any) -> str:
 
 
 class Rows:
-    """Rows that are parameters: those of any number of rows for one statement, which is planned once."""
+    """Any number of rows as parameters of one statement."""
 
     def __init__(self, *columns: Column[Any]) -> None:
         """`columns` are those of a table that the values are for."""
