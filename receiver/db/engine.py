@@ -51,7 +51,7 @@ class Database:
 
     `write()` and `read()` open one transaction each and raise DatabaseUnavailable when the database does not
     answer in time, refuses, or cannot write. `run_at_once()` is `write()` for what is done for every event,
-    and `fetch_at_once()` the short way of the inbox on PostgreSQL.
+    and `fetch_at_once()` and `run_with_driver()` are the short ways of the inbox on PostgreSQL and on SQLite.
     """
 
     def __init__(self, url: str) -> None:
@@ -282,9 +282,6 @@ class _AwaitedConnection:
 
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         return self._connection.execute(statement, parameters)
-
-    async def exec_driver_sql(self, statement: str, parameters: Any = None) -> CursorResult[Any]:
-        return self._connection.exec_driver_sql(statement, parameters)
 
     @asynccontextmanager
     async def begin_nested(self) -> AsyncIterator[None]:

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import eventkit
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 from payloads import body, failure
@@ -97,14 +98,8 @@ class World:
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
         """Run workers inside the block."""
-        workers = [self.worker(drain=drain) for _ in range(count)]
-        tasks = [asyncio.create_task(each.run()) for each in workers]
-        try:
+        async with eventkit.running(*(self.worker(drain=drain) for _ in range(count))):
             yield
-        finally:
-            for each in workers:
-                each.stop()
-            await asyncio.gather(*tasks)
 
     async def add(self, content: bytes) -> None:
         """Store an event as ingest does."""
