@@ -48,8 +48,9 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Extras stay in the pins: pip below 23.3 refuses `coverage[toml]` beside a pin of plain `coverage` once a newer release exists.
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	--no-emit-index-url --no-emit-find-links --extra all
+	--no-strip-extras --no-emit-index-url --no-emit-find-links --extra all
 
 # Development first and the run's pins from it: one set of versions that holds for both.
 lock: $(VENV)/.dev  ## Resolve the dependencies anew and pin them with hashes
