@@ -27,7 +27,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from receiver import cli as receiver
 from receiver import ingest
-from receiver.db.engine import parse_url, sqlite_engine
+from receiver.db.engine import parse_url
+from receiver.db.sqlite import sqlite_engine
 
 
 async def bare(scope: Any, receive: Any, send: Any) -> None:

@@ -12,7 +12,9 @@ from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
-from receiver.db.engine import Database, sqlite_engine, transaction
+from receiver.db.engine import Database
+from receiver.db.sqlite import sqlite_engine
+from receiver.db.transactions import transaction
 from receiver.errors import SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"

@@ -1,0 +1,128 @@
+"""PostgreSQL: engines with our settings, and a connection for single statements."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from importlib import import_module
+from typing import Any, Final
+
+from sqlalchemy import URL, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, unavailable
+from receiver.errors import DatabaseUnavailable, SettingsError
+
+COMMAND_WAIT: Final = 4.0
+"""Seconds that the client waits for one statement.
+
+It is the client that counts: `statement_timeout` never fires in a server process that is frozen.
+"""
+_DURABLE: Final = ("fsync", "full_page_writes", "synchronous_commit")
+
+
+def postgresql_engine(url: URL, *, pool_size: int, **options: Any) -> AsyncEngine:
+    """Return an engine with our settings."""
+    settings = {
+        "application_name": "clipia-receiver",
+        "lock_timeout": "2s",
+        "idle_in_transaction_session_timeout": "10s",
+    }
+    try:
+        return create_async_engine(
+            url,
+            pool_size=pool_size,
+            max_overflow=0,
+            pool_timeout=POOL_WAIT,
+            **options,
+            connect_args={"timeout": POOL_WAIT, "command_timeout": COMMAND_WAIT, "server_settings": settings},
+        )
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "PostgreSQL needs the driver asyncpg: pip install 'clipia-receiver[postgres]'"
+        ) from None
+
+
+class Statements:
+    """A connection for statements that need no transaction around them, spoken to by its driver.
+
+    SQLAlchemy opens it and knows how; what it does for each statement beyond that takes longer than the
+    statement. One at a time is all that a group commit asks for.
+    """
+
+    def __init__(self, url: URL) -> None:
+        # One for statements, and one for who holds one.
+        self._engine = postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
+        self._connection: AsyncConnection | None = None
+        self._driver: Any = None
+        self._turn = asyncio.Lock()
+        # An extra, which is there once the engine could be made.
+        asyncpg = import_module("asyncpg")
+        self._refusals = (
+            asyncpg.PostgresError,
+            asyncpg.InterfaceError,
+            # What a statement meets between the server's word that it ends the connection and the end.
+            asyncpg.InternalClientError,
+            TimeoutError,
+            OSError,
+        )
+
+    async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
+        """Run a statement and return its rows."""
+        async with self._turn:
+            if self._connection is None or self._driver.is_closed():
+                await self._reconnect()
+            try:
+                rows: list[Any] = await self._driver.fetch(statement, *arguments)
+            except BaseException as error:
+                # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
+                await self._disconnect()
+                sqlstate = str(getattr(error, "sqlstate", None) or "")
+                ours = isinstance(error, ValueError) or sqlstate[:2] in OUR_MISTAKES
+                if ours or not isinstance(error, self._refusals):
+                    raise
+                raise DatabaseUnavailable(
+                    f"the database is unavailable ({type(error).__name__}: {error})", reason="database"
+                ) from error
+            return rows
+
+    async def _reconnect(self) -> None:
+        await self._disconnect()
+        with unavailable():
+            connection = await self._engine.connect()
+            self._driver = (await connection.get_raw_connection()).driver_connection
+            self._connection = connection
+
+    async def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with unavailable():
+                await connection.invalidate()
+                await connection.close()
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncIterator[Any]:
+        """Open a connection for the block; nobody else gets it afterwards."""
+        with unavailable():
+            connection = await self._engine.connect()
+            try:
+                yield (await connection.get_raw_connection()).driver_connection
+            finally:
+                await connection.invalidate()
+                await connection.close()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            await self._connection.close()
+        await self._engine.dispose()
+
+
+async def require_durable_postgresql(connection: AsyncConnection) -> None:
+    """Raise SettingsError if the server loses commits that it has confirmed."""
+    for name in _DURABLE:
+        # Every value of synchronous_commit but `off` flushes here before it confirms.
+        if (await connection.execute(text(f"SHOW {name}"))).scalar_one() == "off":
+            raise SettingsError(
+                f"PostgreSQL runs with {name} = off: it would confirm events that a crash then loses. "
+                f"Set {name} = on (postgresql.conf, ALTER DATABASE or ALTER ROLE) and reload."
+            )

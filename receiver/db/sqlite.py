@@ -1,0 +1,132 @@
+"""SQLite: engines with our settings, and a thread that runs whole transactions."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, closing
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from sqlalchemy import (
+    URL,
+    Connection,
+    CursorResult,
+    Engine,
+    Executable,
+    PoolProxiedConnection,
+    create_engine,
+    event,
+)
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from receiver.db.transactions import POOL_WAIT
+from receiver.errors import SettingsError
+
+T = TypeVar("T")
+
+
+def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
+    """Return an engine with our settings; `begin` is the statement that opens a transaction."""
+    if url.database:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    engine = create_async_engine(
+        url,
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=POOL_WAIT,
+        connect_args={"timeout": POOL_WAIT},
+    )
+    _set_up_sqlite(engine.sync_engine, begin, foreign_keys=foreign_keys)
+    return engine
+
+
+def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> None:
+    @event.listens_for(engine, "connect")
+    def _connect(connection: Any, _record: Any) -> None:
+        # Without this pysqlite opens transactions on its own terms and updates get lost without an error.
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"foreign_keys={foreign_keys:d}"):
+            cursor.execute(f"PRAGMA {pragma}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql(begin)
+
+
+class SqliteThread:
+    """A connection in a thread of its own: a transaction goes there once, and not for every statement."""
+
+    def __init__(self, url: URL) -> None:
+        self._engine = create_engine(
+            url.set(drivername="sqlite+pysqlite"),
+            pool_size=1,
+            max_overflow=0,
+            connect_args={"timeout": POOL_WAIT},
+        )
+        _set_up_sqlite(self._engine, "BEGIN IMMEDIATE")
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        """Run `work` in a transaction of its own."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work)
+
+    def _run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+        with self._engine.begin() as connection:
+            return _result(work(cast("AsyncConnection", _AwaitedConnection(connection))))
+
+    async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        """Run `work` in no transaction."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run_with_driver, work)
+
+    def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        with closing(self._engine.raw_connection()) as connection:
+            return work(connection)
+
+    async def close(self) -> None:
+        """Close the connection, in the thread that has opened it, and end the thread."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
+        self._executor.shutdown(wait=False)
+
+
+class _AwaitedConnection:
+    """A connection that is used like an AsyncConnection, and has the answer when it is asked."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.dialect: Final = connection.dialect
+
+    async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        return self._connection.execute(statement, parameters)
+
+    @asynccontextmanager
+    async def begin_nested(self) -> AsyncIterator[None]:
+        with self._connection.begin_nested():
+            yield
+
+
+def _result(awaited: Awaitable[T]) -> T:
+    """Return what comes of awaiting something that never has to wait."""
+    steps = awaited.__await__()
+    try:
+        next(steps)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise RuntimeError("the work waits for something else than its connection")
+
+
+async def require_durable_sqlite(connection: AsyncConnection) -> None:
+    """Raise SettingsError if the file loses commits that it has confirmed."""
+    checks: tuple[tuple[str, Callable[[Any], bool]], ...] = (
+        ("journal_mode", lambda value: value == "wal"),
+        ("synchronous", lambda value: value >= 2),  # noqa: PLR2004 - 2 is FULL, 3 is EXTRA
+    )
+    for name, holds in checks:
+        value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
+        if not holds(value):
+            raise SettingsError(
+                f"SQLite refuses the durable setting for {name} (it reports {value!r}); "
+                "is the database on a network filesystem? Use a local disk, or PostgreSQL."
+            )

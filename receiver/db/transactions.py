@@ -1,0 +1,44 @@
+"""Transactions of either database, and the errors that are the database's condition and not our mistake."""
+
+import sqlite3
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Final
+
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from receiver.errors import DatabaseUnavailable
+
+POOL_WAIT: Final = 2.0
+"""Seconds to wait for a connection of the pool, or for SQLite's write lock."""
+_DATA_EXCEPTION: Final = "22"
+OUR_MISTAKES: Final = (_DATA_EXCEPTION, "23", "42")
+"""Classes of SQLSTATE (PostgreSQL's documentation, appendix A): values that it cannot take, constraints, and
+statements that it does not understand."""
+_SQLITE_MISTAKES: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
+
+
+@asynccontextmanager
+async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
+    """Open one transaction; raise DatabaseUnavailable for what is the database's condition."""
+    with unavailable():
+        async with engine.begin() as connection:
+            yield connection
+
+
+@contextmanager
+def unavailable() -> Iterator[None]:
+    """Raise DatabaseUnavailable for what is the database's condition."""
+    try:
+        yield
+    except (IntegrityError, DataError, ProgrammingError, *_SQLITE_MISTAKES):
+        raise  # our own mistake, not the database's condition
+    except (DBAPIError, sqlite3.Error, PoolTimeoutError, TimeoutError, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        if str(getattr(cause, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
+            raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again
+        raise DatabaseUnavailable(
+            f"the database is unavailable ({type(cause).__name__}: {cause})", reason="database"
+        ) from error
