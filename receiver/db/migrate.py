@@ -58,7 +58,9 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
     if database.is_sqlite:
         engine = sqlite_engine(database.url, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
     else:
-        engine = create_async_engine(database.url, poolclass=NullPool, connect_args={"timeout": 10})
+        engine = create_async_engine(
+            database.url, poolclass=NullPool, connect_args={"timeout": 10}, hide_parameters=True
+        )
     try:
         async with transaction(engine) as connection:
             if not database.is_sqlite:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from receiver.db.causes import cause
 from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, unavailable
 from receiver.errors import DatabaseUnavailable, SettingsError
 
@@ -32,6 +33,7 @@ def postgresql_engine(url: URL, *, pool_size: int, **options: Any) -> AsyncEngin
             url,
             pool_size=pool_size,
             max_overflow=0,
+            hide_parameters=True,
             pool_timeout=POOL_WAIT,
             **options,
             connect_args={"timeout": POOL_WAIT, "command_timeout": COMMAND_WAIT, "server_settings": settings},
@@ -81,7 +83,7 @@ class Statements:
                 if ours or not isinstance(error, self._refusals):
                     raise
                 raise DatabaseUnavailable(
-                    f"the database is unavailable ({type(error).__name__}: {error})", reason="database"
+                    f"the database is unavailable: {cause(error)}", reason="database"
                 ) from error
             return rows
 

@@ -35,6 +35,7 @@ def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = 
         max_overflow=0,
         pool_timeout=POOL_WAIT,
         connect_args={"timeout": POOL_WAIT},
+        hide_parameters=True,
     )
     _set_up_sqlite(engine.sync_engine, begin, foreign_keys=foreign_keys)
     return engine
@@ -64,6 +65,7 @@ class SqliteThread:
             pool_size=1,
             max_overflow=0,
             connect_args={"timeout": POOL_WAIT},
+            hide_parameters=True,
         )
         _set_up_sqlite(self._engine, "BEGIN IMMEDIATE")
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")

@@ -9,6 +9,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingErr
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from receiver.db.causes import cause
 from receiver.errors import DatabaseUnavailable
 
 POOL_WAIT: Final = 2.0
@@ -36,9 +37,9 @@ def unavailable() -> Iterator[None]:
     except (IntegrityError, DataError, ProgrammingError, *_SQLITE_MISTAKES):
         raise  # our own mistake, not the database's condition
     except (DBAPIError, sqlite3.Error, PoolTimeoutError, TimeoutError, OSError) as error:
-        cause = getattr(error, "orig", None) or error
-        if str(getattr(cause, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
+        driver_error = getattr(error, "orig", None) or error
+        if str(getattr(driver_error, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
             raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again
         raise DatabaseUnavailable(
-            f"the database is unavailable ({type(cause).__name__}: {cause})", reason="database"
+            f"the database is unavailable: {cause(driver_error)}", reason="database"
         ) from error

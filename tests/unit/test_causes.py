@@ -1,0 +1,141 @@
+"""Causes: real failures, told in our own words."""
+
+import asyncio
+import shutil
+import sqlite3
+import ssl
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+from certificates import make_certificate
+from redis.asyncio import Redis
+from servers import Postgres, free_port
+
+from receiver.causes import cause
+from receiver.db import causes as database_causes
+from receiver.db.engine import Database
+from receiver.errors import DatabaseUnavailable
+
+
+async def _dial(host: str, port: int) -> None:
+    await asyncio.open_connection(host, port)
+
+
+async def _get(url: str) -> None:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        await client.get(url)
+
+
+async def _ping(port: int) -> None:
+    async with Redis(host="localhost", port=port) as client:
+        await client.ping()
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda port: _dial("127.0.0.1", port), "ConnectionRefusedError"),
+        # Two addresses: Python then joins the texts and drops the numbers.
+        (lambda port: _dial("localhost", port), None),
+        (lambda port: _get(f"http://localhost:{port}"), "ConnectError"),
+        (_ping, "ConnectionError"),
+    ],
+    ids=["asyncio", "two addresses", "httpx", "redis"],
+)
+async def test_a_refused_connection_is_called_so(
+    call: Callable[[int], Awaitable[None]], name: str | None
+) -> None:
+    """Every client's refused connection is told as one, with the class of its exception."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
+        await call(free_port())
+    assert cause(caught.value).startswith("connection refused")
+    assert name is None or cause(caught.value).endswith(f"({name})")
+
+
+async def test_a_name_that_is_not_found_is_called_so() -> None:
+    """A host name without an address is told as one."""
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        await _dial("no-such-host.invalid", 443)
+    assert cause(caught.value) == "the host name was not found (gaierror)"
+
+
+async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
+    """A certificate that is not trusted is told as one, and not as some failed connection."""
+    server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    server_side.load_cert_chain(make_certificate(tmp_path / "server.pem"))
+    server = await asyncio.start_server(
+        lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=server_side
+    )
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(httpx.ConnectError) as caught:
+            await _get(f"https://127.0.0.1:{port}")
+    assert cause(caught.value) == "the TLS certificate is self-signed and not trusted (ConnectError)"
+
+
+def test_a_slow_answer_is_called_so() -> None:
+    """A timeout is told as one, whichever library's it is."""
+    assert cause(httpx.ReadTimeout("secret")) == "no answer in time (ReadTimeout)"
+    assert cause(TimeoutError("secret")) == "no answer in time (TimeoutError)"
+
+
+def test_an_unknown_failure_is_its_class_alone() -> None:
+    """A library's text stays behind: it may quote a password."""
+    assert cause(httpx.LocalProtocolError("Illegal header value b'Bearer secret\\n'")) == "LocalProtocolError"
+    circular = ValueError("secret")
+    circular.__cause__ = circular
+    assert cause(circular) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("prepare", "words"),
+    [
+        (
+            lambda path: path.mkdir(),
+            "its file cannot be opened: see the folder and its rights (SQLITE_CANTOPEN)",
+        ),
+        (lambda path: path.write_bytes(b"x" * 4096), "the file is no SQLite database (SQLITE_NOTADB)"),
+    ],
+    ids=["folder", "other file"],
+)
+def test_sqlite_says_what_is_wrong_with_its_file(
+    tmp_path: Path, prepare: Callable[[Path], object], words: str
+) -> None:
+    """SQLite's error codes have words."""
+    prepare(tmp_path / "receiver.db")
+    with pytest.raises(sqlite3.Error) as caught:
+        sqlite3.connect(tmp_path / "receiver.db").execute("SELECT * FROM sqlite_master")
+    assert database_causes.cause(caught.value) == words
+
+
+async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -> None:
+    """A wrong password of PostgreSQL is told as one, and neither user, database nor password is repeated."""
+    rules = postgres.data / "pg_hba.conf"
+    shutil.copy(rules, rules.with_suffix(".saved"))
+    postgres.sql("CREATE ROLE canary_user LOGIN PASSWORD 'right'")
+    rules.write_text("host all canary_user 127.0.0.1/32 scram-sha-256\n" + rules.read_text())
+    postgres.sql("SELECT pg_reload_conf()")
+    database = Database(f"postgresql://canary_user:canary-password@127.0.0.1:{postgres.port}/canary_base")
+    try:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            async with database.read():
+                pass
+    finally:
+        await database.close()
+        rules.write_text(rules.with_suffix(".saved").read_text())
+        postgres.sql("SELECT pg_reload_conf()")
+    assert str(caught.value) == (
+        "the database is unavailable: PostgreSQL refuses the user or the password of RECEIVER_DATABASE_URL "
+        "(InvalidPasswordError, SQLSTATE 28P01)"
+    )
+
+
+async def test_a_database_that_is_not_there_is_called_so(postgres: Postgres) -> None:
+    """PostgreSQL's SQLSTATEs have words."""
+    database = Database(f"postgresql://postgres@127.0.0.1:{postgres.port}/canary_base")
+    with pytest.raises(DatabaseUnavailable, match=r"there is no such database \(.*SQLSTATE 3D000\)"):
+        async with database.read():
+            pass
+    await database.close()
