@@ -73,7 +73,9 @@ async def find_by_request(connection: AsyncConnection, source: str, request_id: 
 async def spent_today(connection: AsyncConnection, caller: str) -> int:
     """Return the credits of a caller's jobs of this UTC day: charged, reserved or estimated.
 
-    Locks the caller's spending until the transaction ends: two jobs must not both see room for one.
+    Locks the caller's spending until the transaction ends: two jobs must not both see room for one. The sum
+    is a statement of its own after the lock, because a statement sees what was committed before it began, and
+    not what was committed while it waited.
     """
     if connection.dialect.name == "postgresql":
         lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from receiver.db.engine import Database
+from receiver.db.postgresql import ISOLATION
 from receiver.db.sqlite import sqlite_engine
 from receiver.db.transactions import transaction
 from receiver.errors import SettingsError
@@ -59,7 +60,11 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
         engine = sqlite_engine(database.url, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
     else:
         engine = create_async_engine(
-            database.url, poolclass=NullPool, connect_args={"timeout": 10}, hide_parameters=True
+            database.url,
+            poolclass=NullPool,
+            isolation_level=ISOLATION,
+            connect_args={"timeout": 10},
+            hide_parameters=True,
         )
     try:
         async with transaction(engine) as connection:

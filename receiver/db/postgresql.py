@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from importlib import import_module
 from typing import Any, Final
 
@@ -18,10 +18,19 @@ COMMAND_WAIT: Final = 4.0
 
 It is the client that counts: `statement_timeout` never fires in a server process that is frozen.
 """
+ISOLATION: Final = "READ COMMITTED"
+"""Every transaction begins with it: a role or a database may have another default.
+
+At a stricter level a statement sees nothing that was committed after the transaction's first one. An insert
+that waited for another delivery of its event would fail, and a transaction that waited for a lock would then
+read what was there before the wait.
+"""
 _DURABLE: Final = ("fsync", "full_page_writes", "synchronous_commit")
 
 
-def postgresql_engine(url: URL, *, pool_size: int, **options: Any) -> AsyncEngine:
+def postgresql_engine(
+    url: URL, *, pool_size: int, isolation_level: str = ISOLATION, **options: Any
+) -> AsyncEngine:
     """Return an engine with our settings."""
     settings = {
         "application_name": "clipia-receiver",
@@ -35,6 +44,7 @@ def postgresql_engine(url: URL, *, pool_size: int, **options: Any) -> AsyncEngin
             max_overflow=0,
             hide_parameters=True,
             pool_timeout=POOL_WAIT,
+            isolation_level=isolation_level,
             **options,
             connect_args={"timeout": POOL_WAIT, "command_timeout": COMMAND_WAIT, "server_settings": settings},
         )
@@ -56,6 +66,7 @@ class Statements:
         self._engine = postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
+        self._is_read_committed = False
         self._turn = asyncio.Lock()
         # An extra, which is there once the engine could be made.
         asyncpg = import_module("asyncpg")
@@ -74,7 +85,8 @@ class Statements:
             if self._connection is None or self._driver.is_closed():
                 await self._reconnect()
             try:
-                rows: list[Any] = await self._driver.fetch(statement, *arguments)
+                async with self._isolated():
+                    rows: list[Any] = await self._driver.fetch(statement, *arguments)
             except BaseException as error:
                 # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
                 await self._disconnect()
@@ -93,6 +105,18 @@ class Statements:
             connection = await self._engine.connect()
             self._driver = (await connection.get_raw_connection()).driver_connection
             self._connection = connection
+            level = (await connection.execute(text("SHOW transaction_isolation"))).scalar_one()
+            self._is_read_committed = level == ISOLATION.lower()
+
+    def _isolated(self) -> AbstractAsyncContextManager[object]:
+        """Return what pins the isolation level of a statement.
+
+        A statement that is a transaction by itself has the session's default, and a SET would leak to others
+        behind a pooler. So it gets a transaction around it, which costs two more round trips, if it has to.
+        """
+        return (
+            nullcontext() if self._is_read_committed else self._driver.transaction(isolation="read_committed")
+        )
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
