@@ -1,23 +1,28 @@
-# `make demo` and `make test` need nothing but Python >= 3.11 and a package index.
+# `make demo` and `make test` need nothing but Python >= 3.11 with venv and a package index.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: help demo test check format lock bench clean
 
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-$(VENV)/.run: requirements.txt pyproject.toml
+# Debian's python3 has the module venv but not ensurepip, which venv calls, until python3-venv is installed.
+$(VENV)/.run: requirements.txt requirements-build.txt pyproject.toml
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python >= 3.11 with venv is needed (Debian, Ubuntu: apt-get install python3-venv); $(PYTHON) is" \
+		"$$($(PYTHON) --version 2>/dev/null || echo missing). For another one: make PYTHON=python3.13 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PIP_INSTALL) --require-hashes -r requirements-build.txt -r requirements.txt
+	$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-dev.txt
+	$(PIP_INSTALL) --require-hashes -r requirements-dev.txt
 	@touch $@
 
 demo: $(VENV)/.run  ## Run the main job end to end on this machine (ARGS="--keep" leaves it running)
@@ -50,13 +55,14 @@ format: $(VENV)/.dev  ## Format the code
 
 # Extras stay in the pins: pip below 23.3 refuses `coverage[toml]` beside a pin of plain `coverage` once a newer release exists.
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
-	--no-strip-extras --no-emit-index-url --no-emit-find-links --extra all
+	--no-strip-extras --no-emit-index-url --no-emit-find-links --upgrade
 
-# Development first and the run's pins from it: one set of versions that holds for both.
+# Development first and the other pins from it: one set of versions that holds for all.
 lock: $(VENV)/.dev  ## Resolve the dependencies anew and pin them with hashes
 	$(BIN)/python -m pip install --quiet uv
-	$(LOCK) --upgrade --group dev -o requirements-dev.txt pyproject.toml
-	$(LOCK) --upgrade -c requirements-dev.txt -o requirements.txt pyproject.toml
+	$(LOCK) --extra all --group dev --group build -o requirements-dev.txt pyproject.toml
+	$(LOCK) --extra all -c requirements-dev.txt -o requirements.txt pyproject.toml
+	$(LOCK) -c requirements-dev.txt --group pyproject.toml:build -o requirements-build.txt
 
 clean:  ## Remove the virtual environment and caches
 	rm -rf $(VENV) .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,6 +11,7 @@ from receiver.cli.check import check
 from receiver.cli.deliveries import deliveries
 from receiver.cli.demo import demo
 from receiver.cli.events import events
+from receiver.cli.healthcheck import healthcheck
 from receiver.cli.jobs import jobs
 from receiver.cli.media import media
 from receiver.cli.migrate import migrate
@@ -46,6 +47,7 @@ for command in (
     sandbox,
     migrate,
     check,
+    healthcheck,
     send,
 ):
     app.command()(command)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from receiver.cli.heartbeat import announce
 from receiver.cli.terminal import stdout
 from receiver.observability import configure_logging
 from receiver.sandbox import SandboxOptions, create_app, switches
@@ -30,6 +31,7 @@ def sandbox(host: str, port: int, **values: Any) -> None:
     stdout.print(f"  RECEIVER_MEDIA_HOSTS={base_url}")
     if not given:
         stdout.print(f"  CLIPIA_WEBHOOK_SECRET={app.state.secret}", soft_wrap=True)
+    announce("sandbox", (host, port), path="/_sandbox/options")
     uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
 
 

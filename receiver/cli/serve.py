@@ -16,6 +16,7 @@ from uvicorn.supervisors import Multiprocess
 
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.app import Only, Parts, collect_garbage_less, create_app, prepare
+from receiver.cli.heartbeat import announce
 from receiver.errors import SettingsError
 from receiver.observability import configure_logging
 from receiver.settings import Settings
@@ -66,11 +67,22 @@ def serve(
     if workers == 1:
         Server(config).run()
         return
-    with tempfile.TemporaryDirectory(prefix="receiver-metrics-") as folder:
+    with _metrics_folder() as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         listener = config.bind_socket()
         _say_listening(listener)
         Multiprocess(config, sockets=[listener]).run()
+
+
+def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make the folder in which the processes add up their metrics."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="receiver-metrics-")
+    except OSError:
+        raise SettingsError(
+            "--workers needs a temporary folder that this user can write to, for the metrics: "
+            "mount one at /tmp or set TMPDIR"
+        ) from None
 
 
 class Server(uvicorn.Server):
@@ -86,6 +98,7 @@ class Server(uvicorn.Server):
 
 def _say_listening(listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
+    announce("serve", (host, port))
     log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
 
 

@@ -6,6 +6,7 @@ import signal
 import uvloop
 
 from receiver.app import Parts, collect_garbage_less, prepare, running_worker
+from receiver.cli.heartbeat import beating
 from receiver.db.engine import Database
 from receiver.observability import configure_logging
 from receiver.settings import Settings
@@ -21,7 +22,12 @@ def worker() -> None:
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     Parts.make(settings)
-    uvloop.run(_run(settings))
+    uvloop.run(_run_beating(settings))
+
+
+async def _run_beating(settings: Settings) -> None:
+    async with beating("worker"):
+        await _run(settings)
 
 
 async def _run(settings: Settings) -> None:
