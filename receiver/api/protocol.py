@@ -1,8 +1,9 @@
 """uvicorn's HTTP/1.1 protocol with the limits that it lacks.
 
 uvicorn on httptools sets no deadline for request headers and no limit to their size, lets through some
-requests that RFC 9112 forbids, and forgets a connection whose request body is still coming when the answer
-has been sent. Give the class to `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
+requests that RFC 9112 forbids, leaves white space at the end of header values, skips the body of a request
+that offers an upgrade, and forgets a connection whose request body is still coming when the answer has been
+sent. Give the class to `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
 A deadline for the body is the endpoint's. Where it answers before it has read the body, with `connection:
 close` or without, the connection is closed here, once the client had time to read the answer.
@@ -14,6 +15,7 @@ from http import HTTPStatus
 from types import MappingProxyType
 from typing import ClassVar, Final, cast
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from receiver.api.answers import error_body
@@ -22,10 +24,13 @@ _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
     {
         HTTPStatus.BAD_REQUEST: ("invalid_request", "This is not a valid HTTP/1.1 request."),
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: ("headers_too_large", "The headers are too large."),
-        HTTPStatus.NOT_IMPLEMENTED: ("upgrade_not_supported", "Send the body without an Upgrade header."),
         HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: ("http_version_not_supported", "Use HTTP/1.1."),
     }
 )
+
+_HEAD_END: Final = b"\r\n\r\n"
+_WHITE: Final = b" \t"
+"""White space that may stand around a header value and is no part of it (RFC 9110, section 5.5)."""
 
 
 class _Refused(Exception):  # noqa: N818 - no error of ours: it stops the parser once a request is refused
@@ -54,6 +59,10 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
     _read_size: int = 0
+    _tail: bytes = b""
+    """The last bytes of the previous read, in which the end of a head may have begun."""
+    _clean_head: bytes | None = None
+    """The head that the parser has just read, as it is to be read again."""
 
     # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -77,7 +86,12 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             return
         callbacks = self._callbacks
         self._read_size = len(data)
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self._parse(data)
+        except httptools.HttpParserError:
+            self.logger.warning("Invalid HTTP request received.")
+            self._refuse(HTTPStatus.BAD_REQUEST)
         if self._deaf:
             return
         made = self._callbacks - callbacks
@@ -92,6 +106,39 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             # Line ends before a request begin no message, but they have stopped the keep-alive clock.
             self._start_deadline()
 
+    def _parse(self, data: bytes) -> None:
+        """Feed the parser in pieces, of which each ends where a head may end.
+
+        If a head offers an upgrade or has white space behind a value, a new parser reads it again without
+        that. The first one would skip the body of such a request, or not see that it is chunked, and it does
+        not tell where the head ended. With these pieces that is always at the end of one.
+        """
+        view = memoryview(data)
+        start = 0
+        while start < len(data) and not self._deaf:
+            end = self._next_cut(data, start)
+            try:
+                self.parser.feed_data(view[start:end])
+            except (httptools.HttpParserUpgrade, httptools.HttpParserError):
+                if self._clean_head is None:
+                    raise
+            if self._clean_head is not None:
+                head, self._clean_head = self._clean_head, None
+                self.parser = httptools.HttpRequestParser(self)
+                # As uvicorn does: a pipelined request behind the last one is no reason to refuse that.
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
+            start = end
+        self._tail = (self._tail + data)[-3:] if len(data) < len(_HEAD_END) else data[-3:]
+
+    def _next_cut(self, data: bytes, start: int) -> int:
+        if start == 0 and self._tail.endswith((b"\r", b"\n")):
+            split = (self._tail + data[:3]).find(_HEAD_END)
+            if split >= 0:
+                return split + len(_HEAD_END) - len(self._tail)
+        at = data.find(_HEAD_END, start)
+        return len(data) if at < 0 else at + len(_HEAD_END)
+
     def on_message_begin(self) -> None:
         """Note that a request has begun."""
         self._callbacks += 1
@@ -105,6 +152,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if fault is not None:
             self._refuse(fault)
             raise _Refused
+        if self.parser.should_upgrade() or any(value[-1:] in _WHITE for _, value in self.headers if value):
+            self._clean_head = self._make_clean_head()
+            return
         self._stop_deadline()
         self._in_head = False
         self._in_body = True
@@ -112,10 +162,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
         self.headers = []
         self.cycle.transport = self._answers
-        if self.parser.should_upgrade() and not self._should_upgrade():
-            # The parser drops what came in the same read after a request for an upgrade, so that the bytes
-            # of a later read may be the middle of a request: this one has to be the last.
-            self.cycle.keep_alive = False
 
     def on_body(self, body: bytes) -> None:
         """Note the progress."""
@@ -125,6 +171,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Note that a head comes next."""
         self._callbacks += 1
+        if self._clean_head is not None:
+            # The request itself is still to come.
+            return
         if self.headers and self._head_is_too_large():
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             raise _Refused
@@ -144,10 +193,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._linger()
         else:
             self.transport.close()
-
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 - uvicorn's signature
-        """Refuse what the parser does not take, in our own error format."""
-        self._refuse(HTTPStatus.BAD_REQUEST)
 
     @property
     def _unanswered(self) -> RequestResponseCycle | None:
@@ -186,17 +231,26 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         codings = self._values(b"transfer-encoding") if b"transfer-encoding" in names else []
         if codings and (codings != [b"chunked"] or version == "1.0"):
             return HTTPStatus.BAD_REQUEST
-        # The parser skips the body of a request for an upgrade, and would take it for the next request.
-        if self.parser.should_upgrade() and (codings or self._values(b"content-length") not in ([], [b"0"])):
-            return HTTPStatus.NOT_IMPLEMENTED
+        # The parser takes what follows for a tunnel's bytes, whatever the headers say.
+        if self.parser.get_method() == b"CONNECT":
+            return HTTPStatus.BAD_REQUEST
         return None
+
+    def _make_clean_head(self) -> bytes:
+        """Write the head as it should have come: values are trimmed, the offer of an upgrade is left out."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
+        lines += [
+            b"%b: %b" % (name, value.strip(_WHITE)) for name, value in self.headers if name != b"upgrade"
+        ]
+        return b"\r\n".join([*lines, b"", b""])
 
     def _head_is_too_large(self) -> bool:
         lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
         return len(self.url) + lines > self.MAX_HEADER_BYTES
 
     def _values(self, name: bytes) -> list[bytes]:
-        return [value.lower() for each, value in self.headers if each == name]
+        return [value.strip(_WHITE).lower() for each, value in self.headers if each == name]
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer and close. Only the first refusal on a connection counts."""

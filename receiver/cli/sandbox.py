@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 import uvicorn
 
+from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.cli.heartbeat import announce
 from receiver.cli.terminal import stdout
 from receiver.observability import configure_logging
@@ -32,7 +33,17 @@ def sandbox(host: str, port: int, **values: Any) -> None:
     if not given:
         stdout.print(f"  CLIPIA_WEBHOOK_SECRET={app.state.secret}", soft_wrap=True)
     announce("sandbox", (host, port), path="/_sandbox/options")
-    uvicorn.run(app, host=host, port=port, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    uvicorn.run(
+        app,
+        host=host,
+        port=port,
+        # A client that offers h2c, as Java's does, gets to Clipia, and so it must get to the sandbox.
+        http=DeadlineHttpToolsProtocol,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=1,
+    )
 
 
 def _parameters() -> list[inspect.Parameter]:
