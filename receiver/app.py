@@ -34,6 +34,7 @@ from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
 from receiver.observability import write_logs
 from receiver.pipeline import FanOut, MediaLane
+from receiver.presence import present
 from receiver.reconcile import FreshUrls, PollLane
 from receiver.replay import ReplayLane, Replays
 from receiver.retry import RetryPolicy
@@ -94,7 +95,14 @@ async def running_worker(
         worker = await _open_worker(settings, database, wakeups, submitter, stack)
         if not database.is_sqlite:
             await stack.enter_async_context(_listening(database, wakeups))
-        task = asyncio.create_task(worker.run(), name="worker")
+        account = submitter.client.account if submitter.lane is not None else None
+
+        async def work() -> None:
+            # Around the work itself, so that a worker that has failed is not reported as running.
+            async with present(database, worker.lanes, account=account):
+                await worker.run()
+
+        task = asyncio.create_task(work(), name="worker")
         try:
             yield worker
         finally:

@@ -89,10 +89,15 @@ class Worker:
         self._wakeups = wakeups
         self._stopping = asyncio.Event()
 
+    @property
+    def lanes(self) -> list[str]:
+        """The names of its lanes."""
+        return [FAN_OUT_LANE, *(runner.name for runner in self._lanes)]
+
     def stop(self) -> None:
         """Stop claiming and finish what is held; `run` returns when that is done."""
         self._stopping.set()
-        for name in (FAN_OUT_LANE, *(runner.name for runner in self._lanes)):
+        for name in self.lanes:
             self._wakeups.wake(name)
 
     async def run(self) -> None:

@@ -37,15 +37,23 @@ log = structlog.get_logger()
 
 
 def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
-    """Return the routes of endpoints that only callers with the scope reach."""
-    return [
-        Route(path, _guard(tokens, scope, handler), methods=[method])
-        for method, path, scope, handler in table
-    ]
+    """Return the routes of endpoints that only callers with the scope reach.
+
+    One route for all methods of a path: Starlette answers 405 from the first route of the path, and its
+    `Allow` names the methods of that route only.
+    """
+    by_path: dict[str, dict[str, tuple[Scope, Handler]]] = {}
+    for method, path, scope, handler in table:
+        by_path.setdefault(path, {})[method] = scope, handler
+    return [Route(path, _guard(tokens, methods), methods=list(methods)) for path, methods in by_path.items()]
 
 
-def _guard(tokens: Tokens, scope: Scope, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+def _guard(
+    tokens: Tokens, methods: Mapping[str, tuple[Scope, Handler]]
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
+        # HEAD is answered by GET's handler; the server leaves out the body.
+        scope, handler = methods["GET" if request.method == "HEAD" else request.method]
         try:
             return await handler(request, tokens.require(request.headers, scope))
         except EXPECTED as error:

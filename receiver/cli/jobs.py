@@ -1,6 +1,5 @@
 """`receiver jobs`: what was submitted and what became of it."""
 
-import getpass
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -13,7 +12,17 @@ from rich.text import Text
 
 from receiver.cli.submit import describe_file
 from receiver.cli.submitting import read_pair, with_submitter
-from receiver.cli.terminal import Json, moment, print_json, print_line, print_title, stderr, stdout, wide
+from receiver.cli.terminal import (
+    Json,
+    moment,
+    print_json,
+    print_line,
+    print_title,
+    stderr,
+    stdout,
+    user_name,
+    wide,
+)
 from receiver.errors import ReceiverError
 from receiver.submitter import Job, JobEvent, JobPage, Submitter
 
@@ -138,7 +147,7 @@ def resubmit(
                 f"Job {job.id} ({job.model}) is {job.state}. Submit it again, and pay for it again?",
                 abort=True,
             )
-        return await submitter.resubmit(job.id, by=f"{getpass.getuser()} on the command line")
+        return await submitter.resubmit(job.id, by=f"{user_name()} on the command line")
 
     job = with_submitter(run)
     if json:

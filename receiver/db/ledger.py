@@ -208,9 +208,18 @@ def _has_metadata(connection: AsyncConnection, key: str, value: str) -> ColumnEl
     return exists().where(pairs.c.key == key, pairs.c.value == value)
 
 
-async def show_job(connection: AsyncConnection, job_id: uuid.UUID) -> Row | None:
-    """Return one job with its tries and its event, that with its media and deliveries."""
-    row = (await connection.execute(select(jobs).where(jobs.c.id == job_id))).mappings().one_or_none()
+async def show_job(
+    connection: AsyncConnection, job_id: uuid.UUID, *, caller: str | None = None
+) -> Row | None:
+    """Return one job with its tries and its event, that with its media and deliveries.
+
+    With a `caller` only that caller's jobs exist: to load a job and check its caller afterwards would take
+    longer than to find none, and so tell other callers which ids exist.
+    """
+    statement = select(jobs).where(jobs.c.id == job_id)
+    if caller is not None:
+        statement = statement.where(jobs.c.caller == caller)
+    row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         return None
     job = dict(row)

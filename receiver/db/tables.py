@@ -133,6 +133,8 @@ events = Table(
     Column("received_at", UtcDateTime, nullable=False),
     # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
     Column("job_id", PlainUuid),
+    # SHA-256 of the token that came with it.
+    Column("path_token", String(64)),
     # The only random key, for each is a page that nobody else changes; it is made of source and request_id.
     UniqueConstraint("id"),
     Index(None, "received_at", "seq"),
@@ -247,6 +249,8 @@ jobs = Table(
     Column("cost", BigInteger),
     Column("charged", BigInteger),
     Column("warnings", JSON),
+    # SHA-256 of the token in the callback's path; jobs of releases before 0006 have none.
+    Column("path_token", String(64)),
     UniqueConstraint("id"),
     UniqueConstraint("caller", "idempotency_key"),
     UniqueConstraint("source", "request_id"),
@@ -302,6 +306,32 @@ replays = Table(
     UniqueConstraint("caller", "idempotency_key"),
 )
 _partial_index("ix_replays_due", replays.c.next_attempt_at, where=in_state(replays, "pending"))
+
+workers = Table(
+    "workers",
+    metadata,
+    # One row per process that works; `id` is of its run. It writes `seen_at` every few seconds.
+    Column("id", PlainUuid, primary_key=True),
+    Column("host", String(255), nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("lanes", JSON, nullable=False),
+    # The Clipia account that it submits to and polls; without CLIPIA_KEY there is none.
+    Column("account", String(40)),
+    Column("started_at", UtcDateTime, nullable=False),
+    Column("seen_at", UtcDateTime, nullable=False),
+)
+
+freezes = Table(
+    "freezes",
+    metadata,
+    # While there is a row nothing new is submitted; there is one name, `jobs`.
+    Column("name", String(16), primary_key=True),
+    Column("by", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    # Whether it is because the database was restored from a dump.
+    Column("restored", Boolean, nullable=False),
+    Column("frozen_at", UtcDateTime, nullable=False),
+)
 
 probes = Table(
     "probes",

@@ -192,10 +192,8 @@ class Submitter:
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
         async with self._looks, self._database.read() as connection:
-            row = await ledger.show_job(connection, job_id)
-        if row is None or caller not in (None, row["caller"]):
-            return None
-        return Job.of(row)
+            row = await ledger.show_job(connection, job_id, caller=caller)
+        return None if row is None else Job.of(row)
 
     async def find(self, request_id: str) -> Job | None:
         """Return the job that Clipia knows under a `request_id`, or None."""

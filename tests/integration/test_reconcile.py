@@ -4,8 +4,8 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -35,7 +35,8 @@ from clipia_kit import (
 )
 from eventkit import running
 from payloads import body, failure
-from sqlalchemy import func, select, update
+from sqlalchemy import Engine, func, select, update
+from sqlalchemy import event as engine_events
 
 from receiver import retention
 from receiver.db import inbox
@@ -672,6 +673,38 @@ async def test_a_job_is_found(world: World) -> None:
     assert await submitter.find("nobody") is None
     with pytest.raises(ClipiaUnavailable, match="vanished"):
         await submitter._show_or_raise(uuid.uuid4())
+
+
+async def test_another_caller_s_job_takes_the_same_statements_as_none(world: World) -> None:
+    """G3: the caller is part of the query, so its time does not tell a foreign job from a missing one."""
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, caller="shop")
+    with statements() as theirs:
+        assert await submitter.wait(job.id, seconds=60, caller="blog") is None
+    with statements() as none:
+        assert await submitter.wait(uuid.uuid4(), seconds=60, caller="blog") is None
+    assert theirs == none
+    assert len(theirs) == 1
+    assert not await world.watched(job.id)
+    with statements() as own:
+        assert await submitter.get(job.id, caller="shop") is not None
+    assert len(own) > 1
+
+
+@contextmanager
+def statements() -> Iterator[list[str]]:
+    """Collect the statements that SQLAlchemy sends inside the block, but for those that open connections."""
+    found: list[str] = []
+
+    def collect(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        if "jobs" in statement or "events" in statement or "attempts" in statement:
+            found.append(statement)
+
+    engine_events.listen(Engine, "before_cursor_execute", collect)
+    try:
+        yield found
+    finally:
+        engine_events.remove(Engine, "before_cursor_execute", collect)
 
 
 async def test_jobs_are_listed_page_by_page(world: World) -> None:

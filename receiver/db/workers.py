@@ -1,0 +1,73 @@
+"""SQL of presence: each process that works has a row, which it renews every few seconds."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Final
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.tables import workers
+
+RENEWAL: Final = 5.0
+"""Seconds after which a process renews its row."""
+FRESH: Final = 30.0
+"""Seconds since its last renewal for which a process counts as running."""
+KEPT: Final = 3600.0
+"""Seconds for which the row of a process that crashed is kept; other processes delete it after that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerRun:
+    """One run of a process that works."""
+
+    id: uuid.UUID
+    host: str
+    pid: int
+    lanes: list[str]
+    """Names of its lanes: `fanout`, `media`, `submit`, `poll`, `replay`, `destination:<name>`."""
+    account: str | None
+    """The Clipia account that it submits to and polls; None without CLIPIA_KEY."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeenWorker(WorkerRun):
+    """A run as the database knows it."""
+
+    age: float
+    """Seconds since its last renewal, by the database's clock."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its last renewal is recent."""
+        return self.age < FRESH
+
+
+async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
+    """Record that a process is working now."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(workers).values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
+    await connection.execute(
+        statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": statement.excluded.seen_at})
+    )
+
+
+async def sweep(connection: AsyncConnection) -> None:
+    """Delete the rows of processes that have not been heard of for long."""
+    await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT)))
+
+
+async def leave(connection: AsyncConnection, run_id: uuid.UUID) -> None:
+    """Record that a process has stopped working."""
+    await connection.execute(delete(workers).where(workers.c.id == run_id))
+
+
+async def seen(connection: AsyncConnection) -> Sequence[SeenWorker]:
+    """Return the processes that work, and those that crashed lately; the one seen last comes first."""
+    columns = [workers.c[name] for name in WorkerRun.__dataclass_fields__]
+    age = seconds_since(workers.c.seen_at).label("age")
+    rows = (await connection.execute(select(*columns, age).order_by(age))).mappings()
+    return [SeenWorker(**row) for row in rows]
