@@ -23,8 +23,9 @@ from receiver.api.callback import Callback
 from receiver.api.jobs import Jobs
 from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
-from receiver.db import inbox, jobs, migrate, outbox
+from receiver.db import arrivals, inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
+from receiver.db.requirements import require_usable
 from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
@@ -70,18 +71,19 @@ class Parts:
         )
 
 
-async def prepare(settings: Settings, *, migrates: bool = True) -> None:
+async def prepare(settings: Settings) -> None:
     """Check at start what a running process relies on; bring an SQLite schema up to date.
 
     Raises SettingsError, which says what to do, and DatabaseUnavailable.
     """
     database = Database(settings.database_url.get_secret_value())
     try:
-        await database.require_durability()
-        # One machine's own file has nobody else to migrate it; a shared database is migrated on purpose.
-        if database.is_sqlite and migrates:
-            await migrate.upgrade(database)
-        await migrate.require_current(database)
+        await migrate.prepare(database, durable_without=settings.durable_without)
+        if not database.is_sqlite and settings.durable_without:
+            log.warning(
+                "commits are as durable as the database's storage", without=list(settings.durable_without)
+            )
+        await arrivals.probe(database)
     finally:
         await database.close()
 
@@ -248,9 +250,8 @@ def create_app(
             yield
 
     async def probe() -> None:
-        async with database.write() as connection:
-            await inbox.probe(connection)
-        await database.require_durability()
+        await arrivals.probe(database)
+        await require_usable(database, durable_without=settings.durable_without)
 
     routes: list[BaseRoute] = [
         Route("/livez", livez, methods=["GET"]),

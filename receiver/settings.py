@@ -138,6 +138,7 @@ class Settings(BaseSettings):
     clipia_webhook_secret: SecretStr | None = Field(default=None, validation_alias="CLIPIA_WEBHOOK_SECRET")
     clipia_base_url: str = Field(default="https://api.clipia.ai", validation_alias="CLIPIA_BASE_URL")
     database_url: SecretStr = SecretStr("sqlite:///data/receiver.db")
+    durable_without: Annotated[tuple[Literal["fsync", "full_page_writes"], ...], NoDecode] = ()
     storage_url: SecretStr = SecretStr("file:data/media")
     public_url: str | None = None
     api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
@@ -167,7 +168,7 @@ class Settings(BaseSettings):
             InitSettingsSource(settings_cls, init_kwargs=_read_config(os.environ)),
         )
 
-    @field_validator("media_hosts", mode="before")
+    @field_validator("media_hosts", "durable_without", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return _split_list(value)

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from receiver.cli.terminal import stdout
 from receiver.clipia import Call, ClipiaClient
-from receiver.db import inbox, migrate, outbox
+from receiver.db import arrivals, migrate, outbox
 from receiver.db.engine import Database
+from receiver.db.requirements import require_rights, require_usable
 from receiver.destinations import open_destination
 from receiver.errors import ReceiverError, SettingsError
 from receiver.media import MediaHosts, open_storage
@@ -90,13 +91,14 @@ class _Check:
     async def _check_database(self, settings: Settings) -> None:
         database = Database(settings.database_url.get_secret_value())
         try:
-            await database.require_durability()
+            await require_usable(database, durable_without=settings.durable_without)
             if database.is_sqlite and await migrate.current(database) is None:
                 self._say("ok", "database", "SQLite, empty; `receiver serve` makes its tables")
                 return
             await migrate.require_current(database)
-            async with database.write() as connection:
-                await inbox.probe(connection)
+            await require_rights(database)
+            await arrivals.probe(database)
+            async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
             self._say(
                 "ok", "database", f"{database.dialect_name}, durable, schema {migrate.head()}, writable"

@@ -5,6 +5,7 @@ import asyncio
 from receiver.cli.terminal import stdout
 from receiver.db import migrate as migrations
 from receiver.db.engine import Database
+from receiver.db.requirements import require_usable
 from receiver.settings import Settings
 
 
@@ -17,6 +18,7 @@ def migrate() -> None:
 async def _migrate(settings: Settings) -> None:
     database = Database(settings.database_url.get_secret_value())
     try:
+        await require_usable(database, durable_without=settings.durable_without)
         before = await migrations.current(database)
         await migrations.upgrade(database)
         after = await migrations.current(database)

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from functools import cache, partial
 from itertools import chain
 from typing import Any, Final
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from sqlalchemy import PoolProxiedConnection, String
 from sqlalchemy.dialects import postgresql
 
 from receiver.db.engine import Database
-from receiver.db.rows import Arrival, NewEvent
+from receiver.db.rows import Arrival, NewEvent, event_id
 from receiver.db.tables import events, receipts
 
 _OF_EVENT: Final = NewEvent._fields
@@ -40,13 +40,53 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
     """
     arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
     if database.is_sqlite:
-        values = [_sqlite_value(value) for arrival in arrivals for value in _in_view(arrival)]
-        return await database.run_with_driver(partial(_insert_rows, values))
+        return await database.run_with_driver(partial(_insert_rows, _in_rows(arrivals)))
+    rows = await database.fetch_at_once(_INSERT, _in_columns(arrivals))
+    return {row["id"] for row in rows}
+
+
+async def probe(database: Database) -> None:
+    """Insert an event as webhooks are inserted, roll that back, and commit a row of another table.
+
+    The insert shows whether a webhook could be stored now, the commit whether a commit succeeds. Raises
+    DatabaseUnavailable, and what `insert_new` raises.
+    """
+    now = datetime.now(UTC)
+    # Each has names of its own: it waits for no other process that probes or hangs while it does.
+    name = f"probe-{uuid4().hex}"
+    event = NewEvent(
+        id=event_id(name, name),
+        source=name,
+        request_id=name,
+        origin="webhook",
+        state="received",
+        body=b"{}",
+        body_sha256="0" * 64,
+        received_at=now,
+    )
+    arrival = Arrival(event, None, "probe", now)
+    if database.is_sqlite:
+        await database.run_with_driver(partial(_try_rows, _in_rows([arrival])))
+    else:
+        await database.fetch_at_once(_INSERT, _in_columns([arrival]), keep=False)
+        await database.fetch_at_once(_COMMIT.format("now()"), ())
+
+
+def _in_rows(arrivals: Sequence[Arrival]) -> list[Any]:
+    """Return SQLite's values: the rows of `_VIEW`, one after the other."""
+    return [_sqlite_value(value) for arrival in arrivals for value in _in_view(arrival)]
+
+
+def _in_columns(arrivals: Sequence[Arrival]) -> tuple[Any, ...]:
+    """Return PostgreSQL's values: one sequence for each field."""
     of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
     _, *of_receipt = zip(*arrivals, strict=True)
-    outcomes = tuple(arrival.event.first_outcome for arrival in arrivals)
-    rows = await database.fetch_at_once(_INSERT, (*of_event, *of_receipt, outcomes))
-    return {row["id"] for row in rows}
+    return (*of_event, *of_receipt, tuple(arrival.event.first_outcome for arrival in arrivals))
+
+
+_COMMIT: Final = """
+    INSERT INTO probes (name, at) VALUES ('write', {}) ON CONFLICT (name) DO UPDATE SET at = excluded.at
+"""
 
 
 def _insert_columns() -> str:
@@ -80,11 +120,29 @@ def _insert_columns() -> str:
 _INSERT: Final = _insert_columns()
 
 
-def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
-    """Insert on SQLite; `values` are those of the rows of `_VIEW`, one after the other."""
+def _try_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> None:
+    """Do what `probe` does on SQLite."""
+    _known_ids(connection)  # before the transaction, which would take the view along when it is rolled back
+    cursor = connection.cursor()
+    cursor.execute("BEGIN IMMEDIATE")
+    try:
+        _insert_rows(values, connection)
+    finally:
+        cursor.execute("ROLLBACK")
+    cursor.execute(_COMMIT.format("?"), (_sqlite_value(datetime.now(UTC)),))
+
+
+def _known_ids(connection: PoolProxiedConnection) -> list[str]:
     known = connection.info.get(_VIEW)
     if known is None:
         known = connection.info[_VIEW] = _make_view(connection)
+    found: list[str] = known
+    return found
+
+
+def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
+    """Insert on SQLite; `values` are those of the rows of `_VIEW`, one after the other."""
+    known = _known_ids(connection)
     known.clear()
     rows = len(values) // len(_IN_VIEW)
     # SQLite has to parse few different statements when their sizes are powers of two.

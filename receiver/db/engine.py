@@ -9,8 +9,8 @@ from sqlalchemy import URL, PoolProxiedConnection, make_url
 from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.postgresql import Statements, postgresql_engine, require_durable_postgresql
-from receiver.db.sqlite import SqliteThread, require_durable_sqlite, sqlite_engine
+from receiver.db.postgresql import Statements, postgresql_engine
+from receiver.db.sqlite import SqliteThread, sqlite_engine
 from receiver.db.transactions import POOL_WAIT, transaction, unavailable
 from receiver.errors import DatabaseUnavailable, SettingsError
 
@@ -77,12 +77,15 @@ class Database:
             async with self._in_turn(is_webhook=True):
                 return await self._thread.run_with_driver(work)
 
-    async def fetch_at_once(self, statement: str, arguments: Sequence[object]) -> list[Any]:
+    async def fetch_at_once(
+        self, statement: str, arguments: Sequence[object], *, keep: bool = True
+    ) -> list[Any]:
         """Run a statement that is a durable transaction by itself on PostgreSQL; return its rows.
 
-        Raises DatabaseUnavailable as `write` does, and for other errors asyncpg's own.
+        Unless `keep`, it is rolled back. Raises DatabaseUnavailable as `write` does, and for other errors
+        asyncpg's own.
         """
-        return await self._statements.fetch(statement, arguments)
+        return await self._statements.fetch(statement, arguments, keep=keep)
 
     def hold_driver(self) -> AbstractAsyncContextManager[Any]:
         """Open a connection of asyncpg's for the block, on PostgreSQL; raises as `write` does."""
@@ -117,14 +120,6 @@ class Database:
             await self._thread.close()
         else:
             await self._statements.close()
-
-    async def require_durability(self) -> None:
-        """Raise SettingsError where the database would lose commits that it has confirmed."""
-        async with self.read() as connection:
-            if self.is_sqlite:
-                await require_durable_sqlite(connection)
-            else:
-                await require_durable_postgresql(connection)
 
 
 def parse_url(url: str) -> URL:

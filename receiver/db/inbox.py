@@ -9,10 +9,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import sources
-from receiver.db.clock import db_time, seconds_since
+from receiver.db.clock import seconds_since
 from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
-from receiver.db.tables import events, in_state, probes, receipts
+from receiver.db.tables import events, in_state, receipts
 
 
 class KnownEvent(NamedTuple):
@@ -135,12 +135,3 @@ async def backlog(connection: AsyncConnection) -> Backlog:
     oldest = seconds_since(func.min(events.c.received_at))
     row = (await connection.execute(select(func.count(), oldest).where(in_state(events, "received")))).one()
     return Backlog(rows=row[0], oldest=row[1] or 0.0)
-
-
-async def probe(connection: AsyncConnection) -> None:
-    """Write one row, so that the commit shows whether the database can store anything now."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(probes).values(name="write", at=db_time(0.0))
-    await connection.execute(
-        statement.on_conflict_do_update(index_elements=["name"], set_={"at": statement.excluded.at})
-    )

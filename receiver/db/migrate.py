@@ -1,6 +1,6 @@
 """The schema's version: what the database has, what this code needs, and the way there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +14,7 @@ from sqlalchemy.pool import NullPool
 
 from receiver.db.engine import Database
 from receiver.db.postgresql import ISOLATION
+from receiver.db.requirements import require_usable
 from receiver.db.sqlite import sqlite_engine
 from receiver.db.transactions import transaction
 from receiver.errors import SettingsError
@@ -76,6 +77,18 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
                 raise RuntimeError("the migration would leave rows that refer to nothing")
     finally:
         await engine.dispose()
+
+
+async def prepare(database: Database, *, durable_without: Collection[str] = ()) -> None:
+    """Check what a process relies on before it starts; bring an SQLite schema up to date.
+
+    Raises SettingsError, which says what to do, and DatabaseUnavailable.
+    """
+    await require_usable(database, durable_without=durable_without)
+    # One machine's own file has nobody else to migrate it; a shared database is migrated on purpose.
+    if database.is_sqlite:
+        await upgrade(database)
+    await require_current(database)
 
 
 async def require_current(database: Database) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import URL, text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from receiver.db.causes import cause
-from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, unavailable
+from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, unavailable
 from receiver.errors import DatabaseUnavailable, SettingsError
 
 COMMAND_WAIT: Final = 4.0
@@ -25,7 +25,6 @@ At a stricter level a statement sees nothing that was committed after the transa
 that waited for another delivery of its event would fail, and a transaction that waited for a lock would then
 read what was there before the wait.
 """
-_DURABLE: Final = ("fsync", "full_page_writes", "synchronous_commit")
 
 
 def postgresql_engine(
@@ -79,19 +78,21 @@ class Statements:
             OSError,
         )
 
-    async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
-        """Run a statement and return its rows."""
+    async def fetch(self, statement: str, arguments: Sequence[object], *, keep: bool = True) -> list[Any]:
+        """Run a statement and return its rows; unless `keep`, roll it back."""
         async with self._turn:
             if self._connection is None or self._driver.is_closed():
                 await self._reconnect()
             try:
-                async with self._isolated():
+                async with self._isolated() if keep else self._rolled_back():
                     rows: list[Any] = await self._driver.fetch(statement, *arguments)
             except BaseException as error:
                 # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
                 await self._disconnect()
                 sqlstate = str(getattr(error, "sqlstate", None) or "")
-                ours = isinstance(error, ValueError) or sqlstate[:2] in OUR_MISTAKES
+                ours = isinstance(error, ValueError) or (
+                    sqlstate[:2] in OUR_MISTAKES and not is_condition(error)
+                )
                 if ours or not isinstance(error, self._refusals):
                     raise
                 raise DatabaseUnavailable(
@@ -118,6 +119,15 @@ class Statements:
             nullcontext() if self._is_read_committed else self._driver.transaction(isolation="read_committed")
         )
 
+    @asynccontextmanager
+    async def _rolled_back(self) -> AsyncIterator[None]:
+        transaction = self._driver.transaction(isolation="read_committed")
+        await transaction.start()
+        try:
+            yield
+        finally:
+            await transaction.rollback()
+
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
@@ -141,14 +151,3 @@ class Statements:
         if self._connection is not None:
             await self._connection.close()
         await self._engine.dispose()
-
-
-async def require_durable_postgresql(connection: AsyncConnection) -> None:
-    """Raise SettingsError if the server loses commits that it has confirmed."""
-    for name in _DURABLE:
-        # Every value of synchronous_commit but `off` flushes here before it confirms.
-        if (await connection.execute(text(f"SHOW {name}"))).scalar_one() == "off":
-            raise SettingsError(
-                f"PostgreSQL runs with {name} = off: it would confirm events that a crash then loses. "
-                f"Set {name} = on (postgresql.conf, ALTER DATABASE or ALTER ROLE) and reload."
-            )

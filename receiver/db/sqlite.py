@@ -20,7 +20,6 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from receiver.db.transactions import POOL_WAIT
-from receiver.errors import SettingsError
 
 T = TypeVar("T")
 
@@ -117,18 +116,3 @@ def _result(awaited: Awaitable[T]) -> T:
         result: T = stop.value
         return result
     raise RuntimeError("the work waits for something else than its connection")
-
-
-async def require_durable_sqlite(connection: AsyncConnection) -> None:
-    """Raise SettingsError if the file loses commits that it has confirmed."""
-    checks: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-        ("journal_mode", lambda value: value == "wal"),
-        ("synchronous", lambda value: value >= 2),  # noqa: PLR2004 - 2 is FULL, 3 is EXTRA
-    )
-    for name, holds in checks:
-        value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
-        if not holds(value):
-            raise SettingsError(
-                f"SQLite refuses the durable setting for {name} (it reports {value!r}); "
-                "is the database on a network filesystem? Use a local disk, or PostgreSQL."
-            )

@@ -18,6 +18,12 @@ _DATA_EXCEPTION: Final = "22"
 OUR_MISTAKES: Final = (_DATA_EXCEPTION, "23", "42")
 """Classes of SQLSTATE (PostgreSQL's documentation, appendix A): values that it cannot take, constraints, and
 statements that it does not understand."""
+_CONDITIONS: Final = {
+    "42501",  # insufficient privilege
+    "42P01",  # undefined table
+    "42703",  # undefined column
+}
+"""SQLSTATEs of those classes that come from the database: rights or tables that are not there."""
 _SQLITE_MISTAKES: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
 
 
@@ -34,12 +40,22 @@ def unavailable() -> Iterator[None]:
     """Raise DatabaseUnavailable for what is the database's condition."""
     try:
         yield
-    except (IntegrityError, DataError, ProgrammingError, *_SQLITE_MISTAKES):
-        raise  # our own mistake, not the database's condition
+    except (IntegrityError, DataError, ProgrammingError, *_SQLITE_MISTAKES) as error:
+        if not is_condition(getattr(error, "orig", None)):
+            raise  # our own mistake, not the database's condition
+        raise _failed(error) from error
     except (DBAPIError, sqlite3.Error, PoolTimeoutError, TimeoutError, OSError) as error:
         driver_error = getattr(error, "orig", None) or error
         if str(getattr(driver_error, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
             raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again
-        raise DatabaseUnavailable(
-            f"the database is unavailable: {cause(driver_error)}", reason="database"
-        ) from error
+        raise _failed(error) from error
+
+
+def is_condition(driver_error: BaseException | None) -> bool:
+    """Tell whether PostgreSQL refuses a statement for want of a right or a table."""
+    return getattr(driver_error, "sqlstate", None) in _CONDITIONS
+
+
+def _failed(error: BaseException) -> DatabaseUnavailable:
+    driver_error = getattr(error, "orig", None) or error
+    return DatabaseUnavailable(f"the database is unavailable: {cause(driver_error)}", reason="database")

@@ -81,9 +81,7 @@ class Submitter:
         settings = settings or Settings.load()
         database = Database(settings.database_url.get_secret_value())
         try:
-            if database.is_sqlite:
-                await migrate.upgrade(database)
-            await migrate.require_current(database)
+            await migrate.prepare(database, durable_without=settings.durable_without)
             submitter = cls.configured(settings, database)
             try:
                 yield submitter

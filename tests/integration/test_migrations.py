@@ -12,8 +12,9 @@ from eventkit import plain
 from sqlalchemy import Connection, inspect
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import inbox, ledger, migrate
+from receiver.db import arrivals, inbox, ledger, migrate
 from receiver.db.engine import Database, parse_url
+from receiver.db.requirements import require_usable
 from receiver.db.rows import Arrival
 from receiver.db.selection import Selection
 from receiver.db.tables import metadata
@@ -114,15 +115,14 @@ async def test_an_unreachable_database_is_unavailable() -> None:
     with pytest.raises(DatabaseUnavailable, match="unavailable"):
         await migrate.upgrade(database)
     with pytest.raises(DatabaseUnavailable, match="unavailable"):
-        async with database.write() as connection:
-            await inbox.probe(connection)
+        await arrivals.probe(database)
     await database.close()
 
 
 async def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
     """C7: every connection has WAL, synchronous=FULL and foreign keys; a folder that is missing is made."""
     database = Database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'receiver.db'}")
-    await database.require_durability()
+    await require_usable(database)
     for transaction in (database.write, database.read):
         async with transaction() as connection:
             values = [

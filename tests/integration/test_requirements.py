@@ -1,0 +1,223 @@
+"""A database that cannot do its work is found out before a webhook meets it, and the probe leaves nothing."""
+
+import asyncio
+import sqlite3
+import uuid
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import pytest
+from payloads import SECRET, body
+from servers import Postgres
+from sqlalchemy import func, select, text
+
+from receiver.app import create_app
+from receiver.db import arrivals, migrate
+from receiver.db.engine import Database
+from receiver.db.requirements import require_rights, require_usable
+from receiver.db.rows import Arrival
+from receiver.db.tables import events, probes, receipts, sources
+from receiver.errors import DatabaseUnavailable, SettingsError
+from receiver.ingest import make_event
+from receiver.settings import Settings
+
+
+class Restricted:
+    """A migrated database, and a role of its own that has the documented rights."""
+
+    def __init__(self, server: Postgres) -> None:
+        self._server = server
+        self.name = server.url(template="migrated").rpartition("/")[2]
+        self.role = f"role_{uuid.uuid4().hex[:12]}"
+        self.url = f"postgresql://{self.role}@127.0.0.1:{server.port}/{self.name}"
+        self.sql(
+            f"CREATE ROLE {self.role} LOGIN",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO {self.role}",
+            f"GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO {self.role}",
+        )
+
+    def sql(self, *statements: str) -> None:
+        """Run statements as the owner of the tables."""
+        for statement in statements:
+            self._server.sql(statement.replace("ROLE_NAME", self.role), database=self.name)
+
+    async def ready(self) -> int:
+        """Return the status that /readyz answers."""
+        settings = Settings.load(database_url=self.url, clipia_webhook_secret=SECRET)
+        app = create_app(settings, worker=False)
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client,
+        ):
+            return (await client.get("/readyz")).status_code
+
+
+@pytest.fixture
+def restricted(postgres: Postgres) -> Restricted:
+    """A database with a role that may do what the service needs and no more."""
+    return Restricted(postgres)
+
+
+async def count(database: Database) -> list[int]:
+    """Return how many events, receipts, sources and probes there are."""
+    async with database.read() as connection:
+        return [
+            (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+            for table in (events, receipts, sources, probes)
+        ]
+
+
+async def test_a_probe_leaves_nothing(database: Database) -> None:
+    """G13: a probe inserts an event, a receipt and a source, rolls them back, and commits its own row."""
+    for _ in range(3):
+        await arrivals.probe(database)
+    assert await count(database) == [0, 0, 0, 1]
+    event = make_event("clipia", body("r-1"), received_at=datetime.now(UTC))
+    assert await arrivals.insert_new(database, [Arrival(event, None, "one", event.received_at)]) == set()
+    await arrivals.probe(database)
+    assert await count(database) == [1, 1, 1, 1]
+
+
+async def test_probes_wait_for_no_other(postgres: Postgres) -> None:
+    """G13: a process that hangs in its probe makes no other one unready."""
+    url = postgres.url(template="migrated")
+    hanging, other = Database(url), Database(url)
+    async with hanging.write() as connection:
+        await connection.execute(text("INSERT INTO sources (name) VALUES ('probe-of-another')"))
+        await connection.execute(
+            text(
+                "INSERT INTO events (id, source, request_id, origin, state, body, body_sha256, received_at) "
+                "VALUES (gen_random_uuid(), 'probe', 'probe', 'webhook', 'received', 'x', 'x', now())"
+            )
+        )
+        async with asyncio.timeout(1.5):
+            await arrivals.probe(other)
+        await connection.rollback()
+    for database in (hanging, other):
+        await database.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "REVOKE ALL ON SEQUENCE events_seq_seq FROM ROLE_NAME",
+        "REVOKE ALL ON SEQUENCE receipts_seq_seq FROM ROLE_NAME",
+        "REVOKE INSERT ON events FROM ROLE_NAME",
+        "REVOKE INSERT ON receipts FROM ROLE_NAME",
+        "REVOKE INSERT ON sources FROM ROLE_NAME",
+        "REVOKE SELECT ON events FROM ROLE_NAME",
+        "REVOKE ALL ON ALL TABLES IN SCHEMA public FROM ROLE_NAME",
+        "ALTER TABLE events DROP COLUMN model",
+        "DROP TABLE receipts",
+        "ALTER TABLE receipts ADD COLUMN since TIMESTAMPTZ NOT NULL",
+        "ALTER TABLE events ADD CHECK (source = 'another')",
+        "ALTER ROLE ROLE_NAME SET default_transaction_read_only = on",
+    ],
+)
+async def test_what_webhooks_need_is_what_readiness_needs(restricted: Restricted, damage: str) -> None:
+    """G13: /readyz answers 200 with the documented rights, and 503 if a webhook could not be inserted."""
+    assert await restricted.ready() == 200
+    restricted.sql(damage)
+    assert await restricted.ready() == 503
+
+
+async def test_a_missing_right_is_no_mistake_of_ours(restricted: Restricted) -> None:
+    """C3: without a right the database is unavailable on each way to it, which is answered 503."""
+    restricted.sql(
+        "REVOKE ALL ON SEQUENCE events_seq_seq FROM ROLE_NAME", "REVOKE ALL ON probes FROM ROLE_NAME"
+    )
+    database = Database(restricted.url)
+    event = make_event("clipia", body("r-1"), received_at=datetime.now(UTC))
+    with pytest.raises(DatabaseUnavailable, match="lacks a right"):
+        await arrivals.insert_new(database, [Arrival(event, None, "one", event.received_at)])
+    with pytest.raises(DatabaseUnavailable, match="lacks a right"):
+        async with database.read() as connection:
+            await connection.execute(select(probes))
+    await database.close()
+
+
+async def test_missing_rights_are_named(restricted: Restricted) -> None:
+    """Each missing right is named, those of the worker among them, with the statements that grant it."""
+    database = Database(restricted.url)
+    await require_rights(database)
+    restricted.sql(
+        "REVOKE USAGE ON SEQUENCE attempts_seq_seq FROM ROLE_NAME",
+        "REVOKE UPDATE ON deliveries FROM ROLE_NAME",
+    )
+    with pytest.raises(SettingsError) as told:
+        await require_rights(database)
+    assert "UPDATE on deliveries, USAGE on attempts_seq_seq" in str(told.value)
+    granting = str(told.value).partition(", run ")[2]
+    restricted.sql(granting)
+    await require_rights(database)
+    await database.close()
+
+
+@pytest.fixture(params=["LATIN1", "SQL_ASCII"])
+async def odd_encoding(request: pytest.FixtureRequest, postgres: Postgres) -> AsyncIterator[Database]:
+    """A database that cannot hold every text."""
+    name = f"encoding_{request.param}_{uuid.uuid4().hex[:8]}".lower()
+    postgres.sql(
+        f"CREATE DATABASE {name} ENCODING '{request.param}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    )
+    database = Database(f"postgresql://postgres@127.0.0.1:{postgres.port}/{name}")
+    yield database
+    await database.close()
+
+
+async def test_an_encoding_that_cannot_hold_every_text_is_refused(odd_encoding: Database) -> None:
+    """B9: a name in Cyrillic would be a 503 for ever; the sentence says how to make another database."""
+    with pytest.raises(SettingsError, match=r"encoding is .* CREATE DATABASE name ENCODING 'UTF8'"):
+        await require_usable(odd_encoding)
+    with pytest.raises(SettingsError, match="encoding"):
+        await migrate.prepare(odd_encoding)
+
+
+async def test_sqlite_holds_every_text_in_each_encoding(tmp_path: Path) -> None:
+    """B9: SQLite's own encodings hold the same texts: a file in UTF-16 takes a webhook like any other."""
+    path = tmp_path / "wide.db"
+    with sqlite3.connect(path) as made:
+        made.execute("PRAGMA encoding = 'UTF-16le'")
+        made.execute("CREATE TABLE other (a)")
+    database = Database(f"sqlite:///{path}")
+    await migrate.prepare(database)
+    event = make_event("clipia", body("r-1", model="кот 🐈"), received_at=datetime.now(UTC))
+    arrival = Arrival(event, None, "one", event.received_at)
+    assert await arrivals.insert_new(database, [arrival]) == set()
+    assert await arrivals.insert_new(database, [arrival]) == {event.id}
+    async with database.read() as connection:
+        assert (await connection.exec_driver_sql("PRAGMA encoding")).scalar_one() == "UTF-16le"
+        row = (await connection.execute(select(events.c.model, events.c.body))).one()
+    assert row.body == body("r-1", model="кот 🐈")
+    await database.close()
+
+
+async def test_storage_that_is_durable_without_a_flush_is_taken_by_name(postgres: Postgres) -> None:
+    """C7: fsync and full_page_writes may be off if a setting names them, and the refusal says which."""
+    database = Database(postgres.url(template="migrated"))
+    try:
+        for name in ("fsync", "full_page_writes"):
+            postgres.sql(f"ALTER SYSTEM SET {name} = off")
+        postgres.sql("SELECT pg_reload_conf()")
+        await asyncio.sleep(0.5)  # until the server's processes have read it
+        with pytest.raises(SettingsError, match=r"fsync = off and full_page_writes = off") as told:
+            await require_usable(database)
+        assert "RECEIVER_DURABLE_WITHOUT=fsync,full_page_writes" in str(told.value)
+        with pytest.raises(SettingsError, match="full_page_writes = off"):
+            await require_usable(database, durable_without=["fsync"])
+        await require_usable(database, durable_without=["fsync", "full_page_writes"])
+        async with database.write() as connection:
+            name = (await connection.execute(text("SELECT current_database()"))).scalar_one()
+        postgres.sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        await database.close()
+        database = Database(database.url.render_as_string())
+        # No storage makes up for it: PostgreSQL itself confirms before it writes.
+        with pytest.raises(SettingsError, match="synchronous_commit = off"):
+            await require_usable(database, durable_without=["fsync", "full_page_writes"])
+    finally:
+        for name in ("fsync", "full_page_writes"):
+            postgres.sql(f"ALTER SYSTEM RESET {name}")
+        postgres.sql("SELECT pg_reload_conf()")
+        await database.close()
