@@ -1,16 +1,14 @@
 """Typed settings: environment first, then `receiver.toml`, then defaults.
 
-This module is the only reader of the environment and of `receiver.toml`. Strings in the file may refer to
-environment variables as `${NAME}`, so that secrets stay out of it.
+This module and `config`, which reads the text of both, are the only readers of the environment and of
+`receiver.toml`. Strings in the file may refer to environment variables as `${NAME}`, so that secrets stay out
+of it.
 """
 
 import os
 import re
-import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
-from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -19,6 +17,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,15 +29,26 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
+from receiver.config import (
+    DEFAULT_CONFIG,
+    MIN_TOKEN,
+    check_cloud_variables,
+    is_web_url,
+    read_environment,
+    read_file,
+    refuse_mistyped,
+    shown_key,
+    strip_cloud_variables,
+)
 from receiver.errors import SettingsError
 
-DEFAULT_CONFIG: Final = "receiver.toml"
 DEFAULT_SOURCE: Final = "clipia"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Scope = Literal["submit", "read", "operate"]
 SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
 
-_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_LISTS: Final = frozenset({"clipia_webhook_secret", "api_tokens", "media_hosts", "budgets"})
+"""Settings that are several values, separated by commas."""
 
 
 class _Table(BaseModel):
@@ -108,6 +118,12 @@ class SourceSettings(_Table):
     """One secret, or several separated by commas while rotating."""
     environment: Literal["live", "test"] | None = None
 
+    @field_validator("secret")
+    @classmethod
+    def _typed_right(cls, value: SecretStr) -> SecretStr:
+        refuse_mistyped(value.get_secret_value())
+        return value
+
     @property
     def secrets(self) -> tuple[str, ...]:
         """The secrets, in the order given."""
@@ -120,6 +136,23 @@ class ApiToken(_Table):
     name: Name
     token: SecretStr
     scopes: frozenset[Scope]
+
+    @field_validator("name")
+    @classmethod
+    def _no_token(cls, value: str) -> str:
+        if re.fullmatch(r"[0-9a-f]{32,}", value):
+            raise ValueError("looks like a token: write name:token[:scope+scope]")
+        return value
+
+    @field_validator("token")
+    @classmethod
+    def _sendable(cls, value: SecretStr) -> SecretStr:
+        if not re.fullmatch(rf"[!-~]{{{MIN_TOKEN},}}", value.get_secret_value()):
+            raise ValueError(
+                f"write name:token[:scope+scope] with a token of {MIN_TOKEN} or more characters, all of them "
+                "ASCII and none a space"
+            )
+        return value
 
 
 class Settings(BaseSettings):
@@ -157,15 +190,20 @@ class Settings(BaseSettings):
         cls,
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: arguments, environment, `receiver.toml`."""
+        # Not the library's source for the environment: its errors quote values that are not JSON.
+        variables = {
+            _variable(field): field for field in cls.model_fields.keys() - {"destinations", "sources"}
+        }
+        environment = read_environment(os.environ, variables, lists=_LISTS)
         return (
             init_settings,
-            env_settings,
-            InitSettingsSource(settings_cls, init_kwargs=_read_config(os.environ)),
+            InitSettingsSource(settings_cls, init_kwargs=environment),
+            InitSettingsSource(settings_cls, init_kwargs=read_file(os.environ)),
         )
 
     @field_validator("media_hosts", "durable_without", mode="before")
@@ -187,16 +225,27 @@ class Settings(BaseSettings):
             raise ValueError("a budget is a number of credits from 0 up")
         return value
 
-    @field_validator("public_url")
+    @field_validator("public_url", "clipia_base_url")
     @classmethod
-    def _reachable(cls, value: str | None) -> str | None:
+    def _web_url(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is None:
             return None
-        parts = urlsplit(value)
-        local = parts.scheme == "http" and parts.hostname in {"localhost", "127.0.0.1"}
-        if not parts.hostname or not (local or parts.scheme == "https") or parts.query or parts.fragment:
-            raise ValueError("write where Clipia reaches this service, such as https://hooks.example.com")
+        if not is_web_url(value):
+            host = "hooks.example.com" if info.field_name == "public_url" else "api.clipia.ai"
+            raise ValueError(
+                f"write https://…, such as https://{host}, or plain http for localhost and 127.0.0.1 only; "
+                "without user, password, query and fragment"
+            )
         return value.rstrip("/")
+
+    @field_validator("clipia_key", "clipia_webhook_secret")
+    @classmethod
+    def _typed_right(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        text = value.get_secret_value() if value else ""
+        if info.field_name == "clipia_key" and value is not None and not text:
+            raise ValueError("is empty: unset it, or write the key from the Clipia developer console")
+        refuse_mistyped(text)
+        return value
 
     @field_validator("api_tokens", mode="before")
     @classmethod
@@ -207,7 +256,10 @@ class Settings(BaseSettings):
     def _consistent(self) -> Self:
         _refuse_doubles("destination", [destination.name for destination in self.all_destinations])
         _refuse_doubles("source", [source.name for source in self.all_sources])
-        _refuse_doubles("API token", [token.name for token in self.api_tokens])
+        names = [token.name for token in self.api_tokens]
+        if doubles := [number for number, name in enumerate(names, 1) if names.count(name) > 1]:
+            entries = " and ".join(str(number) for number in doubles)
+            raise ValueError(f"RECEIVER_API_TOKENS: entries {entries} have the same name")
         key = self.clipia_key.get_secret_value() if self.clipia_key else ""
         default = next((source for source in self.sources if source.name == DEFAULT_SOURCE), None)
         if (
@@ -272,53 +324,23 @@ class Settings(BaseSettings):
 
         Raises SettingsError, which names the setting and never quotes its value.
         """
+        strip_cloud_variables(os.environ)
         try:
-            return cls(**overrides)
+            settings = cls(**overrides)
         except ValidationError as error:
             problems = "\n".join(
                 f"  {_spelling(e['loc'])}: {_reason(e)}" for e in error.errors(include_input=False)
             )
             raise SettingsError(f"the settings are not usable:\n{problems}") from None
+        for url in (settings.storage_url, *(each.url for each in settings.all_destinations)):
+            check_cloud_variables(os.environ, url.get_secret_value())
+        return settings
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Return names in `environ` that start with RECEIVER_ and mean nothing to us: most likely typos."""
-    known = {f"RECEIVER_{name.upper()}" for name in Settings.model_fields} | {"RECEIVER_CONFIG"}
+    known = {_variable(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
-
-
-def _read_config(environ: Mapping[str, str]) -> dict[str, Any]:
-    named = environ.get("RECEIVER_CONFIG")
-    path = Path(named or DEFAULT_CONFIG)
-    if not path.is_file():
-        if named:
-            raise SettingsError(f"RECEIVER_CONFIG names {named}, which is not a file")
-        return {}
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from None
-    resolved: dict[str, Any] = _resolve(content, environ, path)
-    return resolved
-
-
-def _resolve(value: Any, environ: Mapping[str, str], path: Path) -> Any:
-    if isinstance(value, dict):
-        return {key: _resolve(item, environ, path) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_resolve(item, environ, path) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def variable(match: re.Match[str]) -> str:
-        try:
-            return environ[match[1]]
-        except KeyError:
-            raise SettingsError(
-                f"{path} refers to ${{{match[1]}}}, which is not in the environment"
-            ) from None
-
-    return _REFERENCE.sub(variable, value)
 
 
 def _split_list(value: Any) -> Any:
@@ -330,10 +352,6 @@ def _parse_token(entry: Any) -> Any:
         return entry
     name, _, rest = entry.partition(":")
     token, colon, scopes = rest.partition(":")
-    if len(token) < 16:  # noqa: PLR2004 - 128 bits need at least 16 characters in any alphabet
-        raise ValueError(
-            f"the token of {name!r} is too short: write name:token[:scope+scope], token of 16+ characters"
-        )
     # `name:token:` asks for no scope at all, and that is a mistake, not a wish for all of them.
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
@@ -351,17 +369,22 @@ def _refuse_doubles(what: str, names: list[str]) -> None:
         raise ValueError(f"{what} names must be unique; used more than once: {', '.join(doubles)}")
 
 
+def _variable(field: str) -> str:
+    return field.upper() if field.startswith("clipia_") else f"RECEIVER_{field.upper()}"
+
+
 def _spelling(location: tuple[int | str, ...]) -> str:
     """Name a setting as the operator wrote it: a variable, or a path into the file."""
     if not location:
         return "settings"
-    head, *rest = location
-    if rest or str(head) in {"destinations", "sources"}:
-        return f"{DEFAULT_CONFIG}: " + ".".join(str(part) for part in location)
-    known = str(head).lower() in Settings.model_fields
-    if not known:
-        return f"{DEFAULT_CONFIG}: {head}"
-    return str(head).upper() if str(head).upper().startswith("CLIPIA_") else f"RECEIVER_{str(head).upper()}"
+    head, *rest = str(location[0]).lower(), *location[1:]
+    if head == "api_tokens" and rest:
+        return (
+            f"RECEIVER_API_TOKENS: entry {int(rest[0]) + 1}: {'.'.join(shown_key(part) for part in rest[1:])}"
+        )
+    if rest or head in {"destinations", "sources"} or head not in Settings.model_fields:
+        return f"{DEFAULT_CONFIG}: " + ".".join(shown_key(part) for part in location)
+    return _variable(head)
 
 
 def _reason(error: Any) -> str:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import settings as hypothesis_settings
 from servers import Postgres
 
+from receiver import masking
 from receiver.db import migrate
 from receiver.db.engine import Database
 
@@ -28,6 +29,9 @@ def scrubbed_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         if name.startswith(("RECEIVER_", "CLIPIA_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
+    # Nor do secrets of one test mask the words of another.
+    monkeypatch.setattr(masking, "_pieces", set())
+    monkeypatch.setattr(masking, "_short", set())
 
 
 @pytest.fixture(autouse=True)

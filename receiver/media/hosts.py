@@ -48,7 +48,8 @@ class MediaHosts:
 
         Raises SettingsError for anything else, and when there is no entry at all.
         """
-        origins = frozenset(_parse_entry(entry.strip()) for entry in entries if entry.strip())
+        given = [entry.strip() for entry in entries if entry.strip()]
+        origins = frozenset(_parse_entry(entry, number) for number, entry in enumerate(given, 1))
         if not origins:
             raise SettingsError(
                 "RECEIVER_MEDIA_HOSTS is empty: name at least one host, such as media.clipia.ai"
@@ -96,15 +97,15 @@ class MediaHosts:
         return "port" if any(allowed.scheme == origin.scheme for allowed in same_host) else "scheme"
 
 
-def _parse_entry(entry: str) -> _Origin:
+def _parse_entry(entry: str, number: int) -> _Origin:
     match = _ENTRY.fullmatch(entry.lower())
     # A port needs a scheme: `host:9000` leaves open whether plain http is meant.
     if match is None or (match["port"] and not match["scheme"]):
-        raise _nonsense(entry)
+        raise _nonsense(number)
     scheme = match["scheme"] or "https"
     port = int(match["port"] or _PORTS[scheme])
     if not 0 < port <= _LAST_PORT:
-        raise _nonsense(entry)
+        raise _nonsense(number)
     return _Origin(scheme=scheme, host=match["name"] or match["v6"], port=port)
 
 
@@ -115,8 +116,9 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _nonsense(entry: str) -> SettingsError:
+def _nonsense(number: int) -> SettingsError:
+    # The entry itself stays out of the message: it may hold a password.
     return SettingsError(
-        f"RECEIVER_MEDIA_HOSTS: {entry!r} is neither a host name, such as media.clipia.ai, "
-        "nor an origin, such as http://127.0.0.1:9000"
+        f"RECEIVER_MEDIA_HOSTS: entry {number} is neither a host name, such as media.clipia.ai, "
+        "nor an origin, such as http://127.0.0.1:9000; a user and a password have no place there"
     )

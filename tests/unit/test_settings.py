@@ -132,7 +132,7 @@ def test_secrets_show_in_neither_repr_nor_errors(monkeypatch: pytest.MonkeyPatch
     assert canary not in repr(settings)
     assert canary not in repr(settings.all_sources) + repr(settings.all_destinations)
     monkeypatch.setenv("RECEIVER_API_TOKENS", "ops:canary-42")
-    with pytest.raises(SettingsError, match=r"RECEIVER_API_TOKENS.*ops") as caught:
+    with pytest.raises(SettingsError, match=r"RECEIVER_API_TOKENS: entry 1") as caught:
         Settings.load()
     assert "canary-42" not in str(caught.value)
 

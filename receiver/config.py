@@ -1,0 +1,223 @@
+"""The environment and `receiver.toml` as text: what is read here is typed by `settings`.
+
+Values are taken without the white space around them, once and here: secrets made with `echo` end in a line
+feed. Errors name the setting and never show its value.
+"""
+
+import os
+import re
+import tomllib
+import unicodedata
+from collections.abc import Callable, Collection, Mapping, MutableMapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from receiver.errors import SettingsError
+from receiver.masking import hold, hold_url, mask
+
+DEFAULT_CONFIG: Final = "receiver.toml"
+PREFIX: Final = "RECEIVER_"
+MIN_TOKEN: Final = 16
+"""Characters of an API token: 128 bits need at least as many in any alphabet."""
+
+_REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+_AROUND: Final = "\ufeff\u200b"
+"""Invisible characters that copying leaves around a value, and that Python does not call white space."""
+_QUOTES: Final = "\"'`"
+_NAMES: Final = {"\n": "a line feed", "\r": "a carriage return", "\t": "a tab", "\0": "NUL"}
+_PLAIN_KEY: Final = re.compile(r"[A-Za-z_-]{1,32}")
+_HOST: Final = re.compile(r"[\w.-]+|[0-9a-f:.]+", re.IGNORECASE)
+_LOCAL: Final = frozenset({"localhost", "127.0.0.1"})
+_NO_WEB_URL: Final = frozenset(" ?#@\\\"'`<>")
+_POSITION: Final = re.compile(r"\(at ([^()]*)\)$")
+_CLOUD: Final[Mapping[str, str]] = MappingProxyType(
+    {"s3": "AWS_", "sqs": "AWS_", "az": "AZURE_", "gs": "GOOGLE_"}
+)
+"""How the variables start that the clients behind a URL's scheme read by themselves."""
+_CLOUD_SECRETS: Final = re.compile(r"SECRET|TOKEN|PASSWORD|_KEY$|SAS|CREDENTIALS|CONNECTION_STRING")
+_SEVERAL_LINES: Final = re.compile(r"\s*([{\[]|-----BEGIN)")
+"""How values start that may have several lines: JSON, and keys in PEM."""
+
+Values = dict[str, Any]
+
+
+def read_environment(
+    environ: Mapping[str, str], variables: Mapping[str, str], *, lists: Collection[str]
+) -> Values:
+    """Return the settings of the environment by field; `variables` tells which field a variable is.
+
+    Fields in `lists` are several values, separated by commas. Raises SettingsError.
+    """
+    given = {name.upper(): value for name, value in environ.items() if value}
+    for table in ("DESTINATIONS", "SOURCES"):
+        if f"{PREFIX}{table}" in given:
+            raise SettingsError(
+                f"{PREFIX}{table} is not read from the environment: write [[{table.lower()}]] tables in "
+                f"{DEFAULT_CONFIG}" + (f", or set {PREFIX}DESTINATION_URL" if table == "DESTINATIONS" else "")
+            )
+    found = {field: name for name, field in variables.items() if name in given}
+    for name in found.values():
+        _hold(name, given[name])
+    return {
+        field: _cleaned_list(given[name], name) if field in lists else cleaned(given[name], name)
+        for field, name in found.items()
+    }
+
+
+def read_file(environ: Mapping[str, str]) -> Values:
+    """Return what `receiver.toml` says, or the file that RECEIVER_CONFIG names. Raises SettingsError."""
+    variable = f"{PREFIX}CONFIG"
+    named = cleaned(environ.get(variable, ""), variable)
+    path = Path(named or DEFAULT_CONFIG)
+    try:
+        raw = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise SettingsError(f"{_shown(path)} cannot be read: {os.strerror(error.errno or 0)}") from None
+    if raw is None:
+        if named:
+            raise SettingsError(f"{variable} names {_shown(path)}, which is not a file in {Path.cwd()}")
+        return {}
+    try:
+        # Some editors put a byte order mark first, which is no part of TOML.
+        content = tomllib.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise SettingsError(f"{_shown(path)} cannot be read: it is not UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        # The parser's text may quote a key.
+        where = _POSITION.search(str(error))
+        raise SettingsError(
+            f"{_shown(path)} cannot be read: it is not TOML"
+            + (f", see {where[1]}" if where else ": see whether a key stands there twice")
+        ) from None
+
+    def resolve(text: str) -> str:
+        def variable_of(match: re.Match[str]) -> str:
+            if match[1] not in environ:
+                raise SettingsError(
+                    f"{_shown(path)} refers to ${{{mask(match[1])}}}, which is not in the environment"
+                )
+            return environ[match[1]].strip().strip(_AROUND)
+
+        return _REFERENCE.sub(variable_of, text)
+
+    resolved: Values = _cleaned_tree(content, (), resolve)
+    return resolved
+
+
+def strip_cloud_variables(environ: MutableMapping[str, str]) -> None:
+    """Strip the variables of clients that read the environment themselves, and hold their secrets."""
+    for name, value in list(environ.items()):
+        if name.startswith(tuple(_CLOUD.values())):
+            if value != value.strip():
+                environ[name] = value.strip()
+            if _CLOUD_SECRETS.search(name) and not _SEVERAL_LINES.match(value):
+                hold(value.strip())
+
+
+def check_cloud_variables(environ: Mapping[str, str], url: str) -> None:
+    """Raise SettingsError for a variable with a control character that the client for this URL would read."""
+    prefix = _CLOUD.get(url.partition(":")[0].lower())
+    for name, value in environ.items():
+        if prefix and name.startswith(prefix) and not _SEVERAL_LINES.match(value):
+            cleaned(value, name)
+
+
+def cleaned(value: str, name: str) -> str:
+    """Return a value without the white space around it. Raises SettingsError for what cannot be meant."""
+    text = value.strip().strip(_AROUND).strip()
+    for character in text:
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            raise SettingsError(f"{name}: is not UTF-8 text")
+        if kind in {"Cc", "Zl", "Zp"} or character in _AROUND:
+            what = _NAMES.get(character, f"the invisible character U+{ord(character):04X}")
+            raise SettingsError(f"{name}: holds {what} inside, which cannot be meant: copy the value again")
+    _refuse_quotes(text, name)
+    return text
+
+
+def _refuse_quotes(text: str, name: str) -> None:
+    if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES:
+        raise SettingsError(
+            f"{name}: stands in quotes, which became a part of the value: write it without them "
+            "(`docker --env-file` keeps quotes)"
+        )
+
+
+def refuse_mistyped(secret: str) -> None:
+    """Raise ValueError for text that is none of Clipia's secrets, nor several of them separated by commas."""
+    if not secret.isascii():
+        raise ValueError("holds a character that is not ASCII: copy the value again")
+    for part in (part.strip() for part in secret.split(",")):
+        if " " in part or not part.isprintable():
+            raise ValueError("holds a space: copy the value again, and separate several secrets by commas")
+        if set(part[:1] + part[-1:]) & set(_QUOTES):
+            raise ValueError("has a quote at an end: copy the value again")
+
+
+def is_web_url(text: str) -> bool:
+    """Return whether a URL is https, or http on this machine, with no more than a host, a port and a path."""
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port != 0
+    except ValueError:
+        return False
+    host = parts.hostname or ""
+    is_safe = parts.scheme == "https" or (parts.scheme == "http" and host in _LOCAL)
+    is_plain = text.isprintable() and not set(text) & _NO_WEB_URL
+    return is_safe and is_plain and has_port and _HOST.fullmatch(host) is not None
+
+
+def shown_key(key: str | int) -> str:
+    """Return a key of the file for a message; what has not the form of a setting's name may be a secret."""
+    text = str(key)
+    return text if text.isdigit() or (_PLAIN_KEY.fullmatch(text) and mask(text) == text) else "(a key)"
+
+
+def _cleaned_list(value: str, name: str) -> str:
+    # Each entry has white space of its own: in a YAML block every one stands in a line.
+    _refuse_quotes(value.strip(), name)
+    parts = value.split(",")
+    return ",".join(
+        cleaned(part, f"{name}: entry {number}" if len(parts) > 1 else name)
+        for number, part in enumerate(parts, 1)
+    )
+
+
+def _cleaned_tree(value: Any, path: tuple[str | int, ...], resolve: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _cleaned_tree(item, (*path, key), resolve) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_cleaned_tree(item, (*path, number), resolve) for number, item in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+    name = f"{DEFAULT_CONFIG}: " + ".".join(shown_key(part) for part in path)
+    text = resolve(value)
+    _hold(str(path[-1]) if isinstance(path[-1], str) else str(path[0]), text)
+    is_list = path[-1] in {"secret", "api_tokens", "media_hosts", "budgets", "clipia_webhook_secret"}
+    return _cleaned_list(text, name) if is_list else cleaned(text, name)
+
+
+def _hold(setting: str, value: str) -> None:
+    """Remember the secrets in a setting's value, as it was typed and as it is used."""
+    key = setting.lower().removeprefix(PREFIX.lower())
+    for text in (value, value.strip()):
+        if key == "api_tokens":
+            for entry in text.split(","):
+                name, _, token = entry.strip().partition(":")
+                # Without a usable token it may have been written in the place of the name.
+                hold(token.partition(":")[0] if len(token) >= MIN_TOKEN else name)
+        elif key.endswith(("_key", "secret", "token")):
+            for part in text.split(","):
+                hold(part.strip(_QUOTES + " "))
+        else:
+            for part in text.split(","):
+                hold_url(part)
+
+
+def _shown(path: Path) -> str:
+    """Return a path for a message, unless it may be something else that was pasted in its place."""
+    text = str(path)
+    return mask(text) if text.endswith(".toml") and text.isprintable() else "the file"

@@ -1,0 +1,103 @@
+"""Masks secrets in the words of others.
+
+Messages, log records, rows and answers hold our own words. Where they quote somebody else's (Clipia's error,
+a broker's reply, a traceback), the words go through `mask` first: a peer may repeat the header or the
+password that it was sent.
+"""
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from typing import Final
+from urllib.parse import quote, quote_plus, unquote
+
+MASK: Final = "[masked]"
+
+_PIECE: Final = 8
+"""Characters: a run of so many that also stands in a secret is masked, be it a half of the secret."""
+_SHORTEST: Final = 4
+"""Characters of a secret that can be told from ordinary words; a shorter one is masked nowhere."""
+
+_PUBLIC: Final = re.compile(r"clipia_(?:live|test)_|whsec_")
+"""How secrets of a kind start; no secret in itself."""
+_KINDS: Final = (
+    (re.compile(r"(clipia_(?:live|test)_|whsec_)[A-Za-z0-9+/=_-]{6,}"), rf"\1{MASK}"),
+    (re.compile(r"(\b(?:bearer|basic) +)(?=[^\s'\",]*[0-9])[^\s'\",]{6,}", re.IGNORECASE), rf"\1{MASK}"),
+    (re.compile(r"(://)[^\s/@'\"]+@"), rf"\1{MASK}@"),
+)
+"""Secrets that show by their form, whether they are ours or not."""
+_SECRET_OPTION: Final = re.compile(
+    r"[?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=([^&#]+)", re.IGNORECASE | re.DOTALL
+)
+
+_pieces: set[str] = set()
+_short: set[str] = set()
+
+
+def hold(secret: str) -> None:
+    """Remember a secret of this process, so that `mask` finds it, encoded or cut in two."""
+    for form in _forms(secret):
+        for part in _PUBLIC.split(form):
+            if len(part) >= _PIECE:
+                _pieces.update(part[at : at + _PIECE] for at in range(len(part) - _PIECE + 1))
+            elif len(part) >= _SHORTEST:
+                _short.add(part)
+
+
+def hold_url(url: str) -> None:
+    """Remember the secrets of a URL, well-formed or not: its password, or a user without one, and options."""
+    rest = url.partition("://")[2]
+    login, at, _ = rest.rpartition("@")
+    user, colon, password = login.partition(":")
+    if at:
+        hold(password if colon else user)
+        hold(base64.b64encode(unquote(login).encode(errors="replace")).decode())
+    for found in _SECRET_OPTION.finditer(url):
+        hold(found[1])
+
+
+def mask(text: str) -> str:
+    """Return the text without the secrets that are held, and without what looks like one."""
+    for pattern, replacement in _KINDS:
+        text = pattern.sub(replacement, text)
+    for secret in _short:
+        text = text.replace(secret, MASK)
+    kept, end = [], 0
+    for start, stop in _runs(text):
+        kept += [text[end:start], MASK]
+        end = stop
+    return "".join(kept) + text[end:]
+
+
+def _runs(text: str) -> Iterator[tuple[int, int]]:
+    """Yield start and end of each stretch whose pieces all stand in a secret."""
+    start = stop = -1
+    for at in range(len(text) - _PIECE + 1):
+        if text[at : at + _PIECE] not in _pieces:
+            continue
+        if at > stop >= 0:
+            yield start, stop
+            start = at
+        elif stop < 0:
+            start = at
+        stop = at + _PIECE
+    if stop >= 0:
+        yield start, stop
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """Yield the secret as it may stand in a text: plain, escaped, percent-encoded and in base64."""
+    raw = secret.encode("utf-8", "surrogateescape")
+    plain = unquote(secret)
+    yield secret
+    yield plain
+    yield quote(raw, safe="")
+    yield quote_plus(raw)
+    yield json.dumps(secret)[1:-1]
+    yield repr(secret)[1:-1]
+    yield repr(raw)[2:-1]
+    for before in range(3):
+        # In base64 the characters depend on the secret's place in what was encoded; its edges do on others.
+        encoded = base64.b64encode(bytes(before) + raw).decode().rstrip("=")
+        yield encoded[(0, 2, 3)[before] : len(encoded) - 1]

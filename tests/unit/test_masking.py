@@ -1,0 +1,109 @@
+"""Masking: no recognizable part of a secret is left in what others have said."""
+
+import base64
+import json
+from urllib.parse import quote
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from receiver.masking import MASK, hold, hold_url, mask
+
+SECRET = "cAnArY8f3b61+d2e9/xyz"
+KEY = f"clipia_live_{SECRET}"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        SECRET,
+        f"Invalid key {KEY}.",
+        f"Illegal header value b'Bearer {KEY}\\n'",
+        f"{SECRET[:12]}…",
+        f"…{SECRET[9:]}",
+        quote(SECRET, safe=""),
+        json.dumps({"authorization": f"Bearer {SECRET}"}),
+        base64.b64encode(SECRET.encode()).decode(),
+        base64.b64encode(f"user:{SECRET}".encode()).decode(),
+        base64.b64encode(f"ab:{SECRET}:cd".encode()).decode(),
+        SECRET * 3,
+    ],
+)
+def test_a_secret_that_is_held_is_masked_in_every_form(said: str) -> None:
+    """A peer may repeat a secret whole, cut in two, escaped, percent-encoded or in base64."""
+    hold(KEY)
+    masked = mask(said)
+    assert MASK in masked
+    for form in (SECRET, quote(SECRET, safe=""), base64.b64encode(SECRET.encode()).decode()):
+        assert not any(form[at : at + 8] in masked for at in range(len(form) - 7))
+
+
+@pytest.mark.parametrize(
+    "said", ["x", "", "no such model", "Invalid key clipia_live_", "whsec_ is how it starts"]
+)
+def test_other_words_stay(said: str) -> None:
+    """What is no part of a secret is left as it was, and so is the way in which all keys start."""
+    hold(KEY)
+    assert mask(said) == said
+
+
+@given(before=st.text(), secret=st.text("abcdefgh0123", min_size=8, max_size=64), after=st.text())
+def test_what_stands_around_a_secret_stays(before: str, secret: str, after: str) -> None:
+    """Masking takes the secret out and leaves the rest."""
+    hold(secret)
+    masked = mask(f"{before} {secret} {after}")
+    assert secret not in masked
+    assert mask(masked) == masked
+
+
+@pytest.mark.parametrize(
+    ("url", "secret"),
+    [
+        ("postgresql://user:pass word@host/name", "pass word"),
+        ("amqp://user:p%40ssw%2Frd@host", "p@ssw/rd"),
+        ("amqp://user:p%40ssw%2Frd@host", "p%40ssw%2Frd"),
+        ("redis://:hunter-22222@host", "hunter-22222"),
+        ("nats://a-token-here@host", "a-token-here"),
+        ("postgresql://host/name?user=u&password=hunter-22222", "hunter-22222"),
+        ("https://host/in?api_key=hunter-22222#x", "hunter-22222"),
+        ("amqp://user:broken\npassword@host", "broken\npassword"),
+        ("amqp://user:broken\npassword@host", "password"),
+        ("amqp://user:a/b@c#d?e@host", "a/b@c#d?e"),
+        ("redis://user:four@host", "four"),
+    ],
+)
+def test_the_password_of_a_url_is_masked(url: str, secret: str) -> None:
+    """A URL's password is a secret, the URL well-formed or not; its user and host are none."""
+    hold_url(url)
+    assert mask(f"Login refused: {secret}") == f"Login refused: {MASK}"
+    assert mask("user host name") == "user host name"
+
+
+def test_a_login_in_a_header_is_masked() -> None:
+    """HTTP's basic authentication has user and password in base64."""
+    hold_url("https://user:hunter-22222@host")
+    header = base64.b64encode(b"user:hunter-22222").decode()
+    assert mask(f"you sent {header}") == f"you sent {MASK}"
+
+
+@pytest.mark.parametrize(
+    ("said", "masked"),
+    [
+        ("key clipia_test_0123456789abcdef refused", f"key clipia_test_{MASK} refused"),
+        ("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw", f"whsec_{MASK}"),
+        ("Authorization: Bearer abcdef0123", f"Authorization: Bearer {MASK}"),
+        ("amqp://guest:guest@127.0.0.1/", f"amqp://{MASK}@127.0.0.1/"),
+        ("basic authentication is needed", "basic authentication is needed"),
+        ("see https://docs.example.com/a@b", "see https://docs.example.com/a@b"),
+    ],
+)
+def test_what_looks_like_a_secret_is_masked_though_nobody_holds_it(said: str, masked: str) -> None:
+    """Rows may hold the key of before the last rotation."""
+    assert mask(said) == masked
+
+
+def test_a_very_short_secret_is_masked_nowhere() -> None:
+    """A password of three characters stands in ordinary words."""
+    hold("abc")
+    assert mask("abc abcdef") == "abc abcdef"
