@@ -1207,16 +1207,6 @@ async def test_a_database_that_is_away_is_an_error(sandbox: Sandbox) -> None:
     assert await sandbox.submits() == []
 
 
-async def test_a_base_url_in_the_clear_is_refused(world: World) -> None:
-    """The key does not travel over plain http."""
-    settings = Settings.load(
-        database_url=world.database_url, clipia_key=LIVE, clipia_base_url="http://api.clipia.ai"
-    )
-    with pytest.raises(SettingsError, match="CLIPIA_BASE_URL"):
-        async with Submitter.open(settings):
-            pass
-
-
 async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
     """F8: code without an event loop has the same promises, from any number of threads."""
     settings = Settings.load(
@@ -1253,13 +1243,13 @@ async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
     assert len(await sandbox.generations()) == 1
 
 
-async def test_a_thread_is_told_what_is_wrong(database_url: str, tmp_path: Path) -> None:
+async def test_a_thread_is_told_what_is_wrong(tmp_path: Path) -> None:
     """Opening it in a thread raises what opening it in a loop does, with the environment's settings too."""
-    settings = Settings.load(database_url=database_url, clipia_key=LIVE, clipia_base_url="http://a.example")
+    settings = Settings.load(database_url="mysql://127.0.0.1/x", clipia_key=LIVE)
     (tmp_path / "receiver.toml").write_text("nonsense = 1")
 
     def work() -> None:
-        with pytest.raises(SettingsError, match="CLIPIA_BASE_URL"), SyncSubmitter(settings):
+        with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"), SyncSubmitter(settings):
             pass
         with pytest.raises(SettingsError, match="nonsense"), SyncSubmitter():
             pass
