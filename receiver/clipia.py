@@ -17,18 +17,17 @@ from typing import Any, Final
 from uuid import UUID
 
 import httpx
+import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
+from receiver.lenient_json import clean_text, read_whole
 from receiver.limits import RateHeaders
 from receiver.webhook import is_request_id
 
 CALL_WAIT: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
-
-MAX_DEPTH: Final = 64
-"""Objects and lists in each other that an answer may have."""
 
 _ACCOUNT: Final = (401, 402, 403)
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
@@ -42,6 +41,8 @@ class Call:
     not_after: float = math.inf
     """The moment of `clock` after which it is not sent any more."""
     headers: RateHeaders = field(default_factory=RateHeaders)
+    answer: bytes = b""
+    """The body of the answer as it came."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,8 @@ class _Transport(httpx.AsyncBaseTransport):
             )
         response = await self._inner.handle_async_request(request)
         call.headers = _rate_headers(response.headers)
-        return response
+        call.answer = await response.aread()
+        return _readable(response, call.answer)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
@@ -133,7 +135,7 @@ class ClipiaClient:
         call.body = body
         async with _translated(call):
             answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
-            if not is_request_id(answer.request_id):
+            if not _fits_a_path(answer.request_id):
                 raise TypeError("request_id")
             return Accepted(
                 request_id=answer.request_id,
@@ -143,15 +145,17 @@ class ClipiaClient:
 
     async def status(self, request_id: str, *, call: Call) -> Status:
         """Ask how a generation is doing."""
+        _refuse_path(request_id)
         async with _translated(call):
             answer = await self._sdk.status(request_id)
             return Status(status=str(answer.status), progress=_per_cent(answer.progress))
 
-    async def result(self, request_id: str, *, call: Call) -> dict[str, Any] | None:
-        """Return the JSON of a finished generation, or None while there is none."""
+    async def result(self, request_id: str, *, call: Call) -> bytes | None:
+        """Return the JSON object of a finished generation as it came, or None while there is none."""
+        _refuse_path(request_id)
         async with _translated(call):
             answer = await self._sdk.result(request_id)
-            return None if answer.pending else _clean_object(answer.data)
+            return None if answer.pending else call.answer
 
     async def models(self, *, call: Call) -> list[dict[str, Any]]:
         """Return the catalogue."""
@@ -162,7 +166,7 @@ class ClipiaClient:
     async def model(self, slug: str, *, call: Call) -> dict[str, Any]:
         """Return one model with its `input_schema`."""
         async with _translated(call):
-            return _clean_object(await self._sdk.models.get(slug))
+            return dict[str, Any](await self._sdk.models.get(slug))
 
     async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> dict[str, Any]:
         """Return `{"credits", "warnings"}` for an input; nothing is queued."""
@@ -171,12 +175,12 @@ class ClipiaClient:
             credits_ = _credits(answer.credits)
             if credits_ is None:
                 raise TypeError("credits")
-            return _clean_object(answer.data) | {"credits": credits_}
+            return answer.data | {"credits": credits_}
 
     async def balance(self, *, call: Call) -> dict[str, Any]:
         """Return the account: `account_id`, `balance`, `usage_30d`."""
         async with _translated(call):
-            return _clean_object(await self._sdk.account.get())
+            return dict[str, Any](await self._sdk.account.get())
 
 
 @asynccontextmanager
@@ -207,7 +211,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
 
 
 def _translate(error: ClipiaApiError) -> Exception:
-    message, status, code = _clean(error.message[:1000]), error.status, _clean(error.code[:64])
+    message, status, code = clean_text(error.message[:1000]), error.status, clean_text(error.code[:64])
     if status in _ACCOUNT:
         return AccountRefused(message, reason=code or f"http_{status}", status=status, may_have_arrived=False)
     # Retry-After is somebody else's data; a day is as good as never.
@@ -222,36 +226,42 @@ def _translate(error: ClipiaApiError) -> Exception:
         )
     # A 4xx without Clipia's code comes from something in between, and says nothing about the job.
     if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
-        type_ = _clean(error.type[:64]) or "invalid_request_error"
+        type_ = clean_text(error.type[:64]) or "invalid_request_error"
         return Refused(message, code=code, status=status, type_=type_)
     return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
 
 
-def _clean(value: Any, depth: int = 0) -> Any:
-    """Return JSON that every database and every writer of JSON takes.
+def _readable(response: httpx.Response, content: bytes) -> httpx.Response:
+    """Return an answer with the clean copy that is made of a webhook, too, or empty if it is not JSON.
 
-    Without NUL and the halves of an emoji that was cut in two, numbers beyond 64 bits and what is no number,
-    and whatever is nested too deeply to be meant.
+    The SDK reads it with `json.loads`, which refuses some of it and lets pass what no database stores.
     """
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode().replace("\0", "?")
-    if isinstance(value, dict | list) and depth >= MAX_DEPTH:
-        return None
-    if isinstance(value, dict):
-        return {_clean(key): _clean(item, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_clean(item, depth + 1) for item in value]
-    is_number = isinstance(value, int | float)
-    return None if is_number and not (-(2**63) <= value < 2**63) else value
-
-
-def _clean_object(value: Any) -> dict[str, Any]:
-    cleaned: dict[str, Any] = _clean(dict(value))
-    return cleaned
+    try:
+        content = orjson.dumps(read_whole(content)[0])
+    except UnrecognizedBody:
+        content = b""
+    fields = [
+        (name, value)
+        for name, value in response.headers.raw
+        if name.lower() not in (b"content-encoding", b"content-length", b"transfer-encoding")
+    ]
+    return httpx.Response(
+        response.status_code, headers=fields, content=content, extensions=response.extensions
+    )
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
-    return [_clean_object(one) for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _fits_a_path(request_id: object) -> bool:
+    """Tell whether an id is one, and leads to its own path and no other, whoever decodes that."""
+    return is_request_id(request_id) and not set(request_id) & set("/\\%?#") and request_id.strip(".") != ""
+
+
+def _refuse_path(request_id: str) -> None:
+    if not _fits_a_path(request_id):
+        raise Refused("The id cannot be asked for.", code="not_found", status=404)
 
 
 def _per_cent(value: Any) -> int | None:

@@ -272,6 +272,7 @@ def build_message(
         cost=content.cost,
         output=content.output,
         error=content.error,
+        altered=content.altered,
         media=[
             envelope.ForwardedFile(
                 url=row.url,

@@ -53,6 +53,7 @@ def build(
     cost: int | None,
     output: Any,
     error: Any,
+    altered: Sequence[str],
     media: Sequence[ForwardedFile],
     job: ForwardedJob | None,
     delivery_id: UUID,
@@ -62,7 +63,8 @@ def build(
     """Make the message of one delivery (CloudEvents 1.0).
 
     `id` is the event's and the same on every try and replay; `deliveryid` is this delivery's; `replayid` is
-    there where a replay ordered it; `attempt` counts from 1.
+    there where a replay ordered it; `attempt` counts from 1. `altered` are JSON pointers into `data`, to the
+    places that could not be forwarded as they were signed.
     """
     return CloudEvent(
         attributes={
@@ -84,6 +86,7 @@ def build(
             "cost": cost,
             "output": output,
             "error": error,
+            **({"altered": list(altered)} if altered else {}),
             "media": [asdict(file) for file in media],
             "job": None if job is None else asdict(job),
         },

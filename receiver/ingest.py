@@ -16,9 +16,10 @@ from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
+from receiver.lenient_json import same_json
 from receiver.observability import SECRETS_USED, WEBHOOKS
 from receiver.signature import Secret, verify
-from receiver.webhook import same_json, summarize
+from receiver.webhook import summarize
 
 STORE_WAIT: Final = 5.0
 """Seconds until an event that is not stored yet is answered as unavailable.
@@ -238,6 +239,7 @@ def make_event(
             origin=origin,
             state="unrecognized",
             reason=error.reason,
+            job_id=job_id,
             body=body,
             body_sha256=sha256,
             received_at=received_at,

@@ -101,13 +101,13 @@ class PollLane(WorkLane):
         text = error_text(error.reason, str(error), status=error.status)
         throttled = error if error.status == 429 and isinstance(error, ClipiaUnavailable) else None  # noqa: PLR2004
         unknown = isinstance(error, Refused) and error.status == 404  # noqa: PLR2004
-        if not (unknown and await self._give_up(claim, request, text)):
+        if not ((unknown or error.reason == "unreadable") and await self._give_up(claim, request, text)):
             wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
             await self._later(claim, request, error=text, at_least=wait or 0.0)
         await self._learn(call.headers, throttled=throttled)
 
     async def _give_up(self, claim: Claim, request: OpenRequest, error: str) -> bool:
-        """Leave a job to people that Clipia will tell nothing of any more; False where it is too early."""
+        """Leave a job to people if Clipia tells nothing readable of it; False if it is too early for that."""
         if request.open_for < GIVE_UP_AFTER:
             return False
 
@@ -125,14 +125,7 @@ class PollLane(WorkLane):
         """Store a result as if its webhook had come; a webhook that comes later is then a duplicate."""
         await self._store(request.source, body)
         log.info("job ended without a webhook", job_id=str(claim.id), request_id=request.request_id)
-        try:
-            generation = parse(body)
-        except UnrecognizedBody as error:
-            log.error("result not recognized", job_id=str(claim.id), reason=error.reason)  # noqa: TRY400
-            text = error_text("result_unusable", f"Clipia's result is unusable ({error.reason}).")
-            if not await self._give_up(claim, request, text):
-                await self._later(claim, request, error=text)
-            return
+        generation = parse(body)
 
         async def write(connection: AsyncConnection) -> bool:
             # The fan-out does the same, unless the event was there before the job's `request_id`.
@@ -219,5 +212,5 @@ class FreshUrls:
                 raise ClipiaUnavailable("no call is left for now", reason="budget", may_have_arrived=False)
             await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
         result = await self._client.result(event.request_id, call=Call())
-        generation = parse(result_body(event.request_id, "COMPLETED", result or {}))
+        generation = parse(result_body(event.request_id, "COMPLETED", result or b"{}"))
         return {(ref.position, ref.variant): ref.url for ref in generation.media}

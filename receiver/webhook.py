@@ -1,53 +1,37 @@
 """Verified bytes into a `Generation` and its media references; pure.
 
-A valid signature does not make a body safe to store: JSON as Python reads it can still hold what a database
-refuses (NUL, lone surrogates, numbers without bounds) or what two readers take differently (duplicate keys,
-a BOM). Such bodies are `UnrecognizedBody` here, once and for all, so that nothing behind has to ask.
-
-Past that the reading is lenient. Unknown fields are kept, and a payload of an unexpected shape gives an event
-with whatever could be read from it: the raw bytes are stored anyway, and refusing would lose the event.
+An authentic body is an event if one `request_id` and one known status can be read from it: it stands for a
+result that was paid for, and refusing it would lose that. The rest may be written in any way that
+`lenient_json` can read, and have any shape. Unknown fields are kept. The raw bytes are stored as they were
+signed; what cannot be forwarded as it is, is changed in the copy that is read from them.
 """
 
-import json
-import math
+import codecs
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, NoReturn, TypeGuard
+from typing import Any, Final, Literal, NamedTuple, TypeGuard, TypeVar
 
 import orjson
 
 from receiver.errors import UnrecognizedBody
+from receiver.lenient_json import REPLACEMENT, Cleaner, decode
 
 Kind = Literal["image", "video", "audio"]
 Variant = Literal["original", "display"]
+T = TypeVar("T")
 
-REASONS: Final = (
-    "not_utf8",
-    "not_json",
-    "too_deep",
-    "number",
-    "duplicate_key",
-    "text",
-    "not_object",
-    "request_id",
-    "status",
-)
-"""Every `UnrecognizedBody.reason`.
-
-`number` is one that is infinite, NaN or out of range; `text` is a string with a NUL or a lone surrogate.
-"""
+REASONS: Final = ("not_json", "not_object", "duplicate_key", "request_id", "status")
+"""Every `UnrecognizedBody.reason`. Older releases were stricter, and had others."""
 
 CANCELED: Final = "CANCELED"
-MAX_DEPTH: Final = 32
-MAX_INTEGER: Final = 2**63
 MAX_FILES: Final = 64
 MAX_URL_LENGTH: Final = 2048
 MAX_MODEL_LENGTH: Final = 255
+MAX_ID_LENGTH: Final = 255
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-_UNSTORABLE = re.compile(r"[\x00\ud800-\udfff]")
-_MAX_INTEGER_LENGTH = len(str(-MAX_INTEGER))
+# What an event has for a `request_id` if none can be read.
+_OWN_ID = re.compile("sha256:[0-9a-f]{64}")
 _FILES: Final[tuple[tuple[str, Kind], ...]] = (
     ("images", "image"),
     ("video", "video"),
@@ -97,17 +81,16 @@ class Summary(NamedTuple):
 
 def summarize(raw: bytes) -> Summary:
     """Read of the body of a webhook what ingest stores; raises as `parse` does, for the same bodies."""
-    return _summarize(_load(raw))
+    return _Body(raw).summary
 
 
 def parse(raw: bytes) -> Generation:
     """Read the body of a webhook. Raises `UnrecognizedBody` with one of `REASONS`, and nothing else."""
-    body = _load(raw)
-    summary = _summarize(body)
-    output = _object(body.get("payload")).get("output")
-    media, left_out = _list_media(_object(output)) if summary.status == "OK" else ((), 0)
+    body = _Body(raw)
+    output, error = body.output, body.error
+    media, left_out = _list_media(_object(output)) if body.summary.status == "OK" else ((), 0)
     return Generation(
-        **summary._asdict(), output=output, error=body.get("error"), media=media, media_left_out=left_out
+        **body.summary._asdict(), output=output, error=error, media=media, media_left_out=left_out
     )
 
 
@@ -118,175 +101,84 @@ class Content(NamedTuple):
     cost: int | None  # credits
     output: Any
     error: Any
+    altered: tuple[str, ...]
+    """JSON pointers to the places that are not as in the body, into an object with the fields above."""
 
 
 def reread(raw: bytes) -> Content:
-    """Read the body of a stored event again.
-
-    `parse` has taken it once, so no rule has to be looked at twice: what is left is a third of the cost.
-    """
-    body = orjson.loads(raw)
-    payload = _object(body.get("payload"))
-    return Content(
-        _model(payload.get("model")), _cost(payload.get("cost")), payload.get("output"), body.get("error")
-    )
+    """Read the body of a stored event again; raises as `parse` does."""
+    body = _Body(raw)
+    return Content(body.summary.model, body.summary.cost, body.output, body.error, body.cleaner.altered)
 
 
-def _summarize(body: Any) -> Summary:
-    if not isinstance(body, dict):
-        raise UnrecognizedBody("not_object")
-    request_id = body.get("request_id")
-    if not is_request_id(request_id):
-        raise UnrecognizedBody("request_id")
-    status = body.get("status")
-    if status not in ("OK", "ERROR"):
-        raise UnrecognizedBody("status")
-    payload = _object(body.get("payload"))
-    return Summary(request_id, status, _model(payload.get("model")), _cost(payload.get("cost")))
+class _Body:
+    """The fields of a body, each made fit to be stored and forwarded."""
+
+    def __init__(self, raw: bytes) -> None:
+        document = decode(raw)
+        members = document.members()
+        request_id, status = members.get("request_id"), members.get("status")
+        if not is_request_id(request_id):
+            raise UnrecognizedBody("request_id")
+        if status not in ("OK", "ERROR"):
+            raise UnrecognizedBody("status")
+        self.cleaner = Cleaner(document)
+        self._document = document
+        self._members = members
+        self._payload = _object(members.get("payload"))
+        self.summary = Summary(request_id, status, self._read("model", _model), self._read("cost", _cost))
+
+    def _read(self, name: str, read: Callable[[Any], T | None]) -> T | None:
+        """Return one of the payload's fields, and list it if it is not as it was."""
+        cleaner = Cleaner(self._document)
+        value = cleaner.clean(self._payload.get(name), depth=2)
+        found = read(value)
+        if cleaner.altered or (found is None and value is not None):
+            self.cleaner.note(name)
+        return found
+
+    @property
+    def output(self) -> Any:
+        return self.cleaner.clean(self._payload.get("output"), "output", depth=2)
+
+    @property
+    def error(self) -> Any:
+        error, depth = self._members.get("error"), 1
+        if error is None and self.summary.status == "ERROR":
+            # A polled result stands in the payload as a whole.
+            error, depth = self._payload.get("error"), 2
+        return self.cleaner.clean(error, "error", depth=depth)
 
 
-def result_body(
-    request_id: str, status: Literal["COMPLETED", "FAILED", "CANCELED"], result: Mapping[str, Any]
-) -> bytes:
+def result_body(request_id: str, status: Literal["COMPLETED", "FAILED", "CANCELED"], result: bytes) -> bytes:
     """Return a polled result as the body of the webhook that did not come.
 
-    `result` is the JSON of `GET /v1/requests/{id}`. A cancellation, of which Clipia's webhooks know nothing,
-    is an ERROR with the code `CANCELED`.
+    `result` is the answer of `GET /v1/requests/{id}` as it came: it becomes the payload as a whole, so that
+    what is read from it is read, and if need be changed, as in a webhook. A cancellation, of which Clipia's
+    webhooks know nothing, is an ERROR with the code `CANCELED`. Raises UnrecognizedBody if it is not JSON.
     """
-    if status == "COMPLETED":
-        payload = {name: result.get(name) for name in ("model", "output", "cost")}
-        return _encode({"request_id": request_id, "status": "OK", "payload": payload})
+    answer = decode(result).value
+    content: dict[str, Any] = {"request_id": request_id, "status": "OK" if status == "COMPLETED" else "ERROR"}
     if status == "CANCELED":
-        error = {"code": CANCELED, "message": "The generation was canceled."}
-    else:
-        error = result.get("error") or {"code": "GENERATION_FAILED", "message": "The generation failed."}
-    return _encode({"request_id": request_id, "status": "ERROR", "error": error})
+        content["error"] = {"code": CANCELED, "message": "The generation was canceled."}
+    elif status == "FAILED" and not _object(answer).get("error"):
+        content["error"] = {"code": "GENERATION_FAILED", "message": "The generation failed."}
+    head = orjson.dumps(content).removesuffix(b"}")
+    return b'%b,"payload":%b}' % (head, result.removeprefix(codecs.BOM_UTF8).strip())
 
 
 def is_request_id(value: object) -> TypeGuard[str]:
-    """Tell whether this is an id that Clipia may have given: a short word of plain characters."""
-    return isinstance(value, str) and _REQUEST_ID.fullmatch(value) is not None
+    """Tell whether this may be an id of Clipia's: 1 to 255 printable characters without white space.
 
-
-def same_json(a: bytes, b: bytes) -> bool:
-    """Tell whether two bodies are equal as JSON values: 1 equals 1.0 but not true; order of keys is nothing.
-
-    What `parse` would not take as JSON is equal only to the same bytes.
+    U+FFFD is what remains of another character: two ids must not become one.
     """
-    if a == b:
-        return True
-    try:
-        return _equal(_load(a), _load(b))
-    except UnrecognizedBody:
-        return False
-
-
-def _encode(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
-
-
-def _load(raw: bytes) -> Any:
-    """Decode strictly: whoever gets the result can store it and encode it again."""
-    value = _load_plain(raw)
-    return _load_strictly(raw) if value is _NOT_PLAIN else value
-
-
-def _load_strictly(raw: bytes) -> Any:
-    try:
-        # json.loads would guess the encoding of bytes, and take UTF-16 and UTF-32 too.
-        text = raw.decode("utf-8")
-        value = _DECODER.decode(text)
-    except UnicodeDecodeError:
-        raise UnrecognizedBody("not_utf8") from None
-    except RecursionError:
-        raise UnrecognizedBody("too_deep") from None
-    except ValueError:
-        raise UnrecognizedBody("not_json") from None
-    # The walk costs as much as decoding. What it looks for cannot be there without showing here.
-    if "\\u" in text or text.count("[") + text.count("{") > MAX_DEPTH:
-        _inspect(value)
-    return value
-
-
-_NOT_PLAIN: Final = object()
-
-
-def _load_plain(raw: bytes) -> Any:
-    """Decode what is written as most encoders write it, at a third of the cost; else return `_NOT_PLAIN`.
-
-    Whatever comes out of orjson as the same bytes had nothing in it that `_load_strictly` would refuse or
-    read otherwise: no key twice, no number that is rounded, no text that is repaired.
-    """
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH or b"\\u" in raw:
-        return _NOT_PLAIN
-    try:
-        value = orjson.loads(raw)
-        # Integers beyond 53 bits are an error here: they may be beyond 64 bits, too.
-        same = orjson.dumps(value, option=orjson.OPT_STRICT_INTEGER) == raw
-    except (ValueError, TypeError):  # TypeError is what orjson calls its refusal to encode
-        return _NOT_PLAIN
-    return value if same else _NOT_PLAIN
-
-
-def _inspect(value: Any, enclosing: int = 0) -> None:
-    """Refuse nesting beyond `MAX_DEPTH` and text that no database takes, in keys too."""
-    if isinstance(value, str):
-        if _UNSTORABLE.search(value):
-            raise UnrecognizedBody("text")
-        return
-    if not isinstance(value, dict | list):
-        return
-    if enclosing == MAX_DEPTH:
-        raise UnrecognizedBody("too_deep")
-    for child in value:
-        _inspect(child, enclosing + 1)
-    if isinstance(value, dict):
-        for child in value.values():
-            _inspect(child, enclosing + 1)
-
-
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        raise UnrecognizedBody("duplicate_key")
-    return result
-
-
-def _integer(text: str) -> int:
-    # The length first: int() of thousands of digits raises a ValueError, which would pass for `not_json`.
-    if len(text) > _MAX_INTEGER_LENGTH or abs(number := int(text)) > MAX_INTEGER:
-        raise UnrecognizedBody("number")
-    return number
-
-
-def _real(text: str) -> float:
-    number = float(text)
-    if math.isinf(number):
-        raise UnrecognizedBody("number")
-    return number
-
-
-def _refuse_constant(_name: str) -> NoReturn:
-    raise UnrecognizedBody("number")
-
-
-# Not orjson: it keeps the last of duplicate keys and makes a float of 2**65.
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object_without_duplicates,
-    parse_int=_integer,
-    parse_float=_real,
-    parse_constant=_refuse_constant,
-)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, bool) or isinstance(b, bool):
-        return a is b
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    return bool(a == b)
+    return (
+        isinstance(value, str)
+        and 0 < len(value) <= MAX_ID_LENGTH
+        and value.isprintable()
+        and not set(value) & {" ", REPLACEMENT}
+        and _OWN_ID.fullmatch(value) is None
+    )
 
 
 def _object(value: Any) -> dict[str, Any]:
@@ -298,8 +190,10 @@ def _model(value: Any) -> str | None:
 
 
 def _cost(value: Any) -> int | None:
-    # It goes into a signed 64-bit column, which ends one before MAX_INTEGER. And a bool is an int to Python.
-    return value if type(value) is int and value < MAX_INTEGER else None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    # It goes into a signed 64-bit column. And a bool is an int to Python.
+    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def _list_media(output: dict[str, Any]) -> tuple[tuple[MediaRef, ...], int]:

@@ -4,7 +4,6 @@ import base64
 from typing import Any, Final, cast, get_args
 from uuid import UUID
 
-import orjson
 import structlog
 from pydantic import ValidationError
 from starlette.requests import Request
@@ -30,6 +29,7 @@ from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.errors import Refused
+from receiver.lenient_json import present
 from receiver.replay import ReplayRequest, Replays
 
 MOST_RESTARTED: Final = 10_000
@@ -82,11 +82,7 @@ class Ledger:
 
     async def _event(self, request: Request, _caller: Caller) -> Response:
         event = await self._find_event(request)
-        body = event.pop("body")
-        try:
-            event["body"] = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            event["body_base64"] = base64.b64encode(body).decode()
+        event |= present(event.pop("body"))
         for receipt in event["receipts"]:
             if receipt["body"] is not None:
                 receipt["body"] = base64.b64encode(receipt["body"]).decode()

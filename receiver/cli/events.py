@@ -34,6 +34,7 @@ from receiver.db import ledger, transfer
 from receiver.db.engine import Database
 from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
+from receiver.lenient_json import present
 from receiver.settings import Settings
 
 events = typer.Typer(help="Look at stored events, export and import them.", no_args_is_help=True)
@@ -105,11 +106,10 @@ def show(
     event = _read(query)
     if event is None:
         raise ReceiverError(f"there is no event with the id or request_id {key!r}")
-    raw = event.pop("body")
-    try:
-        event["body"] = orjson.loads(raw)
-    except orjson.JSONDecodeError:
-        event["body_base64"] = base64.b64encode(raw).decode()
+    event |= present(event.pop("body"))
+    for receipt in event["receipts"]:
+        if receipt["body"] is not None:
+            receipt["body"] = base64.b64encode(receipt["body"]).decode("ascii")
     if json:
         print_json(event)
         return

@@ -121,7 +121,7 @@ events = Table(
     Column("seq", _Sequence, primary_key=True),
     Column("id", PlainUuid, nullable=False),
     Column("source", String(63), nullable=False),
-    Column("request_id", String(128), nullable=False),
+    Column("request_id", String(255), nullable=False),
     Column("origin", String(16), nullable=False),
     Column("state", String(16), nullable=False),
     Column("reason", String(32)),
@@ -139,7 +139,8 @@ events = Table(
     UniqueConstraint("id"),
     Index(None, "received_at", "seq"),
 )
-_partial_index("ix_events_received", events.c.seq, where=in_state(events, "received"))
+for _state in ("received", "unrecognized"):
+    _partial_index(f"ix_events_{_state}", events.c.seq, where=in_state(events, _state))
 
 # Those of all events: with them a request_id says which `id` its event has.
 sources = Table("sources", metadata, Column("name", String(63), primary_key=True))
@@ -244,7 +245,7 @@ jobs = Table(
     Column("submitted_at", UtcDateTime),
     Column("updated_at", UtcDateTime, nullable=False),
     Column("watched_until", UtcDateTime),
-    Column("request_id", String(128)),
+    Column("request_id", String(255)),
     Column("progress", SmallInteger),
     Column("cost", BigInteger),
     Column("charged", BigInteger),

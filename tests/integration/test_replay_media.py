@@ -319,7 +319,7 @@ async def generate(client: ClipiaClient, model: str = SPEECH) -> bytes:
     """Have the sandbox generate something; return the body of its webhook."""
     accepted = await client.submit(model, PROMPT, key=uuid.uuid4(), call=Call())
 
-    async def finished() -> dict[str, Any] | None:
+    async def finished() -> bytes | None:
         status = await client.status(accepted.request_id, call=Call())
         return await client.result(accepted.request_id, call=Call()) if status.terminal else None
 
