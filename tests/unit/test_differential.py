@@ -20,6 +20,7 @@ TOLERANCE = 300
 KEY = "whsec_0123456789abcdef"
 SECRET = Secret.from_text(KEY)
 EXAMPLES = 1500
+V1 = re.compile(rb"[ \t]*v1[ \t]*=")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +53,8 @@ def mac(t: bytes, body: bytes, key: bytes = SECRET.value) -> bytes:
 def with_one_v1(header: bytes) -> list[bytes]:
     """Return the header once for each of its `v1`, without the others."""
     elements = header.split(b",")
-    signatures = [element for element in elements if element.startswith(b"v1=")]
-    rest = [element for element in elements if not element.startswith(b"v1=")]
+    signatures = [element for element in elements if V1.match(element)]
+    rest = [element for element in elements if not V1.match(element)]
     return [b",".join([*rest, signature]) for signature in signatures]
 
 
@@ -120,12 +121,23 @@ def honest(draw: st.DrawFn, body: bytes) -> bytes:
     t = draw(TIMES)
     right, wrong = b"v1=" + mac(t, body), b"v1=" + b"0" * 64
     extras = [wrong, wrong, wrong, right, b"v0=" + right[3:], b"v2=x", b"kid=a=b", b"T=1", b"t=1790000007"]
+    extras += [
+        b"",
+        b" ",
+        b"foo",
+        b"t",
+        b"\xa0t=1",
+        b"\x1ft=" + t,
+        b"\x85v1=" + right[3:],
+        b"t\x0b=1",
+        b"\xfft=1",
+    ]
     elements = [
         b"t=" + t,
         draw(st.sampled_from([right, right, right, right, wrong])),
         *draw(st.lists(st.sampled_from(extras), max_size=2)),
     ]
-    return b",".join(draw(st.permutations(elements)))
+    return draw(st.sampled_from([b",", b",", b", ", b"\t,", b",,"])).join(draw(st.permutations(elements)))
 
 
 @st.composite
@@ -170,8 +182,8 @@ def test_we_accept_nothing_that_the_sdk_refuses() -> None:
         if not ours or theirs:
             tally["both" if ours else "only theirs" if theirs else "neither"] += 1
         elif not is_utf8(delivery.body):
-            (t,) = re.findall(rb"(?:^|,)t=([0-9]+)", delivery.header)
-            assert b"v1=" + mac(t, delivery.body) in delivery.header
+            (t,) = re.findall(rb"(?:^|,)[ \t]*t[ \t]*=[ \t]*([0-9]+)", delivery.header)
+            assert mac(t, delivery.body) in delivery.header
             tally["not UTF-8"] += 1
         else:
             # The SDK reads the last `v1` only: given the right one alone, it must agree.
@@ -209,13 +221,10 @@ GOOD = mac(b"1790000000", b"{}")
 @pytest.mark.parametrize(
     "header",
     [
-        b"t=1790000000, v1=" + GOOD,
-        b" t = 1790000000 , v1 = " + GOOD,
-        b"t=1790000000,v1=" + GOOD + b",",
-        b"t=1790000000,v1=" + GOOD + b",nonsense",
         b"t=1,t=1790000000,v1=" + GOOD,
         b"t=1790000000,v1=short,v1=" + GOOD,
-        b"t=1790000000,v1=" + GOOD + b",v2=a b",
+        b"t=1790000000,v1=" + GOOD[:60] + b",v1=" + GOOD,
+        b"t=1790000000\xa0,v1=" + GOOD,
         b"t=1790000000,v1=" + GOOD + b",x=" + b"a" * 1024,
         b"t=+1790000000,v1=" + mac(b"+1790000000", b"{}"),
         b"t=01790000000,v1=" + mac(b"01790000000", b"{}"),
@@ -227,6 +236,26 @@ def test_where_we_are_stricter(header: bytes) -> None:
     delivery = Delivery(header=header, body=b"{}")
     assert delivery.sdk_accepts()
     assert not delivery.we_accept()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"t=1790000000, v1=" + GOOD,
+        b"t=1790000000 ,\tv1=" + GOOD,
+        b" t = 1790000000 , v1 = " + GOOD + b" ",
+        b"t=1790000000,v1=" + GOOD + b",",
+        b",, t=1790000000,,v1=" + GOOD + b", ,",
+        b"t=1790000000,v1=" + GOOD + b",nonsense",
+        b"v0=x, kid=a=b ,alg,v1=" + GOOD + b",t=1790000000",
+        b"t=1790000000,v1=" + GOOD + b",v2=a b,\xff=\xff",
+    ],
+)
+def test_where_we_are_as_mild(header: bytes) -> None:
+    """A7, A9: white space, empty and unknown elements change nothing, for the SDK and for us."""
+    delivery = Delivery(header=header, body=b"{}")
+    assert delivery.sdk_accepts()
+    assert delivery.we_accept()
 
 
 @pytest.mark.parametrize(
