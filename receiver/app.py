@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from typing import Any, Final, Literal, cast
 
 import structlog
@@ -23,6 +25,7 @@ from receiver.api.callback import Callback
 from receiver.api.jobs import Jobs
 from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
+from receiver.api.refusals import NO_SOURCE, Refusals
 from receiver.db import arrivals, inbox, jobs, migrate, outbox
 from receiver.db.engine import Database
 from receiver.db.requirements import require_usable
@@ -206,6 +209,9 @@ class _App(Starlette):
 
     On the way through the middleware that catches errors, and through the router, a webhook would spend as
     much time as in the check of its signature, its parsing and its storing together.
+
+    A slash too many in the callback's path changes nothing. It would change what a proxy in front forbids by
+    its path, and so this holds for the callback alone, which everybody may reach.
     """
 
     def __init__(self, callbacks: Mapping[str, ASGIApp], **options: Any) -> None:
@@ -219,6 +225,10 @@ class _App(Starlette):
             if callback is not None:
                 await callback(scope, receive, send)
                 return
+        if scope["type"] == "http" and self._callbacks:
+            path = "/" + "/".join(part for part in scope["path"].split("/") if part)
+            if f"{path}/".startswith(f"{CALLBACK}/"):
+                scope["path"] = path
         await super().__call__(scope, receive, send)
 
 
@@ -257,9 +267,10 @@ def create_app(
         Route("/livez", livez, methods=["GET"]),
         Route("/readyz", Readiness(probe).__call__, methods=["GET"]),
     ]
+    refusals = Refusals()
     callbacks: dict[str, ASGIApp] = {}
     if only != "internal":
-        callback = Callback(ingest, max_body_bytes=settings.max_body_bytes)
+        callback = Callback(ingest, refusals, max_body_bytes=settings.max_body_bytes)
         callbacks[CALLBACK] = callback
         routes += [
             Route(CALLBACK, callback, methods=["POST"]),
@@ -282,7 +293,7 @@ def create_app(
         callbacks,
         routes=routes,
         lifespan=lifespan,
-        exception_handlers={HTTPException: _http_error, Exception: _crash},
+        exception_handlers={HTTPException: partial(_http_error, refusals), Exception: _crash},
     )
     app.router.redirect_slashes = False
     return app
@@ -334,8 +345,11 @@ async def _crash(_request: Request, _exception: Exception) -> Response:
     return Response(body, 500, None, "application/json")
 
 
-async def _http_error(_request: Request, exception: Exception) -> Response:
+async def _http_error(refusals: Refusals, request: Request, exception: Exception) -> Response:
     error = cast("HTTPException", exception)
+    if error.status_code == HTTPStatus.NOT_FOUND and request.method == "POST":
+        # Most likely a webhook whose URL is wrong; Clipia tells nobody of it.
+        refusals.note(NO_SOURCE, "unknown_path", path=request.scope["path"])
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = error_body("invalid_request_error", code, str(error.detail))
     return Response(body, error.status_code, error.headers, "application/json")

@@ -10,9 +10,10 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from receiver.api.answers import CLOSE, Headers, error_body, send_json
+from receiver.api.refusals import NO_SOURCE, Refusals
 from receiver.errors import DatabaseUnavailable, SignatureError
 from receiver.ingest import Ingest
-from receiver.observability import ACK_SECONDS, REJECTIONS, WEBHOOKS
+from receiver.observability import ACK_SECONDS, WEBHOOKS
 from receiver.settings import DEFAULT_SOURCE
 from receiver.signature import SIGNATURE_HEADER
 
@@ -32,6 +33,12 @@ _ENCODED = error_body(
 _TOO_LARGE = error_body(_REQUEST, "body_too_large", "The body is larger than a webhook can be.")
 _TOO_SLOW = error_body(_REQUEST, "body_too_slow", "The body did not arrive in time.")
 _NO_SOURCE = error_body(_REQUEST, "not_found", "There is no such source.")
+
+_CODINGS: Final = frozenset(
+    b"br brotli bzip2 compress dcb dcz deflate exi gzip lz4 lzma pack200-gzip snappy xz zlib zstd "
+    b"aes128gcm x-bzip2 x-compress x-deflate x-gzip x-lzma x-snappy x-xz x-zstd".split()
+)
+"""Codings that change a body. Other names, such as `utf-8`, change no byte: the signature decides."""
 
 _Answer = tuple[int, bytes | dict[str, str], Headers]
 _NOT_STORED: Final[_Answer] = (503, _UNAVAILABLE, ((b"retry-after", RETRY_AFTER),))
@@ -70,8 +77,13 @@ def _read_head(headers: Iterable[tuple[bytes, bytes]]) -> _Head:
         elif name == b"content-length":
             declared = int(value)
         elif name == b"content-encoding":
-            encoded |= value.strip().lower() not in (b"", b"identity")
+            encoded |= _names_a_coding(value)
     return _Head(signatures, webhook_id, encoded, declared)
+
+
+def _names_a_coding(value: bytes) -> bool:
+    names = (element.partition(b";")[0].strip(b' \t"').lower() for element in value.split(b","))
+    return any(name in _CODINGS for name in names)
 
 
 def _job_id(text: str | None) -> UUID | None:
@@ -87,10 +99,10 @@ def _job_id(text: str | None) -> UUID | None:
 class Callback:
     """The ASGI endpoint that Clipia's webhooks hit."""
 
-    def __init__(self, ingest: Ingest, *, max_body_bytes: int) -> None:
+    def __init__(self, ingest: Ingest, refusals: Refusals, *, max_body_bytes: int) -> None:
         self._ingest = ingest
         self._max_body_bytes = max_body_bytes
-        self._logged: dict[str, float] = {}
+        self._refusals = refusals
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one delivery."""
@@ -98,6 +110,7 @@ class Callback:
         path = scope.get("path_params", {})
         source = path.get("source", DEFAULT_SOURCE)
         if not self._ingest.knows(source):
+            self._refusals.note(NO_SOURCE, "unknown_source", path=scope["path"])
             await send_json(send, 404, _NO_SOURCE, CLOSE)
             return
         try:
@@ -119,10 +132,10 @@ class Callback:
                 source, signatures=head.signatures, body=body, webhook_id=head.webhook_id, job_id=job_id
             )
         except _RefusedBody as refused:
-            self._reject(source, refused.reason)
+            self._refusals.note(source, refused.reason)
             return refused.status, refused.body, CLOSE
         except SignatureError as error:
-            self._reject(source, error.reason)
+            self._refusals.note(source, error.reason)
             return 401, _UNAUTHORIZED, ()
         except DatabaseUnavailable as error:
             WEBHOOKS.labels(source, "unavailable").inc()
@@ -165,11 +178,3 @@ class Callback:
             raise _RefusedBody(408, "too_slow", _TOO_SLOW) from None
         finally:
             deadline.cancel()
-
-    def _reject(self, source: str, reason: str) -> None:
-        """Count every refusal, but log a reason once a second at most: a flood must not fill the disk."""
-        REJECTIONS.labels(source, reason).inc()
-        now = time.monotonic()
-        if now - self._logged.get(reason, float("-inf")) >= 1.0:
-            self._logged[reason] = now
-            log.warning("webhook refused", source=source, reason=reason)
