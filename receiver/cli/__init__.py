@@ -1,9 +1,11 @@
 """The commands. Each module holds one command or one group; this one puts them together."""
 
 import sys
+from typing import Any
 
 import typer
 from rich.text import Text
+from typer.core import TyperGroup
 
 from receiver import __version__
 from receiver.cli.catalogue import account, estimate, models
@@ -26,11 +28,25 @@ from receiver.cli.terminal import stderr
 from receiver.cli.worker import worker
 from receiver.errors import ReceiverError, SettingsError
 
+
+class _Group(TyperGroup):
+    """A group whose help shows the whole first sentence of each command."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        # The library's cuts it off after one line.
+        rows = [(name, self.commands[name].get_short_help_str(1000)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(rows)
+
+
 app = typer.Typer(
     name="receiver",
+    cls=_Group,
     help="Durable receiver for the Clipia API's webhooks: verify, store once, save the media, forward.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Rich cuts the names of long options off at 80 columns.
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
@@ -51,11 +67,11 @@ for command in (
     send,
 ):
     app.command()(command)
-app.add_typer(jobs, name="jobs")
-app.add_typer(events, name="events")
-app.add_typer(deliveries, name="deliveries")
-app.add_typer(replays, name="replays")
-app.add_typer(media, name="media")
+app.add_typer(jobs, name="jobs", cls=_Group)
+app.add_typer(events, name="events", cls=_Group)
+app.add_typer(deliveries, name="deliveries", cls=_Group)
+app.add_typer(replays, name="replays", cls=_Group)
+app.add_typer(media, name="media", cls=_Group)
 
 
 def _show_version(value: bool) -> None:

@@ -12,7 +12,6 @@ from typing import Annotated, Any, BinaryIO, Final, TypeVar
 
 import orjson
 import typer
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy.exc import StatementError
@@ -25,6 +24,7 @@ from receiver.cli.terminal import (
     print_json,
     print_line,
     print_title,
+    progress_bar,
     size,
     stderr,
     stdout,
@@ -34,6 +34,7 @@ from receiver.db import ledger, transfer
 from receiver.db.engine import Database
 from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
+from receiver.files import private
 from receiver.lenient_json import present
 from receiver.settings import Settings
 
@@ -132,7 +133,7 @@ def export(
         bounds["until"] = until.replace(tzinfo=UTC) if until else None
         async with database.read() as connection:
             counts = await transfer.count(connection, **bounds)
-        with _open_output(file) as output, Progress(console=stderr) as progress:
+        with _open_output(file) as output, progress_bar() as progress:
             task = progress.add_task("lines", total=sum(counts.values()))
             output.write(orjson.dumps({"type": "ledger", "version": transfer.VERSION}) + b"\n")
             written = 0
@@ -164,7 +165,7 @@ def import_(file: Annotated[str, typer.Argument(help="An export: a file, or - fo
 
     async def run(_settings: Settings, database: Database) -> Counter[str]:
         done: Counter[str] = Counter()
-        with _open_input(file) as source, Progress(console=stderr) as progress:
+        with _open_input(file) as source, progress_bar() as progress:
             task = progress.add_task("lines", total=None)
             for number, lines in _batches(source):
                 try:
@@ -219,7 +220,7 @@ def _open_output(name: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     try:
-        with Path(name).open("xb") as output:
+        with open(name, "xb", opener=private) as output:
             yield output
     except OSError as error:
         raise ReceiverError(f"{name} cannot be written: {error.strerror}") from None

@@ -4,10 +4,9 @@ from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress
 
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, print_json, print_line, stderr, stdout
+from receiver.cli.terminal import Json, print_json, print_line, progress_bar, stdout
 from receiver.db import ledger
 from receiver.db.engine import Database
 from receiver.media import open_storage
@@ -33,7 +32,7 @@ def verify(
         try:
             async with database.read() as connection:
                 total = await ledger.count_stored(connection, since=start)
-            with Progress(console=stderr) as progress:
+            with progress_bar() as progress:
                 task = progress.add_task("files", total=total)
                 before = None
                 while True:

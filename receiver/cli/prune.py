@@ -8,11 +8,11 @@ from datetime import timedelta
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from receiver import retention
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, moment, print_json, stderr, stdout
+from receiver.cli.terminal import Json, moment, print_json, progress_bar, stderr, stdout
 from receiver.db.engine import Database
 from receiver.retention import Pruned
 from receiver.settings import Settings
@@ -73,7 +73,7 @@ async def _watch(done: Pruned, batches: AsyncIterator[Pruned]) -> Pruned:
             if stopped:
                 break
 
-    progress = Progress(TextColumn("events"), BarColumn(), MofNCompleteColumn(), console=stderr)
+    progress = progress_bar(TextColumn("events"), BarColumn(), MofNCompleteColumn())
     bar = progress.add_task("events", total=None)
     with progress:
         going = asyncio.create_task(go_through())

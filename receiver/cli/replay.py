@@ -7,13 +7,23 @@ from uuid import UUID
 
 import typer
 from pydantic import ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from receiver.app import make_replays
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, moment, print_json, print_line, stderr, stdout, user_name, wide
+from receiver.cli.terminal import (
+    Json,
+    moment,
+    print_json,
+    print_line,
+    progress_bar,
+    stderr,
+    stdout,
+    user_name,
+    wide,
+)
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
 from receiver.replay import ReplayRequest, Replays
@@ -197,13 +207,12 @@ async def _find(orders: Replays, replay_id: UUID) -> dict[str, Any]:
 
 
 async def _watch(orders: Replays, order: dict[str, Any]) -> dict[str, Any]:
-    progress = Progress(
+    progress = progress_bar(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        console=stderr,
     )
     loop = asyncio.get_running_loop()
     began = changed = loop.time()

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Final
 import orjson
 import typer
 from rich.console import Console
+from rich.progress import Progress, ProgressColumn
 from rich.text import Text
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -48,6 +49,11 @@ def size(count: int) -> str:
 def moment(time: datetime) -> str:
     """Return a time for people, in UTC."""
     return time.astimezone(UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """Make a progress bar, which is drawn on a terminal only: a cron mail or a log has no use for it."""
+    return Progress(*columns, console=stderr, disable=not stderr.is_terminal)
 
 
 def print_title(title: str, rows: Sized) -> None:

@@ -1,6 +1,8 @@
 """SQLite: engines with our settings, and a thread that runs whole transactions."""
 
 import asyncio
+import contextlib
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
@@ -20,6 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from receiver.db.transactions import POOL_WAIT
+from receiver.files import private
 
 T = TypeVar("T")
 
@@ -28,6 +31,9 @@ def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = 
     """Return an engine with our settings; `begin` is the statement that opens a transaction."""
     if url.database:
         Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        # SQLite would make the file readable by everybody; its -wal and -shm files get the mode of this one.
+        with contextlib.suppress(OSError):
+            os.close(private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
     engine = create_async_engine(
         url,
         pool_size=pool_size,

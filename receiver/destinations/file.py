@@ -21,6 +21,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, SettingsError
+from receiver.files import private
 from receiver.settings import DestinationSettings
 
 LOCK_TIMEOUT: Final = 10.0
@@ -179,7 +180,7 @@ class _Lines:
     def _open(self) -> int:
         _make_folder(self._path.parent)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        self._descriptor = os.open(self._path, flags, 0o640)
+        self._descriptor = private(str(self._path), flags)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise _UnusableError(errno.EINVAL, "is not a regular file")
         # Also where the file was there: its maker may have died before it did this.

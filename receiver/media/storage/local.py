@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
+from receiver.files import private
 from receiver.media.storage.base import blocks, probe, require_key, settled
 
 P = ParamSpec("P")
@@ -107,7 +108,7 @@ class _Part:
 
     def open(self) -> None:
         _make_folder(self._path.parent)
-        self._file = self._closing.enter_context(self._path.open("xb", buffering=0))
+        self._file = self._closing.enter_context(io.FileIO(self._path, "xb", opener=private))
 
     def write(self, block: bytes) -> None:
         rest = memoryview(block)

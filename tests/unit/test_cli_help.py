@@ -1,0 +1,42 @@
+"""The help of every command can be read on a terminal of 80 columns."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer.main
+from typer.testing import CliRunner
+
+from receiver.cli import app
+
+
+def commands(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield each command and each group with its path."""
+    yield path, command
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, (*path, name))
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_help_shows_every_name_and_sentence_whole(
+    path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No name of an option or a command is cut off, and no help of one either."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    shown = CliRunner().invoke(app, [*path, "--help"]).stdout
+    words = shown.split()
+    for parameter in COMMANDS[path].params:
+        for name in (*parameter.opts, *parameter.secondary_opts):
+            if name.startswith("-"):
+                assert {name, f"{name},"} & set(words), name
+        if parameter.help:
+            assert parameter.help.split()[0] in words
+            assert " ".join(parameter.help.split()) in " ".join(words)
+    for name, each in getattr(COMMANDS[path], "commands", {}).items():
+        assert name in words
+        assert " ".join(each.get_short_help_str(1000).split()) in " ".join(words)
+    assert all(len(line) <= 80 for line in shown.splitlines())
