@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from receiver import recovery
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.callback import Callback
@@ -283,6 +284,7 @@ def create_app(
             lambda: read_backlog(database, settings.all_destinations),
             dead=lambda: count_dead_letters(database, settings.all_destinations),
             paused=submitter.paused,
+            unrecognized=recovery.Count(database),
             tokens=tokens,
             multiprocess=multiprocess,
         )

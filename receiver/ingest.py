@@ -182,8 +182,12 @@ async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -
         if one is not None and one.body_sha256 != event.body_sha256
     }
     bodies = await inbox.load_bodies(connection, others) if others else {}
-    outcomes = [
-        None if one is None else _outcome(one, event, bodies)
+    outcomes: list[Outcome | None] = [
+        None
+        if one is None
+        else "unrecognized"
+        if event.state == "unrecognized"
+        else compare(one, event, bodies)
         for one, (event, *_) in zip(known, group, strict=True)
     ]
     await inbox.insert_receipts(
@@ -197,13 +201,13 @@ async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -
     return outcomes
 
 
-def _outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:
-    """Return how the delivery of an event that is there already is answered.
+def compare(
+    known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]
+) -> Literal["duplicate", "conflict"]:
+    """Tell whether another delivery of an event that is there already says the same.
 
     `bodies` are those of known events, by `seq`, that are not the same bytes.
     """
-    if event.state == "unrecognized":
-        return "unrecognized"
     if known.body_sha256 == event.body_sha256:
         return "duplicate"
     if known.origin == "poll":

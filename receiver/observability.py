@@ -52,6 +52,12 @@ DEAD_LETTERS = Gauge(
     ["destination"],
     multiprocess_mode="mostrecent",
 )
+UNRECOGNIZED = Gauge(
+    "receiver_unrecognized_events",
+    "Signed bodies that were not recognized; `receiver events recover` takes up those that are recoverable.",
+    ["recoverable"],
+    multiprocess_mode="mostrecent",
+)
 MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
 SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])

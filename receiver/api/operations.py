@@ -15,7 +15,7 @@ from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, Refused
-from receiver.observability import BACKLOG, BACKLOG_OLDEST, DEAD_LETTERS, SUBMISSIONS_PAUSED
+from receiver.observability import BACKLOG, BACKLOG_OLDEST, DEAD_LETTERS, SUBMISSIONS_PAUSED, UNRECOGNIZED
 
 PROBE_WAIT: Final = 4.0
 PROBE_AGE: Final = 1.0
@@ -75,12 +75,14 @@ class Metrics:
         *,
         dead: Callable[[], Awaitable[dict[str, int]]],
         paused: Callable[[], Awaitable[bool]],
+        unrecognized: Callable[[], Awaitable[dict[bool, int]]],
         tokens: Tokens,
         multiprocess: bool,
     ) -> None:
         self._backlog = backlog
         self._dead = dead
         self._paused = paused
+        self._unrecognized = unrecognized
         self._tokens = tokens
         self._multiprocess = multiprocess
         self._lanes: set[str] = set()
@@ -105,11 +107,14 @@ class Metrics:
         try:
             async with asyncio.timeout(PROBE_WAIT):
                 backlog, dead, paused = await self._backlog(), await self._dead(), await self._paused()
+                unrecognized = await self._unrecognized()
         except (ReceiverError, TimeoutError) as error:
             # The counters are worth having most while the database is away.
             log.warning("backlog unknown", error=str(error))
             return
         SUBMISSIONS_PAUSED.set(paused)
+        for recoverable, count in unrecognized.items():
+            UNRECOGNIZED.labels(str(recoverable).lower()).set(count)
         self._destinations |= dead.keys()
         for name in self._destinations:
             DEAD_LETTERS.labels(name).set(dead.get(name, 0))

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.text import Text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver import recovery
 from receiver.cli.database import with_database
 from receiver.cli.terminal import (
     Json,
@@ -36,6 +38,7 @@ from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
 from receiver.files import private
 from receiver.lenient_json import present
+from receiver.recovery import Recovered
 from receiver.settings import Settings
 
 events = typer.Typer(help="Look at stored events, export and import them.", no_args_is_help=True)
@@ -183,6 +186,37 @@ def import_(file: Annotated[str, typer.Argument(help="An export: a file, or - fo
     _say(", ".join(f"{count} {what}" for what, count in sorted(done.items())) or "nothing in it")
 
 
+@events.command()
+def recover(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be done.")] = False,
+    json: Json = False,
+) -> None:
+    """Take up events that were not recognized when they came and that this release can read.
+
+    Each becomes the event of its request_id and is forwarded like a new one; if that has come meanwhile, it
+    becomes one more delivery of it. Try it with --dry-run first. It can be ended and repeated at any time.
+    """
+
+    async def run(_settings: Settings, database: Database) -> list[Recovered]:
+        found = []
+        async for each in recovery.recover(database, dry_run=dry_run):
+            found.append(each)
+            if not json and each.outcome != "unrecognized":
+                print_line(f"{each.outcome:<9}  {each.request_id}  event {each.event_id}")
+        return found
+
+    found = with_database(run)
+    if json:
+        print_json([asdict(each) for each in found])
+        return
+    counts = Counter(each.outcome for each in found)
+    verb = "to take up" if dry_run else "taken up"
+    _say(
+        f"{counts['accepted']} events {verb}; {counts['duplicate']} had come again, "
+        f"{counts['conflict']} with another body; {counts['unrecognized']} are not readable"
+    )
+
+
 def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]]]:
     """Yield lines in batches, each with the number of its first line; check the head."""
     numbered = enumerate(map(_line, source), start=1)
@@ -249,6 +283,8 @@ def _say(message: str) -> None:
 
 def _print_event(event: dict[str, Any]) -> None:
     facts = Table(box=None, show_header=False)
+    if event.get("recoverable"):
+        stdout.print("This release can read it: `receiver events recover` takes it up.\n")
     for name in ("id", "request_id", "source", "origin", "state", "reason", "status", "model", "cost"):
         if event[name] is not None:
             facts.add_row(name, Text(str(event[name])))

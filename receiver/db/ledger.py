@@ -9,6 +9,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Table, and_, case, exists, func, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import unrecognized
 from receiver.db.rows import event_id, least_id
 from receiver.db.sources import find_event_ids
 from receiver.db.tables import (
@@ -75,13 +76,22 @@ async def list_events(
 
 
 async def show_event(connection: AsyncConnection, key: str) -> Row | None:
-    """Return one event by its id or `request_id`, with its body (bytes) and everything that hangs on it."""
+    """Return one event by its id or `request_id`, with its body (bytes) and everything that hangs on it.
+
+    One that was not recognized has `recoverable`, and is found by the `request_id` that this release reads in
+    it unless there is another event of that name.
+    """
     ids = (await find_event_ids(connection, [key]))[key]
-    statement = select(events).where(events.c.id.in_(ids)).order_by(events.c.seq.desc()).limit(1)
-    row = (await connection.execute(statement)).mappings().one_or_none()
+    newest = select(events).order_by(events.c.seq.desc()).limit(1)
+    row = (await connection.execute(newest.where(events.c.id.in_(ids)))).mappings().one_or_none()
+    if row is None:
+        seqs = await unrecognized.find_seqs(connection, key)
+        row = (await connection.execute(newest.where(events.c.seq.in_(seqs)))).mappings().one_or_none()
     if row is None:
         return None
     event = dict(row)
+    if event["state"] == "unrecognized":
+        event["recoverable"] = unrecognized.read_request_id(event["body"]) is not None
     seq = event["seq"]
     event["receipts"] = await _children(connection, receipts, seq, receipts.c.seq)
     event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())

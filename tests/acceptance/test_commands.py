@@ -20,7 +20,7 @@ COMMANDS = [
     *("replay", "replays", "deliveries", "route", "media", "prune"),
 ]
 GROUPS = [
-    *("events list", "events show", "events export", "events import"),
+    *("events list", "events show", "events export", "events import", "events recover"),
     *("jobs list", "jobs show", "jobs resubmit", "jobs cost"),
     *(
         "replays list",
