@@ -21,14 +21,14 @@ from typing import Any
 import clipia
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from sqlalchemy import DateTime, String, select
+from sqlalchemy import URL, DateTime, String, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from receiver import cli as receiver
 from receiver import ingest
-from receiver.db.engine import parse_url
 from receiver.db.sqlite import sqlite_engine
+from receiver.db.urls import parse_url
 
 
 async def bare(scope: Any, receive: Any, send: Any) -> None:
@@ -63,10 +63,12 @@ def naive() -> FastAPI:
     """Return the handler that the documentation suggests."""
     secret = os.environ["CLIPIA_WEBHOOK_SECRET"]
     url = parse_url(os.environ["RECEIVER_DATABASE_URL"])
-    if url.get_backend_name() == "sqlite":
+    if isinstance(url, URL):
         engine = sqlite_engine(url, pool_size=5, begin="BEGIN IMMEDIATE")
     else:
-        engine = create_async_engine(url, pool_size=10, max_overflow=0)
+        engine = create_async_engine(
+            "postgresql+asyncpg://", connect_args=url.arguments, pool_size=10, max_overflow=0
+        )
     sessions = async_sessionmaker(engine, expire_on_commit=False)
 
     @asynccontextmanager

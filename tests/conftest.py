@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings as hypothesis_settings
-from servers import Postgres
+from servers import PgBouncer, Postgres
 
 from receiver import masking
 from receiver.db import migrate
@@ -57,6 +57,13 @@ def postgres() -> Iterator[Postgres]:
 
 
 @pytest.fixture(scope="session")
+def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
+    """A pooler before the session's server, which lends a session to each transaction."""
+    with PgBouncer(postgres) as pooler:
+        yield pooler
+
+
+@pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An SQLite file that the migrations made, to be copied."""
     path = tmp_path_factory.mktemp("sqlite") / "receiver.db"
@@ -75,7 +82,7 @@ def _migrate(url: str) -> None:
         thread.submit(asyncio.run, upgrade()).result()
 
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+@pytest.fixture(params=["sqlite", "postgresql", "pgbouncer"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """The URL of a fresh database with the current schema; the test runs once on each kind."""
     if request.param == "sqlite":
@@ -83,7 +90,8 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         path = tmp_path / "receiver.db"
         path.write_bytes(template.read_bytes())
         return f"sqlite:///{path}"
-    server: Postgres = request.getfixturevalue("postgres")
+    fixture = "postgres" if request.param == "postgresql" else request.param
+    server: Postgres | PgBouncer = request.getfixturevalue(fixture)
     return server.url(template="migrated")
 
 

@@ -1,5 +1,6 @@
 """Real servers for tests, on free loopback ports, each in a folder of its own."""
 
+import asyncio
 import contextlib
 import os
 import pwd
@@ -8,6 +9,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -91,11 +93,13 @@ class Postgres:
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(self.directory, user.pw_uid, user.pw_gid)
-        options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"]
-        command = self._command(str(self.bin / "initdb"), "-D", str(self.data), *options)
-        subprocess.run(command, check=True, capture_output=True, cwd=self.directory)
+        subprocess.run(self._creation(), check=True, capture_output=True, cwd=self.directory)
         self.start()
         return self
+
+    def _creation(self) -> list[str]:
+        options = ["-A", "trust", "-U", "postgres", "-E", "UTF8", "--no-sync"]
+        return self._command(str(self.bin / "initdb"), "-D", str(self.data), *options)
 
     def start(self) -> None:
         """Start the server and wait until it answers."""
@@ -177,3 +181,120 @@ class Postgres:
         if self.process is not None and self.process.poll() is None:
             self.crash()
         shutil.rmtree(self.directory)
+
+
+class Standby(Postgres):
+    """A streaming replica of a cluster, which takes no writes until it is promoted."""
+
+    def __init__(self, primary: Postgres) -> None:
+        super().__init__()
+        self._primary = primary
+
+    def _creation(self) -> list[str]:
+        place = ["-h", "127.0.0.1", "-p", str(self._primary.port), "-U", "postgres", "-D", str(self.data)]
+        options = ["--write-recovery-conf", "--checkpoint=fast", "--no-sync"]
+        return self._command(str(self.bin / "pg_basebackup"), *place, *options)
+
+    def promote(self) -> None:
+        """Make it a primary."""
+        assert self.sql("SELECT pg_promote()").stdout.strip() == "t"
+
+
+class PgBouncer:
+    """A pgbouncer with its defaults before a cluster, and a pool of two sessions for each database."""
+
+    def __init__(self, server: Postgres, *, mode: str = "transaction", pool_size: int = 2) -> None:
+        found = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin")
+        if not found:
+            missing("pgbouncer", "apt-get install pgbouncer")
+            raise AssertionError("unreachable")
+        self._program = found
+        self._server = server
+        self.mode, self.pool_size = mode, pool_size
+        self.directory = Path(tempfile.mkdtemp(prefix="receiver-pgbouncer-"))
+        self.port = free_port()
+
+    def __enter__(self) -> Self:
+        users = self.directory / "users"
+        users.write_text('"postgres" ""\n')
+        configuration = self.directory / "pgbouncer.ini"
+        configuration.write_text(
+            f"[databases]\n* = host=127.0.0.1 port={self._server.port}\n[pgbouncer]\n"
+            f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
+            f"auth_type = trust\nauth_file = {users}\nlogfile = {self.directory / 'log'}\n"
+            f"pool_mode = {self.mode}\ndefault_pool_size = {self.pool_size}\n"
+            # Each test has a database of its own: their sessions must not use up what the server has.
+            "server_idle_timeout = 5\n"
+        )
+        prefix = []
+        if os.geteuid() == 0:
+            user = pwd.getpwnam("postgres")
+            for path in (self.directory, users, configuration):
+                os.chown(path, user.pw_uid, user.pw_gid)
+            prefix = ["runuser", "-u", "postgres", "--"]
+        command = [*prefix, self._program, "--quiet", str(configuration)]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        wait_for_port(self.port, self.process)
+        return self
+
+    def url(self, *, template: str = "template1") -> str:
+        """Create a database in the cluster and return its URL by way of pgbouncer."""
+        return self.through(self._server.url(template=template))
+
+    def through(self, url: str) -> str:
+        """Return the URL by way of pgbouncer of a database in the cluster."""
+        return url.replace(f":{self._server.port}/", f":{self.port}/")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # runuser hands SIGTERM on, which ends pgbouncer at once.
+        end(self.process)
+        shutil.rmtree(self.directory)
+
+
+class Switch:
+    """A TCP address that leads to one port and later to another; open connections stay where they are."""
+
+    def __init__(self, port: int) -> None:
+        self.target = port
+        self.port = 0
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        listener = asyncio.start_server(self._meet, "127.0.0.1", 0)
+        self._server = asyncio.run_coroutine_threadsafe(listener, self._loop).result(10)
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answers, server = await asyncio.open_connection("127.0.0.1", self.target)
+        except OSError:
+            writer.close()
+            return
+        await asyncio.gather(self._pump(reader, server), self._pump(answers, writer))
+
+    @staticmethod
+    async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await reader.read(65536):
+                writer.write(data)
+        writer.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        async def end() -> None:
+            self._server.close()
+            others = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in others:
+                task.cancel()
+            await asyncio.gather(*others, return_exceptions=True)
+
+        asyncio.run_coroutine_threadsafe(end(), self._loop).result(10)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+        self._loop.close()

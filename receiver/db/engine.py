@@ -5,14 +5,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import URL, PoolProxiedConnection, make_url
-from sqlalchemy.exc import ArgumentError
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy import URL, PoolProxiedConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.pool import NullPool
 
-from receiver.db.postgresql import Statements, postgresql_engine
+from receiver.db.postgresql import Statements
+from receiver.db.sessions import Sessions
 from receiver.db.sqlite import SqliteThread, sqlite_engine
 from receiver.db.transactions import POOL_WAIT, transaction, unavailable
-from receiver.errors import DatabaseUnavailable, SettingsError
+from receiver.db.urls import parse_url
+from receiver.errors import DatabaseUnavailable
 
 POOL_SIZE: Final = 10
 T = TypeVar("T")
@@ -28,19 +30,23 @@ class Database:
 
     def __init__(self, url: str) -> None:
         """Raise SettingsError for a URL that cannot be used; connect to nothing yet."""
-        self.url: Final = parse_url(url)
-        self.is_sqlite: Final = self.url.get_backend_name() == "sqlite"
-        if self.is_sqlite:
-            self._writer = sqlite_engine(self.url, pool_size=1, begin="BEGIN IMMEDIATE")
-            self._reader = sqlite_engine(self.url, pool_size=4, begin="BEGIN")
-            self._thread: Final = SqliteThread(self.url)
+        self.url: Final = url
+        parsed = parse_url(url)
+        self.is_sqlite: Final = isinstance(parsed, URL)
+        if isinstance(parsed, URL):
+            self._writer = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE")
+            self._reader = sqlite_engine(parsed, pool_size=4, begin="BEGIN")
+            self._thread: Final = SqliteThread(parsed)
             # Writers queue here, and not in SQLite's busy handler. All but webhooks pass the gate first, one
             # by one: a webhook waits for one other transaction, and the others have every second turn.
             self._turn, self._gate = asyncio.Lock(), asyncio.Lock()
         else:
-            self._writer = self._reader = postgresql_engine(self.url, pool_size=POOL_SIZE)
+            self._sessions: Final = Sessions(parsed)
+            self._writer = self._reader = self._sessions.engine(
+                pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT
+            )
             # Of its own: those who find the other pool empty must not keep webhooks waiting.
-            self._statements: Final = Statements(self.url)
+            self._statements: Final = Statements(self._sessions)
 
     @property
     def dialect_name(self) -> str:
@@ -50,7 +56,7 @@ class Database:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that may write; it is committed durably when the block ends."""
-        async with self._in_turn(), transaction(self._writer) as connection:
+        async with self._in_turn(), self._transaction(self._writer, writes=True) as connection:
             yield connection
 
     async def run_at_once(
@@ -82,14 +88,22 @@ class Database:
     ) -> list[Any]:
         """Run a statement that is a durable transaction by itself on PostgreSQL; return its rows.
 
-        Unless `keep`, it is rolled back. Raises DatabaseUnavailable as `write` does, and for other errors
-        asyncpg's own.
+        It may run twice: the second time in a new session if the first was lost with it. Unless `keep`, it is
+        rolled back. Raises DatabaseUnavailable as `write` does, and for other errors asyncpg's own.
         """
         return await self._statements.fetch(statement, arguments, keep=keep)
 
     def hold_driver(self) -> AbstractAsyncContextManager[Any]:
         """Open a connection of asyncpg's for the block, on PostgreSQL; raises as `write` does."""
         return self._statements.hold()
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether a pooler such as pgbouncer is known to stand before PostgreSQL.
+
+        Then a session lasts for a transaction only, and cannot LISTEN.
+        """
+        return not self.is_sqlite and bool(self._sessions.is_pooled)
 
     @asynccontextmanager
     async def _in_turn(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
@@ -110,7 +124,29 @@ class Database:
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
         """Open a transaction that only reads, from one snapshot on SQLite."""
-        return transaction(self._reader)
+        return self._transaction(self._reader, writes=False)
+
+    def _transaction(
+        self, engine: AsyncEngine, *, writes: bool
+    ) -> AbstractAsyncContextManager[AsyncConnection]:
+        if self.is_sqlite:
+            return transaction(engine)
+        return self._sessions.transaction(engine, writes=writes)
+
+    @asynccontextmanager
+    async def migrate(self) -> AsyncIterator[AsyncConnection]:
+        """Open a transaction that may change the schema, and may take longer than any of the service."""
+        parsed = parse_url(self.url)
+        if isinstance(parsed, URL):
+            # SQLite changes a table by copying it, which the references of others to its rows would forbid.
+            engine = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
+        else:
+            engine = self._sessions.engine(command_timeout=None, poolclass=NullPool)
+        try:
+            async with self._transaction(engine, writes=True) as connection:
+                yield connection
+        finally:
+            await engine.dispose()
 
     async def close(self) -> None:
         """Close all connections."""
@@ -120,25 +156,3 @@ class Database:
             await self._thread.close()
         else:
             await self._statements.close()
-
-
-def parse_url(url: str) -> URL:
-    """Return the async URL of a plain `sqlite:///…` or `postgresql://…`; raise SettingsError for another."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        parsed = URL.create("unreadable")
-    backend = parsed.get_backend_name()
-    if backend == "sqlite":
-        if not parsed.database or ":memory:" in parsed.database or "mode=memory" in url:
-            raise SettingsError("RECEIVER_DATABASE_URL: an in-memory SQLite database would lose acked events")
-        return parsed.set(drivername="sqlite+aiosqlite")
-    if backend in {"postgresql", "postgres"}:
-        query: dict[str, Any] = dict(parsed.query)
-        # libpq's spelling, which every provider's copy button gives; asyncpg takes the same values as `ssl`.
-        if "sslmode" in query:
-            query["ssl"] = query.pop("sslmode")
-        return parsed.set(drivername="postgresql+asyncpg", query=query)
-    raise SettingsError(
-        "RECEIVER_DATABASE_URL: write sqlite:///path/to/file.db or postgresql://user:password@host:5432/name"
-    )

@@ -9,14 +9,9 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
-from sqlalchemy.ext.asyncio import create_async_engine
-from sqlalchemy.pool import NullPool
 
 from receiver.db.engine import Database
-from receiver.db.postgresql import ISOLATION
 from receiver.db.requirements import require_usable
-from receiver.db.sqlite import sqlite_engine
-from receiver.db.transactions import transaction
 from receiver.errors import SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
@@ -55,28 +50,13 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
         config.attributes["connection"] = connection
         change(config)
 
-    # Not the service's engines: a migration may take longer than any statement of the service, and SQLite
-    # changes a table by copying it, which the references of others to its rows would forbid.
-    if database.is_sqlite:
-        engine = sqlite_engine(database.url, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
-    else:
-        engine = create_async_engine(
-            database.url,
-            poolclass=NullPool,
-            isolation_level=ISOLATION,
-            connect_args={"timeout": 10},
-            hide_parameters=True,
-        )
-    try:
-        async with transaction(engine) as connection:
-            if not database.is_sqlite:
-                await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
-                await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
-            await connection.run_sync(run)
-            if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
-                raise RuntimeError("the migration would leave rows that refer to nothing")
-    finally:
-        await engine.dispose()
+    async with database.migrate() as connection:
+        if not database.is_sqlite:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
+            await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+        await connection.run_sync(run)
+        if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
+            raise RuntimeError("the migration would leave rows that refer to nothing")
 
 
 async def prepare(database: Database, *, durable_without: Collection[str] = ()) -> None:

@@ -1,56 +1,17 @@
-"""PostgreSQL: engines with our settings, and a connection for single statements."""
+"""PostgreSQL: a connection for single statements."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
-from importlib import import_module
-from typing import Any, Final
+from typing import Any
 
-from sqlalchemy import URL, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.causes import cause
-from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, unavailable
-from receiver.errors import DatabaseUnavailable, SettingsError
-
-COMMAND_WAIT: Final = 4.0
-"""Seconds that the client waits for one statement.
-
-It is the client that counts: `statement_timeout` never fires in a server process that is frozen.
-"""
-ISOLATION: Final = "READ COMMITTED"
-"""Every transaction begins with it: a role or a database may have another default.
-
-At a stricter level a statement sees nothing that was committed after the transaction's first one. An insert
-that waited for another delivery of its event would fail, and a transaction that waited for a lock would then
-read what was there before the wait.
-"""
-
-
-def postgresql_engine(
-    url: URL, *, pool_size: int, isolation_level: str = ISOLATION, **options: Any
-) -> AsyncEngine:
-    """Return an engine with our settings."""
-    settings = {
-        "application_name": "clipia-receiver",
-        "lock_timeout": "2s",
-        "idle_in_transaction_session_timeout": "10s",
-    }
-    try:
-        return create_async_engine(
-            url,
-            pool_size=pool_size,
-            max_overflow=0,
-            hide_parameters=True,
-            pool_timeout=POOL_WAIT,
-            isolation_level=isolation_level,
-            **options,
-            connect_args={"timeout": POOL_WAIT, "command_timeout": COMMAND_WAIT, "server_settings": settings},
-        )
-    except ModuleNotFoundError:
-        raise SettingsError(
-            "PostgreSQL needs the driver asyncpg: pip install 'clipia-receiver[postgres]'"
-        ) from None
+from receiver.db.sessions import ISOLATION, Sessions
+from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, is_lost, sqlstate, unavailable
+from receiver.errors import DatabaseUnavailable
 
 
 class Statements:
@@ -60,47 +21,62 @@ class Statements:
     statement. One at a time is all that a group commit asks for.
     """
 
-    def __init__(self, url: URL) -> None:
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
         # One for statements, and one for who holds one.
-        self._engine = postgresql_engine(url, pool_size=2, isolation_level="AUTOCOMMIT")
+        self._engine = sessions.engine(
+            pool_size=2, max_overflow=0, pool_timeout=POOL_WAIT, isolation_level="AUTOCOMMIT"
+        )
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
         self._is_read_committed = False
         self._turn = asyncio.Lock()
-        # An extra, which is there once the engine could be made.
-        asyncpg = import_module("asyncpg")
-        self._refusals = (
-            asyncpg.PostgresError,
-            asyncpg.InterfaceError,
-            # What a statement meets between the server's word that it ends the connection and the end.
-            asyncpg.InternalClientError,
-            TimeoutError,
-            OSError,
-        )
+        driver = sessions.driver
+        # InternalClientError: raised if the server closes the session while the statement runs.
+        self._closed = (driver.InterfaceError, driver.InternalClientError)
+        self._refusals = (driver.PostgresError, *self._closed, TimeoutError, OSError)
 
     async def fetch(self, statement: str, arguments: Sequence[object], *, keep: bool = True) -> list[Any]:
-        """Run a statement and return its rows; unless `keep`, roll it back."""
-        async with self._turn:
-            if self._connection is None or self._driver.is_closed():
-                await self._reconnect()
-            try:
-                async with self._isolated() if keep else self._rolled_back():
-                    rows: list[Any] = await self._driver.fetch(statement, *arguments)
-            except BaseException as error:
-                # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
-                await self._disconnect()
-                sqlstate = str(getattr(error, "sqlstate", None) or "")
-                ours = isinstance(error, ValueError) or (
-                    sqlstate[:2] in OUR_MISTAKES and not is_condition(error)
-                )
-                if ours or not isinstance(error, self._refusals):
-                    raise
-                raise DatabaseUnavailable(
-                    f"the database is unavailable: {cause(error)}", reason="database"
-                ) from error
-            return rows
+        """Run a statement and return its rows; unless `keep`, roll it back.
 
-    async def _reconnect(self) -> None:
+        It runs a second time in a new session if the first session was lost. So it has to be one that may run
+        twice: whether the first run was committed is not known.
+        """
+        async with self._turn:
+            try:
+                return await self._fetch(statement, arguments, keep=keep)
+            except _Lost:
+                pass
+            try:
+                return await self._fetch(statement, arguments, keep=keep)
+            except _Lost as lost:
+                raise _unavailable(lost.error) from lost.error
+
+    async def _fetch(self, statement: str, arguments: Sequence[object], *, keep: bool) -> list[Any]:
+        connection = self._connection
+        if connection is None or self._driver.is_closed() or not self._sessions.is_current(connection.info):
+            connection = await self._reconnect()
+        info = connection.info
+        try:
+            async with self._isolated() if keep else self._rolled_back():
+                rows: list[Any] = await self._driver.fetch(statement, *arguments)
+        except BaseException as error:
+            # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
+            await self._disconnect()
+            lost = is_lost(error) or isinstance(error, self._closed)
+            ours = isinstance(error, ValueError) or (
+                sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
+            )
+            if ours or not isinstance(error, self._refusals):
+                raise
+            if lost or isinstance(error, TimeoutError):
+                self._sessions.distrust(info)
+            if lost:
+                raise _Lost(error) from error
+            raise _unavailable(error) from error
+        return rows
+
+    async def _reconnect(self) -> AsyncConnection:
         await self._disconnect()
         with unavailable():
             connection = await self._engine.connect()
@@ -108,6 +84,7 @@ class Statements:
             self._connection = connection
             level = (await connection.execute(text("SHOW transaction_isolation"))).scalar_one()
             self._is_read_committed = level == ISOLATION.lower()
+        return connection
 
     def _isolated(self) -> AbstractAsyncContextManager[object]:
         """Return what pins the isolation level of a statement.
@@ -151,3 +128,15 @@ class Statements:
         if self._connection is not None:
             await self._connection.close()
         await self._engine.dispose()
+
+
+class _Lost(Exception):  # noqa: N818 - states a condition
+    """The session was lost with the statement."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
+
+
+def _unavailable(error: BaseException) -> DatabaseUnavailable:
+    return DatabaseUnavailable(f"the database is unavailable: {cause(error)}", reason="database")

@@ -1,12 +1,14 @@
 """Wake-ups that cross processes, by PostgreSQL's LISTEN and NOTIFY.
 
-Nothing depends on them: work is found by polling, and a signal only shortens the wait for that. Behind a
-pooler that shares connections between transactions, which cannot LISTEN, the wait is all there is.
+Nothing depends on them: work is found by polling, and a signal only shortens the wait for that. There are no
+signals behind a pooler. It lends a session to each transaction, so a LISTEN stays behind in a session of
+another client: it seems to succeed, and no signal ever arrives.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 import structlog
 
@@ -18,6 +20,9 @@ REST: Final = 0.02
 """Seconds between signals at least: under load one does for many commits."""
 RECONNECT: Final = 5.0
 """Seconds until a lost connection is opened anew."""
+CHECK: Final = 5.0
+"""Seconds between checks of a silent connection: after a failover its server gets no more signals."""
+IS_READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::bool"
 
 log = structlog.get_logger()
 
@@ -56,19 +61,31 @@ class Signals:
 
 
 async def listen(database: Database, heard: Callable[[str], None]) -> None:
-    """Call `heard` with the name of each lane that is signalled, until cancelled."""
+    """Call `heard` with the name of each lane that is signalled, until canceled; return behind a pooler."""
+    while True:
+        try:
+            async with database.hold_driver() as driver:
+                if database.is_pooled:
+                    log.info(
+                        "no signals between processes behind a connection pooler: work is found by polling"
+                    )
+                    return
+                await _listen(driver, heard)
+        except Exception as error:  # noqa: BLE001 - polling goes on without
+            log.debug("not listening for signals", error=str(error))
+        await asyncio.sleep(RECONNECT)
+
+
+async def _listen(driver: Any, heard: Callable[[str], None]) -> None:
+    """Listen on a connection until it is lost or its server takes no writes."""
 
     def hear(_connection: object, _pid: object, _channel: object, lane: object) -> None:
         heard(str(lane))
 
     lost = asyncio.Event()
-    while True:
-        lost.clear()
-        try:
-            async with database.hold_driver() as driver:
-                driver.add_termination_listener(lambda _connection: lost.set())
-                await driver.add_listener(CHANNEL, hear)
+    driver.add_termination_listener(lambda _connection: lost.set())
+    await driver.add_listener(CHANNEL, hear)
+    while not lost.is_set() and not await driver.fetchval(IS_READ_ONLY):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CHECK):
                 await lost.wait()
-        except Exception as error:  # noqa: BLE001 - polling goes on without
-            log.debug("not listening for signals", error=str(error))
-        await asyncio.sleep(RECONNECT)

@@ -22,9 +22,41 @@ _CONDITIONS: Final = {
     "42501",  # insufficient privilege
     "42P01",  # undefined table
     "42703",  # undefined column
+    "42P05",  # a prepared statement is there already: another client's, behind a pooler
 }
 """SQLSTATEs of those classes that come from the database: rights or tables that are not there."""
+_LOST: Final = (
+    "08",  # connection exceptions
+    "25006",  # the server is read-only
+    "57P",  # the server or an administrator has ended the session, or it was idle for too long
+    # A prepared statement is missing, or there already: a pooler that was not there before.
+    "26000",
+    "42P05",
+)
 _SQLITE_MISTAKES: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
+
+
+class SessionLost(Exception):  # noqa: N818 - states a condition
+    """The session leads to a server that takes no writes any more."""
+
+
+def is_lost(error: BaseException) -> bool:
+    """Tell whether an error means that the session is of no use any more.
+
+    A timeout does not say so: the session may be slow.
+    """
+    driver_error = getattr(error, "orig", None) or error
+    if isinstance(driver_error, TimeoutError):
+        return False
+    if state := sqlstate(driver_error):
+        return state.startswith(_LOST)
+    # Without a SQLSTATE: SQLAlchemy's own word for a connection that is closed.
+    return isinstance(error, SessionLost | OSError) or bool(getattr(error, "connection_invalidated", False))
+
+
+def sqlstate(error: BaseException) -> str:
+    """Return the SQLSTATE of an error of PostgreSQL's, or nothing."""
+    return str(getattr(error, "sqlstate", None) or "")
 
 
 @asynccontextmanager
@@ -44,7 +76,7 @@ def unavailable() -> Iterator[None]:
         if not is_condition(getattr(error, "orig", None)):
             raise  # our own mistake, not the database's condition
         raise _failed(error) from error
-    except (DBAPIError, sqlite3.Error, PoolTimeoutError, TimeoutError, OSError) as error:
+    except (DBAPIError, sqlite3.Error, SessionLost, PoolTimeoutError, TimeoutError, OSError) as error:
         driver_error = getattr(error, "orig", None) or error
         if str(getattr(driver_error, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
             raise  # asyncpg's data errors come as the driver's own kind, and another try meets them again

@@ -76,7 +76,7 @@ async def until_in_the_middle(database: Database) -> None:
 
     async def deletes() -> bool:
         if database.is_sqlite:
-            return is_locked(str(database.url.database))
+            return is_locked(database.url.removeprefix("sqlite:///"))
         async with database.read() as connection:
             active = "SELECT 1 FROM pg_stat_activity WHERE query LIKE 'DELETE%' AND state <> 'idle'"
             return (await connection.execute(text(active))).first() is not None

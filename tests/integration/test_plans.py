@@ -64,12 +64,13 @@ async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[N
         yield
         assert 0 < steps < STEPS_AT_MOST
         return
-    name = database.url.database or ""
+    name = database.url.rpartition("/")[2]
     postgres.sql("ANALYZE", database=name)
 
     async def rows_read() -> int:
-        # Connections report what they have done when they end, if not before.
+        # Sessions report what they have done when they end, if not before. A pooler keeps them.
         await database.close()
+        postgres.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'")
         counted = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_user_tables"
         return int(postgres.sql(counted, database=name).stdout)
 

@@ -833,7 +833,8 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
         waiting += [asyncio.create_task(submitter.wait(job.id, seconds=SECONDS)) for job in made]
         await eventually(all_wait)
     async with AsyncExitStack() as stack:
-        for _ in range(4):
+        # The pooler of the tests has room for two transactions.
+        for _ in range(1 if world.database.is_pooled else 4):
             await stack.enter_async_context(world.database.read())
     async with world.database.write() as connection:
         await connection.execute(select(func.count()).select_from(jobs))

@@ -212,7 +212,7 @@ async def test_storage_that_is_durable_without_a_flush_is_taken_by_name(postgres
             name = (await connection.execute(text("SELECT current_database()"))).scalar_one()
         postgres.sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
         await database.close()
-        database = Database(database.url.render_as_string())
+        database = Database(database.url)
         # No storage makes up for it: PostgreSQL itself confirms before it writes.
         with pytest.raises(SettingsError, match="synchronous_commit = off"):
             await require_usable(database, durable_without=["fsync", "full_page_writes"])

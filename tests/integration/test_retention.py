@@ -289,7 +289,7 @@ async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.Monk
 
 async def test_it_reads_no_whole_table(on_postgresql: World, postgres: Postgres) -> None:
     """C13: among 20,000 events each statement goes by an index, and what checks the foreign keys, too."""
-    database, name = on_postgresql.database, on_postgresql.database.url.database or ""
+    database, name = on_postgresql.database, on_postgresql.database.url.rpartition("/")[2]
     await fill(database, 20_000)
     await fill_jobs(database)
     async with database.write() as connection:
@@ -326,7 +326,7 @@ async def test_two_runs_at_once_do_no_harm(world: World, monkeypatch: pytest.Mon
     """C13: each event is deleted and counted once, by whichever run comes to it first."""
     await fill(world.database, 60)
     monkeypatch.setattr(retention, "BATCH", 7)
-    other = Database(world.database.url.render_as_string(hide_password=False))
+    other = Database(world.database.url)
     async with opened(other, world.folder) as elsewhere:
         runs = await asyncio.gather(*(prune(each) for each in (world, elsewhere)))
     await other.close()

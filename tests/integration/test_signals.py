@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator
 import httpx
 import pytest
 from payloads import SECRET, body, signed
-from servers import Postgres
+from servers import PgBouncer, Postgres
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from receiver.app import create_app
 from receiver.db import signals
@@ -52,7 +53,7 @@ async def one(postgres: Postgres) -> AsyncIterator[Database]:
 @pytest.fixture
 async def heard(one: Database) -> AsyncIterator[Heard]:
     """A listener, as a worker in another process has it."""
-    other, heard = Database(one.url.render_as_string(hide_password=False)), Heard()
+    other, heard = Database(one.url), Heard()
     task = asyncio.create_task(listen(other, heard))
     await listening(one)
     yield heard
@@ -64,7 +65,9 @@ async def heard(one: Database) -> AsyncIterator[Heard]:
 
 async def listening(database: Database) -> None:
     """Wait until somebody listens."""
-    query = text("SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+    query = text("SELECT count(*) FROM pg_stat_activity WHERE query = :last").bindparams(
+        last=signals.IS_READ_ONLY
+    )
     async with asyncio.timeout(SOON):
         while True:
             async with database.read() as connection:
@@ -116,7 +119,8 @@ async def test_a_lost_listener_comes_back(
     monkeypatch.setattr(signals, "RECONNECT", 0.1)
     async with one.write() as connection:
         await connection.execute(
-            text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'LISTEN%'")
+            text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = :last"),
+            {"last": signals.IS_READ_ONLY},
         )
     await asyncio.sleep(0.3)
     await listening(one)
@@ -124,6 +128,46 @@ async def test_a_lost_listener_comes_back(
     sender.send("fanout")
     await heard.until("fanout")
     await sender.close()
+
+
+async def test_a_listener_leaves_a_server_that_takes_no_writes(
+    one: Database, heard: Heard, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C3: after a failover nobody signals on the old server any more, whose sessions stay open."""
+    monkeypatch.setattr(signals, "CHECK", 0.1)
+    monkeypatch.setattr(signals, "RECONNECT", 0.1)
+    listener = (
+        f"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE query = $${signals.IS_READ_ONLY}$$"
+    )
+    before = postgres.sql(listener).stdout
+    assert before.strip()
+    postgres.sql("ALTER SYSTEM SET default_transaction_read_only = on")
+    postgres.sql("SELECT pg_reload_conf()")
+    try:
+        async with asyncio.timeout(SOON):
+            # The check in the fixture's listener is 5 s away at most.
+            while postgres.sql(listener).stdout == before:  # noqa: ASYNC110 - the server has no event for it
+                await asyncio.sleep(0.1)
+    finally:
+        postgres.sql("ALTER SYSTEM RESET default_transaction_read_only")
+        postgres.sql("SELECT pg_reload_conf()")
+    sender = Signals(one)
+    async with asyncio.timeout(SOON):
+        while not heard.lanes:
+            sender.send("fanout")
+            await asyncio.sleep(0.2)
+    await sender.close()
+
+
+async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
+    """Behind a pooler no signal would arrive: nobody listens, and the log says so once."""
+    database = Database(pgbouncer.url(template="migrated"))
+    with capture_logs() as logs:
+        async with asyncio.timeout(SOON):
+            await listen(database, pytest.fail)
+    await database.close()
+    assert [each["log_level"] for each in logs] == ["info"]
+    assert "pooler" in logs[0]["event"]
 
 
 async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
@@ -140,7 +184,7 @@ async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
 async def test_a_web_process_signals_what_it_stores(one: Database, heard: Heard) -> None:
     """A webhook that is acked by a process without a worker wakes the fan-out of the one that has it."""
     settings = Settings.load(
-        database_url=one.url.render_as_string(hide_password=False).replace("+asyncpg", ""),
+        database_url=one.url,
         clipia_webhook_secret=SECRET,
     )
     app = create_app(settings, worker=False)

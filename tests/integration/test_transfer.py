@@ -460,9 +460,8 @@ async def run_import(world: World, file: Path) -> None:
 
 async def run_on(world: World, command: Callable[..., None], *arguments: Any) -> None:
     """Run a command in a thread, because it brings an event loop of its own."""
-    url = world.database.url.set(drivername=world.database.url.get_backend_name())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RECEIVER_DATABASE_URL", url.render_as_string(hide_password=False))
+        patch.setenv("RECEIVER_DATABASE_URL", world.database.url)
         await asyncio.to_thread(command, *arguments)
 
 

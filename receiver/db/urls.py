@@ -1,0 +1,222 @@
+"""RECEIVER_DATABASE_URL: a path of SQLite's, or libpq's URL as the arguments of the driver for PostgreSQL.
+
+The parameters are libpq's (PostgreSQL's documentation, section 34.1.2), because every provider's copy button
+writes them. A parameter without a counterpart is refused by its name: the driver would send it to the server
+as a setting, and to drop it silently might make the connection unsafe.
+"""
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import parse_qsl, unquote, urlencode
+
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError
+
+from receiver.errors import SettingsError
+
+APPLICATION: Final = "clipia-receiver"
+_NAME: Final = "RECEIVER_DATABASE_URL"
+_HOW: Final = f"{_NAME}: write sqlite:///path/to/file.db or postgresql://user:password@host:5432/name"
+_POSTGRESQL: Final = re.compile(
+    r"(?:(?P<user>[^:/?@]*)(?::(?P<password>[^@]*))?@)?(?P<hosts>[^/?@]*)(?:/(?P<database>[^?]*))?(?:\?(?P<query>.*))?",
+    re.DOTALL,
+)
+
+_ALIASES: Final = {"ssl": "sslmode", "database": "dbname"}
+"""Spellings of the driver for Python that were taken before."""
+_PLACE: Final = ("host", "port", "user", "password", "dbname")
+_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+_KEPT: Final = (
+    *_FILES,
+    "passfile",
+    "service",
+    "sslmode",
+    "sslnegotiation",
+    "sslpassword",
+    "ssl_max_protocol_version",
+    "ssl_min_protocol_version",
+    "target_session_attrs",
+)
+"""The driver knows them by the same name, in the URL only."""
+_WITHOUT_EFFECT: Final = {
+    "fallback_application_name",
+    "gssdelegation",
+    "keepalives",
+    "keepalives_count",
+    "keepalives_idle",
+    "keepalives_interval",
+    "load_balance_hosts",
+    "sslcompression",
+    "sslsni",
+    "tcp_user_timeout",
+}
+_VALUES: Final[Mapping[str, tuple[str, ...]]] = {
+    "channel_binding": ("disable", "prefer", "require"),
+    "client_encoding": ("auto", "utf8", "utf-8", "unicode"),
+    "gssencmode": ("disable", "prefer"),
+    "sslcertmode": ("allow",),
+    "sslmode": ("disable", "allow", "prefer", "require", "verify-ca", "verify-full"),
+    "sslnegotiation": ("postgres", "direct"),
+    "ssl_max_protocol_version": ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"),
+    "ssl_min_protocol_version": ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3"),
+    "target_session_attrs": ("any", "read-write", "read-only", "primary", "standby", "prefer-standby"),
+}
+_SERVER_SETTINGS: Final = ("application_name", "options")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostgresqlUrl:
+    """What the driver's `connect` is called with."""
+
+    arguments: dict[str, Any]
+    server_settings: dict[str, str]
+    connect_timeout: float | None
+    """Seconds, if the URL says so."""
+
+
+def parse_url(url: str) -> URL | PostgresqlUrl:
+    """Return an SQLite URL for SQLAlchemy's asynchronous engine, or the arguments of PostgreSQL's driver.
+
+    Raises SettingsError, which names a parameter and never shows its value.
+    """
+    scheme, separator, rest = url.partition("://")
+    backend = scheme.partition("+")[0].lower()
+    if not separator or backend not in {"sqlite", "postgresql", "postgres"}:
+        raise SettingsError(_HOW)
+    return _parse_sqlite(url) if backend == "sqlite" else _parse_postgresql(rest)
+
+
+def _parse_sqlite(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        raise SettingsError(_HOW) from None
+    if not parsed.database or ":memory:" in parsed.database or "mode=memory" in url:
+        raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose acked events")
+    return parsed.set(drivername="sqlite+aiosqlite")
+
+
+def _parse_postgresql(rest: str) -> PostgresqlUrl:
+    match = _POSTGRESQL.fullmatch(rest)
+    if match is None:
+        raise SettingsError(f"{_HOW}; in a user name or password write @ as %40, : as %3A and / as %2F")
+    parameters = _read_query(match["query"] or "")
+    hosts, ports = _split_hosts(match["hosts"])
+    hosts = hosts or [host.strip() for host in parameters.get("host", "").split(",") if host.strip()]
+    if ports is None and "port" in parameters:
+        ports = [_number("port", port) for port in parameters["port"].split(",")]
+    if ports is not None and len(ports) not in {1, len(hosts) or 1}:
+        raise SettingsError(f"{_NAME}: write one port, or one for each host")
+    _check_safety(parameters)
+    kept: dict[str, str] = {name: parameters[name] for name in _KEPT if name in parameters}
+    if len(hosts) > 1:
+        # One of several servers is a standby, which takes no writes.
+        kept.setdefault("target_session_attrs", "read-write")
+    arguments: dict[str, Any] = {
+        "host": hosts or None,
+        "port": ports,
+        "user": unquote(match["user"] or "") or parameters.get("user"),
+        "password": unquote(match["password"] or "") or parameters.get("password"),
+        "database": unquote(match["database"] or "") or parameters.get("dbname"),
+    }
+    if kept.get("sslrootcert") == "system":
+        arguments["ssl"] = _system_context(kept)
+        kept = {name: value for name, value in kept.items() if not name.startswith("ssl")}
+    arguments["dsn"] = f"postgresql://?{urlencode(kept)}" if kept else "postgresql://"
+    settings = {"application_name": APPLICATION}
+    settings |= {name: parameters[name] for name in _SERVER_SETTINGS if name in parameters}
+    timeout = _number("connect_timeout", parameters.get("connect_timeout", "0"))
+    return PostgresqlUrl(
+        arguments={name: value for name, value in arguments.items() if value is not None},
+        server_settings=settings,
+        connect_timeout=float(timeout) if timeout > 0 else None,
+    )
+
+
+def _read_query(query: str) -> dict[str, str]:
+    parameters: dict[str, str] = {}
+    # For libpq an empty value is none.
+    for name, value in parse_qsl(query):
+        parameters[_ALIASES.get(name, name)] = value
+    known = {*_PLACE, *_KEPT, *_VALUES, *_SERVER_SETTINGS, *_WITHOUT_EFFECT, "connect_timeout"}
+    if unknown := sorted(parameters.keys() - known):
+        raise SettingsError(
+            f"{_NAME}: cannot use the parameter {', '.join(map(repr, unknown))}; leave it out "
+            "(docs/postgresql.md lists those that can be used)"
+        )
+    for name, allowed in _VALUES.items():
+        if name in parameters and parameters[name].lower() not in {each.lower() for each in allowed}:
+            raise SettingsError(f"{_NAME}: {name} has to be {' or '.join(allowed)}")
+    for name in _FILES:
+        if name in parameters and (name, parameters[name]) != ("sslrootcert", "system"):
+            _require_file(name, parameters[name])
+    return parameters
+
+
+def _split_hosts(text: str) -> tuple[list[str], list[int] | None]:
+    """Return hosts and their ports; no ports if none is written."""
+    hosts, ports = [], []
+    for part in text.split(",") if text else ():
+        # An address of IPv6 is in brackets, because it has colons of its own.
+        match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([^:]*))?", part)
+        if match is None:
+            raise SettingsError(_HOW)
+        hosts.append(unquote(match[1].strip("[]")) or "localhost")
+        ports.append(_number("port", match[2]) if match[2] else None)
+    if not any(ports):
+        return hosts, None
+    return hosts, [port or 5432 for port in ports]
+
+
+def _number(name: str, text: str) -> int:
+    if not re.fullmatch(r"-?[0-9]{1,5}", text.strip()):
+        raise SettingsError(f"{_NAME}: {name} has to be a number")
+    return int(text)
+
+
+def _require_file(name: str, path: str) -> None:
+    try:
+        with Path(path).open("rb"):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"{_NAME}: the file that {name} names cannot be read ({type(error).__name__})"
+        ) from None
+
+
+def _check_safety(parameters: Mapping[str, str]) -> None:
+    mode = parameters.get("sslmode")
+    system = parameters.get("sslrootcert") == "system"
+    if system and mode not in {None, "verify-full"}:
+        raise SettingsError(f"{_NAME}: sslrootcert=system needs sslmode=verify-full")
+    # The driver binds no channels. A certificate that was verified for this host keeps others out as well.
+    if parameters.get("channel_binding") == "require" and not (system or mode == "verify-full"):
+        raise SettingsError(
+            f"{_NAME}: the driver cannot do channel_binding=require; write "
+            "sslmode=verify-full&sslrootcert=system instead (or the provider's certificate as sslrootcert), "
+            "which keeps strangers out as well"
+        )
+
+
+def _system_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    for name, attribute in (
+        ("ssl_min_protocol_version", "minimum_version"),
+        ("ssl_max_protocol_version", "maximum_version"),
+    ):
+        if name in parameters:
+            setattr(context, attribute, ssl.TLSVersion[parameters[name].replace(".", "_")])
+    if "sslcert" in parameters:
+        try:
+            context.load_cert_chain(
+                parameters["sslcert"], parameters.get("sslkey"), parameters.get("sslpassword")
+            )
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"{_NAME}: sslcert and sslkey do not make a certificate ({type(error).__name__})"
+            ) from None
+    return context
