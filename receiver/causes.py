@@ -41,6 +41,14 @@ _CERTIFICATES: Final[Mapping[int, str]] = MappingProxyType(
 )
 # asyncio and redis-py keep the numbers of several failed addresses in a text only.
 _NUMBER: Final = re.compile(r"\[?Err(?:no|or) ([0-9]{1,4})\b")
+_CLASSES: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "ConnectionError": "the connection was closed or not made",
+        "ReadError": "the connection was cut",
+        "WriteError": "the connection was cut",
+        "RemoteProtocolError": "the other side has hung up or does not speak the protocol",
+    }
+)
 _OPENSSL: Final = re.compile(r"[A-Z0-9_]{1,64}")
 _LONGEST_CHAIN: Final = 20
 
@@ -50,9 +58,10 @@ def cause(error: BaseException) -> str:
     name = type(error).__name__
     for each in _chain(error):
         if words := _words(each):
-            return f"{words} ({name})"
+            return f"{name}: {words}"
     is_late = any(type(each).__name__.endswith(("Timeout", "TimeoutError")) for each in _chain(error))
-    return f"no answer in time ({name})" if is_late else name
+    words = "no answer in time" if is_late else _CLASSES.get(name)
+    return f"{name}: {words}" if words else name
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -71,10 +80,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _words(error: BaseException) -> str | None:
     if isinstance(error, ssl.SSLCertVerificationError):
         verdict = _CERTIFICATES.get(error.verify_code, f"is not trusted (verdict {error.verify_code})")
-        return f"the TLS certificate {verdict}"
+        return f"the TLS certificate {verdict} (CERTIFICATE_VERIFY_FAILED)"
     if isinstance(error, ssl.SSLError):
         reason = str(error.reason or "")
-        return "TLS failed" + (f": {reason}" if _OPENSSL.fullmatch(reason) else "")
+        return "TLS failed" + (f" ({reason})" if _OPENSSL.fullmatch(reason) else "")
     if isinstance(error, socket.gaierror):
         return "the host name was not found"
     if not isinstance(error, OSError):

@@ -8,6 +8,7 @@ answer are kept. Retries are not its business (`max_retries=0`): they are rows o
 import asyncio
 import hashlib
 import math
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -16,19 +17,23 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from uuid import UUID
 
+import httpcore
 import httpx
 import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
+from receiver.causes import cause
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
 from receiver.lenient_json import clean_text, read_whole
 from receiver.limits import RateHeaders
+from receiver.masking import hold, mask
 from receiver.webhook import is_request_id
 
 CALL_WAIT: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
 
+_SENDABLE: Final = re.compile(r"[!-~]+")
 _ACCOUNT: Final = (401, 402, 403)
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
 
@@ -38,11 +43,21 @@ class Call:
     """One call: the bytes to send in place of the SDK's, and what the answer said about limits."""
 
     body: bytes | None = None
+    may_have_left: bool = False
+    """Whether a byte of the request may have left this process."""
     not_after: float = math.inf
     """The moment of `clock` after which it is not sent any more."""
     headers: RateHeaders = field(default_factory=RateHeaders)
     answer: bytes = b""
     """The body of the answer as it came."""
+
+    async def follow(self, event: str, info: Mapping[str, Any]) -> None:
+        """Note how far the request has got; httpcore calls this with each step."""
+        if event.endswith("send_request_headers.started"):
+            self.may_have_left = True
+        # A header that cannot be written is found before the first byte is.
+        elif event.endswith("send_request_headers.failed"):
+            self.may_have_left = not isinstance(info["exception"], httpcore.LocalProtocolError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +106,7 @@ class _Transport(httpx.AsyncBaseTransport):
             request = httpx.Request(
                 request.method, request.url, headers=headers, content=call.body, extensions=request.extensions
             )
+        request.extensions = {**request.extensions, "trace": call.follow}
         response = await self._inner.handle_async_request(request)
         call.headers = _rate_headers(response.headers)
         call.answer = await response.aread()
@@ -107,7 +123,10 @@ class ClipiaClient:
     """
 
     def __init__(self, key: str, *, base_url: str) -> None:
-        """Raise SettingsError for a base URL over which a key must not travel."""
+        """Raise SettingsError for a base URL over which a key must not travel, and for no key at all."""
+        hold(key)
+        if not _SENDABLE.fullmatch(key):
+            raise SettingsError("CLIPIA_KEY: write the key as it is, in ASCII and without white space")
         try:
             self._sdk = AsyncClipia(
                 key,
@@ -116,7 +135,7 @@ class ClipiaClient:
                 transport=_Transport(),
                 max_retries=0,
             )
-        except ValueError:
+        except (ValueError, httpx.InvalidURL):
             raise SettingsError(
                 "CLIPIA_BASE_URL: write https://…; plain http is for localhost and 127.0.0.1 only, "
                 "because the key travels with every call"
@@ -140,7 +159,7 @@ class ClipiaClient:
             return Accepted(
                 request_id=answer.request_id,
                 cost=_credits(answer.cost),
-                warnings=_objects(answer.data.get("warnings")),
+                warnings=_masked(_objects(answer.data.get("warnings"))),
             )
 
     async def status(self, request_id: str, *, call: Call) -> Status:
@@ -194,24 +213,36 @@ async def _translated(call: Call) -> AsyncIterator[None]:
         raise _translate(error) from error
     except _NEVER_ARRIVED as error:
         raise ClipiaUnavailable(
-            f"Clipia cannot be reached ({type(error).__name__}: {error})",
-            reason="unreachable",
-            may_have_arrived=False,
+            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        raise ClipiaUnavailable(
-            f"no answer from Clipia ({type(error).__name__}: {error})", reason="no_answer"
-        ) from error
+        raise _unanswered(error, call) from error
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ClipiaUnavailable(
-            f"the answer is not one of Clipia's ({type(error).__name__}: {error})", reason="unreadable"
+            f"the answer is not one of Clipia's ({type(error).__name__})",
+            reason="unreadable",
+            may_have_arrived=call.may_have_left,
         ) from error
     finally:
         _call.reset(token)
 
 
+def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
+    # The library's text may quote a header, and with it the key.
+    if call.may_have_left:
+        return ClipiaUnavailable(f"no answer from Clipia: {cause(error)}", reason="no_answer")
+    is_late = isinstance(error, TimeoutError)
+    return ClipiaUnavailable(
+        f"Clipia cannot be reached: {cause(error)}"
+        if is_late
+        else f"nothing was sent to Clipia: the request cannot be written ({type(error).__name__})",
+        reason="unreachable" if is_late else "not_sent",
+        may_have_arrived=False,
+    )
+
+
 def _translate(error: ClipiaApiError) -> Exception:
-    message, status, code = clean_text(error.message[:1000]), error.status, clean_text(error.code[:64])
+    message, status, code = _quoted(error.message, 1000), error.status, _quoted(error.code, 64)
     if status in _ACCOUNT:
         return AccountRefused(message, reason=code or f"http_{status}", status=status, may_have_arrived=False)
     # Retry-After is somebody else's data; a day is as good as never.
@@ -226,9 +257,22 @@ def _translate(error: ClipiaApiError) -> Exception:
         )
     # A 4xx without Clipia's code comes from something in between, and says nothing about the job.
     if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
-        type_ = clean_text(error.type[:64]) or "invalid_request_error"
+        type_ = _quoted(error.type, 64) or "invalid_request_error"
         return Refused(message, code=code, status=status, type_=type_)
     return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
+
+
+def _quoted(text: str, limit: int) -> str:
+    """Return words of Clipia's, cut, and without the secrets that it may have repeated."""
+    # Masked before the cut, which could leave half of a secret.
+    return clean_text(mask(text[: 10 * limit])[:limit])
+
+
+def _masked(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: mask(value) if isinstance(value, str) else value for name, value in each.items()}
+        for each in warnings
+    ]
 
 
 def _readable(response: httpx.Response, content: bytes) -> httpx.Response:

@@ -192,7 +192,7 @@ class DeliveryLane(WorkLane):
             if was_open:
                 log.info("destination takes events again", destination=self._target.name)
         elif self._circuit.failed(time.monotonic(), started=started):
-            log.error("destination left alone", destination=self._target.name, error=str(error))
+            log.error("destination left alone", destination=self._target.name, error=describe(error))
         if self._circuit.is_open != was_open:
             CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
 

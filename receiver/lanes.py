@@ -154,8 +154,13 @@ def log_failure(
 
 
 def describe(error: Exception) -> str:
-    """Return an error as one bounded text that every database takes."""
-    text = f"{type(error).__name__}: {error}"[:ERROR_LIMIT].replace("\x00", "\\0")
+    """Return an error as one bounded text that every database takes.
+
+    What is none of ours is told by its class alone: a library's text may quote a secret.
+    """
+    name = type(error).__name__
+    words = f"{name}: {error}" if isinstance(error, ReceiverError) else f"{name}, see the log"
+    text = words[:ERROR_LIMIT].replace("\x00", "\\0")
     return text.encode(errors="backslashreplace").decode()
 
 

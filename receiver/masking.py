@@ -28,7 +28,7 @@ _KINDS: Final = (
 )
 """Secrets that show by their form, whether they are ours or not."""
 _SECRET_OPTION: Final = re.compile(
-    r"[?&][^=&]*(?:pass|secret|token|key|sig)[^=&]*=([^&#]+)", re.IGNORECASE | re.DOTALL
+    r"[?&](?:key|[^=&]*(?:pass|secret|token|api_?key|access_?key|signature)[^=&]*)=([^&#]+)", re.IGNORECASE
 )
 
 _pieces: set[str] = set()

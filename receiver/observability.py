@@ -12,6 +12,7 @@ import logging.handlers
 import queue
 import sys
 import threading
+import traceback
 from collections.abc import MutableMapping
 from typing import Any, Final
 
@@ -19,8 +20,16 @@ import orjson
 import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
+from receiver.errors import ReceiverError
+from receiver.masking import mask
+
 FIELD_LIMIT: Final = 2048
 """Characters of one field that reach the log; payloads may quote whatever a provider or caller wrote."""
+EXCEPTION_LIMIT: Final = 500
+"""Characters of a library's exception text in a traceback."""
+MOST_EXCEPTIONS: Final = 20
+"""Exceptions of a chain in a traceback."""
+_QUOTING: Final = ("error", "problem")
 QUEUE_LIMIT: Final = 10_000
 WRITING_DELAY: Final = 0.05
 """Seconds for which a record may wait for others to be written with it."""
@@ -147,6 +156,42 @@ def _escape_controls(_logger: Any, _method: str, event: _Event) -> _Event:
     return event
 
 
+def _mask_quoted(_logger: Any, _method: str, event: _Event) -> _Event:
+    """Mask secrets in the fields that may quote others, should a message of ours have done so unmasked."""
+    for key in _QUOTING:
+        if isinstance(value := event.get(key), str):
+            event[key] = mask(value)
+    return event
+
+
+def _mask_event(_logger: Any, _method: str, event: _Event) -> _Event:
+    """Mask secrets in a library's record: its message is the library's own."""
+    event["event"] = mask(str(event["event"]))
+    return event
+
+
+def _format_exception(exc_info: Any) -> str:
+    """Return a traceback with our exceptions' messages, and with those of libraries masked and cut.
+
+    Without locals, which hold bodies and secrets.
+    """
+    parts: list[str] = []
+    error: BaseException | None = exc_info[1]
+    for _ in range(MOST_EXCEPTIONS):
+        if error is None:
+            break
+        text = str(error) if isinstance(error, ReceiverError) else mask(str(error))[:EXCEPTION_LIMIT]
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+        inside = "".join(f"\n\nin it:\n\n{_format_exception((None, each, None))}" for each in members[:3])
+        parts.append(f"Traceback:\n{frames}{type(error).__qualname__}: {text}{inside}")
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\n\nwhich led to:\n\n".join(reversed(parts))
+
+
+_exceptions: Final = structlog.processors.ExceptionRenderer(_format_exception)
+
+
 def _dumps(event: Any, **_: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
@@ -167,8 +212,8 @@ def configure_logging(*, level: str = "INFO") -> None:
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.stdlib.PositionalArgumentsFormatter(),
-        # No locals in tracebacks: they hold bodies and secrets.
-        structlog.processors.format_exc_info,
+        _exceptions,
+        _mask_quoted,
         _limit_fields,
     ]
     renderer: list[structlog.typing.Processor] = (
@@ -190,7 +235,7 @@ def configure_logging(*, level: str = "INFO") -> None:
     stream.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[*shared, _mask_event],
         )
     )
     records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LIMIT)
@@ -230,7 +275,8 @@ def configure_library_logging() -> None:
         processors=[
             structlog.stdlib.filter_by_level,
             structlog.stdlib.PositionalArgumentsFormatter(),
-            structlog.processors.format_exc_info,
+            _exceptions,
+            _mask_quoted,
             _limit_fields,
             structlog.processors.KeyValueRenderer(key_order=["event"]),
         ],

@@ -41,6 +41,7 @@ from receiver.config import (
     strip_cloud_variables,
 )
 from receiver.errors import SettingsError
+from receiver.masking import hold, hold_url
 
 DEFAULT_SOURCE: Final = "clipia"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -107,6 +108,8 @@ class DestinationSettings(_Table):
         over_http = self.url.get_secret_value().lower().startswith(("http:", "https:"))
         if not over_http and (self.secret is not None or self.binary):
             raise ValueError("secret and binary are for http: and https: alone")
+        hold_url(self.url.get_secret_value())
+        hold(self.secret.get_secret_value() if self.secret else "")
         return self
 
 

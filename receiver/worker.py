@@ -12,7 +12,7 @@ import structlog
 
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
-from receiver.lanes import FAN_OUT_LANE, LEASE, Work
+from receiver.lanes import FAN_OUT_LANE, LEASE, Work, describe
 from receiver.pipeline import FAN_OUT_LIMIT, FanOut
 
 POLL: Final = 0.5
@@ -224,7 +224,7 @@ class _LaneRunner:
 
 def _log_failure(message: str, error: Exception, lane: str) -> None:
     expected = isinstance(error, DatabaseUnavailable)
-    log.warning(message, lane=lane, error=str(error), exc_info=None if expected else error)
+    log.warning(message, lane=lane, error=describe(error), exc_info=None if expected else error)
 
 
 async def _sit_out(error: Exception, lane: str, stopping: asyncio.Event) -> None:

@@ -9,10 +9,12 @@ from typing import Literal
 import typer
 from rich.text import Text
 
+from receiver.causes import cause
 from receiver.cli.terminal import stdout
 from receiver.clipia import Call, ClipiaClient
 from receiver.db import arrivals, migrate, outbox
 from receiver.db.engine import Database
+from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.destinations import open_destination
 from receiver.errors import ReceiverError, SettingsError
@@ -26,8 +28,8 @@ _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "
 def check() -> None:
     """Check settings, database, storage, destinations and the API key, and say how to fix what is wrong.
 
-    Writes a probe to the database and to the storage, sends no event and submits no job. The exit
-    status is 0 where everything would work.
+    Writes a probe to the database and to the storage, sends no event and submits no job. Masks secrets in
+    errors that were recorded by earlier releases. The exit status is 0 if everything would work.
     """
     if not asyncio.run(_Check().run()):
         raise typer.Exit(1)
@@ -82,7 +84,7 @@ class _Check:
         except ReceiverError as error:
             self._say("error", name, str(error))
         except OSError as error:
-            self._say("error", name, f"{error.filename or ''} {error.strerror or error}".strip())
+            self._say("error", name, f"{error.filename or ''} {cause(error)}".strip())
 
     def _say(self, verdict: Literal["ok", "warning", "error"], what: str, message: str) -> None:
         self._failed |= verdict == "error"
@@ -100,9 +102,18 @@ class _Check:
             await arrivals.probe(database)
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
+            masked = await mask_errors(database)
             self._say(
                 "ok", "database", f"{database.dialect_name}, durable, schema {migrate.head()}, writable"
             )
+            if masked:
+                where = ", ".join(f"{count} of {table}" for table, count in masked.items())
+                self._say(
+                    "warning",
+                    "database",
+                    f"masked secrets in errors that were on record ({where}): whoever could read them or a "
+                    "backup has seen them, so replace those secrets",
+                )
             for name in waiting.keys() - {each.name for each in settings.all_destinations}:
                 self._say(
                     "warning",
@@ -130,6 +141,12 @@ class _Check:
                 "ok", "Clipia", "no CLIPIA_KEY: webhooks are received, and no job can be submitted here"
             )
             return
+        if not settings.clipia_key.get_secret_value().startswith(("clipia_live_", "clipia_test_")):
+            self._say(
+                "warning",
+                "Clipia",
+                "CLIPIA_KEY starts with neither clipia_live_ nor clipia_test_: is it the whole key?",
+            )
         client = ClipiaClient(settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url)
 
         async def ask() -> None:

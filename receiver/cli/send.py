@@ -9,8 +9,10 @@ from typing import Annotated
 import httpx
 import typer
 
+from receiver.causes import cause
 from receiver.cli.terminal import stdout
 from receiver.errors import ReceiverError, SettingsError
+from receiver.masking import mask
 from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.signature import sign
 
@@ -44,7 +46,9 @@ def send(
     try:
         response = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
     except httpx.HTTPError as error:
-        raise ReceiverError(f"{url} did not answer: {error}; is `receiver serve` running?") from None
+        raise ReceiverError(
+            f"{mask(url)} did not answer: {cause(error)}; is `receiver serve` running?"
+        ) from None
     stdout.print(f"{response.status_code} {response.text}", markup=False)
     if not response.is_success:
         raise typer.Exit(1)

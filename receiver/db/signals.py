@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import structlog
 
+from receiver.db.causes import cause
 from receiver.db.engine import Database
 from receiver.errors import DatabaseUnavailable
 
@@ -72,7 +73,7 @@ async def listen(database: Database, heard: Callable[[str], None]) -> None:
                     return
                 await _listen(driver, heard)
         except Exception as error:  # noqa: BLE001 - polling goes on without
-            log.debug("not listening for signals", error=str(error))
+            log.debug("not listening for signals", error=cause(error))
         await asyncio.sleep(RECONNECT)
 
 

@@ -1,17 +1,21 @@
 """What a destination is, and what several kinds do alike."""
 
 import abc
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import structlog
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.masking import mask
 from receiver.settings import DestinationSettings
 
 Failure = PublishFailed | PublishRejected
 AnyFailure = TypeVar("AnyFailure", bound=Failure)
+
+MAX_QUOTED: Final = 300
+"""Characters of the other side's words in a message."""
 
 log = structlog.get_logger()
 
@@ -58,6 +62,13 @@ def encode(event: CloudEvent) -> bytes:
         return JSONFormat().write(event)
     except (TypeError, ValueError, RecursionError) as error:
         raise PublishRejected("the event cannot be written as JSON", reason="encoding") from error
+
+
+def quoted(words: object, limit: int = MAX_QUOTED) -> str:
+    """Return the other side's words for a message: cut, and without the secrets that they may repeat."""
+    # Masked before the cut, which could leave half of a secret.
+    text = mask(str(words)[: 10 * limit])
+    return text.encode(errors="backslashreplace").decode()[:limit]
 
 
 def closed() -> PublishFailed:

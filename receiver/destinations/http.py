@@ -16,6 +16,7 @@ from cloudevents.core.v1.event import CloudEvent
 from standardwebhooks import Webhook
 
 from receiver import __version__
+from receiver.causes import cause
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 from receiver.settings import DestinationSettings
@@ -139,7 +140,7 @@ class HttpDestination:
                 async with self._places:
                     return await self._send(request)
             except httpx.TransportError as error:
-                return PublishFailed(f"{self._origin}: {_describe(error)}", reason="connection")
+                return PublishFailed(f"{self._origin}: {cause(error)}", reason="connection")
         return PublishFailed(f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout")
 
     async def _send(self, request: httpx.Request) -> httpx.Response:
@@ -183,12 +184,6 @@ async def _drain(response: httpx.Response) -> None:
         size += len(chunk)
         if size > MAX_ANSWER:
             return
-
-
-def _describe(error: httpx.TransportError) -> str:
-    """Name the failure; past the connect, the library's text may quote what the other side has sent."""
-    name = type(error).__name__
-    return f"{name}: {error}" if isinstance(error, httpx.ConnectError) else name
 
 
 def _parse(settings: DestinationSettings) -> httpx.URL:

@@ -39,6 +39,7 @@ from aiokafka.errors import (  # type: ignore[import-untyped]
 from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.causes import cause
 from receiver.destinations.base import Broker, Failure
 from receiver.destinations.connections import Connection, Shared, deadline_of_a_publish
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
@@ -282,15 +283,15 @@ def _translated(shown: str, *, late: str = "did not answer in time") -> Iterator
     except (MessageSizeTooLargeError, RecordListTooLargeError):
         raise
     except KafkaError as error:
-        text = str(error) or type(error).__name__
+        # Kafka's errors are numbers; the texts and the classes are the library's.
         for kinds, reason, advice in _ADVICE:
             if isinstance(error, kinds):
-                raise PublishFailed(f"{shown}: {text}: {advice}", reason=reason) from error
-        raise PublishFailed(f"{shown}: {text}", reason="refused") from error
+                raise PublishFailed(f"{shown}: {cause(error)}: {advice}", reason=reason) from error
+        raise PublishFailed(f"{shown}: {cause(error)}", reason="refused") from error
     except TimeoutError as error:
         raise PublishFailed(f"{shown} {late}", reason="timeout") from error
     except OSError as error:
-        raise PublishFailed(f"{shown}: {error}", reason="connection") from error
+        raise PublishFailed(f"{shown}: {cause(error)}", reason="connection") from error
 
 
 def _encode(event: CloudEvent) -> KafkaMessage:

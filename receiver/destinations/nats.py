@@ -26,7 +26,8 @@ from nats.aio.transport import TcpTransport
 from nats.js.api import StorageType, StreamInfo
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
-from receiver.destinations.base import Broker, Failure, again
+from receiver.causes import cause
+from receiver.destinations.base import Broker, Failure, again, quoted
 from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
@@ -279,19 +280,19 @@ class _Connection(Connection):
         if not self._connected and self._first_error is not None:
             # What the client says in the end is only that it has tried, or how long.
             error = self._first_error
-        reason, text = "connection", f": {str(error) or type(error).__name__}"
+        reason, text = "connection", f": {_words(error)}"
         if isinstance(error, TimeoutError):
             reason, text = "timeout", " did not answer in time"
-        elif "authorization" in text.lower():
+        elif "authorization" in str(error).lower():
             reason, text = "auth", " refuses the user, password or token of the URL"
         return PublishFailed(self._place.shown + text, reason=reason)
 
     def _refused(self, error: APIError) -> Failure:
         if error.err_code in _TOO_LARGE:
-            return _too_large(f"the stream refuses it: {error.description}")
+            return _too_large(f"the stream refuses it: {quoted(error.description)}")
         reason, text = _REFUSALS.get(error.err_code, ("refused", "refuses the message"))
         return PublishFailed(
-            f"{self._place.shown} {text}: {error.description} ({error.err_code})", reason=reason
+            f"{self._place.shown} {text}: {quoted(error.description)} ({error.err_code})", reason=reason
         )
 
     def _lose(self, failure: PublishFailed) -> None:
@@ -318,11 +319,16 @@ class _Connection(Connection):
         if self._lost is not None:
             return
         text = str(error)
-        log.warning("the client of a destination reports", destination=self._name, error=text)
+        log.warning("the client of a destination reports", destination=self._name, error=_words(error))
         if '"$js.api.' in text:
             self._may_ask = False
         elif "permissions violation" in text:
-            self._lose(PublishFailed(f"{self._place.shown}: {text}", reason="permission"))
+            self._lose(PublishFailed(f"{self._place.shown}: {quoted(text)}", reason="permission"))
+
+
+def _words(error: Exception) -> str:
+    """Return what the server has said, or why the connection failed."""
+    return quoted(error) if isinstance(error, nats.errors.Error) and str(error) else cause(error)
 
 
 def _too_large(text: str) -> PublishRejected:

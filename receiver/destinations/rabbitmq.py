@@ -34,7 +34,8 @@ from pamqp.header import ContentHeader
 from pydantic import SecretStr
 from yarl import URL
 
-from receiver.destinations.base import Broker, Failure
+from receiver.causes import cause
+from receiver.destinations.base import Broker, Failure, quoted
 from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
@@ -196,7 +197,7 @@ class _Connection(Connection):
                             place.queue, durable=True, arguments={"x-queue-type": "quorum"}
                         )
                 except ChannelPreconditionFailed as error:
-                    difference = str(error)
+                    difference = quoted(error)
             async with self._spare_channel() as channel:
                 if place.queue and place.exchange:
                     await channel.queue_bind(place.queue, place.exchange, place.routing_key)
@@ -273,8 +274,13 @@ class _Connection(Connection):
             # It has ended the channel and all that was under way there, but one message is to blame.
             limit = _TOO_LARGE.search(str(error))
             if limit and len(message.body) > int(limit[1]):
-                raise PublishRejected(str(error), reason="too_large") from None
-            raise PublishFailed(f"another message ended the channel: {error}", reason="connection") from None
+                raise PublishRejected(
+                    f"{len(message.body)} bytes are more than RabbitMQ's max_message_size of {limit[1]}",
+                    reason="too_large",
+                ) from None
+            raise PublishFailed(
+                f"another message ended the channel: {quoted(error)}", reason="connection"
+            ) from None
 
     @contextlib.asynccontextmanager
     async def _spare_channel(self) -> AsyncIterator[AbstractChannel]:
@@ -302,9 +308,11 @@ def _translated(shown: str) -> Iterator[None]:
     except Exception as error:
         for kind, reason, advice in _ADVICE:
             if isinstance(error, kind):
-                raise PublishFailed(f"{shown}: {advice.format(error=error)}", reason=reason) from error
+                raise PublishFailed(
+                    f"{shown}: {advice.format(error=quoted(error))}", reason=reason
+                ) from error
         # The library passes on whatever has ended its reader.
-        raise PublishFailed(f"{shown}: {type(error).__name__}: {error}", reason="connection") from error
+        raise PublishFailed(f"{shown}: {cause(error)}", reason="connection") from error
 
 
 def _encode(event: CloudEvent) -> _Message:

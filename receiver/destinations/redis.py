@@ -19,10 +19,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from receiver.destinations.base import Broker, closed, encode
+from receiver.causes import cause
+from receiver.destinations.base import Broker, closed, encode, quoted
 from receiver.destinations.batches import TIMEOUT, Batches
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.masking import mask
 from receiver.settings import DestinationSettings
 
 BATCH_TIMEOUT: Final = 7.0
@@ -182,12 +184,12 @@ class RedisDestination(Broker):
             reason, text = _REFUSALS[code]
             return PublishFailed(f"{shown} {text}", reason=reason)
         if isinstance(error, AuthenticationError):
-            return PublishFailed(f"{shown} refuses the login: {error}", reason="auth")
+            return PublishFailed(f"{shown} refuses the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
-            return PublishFailed(f"{shown} refuses: {code} {error}", reason="refused")
+            return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(error)}", reason="refused")
         if isinstance(error, TimeoutError | RedisTimeoutError):
             return PublishFailed(f"{shown} did not reply in time", reason="timeout")
-        return PublishFailed(f"{shown}: {error}", reason="connection")
+        return PublishFailed(f"{shown}: {cause(error)}", reason="connection")
 
 
 def _code(reply: object) -> str:

@@ -31,7 +31,8 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 )
 from cloudevents.core.v1.event import CloudEvent
 
-from receiver.destinations.base import Broker, Failure, closed, encode
+from receiver.causes import cause
+from receiver.destinations.base import Broker, Failure, closed, encode, quoted
 from receiver.destinations.batches import TIMEOUT, Batches
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
@@ -48,8 +49,6 @@ MAX_MESSAGE: Final = 1024 * 1024
 """Bytes of body and attributes (SQS Developer Guide, message quotas; 256 KiB until August 2025)."""
 MAX_BATCH: Final = 256 * 1024
 """Bytes that go together. Amazon takes 1 MiB, other servers this; a larger message goes alone."""
-MAX_TEXT: Final = 200
-"""Characters of the service's words in a message."""
 
 _REGION: Final = re.compile(r"(?:.*\.)?sqs(?:-fips)?\.([a-z]{2,}(?:-[a-z]+)+-[0-9]+)\..+")
 _REGION_NAME: Final = re.compile(r"[a-z0-9-]{1,63}")
@@ -223,14 +222,14 @@ class SqsDestination(Broker):
         if isinstance(error, ClientError):
             # Its text may quote what was signed, session token and all.
             reason, advice = _ADVICE.get(_code(error), ("refused", "the request is refused"))
-            return PublishFailed(f"{url}: {_code(error)}: {advice}", reason=reason)
+            return PublishFailed(f"{url}: {quoted(_code(error), 64)}: {advice}", reason=reason)
         if isinstance(error, TimeoutError):
             return PublishFailed(f"{url} did not answer within {TIMEOUT:g} s", reason="timeout")
         if isinstance(error, _NO_CREDENTIALS):
             reason, advice = _AUTH
-            return PublishFailed(f"{url}: {error}: {advice}", reason=reason)
+            return PublishFailed(f"{url}: {type(error).__name__}: {advice}", reason=reason)
         is_late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
-        return PublishFailed(f"{url}: {error}", reason="timeout" if is_late else "connection")
+        return PublishFailed(f"{url}: {cause(error)}", reason="timeout" if is_late else "connection")
 
     def _judge(self, code: str, text: str, message: _Message) -> Failure:
         """Return what the refusal of one message means."""
@@ -239,8 +238,8 @@ class SqsDestination(Broker):
             return PublishRejected(f"{url} takes no such text", reason="content")
         if code in _ABOUT_A_MESSAGE and (code == "BatchRequestTooLong" or message.size > self._max_message):
             return PublishRejected(f"{url} takes no message of {message.size} bytes", reason="too_large")
-        reason, advice = _ADVICE.get(code, ("refused", text[:MAX_TEXT]))
-        return PublishFailed(f"{url}: {code}: {advice}", reason=reason)
+        reason, advice = _ADVICE.get(code, ("refused", quoted(text)))
+        return PublishFailed(f"{url}: {quoted(code, 64)}: {advice}", reason=reason)
 
 
 def _encode(event: CloudEvent, *, is_fifo: bool) -> _Message:

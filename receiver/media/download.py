@@ -14,6 +14,7 @@ import httpx
 import structlog
 
 from receiver import __version__
+from receiver.causes import cause
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError
 from receiver.media.digests import stated_digests
 from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, Kind, sniff
@@ -150,7 +151,7 @@ class Downloader:
         except (TimeoutError, httpcore.TimeoutException) as error:
             raise MediaUnavailable(f"No answer from {url.host} in time", reason="timeout") from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise MediaUnavailable(f"No answer from {url.host}: {error}", reason="connect") from error
+            raise MediaUnavailable(f"No answer from {url.host}: {cause(error)}", reason="connect") from error
         try:
             yield response
         finally:
@@ -215,7 +216,7 @@ async def _timely(
             raise MediaUnavailable("The rest of the file did not come in time", reason="timeout") from error
         except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as error:
             raise MediaUnavailable(
-                f"The connection broke within the file: {error}", reason="truncated"
+                f"The connection broke within the file: {cause(error)}", reason="truncated"
             ) from error
         if part is None:
             return

@@ -11,6 +11,7 @@ import httpx
 import orjson
 import structlog
 
+from receiver.causes import cause
 from receiver.sandbox.core import Sandbox
 from receiver.sandbox.ledger import FAILURE, Attempt, Generation
 from receiver.signature import sign
@@ -134,7 +135,7 @@ class Courier:
         except TimeoutError:
             return None, f"no answer within {limit:g} s"
         except httpx.HTTPError as error:
-            return None, f"{type(error).__name__}: {error}"
+            return None, cause(error)
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:

@@ -128,5 +128,9 @@ def encode(value: Any) -> bytes:
     """Return JSON, the same for the same content. Raises Refused for what is none, or nested too deeply."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
-    except (orjson.JSONEncodeError, RecursionError) as error:
-        raise Refused(f"input: is not JSON ({error})", code="invalid_request", status=400) from None
+    except (orjson.JSONEncodeError, RecursionError):
+        raise Refused(
+            "input: is not JSON: write objects, lists, text, numbers to 64 bits, true, false and null",
+            code="invalid_request",
+            status=400,
+        ) from None

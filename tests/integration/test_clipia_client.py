@@ -1,6 +1,7 @@
 """Clipia's client against answers that no sandbox gives, and the catalogue over it on both databases."""
 
 import asyncio
+import base64
 import json
 import time
 import uuid
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator
 from email.utils import formatdate
 from typing import Any
 
+import httpcore
 import orjson
 import pytest
 from clipia_kit import (
@@ -317,6 +319,65 @@ async def test_a_refused_connection_carried_nothing() -> None:
         await submit(client)
     await client.close()
     assert (caught.value.reason, caught.value.may_have_arrived) == ("unreachable", False)
+
+
+@pytest.mark.parametrize("end", ["\n", " ", "\t", "\0", "\u00e9", "\n\n"])
+def test_a_key_that_no_header_carries_is_refused_unseen(end: str) -> None:
+    """G8: the HTTP library would refuse the key and quote it; we refuse it first and name the setting."""
+    with pytest.raises(SettingsError, match="CLIPIA_KEY") as caught:
+        ClipiaClient(f"clipia_live_cAnArY8f3b61{end}x", base_url="https://api.clipia.ai")
+    assert "cAnArY" not in str(caught.value)
+
+
+async def test_a_request_that_cannot_be_written_is_not_sent(odd: OddClipia, client: ClipiaClient) -> None:
+    """G8: a header that the HTTP library refuses carried nothing to Clipia, and its text stays behind."""
+    client._sdk._http.headers["authorization"] = "Bearer cAnArY8f3b61\n"
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert (caught.value.reason, caught.value.may_have_arrived) == ("not_sent", False)
+    assert str(caught.value) == (
+        "nothing was sent to Clipia: the request cannot be written (LocalProtocolError)"
+    )
+    assert odd.posts == []
+
+
+async def test_a_connection_that_is_not_made_in_time_carried_nothing(
+    client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: a call that ends before its connection is made was not sent."""
+
+    async def hang(*_: object, **__: object) -> None:
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(clipia, "CALL_WAIT", 0.1)
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", hang)
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await submit(client)
+    assert (caught.value.reason, caught.value.may_have_arrived) == ("unreachable", False)
+
+
+@pytest.mark.parametrize("status", [400, 401, 429, 503])
+async def test_a_key_that_clipia_repeats_is_masked(odd: OddClipia, status: int) -> None:
+    """G8: an error of Clipia's that repeats the Authorization header, whole or in half, shows no key."""
+    key = "clipia_live_cAnArY8f3b61d2e9b7c4"
+    encoded = base64.b64encode(key.encode()).decode()
+    odd.script = [refused(status, key[12:], f"Bearer {key} is bad; {key[:24]}…; {'x' * 960}{key}; {encoded}")]
+    client = ClipiaClient(key, base_url=odd.url)
+    with pytest.raises((Refused, ClipiaUnavailable)) as caught:
+        await submit(client)
+    await client.close()
+    told = str(caught.value) + str(vars(caught.value))
+    assert "[masked]" in told
+    assert "cAnArY8f" not in told
+    assert "d2e9b7c4" not in told
+    assert encoded[:16] not in told
+
+
+async def test_a_key_in_a_warning_is_masked(odd: OddClipia, client: ClipiaClient) -> None:
+    """G8: warnings are kept on the job, and callers read them."""
+    odd.script = [accepted("r-1", warnings=[{"code": "x", "message": "sent with clipia_live_0123456789"}])]
+    answer = await submit(client)
+    assert answer.warnings == [{"code": "x", "message": "sent with clipia_live_[masked]"}]
 
 
 async def test_no_proxy_of_the_environment_sees_the_key(

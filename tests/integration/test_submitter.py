@@ -925,6 +925,19 @@ async def test_a_key_of_one_try_is_not_spent_by_a_closed_door(world: World, sand
     assert (await world.job())["request_id"] == generation["request_id"]
 
 
+async def test_a_job_that_cannot_be_written_was_not_sent(world: World, sandbox: Sandbox) -> None:
+    """G8: a header that the HTTP library refuses leaves a job unsent, and no row or answer shows the key."""
+    broken = world.submitter()
+    broken.client._sdk._http.headers["authorization"] = "Bearer cAnArY8f3b61\n"
+    job = await broken.submit(MODEL, PROMPT)
+    row = await world.job()
+    assert (job.state, error_code(job), row["sent_at"]) == ("pending", "not_sent", None)
+    for table in (jobs, attempts):
+        assert "cAnArY" not in repr(await world.rows(table))
+    assert await world.retry(world.submitter()) == 1
+    assert len(await sandbox.generations()) == 1
+
+
 # --- what a job may cost ---
 
 

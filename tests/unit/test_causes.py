@@ -50,15 +50,15 @@ async def test_a_refused_connection_is_called_so(
     """Every client's refused connection is told as one, with the class of its exception."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
         await call(free_port())
-    assert cause(caught.value).startswith("connection refused")
-    assert name is None or cause(caught.value).endswith(f"({name})")
+    assert cause(caught.value).endswith(": connection refused: does anything listen there?")
+    assert name is None or cause(caught.value).startswith(f"{name}: ")
 
 
 async def test_a_name_that_is_not_found_is_called_so() -> None:
     """A host name without an address is told as one."""
     with pytest.raises(OSError) as caught:  # noqa: PT011
         await _dial("no-such-host.invalid", 443)
-    assert cause(caught.value) == "the host name was not found (gaierror)"
+    assert cause(caught.value) == "gaierror: the host name was not found"
 
 
 async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
@@ -72,13 +72,15 @@ async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
         port = server.sockets[0].getsockname()[1]
         with pytest.raises(httpx.ConnectError) as caught:
             await _get(f"https://127.0.0.1:{port}")
-    assert cause(caught.value) == "the TLS certificate is self-signed and not trusted (ConnectError)"
+    assert cause(caught.value) == (
+        "ConnectError: the TLS certificate is self-signed and not trusted (CERTIFICATE_VERIFY_FAILED)"
+    )
 
 
 def test_a_slow_answer_is_called_so() -> None:
     """A timeout is told as one, whichever library's it is."""
-    assert cause(httpx.ReadTimeout("secret")) == "no answer in time (ReadTimeout)"
-    assert cause(TimeoutError("secret")) == "no answer in time (TimeoutError)"
+    assert cause(httpx.ReadTimeout("secret")) == "ReadTimeout: no answer in time"
+    assert cause(TimeoutError("secret")) == "TimeoutError: no answer in time"
 
 
 def test_an_unknown_failure_is_its_class_alone() -> None:

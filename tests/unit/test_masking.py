@@ -80,6 +80,12 @@ def test_the_password_of_a_url_is_masked(url: str, secret: str) -> None:
     assert mask("user host name") == "user host name"
 
 
+def test_names_in_a_url_are_no_secrets() -> None:
+    """Messages name queues and streams, which stand in a URL, too."""
+    hold_url("amqp://user:hunter-22222@host/?exchange=the-exchange&routing_key=the-routing-key")
+    assert mask("no queue 'the-routing-key' at the-exchange") == "no queue 'the-routing-key' at the-exchange"
+
+
 def test_a_login_in_a_header_is_masked() -> None:
     """HTTP's basic authentication has user and password in base64."""
     hold_url("https://user:hunter-22222@host")

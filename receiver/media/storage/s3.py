@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import os
+import re
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from datetime import timedelta
@@ -22,6 +24,19 @@ _PART = 5 * 1024 * 1024
 _PARTS_AT_ONCE = 2
 _BLOCK = 256 * 1024
 _READ = 1024 * 1024
+
+_STATUS = re.compile(r"\bstatus(?: code)?: ([1-5][0-9]{2})\b")
+_CODE = re.compile(r"<Code>([A-Za-z]{3,64})</Code>")
+_OS_ERROR = re.compile(r"\bOs \{\s*code: ([0-9]{1,4}),|\(os error ([0-9]{1,4})\)")
+_SIGNS = (
+    (r"\bstatus(?: code)?: 40[13]\b", "access denied"),
+    (r"\bstatus(?: code)?: 404\b", "there is no such bucket"),
+    (r"\bstatus(?: code)?: 5[0-9]{2}\b", "the server reports an error"),
+    (r"dns error|failed to lookup address", "the host name was not found"),
+    (r"certificate|UnknownIssuer", "the TLS certificate is not trusted"),
+    (r"timed out|TimedOut", "no answer in time"),
+    (r"error sending request", "the connection failed"),
+)
 
 
 class S3Storage:
@@ -127,12 +142,26 @@ class S3Storage:
         except (BaseError, OSError, ValueError) as error:
             if source is not None and source.failure is not None:
                 raise source.failure from None
-            summary = str(error).partition("\n")[0][:300]
             raise StorageUnavailable(
-                f"Cannot use {self._base}: {summary}; check RECEIVER_STORAGE_URL, the bucket, "
+                f"Cannot use {self._base}: {_why(error)}; check RECEIVER_STORAGE_URL, the bucket, "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
                 reason="error",
             ) from error
+
+
+def _why(error: Exception) -> str:
+    """Return what has happened: by the exception's class, and by the numbers and codes in its text.
+
+    The text itself may quote what was signed, and with it a session token.
+    """
+    text = str(error)
+    facts = [type(error).__name__]
+    facts += [f"HTTP {found[1]}" for found in [_STATUS.search(text)] if found]
+    facts += [found[1] for found in [_CODE.search(text)] if found]
+    words = next((words for sign, words in _SIGNS if re.search(sign, text)), "")
+    if words == "the connection failed" and (found := _OS_ERROR.search(text)):
+        words = os.strerror(int(found[1] or found[2]))
+    return f"{words} ({', '.join(facts)})" if words else ", ".join(facts)
 
 
 class _Source:

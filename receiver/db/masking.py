@@ -1,0 +1,76 @@
+"""Masks secrets in the errors that are on record: releases before this one could quote them."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Final
+
+import orjson
+from sqlalchemy import Column, Row, select, update
+
+from receiver.db.engine import Database
+from receiver.db.tables import accounts, attempts, deliveries, jobs, media, replays
+from receiver.masking import mask
+
+PAGE: Final = 500
+_TEXTS: Final[tuple[tuple[Column[Any], Column[Any]], ...]] = (
+    (jobs.c.seq, jobs.c.error),
+    (attempts.c.seq, attempts.c.error),
+    (deliveries.c.id, deliveries.c.error),
+    (media.c.id, media.c.error),
+    (replays.c.seq, replays.c.error),
+    (accounts.c.id, accounts.c.pause),
+)
+"""Primary key and text of each table that keeps what went wrong."""
+
+
+async def mask_errors(database: Database) -> Counter[str]:
+    """Mask what looks like a secret, or is one of this process, in all errors; return how many by table.
+
+    Page by page, each in short transactions, so that it may run beside the service. Running it again finds
+    nothing. Raises DatabaseUnavailable.
+    """
+    masked = Counter[str]()
+    for key, column in _TEXTS:
+        page = await _read(database, key, column, after=None)
+        while page:
+            masked[column.table.name] += await _mask_page(database, key, column, page)
+            page = await _read(database, key, column, after=page[-1][0])
+    return +masked
+
+
+async def _read(
+    database: Database, key: Column[Any], column: Column[Any], *, after: Any
+) -> Sequence[Row[Any, Any]]:
+    statement = select(key, column).where(column.is_not(None)).order_by(key).limit(PAGE)
+    if after is not None:
+        statement = statement.where(key > after)
+    async with database.read() as connection:
+        return (await connection.execute(statement)).all()
+
+
+async def _mask_page(
+    database: Database, key: Column[Any], column: Column[Any], page: Sequence[Row[Any, Any]]
+) -> int:
+    changes = [(row[0], row[1], text) for row in page if (text := mask_error(row[1])) != row[1]]
+    if not changes:
+        return 0
+    changed = 0
+    async with database.write() as connection:
+        for identity, before, after in changes:
+            # A worker may have written another error meanwhile.
+            same = key == identity, column == before
+            done = await connection.execute(update(column.table).where(*same).values({column: after}))
+            changed += done.rowcount
+    return changed
+
+
+def mask_error(text: str) -> str:
+    """Return an error without secrets: one text, or an error in the words of an API, which is JSON."""
+    try:
+        content = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        return mask(text)
+    masked = {name: mask(value) if isinstance(value, str) else value for name, value in content.items()}
+    return text if masked == content else orjson.dumps(masked).decode()
