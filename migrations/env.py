@@ -7,11 +7,14 @@ from sqlalchemy import Connection
 
 from receiver.db.engine import Database
 from receiver.db.tables import metadata
+from receiver.db.version import VERSION_TABLE
 from receiver.settings import Settings
 
 
 def run(connection: Connection) -> None:
-    context.configure(connection=connection, target_metadata=metadata, compare_type=True)
+    context.configure(
+        connection=connection, target_metadata=metadata, compare_type=True, version_table=VERSION_TABLE
+    )
     with context.begin_transaction():
         context.run_migrations()
 

@@ -11,6 +11,8 @@ revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
 branch_labels = ${repr(branch_labels)}
 depends_on = ${repr(depends_on)}
+# True if processes of the release before can run on this schema, reading and writing; else False.
+release_before_runs = None
 
 
 def upgrade() -> None:

@@ -12,6 +12,7 @@ revision = "0003"
 down_revision = "0002"
 branch_labels = None
 depends_on = None
+release_before_runs = False  # it would deliver replays without their id
 
 SEQUENCE = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 

@@ -10,6 +10,7 @@ revision = "0005"
 down_revision = "0004"
 branch_labels = None
 depends_on = None
+release_before_runs = False  # it notes no sources
 
 
 def upgrade() -> None:

@@ -12,6 +12,7 @@ revision = "0007"
 down_revision = "0006"
 branch_labels = None
 depends_on = None
+release_before_runs = True
 
 TABLES = {"events": False, "jobs": True}
 """Whether `request_id` may be null."""

@@ -97,14 +97,16 @@ class _Check:
             if database.is_sqlite and await migrate.current(database) is None:
                 self._say("ok", "database", "SQLite, empty; `receiver serve` makes its tables")
                 return
-            await migrate.require_current(database)
             await require_rights(database)
+            await migrate.require_current(database)
             await arrivals.probe(database)
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
             masked = await mask_errors(database)
             self._say(
-                "ok", "database", f"{database.dialect_name}, durable, schema {migrate.head()}, writable"
+                "ok",
+                "database",
+                f"{database.dialect_name}, durable, schema {await migrate.current(database)}, writable",
             )
             if masked:
                 where = ", ".join(f"{count} of {table}" for table, count in masked.items())

@@ -24,7 +24,9 @@ async def _migrate(settings: Settings) -> None:
         after = await migrations.current(database)
     finally:
         await database.close()
-    if before == after:
-        stdout.print(f"The schema is up to date ({after}).")
-    else:
+    if before != after:
         stdout.print(f"Migrated from {before or 'an empty database'} to {after}.")
+    elif after != (needed := migrations.head()):
+        stdout.print(f"The schema ({after}) is newer than this release ({needed}), which can run on it.")
+    else:
+        stdout.print(f"The schema is up to date ({after}).")

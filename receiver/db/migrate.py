@@ -4,14 +4,18 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
+import structlog
 from alembic import command
 from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
+from sqlalchemy.exc import DBAPIError
 
+from receiver.db import version
 from receiver.db.engine import Database
 from receiver.db.requirements import require_usable
+from receiver.db.tables import metadata
+from receiver.db.version import Version
 from receiver.errors import SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
@@ -19,25 +23,34 @@ _CHECKOUT: Final = Path(__file__).parent.parent.parent / "migrations"
 LOCK_ID: Final = 0x_C11F_1A
 """PostgreSQL advisory lock that serializes migrations."""
 
+log = structlog.get_logger()
+
 
 def head() -> str:
     """Return the revision that this code needs."""
-    revision = ScriptDirectory.from_config(_config()).get_current_head()
+    revision = _scripts().get_current_head()
     if revision is None:
         raise SettingsError("the migrations are missing from this installation; reinstall the package")
     return revision
 
 
 async def current(database: Database) -> str | None:
-    """Return the database's revision, or None where it was never migrated."""
+    """Return the database's revision, or None if it was never migrated."""
+    found = await _read(database)
+    return None if found is None else found.revision
+
+
+async def _read(database: Database) -> Version | None:
+    known = _known()
     async with database.read() as connection:
-        return await connection.run_sync(lambda sync: MigrationContext.configure(sync).get_current_revision())
+        return await connection.run_sync(lambda sync: version.read(sync, known))
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:
     """Bring the schema to `revision`, in one transaction and under a lock: any number may run at once.
 
-    Raises DatabaseUnavailable where the database cannot be reached.
+    A newer schema that serves this release is left as it is. Raises SettingsError, which says what to do, and
+    DatabaseUnavailable.
     """
     await apply(database, lambda config: command.upgrade(config, revision))
 
@@ -46,15 +59,31 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
     """Run a command of Alembic's as `upgrade` does."""
 
     def run(connection: Connection) -> None:
+        known = _known()
+        found = version.read(connection, known)
+        if found is not None and found.revision not in known:
+            _require_served(found, known)
+            return
+        if found is None or found.revision != head():
+            _require_right_to_create(connection)
+        version.prepare(connection, known, frozenset(metadata.tables))
         config = _config()
         config.attributes["connection"] = connection
         change(config)
+        reached = version.read(connection, known)
+        if reached is not None:
+            version.record(connection, _oldest_served(reached.revision))
 
     async with database.migrate() as connection:
         if not database.is_sqlite:
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
             await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
-        await connection.run_sync(run)
+        try:
+            await connection.run_sync(run)
+        except DBAPIError as error:
+            if (refusal := _refusal(error)) is not None:
+                raise refusal from error
+            raise
         if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
             raise RuntimeError("the migration would leave rows that refer to nothing")
 
@@ -72,20 +101,73 @@ async def prepare(database: Database, *, durable_without: Collection[str] = ()) 
 
 
 async def require_current(database: Database) -> None:
-    """Raise SettingsError where the schema is not the one that this code needs."""
-    found, needed = await current(database), head()
-    if found == needed:
-        return
+    """Raise SettingsError if this code cannot run on the schema, because it is too old or too new."""
+    found, known = await _read(database), _known()
     if found is None:
         raise SettingsError("the database has no tables yet: run `receiver migrate`")
-    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
-    if found in known:
+    if found.revision not in known:
+        _require_served(found, known)
+        log.info("the schema is newer than this release, which can run on it", schema=found.revision)
+    elif found.revision != head():
         raise SettingsError(
-            f"the database's schema is old ({found}, needed {needed}): run `receiver migrate`"
+            f"the database's schema is old ({found.revision}, needed {head()}): run `receiver migrate`"
         )
-    raise SettingsError(
-        f"the database's schema ({found}) is newer than this release: deploy the newer release"
-    )
+
+
+def _refusal(error: DBAPIError) -> SettingsError | None:
+    """Return the sentence for a migration that the database does not allow, or None for another failure."""
+    state = getattr(error.orig, "sqlstate", None)
+    if state == "42501":
+        return SettingsError(
+            "the database's user may not change its tables: run `receiver migrate` as their owner"
+        )
+    if state == "42P07" or (state is None and str(error.orig).endswith("already exists")):
+        return SettingsError(
+            "a table or an index of another application has the name of one that this release needs: give "
+            "the receiver a database or a schema of its own"
+        )
+    return None
+
+
+def _require_served(found: Version, known: Collection[str]) -> None:
+    if found.serves not in known:
+        raise SettingsError(
+            f"the database's schema ({found.revision}) is newer than this release ({head()}) and cannot be "
+            "used by it: deploy the newer release"
+        )
+
+
+def _require_right_to_create(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    query = "SELECT current_user, current_schema(), has_schema_privilege(current_schema(), 'CREATE')"
+    user, schema, may_create = connection.execute(text(query)).one()
+    if schema is None:
+        raise SettingsError(
+            f"the database has none of the schemas in the search_path of {user}: "
+            "CREATE SCHEMA one, or set another search_path"
+        )
+    if not may_create:
+        raise SettingsError(
+            f"{user} may not create tables in the schema {schema}: as its owner, run "
+            f"GRANT CREATE ON SCHEMA {schema} TO {user}, or run `receiver migrate` as a user that may"
+        )
+
+
+def _oldest_served(revision: str) -> str:
+    """Return the oldest revision whose release can run on the schema of `revision`."""
+    for script in _scripts().walk_revisions("base", revision):
+        if not getattr(script.module, "release_before_runs", False):
+            return script.revision
+    return revision
+
+
+def _known() -> frozenset[str]:
+    return frozenset(script.revision for script in _scripts().walk_revisions())
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_config())
 
 
 def _config() -> Config:

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.engine import Database
 from receiver.db.tables import metadata
+from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
 
 _STORAGE: Final = ("fsync", "full_page_writes")
@@ -64,7 +65,11 @@ async def require_rights(database: Database) -> None:
     if database.is_sqlite:
         return
     async with database.read() as connection:
-        given = {"tables": list(metadata.tables), "rights": list(_RIGHTS)}
+        given = {
+            "tables": [*metadata.tables, VERSION_TABLE],
+            "rights": list(_RIGHTS),
+            "read_only": VERSION_TABLE,
+        }
         missing = list((await connection.execute(_MISSING_RIGHTS, given)).scalars())
         user, schema = (await connection.execute(text("SELECT current_user, current_schema()"))).one()
     if missing:
@@ -78,7 +83,7 @@ async def require_rights(database: Database) -> None:
 _MISSING_RIGHTS: Final = text("""
     SELECT wanted || ' on ' || name
     FROM unnest(CAST(:tables AS text[])) AS name, unnest(CAST(:rights AS text[])) AS wanted
-    WHERE NOT has_table_privilege(to_regclass(name), wanted)
+    WHERE NOT has_table_privilege(to_regclass(name), wanted) AND (name <> :read_only OR wanted = 'SELECT')
     UNION ALL
     SELECT 'USAGE on ' || sequence.relname
     FROM unnest(CAST(:tables AS text[])) AS name

@@ -215,7 +215,7 @@ def test_an_old_schema_is_refused_on_postgresql(postgres: Postgres, tmp_path: Pa
     assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
     assert b"up to date" in run_command("migrate", settings=settings, cwd=tmp_path).stdout
     postgres.sql(
-        "UPDATE alembic_version SET version_num = '9999'",
+        "UPDATE clipia_receiver_version SET version_num = '9999', serves = '9999'",
         database=settings["RECEIVER_DATABASE_URL"].rsplit("/")[-1],
     )
     result = run_command("serve", settings=settings, cwd=tmp_path)

@@ -18,6 +18,7 @@ from receiver.db.requirements import require_usable
 from receiver.db.rows import Arrival
 from receiver.db.selection import Selection
 from receiver.db.tables import metadata
+from receiver.db.version import VERSION_TABLE
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
 
@@ -26,7 +27,8 @@ async def test_no_drift(database: Database) -> None:
     """What Alembic would still change is nothing."""
 
     def compare(connection: Connection) -> list[object]:
-        return list(compare_metadata(MigrationContext.configure(connection), metadata))
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        return list(compare_metadata(context, metadata))
 
     async with database.write() as connection:
         assert await connection.run_sync(compare) == []
