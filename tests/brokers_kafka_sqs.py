@@ -60,7 +60,7 @@ class Process:
     def stop(self) -> None:
         """End the process."""
         self.process.kill()
-        self.process.communicate()
+        self.process.communicate(timeout=30)
 
     def __enter__(self) -> Self:
         return self

@@ -105,6 +105,7 @@ class RabbitMq:
             capture_output=True,
             text=True,
             check=False,
+            timeout=60,
         ).stdout
 
     def stop(self) -> None:

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -45,6 +46,18 @@ def run_command(
     )
 
 
+@contextmanager
+def always(action: Callable[[], object]) -> Iterator[None]:
+    """Do this when the block ends, also if it fails.
+
+    A pool waits for its threads: a test whose threads are told to stop at its end only would hang, not fail.
+    """
+    try:
+        yield
+    finally:
+        action()
+
+
 class ReceiverProcess:
     """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
 
@@ -67,8 +80,8 @@ class ReceiverProcess:
         """The log of the current run."""
         return self.folder / f"{self.arguments[0]}-{self.starts}.log"
 
-    def start(self, *, seconds: float = 30) -> Self:
-        """Start it and wait until it listens (`serve`) or works (`worker`)."""
+    def launch(self) -> Self:
+        """Start it and wait for nothing: it may be killed before it listens."""
         self.starts += 1
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -78,6 +91,12 @@ class ReceiverProcess:
                 stdout=log,
                 stderr=log,
             )
+        return self
+
+    def start(self, *, seconds: float = 30) -> Self:
+        """Start it and wait until it listens (`serve`) or works (`worker`)."""
+        self.launch()
+        assert self.process is not None
         wanted = "listening" if self.arguments[0] == "serve" else "worker started"
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

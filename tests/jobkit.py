@@ -408,7 +408,7 @@ class Proxy(socketserver.ThreadingTCPServer):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
-        self._thread.join()
+        self._thread.join(30)
         self.server_close()
 
 

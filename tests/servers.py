@@ -93,7 +93,7 @@ class Postgres:
         if os.geteuid() == 0:
             user = pwd.getpwnam("postgres")
             os.chown(self.directory, user.pw_uid, user.pw_gid)
-        subprocess.run(self._creation(), check=True, capture_output=True, cwd=self.directory)
+        subprocess.run(self._creation(), check=True, capture_output=True, cwd=self.directory, timeout=120)
         self.start()
         return self
 
@@ -166,6 +166,7 @@ class Postgres:
             check=check,
             capture_output=True,
             text=True,
+            timeout=120,
         )
 
     def url(self, *, template: str = "template1") -> str:

@@ -158,8 +158,9 @@ def test_broken_brokers_lose_nothing_and_hold_up_nobody(
     (tmp_path / "receiver.toml").write_text(brokers.configuration(tmp_path))
     receiver = ReceiverProcess(tmp_path, "serve", "--port", str(free_port()), RECEIVER_DATABASE_URL=url)
     receiver.measured = False
-    with receiver, ThreadPoolExecutor(CLIENTS) as pool:
+    with receiver, ThreadPoolExecutor(CLIENTS) as pool, ExitStack() as ending:
         load = Load(receiver.url)
+        ending.callback(load.stop)
         clients = [pool.submit(load.run, client) for client in range(CLIENTS)]
         wait_until(lambda: len(load.acked) > 20, seconds=30)
         brokers.rabbitmq.remember_queues()

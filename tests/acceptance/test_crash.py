@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ReceiverProcess, command_environment
+from harness import ReceiverProcess, always, command_environment
 from payloads import body, signed
 from servers import Postgres, end, free_port, wait_for_port
 from sqlalchemy import func, select, update
@@ -105,7 +105,7 @@ def test_kill_cycles_lose_nothing(
     receiver.measured = False
     load = Load(clipia)
     chance = random.Random(kind)
-    with ThreadPoolExecutor(CLIENTS) as pool:
+    with ThreadPoolExecutor(CLIENTS) as pool, always(load.stop):
         receiver.start()
         load.url = receiver.url
         clients = [pool.submit(load.run, client) for client in range(CLIENTS)]

@@ -321,7 +321,7 @@ async def test_http_with_requests_of_others(tmp_path: Path, language: str) -> No
         consumer.start()
         assert consumer.process is not None
         wait_for_port(port, consumer.process)
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             connection.sendall(b"POST /clipia-events HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
         async with httpx.AsyncClient() as client:
             for content, headers in [

@@ -240,7 +240,7 @@ def test_a_full_disk_is_answered_503_and_heals(tmp_path: Path) -> None:
         pytest.skip("needs root: mounts a small tmpfs")
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], check=True, timeout=60)
     try:
         url = f"sqlite:///{disk / 'receiver.db'}"
         settings = {"RECEIVER_DATABASE_URL": url}
@@ -260,7 +260,7 @@ def test_a_full_disk_is_answered_503_and_heals(tmp_path: Path) -> None:
             wait_until_stored(receiver)
             assert count_events(url) >= acked + 1
     finally:
-        subprocess.run(["umount", disk], check=True)
+        subprocess.run(["umount", disk], check=True, timeout=60)
 
 
 def test_acks_follow_the_flush(tmp_path: Path) -> None:

@@ -264,7 +264,7 @@ def shop() -> Iterator[Shop]:
     thread.start()
     yield server
     server.shutdown()
-    thread.join()
+    thread.join(30)
     server.server_close()
 
 

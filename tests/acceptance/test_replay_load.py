@@ -17,7 +17,7 @@ import httpx
 import nats
 from brokers_redis_nats import Nats
 from eventkit import plain
-from harness import ReceiverProcess
+from harness import ReceiverProcess, always
 from kind_redis_nats import NATS_STREAM, SUBJECT, structured
 from payloads import signed
 from servers import Postgres, free_port
@@ -160,7 +160,7 @@ def test_a_replay_beside_live_traffic_makes_each_delivery_once(postgres: Postgre
         with receiver:
             wait_until(lambda: count("state = 'delivered'") == 2 * EVENTS, seconds=180)
             replay = order()
-            with ThreadPoolExecutor(CLIENTS) as pool:
+            with ThreadPoolExecutor(CLIENTS) as pool, always(live.stop):
                 clients = [pool.submit(live.run, client) for client in range(CLIENTS)]
                 done = f"replay_id = '{replay['id']}' AND state = 'delivered'"
                 for share in (0.2, 0.6):

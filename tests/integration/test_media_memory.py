@@ -71,7 +71,7 @@ async def growth(storage: str, size: int) -> int:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", DOWNLOADER, server.origin, storage, stdout=subprocess.PIPE
         )
-        output, _ = await process.communicate()
+        output, _ = await asyncio.wait_for(process.communicate(), 120)
     stored, grown, key = output.split()
     assert (int(stored), key) == (size, b"ab/01-video.mp4")
     return int(grown)

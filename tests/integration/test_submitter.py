@@ -1237,7 +1237,7 @@ async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
             for thread in threads:
                 thread.start()
             for thread in threads:
-                thread.join()
+                thread.join(30)
             job = submitter.get(made[0].id)
             waited = submitter.wait(made[0].id, seconds=0.05)
             page = submitter.list_jobs(metadata={"order": "1"}, limit=10)

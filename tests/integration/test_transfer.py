@@ -82,7 +82,7 @@ async def export(world: World, *, limit: int = 7) -> list[bytes]:
     lines: list[bytes] = []
     for kind in transfer.KINDS:
         after = 0
-        while True:
+        for _ in range(1000):
             async with world.database.read() as connection:
                 page, after = await transfer.read(
                     connection, kind, after=after, limit=limit, since=None, until=None

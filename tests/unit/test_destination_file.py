@@ -25,7 +25,7 @@ from receiver.destinations import file as file_module
 from receiver.errors import PublishFailed, SettingsError
 
 APPENDER = """
-import asyncio, itertools, os, signal, structlog, sys
+import asyncio, os, signal, structlog, sys
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 sys.path.insert(0, sys.argv[3])
 from destination_kinds import make_event, open_url
@@ -39,7 +39,7 @@ async def publish(destination, numbers):
 async def main():
     destination = open_url(sys.argv[1])
     await destination.start()
-    numbers = iter(range(int(sys.argv[2]))) if sys.argv[2] != "endless" else itertools.count()
+    numbers = iter(range(int(sys.argv[2]) if sys.argv[2] != "endless" else 100_000))
     await asyncio.gather(*(publish(destination, numbers) for _ in range(8)))
     await destination.close()
 

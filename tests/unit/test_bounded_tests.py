@@ -1,0 +1,55 @@
+"""A test that would hang if the code were wrong fails instead."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    """Yield every node of every test file, with its place."""
+    for path in sorted(TESTS.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            yield f"{path.relative_to(TESTS)}:{getattr(node, 'lineno', 0)}", node
+
+
+def is_endless(loop: ast.AST) -> bool:
+    """Tell whether a loop has no end of its own: `while True`, or over `itertools.count()` and the like."""
+    if isinstance(loop, ast.While):
+        return isinstance(loop.test, ast.Constant) and not any(
+            isinstance(each, ast.Break | ast.Return | ast.Assert | ast.Raise) for each in ast.walk(loop)
+        )
+    endless = ("count(", "cycle(", "repeat(")
+    return isinstance(loop, ast.For) and ast.unparse(loop.iter).removeprefix("itertools.").startswith(endless)
+
+
+def test_no_body_is_sent_without_end() -> None:
+    """A server or a generator that sends for ever takes all memory if the limit under test is missing."""
+    found = [
+        place
+        for place, node in nodes()
+        if is_endless(node) and any(isinstance(each, ast.Yield) or writes(each) for each in ast.walk(node))
+    ]
+    assert found == []
+
+
+def writes(node: ast.AST) -> bool:
+    """Tell whether a node is a call that writes or sends."""
+    return (
+        isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in {"write", "send", "sendall"}
+    )
+
+
+def test_every_process_is_waited_for_with_a_limit() -> None:
+    """A command that hangs is ended, with its output in the error."""
+    found = [
+        f"{place} {ast.unparse(node.func)}"
+        for place, node in nodes()
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func).endswith(("subprocess.run", ".process.communicate"))
+        and "timeout" not in {keyword.arg for keyword in node.keywords}
+    ]
+    assert found == []
