@@ -51,6 +51,18 @@ def missing(what: str, how: str) -> None:
     pytest.skip(message)
 
 
+def require(*programs: str) -> None:
+    """Skip the test, or fail in CI, unless these programs are there, which are named as their Debian packages.
+
+    For what a process of the test's needs: its own skip would be an exit status.
+    """
+    for program in programs:
+        if program == "postgresql":
+            Postgres.find()
+        elif shutil.which(program) is None:
+            missing(program, f"apt-get install {program}")
+
+
 def end(process: subprocess.Popen[bytes], *, seconds: float = 15) -> int:
     """Stop a process that a test started: SIGTERM, and SIGKILL where that does not help."""
     if process.poll() is None:
@@ -67,7 +79,7 @@ class Postgres:
     """A PostgreSQL cluster; `url()` makes a fresh database in it."""
 
     def __init__(self) -> None:
-        self.bin = self._find()
+        self.bin = self.find()
         # Not below pytest's folders: those are closed to the user that the server runs as.
         self.directory = Path(tempfile.mkdtemp(prefix="receiver-postgres-"))
         self.data = self.directory / "data"
@@ -76,7 +88,8 @@ class Postgres:
         self.process: subprocess.Popen[bytes] | None = None
 
     @staticmethod
-    def _find() -> Path:
+    def find() -> Path:
+        """Return the folder of the server's programs, or skip the test."""
         versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/postgres"), reverse=True)
         found = str(versions[0]) if versions else shutil.which("postgres")
         if not found:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from harness import command_environment, unmeasured
-from servers import missing
+from servers import require
 
 ROOT = Path(__file__).parents[2]
 
@@ -28,9 +28,7 @@ def run(*arguments: str) -> str:
 
 def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
     """The sides are measured, every ack is accounted for, and the page gets its table and its chart."""
-    for program in ("wrk", "strace"):
-        if shutil.which(program) is None:
-            missing(program, f"apt-get install {program}")
+    require("postgresql", "wrk", "strace")
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
     sizes = ("--sides", "sqlite", "naive-sqlite", "--rounds", "1", "--seconds", "1")
     printed = run("benchmarks/ingest.py", *sizes, "--write", str(tmp_path))
@@ -45,8 +43,7 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
 
 def test_downloads_are_measured() -> None:
     """Large and small files have a row, with both ratios."""
-    if shutil.which("curl") is None:
-        missing("curl", "apt-get install curl")
+    require("curl")
     printed = run("benchmarks/download.py", "--mebibytes", "16", "--files", "8", "--rounds", "1")
     rows = printed.splitlines()[4:]
     assert [row.split(" | ")[0] for row in rows] == ["| 1 of 16 MiB", "| 8 of 1 MiB"]
@@ -55,6 +52,7 @@ def test_downloads_are_measured() -> None:
 
 def test_latency_is_measured() -> None:
     """Both databases have a row for the rate, with a time in every column."""
+    require("postgresql")
     rows = run("benchmarks/latency.py", "--rates", "50", "--seconds", "2", "--rounds", "1").splitlines()[4:]
     assert [row.split(" | ")[0] for row in rows] == ["| PostgreSQL", "| SQLite"]
     assert all(row.count("(") == 5 for row in rows)
@@ -62,8 +60,7 @@ def test_latency_is_measured() -> None:
 
 def test_growth_is_measured_and_explained() -> None:
     """Both databases have their rows with a ratio in each, and no plan goes through a whole table."""
-    if shutil.which("wrk") is None:
-        missing("wrk", "apt-get install wrk")
+    require("postgresql", "wrk")
     sizes = "--events 3000 --sqlite-events 3000 --small 500 --rounds 1 --seconds 1"
     figures, _, explained = run("benchmarks/growth.py", *sizes.split()).partition("\n-- ")
     for database in ("PostgreSQL", "SQLite"):
@@ -82,8 +79,7 @@ def test_growth_is_measured_and_explained() -> None:
 
 def test_memory_is_measured() -> None:
     """Each turn has a row with the memory of both processes, and every event has arrived."""
-    if shutil.which("wrk") is None:
-        missing("wrk", "apt-get install wrk")
+    require("postgresql", "wrk")
     start, *rows = run("benchmarks/soak.py", "--events", "500", "--seconds", "1").splitlines()[2:]
     assert start.startswith("| 0 | | | ")
     assert rows

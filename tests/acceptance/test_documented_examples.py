@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from harness import command_environment
-from servers import end, free_port
+from servers import end, free_port, require
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "jobs.md"
 
@@ -96,6 +96,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
 
 def test_curl_and_the_command_line_submit_one_job(example: Example) -> None:
     """The call waits for a finished job and gets it again; the command's caller has a job of its own."""
+    require("curl")
     _setup, curl, command = blocks("sh")
     job = json.loads(example.run("bash", "-c", example.ported(curl)))
     assert (job["state"], job["caller"], job["metadata"]) == ("completed", "shop", {"order": "4711"})

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +15,7 @@ import httpx
 import pytest
 from harness import ReceiverProcess, command_environment, run_command
 from payloads import SECRET, body, signed
-from servers import Postgres, end, free_port, missing, wait_for_port
+from servers import Postgres, end, free_port, require, wait_for_port
 from sqlalchemy import func, select
 
 from receiver.db.engine import Database
@@ -265,8 +264,7 @@ def test_a_full_disk_is_answered_503_and_heals(tmp_path: Path) -> None:
 
 def test_acks_follow_the_flush(tmp_path: Path) -> None:
     """C6, C7, T4: every 200 leaves the process after the write-ahead log was flushed for it."""
-    if shutil.which("strace") is None:
-        missing("strace", "apt-get install strace")
+    require("strace")
     trace = tmp_path / "trace"
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker") as receiver:
         assert receiver.process is not None
@@ -300,8 +298,7 @@ def test_acks_follow_the_flush(tmp_path: Path) -> None:
 
 def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
     """C6, T4: between the reading of a request and its own 200 there is a flush, however many share it."""
-    if shutil.which("strace") is None:
-        missing("strace", "apt-get install strace")
+    require("strace")
     trace = tmp_path / "trace"
     names = [f"group-{number:03d}" for number in range(200)]
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker") as receiver:
@@ -350,8 +347,7 @@ def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
 
 def test_a_failing_flush_is_not_acked(tmp_path: Path) -> None:
     """C8: an fsync that fails is answered 503, never 200, and the receiver goes on when the disk does."""
-    if shutil.which("strace") is None:
-        missing("strace", "apt-get install strace")
+    require("strace")
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker") as receiver:
         assert post(receiver).status_code == 200
         assert receiver.process is not None

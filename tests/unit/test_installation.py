@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, requires
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from servers import missing
+from servers import require
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("requirements.txt", "requirements-build.txt", "requirements-dev.txt")
@@ -137,8 +136,7 @@ def test_the_image_copies_only_what_its_context_has() -> None:
 )
 def test_make_says_in_one_line_which_python_it_needs(tmp_path: Path, program: str, version: str) -> None:
     """With Python 3.10, or without venv, or without Python there is one sentence and no word of pip's."""
-    if shutil.which("make") is None:
-        missing("make", "apt-get install make")
+    require("make")
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' && exit 0\n{program}\n")
     python.chmod(0o755)
