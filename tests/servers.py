@@ -52,7 +52,7 @@ def missing(what: str, how: str) -> None:
 
 
 def require(*programs: str) -> None:
-    """Skip the test, or fail in CI, unless these programs are there, which are named as their Debian packages.
+    """Skip the test, or fail in CI, unless these programs are there; they are named as their Debian packages.
 
     For what a process of the test's needs: its own skip would be an exit status.
     """
