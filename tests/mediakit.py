@@ -191,9 +191,12 @@ async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> 
 
     server = await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls)
     async with server:
-        yield Site(port=server.sockets[0].getsockname()[1], requests=requests)
-        for task in answering:
-            task.cancel()
+        try:
+            yield Site(port=server.sockets[0].getsockname()[1], requests=requests)
+        finally:
+            # Since Python 3.12 the server waits for its handlers at its end.
+            for task in answering:
+                task.cancel()
 
 
 @dataclass(frozen=True, kw_only=True)
