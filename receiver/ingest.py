@@ -84,12 +84,13 @@ class Ingest:
         body: bytes,
         webhook_id: str | None = None,
         job_id: UUID | None = None,
+        path_token: str | None = None,
     ) -> Received:
         """Verify and store one delivery; when this returns, it is committed durably.
 
         `signatures` are the values of all X-Clipia-Signature fields, `body` the raw bytes; `webhook_id` is
-        not signed and only put on record; `job_id`, from the path, is not signed either and only helps to
-        find the job whose `request_id` is not known yet.
+        not signed and only put on record; `job_id` and `path_token`, from the path, are not signed either and
+        only help to find the job whose `request_id` is not known yet.
 
         Raises SignatureError where the signature or its age does not hold, and DatabaseUnavailable where the
         event could not be stored in time: it may or may not be stored then, and sending it again is safe.
@@ -97,7 +98,13 @@ class Ingest:
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
         self._verified[source, verified.secret_id].inc()
-        event = make_event(source, body, received_at=datetime.fromtimestamp(now, UTC), job_id=job_id)
+        event = make_event(
+            source,
+            body,
+            received_at=datetime.fromtimestamp(now, UTC),
+            job_id=job_id,
+            path_token=path_token,
+        )
         arrival = Arrival(
             event, webhook_id, verified.secret_id, datetime.fromtimestamp(verified.timestamp, UTC)
         )
@@ -225,6 +232,7 @@ def make_event(
     received_at: datetime,
     origin: Literal["webhook", "poll"] = "webhook",
     job_id: UUID | None = None,
+    path_token: str | None = None,
 ) -> NewEvent:
     """Make the event of an authentic webhook body.
 
@@ -258,6 +266,7 @@ def make_event(
         model=summary.model,
         cost=summary.cost,
         job_id=job_id,
+        path_token=path_token,
         body=body,
         body_sha256=sha256,
         received_at=received_at,

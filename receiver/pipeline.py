@@ -160,7 +160,13 @@ class FanOut:
         """Bring the events' jobs to their last state; return whether there were any."""
         seqs = await job_events.with_open_jobs(connection, [event.seq for event, _ in recognized])
         settled = [
-            await job_events.settle_with(connection, event.source, generation, job_id=event.job_id)
+            await job_events.settle_with(
+                connection,
+                event.source,
+                generation,
+                job_id=event.job_id,
+                path_token=event.path_token,
+            )
             for event, generation in recognized
             if event.seq in seqs
         ]

@@ -375,6 +375,11 @@ async def eventually(look: Callable[[], Awaitable[object]]) -> None:
         await asyncio.sleep(0.01)
 
 
+def path_token(url: str) -> str:
+    """Return the token in a job's callback URL."""
+    return url.rsplit("/", 1)[1].partition(".")[2]
+
+
 async def post(url: str, content: bytes) -> None:
     """Post a signed webhook and have it accepted."""
     async with httpx.AsyncClient(verify=False) as client:

@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Table, select, update
 from receiver.db import inbox, jobs, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import NewJob, new_id
+from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.db.tables import deliveries, events
 from receiver.delivery import DeliveryLane
 from receiver.ingest import make_event
@@ -160,9 +160,17 @@ class World:
         async with running(*(self.worker(drain=drain) for _ in range(count))):
             yield
 
-    async def add(self, content: bytes, *, source: str = "clipia", job_id: uuid.UUID | None = None) -> None:
-        """Store an event as ingest does."""
-        event = make_event(source, content, received_at=datetime.now(UTC), job_id=job_id)
+    async def add(
+        self,
+        content: bytes,
+        *,
+        source: str = "clipia",
+        job_id: uuid.UUID | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Store an event as ingest does; `job_id` and `token` are of the callback's path."""
+        digest = None if token is None else digest_token(token)
+        event = make_event(source, content, received_at=datetime.now(UTC), job_id=job_id, path_token=digest)
         async with self.database.write() as connection:
             await inbox.insert_event(connection, event)
 
@@ -190,7 +198,7 @@ class World:
         request_id: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> uuid.UUID:
-        """Store a job; one without a `request_id` is still being submitted."""
+        """Store a job, whose token is its name; one without a `request_id` is still being submitted."""
         job = NewJob(
             id=new_id(),
             caller=caller,
@@ -205,6 +213,7 @@ class World:
             max_cost=None,
             cost=None,
             account="live-kit",
+            path_token=digest_token(name),
         )
         async with self.database.write() as connection:
             assert await jobs.insert(connection, job)

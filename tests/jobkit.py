@@ -321,7 +321,7 @@ def assert_paid_once(sandbox: Sandbox, rows: Sequence[JobRow]) -> dict[str, dict
 
 def _job_of(body: str) -> str:
     """Return the id of the job in a submission's `webhook_url`."""
-    return str(orjson.loads(body)["webhook_url"]).rsplit("/", 1)[1]
+    return str(orjson.loads(body)["webhook_url"]).rsplit("/", 1)[1].partition(".")[0]
 
 
 @dataclass(kw_only=True, eq=False)

@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from receiver.api.answers import CLOSE, Headers, error_body, send_json
 from receiver.api.refusals import NO_SOURCE, Refusals
+from receiver.db.rows import digest_token
 from receiver.errors import DatabaseUnavailable, SignatureError
 from receiver.ingest import Ingest
 from receiver.observability import ACK_SECONDS, WEBHOOKS
@@ -86,14 +87,21 @@ def _names_a_coding(value: bytes) -> bool:
     return any(name in _CODINGS for name in names)
 
 
-def _job_id(text: str | None) -> UUID | None:
-    if text is None:
-        return None
-    # It only helps to find a job sooner: an event is not refused for it.
-    try:
-        return UUID(text)
-    except ValueError:
-        return None
+class _JobPath(NamedTuple):
+    """The last part of a job's own path: `<job id>.<token>`; releases before had no token."""
+
+    job_id: UUID | None = None
+    token: str | None = None
+    """Its digest."""
+
+    @classmethod
+    def read(cls, text: str | None) -> "_JobPath":
+        job_id, _, token = (text or "").partition(".")
+        # It only helps to find a job sooner: an event is not refused for it.
+        try:
+            return cls(UUID(job_id), digest_token(token) if token else None)
+        except ValueError:
+            return cls()
 
 
 class Callback:
@@ -115,7 +123,7 @@ class Callback:
             return
         try:
             status, body, headers = await self._answer(
-                source, _job_id(path.get("job")), scope["headers"], receive
+                source, _JobPath.read(path.get("job")), scope["headers"], receive
             )
         except _Disconnected:
             return
@@ -123,13 +131,18 @@ class Callback:
         ACK_SECONDS.observe(time.perf_counter() - began)
 
     async def _answer(
-        self, source: str, job_id: UUID | None, headers: Iterable[tuple[bytes, bytes]], receive: Receive
+        self, source: str, job_path: _JobPath, headers: Iterable[tuple[bytes, bytes]], receive: Receive
     ) -> _Answer:
         head = _read_head(headers)
         try:
             body = await self._read(receive, head)
             received = await self._ingest.receive(
-                source, signatures=head.signatures, body=body, webhook_id=head.webhook_id, job_id=job_id
+                source,
+                signatures=head.signatures,
+                body=body,
+                webhook_id=head.webhook_id,
+                job_id=job_path.job_id,
+                path_token=job_path.token,
             )
         except _RefusedBody as refused:
             self._refusals.note(source, refused.reason)

@@ -4,12 +4,12 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Integer, String, bindparam, func, insert, select, update
+from sqlalchemy import Float, Integer, String, bindparam, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import sources
-from receiver.db.clock import seconds_since
+from receiver.db import job_events, sources
+from receiver.db.clock import db_time, seconds_since
 from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, in_state, receipts
@@ -95,10 +95,19 @@ _STORED = (
     events.c.body,
     events.c.received_at,
     events.c.job_id,
+    events.c.path_token,
 )
 _RECEIVED = (
     select(*_STORED)
-    .where(in_state(events, "received"))
+    .where(
+        in_state(events, "received"),
+        # First what most events are: of no job's own path.
+        or_(
+            events.c.job_id.is_(None),
+            events.c.received_at < db_time(bindparam("answered_by", type_=Float)),
+            ~job_events.ANSWER_IS_DUE,
+        ),
+    )
     .order_by(events.c.seq)
     .limit(bindparam("most", type_=Integer))
     # Not against those who only refer to the event, such as the receipt of a duplicate.
@@ -113,8 +122,13 @@ _SET_STATE = (
 
 
 async def lock_received(connection: AsyncConnection, *, limit: int) -> Sequence[StoredEvent]:
-    """Return the oldest events in `received`, locked until the transaction ends; others skip them."""
-    return [StoredEvent(*row) for row in await connection.execute(_RECEIVED, {"most": limit})]
+    """Return the oldest events in `received`, locked until the transaction ends; others skip them.
+
+    Without those that came on the path of a job whose submission will be answered soon: the answer says
+    whether the event is the job's.
+    """
+    values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT}
+    return [StoredEvent(*row) for row in await connection.execute(_RECEIVED, values)]
 
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:

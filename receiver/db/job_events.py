@@ -11,11 +11,35 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db.clock import db_time
 from receiver.db.lists import among
 from receiver.db.rows import JobRef, JobState, event_id
-from receiver.db.tables import events, jobs
+from receiver.db.tables import events, in_state, jobs
 from receiver.webhook import Generation
 
 OPEN: Final = ("pending", "submitted", "unsure")
 """States that an event still changes."""
+
+ANSWER_WAIT: Final = 60.0
+"""Seconds that an event on a job's own path waits for the answer to the job's submission.
+
+It has room for a call that is under way and for another try. If no answer comes, the path's token decides: a
+result that is paid for must not wait until an outage is over.
+"""
+
+# Jobs of releases before 0006 have a path without a token.
+_PATH_FITS: Final = or_(jobs.c.path_token.is_(None), jobs.c.path_token == events.c.path_token)
+_others: Final = jobs.alias()
+ANSWER_IS_DUE: Final = and_(
+    exists().where(
+        jobs.c.source == events.c.source,
+        jobs.c.id == events.c.job_id,
+        _PATH_FITS,
+        in_state(jobs, "pending"),
+        jobs.c.sent_at.is_not(None),
+        jobs.c.request_id.is_(None),
+    ),
+    # Beside the other one and not in it: a subquery of a subquery gets a FROM of its own for `events`.
+    ~exists().where(_others.c.source == events.c.source, _others.c.request_id == events.c.request_id),
+)
+"""Whether an event came on the path of a job that was sent and is not answered, and is no other job's."""
 
 # Made once: to make one takes as long as to run it.
 _SAME_REQUEST: Final = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
@@ -26,7 +50,7 @@ _WITH_OPEN_JOBS: Final = union(
         # Apart: for an OR of both no index would serve.
         for same in (
             _SAME_REQUEST,
-            and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id),
+            and_(jobs.c.source == events.c.source, jobs.c.id == events.c.job_id, _PATH_FITS),
         )
     )
 )
@@ -38,7 +62,12 @@ _REFS: Final = (
 
 
 async def settle_with(
-    connection: AsyncConnection, source: str, generation: Generation, *, job_id: uuid.UUID | None = None
+    connection: AsyncConnection,
+    source: str,
+    generation: Generation,
+    *,
+    job_id: uuid.UUID | None = None,
+    path_token: str | None = None,
 ) -> uuid.UUID | None:
     """Bring the job of an event to its last state, as `settle` does."""
     done = generation.status == "OK"
@@ -47,6 +76,7 @@ async def settle_with(
         source=source,
         request_id=generation.request_id,
         job_id=job_id,
+        path_token=path_token,
         state="completed" if done else "canceled" if generation.canceled else "failed",
         # A failure is refunded in full.
         charged=generation.cost if done else 0,
@@ -60,15 +90,17 @@ async def settle(
     source: str,
     request_id: str,
     job_id: uuid.UUID | None,
+    path_token: str | None,
     state: JobState,
     charged: int | None,
     error: Any,
 ) -> uuid.UUID | None:
     """Bring the job of an event, if there is one, to its last state; return its id.
 
-    It is found by `request_id`, and by the id in the callback's path while its `request_id` is not known yet.
-    Where the update meets the transaction that records it, it waits for that and looks again. The path is not
-    signed: it finds only a job that was sent, for a request that is no other job's.
+    It is found by `request_id`, and by the id and the token in the callback's path if its `request_id` is not
+    known. If the update meets the transaction that records it, it waits for that and looks again. The path is
+    not signed: it finds only a job that was sent, for a request that is no other job's; and an answer to the
+    submission that comes later decides after all (`jobs.record_submitted`).
     """
     mine = and_(jobs.c.request_id == request_id, jobs.c.state.in_(OPEN))
     if job_id is not None:
@@ -78,6 +110,7 @@ async def settle(
             mine,
             and_(
                 jobs.c.id == job_id,
+                or_(jobs.c.path_token.is_(None), jobs.c.path_token == path_token),
                 jobs.c.request_id.is_(None),
                 jobs.c.sent_at.is_not(None),
                 jobs.c.state.in_(OPEN),

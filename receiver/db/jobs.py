@@ -4,21 +4,24 @@ import uuid
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from sqlalchemy import (
     BigInteger,
     ColumnElement,
+    Update,
     and_,
     case,
     false,
     func,
     literal,
+    or_,
     select,
     text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
@@ -183,16 +186,33 @@ async def record_submitted(
     connection: AsyncConnection,
     held: Claim,
     *,
+    source: str,
+    provider_key: uuid.UUID,
     request_id: str,
     cost: int | None,
     warnings: list[dict[str, Any]],
     poll_after: float,
-) -> bool:
-    """Move a job to `submitted`; False where the lease is no longer ours, or its event was there first."""
-    result = await connection.execute(
+) -> Literal["recorded", "lost", "taken"]:
+    """Move a job to `submitted`; `lost` if the lease is no longer ours, or its own event was there first.
+
+    The answer decides: a job that was ended by an event on its path, of which this answer says that it is
+    another generation's, is open again; another job that has this `request_id` from its path only gives it
+    back. `taken` means that Clipia's answer to another job named the same `request_id`.
+    """
+    ended_by_path = and_(
+        jobs.c.provider_key == provider_key,
+        jobs.c.state.in_(("completed", "failed", "canceled")),
+        jobs.c.request_id != request_id,
+        jobs.c.submitted_at.is_(None),
+    )
+    statement = (
         update(jobs)
-        .where(jobs.c.id == held.id, jobs.c.lease == held.lease, jobs.c.state == "pending")
+        .where(
+            jobs.c.id == held.id,
+            or_(and_(jobs.c.lease == held.lease, jobs.c.state == "pending"), ended_by_path),
+        )
         .values(
+            **dict.fromkeys(("charged", "progress", "finished_at")),
             state="submitted",
             request_id=request_id,
             cost=func.coalesce(literal(cost, BigInteger()), jobs.c.cost),
@@ -204,6 +224,34 @@ async def record_submitted(
             lost=0,
             attempts=0,  # from here on it counts polls
             error=None,
+        )
+    )
+    recorded = await _unless_taken(connection, statement)
+    if recorded is None and await _give_back(connection, source, request_id):
+        recorded = await _unless_taken(connection, statement)
+    return "taken" if recorded is None else "recorded" if recorded else "lost"
+
+
+async def _unless_taken(connection: AsyncConnection, statement: Update) -> bool | None:
+    """Return whether a row was updated; None if another job has its `request_id`."""
+    try:
+        # Else the violation would end the whole transaction.
+        async with connection.begin_nested():
+            return (await connection.execute(statement)).rowcount == 1
+    except IntegrityError:
+        return None
+
+
+async def _give_back(connection: AsyncConnection, source: str, request_id: str) -> bool:
+    """Take a `request_id` from a job that has it from its path and from no answer; that job is open again."""
+    result = await connection.execute(
+        update(jobs)
+        .where(jobs.c.source == source, jobs.c.request_id == request_id, jobs.c.submitted_at.is_(None))
+        .values(
+            **dict.fromkeys(("request_id", "charged", "progress", "error", "finished_at", "lease")),
+            state="pending",
+            next_attempt_at=db_time(0.0),
+            updated_at=db_time(0.0),
         )
     )
     return result.rowcount == 1
@@ -263,6 +311,7 @@ async def resubmit(
     request: bytes,
     has_webhook: bool,
     account: str,
+    path_token: str,
     by: str,
 ) -> bool:
     """Make a job that ended without a result due again, under a new key; False where it did not end so.
@@ -282,6 +331,7 @@ async def resubmit(
             request=request,
             has_webhook=has_webhook,
             account=account,
+            path_token=path_token,
             provider_key=uuid.uuid4(),
             attempts=0,
             lost=0,

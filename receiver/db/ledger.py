@@ -26,7 +26,17 @@ from receiver.db.tables import (
 
 Row = dict[str, Any]
 
-_EVENT = [column for column in events.c if column.name != "body"]
+# The job that the event is of. The one that the callback's path named is a claim, and its token is nobody's.
+_JOB_ID: Final = (
+    select(jobs.c.id)
+    .where(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
+    .scalar_subquery()
+    .label("job_id")
+)
+_EVENT: Final = [
+    *(column for column in events.c if column.name not in ("body", "job_id", "path_token")),
+    _JOB_ID,
+]
 _PENDING: Final = union_all(
     *(select(deliveries.c.id).where(in_state(deliveries, "pending"), half) for half in (is_live, is_replayed))
 )
@@ -82,7 +92,7 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     it unless there is another event of that name.
     """
     ids = (await find_event_ids(connection, [key]))[key]
-    newest = select(events).order_by(events.c.seq.desc()).limit(1)
+    newest = select(*_EVENT, events.c.body).order_by(events.c.seq.desc()).limit(1)
     row = (await connection.execute(newest.where(events.c.id.in_(ids)))).mappings().one_or_none()
     if row is None:
         seqs = await unrecognized.find_seqs(connection, key)

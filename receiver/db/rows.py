@@ -47,6 +47,15 @@ def least_id(moment: datetime) -> uuid.UUID:
     return uuid.UUID(int=(milliseconds << 80) | (0x7 << 76) | (0x2 << 62))
 
 
+def digest_token(token: str) -> str:
+    """Return the form in which the token of a callback's path is stored and compared.
+
+    How long the comparison of two digests takes tells nothing about the token, so the database may compare
+    them; and nobody who sees a row can write the path.
+    """
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
+
+
 class NewEvent(NamedTuple):
     """An event as ingest makes it. A tuple, like `Arrival`: groups of them are turned into columns."""
 
@@ -66,7 +75,9 @@ class NewEvent(NamedTuple):
     model: str | None = None
     cost: int | None = None
     job_id: uuid.UUID | None = None
-    """The job that the callback's path named; not signed, so it only helps to find the job."""
+    """The job that the callback's path named; the path is not signed."""
+    path_token: str | None = None
+    """The digest of the token in that path (`digest_token`)."""
 
     @property
     def first_outcome(self) -> Outcome:
@@ -95,6 +106,7 @@ class StoredEvent(NamedTuple):
     body: bytes
     received_at: datetime
     job_id: uuid.UUID | None
+    path_token: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +219,8 @@ class NewJob:
     """Credits, where they were estimated."""
     account: str
     """The Clipia account that it is made for; what is made for a test key never goes to a live one."""
+    path_token: str
+    """The digest of the token in its callback's path (`digest_token`)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from receiver.db.jobs import SUBMIT_LANE, InFlight
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import (
+    FAN_OUT_LANE,
     LEASE,
     Record,
     Work,
@@ -146,16 +147,26 @@ class SubmitLane(WorkLane):
 
     async def _accept(self, this: _Try, accepted: Accepted, call: Call) -> None:
         submission = this.submission
+        taken = ended = False
 
         async def write(connection: AsyncConnection) -> bool:
+            nonlocal taken, ended
             poll_after = poll_delay(
                 0, overdue=self._poll_after, has_webhook=submission.has_webhook, watched=False
             )
-            held = await jobs.record_submitted(
-                connection, this.claim, poll_after=poll_after, **asdict(accepted)
+            recorded = await jobs.record_submitted(
+                connection,
+                this.claim,
+                source=submission.source,
+                provider_key=submission.provider_key,
+                poll_after=poll_after,
+                **asdict(accepted),
             )
-            if held:
-                await _settle_at_once(connection, submission.source, accepted.request_id)
+            if recorded == "taken":
+                taken = True
+                return True
+            if recorded == "recorded":
+                ended = await _settle_at_once(connection, submission.source, accepted.request_id)
             # A webhook that was faster has brought the job to its end already.
             elif not await jobs.add_answer(connection, this.claim.id, **asdict(accepted)):
                 # Whoever has the job by now sends the same key, and gets the same generation.
@@ -168,9 +179,21 @@ class SubmitLane(WorkLane):
             )
             return True
 
-        if await self._record(this.claim, write):
+        held = await self._record(this.claim, write)
+        if taken:
+            error = Refused(
+                f"Clipia answered with the request_id of another job ({accepted.request_id}), so this job's "
+                "own generation is unknown.",
+                code="request_id_taken",
+                status=409,
+            )
+            await self._stop(this, error, state="unsure", call=call)
+        elif held:
             SUBMISSIONS.labels("accepted").inc()
             log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
+        if ended:
+            # Its event waited for this answer.
+            self._wake(FAN_OUT_LANE)
 
     async def _keep_stray(self, connection: AsyncConnection, this: _Try, accepted: Accepted) -> None:
         """Put on record what Clipia accepted for a job that has ended otherwise: it is paid for, too."""
@@ -276,13 +299,14 @@ def _after_failure(
     return limits
 
 
-async def _settle_at_once(connection: AsyncConnection, source: str, request_id: str) -> None:
-    """Bring a job to its end whose event came before its `request_id` was known."""
+async def _settle_at_once(connection: AsyncConnection, source: str, request_id: str) -> bool:
+    """End a job whose event came before its `request_id` was known; return whether there was one."""
     body = await job_events.find_event_body(connection, source, request_id)
     if body is None:
-        return
+        return False
     try:
         generation = parse(body)
     except UnrecognizedBody:
-        return
+        return False
     await job_events.settle_with(connection, source, generation)
+    return True

@@ -1,6 +1,7 @@
 """What a caller asks for: checked, and frozen into the bytes that go to Clipia. Pure but for random ids."""
 
 import hashlib
+import secrets
 import uuid
 from collections.abc import Mapping
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from receiver.db.rows import NewJob, new_id
+from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import Refused
 from receiver.settings import DEFAULT_SOURCE
 
@@ -64,7 +65,7 @@ class JobRequest(BaseModel):
 
         Raises Refused where the input cannot be sent.
         """
-        job_id = new_id()
+        job_id, token = new_id(), new_token()
         return NewJob(
             id=job_id,
             caller=caller,
@@ -72,13 +73,14 @@ class JobRequest(BaseModel):
             fingerprint=self.fingerprint(),
             source=DEFAULT_SOURCE,
             model=self.model,
-            request=encode_request(self.input, job_id, public_url),
+            request=encode_request(self.input, job_id, token, public_url),
             has_webhook=public_url is not None,
             provider_key=uuid.uuid4(),
             metadata=dict(self.metadata),
             max_cost=self.max_cost,
             cost=cost,
             account=account,
+            path_token=digest_token(token),
         )
 
     def fingerprint(self) -> str:
@@ -86,12 +88,19 @@ class JobRequest(BaseModel):
         return hashlib.sha256(encode(self.model_dump(exclude_defaults=True))).hexdigest()
 
 
-def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, public_url: str | None) -> bytes:
+def new_token() -> str:
+    """Return an unguessable token (192 bits) for a callback's path."""
+    return secrets.token_urlsafe(24)
+
+
+def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, public_url: str | None) -> bytes:
     """Return the bytes that are sent to Clipia. Raises Refused where there are none or too many."""
     content: dict[str, Any] = {"input": given}
     if public_url is not None:
-        # The path names the job, so that its event finds it even before the answer to the submission.
-        content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}"
+        # The path names the job, so that its event finds it even before the answer to the submission. The
+        # path is not signed, so the token proves that it is Clipia who uses it: the job's id is no secret.
+        # Both are one segment, which the release before takes for an unknown job and not for a wrong path.
+        content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > LARGEST_REQUEST:
         raise Refused(

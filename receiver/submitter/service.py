@@ -15,7 +15,7 @@ from receiver.clipia import CALL_WAIT, ClipiaClient
 from receiver.db import accounts, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
-from receiver.db.rows import JobState, NewJob
+from receiver.db.rows import JobState, NewJob, digest_token
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
 from receiver.limits import Limits
@@ -24,7 +24,14 @@ from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
-from receiver.submitter.request import JobRequest, check_caller, check_key, encode_request, read_input
+from receiver.submitter.request import (
+    JobRequest,
+    check_caller,
+    check_key,
+    encode_request,
+    new_token,
+    read_input,
+)
 from receiver.submitter.waiting import Waiting
 
 ANSWER_WAIT: Final = CALL_WAIT + 5.0
@@ -285,18 +292,20 @@ class Submitter:
         That is for a person to decide; nothing here does it by itself. Raises Refused where the job is in a
         state in which that cannot be.
         """
-        account = self.client.account
+        account, token = self.client.account, new_token()
         done = False
         async with self._database.write() as connection:
             frozen = await jobs.find_request(connection, job_id)
             if frozen is not None:
-                # A new key is a new request: it goes to where the callback is now.
+                # A new key is a new request: it goes to where the callback is now, and with a new token the
+                # webhook of the old request does not end the job.
                 done = await jobs.resubmit(
                     connection,
                     job_id,
-                    request=encode_request(read_input(frozen), job_id, self._public_url),
+                    request=encode_request(read_input(frozen), job_id, token, self._public_url),
                     has_webhook=self._public_url is not None,
                     account=account,
+                    path_token=digest_token(token),
                     by=by,
                 )
         job = await self.get(job_id)

@@ -81,11 +81,14 @@ async def test_filters_on_the_job(world: World) -> None:
     }
 
 
-async def test_a_webhook_may_be_faster_than_the_answer(world: World) -> None:
-    """While the job's `request_id` is not known its callback's path names it, and the filters on it hold."""
+async def test_a_webhook_may_be_faster_than_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event waits for the answer that says whose it is; without one its path decides, for filters too."""
     add_job_filters(world)
     early = await world.add_job("early", metadata={"tier": "gold"})
-    await world.add(plain("early"), job_id=early)
+    await world.add(plain("early"), job_id=early, token="early")
+    await world.fan_out()
+    assert await world.sent_to() == set()
+    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
     await world.fan_out()
     assert await world.sent_to() == {("early", "all"), ("early", "shop"), ("early", "gold")}
     (job,) = await world.rows(jobs)
@@ -97,10 +100,15 @@ async def test_a_path_that_names_a_wrong_job_routes_nothing(world: World) -> Non
     add_job_filters(world)
     foreign = await world.add_job("foreign", source="staging", metadata={"tier": "gold"})
     known = await world.add_job("known", request_id="known", metadata={"tier": "gold"})
-    for number, job_id in enumerate((foreign, known, uuid.uuid4())):
-        await world.add(plain(f"forged-{number}"), job_id=job_id)
+    sent = await world.add_job("sent", metadata={"tier": "gold"})
+    paths = [
+        *((foreign, "foreign"), (known, "known"), (uuid.uuid4(), "x")),
+        *((sent, None), (sent, "other"), (sent, "Sent"), (sent, "")),
+    ]
+    for number, (job_id, token) in enumerate(paths):
+        await world.add(plain(f"forged-{number}"), job_id=job_id, token=token)
     await world.fan_out()
-    assert await world.sent_to() == {(f"forged-{number}", "all") for number in range(3)}
+    assert await world.sent_to() == {(f"forged-{number}", "all") for number in range(len(paths))}
 
 
 async def test_an_event_for_nobody_is_kept_with_its_files(world: World, tmp_path: Path) -> None:

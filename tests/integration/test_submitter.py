@@ -25,6 +25,7 @@ from clipia_kit import (
     answer,
     error_code,
     eventually,
+    path_token,
     post,
     refusal,
     refused,
@@ -35,6 +36,7 @@ from servers import Postgres, free_port
 from sqlalchemy.exc import DBAPIError
 
 from receiver import clipia
+from receiver.db import job_events
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, attempts, jobs
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
@@ -191,10 +193,10 @@ async def test_every_try_sends_the_same_bytes(world: World, sandbox: Sandbox) ->
     assert {each["body_sha256"] for each in sent} == {hashlib.sha256(row["request"]).hexdigest()}
     assert {each["idempotency_key"] for each in sent} == {str(row["provider_key"])}
     assert row["provider_key"].version == 4
-    assert json.loads(row["request"]) == {
-        "input": given,
-        "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}",
-    }
+    request = json.loads(row["request"])
+    token = path_token(request["webhook_url"])
+    assert request == {"input": given, "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}.{token}"}
+    assert row["path_token"] == hashlib.sha256(token.encode()).hexdigest()
     (generation,) = await sandbox.generations()
     assert (row["state"], row["request_id"]) == ("submitted", generation["request_id"])
 
@@ -433,8 +435,11 @@ async def test_a_lost_answer_is_found_again(world: World, sandbox: Sandbox) -> N
     assert generation["submits"] == 2
 
 
-async def test_a_webhook_spares_the_retry(world: World, sandbox: Sandbox) -> None:
-    """F5, C10: an event that comes while the outcome is unknown ends the job, and nothing is sent again."""
+async def test_a_webhook_spares_the_retry(
+    world: World, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5, C10: if no answer comes for a while, the event on its path ends the job; nothing is sent again."""
+    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
@@ -799,10 +804,9 @@ async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> 
     assert "alice" in str(done.attempts[1].error)
     first, second = odd.posts
     assert json.loads(first.body) == {"input": PROMPT}
-    assert json.loads(second.body) == {
-        "input": PROMPT,
-        "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}",
-    }
+    sent = json.loads(second.body)
+    token = path_token(sent["webhook_url"])
+    assert sent == {"input": PROMPT, "webhook_url": f"{PUBLIC}/clipia/webhook/clipia/{job.id}.{token}"}
     assert (await odd_world.job())["request"] == second.body
     keys = [uuid.UUID(post.headers["idempotency-key"]) for post in (first, second)]
     assert keys[0] != keys[1]
@@ -829,26 +833,31 @@ async def test_what_ended_without_a_result_may_be_submitted_anew(
     assert first["request_id"] in str(done.attempts[1].error)
 
 
-async def test_a_result_of_the_first_life_is_not_paid_for_in_silence(
-    odd_world: World, odd: OddClipia
-) -> None:
-    """F1, F13: where the old request's webhook overtakes the new one's answer, the stray one is on record."""
+async def test_a_result_of_the_first_life_does_not_end_the_second(odd_world: World, odd: OddClipia) -> None:
+    """F1, F13: the webhook of the old request is an event by itself; the job waits for the new one's."""
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
     job = await submitter.submit(MODEL, PROMPT)
+    old_url = json.loads(odd.posts[0].body)["webhook_url"]
     await submitter.resubmit(job.id, by="alice")
 
-    async def finish_the_old_one(request: Request) -> None:
-        await post(json.loads(request.body)["webhook_url"], body("r-1"))
+    async def finish_the_old_one(_request: Request) -> None:
+        await post(old_url, body("r-1"))
         await odd_world.forward()
+        assert len(odd_world.destination.events) == 1
 
     odd.on_submit = finish_the_old_one
     assert await odd_world.turn(submitter.lane) == 1
+    new_url = json.loads(odd.posts[1].body)["webhook_url"]
+    assert path_token(new_url) != path_token(old_url)
     done = await show(submitter, job)
-    assert (done.state, done.request_id, done.charged) == ("completed", "r-1", 12)
-    assert [each.outcome for each in done.attempts] == ["failed", "resubmitted", "failed"]
-    assert "r-2" in str(done.attempts[2].error)
+    assert (done.state, done.request_id, done.charged) == ("submitted", "r-2", None)
+    await post(new_url, body("r-2"))
+    await odd_world.forward()
+    assert (await show(submitter, job)).state == "completed"
+    data: list[Any] = [message.get_data() for message in odd_world.destination.events]
+    assert [each["job"] and each["job"]["id"] for each in data] == [None, str(job.id)]
 
 
 @pytest.mark.parametrize("state", ["pending", "submitted", "completed"])
@@ -1165,7 +1174,7 @@ async def test_a_submitter_is_opened_by_the_settings(
         assert (await refusal(submitter.submit(MODEL, PROMPT))).code == "budget_exceeded"
     (generation,) = await sandbox.generations()
     assert (job.state, job.request_id) == ("submitted", generation["request_id"])
-    assert generation["webhook"]["url"] == f"{PUBLIC}/clipia/webhook/clipia/{job.id}"
+    assert generation["webhook"]["url"].startswith(f"{PUBLIC}/clipia/webhook/clipia/{job.id}.")
     async with Submitter.open() as submitter:
         assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).id == job.id
 
