@@ -148,7 +148,9 @@ def served(
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """Run a server of Python's that takes `--port`, for the block; yield its port and its process."""
     port = free_port()
-    environment = dict(os.environ) | {"CLIPIA_WEBHOOK_SECRET": SECRET} | (settings or {})
+    environment = (
+        dict(os.environ) | {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DRAIN": "0"} | (settings or {})
+    )
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, *arguments, "--port", str(port)],

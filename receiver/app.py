@@ -298,6 +298,7 @@ def create_app(
         exception_handlers={HTTPException: partial(_http_error, refusals), Exception: _crash},
     )
     app.router.redirect_slashes = False
+    app.state.draining = False
     return app
 
 

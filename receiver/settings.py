@@ -180,6 +180,8 @@ class Settings(BaseSettings):
     api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
     signature_tolerance: int = Field(default=300, ge=30, le=900)
     max_body_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * 1024 * 1024)
+    keep_alive: int = Field(default=75, ge=1, le=3600)
+    drain: float = Field(default=5.0, ge=0, le=300)
     media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
     destination_url: SecretStr | None = None
     destinations: tuple[DestinationSettings, ...] = ()

@@ -70,6 +70,7 @@ class ReceiverProcess:
             "CLIPIA_WEBHOOK_SECRET": SECRET,
             "RECEIVER_DATABASE_URL": f"sqlite:///{folder / 'receiver.db'}",
             "RECEIVER_STORAGE_URL": f"file:{folder / 'media'}",
+            "RECEIVER_DRAIN": "0",
         } | settings
         self.process: subprocess.Popen[bytes] | None = None
         self.url = ""

@@ -41,16 +41,17 @@ class Readiness:
         self._checked_at = float("-inf")
         self._problem: str | None = None
 
-    async def __call__(self, _request: Request) -> Response:
+    async def __call__(self, request: Request) -> Response:
         """Answer 200, or 503 with the reason."""
+        if request.app.state.draining:
+            return _not_ready("This process is about to end.")
         async with self._lock:
             if time.monotonic() - self._checked_at > PROBE_AGE:
                 self._problem = await self._check()
                 self._checked_at = time.monotonic()
         if self._problem is None:
             return Response(b'{"status":"ok"}', media_type="application/json")
-        body = error_body("api_error", "service_unavailable", self._problem)
-        return Response(body, 503, {"retry-after": "5"}, "application/json")
+        return _not_ready(self._problem)
 
     async def _check(self) -> str | None:
         try:
@@ -64,6 +65,11 @@ class Readiness:
             return None
         # Whoever may see this page need not see the database's own words.
         return "The database cannot store an event now."
+
+
+def _not_ready(problem: str) -> Response:
+    body = error_body("api_error", "service_unavailable", problem)
+    return Response(body, 503, {"retry-after": "5"}, "application/json")
 
 
 class Metrics:

@@ -187,6 +187,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if self.cycle.response_complete and self.cycle.more_body:
             self._linger()
 
+    def close_after_answer(self) -> None:
+        """Make the answer that is under way, if there is one, the last on this connection."""
+        if self._unanswered is not None:
+            self._unanswered.keep_alive = False
+
     def close(self) -> None:
         """Close after an answer."""
         if self.cycle.response_complete and self.cycle.more_body:

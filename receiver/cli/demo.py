@@ -101,6 +101,7 @@ class _Demo:
             "RECEIVER_DATABASE_URL": f"sqlite:///{self._folder / 'receiver.db'}",
             "RECEIVER_STORAGE_URL": f"file:{self._folder / 'media'}",
             "RECEIVER_MEDIA_HOSTS": clipia,
+            "RECEIVER_DRAIN": "0",
         }
 
     @asynccontextmanager

@@ -1277,7 +1277,7 @@ class Server(uvicorn.Server):
 @asynccontextmanager
 async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
     """Serve an application as `receiver serve` does, in the running event loop."""
-    config = server_config(lambda: app, host="127.0.0.1", port=0)
+    config = server_config(lambda: app, keep_alive=5)
     config.timeout_graceful_shutdown = 1
     server = Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="receiver")
