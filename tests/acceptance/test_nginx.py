@@ -53,7 +53,7 @@ def nginx(folder: Path, receiver: ReceiverProcess, *, keep_alive: int) -> Iterat
     """Run nginx, which keeps idle connections to the receiver for so many seconds; give its port."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin") or ""
     if not program:
-        missing("nginx", "apt-get install nginx-light")
+        missing("nginx", "apt-get install nginx")
     folder.mkdir()
     port = free_port()
     file = folder / "nginx.conf"
