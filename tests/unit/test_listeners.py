@@ -1,0 +1,47 @@
+"""What `serve` binds, and how it says that it cannot."""
+
+import socket
+
+import pytest
+
+from receiver.cli.listeners import bind
+from receiver.errors import SettingsError
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_all_addresses_of_a_host_share_one_port(host: str) -> None:
+    """With port 0 the system chooses one for all addresses; nothing listens before the application starts."""
+    listeners = bind(host, 0)
+    try:
+        (port,) = {listener.getsockname()[1] for listener in listeners}
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port), timeout=5)
+        for listener in listeners:
+            listener.listen()
+        socket.create_connection(("127.0.0.1", port), timeout=5).close()
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("192.0.2.1", "cannot listen on 192.0.2.1, port 0: no network interface has this address"),
+        ("no such host", "--host no such host: there is no such address"),
+        ("é" * 70, f"--host {'é' * 70}: there is no such address"),
+    ],
+)
+def test_an_address_that_cannot_be_bound(host: str, reason: str) -> None:
+    """An address that is not of this machine, or none at all, is told in a sentence."""
+    with pytest.raises(SettingsError) as error:
+        bind(host, 0)
+    assert str(error.value) == reason
+
+
+def test_a_port_that_is_taken() -> None:
+    """A port on which something listens is told by its number."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=rf"port {port}: something listens there already"):
+            bind("127.0.0.1", port)
