@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Literal
 
@@ -10,14 +10,18 @@ import typer
 from rich.text import Text
 
 from receiver.causes import cause
-from receiver.cli.terminal import stdout
+from receiver.cli.terminal import moment, stdout
+from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia import Call, ClipiaClient
-from receiver.db import arrivals, migrate, outbox
+from receiver.db import arrivals, freezes, migrate, outbox, workers
 from receiver.db.engine import Database
+from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
+from receiver.db.workers import SeenWorker
 from receiver.destinations import open_destination
 from receiver.errors import ReceiverError, SettingsError
+from receiver.lanes import FAN_OUT_LANE, destination_lane
 from receiver.media import MediaHosts, open_storage
 from receiver.routing import describe
 from receiver.settings import DestinationSettings, Settings, unknown_variables
@@ -102,6 +106,8 @@ class _Check:
             await arrivals.probe(database)
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
+                seen = await workers.seen(connection)
+                frozen = await freezes.find(connection)
             masked = await mask_errors(database)
             self._say(
                 "ok",
@@ -123,8 +129,28 @@ class _Check:
                     f"{waiting[name].rows} deliveries wait for the destination {name!r}, "
                     "which is not configured",
                 )
+            self._check_workers(settings, seen)
+            if frozen is not None:
+                why = f", because the database was restored ({frozen.reason})" if frozen.restored else ""
+                self._say(
+                    "warning",
+                    "jobs",
+                    f"frozen by {frozen.by} at {moment(frozen.frozen_at)}{why}: `receiver jobs thaw` ends it",
+                )
         finally:
             await database.close()
+
+    def _check_workers(self, settings: Settings, seen: Sequence[SeenWorker]) -> None:
+        for worker in seen:
+            name = name_of(worker)
+            if worker.is_running:
+                self._say("ok", "worker", f"{name}, seen {worker.age:.0f} s ago: {', '.join(worker.lanes)}")
+            else:
+                self._say("warning", "worker", f"{name} was last seen {worker.age:.0f} s ago; it has crashed")
+        names = [destination_lane(each.name) for each in settings.all_destinations]
+        lanes = [FAN_OUT_LANE, *names, *([SUBMIT_LANE, POLL_LANE] if settings.clipia_key else [])]
+        if missing := find_missing(seen, lanes):
+            self._say("warning", "worker", missing)
 
     async def _check_storage(self, settings: Settings) -> None:
         storage = open_storage(settings.storage_url.get_secret_value())

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from receiver.cli.database import with_database
 from receiver.cli.submit import describe_file
 from receiver.cli.submitting import read_pair, with_submitter
 from receiver.cli.terminal import (
@@ -23,7 +24,12 @@ from receiver.cli.terminal import (
     user_name,
     wide,
 )
+from receiver.db import freezes
+from receiver.db.engine import Database
 from receiver.errors import ReceiverError
+from receiver.lanes import error_text
+from receiver.retry import KEY_HOLDS
+from receiver.settings import Settings
 from receiver.submitter import Job, JobEvent, JobPage, Submitter
 
 jobs = typer.Typer(help="Look at submitted jobs.", no_args_is_help=True)
@@ -154,6 +160,49 @@ def resubmit(
         print_json(job.as_dict())
     else:
         stdout.print(f"Job {job.id} will be submitted again by a running receiver.")
+
+
+@jobs.command()
+def freeze(
+    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
+    restored: Annotated[
+        bool,
+        typer.Option("--restored", help="The database was restored: keys that were used since are unknown."),
+    ] = False,
+) -> None:
+    """Take no new job and submit none until `jobs thaw`; what Clipia has goes on, webhooks are received.
+
+    Repeats of keys that are on record are answered as ever; a new key is refused (503 `submissions_frozen`).
+    After a restore, run this before anything else is started: docs/jobs.md says why, and what to do then.
+    """
+    by = f"{user_name()} on the command line"
+
+    async def run(_settings: Settings, database: Database) -> None:
+        async with database.write() as connection:
+            await freezes.freeze(connection, by=by, reason=reason, restored=restored)
+
+    with_database(run)
+    stdout.print("Submissions are frozen until `receiver jobs thaw`.")
+
+
+@jobs.command()
+def thaw() -> None:
+    """Take and submit jobs again.
+
+    After a restore, jobs that may have been sent too long ago become unsure: a person decides about them.
+    """
+    text = error_text("restored", "The database was restored: this job may have been sent since the dump.")
+
+    async def run(_settings: Settings, database: Database) -> list[UUID] | None:
+        async with database.write() as connection:
+            return await freezes.thaw(connection, key_holds=KEY_HOLDS, error=text)
+
+    unsure = with_database(run)
+    if unsure is None:
+        raise ReceiverError("submissions are not frozen")
+    stdout.print("Jobs are taken and submitted again.")
+    for job_id in unsure:
+        stdout.print(f"Job {job_id} is unsure: it may have been sent since the dump, too long ago.")
 
 
 @jobs.command()

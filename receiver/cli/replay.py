@@ -24,15 +24,16 @@ from receiver.cli.terminal import (
     user_name,
     wide,
 )
+from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.db import workers
 from receiver.db.engine import Database
 from receiver.errors import ReceiverError
-from receiver.replay import ReplayRequest, Replays
+from receiver.lanes import destination_lane
+from receiver.replay import REPLAY_LANE, ReplayRequest, Replays
 from receiver.settings import Settings
 
 LOOK: Final = 0.5
 """Seconds between looks at a replay's progress."""
-UNATTENDED: Final = 10.0
-"""Seconds without progress after which a hint is due."""
 
 replays = typer.Typer(help="Look at replays.", no_args_is_help=True)
 
@@ -67,13 +68,19 @@ def replay(
     wait: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Show the progress until it has ended.")
     ] = True,
+    timeout: Timeout = None,
     json: Json = False,
 ) -> None:
     """Send stored events again: the same event ids, with new delivery ids and the replay's id.
 
     The order is on record before anything is sent, and workers carry it out: ending this command does not end
     it, and `receiver replays show ID` goes on watching. A destination's filter holds for replays, too.
+    The exit status is 1 for a replay with dead letters, 3 if no worker is running that would carry it out,
+    and 124 after --timeout.
     """
+    if timeout is not None and not wait:
+        raise ReceiverError("--timeout is for a command that waits, without --no-wait")
+    patience = Patience(timeout)
     choice = {
         "ids": tuple(ids) if ids else None,
         "since": _utc(since),
@@ -99,24 +106,24 @@ def replay(
         }
     )
 
-    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+    async def run(settings: Settings, database: Database) -> tuple[dict[str, Any], int]:
         orders = make_replays(settings, database)
         if dry_run:
-            return await orders.dry_run(request)
+            return await orders.dry_run(request), 0
         order = await orders.order(request, key=key, caller=f"cli-{user_name()}"[:63])
         if not json:
             stderr.print(f"Replay {order['id']}: {order['matched']} events")
-        return await _watch(orders, order) if wait else order
+        return await _watch(database, orders, order, patience) if wait else (order, 0)
 
-    found = with_database(run)
+    found, ended_with = with_database(run)
     if json:
         print_json(found)
     elif dry_run:
         _print_counts(found)
     elif wait:
         _print(found)
-    if wait and not dry_run and (found["state"] == "failed" or _count(found, "dead")):
-        raise typer.Exit(1)
+    if ended_with:
+        raise typer.Exit(ended_with)
 
 
 def _read(values: dict[str, Any]) -> ReplayRequest:
@@ -169,20 +176,26 @@ def list_(
 def show(
     replay_id: Annotated[UUID, typer.Argument(metavar="ID")],
     wait: Annotated[bool, typer.Option("--wait", help="Show the progress until it has ended.")] = False,
+    timeout: Timeout = None,
     json: Json = False,
 ) -> None:
-    """Show a replay and what became of its deliveries."""
+    """Show a replay and what became of its deliveries; with --wait the exit status is that of `replay`."""
+    if timeout is not None and not wait:
+        raise ReceiverError("--timeout needs --wait")
+    patience = Patience(timeout)
 
-    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+    async def run(settings: Settings, database: Database) -> tuple[dict[str, Any], int]:
         orders = make_replays(settings, database)
         order = await _find(orders, replay_id)
-        return await _watch(orders, order) if wait else order
+        return await _watch(database, orders, order, patience) if wait else (order, 0)
 
-    found = with_database(run)
+    found, ended_with = with_database(run)
     if json:
         print_json(found)
     else:
         _print(found)
+    if ended_with:
+        raise typer.Exit(ended_with)
 
 
 @replays.command()
@@ -206,7 +219,10 @@ async def _find(orders: Replays, replay_id: UUID) -> dict[str, Any]:
     return found
 
 
-async def _watch(orders: Replays, order: dict[str, Any]) -> dict[str, Any]:
+async def _watch(
+    database: Database, orders: Replays, order: dict[str, Any], patience: Patience
+) -> tuple[dict[str, Any], int]:
+    """Return the replay, and the exit status, when it has ended or there is no use in waiting."""
     progress = progress_bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -215,34 +231,47 @@ async def _watch(orders: Replays, order: dict[str, Any]) -> dict[str, Any]:
         TimeRemainingColumn(),
     )
     loop = asyncio.get_running_loop()
-    began = changed = loop.time()
+    began = loop.time()
     sent_first = sent = _ended(order)
-    hinted = False
+    missing: str | None = None
     with progress:
         task = progress.add_task("delivered", total=None, rate="")
         try:
             while order["state"] == "pending" or _count(order, "pending"):
-                await asyncio.sleep(LOOK)
+                patience.check(missing)
+                await asyncio.sleep(min(LOOK, patience.left))
                 order = await _find(orders, order["id"])
-                if _ended(order) != sent:
-                    sent, changed = _ended(order), loop.time()
+                progressed, sent = _ended(order) != sent, _ended(order)
+                missing = None if progressed else await _find_missing(database, order)
                 # How many deliveries there will be is reckoned from the events that were looked at so far.
                 total = order["ordered"]
                 if order["state"] == "pending":
                     total = round(total * order["matched"] / order["handled"]) if order["handled"] else None
                 rate = (sent - sent_first) / (loop.time() - began)
                 progress.update(task, completed=sent, total=total, rate=f"{rate:.0f}/s")
-                if not hinted and loop.time() - changed > UNATTENDED:
-                    hinted = True
-                    stderr.print(
-                        "No progress: is `receiver serve` or `receiver worker` running on this database?"
-                    )
+        except GaveUp as over:
+            stderr.print(Text(f"The replay has not ended, and this command stops waiting: {over}."))
+            stderr.print(f"`receiver replays show {order['id']} --wait` watches it again.")
+            return order, over.status
         except BaseException:
             stderr.print(
                 f"The replay goes on; `receiver replays show {order['id']} --wait` watches it again."
             )
             raise
-    return order
+    return order, 1 if order["state"] == "failed" or _count(order, "dead") else 0
+
+
+async def _find_missing(database: Database, order: dict[str, Any]) -> str | None:
+    """Return in words what is missing so that the replay goes on; None if nothing is."""
+    async with database.read() as connection:
+        seen = await workers.seen(connection)
+    if order["state"] == "pending":
+        # A worker's step needs all destinations of the order.
+        return find_missing(seen, [REPLAY_LANE, *map(destination_lane, order["destinations"])])
+    waiting = sorted(name for name, states in order["deliveries"].items() if states.get("pending"))
+    missing = [find_missing(seen, [destination_lane(name)]) for name in waiting]
+    # As long as one of them works there is progress to watch.
+    return missing[0] if all(missing) else None
 
 
 def _count(order: dict[str, Any], *states: str) -> int:

@@ -10,11 +10,18 @@ from rich.text import Text
 
 from receiver.cli.submitting import Input, read_input, read_pair, with_submitter
 from receiver.cli.terminal import Json, print_json, print_line, size, stderr
+from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.db import freezes, workers
+from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
+from receiver.errors import ReceiverError
+from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE
 from receiver.submitter import Job, JobFile, Submitter
 
 CALLER: Final = "cli"
 UNATTENDED: Final = 5.0
 """Seconds after which work that is due and that nobody does is worth a hint."""
+WEBHOOK_WAIT: Final = 60.0
+"""Seconds for which a webhook may end the job even if no worker can ask Clipia for its result."""
 
 
 def submit(
@@ -31,51 +38,84 @@ def submit(
     max_cost: Annotated[
         int | None, typer.Option(help="Refuse the job if it costs more credits.", min=0)
     ] = None,
+    caller: Annotated[
+        str, typer.Option(help="Whose job it is. A key is one caller's: the API's callers are token names.")
+    ] = CALLER,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the result and its files.")] = False,
+    timeout: Timeout = None,
     json: Json = False,
 ) -> None:
     """Submit a job to Clipia: once, whatever crashes in between.
 
     The job is on record before Clipia hears of it; a running `receiver serve` or `receiver worker` goes on
-    with what this command does not see the end of. With --wait the exit status is 0 only for a result.
+    with what this command does not see the end of. With --wait the exit status is 0 only for a result, 1 for
+    a job that ended without one, 3 if no worker is running that would go on with it, and 124 after --timeout.
     """
+    if timeout is not None and not wait:
+        raise ReceiverError("--timeout needs --wait")
+    patience = Patience(timeout)
     values = dict(read_pair(text) for text in metadata or ())
     parameters = read_input(given)
 
-    async def run(submitter: Submitter) -> Job:
+    async def run(submitter: Submitter) -> tuple[Job, int]:
         job = await submitter.submit(
-            model, parameters, idempotency_key=key, metadata=values, max_cost=max_cost, caller=CALLER
+            model, parameters, idempotency_key=key, metadata=values, max_cost=max_cost, caller=caller
         )
         _tell_submitted(job)
-        return await _watch(submitter, job) if wait else job
+        return await _watch(submitter, job, patience) if wait else (job, 0)
 
-    job = with_submitter(run)
+    job, status = with_submitter(run)
     if json:
         print_json(job.as_dict())
     elif wait:
         _tell_result(job)
-    if wait and job.state != "completed":
-        raise typer.Exit(1)
+    if status:
+        raise typer.Exit(status)
 
 
-async def _watch(submitter: Submitter, job: Job) -> Job:
-    began = time.monotonic()
+async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Job, int]:
+    """Return the job, and the exit status, when it has ended or there is no use in waiting."""
     hinted = False
+    began = time.monotonic()
     with Status(_line(job, 0.0), console=stderr) as status:
         try:
             while not job.ended:
-                job = await submitter.wait(job.id, seconds=1.0) or job
+                missing = await _find_missing(submitter, job)
+                patience.check(missing)
+                job = await submitter.wait(job.id, seconds=min(1.0, patience.left)) or job
                 status.update(_line(job, time.monotonic() - began))
-                if not hinted and _unattended(job):
+                awaits_webhook = job.has_webhook and job.state != "pending"
+                if not hinted and not missing and not awaits_webhook and _unattended(job):
                     hinted = True
-                    _say(
-                        "Nobody goes on with it yet: it waits for its turn, or neither `receiver serve` nor "
-                        "`receiver worker` is running on this database."
-                    )
+                    _say("It waits for its turn: Clipia's limits, or a pause (`receiver account` tells).")
+        except GaveUp as over:
+            _say(f"The job is {job.state}, and this command stops waiting: {over}.")
+            _say(f"`receiver jobs show {job.id}` tells what becomes of it.")
+            return job, over.status
         except BaseException:
             _say(f"The job goes on; `receiver jobs show {job.id}` tells how.")
             raise
-    return job
+    return job, 0 if job.state == "completed" else 1
+
+
+async def _find_missing(submitter: Submitter, job: Job) -> str | None:
+    """Return in words what is missing so that the job goes on; None if nothing is."""
+    async with submitter.database.read() as connection:
+        seen = await workers.seen(connection)
+        frozen = await freezes.find(connection)
+    if job.event is not None:
+        lane = FAN_OUT_LANE if job.event.state == "received" else MEDIA_LANE
+    elif job.state == "pending":
+        if frozen is not None:
+            return "submissions are frozen: `receiver jobs thaw` ends that"
+        lane = SUBMIT_LANE
+    elif job.has_webhook and _age(job.submitted_at) < WEBHOOK_WAIT:
+        lane = FAN_OUT_LANE
+    else:
+        lane = POLL_LANE
+    missing = find_missing(seen, [lane], account=submitter.client.account)
+    # What is not due yet may be done by a worker of the release before, which is not listed.
+    return missing if lane == MEDIA_LANE or _unattended(job) else None
 
 
 def _line(job: Job, elapsed: float) -> str:
@@ -90,7 +130,11 @@ def _unattended(job: Job) -> bool:
     due = job.next_attempt_at
     if job.event is not None and job.event.state == "received":
         due = job.event.received_at
-    return due is not None and (datetime.now(UTC) - due).total_seconds() > UNATTENDED
+    return _age(due) > UNATTENDED
+
+
+def _age(moment: datetime | None) -> float:
+    return 0.0 if moment is None else (datetime.now(UTC) - moment).total_seconds()
 
 
 def _tell_submitted(job: Job) -> None:

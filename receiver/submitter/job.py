@@ -99,6 +99,8 @@ class Job:
     event: JobEvent | None
     attempts: tuple[JobAttempt, ...]
     """Tries at submitting it; empty in lists."""
+    has_webhook: bool = False
+    """Whether Clipia was given a callback for it."""
     new: bool = False
     """Whether this very call made it."""
 
@@ -124,7 +126,10 @@ class Job:
 
     def as_dict(self) -> dict[str, Any]:
         """Return what the API shows."""
-        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "new"}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_SHOWN}
+
+
+_NOT_SHOWN = ("new", "has_webhook")
 
 
 _COPIED = (
@@ -144,6 +149,7 @@ _COPIED = (
     "updated_at",
     "finished_at",
     "next_attempt_at",
+    "has_webhook",
 )
 
 

@@ -10,7 +10,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import CALL_WAIT, Accepted, Call, ClipiaClient, clock
-from receiver.db import accounts, job_events, jobs, leases, tables
+from receiver.db import accounts, freezes, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE, InFlight
@@ -81,6 +81,8 @@ class SubmitLane(WorkLane):
         self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
     ) -> list[Work]:
         """Claim inside the caller's transaction, where `job_id` is given only that job."""
+        if await freezes.find(connection) is not None:
+            return []
         account = self._client.account
         limits, now = await accounts.lock(connection, account)
         room = limits.submits(now, in_flight=(await jobs.in_flight(connection, account)).total)

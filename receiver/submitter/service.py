@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import CALL_WAIT, ClipiaClient
-from receiver.db import accounts, jobs, ledger, migrate
+from receiver.db import accounts, freezes, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob, digest_token
@@ -64,6 +64,7 @@ class Submitter:
         `public_url` is where Clipia reaches the callback; without it jobs have no webhook and are polled.
         `budgets` are credits per caller and UTC day. `poll_after` is in seconds.
         """
+        self.database: Final = database
         self._database = database
         self._client = client
         self._public_url = public_url
@@ -183,6 +184,8 @@ class Submitter:
         )
         async with self._database.write() as connection:
             new = await jobs.insert(connection, job)
+            if new:
+                await freezes.require_none(connection)
             works = await self._start(connection, job) if new else []
             known = None if new else await jobs.find(connection, caller, job.idempotency_key)
         if known is not None:

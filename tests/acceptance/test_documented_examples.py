@@ -95,7 +95,7 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
 
 
 def test_curl_and_the_command_line_submit_one_job(example: Example) -> None:
-    """The call waits for a finished job and gets it again; the command's caller has a job of its own."""
+    """F8: curl, curl again and the command are one caller with one key: one job, paid for once."""
     require("curl")
     _setup, curl, command = blocks("sh")
     job = json.loads(example.run("bash", "-c", example.ported(curl)))
@@ -105,6 +105,26 @@ def test_curl_and_the_command_line_submit_one_job(example: Example) -> None:
     program = f"{sys.executable} -m receiver"
     output = example.run("bash", "-c", command.replace("receiver", program, 1))
     assert output.startswith("completed, 12 credits charged")
+    listed = json.loads(example.run(*program.split(), "jobs", "list", "--json"))["data"]
+    assert [each["id"] for each in listed if each["metadata"] == {"order": "4711"}] == [job["id"]]
+    keys = [each["idempotency_key"] for each in listed]
+    assert len(keys) == len(set(keys)), "an example uses the key of another caller's example"
+    generations = httpx.get(f"http://127.0.0.1:{example.sandbox}/_sandbox/requests").json()["requests"]
+    assert len(generations) == len(listed)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/jobs.md"])
+def test_no_two_callers_of_the_examples_have_one_key(document: str) -> None:
+    """F8: whoever copies all examples pays for each wish once: one key has one caller."""
+    text = (DOCUMENT.parents[1] / document).read_text(encoding="utf-8")
+    callers: dict[str, set[str]] = {}
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        named = re.search(r"""(?:--caller |caller=")([\w-]+)""", block)
+        for key in re.findall(r"""(?:--key |Idempotency-Key: |idempotency_key=")([\w/.-]+)""", block):
+            default = "shop" if "curl" in block else "local" if language == "python" else "cli"
+            callers.setdefault(key, set()).add(named[1] if named else default)
+    assert callers
+    assert {key: found for key, found in callers.items() if len(found) > 1} == {}
 
 
 def test_the_python_examples_run(example: Example) -> None:

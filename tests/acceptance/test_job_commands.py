@@ -210,35 +210,147 @@ def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path)
 def test_waiting_on_a_terminal_shows_progress_and_ctrl_c_leaves_the_job(
     clipia: Clipia, tmp_path: Path
 ) -> None:
-    """Where nobody goes on with the job the line ticks, a hint says so, and Ctrl-C ends the wait only."""
+    """While a worker goes on with the job the line ticks, and Ctrl-C ends the wait only."""
     clipia.switch(duration=600)
-    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "receiver", "submit", IMAGE, "-i", CAT, "--wait"],
-        env=command_environment(**settings, TERM="xterm", COLUMNS="200"),
-        cwd=tmp_path,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        start_new_session=True,
-    )
-    os.close(theirs)
-    output = read_until(ours, b"neither `receiver serve` nor")
-    assert re.search(rb"submitted, \d s", output)
-    process.send_signal(signal.SIGINT)
-    output = read_until(ours, b"The job goes on")
-    assert process.wait(30) != 0
+    with receiver(tmp_path, clipia) as running:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "receiver", "submit", IMAGE, "-i", CAT, "--wait"],
+            env=command_environment(**running.settings, TERM="xterm", COLUMNS="200"),
+            cwd=tmp_path,
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            start_new_session=True,
+        )
+        os.close(theirs)
+        # Longer than a missing worker would be waited for: there is one.
+        output = read_until(ours, rb"submitted[^,]*, 1[5-9] s")
+        process.send_signal(signal.SIGINT)
+        output += read_until(ours, rb"The job goes on")
+        assert process.wait(30) != 0
     os.close(ours)
     assert b"Traceback" not in output
-    assert [generation["status"] for generation in clipia.generations()] == ["IN_QUEUE"]
+    assert b"worker" not in output
+    assert [generation["status"] for generation in clipia.generations()] != ["COMPLETED"]
 
 
-def read_until(terminal: int, wanted: bytes, *, seconds: float = 60) -> bytes:
+def test_a_wait_ends_if_no_worker_is_running(clipia: Clipia, tmp_path: Path) -> None:
+    """F10: whatever the job waits for, the command says what to start, and ends with status 3."""
+    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
+    submit = ("submit", IMAGE, "-i", CAT, "--wait")
+    for extra in ({}, {"RECEIVER_PUBLIC_URL": "http://127.0.0.1:9"}):
+        result = run_command(*submit, settings=settings | extra, cwd=tmp_path)
+        said = " ".join(result.stderr.decode().split())
+        assert result.returncode == 3, said
+        assert "start `receiver serve` or `receiver worker`" in said
+        assert result.stdout == b"submitted\n"
+    away = settings | {"CLIPIA_BASE_URL": "http://127.0.0.1:9"}
+    result = run_command(*submit, "--json", settings=away, cwd=tmp_path)
+    assert (result.returncode, json.loads(result.stdout)["state"]) == (3, "pending")
+    assert b"no worker is running on this database" in result.stderr
+
+
+def test_a_wait_ends_if_the_worker_has_no_key(clipia: Clipia, tmp_path: Path) -> None:
+    """F10: a receiver without CLIPIA_KEY never asks for the result: the command says so and ends."""
+    without = {name: value for name, value in clipia.settings.items() if name != "CLIPIA_KEY"}
+    running = ReceiverProcess(tmp_path, **without)
+    with running:
+        result = run_command(
+            *("submit", IMAGE, "-i", CAT, "--wait"),
+            settings=running.settings | {"CLIPIA_KEY": clipia.settings["CLIPIA_KEY"]},
+            cwd=tmp_path,
+        )
+        assert running.process is not None
+        said = " ".join(result.stderr.decode().split())
+        assert (result.returncode, result.stdout) == (3, b"submitted\n"), said
+        assert f"process {running.process.pid} on " in said
+        assert "restart it with CLIPIA_KEY" in said
+        checked = run_command("check", settings=running.settings, cwd=tmp_path)
+        assert f"process {running.process.pid} on ".encode() in checked.stdout
+        assert b"CLIPIA_KEY" in checked.stdout
+
+
+def test_a_wait_ends_if_the_worker_has_a_key_of_another_kind(clipia: Clipia, tmp_path: Path) -> None:
+    """F10: jobs of a live key are not polled with a test key, and the command says that."""
+    running = ReceiverProcess(tmp_path, **(clipia.settings | {"CLIPIA_KEY": "clipia_test_commands"}))
+    with running:
+        result = run_command(
+            *("submit", IMAGE, "-i", CAT, "--wait"), settings=running.settings | clipia.settings, cwd=tmp_path
+        )
+    said = " ".join(result.stderr.decode().split())
+    assert result.returncode == 3, said
+    assert "a CLIPIA_KEY that is no live key" in said
+
+
+def test_a_wait_has_a_time_limit(clipia: Clipia, tmp_path: Path) -> None:
+    """--timeout ends the wait with status 124 and shows the job as it is; the job goes on."""
+    clipia.switch(duration=15)
+    with receiver(tmp_path, clipia) as running:
+        submit = ("submit", IMAGE, "-i", CAT, "--key", "k", "--json")
+        result = run_command(*submit, "--wait", "--timeout", "1", settings=running.settings, cwd=tmp_path)
+        assert result.returncode == 124, result.stderr
+        assert json.loads(result.stdout)["state"] == "submitted"
+        assert b"--timeout are over" in result.stderr
+        done = run_command(*submit, "--wait", "--timeout", "90", settings=running.settings, cwd=tmp_path)
+        assert (done.returncode, json.loads(done.stdout)["state"]) == (0, "completed"), done.stderr
+    assert len(clipia.generations()) == 1
+    unclear = run_command(*submit, "--timeout", "1", settings=running.settings, cwd=tmp_path)
+    assert unclear.returncode == 1
+    assert b"--timeout needs --wait" in unclear.stderr
+
+
+def test_the_lanes_that_run_are_shown(clipia: Clipia, tmp_path: Path) -> None:
+    """`check` lists each process with its lanes and when it was seen, until the process has ended."""
+    running = receiver(tmp_path, clipia)
+    with running:
+        assert running.process is not None
+        line = rf"process {running.process.pid} on \S+, seen \d+ s ago: (.*)"
+        (lanes,) = re.findall(line, said_by_check(running))
+        assert set(lanes.split(", ")) == {
+            *("fanout", "media", "replay", "submit", "poll", "destination:default")
+        }
+        running.kill()
+        assert f"process {running.process.pid}" in said_by_check(running)
+        running.start()
+        running.stop()
+        running.start()
+    checked = said_by_check(running)
+    assert checked.count("process ") == 1, "only the one that was killed has left its row"
+
+
+def said_by_check(running: ReceiverProcess) -> str:
+    """Return what `receiver check` prints."""
+    result = run_command("check", settings=running.settings, cwd=running.folder)
+    assert result.returncode == 0, result.stdout
+    return result.stdout.decode()
+
+
+def test_a_caller_may_be_named(clipia: Clipia, tmp_path: Path) -> None:
+    """F8: with --caller the command's key is that caller's: the same key again is the same job."""
+    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
+
+    def submit(*arguments: str) -> dict[str, Any]:
+        command = ("submit", IMAGE, "-i", CAT, "--key", "k", "--json", *arguments)
+        result = run_command(*command, settings=settings, cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+        job: dict[str, Any] = json.loads(result.stdout)
+        return job
+
+    shop, own = submit("--caller", "shop"), submit()
+    assert (shop["caller"], own["caller"]) == ("shop", "cli")
+    assert submit("--caller", "shop")["id"] == shop["id"] != own["id"] == submit()["id"]
+    assert len(clipia.generations()) == 2
+    refused = run_command(*("submit", IMAGE, "-i", CAT, "--caller", "a\nb"), settings=settings, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert b"caller" in refused.stderr
+
+
+def read_until(terminal: int, wanted: bytes, *, seconds: float = 90) -> bytes:
     """Read a terminal until it has shown something."""
     output = b""
     deadline = time.monotonic() + seconds
-    while wanted not in output:
+    while not re.search(wanted, output):
         assert time.monotonic() < deadline, output
         output += os.read(terminal, 4096)
     return output

@@ -163,7 +163,7 @@ def test_a_replay_from_the_dry_run_to_its_record(service: Service) -> None:
 
 
 def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
-    """E12: a terminal shows progress and, without a worker, a hint; Ctrl-C leaves the order to workers."""
+    """E12: a terminal shows progress, and Ctrl-C leaves the order to workers."""
     service.add_history(*(plain(f"r-{number}") for number in range(20)))
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -176,8 +176,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
         start_new_session=True,
     )
     os.close(theirs)
-    output = read_until(ours, rb"No progress: is")
-    assert re.search(rb"delivered\s.*0/\?", output)
+    output = read_until(ours, rb"delivered\s.*0/\?")
     process.send_signal(signal.SIGINT)
     output += read_until(ours, rb"The replay goes on")
     assert process.wait(30) != 0
@@ -189,6 +188,34 @@ def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
     assert "completed, 20 of 20 events" in shown
     assert "main: 20 delivered" in shown
     assert len(service.messages()) == 20
+
+
+def test_watching_ends_if_nothing_carries_the_replay_out(service: Service) -> None:
+    """E12: without a worker, or without one that has the destination, the command says so and ends with 3."""
+    service.add_history(plain("r-1"))
+    said = service.error("replay", "--all", "--key", "k", status=3)
+    assert "start `receiver serve` or `receiver worker`" in said
+    (order,) = service.json("replays", "list")
+    elsewhere = service.folder / "elsewhere"
+    elsewhere.mkdir()
+    only_main = '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
+    (elsewhere / "receiver.toml").write_text(only_main, encoding="utf-8")
+    with ReceiverProcess(elsewhere, "worker", **service.settings):
+        said = service.error("replays", "show", order["id"], "--wait", status=3)
+        assert "no running worker has the destination 'failures'" in said
+    with service.worker:
+        assert "completed" in service.run("replays", "show", order["id"], "--wait", "--timeout", "60")
+
+
+def test_watching_has_a_time_limit(service: Service) -> None:
+    """--timeout ends the watching with status 124, and the order stays; it is for commands that wait."""
+    service.add_history(plain("r-1"))
+    said = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
+    assert "--timeout are over" in said
+    assert [each["state"] for each in service.json("replays", "list")] == ["pending"]
+    assert "--no-wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
+    (order,) = service.json("replays", "list")
+    assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1")
 
 
 def test_a_worker_killed_twice_leaves_neither_gap_nor_double(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""SQL of the freeze: while its row is there, no new job is taken and none is submitted."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time
+from receiver.db.tables import freezes, in_state, jobs
+from receiver.errors import ClipiaUnavailable
+
+_NAME: Final = "jobs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Freeze:
+    """Who has frozen submissions, why, and since when."""
+
+    by: str
+    reason: str
+    restored: bool
+    """Whether the database was restored from a dump."""
+    frozen_at: datetime
+
+
+async def find(connection: AsyncConnection) -> Freeze | None:
+    """Return the freeze, or None if submissions are not frozen."""
+    columns = [freezes.c[name] for name in Freeze.__dataclass_fields__]
+    row = (await connection.execute(select(*columns).where(freezes.c.name == _NAME))).mappings().first()
+    return None if row is None else Freeze(**row)
+
+
+async def require_none(connection: AsyncConnection) -> None:
+    """Raise ClipiaUnavailable if submissions are frozen; the transaction forgets the new job then."""
+    if await find(connection) is not None:
+        raise ClipiaUnavailable(
+            "submissions are frozen, and this key is a new one: nothing was sent; try again with the same "
+            "key after `receiver jobs thaw`",
+            reason="submissions_frozen",
+            may_have_arrived=False,
+            retry_after=60.0,
+        )
+
+
+async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored: bool) -> None:
+    """Freeze submissions; a freeze that is there already stays, and can only become one after a restore."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    statement = dialect.insert(freezes).values(
+        name=_NAME, by=by, reason=reason, restored=restored, frozen_at=db_time(0.0)
+    )
+    await connection.execute(statement.on_conflict_do_nothing())
+    if restored:
+        await connection.execute(
+            update(freezes).where(freezes.c.name == _NAME).values(restored=True, by=by, reason=reason)
+        )
+
+
+async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> list[uuid.UUID] | None:
+    """End the freeze; return the jobs that become `unsure` by it, or None if there is no freeze.
+
+    After a restore a job that the dump has as pending may have been sent since, and nobody knows when: not
+    before it was made. If that is more than `key_holds` seconds ago, Clipia may have forgotten its key.
+    """
+    found = await find(connection)
+    if found is None:
+        return None
+    await connection.execute(delete(freezes).where(freezes.c.name == _NAME))
+    if not found.restored:
+        return []
+    statement = (
+        update(jobs)
+        .where(
+            in_state(jobs, "pending"),
+            jobs.c.created_at < found.frozen_at,
+            jobs.c.created_at < db_time(-key_holds),
+        )
+        .values(
+            state="unsure",
+            error=error,
+            lease=None,
+            next_attempt_at=None,
+            finished_at=db_time(0.0),
+            updated_at=db_time(0.0),
+        )
+        .returning(jobs.c.id)
+    )
+    return list((await connection.execute(statement)).scalars())

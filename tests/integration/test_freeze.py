@@ -1,0 +1,111 @@
+"""While submissions are frozen no new job is taken and none is submitted, on both databases."""
+
+import asyncio
+
+import pytest
+from clipia_kit import (
+    MODEL,
+    PROMPT,
+    OddClipia,
+    Sandbox,
+    World,
+    accepted,
+    error_code,
+    post,
+    refused,
+    show,
+)
+from payloads import body
+
+from receiver.db import freezes
+from receiver.db.clock import db_time
+from receiver.db.tables import jobs
+from receiver.errors import ClipiaUnavailable
+from receiver.retry import KEY_HOLDS
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+async def freeze(world: World, *, restored: bool = False) -> None:
+    """Freeze submissions, as the command does."""
+    async with world.database.write() as connection:
+        await freezes.freeze(connection, by="me", reason="a test", restored=restored)
+
+
+async def thaw(world: World) -> list[str] | None:
+    """Thaw them and return the ids of jobs that are unsure by it."""
+    async with world.database.write() as connection:
+        unsure = await freezes.thaw(
+            connection, key_holds=KEY_HOLDS, error='{"code":"restored","message":"x"}'
+        )
+    return None if unsure is None else list(map(str, unsure))
+
+
+async def test_a_new_key_is_refused_and_a_known_one_answered(world: World, sandbox: Sandbox) -> None:
+    """F1: a new key leaves no job behind, so it is free afterwards; a known key has its job as ever."""
+    submitter = world.submitter()
+    known = await submitter.submit(MODEL, PROMPT, idempotency_key="known")
+    await freeze(world)
+    for key in ("new", None):
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await submitter.submit(MODEL, PROMPT, idempotency_key=key)
+        error = caught.value
+        assert (error.reason, error.may_have_arrived, error.retry_after) == (
+            "submissions_frozen",
+            False,
+            60.0,
+        )
+        assert "receiver jobs thaw" in str(error)
+    assert (await submitter.submit(MODEL, PROMPT, idempotency_key="known")).id == known.id
+    assert len(await world.rows(jobs)) == len(await sandbox.submits()) == 1
+    assert await thaw(world) == []
+    assert await thaw(world) is None
+    assert (await submitter.submit(MODEL, PROMPT, idempotency_key="new")).state == "submitted"
+
+
+async def test_pending_jobs_rest_and_accepted_ones_go_on(odd_world: World, odd: OddClipia) -> None:
+    """F1: nothing is sent while it is frozen; a webhook still ends its job."""
+    callback = await odd_world.serve_callback()
+    submitter = odd_world.submitter(public_url=callback)
+    odd.script = [accepted("r-1"), refused(503, "service_unavailable"), accepted("r-2")]
+    done, waiting = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
+    await freeze(odd_world)
+    assert await odd_world.retry(submitter) == 0
+    await post(f"{callback}/clipia/webhook", body("r-1"))
+    await odd_world.forward()
+    assert (await show(submitter, done)).state == "completed"
+    assert (await show(submitter, waiting)).state == "pending"
+    await thaw(odd_world)
+    assert await odd_world.retry(submitter) == 1
+    assert (await show(submitter, waiting)).request_id == "r-2"
+
+
+async def test_after_a_restore_old_pending_jobs_are_unsure(odd_world: World, odd: OddClipia) -> None:
+    """F4: a pending job of the dump may have been sent since, perhaps right after it was made."""
+    submitter = odd_world.submitter()
+    odd.script = [refused(429, "rate_limit_exceeded")]
+    old, young = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
+    await odd_world.set(jobs, where=jobs.c.id == old.id, created_at=db_time(-KEY_HOLDS - 60))
+    await odd_world.set(jobs, where=jobs.c.id == young.id, created_at=db_time(-KEY_HOLDS + 600))
+    await freeze(odd_world)
+    assert await thaw(odd_world) == [], "without a restore it is known which jobs were sent"
+    await freeze(odd_world)
+    await freeze(odd_world, restored=True)
+    odd.script = [accepted("r-1")]
+    assert await thaw(odd_world) == [str(old.id)]
+    assert await odd_world.retry(submitter) == 1
+    assert (await show(submitter, young)).state == "submitted"
+    shown = await show(submitter, old)
+    assert (shown.state, error_code(shown), shown.next_attempt_at) == ("unsure", "restored", None)
+    await submitter.resubmit(old.id, by="me")
+
+
+async def test_a_freeze_races_submissions(world: World, sandbox: Sandbox) -> None:
+    """F1: each call of a race is a whole job or none: what was refused is nowhere on record."""
+    submitter = world.submitter()
+    calls = [submitter.submit(MODEL, PROMPT, idempotency_key=str(number)) for number in range(4)]
+    *made, _ = await asyncio.gather(*calls, freeze(world), return_exceptions=True)
+    refusals = [each for each in made if isinstance(each, ClipiaUnavailable)]
+    assert {each.reason for each in refusals} <= {"submissions_frozen"}
+    assert len(await world.rows(jobs)) == 4 - len(refusals)
+    assert len(await sandbox.generations()) <= 4 - len(refusals)
