@@ -23,7 +23,7 @@ ENV PATH=/opt/receiver/bin:$PATH PYTHONUNBUFFERED=1
 # Bytecode for everything: the base image ships its library without, and this user may not write any.
 # Group 0 with the owner's rights: platforms such as OpenShift choose the uid, and always this group.
 RUN python -m compileall -q "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" /opt/receiver \
-    && useradd --system --uid 10001 --gid 0 --home-dir /var/lib/receiver receiver \
+    && useradd --no-log-init --uid 10001 --gid 0 --no-create-home --home-dir /var/lib/receiver receiver \
     && mkdir -p /var/lib/receiver && chown 10001:0 /var/lib/receiver && chmod u=rwx,g=u,o= /var/lib/receiver
 WORKDIR /var/lib/receiver
 # By number: Kubernetes cannot tell whether a name is root (runAsNonRoot).

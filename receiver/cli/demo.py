@@ -50,14 +50,24 @@ def demo(
 
     Needs no account and costs nothing. The exit status is 0 only if every step really happened.
     """
-    folder = (directory or Path(tempfile.mkdtemp(prefix="clipia-demo-"))).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _make_folder(directory)
     configure_logging(level="WARNING")
     try:
         asyncio.run(_Demo(folder).run(keep=keep))
     except KeyboardInterrupt:
         stdout.print("Stopped.")
         raise typer.Exit(130) from None
+
+
+def _make_folder(directory: Path | None) -> Path:
+    try:
+        folder = (directory or Path(tempfile.mkdtemp(prefix="clipia-demo-"))).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReceiverError(
+            f"no folder for the demo: {error.strerror}; name one that this user can write to with --dir"
+        ) from None
+    return folder
 
 
 class _Demo:
