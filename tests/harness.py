@@ -58,6 +58,17 @@ def always(action: Callable[[], object]) -> Iterator[None]:
         action()
 
 
+def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[str, object]]:
+    """Wait until a file of JSON lines has this many."""
+    deadline = time.monotonic() + seconds
+    while True:
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return [orjson.loads(line) for line in lines]
+        assert time.monotonic() < deadline, f"{len(lines)} of {count} lines"
+        time.sleep(0.05)
+
+
 class ReceiverProcess:
     """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
 

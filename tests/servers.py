@@ -235,7 +235,8 @@ class PgBouncer:
         configuration.write_text(
             f"[databases]\n* = host=127.0.0.1 port={self._server.port}\n[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\n"
-            f"auth_type = trust\nauth_file = {users}\nlogfile = {self.directory / 'log'}\n"
+            f"auth_type = trust\nauth_file = {users}\nadmin_users = postgres\n"
+            f"logfile = {self.directory / 'log'}\n"
             f"pool_mode = {self.mode}\ndefault_pool_size = {self.pool_size}\n"
             # Each test has a database of its own: their sessions must not use up what the server has.
             "server_idle_timeout = 5\n"
@@ -254,6 +255,13 @@ class PgBouncer:
     def url(self, *, template: str = "template1") -> str:
         """Create a database in the cluster and return its URL by way of pgbouncer."""
         return self.through(self._server.url(template=template))
+
+    def clients(self, database: str) -> int:
+        """Return how many connections clients have open to a database."""
+        place = ["-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", "pgbouncer"]
+        command = [str(self._server.bin / "psql"), *place, "-Atc", "SHOW CLIENTS"]
+        rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        return [row.split("|")[2] for row in rows].count(database)
 
     def through(self, url: str) -> str:
         """Return the URL by way of pgbouncer of a database in the cluster."""

@@ -13,12 +13,12 @@ from functools import partial
 from importlib import import_module
 from typing import Any, Final
 
-from sqlalchemy import event
+from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, DisconnectionError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from receiver.db.transactions import POOL_WAIT, SessionLost, is_lost, sqlstate, unavailable
+from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, SessionLost, is_lost, sqlstate, unavailable
 from receiver.db.urls import PostgresqlUrl
 from receiver.errors import DatabaseUnavailable, SettingsError
 
@@ -36,6 +36,8 @@ read what was there before the wait.
 """
 YOUNG: Final = 1.0
 """Seconds for which a session that turns out to be read-only is not replaced: the next would be so, too."""
+IDLE_BEHIND_POOLER: Final = 2
+"""Connections to a pooler that stay open without a transaction."""
 _LIMITS: Final = {"lock_timeout": "2s", "idle_in_transaction_session_timeout": "10s"}
 
 _SHORT_OF_RESOURCES: Final = "53"
@@ -83,7 +85,7 @@ class Sessions:
                 return session
             await session.close(timeout=POOL_WAIT)
         raise DatabaseUnavailable(
-            "the database is unavailable: its address leads to changing servers", reason="database"
+            "the database is unavailable: its address leads to a pooler now and then", reason="database"
         )
 
     async def _connect(self, *, careful: bool, command_timeout: float | None) -> Any:
@@ -95,18 +97,38 @@ class Sessions:
                 timeout=self._url.connect_timeout or POOL_WAIT,
                 command_timeout=command_timeout,
             )
-        except (self.driver.ClientConfigurationError, KeyError, ValueError) as error:
+        except (self.driver.ClientConfigurationError, ArithmeticError, KeyError, ValueError) as error:
             # KeyError: no user is given, and the process's own has no name.
             raise SettingsError(
-                f"RECEIVER_DATABASE_URL cannot be used ({type(error).__name__}): "
-                "check user, host and parameters"
+                f"RECEIVER_DATABASE_URL cannot be used ({type(error).__name__}): check user, host and "
+                "parameters; sslmode=verify-ca and verify-full need an sslrootcert"
             ) from error
+        except self.driver.TargetServerAttributeNotMatched as error:
+            raise _unavailable(
+                "no host takes writes, or is what target_session_attrs asks for", error
+            ) from error
+        except self.driver.PostgresError as error:
+            if sqlstate(error)[:2] not in OUR_MISTAKES:
+                raise
+            raise SettingsError(
+                "the server refuses a parameter of RECEIVER_DATABASE_URL, most likely in options "
+                f"({type(error).__name__}, SQLSTATE {sqlstate(error)})"
+            ) from error
+        except ConnectionError as error:
+            if error.errno is not None:
+                raise
+            # The driver's own, which has no number.
+            raise _unavailable("the server did not agree to TLS: see sslmode", error) from error
 
     async def _is_shared(self, session: Any) -> bool:
         # A pooler tells each client a process id of its own making, because it has no process for it. A
         # statement without a name is prepared and run in one go, which is right behind a pooler, too.
-        statement = await session.prepare("SELECT pg_backend_pid()", name="")
-        return bool(await statement.fetchval() != session.get_server_pid())
+        try:
+            statement = await session.prepare("SELECT pg_backend_pid()", name="")
+            return bool(await statement.fetchval() != session.get_server_pid())
+        except BaseException:
+            session.terminate()
+            raise
 
     def engine(
         self,
@@ -124,31 +146,46 @@ class Sessions:
             **options,
         )
 
-        @event.listens_for(engine.sync_engine, "connect")
+        self._watch_pool(engine.sync_engine)
+        event.listen(engine.sync_engine, "handle_error", self._handle_error)
+        return engine
+
+    def _watch_pool(self, engine: Engine) -> None:
+        idle = set[int]()
+
+        @event.listens_for(engine, "connect")
         def _connect(_connection: Any, record: Any) -> None:
             record.info["generation"], record.info["opened"] = self._generation, time.monotonic()
 
-        @event.listens_for(engine.sync_engine, "checkout")
+        @event.listens_for(engine, "checkout")
         def _checkout(connection: Any, record: Any, _proxy: Any) -> None:
+            idle.discard(id(record))
             if not self.is_current(record.info) or connection.driver_connection.is_closed():
                 raise DisconnectionError
 
-        @event.listens_for(engine.sync_engine, "handle_error")
-        def _handle_error(context: ExceptionContext) -> None:
-            error = context.original_exception
-            connection = context.connection
-            if connection is None or connection.closed or connection.invalidated:
+        @event.listens_for(engine, "checkin")
+        def _checkin(connection: Any, record: Any) -> None:
+            if connection is None:
                 return
-            if not isinstance(error, Exception):
-                return  # a task that is canceled says nothing about the server
-            # A statement without an answer may be a server that is gone without a word.
-            if context.is_disconnect or is_lost(error) or isinstance(error, TimeoutError):
-                self.distrust(connection.info)
-                context.is_disconnect = True
-            elif sqlstate(error).startswith(_SHORT_OF_RESOURCES):
-                context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
+            # A pooler in session mode lends a session for as long as a connection is open. If this process
+            # kept all of them, others would get none.
+            if self.is_pooled and len(idle) >= IDLE_BEHIND_POOLER:
+                record.invalidate()
+            else:
+                idle.add(id(record))
 
-        return engine
+    def _handle_error(self, context: ExceptionContext) -> None:
+        error, connection = context.original_exception, context.connection
+        if connection is None or connection.closed or connection.invalidated:
+            return
+        if not isinstance(error, Exception):
+            return  # a task that is canceled says nothing about the server
+        # A statement without an answer may be a server that is gone without a word.
+        if context.is_disconnect or is_lost(error) or isinstance(error, TimeoutError):
+            self.distrust(connection.info)
+            context.is_disconnect = True
+        elif sqlstate(error).startswith(_SHORT_OF_RESOURCES):
+            context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
     def is_current(self, info: dict[Any, Any]) -> bool:
         """Tell by a connection's `info` whether nothing speaks against its session."""
@@ -192,3 +229,9 @@ class Sessions:
                 raise SessionLost
             await stack.enter_async_context(opening.pop_all())
         return connection
+
+
+def _unavailable(words: str, error: Exception) -> DatabaseUnavailable:
+    return DatabaseUnavailable(
+        f"the database is unavailable: {words} ({type(error).__name__})", reason="database"
+    )

@@ -108,7 +108,7 @@ def _parse_postgresql(rest: str) -> PostgresqlUrl:
     hosts, ports = _split_hosts(match["hosts"])
     hosts = hosts or [host.strip() for host in parameters.get("host", "").split(",") if host.strip()]
     if ports is None and "port" in parameters:
-        ports = [_number("port", port) for port in parameters["port"].split(",")]
+        ports = [_port(port) for port in parameters["port"].split(",")]
     if ports is not None and len(ports) not in {1, len(hosts) or 1}:
         raise SettingsError(f"{_NAME}: write one port, or one for each host")
     _check_safety(parameters)
@@ -146,7 +146,7 @@ def _read_query(query: str) -> dict[str, str]:
     if unknown := sorted(parameters.keys() - known):
         raise SettingsError(
             f"{_NAME}: cannot use the parameter {', '.join(map(repr, unknown))}; leave it out "
-            "(docs/postgresql.md lists those that can be used)"
+            "(docs/database.md lists those that can be used)"
         )
     for name, allowed in _VALUES.items():
         if name in parameters and parameters[name].lower() not in {each.lower() for each in allowed}:
@@ -166,10 +166,17 @@ def _split_hosts(text: str) -> tuple[list[str], list[int] | None]:
         if match is None:
             raise SettingsError(_HOW)
         hosts.append(unquote(match[1].strip("[]")) or "localhost")
-        ports.append(_number("port", match[2]) if match[2] else None)
+        ports.append(_port(match[2]) if match[2] else None)
     if not any(ports):
         return hosts, None
     return hosts, [port or 5432 for port in ports]
+
+
+def _port(text: str) -> int:
+    number = _number("port", text)
+    if not 0 < number < 65536:  # noqa: PLR2004 - 16 bits
+        raise SettingsError(f"{_NAME}: port has to be from 1 to 65535")
+    return number
 
 
 def _number(name: str, text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import ReceiverProcess, run_command
+from harness import ReceiverProcess, run_command, wait_for_lines
 from payloads import SECRET, body, signed
 from servers import Postgres, free_port
 from typer.testing import CliRunner
@@ -31,17 +31,6 @@ GROUPS = [
         "media verify",
     ),
 ]
-
-
-def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[str, object]]:
-    """Wait until a file of JSON lines has this many."""
-    deadline = time.monotonic() + seconds
-    while True:
-        lines = path.read_text().splitlines() if path.exists() else []
-        if len(lines) >= count:
-            return [json.loads(line) for line in lines]
-        assert time.monotonic() < deadline, f"{len(lines)} of {count} lines"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, *GROUPS])

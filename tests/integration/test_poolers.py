@@ -1,0 +1,117 @@
+"""Behind pgbouncer: it is detected, nothing relies on a session, and no statement is another client's."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from servers import PgBouncer, Postgres
+from sqlalchemy import text
+
+from receiver.db import migrate
+from receiver.db.engine import Database
+from receiver.db.sessions import IDLE_BEHIND_POOLER
+
+SOON = 20.0
+
+
+@pytest.fixture(scope="module", params=["transaction", "session"])
+def pooler(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[PgBouncer]:
+    """A pgbouncer in each mode. In session mode a connection takes a session, so it has the default size."""
+    size = 2 if request.param == "transaction" else 20
+    with PgBouncer(postgres, mode=request.param, pool_size=size) as running:
+        yield running
+
+
+@pytest.fixture
+async def behind(pooler: PgBouncer) -> AsyncIterator[list[Database]]:
+    """Two processes' connections to one database behind the pooler."""
+    url = pooler.url(template="migrated")
+    opened = [Database(url), Database(url)]
+    yield opened
+    for database in opened:
+        await database.close()
+
+
+async def ask(database: Database, statement: str) -> object:
+    """Run one statement that reads; return its one value."""
+    async with database.read() as connection:
+        return (await connection.execute(text(statement))).scalar_one()
+
+
+async def test_a_pooler_is_told_from_a_server(behind: list[Database], postgres: Postgres) -> None:
+    """The pooler is detected in both modes; without one statements are prepared by name, and stay so."""
+    assert await ask(behind[0], "SELECT count(*) FROM pg_prepared_statements WHERE name <> ''") == 0
+    assert behind[0].is_pooled
+    direct = Database(postgres.url())
+    await ask(direct, "SELECT 1")
+    assert await ask(direct, "SELECT count(*) FROM pg_prepared_statements WHERE name <> ''")
+    assert not direct.is_pooled
+    await direct.close()
+
+
+async def test_limits_hold_and_stay_with_the_transaction(behind: list[Database], postgres: Postgres) -> None:
+    """Each transaction sets its own limits, and the pooler's next client does not inherit them."""
+    names = ("lock_timeout", "idle_in_transaction_session_timeout")
+    assert [await ask(behind[0], f"SHOW {name}") for name in names] == ["2s", "10s"]
+    rows = await behind[1].fetch_at_once("SELECT current_setting('lock_timeout') AS value", ())
+    assert [row["value"] for row in rows] == ["0"]
+    direct = Database(postgres.url())
+    assert [await ask(direct, f"SHOW {name}") for name in names] == ["2s", "10s"]
+    rows = await direct.fetch_at_once("SELECT current_setting('lock_timeout') AS value", ())
+    assert [row["value"] for row in rows] == ["2s"]
+    await direct.close()
+
+
+async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
+    """Two processes with many statements at once on two sessions: each gets the answer to its question."""
+
+    async def transactions(database: Database, number: int) -> None:
+        for step in range(15):
+            async with database.write() as connection:
+                for _ in range(2):
+                    value = number * 1000 + step
+                    statement = text(f"SELECT CAST(:value AS bigint) + {step % 5} AS answer")
+                    answer = (await connection.execute(statement, {"value": value})).scalar_one()
+                    assert answer == value + step % 5
+
+    async def statements(database: Database) -> None:
+        for step in range(40):
+            mark = str(uuid.uuid4())
+            rows = await database.fetch_at_once(f"SELECT $1::text || '{step % 5}' AS answer", (mark,))
+            assert [row["answer"] for row in rows] == [f"{mark}{step % 5}"]
+
+    async with asyncio.timeout(3 * SOON):
+        await asyncio.gather(
+            *(transactions(database, number) for database in behind for number in range(4)),
+            *(statements(database) for database in behind),
+        )
+
+
+async def test_idle_connections_are_given_back(behind: list[Database], pooler: PgBouncer) -> None:
+    """After many transactions at once few connections stay open, so that other processes get a session."""
+    database = behind[0]
+    together = asyncio.Barrier(8)
+
+    async def hold() -> None:
+        async with database.read() as connection:
+            if pooler.mode == "session":
+                await together.wait()
+            await connection.execute(text("SELECT pg_sleep(0.2)"))
+
+    async with asyncio.timeout(3 * SOON):
+        await asyncio.gather(*(hold() for _ in range(8)))
+        # The pooler hears of closed connections a moment later.
+        while pooler.clients(database.url.rpartition("/")[2]) > IDLE_BEHIND_POOLER:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+
+
+async def test_migrations_may_run_at_once_behind_a_pooler(pooler: PgBouncer) -> None:
+    """C15: several deployments that migrate at the same moment wait for each other, on two sessions."""
+    url = pooler.url()
+    databases = [Database(url) for _ in range(4)]
+    async with asyncio.timeout(3 * SOON):
+        await asyncio.gather(*(migrate.upgrade(database) for database in databases))
+        await migrate.require_current(databases[0])
+    for database in databases:
+        await database.close()
