@@ -13,7 +13,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import S3Store
 
-from receiver.errors import StorageUnavailable
+from receiver.errors import SettingsError, StorageUnavailable
 from receiver.media.storage.base import blocks, probe, require_key, settled
 
 if TYPE_CHECKING:
@@ -49,18 +49,24 @@ class S3Storage:
             config["endpoint"] = endpoint
         if region is not None:
             config["region"] = region
-        self._store = S3Store(
-            bucket,
-            prefix=prefix or None,
-            config=config,
-            client_options={
-                "connect_timeout": "5s",
-                "timeout": "60s",
-                "allow_http": endpoint is not None and endpoint.startswith("http://"),
-            },
-            # Short: a download that could not be stored is tried again later, as a whole.
-            retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
-        )
+        try:
+            self._store = S3Store(
+                bucket,
+                prefix=prefix or None,
+                config=config,
+                client_options={
+                    "connect_timeout": "5s",
+                    "timeout": "60s",
+                    "allow_http": endpoint is not None and endpoint.startswith("http://"),
+                },
+                # Short: a download that could not be stored is tried again later, as a whole.
+                retry_config={"max_retries": 3, "retry_timeout": timedelta(seconds=30)},
+            )
+        except (BaseError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"RECEIVER_STORAGE_URL: no client for S3 can be made ({type(error).__name__}): see bucket, "
+                "endpoint and the AWS_… variables; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together"
+            ) from None
 
     async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
         """See Storage. What fits into one part is a single request, more is a multipart upload."""
