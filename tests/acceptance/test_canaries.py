@@ -7,8 +7,11 @@ import sqlite3
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import httpx
 import pytest
@@ -68,13 +71,38 @@ MALFORMED = {
 }
 
 
+class _Refusal(BaseHTTPRequestHandler):
+    """Answers 401 and repeats the key."""
+
+    def do_GET(self) -> None:
+        """Refuse."""
+        error = {"code": "invalid_api_key", "message": f"not {self.headers['authorization']}"}
+        content = json.dumps({"error": error}).encode()
+        self.send_response(401)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture(scope="module")
+def clipia() -> Iterator[str]:
+    """A Clipia that refuses every key, in a thread: the commands have an event loop of their own."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Refusal) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_no_command_shows_a_mistyped_secret(
-    setting: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    setting: str, clipia: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """G8: whatever is wrong with a secret, `check` and the other commands show no half of it."""
     name = setting.partition(" ")[0]
-    monkeypatch.setenv("CLIPIA_BASE_URL", f"http://127.0.0.1:{CLOSED}")
+    monkeypatch.setenv("CLIPIA_BASE_URL", clipia)
     if name.startswith("AWS_"):
         monkeypatch.setenv("RECEIVER_STORAGE_URL", f"s3://bucket?endpoint=http://127.0.0.1:{CLOSED}&region=x")
     half = len(CANARY) // 2
