@@ -50,7 +50,8 @@ def hold_url(url: str) -> None:
     rest = url.partition("://")[2]
     login, at, _ = rest.rpartition("@")
     user, colon, password = login.partition(":")
-    if at:
+    # Without a colon, and with a slash, it may as well be a host and a path with an @.
+    if at and (colon or "/" not in user):
         hold(password if colon else user)
         hold(base64.b64encode(unquote(login).encode(errors="replace")).decode())
     for found in _SECRET_OPTION.finditer(url):

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
+from receiver.config import shown_key
 from receiver.errors import SettingsError
 
 APPLICATION: Final = "clipia-receiver"
@@ -145,7 +146,7 @@ def _read_query(query: str) -> dict[str, str]:
     known = {*_PLACE, *_KEPT, *_VALUES, *_SERVER_SETTINGS, *_WITHOUT_EFFECT, "connect_timeout"}
     if unknown := sorted(parameters.keys() - known):
         raise SettingsError(
-            f"{_NAME}: cannot use the parameter {', '.join(map(repr, unknown))}; leave it out "
+            f"{_NAME}: cannot use the parameter {', '.join(map(shown_key, unknown))}; leave it out "
             "(docs/database.md lists those that can be used)"
         )
     for name, allowed in _VALUES.items():

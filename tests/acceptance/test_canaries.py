@@ -33,6 +33,7 @@ SETTINGS = {
     "CLIPIA_BASE_URL": "https://user:{}@127.0.0.1",
     "RECEIVER_DATABASE_URL": f"postgresql://user:{{}}@127.0.0.1:{CLOSED}/name",
     "RECEIVER_DATABASE_URL 2": "{}",
+    "RECEIVER_DATABASE_URL 3": f"postgresql://user@127.0.0.1:{CLOSED}/name?{{}}=1&sslmode={{}}",
     "RECEIVER_STORAGE_URL": "s3://user:{}@bucket/prefix",
     "RECEIVER_STORAGE_URL 2": f"s3://bucket?endpoint=http://user:{{}}@127.0.0.1:{CLOSED}&region=x",
     "RECEIVER_STORAGE_URL 3": "{}",
@@ -68,6 +69,7 @@ MALFORMED = {
     "not UTF-8": "{}\udcff{}",
     "slash and at": "{}/@#{}",
     "percent": "{}%0A%zz{}",
+    "query": "{}?{}=x&y",
 }
 
 

@@ -83,6 +83,8 @@ def test_the_password_of_a_url_is_masked(url: str, secret: str) -> None:
 def test_names_in_a_url_are_no_secrets() -> None:
     """Messages name queues and streams, which stand in a URL, too."""
     hold_url("amqp://user:hunter-22222@host/?exchange=the-exchange&routing_key=the-routing-key")
+    hold_url("https://hooks.example.com/in?to=somebody@example.com")
+    assert mask("https://hooks.example.com/in is away") == "https://hooks.example.com/in is away"
     assert mask("no queue 'the-routing-key' at the-exchange") == "no queue 'the-routing-key' at the-exchange"
 
 
