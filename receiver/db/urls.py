@@ -145,8 +145,10 @@ def _read_query(query: str) -> dict[str, str]:
         parameters[_ALIASES.get(name, name)] = value
     known = {*_PLACE, *_KEPT, *_VALUES, *_SERVER_SETTINGS, *_WITHOUT_EFFECT, "connect_timeout"}
     if unknown := sorted(parameters.keys() - known):
+        # What stands there may as well be the rest of a password.
+        names = ", ".join(repr(shown_key(name)) for name in unknown)
         raise SettingsError(
-            f"{_NAME}: cannot use the parameter {', '.join(map(shown_key, unknown))}; leave it out "
+            f"{_NAME}: cannot use the parameter {names}; leave it out "
             "(docs/database.md lists those that can be used)"
         )
     for name, allowed in _VALUES.items():
