@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from typing import Final, Literal, NamedTuple
@@ -21,17 +21,10 @@ from receiver.observability import SECRETS_USED, WEBHOOKS
 from receiver.signature import Secret, verify
 from receiver.webhook import summarize
 
-STORE_WAIT: Final = 5.0
-"""Seconds until an event that is not stored yet is answered as unavailable.
-
-With 3 s for a slow body this leaves room inside the 10 s after which Clipia gives up on an answer.
-"""
-REPEAT_WAIT: Final = 1.5
-"""Seconds that the receipt of an event which was there already may take, after that."""
 LARGEST_GROUP: Final = 256
-"""Deliveries that share a transaction at most."""
-ROOM: Final = 4096
-"""Deliveries that wait for their transaction at most."""
+"""The most deliveries that share a transaction."""
+HEAVIEST_GROUP: Final = 1024 * 1024
+"""The most bytes of bodies that share a transaction: the driver copies all of them, more than once."""
 
 log = structlog.get_logger()
 
@@ -64,8 +57,8 @@ class Ingest:
         self._tolerance = tolerance
         self._clock = clock
         self._on_accepted = on_accepted
-        self._first = GroupCommit(self._store, limit=LARGEST_GROUP, wait=STORE_WAIT, room=ROOM)
-        self._again = GroupCommit(self._compare, limit=LARGEST_GROUP, wait=REPEAT_WAIT, room=ROOM)
+        self._first = _grouped(self._store)
+        self._again = _grouped(self._compare)
         self._verified = {
             (source, secret.id): SECRETS_USED.labels(source, secret.id)
             for source, known in secrets.items()
@@ -93,7 +86,9 @@ class Ingest:
         only help to find the job whose `request_id` is not known yet.
 
         Raises SignatureError where the signature or its age does not hold, and DatabaseUnavailable where the
-        event could not be stored in time: it may or may not be stored then, and sending it again is safe.
+        event could not be stored: it may or may not be stored then, and sending it again is safe. It waits
+        for the database without a limit of its own: the caller's deadline covers the body, too. Cancelling
+        it means the same as DatabaseUnavailable.
         """
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
@@ -178,6 +173,17 @@ class Ingest:
         for (source, outcome), request_ids in lots.items():
             WEBHOOKS.labels(source, outcome).inc(len(request_ids))
             log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
+
+
+def _grouped(
+    write: Callable[[Sequence[Arrival]], Awaitable[Sequence[Outcome | None]]],
+) -> GroupCommit[Arrival, Outcome | None]:
+    return GroupCommit(
+        write,
+        limit=LARGEST_GROUP,
+        weigh=lambda arrival: len(arrival.event.body),
+        heaviest=HEAVIEST_GROUP,
+    )
 
 
 async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:

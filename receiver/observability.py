@@ -38,6 +38,10 @@ WEBHOOKS = Counter("receiver_webhooks", "Authentic webhooks by outcome.", ["sour
 REJECTIONS = Counter(
     "receiver_rejections", "Requests refused at the callback, by reason.", ["source", "reason"]
 )
+REQUESTS_SHED = Counter(
+    "receiver_requests_shed",
+    "Requests refused and connections closed because RECEIVER_MAX_BUFFERED_BYTES was used up.",
+)
 SECRETS_USED = Counter(
     "receiver_signatures_verified",
     "Signatures verified, by the id of the secret that matched.",

@@ -182,6 +182,7 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * 1024 * 1024)
     keep_alive: int = Field(default=75, ge=1, le=3600)
     drain: float = Field(default=5.0, ge=0, le=300)
+    max_buffered_bytes: int = Field(default=64 * 1024 * 1024, ge=8 * 1024 * 1024, le=16 * 1024**3)
     media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
     destination_url: SecretStr | None = None
     destinations: tuple[DestinationSettings, ...] = ()
@@ -256,6 +257,15 @@ class Settings(BaseSettings):
     @classmethod
     def _split_tokens(cls, value: Any) -> Any:
         return [_parse_token(entry) for entry in _split_list(value)]
+
+    @model_validator(mode="after")
+    def _has_room(self) -> Self:
+        if self.max_buffered_bytes < 4 * self.max_body_bytes:
+            raise ValueError(
+                "RECEIVER_MAX_BUFFERED_BYTES must be at least four times RECEIVER_MAX_BODY_BYTES: "
+                "large bodies have three quarters of it, and the rest is for small ones"
+            )
+        return self
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -23,6 +23,10 @@ CLOSE: Final[Headers] = ((b"connection", b"close"),)
 """For an answer that is sent before the request's body was read to its end."""
 
 
+HEAD_COMPLETE: Final = "head_complete"
+"""The entry of a request's `state` with the event loop's time at which its head was complete."""
+
+
 def error_body(type_: str, code: str, message: str, *, job_id: str | None = None) -> bytes:
     """Return `{"error": {"type", "code", "message"}}`, and the id of the job that it is about."""
     job = {} if job_id is None else {"job_id": job_id}

@@ -3,7 +3,8 @@
 uvicorn on httptools sets no deadline for request headers and no limit to their size, lets through some
 requests that RFC 9112 forbids, leaves white space at the end of header values, skips the body of a request
 that offers an upgrade, and forgets a connection whose request body is still coming when the answer has been
-sent. Give the class to `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
+sent. It keeps whatever many clients send, and it leaves requests that were refused to the garbage collector.
+Give the class to `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
 A deadline for the body is the endpoint's. Where it answers before it has read the body, with `connection:
 close` or without, the connection is closed here, once the client had time to read the answer.
@@ -11,22 +12,29 @@ close` or without, the connection is closed here, once the client had time to re
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import ClassVar, Final, cast
 
 import httptools
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.api.answers import error_body
+from receiver.api.answers import HEAD_COMPLETE, error_body
+from receiver.api.memory import CONNECTION, DEFAULT_BUDGET, PART, REQUEST, MemoryBudget
 
 _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
     {
         HTTPStatus.BAD_REQUEST: ("invalid_request", "This is not a valid HTTP/1.1 request."),
         HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: ("headers_too_large", "The headers are too large."),
         HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: ("http_version_not_supported", "Use HTTP/1.1."),
+        HTTPStatus.SERVICE_UNAVAILABLE: ("service_unavailable", "Too many requests at once; send it again."),
     }
 )
+_RETRY_AFTER: Final = b"5"
+_NOTABLE_HEAD: Final = 4096
+"""Bytes of a read from which on it is worth counting the bytes of its head."""
 
 _HEAD_END: Final = b"\r\n\r\n"
 _WHITE: Final = b" \t"
@@ -49,7 +57,16 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """How long the rest of a refused request is read and dropped before the connection is closed."""
     MAX_HEADER_BYTES: ClassVar[int] = 16 * 1024
     """Request line, headers and trailers together; also one chunk's extensions."""
+    MAX_HEADERS: ClassVar[int] = 100
+    """Headers, and trailers: each is an object several times its size."""
+    MAX_PIPELINED: ClassVar[int] = 16
+    """Requests that wait on a connection behind the one that is being answered."""
+    PART_BYTES: ClassVar[int] = 256 * 1024
+    """The application gets a body up to this size in one part, and larger ones in parts of more than it."""
+    budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET)
+    """Bytes that all connections of this process may hold."""
 
+    held: int = 0
     _deadline: asyncio.TimerHandle | None = None
     _deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
@@ -63,27 +80,54 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """The last bytes of the previous read, in which the end of a head may have begun."""
     _clean_head: bytes | None = None
     """The head that the parser has just read, as it is to be read again."""
+    _head_size: int = 0
+    """Bytes that the head of the request counts for as long as it is not complete."""
+    _is_open: bool = False
+    _sizes: dict[RequestResponseCycle, int]
+    """Bytes that each request counts for whose head is complete."""
+    _parts: list[bytes]
+    """What has come of the body, and is not handed to the application yet."""
+    _part_size: int
 
     # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
+        self._sizes = {}
+        self._drop_parts()
+        self.headers = []
+        self._is_open = True
         self._start_deadline()
+        self.budget.accept(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the clocks, and let go of all that refers to this object: only a running request keeps it."""
         self._stop_deadline()
         super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._release_connection()
+        for cycle, _ in self.pipeline:
+            self._forget(cycle)
+        self.pipeline.clear()
+        self._in_head = False
+        if self.cycle not in self._sizes:
+            self._drop_request()
+        del self._answers
 
     def data_received(self, data: bytes) -> None:
+        """Parse a read in pieces: what is refused in the first ones is not parsed to its end."""
+        for start in range(0, len(data), self.MAX_HEADER_BYTES):
+            if self._deaf:
+                return
+            self._take(data[start : start + self.MAX_HEADER_BYTES])
+
+    def _take(self, data: bytes) -> None:
         """Parse, and bound what makes no progress: a head, trailers, a chunk's extensions.
 
         What is done here is done for every request: a timer or an override for each header costs more than
         the parsing itself.
         """
-        if self._deaf:
-            return
         callbacks = self._callbacks
         self._read_size = len(data)
         self._unset_keepalive_if_required()
@@ -100,9 +144,16 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         else:
             # Where a head has begun in this read and nothing else happened, the whole read is that head's.
             self._swallowed = len(data) if made == 1 and self._in_head else 0
-        if self._swallowed > self.MAX_HEADER_BYTES:
+        if self._swallowed > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-        elif self._in_head or (not made and not self._in_body):
+            return
+        if self._in_head:
+            # As text and as objects.
+            self._head_size += 2 * len(data)
+            self.budget.grow(self, 2 * len(data))
+        if self._deaf:
+            return
+        if self._in_head or (not made and not self._in_body):
             # Line ends before a request begin no message, but they have stopped the keep-alive clock.
             self._start_deadline()
 
@@ -158,15 +209,51 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._stop_deadline()
         self._in_head = False
         self._in_body = True
+        before = self.cycle
         super().on_headers_complete()
+        self.cycle.transport = self._answers
+        self.scope["state"][HEAD_COMPLETE] = self.loop.time()
+        size = REQUEST
+        if self._swallowed + self._read_size > _NOTABLE_HEAD:
+            size += 2 * self._count_head()
+        self._sizes[self.cycle] = size
+        # A request without a body is not refused for want of room: it may be the health check.
+        self.budget.add(self, size)
+        self._release_head()
         # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
         self.headers = []
-        self.cycle.transport = self._answers
+        if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_used_up):
+            self._refuse_pipelined(before)
+            raise _Refused
 
     def on_body(self, body: bytes) -> None:
-        """Note the progress."""
+        """Collect the body; the application need not wake up for each piece of it."""
         self._callbacks += 1
-        super().on_body(body)
+        cycle = self.cycle
+        if cycle.response_complete:
+            return
+        # A bytearray that grows piece by piece would take an eighth more, and leave gaps behind.
+        self._parts.append(body)
+        self._part_size += len(body)
+        size = len(body) + PART
+        self._sizes[cycle] += size
+        self.budget.grow(self, size)
+        if self._deaf:
+            raise _Refused
+        if self._part_size > self.PART_BYTES:
+            self._hand_over()
+            self.flow.pause_reading()
+            cycle.message_event.set()
+
+    def _hand_over(self) -> None:
+        """Let the application have what has come of the body."""
+        if self._parts:
+            self.cycle.body = bytearray().join((self.cycle.body, *self._parts))
+            self._drop_parts()
+
+    def _drop_parts(self) -> None:
+        self._parts = []
+        self._part_size = 0
 
     def on_message_complete(self) -> None:
         """Note that a head comes next."""
@@ -178,6 +265,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             raise _Refused
         self._in_body = False
+        self._hand_over()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -198,6 +286,86 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._linger()
         else:
             self.transport.close()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        super()._start_asgi_task(cycle, partial(self._serve, cycle, app))
+
+    async def _serve(
+        self,
+        cycle: RequestResponseCycle,
+        app: ASGI3Application,
+        scope: Scope,
+        receive: ASGIReceiveCallable,
+        send: ASGISendCallable,
+    ) -> None:
+        try:
+            await app(scope, receive, send)
+        finally:
+            self._forget(cycle)
+
+    def _forget(self, cycle: RequestResponseCycle) -> None:
+        """Free what a request holds; nobody looks at it again."""
+        self.budget.release(self, self._sizes.pop(cycle, 0))
+        cycle.body = bytearray()
+        if cycle is self.cycle:
+            self._drop_parts()
+            if cycle.response_complete or cycle.disconnected:
+                self._drop_request()
+
+    def _drop_request(self) -> None:
+        # A connection that is kept alive needs no request; and the request refers to this object.
+        self.cycle = None  # type: ignore[assignment] # uvicorn begins with None, too
+        if not self._in_head:
+            # The next request has not begun.
+            self.scope = None  # type: ignore[assignment]
+            self.headers = []
+            self.url = b""
+
+    def _release_head(self) -> None:
+        size, self._head_size = self._head_size, 0
+        self.budget.release(self, size)
+
+    def _release_connection(self) -> None:
+        self._release_head()
+        if self._is_open:
+            self._is_open = False
+            self.budget.release(self, CONNECTION)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the connection waits for its client."""
+        cycle = self._unanswered
+        return cycle is None or (cycle.more_body and not cycle.response_started and not self.pipeline)
+
+    def shed(self) -> None:
+        """Answer 503 if a request has begun, and free its memory."""
+        if self._deaf:
+            self._release_connection()
+            self.transport.abort()
+            return
+        cycle = self._unanswered
+        if cycle is None:
+            if self._in_head:
+                self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            self._deaf = True
+            self._release_connection()
+            self.transport.close()
+            return
+        self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
+        cycle.disconnected = True
+        cycle.message_event.set()
+        cycle.body = bytearray()
+        self._drop_parts()
+        self.budget.release(self, self._sizes.pop(cycle, 0))
+        self._linger()
+
+    def _refuse_pipelined(self, before: RequestResponseCycle) -> None:
+        """Take no more requests: the answer to the one before is the last one."""
+        cycle, _ = self.pipeline.popleft()
+        self._forget(cycle)
+        self.cycle = before
+        before.keep_alive = False
+        self._deaf = True
 
     @property
     def _unanswered(self) -> RequestResponseCycle | None:
@@ -227,7 +395,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         version = self.parser.get_http_version()
         if version not in {"1.0", "1.1"}:
             return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-        if self._swallowed + self._read_size > self.MAX_HEADER_BYTES and self._head_is_too_large():
+        may_be_large = self._swallowed + self._read_size > self.MAX_HEADER_BYTES
+        if len(self.headers) > self.MAX_HEADERS or (may_be_large and self._head_is_too_large()):
             return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         names = [name for name, _ in self.headers]
         hosts = names.count(b"host")
@@ -251,8 +420,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         return b"\r\n".join([*lines, b"", b""])
 
     def _head_is_too_large(self) -> bool:
+        return self._count_head() > self.MAX_HEADER_BYTES
+
+    def _count_head(self) -> int:
         lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
-        return len(self.url) + lines > self.MAX_HEADER_BYTES
+        return len(self.url) + lines
 
     def _values(self, name: bytes) -> list[bytes]:
         return [value.strip(_WHITE).lower() for each, value in self.headers if each == name]
@@ -264,6 +436,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         cycle = self._unanswered
         if cycle is None:
             self._write_error(status)
+            self._in_head = False
+            self._drop_request()
             self._linger()
             return
         self._deaf = True
@@ -277,12 +451,14 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def _write_error(self, status: HTTPStatus) -> None:
         code, message = _REASONS[status]
-        body = error_body("invalid_request_error", code, message)
+        again = status == HTTPStatus.SERVICE_UNAVAILABLE
+        body = error_body("api_error" if again else "invalid_request_error", code, message)
         headers = [
             *self.server_state.default_headers,
             (b"content-type", b"application/json"),
             (b"content-length", b"%d" % len(body)),
             (b"connection", b"close"),
+            *([(b"retry-after", _RETRY_AFTER)] if again else []),
         ]
         head = b"".join(b"%s: %s\r\n" % header for header in headers)
         self.transport.write(f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() + head + b"\r\n" + body)

@@ -19,6 +19,7 @@ import typer
 import uvicorn
 from starlette.applications import Starlette
 
+from receiver.api.memory import MemoryBudget, set_up_allocator
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.app import Only, Parts, collect_garbage_less, create_app, prepare
 from receiver.cli.heartbeat import announce
@@ -188,6 +189,8 @@ def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starl
     if multiprocess:
         # A process that was spawned inherits no logging.
         configure_logging(level=settings.log_level)
+    set_up_allocator()
+    DeadlineHttpToolsProtocol.budget = MemoryBudget(settings.max_buffered_bytes)
     app = create_app(settings, multiprocess=multiprocess, **options)
     collect_garbage_less()
     return app

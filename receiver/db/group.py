@@ -1,10 +1,9 @@
 """Group commit: what arrives while a transaction is under way shares the next one."""
 
 import asyncio
-import math
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from receiver.errors import DatabaseUnavailable
 
@@ -12,17 +11,11 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-class _Entry(NamedTuple, Generic[ItemT, ResultT]):
-    item: ItemT
-    future: asyncio.Future[ResultT]
-    since: float
-
-
 class GroupCommit(Generic[ItemT, ResultT]):
     """Hands items to `write` in groups; one that arrives alone is written at once.
 
-    `write` takes items and returns a result for each of them, in one transaction of its own. Where it fails
-    for a group, each item is written by itself, so that a bad one fails no other.
+    `write` takes items and returns a result for each of them, in one transaction of its own. If it fails for
+    a group, each item is written by itself, so that a bad one fails no other.
     """
 
     def __init__(
@@ -30,79 +23,80 @@ class GroupCommit(Generic[ItemT, ResultT]):
         write: Callable[[Sequence[ItemT]], Awaitable[Sequence[ResultT]]],
         *,
         limit: int,
-        wait: float = math.inf,
-        room: int | None = None,
+        weigh: Callable[[ItemT], int] | None = None,
+        heaviest: int = 0,
     ) -> None:
-        """`limit` is the size of the largest group.
+        """`limit` is the most items of a group, `heaviest` its most bytes as `weigh` counts those of an item.
 
-        With `wait` (seconds), an item is given up that is not written by then, however long `write` hangs; it
-        may be written nevertheless. With `room`, no more than so many items wait for their group.
+        A group of one item may be heavier.
         """
         self._write = write
         self._limit = limit
-        self._wait = wait
-        self._room = room
-        self._waiting: deque[_Entry[ItemT, ResultT]] = deque()
-        self._group: list[_Entry[ItemT, ResultT]] = []
+        self._weigh = weigh
+        self._heaviest = heaviest
+        self._waiting: OrderedDict[asyncio.Future[ResultT], ItemT] = OrderedDict()
         self._writing: asyncio.Task[None] | None = None
-        self._watch: asyncio.TimerHandle | None = None
 
     async def add(self, item: ItemT) -> ResultT:
-        """Write an item; return its result once that is committed.
+        """Write an item; return its result once that is committed. Raises what `write` raises.
 
-        Raises what `write` raises, and DatabaseUnavailable where there is no room or the time is over.
+        An item whose task is cancelled is forgotten at once if it waits for its group; if its group is being
+        written, it may be written nevertheless.
         """
-        if len(self._waiting) == self._room:
-            raise DatabaseUnavailable(f"{self._room} items wait already", reason="busy")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ResultT] = loop.create_future()
-        self._waiting.append(_Entry(item, future, loop.time()))
+        self._waiting[future] = item
         if self._writing is None:
             self._writing = loop.create_task(self._run(), name="group commit")
-        if self._watch is None and self._wait < math.inf:
-            self._watch = loop.call_later(self._wait, self._give_up)
-        return await future
-
-    def _give_up(self) -> None:
-        """End the waiting of those whose time is over. One timer does for all: most never need it."""
-        loop = asyncio.get_running_loop()
-        limit = loop.time() - self._wait
-        waiting = [entry for entry in (*self._group, *self._waiting) if not entry.future.done()]
-        for entry in waiting:
-            if entry.since > limit:
-                self._watch = loop.call_at(entry.since + self._wait, self._give_up)
-                return
-            entry.future.set_exception(
-                DatabaseUnavailable(f"not written within {self._wait} s", reason="timeout")
-            )
-        self._watch = None
+        try:
+            return await future
+        finally:
+            self._waiting.pop(future, None)
+            # An error's traceback refers to this frame. If the frame referred to the future, and so to the
+            # error, all of them would stay in memory until the garbage collector runs.
+            del future
 
     async def _run(self) -> None:
         try:
             while self._waiting:
-                size = min(self._limit, len(self._waiting))
-                self._group = [self._waiting.popleft() for _ in range(size)]
-                await self._write_group(self._group)
+                await self._write_group(self._take_group())
         finally:
-            self._group = []
             self._writing = None
 
-    async def _write_group(self, group: Sequence[_Entry[ItemT, ResultT]]) -> None:
-        # Whoever gave up meanwhile wants nothing written.
-        group = [entry for entry in group if not entry.future.done()]
+    def _take_group(self) -> dict[asyncio.Future[ResultT], ItemT]:
+        group: dict[asyncio.Future[ResultT], ItemT] = {}
+        weight = 0
+        while self._waiting and len(group) < self._limit:
+            future, item = next(iter(self._waiting.items()))
+            if self._weigh is not None:
+                weight += self._weigh(item)
+                if group and weight > self._heaviest:
+                    break
+            group[future] = item
+            del self._waiting[future]
+        return group
+
+    async def _write_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:
+        # Skip items whose caller has given up.
+        group = {future: item for future, item in group.items() if not future.done()}
         if not group:
             return
-        try:
-            results = await self._write([entry.item for entry in group])
-        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
-            if len(group) > 1 and not isinstance(error, DatabaseUnavailable):
-                for entry in group:
-                    await self._write_group([entry])
-                return
-            for entry in group:
-                if not entry.future.done():
-                    entry.future.set_exception(error)
+        results = await self._try([*group.values()])
+        if not isinstance(results, Exception):
+            for future, result in zip(group, results, strict=True):
+                if not future.done():
+                    future.set_result(result)
+        elif len(group) > 1 and not isinstance(results, DatabaseUnavailable):
+            for future, item in group.items():
+                await self._write_group({future: item})
         else:
-            for entry, result in zip(group, results, strict=True):
-                if not entry.future.done():
-                    entry.future.set_result(result)
+            for future in group:
+                if not future.done():
+                    future.set_exception(results)
+
+    async def _try(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
+        # In a frame of its own, which the traceback of an error refers to and in which there are no futures.
+        try:
+            return await self._write(items)
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            return error

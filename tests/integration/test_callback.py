@@ -17,8 +17,8 @@ from prometheus_client import REGISTRY
 from sqlalchemy import Table, func, select
 from starlette.applications import Starlette
 
-from receiver import ingest
 from receiver.api import callback
+from receiver.api.answers import HEAD_COMPLETE
 from receiver.app import create_app
 from receiver.db import arrivals
 from receiver.db.engine import Database
@@ -502,7 +502,8 @@ async def test_a_driver_that_hangs_is_answered_in_time(
     database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C4: 503 in time even where the driver neither answers nor lets itself be cancelled."""
-    monkeypatch.setattr(ingest, "STORE_WAIT", 0.2)
+    monkeypatch.setattr(callback, "BODY_WAIT", 0.1)
+    monkeypatch.setattr(callback, "ANSWER_WAIT", 0.3)
     released = asyncio.Event()
 
     async def hang(*_arguments: Any) -> None:
@@ -513,11 +514,103 @@ async def test_a_driver_that_hangs_is_answered_in_time(
 
     monkeypatch.setattr(arrivals, "insert_new", hang)
     async with make_site(database_url, database) as site:
-        response = await asyncio.wait_for(site.post(body("r-15")), 5)
+        try:
+            response = await asyncio.wait_for(site.post(body("r-15")), 5)
+        finally:
+            released.set()
         assert response.status_code == 503
         assert response.headers["retry-after"]
-        released.set()
         await asyncio.sleep(0.1)
+
+
+async def slow_body(content: bytes, *, seconds: float) -> AsyncIterator[bytes]:
+    """Yield a body in two parts with so much time between them."""
+    yield content[:10]
+    await asyncio.sleep(seconds)
+    yield content[10:]
+
+
+@pytest.mark.parametrize("slow", ["store", "repeat"])
+async def test_one_deadline_for_body_store_and_repeat(
+    site: Site, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """C4: a slow body, a slow store and a slow repeat do not add up: the answer comes at the one deadline."""
+    content = body("r-17")
+    if slow == "repeat":
+        await site.post(content)
+    monkeypatch.setattr(callback, "BODY_WAIT", 1.0)
+    monkeypatch.setattr(callback, "ANSWER_WAIT", 1.5)
+    released = asyncio.Event()
+    insert = arrivals.insert_new
+
+    async def late(*arguments: Any) -> Any:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(released.wait(), 0.4 if slow == "repeat" else 6)
+        return await insert(*arguments)
+
+    async def never(*_arguments: Any, **_options: Any) -> Any:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(released.wait(), 6)
+        raise DatabaseUnavailable("too late", reason="database")
+
+    monkeypatch.setattr(arrivals, "insert_new", late)
+    monkeypatch.setattr(Database, "run_at_once", never)
+    began = time.monotonic()
+    response = await site.client.post(
+        URL, content=slow_body(content, seconds=0.8), headers=signed(content), timeout=20
+    )
+    took = time.monotonic() - began
+    released.set()
+    await asyncio.sleep(0.1)
+    assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+    # At the old sums of several waits it would be 10 s.
+    assert 1.4 < took < 4
+
+
+async def test_the_deadline_counts_from_the_head(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C4: the time that a request waited for the event loop after its head was complete counts, too."""
+    monkeypatch.setattr(callback, "BODY_WAIT", 1.0)
+    content = body("r-18")
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(30)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    # The fixture gave the client an ASGITransport; httpx declares the base class of transports.
+    app = site.client._transport.app  # type: ignore[attr-defined]
+    loop = asyncio.get_running_loop()
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": URL,
+        "headers": [(b"x-clipia-signature", signed(content)["X-Clipia-Signature"].encode())],
+        "state": {HEAD_COMPLETE: loop.time() - 5},
+    }
+    began = loop.time()
+    await asyncio.wait_for(app(scope, receive, send), 20)
+    assert sent[0]["status"] == 408
+    assert loop.time() - began < 0.9
+
+
+async def test_a_task_that_is_cancelled_from_outside_ends(site: Site) -> None:
+    """C4: only the deadline's own cancellation is an answer; that of a server that stops goes through."""
+
+    async def receive() -> Any:
+        await asyncio.sleep(30)
+
+    async def send(message: Any) -> None:
+        pytest.fail(f"answered {message}")
+
+    app = site.client._transport.app  # type: ignore[attr-defined] # as above
+    scope = {"type": "http", "method": "POST", "path": URL, "headers": []}
+    task = asyncio.create_task(app(scope, receive, send))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,16 @@
 """The shipped HTTP protocol against raw sockets: deadlines, limits and the grammar of RFC 9112."""
 
 import asyncio
+import contextlib
+import gc
 import logging
 import re
 import socket
 import ssl
+import struct
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +22,7 @@ import pytest
 import uvicorn
 from certificates import make_certificate
 
+from receiver.api.memory import CONNECTION, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
 SECONDS = 15.0
@@ -636,3 +641,172 @@ def test_early_answer_over_tls(tmp_path: Path) -> None:
         assert statuses(read_answer(connection)) == [413]
         connection.sendall(b"a" * (4 * MIB))
         wait_until(lambda: server.connections == 0)
+
+
+# -- the memory that clients can make the server keep
+
+BODY = b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n"
+
+
+class Tight(DeadlineHttpToolsProtocol):
+    """The shipped class with a small budget; it lists its connections and requests that are in memory."""
+
+    LINGER_TIMEOUT: ClassVar[float] = 0.4
+    alive: ClassVar[weakref.WeakSet[Any]]
+
+    def connection_made(self, transport: Any) -> None:
+        """List the connection."""
+        self.alive.add(self)
+        super().connection_made(transport)
+
+    def on_headers_complete(self) -> None:
+        """List the request."""
+        super().on_headers_complete()
+        self.alive.add(self.cycle)
+
+
+def make_tight() -> type[Tight]:
+    """Return the class with a budget of its own."""
+
+    class Own(Tight):
+        budget: ClassVar[MemoryBudget] = MemoryBudget(MIB)
+        alive: ClassVar[weakref.WeakSet[Any]] = weakref.WeakSet()
+
+    return Own
+
+
+def test_small_requests_get_through_beside_large_unfinished_ones() -> None:
+    """A10: bodies that never end keep no more than the budget, are refused with 503, and delay no other."""
+    tight = make_tight()
+    with ExitStack() as stack, Server(tight) as server:
+        attackers = [stack.enter_context(server.connect()) for _ in range(30)]
+        for attacker in attackers:
+            attacker.sendall(BODY % 200_000 + b"a" * 100_000)
+        genuine = (BODY % 2000).replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n") + b"a" * 2000
+        assert [server.exchange(genuine) for _ in range(20)] == [[200]] * 20
+        assert tight.budget.used <= MIB
+        refused = 0
+        for attacker in attackers:
+            attacker.settimeout(0.05)
+            with contextlib.suppress(TimeoutError):
+                answer = attacker.recv(65536)
+                assert statuses(answer) == [503]
+                assert b"retry-after: 5\r\n" in answer
+                assert b'"code":"service_unavailable"' in answer
+                refused += 1
+        assert refused >= 20
+        for attacker in attackers:
+            attacker.close()
+        wait_until(lambda: server.connections == 0)
+        wait_until(lambda: tight.budget.used == 0)
+    assert [len(body) for _, _, body in server.app.requests] == [2000] * 20
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nX-A: " + b"a" * 4000], ids=["idle", "begun", "half a head"]
+)
+def test_connections_without_a_request_are_bounded(sent: bytes) -> None:
+    """A10: connections that only wait count, and the oldest of them make room for a new one."""
+    tight = make_tight()
+    with ExitStack() as stack, Server(tight) as server:
+        for _ in range(200):
+            stack.enter_context(server.connect()).sendall(sent)
+        assert server.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")) == [200]
+        wait_until(lambda: server.connections <= MIB / CONNECTION)
+        assert tight.budget.used <= MIB
+
+
+def test_chunks_count_for_more_than_their_content() -> None:
+    """A10: a body in tiny chunks, which is many small objects, is refused as the large one that it is."""
+    with Server(make_tight()) as server, server.connect() as connection:
+        connection.sendall(CHUNKED + b"1\r\na\r\n" * 4000)
+        assert statuses(read_to_end(connection)) == [503]
+
+
+def test_pipelined_requests_are_bounded(shipped: Server) -> None:
+    """A10: of thousands of requests in one read only some are taken, and the last answer says so."""
+    most = DeadlineHttpToolsProtocol.MAX_PIPELINED + 1
+    with shipped.connect() as connection:
+        connection.sendall(GET * 3000)
+        received = read_to_end(connection)
+    assert statuses(received) == [200] * most
+    assert len(shipped.app.requests) == most
+    *others, last = received.split(b"HTTP/1.1 200")[1:]
+    assert b"connection: close" in last
+    assert not any(b"connection: close" in each for each in others)
+
+
+def test_the_number_of_headers_is_limited(shipped: Server) -> None:
+    """A10: 100 headers are served and one more is refused, also if they come one by one."""
+    lines = [b"X-%d: a\r\n" % number for number in range(99)]
+    last = b"Connection: close\r\n\r\n"
+    head = b"GET / HTTP/1.1\r\n" + HOST
+    assert shipped.exchange(head + b"".join(lines[:98]) + last) == [200]
+    assert shipped.exchange(head + b"".join(lines) + last) == [431]
+    with shipped.connect() as connection:
+        for piece in (head, *lines, b"X: a\r\n", b"X: a\r\n"):
+            connection.sendall(piece)
+        assert statuses(read_to_end(connection)) == [431]
+
+
+LEFT_BEHIND: dict[str, bytes] = {
+    "answered": GET,
+    "pipelined": GET * 20,
+    "a body": BODY % 5 + b"hello",
+    "half a body": BODY % 500_000 + b"a" * 300_000,
+    "413": b"POST /early HTTP/1.1\r\n" + HOST + b"Content-Length: 9000000\r\n\r\n" + b"a" * 200_000,
+    "413 with close": b"POST /early-close HTTP/1.1\r\n" + HOST + b"Content-Length: 9000000\r\n\r\n",
+    "431": b"GET / HTTP/1.1\r\n" + HOST + b"X: a\r\n" * 10_000 + b"\r\n",
+    "400": b"GARBAGE\r\n\r\n",
+    "half a head": GET[:-4],
+    "503": BODY % 2_000_000 + b"a" * 1_500_000,
+    "upgrade": b"GET / HTTP/1.1\r\n" + HOST + b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize("case", LEFT_BEHIND)
+def test_a_connection_leaves_no_cycle_behind(case: str, *, reset: bool) -> None:
+    """A10: whatever became of its requests, all of it is freed without the garbage collector."""
+    tight = make_tight()
+    gc.collect()
+    gc.disable()
+    try:
+        with Server(tight) as server:
+            for _ in range(3):
+                with server.connect() as connection:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(LEFT_BEHIND[case])
+                    connection.settimeout(0.3)
+                    with contextlib.suppress(OSError):
+                        connection.recv(65536)
+                    if reset:
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            wait_until(lambda: server.connections == 0)
+            wait_until(lambda: not tight.alive)
+            wait_until(lambda: tight.budget.used == 0)
+    finally:
+        gc.enable()
+
+
+def test_a_connection_that_is_kept_alive_keeps_no_request() -> None:
+    """A10: between requests it counts as a connection and nothing more."""
+    tight = make_tight()
+    with Server(tight) as server, server.connect() as connection:
+        for _ in range(3):
+            connection.sendall(BODY % 50_000 + b"a" * 50_000)
+            read_answer(connection)
+            wait_until(lambda: tight.budget.used == CONNECTION)
+            wait_until(lambda: len(tight.alive) == 1)
+    assert len(server.app.requests) == 3
+
+
+def test_a_head_that_has_begun_outlives_the_request_before(shipped: Server) -> None:
+    """A10: freeing a request that is answered does not touch the next one, of which a part has come."""
+    with shipped.connect() as connection:
+        connection.sendall(GET + b"POST /next HTTP/1.1\r\nHost: x\r\nContent-")
+        read_answer(connection)
+        time.sleep(0.1)
+        connection.sendall(b"Length: 2\r\n\r\nhi")
+        read_answer(connection)
+    assert shipped.app.requests == [("GET", "/after", b""), ("POST", "/next", b"hi")]

@@ -1,6 +1,8 @@
 """Group commit: who shares a transaction, and who is told what."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -28,6 +30,10 @@ class Writer:
         if found := self.bad.intersection(items):
             raise ValueError(min(found))
         return [item * 2 for item in items]
+
+
+class Item:
+    """Something whose end can be seen."""
 
 
 async def start(group: GroupCommit[int, int], *items: int) -> list[asyncio.Task[int]]:
@@ -107,45 +113,66 @@ async def test_who_gives_up_takes_nobody_along(*, fails: bool) -> None:
     assert writer.groups == [[0], [2]]
 
 
-async def test_a_writer_that_hangs_is_not_waited_for() -> None:
-    """C4: whoever waits longer is told so, in the group or behind it; later ones are written."""
+async def test_a_writer_that_hangs_keeps_no_item_of_who_gave_up() -> None:
+    """C4: an item that waits for its group is forgotten in the moment in which its task is cancelled."""
     writer = Writer()
     writer.commit.clear()
-    group = GroupCommit(writer, limit=10, wait=0.1)
+    group = GroupCommit(writer, limit=10)
+    item = Item()
+    known = weakref.ref(item)
     (first,) = await start(group, 0)
-    await asyncio.sleep(0.06)
-    (second,) = await start(group, 1)
-    results = await asyncio.wait_for(asyncio.gather(first, second, return_exceptions=True), 1)
-    assert [str(each) for each in results] == ["not written within 0.1 s"] * 2
-    (third,) = await start(group, 2)
+    second = asyncio.create_task(group.add(item))  # type: ignore[arg-type]
+    del item
+    await asyncio.sleep(0)
+    second.cancel()
+    await asyncio.wait([second])
+    del second
+    assert known() is None
     writer.commit.set()
-    assert await third == 4
-    assert writer.groups == [[0], [2]]
+    assert await first == 0
+    assert writer.groups == [[0]]
 
 
-async def test_each_has_the_whole_time() -> None:
-    """Who came later is not given up with who came first."""
+@pytest.mark.parametrize(
+    ("weights", "groups"),
+    [
+        ([1, 1, 1, 1], [[1], [1, 1, 1]]),
+        ([1, 4, 5, 2, 9, 1, 20, 3], [[1], [4, 5], [2], [9, 1], [20], [3]]),
+    ],
+)
+async def test_a_group_is_bounded_in_bytes(weights: list[int], groups: list[list[int]]) -> None:
+    """A transaction has no more bytes than so many, unless it has a single item."""
     writer = Writer()
+    group = GroupCommit(writer, limit=10, weigh=lambda item: item, heaviest=10)
     writer.commit.clear()
-    group = GroupCommit(writer, limit=10, wait=0.2)
-    (first,) = await start(group, 0)
-    await asyncio.sleep(0.12)
-    (second,) = await start(group, 1)
-    with pytest.raises(DatabaseUnavailable):
-        await first
-    assert not second.done()
+    tasks = [*await start(group, weights[0]), *await start(group, *weights[1:])]
     writer.commit.set()
-    assert await second == 2
+    assert await asyncio.gather(*tasks) == [weight * 2 for weight in weights]
+    assert writer.groups == groups
 
 
-async def test_there_is_room_for_so_many() -> None:
-    """C4: who finds no room is told at once; room is made by what is written."""
-    writer = Writer()
-    writer.commit.clear()
-    group = GroupCommit(writer, limit=2, room=2)
-    tasks = [*await start(group, 0), *await start(group, 1, 2)]
-    results = await asyncio.gather(*await start(group, 3), return_exceptions=True)
-    assert [getattr(each, "reason", each) for each in results] == ["busy"]
-    writer.commit.set()
-    assert await asyncio.gather(*tasks) == [0, 2, 4]
-    assert await group.add(5) == 10
+@pytest.mark.parametrize("error", [DatabaseUnavailable("gone", reason="database"), ValueError("bad")])
+async def test_a_failure_leaves_no_cycle_behind(error: Exception) -> None:
+    """C3: items whose group failed are freed with their tasks: no garbage collection is needed."""
+
+    async def fail(_items: Sequence[Item]) -> Sequence[None]:
+        raise type(error)(*error.args, **vars(error))
+
+    async def add(item: Item) -> None:
+        with pytest.raises(type(error)):
+            await group.add(item)
+
+    group = GroupCommit(fail, limit=10)
+    items = [Item() for _ in range(3)]
+    known = [weakref.ref(item) for item in items]
+    gc.collect()
+    gc.disable()
+    try:
+        tasks = [asyncio.create_task(add(item)) for item in items]
+        items.clear()
+        await asyncio.wait(tasks)
+        del tasks
+        await asyncio.sleep(0)
+        assert [each() for each in known] == [None] * 3
+    finally:
+        gc.enable()

@@ -188,3 +188,13 @@ def test_unknown_variables_are_found() -> None:
     """A misspelt variable is told, not ignored."""
     names = {"RECEIVER_DATABSE_URL": "x", "RECEIVER_DATABASE_URL": "x", "RECEIVER_CONFIG": "x", "PATH": "x"}
     assert unknown_variables(names) == ["RECEIVER_DATABSE_URL"]
+
+
+def test_the_budget_of_memory_has_room_for_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A10: a budget that could not take some of the largest bodies is refused, and the message names both."""
+    monkeypatch.setenv("RECEIVER_MAX_BODY_BYTES", str(4 * 2**20))
+    monkeypatch.setenv("RECEIVER_MAX_BUFFERED_BYTES", str(16 * 2**20))
+    Settings.load()
+    monkeypatch.setenv("RECEIVER_MAX_BUFFERED_BYTES", str(16 * 2**20 - 1))
+    with pytest.raises(SettingsError, match=r"RECEIVER_MAX_BUFFERED_BYTES .* RECEIVER_MAX_BODY_BYTES"):
+        Settings.load()

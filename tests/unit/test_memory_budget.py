@@ -1,0 +1,100 @@
+"""The budget of memory: who is shed when it is used up, and when memory goes back to the system."""
+
+import asyncio
+
+import pytest
+
+from receiver.api import memory
+from receiver.api.memory import BURST, CONNECTION, LARGE, MIB, MemoryBudget
+
+KIB = 1024
+
+
+class Client:
+    """A connection that is shed or not."""
+
+    def __init__(self, budget: MemoryBudget, size: int = 0, *, is_unfinished: bool = True) -> None:
+        self.budget = budget
+        self.held = 0
+        self.is_unfinished = is_unfinished
+        self.is_shed = False
+        budget.accept(self)
+        budget.add(self, size)
+
+    def shed(self) -> None:
+        """Free what is held."""
+        self.is_shed = True
+        self.is_unfinished = False
+        self.budget.release(self, self.held)
+
+
+def shed(clients: list[Client]) -> list[int]:
+    """Return the positions of those that were shed."""
+    return [position for position, client in enumerate(clients) if client.is_shed]
+
+
+def test_the_largest_unfinished_request_is_shed_first() -> None:
+    """A10: small requests and those that are complete stay, however many large ones there are."""
+    budget = MemoryBudget(8 * MIB)
+    clients = [Client(budget, size * KIB) for size in (1, 100, 700, 300, 5, 500)]
+    served = Client(budget, 4 * MIB, is_unfinished=False)
+    budget.grow(clients[4], 2 * MIB)
+    assert shed(clients) == [2, 4]
+    assert not served.is_shed
+    assert budget.used <= 8 * MIB * 5 // 8
+
+
+def test_of_equal_requests_the_oldest_is_shed_first() -> None:
+    """A10: a webhook that takes milliseconds is spared for connections that wait."""
+    budget = MemoryBudget(8 * MIB)
+    clients = [Client(budget) for _ in range(8 * MIB // CONNECTION)]
+    assert shed(clients) == []
+    newest = Client(budget)
+    assert shed(clients) == [*range(65)]
+    assert not newest.is_shed
+    assert budget.used <= 8 * MIB
+
+
+def test_the_last_quarter_is_for_small_requests() -> None:
+    """A10: bodies that wait for the database do not keep a small webhook out."""
+    budget = MemoryBudget(8 * MIB)
+    for _ in range(6):
+        Client(budget, MIB - CONNECTION, is_unfinished=False)
+    large, small = Client(budget), Client(budget)
+    budget.grow(small, LARGE - CONNECTION)
+    assert not small.is_shed
+    budget.grow(large, LARGE)
+    assert (large.is_shed, small.is_shed) == (True, False)
+
+
+def test_nothing_is_left_for_the_last_one() -> None:
+    """A10: if all others are being served, it is the newcomer who is refused, and only its body counts."""
+    budget = MemoryBudget(8 * MIB)
+    for _ in range(9):
+        Client(budget, MIB, is_unfinished=False)
+    assert budget.is_used_up
+    newcomer = Client(budget)
+    budget.add(newcomer, 4 * KIB)
+    assert not newcomer.is_shed
+    budget.grow(newcomer, 1)
+    assert newcomer.is_shed
+
+
+async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A10: once, when the burst has passed; small loads cause nothing."""
+    calls: list[None] = []
+    monkeypatch.setattr(memory, "REST", 0.01)
+    monkeypatch.setattr(memory, "give_memory_back", lambda: calls.append(None))
+    budget = MemoryBudget(64 * MIB)
+    for size, times in ((BURST // 2, 0), (2 * BURST, 1), (BURST // 2, 1), (2 * BURST, 2)):
+        clients = [Client(budget, size // 4) for _ in range(4)]
+        for client in clients:
+            budget.release(client, client.held)
+        await asyncio.sleep(0.05)
+        assert (len(calls), budget.used) == (times, 0)
+
+
+def test_giving_back_works_with_this_c_library() -> None:
+    """A10: what the allocator lacks is no error."""
+    memory.give_memory_back()
+    memory.set_up_allocator()
