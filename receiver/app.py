@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import gc
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from receiver import recovery
 from receiver.api.answers import error_body
@@ -34,6 +35,7 @@ from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
 from receiver.destinations import Destination, open_destination
+from receiver.failures import frames, sentence
 from receiver.ingest import Ingest
 from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
@@ -221,6 +223,8 @@ class _App(Starlette):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request."""
+        if scope["type"] == "lifespan":
+            send = _tells_failures(send)
         if scope["type"] == "http" and scope["method"] == "POST":
             callback = self._callbacks.get(scope["path"])
             if callback is not None:
@@ -231,6 +235,21 @@ class _App(Starlette):
             if f"{path}/".startswith(f"{CALLBACK}/"):
                 scope["path"] = path
         await super().__call__(scope, receive, send)
+
+
+def _tells_failures(send: Send) -> Send:
+    """Log a failure at start or end in one sentence, in place of the traceback that Starlette sends."""
+
+    async def tell(message: Message) -> None:
+        if message["type"] in {"lifespan.startup.failed", "lifespan.shutdown.failed"}:
+            error = sys.exception()
+            if error is not None:
+                log.error("the service fails", error=sentence(error))
+                log.debug("where it fails", frames=frames(error))
+            message = {"type": message["type"]}
+        await send(message)
+
+    return tell
 
 
 def create_app(

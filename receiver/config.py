@@ -78,6 +78,11 @@ def read_file(environ: Mapping[str, str]) -> Values:
     if raw is None:
         if named:
             raise SettingsError(f"{variable} names {_shown(path)}, which is not a file in {Path.cwd()}")
+        if path.exists():
+            raise SettingsError(
+                f"{_shown(path)} is not a file: containers make a folder in place of a file that is to be "
+                "mounted and is not there"
+            )
         return {}
     try:
         # Some editors put a byte order mark first, which is no part of TOML.

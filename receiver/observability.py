@@ -264,7 +264,7 @@ def configure_logging(*, level: str = "INFO") -> None:
     for name in ("aiosqlite", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # And these, at any level, of messages and logins; what fails is told by who uses them.
-    for name in ("aiormq", "aiokafka"):
+    for name in ("aiormq", "aiokafka", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

@@ -1,13 +1,11 @@
 """The commands. Each module holds one command or one group; this one puts them together."""
 
-import sys
 from typing import Any
 
 import typer
-from rich.text import Text
 from typer.core import TyperGroup
 
-from receiver import __version__
+from receiver import __version__, failures
 from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
 from receiver.cli.deliveries import deliveries
@@ -24,9 +22,7 @@ from receiver.cli.sandbox import sandbox
 from receiver.cli.send import send
 from receiver.cli.serve import serve
 from receiver.cli.submit import submit
-from receiver.cli.terminal import stderr
 from receiver.cli.worker import worker
-from receiver.errors import ReceiverError, SettingsError
 
 
 class _Group(TyperGroup):
@@ -90,12 +86,5 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exits with 2 where the settings are wrong and with 1 for what else went wrong."""
-    try:
-        app()
-    except SettingsError as error:
-        stderr.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
-        sys.exit(2)
-    except ReceiverError as error:
-        stderr.print("[bold red]error:[/]", Text(str(error)), soft_wrap=True)
-        sys.exit(1)
+    """Run the command line. Exits with 2 if the settings are wrong, and with 1 for other failures."""
+    failures.run(app)

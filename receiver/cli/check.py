@@ -9,7 +9,6 @@ from typing import Literal
 import typer
 from rich.text import Text
 
-from receiver.causes import cause
 from receiver.cli.terminal import moment, stdout
 from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia import Call, ClipiaClient
@@ -20,7 +19,8 @@ from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
 from receiver.destinations import open_destination
-from receiver.errors import ReceiverError, SettingsError
+from receiver.errors import SettingsError
+from receiver.failures import sentence
 from receiver.lanes import FAN_OUT_LANE, destination_lane
 from receiver.media import MediaHosts, open_storage
 from receiver.routing import describe
@@ -85,10 +85,8 @@ class _Check:
     async def _step(self, name: str) -> AsyncIterator[None]:
         try:
             yield
-        except ReceiverError as error:
-            self._say("error", name, str(error))
-        except OSError as error:
-            self._say("error", name, f"{error.filename or ''} {cause(error)}".strip())
+        except Exception as error:  # noqa: BLE001 - the other steps have something to tell, too
+            self._say("error", name, sentence(error))
 
     def _say(self, verdict: Literal["ok", "warning", "error"], what: str, message: str) -> None:
         self._failed |= verdict == "error"

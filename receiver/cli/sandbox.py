@@ -8,6 +8,7 @@ import uvicorn
 
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.cli.heartbeat import announce
+from receiver.cli.listeners import bind
 from receiver.cli.terminal import stdout
 from receiver.observability import configure_logging
 from receiver.sandbox import SandboxOptions, create_app, switches
@@ -23,6 +24,8 @@ def sandbox(host: str, port: int, **values: Any) -> None:
     """
     settings = Settings.load()
     configure_logging(level=settings.log_level)
+    for listener in bind(host, port):
+        listener.close()  # the server binds it anew; its own failure would be a library's text
     given = next((source.secrets for source in settings.all_sources if source.secrets), ())
     app = create_app(SandboxOptions(**values), secret=given[0] if given else None)
     base_url = f"http://{host}:{port}"

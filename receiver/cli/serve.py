@@ -72,9 +72,10 @@ def serve(
         raise SettingsError(
             "--workers needs PostgreSQL: several processes that write to one SQLite file wait on each other"
         )
+    # Before the database is asked: what is wrong with the address is told at once.
+    listeners = bind(host, port)
     asyncio.run(prepare(settings))
     half: Only | None = only.value if only else None
-    listeners = bind(host, port)
     run = partial(_run_server, settings, only=half, worker=worker, multiprocess=workers > 1)
     if workers == 1:
         run(listeners, on_start=partial(_say_listening, listeners))

@@ -21,7 +21,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from receiver.causes import cause
 from receiver.db.transactions import POOL_WAIT
+from receiver.errors import SettingsError
 from receiver.files import private
 
 T = TypeVar("T")
@@ -30,7 +32,13 @@ T = TypeVar("T")
 def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
     """Return an engine with our settings; `begin` is the statement that opens a transaction."""
     if url.database:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(
+                f"RECEIVER_DATABASE_URL: the file's folder cannot be made: {cause(error)}; "
+                "name a file in a folder that this user can write to"
+            ) from error
         # SQLite would make the file readable by everybody; its -wal and -shm files get the mode of this one.
         with contextlib.suppress(OSError):
             os.close(private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))

@@ -96,7 +96,8 @@ async def settled(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: No
 
 async def probe(storage: Storage) -> None:
     """Write, read back and delete a small file. Raises StorageUnavailable."""
-    key, content = f"probe-{uuid4().hex}", uuid4().bytes
+    # Below a folder, as the files of events are: that takes the right to make one.
+    key, content = f"probe/{uuid4().hex}", uuid4().bytes
 
     async def chunks() -> AsyncIterator[bytes]:
         yield content

@@ -1,0 +1,222 @@
+"""Expected troubles end in one sentence that says what to do, and none in a traceback."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from harness import command_environment, run_command
+from payloads import SECRET
+from servers import Postgres, end
+
+
+class Trouble(NamedTuple):
+    """A command that cannot do its work, and what it says."""
+
+    arguments: tuple[str, ...]
+    says: str
+    settings: tuple[tuple[str, str], ...] = ()
+    status: int = 2
+
+
+TROUBLES = {
+    "a folder under a file": Trouble(
+        ("migrate",), "the file's folder cannot be made", (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),)
+    ),
+    "a folder under a file, served": Trouble(
+        ("serve", "--port", "0"),
+        "the file's folder cannot be made",
+        (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
+    ),
+    "a folder under a file, worked on": Trouble(
+        ("worker",), "the file's folder cannot be made", (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),)
+    ),
+    "a folder under a file, listed": Trouble(
+        ("events", "list"),
+        "the file's folder cannot be made",
+        (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
+    ),
+    "a folder for a database": Trouble(
+        ("migrate",), "see the folder and its rights", (("RECEIVER_DATABASE_URL", "sqlite:///folder"),), 1
+    ),
+    "another file for a database": Trouble(
+        ("migrate",), "no SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
+    ),
+    "no folder for metrics": Trouble(
+        ("migrate",), "PROMETHEUS_MULTIPROC_DIR names no folder", (("PROMETHEUS_MULTIPROC_DIR", "missing"),)
+    ),
+    "a file for metrics": Trouble(
+        ("worker",), "PROMETHEUS_MULTIPROC_DIR names no folder", (("PROMETHEUS_MULTIPROC_DIR", "file"),)
+    ),
+    "destinations in the environment": Trouble(
+        ("serve",), "RECEIVER_DESTINATIONS", (("RECEIVER_DESTINATIONS", "file:x"),)
+    ),
+    "sources in the environment": Trouble(("worker",), "RECEIVER_SOURCES", (("RECEIVER_SOURCES", "x"),)),
+    "a folder for settings": Trouble(("migrate",), "which is not a file", (("RECEIVER_CONFIG", "folder"),)),
+    "a host without an address": Trouble(
+        ("serve", "--port", "0", "--host", "no.such.host.invalid"), "there is no such address"
+    ),
+    "a host that is no name": Trouble(("serve", "--port", "0", "--host", "a..b"), "there is no such address"),
+    "a host of another machine": Trouble(
+        ("serve", "--port", "0", "--host", "203.0.113.9"), "no network interface has this address"
+    ),
+    "a sandbox of another machine": Trouble(
+        ("sandbox", "--host", "203.0.113.9"), "no network interface has this address"
+    ),
+    "no export": Trouble(("events", "import", "file"), "was the export cut off?", (), 1),
+    "a folder to import": Trouble(("events", "import", "folder"), "Is a directory", (), 1),
+    "a demo under a file": Trouble(("demo", "--dir", "file/x"), "NotADirectoryError: ", (), 1),
+    "a missing payload": Trouble(("send", "missing"), "cannot be read", (), 1),
+    "an address where nothing listens": Trouble(
+        ("send", "payload.json", "--url", "http://127.0.0.1:1/clipia/webhook"), "connection refused", (), 1
+    ),
+    "a database where nothing listens": Trouble(
+        ("migrate",), "connection refused", (("RECEIVER_DATABASE_URL", "postgresql://u@127.0.0.1:1/x"),), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(TROUBLES))
+def test_an_expected_trouble_is_one_sentence(name: str, tmp_path: Path) -> None:
+    """The command says what is wrong in one line on standard error, and exits with 1 or 2."""
+    trouble = TROUBLES[name]
+    (tmp_path / "file").write_text("a text")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "payload.json").write_text("{}")
+    settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, **dict(trouble.settings)}
+    if trouble.arguments[:2] == ("events", "import"):
+        assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
+    result = run_command(*trouble.arguments, settings=settings, cwd=tmp_path)
+    said = result.stderr.decode()
+    assert result.returncode == trouble.status, said
+    assert said.startswith("error: ")
+    assert trouble.says.lower() in said.lower()
+    assert said.count("\n") == 1
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+@pytest.mark.parametrize("command", ["serve", "sandbox"])
+def test_a_port_in_use_is_one_sentence(taken: int, command: str, tmp_path: Path) -> None:
+    """The port is looked at first: no database is made, and the sentence names the port."""
+    settings = {"CLIPIA_WEBHOOK_SECRET": SECRET}
+    result = run_command(command, "--port", str(taken), settings=settings, cwd=tmp_path)
+    assert result.returncode == 2
+    assert f"127.0.0.1, port {taken}: something listens there already".encode() in result.stderr
+    assert result.stderr.count(b"\n") == 1
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_failure_at_start_is_one_record(tmp_path: Path) -> None:
+    """What fails after the server was set up is a record of its own, without a traceback, and status 3."""
+    (tmp_path / "media").mkdir()
+    # The folder for unfinished files is looked through at start, and this one leads to itself.
+    (tmp_path / "media" / ".incoming").symlink_to(".incoming")
+    settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_STORAGE_URL": f"file:{tmp_path / 'media'}"}
+    (tmp_path / "receiver.toml").write_text('[[destinations]]\nname = "a"\nurl = "file:media"\n')
+    result = run_command("serve", "--port", "0", settings=settings, cwd=tmp_path)
+    assert result.returncode == 3, result.stderr
+    assert b"the service fails" in result.stderr
+    assert b"Traceback" not in result.stderr
+    assert b'File \\"' not in result.stderr
+
+
+def test_a_full_disk_at_the_other_end_of_the_output_is_one_sentence(tmp_path: Path) -> None:
+    """Output that cannot be written is a failure, also if it shows only when the command has ended."""
+    for arguments in (("--help",), ("migrate",)):
+        with Path("/dev/full").open("wb") as full:
+            result = subprocess.run(
+                [sys.executable, "-m", "receiver", *arguments],
+                env=command_environment(),
+                cwd=tmp_path,
+                stdout=full,
+                stderr=subprocess.PIPE,
+                timeout=60,
+                check=False,
+            )
+        assert (result.returncode, result.stderr) == (1, b"error: OSError: the disk is full\n")
+
+
+def test_a_reader_that_has_seen_enough_is_no_trouble(tmp_path: Path) -> None:
+    """`receiver … | head -1` and a closed standard output end without a word."""
+    assert run_command("migrate", cwd=tmp_path).returncode == 0
+    command = f"{sys.executable} -m receiver"
+    for line in (f"{command} --help | head -1 > /dev/null", f"{command} events list --json >&-"):
+        result = subprocess.run(
+            ["/bin/sh", "-c", line],
+            env=command_environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.stderr == b""
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
+    """An interrupt while a command waits for its input is exit status 130, and nothing is printed."""
+    assert run_command("migrate", cwd=tmp_path).returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "receiver", "events", "import", "-"],
+        env=command_environment(),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    time.sleep(4)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, said = process.communicate(timeout=30)
+    finally:
+        end(process)
+    assert said == b""
+    # The signal itself ends it while Python starts, before there is a handler.
+    assert process.returncode in (130, -signal.SIGINT)
+
+
+def test_an_unexpected_error_is_named_without_its_text(tmp_path: Path) -> None:
+    """A mistake of ours shows its class; the traceback comes with DEBUG, and holds no library's text."""
+    (tmp_path / "broken.py").write_text(
+        "from receiver import failures\n\n\ndef command() -> None:\n"
+        "    raise KeyError(' '.join(['secret', 'text']))\n\n\nfailures.run(command)\n"
+    )
+    for level, lines in (("INFO", 1), ("DEBUG", 6)):
+        result = subprocess.run(
+            [sys.executable, "broken.py"],
+            env=command_environment(RECEIVER_LOG_LEVEL=level, PYTHONPATH=str(Path.cwd())),
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+        assert result.returncode == 1
+        assert result.stderr.startswith(b"error: unexpected KeyError: set RECEIVER_LOG_LEVEL=DEBUG")
+        assert b"secret text" not in result.stderr
+        assert result.stderr.count(b"\n") >= lines
+        assert (b"in command" in result.stderr) == (level == "DEBUG")
+
+
+def test_encodings_are_refused_by_each_command(postgres: Postgres, tmp_path: Path) -> None:
+    """B9: `migrate`, `check`, `serve` and `worker` refuse a database that cannot hold every text."""
+    postgres.sql("CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
+    settings = {
+        "CLIPIA_WEBHOOK_SECRET": SECRET,
+        "RECEIVER_DATABASE_URL": f"postgresql://postgres@127.0.0.1:{postgres.port}/latin",
+    }
+    for command in ("migrate", "serve", "worker", "check"):
+        result = run_command(command, settings=settings, cwd=tmp_path)
+        said = (result.stdout if command == "check" else result.stderr).decode()
+        assert result.returncode == (1 if command == "check" else 2), said
+        assert "the database's encoding is LATIN1" in said
+        assert command == "check" or said.count("\n") == 1

@@ -1,0 +1,69 @@
+"""The sentence that a failure ends in, and the name of a user who has none."""
+
+import getpass
+import os
+
+import pytest
+
+from receiver import failures
+from receiver.cli.terminal import user_name
+from receiver.errors import DatabaseUnavailable, SettingsError
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "status"),
+    [
+        (SettingsError("write X"), "write X", 2),
+        (DatabaseUnavailable("it is away", reason="database"), "it is away", 1),
+        (PermissionError(13, "Permission denied", "/data/x"), "PermissionError: access denied: /data/x", 1),
+        (OSError(28, "No space left on device"), "OSError: the disk is full", 1),
+        (
+            FileNotFoundError(2, "No such file", "a\nb"),
+            "FileNotFoundError: No such file or directory: 'a\\nb'",
+            1,
+        ),
+        (ExceptionGroup("several", [SettingsError("write X")]), "write X", 1),
+    ],
+)
+def test_a_failure_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: Exception, expected: str, status: int
+) -> None:
+    """Our own errors say what they say; others are told by class and number, with the file."""
+
+    def command() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as exit_:
+        failures.run(command)
+    assert exit_.value.code == status
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_no_text_of_a_library_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failure that nobody foresaw is named by its class, at every level and with all that it came from."""
+    text = "a-key"
+
+    def command() -> None:
+        raise RuntimeError(text) from ValueError(text)
+
+    for level in ("INFO", "DEBUG"):
+        monkeypatch.setenv("RECEIVER_LOG_LEVEL", level)
+        with pytest.raises(SystemExit):
+            failures.run(command)
+        said = capsys.readouterr().err
+        assert said.startswith("error: unexpected RuntimeError: ")
+        assert "a-key" not in said
+        assert ("builtins.ValueError was raised at" in said) == (level == "DEBUG")
+
+
+@pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 54321"), OSError("no user")])
+def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A container's user may have no entry in /etc/passwd: the record says `uid-…`."""
+
+    def unknown() -> str:
+        raise error
+
+    monkeypatch.setattr(getpass, "getuser", unknown)
+    assert user_name() == f"uid-{os.getuid()}"
