@@ -77,7 +77,7 @@ SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outc
 POLLS = Counter("receiver_polls", "Questions for the state of a job, by outcome.", ["outcome"])
 SUBMISSIONS_PAUSED = Gauge(
     "receiver_submissions_paused",
-    "1 while Clipia refuses the account (401, 402, 403) and no job is submitted.",
+    "1 while no job is submitted: Clipia refuses the account (401, 402, 403), or submissions are frozen.",
     multiprocess_mode="mostrecent",
 )
 BACKLOG = Gauge(

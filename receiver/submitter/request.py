@@ -111,6 +111,16 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
     return request
 
 
+def freeze_again(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple[bytes, str]:
+    """Return the bytes with which a job is submitted anew, and the digest of their token.
+
+    A new key is a new request: it goes to where the callback is now, and with a new token the webhook of the
+    old request does not end the job. Raises Refused as `encode_request` does.
+    """
+    token = new_token()
+    return encode_request(read_input(request), job_id, token, public_url), digest_token(token)
+
+
 def read_input(request: bytes) -> dict[str, Any]:
     """Return the input in the bytes that are sent to Clipia."""
     found: dict[str, Any] = orjson.loads(request)["input"]

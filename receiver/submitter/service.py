@@ -15,7 +15,7 @@ from receiver.clipia import CALL_WAIT, ClipiaClient
 from receiver.db import accounts, freezes, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
-from receiver.db.rows import JobState, NewJob, digest_token
+from receiver.db.rows import JobState, NewJob
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
 from receiver.limits import Limits
@@ -24,14 +24,7 @@ from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
-from receiver.submitter.request import (
-    JobRequest,
-    check_caller,
-    check_key,
-    encode_request,
-    new_token,
-    read_input,
-)
+from receiver.submitter.request import JobRequest, check_caller, check_key, freeze_again
 from receiver.submitter.waiting import Waiting
 
 ANSWER_WAIT: Final = CALL_WAIT + 5.0
@@ -65,7 +58,6 @@ class Submitter:
         `budgets` are credits per caller and UTC day. `poll_after` is in seconds.
         """
         self.database: Final = database
-        self._database = database
         self._client = client
         self._public_url = public_url
         self._budgets = budgets or {}
@@ -170,7 +162,7 @@ class Submitter:
         check_caller(caller)
         fingerprint = request.fingerprint()
         if key is not None:
-            async with self._database.read() as connection:
+            async with self.database.read() as connection:
                 known = await jobs.find(connection, caller, check_key(key))
             if known is not None:
                 return await self._repeat(known, fingerprint)
@@ -182,7 +174,7 @@ class Submitter:
             account=self.client.account,
             cost=await self._price(request, caller),
         )
-        async with self._database.write() as connection:
+        async with self.database.write() as connection:
             new = await jobs.insert(connection, job)
             if new:
                 await freezes.require_none(connection)
@@ -199,13 +191,13 @@ class Submitter:
 
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
-        async with self._looks, self._database.read() as connection:
+        async with self._looks, self.database.read() as connection:
             row = await ledger.show_job(connection, job_id, caller=caller)
         return None if row is None else Job.of(row)
 
     async def find(self, request_id: str) -> Job | None:
         """Return the job that Clipia knows under a `request_id`, or None."""
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             job_id = await jobs.find_by_request(connection, DEFAULT_SOURCE, request_id)
         return None if job_id is None else await self.get(job_id)
 
@@ -233,7 +225,7 @@ class Submitter:
         """Return jobs, newest first; `metadata` are keys and the values that they must have."""
         if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):  # noqa: PLR2004
             raise Refused("cursor: is none of ours", code="invalid_request", status=400)
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             rows = await ledger.list_jobs(
                 connection,
                 limit=limit + 1,
@@ -259,7 +251,7 @@ class Submitter:
         until: datetime | None = None,
     ) -> list[dict[str, Any]]:
         """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             return await ledger.job_costs(connection, by=by, caller=caller, since=since, until=until)
 
     async def account(self) -> dict[str, Any]:
@@ -286,8 +278,12 @@ class Submitter:
         }
 
     async def paused(self) -> bool:
-        """Tell whether no job is submitted because Clipia refuses the account."""
-        return self._client is not None and bool((await self._limits()).paused_at)
+        """Tell whether no job is submitted: Clipia refuses the account, or submissions are frozen."""
+        if self._client is None:
+            return False
+        async with self.database.read() as connection:
+            limits = await accounts.read(connection, self._client.account)
+            return bool(limits.paused_at) or await freezes.find(connection) is not None
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
@@ -295,20 +291,19 @@ class Submitter:
         That is for a person to decide; nothing here does it by itself. Raises Refused where the job is in a
         state in which that cannot be.
         """
-        account, token = self.client.account, new_token()
+        account = self.client.account
         done = False
-        async with self._database.write() as connection:
+        async with self.database.write() as connection:
             frozen = await jobs.find_request(connection, job_id)
             if frozen is not None:
-                # A new key is a new request: it goes to where the callback is now, and with a new token the
-                # webhook of the old request does not end the job.
+                request, path_token = freeze_again(frozen, job_id, self._public_url)
                 done = await jobs.resubmit(
                     connection,
                     job_id,
-                    request=encode_request(read_input(frozen), job_id, token, self._public_url),
+                    request=request,
                     has_webhook=self._public_url is not None,
                     account=account,
-                    path_token=digest_token(token),
+                    path_token=path_token,
                     by=by,
                 )
         job = await self.get(job_id)
@@ -340,7 +335,7 @@ class Submitter:
         return price
 
     async def _limits(self) -> Limits:
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             return await accounts.read(connection, self.client.account)
 
     def _budget(self, caller: str) -> int | None:
@@ -384,7 +379,7 @@ class Submitter:
 
     async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
         """Return a job; raise Refused where Clipia never accepted it and never will."""
-        async with self._database.read() as connection:
+        async with self.database.read() as connection:
             row = await ledger.show_job(connection, job_id)
         if row is None:
             raise ClipiaUnavailable("the job vanished while it was looked up", reason="race")

@@ -45,7 +45,9 @@ async def test_a_new_key_is_refused_and_a_known_one_answered(world: World, sandb
     """F1: a new key leaves no job behind, so it is free afterwards; a known key has its job as ever."""
     submitter = world.submitter()
     known = await submitter.submit(MODEL, PROMPT, idempotency_key="known")
+    assert not await submitter.paused()
     await freeze(world)
+    assert await submitter.paused()
     for key in ("new", None):
         with pytest.raises(ClipiaUnavailable) as caught:
             await submitter.submit(MODEL, PROMPT, idempotency_key=key)
