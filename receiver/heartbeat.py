@@ -117,8 +117,8 @@ def _running() -> Iterator[tuple[dict[str, Any], float]]:
 
 def _folders() -> list[Path]:
     # With a read-only root /dev/shm can still be written to, unless the platform says otherwise.
-    bases = (os.environ.get("TMPDIR"), "/tmp", "/dev/shm")  # noqa: S108 - the folder below is checked
-    return [Path(base) / f"clipia-receiver-{os.geteuid()}" for base in dict.fromkeys(bases) if base]
+    bases = (os.environ.get("TMPDIR") or "/tmp", "/dev/shm")  # noqa: S108 - the folder below is checked
+    return [Path(base) / f"clipia-receiver-{os.geteuid()}" for base in bases]
 
 
 def _make_folder() -> Path:

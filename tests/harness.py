@@ -105,7 +105,7 @@ class ReceiverProcess:
             )
         return self
 
-    def start(self, *, seconds: float = 30) -> Self:
+    def start(self, *, seconds: float = 60) -> Self:
         """Start it and wait until it listens (`serve`) or works (`worker`)."""
         self.launch()
         assert self.process is not None

@@ -40,7 +40,7 @@ def check_health() -> tuple[int, str]:
 
 def wait_for_health(status: int) -> str:
     """Wait until the health check has the status; return what it says."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while (found := check_health())[0] != status:
         assert time.monotonic() < deadline, found
         time.sleep(0.1)
@@ -63,7 +63,7 @@ def test_a_web_process_is_healthy_on_whatever_address_it_listens(
         port = receiver.url.rpartition(":")[2]
         said = wait_for_health(0)
         assert said.startswith("serve: http://")
-        assert said.endswith(f":{port}/livez answers HTTP/1.1 200 OK\n")
+        assert f":{port}/livez answers HTTP/1.1 200 OK\n" in said
         receiver.signal(signal.SIGSTOP)
         assert "does not answer" in wait_for_health(1)
         receiver.signal(signal.SIGCONT)
