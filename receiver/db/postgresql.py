@@ -9,7 +9,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.causes import cause
-from receiver.db.sessions import ISOLATION, Sessions
+from receiver.db.sessions import ISOLATION, Sessions, opening_session
 from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, is_lost, sqlstate, unavailable
 from receiver.errors import DatabaseUnavailable
 
@@ -78,7 +78,7 @@ class Statements:
 
     async def _reconnect(self) -> AsyncConnection:
         await self._disconnect()
-        with unavailable():
+        with unavailable(), opening_session():
             connection = await self._engine.connect()
             self._driver = (await connection.get_raw_connection()).driver_connection
             self._connection = connection
@@ -116,7 +116,8 @@ class Statements:
     async def hold(self) -> AsyncIterator[Any]:
         """Open a connection for the block; nobody else gets it afterwards."""
         with unavailable():
-            connection = await self._engine.connect()
+            with opening_session():
+                connection = await self._engine.connect()
             try:
                 yield (await connection.get_raw_connection()).driver_connection
             finally:

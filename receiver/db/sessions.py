@@ -7,15 +7,15 @@ generation, and a session of an earlier generation is replaced when it is taken 
 """
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from importlib import import_module
 from typing import Any, Final
 
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
-from sqlalchemy.exc import DBAPIError, DisconnectionError
+from sqlalchemy.exc import DBAPIError, DisconnectionError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, SessionLost, is_lost, sqlstate, unavailable
@@ -219,7 +219,8 @@ class Sessions:
 
     async def _begin(self, engine: AsyncEngine, stack: AsyncExitStack) -> AsyncConnection:
         async with AsyncExitStack() as opening:
-            connection = await opening.enter_async_context(engine.begin())
+            with opening_session():
+                connection = await opening.enter_async_context(engine.begin())
             # Behind a pooler a setting of the session would be the next client's, too.
             found = await connection.exec_driver_sql(_CAREFUL if self.is_pooled else _IS_READ_ONLY)
             info = connection.info
@@ -235,3 +236,12 @@ def _unavailable(words: str, error: Exception) -> DatabaseUnavailable:
     return DatabaseUnavailable(
         f"the database is unavailable: {words} ({type(error).__name__})", reason="database"
     )
+
+
+@contextmanager
+def opening_session() -> Iterator[None]:
+    """Raise SessionLost if each new session is lost at once, for which SQLAlchemy has no error of its own."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        raise SessionLost from error

@@ -90,4 +90,9 @@ def is_condition(driver_error: BaseException | None) -> bool:
 
 def _failed(error: BaseException) -> DatabaseUnavailable:
     driver_error = getattr(error, "orig", None) or error
-    return DatabaseUnavailable(f"the database is unavailable: {cause(driver_error)}", reason="database")
+    words = (
+        "its server ends sessions or takes no writes"
+        if isinstance(error, SessionLost)
+        else cause(driver_error)
+    )
+    return DatabaseUnavailable(f"the database is unavailable: {words}", reason="database")

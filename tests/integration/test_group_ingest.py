@@ -17,7 +17,9 @@ from sqlalchemy import func, select, text
 from receiver.db import arrivals, inbox, ledger
 from receiver.db.engine import Database
 from receiver.db.rows import Arrival, event_id
+from receiver.db.sessions import Sessions
 from receiver.db.tables import events, receipts
+from receiver.errors import DatabaseUnavailable
 from receiver.ingest import Ingest, Received, make_event
 from receiver.signature import Secret
 
@@ -223,7 +225,7 @@ async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
     """A value that does not fit its column is an error on PostgreSQL; SQLite's columns have no length."""
     database = on_postgresql
     with pytest.raises(Exception, match="too long"):
-        await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 129)])
+        await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 256)])
     assert await count(database) == (0, 0)
     assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
 
@@ -309,3 +311,15 @@ async def test_a_connection_that_has_ended(on_postgresql: Database) -> None:
         )
     await asyncio.sleep(0.5)
     assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+
+
+async def test_sessions_that_are_lost_again_and_again(
+    on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C3: if each new session is lost at once, the database is unavailable, and nothing tries for ever."""
+    monkeypatch.setattr(Sessions, "is_current", lambda _sessions, _info: False)
+    for transaction in (on_postgresql.read, on_postgresql.write):
+        with pytest.raises(DatabaseUnavailable):
+            await transaction().__aenter__()
+    with pytest.raises(DatabaseUnavailable):
+        await arrivals.insert_new(on_postgresql, [arrival(body("r-1"))])

@@ -5,7 +5,7 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from servers import PgBouncer, Postgres
+from servers import PgBouncer, Postgres, Switch
 from sqlalchemy import text
 
 from receiver.db import migrate
@@ -86,6 +86,8 @@ async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
             *(transactions(database, number) for database in behind for number in range(4)),
             *(statements(database) for database in behind),
         )
+    # A statement that is missing in a session is taken for a lost session, and is prepared in a new one.
+    assert [database._sessions._generation for database in behind] == [0, 0]
 
 
 async def test_idle_connections_are_given_back(behind: list[Database], pooler: PgBouncer) -> None:
@@ -114,4 +116,22 @@ async def test_migrations_may_run_at_once_behind_a_pooler(pooler: PgBouncer) -> 
         await asyncio.gather(*(migrate.upgrade(database) for database in databases))
         await migrate.require_current(databases[0])
     for database in databases:
+        await database.close()
+
+
+async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, postgres: Postgres) -> None:
+    """C3: the address leads to the server first and to a pooler later, and back: nothing is restarted."""
+    url = postgres.url(template="migrated")
+    end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.rpartition('/')[2]}'"
+    with Switch(postgres.port) as switch:
+        database = Database(url.replace(f":{postgres.port}/", f":{switch.port}/"))
+        for port, is_pooled in ((postgres.port, False), (pooler.port, True), (postgres.port, False)):
+            switch.target = port
+            postgres.sql(end)
+            async with asyncio.timeout(SOON):
+                assert await ask(database, "SELECT 1") == 1
+                assert await database.fetch_at_once("SELECT 1", ())
+            assert database.is_pooled is is_pooled
+            # An open connection to the pooler outlives the server's session.
+            database._sessions.distrust({"generation": database._sessions._generation})
         await database.close()
