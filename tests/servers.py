@@ -260,7 +260,9 @@ class PgBouncer:
         """Return how many connections clients have open to a database."""
         place = ["-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", "pgbouncer"]
         command = [str(self._server.bin / "psql"), *place, "-Atc", "SHOW CLIENTS"]
-        rows = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+        rows = subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=60
+        ).stdout.splitlines()
         return [row.split("|")[2] for row in rows].count(database)
 
     def through(self, url: str) -> str:

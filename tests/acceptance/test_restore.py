@@ -38,12 +38,12 @@ def dump_postgresql(url: str, _folder: Path, *, server: Postgres) -> Restore:
     """Dump with pg_dump while the database is in use."""
     place = ["-h", "127.0.0.1", "-p", str(server.port), "-U", "postgres", "-d"]
     command = [str(server.bin / "pg_dump"), *place, url.rsplit("/", 1)[1]]
-    dump = subprocess.run(command, check=True, capture_output=True).stdout
+    dump = subprocess.run(command, check=True, capture_output=True, timeout=120).stdout
 
     def restore() -> str:
         fresh = server.url()
         command = [str(server.bin / "psql"), "-q", "-v", "ON_ERROR_STOP=1", *place, fresh.rsplit("/", 1)[1]]
-        subprocess.run(command, input=dump, check=True, capture_output=True)
+        subprocess.run(command, input=dump, check=True, capture_output=True, timeout=120)
         return fresh
 
     return restore
