@@ -70,7 +70,7 @@ TROUBLES = {
     ),
     "no export": Trouble(("events", "import", "file"), "was the export cut off?", (), 1),
     "a folder to import": Trouble(("events", "import", "folder"), "Is a directory", (), 1),
-    "a demo under a file": Trouble(("demo", "--dir", "file/x"), "NotADirectoryError: ", (), 1),
+    "a demo under a file": Trouble(("demo", "--dir", "file/x"), "not a directory", (), 1),
     "a missing payload": Trouble(("send", "missing"), "cannot be read", (), 1),
     "an address where nothing listens": Trouble(
         ("send", "payload.json", "--url", "http://127.0.0.1:1/clipia/webhook"), "connection refused", (), 1
