@@ -27,6 +27,7 @@ from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, Settings
 from receiver.lenient_json import clean_text, read_whole
 from receiver.limits import RateHeaders
 from receiver.masking import hold, mask
+from receiver.price import Credits, read_credits
 from receiver.webhook import is_request_id
 
 CALL_WAIT: Final = 30.0
@@ -65,8 +66,7 @@ class Accepted:
     """Clipia's answer to a submission."""
 
     request_id: str
-    cost: int | None
-    """Credits."""
+    cost: Credits | None
     warnings: list[dict[str, Any]]
     """Keys of the input that the model ignores: `code`, `parameter`, `message`."""
 
@@ -158,7 +158,7 @@ class ClipiaClient:
                 raise TypeError("request_id")
             return Accepted(
                 request_id=answer.request_id,
-                cost=_credits(answer.cost),
+                cost=read_credits(answer.cost),
                 warnings=_masked(_objects(answer.data.get("warnings"))),
             )
 
@@ -191,7 +191,7 @@ class ClipiaClient:
         """Return `{"credits", "warnings"}` for an input; nothing is queued."""
         async with _translated(call):
             answer = await self._sdk.models.estimate(slug, dict(given))
-            credits_ = _credits(answer.credits)
+            credits_ = read_credits(answer.credits)
             if credits_ is None:
                 raise TypeError("credits")
             return answer.data | {"credits": credits_}
@@ -325,10 +325,3 @@ def _rate_headers(headers: httpx.Headers) -> RateHeaders:
 def _number(text: str | None) -> int | None:
     text = (text or "").strip()
     return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None  # noqa: PLR2004
-
-
-def _credits(value: Any) -> int | None:
-    # The API's credits are whole numbers; a fraction is rounded to our disadvantage, never to a free ride.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
-        return None
-    return math.ceil(value)

@@ -8,6 +8,8 @@ from uuid import UUID
 
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.price import Credits
+
 TYPES: Final = {
     "OK": "ai.clipia.generation.completed",
     "ERROR": "ai.clipia.generation.failed",
@@ -50,7 +52,7 @@ def build(
     request_id: str,
     status: str,
     model: str | None,
-    cost: int | None,
+    cost: Credits | None,
     output: Any,
     error: Any,
     altered: Sequence[str],

@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import arrivals, inbox
+from receiver.db import arrivals, inbox, prices
 from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
@@ -270,7 +270,7 @@ def make_event(
         state="received",
         status=summary.status,
         model=summary.model,
-        cost=summary.cost,
+        **prices.split(cost=summary.cost),
         job_id=job_id,
         path_token=path_token,
         body=body,

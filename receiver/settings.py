@@ -42,6 +42,7 @@ from receiver.config import (
 )
 from receiver.errors import SettingsError
 from receiver.masking import hold, hold_url
+from receiver.price import MOST, Credits, read_credits
 
 DEFAULT_SOURCE: Final = "clipia"
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -188,7 +189,7 @@ class Settings(BaseSettings):
     destinations: tuple[DestinationSettings, ...] = ()
     sources: tuple[SourceSettings, ...] = ()
     poll_after: float = Field(default=60.0, ge=1, le=86_400)
-    budgets: Annotated[dict[str, int], NoDecode] = Field(default_factory=dict)
+    budgets: Annotated[dict[str, Credits], NoDecode] = Field(default_factory=dict)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @classmethod
@@ -226,10 +227,11 @@ class Settings(BaseSettings):
 
     @field_validator("budgets")
     @classmethod
-    def _no_debts(cls, value: dict[str, int]) -> dict[str, int]:
-        if any(budget < 0 for budget in value.values()):
-            raise ValueError("a budget is a number of credits from 0 up")
-        return value
+    def _no_debts(cls, value: dict[str, Credits]) -> dict[str, Credits]:
+        budgets = {name: price for name, given in value.items() if (price := read_credits(given)) is not None}
+        if len(budgets) < len(value):
+            raise ValueError(f"a budget is a number of credits from 0 to {MOST}")
+        return budgets
 
     @field_validator("public_url", "clipia_base_url")
     @classmethod
@@ -371,11 +373,11 @@ def _parse_token(entry: Any) -> Any:
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
 
-def _parse_budget(entry: str) -> tuple[str, int]:
+def _parse_budget(entry: str) -> tuple[str, Credits]:
     name, _, credits_ = entry.partition(":")
-    if not name or not (credits_.isascii() and credits_.isdigit()):
+    if not name or re.fullmatch(r"[0-9]{1,13}(\.[0-9]+)?", credits_) is None:
         raise ValueError("write caller:credits, several separated by commas; the caller * is every other one")
-    return name, int(credits_)
+    return name, float(credits_)
 
 
 def _refuse_doubles(what: str, names: list[str]) -> None:

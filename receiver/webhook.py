@@ -16,6 +16,7 @@ import orjson
 
 from receiver.errors import UnrecognizedBody
 from receiver.lenient_json import REPLACEMENT, Cleaner, decode
+from receiver.price import Credits, read_credits
 
 Kind = Literal["image", "video", "audio"]
 Variant = Literal["original", "display"]
@@ -58,7 +59,7 @@ class Generation:
     request_id: str
     status: Literal["OK", "ERROR"]
     model: str | None
-    cost: int | None  # credits
+    cost: Credits | None
     output: Any  # as parsed, unknown fields included; None where absent
     error: Any  # likewise
     media: tuple[MediaRef, ...]  # each distinct URL once; empty for ERROR
@@ -76,7 +77,7 @@ class Summary(NamedTuple):
     request_id: str
     status: Literal["OK", "ERROR"]
     model: str | None
-    cost: int | None  # credits
+    cost: Credits | None
 
 
 def summarize(raw: bytes) -> Summary:
@@ -98,7 +99,7 @@ class Content(NamedTuple):
     """What is forwarded of a generation, beside its files."""
 
     model: str | None
-    cost: int | None  # credits
+    cost: Credits | None
     output: Any
     error: Any
     altered: tuple[str, ...]
@@ -126,14 +127,16 @@ class _Body:
         self._document = document
         self._members = members
         self._payload = _object(members.get("payload"))
-        self.summary = Summary(request_id, status, self._read("model", _model), self._read("cost", _cost))
+        self.summary = Summary(
+            request_id, status, self._read("model", _model), self._read("cost", read_credits)
+        )
 
     def _read(self, name: str, read: Callable[[Any], T | None]) -> T | None:
         """Return one of the payload's fields, and list it if it is not as it was."""
         cleaner = Cleaner(self._document)
         value = cleaner.clean(self._payload.get(name), depth=2)
         found = read(value)
-        if cleaner.altered or (found is None and value is not None):
+        if cleaner.altered or found != value:
             self.cleaner.note(name)
         return found
 
@@ -187,13 +190,6 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _model(value: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= MAX_MODEL_LENGTH else None
-
-
-def _cost(value: Any) -> int | None:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    # It goes into a signed 64-bit column. And a bool is an int to Python.
-    return value if type(value) is int and -(2**63) <= value < 2**63 else None
 
 
 def _list_media(output: dict[str, Any]) -> tuple[tuple[MediaRef, ...], int]:

@@ -36,7 +36,7 @@ def submit(
         typer.Option(metavar="NAME=VALUE", help="Comes back with the job and its message. Repeatable."),
     ] = None,
     max_cost: Annotated[
-        int | None, typer.Option(help="Refuse the job if it costs more credits.", min=0)
+        float | None, typer.Option(help="Refuse the job if it costs more credits.", min=0)
     ] = None,
     caller: Annotated[
         str, typer.Option(help="Whose job it is. A key is one caller's: the API's callers are token names.")

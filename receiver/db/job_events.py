@@ -5,15 +5,18 @@ from collections.abc import Collection
 from typing import Any, Final
 
 import orjson
-from sqlalchemy import BigInteger, and_, case, exists, func, literal, or_, select, union, update
+from sqlalchemy import and_, case, exists, or_, select, union, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import prices
 from receiver.db.clock import db_time
 from receiver.db.lists import among
 from receiver.db.rows import JobRef, JobState, event_id
 from receiver.db.tables import events, in_state, jobs
+from receiver.price import Credits
 from receiver.webhook import Generation
 
+_RESERVED: Final = {"charged": jobs.c.cost, "charged_micros": jobs.c.cost_micros}
 OPEN: Final = ("pending", "submitted", "unsure")
 """States that an event still changes."""
 
@@ -92,7 +95,7 @@ async def settle(
     job_id: uuid.UUID | None,
     path_token: str | None,
     state: JobState,
-    charged: int | None,
+    charged: Credits | None,
     error: Any,
 ) -> uuid.UUID | None:
     """Bring the job of an event, if there is one, to its last state; return its id.
@@ -117,16 +120,21 @@ async def settle(
                 ~taken,
             ),
         )
-    final = literal(charged, BigInteger())
+    # Where the event says nothing of it, what was reserved is what was charged.
+    final = prices.split(charged=charged) if charged is not None else _RESERVED
+    is_test = jobs.c.account.like("test-%")
     statement = (
         update(jobs)
         .where(jobs.c.source == source, mine)
         .values(
             state=state,
             request_id=request_id,
-            charged=case((jobs.c.account.like("test-%"), 0), else_=func.coalesce(final, jobs.c.cost)),
+            **{name: case((is_test, 0), else_=value) for name, value in final.items()},
             # The event may know what the lost answer said.
-            cost=func.coalesce(jobs.c.cost, final),
+            **{
+                name: case((jobs.c.cost.is_(None), value), else_=jobs.c[name])
+                for name, value in prices.split(cost=charged).items()
+            },
             progress=100 if state == "completed" else jobs.c.progress,
             error=None if error is None else orjson.dumps(error).decode(),
             lease=None,

@@ -7,14 +7,12 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from sqlalchemy import (
-    BigInteger,
     ColumnElement,
     Update,
     and_,
     case,
     false,
     func,
-    literal,
     or_,
     select,
     text,
@@ -24,10 +22,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import leases
+from receiver.db import leases, prices
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.rows import Attempt, Backlog, Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import in_state, jobs
+from receiver.price import Credits
 
 IN_FLIGHT_FOR: Final = 3600.0
 """Seconds for which a generation without a known end counts as one in flight."""
@@ -49,7 +48,8 @@ async def insert(connection: AsyncConnection, job: NewJob) -> bool:
     One statement, for the same reason as with events.
     """
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    values = asdict(job) | leases.work_values() | {"id": job.id, "updated_at": db_time(0.0)}
+    price = prices.split(cost=job.cost, max_cost=job.max_cost)
+    values = asdict(job) | price | leases.work_values() | {"id": job.id, "updated_at": db_time(0.0)}
     statement = dialect.insert(jobs).values(**values).on_conflict_do_nothing().returning(jobs.c.seq)
     return (await connection.execute(statement)).scalar_one_or_none() is not None
 
@@ -73,7 +73,7 @@ async def find_by_request(connection: AsyncConnection, source: str, request_id: 
     return found
 
 
-async def spent_today(connection: AsyncConnection, caller: str) -> int:
+async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
     """Return the credits of a caller's jobs of this UTC day: charged, reserved or estimated.
 
     Locks the caller's spending until the transaction ends: two jobs must not both see room for one. The sum
@@ -84,9 +84,14 @@ async def spent_today(connection: AsyncConnection, caller: str) -> int:
         lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
         await connection.execute(lock, {"caller": caller})
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    credits_ = func.coalesce(func.sum(func.coalesce(jobs.c.charged, jobs.c.cost)), 0)
-    statement = select(credits_).where(jobs.c.caller == caller, jobs.c.created_at >= midnight)
-    return int((await connection.execute(statement)).scalar_one())
+    ended = jobs.c.charged.is_not(None)
+    spent = [
+        func.coalesce(func.sum(case((ended, charged), else_=cost)), 0).label(cost.name)
+        for charged, cost in ((jobs.c.charged, jobs.c.cost), (jobs.c.charged_micros, jobs.c.cost_micros))
+    ]
+    statement = select(*spent).where(jobs.c.caller == caller, jobs.c.created_at >= midnight)
+    found: Credits = prices.join((await connection.execute(statement)).mappings().one())["cost"]
+    return found
 
 
 async def is_due(
@@ -189,7 +194,7 @@ async def record_submitted(
     source: str,
     provider_key: uuid.UUID,
     request_id: str,
-    cost: int | None,
+    cost: Credits | None,
     warnings: list[dict[str, Any]],
     poll_after: float,
 ) -> Literal["recorded", "lost", "taken"]:
@@ -212,10 +217,11 @@ async def record_submitted(
             or_(and_(jobs.c.lease == held.lease, jobs.c.state == "pending"), ended_by_path),
         )
         .values(
-            **dict.fromkeys(("charged", "progress", "finished_at")),
+            **dict.fromkeys(("progress", "finished_at")),
+            **prices.split(charged=None),
             state="submitted",
             request_id=request_id,
-            cost=func.coalesce(literal(cost, BigInteger()), jobs.c.cost),
+            **({} if cost is None else prices.split(cost=cost)),
             warnings=warnings,
             submitted_at=db_time(0.0),
             updated_at=db_time(0.0),
@@ -248,7 +254,8 @@ async def _give_back(connection: AsyncConnection, source: str, request_id: str) 
         update(jobs)
         .where(jobs.c.source == source, jobs.c.request_id == request_id, jobs.c.submitted_at.is_(None))
         .values(
-            **dict.fromkeys(("request_id", "charged", "progress", "error", "finished_at", "lease")),
+            **dict.fromkeys(("request_id", "progress", "error", "finished_at", "lease")),
+            **prices.split(charged=None),
             state="pending",
             next_attempt_at=db_time(0.0),
             updated_at=db_time(0.0),
@@ -262,7 +269,7 @@ async def add_answer(
     job_id: uuid.UUID,
     *,
     request_id: str,
-    cost: int | None,
+    cost: Credits | None,
     warnings: list[dict[str, Any]],
 ) -> bool:
     """Add what a submission's answer says to a job whose event was faster; False where it is no such job."""
@@ -270,7 +277,7 @@ async def add_answer(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.request_id == request_id)
         .values(
-            cost=func.coalesce(literal(cost, BigInteger()), jobs.c.cost),
+            **({} if cost is None else prices.split(cost=cost)),
             warnings=warnings,
             submitted_at=db_time(0.0),
         )
@@ -326,7 +333,8 @@ async def resubmit(
         .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
         .values(
             **dict.fromkeys(("sent_at", "submitted_at", "request_id", "progress")),
-            **dict.fromkeys(("charged", "warnings", "error", "finished_at", "lease")),
+            **dict.fromkeys(("warnings", "error", "finished_at", "lease")),
+            **prices.split(charged=None),
             state="pending",
             request=request,
             has_webhook=has_webhook,

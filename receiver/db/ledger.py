@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import ColumnElement, Table, and_, case, exists, func, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import unrecognized
+from receiver.db import prices, unrecognized
 from receiver.db.rows import event_id, least_id
 from receiver.db.sources import find_event_ids
 from receiver.db.tables import (
@@ -76,7 +76,7 @@ async def list_events(
     if until is not None:
         where.append(events.c.received_at < until)
     statement = select(*_EVENT).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
-    found = [dict(row) for row in (await connection.execute(statement)).mappings()]
+    found = [prices.join(row) for row in (await connection.execute(statement)).mappings()]
     seqs = [row["seq"] for row in found]
     for name, table in (("media", media), ("deliveries", deliveries)):
         counts = await _count_states(connection, table, seqs)
@@ -99,7 +99,7 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
         row = (await connection.execute(newest.where(events.c.seq.in_(seqs)))).mappings().one_or_none()
     if row is None:
         return None
-    event = dict(row)
+    event = prices.join(row)
     if event["state"] == "unrecognized":
         event["recoverable"] = unrecognized.read_request_id(event["body"]) is not None
     seq = event["seq"]
@@ -211,7 +211,7 @@ async def list_jobs(
     if until is not None:
         where.append(jobs.c.created_at < until)
     statement = select(jobs).where(*where).order_by(jobs.c.seq.desc()).limit(limit)
-    found = [dict(row) | {"tries": []} for row in (await connection.execute(statement)).mappings()]
+    found = [prices.join(row) | {"tries": []} for row in (await connection.execute(statement)).mappings()]
     heads = await _job_events(connection, found)
     for row in found:
         event = heads.get(row["id"])
@@ -242,7 +242,7 @@ async def show_job(
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         return None
-    job = dict(row)
+    job = prices.join(row)
     await _add_attempts(connection, [job])
     event = (await _job_events(connection, [job])).get(job_id)
     if event is not None:
@@ -274,18 +274,15 @@ async def job_costs(
     def total(value: ColumnElement[Any], *when: ColumnElement[bool]) -> ColumnElement[Any]:
         return func.coalesce(func.sum(case((and_(live, *when), value), else_=0)), 0)
 
-    cost = func.coalesce(jobs.c.cost, 0)
-    statement = (
-        select(
-            group.label(by),
-            func.count().label("jobs"),
-            total(cost, held).label("reserved"),
-            total(jobs.c.charged, ended).label("charged"),
-            total(cost - jobs.c.charged, ended).label("refunded"),
-        )
-        .group_by(group)
-        .order_by(group)
-    )
+    totals = []
+    for rest in ("", prices.REST):
+        cost, charged = func.coalesce(jobs.c["cost" + rest], 0), jobs.c["charged" + rest]
+        totals += [
+            total(cost, held).label(f"reserved{rest}"),
+            total(charged, ended).label(f"charged{rest}"),
+            total(cost - charged, ended).label(f"refunded{rest}"),
+        ]
+    statement = select(group.label(by), func.count().label("jobs"), *totals).group_by(group).order_by(group)
     if caller is not None:
         statement = statement.where(jobs.c.caller == caller)
     if since is not None:
@@ -293,10 +290,7 @@ async def job_costs(
     if until is not None:
         statement = statement.where(jobs.c.created_at < until)
     rows = (await connection.execute(statement)).mappings()
-    return [{name: int(v) if name in _TOTALS else v for name, v in row.items()} for row in rows]
-
-
-_TOTALS = ("jobs", "reserved", "charged", "refunded")
+    return [prices.join(row) for row in rows]
 
 
 def _day(connection: AsyncConnection) -> ColumnElement[str]:
@@ -313,7 +307,7 @@ async def _job_events(connection: AsyncConnection, found: Sequence[Row]) -> dict
         if job["request_id"] is not None
     }
     rows = await connection.execute(select(*_EVENT).where(events.c.id.in_(job_ids)))
-    return {job_ids[row["id"]]: dict(row) for row in rows.mappings()}
+    return {job_ids[row["id"]]: prices.join(row) for row in rows.mappings()}
 
 
 async def _count_states(

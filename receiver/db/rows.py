@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
+from receiver.price import Credits
 from receiver.webhook import Kind, Variant
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
@@ -74,6 +75,8 @@ class NewEvent(NamedTuple):
     status: str | None = None
     model: str | None = None
     cost: int | None = None
+    cost_micros: int = 0
+    """Millionths of a credit beyond `cost`."""
     job_id: uuid.UUID | None = None
     """The job that the callback's path named; the path is not signed."""
     path_token: str | None = None
@@ -214,8 +217,8 @@ class NewJob:
     provider_key: uuid.UUID
     """The UUID v4 that Clipia gets as its Idempotency-Key."""
     metadata: dict[str, str]
-    max_cost: int | None
-    cost: int | None
+    max_cost: Credits | None
+    cost: Credits | None
     """Credits, where they were estimated."""
     account: str
     """The Clipia account that it is made for; what is made for a test key never goes to a live one."""

@@ -82,6 +82,11 @@ def _event_reference() -> Column[int]:
     return Column("event_seq", _Sequence, ForeignKey("events.seq"), nullable=False)
 
 
+def _micros(name: str) -> Column[int]:
+    """Return the column of the millionths of a credit beyond the whole ones, which the column `name` has."""
+    return Column(f"{name}_micros", Integer, nullable=False, server_default=text("0"))
+
+
 def in_state(table: FromClause, state: str) -> ColumnElement[bool]:
     """Return the condition that a row is in a state, in the words of the partial indexes.
 
@@ -128,6 +133,7 @@ events = Table(
     Column("status", String(16)),
     Column("model", Text),
     Column("cost", BigInteger),
+    _micros("cost"),
     Column("body", LargeBinary, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("received_at", UtcDateTime, nullable=False),
@@ -238,6 +244,7 @@ jobs = Table(
     Column("provider_key", PlainUuid, nullable=False),
     Column("metadata", JSON, nullable=False),
     Column("max_cost", BigInteger),
+    _micros("max_cost"),
     *_work_columns(),
     # The Clipia account that the first try went to: its idempotency keys mean nothing to another one.
     Column("account", String(40)),
@@ -248,7 +255,9 @@ jobs = Table(
     Column("request_id", String(255)),
     Column("progress", SmallInteger),
     Column("cost", BigInteger),
+    _micros("cost"),
     Column("charged", BigInteger),
+    _micros("charged"),
     Column("warnings", JSON),
     # SHA-256 of the token in the callback's path; jobs of releases before 0006 have none.
     Column("path_token", String(64)),

@@ -15,6 +15,7 @@ from receiver.errors import UnrecognizedBody
 from receiver.webhook import is_request_id, summarize
 
 _UNRECOGNIZED: Final = in_state(events, "unrecognized")
+_TAKEN: Final = ("id", "request_id", "state", "status", "model", "cost", "cost_micros")
 
 
 class Unrecognized(NamedTuple):
@@ -87,7 +88,7 @@ async def take_up(connection: AsyncConnection, seq: int, event: NewEvent) -> Non
 
     Raises IntegrityError if that event has come meanwhile.
     """
-    values = {name: getattr(event, name) for name in ("id", "request_id", "state", "status", "model", "cost")}
+    values = {name: getattr(event, name) for name in _TAKEN}
     await connection.execute(update(events).where(events.c.seq == seq).values(**values, reason=None))
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 import orjson
 
 from receiver.db.rows import JobState
+from receiver.price import Credits
 from receiver.submitter.request import read_input
 
 
@@ -70,7 +71,7 @@ class JobAttempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One logical generation that a caller asked for. Credits are whole numbers."""
+    """One logical generation that a caller asked for. Credits are exact to a millionth."""
 
     id: UUID
     state: JobState
@@ -79,13 +80,13 @@ class Job:
     model: str
     input: dict[str, Any]
     metadata: dict[str, str]
-    max_cost: int | None
+    max_cost: Credits | None
     request_id: str | None
     progress: int | None
     """Per cent, where it is known."""
-    cost: int | None
+    cost: Credits | None
     """The price: estimated before Clipia accepted the job, and what Clipia reserved from then on."""
-    charged: int | None
+    charged: Credits | None
     """What it cost in the end; None while that is open."""
     warnings: list[dict[str, Any]]
     """Parameters that Clipia ignores."""

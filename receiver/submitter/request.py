@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Annotated, Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import Refused
+from receiver.price import MOST, Credits, read_credits
 from receiver.settings import DEFAULT_SOURCE
 
 LARGEST_REQUEST = 1024 * 1024
@@ -43,7 +44,7 @@ class JobRequest(BaseModel):
         Field(max_length=MOST_METADATA),
     ] = {}
     """The caller's own words, returned with the job and with the forwarded message."""
-    max_cost: Annotated[int, Field(ge=0, lt=2**53)] | None = None
+    max_cost: Annotated[Credits, Field(ge=0, le=MOST), AfterValidator(read_credits)] | None = None
     """Credits that the job may cost at most."""
 
     @classmethod
@@ -59,7 +60,13 @@ class JobRequest(BaseModel):
         return request
 
     def freeze(
-        self, *, caller: str, key: str | None, public_url: str | None, account: str, cost: int | None = None
+        self,
+        *,
+        caller: str,
+        key: str | None,
+        public_url: str | None,
+        account: str,
+        cost: Credits | None = None,
     ) -> NewJob:
         """Make the row of a new job, with the request as it will be sent on every try.
 

@@ -20,6 +20,7 @@ from receiver.errors import ClipiaUnavailable, Refused, SettingsError
 from receiver.lanes import Work
 from receiver.limits import Limits
 from receiver.observability import configure_library_logging
+from receiver.price import Credits, read_credits, total
 from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
@@ -48,7 +49,7 @@ class Submitter:
         client: ClipiaClient | None,
         *,
         public_url: str | None = None,
-        budgets: Mapping[str, int] | None = None,
+        budgets: Mapping[str, Credits] | None = None,
         poll_after: float = 60.0,
         wake: Callable[[str], None] = lambda _lane: None,
     ) -> None:
@@ -135,7 +136,7 @@ class Submitter:
         *,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
-        max_cost: int | None = None,
+        max_cost: Credits | None = None,
         caller: str = "local",
     ) -> Job:
         """Issue a job, or return the one that this caller's key already stands for.
@@ -264,12 +265,12 @@ class Submitter:
         rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
         limits = await self._limits()
         totals = {
-            name: sum(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
+            name: total(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
         }
-        spent = (account.get("usage_30d") or {}).get("credits_spent")
+        spent = read_credits((account.get("usage_30d") or {}).get("credits_spent"))
         return account | {
             "ledger_30d": totals,
-            "difference_30d": spent - totals["charged"] if isinstance(spent, int) else None,
+            "difference_30d": None if spent is None else total((spent, -totals["charged"])),
             "limits": {
                 "requests_per_minute": limits.requests_per_minute,
                 "in_flight": limits.in_flight_limit,
@@ -319,12 +320,12 @@ class Submitter:
         log.warning("job submitted anew by a person", job_id=str(job_id), by=by)
         return job
 
-    async def _price(self, request: JobRequest, caller: str) -> int | None:
+    async def _price(self, request: JobRequest, caller: str) -> Credits | None:
         """Return the price where somebody set a limit to it."""
         if request.max_cost is None and self._budget(caller) is None:
             return None
         estimate = await self.catalogue.estimate(request.model, request.input)
-        price: int = estimate["credits"]
+        price: Credits = estimate["credits"]
         if request.max_cost is not None and price > request.max_cost:
             raise Refused(
                 f"the job costs {price} credits, more than its max_cost of {request.max_cost}",
@@ -338,7 +339,7 @@ class Submitter:
         async with self.database.read() as connection:
             return await accounts.read(connection, self.client.account)
 
-    def _budget(self, caller: str) -> int | None:
+    def _budget(self, caller: str) -> Credits | None:
         return self._budgets.get(caller, self._budgets.get(ANYONE))
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
@@ -347,9 +348,10 @@ class Submitter:
         if budget is not None:
             spent = await jobs.spent_today(connection, job.caller)
             if spent > budget:
+                before = total((spent, -(job.cost or 0)))
                 raise Refused(
                     f"the job costs {job.cost} credits; of today's {budget} for {job.caller!r} "
-                    f"{spent - (job.cost or 0)} are spent or reserved (a new day begins at 00:00 UTC)",
+                    f"{before} are spent or reserved (a new day begins at 00:00 UTC)",
                     code="budget_exceeded",
                     status=402,
                     type_="billing_error",

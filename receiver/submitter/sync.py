@@ -8,6 +8,7 @@ from uuid import UUID
 
 from anyio.from_thread import start_blocking_portal
 
+from receiver.price import Credits
 from receiver.settings import Settings
 from receiver.submitter.job import Job, JobPage
 from receiver.submitter.service import Submitter
@@ -49,7 +50,7 @@ class SyncSubmitter:
         *,
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
-        max_cost: int | None = None,
+        max_cost: Credits | None = None,
         caller: str = "local",
     ) -> Job:
         """As `Submitter.submit`."""

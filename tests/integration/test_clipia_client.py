@@ -411,7 +411,9 @@ async def test_limits_are_read_from_every_answer(odd: OddClipia, client: ClipiaC
 COSTS = [
     (12, 12),
     (0, 0),
-    (11.2, 12),
+    (12.0, 12),
+    (11.2, 11.2),
+    (0.0000001, 0),
     (True, None),
     (-1, None),
     ("12", None),
@@ -423,12 +425,10 @@ COSTS = [
 
 
 @pytest.mark.parametrize(("said", "read"), COSTS)
-async def test_credits_are_whole_numbers(
-    odd: OddClipia, client: ClipiaClient, said: Any, read: int | None
-) -> None:
-    """F13: a fraction is rounded up, and what is no number of credits is unknown."""
+async def test_credits_are_exact(odd: OddClipia, client: ClipiaClient, said: Any, read: float | None) -> None:
+    """F13: 12.0 is 12, a fraction is kept, and what is no number of credits is unknown."""
     odd.script = [accepted(cost=said)]
-    assert (await submit(client)).cost == read
+    assert repr((await submit(client)).cost) == repr(read)
     odd.others = lambda _request: answer(content={"credits": said, "warnings": []})
     if read is None:
         with pytest.raises(ClipiaUnavailable) as caught:

@@ -1,6 +1,7 @@
 """Settings: where they come from, and what a wrong one says."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -198,3 +199,29 @@ def test_the_budget_of_memory_has_room_for_large_bodies(monkeypatch: pytest.Monk
     monkeypatch.setenv("RECEIVER_MAX_BUFFERED_BYTES", str(16 * 2**20 - 1))
     with pytest.raises(SettingsError, match=r"RECEIVER_MAX_BUFFERED_BYTES .* RECEIVER_MAX_BODY_BYTES"):
         Settings.load()
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("shop:12.5,*:100", {"shop": 12.5, "*": 100}),
+        ("shop:12.0", {"shop": 12}),
+        ("shop:0", {"shop": 0}),
+        ({"shop": 12.5, "other": 3.0}, {"shop": 12.5, "other": 3}),
+    ],
+)
+def test_budgets_have_fractions(given: Any, read: dict[str, float]) -> None:
+    """F12: a budget is a number of credits, with a fraction if need be."""
+    assert repr(Settings.load(budgets=given).budgets) == repr(read)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["shop", "shop:", ":1", "shop:-1", "shop:1e3", "shop:.5", "shop:nan", "shop:1,5", "shop:" + "9" * 13]
+    + [{"shop": value} for value in (-0.5, float("nan"), float("inf"), 10**13, "x")],
+    ids=repr,
+)
+def test_what_is_no_budget_is_refused(given: Any) -> None:
+    """F12: what is no number of credits from 0 up is an error that names the setting."""
+    with pytest.raises(SettingsError, match=r"(?i)budgets"):
+        Settings.load(budgets=given)
