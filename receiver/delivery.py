@@ -285,7 +285,9 @@ def build_message(
                 content_type=row.content_type,
                 error=row.error,
             )
+            # What is skipped stands in the output, and would make the message too large for most brokers.
             for row in files
+            if row.state != "skipped"
         ],
         job=None
         if job is None

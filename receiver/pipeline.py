@@ -48,7 +48,7 @@ from receiver.media import Downloader
 from receiver.observability import MEDIA_BYTES, MEDIA_FILES
 from receiver.retry import DAY, media_policy
 from receiver.routing import Facts, refusal
-from receiver.webhook import Generation, parse
+from receiver.webhook import MAX_FILES, Generation, parse
 
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 
@@ -133,7 +133,16 @@ class FanOut:
         held: list[tuple[int, str]] = []
         for (event, generation), each in zip(recognized, facts, strict=True):
             files += [
-                (event.seq, NewMedia(position=ref.position, variant=ref.variant, kind=ref.kind, url=ref.url))
+                (
+                    event.seq,
+                    NewMedia(
+                        position=ref.position,
+                        variant=ref.variant,
+                        kind=ref.kind,
+                        url=ref.url,
+                        skipped=f"the event has more than {MAX_FILES} files" if ref.skipped else None,
+                    ),
+                )
                 for ref in generation.media
             ]
             for target in self._targets:
@@ -192,12 +201,14 @@ def _read(event: StoredEvent) -> Generation | None:
         # It was recognized when it came in: this release reads more strictly than the one that stored it.
         log.error("event not recognized", event_id=str(event.id), reason=error.reason)  # noqa: TRY400
         return None
-    if generation.media_left_out:
+    skipped = sum(ref.skipped for ref in generation.media)
+    if generation.media_left_out or skipped:
         log.warning(
             "media left out",
             event_id=str(event.id),
             count=generation.media_left_out,
-            kept=len(generation.media),
+            skipped=skipped,
+            kept=len(generation.media) - skipped,
         )
     return generation
 

@@ -22,11 +22,13 @@ def read_credits(value: object) -> Credits | None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
         return None
-    return from_micros(to_micros(value))
+    return value if isinstance(value, int) else from_micros(to_micros(value))
 
 
 def to_micros(value: Credits) -> int:
     """Return credits as millionths."""
+    if isinstance(value, int):
+        return value * MICROS
     # As it is written: 12.1 is a little less than that in binary.
     return int((Decimal(repr(value)) * MICROS).to_integral_value())
 

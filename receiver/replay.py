@@ -310,7 +310,8 @@ class ReplayLane(WorkLane):
         """Return the files that are not what they should be, by their event's `seq`."""
         damaged: dict[int, list[MediaRow]] = {}
         for seq, rows in files.items():
-            bad = [row for row in rows if row.state != "pending" and not await self._is_intact(row)]
+            settled = [row for row in rows if row.state not in ("pending", "skipped")]
+            bad = [row for row in settled if not await self._is_intact(row)]
             if bad:
                 damaged[seq] = bad
         return damaged

@@ -26,7 +26,10 @@ REASONS: Final = ("not_json", "not_object", "duplicate_key", "request_id", "stat
 """Every `UnrecognizedBody.reason`. Older releases were stricter, and had others."""
 
 CANCELED: Final = "CANCELED"
-MAX_FILES: Final = 64
+MAX_FILES: Final = 512
+"""Files of one event that are downloaded."""
+MAX_LISTED: Final = 16_384
+"""Files of one event that are listed; its column of positions ends at 32,767."""
 MAX_URL_LENGTH: Final = 2048
 MAX_MODEL_LENGTH: Final = 255
 MAX_ID_LENGTH: Final = 255
@@ -50,6 +53,7 @@ class MediaRef:
     variant: Variant
     url: str
     field: str  # where in `output` the URL stands, such as "images[0].original_url"
+    skipped: bool = False  # not to be fetched: the event has `MAX_FILES` before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,7 @@ class Generation:
     output: Any  # as parsed, unknown fields included; None where absent
     error: Any  # likewise
     media: tuple[MediaRef, ...]  # each distinct URL once; empty for ERROR
-    media_left_out: int  # URLs beyond `MAX_FILES`, and entries that are no usable file
+    media_left_out: int  # URLs beyond `MAX_LISTED`, and entries that are no usable file
 
     @property
     def canceled(self) -> bool:
@@ -133,10 +137,16 @@ class _Body:
 
     def _read(self, name: str, read: Callable[[Any], T | None]) -> T | None:
         """Return one of the payload's fields, and list it if it is not as it was."""
-        cleaner = Cleaner(self._document)
-        value = cleaner.clean(self._payload.get(name), depth=2)
+        given = self._payload.get(name)
+        if given is None:
+            return None
+        value, mended = given, False
+        if not self._document.plain:
+            cleaner = Cleaner(self._document)
+            value = cleaner.clean(given, depth=2)
+            mended = bool(cleaner.altered)
         found = read(value)
-        if cleaner.altered or found != value:
+        if found != value or mended:
             self.cleaner.note(name)
         return found
 
@@ -179,7 +189,8 @@ def is_request_id(value: object) -> TypeGuard[str]:
         isinstance(value, str)
         and 0 < len(value) <= MAX_ID_LENGTH
         and value.isprintable()
-        and not set(value) & {" ", REPLACEMENT}
+        and " " not in value
+        and REPLACEMENT not in value
         and _OWN_ID.fullmatch(value) is None
     )
 
@@ -212,10 +223,16 @@ def _list_media(output: dict[str, Any]) -> tuple[tuple[MediaRef, ...], int]:
                 continue
             if url not in seen:
                 seen.add(url)
-                if len(media) < MAX_FILES:
-                    field = f"{path}.{name}"
+                if len(media) < MAX_LISTED:
                     media.append(
-                        MediaRef(position=position, kind=kind, variant=variant, url=url, field=field)
+                        MediaRef(
+                            position=position,
+                            kind=kind,
+                            variant=variant,
+                            url=url,
+                            field=f"{path}.{name}",
+                            skipped=len(media) >= MAX_FILES,
+                        )
                     )
                 else:
                     left_out += 1

@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import orjson
 import typer
 
-from receiver.errors import ReceiverError
+from receiver.errors import ReceiverError, UnrecognizedBody
+from receiver.lenient_json import read_whole
 from receiver.observability import configure_logging
 from receiver.submitter import Submitter
 
@@ -37,7 +37,8 @@ def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
 
 def read_input(text: str) -> dict[str, Any]:
     """Read the value of `--input`. Raises ReceiverError, which says what to write."""
-    content: str | bytes = text
+    # An argument that is no UTF-8 has surrogates for its bytes.
+    content = text.encode(errors="surrogateescape")
     if text.startswith("@"):
         name = text[1:]
         try:
@@ -45,11 +46,14 @@ def read_input(text: str) -> dict[str, Any]:
         except OSError as error:
             raise ReceiverError(f"--input: {name} cannot be read: {error.strerror}") from None
     try:
-        value = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
+        value, altered = read_whole(content)
+    except UnrecognizedBody:
+        raise ReceiverError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
+    if altered:
         raise ReceiverError(
-            f'--input is not JSON ({error}); write \'{{"prompt": "a cat"}}\' or @FILE'
-        ) from None
+            f"--input: cannot be sent as it is written, at {', '.join(altered[:5])}: "
+            "write integers of 64 bits, whole characters, and each name once"
+        )
     if not isinstance(value, dict):
         raise ReceiverError('--input: write a JSON object, as in \'{"prompt": "a cat"}\'')
     return value

@@ -19,12 +19,21 @@ from receiver.db.tables import attempts, deliveries, events, in_state, is_live, 
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
-    """Add files, each with the `seq` of its event, due at once."""
-    if files:
-        await connection.execute(
-            insert(media).values(**_pending(due=True)),
-            [{"id": new_id(), "event_seq": seq, **vars(file)} for seq, file in files],
-        )
+    """Add files, each with the `seq` of its event, due at once unless they are skipped."""
+    wanted: list[dict[str, Any]] = []
+    skipped: list[dict[str, Any]] = []
+    for seq, file in files:
+        row = {"id": new_id(), "event_seq": seq, **vars(file)}
+        reason = row.pop("skipped")
+        if reason is None:
+            wanted.append(row)
+        else:
+            skipped.append(row | {"error": reason})
+    if wanted:
+        await connection.execute(insert(media).values(**_pending(due=True)), wanted)
+    if skipped:
+        values = _pending(due=False) | {"state": "skipped", "finished_at": db_time(0.0)}
+        await connection.execute(insert(media).values(**values), skipped)
 
 
 async def insert_deliveries(

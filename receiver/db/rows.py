@@ -132,7 +132,7 @@ class MediaRow:
     variant: Variant
     kind: Kind
     url: str
-    state: Literal["pending", "stored", "gone", "blocked"]
+    state: Literal["pending", "stored", "gone", "blocked", "skipped"]
     error: str | None
     size: int | None
     sha256: str | None
@@ -143,12 +143,14 @@ class MediaRow:
 
 @dataclass(frozen=True, kw_only=True)
 class NewMedia:
-    """A file to download."""
+    """A file to download, or one that is only listed."""
 
     position: int
     variant: Variant
     kind: Kind
     url: str
+    skipped: str | None = None
+    """Why it is not downloaded."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,15 @@ async def test_content_arrives_unchanged(
     assert [event["data"] for event in await kind.received()] == [data, {"last": True}]
 
 
+@pytest.mark.parametrize("subject", ["r-é/😀:4", "../../x", "a%00'\"\\;=,", "😀" * 255], ids=ascii)
+async def test_any_request_id_arrives_unchanged(kind: Kind, destination: Destination, subject: str) -> None:
+    """B10, E3: a request_id is any 1 to 255 printable characters, in headers and keys of brokers, too."""
+    altered = {"seed": 2**64 - 1, "altered": ["/output/a~1b", "/output/\ufffd"]}
+    await destination.publish(make_event(altered, subject=subject))
+    (event,) = await kind.received()
+    assert (event["subject"], event["data"]) == (subject, altered)
+
+
 async def test_concurrent_publishes_arrive_once(kind: Kind, destination: Destination) -> None:
     """E1: 200 events that are published at once all arrive, each exactly once."""
     events = [make_event({"fill": "x" * number * 20}) for number in range(200)]

@@ -5,6 +5,7 @@ import itertools
 import statistics
 import time
 import uuid
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -631,3 +632,29 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
     async with world.working():
         await world.until(deliveries, "delivered")
     assert broken == set()
+
+
+async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
+    """B10: of 600 files 512 are fetched; the others are on record with a reason, and hold up no delivery."""
+    images = [{"url": f"{cdn}/sandbox/sample-image.png?{number}"} for number in range(600)]
+    await world.add(body("r-1", payload={"model": "m", "output": {"images": images}, "cost": 1}))
+    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    assert await fan_out.run() == 1
+    rows = await world.rows(media)
+    assert Counter(row["state"] for row in rows) == {"pending": 512, "skipped": 88}
+    skipped = [row for row in rows if row["state"] == "skipped"]
+    assert {row["error"] for row in skipped} == {"the event has more than 512 files"}
+    assert {(row["next_attempt_at"], row["finished_at"] is None) for row in skipped} == {(None, False)}
+    async with world.database.write() as connection:
+        await connection.execute(update(media).where(media.c.position > 0).values(state="gone"))
+        await connection.execute(update(media).where(media.c.position >= 512).values(state="skipped"))
+    async with eventkit.running(world.worker()):
+        await eventkit.until(lambda: _published(world))
+    data = world.recorder.published[0].get_data()
+    assert isinstance(data, dict)
+    assert Counter(file["state"] for file in data["media"]) == {"stored": 1, "gone": 511}
+    assert len(data["output"]["images"]) == 600
+
+
+async def _published(world: World) -> bool:
+    return bool(world.recorder.published)

@@ -229,26 +229,33 @@ def test_an_unusable_original() -> None:
     assert listed({"video": {"url": "v", "original_url": 7}}) == [(0, "video", "original", "v", "video.url")]
 
 
-@pytest.mark.parametrize(("count", "left_out"), [(63, 0), (64, 0), (65, 1), (10_000, 9_936)])
-def test_at_most_64_files(count: int, left_out: int) -> None:
-    """B10: the first 64 files are listed, and the rest is counted."""
+@pytest.mark.parametrize(
+    ("count", "skipped", "left_out"),
+    [(511, 0, 0), (512, 0, 0), (513, 1, 0), (16_384, 15_872, 0), (16_400, 15_872, 16)],
+)
+def test_at_most_512_files(count: int, skipped: int, left_out: int) -> None:
+    """B10: the first 512 files are fetched; the others are listed as skipped, within bounds."""
     generation = parse(ok({"images": [{"url": f"u{n}"} for n in range(count)]}))
-    assert [ref.url for ref in generation.media] == [f"u{n}" for n in range(min(count, 64))]
-    assert [ref.position for ref in generation.media] == list(range(min(count, 64)))
+    listed_ = min(count, 16_384)
+    assert [ref.url for ref in generation.media] == [f"u{n}" for n in range(listed_)]
+    assert [ref.position for ref in generation.media] == list(range(listed_))
+    assert [ref.skipped for ref in generation.media] == [number >= 512 for number in range(listed_)]
+    assert sum(ref.skipped for ref in generation.media) == skipped
     assert generation.media_left_out == left_out
 
 
-def test_repeated_urls_are_not_left_out() -> None:
+def test_repeated_urls_are_listed_once() -> None:
     """B10: a URL that was seen before counts neither as listed nor as left out, also beyond the limit."""
-    images = [{"url": f"u{n}"} for n in range(70)]
+    images = [{"url": f"u{n}"} for n in range(520)]
     generation = parse(ok({"images": images + images, "audios": images}))
-    assert (len(generation.media), generation.media_left_out) == (64, 6)
+    assert (len(generation.media), generation.media_left_out) == (520, 0)
 
 
 def test_originals_count_against_the_limit() -> None:
     """B10: both variants of a file are downloads, so both count."""
-    generation = parse(ok({"images": [{"url": f"u{n}", "original_url": f"U{n}"} for n in range(40)]}))
-    assert (len(generation.media), generation.media_left_out) == (64, 16)
+    generation = parse(ok({"images": [{"url": f"u{n}", "original_url": f"U{n}"} for n in range(300)]}))
+    assert sum(not ref.skipped for ref in generation.media) == 512
+    assert len(generation.media) == 600
 
 
 @pytest.mark.parametrize(
@@ -652,7 +659,7 @@ def test_any_event(body: dict[str, Any]) -> None:
     assert generation.output == (payload.get("output") if isinstance(payload, dict) else None)
     keys = {(ref.position, ref.variant) for ref in generation.media}
     urls = {ref.url for ref in generation.media}
-    assert len(keys) == len(urls) == len(generation.media) <= 64
+    assert len(keys) == len(urls) == len(generation.media) <= 512
     if generation.media:
         assert sorted({position for position, _ in keys}) == list(range(max(keys)[0] + 1))
     assert all(resolve(generation.output, ref.field) == ref.url for ref in generation.media)
