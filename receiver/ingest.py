@@ -203,7 +203,7 @@ async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -
         else compare(one, event, bodies)
         for one, (event, *_) in zip(known, group, strict=True)
     ]
-    await inbox.insert_receipts(
+    await inbox.record_receipts(
         connection,
         [
             (one.seq, arrival, outcome)

@@ -23,9 +23,9 @@ def body(request_id: str | None = None, **changes: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def failure(request_id: str | None = None) -> bytes:
+def failure(request_id: str | None = None, message: str = "The model refused the prompt.") -> bytes:
     """Return the body of a failed generation."""
-    error = {"code": "GENERATION_FAILED", "message": "The model refused the prompt."}
+    error = {"code": "GENERATION_FAILED", "message": message}
     value = {"request_id": request_id or str(uuid.uuid4()), "status": "ERROR", "error": error}
     return json.dumps(value).encode()
 

@@ -51,6 +51,7 @@ class Ledger:
         table: list[Endpoint] = [
             ("GET", "/v1/events", "operate", self._events),
             ("GET", "/v1/events/{id}", "operate", self._event),
+            ("GET", "/v1/events/{id}/receipts", "operate", self._receipts),
             ("POST", "/v1/events/{id}/replay", "operate", self._replay_event),
             ("GET", "/v1/deliveries", "operate", self._deliveries),
             ("POST", "/v1/deliveries/retry", "operate", self._retry_many),
@@ -83,10 +84,18 @@ class Ledger:
     async def _event(self, request: Request, _caller: Caller) -> Response:
         event = await self._find_event(request)
         event |= present(event.pop("body"))
-        for receipt in event["receipts"]:
-            if receipt["body"] is not None:
-                receipt["body"] = base64.b64encode(receipt["body"]).decode()
+        event["receipts"] = [_shown(receipt) for receipt in event["receipts"]]
         return json_answer(event)
+
+    async def _receipts(self, request: Request, _caller: Caller) -> Response:
+        query = read_query(request)
+        limit = read_limit(query.pop("limit", "50"))
+        after = _number(query.pop("cursor", None)) or 0
+        nothing_left(query)
+        event = await self._find_event(request)
+        async with self._database.read() as connection:
+            rows = await ledger.list_receipts(connection, event["seq"], limit=limit + 1, after=after)
+        return json_answer(_page([_shown(row) for row in rows], limit, "seq"))
 
     async def _deliveries(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)
@@ -201,6 +210,11 @@ def _read(values: object) -> ReplayRequest:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the body"
         raise invalid(f"{where}: {first['msg']}") from None
+
+
+def _shown(receipt: dict[str, Any]) -> dict[str, Any]:
+    body = receipt["body"]
+    return receipt | {"body": None if body is None else base64.b64encode(body).decode()}
 
 
 def _page(rows: list[dict[str, Any]], limit: int, cursor: str) -> dict[str, Any]:

@@ -292,9 +292,13 @@ def _print_event(event: dict[str, Any]) -> None:
     stdout.print(facts)
     print_title("Receipts", event["receipts"])
     for receipt in event["receipts"]:
+        more = f"  and {receipt['repeated']:,} more" if receipt["repeated"] else ""
         stdout.print(
-            f"  {moment(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}"
+            f"  {moment(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}{more}"
         )
+    unseen = event["receipts_total"] - sum(1 + receipt["repeated"] for receipt in event["receipts"])
+    if unseen:
+        stdout.print(f"  … and {unseen:,} deliveries on further receipts")
     print_title("Media", event["media"])
     for file in event["media"]:
         _print_work(file, f"{file['position']:02d}-{file['variant']} {file['url']}")

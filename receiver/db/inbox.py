@@ -1,7 +1,8 @@
 """SQL of the inbox: events and receipts."""
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Float, Integer, String, bindparam, func, insert, or_, select, update
@@ -53,23 +54,43 @@ async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dic
     return {row.seq: row.body for row in rows}
 
 
-async def insert_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
-    """Put inbound deliveries on record, each with its event's `seq`; one that conflicts keeps its body."""
-    rows = [
-        {
-            "event_seq": seq,
-            "webhook_id": arrival.webhook_id,
-            "secret_id": arrival.secret_id,
-            "signed_at": arrival.signed_at,
-            "received_at": arrival.event.received_at,
-            "body_sha256": arrival.event.body_sha256,
-            "outcome": outcome,
-            "body": arrival.event.body if outcome == "conflict" else None,
-        }
-        for seq, arrival, outcome in found
-    ]
+KEPT_RECEIPTS: Final = 20
+"""Receipts that an event has of each outcome; later deliveries are counted on the last one."""
+
+
+async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
+    """Put inbound deliveries on record, each with its event's `seq`; one that conflicts keeps its body.
+
+    Processes that write at once do not see each other's new rows, so each of them may keep `KEPT_RECEIPTS`.
+    The count is exact all the same: an update of a row waits for the one before it.
+    """
+    kept: Counter[tuple[int, Outcome]] = Counter()
+    for seq, outcome, number in await connection.execute(_KEPT, {"seqs": {seq for seq, *_ in found}}):
+        kept[seq, outcome] = number
+    repeated: Counter[tuple[int, Outcome]] = Counter()
+    rows = []
+    for seq, arrival, outcome in found:
+        if kept[seq, outcome] >= KEPT_RECEIPTS:
+            repeated[seq, outcome] += 1
+            continue
+        kept[seq, outcome] += 1
+        rows.append(
+            {
+                "event_seq": seq,
+                "webhook_id": arrival.webhook_id,
+                "secret_id": arrival.secret_id,
+                "signed_at": arrival.signed_at,
+                "received_at": arrival.event.received_at,
+                "body_sha256": arrival.event.body_sha256,
+                "outcome": outcome,
+                "body": arrival.event.body if outcome == "conflict" else None,
+            }
+        )
     if rows:
         await connection.execute(insert(receipts), rows)
+    # In the same order in every process: two that count for the same events would else be a deadlock.
+    for (seq, outcome), number in sorted(repeated.items()):
+        await connection.execute(_COUNT_REPEATED, {"event": seq, "of": outcome, "number": number})
 
 
 # Made once: to make one takes as long as to run it.
@@ -84,6 +105,22 @@ _KNOWN = (
     .where(among(events.c.id, "ids"))
     # As a receipt will do: one whose event is gone by then would fail, and its whole group with it.
     .with_for_update(read=True, key_share=True)
+)
+_KEPT = (
+    select(receipts.c.event_seq, receipts.c.outcome, func.count())
+    .where(among(receipts.c.event_seq, "seqs"))
+    .group_by(receipts.c.event_seq, receipts.c.outcome)
+)
+_COUNT_REPEATED = (
+    update(receipts)
+    .where(
+        receipts.c.seq
+        == select(func.max(receipts.c.seq))
+        .where(receipts.c.event_seq == bindparam("event"), receipts.c.outcome == bindparam("of"))
+        .correlate(None)
+        .scalar_subquery()
+    )
+    .values(repeated=receipts.c.repeated + bindparam("number", type_=Integer))
 )
 _BODIES = select(events.c.seq, events.c.body).where(among(events.c.seq, "seqs"))
 _STORED = (

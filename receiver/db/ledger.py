@@ -43,6 +43,8 @@ _PENDING: Final = union_all(
 CLOCKS_APART: Final = timedelta(days=1)
 """What the clock that made a row's id and the database's, which dates the row, are never apart."""
 _HIDDEN = {"event_seq", "lease", "lost"}
+SHOWN_RECEIPTS: Final = 50
+"""Receipts that are shown with their event. Releases before kept any number of them."""
 
 
 async def list_events(
@@ -103,11 +105,27 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     if event["state"] == "unrecognized":
         event["recoverable"] = unrecognized.read_request_id(event["body"]) is not None
     seq = event["seq"]
-    event["receipts"] = await _children(connection, receipts, seq, receipts.c.seq)
+    event["receipts"] = await list_receipts(connection, seq, limit=SHOWN_RECEIPTS)
+    counted = select(func.coalesce(func.sum(1 + receipts.c.repeated), 0)).where(receipts.c.event_seq == seq)
+    event["receipts_total"] = int((await connection.execute(counted)).scalar_one())
     event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
     event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
     await _add_attempts(connection, [*event["media"], *event["deliveries"]])
     return event
+
+
+async def list_receipts(
+    connection: AsyncConnection, event_seq: int, *, limit: int, after: int = 0
+) -> list[Row]:
+    """Return receipts of an event, oldest first; `after` is the `seq` of the last row of the page before."""
+    columns = [column for column in receipts.c if column.name not in _HIDDEN]
+    statement = (
+        select(*columns)
+        .where(receipts.c.event_seq == event_seq, receipts.c.seq > after)
+        .order_by(receipts.c.seq)
+        .limit(limit)
+    )
+    return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def list_deliveries(

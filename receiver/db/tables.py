@@ -163,6 +163,8 @@ receipts = Table(
     Column("body_sha256", String(64), nullable=False),
     Column("outcome", String(16), nullable=False),
     Column("body", LargeBinary),
+    # Later deliveries with this outcome that have no row: a captured webhook can be sent for minutes.
+    Column("repeated", Integer, nullable=False, server_default=text("0")),
     Index(None, "event_seq"),
 )
 

@@ -187,7 +187,7 @@ async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
         await connection.execute(text("DELETE FROM events"))
         seq = await inbox.insert_event(connection, short.event)
         assert seq is not None
-        await inbox.insert_receipts(connection, [(seq, short, "accepted")])
+        await inbox.record_receipts(connection, [(seq, short, "accepted")])
         other = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
         again = (await connection.execute(select(receipts))).mappings().one()
     assert tuple(one) == tuple(other)

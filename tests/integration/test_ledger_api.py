@@ -40,6 +40,7 @@ BEYOND = [("since", "0001-01-01T00:00:00+23:00"), ("until", "9999-12-31T23:59:59
 ROUTES = [
     ("GET", "/v1/events"),
     ("GET", "/v1/events/{id}"),
+    ("GET", "/v1/events/{id}/receipts"),
     ("POST", "/v1/events/{id}/replay"),
     ("GET", "/v1/deliveries"),
     ("POST", "/v1/deliveries/retry"),
@@ -268,10 +269,26 @@ async def test_an_event_is_shown_with_all_that_hangs_on_it(site: Site) -> None:
         event = response.json()
         assert event["body"]["payload"]["model"] == "m"
         assert [receipt["outcome"] for receipt in event["receipts"]] == ["accepted", "duplicate"]
+        assert event["receipts_total"] == 2
         (delivery,) = event["deliveries"]
         assert (delivery["destination"], delivery["state"]) == ("main", "delivered")
         assert [attempt["outcome"] for attempt in delivery["tries"]] == ["succeeded"]
         assert "lease" not in delivery
+
+
+async def test_receipts_come_in_pages(site: Site) -> None:
+    """The receipts of an event are listed oldest first, a conflict with its body as base64."""
+    bodies = [plain("r-1"), plain("r-1"), plain("r-1", model="second")]
+    for body in bodies:
+        await site.receive(body)
+    first = (await site.get("/v1/events/r-1/receipts", limit=2)).json()
+    assert [row["outcome"] for row in first["data"]] == ["accepted", "duplicate"]
+    second = (await site.get("/v1/events/r-1/receipts", limit=2, cursor=first["next"])).json()
+    assert [(row["outcome"], row["repeated"]) for row in second["data"]] == [("conflict", 0)]
+    assert base64.b64decode(second["data"][0]["body"]) == bodies[2]
+    assert second["next"] is None
+    assert error_of(await site.get("/v1/events/r-1/receipts", cursor="x")) == (400, "invalid_request")
+    assert error_of(await site.get("/v1/events/absent/receipts")) == (404, "not_found")
 
 
 async def test_odd_bodies_are_shown_as_bytes(site: Site) -> None:

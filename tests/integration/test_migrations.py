@@ -59,7 +59,7 @@ async def test_an_old_ledger_is_found_again(database: Database) -> None:
             content = plain(request_id)
             event = make_event(source, content, received_at=datetime.now(UTC))
             seq = await inbox.insert_event(connection, event)
-            await inbox.insert_receipts(
+            await inbox.record_receipts(
                 connection, [(seq or 0, Arrival(event, None, "one", event.received_at), "accepted")]
             )
     async with database.read() as connection:

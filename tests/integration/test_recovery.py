@@ -59,7 +59,7 @@ async def keep(world: World, content: bytes, *, deliveries_: int = 1, origin: An
         seq = await inbox.insert_event(connection, event)
         assert seq is not None
         arrival = Arrival(event, "hook", "one", CAME)
-        await inbox.insert_receipts(connection, [(seq, arrival, "unrecognized")] * deliveries_)
+        await inbox.record_receipts(connection, [(seq, arrival, "unrecognized")] * deliveries_)
 
 
 async def run(world: World, *, dry_run: bool = False) -> list[tuple[str, str]]:

@@ -369,14 +369,14 @@ async def test_a_repeat_keeps_its_event(on_postgresql: World, monkeypatch: pytes
     """C16: from the moment that a repeat has found its event no run deletes it; the repeat is on record."""
     world = on_postgresql
     await add_old(world, "r-1", "r-2")
-    load = inbox.insert_receipts
+    load = inbox.record_receipts
 
     async def pruned_first(*arguments: Any) -> None:
         done = await prune(world)
         assert (done.events, done.kept) == (1, 1)
         await load(*arguments)
 
-    monkeypatch.setattr(inbox, "insert_receipts", pruned_first)
+    monkeypatch.setattr(inbox, "record_receipts", pruned_first)
     assert await deliver(ingest_of(world), "r-1") == "duplicate"
     assert await left(world) == {"r-1"}
     assert (await prune(world)).events == 1

@@ -125,7 +125,7 @@ async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | Non
     async with world.database.write() as connection:
         event = make_event("clipia", content or b"{}", received_at=datetime.now(UTC))
         arrival = Arrival(event, None if content else "wh-1", "0123456789abcdef", datetime.now(UTC))
-        await inbox.insert_receipts(connection, [(seq, arrival, outcome)])
+        await inbox.record_receipts(connection, [(seq, arrival, outcome)])
 
 
 async def fill(world: World) -> None:

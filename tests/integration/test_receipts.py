@@ -1,0 +1,125 @@
+"""How many receipts an event keeps, and that each delivery is counted all the same."""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from payloads import SECRET, body, failure, signed
+from sqlalchemy import insert, select
+
+from receiver.db import inbox, ledger
+from receiver.db.engine import Database
+from receiver.db.inbox import KEPT_RECEIPTS
+from receiver.db.tables import receipts
+from receiver.ingest import Ingest
+from receiver.signature import Secret
+
+
+def open_ingest(database: Database) -> Ingest:
+    """Return what a web process stores webhooks with."""
+    return Ingest(
+        database,
+        secrets={"clipia": [Secret.from_text(SECRET)]},
+        tolerance=300,
+        clock=lambda: 1_800_000_000.0,
+        on_accepted=lambda: None,
+    )
+
+
+async def post(ingest: Ingest, content: bytes) -> str:
+    """Store a delivery; return its outcome."""
+    header = signed(content, at=1_800_000_000)["X-Clipia-Signature"]
+    received = await ingest.receive("clipia", signatures=[header.encode()], body=content)
+    return received.outcome
+
+
+async def rows(database: Database) -> Sequence[Any]:
+    """Return all receipts, oldest first."""
+    async with database.read() as connection:
+        return (await connection.execute(select(receipts).order_by(receipts.c.seq))).all()
+
+
+async def test_repetitions_are_kept_up_to_a_limit_and_counted_beyond_it(database: Database) -> None:
+    """A13: a webhook that somebody sends again and again costs no row each time, and is counted."""
+    ingest = open_ingest(database)
+    outcomes = [await post(ingest, body("r-1")) for _ in range(KEPT_RECEIPTS + 8)]
+    assert outcomes == ["accepted", *["duplicate"] * (KEPT_RECEIPTS + 7)]
+    kept = await rows(database)
+    assert Counter(row.outcome for row in kept) == {"accepted": 1, "duplicate": KEPT_RECEIPTS}
+    assert [row.repeated for row in kept] == [*[0] * KEPT_RECEIPTS, 7]
+
+
+async def test_a_group_of_repetitions_is_cut_to_the_limit(database: Database) -> None:
+    """A13: the limit holds for deliveries that share one transaction, too; another event has its own."""
+    ingest = open_ingest(database)
+    await asyncio.gather(post(ingest, body("r-1")), post(ingest, body("r-2")))
+    contents = [body("r-1")] * 60 + [body("r-2")] * 3
+    assert set(await asyncio.gather(*(post(ingest, each) for each in contents))) == {"duplicate"}
+    kept = Counter((row.event_seq, row.outcome) for row in await rows(database))
+    assert sorted(kept.values()) == [1, 1, 3, KEPT_RECEIPTS]
+    assert sum(row.repeated for row in await rows(database)) == 60 - KEPT_RECEIPTS
+
+
+async def test_conflicts_keep_a_limited_number_of_bodies(database: Database) -> None:
+    """C9: conflicting bodies are kept up to the limit, beside any number of duplicates, and then counted."""
+    ingest = open_ingest(database)
+    await post(ingest, body("r-1"))
+    for _ in range(KEPT_RECEIPTS + 2):
+        await post(ingest, body("r-1"))
+    different = [failure("r-1", f"reason {number}") for number in range(KEPT_RECEIPTS + 3)]
+    assert {await post(ingest, each) for each in different} == {"conflict"}
+    kept = [row for row in await rows(database) if row.outcome == "conflict"]
+    assert [row.body for row in kept] == different[:KEPT_RECEIPTS]
+    assert kept[-1].repeated == 3
+
+
+async def test_processes_that_repeat_at_once_lose_no_count(database_url: str, database: Database) -> None:
+    """A13: four writers send two webhooks 50 times each; every delivery is on a row or counted on one."""
+    await asyncio.gather(*(post(open_ingest(database), body(name)) for name in ("r-1", "r-2")))
+    writers = [Database(database_url) for _ in range(4)]
+    try:
+        ingests = [open_ingest(each) for each in writers]
+        async with asyncio.timeout(120):
+            for _ in range(5):
+                await asyncio.gather(
+                    *(post(each, body(name)) for name in ("r-1", "r-2") * 10 for each in ingests)
+                )
+    finally:
+        for each in writers:
+            await each.close()
+    kept = await rows(database)
+    assert sum(1 + row.repeated for row in kept) == 2 + 4 * 5 * 2 * 10
+    assert len(kept) <= 2 + 2 * KEPT_RECEIPTS * len(writers)
+
+
+async def test_an_event_is_shown_with_a_limited_number_of_receipts(database: Database) -> None:
+    """A database of before, with a row for each repetition, shows the first ones, the sum, and pages."""
+    await post(open_ingest(database), body("r-1"))
+    (first,) = await rows(database)
+    values = {name: value for name, value in first._mapping.items() if name not in ("seq", "outcome")}
+    async with database.write() as connection:
+        await connection.execute(insert(receipts), [values | {"outcome": "duplicate"}] * 119)
+        event = await ledger.show_event(connection, "r-1")
+        assert event is not None
+        assert (len(event["receipts"]), event["receipts_total"]) == (ledger.SHOWN_RECEIPTS, 120)
+        seen, after = [], 0
+        while page := await ledger.list_receipts(connection, first.event_seq, limit=50, after=after):
+            seen += [row["seq"] for row in page]
+            assert len(seen) <= 120
+            after = seen[-1]
+        assert seen == sorted({row.seq for row in await connection.execute(select(receipts.c.seq))})
+
+
+@pytest.mark.parametrize("limit", [1, 3])
+async def test_the_limit_counts_all_kept_rows(
+    database: Database, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    """The last kept row is the one that counts."""
+    monkeypatch.setattr(inbox, "KEPT_RECEIPTS", limit)
+    ingest = open_ingest(database)
+    for _ in range(limit + 5):
+        await post(ingest, body("r-1"))
+    kept = await rows(database)
+    assert [row.repeated for row in kept if row.outcome == "duplicate"] == [*[0] * (limit - 1), 4]
