@@ -175,9 +175,12 @@ def import_(file: Annotated[str, typer.Argument(help="An export: a file, or - fo
                     async with database.write() as connection:
                         done += await transfer.write(connection, lines)
                 except (AttributeError, KeyError, TypeError, ValueError, StatementError) as error:
+                    # A driver's text could quote the statement and its values.
+                    reason = "" if isinstance(error, StatementError) else f": {error}"
+                    last = number + len(lines) - 1
                     raise ReceiverError(
-                        f"{file}: between lines {number} and {number + len(lines) - 1} is none of an export "
-                        f"({type(error).__name__}: {_first_line(error)}); what came before is imported"
+                        f"{file}: one of the lines {number} to {last} is not from an export "
+                        f"({type(error).__name__}{reason}); the lines before them are imported"
                     ) from None
                 progress.advance(task, len(lines))
         return done
@@ -270,11 +273,6 @@ def _open_input(name: str) -> Iterator[BinaryIO]:
             yield source
     except OSError as error:
         raise ReceiverError(f"{name} cannot be read: {error.strerror}") from None
-
-
-def _first_line(error: Exception) -> str:
-    # A statement's error goes on with the statement and its values.
-    return str(getattr(error, "orig", None) or error).partition("\n")[0]
 
 
 def _say(message: str) -> None:
