@@ -22,6 +22,7 @@ from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallab
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from receiver.api.answers import HEAD_COMPLETE, error_body
+from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
 from receiver.api.memory import CONNECTION, DEFAULT_BUDGET, PART, REQUEST, MemoryBudget
 
 _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
@@ -35,10 +36,6 @@ _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
 _RETRY_AFTER: Final = b"5"
 _NOTABLE_HEAD: Final = 4096
 """Bytes of a read from which on it is worth counting the bytes of its head."""
-
-_HEAD_END: Final = b"\r\n\r\n"
-_WHITE: Final = b" \t"
-"""White space that may stand around a header value and is no part of it (RFC 9110, section 5.5)."""
 
 
 class _Refused(Exception):  # noqa: N818 - no error of ours: it stops the parser once a request is refused
@@ -68,7 +65,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     held: int = 0
     _deadline: asyncio.TimerHandle | None = None
-    _deaf: bool = False
+    deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
     _in_head: bool = False
     _in_body: bool = False
@@ -76,10 +73,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
     _read_size: int = 0
-    _tail: bytes = b""
-    """The last bytes of the previous read, in which the end of a head may have begun."""
-    _clean_head: bytes | None = None
-    """The head that the parser has just read, as it is to be read again."""
     _head_size: int = 0
     """Bytes that the head of the request counts for as long as it is not complete."""
     _is_open: bool = False
@@ -94,6 +87,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
+        self._heads = HeadRewriter()
         self._sizes = {}
         self._drop_parts()
         self.headers = []
@@ -118,7 +112,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Parse a read in pieces: what is refused in the first ones is not parsed to its end."""
         for start in range(0, len(data), self.MAX_HEADER_BYTES):
-            if self._deaf:
+            if self.deaf:
                 return
             self._take(data[start : start + self.MAX_HEADER_BYTES])
 
@@ -132,11 +126,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._read_size = len(data)
         self._unset_keepalive_if_required()
         try:
-            self._parse(data)
+            self._heads.feed(self, data)
         except httptools.HttpParserError:
             self.logger.warning("Invalid HTTP request received.")
             self._refuse(HTTPStatus.BAD_REQUEST)
-        if self._deaf:
+        if self.deaf:
             return
         made = self._callbacks - callbacks
         if not made:
@@ -151,44 +145,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             # As text and as objects.
             self._head_size += 2 * len(data)
             self.budget.grow(self, 2 * len(data))
-        if self._deaf:
+        if self.deaf:
             return
         if self._in_head or (not made and not self._in_body):
             # Line ends before a request begin no message, but they have stopped the keep-alive clock.
             self._start_deadline()
-
-    def _parse(self, data: bytes) -> None:
-        """Feed the parser in pieces, of which each ends where a head may end.
-
-        If a head offers an upgrade or has white space behind a value, a new parser reads it again without
-        that. The first one would skip the body of such a request, or not see that it is chunked, and it does
-        not tell where the head ended. With these pieces that is always at the end of one.
-        """
-        view = memoryview(data)
-        start = 0
-        while start < len(data) and not self._deaf:
-            end = self._next_cut(data, start)
-            try:
-                self.parser.feed_data(view[start:end])
-            except (httptools.HttpParserUpgrade, httptools.HttpParserError):
-                if self._clean_head is None:
-                    raise
-            if self._clean_head is not None:
-                head, self._clean_head = self._clean_head, None
-                self.parser = httptools.HttpRequestParser(self)
-                # As uvicorn does: a pipelined request behind the last one is no reason to refuse that.
-                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-                self.parser.feed_data(head)
-            start = end
-        self._tail = (self._tail + data)[-3:] if len(data) < len(_HEAD_END) else data[-3:]
-
-    def _next_cut(self, data: bytes, start: int) -> int:
-        if start == 0 and self._tail.endswith((b"\r", b"\n")):
-            split = (self._tail + data[:3]).find(_HEAD_END)
-            if split >= 0:
-                return split + len(_HEAD_END) - len(self._tail)
-        at = data.find(_HEAD_END, start)
-        return len(data) if at < 0 else at + len(_HEAD_END)
 
     def on_message_begin(self) -> None:
         """Note that a request has begun."""
@@ -199,12 +160,15 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Stop the deadline and hand the request to the application, unless RFC 9112 forbids it."""
         self._callbacks += 1
-        fault = self._fault()
+        too_large = len(self.headers) > self.MAX_HEADERS or (
+            self._swallowed + self._read_size > self.MAX_HEADER_BYTES and self._head_is_too_large()
+        )
+        fault = find_fault(self.parser, self.headers, too_large=too_large)
         if fault is not None:
             self._refuse(fault)
             raise _Refused
-        if self.parser.should_upgrade() or any(value[-1:] in _WHITE for _, value in self.headers if value):
-            self._clean_head = self._make_clean_head()
+        if is_misread(self.parser, self.headers):
+            self._heads.rewrite(self.parser, self.url, self.headers)
             return
         self._stop_deadline()
         self._in_head = False
@@ -215,7 +179,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self.scope["state"][HEAD_COMPLETE] = self.loop.time()
         size = REQUEST
         if self._swallowed + self._read_size > _NOTABLE_HEAD:
-            size += 2 * self._count_head()
+            size += 2 * head_size(self.url, self.headers)
         self._sizes[self.cycle] = size
         # A request without a body is not refused for want of room: it may be the health check.
         self.budget.add(self, size)
@@ -238,7 +202,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         size = len(body) + PART
         self._sizes[cycle] += size
         self.budget.grow(self, size)
-        if self._deaf:
+        if self.deaf:
             raise _Refused
         if self._part_size > self.PART_BYTES:
             self._hand_over()
@@ -258,7 +222,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         """Note that a head comes next."""
         self._callbacks += 1
-        if self._clean_head is not None:
+        if self._heads.clean_head is not None:
             # The request itself is still to come.
             return
         if self.headers and self._head_is_too_large():
@@ -339,7 +303,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def shed(self) -> None:
         """Answer 503 if a request has begun, and free its memory."""
-        if self._deaf:
+        if self.deaf:
             self._release_connection()
             self.transport.abort()
             return
@@ -347,7 +311,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if cycle is None:
             if self._in_head:
                 self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
-            self._deaf = True
+            self.deaf = True
             self._release_connection()
             self.transport.close()
             return
@@ -365,7 +329,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._forget(cycle)
         self.cycle = before
         before.keep_alive = False
-        self._deaf = True
+        self.deaf = True
 
     @property
     def _unanswered(self) -> RequestResponseCycle | None:
@@ -390,48 +354,12 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         else:
             self.transport.close()
 
-    def _fault(self) -> HTTPStatus | None:
-        """Return the status for a request that httptools lets through but must not be served."""
-        version = self.parser.get_http_version()
-        if version not in {"1.0", "1.1"}:
-            return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
-        may_be_large = self._swallowed + self._read_size > self.MAX_HEADER_BYTES
-        if len(self.headers) > self.MAX_HEADERS or (may_be_large and self._head_is_too_large()):
-            return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-        names = [name for name, _ in self.headers]
-        hosts = names.count(b"host")
-        if hosts > 1 or (not hosts and version == "1.1"):
-            return HTTPStatus.BAD_REQUEST
-        codings = self._values(b"transfer-encoding") if b"transfer-encoding" in names else []
-        if codings and (codings != [b"chunked"] or version == "1.0"):
-            return HTTPStatus.BAD_REQUEST
-        # The parser takes what follows for a tunnel's bytes, whatever the headers say.
-        if self.parser.get_method() == b"CONNECT":
-            return HTTPStatus.BAD_REQUEST
-        return None
-
-    def _make_clean_head(self) -> bytes:
-        """Write the head as it should have come: values are trimmed, the offer of an upgrade is left out."""
-        version = self.parser.get_http_version().encode()
-        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version)]
-        lines += [
-            b"%b: %b" % (name, value.strip(_WHITE)) for name, value in self.headers if name != b"upgrade"
-        ]
-        return b"\r\n".join([*lines, b"", b""])
-
     def _head_is_too_large(self) -> bool:
-        return self._count_head() > self.MAX_HEADER_BYTES
-
-    def _count_head(self) -> int:
-        lines = sum(len(name) + len(value) + len(b": \r\n") for name, value in self.headers)
-        return len(self.url) + lines
-
-    def _values(self, name: bytes) -> list[bytes]:
-        return [value.strip(_WHITE).lower() for each, value in self.headers if each == name]
+        return head_size(self.url, self.headers) > self.MAX_HEADER_BYTES
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer and close. Only the first refusal on a connection counts."""
-        if self._deaf:
+        if self.deaf:
             return
         cycle = self._unanswered
         if cycle is None:
@@ -440,7 +368,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._drop_request()
             self._linger()
             return
-        self._deaf = True
+        self.deaf = True
         if not cycle.more_body:
             # The fault is in a later request. This one is owed its own answer; the connection ends with it.
             cycle.keep_alive = False
@@ -468,7 +396,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
         Closing with unread bytes resets the connection, and the reset may overtake the answer.
         """
-        self._deaf = True
+        self.deaf = True
         self._stop_deadline()
         if self.transport.can_write_eof():
             self.transport.write_eof()
