@@ -1,7 +1,8 @@
 """Answers in Clipia's own error shape."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
@@ -17,6 +18,16 @@ _UNREAD: Final = (
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
 )
 """Refusals that come before the body was read to its end."""
+
+_REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
+    {
+        HTTPStatus.BAD_REQUEST: ("invalid_request", "This is not a valid HTTP/1.1 request."),
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: ("headers_too_large", "The headers are too large."),
+        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: ("http_version_not_supported", "Use HTTP/1.1."),
+        HTTPStatus.SERVICE_UNAVAILABLE: ("service_unavailable", "Too many requests at once; send it again."),
+    }
+)
+_RETRY_AFTER: Final = b"5"
 
 Headers = Sequence[tuple[bytes, bytes]]
 CLOSE: Final[Headers] = ((b"connection", b"close"),)
@@ -53,3 +64,19 @@ def refusal(error: Refused) -> Response:
     if error.status in _UNREAD:
         headers["connection"] = "close"
     return Response(body, error.status, headers, "application/json")
+
+
+def raw_refusal(status: HTTPStatus, default_headers: Headers) -> bytes:
+    """Return a whole refusal as it goes over the wire, for a request that the application never gets."""
+    code, message = _REASONS[status]
+    again = status == HTTPStatus.SERVICE_UNAVAILABLE
+    body = error_body("api_error" if again else "invalid_request_error", code, message)
+    headers = [
+        *default_headers,
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"connection", b"close"),
+        *([(b"retry-after", _RETRY_AFTER)] if again else []),
+    ]
+    head = b"".join(b"%s: %s\r\n" % header for header in headers)
+    return f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() + head + b"\r\n" + body

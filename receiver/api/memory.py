@@ -37,15 +37,19 @@ log = structlog.get_logger()
 class Connection(Protocol):
     """Something that holds memory for a client."""
 
-    held: int
-    """Bytes that it counts for; only the budget changes it."""
-
     @property
     def is_unfinished(self) -> bool:
         """Whether it waits for its client, so that it may be shed."""
 
     def shed(self) -> None:
         """Answer 503 if a request has begun, and free the memory."""
+
+
+class Counted(Connection, Protocol):
+    """A connection, or the account of one, with the number of its bytes."""
+
+    held: int
+    """Bytes that it counts for; only the budget changes it."""
 
 
 class MemoryBudget:
@@ -57,7 +61,7 @@ class MemoryBudget:
         self._used = 0
         self._peak = 0
         # In the order of their arrival.
-        self._connections: dict[Connection, None] = {}
+        self._connections: dict[Counted, None] = {}
         self._rest: asyncio.TimerHandle | None = None
         self._logged_at = float("-inf")
 
@@ -66,25 +70,28 @@ class MemoryBudget:
         """Bytes that all connections count for."""
         return self._used
 
-    def accept(self, connection: Connection) -> None:
+    def accept(self, connection: Counted) -> None:
         """Count a new connection; shed others if they use up the budget."""
         self.add(connection, CONNECTION)
         if self.is_used_up:
             self._make_room(spared=connection)
 
-    def add(self, connection: Connection, size: int) -> None:
+    def add(self, connection: Counted, size: int) -> None:
         """Count bytes, whether or not there is room for them."""
         self._connections[connection] = None
         connection.held += size
         self._used += size
 
-    def grow(self, connection: Connection, size: int) -> None:
+    def grow(self, connection: Counted, size: int) -> None:
         """Count bytes of an unfinished request; if there is no room, shed connections: this one, maybe."""
-        self.add(connection, size)
+        # As `add` does, without a call: each read of a body comes here.
+        self._connections[connection] = None
+        connection.held += size
+        self._used += size
         if self._used > (self._limit // 4 * 3 if connection.held > LARGE else self._limit):
             self._make_room()
 
-    def release(self, connection: Connection, size: int) -> None:
+    def release(self, connection: Counted, size: int) -> None:
         """Count bytes no more."""
         self._peak = max(self._peak, self._used)
         connection.held -= size
@@ -99,7 +106,7 @@ class MemoryBudget:
         """Whether there is no room for more."""
         return self._used > self._limit
 
-    def _make_room(self, spared: Connection | None = None) -> None:
+    def _make_room(self, spared: Counted | None = None) -> None:
         unfinished = [each for each in self._connections if each.is_unfinished and each is not spared]
         # Those of about the same size in the order of their arrival: a webhook is a matter of milliseconds.
         unfinished.sort(key=lambda each: each.held // 4096, reverse=True)
@@ -123,6 +130,83 @@ class MemoryBudget:
         if 2 * self._used < BURST:
             self._peak = 0
             give_memory_back()
+
+
+class Account:
+    """The bytes that one connection counts for: its own, those of a head that is coming, and each request's.
+
+    An account that counts for nothing does not refer to its connection; until then the budget does, too.
+    """
+
+    __slots__ = ("_budget", "_connection", "_head", "_is_open", "_requests", "held")
+
+    def __init__(self, budget: MemoryBudget, connection: Connection) -> None:
+        """Count a new connection; shed others if they use up the budget."""
+        self.held = 0
+        self._budget = budget
+        self._connection: Connection | None = connection
+        self._is_open = True
+        # Bytes that the head of the next request counts for as long as it is not complete.
+        self._head = 0
+        self._requests: dict[object, int] = {}
+        budget.accept(self)
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the connection waits for its client."""
+        return self._connection is not None and self._connection.is_unfinished
+
+    def shed(self) -> None:
+        """Shed the connection."""
+        if self._connection is not None:
+            self._connection.shed()
+
+    def has(self, request: object) -> bool:
+        """Tell whether a request counts."""
+        return request in self._requests
+
+    def grow_head(self, size: int) -> None:
+        """Count a read of a head that is not complete; the connection may be shed."""
+        # As text and as objects.
+        self._head += 2 * size
+        self._budget.grow(self, 2 * size)
+
+    def begin(self, request: object, head: int) -> None:
+        """Count a request whose head, of so many bytes, is complete.
+
+        A request without a body is not refused for want of room: it may be the health check.
+        """
+        size = REQUEST + 2 * head
+        self._requests[request] = size
+        self._budget.add(self, size)
+        if self._head:
+            self._end_head()
+
+    def grow_body(self, request: object, size: int) -> None:
+        """Count a read of a request's body; the connection may be shed."""
+        size += PART
+        self._requests[request] += size
+        self._budget.grow(self, size)
+
+    def end(self, request: object) -> None:
+        """Count a request no more."""
+        self._budget.release(self, self._requests.pop(request, 0))
+        if not self.held:
+            self._connection = None
+
+    def close(self) -> None:
+        """Count the connection itself and the head that was coming no more."""
+        if self._head:
+            self._end_head()
+        if self._is_open:
+            self._is_open = False
+            self._budget.release(self, CONNECTION)
+        if not self.held:
+            self._connection = None
+
+    def _end_head(self) -> None:
+        size, self._head = self._head, 0
+        self._budget.release(self, size)
 
 
 def give_memory_back() -> None:

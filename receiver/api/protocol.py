@@ -11,29 +11,18 @@ close` or without, the connection is closed here, once the client had time to re
 """
 
 import asyncio
-from collections.abc import Mapping
 from functools import partial
 from http import HTTPStatus
-from types import MappingProxyType
 from typing import ClassVar, Final, cast
 
 import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.api.answers import HEAD_COMPLETE, error_body
+from receiver.api.answers import HEAD_COMPLETE, raw_refusal
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
-from receiver.api.memory import CONNECTION, DEFAULT_BUDGET, PART, REQUEST, MemoryBudget
+from receiver.api.memory import DEFAULT_BUDGET, Account, MemoryBudget
 
-_REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
-    {
-        HTTPStatus.BAD_REQUEST: ("invalid_request", "This is not a valid HTTP/1.1 request."),
-        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: ("headers_too_large", "The headers are too large."),
-        HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: ("http_version_not_supported", "Use HTTP/1.1."),
-        HTTPStatus.SERVICE_UNAVAILABLE: ("service_unavailable", "Too many requests at once; send it again."),
-    }
-)
-_RETRY_AFTER: Final = b"5"
 _NOTABLE_HEAD: Final = 4096
 """Bytes of a read from which on it is worth counting the bytes of its head."""
 
@@ -63,7 +52,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET)
     """Bytes that all connections of this process may hold."""
 
-    held: int = 0
     _deadline: asyncio.TimerHandle | None = None
     deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
@@ -73,11 +61,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
     _read_size: int = 0
-    _head_size: int = 0
-    """Bytes that the head of the request counts for as long as it is not complete."""
-    _is_open: bool = False
-    _sizes: dict[RequestResponseCycle, int]
-    """Bytes that each request counts for whose head is complete."""
     _parts: list[bytes]
     """What has come of the body, and is not handed to the application yet."""
     _part_size: int
@@ -88,24 +71,22 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
         self._heads = HeadRewriter()
-        self._sizes = {}
         self._drop_parts()
         self.headers = []
-        self._is_open = True
         self._start_deadline()
-        self.budget.accept(self)
+        self._account = Account(self.budget, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and let go of all that refers to this object: only a running request keeps it."""
         self._stop_deadline()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
-        self._release_connection()
+        self._account.close()
         for cycle, _ in self.pipeline:
             self._forget(cycle)
         self.pipeline.clear()
         self._in_head = False
-        if self.cycle not in self._sizes:
+        if not self._account.has(self.cycle):
             self._drop_request()
         del self._answers
 
@@ -142,9 +123,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             return
         if self._in_head:
-            # As text and as objects.
-            self._head_size += 2 * len(data)
-            self.budget.grow(self, 2 * len(data))
+            self._account.grow_head(len(data))
         if self.deaf:
             return
         if self._in_head or (not made and not self._in_body):
@@ -177,13 +156,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.transport = self._answers
         self.scope["state"][HEAD_COMPLETE] = self.loop.time()
-        size = REQUEST
-        if self._swallowed + self._read_size > _NOTABLE_HEAD:
-            size += 2 * head_size(self.url, self.headers)
-        self._sizes[self.cycle] = size
-        # A request without a body is not refused for want of room: it may be the health check.
-        self.budget.add(self, size)
-        self._release_head()
+        is_notable = self._swallowed + self._read_size > _NOTABLE_HEAD
+        self._account.begin(self.cycle, head_size(self.url, self.headers) if is_notable else 0)
         # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
         self.headers = []
         if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_used_up):
@@ -199,9 +173,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         # A bytearray that grows piece by piece would take an eighth more, and leave gaps behind.
         self._parts.append(body)
         self._part_size += len(body)
-        size = len(body) + PART
-        self._sizes[cycle] += size
-        self.budget.grow(self, size)
+        self._account.grow_body(cycle, len(body))
         if self.deaf:
             raise _Refused
         if self._part_size > self.PART_BYTES:
@@ -269,7 +241,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def _forget(self, cycle: RequestResponseCycle) -> None:
         """Free what a request holds; nobody looks at it again."""
-        self.budget.release(self, self._sizes.pop(cycle, 0))
+        self._account.end(cycle)
         cycle.body = bytearray()
         if cycle is self.cycle:
             self._drop_parts()
@@ -285,16 +257,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self.headers = []
             self.url = b""
 
-    def _release_head(self) -> None:
-        size, self._head_size = self._head_size, 0
-        self.budget.release(self, size)
-
-    def _release_connection(self) -> None:
-        self._release_head()
-        if self._is_open:
-            self._is_open = False
-            self.budget.release(self, CONNECTION)
-
     @property
     def is_unfinished(self) -> bool:
         """Whether the connection waits for its client."""
@@ -304,7 +266,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def shed(self) -> None:
         """Answer 503 if a request has begun, and free its memory."""
         if self.deaf:
-            self._release_connection()
+            self._account.close()
             self.transport.abort()
             return
         cycle = self._unanswered
@@ -312,7 +274,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             if self._in_head:
                 self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
             self.deaf = True
-            self._release_connection()
+            self._account.close()
             self.transport.close()
             return
         self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -320,7 +282,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         cycle.message_event.set()
         cycle.body = bytearray()
         self._drop_parts()
-        self.budget.release(self, self._sizes.pop(cycle, 0))
+        self._account.end(cycle)
         self._linger()
 
     def _refuse_pipelined(self, before: RequestResponseCycle) -> None:
@@ -378,18 +340,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _write_error(self, status: HTTPStatus) -> None:
-        code, message = _REASONS[status]
-        again = status == HTTPStatus.SERVICE_UNAVAILABLE
-        body = error_body("api_error" if again else "invalid_request_error", code, message)
-        headers = [
-            *self.server_state.default_headers,
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-            *([(b"retry-after", _RETRY_AFTER)] if again else []),
-        ]
-        head = b"".join(b"%s: %s\r\n" % header for header in headers)
-        self.transport.write(f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() + head + b"\r\n" + body)
+        self.transport.write(raw_refusal(status, self.server_state.default_headers))
 
     def _linger(self) -> None:
         """Close, but read on for a while.
