@@ -1,13 +1,13 @@
 """uvicorn's HTTP/1.1 protocol with the limits that it lacks.
 
-uvicorn on httptools sets no deadline for request headers and no limit to their size, lets through some
-requests that RFC 9112 forbids, leaves white space at the end of header values, skips the body of a request
-that offers an upgrade, and forgets a connection whose request body is still coming when the answer has been
-sent. It keeps whatever many clients send, and it leaves requests that were refused to the garbage collector.
-Give the class to `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
+uvicorn on httptools sets no deadline for request headers and no limit to their size, keeps whatever many
+clients send, forgets a connection if the body is still coming when its answer has been sent, and leaves
+requests that were refused to the garbage collector. Give the class to
+`uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
-A deadline for the body is the endpoint's. Where it answers before it has read the body, with `connection:
-close` or without, the connection is closed here, once the client had time to read the answer.
+Deadlines and refusals are here, heads in `heads`, bodies in `bodies`, the bytes of both in `memory`. A
+deadline for the body is the endpoint's. If it answers before it has read the body, with `connection: close`
+or without, the connection is closed here, once the client had time to read the answer.
 """
 
 import asyncio
@@ -20,11 +20,12 @@ from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallab
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from receiver.api.answers import HEAD_COMPLETE, raw_refusal
+from receiver.api.bodies import BodyParts
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
 from receiver.api.memory import DEFAULT_BUDGET, Account, MemoryBudget
 
 _NOTABLE_HEAD: Final = 4096
-"""Bytes of a read from which on it is worth counting the bytes of its head."""
+"""Bytes of a read from which on it is worth counting those of its head; no more than MAX_HEADER_BYTES."""
 
 
 class _Refused(Exception):  # noqa: N818 - no error of ours: it stops the parser once a request is refused
@@ -32,7 +33,7 @@ class _Refused(Exception):  # noqa: N818 - no error of ours: it stops the parser
 
 
 class DeadlineHttpToolsProtocol(HttpToolsProtocol):
-    """Closes slow connections, limits the header section, refuses what RFC 9112 forbids.
+    """Closes slow connections, limits the header section, refuses requests that RFC 9112 forbids.
 
     The limits are class attributes; times are in seconds.
     """
@@ -47,23 +48,18 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Headers, and trailers: each is an object several times its size."""
     MAX_PIPELINED: ClassVar[int] = 16
     """Requests that wait on a connection behind the one that is being answered."""
-    PART_BYTES: ClassVar[int] = 256 * 1024
-    """The application gets a body up to this size in one part, and larger ones in parts of more than it."""
     budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET)
     """Bytes that all connections of this process may hold."""
 
-    _deadline: asyncio.TimerHandle | None = None
     deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
+    _deadline: asyncio.TimerHandle | None = None
     _in_head: bool = False
     _in_body: bool = False
     _callbacks: int = 0
     """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
     _read_size: int = 0
-    _parts: list[bytes]
-    """What has come of the body, and is not handed to the application yet."""
-    _part_size: int
 
     # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -71,7 +67,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
         self._heads = HeadRewriter()
-        self._drop_parts()
+        self._body = BodyParts()
         self.headers = []
         self._start_deadline()
         self._account = Account(self.budget, self)
@@ -91,17 +87,16 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         del self._answers
 
     def data_received(self, data: bytes) -> None:
-        """Parse a read in pieces: what is refused in the first ones is not parsed to its end."""
+        """Parse a read in pieces: a request that is refused in the first ones is not parsed to its end."""
         for start in range(0, len(data), self.MAX_HEADER_BYTES):
             if self.deaf:
                 return
             self._take(data[start : start + self.MAX_HEADER_BYTES])
 
     def _take(self, data: bytes) -> None:
-        """Parse, and bound what makes no progress: a head, trailers, a chunk's extensions.
+        """Parse, and bound the bytes that make no progress: a head, trailers, a chunk's extensions.
 
-        What is done here is done for every request: a timer or an override for each header costs more than
-        the parsing itself.
+        Every request comes here: a timer or an override for each header costs more than the parsing itself.
         """
         callbacks = self._callbacks
         self._read_size = len(data)
@@ -139,9 +134,10 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Stop the deadline and hand the request to the application, unless RFC 9112 forbids it."""
         self._callbacks += 1
-        too_large = len(self.headers) > self.MAX_HEADERS or (
-            self._swallowed + self._read_size > self.MAX_HEADER_BYTES and self._head_is_too_large()
-        )
+        size = 0
+        if self._swallowed + self._read_size > _NOTABLE_HEAD:
+            size = head_size(self.url, self.headers)
+        too_large = size > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS
         fault = find_fault(self.parser, self.headers, too_large=too_large)
         if fault is not None:
             self._refuse(fault)
@@ -156,8 +152,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.cycle.transport = self._answers
         self.scope["state"][HEAD_COMPLETE] = self.loop.time()
-        is_notable = self._swallowed + self._read_size > _NOTABLE_HEAD
-        self._account.begin(self.cycle, head_size(self.url, self.headers) if is_notable else 0)
+        self._account.begin(self.cycle, size)
         # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
         self.headers = []
         if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_used_up):
@@ -165,31 +160,15 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             raise _Refused
 
     def on_body(self, body: bytes) -> None:
-        """Collect the body; the application need not wake up for each piece of it."""
+        """Keep a part of the body, if there is room for it."""
         self._callbacks += 1
         cycle = self.cycle
         if cycle.response_complete:
             return
-        # A bytearray that grows piece by piece would take an eighth more, and leave gaps behind.
-        self._parts.append(body)
-        self._part_size += len(body)
         self._account.grow_body(cycle, len(body))
         if self.deaf:
             raise _Refused
-        if self._part_size > self.PART_BYTES:
-            self._hand_over()
-            self.flow.pause_reading()
-            cycle.message_event.set()
-
-    def _hand_over(self) -> None:
-        """Let the application have what has come of the body."""
-        if self._parts:
-            self.cycle.body = bytearray().join((self.cycle.body, *self._parts))
-            self._drop_parts()
-
-    def _drop_parts(self) -> None:
-        self._parts = []
-        self._part_size = 0
+        self._body.add(cycle, body)
 
     def on_message_complete(self) -> None:
         """Note that a head comes next."""
@@ -197,11 +176,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if self._heads.clean_head is not None:
             # The request itself is still to come.
             return
-        if self.headers and self._head_is_too_large():
+        if self.headers and head_size(self.url, self.headers) > self.MAX_HEADER_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             raise _Refused
         self._in_body = False
-        self._hand_over()
+        self._body.hand_over(self.cycle)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
@@ -240,11 +219,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._forget(cycle)
 
     def _forget(self, cycle: RequestResponseCycle) -> None:
-        """Free what a request holds; nobody looks at it again."""
+        """Free the memory of a request; nobody looks at it again."""
         self._account.end(cycle)
         cycle.body = bytearray()
         if cycle is self.cycle:
-            self._drop_parts()
+            self._body.drop()
             if cycle.response_complete or cycle.disconnected:
                 self._drop_request()
 
@@ -281,7 +260,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         cycle.disconnected = True
         cycle.message_event.set()
         cycle.body = bytearray()
-        self._drop_parts()
+        self._body.drop()
         self._account.end(cycle)
         self._linger()
 
@@ -315,9 +294,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._start_deadline()
         else:
             self.transport.close()
-
-    def _head_is_too_large(self) -> bool:
-        return head_size(self.url, self.headers) > self.MAX_HEADER_BYTES
 
     def _refuse(self, status: HTTPStatus) -> None:
         """Answer and close. Only the first refusal on a connection counts."""
