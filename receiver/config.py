@@ -143,6 +143,24 @@ def cleaned(value: str, name: str) -> str:
     return text
 
 
+def variable_name(field: str) -> str:
+    """Return the name of a setting's environment variable."""
+    return field.upper() if field.startswith("clipia_") else f"{PREFIX}{field.upper()}"
+
+
+def split_list(value: Any) -> Any:
+    """Return the entries of a text that separates them by commas; leave any other value as it is."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def parse_budget(entry: str) -> tuple[str, float]:
+    """Return the caller and the credits of one entry. Raises ValueError."""
+    name, _, credits_ = entry.partition(":")
+    if not name or re.fullmatch(r"[0-9]{1,13}(\.[0-9]+)?", credits_) is None:
+        raise ValueError("write caller:credits, several separated by commas; the caller * is every other one")
+    return name, float(credits_)
+
+
 def _refuse_quotes(text: str, name: str) -> None:
     if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES:
         raise SettingsError(

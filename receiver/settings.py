@@ -34,11 +34,14 @@ from receiver.config import (
     MIN_TOKEN,
     check_cloud_variables,
     is_web_url,
+    parse_budget,
     read_environment,
     read_file,
     refuse_mistyped,
     shown_key,
+    split_list,
     strip_cloud_variables,
+    variable_name,
 )
 from receiver.errors import SettingsError
 from receiver.masking import hold, hold_url
@@ -204,7 +207,7 @@ class Settings(BaseSettings):
         """Order the sources: arguments, environment, `receiver.toml`."""
         # Not the library's source for the environment: its errors quote values that are not JSON.
         variables = {
-            _variable(field): field for field in cls.model_fields.keys() - {"destinations", "sources"}
+            variable_name(field): field for field in cls.model_fields.keys() - {"destinations", "sources"}
         }
         environment = read_environment(os.environ, variables, lists=_LISTS)
         return (
@@ -216,14 +219,14 @@ class Settings(BaseSettings):
     @field_validator("media_hosts", "durable_without", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
-        return _split_list(value)
+        return split_list(value)
 
     @field_validator("budgets", mode="before")
     @classmethod
     def _split_budgets(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        return dict(_parse_budget(entry) for entry in _split_list(value))
+        return dict(parse_budget(entry) for entry in split_list(value))
 
     @field_validator("budgets")
     @classmethod
@@ -258,7 +261,7 @@ class Settings(BaseSettings):
     @field_validator("api_tokens", mode="before")
     @classmethod
     def _split_tokens(cls, value: Any) -> Any:
-        return [_parse_token(entry) for entry in _split_list(value)]
+        return [_parse_token(entry) for entry in split_list(value)]
 
     @model_validator(mode="after")
     def _has_room(self) -> Self:
@@ -356,12 +359,8 @@ class Settings(BaseSettings):
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Return names in `environ` that start with RECEIVER_ and mean nothing to us: most likely typos."""
-    known = {_variable(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
+    known = {variable_name(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
-
-
-def _split_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
 def _parse_token(entry: Any) -> Any:
@@ -373,21 +372,10 @@ def _parse_token(entry: Any) -> Any:
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
 
-def _parse_budget(entry: str) -> tuple[str, Credits]:
-    name, _, credits_ = entry.partition(":")
-    if not name or re.fullmatch(r"[0-9]{1,13}(\.[0-9]+)?", credits_) is None:
-        raise ValueError("write caller:credits, several separated by commas; the caller * is every other one")
-    return name, float(credits_)
-
-
 def _refuse_doubles(what: str, names: list[str]) -> None:
     doubles = sorted({name for name in names if names.count(name) > 1})
     if doubles:
         raise ValueError(f"{what} names must be unique; used more than once: {', '.join(doubles)}")
-
-
-def _variable(field: str) -> str:
-    return field.upper() if field.startswith("clipia_") else f"RECEIVER_{field.upper()}"
 
 
 def _spelling(location: tuple[int | str, ...]) -> str:
@@ -401,7 +389,7 @@ def _spelling(location: tuple[int | str, ...]) -> str:
         )
     if rest or head in {"destinations", "sources"} or head not in Settings.model_fields:
         return f"{DEFAULT_CONFIG}: " + ".".join(shown_key(part) for part in location)
-    return _variable(head)
+    return variable_name(head)
 
 
 def _reason(error: Any) -> str:
