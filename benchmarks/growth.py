@@ -368,7 +368,7 @@ def sent(database: Database) -> Iterator[Statements]:
 
 async def _explained(connection: AsyncConnection, what: str, statement: str, arguments: Any) -> list[str]:
     """Return the plan of a statement that reads or changes rows, and undo what asking for it did."""
-    if not statement.startswith(("SELECT", "UPDATE", "WITH")):
+    if not statement.startswith(("SELECT", "UPDATE", "WITH")) or "current_setting" in statement:
         return []
     explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (ANALYZE, BUFFERS)"
     nested = await connection.begin_nested()

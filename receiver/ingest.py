@@ -258,6 +258,7 @@ def make_event(
             state="unrecognized",
             reason=error.reason,
             job_id=job_id,
+            path_token=path_token,
             body=body,
             body_sha256=sha256,
             received_at=received_at,

@@ -36,7 +36,8 @@ def upgrade() -> None:
         sa.Column("frozen_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_freezes"),
     )
-    for table in ("jobs", "events"):
+    # In the order in which a fan-out locks rows: with the other one they would wait for each other.
+    for table in ("events", "jobs"):
         op.add_column(table, sa.Column("path_token", sa.String(length=64)))
 
 

@@ -63,7 +63,8 @@ async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> 
     """End the freeze; return the jobs that become `unsure` by it, or None if there is no freeze.
 
     After a restore a job that the dump has as pending may have been sent since, and nobody knows when: not
-    before it was made. If that is more than `key_holds` seconds ago, Clipia may have forgotten its key.
+    before it was made. If that is more than `key_holds` seconds ago, Clipia may have forgotten its key. A
+    younger one counts as sent when it was made: a first try that is dated now would be repeated for too long.
     """
     found = await find(connection)
     if found is None:
@@ -88,4 +89,10 @@ async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> 
         )
         .returning(jobs.c.id)
     )
-    return list((await connection.execute(statement)).scalars())
+    unsure = list((await connection.execute(statement)).scalars())
+    await connection.execute(
+        update(jobs)
+        .where(in_state(jobs, "pending"), jobs.c.created_at < found.frozen_at, jobs.c.sent_at.is_(None))
+        .values(sent_at=jobs.c.created_at)
+    )
+    return unsure

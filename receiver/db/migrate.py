@@ -1,5 +1,7 @@
 """The schema's version: what the database has, what this code needs, and the way there."""
 
+import asyncio
+import random
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
@@ -15,13 +17,18 @@ from receiver.db import version
 from receiver.db.engine import Database
 from receiver.db.requirements import require_usable
 from receiver.db.tables import metadata
+from receiver.db.transactions import sqlstate
 from receiver.db.version import Version
-from receiver.errors import SettingsError
+from receiver.errors import DatabaseUnavailable, SettingsError
 
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
 _CHECKOUT: Final = Path(__file__).parent.parent.parent / "migrations"
 LOCK_ID: Final = 0x_C11F_1A
 """PostgreSQL advisory lock that serializes migrations."""
+ATTEMPTS: Final = 5
+"""Times that a migration is tried if it collides with a process that works."""
+_COLLISIONS: Final = {"40P01", "55P03"}
+"""SQLSTATEs: a deadlock, and a lock that was not given in time."""
 
 log = structlog.get_logger()
 
@@ -52,7 +59,17 @@ async def upgrade(database: Database, revision: str = "head") -> None:
     A newer schema that serves this release is left as it is. Raises SettingsError, which says what to do, and
     DatabaseUnavailable.
     """
-    await apply(database, lambda config: command.upgrade(config, revision))
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            await apply(database, lambda config: command.upgrade(config, revision))
+        except DatabaseUnavailable as error:
+            state = sqlstate(getattr(error.__cause__, "orig", None) or error)
+            if state not in _COLLISIONS or not left:
+                raise
+            log.warning("the migration collided with other work and is tried again", sqlstate=state)
+        else:
+            return
+        await asyncio.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - no secret
 
 
 async def apply(database: Database, change: Callable[[Config], None]) -> None:
@@ -76,6 +93,8 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
 
     async with database.migrate() as connection:
         if not database.is_sqlite:
+            # Another migration may take minutes; the limit is for the locks that webhooks wait behind.
+            await connection.execute(text("SET LOCAL lock_timeout = 0"))
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
             await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
         try:

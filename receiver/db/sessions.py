@@ -18,7 +18,15 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InvalidRequestError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, SessionLost, is_lost, sqlstate, unavailable
+from receiver.db.transactions import (
+    OUR_MISTAKES,
+    POOL_WAIT,
+    SessionLost,
+    is_condition,
+    is_lost,
+    sqlstate,
+    unavailable,
+)
 from receiver.db.urls import PostgresqlUrl
 from receiver.errors import DatabaseUnavailable, SettingsError
 
@@ -108,7 +116,7 @@ class Sessions:
                 "no host takes writes, or is what target_session_attrs asks for", error
             ) from error
         except self.driver.PostgresError as error:
-            if sqlstate(error)[:2] not in OUR_MISTAKES:
+            if sqlstate(error)[:2] not in OUR_MISTAKES or is_condition(error):
                 raise
             raise SettingsError(
                 "the server refuses a parameter of RECEIVER_DATABASE_URL, most likely in options "

@@ -95,6 +95,8 @@ async def test_after_a_restore_old_pending_jobs_are_unsure(odd_world: World, odd
     await freeze(odd_world, restored=True)
     odd.script = [accepted("r-1")]
     assert await thaw(odd_world) == [str(old.id)]
+    (row,) = [row for row in await odd_world.rows(jobs) if row["id"] == young.id]
+    assert row["sent_at"] == row["created_at"], "its key may be in use since then, and holds no longer"
     assert await odd_world.retry(submitter) == 1
     assert (await show(submitter, young)).state == "submitted"
     shown = await show(submitter, old)

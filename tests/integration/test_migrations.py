@@ -9,7 +9,8 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from eventkit import plain
-from sqlalchemy import Connection, inspect
+from servers import Postgres
+from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import arrivals, inbox, ledger, migrate
@@ -86,6 +87,35 @@ async def test_upgrading_again_changes_nothing(database: Database) -> None:
     await migrate.upgrade(database)
     assert await migrate.current(database) == migrate.head()
     await migrate.require_current(database)
+
+
+async def test_a_migration_waits_for_another_one(postgres: Postgres) -> None:
+    """C15: a migration that takes longer than a lock may elsewhere is waited for."""
+    database = Database(postgres.url())
+    async with asyncio.timeout(60):
+        async with database.migrate() as connection:
+            await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": migrate.LOCK_ID})
+            waiting = asyncio.create_task(migrate.upgrade(database))
+            await asyncio.sleep(3)
+            assert not waiting.done()
+        await waiting
+        await migrate.require_current(database)
+    await database.close()
+
+
+async def test_a_migration_that_collides_is_tried_again(postgres: Postgres) -> None:
+    """C15: a worker that holds a table for longer than the migration waits does not end the migration."""
+    database = Database(postgres.url())
+    async with asyncio.timeout(60):
+        await migrate.upgrade(database, "0005")
+        async with database.migrate() as connection:
+            await connection.execute(text("LOCK TABLE events IN ROW EXCLUSIVE MODE"))
+            waiting = asyncio.create_task(migrate.upgrade(database))
+            await asyncio.sleep(6)
+            assert not waiting.done()
+        await waiting
+        await migrate.require_current(database)
+    await database.close()
 
 
 async def test_an_unreachable_database_is_unavailable() -> None:

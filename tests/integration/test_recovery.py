@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -70,6 +71,13 @@ async def run(world: World, *, dry_run: bool = False) -> list[tuple[str, str]]:
 async def facts(world: World) -> list[tuple[str, str]]:
     """Return each event's request and state."""
     return sorted((row["request_id"], row["state"]) for row in await world.rows(events))
+
+
+def test_a_body_that_is_not_recognized_keeps_its_path() -> None:
+    """C10: an event that a later release recognizes finds the job whose callback it came on."""
+    job_id = uuid.uuid4()
+    event = make_event("clipia", b"?", received_at=CAME, job_id=job_id, path_token="a" * 64)
+    assert (event.state, event.job_id, event.path_token) == ("unrecognized", job_id, "a" * 64)
 
 
 async def test_it_is_taken_up_and_forwarded(world: World) -> None:

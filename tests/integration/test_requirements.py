@@ -69,6 +69,16 @@ async def count(database: Database) -> list[int]:
         ]
 
 
+async def test_a_role_that_may_not_connect_is_told_so(restricted: Restricted) -> None:
+    """C3: a right that is taken away is the database's condition, and no mistake in its URL."""
+    restricted.sql(f"REVOKE CONNECT ON DATABASE {restricted.name} FROM PUBLIC")
+    database = Database(restricted.url)
+    with pytest.raises(DatabaseUnavailable, match="lacks a right"):
+        async with database.read():
+            pass
+    await database.close()
+
+
 async def test_a_probe_leaves_nothing(database: Database) -> None:
     """G13: a probe inserts an event, a receipt and a source, rolls them back, and commits its own row."""
     for _ in range(3):
