@@ -8,11 +8,13 @@ import os
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 from urllib.parse import urlsplit
+
+from pydantic import SecretStr
 
 from receiver.errors import SettingsError
 from receiver.masking import hold, hold_url, mask
@@ -36,7 +38,13 @@ _CLOUD: Final[Mapping[str, str]] = MappingProxyType(
     {"s3": "AWS_", "sqs": "AWS_", "az": "AZURE_", "gs": "GOOGLE_"}
 )
 """How the variables start that the clients behind a URL's scheme read by themselves."""
-_CLOUD_SECRETS: Final = re.compile(r"SECRET|TOKEN|PASSWORD|_KEY$|SAS|CREDENTIALS|CONNECTION_STRING")
+_ENVIRONMENT_SECRETS: Final = re.compile(
+    r"PGPASSWORD|(?:AWS|AZURE|GOOGLE)_(?:.*_)?"
+    r"(?:SECRET|TOKEN|PASSWORD|PASSPHRASE|KEY|KEY_BASE64|SAS|CONNECTION_STRING)"
+)
+"""Variables that hold a secret. Others of these clients hold a secret's path, URI, name or kind."""
+_SECRET_PARTS: Final = re.compile(r"(?:^|[;&?=])(?:AccountKey|SharedAccessKey|sig)=([^;&]+)", re.IGNORECASE)
+"""The secrets in connection strings and SAS tokens, which hold dates and host names beside them."""
 _SEVERAL_LINES: Final = re.compile(r"\s*([{\[]|-----BEGIN)")
 """How values start that may have several lines: JSON, and keys in PEM."""
 
@@ -59,7 +67,7 @@ def read_environment(
             )
     found = {field: name for name, field in variables.items() if name in given}
     for name in found.values():
-        _hold(name, given[name])
+        hold_setting(name, given[name])
     return {
         field: _cleaned_list(given[name], name) if field in lists else cleaned(given[name], name)
         for field, name in found.items()
@@ -111,14 +119,40 @@ def read_file(environ: Mapping[str, str]) -> Values:
     return resolved
 
 
+def hold_secrets(environ: MutableMapping[str, str], tables: Iterable[Iterable[tuple[str, object]]]) -> None:
+    """Remember the secrets of settings and their tables, and those that clients take from the environment."""
+    strip_cloud_variables(environ)
+    for table in tables:
+        for field, value in table:
+            if isinstance(value, SecretStr):
+                hold_setting(field, value.get_secret_value())
+
+
+def hold_setting(setting: str, value: str) -> None:
+    """Remember the secrets in a setting's value, as it was typed and as it is used."""
+    key = setting.lower().removeprefix(PREFIX.lower())
+    for text in (value, value.strip()):
+        if key == "api_tokens":
+            for entry in text.split(","):
+                name, _, token = entry.strip().partition(":")
+                # Without a usable token it may have been written in the place of the name.
+                hold(token.partition(":")[0] if len(token) >= MIN_TOKEN else name)
+        elif key.endswith(("_key", "secret", "token")):
+            for part in (text, *text.split(",")):
+                hold(part.strip(_QUOTES + " "))
+        else:
+            hold_url(text)
+
+
 def strip_cloud_variables(environ: MutableMapping[str, str]) -> None:
     """Strip the variables of clients that read the environment themselves, and hold their secrets."""
     for name, value in list(environ.items()):
-        if name.startswith(tuple(_CLOUD.values())):
-            if value != value.strip():
-                environ[name] = value.strip()
-            if _CLOUD_SECRETS.search(name) and not _SEVERAL_LINES.match(value):
-                hold(value.strip())
+        text = value.strip()
+        if name.startswith(tuple(_CLOUD.values())) and text != value:
+            environ[name] = text
+        if _ENVIRONMENT_SECRETS.fullmatch(name) and not _SEVERAL_LINES.match(text):
+            for secret in _SECRET_PARTS.findall(text) or [text]:
+                hold(secret)
 
 
 def check_cloud_variables(environ: Mapping[str, str], url: str) -> None:
@@ -153,6 +187,11 @@ def split_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def one_or_more(value: Any) -> Any:
+    """Return one text as a list of its own; leave any other value as it is."""
+    return (value,) if isinstance(value, str) else value
+
+
 def parse_budget(entry: str) -> tuple[str, float]:
     """Return the caller and the credits of one entry. Raises ValueError."""
     name, _, credits_ = entry.partition(":")
@@ -178,6 +217,13 @@ def refuse_mistyped(secret: str) -> None:
             raise ValueError("holds a space: copy the value again, and separate several secrets by commas")
         if set(part[:1] + part[-1:]) & set(_QUOTES):
             raise ValueError("has a quote at an end: copy the value again")
+
+
+def refuse_doubles(what: str, names: list[str]) -> None:
+    """Raise ValueError for a name that is given more than once."""
+    doubles = sorted({name for name in names if names.count(name) > 1})
+    if doubles:
+        raise ValueError(f"{what} names must be unique; used more than once: {', '.join(doubles)}")
 
 
 def is_web_url(text: str) -> bool:
@@ -218,26 +264,9 @@ def _cleaned_tree(value: Any, path: tuple[str | int, ...], resolve: Callable[[st
         return value
     name = f"{DEFAULT_CONFIG}: " + ".".join(shown_key(part) for part in path)
     text = resolve(value)
-    _hold(str(path[-1]) if isinstance(path[-1], str) else str(path[0]), text)
+    hold_setting(str(path[-1]) if isinstance(path[-1], str) else str(path[0]), text)
     is_list = path[-1] in {"secret", "api_tokens", "media_hosts", "budgets", "clipia_webhook_secret"}
     return _cleaned_list(text, name) if is_list else cleaned(text, name)
-
-
-def _hold(setting: str, value: str) -> None:
-    """Remember the secrets in a setting's value, as it was typed and as it is used."""
-    key = setting.lower().removeprefix(PREFIX.lower())
-    for text in (value, value.strip()):
-        if key == "api_tokens":
-            for entry in text.split(","):
-                name, _, token = entry.strip().partition(":")
-                # Without a usable token it may have been written in the place of the name.
-                hold(token.partition(":")[0] if len(token) >= MIN_TOKEN else name)
-        elif key.endswith(("_key", "secret", "token")):
-            for part in text.split(","):
-                hold(part.strip(_QUOTES + " "))
-        else:
-            for part in text.split(","):
-                hold_url(part)
 
 
 def _shown(path: Path) -> str:

@@ -28,8 +28,18 @@ _KINDS: Final = (
 )
 """Secrets that show by their form, whether they are ours or not."""
 _SECRET_OPTION: Final = re.compile(
-    r"[?&](?:key|[^=&]*(?:pass|secret|token|api_?key|access_?key|signature)[^=&]*)=([^&#]+)", re.IGNORECASE
+    r"[?&](?![^=&]*(?:file|path|ur[il]|passive|version)=)"
+    r"(?:key|sig|[^=&]*(?:pass|secret|token|api_?key|access_?key|signature)[^=&]*)=([^&#]+)",
+    re.IGNORECASE,
 )
+_NEXT_URL: Final = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
+"""A comma between two URLs; any other one may stand in a password."""
+_KNOWN_TO_ALL: Final = re.compile(
+    "receiver|clipia|webhooks?|guest|postgres|postgresql|rabbitmq|redis|kafka|nats|minio|minioadmin|"
+    "admin|root|user|username|default|public|test|password|secret|changeme|localhost",
+    re.IGNORECASE,
+)
+"""Passwords that protect nothing, and that messages hold as words."""
 
 _pieces: set[str] = set()
 _short: set[str] = set()
@@ -37,25 +47,36 @@ _short: set[str] = set()
 
 def hold(secret: str) -> None:
     """Remember a secret of this process, so that `mask` finds it, encoded or cut in two."""
+    if _KNOWN_TO_ALL.fullmatch(secret):
+        return
     for form in _forms(secret):
         for part in _PUBLIC.split(form):
             if len(part) >= _PIECE:
-                _pieces.update(part[at : at + _PIECE] for at in range(len(part) - _PIECE + 1))
+                pieces = (part[at : at + _PIECE] for at in range(len(part) - _PIECE + 1))
+                _pieces.update(piece for piece in pieces if not _KNOWN_TO_ALL.fullmatch(piece))
             elif len(part) >= _SHORTEST:
                 _short.add(part)
 
 
-def hold_url(url: str) -> None:
-    """Remember the secrets of a URL, well-formed or not: its password, or a user without one, and options."""
-    rest = url.partition("://")[2]
-    login, at, _ = rest.rpartition("@")
-    user, colon, password = login.partition(":")
-    # Without a colon, and with a slash, it may as well be a host and a path with an @.
-    if at and (colon or "/" not in user):
-        hold(password if colon else user)
-        hold(base64.b64encode(unquote(login).encode(errors="replace")).decode())
-    for found in _SECRET_OPTION.finditer(url):
-        hold(found[1])
+def hold_url(text: str) -> None:
+    """Remember the secrets of a URL, well-formed or not, or of several that commas separate.
+
+    They are its password, or a user without one (which is a token for some brokers), and options.
+    """
+    for url in _NEXT_URL.split(text):
+        scheme, _, rest = url.partition("://")
+        login, at, _ = rest.rpartition("@")
+        user, colon, password = login.partition(":")
+        # PostgreSQL has no tokens: its users without a password are let in by their name or a file.
+        has_token = not colon and not scheme.strip(" '\"`").lower().startswith("postgres")
+        # Without a colon, and with a slash, it may as well be a host and a path with an @.
+        if at and (colon or (has_token and "/" not in user)):
+            if password != user:
+                # Masked, a name that is no secret would tell that it is the password, too.
+                hold(password if colon else user)
+            hold(base64.b64encode(unquote(login).encode(errors="replace")).decode())
+        for found in _SECRET_OPTION.finditer(url):
+            hold(found[1])
 
 
 def mask(text: str) -> str:

@@ -33,14 +33,16 @@ from receiver.config import (
     DEFAULT_CONFIG,
     MIN_TOKEN,
     check_cloud_variables,
+    hold_secrets,
     is_web_url,
+    one_or_more,
     parse_budget,
     read_environment,
     read_file,
+    refuse_doubles,
     refuse_mistyped,
     shown_key,
     split_list,
-    strip_cloud_variables,
     variable_name,
 )
 from receiver.errors import SettingsError
@@ -68,11 +70,7 @@ class RetrySettings(_Table):
     give_up_after: float = Field(default=259_200.0, gt=0)
 
 
-def _one_or_more(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else value
-
-
-_Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_one_or_more)]
+_Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(one_or_more)]
 
 
 class FilterSettings(_Table):
@@ -81,7 +79,7 @@ class FilterSettings(_Table):
     Each takes one value or a list of them; `model` takes globs, such as `seedance-*`.
     """
 
-    status: Annotated[tuple[Literal["OK", "ERROR"], ...], BeforeValidator(_one_or_more)] = ()
+    status: Annotated[tuple[Literal["OK", "ERROR"], ...], BeforeValidator(one_or_more)] = ()
     model: _Words = ()
     source: _Words = ()
     caller: _Words = ()
@@ -274,8 +272,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _refuse_doubles("destination", [destination.name for destination in self.all_destinations])
-        _refuse_doubles("source", [source.name for source in self.all_sources])
+        refuse_doubles("destination", [destination.name for destination in self.all_destinations])
+        refuse_doubles("source", [source.name for source in self.all_sources])
         names = [token.name for token in self.api_tokens]
         if doubles := [number for number, name in enumerate(names, 1) if names.count(name) > 1]:
             entries = " and ".join(str(number) for number in doubles)
@@ -344,7 +342,6 @@ class Settings(BaseSettings):
 
         Raises SettingsError, which names the setting and never quotes its value.
         """
-        strip_cloud_variables(os.environ)
         try:
             settings = cls(**overrides)
         except ValidationError as error:
@@ -352,9 +349,17 @@ class Settings(BaseSettings):
                 f"  {_spelling(e['loc'])}: {_reason(e)}" for e in error.errors(include_input=False)
             )
             raise SettingsError(f"the settings are not usable:\n{problems}") from None
+        settings.hold_secrets()
         for url in (settings.storage_url, *(each.url for each in settings.all_destinations)):
             check_cloud_variables(os.environ, url.get_secret_value())
         return settings
+
+    def hold_secrets(self) -> None:
+        """Let `masking` hold all secrets of these settings, and those that clients take from the environment.
+
+        `load` does so. A process that got its settings from another one holds none until it calls this.
+        """
+        hold_secrets(os.environ, (self, *self.destinations, *self.sources, *self.api_tokens))
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
@@ -370,12 +375,6 @@ def _parse_token(entry: Any) -> Any:
     token, colon, scopes = rest.partition(":")
     # `name:token:` asks for no scope at all, and that is a mistake, not a wish for all of them.
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
-
-
-def _refuse_doubles(what: str, names: list[str]) -> None:
-    doubles = sorted({name for name in names if names.count(name) > 1})
-    if doubles:
-        raise ValueError(f"{what} names must be unique; used more than once: {', '.join(doubles)}")
 
 
 def _spelling(location: tuple[int | str, ...]) -> str:

@@ -188,7 +188,8 @@ def _say_listening(listeners: Sequence[socket.socket]) -> None:
 def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starlette:
     """Make the application inside the process that serves it."""
     if multiprocess:
-        # A process that was spawned inherits no logging.
+        # A process that was spawned inherits neither the secrets to mask nor logging.
+        settings.hold_secrets()
         configure_logging(level=settings.log_level)
     set_up_allocator()
     DeadlineHttpToolsProtocol.budget = MemoryBudget(settings.max_buffered_bytes)

@@ -7,6 +7,7 @@ import pytest
 
 from receiver.config import strip_cloud_variables
 from receiver.errors import SettingsError
+from receiver.masking import MASK, mask
 from receiver.media import MediaHosts
 from receiver.settings import Settings
 
@@ -270,6 +271,51 @@ def test_values_of_several_lines_are_left_to_cloud_clients() -> None:
     environ = {"GOOGLE_SERVICE_ACCOUNT_KEY": '{\n"private_key": "x"\n}\n', "PATH": " x "}
     strip_cloud_variables(environ)
     assert environ == {"GOOGLE_SERVICE_ACCOUNT_KEY": '{\n"private_key": "x"\n}', "PATH": " x "}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "secret"),
+    [
+        ("AWS_SECRET_ACCESS_KEY", CANARY, CANARY),
+        ("AWS_SESSION_TOKEN", CANARY, CANARY),
+        ("AZURE_CLIENT_SECRET", f" {CANARY}\n", CANARY),
+        ("PGPASSWORD", CANARY, CANARY),
+        ("AZURE_STORAGE_SAS_TOKEN", f"?sv=2026-11-30&sig={CANARY}&spr=https", CANARY),
+        (
+            "AZURE_STORAGE_CONNECTION_STRING",
+            f"DefaultEndpointsProtocol=https;AccountKey={CANARY}==;EndpointSuffix=core.windows.net",
+            CANARY,
+        ),
+        ("AWS_WEB_IDENTITY_TOKEN_FILE", "/var/run/secrets/token", ""),
+        ("AZURE_FEDERATED_TOKEN_FILE", "/var/run/secrets/token", ""),
+        ("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", "/var/run/secrets/token", ""),
+        ("AWS_CONTAINER_CREDENTIALS_FULL_URI", "https://core.windows.net", ""),
+        ("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "/var/run/secrets/token", ""),
+        ("AWS_SHARED_CREDENTIALS_FILE", "/var/run/secrets/token", ""),
+        ("AWS_ENDPOINT_URL_SECRETS_MANAGER", "https://core.windows.net", ""),
+        ("GOOGLE_APPLICATION_CREDENTIALS", "/var/run/secrets/token", ""),
+        ("AZURE_TOKEN_CREDENTIALS", "production", ""),
+    ],
+)
+def test_of_cloud_variables_only_the_secrets_are_masked(name: str, value: str, secret: str) -> None:
+    """A key is masked; a path, a URI, a kind, and the dates and hosts beside a key are not."""
+    strip_cloud_variables({name: value})
+    words = "2026-11-30 production https://core.windows.net /var/run/secrets/token"
+    assert mask(words) == words
+    assert mask(f"refused {secret}") == (f"refused {MASK}" if secret else "refused ")
+
+
+@pytest.mark.parametrize("variable", ["RECEIVER_DATABASE_URL", "RECEIVER_STORAGE_URL", "CLIPIA_KEY"])
+def test_a_secret_with_commas_is_masked_whole(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    """A comma separates values in lists only; in a password it is a character like the others."""
+    secret = "hun,ter,222,xyz"
+    url = {
+        "RECEIVER_DATABASE_URL": f"postgresql://u:{secret}@h/d",
+        "RECEIVER_STORAGE_URL": f"s3://u:{secret}@b",
+    }
+    monkeypatch.setenv(variable, url.get(variable, secret))
+    Settings.load()
+    assert mask(f"refused {secret}") == f"refused {MASK}"
 
 
 def assert_hidden(text: str) -> None:

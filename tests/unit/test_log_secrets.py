@@ -2,16 +2,24 @@
 
 import json
 import logging
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from hashlib import sha256
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import structlog
 
+from receiver.cli.serve import make_app
+from receiver.destinations.base import quoted
 from receiver.errors import PublishFailed
 from receiver.lanes import describe
 from receiver.masking import MASK, hold
 from receiver.observability import _exceptions, _mask_event, _mask_quoted
+from receiver.settings import Settings
 
 SECRET = "cAnArY8f3b61d2e9"
 
@@ -84,3 +92,45 @@ def test_an_unexpected_error_goes_on_record_by_its_class() -> None:
     """G8: rows are shown to callers; a library's text stays in the log."""
     assert describe(ValueError(SECRET)) == "ValueError, see the log"
     assert describe(PublishFailed("our own words", reason="x")) == "PublishFailed: our own words"
+
+
+def test_a_process_that_was_spawned_masks_all_secrets(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """G8: a process of `serve --workers` gets settings from its parent, and masks the same secrets."""
+    secrets = {name: sha256(name.encode()).hexdigest() for name in SPAWNED_SECRETS}
+    config = "".join(
+        f'[[destinations]]\nname = "{kind}"\nurl = "{url}"\n'
+        for kind, url in (("broker", "amqp://u:${BROKER}@host"), ("signed", "https://host"))
+    )
+    config += 'secret = "${SIGNING}"\n[[sources]]\nname = "other"\nsecret = "${SOURCE}"\n'
+    (tmp_path / "receiver.toml").write_text(config)
+    for name, secret in secrets.items():
+        monkeypatch.setenv(name, SPAWNED_SECRETS[name].format(secret))
+    # Each process adds its metrics to files of its own there.
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        said = pool.submit(quoted_by_app, Settings.load(), list(secrets.values())).result(timeout=120)
+    assert dict(zip(secrets, said, strict=True)) == dict.fromkeys(secrets, f"refused {MASK}")
+
+
+SPAWNED_SECRETS = {
+    "CLIPIA_KEY": "{}",
+    "CLIPIA_WEBHOOK_SECRET": "{}",
+    "RECEIVER_API_TOKENS": "caller:{}",
+    "RECEIVER_DATABASE_URL": "postgresql://u:{}@h/d",
+    "RECEIVER_STORAGE_URL": "s3://bucket?secret_access_key={}",
+    "RECEIVER_DESTINATION_URL": "nats://{}@host",
+    "BROKER": "{}",
+    "SIGNING": "{}",
+    "SOURCE": "{}",
+    "AWS_SECRET_ACCESS_KEY": "{}",
+    "PGPASSWORD": "{}",
+}
+"""Variables, and how a secret stands in each."""
+
+
+def quoted_by_app(settings: Settings, secrets: Sequence[str]) -> list[str]:
+    """Make the application as a web process does; return what it quotes of a peer that repeats secrets."""
+    make_app(settings, multiprocess=True, only="webhook", worker=False)
+    return [quoted(f"refused {secret}") for secret in secrets]
