@@ -20,7 +20,7 @@ from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
-from receiver.errors import PublishRejected
+from receiver.errors import DatabaseUnavailable, PublishRejected
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -76,6 +76,7 @@ class DeliveryLane(WorkLane):
         self._target = target
         self._circuit = Circuit(concurrency)
         CIRCUIT_OPEN.labels(target.name).set(0)
+        self._most = concurrency
         self._replay_share = max(1, concurrency // 4)
         self._replaying: dict[UUID, float] = {}
         self._live_until = self._replays_from = self._no_replays_until = 0.0
@@ -83,11 +84,18 @@ class DeliveryLane(WorkLane):
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
-        limit = min(limit, self._circuit.room(time.monotonic(), under_way=self.concurrency - limit))
+        room = self._circuit.room(time.monotonic(), under_way=self.concurrency - limit)
+        limit = min(limit, room, self._most)
         self.left_behind = True
         if not limit:
             return []
-        work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
+        try:
+            work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
+        except DatabaseUnavailable:
+            # A claim that takes too long is rolled back, and its rows are the first of the next one.
+            self._most = max(1, limit // 2)
+            raise
+        self._most = self.concurrency
         # Only now: a claim that was rolled back takes no place.
         self._replaying |= dict.fromkeys(replayed, time.monotonic())
         self.left_behind = len(work) == limit or bool(self._replaying)
@@ -285,9 +293,7 @@ def build_message(
                 content_type=row.content_type,
                 error=row.error,
             )
-            # What is skipped stands in the output, and would make the message too large for most brokers.
             for row in files
-            if row.state != "skipped"
         ],
         job=None
         if job is None

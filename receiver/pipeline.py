@@ -54,6 +54,12 @@ FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 
 FAN_OUT_LIMIT: Final = 200
 """Events that are fanned out together at most."""
+LOT_BYTES: Final = 1024 * 1024
+"""Bytes that the bodies of those have together at most, unless it is one event.
+
+They are read while the transaction is open: PostgreSQL ends one that is idle for long, and on SQLite every
+webhook waits for it.
+"""
 FRESH_URLS: Final = 3
 """Tries at a file after which nobody asks any more whether it has moved."""
 ASK_AGAIN: Final = 15.0
@@ -78,12 +84,29 @@ class FanOut:
         self._database = database
         self._targets = targets
         self._wake = wake
+        self._most = FAN_OUT_LIMIT
+        self._taken = 0
+        self.left_behind = False
+        """Whether there may be more events than the last run took."""
 
     async def run(self, *, limit: int = FAN_OUT_LIMIT) -> int:
         """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable.
 
-        Where it fails for the lot, each event is done by itself, so that a bad one holds up no other.
+        If the database does not manage a lot, the next one has half as many events: the oldest events are
+        always the same, and the same lot would fail for ever.
         """
+        limit = min(limit, self._most)
+        self._taken = 0
+        try:
+            found = await self._run_lot(limit)
+        except DatabaseUnavailable:
+            self._most = max(1, (self._taken or limit) // 2)
+            raise
+        self._most = FAN_OUT_LIMIT
+        return found
+
+    async def _run_lot(self, limit: int) -> int:
+        """Fan out a lot; if that fails, each event by itself, so that a bad one holds up no other."""
         try:
             return await self._run(limit, self._add_work)
         except DatabaseUnavailable:
@@ -96,11 +119,12 @@ class FanOut:
             return found
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
-        async def work(connection: AsyncConnection) -> tuple[int, set[str] | None]:
-            events = await inbox.lock_received(connection, limit=limit)
-            return len(events), await add_work(connection, events) if events else None
+        async def work(connection: AsyncConnection) -> tuple[int, bool, set[str] | None]:
+            events, more = await inbox.lock_received(connection, limit=limit, size=LOT_BYTES)
+            self._taken = len(events)
+            return len(events), more, await add_work(connection, events) if events else None
 
-        count, lanes = await self._database.run_at_once(work)
+        count, self.left_behind, lanes = await self._database.run_at_once(work)
         for lane in lanes or ():
             self._wake(lane)
         return 0 if lanes is None else count

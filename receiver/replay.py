@@ -270,7 +270,7 @@ class ReplayLane(WorkLane):
             files_to_load = [row.id for rows in damaged.values() for row in rows]
             loading = await replays.restart_media(connection, files_to_load)
             waiting = [name for name, target in self._targets.items() if target.waits_for_media]
-            await outbox.hold(connection, loading, waiting)
+            await outbox.hold(connection, set(loading), waiting)
             insert = partial(outbox.insert_deliveries, connection, replay_id=order.id)
             ordered = await insert(due, due=True) + await insert(held, due=False)
             for seq in sorted({seq for seq, _ in held}):
@@ -310,7 +310,7 @@ class ReplayLane(WorkLane):
         """Return the files that are not what they should be, by their event's `seq`."""
         damaged: dict[int, list[MediaRow]] = {}
         for seq, rows in files.items():
-            settled = [row for row in rows if row.state not in ("pending", "skipped")]
+            settled = [row for row in rows if row.state != "pending"]
             bad = [row for row in settled if not await self._is_intact(row)]
             if bad:
                 damaged[seq] = bad

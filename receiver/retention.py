@@ -19,6 +19,11 @@ SHORTEST: Final = timedelta(days=30)
 """Deduplication reaches as far back as events are kept: Clipia's tries and ours have to fit in."""
 BATCH: Final = 500
 """Events that one transaction looks at."""
+FILES: Final = 10_000
+"""Files of old events that one transaction deletes at most, unless they are of one event.
+
+Each statement has a time limit, and on SQLite every webhook waits for the transaction.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,9 @@ async def prune(
     while True:
         began = time.monotonic()
         async with database.read() if dry_run else database.write() as connection:
-            old, after = await pruning.find_old(connection, after=after, before=done.before, limit=BATCH)
+            old, after = await pruning.find_old(
+                connection, after=after, before=done.before, limit=BATCH, files=FILES
+            )
             found = old if dry_run else await pruning.lock(connection, old, dead_letters=dead_letters)
             settled = await pruning.select_settled(connection, found, dead_letters=dead_letters)
             if not dry_run:

@@ -28,8 +28,8 @@ REASONS: Final = ("not_json", "not_object", "duplicate_key", "request_id", "stat
 CANCELED: Final = "CANCELED"
 MAX_FILES: Final = 512
 """Files of one event that are downloaded."""
-MAX_LISTED: Final = 16_384
-"""Files of one event that are listed; its column of positions ends at 32,767."""
+MAX_LISTED: Final = 2048
+"""Files of one event that are listed. The others are counted: a row of each would be of no use."""
 MAX_URL_LENGTH: Final = 2048
 MAX_MODEL_LENGTH: Final = 255
 MAX_ID_LENGTH: Final = 255

@@ -13,7 +13,7 @@ import structlog
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
 from receiver.lanes import FAN_OUT_LANE, LEASE, Work, describe
-from receiver.pipeline import FAN_OUT_LIMIT, FanOut
+from receiver.pipeline import FanOut
 
 POLL: Final = 0.5
 """Seconds between looks for work that no signal announced: other processes' and what becomes due."""
@@ -113,11 +113,11 @@ class Worker:
         while not self._stopping.is_set():
             began = time.monotonic()
             try:
-                found = await self._fan_out.run()
+                await self._fan_out.run()
             except Exception as error:  # noqa: BLE001 - a loop that ended would leave acked events behind
                 await _sit_out(error, FAN_OUT_LANE, self._stopping)
                 continue
-            if found < FAN_OUT_LIMIT:
+            if not self._fan_out.left_behind:
                 await self._wakeups.wait(FAN_OUT_LANE, timeout=_jittered(POLL))
                 await asyncio.sleep(began + PACE - time.monotonic())
 

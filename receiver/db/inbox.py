@@ -2,10 +2,11 @@
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from itertools import accumulate
 from typing import Final, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import Float, Integer, String, bindparam, func, insert, or_, select, update
+from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -14,6 +15,9 @@ from receiver.db.clock import db_time, seconds_since
 from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, in_state, receipts
+
+SMALL: Final = 8192
+"""Bytes of a body that is read at once, before it is known how many fit into a lot."""
 
 
 class KnownEvent(NamedTuple):
@@ -134,8 +138,12 @@ _STORED = (
     events.c.job_id,
     events.c.path_token,
 )
+_SIZE = func.length(events.c.body)
 _RECEIVED = (
-    select(*_STORED)
+    select(
+        *(case((_SIZE <= SMALL, each)) if each is events.c.body else each for each in _STORED),
+        _SIZE.label("size"),
+    )
     .where(
         in_state(events, "received"),
         # First what most events are: of no job's own path.
@@ -158,14 +166,25 @@ _SET_STATE = (
 )
 
 
-async def lock_received(connection: AsyncConnection, *, limit: int) -> Sequence[StoredEvent]:
-    """Return the oldest events in `received`, locked until the transaction ends; others skip them.
+async def lock_received(
+    connection: AsyncConnection, *, limit: int, size: int
+) -> tuple[list[StoredEvent], bool]:
+    """Return the oldest events in `received`, and whether there may be more of them.
 
+    They are up to `limit`, and their bodies have `size` bytes together at most, unless the first one has more
+    by itself. They are locked until the transaction ends, as are those that did not fit; others skip them.
     Without those that came on the path of a job whose submission will be answered soon: the answer says
     whether the event is the job's.
     """
     values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT}
-    return [StoredEvent(*row) for row in await connection.execute(_RECEIVED, values)]
+    rows = (await connection.execute(_RECEIVED, values)).all()
+    sums = accumulate(row.size for row in rows)
+    taken = [row for row, total in zip(rows, sums, strict=True) if total <= size] or rows[:1]
+    found = [StoredEvent(*row[:-1]) for row in taken]
+    if large := [row.seq for row in taken if row.size > SMALL]:
+        bodies = await load_bodies(connection, large)
+        found = [each._replace(body=bodies[each.seq]) if each.seq in bodies else each for each in found]
+    return found, len(rows) == limit or len(found) < len(rows)
 
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:

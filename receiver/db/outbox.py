@@ -1,10 +1,10 @@
 """SQL of the work that follows an event: its media files and its deliveries."""
 
 from collections import Counter, defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, Insert, exists, func, insert, literal, or_, select, union_all, update
@@ -16,6 +16,13 @@ from receiver.db.leases import work_values
 from receiver.db.lists import DIALECTS, Rows, among
 from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import attempts, deliveries, events, in_state, is_live, is_replayed, media
+
+T = TypeVar("T")
+
+ROWS_AT_ONCE: Final = 2000
+"""Files that one statement inserts at most: each statement has a time limit, however many rows it has."""
+EVENTS_AT_ONCE: Final = 32
+"""Events whose files one statement reads at most, for the same reason."""
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
@@ -29,11 +36,11 @@ async def insert_media(connection: AsyncConnection, files: Collection[tuple[int,
             wanted.append(row)
         else:
             skipped.append(row | {"error": reason})
-    if wanted:
-        await connection.execute(insert(media).values(**_pending(due=True)), wanted)
-    if skipped:
+    for rows in _slices(wanted, ROWS_AT_ONCE):
+        await connection.execute(insert(media).values(**_pending(due=True)), rows)
+    for rows in _slices(skipped, ROWS_AT_ONCE):
         values = _pending(due=False) | {"state": "skipped", "finished_at": db_time(0.0)}
-        await connection.execute(insert(media).values(**values), skipped)
+        await connection.execute(insert(media).values(**values), rows)
 
 
 async def insert_deliveries(
@@ -97,18 +104,23 @@ _FILES: Final = (
         media.c.storage_key,
         media.c.uri,
     )
-    .where(among(media.c.event_seq, "seqs"))
+    .where(among(media.c.event_seq, "seqs"), media.c.state != "skipped")
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
 
 
 async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
-    """Return the files of events, by the event's `seq`, in their order."""
+    """Return the files of events, by the event's `seq`, in their order; without those that are skipped."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
-    for row in (await connection.execute(_FILES, {"seqs": event_seqs})).mappings():
-        values = dict(row)
-        found[values.pop("event_seq")].append(MediaRow(**values))
+    for seqs in _slices(sorted(event_seqs), EVENTS_AT_ONCE):
+        for row in (await connection.execute(_FILES, {"seqs": seqs})).mappings():
+            values = dict(row)
+            found[values.pop("event_seq")].append(MediaRow(**values))
     return found
+
+
+def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:

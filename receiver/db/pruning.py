@@ -2,9 +2,10 @@
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
+from itertools import accumulate
 from typing import Any, Final
 
-from sqlalchemy import Column, ColumnElement, and_, bindparam, delete, exists, select, union_all
+from sqlalchemy import Column, ColumnElement, and_, bindparam, delete, exists, func, select, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time
@@ -19,16 +20,24 @@ async def moment_ago(connection: AsyncConnection, *, seconds: float) -> datetime
 
 
 async def find_old(
-    connection: AsyncConnection, *, after: int, before: datetime, limit: int
+    connection: AsyncConnection, *, after: int, before: datetime, limit: int, files: int
 ) -> tuple[list[int], int]:
     """Return which of the next events by `seq` were received before a moment, and the last `seq` of them all.
 
-    A page is of rows and not of numbers, which have gaps: a stretch that was pruned costs nothing.
+    A page is of rows and not of numbers, which have gaps: a stretch that was pruned costs nothing. It ends
+    before an old event with which its old ones would have more than `files` files, unless that is the first.
     """
     is_old = (events.c.received_at < before).label("is_old")
     statement = select(events.c.seq, is_old).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
     rows = (await connection.execute(statement)).all()
-    return [row.seq for row in rows if row.is_old], rows[-1].seq if rows else after
+    old = [row.seq for row in rows if row.is_old]
+    counted = await connection.execute(_COUNT_FILES, _list(old))
+    numbers: dict[int, int] = {row[0]: row[1] for row in counted}
+    last = rows[-1].seq if rows else after
+    for index, total in enumerate(accumulate(numbers.get(seq, 0) for seq in old)):
+        if index and total > files:
+            return old[:index], old[index] - 1
+    return old, last
 
 
 async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool) -> Sequence[int]:
@@ -87,6 +96,9 @@ def _list(seqs: Collection[int]) -> dict[str, Any]:
     return {"seqs": seqs, "first": min(seqs, default=0), "last": max(seqs, default=0)}
 
 
+_COUNT_FILES: Final = (
+    select(media.c.event_seq, func.count()).where(_among(media.c.event_seq)).group_by(media.c.event_seq)
+)
 _LOCK: Final = (
     select(events.c.seq).where(_among(events.c.seq)).order_by(events.c.seq).with_for_update(skip_locked=True)
 )

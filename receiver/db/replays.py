@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases
 from receiver.db.clock import db_time
+from receiver.db.lists import among
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, in_state, media, replays
@@ -143,9 +144,10 @@ async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> lis
 
 async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> list[int]:
     """Have files downloaded again, and their events wait for them; return the event's `seq` of each file."""
+    # One parameter for all of them: 100 events may have more files than a statement may have parameters.
     restarted = await connection.execute(
         update(media)
-        .where(media.c.id.in_(media_ids), media.c.state != "pending")
+        .where(among(media.c.id, "ids"), media.c.state != "pending")
         .values(
             state="pending",
             attempts=0,
@@ -157,7 +159,8 @@ async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.
             restarted_at=db_time(0.0),
             **dict.fromkeys(("size", "sha256", "content_type", "storage_key", "uri")),
         )
-        .returning(media.c.event_seq)
+        .returning(media.c.event_seq),
+        {"ids": media_ids},
     )
     seqs = list(restarted.scalars())
     await connection.execute(

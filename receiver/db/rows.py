@@ -132,7 +132,7 @@ class MediaRow:
     variant: Variant
     kind: Kind
     url: str
-    state: Literal["pending", "stored", "gone", "blocked", "skipped"]
+    state: Literal["pending", "stored", "gone", "blocked"]
     error: str | None
     size: int | None
     sha256: str | None

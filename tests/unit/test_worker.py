@@ -12,9 +12,11 @@ from eventkit import running
 
 from receiver.db.rows import Claim
 from receiver.lanes import FAN_OUT_LANE, Work
-from receiver.pipeline import FAN_OUT_LIMIT, FanOut
+from receiver.pipeline import FanOut
 from receiver.worker import PACE, POLL, Wakeups, Worker
 
+MANY = 200
+"""Events that are a reason to look again."""
 SOON = 0.6 * POLL
 """Seconds in which nobody looks for work who was not told of it."""
 
@@ -25,11 +27,14 @@ class Events:
     def __init__(self, find: Callable[[], int] = lambda: 0) -> None:
         self.find = find
         self.looks = 0
+        self.left_behind = False
 
     async def run(self) -> int:
         """Look once."""
         self.looks += 1
-        return self.find()
+        found = self.find()
+        self.left_behind = found >= MANY
+        return found
 
 
 class Places:
@@ -90,8 +95,8 @@ async def test_the_first_event_does_not_wait() -> None:
 
 
 async def test_a_backlog_is_fanned_out_without_a_break() -> None:
-    """As long as there is as much as is done at once, nobody waits to be told of more."""
-    left = [FAN_OUT_LIMIT] * 5
+    """As long as a lot leaves events behind, the worker does not wait to be told of more."""
+    left = [MANY] * 5
     found = Events(lambda: left.pop() if left else 0)
     async with working(found):
         await asyncio.sleep(SOON)
