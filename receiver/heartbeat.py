@@ -24,7 +24,8 @@ STALE: Final = 30.0
 """Seconds without a heartbeat after which a worker counts as hung."""
 ANSWER_WAIT: Final = 2.0
 """Seconds that a web process may take to answer."""
-ANY_ADDRESS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
+ANY_ADDRESS: Final = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1"), "": ("127.0.0.1",)}  # noqa: S104 - compared, not bound
+"""Where to ask a process that listens on any address; a container may lack IPv6 on its loopback interface."""
 
 
 class Heartbeat:
@@ -82,13 +83,20 @@ def _judge(found: dict[str, Any], age: float) -> tuple[bool, str]:
     if found["address"] is None:
         return age < STALE, f"{command}: last heartbeat {age:.0f} s ago"
     host, port = found["address"]
-    host = ANY_ADDRESS.get(host, host)
-    where = f"http://{f'[{host}]' if ':' in host else host}:{port}{found['path']}"
-    try:
-        answer = _ask(host, port, found["path"])
-    except OSError as error:
-        return False, f"{command}: {where} does not answer ({type(error).__name__})"
-    return answer.split()[1:2] == [b"200"], f"{command}: {where} answers {answer.decode('ascii', 'replace')}"
+    said = ""
+    for address in ANY_ADDRESS.get(host, (host,)):
+        where = f"http://{f'[{address}]' if ':' in address else address}:{port}{found['path']}"
+        try:
+            answer = _ask(address, port, found["path"])
+        except OSError as error:
+            said = f"{command}: {where} does not answer ({type(error).__name__})"
+            if isinstance(error, TimeoutError):
+                # It hangs, and the health check has no time to wait for it twice.
+                break
+        else:
+            said = f"{command}: {where} answers {answer.decode('ascii', 'replace')}"
+            return answer.split()[1:2] == [b"200"], said
+    return False, said
 
 
 def _ask(host: str, port: int, path: str) -> bytes:

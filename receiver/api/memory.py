@@ -106,6 +106,14 @@ class MemoryBudget:
         """Whether there is no room for more."""
         return self._used > self._limit
 
+    @property
+    def is_half_used(self) -> bool:
+        """Whether there is no room for requests that wait behind others on their connection.
+
+        They cannot be shed: if they took all, each small webhook that comes would be shed in their place.
+        """
+        return self._used > self._limit // 2
+
     def _make_room(self, spared: Counted | None = None) -> None:
         unfinished = [each for each in self._connections if each.is_unfinished and each is not spared]
         # Those of about the same size in the order of their arrival: a webhook is a matter of milliseconds.

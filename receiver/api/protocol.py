@@ -56,6 +56,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     _deadline: asyncio.TimerHandle | None = None
     _in_head: bool = False
     _in_body: bool = False
+    _is_lost: bool = False
+    _running: RequestResponseCycle | None = None
+    """The request that the application serves; with pipelining it is older than `cycle`."""
     _callbacks: int = 0
     """Steps of the parser so far; a read that makes none was swallowed without result."""
     _swallowed: int = 0
@@ -75,6 +78,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks, and let go of all that refers to this object: only a running request keeps it."""
         self._stop_deadline()
+        self._is_lost = True
+        if self._running is not None and not self._running.response_complete:
+            # uvicorn tells only the newest request, and this one would write to a closed transport.
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()
         self._account.close()
@@ -155,7 +163,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._account.begin(self.cycle, size)
         # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
         self.headers = []
-        if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_used_up):
+        if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_half_used):
             self._refuse_pipelined(before)
             raise _Refused
 
@@ -187,7 +195,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         """Close a connection whose request has been answered before its body came."""
         super().on_response_complete()
         # uvicorn would keep it open for ever: the next byte of the body stops the keep-alive clock for good.
-        if self.cycle.response_complete and self.cycle.more_body:
+        if self._is_answered_early:
             self._linger()
 
     def close_after_answer(self) -> None:
@@ -197,12 +205,19 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def close(self) -> None:
         """Close after an answer."""
-        if self.cycle.response_complete and self.cycle.more_body:
+        if self._is_answered_early:
             self._linger()
         else:
             self.transport.close()
 
+    @property
+    def _is_answered_early(self) -> bool:
+        # There is no request if the connection is lost, or if the application fails after its answer.
+        cycle: RequestResponseCycle | None = self.cycle
+        return cycle is not None and cycle.response_complete and cycle.more_body
+
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._running = cycle
         super()._start_asgi_task(cycle, partial(self._serve, cycle, app))
 
     async def _serve(
@@ -222,6 +237,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         """Free the memory of a request; nobody looks at it again."""
         self._account.end(cycle)
         cycle.body = bytearray()
+        if cycle is self._running:
+            self._running = None
         if cycle is self.cycle:
             self._body.drop()
             if cycle.response_complete or cycle.disconnected:
@@ -239,6 +256,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     @property
     def is_unfinished(self) -> bool:
         """Whether the connection waits for its client."""
+        if self._is_lost:
+            # What it still holds is freed as soon as the application notices; its transport takes no answer.
+            return False
         cycle = self._unanswered
         return cycle is None or (cycle.more_body and not cycle.response_started and not self.pipeline)
 

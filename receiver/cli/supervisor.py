@@ -4,6 +4,7 @@ uvicorn's own supervisor kills a process that takes more than five seconds to im
 processes go on without it.
 """
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 import structlog
+from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 
 LOOK: Final = 0.2
@@ -46,8 +48,17 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until a signal; return the exit status. SIGTERM drains, SIGINT ends at once."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._run()
+        except BaseException:
+            # multiprocessing waits for the processes at exit, and a signal that is noted does not end that.
+            self._stop(signal.SIGTERM)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            raise
+
+    def _run(self) -> int:
         first = [self._start() for _ in range(self._count)]
         status = 0
         while self._processes or not self._stopping:
@@ -55,6 +66,7 @@ class Supervisor:
             self._pass_signals_on()
             for process in [process for process in self._processes if not process.is_alive()]:
                 self._processes.remove(process)
+                _end_metrics(process)
                 if self._stopping:
                     continue
                 log.error("web process died", pid=process.pid, status=process.exitcode)
@@ -66,8 +78,16 @@ class Supervisor:
                     self._due.append(time.monotonic() + RESTART_PAUSE)
             while self._due and not self._stopping and self._due[0] <= time.monotonic():
                 del self._due[0]
-                self._start()
+                self._replace()
         return status
+
+    def _replace(self) -> None:
+        try:
+            self._start()
+        except OSError as error:
+            # No memory, or no process more is allowed: that may pass, and the others still serve.
+            log.error("web process not replaced", error=type(error).__name__)  # noqa: TRY400 - our own words
+            self._due.append(time.monotonic() + RESTART_PAUSE)
 
     def _note(self, number: int, _frame: object) -> None:
         self._signals.append(number)
@@ -101,6 +121,13 @@ class Supervisor:
             signal.signal(signal.SIGINT, handler)
         self._processes.append(process)
         return process
+
+
+def _end_metrics(process: SpawnProcess) -> None:
+    """Drop the gauges of a process that has ended: an open circuit of its own would be shown for ever."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        with contextlib.suppress(OSError):
+            mark_process_dead(process.pid)  # type: ignore[no-untyped-call] # prometheus_client gives it no types
 
 
 def _run_child(target: Target, listeners: Sequence[socket.socket]) -> None:

@@ -22,7 +22,10 @@ REMAINING = 25.0
 REST = 60.0
 UNTIL_ANSWERED = 8.0
 ATTACKS_ON_THE_CPU = {"unfinished bodies in chunks of 2 bytes", "pipelined requests"}
-"""These cost more time than memory, and a slow machine answers genuine webhooks late beside them."""
+"""These cost more time than memory: on a slow machine a genuine webhook may be late or refused beside them.
+
+Clipia sends it again, and then it must be stored.
+"""
 
 
 @contextmanager
@@ -51,7 +54,7 @@ async def attack(
     assert warm.statuses == {b"200": warm.sent}
     meter = Meter(process.process.pid)
     with attacks.frozen_postgres(frozen) if frozen else nullcontext():
-        async with meter.watching(), genuine_webhooks(port) as genuine:
+        async with meter.watching(), genuine_webhooks(port, repeat=name in ATTACKS_ON_THE_CPU) as genuine:
             done = await attacks.flood(
                 port,
                 name,
@@ -69,8 +72,7 @@ async def test_clients_without_a_secret_do_not_choose_the_memory(tmp_path: Path,
         meter, _, genuine = await attack(process, name)
         assert meter.peak < ADDED
         assert await meter.settled(below=REMAINING, seconds=REST) < REMAINING
-        late = genuine.statuses.pop(b"late", 0) if name in ATTACKS_ON_THE_CPU else 0
-        assert genuine.statuses == {b"200": genuine.sent - late}
+        assert genuine.statuses == {b"200": genuine.sent}
 
 
 async def test_a_frozen_database_does_not_fill_the_memory(tmp_path: Path) -> None:

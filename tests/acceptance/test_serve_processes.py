@@ -1,6 +1,7 @@
 """How web processes start, drain and end: one or several, by a signal or with their parent."""
 
 import http.client
+import os
 import select
 import signal
 import socket
@@ -10,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Self
 from urllib.parse import urlsplit
 
 import psutil
@@ -267,6 +269,103 @@ def test_several_processes_that_cannot_start_end_with_a_status(tmp_path: Path) -
         [sys.executable, str(script)], env=command_environment(), timeout=SECONDS, check=False
     )
     assert ended.returncode == 3
+
+
+FAILING = """
+import os, signal, socket, sys, time
+from multiprocessing.context import SpawnProcess
+from receiver.cli.supervisor import Supervisor
+from receiver.observability import CIRCUIT_OPEN
+
+def serve(listeners):
+    CIRCUIT_OPEN.labels("orders").set(1)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+
+start, starts = SpawnProcess.start, []
+
+def start_or_fail(process):
+    starts.append(process)
+    if len(starts) == 3:
+        raise {error}
+    start(process)
+
+if __name__ == "__main__":
+    SpawnProcess.start = start_or_fail
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sys.exit(Supervisor(serve, [listener], count=2).run())
+"""
+"""Runs a supervisor whose third process cannot be started; the processes print their ids."""
+
+
+class Failing:
+    """A supervisor whose third process cannot be started, and a folder for its metrics."""
+
+    def __init__(self, folder: Path, error: str) -> None:
+        self.output = folder / "output"
+        self.metrics = folder / "metrics"
+        self.metrics.mkdir()
+        script = folder / "script.py"
+        script.write_text(FAILING.format(error=error))
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script)],
+                env={**command_environment(), "PROMETHEUS_MULTIPROC_DIR": str(self.metrics)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def __enter__(self) -> Self:
+        wait_until(lambda: len(self.children) == 2)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.wait(SECONDS)
+        alive = psutil.wait_procs(
+            [psutil.Process(number) for number in self.children if psutil.pid_exists(number)], timeout=15
+        )[1]
+        for each in alive:
+            each.kill()
+
+    @property
+    def children(self) -> list[int]:
+        """The processes that have served."""
+        return [int(line) for line in self.output.read_text().splitlines() if line.isdecimal()]
+
+    @property
+    def measured(self) -> set[int]:
+        """The processes whose circuits are shown."""
+        return {int(path.stem.rpartition("_")[2]) for path in self.metrics.glob("gauge_livemax_*.db")}
+
+
+def test_a_process_that_cannot_be_replaced_yet_is_replaced_later(tmp_path: Path) -> None:
+    """E15: if the system refuses a process for want of room, it is tried again; SIGTERM ends all as ever."""
+    with Failing(tmp_path, "BlockingIOError(11, 'no more processes')") as supervisor:
+        os.kill(supervisor.children[0], signal.SIGKILL)
+        wait_until(lambda: len(supervisor.children) == 3, seconds=30)
+        assert supervisor.output.read_text().count("web process not replaced") == 1
+        supervisor.process.send_signal(signal.SIGTERM)
+        assert supervisor.process.wait(SECONDS) == 0
+        assert not any(map(psutil.pid_exists, supervisor.children))
+
+
+def test_a_parent_that_fails_ends_its_processes(tmp_path: Path) -> None:
+    """E15: after an error that was not foreseen the parent ends its processes and itself."""
+    with Failing(tmp_path, "RuntimeError") as supervisor:
+        os.kill(supervisor.children[0], signal.SIGKILL)
+        assert supervisor.process.wait(30) == 1
+        assert not any(map(psutil.pid_exists, supervisor.children))
+
+
+def test_the_circuits_of_a_process_that_died_are_not_shown(tmp_path: Path) -> None:
+    """E15: `receiver_circuit_open` is that of the living; the new process tells its own."""
+    with Failing(tmp_path, "BlockingIOError") as supervisor:
+        assert supervisor.measured == set(supervisor.children)
+        dead, living = supervisor.children
+        os.kill(dead, signal.SIGKILL)
+        wait_until(lambda: supervisor.measured == {living}, seconds=20)
 
 
 def has_ipv6() -> bool:
