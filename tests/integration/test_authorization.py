@@ -48,6 +48,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/account": ("operate", 200),
     "GET /v1/events": ("operate", 200),
     "GET /v1/events/{id}": ("operate", 404),
+    "GET /v1/events/{id}/receipts": ("operate", 404),
     "POST /v1/events/{id}/replay": ("operate", 404),
     "GET /v1/deliveries": ("operate", 200),
     # The body is a job's.

@@ -205,7 +205,7 @@ async def test_the_same_bytes_a_hundred_times_are_one_event(site: Site) -> None:
     assert statuses == ["accepted"] + ["duplicate"] * 99
     assert len({answer.json()["event_id"] for answer in answers}) == 1
     assert await site.count(events) == 1
-    assert await site.count(receipts) == 100
+    assert sum(1 + row["repeated"] for row in await site.rows(receipts)) == 100
 
 
 async def test_a_changed_request_id_breaks_the_signature(site: Site) -> None:
