@@ -8,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -202,7 +202,7 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
             commands = "".join([await asyncio.to_thread(command, receiver, line) for line in COMMANDS])
         finally:
             await asyncio.to_thread(receiver.stop)
-    with sqlite3.connect(folder / "receiver.db") as connection:
+    with closing(sqlite3.connect(folder / "receiver.db")) as connection:
         dump = "\n".join(connection.iterdump())
     return Traces(log=receiver.log.read_text(), answers=answers, commands=commands, database=dump)
 

@@ -4,6 +4,7 @@ import asyncio
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -188,9 +189,10 @@ async def test_an_encoding_that_cannot_hold_every_text_is_refused(odd_encoding: 
 async def test_sqlite_holds_every_text_in_each_encoding(tmp_path: Path) -> None:
     """B9: SQLite's own encodings hold the same texts: a file in UTF-16 takes a webhook like any other."""
     path = tmp_path / "wide.db"
-    with sqlite3.connect(path) as made:
+    with closing(sqlite3.connect(path)) as made:
         made.execute("PRAGMA encoding = 'UTF-16le'")
         made.execute("CREATE TABLE other (a)")
+        made.commit()
     database = Database(f"sqlite:///{path}")
     await migrate.prepare(database)
     event = make_event("clipia", body("r-1", model="кот 🐈"), received_at=datetime.now(UTC))

@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 
 import httpx
@@ -107,8 +108,8 @@ def test_sqlite_says_what_is_wrong_with_its_file(
 ) -> None:
     """SQLite's error codes have words."""
     prepare(tmp_path / "receiver.db")
-    with pytest.raises(sqlite3.Error) as caught:
-        sqlite3.connect(tmp_path / "receiver.db").execute("SELECT * FROM sqlite_master")
+    with pytest.raises(sqlite3.Error) as caught, closing(sqlite3.connect(tmp_path / "receiver.db")) as opened:
+        opened.execute("SELECT * FROM sqlite_master")
     assert database_causes.cause(caught.value) == words
 
 
