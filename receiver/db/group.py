@@ -82,17 +82,16 @@ class GroupCommit(Generic[ItemT, ResultT]):
         if not group:
             return
         results = await self._try([*group.values()])
-        if not isinstance(results, Exception):
-            for future, result in zip(group, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
-        elif len(group) > 1 and not isinstance(results, DatabaseUnavailable):
+        if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, DatabaseUnavailable):
             for future, item in group.items():
                 await self._write_group({future: item})
+            del future, item
         else:
-            for future in group:
-                if not future.done():
-                    future.set_exception(results)
+            _settle(group, results)
+        # On Python 3.13 an error's traceback leads to this frame, too. If the frame led to the error, both
+        # would stay in memory with all items until the garbage collector runs.
+        group.clear()
+        del results
 
     async def _try(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
         # In a frame of its own, which the traceback of an error refers to and in which there are no futures.
@@ -100,3 +99,14 @@ class GroupCommit(Generic[ItemT, ResultT]):
             return await self._write(items)
         except Exception as error:  # noqa: BLE001 - it belongs to those who wait
             return error
+
+
+def _settle(group: dict[asyncio.Future[ResultT], ItemT], results: Sequence[ResultT] | Exception) -> None:
+    if isinstance(results, Exception):
+        for future in group:
+            if not future.done():
+                future.set_exception(results)
+        return
+    for future, result in zip(group, results, strict=True):
+        if not future.done():
+            future.set_result(result)
