@@ -31,7 +31,7 @@ demo: $(VENV)/.run  ## Run the main job end to end on this machine (ARGS="--keep
 test: $(VENV)/.dev  ## Run the tests (ARGS="-k name" selects some)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with branch coverage (at least 95 %)
+check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with branch coverage (at least 92 %)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
