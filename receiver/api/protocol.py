@@ -249,7 +249,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self.cycle = None  # type: ignore[assignment] # uvicorn begins with None, too
         if not self._in_head:
             # The next request has not begun.
-            self.scope = None  # type: ignore[assignment]
+            self.scope = None  # type: ignore[assignment] # likewise
             self.headers = []
             self.url = b""
 
