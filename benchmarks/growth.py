@@ -48,13 +48,13 @@ from receiver.db.engine import Database
 from receiver.db.rows import Arrival
 from receiver.db.tables import deliveries
 from receiver.delivery import DeliveryLane
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.pipeline import FanOut
 from receiver.retry import RetryPolicy
-from receiver.settings import DestinationSettings
 
 FORWARDED = 1000
 """Events of a round that go on to their delivery."""

@@ -34,6 +34,7 @@ from receiver.db.requirements import require_usable
 from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.failures import frames, sentence
 from receiver.ingest import Ingest
@@ -45,7 +46,7 @@ from receiver.presence import present
 from receiver.reconcile import FreshUrls, PollLane
 from receiver.replay import ReplayLane, Replays
 from receiver.retry import RetryPolicy
-from receiver.settings import DestinationSettings, Settings, SourceSettings
+from receiver.settings import Settings, SourceSettings
 from receiver.signature import Secret
 from receiver.submitter import Submitter
 from receiver.worker import Lane, Wakeups, Worker

@@ -21,11 +21,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import leases
 from receiver.db.engine import Database
 from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, ReplayedEvent, StoredEvent
+from receiver.destination_settings import FilterSettings
 from receiver.destinations import Destination
 from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retry import RetryPolicy
 from receiver.routing import Facts
-from receiver.settings import FilterSettings
 
 LEASE: Final = 60.0
 """Seconds that a claim holds; the worker renews it while it works."""

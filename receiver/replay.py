@@ -22,6 +22,7 @@ from receiver.db import job_events, leases, outbox, replays, tables
 from receiver.db.engine import Database
 from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
+from receiver.destination_settings import FilterSettings
 from receiver.errors import Refused, SettingsError
 from receiver.lanes import (
     LEASE,
@@ -37,7 +38,6 @@ from receiver.lanes import (
 from receiver.media import Storage
 from receiver.media.verify import verify
 from receiver.routing import Facts, refusal
-from receiver.settings import FilterSettings
 
 REPLAY_LANE: Final = "replay"
 STEP: Final = 100

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from receiver.settings import FilterSettings
+from receiver.destination_settings import FilterSettings
 
 
 @dataclass(frozen=True, kw_only=True)

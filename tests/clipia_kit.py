@@ -21,6 +21,7 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.tables import accounts, jobs
 from receiver.delivery import DeliveryLane
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import Refused
 from receiver.ingest import Ingest
@@ -29,7 +30,7 @@ from receiver.pipeline import FanOut
 from receiver.reconcile import PollLane
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running
-from receiver.settings import DestinationSettings, Settings
+from receiver.settings import Settings
 from receiver.signature import Secret
 from receiver.submitter import Job, Submitter
 from receiver.worker import Lane

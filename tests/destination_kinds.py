@@ -17,11 +17,11 @@ from uuid import uuid4
 from cloudevents.core.v1.event import CloudEvent
 from pydantic import SecretStr
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations.base import encode
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import PublishFailed
-from receiver.settings import DestinationSettings
 
 
 def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> CloudEvent:

@@ -20,13 +20,13 @@ from receiver.db.engine import Database
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.db.tables import deliveries, events
 from receiver.delivery import DeliveryLane
+from receiver.destination_settings import FilterSettings
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
 from receiver.pipeline import FanOut, FreshUrl, MediaLane
 from receiver.replay import ReplayLane, ReplayRequest, Replays
 from receiver.retry import RetryPolicy
-from receiver.settings import FilterSettings
 from receiver.worker import Lane, Wakeups, Worker
 
 SECONDS = 20.0

@@ -18,13 +18,14 @@ from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.errors import SettingsError
 from receiver.failures import sentence
 from receiver.lanes import FAN_OUT_LANE, destination_lane
 from receiver.media import MediaHosts, open_storage
 from receiver.routing import describe
-from receiver.settings import DestinationSettings, Settings, unknown_variables
+from receiver.settings import Settings, unknown_variables
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 

@@ -6,9 +6,9 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import Final
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Destination
 from receiver.errors import SettingsError
-from receiver.settings import DestinationSettings
 
 __all__ = ["Destination", "open_destination"]
 

@@ -7,9 +7,9 @@ import structlog
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.destination_settings import DestinationSettings
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.masking import mask
-from receiver.settings import DestinationSettings
 
 Failure = PublishFailed | PublishRejected
 AnyFailure = TypeVar("AnyFailure", bound=Failure)

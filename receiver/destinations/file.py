@@ -19,10 +19,10 @@ from urllib.parse import unquote, urlsplit
 import structlog
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, SettingsError
 from receiver.files import private
-from receiver.settings import DestinationSettings
 
 LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for another process's lock: it may have been stopped while it held it."""

@@ -17,9 +17,9 @@ from standardwebhooks import Webhook
 
 from receiver import __version__
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
-from receiver.settings import DestinationSettings
 
 TIMEOUT: Final = 15.0
 """Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""

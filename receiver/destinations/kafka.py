@@ -40,11 +40,11 @@ from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure
 from receiver.destinations.connections import Connection, Shared, deadline_of_a_publish
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.settings import DestinationSettings
 
 START_TIMEOUT: Final = 10.0
 """Seconds to get ready once a broker has answered."""

@@ -3,9 +3,9 @@
 import structlog
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.settings import DestinationSettings
 
 log = structlog.get_logger()
 

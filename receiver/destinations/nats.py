@@ -27,11 +27,11 @@ from nats.js.api import StorageType, StreamInfo
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, again, quoted
 from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.settings import DestinationSettings
 
 OPEN_TIMEOUT: Final = 6.0
 """Seconds to find a server that answers, and the stream."""

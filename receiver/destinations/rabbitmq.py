@@ -35,11 +35,11 @@ from pydantic import SecretStr
 from yarl import URL
 
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, quoted
 from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.settings import DestinationSettings
 
 OPEN_TIMEOUT: Final = 10.0
 """Seconds to connect, log in and declare."""

@@ -20,12 +20,12 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, closed, encode, quoted
 from receiver.destinations.batches import TIMEOUT, Batches
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.masking import mask
-from receiver.settings import DestinationSettings
 
 BATCH_TIMEOUT: Final = 7.0
 """Seconds for one round trip, so that an event that waits for another's still has time for its own."""

@@ -32,11 +32,11 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, closed, encode, quoted
 from receiver.destinations.batches import TIMEOUT, Batches
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.settings import DestinationSettings
 
 CONNECT_TIMEOUT: Final = 5
 READ_TIMEOUT: Final = 10

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from receiver.destination_settings import DestinationSettings
 from receiver.errors import SettingsError
-from receiver.settings import DestinationSettings
 
 MAX_PORT: Final = 65_535
 

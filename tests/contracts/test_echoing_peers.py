@@ -6,10 +6,10 @@ import pytest
 from echoing import PASSWORD, PEERS, TOKEN, assert_hidden, listening, s3_repeats
 from pydantic import SecretStr
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.errors import PublishFailed, StorageUnavailable
 from receiver.media import open_storage
-from receiver.settings import DestinationSettings
 
 
 @pytest.fixture(autouse=True)

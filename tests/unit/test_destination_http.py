@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations import http as http_module
 from receiver.destinations.http import MAX_ANSWER, MAX_RETRY_AFTER, parse_retry_after
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
-from receiver.settings import DestinationSettings
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
