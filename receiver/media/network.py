@@ -6,8 +6,9 @@ were looked at, while TLS and the Host header keep the name. A second DNS answer
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import chain, zip_longest
 from typing import TypeAlias
 
 import httpcore
@@ -25,6 +26,17 @@ async def system_resolve(host: str, port: int) -> list[str]:
     """Ask the system for every address of `host`. Raises OSError where there is none."""
     infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
+
+
+def interleave(addresses: Sequence[IPv4Address | IPv6Address]) -> list[IPv4Address | IPv6Address]:
+    """Return the addresses with both families by turns, the resolver's first one first (RFC 8305).
+
+    Resolvers often list all IPv6 addresses first; where IPv6 is broken, these would use up all tries.
+    """
+    first = [address for address in addresses if address.version == addresses[0].version]
+    second = [address for address in addresses if address.version != addresses[0].version]
+    by_turns = chain.from_iterable(zip_longest(first, second))
+    return [address for address in by_turns if address is not None]
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
@@ -62,7 +74,8 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         for address in addresses:
             if why := forbidden(address):
                 raise MediaBlocked(f"{host} has the address {address} ({why})", reason="address")
-        return await self._connect(addresses[:_MAX_TRIES], port, timeout, local_address, socket_options)
+        tries = interleave(addresses)[:_MAX_TRIES]
+        return await self._connect(tries, port, timeout, local_address, socket_options)
 
     async def _connect(
         self,

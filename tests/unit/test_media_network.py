@@ -117,6 +117,23 @@ async def test_tries_the_next_vetted_address() -> None:
     assert dial.connects == [(OTHER_PUBLIC, 443, 4.0), (PUBLIC, 443, 4.0)]
 
 
+@pytest.mark.parametrize("count", [4, 5, 9])
+@pytest.mark.parametrize("dead_family", ["IPv4", "IPv6"])
+async def test_tries_both_families(count: int, dead_family: str) -> None:
+    """D3: with many addresses of a broken family in front, one of the other family is still tried."""
+    families = {
+        "IPv4": [f"93.184.215.{number}" for number in range(1, count + 1)],
+        "IPv6": [f"2606:4700::{number}" for number in range(1, count + 1)],
+    }
+    dead = families.pop(dead_family)
+    (alive,) = families.values()
+    dial = Dial(dead=dead)
+    network = GuardedNetwork(HOSTS, resolve=Resolver([*dead, *alive]), dial=dial)
+    stream = await network.connect_tcp("media.clipia.ai", 443, 8.0)
+    assert stream is dial.streams[0]
+    assert [host for host, _, _ in dial.connects] == [dead[0], alive[0]]
+
+
 async def test_gives_up_after_the_last_address() -> None:
     """D3: when nothing answers, the error is the one that the downloader retries."""
     dial = Dial(dead={OTHER_PUBLIC, PUBLIC})
