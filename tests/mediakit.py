@@ -119,8 +119,8 @@ SAMPLES = {
     "video/mp4": Sample(kind="video", extension=".mp4", data=_mp4(b"isom")),
     "video/quicktime": Sample(kind="video", extension=".mov", data=_mp4(b"qt  ")),
     "video/webm": Sample(kind="video", extension=".webm", data=_webm()),
-    # The size in an MP3's header may or may not count the tag in front: that many bytes stay unseen.
-    "audio/mpeg": Sample(kind="audio", extension=".mp3", data=_mp3(), unseen=range(1600, 1642)),
+    # The size in an MP3's header may count the tag in front: a file of exactly that size is whole.
+    "audio/mpeg": Sample(kind="audio", extension=".mp3", data=_mp3(), unseen=range(1600, 1601)),
     "audio/wav": Sample(kind="audio", extension=".wav", data=_wav()),
     "audio/ogg": Sample(kind="audio", extension=".ogg", data=_ogg(), unseen=range(282, 283)),
     "audio/flac": Sample(kind="audio", extension=".flac", data=_flac(), unseen=range(58, 1060)),

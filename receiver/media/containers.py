@@ -232,18 +232,27 @@ _MP3_COUNT_OFFSETS = (36, 21, 13)
 
 
 def mp3(cursor: Cursor) -> Wait[None]:
-    """To the size in the Xing or Info header, where there is one, else to the first frame."""
+    """To the size in the Xing or Info header, where there is one, else to the first frame.
+
+    Encoders count that size from the first frame; a few count the tag in front of it, too, so a file that
+    has exactly that many bytes may end there.
+    """
     head = yield from cursor.take(10)
     if head[:3] == b"ID3":
         size = sum((byte & 0x7F) << shift for byte, shift in zip(head[6:10], (21, 14, 7, 0), strict=True))
         yield from cursor.skip(size + (10 if head[5] & 0x10 else 0))
         head = b""
+    start = cursor.position - len(head)
     frame = head + (yield from cursor.take(52 - len(head)))
     for offset in _MP3_COUNT_OFFSETS:
         if frame[offset : offset + 4] in {b"Xing", b"Info"}:
             flags = frame[offset + 7]
-            start = offset + (12 if flags & 1 else 8)
-            size = int.from_bytes(frame[start : start + 4], "big") if flags & 2 else 0
-            # Encoders disagree about whether tags count: only a file smaller than the size itself was cut.
-            yield from cursor.skip(max(0, size - cursor.position))
+            at = offset + (12 if flags & 1 else 8)
+            size = int.from_bytes(frame[at : at + 4], "big") if flags & 2 else 0
+            if size > cursor.position:
+                yield from cursor.skip(size - cursor.position)
+                cursor.may_end = True
+                yield from cursor.take(1)
+                cursor.may_end = False
+            yield from cursor.skip(max(0, start + size - cursor.position))
             return

@@ -28,6 +28,13 @@ log = structlog.get_logger()
 _MIB = 1024 * 1024
 _OK = 200
 _RETRY_LATER = {408, 425, 429}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_MAX_REDIRECTS = 5
+# Codings that change the bytes. Servers also write other words there (`aws-chunked`, `none`, `UTF-8`).
+_COMPRESSIONS = {
+    *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
+    *("xz", "lzma", "lz4", "snappy", "exi", "pack200-gzip", "dcb", "dcz"),
+}
 _MAX_RETRY_AFTER = 24 * 60 * 60.0
 _SECONDS = re.compile(r"[0-9]{1,9}")
 # Reserved for ever: `start` asks for it, and a guarded pool must refuse.
@@ -72,8 +79,8 @@ class StoredFile:
 class Downloader:
     """Fetches files through httpcore, the layer below httpx.
 
-    Down there is no cookie jar, no redirect, no netrc and no proxy from the environment, and the guarded
-    network is an ordinary argument of the pool.
+    Down there is no cookie jar, no redirect that is followed unseen, no netrc and no proxy from the
+    environment, and the guarded network is an ordinary argument of the pool.
     """
 
     def __init__(self, *, hosts: MediaHosts, storage: Storage, limits: Limits = _DEFAULT_LIMITS) -> None:
@@ -106,7 +113,7 @@ class Downloader:
         target = self._hosts.vet(url)
         max_bytes = self._limits.max_bytes(kind)
         deadline = asyncio.get_running_loop().time() + self._limits.total_seconds
-        async with self._get(target) as response:
+        async with self._follow(target) as response:
             headers = httpx.Headers(response.headers)
             _judge(response.status, headers, max_bytes)
             async with aclosing(_timely(response.aiter_stream(), self._limits, deadline)) as parts:
@@ -131,6 +138,26 @@ class Downloader:
     async def close(self) -> None:
         """Close the connections."""
         await self._pool.aclose()
+
+    @asynccontextmanager
+    async def _follow(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
+        """Request `url` and what it redirects to: each URL is vetted and gets a connection of its own."""
+        for _ in range(_MAX_REDIRECTS):
+            async with self._get(url) as response:
+                location = httpx.Headers(response.headers).get("location")
+                if response.status not in _REDIRECTS or not location:
+                    yield response
+                    return
+            url = self._vet_redirect(url, location)
+        raise MediaUnavailable(f"More than {_MAX_REDIRECTS - 1} redirects in a row", reason="redirect")
+
+    def _vet_redirect(self, url: httpx.URL, location: str) -> httpx.URL:
+        try:
+            return self._hosts.vet(str(url.join(location)))
+        except httpx.InvalidURL as error:
+            raise MediaBlocked("The redirect's URL cannot be parsed", reason="redirect") from error
+        except MediaBlocked as error:
+            raise MediaBlocked(f"The host redirects elsewhere: {error}", reason="redirect") from error
 
     @asynccontextmanager
     async def _get(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
@@ -169,16 +196,15 @@ def _open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> ht
 
 def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
     """Raise unless the response is a whole file of known framing, sent as it is."""
-    if 300 <= status < 400:  # noqa: PLR2004 - the classes of HTTP
-        raise MediaBlocked(f"The host answers {status}: redirects are not followed", reason="redirect")
     if 400 <= status < 500 and status not in _RETRY_LATER:  # noqa: PLR2004 - the classes of HTTP
         raise MediaMissing(f"The host answers {status}", reason="missing")
     if status != _OK:
         raise MediaUnavailable(
             f"The host answers {status}", reason="status", retry_after=_retry_after(headers)
         )
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise MediaBlocked("The file is sent compressed, although it must not be", reason="encoding")
+    codings = {coding.strip().lower() for coding in headers.get_list("content-encoding", split_commas=True)}
+    if codings & _COMPRESSIONS:
+        raise MediaUnavailable("The file is sent compressed, although it must not be", reason="encoding")
     length = headers.get("content-length")
     if length is None and "transfer-encoding" not in headers:
         raise MediaUnavailable(

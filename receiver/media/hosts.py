@@ -17,7 +17,10 @@ _ENTRY = re.compile(
     rf"(?:(?P<scheme>https?)://)?(?:(?P<name>{_LABEL}(?:\.{_LABEL})*)|\[(?P<v6>[0-9a-f:.]+)\])"
     r"(?::(?P<port>[0-9]{1,5}))?/?"
 )
-_PRINTABLE = re.compile(r"[!-~]{1,8192}")
+# Blanks and letters of other alphabets are percent-encoded; parsers disagree about the rest.
+_UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f\\\ud800-\udfff]")
+_AROUND = " \t\r\n\f"
+_BARE_PERCENT = re.compile("%(?![0-9A-Fa-f]{2})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +73,15 @@ class MediaHosts:
     def vet(self, url: str) -> httpx.URL:
         """Return `url` parsed, once and for all: what is checked here is what gets requested.
 
-        Raises MediaBlocked with the reason `url`, `userinfo`, `host`, `scheme` or `port`.
+        White space around it and its fragment are dropped; blanks, bare percent signs and non-ASCII letters
+        behind the host are percent-encoded. Raises MediaBlocked with the reason `url`, `userinfo`, `host`,
+        `scheme` or `port`.
         """
-        if not _PRINTABLE.fullmatch(url) or "\\" in url or "#" in url:
+        given = _BARE_PERCENT.sub("%25", url.strip(_AROUND))
+        if not given or _UNSAFE.search(given):
             raise MediaBlocked("The URL has characters that parsers disagree about", reason="url")
         try:
-            parsed = httpx.URL(url)
+            parsed = httpx.URL(given).copy_with(fragment=None)
         except httpx.InvalidURL as error:
             raise MediaBlocked("The URL cannot be parsed", reason="url") from error
         if parsed.userinfo:
@@ -86,7 +92,7 @@ class MediaHosts:
             raise MediaBlocked(f"{origin} is not in RECEIVER_MEDIA_HOSTS", reason=self._difference(origin))
         # Other spellings of an allowed origin (an empty user, a port with zeros) are where parsers differ.
         authority = re.escape(parsed.netloc.decode("ascii"))
-        if not re.match(rf"{origin.scheme}://{authority}(:{port})?([/?]|\Z)", url, re.IGNORECASE):
+        if not re.match(rf"{origin.scheme}://{authority}(:{port})?([/?]|\Z)", given, re.IGNORECASE):
             raise MediaBlocked(f"The URL spells {origin} in an unusual way", reason="url")
         return parsed
 

@@ -127,6 +127,29 @@ def test_the_size_in_an_mp3_is_found(flags: int, offset: int) -> None:
     assert not is_complete(containers.mp3, data[:-1])
 
 
+@pytest.mark.parametrize("step", [7, 100_000])
+def test_the_size_in_an_mp3_counts_from_its_first_frame(step: int) -> None:
+    """D9: an MP3 with a cover of 50 KB is incomplete without its last byte, and with 2 % of its audio."""
+    cover = b"ID3\x04\x00\x00" + bytes([0, 3, 0x0D, 0x50]) + b"\x55" * 50_896
+    frames = b"\xff\xfb\x90\x00".ljust(36, b"\0") + b"Info" + struct.pack(">III", 3, 9, 40_000)
+    data = cover + frames.ljust(40_000, b"\x55")
+    whole = {
+        size
+        for size in (*range(len(cover) + 100, len(data), 997), 40_000, len(data) - 1, len(data))
+        if is_complete(containers.mp3, data[:size], step=step)
+    }
+    assert whole == {len(data)}
+    assert is_complete(containers.mp3, data + b"TAG" + bytes(125), step=step)
+
+
+def test_an_mp3_of_exactly_its_size_is_complete() -> None:
+    """D9: where an encoder has counted the tag, too, the file ends at exactly that many bytes."""
+    tag = b"ID3\x04\x00\x00\x00\x00\x00\x20" + bytes(32)
+    frames = b"\xff\xfb\x90\x00".ljust(36, b"\0") + b"Xing" + struct.pack(">II", 2, 1000)
+    data = tag + frames.ljust(1000 - len(tag), b"\x55")
+    assert [size for size in range(990, 1001) if is_complete(containers.mp3, data[:size])] == [1000]
+
+
 def test_a_flac_with_more_metadata_is_followed() -> None:
     """D9: every metadata block has to be whole, and a frame has to follow."""
     data = b"fLaC" + b"\x00\x00\x00\x22" + bytes(34) + b"\x84\x00\x00\x08" + bytes(8)
