@@ -42,8 +42,10 @@ class Circuit:
         self._failures = self._probes = 0
         self._allowed = min(self._width, max(1, self._allowed * 2))
 
-    def failed(self, now: float, *, started: float) -> bool:
+    def failed(self, now: float, *, started: float, retry_after: float = 0.0) -> bool:
         """Count a failure of a delivery that began at `started`; True where it opens the circuit.
+
+        `retry_after` is how many seconds the destination asks to be left alone for.
 
         What was under way when the circuit opened fails along with it, and says nothing of a probe.
         """
@@ -55,6 +57,7 @@ class Circuit:
         opens = not self.is_open
         self._allowed = 0
         self._opened_at = now
-        self._probe_at = now + min(LAST_PROBE, FIRST_PROBE * 2.0 ** min(self._probes, 16))
+        pause = max(FIRST_PROBE * 2.0 ** min(self._probes, 16), retry_after)
+        self._probe_at = now + min(LAST_PROBE, pause)
         self._probes += 1
         return opens

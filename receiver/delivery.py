@@ -20,7 +20,7 @@ from receiver.db.engine import Database
 from receiver.db.group import GroupCommit
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
-from receiver.errors import DatabaseUnavailable, PublishRejected
+from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -195,11 +195,12 @@ class DeliveryLane(WorkLane):
     def _note(self, error: Exception | None, started: float) -> None:
         """Tell the circuit how the destination is doing; refusing one message is no trouble."""
         was_open = self._circuit.is_open
+        after = (error.retry_after if isinstance(error, PublishFailed) else None) or 0.0
         if error is None or isinstance(error, PublishRejected):
             self._circuit.succeeded()
             if was_open:
                 log.info("destination takes events again", destination=self._target.name)
-        elif self._circuit.failed(time.monotonic(), started=started):
+        elif self._circuit.failed(time.monotonic(), started=started, retry_after=after):
             log.error("destination left alone", destination=self._target.name, error=describe(error))
         if self._circuit.is_open != was_open:
             CIRCUIT_OPEN.labels(self._target.name).set(not was_open)

@@ -2,12 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from typing import Literal
 
+import structlog
 import typer
 from rich.text import Text
+from structlog.typing import EventDict, WrappedLogger
 
 from receiver.cli.terminal import moment, stdout
 from receiver.cli.waiting import find_missing, name_of
@@ -199,9 +201,35 @@ class _Check:
             await destination.start()
             await destination.check()
 
-        await _and_close(start_and_check, destination.close)
+        with _warnings() as problems:
+            await _and_close(start_and_check, destination.close)
         which = describe(settings.filter) or "every event"
-        self._say("ok", f"destination {settings.name}", f"reachable; gets {which}, when {settings.when}")
+        gets = f"gets {which}, when {settings.when}"
+        if problems:
+            self._say("warning", f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
+        else:
+            self._say("ok", f"destination {settings.name}", f"reachable; {gets}")
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """Collect the problems that destinations log in the block; `check` shows them as a verdict."""
+    problems: list[str] = []
+
+    def collect(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
+        if "problem" not in entry:
+            return entry
+        # Starting looks as the check itself does, and finds the same.
+        if entry["problem"] not in problems:
+            problems.append(entry["problem"])
+        raise structlog.DropEvent
+
+    before = structlog.get_config()["processors"]
+    structlog.configure(processors=[collect, *before])
+    try:
+        yield problems
+    finally:
+        structlog.configure(processors=before)
 
 
 async def _and_close(check: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:

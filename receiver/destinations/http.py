@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -10,6 +11,7 @@ from typing import Final
 
 import anyio
 import httpx
+import structlog
 from cloudevents.core.bindings.http import to_binary
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
@@ -18,13 +20,16 @@ from standardwebhooks import Webhook
 from receiver import __version__
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
+from receiver.destinations.answers import NotingNetwork, RawAnswer, current
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 TIMEOUT: Final = 15.0
 """Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""
 MAX_ANSWER: Final = 64 * 1024
-"""Bytes of an answer's body that are read; nobody looks at them."""
+"""Bytes of an answer's body that are read, so that its connection can be used again."""
+DRAIN_TIMEOUT: Final = 1.0
+"""Seconds that this may take: the status has come, and a body that never ends would hold a place."""
 MAX_RETRY_AFTER: Final = 86_400.0
 MAX_CONNECTIONS: Final = 32
 MAX_IDLE_CONNECTIONS: Final = 8
@@ -35,9 +40,25 @@ MAX_PORT: Final = 65_535
 
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
 _SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
-_TRANSIENT: Final = frozenset(
-    {HTTPStatus.REQUEST_TIMEOUT, HTTPStatus.TOO_EARLY, HTTPStatus.TOO_MANY_REQUESTS}
+_ABOUT_THE_MESSAGE: Final = frozenset(
+    {
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+        HTTPStatus.UNPROCESSABLE_ENTITY,
+    }
 )
+"""Statuses that say no to this message. All others are about the destination, such as 404 during a deploy."""
+
+log = structlog.get_logger()
+
+
+@dataclass(kw_only=True)
+class _Reply:
+    """The status of an answer and, if its head could be read, its headers."""
+
+    status: int
+    headers: httpx.Headers
 
 
 class HttpDestination:
@@ -46,6 +67,7 @@ class HttpDestination:
     concurrency = MAX_CONNECTIONS
 
     def __init__(self, settings: DestinationSettings) -> None:
+        self._name = settings.name
         self._url = url = _parse(settings)
         self._origin = f"{url.scheme}://{url.netloc.decode('ascii')}"
         self._binary = settings.binary
@@ -63,35 +85,44 @@ class HttpDestination:
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
+        # httpx has no argument for it.
+        self._transport._pool._network_backend = NotingNetwork()  # noqa: SLF001
         # Not the pool's own limit: a request that is cancelled in the moment in which the pool gives it a
         # connection takes that place with it for ever, and after enough timeouts there is none left.
         self._places = asyncio.Semaphore(MAX_CONNECTIONS)
         self._closed = False
-        self._exchanges: set[asyncio.Task[httpx.Response | PublishFailed]] = set()
+        self._exchanges: set[asyncio.Task[_Reply | PublishFailed]] = set()
 
     async def start(self) -> None:
         """Do nothing: connections are opened as they are needed."""
 
     async def check(self) -> None:
-        """Ask for OPTIONS: whatever answers is there, unless it says that it is not well."""
-        response = await self._exchange(httpx.Request("OPTIONS", self._url, headers=self._headers))
-        if response.is_server_error and response.status_code != HTTPStatus.NOT_IMPLEMENTED:
+        """Ask for OPTIONS, and warn if the answer is none of a place that takes events."""
+        reply = await self._exchange(httpx.Request("OPTIONS", self._url, headers=self._headers))
+        if reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR and reply.status != HTTPStatus.NOT_IMPLEMENTED:
             raise PublishFailed(
-                f"{self._origin} answers {response.status_code} to OPTIONS: is the service behind it up?",
+                f"{self._origin} answers {reply.status} to OPTIONS: is the service behind it up?",
                 reason="status",
+            )
+        if not _takes_post(reply):
+            log.warning(
+                "the destination may take no events",
+                destination=self._name,
+                problem=f"{self._origin} answers {reply.status} to OPTIONS: if it answers events so, too, it "
+                f"gets none; see the URL's path and credentials{_hint(reply.status)}",
             )
 
     async def publish(self, event: CloudEvent) -> None:
-        """Post the event and return when a 2xx answer has arrived whole."""
+        """Post the event and return when the status line of a 2xx answer has arrived."""
         body = encode(event)
         fields = {"content-type": "application/cloudevents+json"}
         if self._binary:
             message = to_binary(event, JSONFormat())
             fields, body = message.headers, message.body
         headers = self._headers | fields | self._sign(event, body)
-        response = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
-        if not response.is_success:
-            raise _refusal(self._origin, response)
+        reply = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
+        if not httpx.codes.is_success(reply.status):
+            raise _refusal(self._origin, reply)
 
     async def close(self) -> None:
         """Let what is under way end, which the timeout bounds, and close all connections."""
@@ -113,8 +144,8 @@ class HttpDestination:
             "webhook-signature": self._signer.sign(message_id, now, body.decode("utf-8")),
         }
 
-    async def _exchange(self, request: httpx.Request) -> httpx.Response:
-        """Return an answer whose body is read as far as needed and gone. Raises PublishFailed."""
+    async def _exchange(self, request: httpx.Request) -> _Reply:
+        """Return what is answered. Raises PublishFailed if no status has come."""
         if self._closed:
             raise closed()
         # In a task of its own, which only its scope cancels: httpcore shields its tidying up from scopes, but
@@ -132,25 +163,28 @@ class HttpDestination:
             raise outcome
         return outcome
 
-    async def _run(self, request: httpx.Request, scope: anyio.CancelScope) -> httpx.Response | PublishFailed:
+    async def _run(self, request: httpx.Request, scope: anyio.CancelScope) -> _Reply | PublishFailed:
         """Return a failure instead of raising it: nobody may be left to take it."""
+        raw = RawAnswer()
+        current.set(raw)
+        headers = httpx.Headers()
+        failure = PublishFailed(f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout")
         scope.deadline = anyio.current_time() + TIMEOUT
         with scope:
             try:
                 async with self._places:
-                    return await self._send(request)
+                    response = await self._transport.handle_async_request(request)
+                    headers = response.headers
+                    if raw.status is None:
+                        failure = PublishFailed(
+                            f"{self._origin}: more bytes than one answer came back for an earlier event",
+                            reason="protocol",
+                        )
+                    await _finish(response, raw)
             except httpx.TransportError as error:
-                return PublishFailed(f"{self._origin}: {cause(error)}", reason="connection")
-        return PublishFailed(f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout")
-
-    async def _send(self, request: httpx.Request) -> httpx.Response:
-        response = await self._transport.handle_async_request(request)
-        try:
-            if response.is_success:
-                await _drain(response)
-        finally:
-            await response.aclose()
-        return response
+                failure = PublishFailed(f"{self._origin}: {cause(error)}", reason="connection")
+        # Not the response's status: it may be made of bytes that an earlier answer has left behind.
+        return failure if raw.status is None else _Reply(status=raw.status, headers=headers)
 
 
 def parse_retry_after(value: str, *, now: datetime) -> float | None:
@@ -166,23 +200,57 @@ def parse_retry_after(value: str, *, now: datetime) -> float | None:
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
-def _refusal(origin: str, response: httpx.Response) -> PublishFailed | PublishRejected:
-    status = response.status_code
-    if status in _TRANSIENT or response.is_server_error:
-        after = None
-        if status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}:
-            after = parse_retry_after(response.headers.get("retry-after", ""), now=datetime.now(UTC))
-        return PublishFailed(f"{origin} answered {status}", reason="status", retry_after=after)
-    hint = "; redirects are not followed, configure the final URL" if response.is_redirect else ""
-    return PublishRejected(f"{origin} answered {status}{hint}", reason="status")
+def _refusal(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
+    text = f"{origin} answered {reply.status}{_hint(reply.status)}"
+    if reply.status in _ABOUT_THE_MESSAGE:
+        return PublishRejected(text, reason="status")
+    after = parse_retry_after(reply.headers.get("retry-after", ""), now=datetime.now(UTC))
+    return PublishFailed(text, reason="status", retry_after=after)
 
 
-async def _drain(response: httpx.Response) -> None:
-    """Read what there is, so that the connection can be used again and a cut answer does not count."""
+def _hint(status: int) -> str:
+    is_redirect = httpx.codes.is_redirect(status)
+    return "; redirects are not followed, configure the final URL" if is_redirect else ""
+
+
+def _takes_post(reply: _Reply) -> bool:
+    """Return whether an answer to OPTIONS is one of a place that may be posted to."""
+    allowed = reply.headers.get("allow")
+    if allowed is not None and "POST" not in {method.strip() for method in allowed.split(",")}:
+        return False
+    if reply.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return allowed is not None
+    # 501 is the answer of servers that know no OPTIONS.
+    return httpx.codes.is_success(reply.status) or reply.status == HTTPStatus.NOT_IMPLEMENTED
+
+
+async def _finish(response: httpx.Response, raw: RawAnswer) -> None:
+    """Read a 2xx answer to its end, if that is near: its connection can be used again then."""
+    try:
+        if response.is_success and raw.status is not None:
+            with anyio.move_on_after(DRAIN_TIMEOUT):
+                await _drain(response, raw)
+    finally:
+        # Closes the connection unless the answer was read to its end.
+        await response.aclose()
+
+
+async def _drain(response: httpx.Response, raw: RawAnswer) -> None:
+    """Stop at the first byte too many: it would be taken for the answer to the next event."""
+    length = MAX_ANSWER
+    if "transfer-encoding" not in response.headers:
+        # h11 takes a length that is given several times, if it is the same.
+        length = int(response.headers.get("content-length", f"{MAX_ANSWER}").partition(",")[0])
+    if response.status_code == HTTPStatus.NO_CONTENT:
+        if {"content-length", "transfer-encoding"} & response.headers.keys() and length:
+            return
+        length = 0
+    if raw.is_longer(length):
+        return
     size = 0
     async for chunk in response.aiter_raw():
         size += len(chunk)
-        if size > MAX_ANSWER:
+        if size > MAX_ANSWER or raw.is_longer(length):
             return
 
 

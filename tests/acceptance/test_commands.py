@@ -1,7 +1,9 @@
 """The commands, as a user types them."""
 
+import http.server
 import json
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -134,6 +136,31 @@ def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
     del receiver.settings["RECEIVER_DESTINATION_URL"]
     result = run_command("check", settings=receiver.settings, cwd=tmp_path)
     assert b"1 deliveries wait for the destination 'default'" in result.stdout
+
+
+def test_check_warns_of_a_wrong_url(tmp_path: Path) -> None:
+    """A destination whose server does not know the path is a warning, and not called reachable."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Lost) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/events"
+        result = run_command("check", settings={"RECEIVER_DESTINATION_URL": url}, cwd=tmp_path)
+        server.shutdown()
+    [line] = [line for line in result.stdout.decode().splitlines() if "destination default" in line]
+    assert line.startswith("warning")
+    assert "answers 404 to OPTIONS" in line
+    assert "reachable" not in line
+    assert "problem=" not in result.stdout.decode(), "the log says the same once more"
+
+
+class Lost(http.server.BaseHTTPRequestHandler):
+    """A server that knows no path."""
+
+    def do_OPTIONS(self) -> None:
+        """Answer 404."""
+        self.send_error(404)
+
+    def log_message(self, *_args: object) -> None:
+        """Keep silent."""
 
 
 def test_check_finds_what_is_wrong(tmp_path: Path) -> None:

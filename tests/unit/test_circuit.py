@@ -49,6 +49,16 @@ def test_only_one_probe_at_a_time_is_let_through() -> None:
     assert circuit.room(NOW + 10 * LAST_PROBE, under_way=1) == 0
 
 
+def test_a_probe_waits_as_long_as_the_destination_asks() -> None:
+    """E5: Retry-After puts off the next probe, but never beyond the longest pause."""
+    for asked, pause in ((0.0, FIRST_PROBE), (7.0, 7.0), (86_400.0, LAST_PROBE)):
+        circuit = Circuit(WIDTH)
+        for _ in range(THRESHOLD):
+            circuit.failed(NOW, started=NOW - 1, retry_after=asked)
+        assert circuit.room(NOW + pause - 0.01, under_way=0) == 0
+        assert circuit.room(NOW + pause, under_way=0) == 1
+
+
 def test_probes_come_at_growing_intervals() -> None:
     """E4: each probe that fails doubles the pause, up to a minute, for as long as it takes."""
     circuit, now = opened(), NOW
