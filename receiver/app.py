@@ -35,7 +35,8 @@ from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations import Destination, open_destination
+from receiver.destinations import Destination, open_destination, started
+from receiver.errors import StorageUnavailable
 from receiver.failures import frames, sentence
 from receiver.ingest import Ingest
 from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
@@ -142,15 +143,18 @@ async def _open_worker(
     for origin in MediaHosts.parse(settings.media_hosts).development_origins:
         log.warning("media is fetched from a development origin, unguarded", origin=origin)
     stack.push_async_callback(parts.storage.close)
-    await parts.storage.sweep()
+    try:
+        await parts.storage.sweep()
+    except StorageUnavailable as error:
+        # Webhooks are taken all the same, and files wait until they can be stored.
+        log.error("storage not cleaned up", error=str(error))  # noqa: TRY400 - our own words
     stack.push_async_callback(parts.downloader.close)
     await parts.downloader.start()
-    targets = []
-    for each in settings.all_destinations:
-        destination = parts.destinations[each.name]
-        stack.push_async_callback(destination.close)
-        await destination.start()
-        targets.append(_target(each, destination))
+    down = await stack.enter_async_context(started(parts.destinations))
+    targets = [
+        _target(each, parts.destinations[each.name], is_down=each.name in down)
+        for each in settings.all_destinations
+    ]
     if not targets:
         log.warning("no destination is configured: events are stored and not forwarded")
     lanes: list[Lane] = [
@@ -198,13 +202,14 @@ def _make_ingest(
     )
 
 
-def _target(settings: DestinationSettings, destination: Destination) -> Target:
+def _target(settings: DestinationSettings, destination: Destination, *, is_down: bool) -> Target:
     return Target(
         name=settings.name,
         destination=destination,
         waits_for_media=settings.when == "media_stored",
         retry=RetryPolicy(**settings.retry.model_dump()),
         filter=settings.filter,
+        is_down=is_down,
     )
 
 

@@ -55,9 +55,13 @@ class Circuit:
         if self._allowed == self._width and self._failures < THRESHOLD:
             return False
         opens = not self.is_open
+        self.open(now, retry_after=retry_after)
+        return opens
+
+    def open(self, now: float, *, retry_after: float = 0.0) -> None:
+        """Let only probes through from now on."""
         self._allowed = 0
         self._opened_at = now
         pause = max(FIRST_PROBE * 2.0 ** min(self._probes, 16), retry_after)
         self._probe_at = now + min(LAST_PROBE, pause)
         self._probes += 1
-        return opens

@@ -75,7 +75,9 @@ class DeliveryLane(WorkLane):
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
         self._circuit = Circuit(concurrency)
-        CIRCUIT_OPEN.labels(target.name).set(0)
+        if target.is_down:
+            self._circuit.open(time.monotonic())
+        CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
         self._most = concurrency
         self._replay_share = max(1, concurrency // 4)
         self._replaying: dict[UUID, float] = {}

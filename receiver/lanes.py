@@ -52,6 +52,8 @@ class Target:
     waits_for_media: bool
     retry: RetryPolicy
     filter: FilterSettings = field(default_factory=FilterSettings)
+    is_down: bool = False
+    """Whether it could not be opened at start."""
 
 
 def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> Facts:

@@ -1,16 +1,26 @@
 """Where events are forwarded to: one small module per kind."""
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 from typing import Final
 
+import structlog
+
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Destination
 from receiver.errors import SettingsError
+from receiver.failures import sentence
 
-__all__ = ["Destination", "open_destination"]
+__all__ = ["Destination", "open_destination", "started"]
+
+START_TIMEOUT: Final = 5.0
+"""Seconds for which a process waits for its destinations before it takes webhooks."""
+
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,3 +76,34 @@ def open_destination(settings: DestinationSettings) -> Destination:
         ) from None
     destination: Destination = getattr(module, kind.name)(settings)
     return destination
+
+
+@asynccontextmanager
+async def started(destinations: Mapping[str, Destination]) -> AsyncIterator[set[str]]:
+    """Start destinations, and close them after the block; yield the names of those that are not ready.
+
+    One that cannot be opened keeps no webhook from its ack: its deliveries wait, as in any other outage.
+    """
+    tasks = {asyncio.create_task(_start(name, each)): name for name, each in destinations.items()}
+    try:
+        if tasks:
+            # Those that are late go on: a thread that opens a file cannot be cancelled.
+            await asyncio.wait(tasks, timeout=START_TIMEOUT)
+        late = {name for task, name in tasks.items() if not task.done()}
+        for name in late:
+            log.warning("destination is not ready yet", destination=name, seconds=START_TIMEOUT)
+        yield late | {name for task, name in tasks.items() if task.done() and not task.result()}
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(each.close() for each in destinations.values()))
+
+
+async def _start(name: str, destination: Destination) -> bool:
+    try:
+        await destination.start()
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is one destination's trouble
+        log.error("destination is down", destination=name, error=sentence(error))  # noqa: TRY400 - our own words
+        return False
+    return True

@@ -1,18 +1,28 @@
 """Expected troubles end in one sentence that says what to do, and none in a traceback."""
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
 import pytest
-from harness import command_environment, run_command
-from payloads import SECRET
+from harness import ReceiverProcess, command_environment, run_command, wait_for_lines
+from payloads import SECRET, body, signed
+from pydantic import SecretStr
 from servers import Postgres, end
+from starlette.types import Message
+from structlog.testing import capture_logs
+
+from receiver.app import create_app
+from receiver.errors import SettingsError
+from receiver.settings import Settings
 
 
 class Trouble(NamedTuple):
@@ -117,18 +127,64 @@ def test_a_port_in_use_is_one_sentence(taken: int, command: str, tmp_path: Path)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_failure_at_start_is_one_record(tmp_path: Path) -> None:
-    """What fails after the server was set up is a record of its own, without a traceback, and status 3."""
-    (tmp_path / "media").mkdir()
-    # The folder for unfinished files is looked through at start, and this one leads to itself.
-    (tmp_path / "media" / ".incoming").symlink_to(".incoming")
-    settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_STORAGE_URL": f"file:{tmp_path / 'media'}"}
-    (tmp_path / "receiver.toml").write_text('[[destinations]]\nname = "a"\nurl = "file:media"\n')
-    result = run_command("serve", "--port", "0", settings=settings, cwd=tmp_path)
-    assert result.returncode == 3, result.stderr
-    assert b"the service fails" in result.stderr
-    assert b"Traceback" not in result.stderr
-    assert b'File \\"' not in result.stderr
+async def test_a_failure_at_start_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fails after the server was set up is a record of its own, without a traceback."""
+
+    @asynccontextmanager
+    async def fail(*_: object) -> AsyncIterator[None]:
+        raise SettingsError("in our own words")
+        yield
+
+    monkeypatch.setattr("receiver.app.running_worker", fail)
+    url = SecretStr(f"sqlite:///{tmp_path / 'receiver.db'}")
+    app = create_app(Settings(clipia_webhook_secret=SecretStr(SECRET), database_url=url))
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "lifespan.startup"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with capture_logs() as logs, pytest.raises(SettingsError):
+        await app({"type": "lifespan", "state": {}}, receive, send)
+    assert [(entry["event"], entry["error"]) for entry in logs if entry["log_level"] == "error"] == [
+        ("the service fails", "in our own words")
+    ]
+    assert sent == [{"type": "lifespan.startup.failed"}], "a traceback ends in a library's text"
+
+
+def test_what_cannot_be_opened_keeps_no_webhook_from_its_ack(tmp_path: Path) -> None:
+    """E4: destinations and a storage that cannot be used are down, said so, and used once they are mended."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "plain").write_text("a file where a folder should be\n")
+    # What is left behind in here is removed at start, and a folder cannot be.
+    left = tmp_path / "media" / ".incoming" / "left"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    places = {"a": "folder", "b": "plain/events.jsonl", "fine": "fine.jsonl"}
+    (tmp_path / "receiver.toml").write_text(
+        "".join(f'[[destinations]]\nname = "{name}"\nurl = "file:{path}"\n' for name, path in places.items())
+    )
+    token = "t" * 32
+    with ReceiverProcess(tmp_path, RECEIVER_API_TOKENS=f"ops:{token}") as receiver:
+        content = body("r-1", payload={"model": "m", "output": {}})
+        callback = f"{receiver.url}/clipia/webhook"
+        assert httpx.post(callback, content=content, headers=signed(content), verify=False).status_code == 200
+        wait_for_lines(tmp_path / "fine.jsonl", 1)
+        down = {
+            r["destination"]: r["error"] for r in receiver.records() if r["event"] == "destination is down"
+        }
+        assert down.keys() == {"a", "b"}
+        assert [r["error"] for r in receiver.records() if r["event"] == "storage not cleaned up"]
+        assert "folder: Is a directory" in str(down["a"])
+        assert "plain/events.jsonl: File exists" in str(down["b"])
+        headers = {"authorization": f"Bearer {token}"}
+        metrics = httpx.get(f"{receiver.url}/metrics", headers=headers, verify=False).text
+        for name, is_open in (("a", 1.0), ("b", 1.0), ("fine", 0.0)):
+            assert f'receiver_circuit_open{{destination="{name}"}} {is_open}' in metrics
+        (tmp_path / "folder").rmdir()
+        wait_for_lines(tmp_path / "folder", 1)
 
 
 def test_a_full_disk_at_the_other_end_of_the_output_is_one_sentence(tmp_path: Path) -> None:

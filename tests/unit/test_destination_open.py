@@ -1,11 +1,16 @@
 """Destination URLs: which are known, which are refused, and what the refusal may say."""
 
+import asyncio
 import sys
 
 import pytest
 from destination_kinds import make_event, open_url
+from pydantic import SecretStr
 from structlog.testing import capture_logs
 
+from receiver import destinations
+from receiver.destination_settings import DestinationSettings
+from receiver.destinations import Destination, started
 from receiver.destinations.base import encode
 from receiver.destinations.file import FileDestination
 from receiver.destinations.http import HttpDestination
@@ -132,6 +137,44 @@ async def test_memory_destination_warns() -> None:
     with capture_logs() as logs:
         await open_url("memory:").start()
     assert [(entry["log_level"], entry["destination"]) for entry in logs] == [("warning", "test")]
+
+
+class Slow(MemoryDestination):
+    """A destination whose start fails, or never ends."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        super().__init__(DestinationSettings(name="slow", url=SecretStr("memory:")))
+        self._failure = failure
+        self.is_closed = False
+
+    async def start(self) -> None:
+        """Fail or wait."""
+        if self._failure is not None:
+            raise self._failure
+        await asyncio.Event().wait()
+
+    async def close(self) -> None:
+        """Note that it was closed."""
+        self.is_closed = True
+
+
+async def test_a_destination_that_does_not_start_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4: one that fails to start, for whatever reason, or takes too long is down, and the others work."""
+    monkeypatch.setattr(destinations, "START_TIMEOUT", 0.05)
+    made: dict[str, Destination] = {
+        "hangs": Slow(None),
+        "wrong": Slow(SettingsError("our own words")),
+        "odd": Slow(ValueError(CANARY)),
+        "fine": open_url("memory:"),
+    }
+    with capture_logs() as logs:
+        async with asyncio.timeout(5), started(made) as down:
+            assert down == {"hangs", "wrong", "odd"}
+    errors = {entry["destination"]: entry["error"] for entry in logs if entry["log_level"] == "error"}
+    assert errors["wrong"] == "our own words"
+    assert "ValueError" in errors["odd"]
+    assert CANARY not in str(logs)
+    assert [each.is_closed for each in made.values() if isinstance(each, Slow)] == [True] * 3
 
 
 def test_encoding_is_one_line() -> None:
