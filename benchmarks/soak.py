@@ -76,14 +76,19 @@ def main() -> None:
             )
             if measured.failed:
                 sys.exit(f"{measured.failed} requests failed")
-            rows = int(postgres.sql("SELECT count(*) FROM events", database=database).stdout)
-            if not stored + measured.acked <= rows <= stored + measured.acked + CONNECTIONS:
-                sys.exit(f"{measured.acked} acked, {rows - stored} stored")
             late = time.monotonic() + CAUGHT_UP
-            while int(postgres.sql(UNFINISHED, database=database).stdout):
+            before, rows = -1, stored
+            # wrk leaves with requests under way, which are stored after it has ended: until two looks agree.
+            while rows != before or int(postgres.sql(UNFINISHED, database=database).stdout):
                 if time.monotonic() > late:
                     sys.exit("the worker has not caught up")
                 time.sleep(0.5)
+                before, rows = (
+                    rows,
+                    int(postgres.sql("SELECT count(*) FROM events", database=database).stdout),
+                )
+            if not stored + measured.acked <= rows <= stored + measured.acked + CONNECTIONS:
+                sys.exit(f"{measured.acked} acked, {rows - stored} stored")
             drained = (rows - stored) / (time.monotonic() - began)
             stored = rows
             memory = " | ".join(map(megabytes, processes))
