@@ -18,6 +18,9 @@ from receiver.db.engine import Database
 
 pytest_plugins = ["clipia_fixtures"]
 
+DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbouncer").split(",")
+"""The kinds of database that the tests of `database_url` run on."""
+
 hypothesis_settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("default")
 
@@ -82,17 +85,24 @@ def _migrate(url: str) -> None:
         thread.submit(asyncio.run, upgrade()).result()
 
 
-@pytest.fixture(params=["sqlite", "postgresql", "pgbouncer"])
-def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=DATABASES)
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The URL of a fresh database with the current schema; the test runs once on each kind."""
     if request.param == "sqlite":
         template: Path = request.getfixturevalue("migrated_sqlite")
         path = tmp_path / "receiver.db"
         path.write_bytes(template.read_bytes())
-        return f"sqlite:///{path}"
-    fixture = "postgres" if request.param == "postgresql" else request.param
-    server: Postgres | PgBouncer = request.getfixturevalue(fixture)
-    return server.url(template="migrated")
+        yield f"sqlite:///{path}"
+        return
+    postgres: Postgres = request.getfixturevalue("postgres")
+    direct = postgres.url(template="migrated")
+    if request.param == "postgresql":
+        yield direct
+    else:
+        pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
+        yield pgbouncer.through(direct)
+    # A thousand of them fill a disk, and their removal at the end takes minutes.
+    postgres.drop(direct)
 
 
 @pytest.fixture

@@ -1,11 +1,13 @@
 """`/v1/events`, `/v1/deliveries` and `/v1/replays`: what came in, where it went, and sending it again."""
 
 import base64
+from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast, get_args
 from uuid import UUID
 
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -82,7 +84,7 @@ class Ledger:
         return json_answer(_page(rows, limit, "seq"))
 
     async def _event(self, request: Request, _caller: Caller) -> Response:
-        event = await self._find_event(request)
+        event = await self._find_event(request, ledger.show_event)
         event |= present(event.pop("body"))
         event["receipts"] = [_shown(receipt) for receipt in event["receipts"]]
         return json_answer(event)
@@ -92,7 +94,7 @@ class Ledger:
         limit = read_limit(query.pop("limit", "50"))
         after = _number(query.pop("cursor", None)) or 0
         nothing_left(query)
-        event = await self._find_event(request)
+        event = await self._find_event(request, ledger.find_event)
         async with self._database.read() as connection:
             rows = await ledger.list_receipts(connection, event["seq"], limit=limit + 1, after=after)
         return json_answer(_page([_shown(row) for row in rows], limit, "seq"))
@@ -150,17 +152,17 @@ class Ledger:
         log.info("dead letters restarted", by=caller.name, count=sum(done.values()))
         return done
 
-    async def _find_event(self, request: Request) -> dict[str, Any]:
-        id_ = request.path_params["id"]
+    async def _find_event(
+        self, request: Request, find: Callable[[AsyncConnection, str], Awaitable[ledger.Row | None]]
+    ) -> dict[str, Any]:
         async with self._database.read() as connection:
-            # No database stores NUL.
-            event = None if "\0" in id_ else await ledger.show_event(connection, id_)
+            event = await find(connection, request.path_params["id"])
         if event is None:
             raise _nothing("event")
         return event
 
     async def _replay_event(self, request: Request, caller: Caller) -> Response:
-        event = await self._find_event(request)
+        event = await self._find_event(request, ledger.find_event)
         values = await read_object(request, optional=True)
         return await self._order(request, caller, values | {"selection": {"ids": [str(event["id"])]}})
 

@@ -11,6 +11,7 @@ or without, the connection is closed here, once the client had time to read the 
 """
 
 import asyncio
+import time
 from functools import partial
 from http import HTTPStatus
 from typing import ClassVar, Final, cast
@@ -50,6 +51,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     """Requests that wait on a connection behind the one that is being answered."""
     budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET)
     """Bytes that all connections of this process may hold."""
+
+    _invalid_noted_at: ClassVar[float] = float("-inf")
 
     deaf: bool = False
     """Nothing more is parsed: the connection ends with the answer that is being sent."""
@@ -112,7 +115,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         try:
             self._heads.feed(self, data)
         except httptools.HttpParserError:
-            self.logger.warning("Invalid HTTP request received.")
+            self._note_invalid()
             self._refuse(HTTPStatus.BAD_REQUEST)
         if self.deaf:
             return
@@ -132,6 +135,13 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if self._in_head or (not made and not self._in_body):
             # Line ends before a request begin no message, but they have stopped the keep-alive clock.
             self._start_deadline()
+
+    def _note_invalid(self) -> None:
+        """Log it, once a second at most: a flood of bytes that are no HTTP must not fill the disk."""
+        now = time.monotonic()
+        if now - DeadlineHttpToolsProtocol._invalid_noted_at >= 1.0:
+            DeadlineHttpToolsProtocol._invalid_noted_at = now
+            self.logger.warning("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
         """Note that a request has begun."""

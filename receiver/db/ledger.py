@@ -87,12 +87,15 @@ async def list_events(
     return found
 
 
-async def show_event(connection: AsyncConnection, key: str) -> Row | None:
-    """Return one event by its id or `request_id`, with its body (bytes) and everything that hangs on it.
+async def find_event(connection: AsyncConnection, key: str) -> Row | None:
+    """Return one event by its id or `request_id`, with its body (bytes).
 
     One that was not recognized has `recoverable`, and is found by the `request_id` that this release reads in
     it unless there is another event of that name.
     """
+    # No database stores NUL.
+    if "\0" in key:
+        return None
     ids = (await find_event_ids(connection, [key]))[key]
     newest = select(*_EVENT, events.c.body).order_by(events.c.seq.desc()).limit(1)
     row = (await connection.execute(newest.where(events.c.id.in_(ids)))).mappings().one_or_none()
@@ -104,6 +107,14 @@ async def show_event(connection: AsyncConnection, key: str) -> Row | None:
     event = prices.join(row)
     if event["state"] == "unrecognized":
         event["recoverable"] = unrecognized.read_request_id(event["body"]) is not None
+    return event
+
+
+async def show_event(connection: AsyncConnection, key: str) -> Row | None:
+    """Return what `find_event` does, with everything that hangs on the event."""
+    event = await find_event(connection, key)
+    if event is None:
+        return None
     seq = event["seq"]
     event["receipts"] = await list_receipts(connection, seq, limit=SHOWN_RECEIPTS)
     counted = select(func.coalesce(func.sum(1 + receipts.c.repeated), 0)).where(receipts.c.event_seq == seq)

@@ -111,7 +111,8 @@ def test_no_command_shows_a_mistyped_secret(
     for kind, form in MALFORMED.items():
         parts = (CANARY,) if form.count("{}") == 1 else (CANARY[:half], CANARY[half:])
         value = SETTINGS[setting].replace("{0}", "{}").replace("{}", form.format(*parts))
-        for typed in (value, f'"{value}"', f"{value}\n"):
+        quoted = (f'"{value}"', f"{value}\n") if kind == "as it is" else ()
+        for typed in (value, *quoted):
             monkeypatch.setenv(name, typed)
             told = run(["check"], monkeypatch) + run(["account"], monkeypatch)
             out, err = capsys.readouterr()

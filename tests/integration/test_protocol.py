@@ -383,10 +383,26 @@ def test_refusal_does_not_pose_as_another_answer(shipped: Server) -> None:
     assert shipped.app.requests == [("GET", "/after", b"")]
 
 
-def test_garbage_behind_a_slow_request_is_read_once(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B4: after a refusal nothing more is parsed, nor logged line by line, while an answer is still owed."""
+def watch_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that uvicorn's warnings are added to, as if there had been none before."""
     warnings: list[str] = []
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", warnings.append)
+    monkeypatch.setattr(DeadlineHttpToolsProtocol, "_invalid_noted_at", float("-inf"))
+    return warnings
+
+
+def test_a_flood_of_garbage_is_logged_once_a_second(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B4: each connection that sends no HTTP is refused; the log has a line a second, not one for each."""
+    warnings = watch_warnings(monkeypatch)
+    began = time.monotonic()
+    for _ in range(20):
+        assert shipped.exchange(b"GARBAGE\r\n\r\n") == [400]
+    assert 1 <= len(warnings) <= 1 + time.monotonic() - began
+
+
+def test_garbage_behind_a_slow_request_is_read_once(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B4: after a refusal nothing more is parsed, nor logged line by line, while an answer is still owed."""
+    warnings = watch_warnings(monkeypatch)
     with shipped.connect() as connection:
         connection.sendall(GET.replace(b"/after", b"/slow") + b"GARBAGE\r\n\r\n")
         wait_until(lambda: warnings)
