@@ -242,7 +242,11 @@ async def test_jobs_of_the_release_before_find_their_results(odd_world: World, o
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [accepted("r-0"), refused(504, "service_unavailable"), refused(504, "service_unavailable")]
     odd.script.append(accepted("r-1"))
-    made = [await submitter.submit(MODEL, PROMPT) for _ in range(3)]
+    made = []
+    for _ in range(3):
+        made.append(await submitter.submit(MODEL, PROMPT))
+        # The third is sent only if the second is not due again: older jobs go first.
+        await odd_world.set(jobs, where=jobs.c.next_attempt_at.is_not(None), next_attempt_at=db_time(60.0))
     await odd_world.set(jobs, path_token=None)
     await odd_world.set(jobs, where=jobs.c.id == made[2].id, state="unsure", next_attempt_at=None)
     for number, job in enumerate(made):
