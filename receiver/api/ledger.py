@@ -1,13 +1,11 @@
 """`/v1/events`, `/v1/deliveries` and `/v1/replays`: what came in, where it went, and sending it again."""
 
 import base64
-from collections.abc import Awaitable, Callable
 from typing import Any, Final, cast, get_args
 from uuid import UUID
 
 import structlog
 from pydantic import ValidationError
-from sqlalchemy.ext.asyncio import AsyncConnection
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
@@ -152,9 +150,7 @@ class Ledger:
         log.info("dead letters restarted", by=caller.name, count=sum(done.values()))
         return done
 
-    async def _find_event(
-        self, request: Request, find: Callable[[AsyncConnection, str], Awaitable[ledger.Row | None]]
-    ) -> dict[str, Any]:
+    async def _find_event(self, request: Request, find: ledger.EventFinder) -> dict[str, Any]:
         async with self._database.read() as connection:
             event = await find(connection, request.path_params["id"])
         if event is None:

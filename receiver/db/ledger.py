@@ -2,7 +2,7 @@
 
 import uuid
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal
 
@@ -25,6 +25,7 @@ from receiver.db.tables import (
 )
 
 Row = dict[str, Any]
+EventFinder = Callable[[AsyncConnection, str], Awaitable[Row | None]]
 
 # The job that the event is of. The one that the callback's path named is a claim, and its token is nobody's.
 _JOB_ID: Final = (
