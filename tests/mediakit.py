@@ -175,7 +175,7 @@ async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         requests.append(await reader.readuntil(b"\r\n\r\n"))
         if length := re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", requests[-1]):
-            await reader.readexactly(int(length[1]))
+            requests[-1] += await reader.readexactly(int(length[1]))
         if callable(answer):
             await answer(requests[-1], writer)
         else:
@@ -210,6 +210,11 @@ class Bucket:
     def url(self) -> str:
         """What to put into RECEIVER_STORAGE_URL."""
         return f"s3://{self.name}/some/prefix?endpoint={self.endpoint}&region=us-east-1"
+
+    @property
+    def google_url(self) -> str:
+        """The same bucket through Google's XML API, of which the server speaks enough."""
+        return f"gs://{self.name}/some/prefix?endpoint={self.endpoint}"
 
     def open_uploads(self) -> int:
         """Count the multipart uploads that were neither completed nor aborted."""

@@ -155,8 +155,15 @@ class _Check:
 
     async def _check_storage(self, settings: Settings) -> None:
         storage = open_storage(settings.storage_url.get_secret_value())
-        await _and_close(storage.check, storage.close)
+        warnings: list[str | None] = []
+
+        async def probe() -> None:
+            warnings.append(await storage.check())
+
+        await _and_close(probe, storage.close)
         self._say("ok", "storage", "writable")
+        for warning in filter(None, warnings):
+            self._say("warning", "storage", warning)
 
     def _check_hosts(self, settings: Settings) -> None:
         hosts = MediaHosts.parse(settings.media_hosts)

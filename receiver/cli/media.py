@@ -1,4 +1,4 @@
-"""`receiver media`: whether the stored files are still what was stored."""
+"""`receiver media`: whether the stored files are still what was stored, and links to them."""
 
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -59,7 +59,7 @@ def verify(
         print_json(found)
     else:
         for row in damaged:
-            print_line(f"{row['finding']:<8} {row['uri']} of {row['request_id']}")
+            print_line(f"{row['finding']:<10} {row['uri']} of {row['request_id']}")
         stdout.print(f"{found['intact']} intact, {len(damaged)} damaged")
         if damaged:
             stdout.print(

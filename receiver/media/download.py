@@ -126,7 +126,7 @@ class Downloader:
                     max_bytes=max_bytes, stated=stated_digests(headers), walk=file_type.walk
                 )
                 async with aclosing(_inspected(head, parts, inspection)) as chunks:
-                    await self._storage.put(key, chunks)
+                    await self._storage.put(key, chunks, content_type=file_type.content_type)
         return StoredFile(
             key=key,
             uri=self._storage.uri(key),

@@ -3,13 +3,22 @@
 import hashlib
 from typing import Literal
 
+import structlog
+
+from receiver.errors import StorageUnavailable
 from receiver.media.storage import Storage
 
-Finding = Literal["intact", "missing", "changed"]
+Finding = Literal["intact", "missing", "changed", "unreadable"]
+
+log = structlog.get_logger()
 
 
 async def verify(storage: Storage, key: str, *, size: int, sha256: str) -> Finding:
-    """Read a file and compare it with its record. Raises StorageUnavailable."""
+    """Read a file and compare it with its record.
+
+    A file is `unreadable` if it alone cannot be read, such as an object that was moved to an archive. Raises
+    StorageUnavailable if the storage takes no other file either.
+    """
     digest = hashlib.sha256()
     length = 0
     try:
@@ -18,4 +27,8 @@ async def verify(storage: Storage, key: str, *, size: int, sha256: str) -> Findi
             length += len(block)
     except FileNotFoundError:
         return "missing"
+    except StorageUnavailable as error:
+        await storage.check()
+        log.warning("stored file cannot be read", key=key, error=str(error))
+        return "unreadable"
     return "intact" if length == size and digest.hexdigest() == sha256 else "changed"

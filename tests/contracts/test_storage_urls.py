@@ -1,19 +1,26 @@
 """`RECEIVER_STORAGE_URL`, and what is special to each storage."""
 
 import asyncio
+import hashlib
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
+import obstore
 import pytest
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from mediakit import Bucket, chunked, response, s3_server, site
 
 from receiver.errors import SettingsError, StorageUnavailable
 from receiver.media import open_storage
-from receiver.media.storage import s3
+from receiver.media.storage import objects
 from receiver.media.storage.local import LocalStorage
 
 
@@ -52,6 +59,23 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         "s3://bucket?endpoint=nonsense",
         "s3://bucket?region=",
         "s3://[bucket",
+        "s3://bucket?endpoint=https://",
+        "s3://bucket?endpoint=https://user:secret@host",
+        "s3://bucket?endpoint=https://host?x=y",
+        "s3://bucket?endpoint=https://host%23x",
+        "s3://bucket?checksum=md5",
+        "s3://bucket?checksum=",
+        "s3://bucket?account=name",
+        "gs:bucket",
+        "gs:///prefix",
+        "gs://bucket?region=x",
+        "gs://bucket?endpoint=nonsense",
+        "gs://key:secret@bucket",
+        "az:container",
+        "az:///prefix",
+        "az://container?account=",
+        "az://container?checksum=none",
+        "az://name:secret@container",
     ],
 )
 def test_nonsense_stops_the_start(url: str) -> None:
@@ -78,18 +102,51 @@ def test_opening_a_folder_touches_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs"), ("az", "azure")])
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, extra: str) -> None:
     """D16: without obstore the message says what to install."""
     monkeypatch.setitem(sys.modules, "obstore", None)
-    monkeypatch.delitem(sys.modules, "receiver.media.storage.s3", raising=False)
-    with pytest.raises(SettingsError, match=r"clipia-receiver\[s3\]"):
-        open_storage("s3://bucket")
+    monkeypatch.delitem(sys.modules, "receiver.media.storage.objects", raising=False)
+    with pytest.raises(SettingsError, match=rf"clipia-receiver\[{extra}\]"):
+        open_storage(f"{scheme}://bucket")
 
 
 @pytest.mark.usefixtures("credentials")
 def test_a_bucket_needs_no_options() -> None:
     """D16: on AWS itself the endpoint and region come from elsewhere."""
     assert open_storage("s3://bucket").uri("a.png") == "s3://bucket/a.png"
+
+
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("path", ["/storage/v1/s3", "/storage/v1/s3/"])
+async def test_an_endpoint_may_have_a_path(path: str) -> None:
+    """D16: services that have S3 below a path are reached there."""
+    facts = ("Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", 'ETag: "x"', "Connection: close")
+    async with site(response(b"", *facts)) as server:
+        storage = open_storage(f"s3://files/prefix?endpoint={server.origin}{path}&region=us-east-1")
+        await storage.put("a.png", chunked(b"x" * 100))
+        assert await storage.stat("a.png") == 0
+        lines = [request.partition(b"\r\n")[0] for request in server.requests]
+        assert lines == [
+            b"PUT /storage/v1/s3/files/prefix/a.png HTTP/1.1",
+            b"HEAD /storage/v1/s3/files/prefix/a.png HTTP/1.1",
+        ]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["gs://bucket/x", "az://container/x", "az://container/x?account=name", "az://container?account=a.b"],
+)
+def test_credentials_that_are_none_stop_the_start(
+    url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """D16: credentials that no client takes are told at start, and never quoted."""
+    (tmp_path / "key.json").write_text('{"private_key": "very-secret"}')
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "key.json"))
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "very-secret")
+    with pytest.raises(SettingsError, match="RECEIVER_STORAGE_URL") as caught:
+        open_storage(url)
+    assert "very-secret" not in str(caught.value)
 
 
 async def test_a_link_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
@@ -206,6 +263,172 @@ async def test_uploads_carry_a_checksum(bucket: Bucket) -> None:
 
 
 @pytest.mark.usefixtures("credentials")
+async def test_checksums_can_be_switched_off() -> None:
+    """D10: services that refuse S3's checksum headers get none with `checksum=none`, in parts neither."""
+    async with site(response(b"", "Connection: close", status="403 Forbidden")) as server:
+        storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1&checksum=none")
+        for size in (100, 6_000_000):
+            with pytest.raises(StorageUnavailable):
+                await storage.put("a.png", chunked(b"x" * size, 1_000_000))
+        assert len(server.requests) == 2
+        assert b"checksum" not in b"".join(server.requests).lower()
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_credentials_need_no_right_to_delete() -> None:
+    """D16: if only the probe's removal is refused, the check passes with a warning that names the probe."""
+    content = b""
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal content
+        facts = ("Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", 'ETag: "x"', "Connection: close")
+        if request.startswith(b"PUT"):
+            content = request.rpartition(b"\r\n\r\n")[2]
+            writer.write(response(b"", *facts))
+        elif request.startswith((b"DELETE", b"POST")):
+            writer.write(response(b"", "Connection: close", status="403 Forbidden"))
+        else:
+            writer.write(response(content, *facts))
+
+    async with site(answer) as server:
+        storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
+        warning = await storage.check()
+        assert warning is not None
+        assert "s3://files/probe/" in warning
+        assert "HTTP 403" in warning
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_a_file_may_take_long_but_not_stall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D7: a read has no total timeout; silence ends it, before the answer and within the file."""
+    monkeypatch.setattr(objects, "_STALL", 0.5)
+    parts, silent = 12, asyncio.Event()
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        if b"silent" in request:
+            await silent.wait()
+        count = parts // 4 if b"stalls" in request else parts
+        facts = ("Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", 'ETag: "x"', "Connection: close")
+        writer.write(response(b"", *facts, length=parts * 300_000))
+        for _ in range(count):
+            writer.write(bytes(300_000))
+            await writer.drain()
+            await asyncio.sleep(0.1)
+        await silent.wait()
+
+    async with site(answer) as server, asyncio.timeout(30):
+        storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
+        assert sum([len(block) async for block in storage.open("long.mp4")]) == parts * 300_000
+        for name in ("silent", "stalls"):
+            with pytest.raises(StorageUnavailable, match="no answer"):
+                async for _ in storage.open(f"{name}.mp4"):
+                    pass
+        with pytest.raises(StorageUnavailable, match="no answer"):
+            await storage.delete("silent.mp4")
+        assert isinstance(storage, objects.ObjectStorage)
+        options = storage._store.client_options
+        assert options is not None
+        assert "365d" in str(options["timeout"])
+
+
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("flaw", ["none", "replaced", "no progress", "short"])
+async def test_a_read_goes_on_behind_a_break(flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D9: a connection that breaks within a large file is replaced, unless the file is another one then."""
+    # The client goes on by itself for half a minute after the start of a read, and not any more after that.
+    monkeypatch.setattr(objects, "_RETRIES", {"max_retries": 0})
+    data = bytes(range(250)) * 20_000
+    calls = 0
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        found = re.search(rb"(?i)range: bytes=([0-9]+)-", request)
+        start = int(found[1]) if found else 0
+        step = 100_000 if flaw == "no progress" else 2_000_000
+        tag = f"{calls}" if flaw == "replaced" else "x"
+        facts = ["Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", f'ETag: "{tag}"', "Connection: close"]
+        length = len(data) - start
+        if flaw == "short" and start:
+            step = 0
+        place = f"Content-Range: bytes {start}-{len(data) - 1}/{len(data)}"
+        status = "206 Partial Content" if found else "200 OK"
+        facts += [place] if found else []
+        writer.write(response(data[start : start + step], *facts, status=status, length=length))
+        await writer.drain()
+
+    async with site(answer) as server, asyncio.timeout(60):
+        storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
+
+        async def read() -> bytes:
+            return b"".join([block async for block in storage.open("a.mp4")])
+
+        if flaw == "none":
+            assert await read() == data
+        else:
+            with pytest.raises(StorageUnavailable):
+                await read()
+        assert calls < 20
+
+
+class PanicException(BaseException):
+    """What a panic of the client's Rust code is raised as."""
+
+
+@pytest.mark.usefixtures("credentials")
+async def test_a_panic_of_the_client_is_a_failure_of_the_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D16: a panic, which is no Exception, makes the storage unavailable and ends no worker."""
+
+    async def panic(*_arguments: object, **_options: object) -> None:
+        raise PanicException("called `Option::unwrap()` on a `None` value")
+
+    for name in ("put_async", "get_async", "head_async", "delete_async", "sign_async"):
+        monkeypatch.setattr(obstore, name, panic)
+    storage = open_storage("s3://files?endpoint=http://127.0.0.1:1&region=us-east-1")
+    calls = [
+        storage.put("a.png", chunked(b"x")),
+        storage.put("a.png", chunked(bytes(6_000_000), 1_000_000)),
+        anext(storage.open("a.png")),
+        storage.stat("a.png"),
+        storage.delete("a.png"),
+        storage.link("a.png", seconds=60),
+    ]
+    for call in calls:
+        with pytest.raises(StorageUnavailable, match="PanicException") as caught:
+            await call
+        assert "unwrap" not in str(caught.value)
+
+    def panic_at_once(*_arguments: object, **_options: object) -> None:
+        raise PanicException("at once")
+
+    monkeypatch.setattr(objects, "S3Store", panic_at_once)
+    with pytest.raises(SettingsError, match="PanicException"):
+        open_storage("s3://files")
+
+
+async def test_a_link_to_google_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D14: a service account's key signs links by itself (V4); its own public key verifies the signature."""
+    key = rsa.generate_private_key(public_exponent=65537, key_size=2048)
+    pem = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    account = {"client_email": "a@b.example", "private_key_id": "1", "private_key": pem.decode()}
+    monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT_KEY", json.dumps(account))
+    link = await open_storage("gs://files/prefix").link("ab/0-image.png", seconds=600)
+    assert link is not None
+    parts = urlsplit(link)
+    assert parts.path == "/files/prefix/ab/0-image.png"
+    query = dict(parse_qsl(parts.query))
+    assert query["X-Goog-Expires"] == "600"
+    signed_query, _, signature = parts.query.partition("&X-Goog-Signature=")
+    lines = ["GET", parts.path, signed_query, f"host:{parts.netloc}", "", "host", "UNSIGNED-PAYLOAD"]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    scope = query["X-Goog-Credential"].partition("/")[2]
+    text = "\n".join(["GOOG4-RSA-SHA256", query["X-Goog-Date"], scope, digest])
+    key.public_key().verify(bytes.fromhex(signature), text.encode(), padding.PKCS1v15(), hashes.SHA256())
+
+
+@pytest.mark.usefixtures("credentials")
 async def test_a_part_that_fails_ends_the_upload() -> None:
     """D10: when the server refuses a part, the upload is aborted there and the source is read no further."""
     started = "<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>"
@@ -234,8 +457,8 @@ async def test_a_part_that_fails_ends_the_upload() -> None:
 
 async def test_a_stopped_upload_reads_no_further() -> None:
     """D10: when the caller was cancelled while the server was busy, the next read ends the upload."""
-    source = s3._Source(chunked(b"x" * 100))
+    source = objects._Source(chunked(b"x" * 100))
     assert len(await source.peek(10)) == 100
     source.stop()
-    with pytest.raises(s3._Stopped):
+    with pytest.raises(objects._Stopped):
         await anext(source)

@@ -526,7 +526,13 @@ async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
     """D16: the storage's error passes through, and the connection is closed."""
 
     class FullStorage(LocalStorage):
-        async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:  # noqa: ARG002
+        async def put(
+            self,
+            key: str,  # noqa: ARG002
+            chunks: AsyncIterator[bytes],
+            *,
+            content_type: str = "",  # noqa: ARG002
+        ) -> None:
             await anext(chunks)
             raise StorageUnavailable("full", reason="full")
 

@@ -23,7 +23,7 @@ from receiver.media import Downloader, MediaHosts, open_storage
 
 class Sink:
     '''Throws everything away: what is measured is the download alone.'''
-    async def put(self, key, chunks):
+    async def put(self, key, chunks, *, content_type):
         async for chunk in chunks:
             pass
     def uri(self, key):

@@ -371,8 +371,8 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
     assert said.status == 1
     lines = said.out.splitlines()
     assert lines[:3] == [
-        f"missing  file://{paths[0]} of r-0",
-        f"changed  file://{paths[3]} of r-3",
+        f"missing    file://{paths[0]} of r-0",
+        f"changed    file://{paths[3]} of r-3",
         "3 intact, 2 damaged",
     ]
     assert "receiver replay --media" in said.out
@@ -388,4 +388,12 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
     assert await commands.run("media", "verify") == "5 intact, 0 damaged\n"
     paths[1].unlink()
     paths[1].mkdir()
+    said = await commands.try_("media", "verify")
+    assert said.status == 1
+    assert said.out.splitlines()[:2] == [
+        f"unreadable file://{paths[1]} of r-1",
+        "4 intact, 1 damaged",
+    ]
+    world.folder.rename(world.folder.with_name("elsewhere"))
+    world.folder.write_bytes(b"a file in the place of the folder")
     assert "Cannot use" in await commands.error("media", "verify")

@@ -298,6 +298,30 @@ async def test_a_storage_that_is_away_holds_a_replay_up(
     assert await world.rows(media) == [row]
 
 
+async def test_an_unreadable_file_holds_no_replay_up(world: World, clipia: str) -> None:
+    """D16: a file that alone cannot be read is sent as it is on record, and its order goes on.
+
+    It is not downloaded again: its record would be lost if the CDN has the file no more.
+    """
+    main = world.add_destination("main")
+    contents = [with_files(clipia, f"r-{number}", IMAGE) for number in range(3)]
+    rows = await store(world, *contents)
+    unreadable, missing = path_of(rows[0]), path_of(rows[1])
+    unreadable.unlink()
+    unreadable.mkdir()
+    missing.unlink()
+    order = await world.order(media=True)
+    async with world.working():
+        done = await world.until_replayed(order)
+    assert (done["downloads"], done["ordered"], done["error"]) == (1, 3, None)
+    files = {file["url"]: file for message in main.replayed(order["id"]) for file in files_in(message)}
+    assert len(main.replayed(order["id"])) == 3
+    assert {file["state"] for file in files.values()} == {"stored"}
+    again = {row["id"]: row for row in await world.rows(media)}
+    assert again[rows[0]["id"]] == rows[0]
+    assert missing.is_file()
+
+
 async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
     """D11: intact, missing, or changed, be it by its length or by its content."""
     world.add_destination("main")

@@ -3,7 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Protocol, TypeVar
+from typing import Final, Protocol, TypeVar
 from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
@@ -16,6 +16,9 @@ _SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?"
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
 _MAX_KEY = 512
 
+ANY_TYPE: Final = "application/octet-stream"
+"""Browsers download it and show nothing."""
+
 
 class Storage(Protocol):
     """Keeps files under keys such as `0b8f/0-image.png`.
@@ -24,8 +27,8 @@ class Storage(Protocol):
     the storage cannot do its work: reason `full` when there is no room, `error` otherwise.
     """
 
-    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
-        """Store all `chunks` under `key`, or nothing.
+    async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
+        """Store all `chunks` under `key`, or nothing; a bucket tells browsers the `content_type`.
 
         On return the file is durable, and it has replaced what was there before. An exception from `chunks`
         passes through and leaves nothing behind.
@@ -43,8 +46,17 @@ class Storage(Protocol):
     def uri(self, key: str) -> str:
         """Return where others find the file: `file:///…`, `s3://…`."""
 
-    async def check(self) -> None:
-        """Write, read back and delete a small file. The StorageUnavailable that it raises says what to do."""
+    async def link(self, key: str, *, seconds: int) -> str | None:
+        """Return a URL with which anybody can read the file for so long; None if the storage makes none.
+
+        Raises ValueError for less than a second and more than 7 days.
+        """
+
+    async def check(self) -> str | None:
+        """Write, read back and delete a small file; return a warning if only the last of it is not possible.
+
+        The StorageUnavailable that it raises says what to do.
+        """
 
     async def sweep(self) -> int:
         """Remove what interrupted writes left behind more than a day ago; return how many files that were."""
@@ -94,8 +106,8 @@ async def settled(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: No
     return task.result()
 
 
-async def probe(storage: Storage) -> None:
-    """Write, read back and delete a small file. Raises StorageUnavailable."""
+async def probe(storage: Storage) -> str | None:
+    """Write, read back and delete a small file; see `Storage.check`. Raises StorageUnavailable."""
     # Below a folder, as the files of events are: that takes the right to make one.
     key, content = f"probe/{uuid4().hex}", uuid4().bytes
 
@@ -107,6 +119,12 @@ async def probe(storage: Storage) -> None:
         found = b"".join([block async for block in storage.open(key)])
     except FileNotFoundError:
         found = b""
-    await storage.delete(key)
+    warning = None
+    try:
+        await storage.delete(key)
+    except StorageUnavailable as error:
+        # Credentials without the right to delete are enough for all that the service does.
+        warning = f"the probe {storage.uri(key)} stays, because it cannot be deleted: {error}"
     if found != content:
         raise StorageUnavailable("A file that was just written reads back differently", reason="error")
+    return warning

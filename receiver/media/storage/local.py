@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
 from receiver.files import private
-from receiver.media.storage.base import blocks, probe, require_key, settled
+from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, settled
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -31,7 +31,13 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
-    async def put(self, key: str, chunks: AsyncIterator[bytes]) -> None:
+    async def put(
+        self,
+        key: str,
+        chunks: AsyncIterator[bytes],
+        *,
+        content_type: str = ANY_TYPE,  # noqa: ARG002 - a file has no place for it but its name's extension
+    ) -> None:
         """See Storage."""
         path = self._path(key)
         part = _Part(self._root)
@@ -67,9 +73,13 @@ class LocalStorage:
         """See Storage."""
         return self._path(key).as_uri()
 
-    async def check(self) -> None:
+    async def link(self, key: str, *, seconds: int) -> str | None:  # noqa: ARG002 - Storage's signature
         """See Storage."""
-        await probe(self)
+        return None
+
+    async def check(self) -> str | None:
+        """See Storage."""
+        return await probe(self)
 
     async def sweep(self) -> int:
         """See Storage."""
