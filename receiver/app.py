@@ -152,7 +152,7 @@ async def _open_worker(
     await parts.downloader.start()
     down = await stack.enter_async_context(started(parts.destinations))
     targets = [
-        _target(each, parts.destinations[each.name], is_down=each.name in down)
+        make_target(each, parts.destinations[each.name], is_down=each.name in down)
         for each in settings.all_destinations
     ]
     if not targets:
@@ -202,7 +202,8 @@ def _make_ingest(
     )
 
 
-def _target(settings: DestinationSettings, destination: Destination, *, is_down: bool) -> Target:
+def make_target(settings: DestinationSettings, destination: Destination, *, is_down: bool = False) -> Target:
+    """Return a destination as work needs it."""
     return Target(
         name=settings.name,
         destination=destination,
@@ -210,6 +211,8 @@ def _target(settings: DestinationSettings, destination: Destination, *, is_down:
         retry=RetryPolicy(**settings.retry.model_dump()),
         filter=settings.filter,
         is_down=is_down,
+        concurrency=settings.concurrency,
+        rate=settings.rate,
     )
 
 

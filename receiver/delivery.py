@@ -35,6 +35,7 @@ from receiver.lanes import (
     start_attempt,
 )
 from receiver.observability import CIRCUIT_OPEN, DELIVERIES
+from receiver.rate import TokenBucket
 from receiver.webhook import reread
 
 LARGEST_GROUP: Final = 200
@@ -69,12 +70,14 @@ class DeliveryLane(WorkLane):
         wake: Callable[[str], None],
         concurrency: int | None = None,
     ) -> None:
-        """`concurrency` is the destination's own unless it is given."""
-        concurrency = concurrency or target.destination.concurrency
+        """`concurrency` is the target's, or the destination's own, unless it is given."""
+        concurrency = concurrency or target.concurrency or target.destination.concurrency
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
         self._circuit = Circuit(concurrency)
+        self._bucket = TokenBucket(target.rate) if target.rate else None
+        self._next_look: asyncio.TimerHandle | None = None
         if target.is_down:
             self._circuit.open(time.monotonic())
         CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
@@ -88,8 +91,11 @@ class DeliveryLane(WorkLane):
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
         room = self._circuit.room(time.monotonic(), under_way=self.concurrency - limit)
         limit = min(limit, room, self._most)
+        if self._bucket is not None:
+            limit = min(limit, self._bucket.room(time.monotonic()))
         self.left_behind = True
         if not limit:
+            self._look_when_allowed()
             return []
         try:
             work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
@@ -98,10 +104,24 @@ class DeliveryLane(WorkLane):
             self._most = max(1, limit // 2)
             raise
         self._most = self.concurrency
+        if self._bucket is not None:
+            self._bucket.take(len(work))
         # Only now: a claim that was rolled back takes no place.
         self._replaying |= dict.fromkeys(replayed, time.monotonic())
         self.left_behind = len(work) == limit or bool(self._replaying)
+        if self.left_behind:
+            self._look_when_allowed()
         return work
+
+    def _look_when_allowed(self) -> None:
+        """Wake the lane when its rate allows more tries: work ends too early for that, or too late."""
+        delay = 0.0 if self._bucket is None else self._bucket.wait(time.monotonic())
+        if delay and self._next_look is None:
+            self._next_look = asyncio.get_running_loop().call_later(delay, self._look_again)
+
+    def _look_again(self) -> None:
+        self._next_look = None
+        self._wake(self.name)
 
     async def _take(self, connection: AsyncConnection, *, limit: int) -> tuple[list[Work], list[UUID]]:
         """Claim deliveries; return what to do with them, and the ids of those that are of replays."""

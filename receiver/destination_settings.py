@@ -1,11 +1,33 @@
 """The typed `[[destinations]]` tables of `receiver.toml`."""
 
-from typing import Annotated, Literal, Self
+import re
+from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 
-from receiver.config import one_or_more
-from receiver.masking import hold, hold_url
+from receiver.config import one_or_more, shown_key
+from receiver.masking import hold, hold_header, hold_url
+
+MAX_TIMEOUT: Final = 300.0
+MAX_CONCURRENCY: Final = 1024
+MAX_RATE: Final = 100_000.0
+
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
+_HEADER_VALUE: Final = re.compile(r"[!-~](?:[ -~]*[!-~])?")
+_OUR_HEADERS: Final = re.compile(
+    r"content-(?:type|length|encoding)|transfer-encoding|accept-encoding|(?:proxy-)?connection|keep-alive|te|"
+    r"trailer|upgrade|expect|webhook-(?:id|timestamp|signature)|ce-.*",
+    re.IGNORECASE,
+)
+_OVER_TLS: Final = ("https:", "amqps:", "rediss:", "nats:", "tls:", "kafka:", "sqs:")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
@@ -45,6 +67,24 @@ class FilterSettings(Table):
         return bool(self.caller or self.metadata)
 
 
+class TlsSettings(Table):
+    """Whom a destination's TLS trusts, and the certificate that we show; paths of PEM files."""
+
+    ca: str | None = Field(default=None, min_length=1)
+    """Authorities that are trusted in place of the system's."""
+    certificate: str | None = Field(default=None, min_length=1)
+    key: str | None = Field(default=None, min_length=1)
+    """The certificate's key, unless it stands in the certificate's file."""
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> Self:
+        if self.key is not None and self.certificate is None:
+            raise ValueError("key needs certificate, the file of the client certificate")
+        if self.ca is None and self.certificate is None:
+            raise ValueError("write ca, certificate or both, each the path of a PEM file")
+        return self
+
+
 class DestinationSettings(Table):
     """One `[[destinations]]` table."""
 
@@ -52,18 +92,70 @@ class DestinationSettings(Table):
     url: SecretStr
     """Where to; masked in output, because broker URLs carry passwords."""
     secret: SecretStr | None = None
-    """`whsec_…`: sign HTTP forwards after Standard Webhooks."""
+    """`whsec_…`: sign HTTP forwards after Standard Webhooks. Several, separated by commas, while rotating."""
+    headers: dict[str, SecretStr] = Field(default_factory=dict)
+    """HTTP only: sent with each request; masked in output, because they may carry tokens."""
     binary: bool = False
     """HTTP only: CloudEvents' binary mode, with the attributes in headers and the data for a body."""
     when: Literal["received", "media_stored"] = "media_stored"
     filter: FilterSettings = FilterSettings()
     retry: RetrySettings = RetrySettings()
+    timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT)
+    """Seconds for one try."""
+    concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
+    """Tries under way at once, in each worker process."""
+    rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
+    """Tries per second, in each worker process."""
+    tls: TlsSettings | None = None
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """The signing secrets, in the order given."""
+        text = self.secret.get_secret_value() if self.secret else ""
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+
+    @property
+    def described(self) -> str:
+        """What is set beyond name, URL, `when` and filter, in words without a secret; empty if nothing is."""
+        tls = self.tls or TlsSettings.model_construct()
+        words = {
+            f"{self.concurrency} at once": self.concurrency,
+            f"{self.rate:g} a second" if self.rate else "": self.rate,
+            f"{self.timeout:g} s a try" if self.timeout else "": self.timeout,
+            f"headers {', '.join(self.headers)}": self.headers,
+            f"signed with {len(self.secrets)} secrets": len(self.secrets) > 1,
+            "authorities of its own": tls.ca,
+            "a client certificate": tls.certificate,
+        }
+        return ", ".join(text for text, is_set in words.items() if is_set)
+
+    @field_validator("headers")
+    @classmethod
+    def _sendable(cls, value: dict[str, SecretStr]) -> dict[str, SecretStr]:
+        for name, secret in value.items():
+            if not _HEADER_NAME.fullmatch(name):
+                raise ValueError("a header's name has letters, digits and hyphens, and no space or colon")
+            if _OUR_HEADERS.fullmatch(name):
+                raise ValueError(f"{name.lower()} is set by the receiver")
+            if not _HEADER_VALUE.fullmatch(secret.get_secret_value()):
+                raise ValueError(f"{shown_key(name)} is empty or holds a character that is not ASCII")
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError("the same header stands there twice, in small and capital letters")
+        return value
 
     @model_validator(mode="after")
     def _is_heeded(self) -> Self:
-        over_http = self.url.get_secret_value().lower().startswith(("http:", "https:"))
-        if not over_http and (self.secret is not None or self.binary):
-            raise ValueError("secret and binary are for http: and https: alone")
-        hold_url(self.url.get_secret_value())
-        hold(self.secret.get_secret_value() if self.secret else "")
+        url = self.url.get_secret_value()
+        over_http = url.lower().startswith(("http:", "https:"))
+        if not over_http and (self.secret is not None or self.binary or self.headers):
+            raise ValueError("secret, headers and binary are for http: and https: alone")
+        if self.tls is not None and not url.lower().startswith(_OVER_TLS):
+            raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
+        if "@" in url.partition("?")[0] and any(name.lower() == "authorization" for name in self.headers):
+            raise ValueError("the URL has a user already: write either that or the header Authorization")
+        hold_url(url)
+        for secret in self.secrets:
+            hold(secret)
+        for value in self.headers.values():
+            hold_header(value.get_secret_value())
         return self

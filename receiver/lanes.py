@@ -54,6 +54,10 @@ class Target:
     filter: FilterSettings = field(default_factory=FilterSettings)
     is_down: bool = False
     """Whether it could not be opened at start."""
+    concurrency: int | None = None
+    """Tries under way at once; the destination's own number if none is given."""
+    rate: float | None = None
+    """Tries that begin per second, any number if none is given."""
 
 
 def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> Facts:

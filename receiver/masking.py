@@ -6,6 +6,7 @@ password that it was sent.
 """
 
 import base64
+import contextlib
 import json
 import re
 from collections.abc import Iterator
@@ -77,6 +78,22 @@ def hold_url(text: str) -> None:
             hold(base64.b64encode(unquote(login).encode(errors="replace")).decode())
         for found in _SECRET_OPTION.finditer(url):
             hold(found[1])
+
+
+def hold_header(value: str) -> None:
+    """Remember the value of a header that we send, and the credentials in it.
+
+    A short word is not held: every message that holds the word would be masked.
+    """
+    if value.isalpha() and len(value) < _PIECE:
+        return
+    hold(value)
+    scheme, _, credentials = value.partition(" ")
+    hold(credentials.strip())
+    if scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            login = base64.b64decode(credentials.strip(), validate=True).decode(errors="replace")
+            hold(login.partition(":")[2])
 
 
 def mask(text: str) -> str:

@@ -15,7 +15,6 @@ from typing import Any, Final, Self
 from uuid import uuid4
 
 from cloudevents.core.v1.event import CloudEvent
-from pydantic import SecretStr
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
@@ -42,13 +41,9 @@ def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> Clou
     )
 
 
-def open_url(url: str, *, secret: str | None = None) -> Destination:
-    """Open a destination by its URL."""
-    return open_destination(
-        DestinationSettings(
-            name="test", url=SecretStr(url), secret=None if secret is None else SecretStr(secret)
-        )
-    )
+def open_url(url: str, **settings: Any) -> Destination:
+    """Open a destination by its URL, with further settings as in its table."""
+    return open_destination(DestinationSettings.model_validate({"name": "test", "url": url, **settings}))
 
 
 class Kind(abc.ABC):

@@ -7,6 +7,7 @@ import pwd
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import tempfile
 import threading
@@ -284,17 +285,21 @@ class PgBouncer:
 
 
 class Switch:
-    """A TCP address that leads to one port and later to another; open connections stay where they are."""
+    """A TCP address that leads to one port and later to another; open connections stay where they are.
 
-    def __init__(self, port: int) -> None:
+    With `tls` it is the server's end of TLS.
+    """
+
+    def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         self.target = port
+        self._tls = tls
         self.port = 0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
 
     def __enter__(self) -> Self:
         self._thread.start()
-        listener = asyncio.start_server(self._meet, "127.0.0.1", 0)
+        listener = asyncio.start_server(self._meet, "127.0.0.1", 0, ssl=self._tls)
         self._server = asyncio.run_coroutine_threadsafe(listener, self._loop).result(10)
         self.port = self._server.sockets[0].getsockname()[1]
         return self

@@ -211,7 +211,8 @@ class _Check:
         with _warnings() as problems:
             await _and_close(start_and_check, destination.close)
         which = describe(settings.filter) or "every event"
-        gets = f"gets {which}, when {settings.when}"
+        described = f"; {settings.described}" if settings.described else ""
+        gets = f"gets {which}, when {settings.when}{described}"
         if problems:
             self._say("warning", f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
         else:

@@ -35,6 +35,7 @@ class _Kind:
 _AMQP: Final = _Kind(module="rabbitmq", name="RabbitmqDestination", extra="rabbitmq")
 _REDIS: Final = _Kind(module="redis", name="RedisDestination", extra="redis")
 _HTTP: Final = _Kind(module="http", name="HttpDestination")
+_NATS: Final = _Kind(module="nats", name="NatsDestination", extra="nats")
 _KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
     {
         "file": _Kind(module="file", name="FileDestination"),
@@ -44,7 +45,8 @@ _KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
         "amqps": _AMQP,
         "redis": _REDIS,
         "rediss": _REDIS,
-        "nats": _Kind(module="nats", name="NatsDestination", extra="nats"),
+        "nats": _NATS,
+        "tls": _NATS,
         "kafka": _Kind(module="kafka", name="KafkaDestination", extra="kafka"),
         "sqs": _Kind(module="sqs", name="SqsDestination", extra="sqs"),
         "memory": _Kind(module="memory", name="MemoryDestination"),

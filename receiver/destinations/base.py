@@ -16,6 +16,8 @@ AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
 MAX_QUOTED: Final = 300
 """Characters of the other side's words in a message."""
+USUAL_TIMEOUT: Final = 15.0
+"""Seconds for a whole try, unless the destination's `timeout` says otherwise."""
 
 log = structlog.get_logger()
 
@@ -69,6 +71,15 @@ def quoted(words: object, limit: int = MAX_QUOTED) -> str:
     # Masked before the cut, which could leave half of a secret.
     text = mask(str(words)[: 10 * limit])
     return text.encode(errors="backslashreplace").decode()[:limit]
+
+
+def stretched(seconds: float, timeout: float | None) -> float:
+    """Return the limit of one step of a try, longer if the setting gives a try more than the usual 15 s.
+
+    A shorter timeout leaves the steps as they are: a connection that takes longer to be made than a try may
+    last is finished in the background, for the next try.
+    """
+    return seconds * max(1.0, (timeout or 0.0) / USUAL_TIMEOUT)
 
 
 def closed() -> PublishFailed:

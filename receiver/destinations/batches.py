@@ -6,10 +6,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, TypeVar
 
-from receiver.destinations.base import Failure, again, closed
+from receiver.destinations.base import USUAL_TIMEOUT, Failure, again, closed
 from receiver.errors import PublishFailed
 
-TIMEOUT: Final = 15.0
+TIMEOUT: Final = USUAL_TIMEOUT
 """Seconds for a whole publish, from waiting for its batch to the answer."""
 
 Message = TypeVar("Message")
@@ -36,15 +36,22 @@ class Batches(Generic[Message]):
         at_once: int,
         max_messages: int,
         max_bytes: int,
+        timeout: float | None = None,
     ) -> None:
         self._send = send
         self._shown = shown
         self._at_once = at_once
         self._max_messages = max_messages
         self._max_bytes = max_bytes
+        self._timeout = timeout
         self._waiting: deque[_Entry[Message]] = deque()
         self._senders: set[asyncio.Task[None]] = set()
         self.closed = False
+
+    @property
+    def timeout(self) -> float:
+        """Seconds for a whole publish."""
+        return self._timeout or TIMEOUT
 
     async def publish(self, message: Message, size: int) -> None:
         """Return when the message is confirmed. Raises PublishFailed and PublishRejected."""
@@ -52,7 +59,7 @@ class Batches(Generic[Message]):
             raise closed()
         loop = asyncio.get_running_loop()
         entry = _Entry(
-            message=message, size=size, deadline=loop.time() + TIMEOUT, outcome=loop.create_future()
+            message=message, size=size, deadline=loop.time() + self.timeout, outcome=loop.create_future()
         )
         self._waiting.append(entry)
         if len(self._senders) < self._at_once:
@@ -106,4 +113,4 @@ class Batches(Generic[Message]):
         return [failure] * len(batch)
 
     def _late(self) -> PublishFailed:
-        return PublishFailed(f"{self._shown} did not answer within {TIMEOUT:g} s", reason="timeout")
+        return PublishFailed(f"{self._shown} did not answer within {self.timeout:g} s", reason="timeout")

@@ -5,10 +5,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Final, Generic, TypeVar
 
-from receiver.destinations.base import Failure, again, closed
+from receiver.destinations.base import USUAL_TIMEOUT, Failure, again, closed
 from receiver.errors import PublishFailed, PublishRejected
 
-TIMEOUT: Final = 15.0
+TIMEOUT: Final = USUAL_TIMEOUT
 """Seconds for a whole publish: its turn, a connection and the confirmation."""
 
 
@@ -51,8 +51,11 @@ class Shared(Generic[Link]):
     its last user is done.
     """
 
-    def __init__(self, make: Callable[[], Link], *, shown: str, max_users: int) -> None:
+    def __init__(
+        self, make: Callable[[], Link], *, shown: str, max_users: int, timeout: float | None = None
+    ) -> None:
         self._make = make
+        self._timeout = timeout
         self._shown = shown
         self._places = asyncio.Semaphore(max_users)
         self._current: Link | None = None
@@ -71,13 +74,13 @@ class Shared(Generic[Link]):
         link: Link | None = None
         self._under_way += 1
         try:
-            async with asyncio.timeout_at(deadline or deadline_of_a_publish()), self._places:
+            async with asyncio.timeout_at(deadline or self.deadline_of_a_publish()), self._places:
                 link = await self._get()
                 link.users += 1
                 return await work(link)
         except TimeoutError as error:
             failure = (link and await link.explain_timeout()) or PublishFailed(
-                f"{self._shown} did not answer within {TIMEOUT:g} s", reason="timeout"
+                f"{self._shown} did not answer within {self._timeout or TIMEOUT:g} s", reason="timeout"
             )
             self._reconsider(link, failure)
             raise failure from error
@@ -92,6 +95,10 @@ class Shared(Generic[Link]):
             self._under_way -= 1
             if not self._under_way:
                 self._idle.set()
+
+    def deadline_of_a_publish(self) -> float:
+        """Return when a publish that begins now has taken too long."""
+        return asyncio.get_running_loop().time() + (self._timeout or TIMEOUT)
 
     async def close(self) -> None:
         """Let what is under way end, which the timeout bounds, and disconnect."""
@@ -150,8 +157,3 @@ class Shared(Generic[Link]):
             ending = asyncio.create_task(link.close())
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)
-
-
-def deadline_of_a_publish() -> float:
-    """Return when a publish that begins now has taken too long."""
-    return asyncio.get_running_loop().time() + TIMEOUT

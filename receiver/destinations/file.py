@@ -57,7 +57,7 @@ class FileDestination:
     def __init__(self, settings: DestinationSettings) -> None:
         self._path = _parse(settings)
         self._name = settings.name
-        self._lines = _Lines(self._path)
+        self._lines = _Lines(self._path, lock_timeout=settings.timeout)
         self._writing = asyncio.Lock()
         self._waiting: list[bytes] = []
         self._next_write: asyncio.Task[OSError | None] | None = None
@@ -129,8 +129,9 @@ class _Lines:
     Every method raises OSError; the next one opens the file anew.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, lock_timeout: float | None = None) -> None:
         self._path = path
+        self._lock_timeout = lock_timeout
         self._descriptor: int | None = None
 
     def check(self) -> None:
@@ -171,7 +172,7 @@ class _Lines:
         """Lock the file that has our name now: log rotation renames the one that we hold."""
         while True:
             descriptor = self._descriptor if self._descriptor is not None else self._open()
-            _lock(descriptor)
+            _lock(descriptor, self._lock_timeout)
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), self._path.stat()):
                     return descriptor
@@ -188,8 +189,8 @@ class _Lines:
         return self._descriptor
 
 
-def _lock(descriptor: int) -> None:
-    deadline = time.monotonic() + LOCK_TIMEOUT
+def _lock(descriptor: int, timeout: float | None) -> None:
+    deadline = time.monotonic() + (timeout or LOCK_TIMEOUT)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,10 +21,11 @@ from receiver import __version__
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import NotingNetwork, RawAnswer, current
-from receiver.destinations.base import closed, encode
+from receiver.destinations.base import USUAL_TIMEOUT, closed, encode
+from receiver.destinations.tls import open_tls
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
-TIMEOUT: Final = 15.0
+TIMEOUT: Final = USUAL_TIMEOUT
 """Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""
 MAX_ANSWER: Final = 64 * 1024
 """Bytes of an answer's body that are read, so that its connection can be used again."""
@@ -76,12 +77,14 @@ class HttpDestination:
             # Nobody looks at the answer's body; nobody should have to inflate it.
             "accept-encoding": "identity",
             **_authorization(url),
+            **{name.lower(): value.get_secret_value() for name, value in settings.headers.items()},
         }
-        self._signer = _open_signer(settings)
+        self._signers = _open_signers(settings)
+        self._timeout = settings.timeout
         # The bare transport has what a client would have to be talked out of: no redirects, no cookies, no
         # proxies from the environment, no log line with the URL.
         self._transport = httpx.AsyncHTTPTransport(
-            verify=httpx.create_ssl_context(),
+            verify=httpx.create_ssl_context() if settings.tls is None else open_tls(settings),
             trust_env=False,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
@@ -89,7 +92,7 @@ class HttpDestination:
         self._transport._pool._network_backend = NotingNetwork()  # noqa: SLF001
         # Not the pool's own limit: a request that is cancelled in the moment in which the pool gives it a
         # connection takes that place with it for ever, and after enough timeouts there is none left.
-        self._places = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._places = asyncio.Semaphore(settings.concurrency or MAX_CONNECTIONS)
         self._closed = False
         self._exchanges: set[asyncio.Task[_Reply | PublishFailed]] = set()
 
@@ -133,7 +136,7 @@ class HttpDestination:
         await self._transport.aclose()
 
     def _sign(self, event: CloudEvent, body: bytes) -> dict[str, str]:
-        if self._signer is None:
+        if not self._signers:
             return {}
         # The delivery's id, not the event's: receivers drop an id that they have seen, and with it a replay.
         message_id = str(event.get_extension("deliveryid") or event.get_id())
@@ -141,7 +144,10 @@ class HttpDestination:
         return {
             "webhook-id": message_id,
             "webhook-timestamp": str(int(now.timestamp())),
-            "webhook-signature": self._signer.sign(message_id, now, body.decode("utf-8")),
+            # One for each secret: while they are rotated a consumer that knows either finds its own.
+            "webhook-signature": " ".join(
+                signer.sign(message_id, now, body.decode("utf-8")) for signer in self._signers
+            ),
         }
 
     async def _exchange(self, request: httpx.Request) -> _Reply:
@@ -168,8 +174,9 @@ class HttpDestination:
         raw = RawAnswer()
         current.set(raw)
         headers = httpx.Headers()
-        failure = PublishFailed(f"{self._origin} did not answer within {TIMEOUT:g} s", reason="timeout")
-        scope.deadline = anyio.current_time() + TIMEOUT
+        timeout = self._timeout or TIMEOUT
+        failure = PublishFailed(f"{self._origin} did not answer within {timeout:g} s", reason="timeout")
+        scope.deadline = anyio.current_time() + timeout
         with scope:
             try:
                 async with self._places:
@@ -275,19 +282,21 @@ def _authorization(url: httpx.URL) -> dict[str, str]:
     return {"authorization": "Basic " + base64.b64encode(credentials).decode("ascii")}
 
 
-def _open_signer(settings: DestinationSettings) -> Webhook | None:
-    if settings.secret is None:
-        return None
-    text = settings.secret.get_secret_value()
-    encoded = text.removeprefix("whsec_")
+def _open_signers(settings: DestinationSettings) -> list[Webhook]:
+    secrets = settings.secrets or ("",)
+    return [] if settings.secret is None else [_open_signer(settings.name, secret) for secret in secrets]
+
+
+def _open_signer(name: str, secret: str) -> Webhook:
+    encoded = secret.removeprefix("whsec_")
     try:
         # The library would skip what is not base64 and sign with the rest.
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except ValueError:
         key = b""
-    if encoded == text or len(key) < MIN_SECRET:
+    if encoded == secret or len(key) < MIN_SECRET:
         raise SettingsError(
-            f"destination {settings.name!r}: the secret must be whsec_ and the base64 of at least "
+            f"destination {name!r}: each secret must be whsec_ and the base64 of at least "
             f"{MIN_SECRET} random bytes, such as from: echo whsec_$(openssl rand -base64 32)"
         )
     return Webhook(key)

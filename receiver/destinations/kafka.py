@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import logging
 import re
-import ssl
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -41,10 +40,11 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure
-from receiver.destinations.connections import Connection, Shared, deadline_of_a_publish
+from receiver.destinations.base import Broker, Failure, stretched
+from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
-from receiver.errors import PublishFailed, PublishRejected
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 START_TIMEOUT: Final = 10.0
 """Seconds to get ready once a broker has answered."""
@@ -102,6 +102,13 @@ class _Place:
     topic: str
     shown: str
     security: Mapping[str, Any] = field(repr=False)
+    timeout: float | None
+    """Seconds for a whole publish."""
+
+    @property
+    def request_timeout(self) -> float:
+        """Seconds for one request."""
+        return stretched(REQUEST_TIMEOUT, self.timeout)
 
 
 class KafkaDestination(Broker):
@@ -112,7 +119,12 @@ class KafkaDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = _parse(settings)
-        self._connections = Shared(lambda: _Producer(place), shown=place.shown, max_users=MAX_IN_FLIGHT)
+        self._connections = Shared(
+            lambda: _Producer(place),
+            shown=place.shown,
+            max_users=settings.concurrency or MAX_IN_FLIGHT,
+            timeout=settings.timeout,
+        )
 
     async def check(self) -> None:
         """See whether the topic is there and can be written, and warn where a broker may lose it."""
@@ -123,7 +135,7 @@ class KafkaDestination(Broker):
     async def publish(self, event: CloudEvent) -> None:
         """Write the event and return when all in-sync replicas have it."""
         message = _encode(event)
-        deadline = deadline_of_a_publish()
+        deadline = self._connections.deadline_of_a_publish()
         try:
             await self._connections.run(lambda producer: producer.publish(message), deadline=deadline)
         except PublishFailed as failure:
@@ -157,7 +169,7 @@ class _Producer(Connection):
             client_id=CLIENT_ID,
             acks="all",
             enable_idempotence=True,
-            request_timeout_ms=round(REQUEST_TIMEOUT * 1000),
+            request_timeout_ms=round(place.request_timeout * 1000),
             retry_backoff_ms=round(RETRY_DELAY * 1000),
             max_batch_size=BATCH,
             max_request_size=MAX_REQUEST,
@@ -168,7 +180,7 @@ class _Producer(Connection):
             "advertise (advertised.listeners)?"
         )
         with _translated(place.shown, late=late):
-            async with asyncio.timeout(START_TIMEOUT):
+            async with asyncio.timeout(stretched(START_TIMEOUT, place.timeout)):
                 await self._producer.start()
 
     async def publish(self, message: KafkaMessage) -> None:
@@ -267,9 +279,9 @@ async def _find_broker(place: _Place) -> str:
 async def _try(place: _Place, host: str, port: int) -> str:
     """Connect, log in, disconnect, and return the broker's address."""
     shown = f"Kafka at {host}:{port}"
-    options = {"client_id": CLIENT_ID, "request_timeout_ms": round(REQUEST_TIMEOUT * 1000)}
+    options = {"client_id": CLIENT_ID, "request_timeout_ms": round(place.request_timeout * 1000)}
     with _translated(shown):
-        async with asyncio.timeout(REQUEST_TIMEOUT):
+        async with asyncio.timeout(place.request_timeout):
             connection = await create_conn(host.strip("[]"), port, **options, **place.security)
     connection.close()
     return f"{host}:{port}"
@@ -317,11 +329,12 @@ def _parse(settings: DestinationSettings) -> _Place:
             brokers=url.hosts,
             topic=topic,
             shown=f"Kafka topic {topic} at {url.shown}",
-            security=MappingProxyType(_read_security(url)),
+            security=MappingProxyType(_read_security(url, settings)),
+            timeout=settings.timeout,
         )
 
 
-def _read_security(url: BrokerUrl) -> dict[str, Any]:
+def _read_security(url: BrokerUrl, settings: DestinationSettings) -> dict[str, Any]:
     """Return the library's options. Raises ValueError for what does not go together."""
     protocol = _PROTOCOLS.get(url.options.get("security"))
     mechanism = url.options.get("mechanism", "plain")
@@ -329,7 +342,9 @@ def _read_security(url: BrokerUrl) -> dict[str, Any]:
         raise ValueError("no such security")
     security: dict[str, Any] = {"security_protocol": protocol}
     if protocol.endswith("SSL"):
-        security["ssl_context"] = ssl.create_default_context()
+        security["ssl_context"] = open_tls(settings)
+    elif settings.tls is not None:
+        raise SettingsError(f"destination {settings.name!r}: tls needs security=ssl or sasl_ssl in the URL")
     if protocol.startswith("SASL"):
         if not url.user or not url.password or mechanism not in _MECHANISMS:
             raise ValueError("no login")

@@ -2,19 +2,20 @@
 
 `nats://user:password@host:4222?subject=clipia.events&stream=CLIPIA`; several servers of a cluster are
 separated by commas, and a user without a password is a token. With `stream` that stream is made where it is
-missing, and no other will do; without it some stream must take the subject. TLS is used where the server asks
-for it.
+missing, and no other will do; without it some stream must take the subject. TLS is used if the server asks
+for it; with `tls://` in place of `nats://` a server without TLS gets nothing.
 """
 
 import asyncio
 import contextlib
 import json
 import re
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
 import nats.errors
 import structlog
@@ -28,8 +29,9 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, again, quoted
+from receiver.destinations.base import Broker, Failure, again, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 
@@ -82,6 +84,9 @@ class _Place:
     token: str | None = field(repr=False)
     subject: str
     stream: str | None
+    requires_tls: bool
+    tls: ssl.SSLContext
+    timeout: float | None
 
     @property
     def shown(self) -> str:
@@ -98,7 +103,10 @@ class NatsDestination(Broker):
         super().__init__(settings)
         self._place = place = _parse(settings)
         self._connections = Shared(
-            lambda: _Connection(place, settings.name), shown=place.shown, max_users=MAX_IN_FLIGHT
+            lambda: _Connection(place, settings.name),
+            shown=place.shown,
+            max_users=settings.concurrency or MAX_IN_FLIGHT,
+            timeout=settings.timeout,
         )
 
     async def check(self) -> None:
@@ -119,7 +127,19 @@ class NatsDestination(Broker):
 
 
 class _Client(Client):
-    """The library's client, which can be cut off besides."""
+    """The library's client, which can also be cut off, and be told to send nothing without TLS."""
+
+    def __init__(self, *, requires_tls: bool) -> None:
+        super().__init__()
+        self._requires_tls = requires_tls
+
+    async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:  # noqa: FBT001, FBT002 - the library's signature
+        # The library itself sends the login in plain text to a server that asks for no TLS, `tls:` or not.
+        if initial_connection and self._requires_tls:
+            if not (info.get("tls_required") or info.get("tls_available")):
+                raise nats.errors.SecureConnRequiredError
+            info["tls_required"] = True
+        await super()._process_info(info, initial_connection)
 
     def abort(self) -> None:
         """Drop what is not sent: `close` would wait for a server that does not read, maybe for ever."""
@@ -139,7 +159,7 @@ class _Connection(Connection):
     def __init__(self, place: _Place, name: str) -> None:
         self._place = place
         self._name = name
-        self._client = _Client()
+        self._client = _Client(requires_tls=place.requires_tls)
         self._streams = self._client.jsm(timeout=API_TIMEOUT)
         self._inbox = self._client.new_inbox()
         self._numbers = count()
@@ -157,7 +177,7 @@ class _Connection(Connection):
     async def open(self) -> None:
         """Connect, and make the stream where it is missing."""
         try:
-            async with asyncio.timeout(OPEN_TIMEOUT):
+            async with asyncio.timeout(stretched(OPEN_TIMEOUT, self._place.timeout)):
                 await self._connect()
                 await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
                 if self._place.stream is not None:
@@ -222,6 +242,7 @@ class _Connection(Connection):
             user=self._place.user,
             password=self._place.password,
             token=self._place.token,
+            tls=self._place.tls,
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
             # Two tries at each server now, and none on its own later.
@@ -283,6 +304,8 @@ class _Connection(Connection):
         reason, text = "connection", f": {_words(error)}"
         if isinstance(error, TimeoutError):
             reason, text = "timeout", " did not answer in time"
+        elif isinstance(error, nats.errors.SecureConnRequiredError):
+            reason, text = "tls", " does not offer TLS, which `tls:` or the table `tls` asks for"
         elif "authorization" in str(error).lower():
             reason, text = "auth", " refuses the user, password or token of the URL"
         return PublishFailed(self._place.shown + text, reason=reason)
@@ -377,10 +400,13 @@ def _parse(settings: DestinationSettings) -> _Place:
             raise ValueError("no stream's name")
         is_token = url.password is None
         return _Place(
-            servers=tuple(f"nats://{host}:{port}" for host, port in url.hosts),
+            servers=tuple(f"{url.scheme}://{host}:{port}" for host, port in url.hosts),
             user=None if is_token else url.user,
             password=url.password,
             token=url.user if is_token else None,
             subject=subject,
             stream=stream,
+            requires_tls=url.scheme == "tls" or settings.tls is not None,
+            tls=open_tls(settings),
+            timeout=settings.timeout,
         )

@@ -8,6 +8,7 @@ routing key is the name of a queue.
 import asyncio
 import contextlib
 import re
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -36,8 +37,9 @@ from yarl import URL
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, quoted
+from receiver.destinations.base import Broker, Failure, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 
@@ -72,6 +74,8 @@ class _Place:
     exchange: str
     routing_key: str
     queue: str
+    tls: ssl.SSLContext | None
+    timeout: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +96,10 @@ class RabbitmqDestination(Broker):
         super().__init__(settings)
         self._place = place = _parse(settings)
         self._connections = Shared(
-            lambda: _Connection(place, settings.name), shown=place.shown, max_users=MAX_IN_FLIGHT
+            lambda: _Connection(place, settings.name),
+            shown=place.shown,
+            max_users=settings.concurrency or MAX_IN_FLIGHT,
+            timeout=settings.timeout,
         )
         self._running: set[asyncio.Task[Failure | None]] = set()
 
@@ -161,6 +168,7 @@ class _Connection(Connection):
         self._socket = _Socket(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
         self._connection = aiormq.Connection(
             url,
+            context=place.tls,
             transport_factory=self._socket,
             client_properties={"connection_name": f"clipia-receiver {name}"},
         )
@@ -176,7 +184,7 @@ class _Connection(Connection):
     async def open(self) -> None:
         """Connect, log in, and prepare the place."""
         with _translated(self._place.shown):
-            async with asyncio.timeout(OPEN_TIMEOUT):
+            async with asyncio.timeout(stretched(OPEN_TIMEOUT, self._place.timeout)):
                 await self._connection.connect()
                 await self.prepare()
                 self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
@@ -376,6 +384,8 @@ def _parse(settings: DestinationSettings) -> _Place:
             exchange=exchange,
             routing_key=routing_key,
             queue=queue,
+            tls=open_tls(settings) if url.scheme == "amqps" else None,
+            timeout=settings.timeout,
         )
 
 

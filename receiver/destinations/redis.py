@@ -21,8 +21,9 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, closed, encode, quoted
-from receiver.destinations.batches import TIMEOUT, Batches
+from receiver.destinations.base import Broker, closed, encode, quoted, stretched
+from receiver.destinations.batches import Batches
+from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.masking import mask
@@ -68,8 +69,8 @@ class _Place:
     port: int
     user: str | None
     password: str | None = field(repr=False)
-    tls: bool
     database: int
+    tls: bool
     stream: str
     maxlen: int | None
 
@@ -91,21 +92,27 @@ class RedisDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = _parse(settings)
+        self._batch_timeout = stretched(BATCH_TIMEOUT, settings.timeout)
         self._client = Redis(
             host=place.host,
             port=place.port,
             db=place.database,
             username=place.user,
             password=place.password,
-            ssl=place.tls,
+            **_tls_options(settings, is_tls=place.tls),
             protocol=2,
-            socket_timeout=BATCH_TIMEOUT,
-            socket_connect_timeout=CONNECT_TIMEOUT,
+            socket_timeout=self._batch_timeout,
+            socket_connect_timeout=stretched(CONNECT_TIMEOUT, settings.timeout),
             # The client's own retries would add entries a second time behind our back.
             retry=Retry(NoBackoff(), 0),
         )
         self._batches = Batches(
-            self._send, shown=place.shown, at_once=1, max_messages=MAX_BATCH, max_bytes=MAX_BATCH_BYTES
+            self._send,
+            shown=place.shown,
+            at_once=1,
+            max_messages=MAX_BATCH,
+            max_bytes=MAX_BATCH_BYTES,
+            timeout=settings.timeout,
         )
 
     async def check(self) -> None:
@@ -113,7 +120,7 @@ class RedisDestination(Broker):
         if self._batches.closed:
             raise closed()
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(self._batches.timeout):
                 await self._check_type()
                 await self._check_write()
                 problem = _describe_losses(await self._get_config())
@@ -139,7 +146,7 @@ class RedisDestination(Broker):
         for fields in batch:
             pipeline.xadd(self._place.stream, fields, maxlen=self._place.maxlen, approximate=True)
         try:
-            async with asyncio.timeout(BATCH_TIMEOUT):
+            async with asyncio.timeout(self._batch_timeout):
                 replies = await pipeline.execute(raise_on_error=False)
                 if any(_code(reply) in _ELSEWHERE for reply in replies):
                     await self._client.connection_pool.disconnect()
@@ -238,6 +245,17 @@ def _parse(settings: DestinationSettings) -> _Place:
             stream=url.options["stream"],
             maxlen=None if maxlen is None else _read_number(maxlen, least=1),
         )
+
+
+def _tls_options(settings: DestinationSettings, *, is_tls: bool) -> dict[str, Any]:
+    """Return the client's options. Raises SettingsError for files that cannot be used."""
+    files = settings.tls
+    if not is_tls or files is None:
+        return {"ssl": is_tls}
+    # The client takes no context, only paths; whether they can be used is found out now.
+    open_tls(settings)
+    key = files.key or files.certificate
+    return {"ssl": True, "ssl_ca_certs": files.ca, "ssl_certfile": files.certificate, "ssl_keyfile": key}
 
 
 def _read_number(text: str, *, least: int) -> int:

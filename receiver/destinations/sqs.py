@@ -33,8 +33,9 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, closed, encode, quoted
-from receiver.destinations.batches import TIMEOUT, Batches
+from receiver.destinations.base import Broker, Failure, closed, encode, quoted, stretched
+from receiver.destinations.batches import Batches
+from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 
@@ -130,12 +131,14 @@ class SqsDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._queue = _parse(settings)
+        self._options = _client_options(settings)
         self._batches = Batches(
             self._send,
             shown=self._queue.url,
             at_once=MAX_BATCHES,
             max_messages=MAX_ENTRIES,
             max_bytes=MAX_BATCH,
+            timeout=settings.timeout,
         )
         self._clients = contextlib.AsyncExitStack()
         self._client: Any = None
@@ -147,7 +150,7 @@ class SqsDestination(Broker):
         if self._batches.closed:
             raise closed()
         try:
-            async with asyncio.timeout(TIMEOUT):
+            async with asyncio.timeout(self._batches.timeout):
                 client = await self._open()
                 answer = await client.get_queue_attributes(
                     QueueUrl=self._queue.url, AttributeNames=["MaximumMessageSize"]
@@ -183,11 +186,7 @@ class SqsDestination(Broker):
                         "sqs",
                         region_name=self._queue.region,
                         endpoint_url=self._queue.endpoint,
-                        config=AioConfig(
-                            connect_timeout=CONNECT_TIMEOUT,
-                            read_timeout=READ_TIMEOUT,
-                            retries={"mode": "standard", "total_max_attempts": TRIES},
-                        ),
+                        **self._options,
                     )
                 )
             return self._client
@@ -224,7 +223,7 @@ class SqsDestination(Broker):
             reason, advice = _ADVICE.get(_code(error), ("refused", "the request is refused"))
             return PublishFailed(f"{url}: {quoted(_code(error), 64)}: {advice}", reason=reason)
         if isinstance(error, TimeoutError):
-            return PublishFailed(f"{url} did not answer within {TIMEOUT:g} s", reason="timeout")
+            return PublishFailed(f"{url} did not answer within {self._batches.timeout:g} s", reason="timeout")
         if isinstance(error, _NO_CREDENTIALS):
             reason, advice = _AUTH
             return PublishFailed(f"{url}: {type(error).__name__}: {advice}", reason=reason)
@@ -296,6 +295,23 @@ def _parse(settings: DestinationSettings) -> _Queue:
             raise ValueError("no login, but an account, a queue and a region")
         endpoint = endpoint.removesuffix("/")
         return _Queue(url=endpoint + url.path, endpoint=endpoint, region=region)
+
+
+def _client_options(settings: DestinationSettings) -> dict[str, Any]:
+    """Return the client's options. Raises SettingsError for TLS files that cannot be used."""
+    config: dict[str, Any] = {
+        "connect_timeout": stretched(CONNECT_TIMEOUT, settings.timeout),
+        "read_timeout": stretched(READ_TIMEOUT, settings.timeout),
+        "retries": {"mode": "standard", "total_max_attempts": TRIES},
+    }
+    verify: str | None = None
+    if (files := settings.tls) is not None:
+        # The client takes no context, only paths; whether they can be used is found out now.
+        open_tls(settings)
+        verify = files.ca
+        if files.certificate is not None:
+            config["client_cert"] = (files.certificate, files.key or files.certificate)
+    return {"config": AioConfig(**config), "verify": verify}
 
 
 def _check_endpoint(text: str) -> None:

@@ -110,6 +110,9 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
         "RECEIVER_PUBLIC_URL": "https://hooks.example.com/",
         "RECEIVER_DATABSE_URL": "typo",
     }
+    (tmp_path / "receiver.toml").write_text(
+        '[[destinations]]\nname = "slow"\nurl = "file:slow.jsonl"\nrate = 0.5\nconcurrency = 2\ntimeout = 3\n'
+    )
     output = ""
     for _ in range(2):  # before and after the database has its tables
         result = run_command("check", settings=settings, cwd=tmp_path)
@@ -121,6 +124,10 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
         assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
     assert "writable" in output
     assert "gets every event, when media_stored" in output
+    assert (
+        "destination slow: reachable; gets every event, when media_stored; 2 at once, 0.5 a second, 3 s a try"
+        in output
+    )
 
 
 def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:

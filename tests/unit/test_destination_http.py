@@ -679,3 +679,48 @@ async def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.Mon
     await destination.close()
     assert len(sink.requests) == 1
     await sink.stop()
+
+
+async def test_headers_of_one_s_own(sink: HttpSink) -> None:
+    """E14: a destination's headers go with every request, the check's, too, and may replace ours."""
+    headers = {"Authorization": f"Bearer {CANARY}", "X-Team": "video", "User-Agent": "ours/1"}
+    destination = open_url(sink.url, headers=headers)
+    await destination.check()
+    await destination.publish(make_event())
+    await destination.close()
+    assert [request.method for request in sink.requests] == ["OPTIONS", "POST"]
+    for request in sink.requests:
+        assert {name: request.headers[name.lower()] for name in headers} == headers
+
+
+async def test_two_secrets_while_rotating(sink: HttpSink) -> None:
+    """A12: with two secrets a consumer that knows the old or the new one verifies each message."""
+    other = "whsec_" + base64.b64encode(b"another secret of 24 bytes").decode()
+    destination = open_url(sink.url, secret=f"{SECRET}, {other}")
+    await destination.publish(make_event())
+    await destination.close()
+    (request,) = sink.requests
+    for secret in (SECRET, other):
+        Webhook(secret).verify(request.body, request.headers)
+    with pytest.raises(SettingsError, match="each secret must be whsec_"):
+        open_url(sink.url, secret=f"{SECRET},whsec_short")
+
+
+async def test_connections_are_as_many_as_the_concurrency(sink: HttpSink) -> None:
+    """E6: a destination with a wider `concurrency` than usual has as many connections."""
+    gate = asyncio.Event()
+
+    async def wait(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await gate.wait()
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    sink.answer = wait
+    destination = open_url(sink.url, concurrency=40)
+    publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(50)]
+    async with asyncio.timeout(10):
+        while sink.open_connections < 40:  # noqa: ASYNC110 - the server sets no event
+            await asyncio.sleep(0.01)
+    gate.set()
+    await asyncio.gather(*publishes)
+    await destination.close()
+    assert sink.most_open == 40

@@ -1,0 +1,68 @@
+"""A destination's own concurrency and rate, as its lane keeps them."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+from eventkit import World, opened, plain, until
+
+from receiver.db.engine import Database
+from receiver.db.tables import deliveries
+
+
+@pytest.fixture
+async def world(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[World]:
+    """Everything but the web, on SQLite: no statement differs."""
+    path = tmp_path / "receiver.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    database = Database(f"sqlite:///{path}")
+    async with opened(database, tmp_path / "media") as made:
+        yield made
+    await database.close()
+
+
+async def test_concurrency(world: World) -> None:
+    """E5: no more deliveries are under way at once than the destination's own `concurrency`."""
+    narrow = world.add_destination("narrow")
+    world.targets[0] = replace(world.targets[0], concurrency=3)
+    seen: list[int] = []
+    gate = asyncio.Event()
+
+    async def wait(_event: CloudEvent) -> None:
+        seen.append(narrow.under_way)
+        await gate.wait()
+
+    narrow.behave = wait
+    for number in range(12):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+
+        async def is_full() -> bool:
+            return len(seen) == 3
+
+        await until(is_full)
+        gate.set()
+        await world.until_states(deliveries, delivered=12)
+    assert max(seen) == 3
+
+
+async def test_rate(world: World) -> None:
+    """E5: a destination with a rate gets all its events, and in no time more of them than the rate allows."""
+    slow = world.add_destination("slow")
+    world.targets[0] = replace(world.targets[0], rate=20.0)
+    begun: list[float] = []
+
+    async def note(_event: CloudEvent) -> None:
+        begun.append(time.monotonic())
+
+    slow.behave = note
+    for number in range(12):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, delivered=12)
+    # 11 pauses of 50 ms; a machine that is busy when the first one begins takes a little from them.
+    assert begun[-1] - begun[0] > 0.4
