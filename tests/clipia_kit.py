@@ -29,7 +29,7 @@ from receiver.lanes import Target
 from receiver.pipeline import FanOut
 from receiver.reconcile import PollLane
 from receiver.retry import RetryPolicy
-from receiver.sandbox import SandboxOptions, create_app, running
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
 from receiver.settings import Settings
 from receiver.signature import Secret
 from receiver.submitter import Job, Submitter
@@ -97,7 +97,7 @@ class Sandbox:
     @asynccontextmanager
     async def listening(self) -> AsyncIterator[Self]:
         """Serve it inside the block."""
-        options = SandboxOptions(duration=DURATION, webhook_backoff=0.05, retry_after=7)
+        options = SandboxOptions(duration=DURATION, webhook_backoff=0.05, retry_after=7, **WITHOUT_LIMITS)
         app = create_app(options, secret=SECRET, clock=lambda: time.time() + self.ahead)
         async with running(app) as self.url, self._control:
             yield self

@@ -45,7 +45,8 @@ class Sandbox:
 
     def __init__(self, folder: Path, **options: object) -> None:
         self._folder = folder
-        self._options = [part for name, value in options.items() for part in (_flag(name), str(value))]
+        self._options = ["--no-like-clipia"]
+        self._options += [part for name, value in options.items() for part in (_flag(name), str(value))]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._control = httpx.Client(base_url=self.url, timeout=30, trust_env=False, verify=False)

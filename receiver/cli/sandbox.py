@@ -11,11 +11,11 @@ from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
 from receiver.cli.terminal import stdout
 from receiver.observability import configure_logging
-from receiver.sandbox import SandboxOptions, create_app, switches
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, switches
 from receiver.settings import Settings
 
 
-def sandbox(host: str, port: int, **values: Any) -> None:
+def sandbox(context: typer.Context, host: str, port: int, like_clipia: bool, **values: Any) -> None:
     """Run a local Clipia: the documented API, signed webhooks and a small CDN, on one origin.
 
     Takes any well-formed clipia_test_… or clipia_live_… key and charges nothing. Webhooks are signed with the
@@ -24,6 +24,8 @@ def sandbox(host: str, port: int, **values: Any) -> None:
     """
     settings = Settings.load()
     configure_logging(level=settings.log_level)
+    if not like_clipia:
+        values |= {name: value for name, value in WITHOUT_LIMITS.items() if not _is_given(context, name)}
     for listener in bind(host, port):
         listener.close()  # the server binds it anew; its own failure would be a library's text
     given = next((source.secrets for source in settings.all_sources if source.secrets), ())
@@ -51,9 +53,16 @@ def sandbox(host: str, port: int, **values: Any) -> None:
 
 def _parameters() -> list[inspect.Parameter]:
     """Make an option of every switch, so that the command line has the same ones as the sandbox."""
-    own = {
+    own: dict[str, tuple[Any, Any]] = {
+        "context": (typer.Context, inspect.Parameter.empty),
         "host": (Annotated[str, typer.Option(help="Address to listen on.")], "127.0.0.1"),
         "port": (Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)], 9000),
+        "like_clipia": (
+            Annotated[
+                bool, typer.Option(help="Keep Clipia's limits; without, they are lifted unless given.")
+            ],
+            True,
+        ),
     }
     defaults = SandboxOptions().as_dict()
     made = {
@@ -64,6 +73,11 @@ def _parameters() -> list[inspect.Parameter]:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         for name, (annotation, default) in (own | made).items()
     ]
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name != "DEFAULT"
 
 
 def _sentence(text: str) -> str:

@@ -86,6 +86,6 @@ def retry_after(seconds: float, *, now: float, as_date: bool = False) -> dict[st
     return {"Retry-After": formatdate(now + wait, usegmt=True) if as_date else str(wait)}
 
 
-def timestamp(moment: float) -> str:
-    """Return unix seconds as ISO 8601 in UTC."""
-    return datetime.fromtimestamp(moment, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+def timestamp(moment: float, *, timespec: str = "seconds") -> str:
+    """Return unix seconds as ISO 8601 in UTC; Clipia's have no fractions."""
+    return datetime.fromtimestamp(moment, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")

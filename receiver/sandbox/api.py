@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from receiver.sandbox.answers import Problem, json_response, read_input, read_object
-from receiver.sandbox.catalogue import MODELS, TEXT_MODEL, find_model
+from receiver.sandbox.catalogue import describe, find_model, listing
 from receiver.sandbox.core import Sandbox
 from receiver.sandbox.courier import Courier
 from receiver.sandbox.gate import Gate
@@ -33,9 +33,10 @@ def routes(sandbox: Sandbox, courier: Courier) -> list[BaseRoute]:
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     return [
         Route("/v1/models", gate.guard(_models), methods=["GET"]),
-        Route("/v1/models/{slug}", gate.guard(_model), methods=["GET"]),
-        Route("/v1/models/{slug}", generations.submit, methods=["POST"]),
-        Route("/v1/models/{slug}/estimate", gate.guard(_estimate), methods=["POST"]),
+        # A path: a slug with a slash is one of no model, and its own error says so.
+        Route("/v1/models/{slug:path}/estimate", gate.guard(_estimate), methods=["POST"]),
+        Route("/v1/models/{slug:path}", gate.guard(_model), methods=["GET"]),
+        Route("/v1/models/{slug:path}", generations.submit, methods=["POST"]),
         Route("/v1/requests/{id}/status", gate.guard(generations.status), methods=["GET"]),
         Route("/v1/requests/{id}", gate.guard(generations.result), methods=["GET"]),
         Route("/v1/account", gate.guard(account), methods=["GET"]),
@@ -44,13 +45,11 @@ def routes(sandbox: Sandbox, courier: Courier) -> list[BaseRoute]:
 
 
 async def _models(_request: Request, _api_key: str) -> Response:
-    return json_response(
-        {"object": "list", "data": [*(model.listed() for model in MODELS.values()), TEXT_MODEL]}
-    )
+    return json_response({"object": "list", "data": listing()})
 
 
 async def _model(request: Request, _api_key: str) -> Response:
-    return json_response(find_model(request.path_params["slug"]).described())
+    return json_response(describe(request.path_params["slug"]))
 
 
 async def _estimate(request: Request, _api_key: str) -> Response:

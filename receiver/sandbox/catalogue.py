@@ -9,6 +9,9 @@ from receiver.sandbox.answers import Problem
 
 FileUrl = Callable[[int, str], str]
 """Makes the URL of a generation's file from its number (from 1) and its extension."""
+Price = Callable[[Mapping[str, Any]], int]
+"""Computes the credits that a checked input costs."""
+_Factors = Mapping[str, Mapping[Any, float]]
 
 _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
     "string": str,
@@ -52,12 +55,13 @@ class Parameter:
 
     def facts(self) -> dict[str, Any]:
         """Return what both schema shapes say about it, without what does not apply."""
+        lowest, highest = ("minLength", "maxLength") if self.type == "string" else ("min", "max")
         facts = {
             "type": self.type,
             "required": self.required,
             "default": self.default,
-            "min": self.minimum,
-            "max": self.maximum,
+            lowest: self.minimum,
+            highest: self.maximum,
         }
         return {key: value for key, value in facts.items() if value is not None}
 
@@ -66,8 +70,8 @@ class Parameter:
 class Model:
     """One model of the catalogue.
 
-    A generation costs `credits` for each of its `units`, and has `files` files. `schema_is_map` chooses the
-    older shape of `input_schema`; both are in the wild.
+    `pricing` is the catalogue's word on the price, and `price` computes it from a checked input. A live
+    generation has `files` files. `schema_is_map` chooses the older shape of `input_schema`; both are in use.
     """
 
     slug: str
@@ -75,10 +79,10 @@ class Model:
     type: str
     capabilities: tuple[str, ...]
     parameters: tuple[Parameter, ...]
-    credits: int
-    note: str | None = None
-    units: Callable[[Mapping[str, Any]], int] = lambda _: 1
+    pricing: Mapping[str, Any]
+    price: Price
     files: Callable[[Mapping[str, Any]], int] = lambda _: 1
+    text_limits: Mapping[str, int] | None = None
     schema_is_map: bool = False
 
     def check(self, given: Mapping[str, Any]) -> None:
@@ -89,36 +93,40 @@ class Model:
             elif parameter.required:
                 raise _misfit(parameter.name, "is required")
 
-    def price(self, given: Mapping[str, Any]) -> int:
-        """Return the cost in credits of a checked input."""
-        return self.credits * self.units(given)
-
     def warnings(self, given: Mapping[str, Any]) -> list[dict[str, str]]:
         """Return a warning for every key of the input that this model ignores."""
         declared = [parameter.name for parameter in self.parameters]
         return [_warning(key, self.slug, declared) for key in given if key not in declared]
 
-    def output(self, count: int, file_url: FileUrl) -> dict[str, Any]:
-        """Return the `output` of a finished generation with `count` files."""
+    def output(self, given: Mapping[str, Any], file_url: FileUrl, *, live: bool) -> dict[str, Any]:
+        """Return the `output` of a finished generation.
+
+        A test key gets one sample image, without an `original_url`, whatever number was asked for.
+        """
+        numbers = range(1, self.files(given) + 1)
         match self.type:
+            case "image" if live:
+                return {
+                    "images": [_image(file_url(n, "webp"), original_url=file_url(n, "png")) for n in numbers]
+                }
             case "image":
-                return {"images": [_image(number, file_url) for number in range(1, count + 1)]}
+                return {"images": [_image(file_url(1, "png"))]}
             case "video":
                 return {"video": {"url": file_url(1, "mp4"), "width": 640, "height": 360, "duration": 4}}
             case _:
-                tracks = [{"url": file_url(number, "mp3"), "format": "mp3"} for number in range(1, count + 1)]
+                tracks = [{"url": file_url(number, "mp3"), "format": "mp3"} for number in numbers]
                 return {"audio": tracks[0], "audios": tracks}
 
     def listed(self) -> dict[str, Any]:
         """Return the model's entry in the list."""
-        pricing = {"credits": self.credits, "note": self.note}
-        return {
+        entry = {
             "slug": self.slug,
             "type": self.type,
             "name": self.name,
             "capabilities": list(self.capabilities),
-            "pricing": {key: value for key, value in pricing.items() if value is not None},
+            "pricing": dict(self.pricing),
         }
+        return entry if self.text_limits is None else entry | {"text_limits": dict(self.text_limits)}
 
     def described(self) -> dict[str, Any]:
         """Return the model by itself, with its `input_schema`."""
@@ -146,13 +154,8 @@ def _as_list(parameters: tuple[Parameter, ...]) -> list[dict[str, Any]]:
     ]
 
 
-def _image(number: int, file_url: FileUrl) -> dict[str, Any]:
-    return {
-        "url": file_url(number, "webp"),
-        "original_url": file_url(number, "png"),
-        "width": 1024,
-        "height": 1024,
-    }
+def _image(url: str, **more: str) -> dict[str, Any]:
+    return {"url": url, **more, "width": 1024, "height": 1024}
 
 
 def _warning(key: str, slug: str, declared: list[str]) -> dict[str, str]:
@@ -161,7 +164,7 @@ def _warning(key: str, slug: str, declared: list[str]) -> dict[str, str]:
     return {
         "code": "unsupported_parameter" if known else "unknown_parameter",
         "parameter": key,
-        "message": f'Parameter "{key}" {trouble} and was ignored. Declared: {", ".join(declared)}.',
+        "message": f'Parameter "{key}" {trouble} and was ignored. {slug} takes: {", ".join(declared)}.',
     }
 
 
@@ -173,7 +176,31 @@ def _prompt(longest: int) -> Parameter:
     return Parameter(name="prompt", required=True, minimum=1, maximum=longest)
 
 
-_DURATION: Final = Parameter(name="duration", type="number", default=4, options=(4, 8, 12))
+def _per_image(given: Mapping[str, Any]) -> int:
+    return int(given.get("num_images", 1))
+
+
+def _multiplied(credits_: int, *parameters: Parameter, by: _Factors) -> Price:
+    """Make a price that each parameter's value, or its default, multiplies."""
+    defaults = {parameter.name: parameter.default for parameter in parameters}
+
+    def price(given: Mapping[str, Any]) -> int:
+        factors = (each[given.get(name, defaults[name])] for name, each in by.items())
+        return math.ceil(credits_ * math.prod(factors))
+
+    return price
+
+
+def _as_multipliers(by: _Factors) -> dict[str, dict[str, float]]:
+    return {name: {str(value): factor for value, factor in each.items()} for name, each in by.items()}
+
+
+_SECONDS: Final = Parameter(name="duration", type="number", default=4, options=(4, 8))
+_RESOLUTION: Final = Parameter(name="resolution", default="720p", options=("480p", "720p", "1080p"))
+_I2V_FACTORS: Final[_Factors] = {"duration": {4: 1, 8: 2}, "resolution": {"480p": 0.5, "720p": 1, "1080p": 2}}
+_T2V_SECONDS: Final = Parameter(name="duration", type="number", default=4, options=(4, 8, 12))
+_T2V_FACTORS: Final[_Factors] = {"duration": {4: 1, 8: 2, 12: 3}}
+_LONGEST_SPEECH: Final = 20_000
 
 MODELS: Final[Mapping[str, Model]] = {
     model.slug: model
@@ -189,10 +216,26 @@ MODELS: Final[Mapping[str, Model]] = {
                 Parameter(name="num_images", type="integer", default=1, minimum=1, maximum=4),
                 Parameter(name="image_url"),
             ),
-            credits=12,
-            note="per image",
-            units=lambda given: int(given.get("num_images", 1)),
-            files=lambda given: int(given.get("num_images", 1)),
+            pricing={"credits": 12},
+            price=lambda given: 12 * _per_image(given),
+            files=_per_image,
+            schema_is_map=True,
+        ),
+        # Exactly as the public documentation has it.
+        Model(
+            slug="seedance-2-fast-i2v",
+            name="Seedance 2 Fast",
+            type="video",
+            capabilities=("image-to-video",),
+            parameters=(
+                Parameter(name="image_url", required=True),
+                Parameter(name="prompt"),
+                _SECONDS,
+                _RESOLUTION,
+                Parameter(name="aspect_ratio", options=("16:9", "9:16", "1:1")),
+            ),
+            pricing={"credits": 40, "note": "varies with duration/resolution"},
+            price=_multiplied(40, _SECONDS, _RESOLUTION, by=_I2V_FACTORS),
             schema_is_map=True,
         ),
         Model(
@@ -200,25 +243,30 @@ MODELS: Final[Mapping[str, Model]] = {
             name="Seedance 2 Fast, text to video",
             type="video",
             capabilities=("text-to-video",),
-            parameters=(_prompt(4_000), _DURATION, Parameter(name="audio", type="boolean", default=True)),
-            credits=10,
-            note="per second",
-            units=lambda given: int(given.get("duration", 4)),
-            schema_is_map=True,
+            parameters=(_prompt(4_000), _T2V_SECONDS, Parameter(name="audio", type="boolean", default=True)),
+            pricing={
+                "credits": 40,
+                "credits_base": 40,
+                "multipliers": _as_multipliers(_T2V_FACTORS),
+            },
+            price=_multiplied(40, _T2V_SECONDS, by=_T2V_FACTORS),
         ),
         Model(
-            slug="seedance-2-fast-i2v",
-            name="Seedance 2 Fast, image to video",
+            slug="video-upscale",
+            name="Video Upscale",
             type="video",
-            capabilities=("image-to-video",),
+            capabilities=("video-to-video",),
             parameters=(
-                Parameter(name="image_url", required=True, minimum=1),
-                Parameter(name="prompt"),
-                _DURATION,
+                Parameter(name="video_url", required=True),
+                Parameter(name="scale", type="integer", default=2, options=(2, 4)),
             ),
-            credits=10,
-            note="per second",
-            units=lambda given: int(given.get("duration", 4)),
+            pricing={
+                "estimate_required": True,
+                "billing_unit": "second",
+                "note": "varies with the video's length",
+            },
+            # The sandbox takes every video for one of ten seconds.
+            price=lambda given: 10 * int(given.get("scale", 2)),
         ),
         Model(
             slug="gemini-3-1-flash-tts",
@@ -226,12 +274,20 @@ MODELS: Final[Mapping[str, Model]] = {
             type="audio",
             capabilities=("text-to-speech",),
             parameters=(
-                _prompt(20_000),
+                _prompt(_LONGEST_SPEECH),
                 Parameter(name="voice", default="Zephyr", options=("Zephyr", "Kore")),
             ),
-            credits=5,
-            note="per 1000 characters of the prompt",
-            units=lambda given: math.ceil(len(given["prompt"]) / 1000),
+            pricing={
+                "credits": 5,
+                "billing_unit": "characters",
+                "unit_size": 1000,
+                "character_count": "unicode",
+                "rounding": "up",
+                "minimum_credits": 5,
+                "available": True,
+            },
+            price=lambda given: 5 * math.ceil(len(given["prompt"]) / 1000),
+            text_limits={"min_chars": 1, "max_chars": _LONGEST_SPEECH},
         ),
         Model(
             slug="suno-music",
@@ -239,25 +295,43 @@ MODELS: Final[Mapping[str, Model]] = {
             type="audio",
             capabilities=("text-to-music",),
             parameters=(_prompt(3_000), Parameter(name="instrumental", type="boolean", default=False)),
-            credits=30,
+            pricing={"credits": 30},
+            price=lambda _: 30,
             files=lambda _: 2,
         ),
     )
 }
 
-TEXT_MODEL: Final[Mapping[str, Any]] = {
-    "id": "gpt-5.6-sol",
-    "object": "model",
-    "name": "GPT-5.6 Sol",
-    "context_length": 400_000,
-    "pricing": {"prompt": "0.00000125", "completion": "0.00001"},
+TEXT_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "gpt-5.6-sol": {
+        "id": "gpt-5.6-sol",
+        "canonical_slug": "openai/gpt-5.6-sol",
+        "object": "model",
+        "created": 1_780_272_000,
+        "owned_by": "openai",
+        "name": "GPT-5.6 Sol",
+        "context_length": 400_000,
+        "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]},
+        "supported_parameters": ["max_tokens", "temperature"],
+        "pricing": {"prompt": "0.00000499875", "completion": "0.00003"},
+    }
 }
-"""A text model: the list mixes them in, with an `id` and per-token prices in place of `slug`."""
+"""Text models by id. The list mixes them in, with an `id` and prices in USD per token in place of `slug`."""
 
 
 def find_model(slug: str) -> Model:
-    """Return the model; raises `Problem` where there is none."""
+    """Return a model that can be submitted to; raises `Problem` if there is none."""
     try:
         return MODELS[slug]
     except KeyError:
         raise Problem("model_not_found", f'There is no model "{slug}".') from None
+
+
+def listing() -> list[dict[str, Any]]:
+    """Return the entries of the list of models."""
+    return [*(model.listed() for model in MODELS.values()), *map(dict, TEXT_MODELS.values())]
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Return one model by its slug, or a text model by its id; raises `Problem` if there is none."""
+    return dict(TEXT_MODELS[name]) if name in TEXT_MODELS else find_model(name).described()

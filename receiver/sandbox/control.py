@@ -94,8 +94,8 @@ class Control:
             "status": progress.status,
             "progress": progress.progress,
             "cost": generation.cost,
-            "created_at": timestamp(generation.created_at),
-            "ended_at": timestamp(generation.ended_at()) if progress.terminal else None,
+            "created_at": _moment(generation.created_at),
+            "ended_at": _moment(generation.ended_at()) if progress.terminal else None,
             "idempotency_key": generation.idempotency_key,
             "submits": generation.submits,
             "body": generation.body.decode(errors="replace"),
@@ -107,6 +107,10 @@ class Control:
             return None
         attempts = [_shown_attempt(attempt) for attempt in generation.attempts]
         return {"url": generation.webhook_url, "lost": generation.webhook_lost, "attempts": attempts}
+
+
+def _moment(at: float) -> str:
+    return timestamp(at, timespec="milliseconds")
 
 
 async def _read_conflicting(request: Request) -> bool:
@@ -124,7 +128,7 @@ def _refused(message: str) -> Problem:
 
 def _shown_submit(submit: Submit) -> dict[str, Any]:
     return {
-        "at": timestamp(submit.at),
+        "at": _moment(submit.at),
         "model": submit.model,
         "idempotency_key": submit.idempotency_key,
         "status": submit.status,
@@ -135,4 +139,4 @@ def _shown_submit(submit: Submit) -> dict[str, Any]:
 
 
 def _shown_attempt(attempt: Attempt) -> dict[str, Any]:
-    return asdict(attempt) | {"at": timestamp(attempt.at), "seconds": round(attempt.seconds, 3)}
+    return asdict(attempt) | {"at": _moment(attempt.at), "seconds": round(attempt.seconds, 3)}

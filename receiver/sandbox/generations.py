@@ -119,7 +119,7 @@ class Generations:
             live=live,
             model=model.slug,
             cost=cost,
-            output=model.output(model.files(given), file_url),
+            output=model.output(given, file_url, live=live),
             warnings=model.warnings(given),
             fails=self._sandbox.hit("fail_rate"),
             origin=origin,

@@ -53,7 +53,8 @@ class Progress:
     """A generation's state at one moment; `progress` is in per cent."""
 
     status: str
-    queue_position: int = 0
+    queue_position: int | None = None
+    """None unless it waits in the queue."""
     progress: int = 100
 
     @property

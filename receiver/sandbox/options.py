@@ -31,14 +31,15 @@ class SandboxOptions:
     """How the sandbox behaves; the defaults are a Clipia that never fails.
 
     A field's line is its `Switch.help` (`switches()` gives them all). Names that end in `_rate` are fractions
-    from 0 (never) to 1 (always), times are in seconds. Raises `SettingsError` for a value out of bounds.
+    from 0 (never) to 1 (always), times are in seconds. The limits are
+    Clipia's; no client reaches those of `WITHOUT_LIMITS`. Raises `SettingsError` for a value out of bounds.
     """
 
     seed: Annotated[int, Switch(help="seed of every random choice")] = 0
     duration: Annotated[float, Switch(help="how long a live generation takes, in seconds")] = 3.0
     credits: Annotated[int, Switch(help="credits that every account has to spend")] = 100_000
-    rate_limit: Annotated[int, Switch(help="API calls per key and minute before 429", low=1)] = 6_000
-    concurrency_limit: Annotated[int, Switch(help="generations in flight per key before 429", low=1)] = 1_000
+    rate_limit: Annotated[int, Switch(help="API calls per key and minute before 429", low=1)] = 120
+    concurrency_limit: Annotated[int, Switch(help="generations in flight per key before 429", low=1)] = 10
 
     latency: Annotated[float, Switch(help="seconds that every API answer is held back")] = 0.0
     throttle_rate: Annotated[float, Switch(help="share of API calls answered 429", high=1)] = 0.0
@@ -81,6 +82,10 @@ class SandboxOptions:
     def as_dict(self) -> dict[str, Any]:
         """Return every switch with its value, ready for JSON."""
         return asdict(self)
+
+
+WITHOUT_LIMITS: Final[Mapping[str, Any]] = {"rate_limit": 1_000_000, "concurrency_limit": 1_000_000}
+"""Values of the two limits that no client reaches; every answer still has the `RateLimit-*` headers."""
 
 
 @cache

@@ -34,7 +34,16 @@ class Clipia:
             "RECEIVER_MEDIA_HOSTS": self.url,
         }
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "receiver", "sandbox", "--port", str(self.port), *options],
+            [
+                sys.executable,
+                "-m",
+                "receiver",
+                "sandbox",
+                "--port",
+                str(self.port),
+                "--no-like-clipia",
+                *options,
+            ],
             env=command_environment(CLIPIA_WEBHOOK_SECRET=SECRET),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -152,7 +161,7 @@ def test_without_a_key_the_message_says_what_to_set(tmp_path: Path) -> None:
 
 
 def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
-    """Models of both schema shapes, and an estimate, with and without --json."""
+    """Models of both schema shapes, a text model, and an estimate, with and without --json."""
 
     def command(*arguments: str) -> str:
         result = run_command(*arguments, settings=clipia.settings, cwd=tmp_path)
@@ -162,6 +171,8 @@ def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
     listed = command("models")
     assert IMAGE in listed
     assert "suno-music" in listed
+    assert "gpt-5.6-sol" in listed
+    assert "0.00003 USD per completion token" in command("models", "gpt-5.6-sol")
     assert "prompt: type string, required True" in command("models", IMAGE)
     assert "prompt: type string, required True" in command("models", "suno-music")
     assert json.loads(command("models", IMAGE, "--json"))["slug"] == IMAGE

@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from receiver.app import Only, create_app
-from receiver.sandbox import SandboxOptions, running
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import SCOPES, Scope, Settings
 
@@ -151,7 +151,7 @@ async def make_site(
 @pytest.fixture
 async def clipia() -> AsyncIterator[str]:
     """A sandbox whose generations do not end."""
-    async with running(create_sandbox(SandboxOptions(duration=60), secret=SECRET)) as url:
+    async with running(create_sandbox(SandboxOptions(duration=60, **WITHOUT_LIMITS), secret=SECRET)) as url:
         yield url
 
 
@@ -446,7 +446,9 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
     """A receiver that tells the most it can has served requests, good and bad ones, and has ended."""
     folder = tmp_path_factory.mktemp("canaries")
     secret = CANARIES["the webhook secret"]
-    async with running(create_sandbox(SandboxOptions(duration=60), secret=secret)) as clipia:
+    async with running(
+        create_sandbox(SandboxOptions(duration=60, **WITHOUT_LIMITS), secret=secret)
+    ) as clipia:
         receiver = ReceiverProcess(
             folder,
             RECEIVER_LOG_LEVEL="DEBUG",

@@ -29,7 +29,7 @@ from receiver.cli.serve import server_config
 from receiver.db.clock import db_time
 from receiver.db.engine import POOL_SIZE, Database
 from receiver.db.tables import jobs
-from receiver.sandbox import SandboxOptions, running
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import Settings
 from receiver.submitter.request import LARGEST_REQUEST
@@ -38,8 +38,8 @@ ALICE, BOB, ADMIN = "token-of-alice-0123456789", "token-of-bob-0123456789", "tok
 TOKENS = f"alice:{ALICE}:submit+read,bob:{BOB}:submit+read,admin:{ADMIN}:submit+read+operate"
 MODEL = "nano-banana-2"
 JOB: dict[str, Any] = {"model": MODEL, "input": {"prompt": "a cat"}}
-FAST = SandboxOptions(duration=0.05, webhook_backoff=0.05)
-SLOW = SandboxOptions(duration=60.0)
+FAST = SandboxOptions(duration=0.05, webhook_backoff=0.05, **WITHOUT_LIMITS)
+SLOW = SandboxOptions(duration=60.0, **WITHOUT_LIMITS)
 SECONDS = 15.0
 PROMISED = {
     *("id", "state", "caller", "idempotency_key", "model", "input", "metadata", "request_id", "cost"),

@@ -45,6 +45,7 @@ from receiver.db.tables import accounts, deliveries, events, jobs, media, receip
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable
 from receiver.ingest import make_event
 from receiver.limits import SHARES
+from receiver.sandbox import WITHOUT_LIMITS
 from receiver.submitter import Job, Submitter, waiting
 from receiver.worker import Lane, Wakeups, Worker
 
@@ -918,7 +919,7 @@ async def test_the_ledger_adds_up(world: World, sandbox: Sandbox) -> None:
     assert account["ledger_30d"] == {"jobs": 6, "reserved": 12, "charged": 24, "refunded": 42}
     assert (account["usage_30d"]["credits_spent"], account["difference_30d"]) == (24, 0)
     assert account["balance"] == {"credits": 100_000 - 24 - 12}
-    assert account["limits"]["requests_per_minute"] == 6000
+    assert account["limits"]["requests_per_minute"] == WITHOUT_LIMITS["rate_limit"]
 
 
 async def test_costs_are_of_a_time(world: World) -> None:

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from receiver.sandbox import SandboxOptions, create_app, running
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
 
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ IMAGE = {"prompt": "a cat"}
 async def servers() -> AsyncIterator[tuple[str, "Inbox"]]:
     """Give the base URL of a running sandbox, and a running receiver of webhooks."""
     inbox = Inbox()
-    options = SandboxOptions(duration=0.3, retry_after=0)
+    options = SandboxOptions(duration=0.3, retry_after=0, **WITHOUT_LIMITS)
     async with running(create_app(options, secret=SECRET)) as url, running(inbox.app) as inbox_url:
         inbox.url = f"{inbox_url}/hook"
         yield url, inbox
@@ -135,7 +136,15 @@ async def test_blocking_client_goes_the_whole_way(url: str) -> None:
 async def test_async_client_goes_the_whole_way(live: AsyncClipia, url: str) -> None:
     """`AsyncClipia` does the same, and the files that it is given can be downloaded."""
     before = (await live.account.get())["balance"]["credits"]
-    assert len((await live.models.list())["data"]) == 6
+    listed = (await live.models.list())["data"]
+    for model in listed:
+        described = await live.models.get(model.get("slug") or model["id"])
+        assert described.items() >= model.items()
+    assert (await live.models.get("gemini-3-1-flash-tts"))["text_limits"] == {
+        "min_chars": 1,
+        "max_chars": 20000,
+    }
+    assert (await live.models.estimate("video-upscale", {"video_url": "https://x/y"})).credits == 20
     assert (await live.models.get("seedance-2-fast-i2v"))["input_schema"]
     assert (await live.models.estimate("seedance-2-fast-t2v", IMAGE | {"duration": 8})).credits == 80
     seen: list[str] = []
@@ -169,7 +178,11 @@ async def test_test_key_answers_at_once(url: str) -> None:
         assert (job.status, job.cost) == ("COMPLETED", 12)
         result = await client.result(job.request_id)
     assert result.output is not None
-    assert result.output["images"][0]["original_url"] == f"{url}/sandbox/sample-image.png"
+    assert result.output == {
+        "images": [{"url": f"{url}/sandbox/sample-image.png", "width": 1024, "height": 1024}]
+    }
+    assert result.created_at is not None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", result.created_at)
 
 
 async def test_failed_generation(live: AsyncClipia, url: str) -> None:
@@ -220,7 +233,7 @@ async def test_webhook_passes_the_sdks_check(url: str, inbox: Inbox, key: str, s
     ("key", "model", "given", "expected"),
     [
         ("sk_wrong", "nano-banana-2", IMAGE, (401, "invalid_api_key", "authentication_error")),
-        (LIVE, "no/such model", IMAGE, (404, "not_found", "invalid_request_error")),
+        (LIVE, "no/such model", IMAGE, (404, "model_not_found", "invalid_request_error")),
         (LIVE, "no-such-model", IMAGE, (404, "model_not_found", "invalid_request_error")),
         (LIVE, "nano-banana-2", {}, (400, "model_input_invalid", "invalid_request_error")),
         (LIVE, "nano-banana-2", IMAGE | {"webhook_url": "x"}, None),

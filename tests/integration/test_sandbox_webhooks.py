@@ -21,7 +21,7 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 
 from receiver.errors import SignatureError
-from receiver.sandbox import SandboxOptions, create_app, running
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
 from receiver.sandbox.courier import Courier
 from receiver.signature import Secret, verify
 
@@ -33,7 +33,7 @@ each = pytest_asyncio.fixture(loop_scope="module")
 SECRET = "whsec_sandbox_webhooks"
 LIVE = {"Authorization": "Bearer clipia_live_x"}
 TEST = {"Authorization": "Bearer clipia_test_x"}
-FAST = SandboxOptions(duration=0.05, webhook_backoff=0.01, webhook_timeout=5)
+FAST = SandboxOptions(duration=0.05, webhook_backoff=0.01, webhook_timeout=5, **WITHOUT_LIMITS)
 
 T = TypeVar("T")
 Answer = Callable[[int], Awaitable[Response]]
@@ -406,7 +406,7 @@ async def test_end_cancels_what_is_waiting(receiver: Receiver) -> None:
         return Response(status_code=500)
 
     receiver.answer = refuse
-    app = create_app(SandboxOptions(duration=60, webhook_backoff=60), secret=SECRET)
+    app = create_app(SandboxOptions(duration=60, webhook_backoff=60, **WITHOUT_LIMITS), secret=SECRET)
     async with running(app) as url, httpx.AsyncClient(base_url=url) as sandbox:
         await submit(sandbox, receiver.url, LIVE)
         await submit(sandbox, receiver.url, TEST)

@@ -11,7 +11,7 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
-from receiver.sandbox import SandboxOptions, create_app
+from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app
 from receiver.sandbox.answers import CODES
 
 LIVE = {"Authorization": "Bearer clipia_live_one"}
@@ -40,7 +40,7 @@ def clock() -> Clock:
 @pytest.fixture
 def app(clock: Clock) -> Starlette:
     """Give a sandbox whose generations take 100 s of its clock."""
-    return create_app(SandboxOptions(duration=100), clock=clock)
+    return create_app(SandboxOptions(duration=100, **WITHOUT_LIMITS), clock=clock)
 
 
 @pytest.fixture
@@ -161,6 +161,20 @@ async def test_concurrency_limit(api: httpx.AsyncClient, clock: Clock) -> None:
     assert (await submit(api)).status_code == 200
 
 
+async def test_limits_are_clipias_unless_lifted(clock: Clock) -> None:
+    """F7: without switches a key has 120 calls a minute and ten generations in flight."""
+    transport = httpx.ASGITransport(create_app(clock=clock))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=LIVE) as api:
+        answers = [await submit(api) for _ in range(11)]
+        assert [answer.status_code for answer in answers] == [200] * 10 + [429]
+        assert error(answers[-1]) == (429, "concurrency_limit_exceeded")
+        assert answers[-1].headers["RateLimit-Limit"] == "120"
+        answers = [await api.get("/v1/account") for _ in range(110)]
+        assert [answer.status_code for answer in answers] == [200] * 109 + [429]
+        await switch(api, **WITHOUT_LIMITS)
+        assert [(await submit(api)).status_code for _ in range(11)] == [200] * 11
+
+
 async def test_undocumented_paths_and_methods_are_not_found(api: httpx.AsyncClient) -> None:
     """What is not documented is 404 in Clipia's shape, below /v1 and elsewhere."""
     assert error(await api.get("/v1/generations")) == (404, "not_found")
@@ -188,7 +202,9 @@ async def test_test_key_is_done_at_once(api: httpx.AsyncClient) -> None:
         "warnings": [],
     }
     result = (await api.get(answer["response_url"], headers=TEST)).json()
-    assert result["output"]["images"][0]["original_url"] == "http://127.0.0.1:9000/sandbox/sample-image.png"
+    image = "http://127.0.0.1:9000/sandbox/sample-image.png"
+    assert result["output"] == {"images": [{"url": image, "width": 1024, "height": 1024}]}
+    assert (await api.get(answer["status_url"], headers=TEST)).json()["queue_position"] is None
     assert await balance(api, TEST) == before
 
 
@@ -219,10 +235,10 @@ async def test_live_key_goes_through_the_queue(api: httpx.AsyncClient, clock: Cl
     assert seen == [
         (202, "IN_QUEUE", 3, 0),
         (202, "IN_QUEUE", 1, 0),
-        (202, "IN_PROGRESS", 0, 1),
-        (202, "IN_PROGRESS", 0, 46),
-        (202, "IN_PROGRESS", 0, 98),
-        (200, "COMPLETED", 0, 100),
+        (202, "IN_PROGRESS", None, 1),
+        (202, "IN_PROGRESS", None, 46),
+        (202, "IN_PROGRESS", None, 98),
+        (200, "COMPLETED", None, 100),
     ]
     content = (await api.get(job["response_url"])).json()
     works = f"http://127.0.0.1:9000/works/{job['request_id']}"
@@ -232,8 +248,8 @@ async def test_live_key_goes_through_the_queue(api: httpx.AsyncClient, clock: Cl
         f"{works}-2.png",
     ]
     assert (content["status"], content["model"], content["cost"]) == ("COMPLETED", "nano-banana-2", 24)
-    assert content["created_at"] == "2026-09-21T14:13:20.000Z"
-    assert content["completed_at"] == "2026-09-21T14:15:00.000Z"
+    assert content["created_at"] == "2026-09-21T14:13:20Z"
+    assert content["completed_at"] == "2026-09-21T14:15:00Z"
 
 
 async def test_running_result_says_what_is_known(api: httpx.AsyncClient) -> None:
@@ -244,7 +260,7 @@ async def test_running_result_says_what_is_known(api: httpx.AsyncClient) -> None
         "status": "IN_QUEUE",
         "model": "nano-banana-2",
         "cost": 12,
-        "created_at": "2026-09-21T14:13:20.000Z",
+        "created_at": "2026-09-21T14:13:20Z",
     }
 
 
@@ -494,7 +510,18 @@ async def test_catalogue(api: httpx.AsyncClient) -> None:
         assert described == model
         assert schema
     assert {model["type"] for model in listed[:-1]} == {"image", "video", "audio"}
-    assert error(await api.get("/v1/models/no-such-model")) == (404, "model_not_found")
+    assert (await api.get("/v1/models/gpt-5.6-sol")).json() == listed[-1]
+    assert error(await submit(api, model="gpt-5.6-sol")) == (404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    "slug", ["no-such-model", "no/such/model", "no%2Fsuch%2Fmodel", "nano-banana-2%2F", "%2F"]
+)
+async def test_unknown_model_of_any_spelling(api: httpx.AsyncClient, slug: str) -> None:
+    """A slug of no model is `model_not_found` for every call, also one with a slash, encoded or not."""
+    assert error(await api.get(f"/v1/models/{slug}")) == (404, "model_not_found")
+    assert error(await submit(api, model=slug)) == (404, "model_not_found")
+    assert error(await api.post(f"/v1/models/{slug}/estimate", json=IMAGE)) == (404, "model_not_found")
 
 
 async def test_estimate_checks_the_input(api: httpx.AsyncClient) -> None:

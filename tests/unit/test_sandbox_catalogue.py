@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from receiver.sandbox.answers import Problem
-from receiver.sandbox.catalogue import MODELS, find_model
+from receiver.sandbox.catalogue import MODELS, TEXT_MODELS, describe, find_model, listing
 
 
 def file_url(number: int, extension: str) -> str:
@@ -20,14 +20,20 @@ def file_url(number: int, extension: str) -> str:
         ("nano-banana-2", {"prompt": "x", "num_images": 3}, 36),
         ("seedance-2-fast-t2v", {"prompt": "x"}, 40),
         ("seedance-2-fast-t2v", {"prompt": "x", "duration": 8}, 80),
-        ("seedance-2-fast-i2v", {"image_url": "https://x/y", "duration": 12}, 120),
+        ("seedance-2-fast-t2v", {"prompt": "x", "duration": 12.0}, 120),
+        ("seedance-2-fast-i2v", {"image_url": "https://x/y"}, 40),
+        ("seedance-2-fast-i2v", {"image_url": "https://x/y", "duration": 8}, 80),
+        ("seedance-2-fast-i2v", {"image_url": "https://x/y", "resolution": "480p"}, 20),
+        ("seedance-2-fast-i2v", {"image_url": "https://x/y", "duration": 8, "resolution": "1080p"}, 160),
+        ("video-upscale", {"video_url": "https://x/y"}, 20),
+        ("video-upscale", {"video_url": "https://x/y", "scale": 4}, 40),
         ("gemini-3-1-flash-tts", {"prompt": "x" * 1000}, 5),
         ("gemini-3-1-flash-tts", {"prompt": "x" * 1001}, 10),
         ("suno-music", {"prompt": "x"}, 30),
     ],
 )
 def test_price_follows_the_input(slug: str, given: dict[str, Any], price: int) -> None:
-    """The price is fixed by the input: images, seconds, started thousands of characters."""
+    """The price is fixed by the input: images, seconds, resolution, started thousands of characters."""
     model = find_model(slug)
     model.check(given)
     assert model.price(given) == price
@@ -65,6 +71,11 @@ def test_price_follows_the_input(slug: str, given: dict[str, Any], price: int) -
         ),
         ("seedance-2-fast-t2v", {"prompt": "x", "audio": 1}, 'Parameter "audio" must be of type boolean.'),
         ("seedance-2-fast-i2v", {"prompt": "x"}, 'Parameter "image_url" is required.'),
+        (
+            "seedance-2-fast-i2v",
+            {"image_url": "https://x/y", "duration": 12},
+            'Parameter "duration" must be one of 4, 8.',
+        ),
     ],
 )
 def test_input_that_does_not_fit(slug: str, given: dict[str, Any], message: str) -> None:
@@ -79,34 +90,101 @@ def test_input_that_does_not_fit(slug: str, given: dict[str, Any], message: str)
 
 
 def test_warnings_name_what_is_ignored() -> None:
-    """A key that another model knows is `unsupported`, one that none knows is `unknown`."""
+    """A key that another model knows is `unsupported`, others are `unknown`; both name the model."""
     warnings = find_model("nano-banana-2").warnings({"prompt": "x", "duration": 4, "aspect_ration": "1:1"})
     assert [(warning["code"], warning["parameter"]) for warning in warnings] == [
         ("unsupported_parameter", "duration"),
         ("unknown_parameter", "aspect_ration"),
     ]
-    assert all(warning["parameter"] in warning["message"] for warning in warnings)
+    takes = "nano-banana-2 takes: prompt, aspect_ratio, num_images, image_url."
+    assert [warning["message"] for warning in warnings] == [
+        f'Parameter "duration" is not supported by nano-banana-2 and was ignored. {takes}',
+        f'Parameter "aspect_ration" is not recognized and was ignored. {takes}',
+    ]
     assert find_model("nano-banana-2").warnings({"prompt": "x"}) == []
 
 
 def test_output_by_kind() -> None:
     """Images have a display and an original file, a video is one object, audio repeats its first track."""
-    image, second = find_model("nano-banana-2").output(2, file_url)["images"]
+    two = {"prompt": "x", "num_images": 2}
+    image, second = find_model("nano-banana-2").output(two, file_url, live=True)["images"]
     assert image == {"url": "1.webp", "original_url": "1.png", "width": 1024, "height": 1024}
     assert second["original_url"] == "2.png"
-    video = find_model("seedance-2-fast-t2v").output(1, file_url)
+    video = find_model("seedance-2-fast-t2v").output({"prompt": "x"}, file_url, live=True)
     assert video == {"video": {"url": "1.mp4", "width": 640, "height": 360, "duration": 4}}
     first, other = {"url": "1.mp3", "format": "mp3"}, {"url": "2.mp3", "format": "mp3"}
-    assert find_model("suno-music").output(2, file_url) == {"audio": first, "audios": [first, other]}
+    tracks = find_model("suno-music").output({"prompt": "x"}, file_url, live=True)
+    assert tracks == {"audio": first, "audios": [first, other]}
+
+
+def test_a_test_key_gets_one_sample_image() -> None:
+    """A test key's output has one image with a `url` and no `original_url`, also if more were asked for."""
+    output = find_model("nano-banana-2").output({"prompt": "x", "num_images": 3}, file_url, live=False)
+    assert output == {"images": [{"url": "1.png", "width": 1024, "height": 1024}]}
+
+
+def test_documented_models() -> None:
+    """The two models of the public documentation are as it has them, with prices and parameters."""
+    entries = {entry.get("slug"): entry for entry in listing()}
+    assert entries["nano-banana-2"] == {
+        "slug": "nano-banana-2",
+        "type": "image",
+        "name": "Nano Banana 2",
+        "capabilities": ["text-to-image", "image-to-image"],
+        "pricing": {"credits": 12},
+    }
+    assert describe("seedance-2-fast-i2v") == {
+        "slug": "seedance-2-fast-i2v",
+        "type": "video",
+        "name": "Seedance 2 Fast",
+        "capabilities": ["image-to-video"],
+        "pricing": {"credits": 40, "note": "varies with duration/resolution"},
+        "input_schema": {
+            "image_url": {"type": "string", "required": True},
+            "prompt": {"type": "string", "required": False},
+            "duration": {"type": "number", "required": False, "default": 4, "enum": [4, 8]},
+            "resolution": {
+                "type": "string",
+                "required": False,
+                "default": "720p",
+                "enum": ["480p", "720p", "1080p"],
+            },
+            "aspect_ratio": {"type": "string", "required": False, "enum": ["16:9", "9:16", "1:1"]},
+        },
+    }
+
+
+def test_prices_as_the_sdk_types_them() -> None:
+    """The list has every kind of price that SDK 1.5.0 knows, and limits of the text of a speech model."""
+    entries = {entry.get("slug") or entry["id"]: entry for entry in listing()}
+    assert entries["video-upscale"]["pricing"]["estimate_required"] is True
+    assert "credits" not in entries["video-upscale"]["pricing"]
+    assert entries["seedance-2-fast-t2v"]["pricing"]["multipliers"] == {"duration": {"4": 1, "8": 2, "12": 3}}
+    speech = entries["gemini-3-1-flash-tts"]
+    assert speech["text_limits"] == {"min_chars": 1, "max_chars": 20_000}
+    assert (
+        speech["pricing"].items() >= {"credits": 5, "billing_unit": "characters", "unit_size": 1000}.items()
+    )
+    text = entries["gpt-5.6-sol"]
+    assert ("slug" in text, text["pricing"]) == (False, {"prompt": "0.00000499875", "completion": "0.00003"})
+
+
+def test_text_model_is_read_by_its_id() -> None:
+    """A text model is described as it is listed, but nothing can be submitted to it."""
+    assert describe("gpt-5.6-sol") == TEXT_MODELS["gpt-5.6-sol"]
+    with pytest.raises(Problem) as caught:
+        find_model("gpt-5.6-sol")
+    assert caught.value.code == "model_not_found"
 
 
 def test_both_shapes_of_input_schema() -> None:
     """Older models describe their input as a map with `enum`, newer ones as a list with `options`."""
-    older = find_model("seedance-2-fast-t2v").described()["input_schema"]
-    assert older["duration"] == {"type": "number", "enum": [4, 8, 12], "default": 4, "required": False}
-    assert older["prompt"] == {"type": "string", "required": True, "min": 1, "max": 4000}
-    newer = find_model("seedance-2-fast-i2v").described()["input_schema"]["parameters"]
-    assert newer[2] == {
+    older = find_model("nano-banana-2").described()["input_schema"]
+    ratios = ["1:1", "16:9", "9:16"]
+    assert older["aspect_ratio"] == {"type": "string", "enum": ratios, "default": "1:1", "required": False}
+    assert older["prompt"] == {"type": "string", "required": True, "minLength": 1, "maxLength": 4000}
+    newer = find_model("seedance-2-fast-t2v").described()["input_schema"]["parameters"]
+    assert newer[1] == {
         "name": "duration",
         "type": "number",
         "required": False,

@@ -1,11 +1,15 @@
 """The sandbox's switches, their dice, and the page that lists them."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
+from servers import free_port
+from typer.testing import CliRunner
 
+from receiver.cli import app
 from receiver.errors import SettingsError
 from receiver.sandbox.answers import CODES
 from receiver.sandbox.options import Dice, SandboxOptions, switches
@@ -110,3 +114,28 @@ def test_page_lists_every_switch_with_its_default() -> None:
             f"| `--{name.replace('_', '-')}` | {default}{' ' if default else ''}| {switch.help} |"
         )
     assert rows == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "limits"),
+    [
+        ([], (120, 10)),
+        (["--like-clipia"], (120, 10)),
+        (["--rate-limit", "6000"], (6000, 10)),
+        (["--no-like-clipia"], (1_000_000, 1_000_000)),
+        (["--no-like-clipia", "--rate-limit", "120"], (120, 1_000_000)),
+    ],
+)
+def test_limits_on_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], limits: tuple[int, int]
+) -> None:
+    """`receiver sandbox` has Clipia's limits; `--no-like-clipia` lifts those that are not given."""
+    made: list[SandboxOptions] = []
+
+    def note(options: SandboxOptions, **_: Any) -> None:
+        made.append(options)
+        raise SettingsError("far enough")
+
+    monkeypatch.setattr(import_module("receiver.cli.sandbox"), "create_app", note)
+    CliRunner().invoke(app, ["sandbox", "--port", str(free_port()), *arguments])
+    assert [(options.rate_limit, options.concurrency_limit) for options in made] == [limits]
