@@ -318,7 +318,12 @@ def create_app(
         )
         routes.append(Route("/metrics", metrics.__call__, methods=["GET"]))
         routes += Jobs(submitter, tokens).routes()
-        routes += Ledger(database, make_replays(settings, database, wake=wakeups.wake), tokens).routes()
+        routes += Ledger(
+            database,
+            make_replays(settings, database, wake=wakeups.wake),
+            tokens,
+            open_storage=lambda: open_storage(settings.storage_url.get_secret_value()),
+        ).routes()
     app = _App(
         callbacks,
         routes=routes,

@@ -221,7 +221,8 @@ def compare(
 
     `bodies` are those of known events, by `seq`, that are not the same bytes.
     """
-    if known.body_sha256 == event.body_sha256:
+    # A conflict would keep the body on its receipt, and with it what was erased.
+    if known.body_sha256 == event.body_sha256 or known.state == "erased":
         return "duplicate"
     if known.origin == "poll":
         # We wrote that body ourselves, and need not have hit Clipia's words.

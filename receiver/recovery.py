@@ -92,7 +92,7 @@ async def _plan(
         planned[event.id] = event
         return "accepted"
     first = planned[event.id]
-    known = inbox.KnownEvent(0, first.origin, first.status, first.body_sha256)
+    known = inbox.KnownEvent(0, first.origin, first.status, first.body_sha256, first.state)
     return compare(known, event, {0: first.body})
 
 

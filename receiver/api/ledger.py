@@ -1,6 +1,8 @@
 """`/v1/events`, `/v1/deliveries` and `/v1/replays`: what came in, where it went, and sending it again."""
 
 import base64
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Final, cast, get_args
 from uuid import UUID
 
@@ -10,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
+from receiver import retention
 from receiver.api.auth import Caller, Tokens
 from receiver.api.endpoints import (
     Endpoint,
@@ -28,8 +31,9 @@ from receiver.db import ledger, outbox
 from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState, EventState, EventStatus
-from receiver.errors import Refused
+from receiver.errors import Refused, StorageUnavailable
 from receiver.lenient_json import present
+from receiver.media import Storage
 from receiver.replay import ReplayRequest, Replays
 
 MOST_RESTARTED: Final = 10_000
@@ -41,8 +45,11 @@ log = structlog.get_logger()
 class Ledger:
     """The endpoints. All of them show or touch every caller's events, so they need `operate`."""
 
-    def __init__(self, database: Database, replays: Replays, tokens: Tokens) -> None:
+    def __init__(
+        self, database: Database, replays: Replays, tokens: Tokens, *, open_storage: Callable[[], Storage]
+    ) -> None:
         self._database = database
+        self._open_storage = open_storage
         self._replays = replays
         self._tokens = tokens
 
@@ -51,6 +58,7 @@ class Ledger:
         table: list[Endpoint] = [
             ("GET", "/v1/events", "operate", self._events),
             ("GET", "/v1/events/{id}", "operate", self._event),
+            ("DELETE", "/v1/events/{id}", "operate", self._erase),
             ("GET", "/v1/events/{id}/receipts", "operate", self._receipts),
             ("POST", "/v1/events/{id}/replay", "operate", self._replay_event),
             ("GET", "/v1/deliveries", "operate", self._deliveries),
@@ -86,6 +94,28 @@ class Ledger:
         event |= present(event.pop("body"))
         event["receipts"] = [_shown(receipt) for receipt in event["receipts"]]
         return json_answer(event)
+
+    async def _erase(self, request: Request, caller: Caller) -> Response:
+        id_ = request.path_params["id"]
+        # Opened for this call alone: a process without a worker needs no storage to start.
+        storage = self._open_storage()
+        try:
+            # No database stores NUL.
+            erased = None if "\0" in id_ else await retention.erase(self._database, storage, id_)
+        except StorageUnavailable as error:
+            log.warning("files not deleted", key=id_, error=str(error))
+            raise Refused(
+                "The event is erased and its files are not: the storage is unavailable. Send it again.",
+                code="service_unavailable",
+                status=503,
+                type_="api_error",
+            ) from None
+        finally:
+            await storage.close()
+        if erased is None:
+            raise _nothing("event")
+        log.warning("event erased", event_id=str(erased.id), by=caller.name, files=erased.files)
+        return json_answer(asdict(erased))
 
     async def _receipts(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)

@@ -18,7 +18,7 @@ from rich.text import Text
 from sqlalchemy.exc import StatementError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver import recovery
+from receiver import recovery, retention
 from receiver.cli.database import with_database
 from receiver.cli.terminal import (
     Json,
@@ -38,10 +38,12 @@ from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
 from receiver.files import private
 from receiver.lenient_json import present
+from receiver.media import open_storage
 from receiver.recovery import Recovered
+from receiver.retention import Erased
 from receiver.settings import Settings
 
-events = typer.Typer(help="Look at stored events, export and import them.", no_args_is_help=True)
+events = typer.Typer(help="Look at stored events, export, import and erase them.", no_args_is_help=True)
 
 T = TypeVar("T")
 
@@ -218,6 +220,35 @@ def recover(
         f"{counts['accepted']} events {verb}; {counts['duplicate']} had come again, "
         f"{counts['conflict']} with another body; {counts['unrecognized']} are not readable"
     )
+
+
+@events.command()
+def erase(
+    key: Annotated[str, typer.Argument(metavar="ID", help="An event's id, or Clipia's request_id.")],
+    json: Json = False,
+) -> None:
+    """Erase one event for good: its body, its files and deliveries, and the input and metadata of its job.
+
+    A tombstone stays, so that a late webhook is still a duplicate. Messages that were forwarded, exports and
+    backups are not touched. While something is left to do for the event it is refused.
+    """
+
+    async def run(settings: Settings, database: Database) -> Erased | None:
+        storage = open_storage(settings.storage_url.get_secret_value())
+        try:
+            return await retention.erase(database, storage, key)
+        finally:
+            await storage.close()
+
+    erased = with_database(run)
+    if erased is None:
+        raise ReceiverError(f"there is no event with the id or request_id {key!r}")
+    if json:
+        print_json(asdict(erased))
+        return
+    print_line(f"Event {erased.id} is erased, {erased.files} files deleted.")
+    for uri in erased.files_elsewhere:
+        print_line(f"In another storage than RECEIVER_STORAGE_URL, delete it there: {uri}")
 
 
 def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]]]:

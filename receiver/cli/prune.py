@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Annotated
@@ -14,6 +15,7 @@ from receiver import retention
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, progress_bar, stderr, stdout
 from receiver.db.engine import Database
+from receiver.media import open_storage
 from receiver.retention import Pruned
 from receiver.settings import Settings
 
@@ -38,27 +40,43 @@ def prune(
     dead_letters: Annotated[
         bool, typer.Option("--dead-letters", help="Also events with a delivery that was given up.")
     ] = False,
+    media: Annotated[bool, typer.Option("--media", help="Also the files of these events.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
     json: Json = False,
 ) -> None:
-    """Delete old events with their receipts, files' records, deliveries and tries; jobs and files stay.
+    """Delete old events with their receipts, files' records, deliveries and tries, and old jobs' inputs.
 
-    What is not settled is kept: files and deliveries that are pending, dead letters, events that a replay has
-    yet to reach or whose job is open. A run can be ended and repeated at any time.
+    Jobs stay with their key, price and result; files stay unless --media. What is not settled is kept: files
+    and deliveries that are pending, dead letters, events that a replay has yet to reach or whose job is open.
+    A run can be ended and repeated at any time.
     """
 
-    async def run(_settings: Settings, database: Database) -> Pruned:
+    async def run(settings: Settings, database: Database) -> Pruned:
         done = await retention.begin(database, older_than=older_than)
-        batches = retention.prune(database, done, dead_letters=dead_letters, dry_run=dry_run)
-        return await _watch(done, batches)
+        async with AsyncExitStack() as stack:
+            storage = None
+            if media:
+                storage = open_storage(settings.storage_url.get_secret_value())
+                stack.push_async_callback(storage.close)
+            batches = retention.prune(
+                database, done, dead_letters=dead_letters, dry_run=dry_run, storage=storage
+            )
+            return await _watch(done, batches)
 
     done = with_database(run)
     if json:
         print_json(asdict(done))
-    else:
-        verb = "to delete" if dry_run else "deleted"
-        stdout.print(
-            f"{done.events} events received before {moment(done.before)} {verb}, {done.kept} as old kept"
+        return
+    verb = "to delete" if dry_run else "deleted"
+    stdout.print(
+        f"{done.events} events received before {moment(done.before)} {verb}, {done.kept} as old kept"
+    )
+    if done.files or done.jobs:
+        stdout.print(f"{done.files} files and the inputs of {done.jobs} jobs {verb}")
+    if done.files_elsewhere:
+        stderr.print(
+            f"{done.files_elsewhere} files are in another storage than RECEIVER_STORAGE_URL, and stay.",
+            soft_wrap=True,
         )
 
 

@@ -28,6 +28,8 @@ def route(
                 raise ReceiverError(f"there is no event with the id or request_id {key!r}")
             if found["state"] == "unrecognized":
                 raise ReceiverError("the event was not recognized, so it goes nowhere")
+            if found["state"] == "erased":
+                raise ReceiverError("the event was erased, so it goes nowhere")
             seq = found["seq"]
             event = (await inbox.load_events(connection, [seq]))[seq]
             refs = await job_events.load_refs(connection, [seq])

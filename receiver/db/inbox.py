@@ -27,6 +27,7 @@ class KnownEvent(NamedTuple):
     origin: str
     status: str | None
     body_sha256: str
+    state: str
 
 
 async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
@@ -105,6 +106,7 @@ _KNOWN = (
         events.c.origin,
         events.c.status,
         events.c.body_sha256,
+        events.c.state,
     )
     .where(among(events.c.id, "ids"))
     # As a receipt will do: one whose event is gone by then would fail, and its whole group with it.

@@ -14,7 +14,8 @@ from receiver.webhook import Kind, Variant
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 """Fixed for ever: an event keeps its id across databases, replays and re-imports."""
 
-EventState = Literal["received", "fetching", "ready", "unrecognized"]
+EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
+"""`erased`: a tombstone without a body, so that a late delivery of the event is still a duplicate."""
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
@@ -199,6 +200,10 @@ class Backlog:
     rows: int
     oldest: float
     """Age of the oldest in seconds; 0 where there is none."""
+
+
+NO_INPUT: Final = b'{"input":null}'
+"""The request of a job whose input was deleted; releases that know nothing of that can read it, too."""
 
 
 @dataclass(frozen=True, kw_only=True)

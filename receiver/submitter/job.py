@@ -78,7 +78,8 @@ class Job:
     caller: str
     idempotency_key: str
     model: str
-    input: dict[str, Any]
+    input: dict[str, Any] | None
+    """None after it was deleted: `receiver prune`, `receiver events erase`."""
     metadata: dict[str, str]
     max_cost: Credits | None
     request_id: str | None

@@ -122,15 +122,22 @@ def freeze_again(request: bytes, job_id: uuid.UUID, public_url: str | None) -> t
     """Return the bytes with which a job is submitted anew, and the digest of their token.
 
     A new key is a new request: it goes to where the callback is now, and with a new token the webhook of the
-    old request does not end the job. Raises Refused as `encode_request` does.
+    old request does not end the job. Raises Refused as `encode_request` does, and if the input was deleted.
     """
+    given = read_input(request)
+    if given is None:
+        raise Refused(
+            "the job's input was deleted, so the job cannot be submitted again",
+            code="not_resubmittable",
+            status=409,
+        )
     token = new_token()
-    return encode_request(read_input(request), job_id, token, public_url), digest_token(token)
+    return encode_request(given, job_id, token, public_url), digest_token(token)
 
 
-def read_input(request: bytes) -> dict[str, Any]:
-    """Return the input in the bytes that are sent to Clipia."""
-    found: dict[str, Any] = orjson.loads(request)["input"]
+def read_input(request: bytes) -> dict[str, Any] | None:
+    """Return the input in the bytes that are sent to Clipia; None if it was deleted (`NO_INPUT`)."""
+    found: dict[str, Any] | None = orjson.loads(request)["input"]
     return found
 
 

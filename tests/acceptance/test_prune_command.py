@@ -18,14 +18,15 @@ from typing import TypeVar
 import pytest
 from eventkit import until
 from harness import command_environment
-from history import count_rows, fill, whole
-from sqlalchemy import text
+from history import count_rows, fill, fill_jobs, whole
+from sqlalchemy import select, text, update
 from typer.testing import CliRunner
 
 from receiver import retention
 from receiver.cli import app
 from receiver.cli.prune import _watch
 from receiver.db.engine import Database
+from receiver.db.tables import media
 from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retention import Pruned
 
@@ -94,6 +95,17 @@ def is_locked(path: str) -> bool:
     return True
 
 
+async def add_files(database: Database, folder: Path) -> None:
+    """Put the file of every event into a storage."""
+    async with database.write() as connection:
+        for id_ in (await connection.execute(select(media.c.id))).scalars().all():
+            file = folder / str(id_) / "0.png"
+            file.parent.mkdir(parents=True)
+            file.write_bytes(b"a picture")
+            stored = {"storage_key": f"{id_}/0.png", "uri": file.as_uri()}
+            await connection.execute(update(media).where(media.c.id == id_).values(**stored))
+
+
 @pytest.fixture
 def receiver(database_url: str, tmp_path: Path) -> Receiver:
     """A receiver."""
@@ -102,12 +114,13 @@ def receiver(database_url: str, tmp_path: Path) -> Receiver:
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 def test_it_says_what_it_deletes(
-    receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch
+    receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """C16: for people, and for programs; an age that is too short is one clear error."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     receiver.use(partial(fill, count=3))
+    receiver.use(fill_jobs)
 
     def prune(*arguments: str) -> str:
         return CliRunner().invoke(app, ["prune", *arguments], catch_exceptions=False).stdout
@@ -116,11 +129,18 @@ def test_it_says_what_it_deletes(
         prune("--older-than", "4w")
     day = (datetime.now(UTC) - timedelta(weeks=14)).strftime("%Y-%m-%d")
     said = prune("--older-than", "14w", "--dry-run")
-    assert re.fullmatch(rf"3 events received before {day} ..:..:..Z to delete, 0 as old kept\n", said)
+    assert re.fullmatch(
+        rf"3 events received before {day} ..:..:..Z to delete, 0 as old kept\n"
+        r"0 files and the inputs of 3 jobs to delete\n",
+        said,
+    )
     assert receiver.use(count_rows) == whole(3)
-    found = json.loads(prune("--older-than", "90d", "--json"))
+    receiver.use(partial(add_files, folder=tmp_path / "media"))
+    monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
+    found = json.loads(prune("--older-than", "90d", "--media", "--json"))
     before = datetime.fromisoformat(found.pop("before"))
-    assert found == {"events": 3, "kept": 0}
+    assert found == {"events": 3, "kept": 0, "files": 3, "files_elsewhere": 0, "jobs": 3}
+    assert not list(tmp_path.rglob("*.png"))
     assert timedelta(0) < datetime.now(UTC) - timedelta(days=90) - before < timedelta(minutes=1)
     assert receiver.use(count_rows) == whole(0)
 
@@ -197,3 +217,29 @@ def test_kill_9_leaves_no_half_event(receiver: Receiver) -> None:
 
     assert receiver.use(go_on) == counts["events"]
     assert receiver.use(count_rows) == whole(0)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_events_erase(
+    receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """G9: one event by its request_id, for people and for programs; an unknown one is an error."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
+    monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
+    receiver.use(partial(fill, count=2))
+    receiver.use(partial(add_files, folder=tmp_path / "media"))
+
+    def erase(*arguments: str) -> str:
+        return CliRunner().invoke(app, ["events", "erase", *arguments], catch_exceptions=False).stdout
+
+    assert re.fullmatch(r"Event [0-9a-f-]{36} is erased, 1 files deleted\.\n", erase("r-1"))
+    assert json.loads(erase("r-2", "--json"))["files"] == 1
+    assert not list(tmp_path.rglob("*.png"))
+    with pytest.raises(ReceiverError, match="there is no event with the id or request_id 'r-3'"):
+        erase("r-3")
+    rows = json.loads(CliRunner().invoke(app, ["events", "list", "--state", "erased", "--json"]).stdout)
+    assert [row["request_id"] for row in rows] == ["r-2", "r-1"]
+    assert "erased" in CliRunner().invoke(app, ["events", "show", "r-1"]).stdout
+    with pytest.raises(ReceiverError, match="was erased, so it goes nowhere"):
+        CliRunner().invoke(app, ["route", "r-1"], catch_exceptions=False)

@@ -20,10 +20,11 @@ from starlette.routing import Route
 
 from receiver.api import ledger
 from receiver.app import create_app
+from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import event_id
-from receiver.db.tables import attempts, deliveries, events, replays
+from receiver.db.rows import NewMedia, event_id
+from receiver.db.tables import attempts, deliveries, events, media, replays
 from receiver.settings import Settings
 
 OPERATOR = "operator-0123456789abcdef"
@@ -40,6 +41,7 @@ BEYOND = [("since", "0001-01-01T00:00:00+23:00"), ("until", "9999-12-31T23:59:59
 ROUTES = [
     ("GET", "/v1/events"),
     ("GET", "/v1/events/{id}"),
+    ("DELETE", "/v1/events/{id}"),
     ("GET", "/v1/events/{id}/receipts"),
     ("POST", "/v1/events/{id}/replay"),
     ("GET", "/v1/deliveries"),
@@ -605,3 +607,31 @@ async def test_operators_see_every_callers_events(site: Site) -> None:
     assert len(await site.data("/v1/events")) == 1
     counted = await site.post("/v1/replays", {"selection": {"caller": "somebody"}, "dry_run": True})
     assert counted.json()["events"] == 1
+
+
+async def test_an_event_is_erased(site: Site, tmp_path: Path) -> None:
+    """G9: a tombstone stays; 409 if something is left to do, 503 while the storage is away: it goes on."""
+    await site.world.add_history(plain("r-1"), plain("r-2"))
+    await site.world.change(deliveries, state="pending")
+    assert error_of(await site.operator.delete("/v1/events/r-1")) == (409, "not_settled")
+    await site.world.change(deliveries, state="delivered")
+    file = tmp_path / "data" / "media" / "r-1" / "0.png"
+    file.mkdir(parents=True)  # which no storage can delete as a file
+    async with site.world.database.write() as connection:
+        (first, _) = (await connection.execute(select(events.c.seq).order_by(events.c.seq))).scalars()
+        new = NewMedia(position=0, variant="original", kind="image", url="https://media.clipia.ai/a.png")
+        await outbox.insert_media(connection, [(first, new)])
+    await site.world.change(media, state="stored", storage_key="r-1/0.png", uri=file.as_uri())
+    assert error_of(await site.operator.delete("/v1/events/r-1")) == (503, "service_unavailable")
+    file.rmdir()
+    file.write_bytes(b"a private picture")
+    expected = {"id": str(event_id("clipia", "r-1")), "request_id": "r-1", "files": 1, "files_elsewhere": []}
+    answer = await site.operator.delete("/v1/events/r-1")
+    assert (answer.status_code, answer.json()) == (200, expected)
+    assert not file.exists()
+    shown = (await site.get("/v1/events/r-1")).json()
+    assert (shown["state"], shown["body_base64"]) == ("erased", "")
+    assert [row["request_id"] for row in await site.data("/v1/events", state="erased")] == ["r-1"]
+    assert (await site.operator.delete(f"/v1/events/{event_id('clipia', 'r-1')}")).json()["files"] == 0
+    for path in (f"/v1/events/{NOBODY}", "/v1/events/r-%00", "/v1/events/unknown"):
+        assert error_of(await site.operator.delete(path)) == (404, "not_found")

@@ -644,11 +644,8 @@ async def test_a_test_key_is_done_at_once(world: World) -> None:
     done = await show(submitter, job)
     assert (done.state, done.cost, done.charged) == ("completed", PRICE, 0)
     assert done.event is not None
-    assert [(file.variant, file.state) for file in done.event.media] == [
-        ("original", "pending"),
-        ("display", "pending"),
-    ]
-    assert len(await world.rows(media)) == 2
+    assert [(file.variant, file.state) for file in done.event.media] == [("original", "pending")]
+    assert len(await world.rows(media)) == 1
 
 
 # --- looking at jobs ---

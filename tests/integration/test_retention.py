@@ -46,7 +46,7 @@ async def on_postgresql(postgres: Postgres, tmp_path: Path) -> AsyncIterator[Wor
     await database.close()
 
 
-async def prune(world: World, *, days: float = 90.0, **options: bool) -> Pruned:
+async def prune(world: World, *, days: float = 90.0, **options: Any) -> Pruned:
     """Prune to the end."""
     begun = await retention.begin(world.database, older_than=timedelta(days=days))
     return [done async for done in retention.prune(world.database, begun, **options)][-1]
