@@ -50,6 +50,7 @@ from receiver.retry import RetryPolicy
 from receiver.settings import Settings, SourceSettings
 from receiver.signature import Secret
 from receiver.submitter import Submitter
+from receiver.unserved import giving_up
 from receiver.worker import Lane, Wakeups, Worker
 
 Only = Literal["webhook", "internal"]
@@ -105,6 +106,8 @@ async def running_worker(
         worker = await _open_worker(settings, database, wakeups, submitter, stack)
         if not database.is_sqlite:
             await stack.enter_async_context(_listening(database, wakeups))
+        names = [each.name for each in settings.all_destinations]
+        await stack.enter_async_context(giving_up(database, names))
         account = submitter.client.account if submitter.lane is not None else None
 
         async def work() -> None:

@@ -18,12 +18,12 @@ import structlog
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import job_events, leases, outbox, replays, tables
+from receiver.db import job_events, leases, outbox, replays, tables, workers
 from receiver.db.engine import Database
 from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
 from receiver.destination_settings import FilterSettings
-from receiver.errors import Refused, SettingsError
+from receiver.errors import Refused, SettingsError, TransientError
 from receiver.lanes import (
     LEASE,
     MAX_LOST,
@@ -37,6 +37,7 @@ from receiver.lanes import (
 )
 from receiver.media import Storage
 from receiver.media.verify import verify
+from receiver.retry import GIVE_UP_AFTER
 from receiver.routing import Facts, refusal
 
 REPLAY_LANE: Final = "replay"
@@ -228,6 +229,9 @@ class ReplayLane(WorkLane):
             await self._step(claim, order)
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this order, not to its lane
             message = describe(error)
+            if claim.age >= GIVE_UP_AFTER and not isinstance(error, TransientError):
+                await self._end(claim, state="failed", error=message)
+                return
             log.warning("replay held up", replay_id=str(claim.id), error=message)
 
             async def put_back(connection: AsyncConnection) -> bool:
@@ -237,8 +241,11 @@ class ReplayLane(WorkLane):
 
     async def _step(self, claim: Claim, order: ReplayOrder) -> None:
         if unknown := [name for name in order.destinations if name not in self._targets]:
-            # Another worker's newer configuration may have it; whoever has removed it may cancel the order.
-            raise SettingsError(f"this worker has no destination {unknown[0]!r}: restart it, or cancel")
+            message = f"this worker has no destination {unknown[0]!r}: restart it, or cancel"
+            if await self._others_have(unknown):
+                # Their settings may be newer.
+                raise TransientError(message, reason="settings")
+            raise SettingsError(message)
         scope = replays.Scope(after_seq=order.after_seq, until_seq=order.until_seq)
         if scope.after_seq >= scope.until_seq:
             await self._end(claim, state="completed")
@@ -282,6 +289,13 @@ class ReplayLane(WorkLane):
         if loading:
             self._wake(MEDIA_LANE)
         asyncio.get_running_loop().call_later(delay, self._wake, REPLAY_LANE)
+
+    async def _others_have(self, names: Collection[str]) -> bool:
+        """Return whether another worker delivers to all of these destinations."""
+        async with self._database.read() as connection:
+            seen = await workers.seen(connection)
+        lanes = {destination_lane(name) for name in names}
+        return any(each.is_running and lanes <= set(each.lanes) for each in seen)
 
     async def _is_crowded(self, order: ReplayOrder) -> bool:
         async with self._database.read() as connection:

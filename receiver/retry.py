@@ -7,6 +7,8 @@ from typing import Final
 from receiver.errors import MediaMissing, ReceiverError, StorageUnavailable, TransientError
 
 DAY: Final = 86_400.0
+GIVE_UP_AFTER: Final = 3 * DAY
+"""Seconds for which work is tried, unless a setting says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class RetryPolicy:
     """Upper bound of the first delay, in seconds."""
     cap: float = 600.0
     """Upper bound of every delay, in seconds."""
-    give_up_after: float = 3 * DAY
+    give_up_after: float = GIVE_UP_AFTER
     """Age of the work, in seconds, from which a failed try is the last one."""
     min_attempts: int = 1
     """Tries that are made however old the work is."""
@@ -46,7 +48,7 @@ class RetryPolicy:
         return min(delay, remaining) if remaining > 0 else delay
 
 
-MEDIA: Final = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
+MEDIA: Final = RetryPolicy(initial=2.0, cap=600.0)
 """Downloads that fail: the CDN is slow, down or cuts off."""
 
 MEDIA_MISSING: Final = RetryPolicy(initial=1200.0, cap=1800.0, give_up_after=3600.0, min_attempts=3)

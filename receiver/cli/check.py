@@ -127,8 +127,9 @@ class _Check:
                 self._say(
                     "warning",
                     "database",
-                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, "
-                    "which is not configured",
+                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, which is not "
+                    "configured: `receiver deliveries move` or `discard`; else they are dead letters after "
+                    "three days",
                 )
             self._check_workers(settings, seen)
             if frozen is not None:

@@ -1,7 +1,10 @@
 """`receiver deliveries`: what goes where, and dead letters."""
 
+import contextlib
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -9,21 +12,31 @@ import typer
 from rich.table import Table
 from rich.text import Text
 from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, user_name, wide
-from receiver.db import ledger, outbox
+from receiver.cli.waiting import name_of
+from receiver.db import ledger, outbox, unserved, workers
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState
+from receiver.db.unserved import Taken
 from receiver.errors import ReceiverError
+from receiver.lanes import destination_lane
 from receiver.settings import Settings
 
 BATCH = 1000
+COLLISIONS = 5
 
-deliveries = typer.Typer(help="Look at deliveries, and retry dead letters.", no_args_is_help=True)
+deliveries = typer.Typer(
+    help="Look at deliveries, retry dead letters, and move or discard those of a removed destination.",
+    no_args_is_help=True,
+)
 
+_Dead = Annotated[bool, typer.Option("--dead", help="Dead letters, too.")]
+_DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count.")]
 _Destination = Annotated[str | None, typer.Option(help="Only to this destination.")]
 
 
@@ -115,6 +128,104 @@ def retry(
             stdout.print(f"{name}: {count} restarted")
     else:
         stderr.print("No dead letter fits.")
+        raise typer.Exit(1)
+
+
+@deliveries.command()
+def move(
+    destination: Annotated[str, typer.Argument(metavar="FROM", help="One that is not configured any more.")],
+    to: Annotated[str, typer.Argument(metavar="TO", help="One that is.")],
+    dead: _Dead = False,
+    dry_run: _DryRun = False,
+    json: Json = False,
+) -> None:
+    """Give the deliveries of a removed or renamed destination to another one.
+
+    They have all their time and tries again. An event that the other one has already is not sent twice.
+    """
+
+    async def run(settings: Settings, database: Database) -> dict[str, int]:
+        known = {each.name: each for each in settings.all_destinations}
+        _require_removed(destination, known)
+        if to not in known:
+            raise ReceiverError(f"there is no destination {to!r}; configured: {', '.join(known) or 'none'}")
+        if dry_run:
+            async with database.read() as connection:
+                found = sum((await unserved.count(connection, destination, dead=dead)).values())
+                twins = await unserved.count_twins(connection, destination, to, dead=dead)
+            return {"moved": found - twins, "discarded": twins}
+        waits = known[to].when == "media_stored"
+        batch = partial(unserved.move, to=to, waits=waits)
+        return await _take(database, destination, batch, to=to, dead=dead)
+
+    _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
+
+
+@deliveries.command()
+def discard(
+    destination: Annotated[str, typer.Argument(metavar="FROM", help="One that is not configured any more.")],
+    dead: _Dead = False,
+    dry_run: _DryRun = False,
+    json: Json = False,
+) -> None:
+    """End the deliveries of a removed destination as canceled: nothing of them is sent any more."""
+
+    async def run(settings: Settings, database: Database) -> dict[str, int]:
+        _require_removed(destination, {each.name for each in settings.all_destinations})
+        if dry_run:
+            async with database.read() as connection:
+                return {"discarded": sum((await unserved.count(connection, destination, dead=dead)).values())}
+        return await _take(database, destination, unserved.discard, to=None, dead=dead)
+
+    _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
+
+
+def _require_removed(destination: str, known: Collection[str]) -> None:
+    if destination in known:
+        raise ReceiverError(
+            f"{destination!r} is configured, so its deliveries are tried: remove it from the settings first"
+        )
+
+
+async def _take(
+    database: Database, destination: str, take: Callable[..., Awaitable[Taken]], *, to: str | None, dead: bool
+) -> dict[str, int]:
+    """Move or discard all of them, a batch at a time, and say what replays do from now on."""
+    by = f"{user_name()} on the command line"
+    async with database.read() as connection:
+        seen = await workers.seen(connection)
+    for each in seen:
+        if each.is_running and destination_lane(destination) in each.lanes:
+            stderr.print(
+                f"{name_of(each)} still has {destination!r} and may add to it: restart it, and repeat this."
+            )
+    async with database.write() as connection:
+        replays = await unserved.redirect_replays(connection, destination, to=to)
+    done = Taken()
+    while True:
+        batch = await _take_batch(database, partial(take, destination=destination, dead=dead, by=by))
+        done += batch
+        if batch.moved + batch.discarded < BATCH:
+            return vars(done) | {"replays": replays}
+
+
+async def _take_batch(database: Database, take: Callable[..., Awaitable[Taken]]) -> Taken:
+    for _ in range(COLLISIONS):
+        # A replay may send an event to the other destination meanwhile: the next time it is found.
+        with contextlib.suppress(IntegrityError):
+            async with database.write() as connection:
+                return await take(connection, limit=BATCH)
+    raise ReceiverError("a replay adds the same deliveries right now: call this again later")
+
+
+def _print_taken(done: dict[str, int], destination: str, *, json: bool, dry_run: bool) -> None:
+    if json:
+        print_json(done)
+    elif any(done.values()):
+        would = "would be " if dry_run else ""
+        stdout.print(", ".join(f"{count} {would}{name}" for name, count in done.items() if count))
+    else:
+        stderr.print(f"No delivery to {destination!r} is left to do.")
         raise typer.Exit(1)
 
 

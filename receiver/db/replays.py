@@ -223,12 +223,14 @@ async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
 async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
     """Cancel up to `limit` deliveries of a replay that nobody holds; return how many."""
     waits = select(deliveries.c.id).where(
-        deliveries.c.replay_id == replay_id, deliveries.c.state == "pending", deliveries.c.lease.is_(None)
+        deliveries.c.replay_id == replay_id,
+        deliveries.c.state == "pending",
+        or_(deliveries.c.lease.is_(None), deliveries.c.next_attempt_at <= db_time(0.0)),
     )
     dropped = await connection.execute(
         update(deliveries)
         .where(deliveries.c.id.in_(waits.limit(limit).with_for_update(skip_locked=True)))
-        .values(state="canceled", next_attempt_at=None, finished_at=db_time(0.0))
+        .values(state="canceled", lease=None, next_attempt_at=None, finished_at=db_time(0.0))
     )
     return dropped.rowcount
 

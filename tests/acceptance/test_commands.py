@@ -3,6 +3,7 @@
 import http.server
 import json
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -30,6 +31,8 @@ GROUPS = [
         "replays cancel",
         "deliveries list",
         "deliveries retry",
+        "deliveries move",
+        "deliveries discard",
         "media verify",
     ),
 ]
@@ -143,6 +146,48 @@ def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
     del receiver.settings["RECEIVER_DESTINATION_URL"]
     result = run_command("check", settings=receiver.settings, cwd=tmp_path)
     assert b"1 deliveries wait for the destination 'default'" in result.stdout
+
+
+def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
+    """A renamed destination: the log tells at start, and `deliveries move` gives it what waits."""
+
+    def write(name: str, url: str) -> None:
+        (tmp_path / "receiver.toml").write_text(f'[[destinations]]\nname = "{name}"\nurl = "{url}"\n')
+
+    def command(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        return run_command("deliveries", *arguments, settings=receiver.settings, cwd=tmp_path)
+
+    write("old", f"http://127.0.0.1:{free_port()}/")
+    with ReceiverProcess(tmp_path) as receiver:
+        for number in range(2):
+            content = body(f"r-{number}", payload={"model": "m", "output": {}})
+            callback = f"{receiver.url}/clipia/webhook"
+            httpx.post(callback, content=content, headers=signed(content), verify=False)
+        wait_for_records(receiver, "not delivered", 2)
+    write("new", "file:events.jsonl")
+    with receiver:
+        (told,) = wait_for_records(receiver, "deliveries wait for a destination that is not configured", 1)
+        assert (told["level"], told["destination"], told["count"]) == ("warning", "old", 2)
+        assert b"configured: new" in command("move", "old", "newer").stderr
+        assert b"'new' is configured" in command("discard", "new").stderr
+        assert json.loads(command("move", "old", "new", "--dry-run", "--json").stdout) == {
+            "moved": 2,
+            "discarded": 0,
+        }
+        assert command("discard", "old", "--dry-run").stdout == b"2 would be discarded\n"
+        assert command("move", "old", "new").stdout == b"2 moved\n"
+        assert len(wait_for_lines(tmp_path / "events.jsonl", 2)) == 2
+        again = command("discard", "old")
+        assert (again.returncode, again.stderr) == (1, b"No delivery to 'old' is left to do.\n")
+
+
+def wait_for_records(receiver: ReceiverProcess, event: str, count: int) -> list[dict[str, object]]:
+    """Wait until so many records of the log say this."""
+    deadline = time.monotonic() + 30
+    while len(found := [record for record in receiver.records() if record["event"] == event]) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def test_check_warns_of_a_wrong_url(tmp_path: Path) -> None:

@@ -1,0 +1,192 @@
+"""SQL of deliveries to a destination that is not configured any more: found, given up, moved or discarded."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import UUID
+
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, insert, or_, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.clock import db_time, statement_time
+from receiver.db.lists import among
+from receiver.db.tables import attempts, deliveries, in_state, is_live, is_replayed, replays
+
+NOT_CONFIGURED: Final = "destination not configured"
+
+_HALVES: Final = (is_live, is_replayed)
+"""Live and replayed deliveries have an index each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What became of deliveries to a destination."""
+
+    moved: int = 0
+    discarded: int = 0
+
+    def __add__(self, other: "Taken") -> "Taken":
+        return Taken(moved=self.moved + other.moved, discarded=self.discarded + other.discarded)
+
+
+async def find_destinations(connection: AsyncConnection) -> set[str]:
+    """Return the destinations that deliveries wait for; the cost does not grow with how many wait."""
+    found: set[str] = set()
+    for half in _HALVES:
+        last = ""
+        while True:
+            first = select(func.min(deliveries.c.destination)).where(
+                in_state(deliveries, "pending"), half, deliveries.c.destination > last
+            )
+            name = (await connection.execute(first)).scalar_one()
+            if name is None:
+                break
+            found.add(name)
+            last = name
+    return found
+
+
+async def count(connection: AsyncConnection, destination: str, *, dead: bool) -> dict[str, int]:
+    """Return how many deliveries to a destination are not over, by state."""
+    states = ("pending", "dead") if dead else ("pending",)
+    statement = (
+        select(deliveries.c.state, func.count())
+        .where(deliveries.c.destination == destination, deliveries.c.state.in_(states))
+        .group_by(deliveries.c.state)
+    )
+    return {row[0]: row[1] for row in await connection.execute(statement)}
+
+
+async def count_twins(connection: AsyncConnection, destination: str, to: str, *, dead: bool) -> int:
+    """Return how many of them are of events that `to` has deliveries of already."""
+    states = ("pending", "dead") if dead else ("pending",)
+    statement = select(func.count()).where(
+        deliveries.c.destination == destination, deliveries.c.state.in_(states), _has_twin(to)
+    )
+    return int((await connection.execute(statement)).scalar_one())
+
+
+async def give_up(connection: AsyncConnection, destination: str, *, age: float, limit: int) -> int:
+    """End up to `limit` deliveries that have waited for `age` seconds as dead letters; return how many.
+
+    What waits for its media is left: it has its time when that is settled.
+    """
+    began = func.coalesce(deliveries.c.restarted_at, deliveries.c.created_at)
+    late = _free(destination, dead=False).where(
+        began <= db_time(-age), deliveries.c.next_attempt_at <= statement_time()
+    )
+    ids = await _lock(connection, late, limit=limit)
+    await _end(connection, ids, state="dead", error=NOT_CONFIGURED)
+    return len(ids)
+
+
+async def discard(connection: AsyncConnection, destination: str, *, dead: bool, by: str, limit: int) -> Taken:
+    """End up to `limit` deliveries as canceled; with `dead` dead letters, too."""
+    ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
+    await _end(connection, ids, state="canceled", error=f"discarded by {by}")
+    return Taken(discarded=len(ids))
+
+
+async def move(
+    connection: AsyncConnection, destination: str, *, to: str, waits: bool, dead: bool, by: str, limit: int
+) -> Taken:
+    """Give up to `limit` deliveries to another destination, which has all the time for them that it gives.
+
+    Those of events that it has already, as live ones or of the same replay, are discarded. `waits` is whether
+    it waits for media. Raises IntegrityError if a replay has given it one meanwhile.
+    """
+    ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
+    twins = (
+        (await connection.execute(select(deliveries.c.id).where(_chosen(), _has_twin(to)), {"ids": ids}))
+        .scalars()
+        .all()
+    )
+    await _end(connection, twins, state="canceled", error=f"{to} has this event already; moved by {by}")
+    moved = list(set(ids) - set(twins))
+    held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
+    due = db_time(0.0)
+    await connection.execute(
+        update(deliveries)
+        .where(_chosen())
+        .values(
+            destination=to,
+            state="pending",
+            attempts=0,
+            lost=0,
+            lease=None,
+            error=None,
+            finished_at=None,
+            next_attempt_at=case((held, None), else_=due) if waits else due,
+            restarted_at=due,
+        ),
+        {"ids": moved},
+    )
+    await _note(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
+    return Taken(moved=len(moved), discarded=len(twins))
+
+
+async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
+    """Let replays that are not through send to `to` in place of a destination, or nothing; return how many.
+
+    One that has no destination left is canceled.
+    """
+    rows = await connection.execute(
+        select(replays.c.id, replays.c.destinations).where(in_state(replays, "pending")).with_for_update()
+    )
+    changed = [row for row in rows if destination in row.destinations]
+    for row in changed:
+        names = (to if name == destination else name for name in row.destinations)
+        left = list(dict.fromkeys(name for name in names if name is not None))
+        ended: dict[str, Any] = {"state": "canceled", "next_attempt_at": None, "finished_at": db_time(0.0)}
+        values = {"destinations": left} if left else ended
+        # Without its lease a step that is under way cannot record what it has done for the old list.
+        await connection.execute(update(replays).where(replays.c.id == row.id).values(lease=None, **values))
+    return len(changed)
+
+
+def _free(destination: str, *, dead: bool) -> Select[Any]:
+    """Select deliveries that no worker is at work on."""
+    is_free: ColumnElement[bool] = and_(
+        in_state(deliveries, "pending"),
+        or_(deliveries.c.lease.is_(None), deliveries.c.next_attempt_at <= statement_time()),
+    )
+    if dead:
+        is_free = or_(is_free, in_state(deliveries, "dead"))
+    return select(deliveries.c.id).where(deliveries.c.destination == destination, is_free)
+
+
+async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) -> Sequence[UUID]:
+    statement = which.order_by(deliveries.c.id).limit(limit).with_for_update(skip_locked=True)
+    ids: Sequence[UUID] = (await connection.execute(statement)).scalars().all()
+    return ids
+
+
+def _chosen() -> ColumnElement[bool]:
+    return among(deliveries.c.id, "ids")
+
+
+def _has_twin(to: str) -> ColumnElement[bool]:
+    twin = deliveries.alias()
+    same_replay = or_(twin.c.replay_id == deliveries.c.replay_id, and_(twin.c.replay_id.is_(None), is_live))
+    return exists().where(twin.c.event_seq == deliveries.c.event_seq, twin.c.destination == to, same_replay)
+
+
+async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str, error: str) -> None:
+    await connection.execute(
+        update(deliveries)
+        .where(_chosen())
+        .values(state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0)),
+        {"ids": ids},
+    )
+    await _note(connection, ids, outcome="failed", error=error)
+
+
+async def _note(connection: AsyncConnection, ids: Collection[UUID], *, outcome: str, error: str) -> None:
+    """Put on record among the tries why a delivery was changed."""
+    record = {"number": 0, "duration_ms": 0, "outcome": outcome, "error": error}
+    started = datetime.now(UTC)
+    if ids:
+        await connection.execute(
+            insert(attempts), [record | {"work_id": id_, "started_at": started} for id_ in ids]
+        )
