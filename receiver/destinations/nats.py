@@ -9,10 +9,7 @@ for it; with `tls://` in place of `nats://` a server without TLS gets nothing.
 import asyncio
 import contextlib
 import json
-import re
-import ssl
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Final
@@ -31,8 +28,8 @@ from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, again, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
-from receiver.destinations.tls import open_tls
-from receiver.destinations.urls import split_url, usable_url
+from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
+from receiver.destinations.nkeys import Identity
 from receiver.errors import PublishFailed, PublishRejected
 
 OPEN_TIMEOUT: Final = 6.0
@@ -45,8 +42,6 @@ NEVER: Final = 86_400.0
 """Seconds until the client itself would connect again; it is closed long before."""
 MAX_IN_FLIGHT: Final = 256
 
-_SUBJECT: Final = re.compile(r"(?!\$)[^\s\x00-\x1f\x7f.*>]+(\.[^\s\x00-\x1f\x7f.*>]+)*")
-_STREAM: Final = re.compile(r"[^\s\x00-\x1f\x7f.*>/\\]+")
 _NO_RESPONDERS: Final = "503"
 # JetStream's error codes.
 _TOO_LARGE: Final = frozenset({10054, 10097})
@@ -74,26 +69,6 @@ _ERRORS: Final = (OSError, RuntimeError, ValueError, nats.errors.Error)
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What a URL says."""
-
-    servers: tuple[str, ...]
-    user: str | None
-    password: str | None = field(repr=False)
-    token: str | None = field(repr=False)
-    subject: str
-    stream: str | None
-    requires_tls: bool
-    tls: ssl.SSLContext
-    timeout: float | None
-
-    @property
-    def shown(self) -> str:
-        """The servers, for messages."""
-        return " ".join(self.servers)
-
-
 class NatsDestination(Broker):
     """Publishes events to a JetStream subject, many at once over one connection."""
 
@@ -101,7 +76,7 @@ class NatsDestination(Broker):
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
-        self._place = place = _parse(settings)
+        self._place = place = read_url(settings)
         self._connections = Shared(
             lambda: _Connection(place, settings.name),
             shown=place.shown,
@@ -141,6 +116,10 @@ class _Client(Client):
             info["tls_required"] = True
         await super()._process_info(info, initial_connection)
 
+    def identify(self, identity: Identity | None) -> None:
+        """Tell the server which key signs; the library says so only of keys that it reads itself."""
+        self._public_nkey = None if identity is None else identity.public_key
+
     def abort(self) -> None:
         """Drop what is not sent: `close` would wait for a server that does not read, maybe for ever."""
         self._pending.clear()
@@ -156,7 +135,7 @@ class _Connection(Connection):
     failed.
     """
 
-    def __init__(self, place: _Place, name: str) -> None:
+    def __init__(self, place: Place, name: str) -> None:
         self._place = place
         self._name = name
         self._client = _Client(requires_tls=place.requires_tls)
@@ -236,12 +215,18 @@ class _Connection(Connection):
                 await self._client.close()
 
     async def _connect(self) -> None:
+        # Read each time: short-lived credentials are replaced while we run.
+        identity = self._place.read_identity()
+        jwt = identity.jwt if identity else None
+        self._client.identify(identity)
         await self._client.connect(
             list(self._place.servers),
             name="clipia-receiver",
             user=self._place.user,
             password=self._place.password,
             token=self._place.token,
+            signature_cb=identity.sign if identity else None,
+            user_jwt_cb=None if jwt is None else lambda: bytearray(jwt),
             tls=self._place.tls,
             error_cb=self._on_error,
             disconnected_cb=self._on_disconnected,
@@ -306,8 +291,10 @@ class _Connection(Connection):
             reason, text = "timeout", " did not answer in time"
         elif isinstance(error, nats.errors.SecureConnRequiredError):
             reason, text = "tls", " does not offer TLS, which `tls:` or the table `tls` asks for"
-        elif "authorization" in str(error).lower():
-            reason, text = "auth", " refuses the user, password or token of the URL"
+        elif isinstance(error, UnusableIdentityError):
+            reason, text = "auth", f": {error}"
+        elif "authorization" in str(error).lower() or "authentication" in str(error).lower():
+            reason, text = "auth", f" refuses the {self._place.login} of the URL"
         return PublishFailed(self._place.shown + text, reason=reason)
 
     def _refused(self, error: APIError) -> Failure:
@@ -384,29 +371,3 @@ def _describe_losses(info: StreamInfo) -> str | None:
     if (info.config.num_replicas or 1) == 1:
         return "a power cut may lose minutes: the stream has one replica; or is sync_interval always there?"
     return None
-
-
-def _parse(settings: DestinationSettings) -> _Place:
-    with usable_url(
-        settings,
-        "nats://user:password@host:4222?subject=clipia.events or, to have the stream made, &stream=CLIPIA; "
-        "in a password @ : / % are written as %40 %3A %2F %25",
-    ) as text:
-        url = split_url(text, port=4222, options={"subject", "stream"})
-        subject, stream = url.options.get("subject", ""), url.options.get("stream")
-        if url.path not in {"", "/"} or url.user == "" or not _SUBJECT.fullmatch(subject):
-            raise ValueError("no subject, or more than that")
-        if stream is not None and not _STREAM.fullmatch(stream):
-            raise ValueError("no stream's name")
-        is_token = url.password is None
-        return _Place(
-            servers=tuple(f"{url.scheme}://{host}:{port}" for host, port in url.hosts),
-            user=None if is_token else url.user,
-            password=url.password,
-            token=url.user if is_token else None,
-            subject=subject,
-            stream=stream,
-            requires_tls=url.scheme == "tls" or settings.tls is not None,
-            tls=open_tls(settings),
-            timeout=settings.timeout,
-        )
