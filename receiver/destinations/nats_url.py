@@ -34,7 +34,8 @@ class Place:
     nkey: str | None
     """The path of a file with an NKey seed."""
     requires_tls: bool
-    tls: ssl.SSLContext
+    tls: ssl.SSLContext | None
+    """None for the library's own, which trusts the system's authorities."""
     timeout: float | None
 
     @property
@@ -92,6 +93,6 @@ def read_url(settings: DestinationSettings) -> Place:
             credentials=credentials,
             nkey=nkey,
             requires_tls=url.scheme == "tls" or settings.tls is not None,
-            tls=open_tls(settings),
+            tls=open_tls(settings) if settings.tls else None,
             timeout=settings.timeout,
         )

@@ -18,9 +18,10 @@ MAX_FILE: Final = 64 * 1024
 
 _SEED: Final = re.compile(rb"\bSU[A-Z2-7]{56}\b")
 _JWT: Final = re.compile(rb"\beyJ[\w-]+\.[\w-]+\.[\w-]+")
-# The first bytes of raw keys. In base32 they show as letters: U for a user's key, SU for a user's seed.
+_PREFIX: Final = 2
+"""Bytes of a raw seed that show as `SU` in base32."""
 _USER: Final = 20 << 3
-_USER_SEED: Final = bytes([18 << 3 | _USER >> 5, (_USER & 31) << 3])
+"""The first byte of a user's raw public key, which shows as `U`."""
 _CRC: Final = 2
 
 
@@ -53,9 +54,9 @@ def read_identity(path: str, *, with_jwt: bool) -> Identity:
         hold(secret.decode())
     raw = base64.b32decode(seed[0] + b"=" * (-len(seed[0]) % 8))
     content, checksum = raw[:-_CRC], raw[-_CRC:]
-    if not content.startswith(_USER_SEED) or checksum != _checksum(content):
+    if checksum != _checksum(content):
         raise ValueError("a seed with a typing error")
-    key = Ed25519PrivateKey.from_private_bytes(content[len(_USER_SEED) :])
+    key = Ed25519PrivateKey.from_private_bytes(content[_PREFIX:])
     return Identity(key=key, jwt=jwt[0] if jwt else None)
 
 

@@ -384,7 +384,7 @@ def _parse(settings: DestinationSettings) -> _Place:
             exchange=exchange,
             routing_key=routing_key,
             queue=queue,
-            tls=open_tls(settings) if url.scheme == "amqps" else None,
+            tls=open_tls(settings) if settings.tls else None,
             timeout=settings.timeout,
         )
 
