@@ -307,6 +307,7 @@ def build_message(
         media=[
             envelope.ForwardedFile(
                 url=row.url,
+                field=row.field,
                 kind=row.kind,
                 variant=row.variant,
                 state=row.state,
@@ -315,6 +316,7 @@ def build_message(
                 size=row.size,
                 content_type=row.content_type,
                 error=row.error,
+                warning=row.warning,
             )
             for row in files
         ],

@@ -22,6 +22,8 @@ class ForwardedFile:
 
     url: str
     """Where Clipia serves it; how long is not known."""
+    field: str | None
+    """Where in `output` the URL stands."""
     kind: str
     variant: str
     state: str
@@ -32,6 +34,8 @@ class ForwardedFile:
     """Bytes."""
     content_type: str | None
     error: str | None
+    warning: str | None
+    """What contradicts a stored file, although it is what Clipia's CDN has."""
 
 
 @dataclass(frozen=True, kw_only=True)

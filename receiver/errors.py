@@ -15,7 +15,9 @@
         │   └── AccountRefused   401, 402, 403: it is the account's trouble, not the job's
         ├── DatabaseUnavailable
         ├── MediaUnavailable     the CDN did not give a whole file
-        │   └── MediaMissing     it says that there is none (404 and the like): given up after few tries
+        │   ├── MediaMissing     it says that there is none (404 and the like): given up after few tries
+        │   ├── NotMedia         a page or a text in place of a file: not there yet
+        │   └── MediaDoubtful    all of a body came, and something contradicts it (`sha256`)
         ├── StorageUnavailable   our own storage cannot take a file (full, unreachable)
         └── PublishFailed        the destination did not confirm
 
@@ -132,6 +134,22 @@ class MediaUnavailable(TransientError):  # noqa: N818 - states a condition
 
 class MediaMissing(MediaUnavailable):
     """The CDN says that there is no such file (4xx): worth a few tries, then given up as gone."""
+
+
+class NotMedia(MediaUnavailable):
+    """The CDN sent a page or a text where an image, a video or audio was announced: not there yet."""
+
+
+class MediaDoubtful(MediaUnavailable):
+    """The CDN sent a whole body, but its container, its size or a digest contradicts it.
+
+    `sha256` (hex) is the body's if a second body that is the same settles the doubt.
+    """
+
+    def __init__(self, message: str, *, reason: str, sha256: str | None) -> None:
+        # Soon, but not at once: a cache in between may need a moment to notice.
+        super().__init__(message, reason=reason, retry_after=5.0)
+        self.sha256 = sha256
 
 
 class StorageUnavailable(TransientError):  # noqa: N818 - states a condition

@@ -71,7 +71,11 @@ UNRECOGNIZED = Gauge(
     ["recoverable"],
     multiprocess_mode="mostrecent",
 )
-MEDIA_FILES = Counter("receiver_media_files", "Tries at media downloads, by outcome.", ["outcome"])
+MEDIA_FILES = Counter(
+    "receiver_media_files",
+    "Tries at media downloads, by outcome; `flagged` are files that were stored with a warning.",
+    ["outcome"],
+)
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
 SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])
 POLLS = Counter("receiver_polls", "Questions for the state of a job, by outcome.", ["outcome"])

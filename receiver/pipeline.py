@@ -1,6 +1,7 @@
 """What happens to an event between its ack and its deliveries: fan-out and media."""
 
 import hashlib
+import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -24,7 +25,9 @@ from receiver.db.tables import media
 from receiver.errors import (
     DatabaseUnavailable,
     MediaBlocked,
+    MediaDoubtful,
     MediaMissing,
+    NotMedia,
     StorageUnavailable,
     TransientError,
     UnrecognizedBody,
@@ -44,9 +47,9 @@ from receiver.lanes import (
     log_failure,
     start_attempt,
 )
-from receiver.media import Downloader
+from receiver.media import Downloader, StoredFile
 from receiver.observability import MEDIA_BYTES, MEDIA_FILES
-from receiver.retry import DAY, media_policy
+from receiver.retry import DAY, MEDIA_ODD, media_policy
 from receiver.routing import Facts, refusal
 from receiver.webhook import MAX_FILES, Generation, parse
 
@@ -164,6 +167,7 @@ class FanOut:
                         variant=ref.variant,
                         kind=ref.kind,
                         url=ref.url,
+                        field=ref.field,
                         skipped=f"the event has more than {MAX_FILES} files" if ref.skipped else None,
                     ),
                 )
@@ -281,24 +285,41 @@ class MediaLane(WorkLane):
             await self._give_up(claim, attempt("failed", f"its download ended {claim.lost} workers"), "gone")
             return
         try:
-            stored = await self._downloader.save(url=row.url, kind=row.kind, stem=storage_stem(event, row))
+            stored = await self._downloader.save(
+                url=row.url,
+                kind=row.kind,
+                stem=storage_stem(event, row),
+                seen=row.seen_sha256,
+                last=claim.age >= MEDIA_ODD.give_up_after,
+            )
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
             await self._failed(claim, attempt, event, row, error)
             return
+        await self._stored(claim, attempt, event, row, stored)
+
+    async def _stored(
+        self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, stored: StoredFile
+    ) -> None:
+        refused = None if stored.is_media else f"the host sends a page or a text in place of the {row.kind}"
         if await self._finish(
             claim,
-            attempt("succeeded"),
-            state="stored",
+            attempt("failed", refused) if refused else attempt("succeeded"),
+            state="not_media" if refused else "stored",
+            error=refused,
+            warning=stored.warning,
             size=stored.size,
             sha256=stored.sha256,
             content_type=stored.content_type,
             storage_key=stored.key,
             uri=stored.uri,
         ):
-            MEDIA_FILES.labels("stored").inc()
+            MEDIA_FILES.labels("not_media" if refused else "flagged" if stored.warning else "stored").inc()
             MEDIA_BYTES.inc(stored.size)
-            log.info(
+            log.log(
+                logging.WARNING if refused or stored.warning else logging.INFO,
                 "media stored",
+                refused=refused,
+                warning=stored.warning,
                 event_id=str(event.id),
                 request_id=event.request_id,
                 variant=row.variant,
@@ -311,7 +332,8 @@ class MediaLane(WorkLane):
     async def _failed(
         self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, error: Exception
     ) -> None:
-        if isinstance(error, MediaMissing) and claim.attempt <= FRESH_URLS and self._fresh_url is not None:
+        is_absent = isinstance(error, (MediaMissing, NotMedia))
+        if is_absent and claim.attempt <= FRESH_URLS and self._fresh_url is not None:
             try:
                 url = await self._fresh_url(event, row)
             except TransientError as unknown:
@@ -332,7 +354,12 @@ class MediaLane(WorkLane):
         if delay is None:
             state = "blocked" if isinstance(error, MediaBlocked) else "gone"
             await self._give_up(claim, attempt("failed", message), state)
-        elif await self._put_back(claim, attempt("retry", message), delay=delay):
+        elif await self._put_back(
+            claim,
+            attempt("retry", message),
+            delay=delay,
+            seen_sha256=error.sha256 if isinstance(error, MediaDoubtful) else row.seen_sha256,
+        ):
             MEDIA_FILES.labels("retry").inc()
 
     async def _ask_again(self, claim: EventClaim, attempt: Attempt, unknown: TransientError) -> None:

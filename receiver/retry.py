@@ -4,7 +4,14 @@ import math
 from dataclasses import dataclass
 from typing import Final
 
-from receiver.errors import MediaMissing, ReceiverError, StorageUnavailable, TransientError
+from receiver.errors import (
+    MediaDoubtful,
+    MediaMissing,
+    NotMedia,
+    ReceiverError,
+    StorageUnavailable,
+    TransientError,
+)
 
 DAY: Final = 86_400.0
 GIVE_UP_AFTER: Final = 3 * DAY
@@ -54,6 +61,8 @@ MEDIA: Final = RetryPolicy(initial=2.0, cap=600.0)
 MEDIA_MISSING: Final = RetryPolicy(initial=1200.0, cap=1800.0, give_up_after=3600.0, min_attempts=3)
 """Files that the CDN says it does not have: at least three tries over at least an hour, then `gone`."""
 
+MEDIA_ODD: Final = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3600.0)
+"""Bodies that may not be the file: the one that comes after an hour is kept, and marked."""
 
 STORAGE: Final = RetryPolicy(initial=5.0, cap=60.0, give_up_after=math.inf)
 """Our own storage is full or away: the file is not the cause, so it is never given up for that."""
@@ -88,4 +97,6 @@ def media_policy(error: Exception) -> RetryPolicy:
     """Return the policy for a failed download."""
     if isinstance(error, StorageUnavailable):
         return STORAGE
+    if isinstance(error, (NotMedia, MediaDoubtful)):
+        return MEDIA_ODD
     return MEDIA_MISSING if isinstance(error, MediaMissing) else MEDIA

@@ -18,7 +18,8 @@ from receiver.errors import UnrecognizedBody
 from receiver.lenient_json import REPLACEMENT, Cleaner, decode
 from receiver.price import Credits, read_credits
 
-Kind = Literal["image", "video", "audio"]
+Kind = Literal["image", "video", "audio", "file"]
+"""What a file was announced as; `file` is anything."""
 Variant = Literal["original", "display"]
 T = TypeVar("T")
 

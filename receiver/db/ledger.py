@@ -43,7 +43,7 @@ _PENDING: Final = union_all(
 )
 CLOCKS_APART: Final = timedelta(days=1)
 """What the clock that made a row's id and the database's, which dates the row, are never apart."""
-_HIDDEN = {"event_seq", "lease", "lost"}
+_HIDDEN = {"event_seq", "lease", "lost", "seen_sha256"}
 SHOWN_RECEIPTS: Final = 50
 """Receipts that are shown with their event. Releases before kept any number of them."""
 

@@ -96,6 +96,7 @@ _FILES: Final = (
         media.c.variant,
         media.c.kind,
         media.c.url,
+        media.c.field,
         media.c.state,
         media.c.error,
         media.c.size,
@@ -103,6 +104,8 @@ _FILES: Final = (
         media.c.content_type,
         media.c.storage_key,
         media.c.uri,
+        media.c.warning,
+        media.c.seen_sha256,
     )
     .where(among(media.c.event_seq, "seqs"), media.c.state != "skipped")
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())

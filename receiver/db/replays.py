@@ -157,7 +157,9 @@ async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.
             finished_at=None,
             next_attempt_at=db_time(0.0),
             restarted_at=db_time(0.0),
-            **dict.fromkeys(("size", "sha256", "content_type", "storage_key", "uri")),
+            **dict.fromkeys(
+                ("size", "sha256", "content_type", "storage_key", "uri", "warning", "seen_sha256")
+            ),
         )
         .returning(media.c.event_seq),
         {"ids": media_ids},

@@ -16,6 +16,7 @@ EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 
 EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
 """`erased`: a tombstone without a body, so that a late delivery of the event is still a duplicate."""
+MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipped"]
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
@@ -133,13 +134,17 @@ class MediaRow:
     variant: Variant
     kind: Kind
     url: str
-    state: Literal["pending", "stored", "gone", "blocked"]
+    field: str | None
+    """Where in the event's output the URL stands; None for files of releases before 0010."""
+    state: MediaState
     error: str | None
     size: int | None
     sha256: str | None
     content_type: str | None
     storage_key: str | None
     uri: str | None
+    warning: str | None
+    seen_sha256: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +155,7 @@ class NewMedia:
     variant: Variant
     kind: Kind
     url: str
+    field: str | None = None
     skipped: str | None = None
     """Why it is not downloaded."""
 

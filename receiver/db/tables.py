@@ -25,6 +25,7 @@ from sqlalchemy import (
     UniqueConstraint,
     Uuid,
     and_,
+    false,
     text,
 )
 from sqlalchemy.engine import Dialect
@@ -177,12 +178,17 @@ media = Table(
     Column("variant", String(16), nullable=False),
     Column("kind", String(16), nullable=False),
     Column("url", Text, nullable=False),
+    # Where in the event's output the URL stands.
+    Column("field", Text),
     *_work_columns(),
     Column("size", BigInteger),
     Column("sha256", String(64)),
     Column("content_type", String(127)),
     Column("storage_key", Text),
     Column("uri", Text),
+    # What contradicts a stored file, and the SHA-256 of the last body that was refused for such a thing.
+    Column("warning", Text),
+    Column("seen_sha256", String(64)),
     Column("restarted_at", UtcDateTime),
     UniqueConstraint("event_seq", "position", "variant"),
 )
@@ -305,6 +311,7 @@ replays = Table(
     Column("selection", JSON, nullable=False),
     Column("destinations", JSON, nullable=False),
     Column("media", Boolean, nullable=False),
+    Column("force", Boolean, nullable=False, server_default=false()),
     Column("rate", Double),
     Column("matched", Integer, nullable=False),
     # It goes through the events by `seq`: those above `after_seq`, up to the last one of when it was ordered.

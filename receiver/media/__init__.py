@@ -1,8 +1,8 @@
 """Files: which may be fetched, how they are fetched whole, and where they are kept."""
 
 from receiver.media.download import Downloader, Limits, StoredFile
-from receiver.media.filetypes import Kind
 from receiver.media.hosts import MediaHosts
 from receiver.media.storage import Storage, open_storage
+from receiver.webhook import Kind
 
 __all__ = ["Downloader", "Kind", "Limits", "MediaHosts", "Storage", "StoredFile", "open_storage"]

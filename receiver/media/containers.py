@@ -29,6 +29,7 @@ class Cursor:
     def __init__(self) -> None:
         self.position = 0
         self.may_end = False
+        self.spare = 0
         self._data = b""
         self._at = 0
         self._pieces = 0
@@ -39,9 +40,9 @@ class Cursor:
         self._at = 0
 
     @property
-    def is_empty(self) -> bool:
-        """Whether the walk has used every byte that was fed."""
-        return self._at == len(self._data)
+    def left(self) -> int:
+        """How many of the bytes that were fed the walk has not used."""
+        return len(self._data) - self._at
 
     def take(self, size: int) -> Wait[bytes]:
         """Return the next `size` bytes. Only for small pieces: they are kept until they are complete."""
@@ -86,10 +87,12 @@ class Follower:
         self._cursor = Cursor()
         self._steps = walk(self._cursor)
         self._is_done = False
+        self._goes_on = False
 
     def feed(self, part: bytes) -> None:
         """Walk on through `part`. Raises Damaged."""
         if self._is_done:
+            self._goes_on = self._goes_on or bool(part)
             return
         self._cursor.feed(part)
         self._is_done = next(self._steps, _END) is _END
@@ -97,7 +100,13 @@ class Follower:
     @property
     def is_complete(self) -> bool:
         """Whether the file may end here."""
-        return self._is_done or (self._cursor.may_end and self._cursor.is_empty)
+        return self._is_done or (self._cursor.may_end and self._cursor.left <= self._cursor.spare)
+
+    @property
+    def ends_here(self) -> bool:
+        """Whether the container says that exactly here is its end."""
+        may_end = self._is_done or self._cursor.may_end
+        return may_end and not self._cursor.left and not self._goes_on
 
 
 def unchecked(cursor: Cursor) -> Wait[None]:
@@ -171,6 +180,7 @@ def iso(*required: bytes) -> Walk:
 
     def walk(cursor: Cursor) -> Wait[None]:
         missing = set(required)
+        cursor.spare = 7  # too few for a box: padding behind the last one
         while True:
             cursor.may_end = not missing
             head = yield from cursor.take(8)
@@ -180,8 +190,8 @@ def iso(*required: bytes) -> Walk:
             body = size - 8
             if size == 1:
                 body = int.from_bytes((yield from cursor.take(8)), "big") - 16
-            if body < 0 and not missing:
-                return  # the last box, open to the end of the file, or bytes behind it
+            if not missing and (body < 0 or head[:3] == b"TAG"):
+                return  # the last box, open to the end of the file, or a tag or other bytes behind it
             if body < 0:
                 raise Damaged("not a box")
             yield from cursor.skip(body)
@@ -209,11 +219,12 @@ def ogg(cursor: Cursor) -> Wait[None]:
     """Page by page; the end is behind a whole one. Its end-of-stream flag is not asked for: many omit it."""
     while True:
         cursor.may_end = cursor.position > 0
-        head = yield from cursor.take(27)
-        cursor.may_end = False
-        if head[:4] != b"OggS":
-            return
-        lengths = yield from cursor.take(head[26])
+        for letter in b"OggS":
+            if (yield from cursor.take(1))[0] != letter:
+                return
+            cursor.may_end = False
+        head = yield from cursor.take(23)
+        lengths = yield from cursor.take(head[22])
         yield from cursor.skip(sum(lengths))
 
 

@@ -15,13 +15,14 @@ import structlog
 
 from receiver import __version__
 from receiver.causes import cause
-from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, SettingsError
+from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, NotMedia, SettingsError
 from receiver.media.digests import stated_digests
-from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, Kind, sniff
+from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, is_page, sniff
 from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork
 from receiver.media.storage import Storage
+from receiver.webhook import Kind
 
 log = structlog.get_logger()
 
@@ -48,6 +49,7 @@ class Limits:
     image_bytes: int = 64 * _MIB
     audio_bytes: int = 256 * _MIB
     video_bytes: int = 2048 * _MIB
+    file_bytes: int = 2048 * _MIB
     connect_seconds: float = 10.0
     header_seconds: float = 30.0
     idle_seconds: float = 30.0
@@ -59,7 +61,12 @@ class Limits:
 
     def max_bytes(self, kind: Kind) -> int:
         """Return the cap for a file of `kind`."""
-        return {"image": self.image_bytes, "audio": self.audio_bytes, "video": self.video_bytes}[kind]
+        return {
+            "image": self.image_bytes,
+            "audio": self.audio_bytes,
+            "video": self.video_bytes,
+            "file": self.file_bytes,
+        }[kind]
 
 
 _DEFAULT_LIMITS = Limits()
@@ -74,6 +81,10 @@ class StoredFile:
     size: int
     sha256: str
     content_type: str
+    is_media: bool
+    """False for a page or a text where an image, a video or audio was announced."""
+    warning: str | None
+    """What contradicts the file, although it is what the server has."""
 
 
 class Downloader:
@@ -103,12 +114,15 @@ class Downloader:
             "The installed httpcore bypasses the media guard: install the versions that are pinned"
         )
 
-    async def save(self, *, url: str, kind: Kind, stem: str) -> StoredFile:
+    async def save(
+        self, *, url: str, kind: Kind, stem: str, seen: str | None = None, last: bool = False
+    ) -> StoredFile:
         """Download `url`, announced as a `kind`, and store it as `stem` plus the extension of what it is.
 
         What is no allowed file of that kind is stored too, as `application/octet-stream` with the extension
-        `.bin`: it was paid for. Raises MediaBlocked, MediaMissing, MediaUnavailable or StorageUnavailable;
-        then nothing is stored.
+        `.bin`: it was paid for. A body that is in doubt is stored if it has the SHA-256 that was `seen` the
+        last time, and on the `last` try. Raises MediaBlocked, MediaUnavailable or a subclass of it, or
+        StorageUnavailable; then nothing is stored.
         """
         target = self._hosts.vet(url)
         max_bytes = self._limits.max_bytes(kind)
@@ -119,13 +133,22 @@ class Downloader:
             async with aclosing(_timely(response.aiter_stream(), self._limits, deadline)) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
+                is_media = kind == "file" or file_type.is_known or not is_page(head[:SNIFF_BYTES])
+                if not is_media and not last:
+                    raise NotMedia(f"The host sends a page or a text in place of the {kind}", reason="page")
                 key = stem + file_type.extension
                 if not file_type.is_known:
                     log.warning("media kept as plain bytes", key=key, kind=kind)
                 inspection = Inspection(
-                    max_bytes=max_bytes, stated=stated_digests(headers), walk=file_type.walk
+                    max_bytes=max_bytes,
+                    min_bytes=1 if kind == "file" else MIN_BYTES,
+                    stated=stated_digests(headers),
+                    walk=file_type.walk,
+                    is_framed="content-length" in headers or "transfer-encoding" in headers,
                 )
-                async with aclosing(_inspected(head, parts, inspection)) as chunks:
+                warnings: list[str] = []
+                body = _inspected(head, parts, inspection, warnings, seen=seen, last=last)
+                async with aclosing(body) as chunks:
                     await self._storage.put(key, chunks, content_type=file_type.content_type)
         return StoredFile(
             key=key,
@@ -133,6 +156,8 @@ class Downloader:
             size=inspection.size,
             sha256=inspection.sha256,
             content_type=file_type.content_type,
+            is_media=is_media,
+            warning=next(iter(warnings), None),
         )
 
     async def close(self) -> None:
@@ -195,7 +220,7 @@ def _open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> ht
 
 
 def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
-    """Raise unless the response is a whole file of known framing, sent as it is."""
+    """Raise unless the response is a whole file, sent as it is."""
     if 400 <= status < 500 and status not in _RETRY_LATER:  # noqa: PLR2004 - the classes of HTTP
         raise MediaMissing(f"The host answers {status}", reason="missing")
     if status != _OK:
@@ -206,10 +231,6 @@ def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
     if codings & _COMPRESSIONS:
         raise MediaUnavailable("The file is sent compressed, although it must not be", reason="encoding")
     length = headers.get("content-length")
-    if length is None and "transfer-encoding" not in headers:
-        raise MediaUnavailable(
-            "Neither a length nor chunks: a broken connection would look like the end", reason="length"
-        )
     if length is not None and int(length) > max_bytes:
         raise MediaBlocked(f"The file has {length} bytes, more than {max_bytes}", reason="too_large")
 
@@ -261,17 +282,25 @@ async def _read_head(parts: AsyncIterator[bytes]) -> bytes:
         head += part
         if len(head) >= SNIFF_BYTES:
             break
-    if len(head) < MIN_BYTES:
-        raise MediaUnavailable(f"The file ends early, after {len(head)} bytes", reason="truncated")
     return head
 
 
 async def _inspected(
-    head: bytes, parts: AsyncIterator[bytes], inspection: Inspection
+    head: bytes,
+    parts: AsyncIterator[bytes],
+    inspection: Inspection,
+    warnings: list[str],
+    *,
+    seen: str | None,
+    last: bool,
 ) -> AsyncGenerator[bytes, None]:
     inspection.feed(head)
     yield head
     async for part in parts:
         inspection.feed(part)
         yield part
-    inspection.finish()
+    # Before the storage makes the file visible. What came twice is what the server has.
+    if doubt := inspection.find_doubt():
+        if not last and (doubt.sha256 is None or doubt.sha256 != seen):
+            raise doubt
+        warnings.append(str(doubt))

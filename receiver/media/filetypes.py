@@ -1,18 +1,18 @@
 """What a file is, by its first bytes: never by its name or by what a header claims."""
 
+import codecs
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from receiver.media import containers
 from receiver.media.containers import Walk
-
-Kind: TypeAlias = Literal["image", "video", "audio"]
+from receiver.webhook import Kind
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096
-# No file of any kind is smaller; less cannot be told apart from the start of something else.
+# No image, video or audio is smaller; less cannot be told apart from the start of something else.
 MIN_BYTES = 16
 
 
@@ -73,6 +73,8 @@ _MINOR_VERSION = 4
 _STILL_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx "})
 _MOVIE = containers.iso(b"moov", b"mdat")
 
+_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
 _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     "image": [
         (
@@ -110,6 +112,13 @@ _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     ],
 }
 
+# Text that is no error page: a picture in words, a list of a video's parts, a document.
+_REAL_ROOTS = {"svg", "svg:svg", "mpd"}
+_REAL_STARTS = ("#extm3u", "%pdf-", "%!ps")
+_ROOT = re.compile(r"<([a-z][a-z0-9:_-]*)")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
+_MARKUP = re.compile(rb"\s*[<{\[]")
+
 # A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
 # latter.
 _ACTIVE = re.compile(
@@ -127,4 +136,31 @@ def sniff(head: bytes, kind: Kind) -> FileType:
     if _ACTIVE.search(head):
         return UNKNOWN
     unknown = _UNKNOWN_BOXES if head[4:8] == b"ftyp" else UNKNOWN
-    return next((file_type for matches, file_type in _TYPES[kind] if matches(head)), unknown)
+    types = _TYPES[kind] if kind in _TYPES else [each for known in _TYPES.values() for each in known]
+    return next((file_type for matches, file_type in types if matches(head)), unknown)
+
+
+def is_page(head: bytes) -> bool:
+    """Tell whether a body that starts with `head` is empty, or HTML, XML, JSON or plain text.
+
+    Such a thing is what servers send in place of a file. SVG is a picture all the same, and lists of a
+    video's parts are no pages either.
+    """
+    text = _read_text(head)
+    if text is None:
+        return False
+    text = text.lstrip().lower()
+    # The first tag is the root: a declaration, a document type and a comment start otherwise.
+    root = _ROOT.search(text) if text.startswith("<") else None
+    return not text.startswith(_REAL_STARTS) and (root is None or root[1] not in _REAL_ROOTS)
+
+
+def _read_text(head: bytes) -> str | None:
+    """Return what the start of a body says; None if it is not text."""
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
+    # The end may be in the middle of a letter.
+    text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
+    if _CONTROLS.search(text):
+        return None
+    # Pages in an older encoding have bytes that are not UTF-8.
+    return text if "\ufffd" not in text or _MARKUP.match(head) else None

@@ -21,6 +21,8 @@ class JobFile:
     variant: str
     url: str
     """Where Clipia serves it."""
+    field: str | None
+    """Where in the event's output the URL stands."""
     state: str
     uri: str | None
     """Where our storage has it; None until it is stored."""
@@ -29,6 +31,8 @@ class JobFile:
     sha256: str | None
     content_type: str | None
     error: str | None
+    warning: str | None
+    """What contradicts a stored file, although it is what Clipia's CDN has."""
 
 
 @dataclass(frozen=True, kw_only=True)

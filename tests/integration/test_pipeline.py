@@ -196,6 +196,7 @@ async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
     assert data["media"] == [
         {
             "url": f"{cdn}/sandbox/sample-image.png",
+            "field": "images[0].url",
             "kind": "image",
             "variant": "original",
             "state": "stored",
@@ -204,6 +205,7 @@ async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
             "size": file["size"],
             "content_type": "image/png",
             "error": None,
+            "warning": None,
         }
     ]
     assert {row["outcome"] for row in await world.rows(attempts)} == {"succeeded"}

@@ -79,6 +79,17 @@ def test_a_movie_may_have_padding(tail: bytes) -> None:
     assert is_complete(MOVIE, SAMPLES["video/mp4"].data + tail)
 
 
+@pytest.mark.parametrize("tail", [bytes(1), b"\x01" * 3, b"moo" + bytes(4), b"TAG" + b"name" * 31 + b"\x0c"])
+@pytest.mark.parametrize("content_type", ["video/mp4", "audio/mp4", "audio/ogg", "audio/mpeg", "image/png"])
+def test_a_tag_or_padding_behind_a_file_is_no_blemish(content_type: str, tail: bytes) -> None:
+    """D9: an ID3v1 tag or a few bytes behind the end leave a file complete."""
+    follower = Follower(walk_of(content_type))
+    follower.feed(SAMPLES[content_type].data)
+    assert follower.ends_here
+    follower.feed(tail)
+    assert follower.is_complete
+
+
 def test_a_movie_without_its_index_is_damaged() -> None:
     """D9: a data box that is open to the end leaves no room for an index that has not come."""
     with pytest.raises(Damaged):

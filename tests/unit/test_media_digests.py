@@ -2,11 +2,12 @@
 
 import base64
 import hashlib
+from typing import Any
 
 import httpx
 import pytest
 
-from receiver.errors import MediaBlocked, MediaUnavailable
+from receiver.errors import MediaBlocked
 from receiver.media.containers import unchecked
 from receiver.media.digests import stated_digests
 from receiver.media.inspection import Inspection
@@ -62,9 +63,9 @@ def test_leaves_out_what_is_in_doubt(headers: list[tuple[str, str]]) -> None:
     assert stated_digests(httpx.Headers(headers)) == {}
 
 
-def inspect(*, stated: dict[str, bytes], max_bytes: int = 1000) -> Inspection:
+def inspect(*, stated: dict[str, bytes], max_bytes: int = 1000, **framing: Any) -> Inspection:
     """Feed the body to an inspection."""
-    inspection = Inspection(max_bytes=max_bytes, stated=stated, walk=unchecked)
+    inspection = Inspection(max_bytes=max_bytes, stated=stated, walk=unchecked, **framing)
     inspection.feed(BODY[:5])
     inspection.feed(BODY[5:])
     return inspection
@@ -73,22 +74,37 @@ def inspect(*, stated: dict[str, bytes], max_bytes: int = 1000) -> Inspection:
 def test_a_body_that_matches_passes() -> None:
     """D9: size and SHA-256 are those of the body, and every stated digest is compared."""
     inspection = inspect(stated={"md5": MD5, "sha256": SHA256, "sha512": SHA512})
-    inspection.finish()
+    assert inspection.find_doubt() is None
     assert (inspection.size, inspection.sha256) == (len(BODY), SHA256.hex())
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256", "sha512"])
 def test_a_body_that_differs_is_refused(name: str) -> None:
-    """D9: a body that is not what its server stated is tried again later."""
+    """D9: a body that is not what its server stated is in doubt, until the same one comes again."""
     wrong = {"md5": MD5, "sha256": SHA256, "sha512": SHA512}[name][::-1]
-    with pytest.raises(MediaUnavailable) as caught:
-        inspect(stated={name: wrong}).finish()
-    assert caught.value.reason == "digest"
+    doubt = inspect(stated={name: wrong}).find_doubt()
+    assert doubt is not None
+    assert (doubt.reason, doubt.sha256) == ("digest", SHA256.hex())
 
 
 def test_the_cap_counts_every_byte() -> None:
     """D7: a file of exactly the cap passes, one byte more does not."""
-    inspect(stated={}, max_bytes=len(BODY)).finish()
+    assert inspect(stated={}, max_bytes=len(BODY)).find_doubt() is None
     with pytest.raises(MediaBlocked) as caught:
         inspect(stated={}, max_bytes=len(BODY) - 1)
     assert caught.value.reason == "too_large"
+
+
+def test_a_body_without_an_end_is_in_doubt() -> None:
+    """D9: without a length, without chunks and without a container's end, only a second body settles it."""
+    doubt = inspect(stated={}, is_framed=False).find_doubt()
+    assert doubt is not None
+    assert (doubt.reason, doubt.sha256) == ("length", SHA256.hex())
+
+
+@pytest.mark.parametrize("is_framed", [True, False])
+def test_a_short_body_is_in_doubt(*, is_framed: bool) -> None:
+    """D9: the same cut twice is what a server has only if HTTP says that it was all of it."""
+    doubt = inspect(stated={}, min_bytes=len(BODY) + 1, is_framed=is_framed).find_doubt()
+    assert doubt is not None
+    assert (doubt.reason, doubt.sha256 is not None) == ("truncated", is_framed)

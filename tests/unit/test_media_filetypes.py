@@ -4,7 +4,7 @@ import pytest
 from mediakit import NOISE, SAMPLES, box
 
 from receiver.media import Kind
-from receiver.media.filetypes import SNIFF_BYTES, sniff
+from receiver.media.filetypes import SNIFF_BYTES, is_page, sniff
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 
@@ -92,3 +92,57 @@ def test_words_in_metadata_do_no_harm() -> None:
     )
     data = SAMPLES["image/png"].data
     assert sniff(data[:60] + words + data[60:], "image").content_type == "image/png"
+
+
+PAGES = {
+    "HTML": b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "HTML behind blanks": b"\r\n \t<html lang='en'><svg></svg></html>",
+    "HTML in Latin-1": "<html><body>p\u00e9rim\u00e9</body></html>".encode("latin-1"),
+    "HTML in UTF-16": "<html><body>expired</body></html>".encode("utf-16"),
+    "JSON": b'{"error": {"code": "not_found"}}',
+    "JSON with a mark": b"\xef\xbb\xbf[]",
+    "XML": b"<?xml version='1.0'?><!-- S3 --><Error><Code>AccessDenied</Code></Error>",
+    "text": b"upstream timed out\n",
+    "text in Chinese": "\u6587\u4ef6\u4e0d\u5b58\u5728".encode() * 400,
+    "a polyglot": b"GIF89a/*<svg/onload=alert(1)>*/=alert(1)//;",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_told_from_a_file(page: str) -> None:
+    """D15: HTML, XML, JSON, text in any encoding and an empty body are told from files."""
+    head = PAGES[page][:SNIFF_BYTES]
+    assert is_page(head)
+    assert not any(sniff(head, kind).is_known for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x00\x00\x00\x0cJXL \r\n\x87\n" + bytes(40),
+        b"\xff\x0a" + bytes(range(40)),
+        b"\x1a\x45\xdf\xa3\x8b\x42\x82\x88matroska" + bytes(40),
+        b"II*\x00" + bytes(40),
+        b"MM\x00*" + bytes(40),
+        box(b"ftyp", b"heic" + bytes(4) + b"mif1heic") + box(b"meta", bytes(40)),
+        b"glTF\x02\x00\x00\x00" + bytes(40),
+        b"PK\x03\x04\x14\x00ppt/slides/slide1.xml" + bytes(40),
+        b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 10,
+        b"%PDF-1.4\n" + b"1 0 obj\n" * 10,
+        b"<?xml version='1.0'?>\n<!-- drawn -->\n<!DOCTYPE svg><svg xmlns='http://www.w3.org/2000/svg'/>",
+        b"#EXTM3U\n#EXT-X-VERSION:3\nhttps://media.clipia.ai/1.ts\n",
+    ],
+)
+def test_formats_that_we_do_not_know_are_files(data: bytes) -> None:
+    """D13: JXL, Matroska, TIFF, HEIC, GLB, PPTX, PDF, SVG and playlists are files, whatever was announced."""
+    assert not is_page(data)
+    assert not any(sniff(data, kind).is_known for kind in KINDS)
+
+
+@pytest.mark.parametrize("content_type", SAMPLES)
+def test_known_files_are_no_pages(content_type: str) -> None:
+    """D13: no file of a known type is taken for a page, and `file` takes all of these types."""
+    sample = SAMPLES[content_type]
+    assert not is_page(sample.data[:SNIFF_BYTES])
+    assert sniff(sample.data[:SNIFF_BYTES], "file").is_known

@@ -1,0 +1,28 @@
+"""Where a file's URL stands in the output, and what is odd about a file; replays that fetch whole files anew.
+
+Columns that may be empty or have a default are added and nothing else, so the release before runs on it.
+
+Revision: 0010
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0010"
+down_revision = "0009"
+branch_labels = None
+depends_on = None
+release_before_runs = True
+
+
+def upgrade() -> None:
+    op.add_column("media", sa.Column("field", sa.Text()))
+    op.add_column("media", sa.Column("warning", sa.Text()))
+    op.add_column("media", sa.Column("seen_sha256", sa.String(64)))
+    op.add_column("replays", sa.Column("force", sa.Boolean(), server_default=sa.false(), nullable=False))
+
+
+def downgrade() -> None:
+    op.drop_column("replays", "force")
+    for name in ("seen_sha256", "warning", "field"):
+        op.drop_column("media", name)
