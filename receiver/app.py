@@ -75,7 +75,12 @@ class Parts:
         hosts = MediaHosts.parse(settings.media_hosts)
         return cls(
             storage=storage,
-            downloader=Downloader(hosts=hosts, storage=storage),
+            downloader=Downloader(
+                hosts=hosts,
+                storage=storage,
+                ca=settings.media_ca,
+                proxy=settings.media_proxy.get_secret_value() if settings.media_proxy else None,
+            ),
             destinations={each.name: open_destination(each) for each in settings.all_destinations},
         )
 

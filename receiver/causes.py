@@ -44,6 +44,7 @@ _NUMBER: Final = re.compile(r"\[?Err(?:no|or) ([0-9]{1,4})\b")
 _CLASSES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "ConnectionError": "the connection was closed or not made",
+        "ProxyError": "the proxy makes no connection to the host",
         "ReadError": "the connection was cut",
         "WriteError": "the connection was cut",
         "RemoteProtocolError": "the other side has hung up or does not speak the protocol",

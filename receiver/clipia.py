@@ -28,6 +28,7 @@ from receiver.lenient_json import clean_text, read_whole
 from receiver.limits import RateHeaders
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
+from receiver.settings import Settings
 from receiver.webhook import is_request_id
 
 CALL_WAIT: Final = 30.0
@@ -36,7 +37,7 @@ TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
 
 _SENDABLE: Final = re.compile(r"[!-~]+")
 _ACCOUNT: Final = (401, 402, 403)
-_NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+_NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
 @dataclass(kw_only=True)
@@ -55,10 +56,11 @@ class Call:
     async def follow(self, event: str, info: Mapping[str, Any]) -> None:
         """Note how far the request has got; httpcore calls this with each step."""
         if event.endswith("send_request_headers.started"):
-            self.may_have_left = True
+            # A proxy is asked for a tunnel first, which tells it nothing of the request.
+            self.may_have_left |= info["request"].method != b"CONNECT"
         # A header that cannot be written is found before the first byte is.
         elif event.endswith("send_request_headers.failed"):
-            self.may_have_left = not isinstance(info["exception"], httpcore.LocalProtocolError)
+            self.may_have_left &= not isinstance(info["exception"], httpcore.LocalProtocolError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +96,8 @@ _call: ContextVar[Call] = ContextVar("call")
 
 
 class _Transport(httpx.AsyncBaseTransport):
-    def __init__(self) -> None:
-        self._inner = httpx.AsyncHTTPTransport()
+    def __init__(self, proxy: str | None) -> None:
+        self._inner = httpx.AsyncHTTPTransport(proxy=None if proxy is None else httpx.Proxy(proxy))
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         call = _call.get()
@@ -116,14 +118,27 @@ class _Transport(httpx.AsyncBaseTransport):
         await self._inner.aclose()
 
 
+def open_client(settings: Settings) -> "ClipiaClient | None":
+    """Return the client of the account that the settings name; None without CLIPIA_KEY."""
+    if settings.clipia_key is None:
+        return None
+    proxy = settings.clipia_proxy.get_secret_value() if settings.clipia_proxy else None
+    return ClipiaClient(
+        settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url, proxy=proxy
+    )
+
+
 class ClipiaClient:
     """Calls of one account. Every method raises Refused, ClipiaUnavailable or AccountRefused.
 
     Each takes a `Call`, whose `headers` are set once an answer came, errors included.
     """
 
-    def __init__(self, key: str, *, base_url: str) -> None:
-        """Raise SettingsError for a base URL over which a key must not travel, and for no key at all."""
+    def __init__(self, key: str, *, base_url: str, proxy: str | None = None) -> None:
+        """Raise SettingsError for a base URL over which a key must not travel, and for no key at all.
+
+        Plain http, which is for this machine only, goes past the `proxy`.
+        """
         hold(key)
         if not _SENDABLE.fullmatch(key):
             raise SettingsError("CLIPIA_KEY: write the key as it is, in ASCII and without white space")
@@ -132,7 +147,7 @@ class ClipiaClient:
                 key,
                 base_url=base_url,
                 timeout=httpx.Timeout(CALL_WAIT, connect=5.0),
-                transport=_Transport(),
+                transport=_Transport(proxy if base_url.lower().startswith("https:") else None),
                 max_retries=0,
             )
         except (ValueError, httpx.InvalidURL):

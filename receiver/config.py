@@ -11,10 +11,10 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
+from pydantic import AfterValidator, SecretStr
 
 from receiver.errors import SettingsError
 from receiver.masking import hold, hold_header, hold_url, mask
@@ -240,6 +240,30 @@ def is_web_url(text: str) -> bool:
     is_safe = parts.scheme == "https" or (parts.scheme == "http" and host in _LOCAL)
     is_plain = text.isprintable() and not set(text) & _NO_WEB_URL
     return is_safe and is_plain and has_port and _HOST.fullmatch(host) is not None
+
+
+def _require_proxy(value: SecretStr) -> SecretStr:
+    wrong = (
+        "write http://host:port or https://host:port, with user:password@ before the host if it asks for them"
+    )
+    try:
+        parts = urlsplit(value.get_secret_value())
+        is_right = parts.port != 0 and _HOST.fullmatch(parts.hostname or "") is not None
+    except ValueError:
+        raise ValueError(wrong) from None
+    if (
+        parts.scheme not in {"http", "https"}
+        or parts.path.strip("/")
+        or parts.query
+        or parts.fragment
+        or not is_right
+    ):
+        raise ValueError(wrong)
+    return value
+
+
+ProxyUrl = Annotated[SecretStr, AfterValidator(_require_proxy)]
+"""Where a proxy is; masked in output, because it may carry a password."""
 
 
 def shown_key(key: str | int) -> str:

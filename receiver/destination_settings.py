@@ -13,7 +13,7 @@ from pydantic import (
     model_validator,
 )
 
-from receiver.config import one_or_more, shown_key
+from receiver.config import ProxyUrl, one_or_more, shown_key
 from receiver.masking import hold, hold_header, hold_url
 
 MAX_TIMEOUT: Final = 300.0
@@ -107,6 +107,8 @@ class DestinationSettings(Table):
     rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
     """Tries per second, in each worker process."""
     tls: TlsSettings | None = None
+    proxy: ProxyUrl | None = None
+    """HTTP only: every request goes through it."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -126,6 +128,7 @@ class DestinationSettings(Table):
             f"signed with {len(self.secrets)} secrets": len(self.secrets) > 1,
             "authorities of its own": tls.ca,
             "a client certificate": tls.certificate,
+            "through a proxy": self.proxy,
         }
         return ", ".join(text for text, is_set in words.items() if is_set)
 
@@ -147,13 +150,14 @@ class DestinationSettings(Table):
     def _is_heeded(self) -> Self:
         url = self.url.get_secret_value()
         over_http = url.lower().startswith(("http:", "https:"))
-        if not over_http and (self.secret is not None or self.binary or self.headers):
-            raise ValueError("secret, headers and binary are for http: and https: alone")
+        if not over_http and (self.secret is not None or self.binary or self.headers or self.proxy):
+            raise ValueError("secret, headers, binary and proxy are for http: and https: alone")
         if self.tls is not None and not url.lower().startswith(_OVER_TLS):
             raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
         if "@" in url.partition("?")[0] and any(name.lower() == "authorization" for name in self.headers):
             raise ValueError("the URL has a user already: write either that or the header Authorization")
         hold_url(url)
+        hold_url(self.proxy.get_secret_value() if self.proxy else "")
         for secret in self.secrets:
             hold(secret)
         for value in self.headers.values():

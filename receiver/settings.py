@@ -29,6 +29,7 @@ from pydantic_settings import (
 from receiver.config import (
     DEFAULT_CONFIG,
     MIN_TOKEN,
+    ProxyUrl,
     check_cloud_variables,
     hold_secrets,
     is_web_url,
@@ -113,6 +114,7 @@ class Settings(BaseSettings):
     clipia_key: SecretStr | None = Field(default=None, validation_alias="CLIPIA_KEY")
     clipia_webhook_secret: SecretStr | None = Field(default=None, validation_alias="CLIPIA_WEBHOOK_SECRET")
     clipia_base_url: str = Field(default="https://api.clipia.ai", validation_alias="CLIPIA_BASE_URL")
+    clipia_proxy: ProxyUrl | None = Field(default=None, validation_alias="CLIPIA_PROXY")
     database_url: SecretStr = SecretStr("sqlite:///data/receiver.db")
     durable_without: Annotated[tuple[Literal["fsync", "full_page_writes"], ...], NoDecode] = ()
     storage_url: SecretStr = SecretStr("file:data/media")
@@ -124,6 +126,8 @@ class Settings(BaseSettings):
     drain: float = Field(default=5.0, ge=0, le=300)
     max_buffered_bytes: int = Field(default=64 * 1024 * 1024, ge=8 * 1024 * 1024, le=16 * 1024**3)
     media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
+    media_ca: Annotated[str, Field(min_length=1)] | None = None
+    media_proxy: ProxyUrl | None = None
     destination_url: SecretStr | None = None
     destinations: tuple[DestinationSettings, ...] = ()
     sources: tuple[SourceSettings, ...] = ()

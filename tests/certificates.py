@@ -1,4 +1,4 @@
-"""Certificates for TLS servers on the loopback address."""
+"""Certificates for TLS servers of tests."""
 
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -10,8 +10,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 
-def make_certificate(path: Path) -> Path:
-    """Write a key and a certificate for 127.0.0.1 that it signed itself."""
+def make_certificate(path: Path, *, host: str = "127.0.0.1") -> Path:
+    """Write a key and a certificate for a host that it signed itself."""
+    names: list[x509.GeneralName] = [
+        x509.IPAddress(ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+    ]
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test")])
     now = datetime.now(UTC)
@@ -19,7 +22,7 @@ def make_certificate(path: Path) -> Path:
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .sign(key, hashes.SHA256())
     )
     encoding = serialization.Encoding.PEM

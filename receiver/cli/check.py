@@ -13,7 +13,7 @@ from structlog.typing import EventDict, WrappedLogger
 
 from receiver.cli.terminal import moment, stdout
 from receiver.cli.waiting import find_missing, name_of
-from receiver.clipia import Call, ClipiaClient
+from receiver.clipia import Call, open_client
 from receiver.db import arrivals, freezes, migrate, outbox, workers
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
@@ -25,7 +25,7 @@ from receiver.destinations import open_destination
 from receiver.errors import SettingsError
 from receiver.failures import sentence
 from receiver.lanes import FAN_OUT_LANE, destination_lane
-from receiver.media import MediaHosts, open_storage
+from receiver.media import MediaHosts, open_storage, open_tls
 from receiver.routing import describe
 from receiver.settings import Settings, unknown_variables
 
@@ -171,9 +171,17 @@ class _Check:
         self._say("ok", "media hosts", ", ".join(settings.media_hosts))
         for origin in hosts.development_origins:
             self._say("warning", "media hosts", f"{origin} is fetched unguarded: for development only")
+        open_tls(settings.media_ca)
+        if settings.media_proxy is not None:
+            self._say(
+                "ok",
+                "media hosts",
+                "fetched through a proxy, which must keep addresses out that are not public",
+            )
 
     async def _check_clipia(self, settings: Settings) -> None:
-        if settings.clipia_key is None:
+        client = open_client(settings)
+        if settings.clipia_key is None or client is None:
             self._say(
                 "ok", "Clipia", "no CLIPIA_KEY: webhooks are received, and no job can be submitted here"
             )
@@ -184,7 +192,6 @@ class _Check:
                 "Clipia",
                 "CLIPIA_KEY starts with neither clipia_live_ nor clipia_test_: is it the whole key?",
             )
-        client = ClipiaClient(settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url)
 
         async def ask() -> None:
             balance = (await client.balance(call=Call())).get("balance") or {}

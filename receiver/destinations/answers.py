@@ -30,8 +30,8 @@ class RawAnswer:
 
     def on_write(self, data: bytes) -> None:
         """Take note that something of the request is sent: only what comes after that answers it."""
-        # A proxy's answer to CONNECT is none to the request.
-        self._is_asked = self._is_asked or not data.startswith(b"CONNECT ")
+        # A proxy's answer to CONNECT is none to the request. Nothing at all is written at the end of each.
+        self._is_asked = self._is_asked or (data != b"" and not data.startswith(b"CONNECT "))
 
     def on_read(self, data: bytes) -> None:
         """Note bytes that have come."""

@@ -86,6 +86,7 @@ class HttpDestination:
         self._transport = httpx.AsyncHTTPTransport(
             verify=httpx.create_ssl_context() if settings.tls is None else open_tls(settings),
             trust_env=False,
+            proxy=None if settings.proxy is None else httpx.Proxy(settings.proxy.get_secret_value()),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
         # httpx has no argument for it.

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import ssl
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, is_page, sniff
 from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork
+from receiver.media.pools import open_pool, open_proxied_pool, open_tls
 from receiver.media.storage import Storage
 from receiver.webhook import Kind
 
@@ -94,14 +94,30 @@ class Downloader:
     environment, and the guarded network is an ordinary argument of the pool.
     """
 
-    def __init__(self, *, hosts: MediaHosts, storage: Storage, limits: Limits = _DEFAULT_LIMITS) -> None:
+    def __init__(
+        self,
+        *,
+        hosts: MediaHosts,
+        storage: Storage,
+        limits: Limits = _DEFAULT_LIMITS,
+        ca: str | None = None,
+        proxy: str | None = None,
+    ) -> None:
+        """Trust the authorities in the file `ca`, too; with a `proxy` only development origins are direct.
+
+        Raises SettingsError for a file that has no certificates.
+        """
         self._hosts = hosts
         self._storage = storage
         self._limits = limits
-        self._pool = _open_pool(GuardedNetwork(hosts), httpx.create_ssl_context(trust_env=False))
+        tls = open_tls(ca)
+        self._pool = open_pool(GuardedNetwork(hosts), tls)
+        self._proxied = None if proxy is None else open_proxied_pool(proxy, tls)
 
     async def start(self) -> None:
         """See the pool refuse a forbidden address. Raises SettingsError if it does not."""
+        if self._proxied is not None:
+            return  # the addresses are the proxy's business
         try:
             async with self._get(httpx.URL(_NEVER_PUBLIC)):
                 pass
@@ -163,6 +179,8 @@ class Downloader:
     async def close(self) -> None:
         """Close the connections."""
         await self._pool.aclose()
+        if self._proxied is not None:
+            await self._proxied.aclose()
 
     @asynccontextmanager
     async def _follow(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
@@ -199,9 +217,13 @@ class Downloader:
         )
         try:
             async with asyncio.timeout(self._limits.header_seconds):
-                response = await self._pool.handle_async_request(request)
+                response = await self._pool_for(url).handle_async_request(request)
         except (TimeoutError, httpcore.TimeoutException) as error:
             raise MediaUnavailable(f"No answer from {url.host} in time", reason="timeout") from error
+        except httpcore.ProxyError as error:
+            raise MediaUnavailable(
+                f"The proxy of RECEIVER_MEDIA_PROXY makes no connection to {url.host}", reason="connect"
+            ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
             raise MediaUnavailable(f"No answer from {url.host}: {cause(error)}", reason="connect") from error
         try:
@@ -209,14 +231,10 @@ class Downloader:
         finally:
             await response.aclose()
 
-
-def _open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
-    return httpcore.AsyncConnectionPool(
-        ssl_context=tls,
-        network_backend=network,
-        max_connections=None,  # whoever calls `save` decides how many run at once
-        max_keepalive_connections=0,  # every file gets a connection of its own, freshly vetted
-    )
+    def _pool_for(self, url: httpx.URL) -> httpcore.AsyncConnectionPool:
+        if self._proxied is None or self._hosts.needs_no_proxy(url):
+            return self._pool
+        return self._proxied
 
 
 def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:

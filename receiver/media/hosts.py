@@ -70,6 +70,10 @@ class MediaHosts:
             origin.is_development for origin in self.origins if (origin.host, origin.port) == (host, port)
         )
 
+    def needs_no_proxy(self, url: httpx.URL) -> bool:
+        """Say whether `url` is on this machine or has plain http: those are reached directly."""
+        return self.is_development(url.host, _PORTS[url.scheme] if url.port is None else url.port)
+
     def vet(self, url: str) -> httpx.URL:
         """Return `url` parsed, once and for all: what is checked here is what gets requested.
 

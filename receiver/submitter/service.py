@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia import CALL_WAIT, ClipiaClient
+from receiver.clipia import CALL_WAIT, ClipiaClient, open_client
 from receiver.db import accounts, freezes, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
@@ -96,11 +96,9 @@ class Submitter:
         cls, settings: Settings, database: Database, *, wake: Callable[[str], None] = lambda _lane: None
     ) -> Self:
         """Make a submitter as the settings say. Raises SettingsError."""
-        key = settings.clipia_key
-        client = ClipiaClient(key.get_secret_value(), base_url=settings.clipia_base_url) if key else None
         return cls(
             database,
-            client,
+            open_client(settings),
             public_url=settings.public_url,
             budgets=settings.budgets,
             poll_after=settings.poll_after,

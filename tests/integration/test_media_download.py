@@ -29,9 +29,10 @@ from receiver.errors import (
     StorageUnavailable,
 )
 from receiver.media import Downloader, Kind, Limits, MediaHosts, Storage, StoredFile
-from receiver.media.download import _open_pool, _timely
+from receiver.media.download import _timely
 from receiver.media.filetypes import SNIFF_BYTES
 from receiver.media.network import GuardedNetwork
+from receiver.media.pools import open_pool
 from receiver.media.storage.local import LocalStorage
 
 QUICK = Limits(
@@ -340,7 +341,7 @@ async def test_a_redirect_gets_no_way_around_the_guard(tmp_path: Path) -> None:
         downloader(server.origin, "media.clipia.ai", storage=local_storage(tmp_path)) as opened,
     ):
         network = GuardedNetwork(MediaHosts.parse([server.origin, "media.clipia.ai"]), resolve=resolve)
-        opened._pool = _open_pool(network, ssl.create_default_context())
+        opened._pool = open_pool(network, ssl.create_default_context())
         with pytest.raises(MediaBlocked) as caught:
             await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
     assert (caught.value.reason, lookups) == ("address", ["media.clipia.ai:443"])
@@ -421,7 +422,7 @@ async def test_an_endless_file_ends_at_the_cap(tmp_path: Path) -> None:
     dial = CountingDial()
     async with site(endless) as server, downloader(server.origin, storage=local_storage(tmp_path)) as opened:
         network = GuardedNetwork(MediaHosts.parse([server.origin]), dial=dial)
-        opened._pool = _open_pool(network, ssl.create_default_context())
+        opened._pool = open_pool(network, ssl.create_default_context())
         with pytest.raises(MediaBlocked) as caught:
             await opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image")
     assert caught.value.reason == "too_large"
@@ -717,6 +718,6 @@ async def test_starting_without_the_guard_is_refused(
     """D3: a pool that tries to connect to a forbidden address stops the start, whatever comes of it."""
     hosts = MediaHosts.parse(["media.clipia.ai"])
     opened = Downloader(hosts=hosts, storage=local_storage(tmp_path), limits=QUICK)
-    opened._pool = _open_pool(network, ssl.create_default_context())
+    opened._pool = open_pool(network, ssl.create_default_context())
     with pytest.raises(SettingsError, match="guard"):
         await opened.start()

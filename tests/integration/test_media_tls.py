@@ -18,8 +18,8 @@ from mediakit import PNG, Site, local_storage, response, site, stored_files
 
 from receiver.errors import MediaBlocked, MediaUnavailable
 from receiver.media import Downloader, MediaHosts
-from receiver.media.download import _open_pool
 from receiver.media.network import GuardedNetwork
+from receiver.media.pools import open_pool
 
 HOST, PUBLIC = "media.clipia.ai", "93.184.215.14"
 
@@ -133,7 +133,7 @@ async def world(
         internet = Internet(port=server.port, answers=answers)
         downloader = Downloader(hosts=hosts, storage=local_storage(folder))
         network = GuardedNetwork(hosts, resolve=internet.resolve, dial=internet)
-        downloader._pool = _open_pool(network, client_tls)
+        downloader._pool = open_pool(network, client_tls)
         yield World(server=server, internet=internet, downloader=downloader, server_names=names)
         await downloader.close()
 

@@ -1,0 +1,305 @@
+"""Proxies of one's own for Clipia, media and HTTP destinations, and a private authority for media."""
+
+import asyncio
+import json
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from certificates import make_certificate
+from destination_kinds import make_event
+from mediakit import PNG, Site, local_storage, response, site, stored_files
+from proxykit import Proxy, proxy
+from pydantic import SecretStr
+
+from receiver import clipia
+from receiver.app import Parts
+from receiver.clipia import Call, ClipiaClient, open_client
+from receiver.destination_settings import DestinationSettings, TlsSettings
+from receiver.destinations import open_destination
+from receiver.errors import ClipiaUnavailable, MediaBlocked, MediaUnavailable, PublishFailed, SettingsError
+from receiver.media import Downloader, MediaHosts, open_tls
+from receiver.settings import Settings
+
+HOST = "media.clipia.ai"
+API = "api.clipia.ai"
+REFUSALS = [
+    b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 301 Moved\r\nLocation: http://127.0.0.1/\r\nContent-Length: 0\r\n\r\n",
+    b"",
+]
+
+
+@asynccontextmanager
+async def tls_site(folder: Path, host: str, answer: bytes) -> AsyncIterator[tuple[Site, str]]:
+    """Run a TLS server with a certificate for `host`; yield it and the file to trust it with."""
+    certificate = make_certificate(folder / "server.pem", host=host)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    async with site(answer, tls=tls) as server:
+        yield server, str(certificate)
+
+
+@asynccontextmanager
+async def downloader(folder: Path, proxied: Proxy, ca: str | None) -> AsyncIterator[Downloader]:
+    """Open a downloader behind a proxy."""
+    opened = Downloader(
+        hosts=MediaHosts.parse([HOST]), storage=local_storage(folder), ca=ca, proxy=proxied.url
+    )
+    await opened.start()
+    yield opened
+    await opened.close()
+
+
+async def test_media_comes_through_the_proxy(tmp_path: Path) -> None:
+    """D5: the proxy gets the name and its credentials, and nothing but TLS with the host goes through it."""
+    async with (
+        tls_site(tmp_path, HOST, response(PNG)) as (server, ca),
+        proxy(server.port) as between,
+        downloader(tmp_path, between, ca) as opened,
+    ):
+        await opened.save(url=f"https://{HOST}/works/a.png?x=y", kind="image", stem="ab/00-image")
+        assert between.asked_for == [f"{HOST}:443"]
+        assert b"\r\nProxy-Authorization: Basic " in between.heads[0]
+        assert server.requests[0].startswith(b"GET /works/a.png?x=y HTTP/1.1\r\n")
+        assert b"proxy-authorization" not in server.requests[0].lower()
+    assert stored_files(tmp_path / "media") == {"ab/00-image.png": PNG}
+
+
+async def test_behind_the_proxy_names_and_certificates_are_still_checked(tmp_path: Path) -> None:
+    """D3: only hosts of the list are asked for, and only one with the name's certificate is believed."""
+    async with (
+        tls_site(tmp_path, "evil.example", response(PNG)) as (server, ca),
+        proxy(server.port) as between,
+        downloader(tmp_path, between, ca) as opened,
+    ):
+        with pytest.raises(MediaBlocked):
+            await opened.save(url="https://evil.example/a.png", kind="image", stem="ab/00-image")
+        assert between.heads == []
+        with pytest.raises(MediaUnavailable) as caught:
+            await opened.save(url=f"https://{HOST}/a.png", kind="image", stem="ab/00-image")
+        assert caught.value.reason == "connect"
+        assert server.requests == []
+    assert stored_files(tmp_path / "media") == {}
+
+
+@pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "cut"])
+async def test_a_refusal_of_the_proxy_is_no_answer_of_the_host(answer: bytes, tmp_path: Path) -> None:
+    """D15: whatever a proxy says in place of a connection, the file is tried again later."""
+    async with (
+        site(response(PNG)) as server,
+        proxy(server.port, answer=answer) as between,
+        downloader(tmp_path, between, None) as opened,
+    ):
+        with pytest.raises(MediaUnavailable) as caught:
+            await opened.save(url=f"https://{HOST}/a.png", kind="image", stem="ab/00-image")
+        assert caught.value.reason == "connect"
+        assert "pr0xy" not in str(caught.value)
+
+
+async def test_a_development_origin_goes_past_the_proxy(tmp_path: Path) -> None:
+    """D5: this machine's loopback is not the proxy's."""
+    async with site(response(PNG)) as server, proxy(server.port) as between:
+        opened = Downloader(
+            hosts=MediaHosts.parse([server.origin]), storage=local_storage(tmp_path), proxy=between.url
+        )
+        await opened.save(url=f"{server.origin}/a.png", kind="image", stem="ab/00-image")
+        await opened.close()
+        assert between.heads == []
+
+
+def test_an_authority_that_is_none_stops_the_start(tmp_path: Path) -> None:
+    """D3: RECEIVER_MEDIA_CA names a PEM file with certificates, or the start fails and says so."""
+    (tmp_path / "empty.pem").touch()
+    (tmp_path / "text.pem").write_text("very-secret")
+    key = make_certificate(tmp_path / "key.pem").read_text().partition("-----BEGIN CERT")[0]
+    (tmp_path / "key.pem").write_text(key)
+    for name in ("missing.pem", "empty.pem", "text.pem", "key.pem", ".", "a\0b"):
+        with pytest.raises(SettingsError, match="RECEIVER_MEDIA_CA") as caught:
+            open_tls(str(tmp_path / name))
+        assert "very-secret" not in str(caught.value)
+
+
+async def test_an_authority_is_trusted_beside_the_public_ones(tmp_path: Path) -> None:
+    """D3: a private authority takes none of the public ones away."""
+    public = len(open_tls(None).get_ca_certs())
+    authority = make_certificate(tmp_path / "authority.pem")
+    assert len(open_tls(str(authority)).get_ca_certs()) >= public > 100
+
+
+def open_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings:
+    """Read settings from the environment."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return Settings.load()
+
+
+async def test_the_settings_reach_the_downloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D5: RECEIVER_MEDIA_PROXY and RECEIVER_MEDIA_CA are what the worker downloads with."""
+    async with tls_site(tmp_path, HOST, response(PNG)) as (server, ca), proxy(server.port) as between:
+        settings = open_settings(monkeypatch, RECEIVER_MEDIA_PROXY=between.url, RECEIVER_MEDIA_CA=ca)
+        assert "pr0xy" not in repr(settings)
+        opened = Parts.make(settings).downloader
+        await opened.save(url=f"https://{HOST}/a.png", kind="image", stem="ab/00-image")
+        await opened.close()
+        assert between.asked_for == [f"{HOST}:443"]
+
+
+async def test_clipia_is_asked_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G3: CLIPIA_PROXY gets Clipia's name, and the key goes through the tunnel only."""
+    answer = response(json.dumps({"balance": {"credits": 7}}).encode(), "Content-Type: application/json")
+    async with tls_site(tmp_path, API, answer) as (server, ca), proxy(server.port) as between:
+        monkeypatch.setenv("SSL_CERT_FILE", ca)
+        client = open_client(open_settings(monkeypatch, CLIPIA_KEY="clipia_live_x", CLIPIA_PROXY=between.url))
+        assert client is not None
+        call = Call()
+        assert (await client.balance(call=call))["balance"] == {"credits": 7}
+        await client.close()
+        assert between.asked_for == [f"{API}:443"]
+        assert b"clipia_live_x" not in b"".join(between.heads)
+        assert call.may_have_left
+
+
+@pytest.mark.parametrize("answer", [*REFUSALS, None], ids=["403", "407", "502", "301", "cut", "silent"])
+async def test_what_a_proxy_refused_has_not_left(
+    answer: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F5: a submission that got no tunnel was not sent, so that its key is used for no longer."""
+    monkeypatch.setattr(clipia, "CALL_WAIT", 5.0 if answer is not None else 0.5)
+    async with site(b"") as server, proxy(server.port, answer=answer) as between:
+        client = ClipiaClient("clipia_live_x", base_url=f"https://{API}", proxy=between.url)
+        with pytest.raises(ClipiaUnavailable) as caught:
+            await client.balance(call=Call())
+        await client.close()
+        assert not caught.value.may_have_arrived
+        assert "pr0xy" not in str(caught.value)
+        assert between.asked_for == [f"{API}:443"]
+
+
+async def test_a_local_clipia_goes_past_the_proxy() -> None:
+    """G3: plain http is for this machine, whose loopback is not the proxy's."""
+    answer = response(b"{}", "Content-Type: application/json")
+    async with site(answer) as server, proxy(server.port) as between:
+        client = ClipiaClient("clipia_live_x", base_url=server.origin, proxy=between.url)
+        await client.balance(call=Call())
+        await client.close()
+        assert between.heads == []
+
+
+@pytest.mark.parametrize("status", ["204 No Content", "500 Oops"])
+async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status: str) -> None:
+    """E10: the event goes through the tunnel, and the tunnel's own 200 confirms nothing."""
+    async with (
+        tls_site(tmp_path, "orders.example", response(b"", status=status)) as (server, ca),
+        proxy(server.port) as between,
+    ):
+        destination = open_destination(
+            DestinationSettings(
+                name="orders",
+                url=SecretStr("https://orders.example/clipia"),
+                tls=TlsSettings(ca=ca),
+                proxy=SecretStr(between.url),
+            )
+        )
+        await destination.start()
+        try:
+            if status.startswith("204"):
+                await destination.publish(make_event())
+            else:
+                with pytest.raises(PublishFailed, match="answered 500"):
+                    await destination.publish(make_event())
+        finally:
+            await destination.close()
+        assert between.asked_for == ["orders.example:443"]
+        assert server.requests[0].startswith(b"POST /clipia HTTP/1.1\r\n")
+
+
+@pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "cut"])
+async def test_a_refusal_of_the_proxy_is_about_the_destination(answer: bytes) -> None:
+    """E10: an event whose tunnel is refused is tried again; it is no dead letter."""
+    async with site(b"") as server, proxy(server.port, answer=answer) as between:
+        destination = open_destination(
+            DestinationSettings(
+                name="orders",
+                url=SecretStr("https://orders.example/clipia"),
+                proxy=SecretStr(between.url),
+            )
+        )
+        await destination.start()
+        with pytest.raises(PublishFailed) as caught:
+            await destination.publish(make_event())
+        await destination.close()
+        assert caught.value.reason == "connection"
+        assert "pr0xy" not in str(caught.value)
+
+
+async def test_proxies_of_the_environment_are_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D5: without a proxy of one's own nothing of Clipia's or a destination's goes to HTTPS_PROXY."""
+    async with site(b"") as server, proxy(server.port) as canary:
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.setenv(name, canary.url)
+        async with tls_site(tmp_path, "127.0.0.1", response(b"{}")) as (target, ca):
+            monkeypatch.setenv("SSL_CERT_FILE", ca)
+            client = ClipiaClient("clipia_live_x", base_url=f"https://127.0.0.1:{target.port}")
+            await client.balance(call=Call())
+            await client.close()
+            destination = open_destination(
+                DestinationSettings(
+                    name="orders",
+                    url=SecretStr(f"https://127.0.0.1:{target.port}/"),
+                    tls=TlsSettings(ca=ca),
+                )
+            )
+            await destination.start()
+            await destination.publish(make_event())
+            await destination.close()
+            assert len(target.requests) == 2
+        assert canary.heads == []
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "proxy.internal:3128",
+        "socks5://u:very-secret@proxy.internal",
+        "http://u:very-secret@",
+        "http://u:very-secret@proxy.internal:99999",
+        "http://u:very-secret@proxy.internal/path",
+        "http://u:very-secret@proxy.internal?x=y",
+        "http://u:very-secret#@proxy.internal",
+        "http://[u:very-secret",
+    ],
+)
+@pytest.mark.parametrize("variable", ["CLIPIA_PROXY", "RECEIVER_MEDIA_PROXY"])
+def test_a_proxy_that_is_none_stops_the_start(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G2: the setting is named and its value is not."""
+    with pytest.raises(SettingsError, match=variable) as caught:
+        open_settings(monkeypatch, **{variable: value})
+    assert "very-secret" not in str(caught.value)
+
+
+def test_a_proxy_is_for_http_destinations() -> None:
+    """G2: a proxy that a destination's client would not use is refused."""
+    with pytest.raises(ValueError, match="alone"):
+        DestinationSettings(
+            name="a", url=SecretStr("redis://127.0.0.1"), proxy=SecretStr("http://127.0.0.1:3128")
+        )
+
+
+async def test_a_silent_proxy_holds_up_no_download_for_ever(tmp_path: Path) -> None:
+    """D7: a proxy that does not answer runs into the time for the headers."""
+    async with site(b"") as server, proxy(server.port, answer=None) as between:
+        async with downloader(tmp_path, between, None) as opened:
+            opened._limits = type(opened._limits)(header_seconds=0.3)
+            async with asyncio.timeout(30):
+                with pytest.raises(MediaUnavailable) as caught:
+                    await opened.save(url=f"https://{HOST}/a.png", kind="image", stem="ab/00-image")
+        assert caught.value.reason == "timeout"

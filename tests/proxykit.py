@@ -1,0 +1,89 @@
+"""An HTTP proxy for tests: whatever it is asked for, it leads to one server of this machine."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+END_OF_HEAD = b"\r\n\r\n"
+
+
+@dataclass(kw_only=True)
+class Proxy:
+    """Where the proxy listens, and the heads of the requests that it got."""
+
+    port: int
+    heads: list[bytes] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Its URL, with a password."""
+        return f"http://proxy-user:pr0xy-password@127.0.0.1:{self.port}"
+
+    @property
+    def asked_for(self) -> list[str]:
+        """The hosts that it was asked for a tunnel to."""
+        return [head.split()[1].decode() for head in self.heads if head.startswith(b"CONNECT ")]
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65_536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
+
+
+async def _ended(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+@asynccontextmanager
+async def proxy(
+    target: int, *, answer: bytes | None = b"HTTP/1.1 200 Connection established\r\n\r\n"
+) -> AsyncIterator[Proxy]:
+    """Run a proxy whose tunnels all lead to a port; it says nothing at all if `answer` is None.
+
+    What is no request for a tunnel is passed on as it is.
+    """
+    running = Proxy(port=0)
+    meetings: set[asyncio.Task[None]] = set()
+
+    async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            head = await reader.readuntil(END_OF_HEAD)
+        except asyncio.IncompleteReadError:
+            return
+        running.heads.append(head)
+        if answer is None:
+            await asyncio.Event().wait()
+        if head.startswith(b"CONNECT "):
+            writer.write(answer or b"")
+            await writer.drain()
+            if b" 200 " not in (answer or b""):
+                return
+        answers, server = await asyncio.open_connection("127.0.0.1", target)
+        try:
+            if not head.startswith(b"CONNECT "):
+                server.write(head)
+            await asyncio.gather(_pump(reader, server), _pump(answers, writer))
+        finally:
+            await _ended(server)
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        meetings.add(task := asyncio.ensure_future(meet(reader, writer)))
+        with contextlib.suppress(asyncio.CancelledError, OSError):
+            await task
+        await _ended(writer)
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as listener:
+        running.port = listener.sockets[0].getsockname()[1]
+        try:
+            yield running
+        finally:
+            for task in meetings:
+                task.cancel()
+            await asyncio.gather(*meetings, return_exceptions=True)
