@@ -9,7 +9,7 @@ for it; with `tls://` in place of `nats://` a server without TLS gets nothing.
 import asyncio
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import count
 from types import MappingProxyType
 from typing import Any, Final
@@ -21,13 +21,14 @@ from cloudevents.core.v1.event import CloudEvent
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
-from nats.js.api import StorageType, StreamInfo
+from nats.js.api import ConsumerInfo, StorageType, StreamInfo
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, again, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
 from receiver.destinations.nkeys import Identity
 from receiver.errors import PublishFailed, PublishRejected
@@ -87,7 +88,10 @@ class NatsDestination(Broker):
     async def check(self) -> None:
         """See whether a stream takes the subject, and warn where it may lose events."""
         info = await self._connections.run(_Connection.find_stream)
-        problem = "the user may not look at the stream" if info is None else _describe_losses(info)
+        problem: str | None = "the user may not look at the stream"
+        if info is not None:
+            consumers = await self._connections.run(lambda each: each.list_consumers(info))
+            problem = describe_losses(info, self._place.subject, consumers)
         if problem:
             self._warn_of_losses(problem)
 
@@ -201,6 +205,15 @@ class _Connection(Connection):
                 f"the stream {name} acknowledges nothing: make it without no_ack", reason="no_ack"
             )
         return info
+
+    async def list_consumers(self, info: StreamInfo) -> Sequence[ConsumerInfo] | None:
+        """Return the consumers of a stream, None if the user may not ask."""
+        try:
+            return await self._streams.consumers_info(info.config.name or "")
+        except _ERRORS as error:
+            if isinstance(error, TimeoutError) and not self._may_ask:
+                return None
+            raise self._failed(error) from error
 
     def survives(self, failure: Failure) -> bool:
         """Return whether the next publish would gain nothing from connecting and making the stream anew."""
@@ -363,11 +376,3 @@ def _encode(event: CloudEvent, stream: str | None) -> tuple[dict[str, str], byte
     if stream is not None:
         headers["Nats-Expected-Stream"] = stream
     return headers, message.body
-
-
-def _describe_losses(info: StreamInfo) -> str | None:
-    if info.config.storage == StorageType.MEMORY:
-        return "the stream is kept in memory: make one with file storage"
-    if (info.config.num_replicas or 1) == 1:
-        return "a power cut may lose minutes: the stream has one replica; or is sync_interval always there?"
-    return None

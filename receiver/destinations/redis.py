@@ -187,6 +187,12 @@ class RedisDestination(Broker):
 
     def _failed(self, error: Exception) -> PublishFailed:
         shown, code = self._place.shown, _code(error)
+        if code == "NOPERM" and "'select'" in str(error).lower():
+            number = self._place.database
+            return PublishFailed(
+                f"{shown} does not let this user SELECT the database {number}: allow +select, or use /0",
+                reason="permission",
+            )
         if code in _REFUSALS:
             reason, text = _REFUSALS[code]
             return PublishFailed(f"{shown} {text}", reason=reason)

@@ -19,12 +19,13 @@ from destination_kinds import make_event, open_url
 from kind_redis_nats import read_messages, read_nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import DiscardPolicy, StorageType
+from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType
 from servers import free_port
 from structlog.testing import capture_logs
 
 from receiver.destinations import Destination, connections
 from receiver.destinations import nats as nats_module
+from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats import NatsDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
@@ -170,6 +171,15 @@ async def test_repeated_delivery_is_stored_once(shared: Nats, destination: Desti
         await destination.publish(event)
     stored = [(event["deliveryid"], event["attempt"]) for event in await read_nats(shared, name)]
     assert stored == [("delivery-1", 1), ("delivery-2", 1)]
+
+
+async def test_a_purge_forgets_no_message_id(admin: Client, destination: Destination, name: str) -> None:
+    """E2: within the dedup window a try after a purge is acknowledged as a duplicate, and nothing is kept."""
+    event = make_event()
+    await destination.publish(event)
+    await admin.jsm().purge_stream(name)
+    await destination.publish(event)
+    assert (await admin.jsm().stream_info(name)).state.messages == 0
 
 
 async def test_missing_stream_is_made(admin: Client, shared: Nats, name: str) -> None:
@@ -666,8 +676,11 @@ async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noq
     [
         ({"storage": StorageType.MEMORY}, "file storage"),
         ({"storage": StorageType.FILE}, "sync_interval"),
+        ({"retention": RetentionPolicy.INTEREST}, "acknowledges each event and keeps none"),
+        ({"max_msgs_per_subject": 1}, "keeps the last 1 events only"),
+        ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, "sync_interval"),
     ],
-    ids=["memory", "one replica"],
+    ids=["memory", "one replica", "interest", "trimmed", "full"],
 )
 async def test_check_warns_of_losses(
     admin: Client, destination: Destination, name: str, settings: dict[str, Any], problem: str
@@ -681,11 +694,36 @@ async def test_check_warns_of_losses(
     assert (await admin.jsm().stream_info(name)).state.messages == 0
 
 
+@pytest.mark.parametrize(
+    ("patterns", "is_kept"),
+    [
+        (["{}"], True),
+        (["{}.*"], False),
+        (["{}.other"], False),
+        (["{}.other", "{}"], True),
+        ([">"], True),
+    ],
+)
+async def test_interest_is_that_of_a_consumer_of_the_subject(
+    admin: Client, destination: Destination, name: str, patterns: list[str], *, is_kept: bool
+) -> None:
+    """E2: a stream with the retention `interest` is warned of exactly if it keeps nothing of the subject."""
+    streams = admin.jsm()
+    await streams.add_stream(name=name, subjects=[name, f"{name}.*"], retention=RetentionPolicy.INTEREST)
+    for number, pattern in enumerate(patterns):
+        await streams.add_consumer(name, durable_name=f"c{number}", filter_subject=pattern.format(name))
+    with capture_logs() as logs:
+        await destination.check()
+    assert ["keeps none" in entry["problem"] for entry in logs] == [not is_kept]
+    await destination.publish(make_event())
+    assert (await streams.stream_info(name)).state.messages == is_kept
+
+
 def test_replicated_stream_is_not_warned_of() -> None:
     """E2: a stream in files with several replicas needs no warning."""
     config = nats.js.api.StreamConfig(storage=StorageType.FILE, num_replicas=3)
     state = nats.js.api.StreamState(messages=0, bytes=0, first_seq=0, last_seq=0, consumer_count=0)
-    assert nats_module._describe_losses(nats.js.api.StreamInfo(config=config, state=state)) is None
+    assert describe_losses(nats.js.api.StreamInfo(config=config, state=state), "subject") is None
 
 
 async def test_ids_that_are_no_text(destination: Destination) -> None:

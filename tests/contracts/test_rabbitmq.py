@@ -368,6 +368,42 @@ async def test_full_queue(server: RabbitMq, channel: AbstractChannel, queue: str
     await destination.close()
 
 
+async def test_each_try_adds_a_copy_to_the_queues_beside_a_full_one(
+    server: RabbitMq, channel: AbstractChannel, exchange: str
+) -> None:
+    """E1: behind an exchange with one full queue no try is confirmed, and the others get each of them."""
+    limits: Any = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "reject-publish"}
+    full = await channel.declare_queue(arguments=limits, exclusive=True)
+    beside = await channel.declare_queue(exclusive=True)
+    for each in (full, beside):
+        await each.bind(exchange, "events")
+    destination = open_url(server.url(f"?exchange={exchange}&routing_key=events"))
+    await destination.publish(make_event())
+    event = make_event()
+    for _ in range(3):
+        assert (await failure_of(destination.publish(event))).reason == "nack"
+    await destination.close()
+    assert (await ids_in(channel, beside.name)).count(delivery_id(event)) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"x-message-ttl": 0}, {"x-max-length": 1}, {"x-max-length": 1, "x-overflow": "drop-head"}]
+)
+async def test_what_a_queue_drops_is_confirmed(
+    server: RabbitMq, channel: AbstractChannel, queue: str, arguments: dict[str, Any]
+) -> None:
+    """E2: a queue that drops messages confirms them, so its arguments are warned of."""
+    await channel.declare_queue(queue, durable=True, arguments={"x-queue-type": "quorum"} | arguments)
+    destination = open_url(server.url(f"?queue={queue}"))
+    with capture_logs() as logs:
+        await destination.start()
+    assert [next(iter(arguments)) in entry["problem"] for entry in logs] == [True]
+    for _ in range(3):
+        await destination.publish(make_event())
+    await destination.close()
+    assert len(await ids_in(channel, queue)) <= 1
+
+
 async def test_too_large_message(destination: Destination, channel: AbstractChannel, queue: str) -> None:
     """E7: a message over RabbitMQ's limit is refused for good; those beside it are not blamed for it."""
     await destination.publish(make_event())

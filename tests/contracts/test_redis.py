@@ -310,6 +310,23 @@ async def test_refused_user(
     await destination.close()
 
 
+async def test_a_database_takes_the_right_to_select_it(
+    shared: Redis, admin: redis.Redis, stream: str
+) -> None:
+    """E1: a user who may XADD but not SELECT is told so, and not that XADD is what is missing."""
+    set_user(admin, "writer", "on", f">{CANARY}", "~*", "+xadd", "+type")
+    destination = open_url(shared.url(f"stream={stream}", login=f"writer:{CANARY}@").replace("/0?", "/3?"))
+    for action in (destination.check(), destination.publish(make_event())):
+        with pytest.raises(
+            PublishFailed, match=r"SELECT the database 3: allow \+select, or use /0"
+        ) as caught:
+            await action
+        assert caught.value.reason == "permission"
+    set_user(admin, "writer", "on", f">{CANARY}", "~*", "+xadd", "+type", "+select")
+    assert await outcome(destination) == "delivered"
+    await destination.close()
+
+
 async def test_missing_password() -> None:
     """E1: a server that asks for a password says so where the URL has none."""
     with Redis("--requirepass", CANARY) as server:
