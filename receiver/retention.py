@@ -140,11 +140,12 @@ async def _prune_jobs(database: Database, done: Pruned, *, dry_run: bool) -> Asy
     while after < last:
         began = time.monotonic()
         until = min(after + SPAN, last)
-        async with database.read() if dry_run else database.write() as connection:
+        async with database.read() as connection:
             found = await pruning.find_inputs(
                 connection, after=after, until=until, before=done.before, limit=BATCH
             )
-            if found and not dry_run:
+        if found and not dry_run:
+            async with database.write() as connection:
                 await pruning.delete_inputs(connection, found, before=done.before)
         after = found[-1] if len(found) == BATCH else until
         if not dry_run:

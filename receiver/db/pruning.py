@@ -150,10 +150,18 @@ async def erase_events(connection: AsyncConnection, seqs: Collection[int]) -> No
 
 
 async def erase_jobs(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Delete the input and the metadata of the jobs of events; the jobs have ended."""
+    """Delete what the caller and Clipia said of the jobs of events; the jobs have ended."""
     of_events = select(events.c.source, events.c.request_id).where(_among(events.c.seq))
-    statement = update(jobs).where(tuple_(jobs.c.source, jobs.c.request_id).in_(of_events))
-    await connection.execute(statement.values(request=NO_INPUT, metadata={}), _list(seqs))
+    statement = (
+        update(jobs)
+        .where(tuple_(jobs.c.source, jobs.c.request_id).in_(of_events))
+        # Clipia's words may quote the input.
+        .values(request=NO_INPUT, metadata={}, error=None, warnings=None)
+        .returning(jobs.c.id)
+    )
+    ids = (await connection.execute(statement, _list(seqs))).scalars().all()
+    tries = update(attempts).where(among(attempts.c.work_id, "ids"), attempts.c.outcome != "resubmitted")
+    await connection.execute(tries.values(error=None), {"ids": ids})
 
 
 async def list_files(connection: AsyncConnection, seqs: Collection[int]) -> Sequence[StoredFile]:

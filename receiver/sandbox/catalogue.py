@@ -205,6 +205,7 @@ _LONGEST_SPEECH: Final = 20_000
 MODELS: Final[Mapping[str, Model]] = {
     model.slug: model
     for model in (
+        # The entries in the list of this one and the next, and the schema of the next, are as documented.
         Model(
             slug="nano-banana-2",
             name="Nano Banana 2",
@@ -221,7 +222,6 @@ MODELS: Final[Mapping[str, Model]] = {
             files=_per_image,
             schema_is_map=True,
         ),
-        # Exactly as the public documentation has it.
         Model(
             slug="seedance-2-fast-i2v",
             name="Seedance 2 Fast",

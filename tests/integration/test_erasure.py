@@ -3,8 +3,8 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from dataclasses import asdict
-from datetime import timedelta
+from dataclasses import asdict, replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,10 +16,10 @@ from sqlalchemy import select
 
 from receiver import retention
 from receiver.clipia import ClipiaClient
-from receiver.db import ledger, outbox, pruning, transfer
+from receiver.db import leases, ledger, outbox, pruning, transfer
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.rows import NO_INPUT, JobState, NewMedia, event_id
+from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
 from receiver.errors import Refused, StorageUnavailable
 from receiver.ingest import Ingest
@@ -240,12 +240,19 @@ OTHER = body("r-1", payload={"model": "m", "output": {"text": "another private w
 async def add_private(world: World, ingest: Ingest) -> str:
     """Store an event with everything that may hang on one; return the key of its file."""
     job_id = await world.add_job("k", request_id="r-1", metadata={"customer": "a private name"})
-    await world.change(jobs, jobs.c.id == job_id, request=b'{"input":{"prompt":"a private wish"}}')
+    said = {"error": '{"code":"x","message":"a private wish"}', "warnings": [{"message": "a private key"}]}
+    request = b'{"input":{"prompt":"a private wish"}}'
+    await world.change(jobs, jobs.c.id == job_id, request=request, **said)
+    tries = [Attempt(number=1, started_at=datetime.now(UTC), duration_ms=1, outcome="retry", error="private")]
+    tries += [replace(tries[0], outcome="resubmitted", error="by me")]
+    async with world.database.write() as connection:
+        await leases.record_attempts(connection, [(job_id, each) for each in tries])
     assert await deliver(ingest, PRIVATE) == "accepted"
     assert await deliver(ingest, OTHER) == "conflict"
     await world.fan_out()
     async with world.working():
         await world.until_states(deliveries, delivered=1)
+    await world.change(jobs, **said)
     return await add_file(world, "r-1")
 
 
@@ -277,6 +284,7 @@ async def test_an_erased_event_leaves_a_tombstone(world: World, ingest: Ingest, 
     (job,) = await world.rows(jobs)
     assert (job["idempotency_key"], job["model"], job["charged"]) == ("k", "m", 7)
     assert (job["state"], job["request"], job["metadata"]) == ("completed", NO_INPUT, {})
+    assert [row["error"] for row in await world.rows(attempts)] == [None, "by me"]
 
 
 async def test_an_erased_event_goes_nowhere(world: World, ingest: Ingest) -> None:
