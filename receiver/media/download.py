@@ -2,11 +2,12 @@
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 
 import httpcore
 import httpx
@@ -21,6 +22,7 @@ from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool, open_proxied_pool, open_tls
+from receiver.media.resume import read_on
 from receiver.media.storage import Storage
 from receiver.webhook import Kind
 
@@ -146,7 +148,13 @@ class Downloader:
         async with self._follow(target) as response:
             headers = httpx.Headers(response.headers)
             _judge(response.status, headers, max_bytes)
-            async with aclosing(_timely(response.aiter_stream(), self._limits, deadline)) as parts:
+            body = read_on(
+                response,
+                timely=partial(_timely, limits=self._limits, deadline=deadline),
+                request=partial(self._follow, target),
+                deadline=deadline,
+            )
+            async with aclosing(body) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
                 is_media = kind == "file" or file_type.is_known or not is_page(head[:SNIFF_BYTES])
@@ -163,8 +171,8 @@ class Downloader:
                     is_framed="content-length" in headers or "transfer-encoding" in headers,
                 )
                 warnings: list[str] = []
-                body = _inspected(head, parts, inspection, warnings, seen=seen, last=last)
-                async with aclosing(body) as chunks:
+                inspected = _inspected(head, parts, inspection, warnings, seen=seen, last=last)
+                async with aclosing(inspected) as chunks:
                     await self._storage.put(key, chunks, content_type=file_type.content_type)
         return StoredFile(
             key=key,
@@ -183,10 +191,12 @@ class Downloader:
             await self._proxied.aclose()
 
     @asynccontextmanager
-    async def _follow(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
+    async def _follow(
+        self, url: httpx.URL, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> AsyncIterator[httpcore.Response]:
         """Request `url` and what it redirects to: each URL is vetted and gets a connection of its own."""
         for _ in range(_MAX_REDIRECTS):
-            async with self._get(url) as response:
+            async with self._get(url, headers) as response:
                 location = httpx.Headers(response.headers).get("location")
                 if response.status not in _REDIRECTS or not location:
                     yield response
@@ -203,7 +213,9 @@ class Downloader:
             raise MediaBlocked(f"The host redirects elsewhere: {error}", reason="redirect") from error
 
     @asynccontextmanager
-    async def _get(self, url: httpx.URL) -> AsyncIterator[httpcore.Response]:
+    async def _get(
+        self, url: httpx.URL, headers: Sequence[tuple[bytes, bytes]] = ()
+    ) -> AsyncIterator[httpcore.Response]:
         request = httpcore.Request(
             "GET",
             httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path),
@@ -212,6 +224,7 @@ class Downloader:
                 (b"User-Agent", b"clipia-receiver/" + __version__.encode()),
                 (b"Accept", b"*/*"),
                 (b"Accept-Encoding", b"identity"),
+                *headers,
             ],
             extensions={"timeout": {"connect": self._limits.connect_seconds}},
         )

@@ -1,0 +1,154 @@
+"""Downloads whose connection breaks: they go on where they stopped, if it is certainly the same file."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from mediakit import SAMPLES, Answer, Site, local_storage, response, site, stored_files
+
+from receiver.errors import MediaUnavailable
+from receiver.media import Downloader, Limits, MediaHosts
+
+MOVIE = SAMPLES["video/mp4"].data
+MOVIE += bytes(4) + b"free" + bytes(60_000)  # a last box, open to the end of the file
+TAG = '"v1"'
+LIMITS = Limits(header_seconds=2, idle_seconds=0.3, total_seconds=30)
+
+
+def cut(
+    *steps: int | None,
+    tag: Callable[[int], str | None] = lambda _number: TAG,
+    place: str = "bytes {start}-{last}/{size}",
+    ranges: bool = True,
+    partial: str = "206 Partial Content",
+    more: tuple[str, ...] = (),
+    stall: bool = False,
+) -> Answer:
+    """Serve the movie: each connection brings so many bytes of it and breaks; None is the rest."""
+    number = 0
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        nonlocal number
+        found = re.search(rb"\r\nRange: bytes=([0-9]+)-\r\n", request)
+        start = int(found[1]) if found and ranges else 0
+        step = steps[min(number, len(steps) - 1)]
+        rest = MOVIE[start:]
+        headers = list(more)
+        if (now := tag(number)) is not None:
+            headers.append(f"ETag: {now}")
+        if start:
+            headers.append(
+                "Content-Range: " + place.format(start=start, last=len(MOVIE) - 1, size=len(MOVIE))
+            )
+        number += 1
+        status = partial if start else "200 OK"
+        writer.write(response(rest[:step], *headers, status=status, length=len(rest)))
+        await writer.drain()
+        if stall and step is not None:
+            await asyncio.sleep(30)
+
+    return answer
+
+
+@asynccontextmanager
+async def downloads(
+    answer: Answer, folder: Path, limits: Limits = LIMITS
+) -> AsyncIterator[tuple[Site, Downloader]]:
+    """Run a server and a downloader that may fetch from it."""
+    async with site(answer) as server, asyncio.timeout(60):
+        opened = Downloader(
+            hosts=MediaHosts.parse([server.origin]), storage=local_storage(folder), limits=limits
+        )
+        yield server, opened
+        assert opened._pool.connections == []
+        await opened.close()
+
+
+async def save(server: Site, opened: Downloader) -> None:
+    """Download the movie."""
+    await opened.save(url=f"{server.origin}/a.mp4", kind="video", stem="ab/00-video")
+
+
+@pytest.mark.parametrize("pause", ["cut", "stalled"])
+@pytest.mark.parametrize("steps", [(10, None), (1000, 1, 5000, None), (len(MOVIE) - 1, None)])
+async def test_a_download_goes_on_where_it_stopped(
+    steps: tuple[int | None, ...], pause: str, tmp_path: Path
+) -> None:
+    """D9: the parts of several connections are one file, and each asks for what is missing only."""
+    async with downloads(cut(*steps, stall=pause == "stalled"), tmp_path) as (server, opened):
+        await save(server, opened)
+        assert len(server.requests) == len(steps)
+        position = 0
+        for step, request in zip(steps, server.requests, strict=True):
+            asked = f"\r\nRange: bytes={position}-\r\nIf-Range: {TAG}\r\n".encode()
+            assert (asked in request) == (position > 0)
+            position += step or 0
+    assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        cut(1000, None, tag=lambda number: f'"v{number}"'),
+        cut(1000, None, ranges=False),
+        cut(1000, None, partial="200 OK"),
+        cut(1000, None, place="bytes {start}-{last}/9"),
+        cut(1000, None, place="bytes 0-{last}/{size}"),
+        cut(1000, None, place="bytes {start}-{last}/*"),
+        cut(1000, 0, 1000, None),
+        cut(1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000, 1000, None),
+    ],
+    ids=[
+        "other tag",
+        "whole again",
+        "whole by its status",
+        "other size",
+        "other place",
+        "unknown size",
+        "nothing",
+        "too often",
+    ],
+)
+async def test_what_is_not_the_rest_of_the_same_file_is_not_appended(answer: Answer, tmp_path: Path) -> None:
+    """D9: an answer that may be another file, or another part, ends the download as the break would have."""
+    async with downloads(answer, tmp_path) as (server, opened):
+        with pytest.raises(MediaUnavailable) as caught:
+            await save(server, opened)
+        assert caught.value.reason == "truncated"
+        assert 1 < len(server.requests) <= 9
+    assert stored_files(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        cut(1000, None, tag=lambda _number: None),
+        cut(1000, None, tag=lambda _number: 'W/"v1"'),
+        cut(1000, None, more=("Accept-Ranges: none",)),
+        cut(0, None),
+    ],
+    ids=["no tag", "weak tag", "no ranges", "nothing came"],
+)
+async def test_a_file_without_a_name_for_its_version_is_not_resumed(answer: Answer, tmp_path: Path) -> None:
+    """D9: where parts of two files could be mixed up, or nothing was won yet, no part is asked for."""
+    async with downloads(answer, tmp_path) as (server, opened):
+        with pytest.raises(MediaUnavailable) as caught:
+            await save(server, opened)
+        assert caught.value.reason == "truncated"
+        assert len(server.requests) == 1
+    assert stored_files(tmp_path) == {}
+
+
+async def test_the_whole_download_has_one_deadline(tmp_path: Path) -> None:
+    """D7: resuming gives a slow host no more time, nor does it lift the limit on the size."""
+    limits = replace(LIMITS, total_seconds=0.8)
+    async with downloads(cut(1000, stall=True), tmp_path, limits) as (server, opened):
+        with pytest.raises(MediaUnavailable) as caught:
+            await save(server, opened)
+        assert caught.value.reason == "timeout"
+        assert len(server.requests) < 6
+    assert stored_files(tmp_path) == {}
