@@ -51,14 +51,17 @@ class Broker(abc.ABC):
             assert time.monotonic() < deadline, f"{self.program} does not work: {self.log()}"
             time.sleep(0.02)
 
-    def ask(self, request: bytes) -> bytes:
+    def ask(self, request: bytes, *, answers: int = 1) -> bytes:
         """Send bytes on a connection of its own and return what comes back first, nothing in silence."""
+        found = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
             connection.sendall(request)
             try:
-                return connection.recv(65_536)
+                while found.count(b"\r\n") < answers and (piece := connection.recv(65_536)):
+                    found += piece
             except TimeoutError:
                 return b""
+        return found
 
     def log(self) -> str:
         """Return what the server has written."""
@@ -122,6 +125,39 @@ class Redis(Broker):
     def url(self, query: str, *, login: str = "") -> str:
         """Return a URL with this query."""
         return f"redis{'s' if self.tls else ''}://{login}127.0.0.1:{self.port}/0?{query}"
+
+
+class RedisSentinel(Broker):
+    """One sentinel that alone decides on a failover; its primary is called `main`."""
+
+    def __init__(self, primary: Redis, *, password: str, primary_password: str) -> None:
+        super().__init__("redis-server", "redis-server")
+        self.password = password
+        (self.directory / "sentinel.conf").write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {self.directory}\nrequirepass {password}\n"
+            f"sentinel monitor main 127.0.0.1 {primary.port} 1\nsentinel auth-pass main {primary_password}\n"
+            "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 1000\n"
+        )
+
+    def arguments(self) -> Sequence[str]:
+        """Return the command line without the program."""
+        return [str(self.directory / "sentinel.conf"), "--sentinel"]
+
+    def is_ready(self) -> bool:
+        """Tell whether it knows a replica to promote."""
+        return b"slaves=1" in self.command("INFO", "sentinel")
+
+    def fail_over(self) -> None:
+        """Make the replica the primary, once enough is known of it."""
+        deadline = time.monotonic() + SECONDS
+        while self.command("SENTINEL", "FAILOVER", "main").count(b"+OK") < 2:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
+    def command(self, *words: str) -> bytes:
+        """Run a command and return the answer."""
+        lines = [f"AUTH {self.password}", " ".join(words)]
+        return self.ask("".join(f"{line}\r\n" for line in lines).encode(), answers=len(lines))
 
 
 class Nats(Broker):

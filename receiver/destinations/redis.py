@@ -1,7 +1,8 @@
 """`redis:` and `rediss:`: one entry per event, at the end of a stream.
 
 `redis://user:password@host:6379/0?stream=clipia-events&maxlen=100000`; `rediss:` is the same over TLS.
-Without `maxlen` nothing is ever trimmed.
+Without `maxlen` nothing is ever trimmed. With `&sentinel=name` the hosts, several separated by commas, are
+sentinels, and the server is the primary that they know by that name.
 """
 
 import asyncio
@@ -15,6 +16,7 @@ from typing import Any, Final
 from cloudevents.core.v1.event import CloudEvent
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -31,6 +33,10 @@ from receiver.masking import mask
 BATCH_TIMEOUT: Final = 7.0
 """Seconds for one round trip, so that an event that waits for another's still has time for its own."""
 CONNECT_TIMEOUT: Final = 4.0
+SENTINEL_TIMEOUT: Final = 1.0
+"""Seconds for one sentinel to answer; then the next one is asked."""
+REDIS_PORT: Final = 6379
+SENTINEL_PORT: Final = 26_379
 MAX_BATCH: Final = 128
 """Entries in flight at once."""
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
@@ -65,8 +71,12 @@ _ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN"})
 class _Place:
     """What a URL says."""
 
-    host: str
-    port: int
+    hosts: tuple[tuple[str, int], ...]
+    """The server, or the sentinels that know it."""
+    primary: str | None
+    """The name by which sentinels know the server."""
+    sentinel_user: str | None
+    sentinel_password: str | None = field(repr=False)
     user: str | None
     password: str | None = field(repr=False)
     database: int
@@ -77,7 +87,8 @@ class _Place:
     @property
     def shown(self) -> str:
         """The server, for messages."""
-        return f"redis at {self.host}:{self.port}"
+        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        return f"redis at {hosts}" if self.primary is None else f"redis {self.primary} (sentinels {hosts})"
 
 
 class RedisDestination(Broker):
@@ -93,19 +104,8 @@ class RedisDestination(Broker):
         super().__init__(settings)
         self._place = place = _parse(settings)
         self._batch_timeout = stretched(BATCH_TIMEOUT, settings.timeout)
-        self._client = Redis(
-            host=place.host,
-            port=place.port,
-            db=place.database,
-            username=place.user,
-            password=place.password,
-            **_tls_options(settings, is_tls=place.tls),
-            protocol=2,
-            socket_timeout=self._batch_timeout,
-            socket_connect_timeout=stretched(CONNECT_TIMEOUT, settings.timeout),
-            # The client's own retries would add entries a second time behind our back.
-            retry=Retry(NoBackoff(), 0),
-        )
+        self._sentinels: Sentinel | None = None
+        self._client = self._open_client(settings)
         self._batches = Batches(
             self._send,
             shown=place.shown,
@@ -137,8 +137,35 @@ class RedisDestination(Broker):
     async def close(self) -> None:
         """Send what waits, which the timeouts bound, and close the connections."""
         await self._batches.close()
-        with contextlib.suppress(*_ERRORS):
-            await self._client.aclose()
+        for client in (self._client, self._sentinels):
+            if client is not None:
+                with contextlib.suppress(*_ERRORS):
+                    await client.aclose()
+
+    def _open_client(self, settings: DestinationSettings) -> Redis:
+        """Return a client of the server, or of the primary that sentinels name for each new connection."""
+        place = self._place
+        tls = _tls_options(settings, is_tls=place.tls)
+        # The client's own retries would add entries a second time behind our back.
+        common: dict[str, Any] = {**tls, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
+        options: dict[str, Any] = {
+            **common,
+            "db": place.database,
+            "username": place.user,
+            "password": place.password,
+            "socket_timeout": self._batch_timeout,
+            "socket_connect_timeout": stretched(CONNECT_TIMEOUT, settings.timeout),
+        }
+        hosts = [(host.strip("[]"), port) for host, port in place.hosts]
+        if place.primary is None:
+            [(host, port)] = hosts
+            return Redis(host=host, port=port, **options)
+        timeout = stretched(SENTINEL_TIMEOUT, settings.timeout)
+        login = {"username": place.sentinel_user, "password": place.sentinel_password}
+        asking = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+        self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call] # it has no types
+        client: Redis = self._sentinels.master_for(place.primary)
+        return client
 
     async def _send(self, batch: Sequence[dict[Any, Any]]) -> list[PublishFailed | None]:
         """Return one outcome per entry."""
@@ -200,6 +227,8 @@ class RedisDestination(Broker):
             return PublishFailed(f"{shown} refuses the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
             return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(error)}", reason="refused")
+        if isinstance(error, MasterNotFoundError):
+            return PublishFailed(f"{shown}: no sentinel answers with a primary", reason="no_primary")
         if isinstance(error, TimeoutError | RedisTimeoutError):
             return PublishFailed(f"{shown} did not reply in time", reason="timeout")
         return PublishFailed(f"{shown}: {cause(error)}", reason="connection")
@@ -234,16 +263,24 @@ def _parse(settings: DestinationSettings) -> _Place:
     with usable_url(
         settings,
         "redis://user:password@host:6379/0?stream=name or, to have it trimmed, &maxlen=100000; "
+        "redis://host:26379,host:26379/0?stream=name&sentinel=primary; "
         "in a password @ : / % are written as %40 %3A %2F %25",
     ) as text:
-        url = split_url(text, port=6379, options={"stream", "maxlen"})
-        [(host, port)] = url.hosts
+        options = {"stream", "maxlen", "sentinel", "sentinel_user", "sentinel_password"}
+        url = split_url(text, port=REDIS_PORT, options=options)
+        primary = url.options.get("sentinel")
+        if primary is not None:
+            url = split_url(text, port=SENTINEL_PORT, options=options)
+        elif len(url.hosts) > 1 or url.options.keys() & {"sentinel_user", "sentinel_password"}:
+            raise ValueError("several servers, or a login, without a primary's name")
         maxlen = url.options.get("maxlen")
-        if not url.options.get("stream"):
-            raise ValueError("no stream")
+        if not url.options.get("stream") or primary == "":
+            raise ValueError("no stream, or no primary's name")
         return _Place(
-            host=host.strip("[]"),
-            port=port,
+            hosts=url.hosts,
+            primary=primary,
+            sentinel_user=url.options.get("sentinel_user") or None,
+            sentinel_password=url.options.get("sentinel_password") or None,
             user=url.user or None,
             password=url.password or None,
             tls=url.scheme == "rediss",

@@ -603,10 +603,10 @@ def test_unusable_url(scheme: str, rest: str) -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://host?stream=a", ("host", 6379, None, None, False, 0, "a", None)),
-        ("redis://host/?stream=a", ("host", 6379, None, None, False, 0, "a", None)),
-        ("REDIS://:pw@Host:1/7?maxlen=9&stream=a%20b", ("host", 1, None, "pw", False, 7, "a b", 9)),
-        ("rediss://u:p%40@[::1]:2/0?stream=a:b", ("::1", 2, "u", "p@", True, 0, "a:b", None)),
+        ("redis://host?stream=a", ((("host", 6379),), None, None, False, 0, "a", None)),
+        ("redis://host/?stream=a", ((("host", 6379),), None, None, False, 0, "a", None)),
+        ("REDIS://:pw@Host:1/7?maxlen=9&stream=a%20b", ((("host", 1),), None, "pw", False, 7, "a b", 9)),
+        ("rediss://u:p%40@[::1]:2/0?stream=a:b", ((("[::1]", 2),), "u", "p@", True, 0, "a:b", None)),
     ],
 )
 async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
@@ -615,8 +615,7 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     assert isinstance(destination, redis_module.RedisDestination)
     place = destination._place
     assert (
-        place.host,
-        place.port,
+        place.hosts,
         place.user,
         place.password,
         place.tls,
