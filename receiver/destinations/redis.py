@@ -8,6 +8,7 @@ sentinels, and the server is the primary that they know by that name.
 import asyncio
 import contextlib
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -16,7 +17,7 @@ from typing import Any, Final
 from cloudevents.core.v1.event import CloudEvent
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel, SentinelConnectionPool
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -35,6 +36,8 @@ BATCH_TIMEOUT: Final = 7.0
 CONNECT_TIMEOUT: Final = 4.0
 SENTINEL_TIMEOUT: Final = 1.0
 """Seconds for one sentinel to answer; then the next one is asked."""
+PRIMARY_INTERVAL: Final = 1.0
+"""Seconds between looks for a new primary, while sentinels answer."""
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26_379
 MAX_BATCH: Final = 128
@@ -105,6 +108,7 @@ class RedisDestination(Broker):
         self._place = place = _parse(settings)
         self._batch_timeout = stretched(BATCH_TIMEOUT, settings.timeout)
         self._sentinels: Sentinel | None = None
+        self._asks_again_at = 0.0
         self._client = self._open_client(settings)
         self._batches = Batches(
             self._send,
@@ -174,12 +178,27 @@ class RedisDestination(Broker):
             pipeline.xadd(self._place.stream, fields, maxlen=self._place.maxlen, approximate=True)
         try:
             async with asyncio.timeout(self._batch_timeout):
+                await self._look_for_primary()
                 replies = await pipeline.execute(raise_on_error=False)
                 if any(_code(reply) in _ELSEWHERE for reply in replies):
                     await self._client.connection_pool.disconnect()
         except _ERRORS as error:
             return [self._failed(error)] * len(batch)
         return [self._judge(reply) for reply in replies]
+
+    async def _look_for_primary(self) -> None:
+        """Ask the sentinels at times who the primary is; if it is another one, the next command goes there.
+
+        After a planned failover the old one is told only seconds later, and confirms until then what is lost.
+        """
+        pool, now = self._client.connection_pool, time.monotonic()
+        if isinstance(pool, SentinelConnectionPool) and now >= self._asks_again_at:
+            self._asks_again_at = now + PRIMARY_INTERVAL
+            try:
+                await pool.get_master_address()  # type: ignore[no-untyped-call] # it has no types
+            except MasterNotFoundError:
+                # Sentinels that are away are no reason to leave a primary that works, or to ask each time.
+                self._asks_again_at = time.monotonic() + 10 * PRIMARY_INTERVAL
 
     def _judge(self, reply: object) -> PublishFailed | None:
         if isinstance(reply, bytes) and _ENTRY_ID.fullmatch(reply):
@@ -227,11 +246,12 @@ class RedisDestination(Broker):
             return PublishFailed(f"{shown} refuses the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
             return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(error)}", reason="refused")
+        reason, text = "connection", f": {cause(error)}"
         if isinstance(error, MasterNotFoundError):
-            return PublishFailed(f"{shown}: no sentinel answers with a primary", reason="no_primary")
-        if isinstance(error, TimeoutError | RedisTimeoutError):
-            return PublishFailed(f"{shown} did not reply in time", reason="timeout")
-        return PublishFailed(f"{shown}: {cause(error)}", reason="connection")
+            reason, text = "no_primary", ": no sentinel answers with a primary"
+        elif isinstance(error, TimeoutError | RedisTimeoutError):
+            reason, text = "timeout", " did not reply in time"
+        return PublishFailed(shown + text, reason=reason)
 
 
 def _code(reply: object) -> str:

@@ -80,7 +80,6 @@ async def destination(shared: Redis, stream: str) -> AsyncIterator[Destination]:
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the deadlines."""
     monkeypatch.setattr(batches, "TIMEOUT", 1.0)
-    monkeypatch.setattr(redis_module, "TIMEOUT", 1.0)
     monkeypatch.setattr(redis_module, "BATCH_TIMEOUT", 0.4)
     monkeypatch.setattr(redis_module, "CONNECT_TIMEOUT", 0.3)
 

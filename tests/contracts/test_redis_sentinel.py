@@ -14,6 +14,7 @@ from destination_kinds import make_event, open_url
 from servers import free_port
 
 from receiver.destinations import Destination
+from receiver.destinations import redis as redis_module
 from receiver.errors import PublishFailed, SettingsError
 from receiver.masking import mask
 
@@ -96,6 +97,17 @@ async def test_failover(pair: Pair, cause: str) -> None:
     await asyncio.to_thread(until_says, second, "'master'")
     await until_delivered(destination, second)
     await destination.close()
+
+
+async def test_sentinels_that_are_away(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4: a primary that works gets events while no sentinel answers."""
+    monkeypatch.setattr(redis_module, "PRIMARY_INTERVAL", 0.0)
+    destination = open_url(pair.url())
+    await destination.publish(make_event())
+    pair.sentinel.crash()
+    await destination.publish(make_event())
+    await destination.close()
+    assert len(ids(pair.servers[0])) == 2
 
 
 async def test_what_sentinels_refuse(pair: Pair) -> None:

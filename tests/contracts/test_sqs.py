@@ -15,7 +15,6 @@ from kind_kafka_sqs import aws_environment, shared_sqs
 from structlog.testing import capture_logs
 
 from receiver.destinations import Destination, batches
-from receiver.destinations import sqs as sqs_module
 from receiver.destinations.base import encode
 from receiver.destinations.sqs import MAX_BATCH, MAX_BATCHES, MAX_ENTRIES, MAX_MESSAGE, SqsDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -124,7 +123,6 @@ async def destination(service: Service) -> AsyncIterator[Destination]:
 def impatient(monkeypatch: pytest.MonkeyPatch, destination: Destination) -> None:  # noqa: ARG001 - not its start
     """Shorten the deadline."""
     monkeypatch.setattr(batches, "TIMEOUT", 1.0)
-    monkeypatch.setattr(sqs_module, "TIMEOUT", 1.0)
 
 
 def at(service: HttpSink, queue: str = QUEUE) -> Destination:
