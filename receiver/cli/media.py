@@ -1,5 +1,6 @@
 """`receiver media`: whether the stored files are still what was stored, and links to them."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -9,7 +10,8 @@ from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, print_json, print_line, progress_bar, stdout
 from receiver.db import ledger
 from receiver.db.engine import Database
-from receiver.media import open_storage
+from receiver.errors import ReceiverError
+from receiver.media import Storage, open_storage
 from receiver.media.verify import verify as verify_file
 from receiver.settings import Settings
 
@@ -63,7 +65,44 @@ def verify(
         stdout.print(f"{found['intact']} intact, {len(damaged)} damaged")
         if damaged:
             stdout.print(
-                "Download them again with: receiver replay --media REQUEST_ID... (and --to, or to all)"
+                "Download missing and changed ones again with: receiver replay --media REQUEST_ID... "
+                "(and --to, or to all)"
             )
     if damaged:
         raise typer.Exit(1)
+
+
+@media.command()
+def link(
+    key: Annotated[str, typer.Argument(metavar="ID", help="An event's id, or Clipia's request_id.")],
+    hours: Annotated[int, typer.Option(help="How long the links hold.", min=1, max=168)] = 1,
+    json: Json = False,
+) -> None:
+    """Print links to an event's stored files, for people without credentials for the bucket."""
+
+    async def run(settings: Settings, database: Database) -> list[dict[str, Any]]:
+        async with database.read() as connection:
+            event = await ledger.show_event(connection, key)
+        if event is None:
+            raise ReceiverError(f"there is no event with the id or request_id {key!r}")
+        storage = open_storage(settings.storage_url.get_secret_value())
+        try:
+            return [await _link(storage, row, hours * 3600) for row in event["media"] if row["uri"]]
+        finally:
+            await storage.close()
+
+    links = with_database(run)
+    if json:
+        print_json(links)
+        return
+    for each in links:
+        print_line(each["link"])
+
+
+async def _link(storage: Storage, row: Mapping[str, Any], seconds: int) -> dict[str, Any]:
+    if row["uri"] != storage.uri(row["storage_key"]):
+        raise ReceiverError(f"{row['uri']} is not in the storage of RECEIVER_STORAGE_URL")
+    found = await storage.link(row["storage_key"], seconds=seconds)
+    if found is None:
+        raise ReceiverError("files in a folder have no links; those in a bucket (s3://, gs://, az://) do")
+    return {name: row[name] for name in ("variant", "uri", "content_type")} | {"link": found}

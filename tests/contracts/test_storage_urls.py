@@ -16,6 +16,7 @@ import obstore
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from harness import run_command
 from mediakit import Bucket, chunked, response, s3_server, site
 
 from receiver.errors import SettingsError, StorageUnavailable
@@ -23,12 +24,14 @@ from receiver.media import open_storage
 from receiver.media.storage import objects
 from receiver.media.storage.local import LocalStorage
 
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "very-secret"}
+
 
 @pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set what an S3 client needs."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +79,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
         "az://container?account=",
         "az://container?checksum=none",
         "az://name:secret@container",
+        "az://container/with%20space",
+        "az://container/\u00e9",
     ],
 )
 def test_nonsense_stops_the_start(url: str) -> None:
@@ -275,7 +280,7 @@ async def test_checksums_can_be_switched_off() -> None:
 
 
 @pytest.mark.usefixtures("credentials")
-async def test_credentials_need_no_right_to_delete() -> None:
+async def test_credentials_need_no_right_to_delete(tmp_path: Path) -> None:
     """D16: if only the probe's removal is refused, the check passes with a warning that names the probe."""
     content = b""
 
@@ -296,6 +301,17 @@ async def test_credentials_need_no_right_to_delete() -> None:
         assert warning is not None
         assert "s3://files/probe/" in warning
         assert "HTTP 403" in warning
+        url = f"s3://files?endpoint={server.origin}&region=us-east-1"
+        result = await asyncio.to_thread(
+            run_command,
+            "check",
+            settings={"RECEIVER_STORAGE_URL": url, "CLIPIA_WEBHOOK_SECRET": "whsec_local"} | CREDENTIALS,
+            cwd=tmp_path,
+        )
+        said = [line for line in result.stdout.decode().splitlines() if " storage:" in line]
+        assert [line.split()[0] for line in said] == ["ok", "warning"]
+        assert "s3://files/probe/" in said[1]
+        assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.usefixtures("credentials")

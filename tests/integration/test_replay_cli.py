@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from eventkit import World, opened, plain, with_files
@@ -394,6 +395,32 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
         f"unreadable file://{paths[1]} of r-1",
         "4 intact, 1 damaged",
     ]
+    assert "have no links" in await commands.error("media", "link", "r-0")
     world.folder.rename(world.folder.with_name("elsewhere"))
     world.folder.write_bytes(b"a file in the place of the folder")
     assert "Cannot use" in await commands.error("media", "verify")
+
+
+async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D14: each stored file of an event gets a link for so many hours; nothing is asked of the bucket."""
+    world = commands.world
+    await world.add(with_files(commands.cdn, "r-1", "/sandbox/1.png", "/sandbox/2.png"))
+    async with world.working():
+        await world.until_states(media, stored=2)
+    for name, value in {
+        "RECEIVER_STORAGE_URL": "s3://files/some?endpoint=http://127.0.0.1:1&region=us-east-1",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "very-secret",
+    }.items():
+        monkeypatch.setenv(name, value)
+    assert "is not in the storage" in await commands.error("media", "link", "r-1")
+    async with world.database.write() as connection:
+        await connection.execute(media.update().values(uri="s3://files/some/" + media.c.storage_key))
+    lines = (await commands.run("media", "link", "r-1", "--hours", "2")).splitlines()
+    keys = [row["storage_key"] for row in await world.rows(media)]
+    assert [urlsplit(line).path for line in lines] == [f"/files/some/{key}" for key in keys]
+    assert all("X-Amz-Expires=7200&" in line and "very-secret" not in line for line in lines)
+    found = await commands.json("media", "link", "r-1")
+    assert [each["uri"] for each in found] == [f"s3://files/some/{key}" for key in keys]
+    assert "there is no event" in await commands.error("media", "link", "r-2")
+    assert await commands.error("media", "link", "r-1", "--hours", "169", status=2)
