@@ -5,8 +5,10 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final
+from uuid import UUID
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -49,7 +51,7 @@ from receiver.lanes import (
 )
 from receiver.media import Downloader, StoredFile
 from receiver.observability import MEDIA_BYTES, MEDIA_FILES
-from receiver.retry import DAY, MEDIA_ODD, media_policy
+from receiver.retry import DAY, GIVE_UP_AFTER, MEDIA_ODD, media_policy
 from receiver.routing import Facts, refusal
 from receiver.webhook import MAX_FILES, Generation, parse
 
@@ -63,6 +65,8 @@ LOT_BYTES: Final = 1024 * 1024
 They are read while the transaction is open: PostgreSQL ends one that is idle for long, and on SQLite every
 webhook waits for it.
 """
+FAILED_REST: Final = 60.0
+"""Seconds for which events whose fan-out failed rest if they are many."""
 FRESH_URLS: Final = 3
 """Tries at a file after which nobody asks any more whether it has moved."""
 ASK_AGAIN: Final = 15.0
@@ -70,7 +74,7 @@ ASK_AGAIN: Final = 15.0
 ASK_FOR: Final = 3 * DAY
 """Age of a download, in seconds, from which that is no reason to wait any more."""
 STORAGE_PAUSE: Final = 15.0
-"""Seconds without new downloads after our storage refused a file."""
+"""Seconds without new downloads after our storage refused a file that it had not refused before."""
 
 log = structlog.get_logger()
 
@@ -89,6 +93,7 @@ class FanOut:
         self._wake = wake
         self._most = FAN_OUT_LIMIT
         self._taken = 0
+        self._failed: dict[int, float] = {}
         self.left_behind = False
         """Whether there may be more events than the last run took."""
 
@@ -123,7 +128,9 @@ class FanOut:
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
         async def work(connection: AsyncConnection) -> tuple[int, bool, set[str] | None]:
-            events, more = await inbox.lock_received(connection, limit=limit, size=LOT_BYTES)
+            events, more = await inbox.lock_received(
+                connection, limit=limit, size=LOT_BYTES, without=self._resting(limit)
+            )
             self._taken = len(events)
             return len(events), more, await add_work(connection, events) if events else None
 
@@ -135,7 +142,11 @@ class FanOut:
     async def _add_work_singly(
         self, connection: AsyncConnection, events: Sequence[StoredEvent]
     ) -> set[str] | None:
-        """Add what follows from each event that can be done; None where that is none of them."""
+        """Add what follows from each event that can be done; None where that is none of them.
+
+        One that fails is among the oldest for ever, and enough of them would be every lot. So many of them
+        rest, and in the end each is set aside as `unrecognized`: `receiver events recover` takes it up again.
+        """
         lanes: set[str] = set()
         failed = 0
         for event in events:
@@ -145,7 +156,16 @@ class FanOut:
             except Exception:
                 failed += 1
                 log.exception("event not fanned out", event_id=str(event.id))
+                self._failed[event.seq] = time.monotonic() + FAILED_REST
+                if (datetime.now(UTC) - event.received_at).total_seconds() >= GIVE_UP_AFTER:
+                    await inbox.set_state(connection, [event.seq], "unrecognized", reason="fan_out")
         return lanes if failed < len(events) else None
+
+    def _resting(self, limit: int) -> Collection[int]:
+        """Return events that failed lately, once there are so many that they could be a whole lot."""
+        now = time.monotonic()
+        self._failed = {seq: until for seq, until in self._failed.items() if until > now}
+        return self._failed if 2 * len(self._failed) >= limit else ()
 
     async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> set[str]:
         """Add what follows from the events; return the lanes that have work now."""
@@ -258,6 +278,7 @@ class MediaLane(WorkLane):
         self._downloader = downloader
         self._fresh_url = fresh_url
         self._paused_until = 0.0
+        self._refused = set[UUID]()
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim files that are due. Raises DatabaseUnavailable."""
@@ -300,6 +321,7 @@ class MediaLane(WorkLane):
     async def _stored(
         self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, stored: StoredFile
     ) -> None:
+        self._refused.discard(claim.id)
         refused = None if stored.is_media else f"the host sends a page or a text in place of the {row.kind}"
         if await self._finish(
             claim,
@@ -347,7 +369,10 @@ class MediaLane(WorkLane):
                 return
         message = describe(error)
         if isinstance(error, StorageUnavailable):
-            self._paused_until = time.monotonic() + STORAGE_PAUSE
+            # A file that the storage refuses again and again is no reason to keep the others waiting.
+            if claim.id not in self._refused:
+                self._paused_until = time.monotonic() + STORAGE_PAUSE
+            self._refused.add(claim.id)
         delay = media_policy(error).next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
         ids = {"event_id": str(event.id), "request_id": event.request_id, "variant": row.variant}
         log_failure("media not stored", claim, error, message, delay=delay, **ids)

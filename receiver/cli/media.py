@@ -7,9 +7,10 @@ from typing import Annotated, Any
 import typer
 
 from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, print_json, print_line, progress_bar, stdout
-from receiver.db import ledger
+from receiver.cli.terminal import Json, print_json, print_line, progress_bar, stderr, stdout, user_name
+from receiver.db import ledger, outbox
 from receiver.db.engine import Database
+from receiver.db.selection import Selection
 from receiver.errors import ReceiverError
 from receiver.media import Storage, open_storage
 from receiver.media.verify import verify as verify_file
@@ -106,3 +107,34 @@ async def _link(storage: Storage, row: Mapping[str, Any], seconds: int) -> dict[
     if found is None:
         raise ReceiverError("files in a folder have no links; those in a bucket (s3://, gs://, az://) do")
     return {name: row[name] for name in ("variant", "uri", "content_type")} | {"link": found}
+
+
+@media.command("give-up")
+def give_up(
+    event: Annotated[str, typer.Argument(metavar="EVENT", help="Its id or its request_id.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    json: Json = False,
+) -> None:
+    """End the downloads of an event that are still tried, so that its messages go out without these files.
+
+    They are `gone` then; `receiver replay --media` downloads them after all.
+    """
+
+    async def run(_settings: Settings, database: Database) -> int:
+        async with database.read() if dry_run else database.write() as connection:
+            seqs = (await Selection(ids=(event,)).find_seqs(connection))[event]
+            if not seqs:
+                raise ReceiverError(f"there is no event {event!r}")
+            if dry_run:
+                return sum([await outbox.count_pending_media(connection, seq) for seq in seqs])
+            by = f"{user_name()} on the command line"
+            return sum([await outbox.give_up_media(connection, seq, by=by) for seq in seqs])
+
+    count = with_database(run)
+    if json:
+        print_json({"given_up": count})
+    elif count:
+        stdout.print(f"{count} files {'would be ' if dry_run else ''}given up")
+    else:
+        stderr.print(f"No file of {event} is left to download.")
+        raise typer.Exit(1)

@@ -148,6 +148,7 @@ _RECEIVED = (
     )
     .where(
         in_state(events, "received"),
+        ~among(events.c.seq, "without"),
         # First what most events are: of no job's own path.
         or_(
             events.c.job_id.is_(None),
@@ -169,16 +170,16 @@ _SET_STATE = (
 
 
 async def lock_received(
-    connection: AsyncConnection, *, limit: int, size: int
+    connection: AsyncConnection, *, limit: int, size: int, without: Collection[int] = ()
 ) -> tuple[list[StoredEvent], bool]:
-    """Return the oldest events in `received`, and whether there may be more of them.
+    """Return the oldest events in `received` but those `without`, and whether there may be more of them.
 
     They are up to `limit`, and their bodies have `size` bytes together at most, unless the first one has more
     by itself. They are locked until the transaction ends, as are those that did not fit; others skip them.
     Without those that came on the path of a job whose submission will be answered soon: the answer says
     whether the event is the job's.
     """
-    values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT}
+    values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT, "without": without}
     rows = (await connection.execute(_RECEIVED, values)).all()
     sums = accumulate(row.size for row in rows)
     taken = [row for row, total in zip(rows, sums, strict=True) if total <= size] or rows[:1]

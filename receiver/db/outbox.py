@@ -12,10 +12,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.leases import work_values
+from receiver.db.leases import record_attempts, work_values
 from receiver.db.lists import DIALECTS, Rows, among
-from receiver.db.rows import Backlog, MediaRow, NewMedia, new_id
-from receiver.db.tables import attempts, deliveries, events, in_state, is_live, is_replayed, media
+from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
+from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
 
 T = TypeVar("T")
 
@@ -206,13 +206,40 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
             .returning(deliveries.c.id, deliveries.c.destination)
         )
     ).all()
-    if rows:
-        record = {"number": 0, "duration_ms": 0, "outcome": "restarted", "error": f"by {by}"}
-        started = datetime.now(UTC)
-        await connection.execute(
-            insert(attempts), [record | {"work_id": row.id, "started_at": started} for row in rows]
-        )
+    await note(connection, [row.id for row in rows], outcome="restarted", error=f"by {by}")
     return Counter(row.destination for row in rows)
+
+
+async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str) -> int:
+    """End the downloads of an event that are still to be done as `gone`; return how many.
+
+    What waited for them is due then. A download that is under way loses its lease, so its result is refused.
+    """
+    reason = f"given up by {by}"
+    rows = await connection.execute(
+        update(media)
+        .where(media.c.event_seq == event_seq, media.c.state == "pending")
+        .values(state="gone", error=reason, lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+        .returning(media.c.id)
+    )
+    ids = list(rows.scalars())
+    await note(connection, ids, outcome="failed", error=reason)
+    await settle(connection, event_seq)
+    return len(ids)
+
+
+async def count_pending_media(connection: AsyncConnection, event_seq: int) -> int:
+    """Return how many files of an event are still to be downloaded."""
+    pending = select(func.count()).where(media.c.event_seq == event_seq, media.c.state == "pending")
+    return int((await connection.execute(pending)).scalar_one())
+
+
+async def note(
+    connection: AsyncConnection, work_ids: Collection[UUID], *, outcome: AttemptOutcome, error: str
+) -> None:
+    """Put on record among the tries of work that somebody has changed it, and why."""
+    tried = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
+    await record_attempts(connection, [(work_id, tried) for work_id in work_ids])
 
 
 async def media_backlog(connection: AsyncConnection) -> Backlog:

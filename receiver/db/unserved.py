@@ -2,16 +2,16 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, statement_time
 from receiver.db.lists import among
-from receiver.db.tables import attempts, deliveries, in_state, is_live, is_replayed, replays
+from receiver.db.outbox import note
+from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
 
 NOT_CONFIGURED: Final = "destination not configured"
 
@@ -122,7 +122,7 @@ async def move(
         ),
         {"ids": moved},
     )
-    await _note(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
+    await note(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
     return Taken(moved=len(moved), discarded=len(twins))
 
 
@@ -179,14 +179,4 @@ async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str
         .values(state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0)),
         {"ids": ids},
     )
-    await _note(connection, ids, outcome="failed", error=error)
-
-
-async def _note(connection: AsyncConnection, ids: Collection[UUID], *, outcome: str, error: str) -> None:
-    """Put on record among the tries why a delivery was changed."""
-    record = {"number": 0, "duration_ms": 0, "outcome": outcome, "error": error}
-    started = datetime.now(UTC)
-    if ids:
-        await connection.execute(
-            insert(attempts), [record | {"work_id": id_, "started_at": started} for id_ in ids]
-        )
+    await note(connection, ids, outcome="failed", error=error)

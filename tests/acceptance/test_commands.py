@@ -34,6 +34,7 @@ GROUPS = [
         "deliveries move",
         "deliveries discard",
         "media verify",
+        "media give-up",
     ),
 ]
 
