@@ -38,11 +38,13 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination, started
 from receiver.errors import StorageUnavailable
 from receiver.failures import frames, sentence
+from receiver.fetching import MediaLane
 from receiver.ingest import Ingest
 from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
 from receiver.observability import write_logs
-from receiver.pipeline import FanOut, MediaLane
+from receiver.outputs import FileRules
+from receiver.pipeline import FanOut
 from receiver.presence import present
 from receiver.reconcile import FreshUrls, PollLane
 from receiver.replay import ReplayLane, Replays
@@ -65,6 +67,7 @@ class Parts:
     """What the worker needs beside the database; made from the settings without touching the network."""
 
     storage: Storage
+    rules: FileRules
     downloader: Downloader
     destinations: dict[str, Destination]
 
@@ -75,6 +78,11 @@ class Parts:
         hosts = MediaHosts.parse(settings.media_hosts)
         return cls(
             storage=storage,
+            rules=FileRules(
+                refuse=hosts.refuse,
+                max_files=settings.media_max_files,
+                max_url_length=settings.media_max_url_length,
+            ),
             downloader=Downloader(
                 hosts=hosts,
                 storage=storage,
@@ -141,11 +149,7 @@ async def _listening(database: Database, wakeups: Wakeups) -> AsyncIterator[None
 
 
 async def _open_worker(
-    settings: Settings,
-    database: Database,
-    wakeups: Wakeups,
-    submitter: Submitter,
-    stack: AsyncExitStack,
+    settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter, stack: AsyncExitStack
 ) -> Worker:
     parts = Parts.make(settings)
     for origin in MediaHosts.parse(settings.media_hosts).development_origins:
@@ -176,7 +180,7 @@ async def _open_worker(
         ReplayLane(database, targets, parts.storage, wake=wakeups.wake),
         *_job_lanes(settings, database, wakeups, submitter),
     ]
-    return Worker(FanOut(database, targets, wake=wakeups.wake), lanes, wakeups)
+    return Worker(FanOut(database, targets, wake=wakeups.wake, rules=parts.rules), lanes, wakeups)
 
 
 def _job_lanes(settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter) -> list[Lane]:

@@ -76,6 +76,9 @@ MEDIA_FILES = Counter(
     "Tries at media downloads, by outcome; `flagged` are files that were stored with a warning.",
     ["outcome"],
 )
+MEDIA_SKIPPED = Counter(
+    "receiver_media_skipped", "URLs in outputs that are not fetched, by the reason.", ["reason"]
+)
 MEDIA_BYTES = Counter("receiver_media_bytes", "Bytes of media stored.")
 SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outcome.", ["outcome"])
 POLLS = Counter("receiver_polls", "Questions for the state of a job, by outcome.", ["outcome"])

@@ -19,6 +19,7 @@ from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, Unr
 from receiver.lanes import LEASE, Work, WorkLane, error_text
 from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
+from receiver.outputs import FileRules
 from receiver.retry import poll_delay
 from receiver.settings import DEFAULT_SOURCE
 from receiver.webhook import parse, result_body
@@ -34,8 +35,8 @@ Store = Callable[[str, bytes], Awaitable[None]]
 ANSWERS_KEPT: Final = 60.0
 """Seconds for which an answer is good for the other files of its event."""
 
-Urls = dict[tuple[int, str], str]
-"""The files of a result by position and variant."""
+Urls = dict[str | None, str]
+"""The files of a result by where they stand in it."""
 
 log = structlog.get_logger()
 
@@ -203,7 +204,7 @@ class FreshUrls:
             self._answers.pop(event.seq, None)
             log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
             return None
-        return urls.get((file.position, file.variant))
+        return urls.get(_field_of(event, file))
 
     async def _ask(self, event: StoredEvent) -> Urls:
         async with self._database.write() as connection:
@@ -213,4 +214,13 @@ class FreshUrls:
             await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
         result = await self._client.result(event.request_id, call=Call())
         generation = parse(result_body(event.request_id, "COMPLETED", result or b"{}"))
-        return {(ref.position, ref.variant): ref.url for ref in generation.media}
+        # Where it may be fetched from is checked at the download.
+        return {ref.field: ref.url for ref in generation.list_files(FileRules()).files if ref.skip is None}
+
+
+def _field_of(event: StoredEvent, file: MediaRow) -> str | None:
+    """Return where in its output a file stands; releases before 0010 did not record it."""
+    if file.field is not None:
+        return file.field
+    files = parse(event.body).list_files(FileRules()).files
+    return next((ref.field for ref in files if ref.url == file.url), None)

@@ -128,6 +128,8 @@ class Settings(BaseSettings):
     media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
     media_ca: Annotated[str, Field(min_length=1)] | None = None
     media_proxy: ProxyUrl | None = None
+    media_max_files: int = Field(default=512, ge=1, le=10_000)
+    media_max_url_length: int = Field(default=8192, ge=256, le=65_536)
     destination_url: SecretStr | None = None
     destinations: tuple[DestinationSettings, ...] = ()
     sources: tuple[SourceSettings, ...] = ()

@@ -1,4 +1,4 @@
-"""Verified bytes into a `Generation` and its media references; pure.
+"""Verified bytes into a `Generation`; pure.
 
 An authentic body is an event if one `request_id` and one known status can be read from it: it stands for a
 result that was paid for, and refusing it would lose that. The rest may be written in any way that
@@ -8,7 +8,7 @@ signed; what cannot be forwarded as it is, is changed in the copy that is read f
 
 import codecs
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, TypeGuard, TypeVar
 
@@ -16,45 +16,20 @@ import orjson
 
 from receiver.errors import UnrecognizedBody
 from receiver.lenient_json import REPLACEMENT, Cleaner, decode
+from receiver.outputs import FileRules, Listing, list_files
 from receiver.price import Credits, read_credits
 
-Kind = Literal["image", "video", "audio", "file"]
-"""What a file was announced as; `file` is anything."""
-Variant = Literal["original", "display"]
 T = TypeVar("T")
 
 REASONS: Final = ("not_json", "not_object", "duplicate_key", "request_id", "status")
 """Every `UnrecognizedBody.reason`. Older releases were stricter, and had others."""
 
 CANCELED: Final = "CANCELED"
-MAX_FILES: Final = 512
-"""Files of one event that are downloaded."""
-MAX_LISTED: Final = 2048
-"""Files of one event that are listed. The others are counted: a row of each would be of no use."""
-MAX_URL_LENGTH: Final = 2048
 MAX_MODEL_LENGTH: Final = 255
 MAX_ID_LENGTH: Final = 255
 
 # What an event has for a `request_id` if none can be read.
 _OWN_ID = re.compile("sha256:[0-9a-f]{64}")
-_FILES: Final[tuple[tuple[str, Kind], ...]] = (
-    ("images", "image"),
-    ("video", "video"),
-    ("audio", "audio"),
-    ("audios", "audio"),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class MediaRef:
-    """One file to fetch; (`position`, `variant`) is unique within its event and the same at every parse."""
-
-    position: int  # counts the listed images, videos and audios from 0; the two variants of one share it
-    kind: Kind
-    variant: Variant
-    url: str
-    field: str  # where in `output` the URL stands, such as "images[0].original_url"
-    skipped: bool = False  # not to be fetched: the event has `MAX_FILES` before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +42,10 @@ class Generation:
     cost: Credits | None
     output: Any  # as parsed, unknown fields included; None where absent
     error: Any  # likewise
-    media: tuple[MediaRef, ...]  # each distinct URL once; empty for ERROR
-    media_left_out: int  # URLs beyond `MAX_LISTED`, and entries that are no usable file
+
+    def list_files(self, rules: FileRules) -> Listing:
+        """Return its files; the output of a failed generation is no result, and has none."""
+        return list_files(self.output if self.status == "OK" else None, rules)
 
     @property
     def canceled(self) -> bool:
@@ -94,10 +71,7 @@ def parse(raw: bytes) -> Generation:
     """Read the body of a webhook. Raises `UnrecognizedBody` with one of `REASONS`, and nothing else."""
     body = _Body(raw)
     output, error = body.output, body.error
-    media, left_out = _list_media(_object(output)) if body.summary.status == "OK" else ((), 0)
-    return Generation(
-        **body.summary._asdict(), output=output, error=error, media=media, media_left_out=left_out
-    )
+    return Generation(**body.summary._asdict(), output=output, error=error)
 
 
 class Content(NamedTuple):
@@ -202,56 +176,3 @@ def _object(value: Any) -> dict[str, Any]:
 
 def _model(value: Any) -> str | None:
     return value if isinstance(value, str) and 0 < len(value) <= MAX_MODEL_LENGTH else None
-
-
-def _list_media(output: dict[str, Any]) -> tuple[tuple[MediaRef, ...], int]:
-    """Collect the distinct URLs of an output; the number is of those that had to be left out."""
-    media: list[MediaRef] = []
-    seen: set[str] = set()
-    left_out = 0
-    for kind, path, entry in _entries(output):
-        if not isinstance(entry, dict):
-            left_out += 1
-            continue
-        position = media[-1].position + 1 if media else 0
-        variant: Variant = "original"
-        for name in ("original_url", "url"):
-            url = entry.get(name)
-            if url is None:
-                continue
-            if not isinstance(url, str) or not 0 < len(url) <= MAX_URL_LENGTH:
-                left_out += 1
-                continue
-            if url not in seen:
-                seen.add(url)
-                if len(media) < MAX_LISTED:
-                    media.append(
-                        MediaRef(
-                            position=position,
-                            kind=kind,
-                            variant=variant,
-                            url=url,
-                            field=f"{path}.{name}",
-                            skipped=len(media) >= MAX_FILES,
-                        )
-                    )
-                else:
-                    left_out += 1
-            # Only beside an original is `url` a rendering for display; alone it is the best file there is.
-            variant = "display"
-    return tuple(media), left_out
-
-
-def _entries(output: dict[str, Any]) -> Iterator[tuple[Kind, str, Any]]:
-    """Yield whatever stands for a file, with its path, in the same order for every order of keys.
-
-    A list where one object is documented, or the reverse, is read as what it is.
-    """
-    for key, kind in _FILES:
-        value = output.get(key)
-        if isinstance(value, list):
-            for index, entry in enumerate(value):
-                if entry is not None:
-                    yield kind, f"{key}[{index}]", entry
-        elif value is not None:
-            yield kind, key, value

@@ -21,10 +21,12 @@ from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.db.tables import deliveries, events
 from receiver.delivery import DeliveryLane
 from receiver.destination_settings import FilterSettings
+from receiver.fetching import FreshUrl, MediaLane
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.pipeline import FanOut, FreshUrl, MediaLane
+from receiver.outputs import FileRules
+from receiver.pipeline import FanOut
 from receiver.replay import ReplayLane, ReplayRequest, Replays
 from receiver.retry import RetryPolicy
 from receiver.worker import Lane, Wakeups, Worker
@@ -104,6 +106,7 @@ class World:
         self.targets: list[Target] = []
         self.recorders: dict[str, Recorder] = {}
         self.fresh_url: FreshUrl | None = None
+        self.rules = FileRules()
         self.folder = folder
         self.storage = open_storage(f"file:{folder}")
         self.downloader = Downloader(
@@ -152,7 +155,8 @@ class World:
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
             ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake),
         ]
-        return Worker(FanOut(self.database, self.targets, wake=wakeups.wake), lanes, wakeups, drain=drain)
+        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
+        return Worker(fan_out, lanes, wakeups, drain=drain)
 
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
@@ -176,7 +180,7 @@ class World:
 
     async def fan_out(self) -> None:
         """Move every event out of `received`."""
-        fan_out = FanOut(self.database, self.targets, wake=lambda _lane: None)
+        fan_out = FanOut(self.database, self.targets, wake=lambda _lane: None, rules=self.rules)
         while await fan_out.run(limit=1000):
             pass
 

@@ -330,7 +330,8 @@ def _print_event(event: dict[str, Any]) -> None:
         stdout.print(f"  … and {unseen:,} deliveries on further receipts")
     print_title("Media", event["media"])
     for file in event["media"]:
-        _print_work(file, f"{file['position']:02d}-{file['variant']} {file['url']}")
+        field = f"{file['field']}: " if file["field"] else ""
+        _print_work(file, f"{file['position']:02d}-{file['variant']} {field}{file['url']}")
     print_title("Deliveries", event["deliveries"])
     for delivery in event["deliveries"]:
         _print_work(delivery, delivery["destination"])
@@ -341,6 +342,10 @@ def _print_work(work: dict[str, Any], label: str) -> None:
     if work.get("uri"):
         print_line(f"            {work['uri']}")
         print_line(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
+    if work.get("warning"):
+        print_line(f"            {work['warning']}")
+    if not work["tries"] and work["error"]:
+        print_line(f"            {work['error']}")
     for attempt in work["tries"]:
         line = f"            try {attempt['number']}: {moment(attempt['started_at'])} {attempt['outcome']}"
         error = f": {attempt['error']}" if attempt["error"] else ""

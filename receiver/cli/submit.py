@@ -163,8 +163,9 @@ def _tell_result(job: Job) -> None:
 def describe_file(file: JobFile) -> str:
     """Return one line about a file: where it is, or why it is not."""
     head = f"{file.kind} {file.variant}:"
-    if file.uri is not None and file.size is not None:
-        return f"{head} {file.uri} ({size(file.size)}, {file.content_type})"
+    if file.state == "stored" and file.uri is not None and file.size is not None:
+        warning = f"; {file.warning}" if file.warning else ""
+        return f"{head} {file.uri} ({size(file.size)}, {file.content_type}){warning}"
     return f"{head} {file.state}, {file.error or 'not tried yet'} ({file.url})"
 
 

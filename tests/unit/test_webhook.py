@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from receiver import lenient_json, webhook
 from receiver.errors import UnrecognizedBody
 from receiver.lenient_json import same_json
-from receiver.webhook import REASONS, Generation, MediaRef, parse, result_body
+from receiver.outputs import FileRules, Listing
+from receiver.webhook import REASONS, Generation, parse, result_body
 
 REQUEST_ID = "3f0c9a52-7b1e-4c53-9a55-0f6a1f7f0001"
 CDN = "https://media.clipia.ai/works"
@@ -39,11 +40,6 @@ def with_value(value: str) -> bytes:
     return b'{"request_id":"r-1","status":"OK","extra":%b}' % value.encode()
 
 
-def listed(output: Any) -> list[tuple[int, str, str, str, str]]:
-    """Return the media of an output, a row each."""
-    return [(ref.position, ref.kind, ref.variant, ref.url, ref.field) for ref in parse(ok(output)).media]
-
-
 # --- what Clipia documents ---
 
 
@@ -57,17 +53,6 @@ def test_success() -> None:
         cost=12,
         output=output,
         error=None,
-        media=(
-            MediaRef(
-                position=0,
-                kind="image",
-                variant="original",
-                url=f"{CDN}/a.png",
-                field="images[0].original_url",
-            ),
-            MediaRef(position=0, kind="image", variant="display", url=f"{CDN}/a.webp", field="images[0].url"),
-        ),
-        media_left_out=0,
     )
 
 
@@ -82,8 +67,6 @@ def test_failure() -> None:
         cost=None,
         output=None,
         error=error,
-        media=(),
-        media_left_out=0,
     )
 
 
@@ -94,7 +77,7 @@ def test_failure_with_a_payload() -> None:
     generation = parse(json.dumps(body).encode())
     assert (generation.model, generation.cost, generation.error) == ("m", 0, "broken")
     assert generation.output == payload["output"]
-    assert (generation.media, generation.media_left_out) == ((), 0)
+    assert generation.list_files(FileRules()) == Listing(files=(), left_out=0)
 
 
 def test_unknown_fields_are_kept() -> None:
@@ -106,68 +89,6 @@ def test_unknown_fields_are_kept() -> None:
     assert (generation.output, generation.error) == (output, error)
 
 
-@pytest.mark.parametrize(
-    ("output", "rows"),
-    [
-        ({"images": [{"url": "a"}]}, [(0, "image", "original", "a", "images[0].url")]),
-        ({"images": [{"original_url": "a"}]}, [(0, "image", "original", "a", "images[0].original_url")]),
-        (
-            {"images": [{"url": "a"}, {"url": "b", "original_url": "B"}]},
-            [
-                (0, "image", "original", "a", "images[0].url"),
-                (1, "image", "original", "B", "images[1].original_url"),
-                (1, "image", "display", "b", "images[1].url"),
-            ],
-        ),
-        (
-            {"video": {"url": "v", "original_url": "V", "duration": 8}},
-            [
-                (0, "video", "original", "V", "video.original_url"),
-                (0, "video", "display", "v", "video.url"),
-            ],
-        ),
-        ({"audio": {"url": "s", "format": "mp3"}}, [(0, "audio", "original", "s", "audio.url")]),
-        ({"audios": [{"url": "s"}]}, [(0, "audio", "original", "s", "audios[0].url")]),
-        (
-            {"audio": {"url": "s"}, "audios": [{"url": "s"}, {"url": "t"}]},
-            [(0, "audio", "original", "s", "audio.url"), (1, "audio", "original", "t", "audios[1].url")],
-        ),
-        (
-            {
-                "audios": [{"url": "s"}],
-                "audio": {"url": "a"},
-                "video": {"url": "v"},
-                "images": [{"url": "i"}],
-            },
-            [
-                (0, "image", "original", "i", "images[0].url"),
-                (1, "video", "original", "v", "video.url"),
-                (2, "audio", "original", "a", "audio.url"),
-                (3, "audio", "original", "s", "audios[0].url"),
-            ],
-        ),
-        # One URL under both names, and one shared by two files, is fetched once.
-        ({"video": {"url": "v", "original_url": "v"}}, [(0, "video", "original", "v", "video.original_url")]),
-        (
-            {"images": [{"url": "a", "original_url": "A"}, {"url": "b", "original_url": "A"}]},
-            [
-                (0, "image", "original", "A", "images[0].original_url"),
-                (0, "image", "display", "a", "images[0].url"),
-                (1, "image", "display", "b", "images[1].url"),
-            ],
-        ),
-        # Null is absence.
-        ({"video": {"url": "v", "original_url": None}}, [(0, "video", "original", "v", "video.url")]),
-        ({"images": None, "video": None, "audio": None, "audios": [None]}, []),
-    ],
-)
-def test_media(output: Any, rows: list[tuple[int, str, str, str, str]]) -> None:
-    """Every distinct URL is listed once, the original first, in an order that no order of keys changes."""
-    assert listed(output) == rows
-    assert listed(dict(reversed(output.items()))) == rows
-    assert parse(ok(output)).media_left_out == 0
-
-
 # --- B10: strange shapes ---
 
 
@@ -176,7 +97,7 @@ def test_media(output: Any, rows: list[tuple[int, str, str, str, str]]) -> None:
 def test_strange_payloads(payload: str, status: str) -> None:
     """B10: a payload that is no object gives an event with nothing in it."""
     generation = parse(b'{"request_id":"r","status":"%b","payload":%b}' % (status.encode(), payload.encode()))
-    assert dataclasses.astuple(generation) == ("r", status, None, None, None, None, (), 0)
+    assert dataclasses.astuple(generation) == ("r", status, None, None, None, None)
 
 
 def test_no_payload_and_no_error() -> None:
@@ -190,72 +111,13 @@ def test_strange_outputs(output: Any) -> None:
     """B10: an output of unknown shape is kept as it is and lists nothing."""
     generation = parse(ok(output))
     assert generation.output == output
-    assert (generation.media, generation.media_left_out) == ((), 0)
+    assert generation.list_files(FileRules()) == Listing(files=(), left_out=0)
 
 
 @pytest.mark.parametrize("error", [None, [], {}, "x", 0, True])
 def test_strange_errors(error: Any) -> None:
     """B10: an error of any shape is kept as it is."""
     assert parse(json.dumps({"request_id": "r", "status": "ERROR", "error": error}).encode()).error == error
-
-
-@pytest.mark.parametrize(
-    ("output", "urls", "left_out"),
-    [
-        ({"images": []}, [], 0),
-        ({"images": [{}], "video": {}, "audio": {}, "audios": [{}]}, [], 0),
-        ({"images": "https://x"}, [], 1),
-        ({"images": ["https://x", 1, True, [], {"url": "u"}, None]}, ["u"], 4),
-        ({"video": "https://x", "audio": 0, "audios": False}, [], 3),
-        ({"images": {"url": "u"}}, ["u"], 0),
-        ({"video": [{"url": "u"}, {"url": "w"}]}, ["u", "w"], 0),
-        ({"images": [{"url": ""}, {"url": 1}, {"url": ["u"]}, {"url": {}}, {"url": False}]}, [], 5),
-        ({"images": [{"url": "u", "original_url": ""}]}, ["u"], 1),
-        ({"images": [{"url": "", "original_url": "U"}]}, ["U"], 1),
-        ({"images": [{"url": "u" * 2048}]}, ["u" * 2048], 0),
-        ({"images": [{"url": "u" * 2049}]}, [], 1),
-    ],
-)
-def test_strange_files(output: Any, urls: list[str], left_out: int) -> None:
-    """B10: what is no file, and a URL that is empty, too long or no text, is left out and counted."""
-    generation = parse(ok(output))
-    assert [ref.url for ref in generation.media] == urls
-    assert generation.media_left_out == left_out
-    assert generation.output == output
-
-
-def test_an_unusable_original() -> None:
-    """B10: where the original's URL is unusable, the other one is the best there is."""
-    assert listed({"video": {"url": "v", "original_url": 7}}) == [(0, "video", "original", "v", "video.url")]
-
-
-@pytest.mark.parametrize(
-    ("count", "skipped", "left_out"),
-    [(511, 0, 0), (512, 0, 0), (513, 1, 0), (2048, 1536, 0), (2064, 1536, 16)],
-)
-def test_at_most_512_files(count: int, skipped: int, left_out: int) -> None:
-    """B10: the first 512 files are fetched; the others are listed as skipped, within bounds."""
-    generation = parse(ok({"images": [{"url": f"u{n}"} for n in range(count)]}))
-    listed_ = min(count, 2048)
-    assert [ref.url for ref in generation.media] == [f"u{n}" for n in range(listed_)]
-    assert [ref.position for ref in generation.media] == list(range(listed_))
-    assert [ref.skipped for ref in generation.media] == [number >= 512 for number in range(listed_)]
-    assert sum(ref.skipped for ref in generation.media) == skipped
-    assert generation.media_left_out == left_out
-
-
-def test_repeated_urls_are_listed_once() -> None:
-    """B10: a URL that was seen before counts neither as listed nor as left out, also beyond the limit."""
-    images = [{"url": f"u{n}"} for n in range(520)]
-    generation = parse(ok({"images": images + images, "audios": images}))
-    assert (len(generation.media), generation.media_left_out) == (520, 0)
-
-
-def test_originals_count_against_the_limit() -> None:
-    """B10: both variants of a file are downloads, so both count."""
-    generation = parse(ok({"images": [{"url": f"u{n}", "original_url": f"U{n}"} for n in range(300)]}))
-    assert sum(not ref.skipped for ref in generation.media) == 512
-    assert len(generation.media) == 600
 
 
 @pytest.mark.parametrize(
@@ -494,7 +356,7 @@ def test_what_is_forwarded_is_mended_and_says_where() -> None:
     assert content == webhook.Content("m\ufffd", None, output, "\ufffd", pointers)
     generation = parse(raw)
     assert (generation.model, generation.output, generation.error) == ("m\ufffd", output, "\ufffd")
-    assert [ref.url for ref in generation.media] == ["u\ufffd"]
+    assert [ref.url for ref in generation.list_files(FileRules()).files] == ["u\ufffd"]
 
 
 @pytest.mark.parametrize(
@@ -657,22 +519,26 @@ def test_any_event(body: dict[str, Any]) -> None:
     assert generation.error == body.get("error")
     payload = body.get("payload")
     assert generation.output == (payload.get("output") if isinstance(payload, dict) else None)
-    keys = {(ref.position, ref.variant) for ref in generation.media}
-    urls = {ref.url for ref in generation.media}
-    assert len(keys) == len(urls) == len(generation.media) <= 512
-    if generation.media:
+    files = generation.list_files(FileRules()).files
+    keys = {(ref.position, ref.variant) for ref in files}
+    urls = {ref.url for ref in files}
+    assert len(keys) == len(urls) == len({ref.field for ref in files}) == len(files) <= 512
+    if files:
         assert sorted({position for position, _ in keys}) == list(range(max(keys)[0] + 1))
-    assert all(resolve(generation.output, ref.field) == ref.url for ref in generation.media)
+    assert all(resolve(generation.output, ref.field) == ref.url for ref in files)
 
 
 def resolve(output: Any, field: str) -> Any:
-    """Follow a field such as "images[0].url" through an output."""
+    """Follow a field such as "images[0].url" or "/a/0/b" through an output."""
     for step in _steps(field):
-        output = output[step]
+        output = output[int(step) if isinstance(output, list) else step]
     return output
 
 
 def _steps(field: str) -> Iterator[str | int]:
+    if field.startswith("/"):
+        yield from (step.replace("~1", "/").replace("~0", "~") for step in field.split("/")[1:])
+        return
     for name in field.split("."):
         key, _, index = name.rstrip("]").partition("[")
         yield key
