@@ -2,14 +2,13 @@
 
 `amqps://user:password@host:port/vhost?exchange=…&routing_key=…&queue=…`: a `queue` is declared (durable,
 quorum) and, with an `exchange`, bound to it; without a `queue` nothing is declared. Without an `exchange` the
-routing key is the name of a queue.
+routing key is the name of a queue. Several nodes of a cluster are separated by commas: `host:port,host:port`.
 """
 
 import asyncio
 import contextlib
 import re
-import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -32,15 +31,13 @@ from aiormq.exceptions import (
 from cloudevents.core.bindings.amqp import CE_PREFIX_UNDERSCORE, CONTENT_TYPE_PROPERTY, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 from pamqp.header import ContentHeader
-from pydantic import SecretStr
 from yarl import URL
 
 from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
+from receiver.destinations.amqp_url import Node, Place, read_url
 from receiver.destinations.base import Broker, Failure, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
-from receiver.destinations.tls import open_tls
-from receiver.destinations.urls import split_url, usable_url
 from receiver.errors import PublishFailed, PublishRejected
 
 OPEN_TIMEOUT: Final = 10.0
@@ -66,19 +63,6 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where messages go, and the queue that is ours to declare."""
-
-    url: SecretStr
-    shown: str
-    exchange: str
-    routing_key: str
-    queue: str
-    tls: ssl.SSLContext | None
-    timeout: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Message:
     """An event in the binary mode of CloudEvents' AMQP binding; `head` is what goes before the body."""
 
@@ -94,7 +78,7 @@ class RabbitmqDestination(Broker):
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
-        self._place = place = _parse(settings)
+        self._place = place = read_url(settings)
         self._connections = Shared(
             lambda: _Connection(place, settings.name),
             shown=place.shown,
@@ -163,18 +147,22 @@ class _Socket(TransportFactory):
 class _Connection(Connection):
     """A connection and its channel in confirm mode. Methods raise PublishFailed."""
 
-    def __init__(self, place: _Place, name: str) -> None:
-        url = URL(place.url.get_secret_value())
+    def __init__(self, place: Place, name: str) -> None:
+        self._place = place
+        self._name = name
+        self._ids: set[str] = set()
+        self._channel: AbstractChannel
+        self._choose(place.nodes[0])
+
+    def _choose(self, node: Node) -> None:
+        url = URL(node.url.get_secret_value()).update_query(heartbeat=str(HEARTBEAT))
         self._socket = _Socket(TLSTransportFactory() if url.scheme == "amqps" else TCPTransportFactory())
         self._connection = aiormq.Connection(
             url,
-            context=place.tls,
+            context=self._place.tls,
             transport_factory=self._socket,
-            client_properties={"connection_name": f"clipia-receiver {name}"},
+            client_properties={"connection_name": f"clipia-receiver {self._name}"},
         )
-        self._channel: AbstractChannel
-        self._place = place
-        self._ids: set[str] = set()
 
     @property
     def is_open(self) -> bool:
@@ -182,9 +170,25 @@ class _Connection(Connection):
         return self._connection.is_opened and not self._channel.is_closed
 
     async def open(self) -> None:
-        """Connect, log in, and prepare the place."""
-        with _translated(self._place.shown):
-            async with asyncio.timeout(stretched(OPEN_TIMEOUT, self._place.timeout)):
+        """Connect to the first node that lets us, log in, and prepare the place."""
+        nodes, failures = self._place.nodes, list[PublishFailed]()
+        seconds = stretched(OPEN_TIMEOUT, self._place.timeout) / len(nodes)
+        for node in nodes:
+            if failures:
+                self._socket.cut()
+                await self.close()
+                self._choose(node)
+            try:
+                await self._open(node, seconds)
+            except PublishFailed as failure:
+                failures.append(failure)
+            else:
+                return
+        raise PublishFailed("; ".join(map(str, failures)), reason=failures[0].reason)
+
+    async def _open(self, node: Node, seconds: float) -> None:
+        with _translated(node.shown):
+            async with asyncio.timeout(seconds):
                 await self._connection.connect()
                 await self.prepare()
                 self._channel = await self._connection.channel(publisher_confirms=True, on_return_raises=True)
@@ -353,49 +357,3 @@ def _short(value: Any) -> str | None:
     """Return the value as a short string, None where it is none."""
     text = str(value or "")
     return text if 0 < len(text.encode()) <= MAX_SHORT else None
-
-
-def _parse(settings: DestinationSettings) -> _Place:
-    with usable_url(
-        settings,
-        "amqp://user:password@host/vhost?queue=name or …?exchange=name&routing_key=key, with both for a "
-        "queue to declare and bind",
-    ) as text:
-        default = 5671 if text.lower().startswith("amqps:") else 5672
-        url = split_url(text, port=default, options={"exchange", "queue", "routing_key"})
-        [(host, port)] = url.hosts
-        exchange, queue, routing_key = _read_names(url.options)
-        # The library checks names as it encodes them; one that is too long is a TypeError.
-        spec.Connection.Open(virtual_host=url.path[1:]).marshal()
-        spec.Queue.Declare(queue=queue if exchange else routing_key).marshal()
-        spec.Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
-        target = URL.build(
-            scheme=url.scheme,
-            user=url.user,
-            password=url.password,
-            host=host.strip("[]"),
-            port=port,
-            path=url.path or "/",
-            query={"heartbeat": str(HEARTBEAT)},
-        )
-        return _Place(
-            url=SecretStr(str(target)),
-            shown=f"{url.scheme}://{url.shown}",
-            exchange=exchange,
-            routing_key=routing_key,
-            queue=queue,
-            tls=open_tls(settings) if settings.tls else None,
-            timeout=settings.timeout,
-        )
-
-
-def _read_names(options: Mapping[str, str]) -> tuple[str, str, str]:
-    """Return the exchange, the queue and the routing key, which without an exchange is a queue's name."""
-    exchange, queue, routing_key = (options.get(name, "") for name in ("exchange", "queue", "routing_key"))
-    if exchange:
-        return exchange, queue, routing_key
-    if not queue and not routing_key:
-        raise ValueError("nothing says where to")
-    if queue and routing_key not in {"", queue}:
-        raise ValueError("the queue is not the one that messages go to")
-    return "", queue, routing_key or queue

@@ -737,7 +737,8 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     destination = open_url(url)
     assert isinstance(destination, RabbitmqDestination)
     place = destination._place
-    target = URL(place.url.get_secret_value())
+    [node] = place.nodes
+    target = URL(node.url.get_secret_value())
     vhost = Connection(target).vhost
     assert (
         vhost,

@@ -1,0 +1,86 @@
+"""The URL of a RabbitMQ destination: its nodes, and where messages go."""
+
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from aiormq import spec
+from pydantic import SecretStr
+from yarl import URL
+
+from receiver.destination_settings import DestinationSettings
+from receiver.destinations.tls import open_tls
+from receiver.destinations.urls import BrokerUrl, split_url, usable_url
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """One server of a cluster."""
+
+    url: SecretStr
+    shown: str
+    """Its address, for messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where messages go, and the queue that is ours to declare."""
+
+    nodes: tuple[Node, ...]
+    """Any of them will do; they are tried in this order."""
+    shown: str
+    exchange: str
+    routing_key: str
+    queue: str
+    tls: ssl.SSLContext | None
+    """None for the library's own, which trusts the system's authorities."""
+    timeout: float | None
+
+
+def read_url(settings: DestinationSettings) -> Place:
+    """Read a destination's URL. Raises SettingsError."""
+    with usable_url(
+        settings,
+        "amqp://user:password@host/vhost?queue=name or …?exchange=name&routing_key=key, with both for a "
+        "queue to declare and bind; several nodes as host:5672,host:5672",
+    ) as text:
+        default = 5671 if text.lower().startswith("amqps:") else 5672
+        url = split_url(text, port=default, options={"exchange", "queue", "routing_key"})
+        exchange, queue, routing_key = _read_names(url.options)
+        # The library checks names as it encodes them; one that is too long is a TypeError.
+        spec.Connection.Open(virtual_host=url.path[1:]).marshal()
+        spec.Queue.Declare(queue=queue if exchange else routing_key).marshal()
+        spec.Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
+        return Place(
+            nodes=tuple(_node(url, host, port) for host, port in url.hosts),
+            shown=f"{url.scheme}://{url.shown}",
+            exchange=exchange,
+            routing_key=routing_key,
+            queue=queue,
+            tls=open_tls(settings) if settings.tls else None,
+            timeout=settings.timeout,
+        )
+
+
+def _node(url: BrokerUrl, host: str, port: int) -> Node:
+    target = URL.build(
+        scheme=url.scheme,
+        user=url.user,
+        password=url.password,
+        host=host.strip("[]"),
+        port=port,
+        path=url.path or "/",
+    )
+    return Node(url=SecretStr(str(target)), shown=f"{url.scheme}://{host}:{port}")
+
+
+def _read_names(options: Mapping[str, str]) -> tuple[str, str, str]:
+    """Return the exchange, the queue and the routing key, which without an exchange is a queue's name."""
+    exchange, queue, routing_key = (options.get(name, "") for name in ("exchange", "queue", "routing_key"))
+    if exchange:
+        return exchange, queue, routing_key
+    if not queue and not routing_key:
+        raise ValueError("nothing says where to")
+    if queue and routing_key not in {"", queue}:
+        raise ValueError("the queue is not the one that messages go to")
+    return "", queue, routing_key or queue
