@@ -106,7 +106,7 @@ def retry(
         raise ReceiverError("say which dead letters: ids, --destination, --since, --until, or --all")
     by = f"{user_name()} on the command line"
 
-    async def run(_settings: Settings, database: Database) -> dict[str, int]:
+    async def run(settings: Settings, database: Database) -> dict[str, int]:
         done: dict[str, int] = {}
         async with database.read() as connection:
             began = (await connection.execute(select(db_time(0.0)))).scalar_one()
@@ -118,7 +118,10 @@ def retry(
             for name, count in batch.items():
                 done[name] = done.get(name, 0) + count
             if sum(batch.values()) < BATCH:
-                return done
+                break
+        for name in sorted(done.keys() - {each.name for each in settings.all_destinations}):
+            stderr.print(f"{name!r} is not configured: see `receiver deliveries move` and `discard`.")
+        return done
 
     done = with_database(run)
     if json:

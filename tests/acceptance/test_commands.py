@@ -3,6 +3,7 @@
 import http.server
 import json
 import signal
+import sqlite3
 import subprocess
 import threading
 import time
@@ -178,6 +179,11 @@ def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
         assert command("discard", "old", "--dry-run").stdout == b"2 would be discarded\n"
         assert command("move", "old", "new").stdout == b"2 moved\n"
         assert len(wait_for_lines(tmp_path / "events.jsonl", 2)) == 2
+        with sqlite3.connect(tmp_path / "receiver.db") as connection:
+            connection.execute("UPDATE deliveries SET state = 'dead', destination = 'older'")
+        connection.close()
+        retried = command("retry", "--destination", "older")
+        assert (retried.returncode, b"'older' is not configured" in retried.stderr) == (0, True)
         again = command("discard", "old")
         assert (again.returncode, again.stderr) == (1, b"No delivery to 'old' is left to do.\n")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 import pytest
-from eventkit import World, opened, plain
+from eventkit import World, opened, plain, with_files
 from payloads import body, failure
 from servers import Postgres
 from sqlalchemy import func, select
@@ -395,6 +395,19 @@ async def test_a_claim_of_the_old_workers_is_not_carried_over(pair: tuple[World,
     await there.change(deliveries, next_attempt_at=db_time(0.0))
     (work,) = await there.delivery_lane().claim(5)
     assert (work.claim.attempt, work.claim.id) == (2, old["id"])
+
+
+async def test_an_event_whose_files_ended_during_the_export_is_settled(pair: tuple[World, World]) -> None:
+    """E12: its line says `fetching` and its files are stored: it is ready there, and its delivery is due."""
+    here, there = pair
+    await here.add(with_files("https://media.clipia.ai", "r-1", "/a.png"))
+    await here.fan_out()
+    (line,) = [orjson.loads(each) for each in await export(here)]
+    line["media"][0] |= {"state": "stored", "finished_at": line["media"][0]["created_at"]}
+    await load(there, [orjson.dumps(line)])
+    assert await there.states(events) == {"ready": 1}
+    async with there.working():
+        await there.until_states(deliveries, delivered=2)
 
 
 async def test_a_pending_replay_goes_on_without_doubles(
