@@ -28,7 +28,7 @@ from receiver.api.jobs import Jobs
 from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
 from receiver.api.refusals import NO_SOURCE, Refusals
-from receiver.db import arrivals, inbox, jobs, migrate, outbox
+from receiver.db import arrivals, inbox, jobs, migrate, outbox, refused_jobs
 from receiver.db.engine import Database
 from receiver.db.requirements import require_usable
 from receiver.db.rows import Backlog
@@ -324,6 +324,7 @@ def create_app(
             lambda: read_backlog(database, settings.all_destinations),
             dead=lambda: count_dead_letters(database, settings.all_destinations),
             paused=submitter.paused,
+            refused=lambda: count_refused_jobs(database),
             unrecognized=recovery.Count(database),
             tokens=tokens,
             multiprocess=multiprocess,
@@ -375,6 +376,12 @@ async def count_dead_letters(
     """Return how many dead letters each destination has. Raises DatabaseUnavailable."""
     async with database.read() as connection:
         return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
+
+
+async def count_refused_jobs(database: Database) -> int:
+    """Return how many jobs Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        return await refused_jobs.count(connection)
 
 
 def collect_garbage_less() -> None:

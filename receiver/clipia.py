@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
+from urllib.parse import unquote
 from uuid import UUID
 
 import httpcore
@@ -23,20 +24,30 @@ import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
 from receiver.causes import cause
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
-from receiver.lenient_json import clean_text, read_whole
+from receiver.errors import (
+    AccountRefused,
+    ClipiaUnavailable,
+    Refused,
+    RefusedForNow,
+    SettingsError,
+    UnrecognizedBody,
+)
+from receiver.lenient_json import REPLACEMENT, clean_text, read_whole
 from receiver.limits import RateHeaders
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
 from receiver.settings import Settings
-from receiver.webhook import is_request_id
+from receiver.webhook import MAX_ID_LENGTH, is_request_id
 
 CALL_WAIT: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
 TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
+OPEN: Final = ("IN_QUEUE", "IN_PROGRESS")
+UNUSABLE_ID: Final = "request_id_unusable"
+"""The code of the refusal that ends a job which Clipia accepted under an id that cannot be stored."""
 
 _SENDABLE: Final = re.compile(r"[!-~]+")
-_ACCOUNT: Final = (401, 402, 403)
+_FOR_NOW: Final = (402, 403)
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
@@ -78,6 +89,7 @@ class Status:
     """How a generation is doing."""
 
     status: str
+    """One of `OPEN` or `TERMINAL`; another word is Clipia's own, masked and cut."""
     progress: int | None
     """Per cent."""
 
@@ -85,6 +97,11 @@ class Status:
     def terminal(self) -> bool:
         """Whether nothing will change any more."""
         return self.status in TERMINAL
+
+    @property
+    def known(self) -> bool:
+        """Whether the documentation names this status."""
+        return self.status in OPEN or self.terminal
 
 
 def clock() -> float:
@@ -129,7 +146,7 @@ def open_client(settings: Settings) -> "ClipiaClient | None":
 
 
 class ClipiaClient:
-    """Calls of one account. Every method raises Refused, ClipiaUnavailable or AccountRefused.
+    """Calls of one account. Every method raises Refused or ClipiaUnavailable.
 
     Each takes a `Call`, whose `headers` are set once an answer came, errors included.
     """
@@ -169,8 +186,8 @@ class ClipiaClient:
         call.body = body
         async with _translated(call):
             answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
-            if not _fits_a_path(answer.request_id):
-                raise TypeError("request_id")
+            if not is_request_id(answer.request_id):
+                raise _unusable_id(answer.request_id)
             return Accepted(
                 request_id=answer.request_id,
                 cost=read_credits(answer.cost),
@@ -182,7 +199,10 @@ class ClipiaClient:
         _refuse_path(request_id)
         async with _translated(call):
             answer = await self._sdk.status(request_id)
-            return Status(status=str(answer.status), progress=_per_cent(answer.progress))
+            status: Any = answer.status
+            if not isinstance(status, str):
+                raise TypeError("status")
+            return Status(status=_quoted(status, 64), progress=_per_cent(answer.progress))
 
     async def result(self, request_id: str, *, call: Call) -> bytes | None:
         """Return the JSON object of a finished generation as it came, or None while there is none."""
@@ -257,9 +277,18 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
 
 
 def _translate(error: ClipiaApiError) -> Exception:
-    message, status, code = _quoted(error.message, 1000), error.status, _quoted(error.code, 64)
-    if status in _ACCOUNT:
-        return AccountRefused(message, reason=code or f"http_{status}", status=status, may_have_arrived=False)
+    # Not the SDK's attributes, in which null is the text "None".
+    said, status = (error.body or {}).get("error"), error.status
+    code, type_, message = (_member(said, *each) for each in (("code", 64), ("type", 64), ("message", 1000)))
+    message, reason = message or code or f"HTTP {status}", code or f"http_{status}"
+    if status == httpx.codes.UNAUTHORIZED:
+        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
+    # Without both, an error comes from something in between, such as a firewall, and says nothing about the
+    # job.
+    is_clipias = bool(code or type_)
+    type_ = type_ or "invalid_request_error"
+    if is_clipias and status in _FOR_NOW:
+        return RefusedForNow(message, reason=reason, status=status, type_=type_)
     # Retry-After is somebody else's data; a day is as good as never.
     wait = None if error.retry_after is None else min(error.retry_after, 86_400.0)
     if status == httpx.codes.TOO_MANY_REQUESTS:
@@ -270,11 +299,17 @@ def _translate(error: ClipiaApiError) -> Exception:
             may_have_arrived=False,
             retry_after=wait,
         )
-    # A 4xx without Clipia's code comes from something in between, and says nothing about the job.
-    if code and status < httpx.codes.INTERNAL_SERVER_ERROR and code != "request_in_progress":
-        type_ = _quoted(error.type, 64) or "invalid_request_error"
-        return Refused(message, code=code, status=status, type_=type_)
-    return ClipiaUnavailable(message, reason=code or f"http_{status}", status=status, retry_after=wait)
+    # A conflict without a code may be an earlier call that is still being worked on.
+    is_in_progress = code == "request_in_progress" or (status == httpx.codes.CONFLICT and not code)
+    if is_clipias and status < httpx.codes.INTERNAL_SERVER_ERROR and not is_in_progress:
+        return Refused(message, code=reason, status=status, type_=type_)
+    return ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
+
+
+def _member(said: object, name: str, limit: int) -> str:
+    """Return a text in the `error` object of an answer; empty if it is none."""
+    value = said.get(name) if isinstance(said, dict) else None
+    return _quoted(value.strip(), limit) if isinstance(value, str) else ""
 
 
 def _quoted(text: str, limit: int) -> str:
@@ -313,13 +348,26 @@ def _objects(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _fits_a_path(request_id: object) -> bool:
-    """Tell whether an id is one, and leads to its own path and no other, whoever decodes that."""
-    return is_request_id(request_id) and not set(request_id) & set("/\\%?#") and request_id.strip(".") != ""
+def _unusable_id(request_id: object) -> Exception:
+    """Return why an accepted submission has no usable id."""
+    if (
+        not isinstance(request_id, str)
+        or not 0 < len(request_id) <= MAX_ID_LENGTH
+        or REPLACEMENT in request_id
+    ):
+        return TypeError("request_id")
+    # Clipia would give the same answer to every other try.
+    return Refused(
+        f"Clipia accepted the job as {_quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
+        code=UNUSABLE_ID,
+        status=502,
+    )
 
 
 def _refuse_path(request_id: str) -> None:
-    if not _fits_a_path(request_id):
+    """Raise Refused for an id of dots between slashes: some servers decode a path before they resolve it."""
+    parts = re.split(r"[/\\]", unquote(unquote(request_id)))
+    if any(part.strip() in (".", "..") for part in parts):
         raise Refused("The id cannot be asked for.", code="not_found", status=404)
 
 

@@ -12,7 +12,8 @@
     │   └── PublishRejected      the destination refused this message for good
     └── TransientError           trying again later may help (`reason`, `retry_after`)
         ├── ClipiaUnavailable    the API did not answer, or not usably (`may_have_arrived`)
-        │   └── AccountRefused   401, 402, 403: it is the account's trouble, not the job's
+        │   ├── AccountRefused   401: it is the account's trouble, not the job's
+        │   └── RefusedForNow    402, 403: Clipia refuses this job as the account stands now (`type`)
         ├── DatabaseUnavailable
         ├── MediaUnavailable     the CDN did not give a whole file
         │   ├── MediaMissing     it says that there is none (404 and the like): given up after few tries
@@ -121,7 +122,29 @@ class ClipiaUnavailable(TransientError):  # noqa: N818 - states a condition
 
 
 class AccountRefused(ClipiaUnavailable):
-    """Clipia refuses the account (401, 402, 403): no job is at fault, and none should end for it."""
+    """Clipia refuses the account (401): no job is at fault, and none should end for it."""
+
+
+class RefusedForNow(ClipiaUnavailable):
+    """Clipia refuses a job for its price, its model or the key's scopes (402, 403).
+
+    It says nothing about other jobs. After a top-up, a new plan or another scope Clipia may take this one.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        reason: str,
+        status: int | None = None,
+        may_have_arrived: bool = False,
+        retry_after: float | None = None,
+        type_: str = "invalid_request_error",
+    ) -> None:
+        super().__init__(
+            message, reason=reason, status=status, may_have_arrived=may_have_arrived, retry_after=retry_after
+        )
+        self.type = type_
 
 
 class DatabaseUnavailable(TransientError):  # noqa: N818 - states a condition

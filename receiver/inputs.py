@@ -6,6 +6,7 @@ still Clipia's to refuse or to warn of. So only what is surely understood is enf
 
 - a schema of another shape refuses nothing; one that is unreadable in part refuses no unknown keys, for that
   part may declare them;
+- a key that the model does not know is told apart (`unknown`): Clipia takes it, with a warning at the most;
 - a type word that is not in `_KINDS`, options that contradict their type, and two descriptions of one name
   leave the values of that parameter unchecked;
 - options that are no list of plain values, bounds that are no numbers or that cross, count as absent;
@@ -35,6 +36,7 @@ class Misfit:
 
     parameter: str  # the key as it was given or declared, however long
     message: str  # for the caller; bounded in length, and quotes no value longer than `MAX_SHOWN` characters
+    unknown: bool = False  # whether it is only that the model's schema does not have the key
 
 
 def check_input(schema: object, given: Mapping[str, Any]) -> tuple[Misfit, ...]:
@@ -42,13 +44,22 @@ def check_input(schema: object, given: Mapping[str, Any]) -> tuple[Misfit, ...]:
 
     `schema` is the model's `input_schema` as parsed from JSON, of any shape, or None. Null counts as not
     given. The order is fixed: required parameters that are missing as the schema lists them, then what does
-    not fit and what the model does not know as the input lists it. Raises nothing.
+    not fit and what the model does not know as the input lists it. Unknown keys, however many, take no place
+    from anything else. Raises nothing.
     """
-    return tuple(islice(_misfits(schema, given), MAX_MISFITS))
+    found = list(_misfits(schema, given))
+    room = MAX_MISFITS - sum(not misfit.unknown for misfit in found)
+    kept = []
+    for misfit in found:
+        room -= misfit.unknown
+        if room >= 0 or not misfit.unknown:
+            kept.append(misfit)
+    return tuple(kept[:MAX_MISFITS])
 
 
 def _misfits(schema: object, given: Mapping[str, Any]) -> Iterator[Misfit]:
     parameters, complete = _read(schema)
+    unknown = 0
     for name, parameter in parameters.items():
         if parameter.required and given.get(name) is None:
             yield _misfit(name, f"is required: {parameter.wanted(parameter.kind)}")
@@ -57,14 +68,16 @@ def _misfits(schema: object, given: Mapping[str, Any]) -> Iterator[Misfit]:
             trouble = parameters[name].trouble(value)
             if trouble:
                 yield _misfit(name, trouble)
-        elif complete:
+        elif complete and unknown < MAX_MISFITS:
+            unknown += 1
             close = difflib.get_close_matches(name[:_MAX_NAME], parameters, n=1)
             hint = f"; did you mean {_shown(close[0])}?" if close else "."
-            yield _misfit(name, f"is not known to this model{hint} It takes {_listing(parameters)}")
+            trouble = f"is not known to this model{hint} It takes {_listing(parameters)}"
+            yield _misfit(name, trouble, unknown=True)
 
 
-def _misfit(name: str, trouble: str) -> Misfit:
-    return Misfit(parameter=name, message=f"Parameter {_shown(name)} {trouble}.")
+def _misfit(name: str, trouble: str, *, unknown: bool = False) -> Misfit:
+    return Misfit(parameter=name, message=f"Parameter {_shown(name)} {trouble}.", unknown=unknown)
 
 
 @dataclass(frozen=True, kw_only=True)

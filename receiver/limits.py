@@ -40,6 +40,8 @@ FIRST_RATE: Final = 60
 FIRST_IN_FLIGHT: Final = 4
 PROBE_IN_FLIGHT: Final = 120.0
 """Seconds after a refusal until one more generation in flight is tried."""
+REFUSED_SHARE: Final = 0.1
+"""The part of the requests per minute that jobs have which Clipia refuses for now (402, 403)."""
 LONGEST_RESET: Final = 120.0
 """Seconds that a minute may still last: whatever an answer says, the account is not blocked for longer."""
 DEFAULT_WAIT: Final = 5.0
@@ -77,11 +79,13 @@ class Limits:
     in_flight_limit: int = FIRST_IN_FLIGHT
     in_flight_refused_at: float = 0.0
     paused_at: float = 0.0
-    """Since when the account refuses every submission: 401, 402, 403."""
+    """Since when Clipia refuses the account (401)."""
     probes: int = 0
     """Submissions that it has refused since."""
     pause: str | None = None
     """What it said, as JSON."""
+    accepted_at: float = 0.0
+    """When it last accepted a submission."""
 
     def submits(self, now: float, *, in_flight: int) -> int:
         """Return how many submissions may be sent now."""
@@ -126,9 +130,7 @@ class Limits:
 
     def accepted(self, now: float, *, in_flight: int) -> "Limits":
         """Return the state after Clipia accepted a submission; it is counted in `in_flight`."""
-        limits = (
-            replace(self, paused_at=0.0, probes=0, pause=None, submits_after=now) if self.paused_at else self
-        )
+        limits = replace(self.resumed(now), accepted_at=now)
         if not self.in_flight_refused_at:
             # Only a window that is used says anything about the limit.
             if in_flight >= self.in_flight_limit:
@@ -136,6 +138,19 @@ class Limits:
         elif in_flight >= self.in_flight_limit and now - self.in_flight_refused_at >= PROBE_IN_FLIGHT:
             limits = replace(limits, in_flight_limit=self.in_flight_limit + 1, in_flight_refused_at=now)
         return limits
+
+    def resumed(self, now: float) -> "Limits":
+        """Return the state after Clipia looked at a submission, whatever it said of it."""
+        if not self.paused_at:
+            return self
+        return replace(self, paused_at=0.0, probes=0, pause=None, submits_after=now)
+
+    def retry_interval(self, refused: int) -> float:
+        """Return the least seconds between two tries of a job while Clipia refuses that many jobs for now.
+
+        All of them together use no more than `REFUSED_SHARE` of the requests.
+        """
+        return refused * 60.0 / (self.requests_per_minute * REFUSED_SHARE)
 
     def throttled(self, now: float, *, retry_after: float | None) -> "Limits":
         """Return the state after `rate_limit_exceeded`."""
@@ -155,7 +170,7 @@ class Limits:
         return replace(limits, in_flight_limit=fewer, in_flight_refused_at=now)
 
     def refused(self, now: float, *, sent_at: float, pause: str) -> "Limits":
-        """Return the state after 401, 402 or 403 for a submission of the moment `sent_at`.
+        """Return the state after 401 for a submission of the moment `sent_at`.
 
         One submission at a time finds out when it is over. What was under way when the pause began says
         nothing of that.

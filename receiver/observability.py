@@ -84,7 +84,12 @@ SUBMISSIONS = Counter("receiver_submissions", "Tries at submitting jobs, by outc
 POLLS = Counter("receiver_polls", "Questions for the state of a job, by outcome.", ["outcome"])
 SUBMISSIONS_PAUSED = Gauge(
     "receiver_submissions_paused",
-    "1 while no job is submitted: Clipia refuses the account (401, 402, 403), or submissions are frozen.",
+    "1 while no job is accepted: Clipia refuses the account, or submissions are frozen.",
+    multiprocess_mode="mostrecent",
+)
+JOBS_REFUSED = Gauge(
+    "receiver_jobs_refused",
+    "Jobs that Clipia refuses for their price, their model or the key's scopes; they are tried again.",
     multiprocess_mode="mostrecent",
 )
 BACKLOG = Gauge(

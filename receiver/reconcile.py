@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, cast
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia import Call, ClipiaClient
+from receiver.clipia import Call, ClipiaClient, Status
 from receiver.db import accounts, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
@@ -27,7 +27,7 @@ from receiver.webhook import parse, result_body
 CONCURRENCY: Final = 8
 
 GIVE_UP_AFTER: Final = 86_400.0
-"""Seconds after which a job is given up that Clipia does not know, or whose result nobody can use."""
+"""Seconds after which a job is given up of which Clipia says nothing that can be used."""
 
 Store = Callable[[str, bytes], Awaitable[None]]
 """Puts a result into the inbox: the source and the body that its webhook would have had."""
@@ -86,9 +86,12 @@ class PollLane(WorkLane):
             await self._not_answered(claim, request, error, call)
             return
         await self._learn(call.headers)
-        if result is None:
+        if result is None and status.known and not status.terminal:
             POLLS.labels("open").inc()
             await self._later(claim, request, progress=status.progress)
+            return
+        if result is None:
+            await self._not_understood(claim, request, status)
             return
         POLLS.labels("ended").inc()
         ended = cast("Literal['COMPLETED', 'FAILED', 'CANCELED']", status.status)
@@ -101,11 +104,29 @@ class PollLane(WorkLane):
         log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
         text = error_text(error.reason, str(error), status=error.status)
         throttled = error if error.status == 429 and isinstance(error, ClipiaUnavailable) else None  # noqa: PLR2004
-        unknown = isinstance(error, Refused) and error.status == 404  # noqa: PLR2004
-        if not ((unknown or error.reason == "unreadable") and await self._give_up(claim, request, text)):
+        is_final = isinstance(error, Refused) or error.reason == "unreadable"
+        if not (is_final and await self._give_up(claim, request, text)):
             wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
             await self._later(claim, request, error=text, at_least=wait or 0.0)
         await self._learn(call.headers, throttled=throttled)
+
+    async def _not_understood(self, claim: Claim, request: OpenRequest, status: Status) -> None:
+        """Go on asking for a day: a status of a later API may be on the way to an end, or be one."""
+        if status.terminal:
+            code, words = "no_result", f"Clipia says {status.status}, and gives no result."
+        else:
+            code, words = (
+                "unknown_status",
+                f"Clipia says {status.status}, which its documentation does not name.",
+            )
+        POLLS.labels(code).inc()
+        text = error_text(code, words)
+        if request.error != text:
+            log.warning(
+                "job not understood", job_id=str(claim.id), request_id=request.request_id, error=words
+            )
+        if not await self._give_up(claim, request, text):
+            await self._later(claim, request, error=text, progress=status.progress)
 
     async def _give_up(self, claim: Claim, request: OpenRequest, error: str) -> bool:
         """Leave a job to people if Clipia tells nothing readable of it; False if it is too early for that."""

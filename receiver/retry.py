@@ -80,6 +80,24 @@ Clipia forgets an idempotency key after 24 hours, and would then generate and ch
 SUBMIT_AGAIN: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_HOLDS)
 """Submissions that may have arrived: sent again under the same key for as long as it holds."""
 
+REFUSED_GIVE_UP_AFTER: Final = DAY
+"""Seconds after which a job ends that Clipia refuses for now (402, 403)."""
+_REFUSED_FIRST: Final = 10.0
+_REFUSED_CAP: Final = 300.0
+
+
+def refused_delay(refused_for: float, *, least: float, give_up_after: float, jitter: float) -> float | None:
+    """Return the seconds until a job that Clipia refuses for now is tried again, or None to give up.
+
+    It waits about as long again as it has been refused so far, 5 minutes at most, but never less than `least`
+    seconds.
+    """
+    if refused_for >= give_up_after:
+        return None
+    delay = (0.5 + 0.5 * jitter) * min(_REFUSED_CAP, max(_REFUSED_FIRST, 2 * refused_for))
+    # The last try falls on the deadline, not somewhere after it.
+    return min(max(delay, least), give_up_after - refused_for)
+
 
 def poll_delay(polls: int, *, overdue: float, has_webhook: bool, watched: bool) -> float:
     """Return the seconds until a job's state is asked for again, after `polls` times.

@@ -48,6 +48,7 @@ from receiver.price import MOST, Credits, read_credits
 
 DEFAULT_SOURCE: Final = "clipia"
 Scope = Literal["submit", "read", "operate"]
+InputCheck = Literal["on", "strict", "off"]
 SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
 
 _LISTS: Final = frozenset({"clipia_webhook_secret", "api_tokens", "media_hosts", "budgets"})
@@ -134,6 +135,8 @@ class Settings(BaseSettings):
     destinations: tuple[DestinationSettings, ...] = ()
     sources: tuple[SourceSettings, ...] = ()
     poll_after: float = Field(default=60.0, ge=1, le=86_400)
+    refused_give_up_after: float = Field(default=86_400.0, ge=0, le=30 * 86_400)
+    input_check: InputCheck = "on"
     budgets: Annotated[dict[str, Credits], NoDecode] = Field(default_factory=dict)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 

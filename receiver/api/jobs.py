@@ -46,6 +46,7 @@ class Jobs:
             ("GET", "/v1/jobs/costs", "read", self._costs),
             ("GET", "/v1/jobs/{id}", "read", self._show),
             ("POST", "/v1/jobs/{id}/resubmit", "operate", self._resubmit),
+            ("POST", "/v1/jobs/{id}/cancel", "operate", self._cancel),
             ("GET", "/v1/models", "read", self._models),
             ("GET", "/v1/models/{slug}", "read", self._model),
             ("POST", "/v1/models/{slug}/estimate", "read", self._estimate),
@@ -126,6 +127,10 @@ class Jobs:
         job = await self._find(request, caller)
         return json_answer((await self._submitter.resubmit(job.id, by=caller.name)).as_dict(), status=202)
 
+    async def _cancel(self, request: Request, caller: Caller) -> Response:
+        job = await self._find(request, caller)
+        return json_answer((await self._submitter.cancel(job.id, by=caller.name)).as_dict())
+
     async def _models(self, _request: Request, _caller: Caller) -> Response:
         return json_answer({"data": await self._submitter.catalogue.models()})
 
@@ -134,12 +139,13 @@ class Jobs:
 
     async def _estimate(self, request: Request, _caller: Caller) -> Response:
         body = await read_object(request)
-        given = body.get("input")
+        given, strict = body.get("input"), body.get("strict")
         if not isinstance(given, dict):
             raise invalid('input: write an object, as in {"input": {"prompt": "a cat"}}')
-        slug = request.path_params["slug"]
-        await self._submitter.catalogue.check(slug, given)
-        return json_answer(await self._submitter.catalogue.estimate(slug, given))
+        if not isinstance(strict, bool | None):
+            raise invalid("strict: write true or false")
+        estimate = self._submitter.catalogue.estimate_checked
+        return json_answer(await estimate(request.path_params["slug"], given, strict=strict))
 
     async def _account(self, _request: Request, _caller: Caller) -> Response:
         return json_answer(await self._submitter.account())

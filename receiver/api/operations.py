@@ -15,7 +15,14 @@ from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, Refused
-from receiver.observability import BACKLOG, BACKLOG_OLDEST, DEAD_LETTERS, SUBMISSIONS_PAUSED, UNRECOGNIZED
+from receiver.observability import (
+    BACKLOG,
+    BACKLOG_OLDEST,
+    DEAD_LETTERS,
+    JOBS_REFUSED,
+    SUBMISSIONS_PAUSED,
+    UNRECOGNIZED,
+)
 
 PROBE_WAIT: Final = 4.0
 PROBE_AGE: Final = 1.0
@@ -81,6 +88,7 @@ class Metrics:
         *,
         dead: Callable[[], Awaitable[dict[str, int]]],
         paused: Callable[[], Awaitable[bool]],
+        refused: Callable[[], Awaitable[int]],
         unrecognized: Callable[[], Awaitable[dict[bool, int]]],
         tokens: Tokens,
         multiprocess: bool,
@@ -88,6 +96,7 @@ class Metrics:
         self._backlog = backlog
         self._dead = dead
         self._paused = paused
+        self._refused = refused
         self._unrecognized = unrecognized
         self._tokens = tokens
         self._multiprocess = multiprocess
@@ -113,12 +122,13 @@ class Metrics:
         try:
             async with asyncio.timeout(PROBE_WAIT):
                 backlog, dead, paused = await self._backlog(), await self._dead(), await self._paused()
-                unrecognized = await self._unrecognized()
+                unrecognized, refused = await self._unrecognized(), await self._refused()
         except (ReceiverError, TimeoutError) as error:
             # The counters are worth having most while the database is away.
             log.warning("backlog unknown", error=str(error))
             return
         SUBMISSIONS_PAUSED.set(paused)
+        JOBS_REFUSED.set(refused)
         for recoverable, count in unrecognized.items():
             UNRECOGNIZED.labels(str(recoverable).lower()).set(count)
         self._destinations |= dead.keys()

@@ -7,8 +7,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.submitting import Input, read_input, with_submitter
-from receiver.cli.terminal import Json, print_json, print_line, wide
+from receiver.cli.submit import describe_error
+from receiver.cli.submitting import Input, Strict, read_input, with_submitter
+from receiver.cli.terminal import Json, amount, print_json, print_line, wide
 from receiver.submitter import Submitter
 
 _FACTS = (
@@ -41,14 +42,16 @@ def models(
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help="The model's slug.")], given: Input, json: Json = False
+    model: Annotated[str, typer.Argument(help="The model's slug.")],
+    given: Input,
+    strict: Strict = None,
+    json: Json = False,
 ) -> None:
     """Tell what a job would cost; nothing is queued."""
     parameters = read_input(given)
 
     async def run(submitter: Submitter) -> dict[str, Any]:
-        await submitter.catalogue.check(model, parameters)
-        return await submitter.catalogue.estimate(model, parameters)
+        return await submitter.catalogue.estimate_checked(model, parameters, strict=strict)
 
     answer = with_submitter(run)
     if json:
@@ -69,8 +72,9 @@ def account(json: Json = False) -> None:
     usage = found.get("usage_30d") or {}
     lines = {
         "account": found.get("account_id"),
-        "balance": f"{(found.get('balance') or {}).get('credits')} credits",
-        "Clipia, 30 days": f"{usage.get('requests')} requests, {usage.get('credits_spent')} credits spent",
+        "balance": amount((found.get("balance") or {}).get("credits"), "credits"),
+        "Clipia, 30 days": f"{amount(usage.get('requests'), 'requests')}, "
+        f"{amount(usage.get('credits_spent'), 'credits')} spent",
         "our ledger, 30 days": f"{ledger['jobs']} jobs, {ledger['charged']} credits charged, "
         f"{ledger['reserved']} reserved, {ledger['refunded']} refunded",
         "limits": f"{limits['requests_per_minute']} requests a minute, "
@@ -82,7 +86,9 @@ def account(json: Json = False) -> None:
             "normal where others use the account"
         )
     if limits["paused"]:
-        lines["paused"] = f"Clipia refuses submissions: {limits['paused'].get('message')}"
+        lines["paused"] = f"Clipia refuses the account ({describe_error(limits['paused'])})"
+    if limits["refused_jobs"]:
+        lines["refused"] = f"{limits['refused_jobs']} jobs that Clipia refuses for now; others are submitted"
     for name, value in lines.items():
         print_line(f"{name + ':':<21}{value}")
 

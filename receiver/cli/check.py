@@ -11,7 +11,8 @@ import typer
 from rich.text import Text
 from structlog.typing import EventDict, WrappedLogger
 
-from receiver.cli.terminal import moment, stdout
+from receiver.cli.submit import describe_error
+from receiver.cli.terminal import amount, moment, stdout
 from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia import Call, open_client
 from receiver.db import arrivals, freezes, migrate, outbox, workers
@@ -28,6 +29,8 @@ from receiver.lanes import FAN_OUT_LANE, destination_lane
 from receiver.media import MediaHosts, open_storage, open_tls
 from receiver.routing import describe
 from receiver.settings import Settings, unknown_variables
+from receiver.submitter import Submitter
+from receiver.submitter.job import read_error
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 
@@ -45,6 +48,7 @@ def check() -> None:
 class _Check:
     def __init__(self) -> None:
         self._failed = False
+        self._has_jobs = False
 
     async def run(self) -> bool:
         try:
@@ -82,6 +86,9 @@ class _Check:
             self._say("ok", "public URL", f"Clipia reaches the callback as {url}")
         async with self._step("Clipia"):
             await self._check_clipia(settings)
+        if self._has_jobs and settings.clipia_key is not None:
+            async with self._step("jobs"):
+                await self._check_jobs(settings)
         return not self._failed
 
     @asynccontextmanager
@@ -105,6 +112,7 @@ class _Check:
             await require_rights(database)
             await migrate.require_current(database)
             await arrivals.probe(database)
+            self._has_jobs = True
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
                 seen = await workers.seen(connection)
@@ -154,6 +162,26 @@ class _Check:
         if missing := find_missing(seen, lanes):
             self._say("warning", "worker", missing)
 
+    async def _check_jobs(self, settings: Settings) -> None:
+        database = Database(settings.database_url.get_secret_value())
+
+        async def ask() -> None:
+            submitter = Submitter.configured(settings, database)
+            standing = await submitter.standing()
+            await submitter.close()
+            if standing.pause is not None:
+                said = describe_error(read_error(standing.pause) or {})
+                self._say("warning", "jobs", f"paused: Clipia refuses the account ({said})")
+            if standing.refused_jobs:
+                self._say(
+                    "warning",
+                    "jobs",
+                    f"{standing.refused_jobs} wait because Clipia refuses them for now (402, 403): "
+                    "`receiver jobs list --state pending` shows them",
+                )
+
+        await _and_close(ask, database.close)
+
     async def _check_storage(self, settings: Settings) -> None:
         storage = open_storage(settings.storage_url.get_secret_value())
         warnings: list[str | None] = []
@@ -195,7 +223,7 @@ class _Check:
 
         async def ask() -> None:
             balance = (await client.balance(call=Call())).get("balance") or {}
-            self._say("ok", "Clipia", f"the key works; {balance.get('credits')} credits are left")
+            self._say("ok", "Clipia", f"the key works; {amount(balance.get('credits'), 'credits')} are left")
 
         await _and_close(ask, client.close)
         if settings.public_url is None:

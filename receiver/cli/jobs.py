@@ -1,6 +1,5 @@
 """`receiver jobs`: what was submitted and what became of it."""
 
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.database import with_database
-from receiver.cli.submit import describe_file
+from receiver.cli.submit import describe_error, describe_file
 from receiver.cli.submitting import read_pair, with_submitter
 from receiver.cli.terminal import (
     Json,
@@ -163,6 +162,30 @@ def resubmit(
 
 
 @jobs.command()
+def cancel(
+    key: _Id,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json: Json = False,
+) -> None:
+    """End a job: canceled if it was never sent or is unsure, else unsure, for Clipia has no cancel.
+
+    An unsure job may have been generated and paid for: look at Clipia's console before it is canceled.
+    """
+
+    async def run(submitter: Submitter) -> Job:
+        job = await _find(submitter, key)
+        if not yes:
+            typer.confirm(f"Job {job.id} ({job.model}) is {job.state}. End it?", abort=True)
+        return await submitter.cancel(job.id, by=f"{user_name()} on the command line")
+
+    job = with_submitter(run)
+    if json:
+        print_json(job.as_dict())
+    else:
+        stdout.print(f"Job {job.id} is {job.state}.")
+
+
+@jobs.command()
 def freeze(
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
     restored: Annotated[
@@ -253,13 +276,13 @@ def _print_job(job: Job) -> None:
     for name, value in sorted(job.metadata.items()):
         facts.add_row("metadata", Text(f"{name}={value}"))
     if job.error:
-        facts.add_row("error", Text(_describe(job.error)))
+        facts.add_row("error", Text(describe_error(job.error)))
     for warning in job.warnings:
         facts.add_row("warning", Text(str(warning.get("message") or warning)))
     stdout.print(facts)
     print_title("Tries to submit it", job.attempts)
     for attempt in job.attempts:
-        error = f": {_describe(attempt.error)}" if attempt.error else ""
+        error = f": {describe_error(attempt.error)}" if attempt.error else ""
         print_line(f"  {moment(attempt.started_at)} {attempt.outcome} in {attempt.duration_ms} ms{error}")
     if job.event is not None:
         _print_event(job.event)
@@ -273,10 +296,6 @@ def _print_event(event: JobEvent) -> None:
     for delivery in event.deliveries:
         error = f": {delivery.error}" if delivery.error else ""
         print_line(f"  {delivery.destination}: {delivery.state} after {delivery.attempts} tries{error}")
-
-
-def _describe(error: Mapping[str, Any]) -> str:
-    return f"{error.get('code', '')}: {error.get('message', '')}"
 
 
 def _utc(time: datetime | None) -> datetime | None:

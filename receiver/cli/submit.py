@@ -1,15 +1,16 @@
 """`receiver submit`: one job from the command line."""
 
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.status import Status
 from rich.text import Text
 
-from receiver.cli.submitting import Input, read_input, read_pair, with_submitter
-from receiver.cli.terminal import Json, print_json, print_line, size, stderr
+from receiver.cli.submitting import Input, Strict, read_input, read_pair, with_submitter
+from receiver.cli.terminal import Json, amount, print_json, print_line, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.db import freezes, workers
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
@@ -38,6 +39,7 @@ def submit(
     max_cost: Annotated[
         float | None, typer.Option(help="Refuse the job if it costs more credits.", min=0)
     ] = None,
+    strict: Strict = None,
     caller: Annotated[
         str, typer.Option(help="Whose job it is. A key is one caller's: the API's callers are token names.")
     ] = CALLER,
@@ -59,7 +61,13 @@ def submit(
 
     async def run(submitter: Submitter) -> tuple[Job, int]:
         job = await submitter.submit(
-            model, parameters, idempotency_key=key, metadata=values, max_cost=max_cost, caller=caller
+            model,
+            parameters,
+            idempotency_key=key,
+            metadata=values,
+            max_cost=max_cost,
+            strict=strict,
+            caller=caller,
         )
         _tell_submitted(job)
         return await _watch(submitter, job, patience) if wait else (job, 0)
@@ -140,13 +148,13 @@ def _age(moment: datetime | None) -> float:
 def _tell_submitted(job: Job) -> None:
     """Say on standard error what became of the submission; standard output is for the result."""
     _say(f"Job {job.id}{'' if job.new else ' (known already: its key was used before)'}")
-    why = f" ({job.error.get('message')})" if job.error else ""
+    why = f" ({describe_error(job.error)})" if job.error else ""
     if job.state == "pending":
         _say(f"Clipia has not taken it yet{why}; a running receiver goes on with it.")
     elif job.request_id is None:
         _say(f"It is {job.state}{why}.")
     elif job.new:
-        _say(f"Clipia took it as {job.request_id}; it costs {job.cost} credits.")
+        _say(f"Clipia took it as {job.request_id}; it costs {amount(job.cost, 'credits')}.")
     for warning in job.warnings:
         _say(f"Warning: {warning.get('message') or warning}")
 
@@ -155,9 +163,14 @@ def _tell_result(job: Job) -> None:
     charged = "" if job.charged is None else f", {job.charged} credits charged"
     print_line(f"{job.state}{charged}")
     if job.error:
-        print_line(f"  {job.error.get('code', '')}: {job.error.get('message', '')}")
+        print_line(f"  {describe_error(job.error)}")
     for file in job.event.media if job.event is not None else ():
         print_line(f"  {describe_file(file)}")
+
+
+def describe_error(error: Mapping[str, Any]) -> str:
+    """Return an error in one line; Clipia may leave its code or its message out."""
+    return ": ".join(str(error[name]) for name in ("code", "message") if error.get(name)) or "no reason given"
 
 
 def describe_file(file: JobFile) -> str:

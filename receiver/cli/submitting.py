@@ -22,6 +22,16 @@ Input = Annotated[
     ),
 ]
 
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict/--no-strict",
+        help="Refuse parameters that the model's schema does not have, or pass them with a warning. "
+        "Default: as RECEIVER_INPUT_CHECK says, which passes them unless told.",
+        show_default=False,
+    ),
+]
+
 
 def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
     """Run `use` with a submitter on the service's database and settings."""

@@ -36,6 +36,11 @@ def print_json(value: Any) -> None:
     )
 
 
+def amount(number: object, noun: str) -> str:
+    """Return a number with its noun; Clipia may leave it out."""
+    return f"an unknown number of {noun}" if number is None else f"{number} {noun}"
+
+
 def size(count: int) -> str:
     """Return a number of bytes for people: `12.3 KiB`."""
     amount = float(count)

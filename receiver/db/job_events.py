@@ -135,7 +135,7 @@ async def settle(
                 name: case((jobs.c.cost.is_(None), value), else_=jobs.c[name])
                 for name, value in prices.split(cost=charged).items()
             },
-            progress=100 if state == "completed" else jobs.c.progress,
+            progress=100 if state == "completed" else None,
             error=None if error is None else orjson.dumps(error).decode(),
             lease=None,
             next_attempt_at=None,

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from sqlalchemy import (
-    ColumnElement,
+    Select,
     Update,
     and_,
     case,
@@ -22,9 +22,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import leases, prices
+from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.rows import Attempt, Backlog, Claim, JobState, NewJob, OpenRequest, Submission
+from receiver.db.refused_jobs import Turn, same_environment
+from receiver.db.rows import Backlog, Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
@@ -94,18 +95,23 @@ async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
     return found
 
 
-async def is_due(
-    connection: AsyncConnection, account: str, state: JobState, *, but: uuid.UUID | None = None
-) -> bool:
-    """Tell whether any job in `state` that may go to this account, other than `but`, waits for its turn."""
-    statement = (
+async def is_due(connection: AsyncConnection, account: str, state: JobState) -> bool:
+    """Tell whether any job in `state` that may go to this account waits for its turn."""
+    return (await connection.execute(_due(account, state))).first() is not None
+
+
+async def is_next(connection: AsyncConnection, account: str, job_id: uuid.UUID) -> bool:
+    """Tell whether a new job has its turn now: no other one waits for its first answer."""
+    others = _due(account, "pending").where(jobs.c.id != job_id, jobs.c.refused_at.is_(None))
+    return (await connection.execute(others)).first() is None
+
+
+def _due(account: str, state: JobState) -> Select[tuple[uuid.UUID]]:
+    return (
         select(jobs.c.id)
-        .where(in_state(jobs, state), jobs.c.next_attempt_at <= statement_time(), _same_environment(account))
+        .where(in_state(jobs, state), jobs.c.next_attempt_at <= statement_time(), same_environment(account))
         .limit(1)
     )
-    if but is not None:
-        statement = statement.where(jobs.c.id != but)
-    return (await connection.execute(statement)).first() is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,10 +150,23 @@ async def claim_to_submit(
     connection: AsyncConnection, account: str, *, limit: int, lease: float, job_id: uuid.UUID | None = None
 ) -> list[tuple[Claim, Submission]]:
     """Claim jobs that are due to be submitted, and note before the try that it may arrive."""
-    only = [_same_environment(account)]
-    if job_id is not None:
-        only.append(jobs.c.id == job_id)
-    claims = await leases.claim(connection, jobs, limit=limit, lease=lease, where=only)
+    claims: list[Claim] = []
+    turns = (
+        await refused_jobs.turns(connection, account)
+        if job_id is None
+        else [Turn(where=[jobs.c.id == job_id])]
+    )
+    for turn in turns:
+        claims += await leases.claim(
+            connection,
+            jobs,
+            limit=limit - len(claims),
+            lease=lease,
+            where=[same_environment(account), *turn.where],
+            newest_first=turn.newest_first,
+        )
+        if len(claims) == limit:
+            break
     if not claims:
         return []
     ids = [claim.id for claim in claims]
@@ -160,6 +179,8 @@ async def claim_to_submit(
         jobs.c.has_webhook,
         case((jobs.c.sent_at.is_not(None), jobs.c.account), else_=None).label("account"),
         seconds_since(jobs.c.sent_at).label("sent_for"),
+        seconds_since(jobs.c.refused_at).label("refused_for"),
+        jobs.c.warnings,
     ).where(jobs.c.id.in_(ids))
     found = {row["id"]: Submission(**row) for row in (await connection.execute(statement)).mappings()}
     fresh = [job_id for job_id, submission in found.items() if submission.sent_for is None]
@@ -174,14 +195,20 @@ async def claim_to_poll(
 ) -> list[tuple[Claim, OpenRequest]]:
     """Claim jobs that Clipia works on and whose state is due to be asked for."""
     claims = await leases.claim(
-        connection, jobs, limit=limit, lease=lease, where=[_same_environment(account)], state="submitted"
+        connection, jobs, limit=limit, lease=lease, where=[same_environment(account)], state="submitted"
     )
     if not claims:
         return []
     watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
     open_for = func.coalesce(seconds_since(jobs.c.submitted_at), 0.0).label("open_for")
     statement = select(
-        jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, watched, open_for
+        jobs.c.id,
+        jobs.c.source,
+        jobs.c.request_id,
+        jobs.c.has_webhook,
+        jobs.c.error,
+        watched,
+        open_for,
     ).where(jobs.c.id.in_([claim.id for claim in claims]))
     found = {row["id"]: OpenRequest(**row) for row in (await connection.execute(statement)).mappings()}
     return [(claim, found[claim.id]) for claim in claims]
@@ -217,7 +244,7 @@ async def record_submitted(
             or_(and_(jobs.c.lease == held.lease, jobs.c.state == "pending"), ended_by_path),
         )
         .values(
-            **dict.fromkeys(("progress", "finished_at")),
+            **dict.fromkeys(("progress", "finished_at", "refused_at")),
             **prices.split(charged=None),
             state="submitted",
             request_id=request_id,
@@ -294,70 +321,24 @@ async def is_still_sent(connection: AsyncConnection, job_id: uuid.UUID, provider
 
 
 async def put_back(
-    connection: AsyncConnection, held: Claim, *, delay: float, error: str, never_sent: bool
-) -> bool:
-    """Put a job back for another try; `never_sent` where it is certain that no try ever arrived."""
-    forget: dict[str, Any] = {"sent_at": None} if never_sent else {}
-    return await leases.retry(
-        connection, jobs, held, delay=delay, error=error, updated_at=db_time(0.0), **forget
-    )
-
-
-async def find_request(connection: AsyncConnection, job_id: uuid.UUID) -> bytes | None:
-    """Return the bytes that were frozen for a job."""
-    found: bytes | None = (
-        await connection.execute(select(jobs.c.request).where(jobs.c.id == job_id))
-    ).scalar_one_or_none()
-    return found
-
-
-async def resubmit(
     connection: AsyncConnection,
-    job_id: uuid.UUID,
+    held: Claim,
     *,
-    request: bytes,
-    has_webhook: bool,
-    account: str,
-    path_token: str,
-    by: str,
+    delay: float,
+    error: str,
+    never_sent: bool,
+    refused: bool = False,
 ) -> bool:
-    """Make a job that ended without a result due again, under a new key; False where it did not end so.
+    """Put a job back for another try; `never_sent` where it is certain that no try ever arrived.
 
-    Who asked for it, and what it was before, goes on record among the tries.
+    `refused` tells that Clipia refuses it for now (402, 403).
     """
-    was = (
-        await connection.execute(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
-    ).scalar_one_or_none()
-    result = await connection.execute(
-        update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
-        .values(
-            **dict.fromkeys(("sent_at", "submitted_at", "request_id", "progress")),
-            **dict.fromkeys(("warnings", "error", "finished_at", "lease")),
-            **prices.split(charged=None),
-            state="pending",
-            request=request,
-            has_webhook=has_webhook,
-            account=account,
-            path_token=path_token,
-            provider_key=uuid.uuid4(),
-            attempts=0,
-            lost=0,
-            next_attempt_at=db_time(0.0),
-            updated_at=db_time(0.0),
-        )
+    values: dict[str, Any] = {"sent_at": None} if never_sent else {}
+    if refused:
+        values["refused_at"] = func.coalesce(jobs.c.refused_at, db_time(0.0))
+    return await leases.retry(
+        connection, jobs, held, delay=delay, error=error, updated_at=db_time(0.0), **values
     )
-    if result.rowcount != 1:
-        return False
-    record = Attempt(
-        number=0,
-        started_at=datetime.now(UTC),
-        duration_ms=0,
-        outcome="resubmitted",
-        error=f"by {by}" + (f"; was {was}" if was else ""),
-    )
-    await leases.record_attempt(connection, job_id, record)
-    return True
 
 
 async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:
@@ -385,9 +366,3 @@ async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
         row = (await connection.execute(select(func.count(), oldest).where(in_state(jobs, state)))).one()
         found[lane] = Backlog(rows=row[0], oldest=row[1] or 0.0)
     return found
-
-
-def _same_environment(account: str) -> ColumnElement[bool]:
-    """Tell live from test: what was asked for under a test key must never be charged, nor the reverse."""
-    environment = account.partition("-")[0]
-    return jobs.c.account.like(f"{environment}-%")

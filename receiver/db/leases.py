@@ -44,15 +44,16 @@ def _claim_statement(
     *columns: Column[Any],
     where: Sequence[ColumnElement[bool]] = (),
     state: str = "pending",
+    newest_first: bool = False,
 ) -> ReturningUpdate[Any]:
-    """Return the statement that claims up to `most` due rows for `seconds`, oldest due first.
+    """Return the statement that claims up to `most` due rows for `seconds`, the oldest due ones first.
 
     The try is counted here and not when it ends: work that kills its process must run out of tries, too.
     """
     due = (
         select(table.c.id)
         .where(in_state(table, state), table.c.next_attempt_at <= statement_time(), *where)
-        .order_by(table.c.next_attempt_at)
+        .order_by(table.c.next_attempt_at.desc() if newest_first else table.c.next_attempt_at)
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)
         # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
@@ -122,9 +123,10 @@ async def claim(
     lease: float,
     where: Sequence[ColumnElement[bool]] = (),
     state: str = "pending",
+    newest_first: bool = False,
 ) -> list[Claim]:
-    """Claim up to `limit` due rows in `state` for `lease` seconds, oldest due first."""
-    statement = _claim_statement(table, where=where, state=state)
+    """Claim up to `limit` due rows in `state` for `lease` seconds, the oldest due ones first."""
+    statement = _claim_statement(table, where=where, state=state, newest_first=newest_first)
     rows = await _claim(connection, statement, limit=limit, lease=lease)
     return [Claim(**_claimed(row)) for row in rows]
 

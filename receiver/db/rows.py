@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipp
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
-AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted"]
+AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted", "canceled"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
 
 
@@ -237,6 +237,8 @@ class NewJob:
     """The Clipia account that it is made for; what is made for a test key never goes to a live one."""
     path_token: str
     """The digest of the token in its callback's path (`digest_token`)."""
+    warnings: list[dict[str, Any]] = field(default_factory=list)
+    """Ours about the input: keys that the model's schema does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +255,10 @@ class Submission:
     """The account that it was sent to before, where it may have arrived."""
     sent_for: float | None
     """Seconds since the first try that may have arrived; None where there was none."""
+    refused_for: float | None
+    """Seconds since Clipia first refused it for now (402, 403); None if it did not."""
+    warnings: list[dict[str, Any]] | None
+    """Our own about the input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -267,6 +273,8 @@ class OpenRequest:
     """Whether somebody waits for it right now."""
     open_for: float
     """Seconds since Clipia accepted it."""
+    error: str | None
+    """What was wrong with the answer to the last poll, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)

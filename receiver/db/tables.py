@@ -257,6 +257,8 @@ jobs = Table(
     # The Clipia account that the first try went to: its idempotency keys mean nothing to another one.
     Column("account", String(40)),
     Column("sent_at", UtcDateTime),
+    # Since when Clipia refuses it for now (402, 403).
+    Column("refused_at", UtcDateTime),
     Column("submitted_at", UtcDateTime),
     Column("updated_at", UtcDateTime, nullable=False),
     Column("watched_until", UtcDateTime),
@@ -277,6 +279,8 @@ jobs = Table(
 )
 for _state in ("pending", "submitted"):
     _partial_index(f"ix_jobs_{_state}", jobs.c.next_attempt_at, where=in_state(jobs, _state))
+is_refused = and_(in_state(jobs, "pending"), jobs.c.refused_at.is_not(None))
+_partial_index("ix_jobs_refused", jobs.c.caller, jobs.c.model, where=is_refused)
 
 accounts = Table(
     "accounts",
@@ -295,6 +299,7 @@ accounts = Table(
     Column("paused_at", Double, nullable=False),
     Column("probes", Integer, nullable=False),
     Column("pause", Text),
+    Column("accepted_at", Double, nullable=False, server_default=text("0")),
 )
 
 replays = Table(

@@ -14,7 +14,8 @@ from receiver.db import accounts
 from receiver.db.engine import Database
 from receiver.errors import ClipiaUnavailable, Refused
 from receiver.inputs import Misfit, check_input
-from receiver.submitter.request import encode
+from receiver.settings import InputCheck
+from receiver.submitter.request import encode, join_warnings
 
 FRESH: Final = 600.0
 """Seconds for which models are remembered; an older one serves while Clipia is away."""
@@ -104,9 +105,10 @@ def _again(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
 class Catalogue:
     """What Clipia offers. Every method raises Refused, ClipiaUnavailable and DatabaseUnavailable."""
 
-    def __init__(self, database: Database, client: ClipiaClient) -> None:
+    def __init__(self, database: Database, client: ClipiaClient, *, input_check: InputCheck = "on") -> None:
         self._database = database
         self._client = client
+        self._input_check = input_check
         self._memory = _Memory()
 
     async def models(self) -> list[dict[str, Any]]:
@@ -119,11 +121,18 @@ class Catalogue:
         ask = partial(self._ask, partial(self._client.model, slug))
         return await self._memory.recall(f"model {slug}", ask, fresh=fresh)
 
-    async def check(self, slug: str, given: Mapping[str, Any]) -> None:
-        """Raise Refused for a model that there is not, or an input that it would refuse or ignore parts of.
+    async def check(
+        self, slug: str, given: Mapping[str, Any], *, strict: bool | None = None
+    ) -> list[dict[str, Any]]:
+        """Return warnings of keys that the model's schema does not have; Clipia takes them all the same.
 
-        While Clipia is away an unknown model is not held against the job.
+        Raises Refused for a model that there is not, and for an input that it would refuse; if it is `strict`
+        (None: as the settings say), for those keys, too. While Clipia is away an unknown model is not held
+        against the job.
         """
+        strict = self._input_check == "strict" if strict is None else strict
+        if self._input_check == "off" and not strict:
+            return []
         try:
             async with asyncio.timeout(CHECK_WAIT):
                 misfits = await self._misfits(slug, given, fresh=FRESH)
@@ -131,10 +140,24 @@ class Catalogue:
                     misfits = await self._misfits(slug, given, fresh=RECHECK)
         except (ClipiaUnavailable, TimeoutError) as error:
             log.warning("input not checked", model=slug, reason=getattr(error, "reason", "timeout"))
-            return
-        if misfits:
+            return []
+        if any(strict or not misfit.unknown for misfit in misfits):
+            # All of them: a key that is not known may be the one that is missing, with a typo.
             message = " ".join(misfit.message for misfit in misfits[:5])
             raise Refused(message, code="model_input_invalid", status=400)
+        return [
+            {"code": "unknown_parameter", "parameter": misfit.parameter, "message": misfit.message}
+            for misfit in misfits
+        ]
+
+    async def estimate_checked(
+        self, slug: str, given: Mapping[str, Any], *, strict: bool | None = None
+    ) -> dict[str, Any]:
+        """Return the price of an input that `check` lets pass, with the warnings of both."""
+        ours = await self.check(slug, given, strict=strict)
+        answer = await self.estimate(slug, given)
+        clipias = answer.get("warnings")
+        return answer | {"warnings": join_warnings(ours, clipias if isinstance(clipias, list) else [])}
 
     async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
         """Return `{"credits", "warnings"}`, the price of an input."""

@@ -9,13 +9,13 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia import CALL_WAIT, Accepted, Call, ClipiaClient, clock
-from receiver.db import accounts, freezes, job_events, jobs, leases, tables
+from receiver.clipia import CALL_WAIT, UNUSABLE_ID, Accepted, Call, ClipiaClient, clock
+from receiver.db import accounts, freezes, job_events, jobs, leases, refused_jobs, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE, InFlight
 from receiver.db.rows import Claim, JobState, Submission
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, UnrecognizedBody
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, UnrecognizedBody
 from receiver.lanes import (
     FAN_OUT_LANE,
     LEASE,
@@ -29,12 +29,15 @@ from receiver.lanes import (
 )
 from receiver.limits import Limits
 from receiver.observability import SUBMISSIONS
-from receiver.retry import SUBMIT, SUBMIT_AGAIN, poll_delay
+from receiver.retry import REFUSED_GIVE_UP_AFTER, SUBMIT, SUBMIT_AGAIN, poll_delay, refused_delay
+from receiver.submitter.request import join_warnings
 from receiver.webhook import parse
 
 CONCURRENCY: Final = 16
 ACCOUNT_WAIT: Final = 5.0
 """Least seconds until a job whose account was refused is tried again; up to twice that, at random."""
+_MAYBE_PAID: Final = ("idempotency_key_reuse", UNUSABLE_ID)
+"""Codes of refusals after which there may be a generation all the same."""
 
 log = structlog.get_logger()
 
@@ -64,11 +67,16 @@ class SubmitLane(WorkLane):
         *,
         wake: Callable[[str], None],
         poll_after: float,
+        refused_give_up_after: float = REFUSED_GIVE_UP_AFTER,
     ) -> None:
-        """`poll_after` is how many seconds a webhook may take."""
+        """`poll_after` is how many seconds a webhook may take.
+
+        `refused_give_up_after` is for how many seconds a job is tried that Clipia refuses for now (402, 403).
+        """
         super().__init__(database, tables.jobs, name=SUBMIT_LANE, concurrency=CONCURRENCY, wake=wake)
         self._client = client
         self._poll_after = poll_after
+        self._refused_give_up_after = refused_give_up_after
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim jobs that are due, as many as the account lets us send. Raises DatabaseUnavailable."""
@@ -117,10 +125,10 @@ class SubmitLane(WorkLane):
                 submission.model, submission.request, key=submission.provider_key, call=call
             )
         except Refused as error:
-            # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
-            # And the key is ours alone: where it stands for something else, another one could be charged.
-            maybe = submission.sent_for is not None or error.code == "idempotency_key_reuse"
-            await self._stop(this, error, state="unsure" if maybe else "failed", call=call)
+            # The key is ours alone: where it stands for something else, another one could be charged.
+            await self._refuse(this, error, call, maybe_paid=error.code in _MAYBE_PAID)
+        except RefusedForNow as error:
+            await self._rest(this, error, call)
         except ClipiaUnavailable as error:
             await self._try_again(this, error, call)
         except Exception as error:
@@ -149,6 +157,7 @@ class SubmitLane(WorkLane):
 
     async def _accept(self, this: _Try, accepted: Accepted, call: Call) -> None:
         submission = this.submission
+        said = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
         taken = ended = False
 
         async def write(connection: AsyncConnection) -> bool:
@@ -162,15 +171,15 @@ class SubmitLane(WorkLane):
                 source=submission.source,
                 provider_key=submission.provider_key,
                 poll_after=poll_after,
-                **asdict(accepted),
+                **said,
             )
             if recorded == "taken":
                 taken = True
                 return True
             if recorded == "recorded":
-                ended = await _settle_at_once(connection, submission.source, accepted.request_id)
+                ended = await self._after_accepted(connection, submission, accepted.request_id)
             # A webhook that was faster has brought the job to its end already.
-            elif not await jobs.add_answer(connection, this.claim.id, **asdict(accepted)):
+            elif not await jobs.add_answer(connection, this.claim.id, **said):
                 # Whoever has the job by now sends the same key, and gets the same generation.
                 if not await jobs.is_still_sent(connection, this.claim.id, submission.provider_key):
                     await self._keep_stray(connection, this, accepted)
@@ -197,6 +206,14 @@ class SubmitLane(WorkLane):
             # Its event waited for this answer.
             self._wake(FAN_OUT_LANE)
 
+    async def _after_accepted(
+        self, connection: AsyncConnection, submission: Submission, request_id: str
+    ) -> bool:
+        """Let the other refused jobs try again, too; return whether this one's event was there already."""
+        if submission.refused_for is not None:
+            await refused_jobs.release(connection, self._client.account)
+        return await _settle_at_once(connection, submission.source, request_id)
+
     async def _keep_stray(self, connection: AsyncConnection, this: _Try, accepted: Accepted) -> None:
         """Put on record what Clipia accepted for a job that has ended otherwise: it is paid for, too."""
         stray = error_text(
@@ -206,6 +223,58 @@ class SubmitLane(WorkLane):
         log.error(
             "generation of a job that has ended otherwise", job_id=str(this.claim.id), **asdict(accepted)
         )
+
+    async def _refuse(self, this: _Try, error: Refused, call: Call, *, maybe_paid: bool = False) -> None:
+        """End a job that Clipia refuses for good."""
+        # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
+        maybe_paid |= this.submission.sent_for is not None
+        await self._stop(this, error, state="unsure" if maybe_paid else "failed", call=call)
+
+    async def _rest(self, this: _Try, error: RefusedForNow, call: Call) -> None:
+        """Put a job back that Clipia refuses for now, or end it; other jobs go on."""
+        account, refused_for = self._client.account, this.submission.refused_for
+        text = error_text(error.reason, str(error), type_=error.type, status=error.status)
+        delay: float | None = None
+
+        async def write(connection: AsyncConnection) -> bool:
+            nonlocal delay
+            limits, others = (
+                await accounts.read(connection, account),
+                await refused_jobs.count(connection, account),
+            )
+            delay = refused_delay(
+                refused_for or 0.0,
+                least=limits.retry_interval(others + (refused_for is None)),
+                give_up_after=self._refused_give_up_after,
+                jitter=jitter(),
+            )
+            if delay is None:
+                return True
+            never_sent = this.submission.sent_for is None
+            held = await jobs.put_back(
+                connection, this.claim, delay=delay, error=text, never_sent=never_sent, refused=True
+            )
+            if held:
+                await leases.record_attempt(connection, this.claim.id, this.record("retry", text))
+            await self._learn(connection, call, _looked_at)
+            return held
+
+        held = await self._record(this.claim, write)
+        if delay is None:
+            final = Refused(str(error), code=error.reason, status=error.status or 402, type_=error.type)
+            await self._refuse(this, final, call)
+        elif held:
+            SUBMISSIONS.labels("refused_for_now").inc()
+            # At the first time somebody may have to top up; later ones say nothing new.
+            emit = log.error if refused_for is None else log.info
+            emit(
+                "job refused for now",
+                job_id=str(this.claim.id),
+                reason=error.reason,
+                error=str(error),
+                refused_for=refused_for or 0.0,
+                retry_in=delay,
+            )
 
     async def _stop(self, this: _Try, error: Refused, *, state: JobState, call: Call | None = None) -> None:
         """End a job without a result."""
@@ -226,7 +295,7 @@ class SubmitLane(WorkLane):
             if held:
                 await leases.record_attempt(connection, this.claim.id, attempt)
             if call is not None:
-                await self._learn(connection, call)
+                await self._learn(connection, call, _looked_at)
             return held
 
         if await self._record(this.claim, write):
@@ -287,6 +356,10 @@ class SubmitLane(WorkLane):
         await accounts.learn(
             connection, self._client.account, call.headers, lambda limits, now: change(limits, now, used)
         )
+
+
+def _looked_at(limits: Limits, now: float, _used: InFlight) -> Limits:
+    return limits.resumed(now)
 
 
 def _after_failure(

@@ -46,6 +46,8 @@ class JobRequest(BaseModel):
     """The caller's own words, returned with the job and with the forwarded message."""
     max_cost: Annotated[Credits, Field(ge=0, le=MOST), AfterValidator(read_credits)] | None = None
     """Credits that the job may cost at most."""
+    strict: bool | None = None
+    """Whether keys are refused that the model's schema does not have; None is as the settings say."""
 
     @classmethod
     def read(cls, values: object) -> "JobRequest":
@@ -67,6 +69,7 @@ class JobRequest(BaseModel):
         public_url: str | None,
         account: str,
         cost: Credits | None = None,
+        warnings: list[dict[str, Any]] | None = None,
     ) -> NewJob:
         """Make the row of a new job, with the request as it will be sent on every try.
 
@@ -88,11 +91,13 @@ class JobRequest(BaseModel):
             cost=cost,
             account=account,
             path_token=digest_token(token),
+            warnings=warnings or [],
         )
 
     def fingerprint(self) -> str:
-        """Return what must be the same where a key is used again: everything, whatever its order."""
-        return hashlib.sha256(encode(self.model_dump(exclude_defaults=True))).hexdigest()
+        """Return what must be the same where a key is used again: all that the job is, whatever its order."""
+        content = self.model_dump(exclude_defaults=True, exclude={"strict"})
+        return hashlib.sha256(encode(content)).hexdigest()
 
 
 def new_token() -> str:
@@ -139,6 +144,12 @@ def read_input(request: bytes) -> dict[str, Any] | None:
     """Return the input in the bytes that are sent to Clipia; None if it was deleted (`NO_INPUT`)."""
     found: dict[str, Any] | None = orjson.loads(request)["input"]
     return found
+
+
+def join_warnings(ours: list[dict[str, Any]], clipias: list[Any]) -> list[Any]:
+    """Return the warnings about an input; Clipia's words about a parameter stand in place of ours."""
+    told = [each.get("parameter") for each in clipias if isinstance(each, dict)]
+    return [*(each for each in ours if each["parameter"] not in told), *clipias]
 
 
 def check_caller(caller: str) -> str:

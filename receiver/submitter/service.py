@@ -12,28 +12,28 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia import CALL_WAIT, ClipiaClient, open_client
-from receiver.db import accounts, freezes, jobs, ledger, migrate
+from receiver.db import decisions, freezes, jobs, ledger, migrate
 from receiver.db.engine import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
-from receiver.lanes import Work
-from receiver.limits import Limits
+from receiver.lanes import Work, error_text
 from receiver.observability import configure_library_logging
 from receiver.price import Credits, read_credits, total
-from receiver.settings import DEFAULT_SOURCE, Settings
+from receiver.retry import REFUSED_GIVE_UP_AFTER
+from receiver.settings import DEFAULT_SOURCE, InputCheck, Settings
+from receiver.submitter.budgets import Budgets
 from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.lane import SubmitLane
 from receiver.submitter.request import JobRequest, check_caller, check_key, freeze_again
+from receiver.submitter.standing import Standing, read_standing
 from receiver.submitter.waiting import Waiting
 
 ANSWER_WAIT: Final = CALL_WAIT + 5.0
 """Seconds for which `submit` waits for Clipia; the submission goes on after that."""
 LOOKS: Final = 3
 """Looks at single jobs at once: waiters that wake up together queue here, not for connections."""
-ANYONE: Final = "*"
-"""The budget of callers that have none of their own."""
 
 _NO_KEY: Final = "CLIPIA_KEY is not set: nothing can be submitted without Clipia's API key"
 
@@ -51,25 +51,29 @@ class Submitter:
         public_url: str | None = None,
         budgets: Mapping[str, Credits] | None = None,
         poll_after: float = 60.0,
+        refused_give_up_after: float = REFUSED_GIVE_UP_AFTER,
+        input_check: InputCheck = "on",
         wake: Callable[[str], None] = lambda _lane: None,
     ) -> None:
         """Take over `client`, which `close` closes; without one jobs can be looked at but not submitted.
 
         `public_url` is where Clipia reaches the callback; without it jobs have no webhook and are polled.
-        `budgets` are credits per caller and UTC day. `poll_after` is in seconds.
+        `budgets` are credits per caller and UTC day. The times are in seconds.
         """
         self.database: Final = database
         self._client = client
         self._public_url = public_url
-        self._budgets = budgets or {}
+        self._budgets = Budgets(budgets or {})
         self._wake = wake
         self._waiting = Waiting(database)
         self._looks = asyncio.Semaphore(LOOKS)
         self._running: set[asyncio.Task[Any]] = set()
-        self.lane: Final = (
-            SubmitLane(database, client, poll_after=poll_after, wake=wake) if client is not None else None
-        )
-        self._catalogue = Catalogue(database, client) if client is not None else None
+        self.lane: SubmitLane | None = None
+        self._catalogue: Catalogue | None = None
+        if client is not None:
+            times = {"poll_after": poll_after, "refused_give_up_after": refused_give_up_after}
+            self.lane = SubmitLane(database, client, wake=wake, **times)
+            self._catalogue = Catalogue(database, client, input_check=input_check)
 
     @classmethod
     @asynccontextmanager
@@ -102,6 +106,8 @@ class Submitter:
             public_url=settings.public_url,
             budgets=settings.budgets,
             poll_after=settings.poll_after,
+            refused_give_up_after=settings.refused_give_up_after,
+            input_check=settings.input_check,
             wake=wake,
         )
 
@@ -135,13 +141,15 @@ class Submitter:
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
         max_cost: Credits | None = None,
+        strict: bool | None = None,
         caller: str = "local",
     ) -> Job:
         """Issue a job, or return the one that this caller's key already stands for.
 
         When this returns, the job is committed, and will be submitted exactly once whatever happens; its
         state is `pending` where Clipia could not take it yet. Without a key one is made, and a call that is
-        repeated makes another job.
+        repeated makes another job. `strict` refuses keys of the input that the model's schema does not have,
+        which else pass with a warning; None is as the settings say.
 
         Raises Refused where the input does not fit the model, the price exceeds `max_cost` (credits) or the
         caller's budget, the key stands for other parameters (409, `idempotency_key_reuse`), or Clipia refused
@@ -153,6 +161,7 @@ class Submitter:
             "input": dict(input),
             "metadata": dict(metadata or {}),
             "max_cost": max_cost,
+            "strict": strict,
         }
         return await self.issue(JobRequest.read(values), key=idempotency_key, caller=caller)
 
@@ -165,13 +174,14 @@ class Submitter:
                 known = await jobs.find(connection, caller, check_key(key))
             if known is not None:
                 return await self._repeat(known, fingerprint)
-        await self.catalogue.check(request.model, request.input)
+        warnings = await self.catalogue.check(request.model, request.input, strict=request.strict)
         job = request.freeze(
             caller=caller,
             key=key,
             public_url=self._public_url,
             account=self.client.account,
-            cost=await self._price(request, caller),
+            cost=await self._budgets.price(request, caller, self.catalogue),
+            warnings=warnings,
         )
         async with self.database.write() as connection:
             new = await jobs.insert(connection, job)
@@ -261,7 +271,7 @@ class Submitter:
         """
         account = await self.catalogue.balance()
         rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
-        limits = await self._limits()
+        standing = await self.standing()
         totals = {
             name: total(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
         }
@@ -270,19 +280,40 @@ class Submitter:
             "ledger_30d": totals,
             "difference_30d": None if spent is None else total((spent, -totals["charged"])),
             "limits": {
-                "requests_per_minute": limits.requests_per_minute,
-                "in_flight": limits.in_flight_limit,
-                "paused": read_error(limits.pause),
+                "requests_per_minute": standing.limits.requests_per_minute,
+                "in_flight": standing.limits.in_flight_limit,
+                "paused": read_error(standing.pause),
+                "refused_jobs": standing.refused_jobs,
             },
         }
 
-    async def paused(self) -> bool:
-        """Tell whether no job is submitted: Clipia refuses the account, or submissions are frozen."""
-        if self._client is None:
-            return False
+    async def standing(self) -> Standing:
+        """Return how the account stands; raises SettingsError where no key is set."""
         async with self.database.read() as connection:
-            limits = await accounts.read(connection, self._client.account)
-            return bool(limits.paused_at) or await freezes.find(connection) is not None
+            return await read_standing(connection, self.client.account)
+
+    async def paused(self) -> bool:
+        """Tell whether no job is accepted: Clipia refuses the account, or submissions are frozen."""
+        return self._client is not None and (await self.standing()).paused
+
+    async def cancel(self, job_id: UUID, *, by: str) -> Job:
+        """End a job as a person decided; Clipia has no cancel, and is told nothing.
+
+        A job that was never sent, or that is unsure already, is `canceled`. If Clipia may have it, it is
+        `unsure`, and its event still ends it. Raises Refused for one that has ended or is at Clipia just now.
+        """
+        text = error_text("canceled", f"Canceled by {by}.")
+        async with self.database.write() as connection:
+            state = await decisions.cancel(connection, job_id, error=text, by=by)
+        job = await self._get_decided(job_id)
+        if state is None:
+            raise Refused(
+                f"the job is {job.state}; one that has ended, or is at Clipia just now, cannot be canceled",
+                code="not_cancelable",
+                status=409,
+            )
+        log.warning("job canceled by a person", job_id=str(job_id), by=by, state=state)
+        return job
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
@@ -293,10 +324,10 @@ class Submitter:
         account = self.client.account
         done = False
         async with self.database.write() as connection:
-            frozen = await jobs.find_request(connection, job_id)
+            frozen = await decisions.find_request(connection, job_id)
             if frozen is not None:
                 request, path_token = freeze_again(frozen, job_id, self._public_url)
-                done = await jobs.resubmit(
+                done = await decisions.resubmit(
                     connection,
                     job_id,
                     request=request,
@@ -305,9 +336,7 @@ class Submitter:
                     path_token=path_token,
                     by=by,
                 )
-        job = await self.get(job_id)
-        if job is None:
-            raise Refused(f"there is no job {job_id}", code="not_found", status=404)
+        job = await self._get_decided(job_id)
         if not done:
             raise Refused(
                 f"the job is {job.state}; only one that is unsure, failed or canceled can be submitted again",
@@ -318,43 +347,16 @@ class Submitter:
         log.warning("job submitted anew by a person", job_id=str(job_id), by=by)
         return job
 
-    async def _price(self, request: JobRequest, caller: str) -> Credits | None:
-        """Return the price where somebody set a limit to it."""
-        if request.max_cost is None and self._budget(caller) is None:
-            return None
-        estimate = await self.catalogue.estimate(request.model, request.input)
-        price: Credits = estimate["credits"]
-        if request.max_cost is not None and price > request.max_cost:
-            raise Refused(
-                f"the job costs {price} credits, more than its max_cost of {request.max_cost}",
-                code="max_cost_exceeded",
-                status=402,
-                type_="billing_error",
-            )
-        return price
-
-    async def _limits(self) -> Limits:
-        async with self.database.read() as connection:
-            return await accounts.read(connection, self.client.account)
-
-    def _budget(self, caller: str) -> Credits | None:
-        return self._budgets.get(caller, self._budgets.get(ANYONE))
+    async def _get_decided(self, job_id: UUID) -> Job:
+        job = await self.get(job_id)
+        if job is None:
+            raise Refused(f"there is no job {job_id}", code="not_found", status=404)
+        return job
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
         """In the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
-        budget = self._budget(job.caller)
-        if budget is not None:
-            spent = await jobs.spent_today(connection, job.caller)
-            if spent > budget:
-                before = total((spent, -(job.cost or 0)))
-                raise Refused(
-                    f"the job costs {job.cost} credits; of today's {budget} for {job.caller!r} "
-                    f"{before} are spent or reserved (a new day begins at 00:00 UTC)",
-                    code="budget_exceeded",
-                    status=402,
-                    type_="billing_error",
-                )
-        if self.lane is None or await jobs.is_due(connection, job.account, "pending", but=job.id):
+        await self._budgets.hold(connection, job)
+        if self.lane is None or not await jobs.is_next(connection, job.account, job.id):
             return []
         return await self.lane.claim_in(connection, limit=1, job_id=job.id)
 

@@ -51,6 +51,7 @@ class SyncSubmitter:
         idempotency_key: str | None = None,
         metadata: Mapping[str, str] | None = None,
         max_cost: Credits | None = None,
+        strict: bool | None = None,
         caller: str = "local",
     ) -> Job:
         """As `Submitter.submit`."""
@@ -62,6 +63,7 @@ class SyncSubmitter:
                 idempotency_key=idempotency_key,
                 metadata=metadata,
                 max_cost=max_cost,
+                strict=strict,
                 caller=caller,
             )
 

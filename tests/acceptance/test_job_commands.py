@@ -19,6 +19,7 @@ from payloads import SECRET
 from servers import end, free_port, wait_for_port
 
 CAT = '{"prompt": "a cat"}'
+SEED = '{"prompt": "a cat", "seed": 7}'
 IMAGE = "nano-banana-2"
 
 
@@ -148,6 +149,7 @@ def test_what_is_wrong_is_said_before_it_costs(clipia: Clipia, tmp_path: Path) -
     assert "JSON object" in refused(IMAGE, "-i", "[]")
     assert "cannot be read" in refused(IMAGE, "-i", "@absent.json")
     assert "NAME=VALUE" in refused(IMAGE, "-i", CAT, "--metadata", "order")
+    assert '"seed" is not known' in refused(IMAGE, "-i", SEED, "--strict")
     assert clipia.generations() == []
 
 
@@ -179,6 +181,37 @@ def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
     given = '{"prompt": "a cat", "num_images": 2}'
     assert command("estimate", IMAGE, "-i", given) == "24 credits\n"
     assert json.loads(command("estimate", IMAGE, "-i", given, "--json"))["credits"] == 24
+    assert command("estimate", IMAGE, "-i", SEED).startswith('12 credits\nwarning: Parameter "seed"')
+    strict = run_command("estimate", IMAGE, "-i", SEED, "--strict", settings=clipia.settings, cwd=tmp_path)
+    assert (strict.returncode, b"not known" in strict.stderr) == (1, True)
+
+
+def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> None:
+    """F6: `submit` tells that a job rests, `account` and `check` how many do, and `cancel` ends one."""
+    clipia.switch(credits=20)
+    settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
+
+    def command(*arguments: str) -> tuple[str, str]:
+        result = run_command(*arguments, settings=settings, cwd=tmp_path)
+        assert b"Traceback" not in result.stderr, result.stderr
+        return result.stdout.decode(), result.stderr.decode()
+
+    dear = '{"prompt": "a cat", "num_images": 4}'
+    out, told = command("submit", IMAGE, "-i", dear, "--json")
+    job = json.loads(out)
+    assert job["state"] == "pending"
+    assert "Clipia has not taken it yet (insufficient_credits: " in told
+    _, told = command("submit", IMAGE, "-i", SEED)
+    assert "it costs 12 credits" in told
+    assert 'Warning: Parameter "seed"' in told
+    assert "1 jobs that Clipia refuses for now" in command("account")[0]
+    assert "1 wait because Clipia refuses them for now" in command("check")[0]
+    assert command("jobs", "cancel", job["id"], "--yes")[0] == f"Job {job['id']} is canceled.\n"
+    assert "refuses" not in command("account")[0]
+    clipia.switch(refuse_submits="invalid_api_key")
+    command("submit", IMAGE, "-i", CAT)
+    for name in ("account", "check"):
+        assert "Clipia refuses the account (invalid_api_key: " in command(name)[0]
 
 
 def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path) -> None:

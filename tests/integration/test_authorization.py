@@ -42,6 +42,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     # The job of another caller: it is not there, unless the scope `operate` shows all of them.
     "GET /v1/jobs/{id}": ("read", 404),
     "POST /v1/jobs/{id}/resubmit": ("operate", 409),
+    "POST /v1/jobs/{id}/cancel": ("operate", 200),
     "GET /v1/models": ("read", 200),
     "GET /v1/models/{slug}": ("read", 200),
     "POST /v1/models/{slug}/estimate": ("read", 200),
@@ -355,10 +356,11 @@ async def test_a_caller_does_not_see_another_one_s_job(site: Site) -> None:
                 none = await site.as_(token, "GET", f"/v1/jobs/{nobody}{query}")
             assert theirs.status_code == none.status_code == 404
             assert (theirs.content, theirs.headers) == (none.content, none.headers)
-        theirs = await site.as_(token, "POST", f"/v1/jobs/{job_id}/resubmit")
-        none = await site.as_(token, "POST", f"/v1/jobs/{nobody}/resubmit")
-        assert theirs.status_code == none.status_code == 403
-        assert theirs.content == none.content
+        for order in ("resubmit", "cancel"):
+            theirs = await site.as_(token, "POST", f"/v1/jobs/{job_id}/{order}")
+            none = await site.as_(token, "POST", f"/v1/jobs/{nobody}/{order}")
+            assert theirs.status_code == none.status_code == 403
+            assert theirs.content == none.content
 
 
 async def test_a_caller_lists_its_own_jobs_alone(site: Site) -> None:

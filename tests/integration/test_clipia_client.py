@@ -8,6 +8,7 @@ import uuid
 from collections.abc import AsyncIterator
 from email.utils import formatdate
 from typing import Any
+from urllib.parse import unquote
 
 import httpcore
 import orjson
@@ -32,7 +33,7 @@ from servers import free_port
 from receiver import clipia
 from receiver.clipia import Accepted, Call, ClipiaClient
 from receiver.db.tables import accounts
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, SettingsError
+from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, SettingsError
 from receiver.limits import SHARES
 from receiver.submitter import catalogue
 
@@ -48,11 +49,11 @@ PERMANENT = [
     (404, "model_not_found"),
     (409, "idempotency_key_reuse"),
 ]
-ACCOUNT = [
-    (401, "invalid_api_key"),
+FOR_NOW = [
     (402, "insufficient_credits"),
     (402, "subscription_required"),
     (403, "insufficient_scope"),
+    (403, "forbidden"),
 ]
 LATER = [
     (409, "request_in_progress", True),
@@ -150,16 +151,53 @@ async def test_what_clipia_refuses_is_refused(
     assert (caught.value.status, caught.value.code, caught.value.type) == (status, code, "some_error")
 
 
-@pytest.mark.parametrize(("status", "code"), ACCOUNT)
-async def test_an_account_is_refused_apart(
-    odd: OddClipia, client: ClipiaClient, status: int, code: str
-) -> None:
-    """F6: 401, 402 and 403 are the account's trouble, and nothing arrived."""
-    odd.script = [refused(status, code)]
+async def test_an_account_is_refused_apart(odd: OddClipia, client: ClipiaClient) -> None:
+    """F6: 401 is the account's trouble, and nothing arrived."""
+    odd.script = [refused(401, "invalid_api_key")]
     with pytest.raises(AccountRefused) as caught:
         await submit(client)
     error = caught.value
-    assert (error.status, error.reason, error.may_have_arrived) == (status, code, False)
+    assert (error.status, error.reason, error.may_have_arrived) == (401, "invalid_api_key", False)
+
+
+@pytest.mark.parametrize(("status", "code"), FOR_NOW)
+async def test_a_job_is_refused_for_now(odd: OddClipia, client: ClipiaClient, status: int, code: str) -> None:
+    """F6: 402 and 403 are about a price, a model or a scope; nothing arrived, and it is not the account."""
+    odd.script = [refused(status, code, "Not that one.")]
+    with pytest.raises(RefusedForNow, match=r"^Not that one\.$") as caught:
+        await submit(client)
+    error = caught.value
+    assert (error.status, error.reason, error.type) == (status, code, "some_error")
+    assert error.may_have_arrived is False
+
+
+NULLS: list[tuple[int, Any, type[Exception], str]] = [
+    (402, {"type": "billing_error", "code": None, "message": None}, RefusedForNow, "http_402"),
+    (400, {"type": "invalid_request_error", "code": None, "message": "No."}, Refused, "http_400"),
+    (400, {"type": None, "code": "invalid_request", "message": None}, Refused, "invalid_request"),
+    (401, {"type": None, "code": None, "message": None}, AccountRefused, "http_401"),
+    (409, {"type": "invalid_request_error", "code": None}, ClipiaUnavailable, "http_409"),
+    (429, {"type": "rate_limit_error", "code": None}, ClipiaUnavailable, "rate_limit_exceeded"),
+    (500, {"type": "api_error", "code": None, "message": None}, ClipiaUnavailable, "http_500"),
+    (403, {"code": 403, "message": "Forbidden"}, ClipiaUnavailable, "http_403"),
+    (403, {"code": " ", "type": ""}, ClipiaUnavailable, "http_403"),
+    (402, "no credits", ClipiaUnavailable, "http_402"),
+]
+
+
+@pytest.mark.parametrize(("status", "error", "kind", "reason"), NULLS)
+async def test_what_an_error_leaves_out_is_no_text(
+    odd: OddClipia, client: ClipiaClient, status: int, error: Any, kind: type[Exception], reason: str
+) -> None:
+    """F5: null, a number or nothing where Clipia's code, type or message should be is not the text "None"."""
+    odd.script = [answer(status, {"error": error})]
+    with pytest.raises(kind) as caught:
+        await submit(client)
+    assert type(caught.value) is kind
+    told = vars(caught.value)
+    assert told["reason"] == reason
+    assert "None" not in (str(caught.value), told.get("type"))
+    assert str(caught.value).strip()
 
 
 @pytest.mark.parametrize(("status", "code", "may_have_arrived"), LATER)
@@ -181,6 +219,8 @@ async def test_what_may_pass_later_is_transient(
     [
         (400, ClipiaUnavailable, "http_400"),
         (401, AccountRefused, "http_401"),
+        (402, ClipiaUnavailable, "http_402"),
+        (403, ClipiaUnavailable, "http_403"),
         (404, ClipiaUnavailable, "http_404"),
         (413, ClipiaUnavailable, "http_413"),
         (429, ClipiaUnavailable, "rate_limit_exceeded"),
@@ -249,7 +289,6 @@ UNREADABLE = {
     "an empty id": answer(content={"request_id": "", "status": "IN_QUEUE"}),
     "an endless id": answer(content={"request_id": "r" * 300, "status": "IN_QUEUE"}),
     "an id with a NUL": answer(content={"request_id": "r\x00", "status": "IN_QUEUE"}),
-    "an id that is a path": answer(content={"request_id": "../account", "status": "IN_QUEUE"}),
     "another place": answer(302, b"", Location="/elsewhere"),
     "nothing to say": answer(204, b""),
 }
@@ -263,6 +302,47 @@ async def test_an_answer_that_is_none_is_no_answer(odd: OddClipia, client: Clipi
         await submit(client)
     assert (caught.value.reason, caught.value.may_have_arrived) == ("unreadable", True)
     assert len(odd.requests) == 1
+
+
+ODD_IDS = ["req/7", "req:7", "req%7", "req%2F7", "req?7#x", "заказ-7", "../account", "a\\b", "..."]
+
+
+@pytest.mark.parametrize("request_id", ODD_IDS)
+async def test_an_id_of_other_characters_is_one(
+    odd: OddClipia, client: ClipiaClient, request_id: str
+) -> None:
+    """F5: a submission that was accepted under an unusual id is accepted, and asked for by just that id."""
+    odd.script = [accepted(request_id)]
+    assert (await submit(client)).request_id == request_id
+    odd.others = lambda _request: answer(content={"request_id": request_id, "status": "IN_QUEUE"})
+    if request_id == "../account":
+        # A server that decodes the path before it resolves it would find another resource.
+        assert (await refusal(client.status(request_id, call=Call()))).code == "not_found"
+        assert odd.questions == []
+        return
+    assert (await client.status(request_id, call=Call())).status == "IN_QUEUE"
+    (path,) = odd.questions
+    assert unquote(path) == f"/v1/requests/{request_id}/status"
+    assert path.count("/") == 4
+
+
+@pytest.mark.parametrize("request_id", ["req 7", "req\n7", "req\u200b7", f"sha256:{'0' * 64}"])
+async def test_an_accepted_id_that_cannot_be_kept_is_told_at_once(
+    odd: OddClipia, client: ClipiaClient, request_id: str
+) -> None:
+    """F5: Clipia would give the same id to every other try, so there is no use in one."""
+    odd.script = [accepted(request_id)]
+    error = await refusal(submit(client))
+    assert error.code == "request_id_unusable"
+    assert ascii(request_id) in str(error)
+
+
+async def test_a_status_that_is_no_text_is_unreadable(odd: OddClipia, client: ClipiaClient) -> None:
+    """F10: null is no status of the name "None"."""
+    odd.others = lambda _request: answer(content={"request_id": "r-1", "status": None})
+    with pytest.raises(ClipiaUnavailable) as caught:
+        await client.status("r-1", call=Call())
+    assert caught.value.reason == "unreadable"
 
 
 async def test_warnings_of_another_shape_spoil_no_answer(odd: OddClipia, client: ClipiaClient) -> None:
@@ -549,12 +629,14 @@ async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
     await submitter.submit(MODEL, PROMPT)
     schema["seed"] = {"type": "integer"}
     given = {"prompt": "a cat", "seed": 1}
-    assert (await refusal(submitter.submit(MODEL, given))).code == "model_input_invalid"
+    strictly = submitter.submit(MODEL, given, strict=True)
+    assert (await refusal(strictly)).code == "model_input_invalid"
     assert len(odd.questions) == 1
     monkeypatch.setattr(catalogue, "RECHECK", 0.0)
-    assert (await submitter.submit(MODEL, given)).input == given
+    assert (await submitter.submit(MODEL, given, strict=True)).input == given
     odd.others = lambda _request: refused(503, "service_unavailable")
-    assert (await refusal(submitter.submit(MODEL, {"prompt": "a", "seat": 1}))).code == "model_input_invalid"
+    strictly = submitter.submit(MODEL, {"prompt": "a", "seat": 1}, strict=True)
+    assert (await refusal(strictly)).code == "model_input_invalid"
 
 
 async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox: Sandbox) -> None:
@@ -600,7 +682,7 @@ async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia
     odd.script = [refused(503, "x", RateLimit_Limit="300", RateLimit_Remaining="2", RateLimit_Reset="100")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
-    limits = (await submitter._limits()).requests_per_minute
+    limits = (await submitter.standing()).limits.requests_per_minute
     (account,) = await odd_world.rows(accounts)
     assert (limits, account["requests_per_minute"]) == (300, 300)
     assert 60 < account["calls_after"] - time.time() <= 101

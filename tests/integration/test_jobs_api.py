@@ -351,8 +351,85 @@ async def test_an_account_that_is_refused_is_not_the_job_s_fault(local: Site) ->
     job = response.json()
     assert (response.status_code, job["state"]) == (202, "pending")
     assert (job["error"]["code"], job["error"]["status"]) == ("insufficient_credits", 402)
-    account = (await local.admin.get("/v1/account")).json()
-    assert account["limits"]["paused"]["code"] == "insufficient_credits"
+    limits = (await local.admin.get("/v1/account")).json()["limits"]
+    assert (limits["paused"], limits["refused_jobs"]) == (None, 1)
+    await local.switch(refuse_submits="invalid_api_key")
+    assert (await local.submit("other")).status_code == 202
+    limits = (await local.admin.get("/v1/account")).json()["limits"]
+    assert (limits["paused"]["code"], limits["refused_jobs"]) == ("invalid_api_key", 1)
+    metrics = (await local.admin.get("/metrics")).text
+    assert "receiver_submissions_paused 1.0" in metrics
+    assert "receiver_jobs_refused 1.0" in metrics
+
+
+SEED = {"prompt": "a cat", "seed": 7}
+
+
+async def test_a_key_that_the_schema_does_not_have_passes_with_a_warning(local: Site) -> None:
+    """Clipia takes undeclared keys, and a stale schema stops no paid work: `seed` is sent and told of."""
+    estimate = await local.alice.post(f"/v1/models/{MODEL}/estimate", json={"input": SEED})
+    response = await local.submit("k", input=SEED)
+    assert (estimate.status_code, response.status_code) == (200, 201)
+    for answer in (estimate, response):
+        (warning,) = answer.json()["warnings"]
+        assert (warning["code"], warning["parameter"]) == ("unknown_parameter", "seed")
+    (sent,) = await local.sent()
+    assert json.loads(sent["body"])["input"] == SEED
+    # Whether a call is strict is no part of the job.
+    again = await local.submit("k", input=SEED, strict=True)
+    assert (again.status_code, again.json()["id"]) == (200, response.json()["id"])
+    for wrong in ({"num_images": 9}, {"aspect_ratio": "7:5"}, {"prompt": 1}):
+        response = await local.submit(input=SEED | wrong)
+        assert problem(response) == (400, "invalid_request_error", "model_input_invalid")
+    assert len(await local.sent()) == 1
+
+
+async def test_a_strict_call_refuses_such_a_key(local: Site) -> None:
+    """`strict` holds a call to the model's schema; what is no truth value is a mistake."""
+    price = f"/v1/models/{MODEL}/estimate"
+    for response in (
+        await local.submit(input=SEED, strict=True),
+        await local.alice.post(price, json={"input": SEED, "strict": True}),
+    ):
+        assert problem(response) == (400, "invalid_request_error", "model_input_invalid")
+        assert '"seed" is not known to this model' in response.json()["error"]["message"]
+    odd: list[Any] = [1, "true", []]
+    for strict in odd:
+        for response in (
+            await local.submit(input=JOB["input"], strict=strict),
+            await local.alice.post(price, json=JOB | {"strict": strict}),
+        ):
+            assert problem(response) == (400, "invalid_request_error", "invalid_request")
+    assert await local.sent() == await local.rows() == []
+
+
+async def test_the_setting_says_how_inputs_are_checked(sqlite: tuple[Database, str, Path]) -> None:
+    """RECEIVER_INPUT_CHECK is `strict`, or `off`, unless a call says else; Clipia checks in any case."""
+    async with make_site(*sqlite, options=SLOW, worker=False, input_check="strict") as site:
+        assert problem(await site.submit(input=SEED))[2] == "model_input_invalid"
+        assert (await site.submit(input=SEED, strict=False)).status_code == 201
+    async with make_site(*sqlite, options=SLOW, worker=False, input_check="off") as site:
+        response = await site.submit(input=SEED | {"num_images": 9})
+        assert problem(response)[2] == "model_input_invalid"
+        assert "job_id" in response.json(), "it is Clipia who refuses it"
+        assert problem(await site.submit(input=SEED, strict=True))[2] == "model_input_invalid"
+        assert (
+            (await site.submit(input=SEED))
+            .json()["warnings"][0]["message"]
+            .endswith("num_images, image_url.")
+        )
+
+
+async def test_a_job_can_be_canceled(idle: Site) -> None:
+    """F6: an operator ends a job; one that Clipia has is unsure, and after a second look canceled."""
+    job = (await idle.submit("k")).json()
+    for state, charged in (("unsure", None), ("canceled", 0)):
+        response = await idle.admin.post(f"/v1/jobs/{job['id']}/cancel")
+        assert (response.status_code, response.json()["state"]) == (200, state)
+        assert (response.json()["charged"], response.json()["error"]["code"]) == (charged, "canceled")
+    response = await idle.admin.post(f"/v1/jobs/{job['id']}/cancel")
+    assert problem(response) == (409, "invalid_request_error", "not_cancelable")
+    assert response.json()["error"]["message"].startswith("the job is canceled")
 
 
 async def test_a_refusal_of_clipia_is_passed_on(local: Site) -> None:
@@ -657,7 +734,12 @@ async def test_a_database_that_is_away_is_503(
     async with make_site(database, url, folder, worker=False) as site:
         job = f"/v1/jobs/{uuid.uuid4()}"
         calls = [("GET", path) for path in ("/v1/jobs", "/v1/jobs/costs", job, f"{job}?wait=1", "/v1/models")]
-        calls += [("POST", f"{job}/resubmit"), ("GET", f"/v1/models/{MODEL}"), ("GET", "/v1/account")]
+        calls += [
+            ("POST", f"{job}/resubmit"),
+            ("POST", f"{job}/cancel"),
+            ("GET", f"/v1/models/{MODEL}"),
+            ("GET", "/v1/account"),
+        ]
         responses = [await site.admin.request(method, path) for method, path in calls]
         responses += [await site.submit(), await site.submit("k")]
         responses.append(await site.alice.post(f"/v1/models/{MODEL}/estimate", json=JOB))
@@ -698,7 +780,7 @@ async def test_an_unknown_job_is_404(local: Site) -> None:
     """An id that is nobody's, or no id at all, is 404 and never an error of ours."""
     nobody = str(uuid.UUID(int=0))
     for key in ("x", nobody, "%00", "..%2f", "%ff", "-" * 36, "f" * 33, "costs%20", "1" * 5000):
-        for method, path in (("GET", ""), ("GET", "?wait=1"), ("POST", "/resubmit")):
+        for method, path in (("GET", ""), ("GET", "?wait=1"), ("POST", "/resubmit"), ("POST", "/cancel")):
             response = await local.admin.request(method, f"/v1/jobs/{key}{path}")
             assert problem(response) == (404, "invalid_request_error", "not_found"), key
 

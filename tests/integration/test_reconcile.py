@@ -37,6 +37,7 @@ from eventkit import running
 from payloads import body, failure
 from sqlalchemy import Engine, func, select, update
 from sqlalchemy import event as engine_events
+from structlog.testing import capture_logs
 
 from receiver import retention
 from receiver.db import inbox, job_events
@@ -45,6 +46,7 @@ from receiver.db.tables import accounts, deliveries, events, jobs, media, receip
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable
 from receiver.ingest import make_event
 from receiver.limits import SHARES
+from receiver.observability import POLLS
 from receiver.sandbox import WITHOUT_LIMITS
 from receiver.submitter import Job, Submitter, waiting
 from receiver.worker import Lane, Wakeups, Worker
@@ -414,6 +416,106 @@ async def test_a_job_that_clipia_does_not_know_is_given_up(odd_world: World, odd
     await post(f"{callback}/clipia/webhook/clipia/{job.id}", body("r-1"))
     await odd_world.forward()
     assert (await show(submitter, job)).state == "completed"
+
+
+NOT_UNDERSTOOD = {
+    "unknown_status": answer(content={"request_id": "r-1", "status": "EXPIRED", "progress": 5}),
+    "no_result": answer(content={"request_id": "r-1", "status": "COMPLETED"}),
+    "request_expired": refused(410, "request_expired", "It is too old."),
+}
+WORDS = {"unknown_status": "EXPIRED", "no_result": "COMPLETED", "request_expired": "It is too old."}
+
+
+@pytest.mark.parametrize("code", NOT_UNDERSTOOD)
+async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddClipia, code: str) -> None:
+    """F10: an undocumented status, a result that does not come, a refusal: unsure after a day."""
+    odd.script = [accepted("r-1")]
+    submitter = odd_world.submitter()
+    poll = odd_world.poll_lane(submitter)
+    job = await submitter.submit(MODEL, PROMPT)
+    early = answer(202, {"request_id": "r-1", "status": "IN_PROGRESS"})
+    odd.others = lambda request: NOT_UNDERSTOOD[code] if request.path.endswith("/status") else early
+    outcome = "failed" if code == "request_expired" else code
+    counter = POLLS.labels(outcome)._value
+    before, logged = counter.get(), 0
+    for hours, state in ((1, "submitted"), (23, "submitted"), (25, "unsure")):
+        await odd_world.make_due()
+        await odd_world.set(jobs, submitted_at=db_time(-hours * HOUR))
+        with capture_logs() as log:
+            assert await odd_world.turn(poll) == 1
+        logged += sum(entry["event"] == "job not understood" for entry in log)
+        shown = await show(submitter, job)
+        assert (shown.state, error_code(shown), shown.request_id) == (state, code, "r-1")
+        assert shown.error is not None
+        assert WORDS[code] in shown.error["message"]
+    assert counter.get() == before + 3
+    assert logged == (0 if code == "request_expired" else 1), "at the first sight, and not at every poll"
+    await odd_world.make_due()
+    assert await odd_world.turn(poll) == 0
+
+
+async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, odd: OddClipia) -> None:
+    """F10: an odd answer in between leaves no error on a job that goes on."""
+    odd.script = [accepted("r-1")]
+    submitter = odd_world.submitter()
+    poll = odd_world.poll_lane(submitter)
+    job = await submitter.submit(MODEL, PROMPT)
+    for status, code in (("THROTTLED", "unknown_status"), ("IN_PROGRESS", None)):
+        content = {"request_id": "r-1", "status": status, "progress": 40}
+        odd.others = lambda _request, content=content: answer(content=content)  # type: ignore[misc]
+        await odd_world.make_due()
+        await odd_world.turn(poll)
+        shown = await show(submitter, job)
+        assert (shown.state, error_code(shown), shown.progress) == ("submitted", code, 40)
+
+
+@pytest.mark.parametrize("ending", ["FAILED", "CANCELED"])
+async def test_a_job_without_a_result_shows_no_progress(world: World, sandbox: Sandbox, ending: str) -> None:
+    """How far a generation was says nothing once it has failed."""
+    await sandbox.switch(fail_rate=1.0)
+    submitter = world.submitter()
+    poll = world.poll_lane(submitter)
+    job = await submitter.submit(MODEL, PROMPT)
+    sandbox.ahead = 0.5 * DURATION
+    await world.make_due()
+    await world.turn(poll)
+    assert (await show(submitter, job)).progress
+    if ending == "CANCELED":
+        await sandbox.cancel(str(job.request_id))
+    sandbox.end_all()
+    await world.make_due()
+    await world.turn(poll)
+    shown = await show(submitter, job)
+    assert (shown.state, shown.progress) == (ending.lower(), None)
+
+
+async def test_a_request_id_of_other_characters_finds_its_result(odd_world: World, odd: OddClipia) -> None:
+    """F5, F10: what Clipia accepted under an unusual id is submitted once, and polled by that id."""
+    request_id = "req/7%2F?#ü"
+    odd.script = [accepted(request_id)]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.state, job.request_id) == ("submitted", request_id)
+    done = {"request_id": request_id, "status": "COMPLETED", "cost": PRICE, "output": {}}
+    odd.others = lambda _request: answer(content=done)
+    await odd_world.make_due()
+    assert await odd_world.turn(odd_world.poll_lane(submitter)) == 1
+    await odd_world.forward()
+    shown = await show(submitter, job)
+    assert (shown.state, shown.charged) == ("completed", PRICE)
+    assert len(odd.posts) == 1
+
+
+async def test_a_request_id_that_cannot_be_kept_is_no_endless_try(odd_world: World, odd: OddClipia) -> None:
+    """F5: Clipia took the job, and its answer will be the same each time: a person has to look, at once."""
+    odd.script = [accepted("req 7")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    assert (job.state, error_code(job), job.charged) == ("unsure", "request_id_unusable", None)
+    assert job.error is not None
+    assert "req 7" in job.error["message"]
+    assert await odd_world.retry(submitter) == 0
+    assert len(odd.posts) == 1
 
 
 async def test_who_lost_the_lease_gives_up_nothing(odd_world: World, odd: OddClipia) -> None:

@@ -171,6 +171,23 @@ def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
 
 
 @both_shapes
+def test_an_unknown_key_is_told_apart(schema: object) -> None:
+    """Only what the schema does not have is `unknown`: Clipia takes that, and refuses the rest."""
+    found = check_input(schema, {"title": 1, "nope": 1, "count": 9})
+    assert [misfit.parameter for misfit in found if misfit.unknown] == ["nope"]
+    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "title", "count"]
+
+
+def test_unknown_keys_hide_no_mistake() -> None:
+    """However many keys are unknown, what does not fit is found behind them."""
+    schema = {"prompt": {"type": "string", "required": True}, "count": {"type": "integer", "max": 4}}
+    unknown = {f"key{number}": 1 for number in range(3 * MAX_MISFITS)}
+    found = check_input(schema, unknown | {"count": 9})
+    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "count"]
+    assert len(found) == MAX_MISFITS
+
+
+@both_shapes
 def test_order_is_missing_first_then_as_given(schema: object) -> None:
     """What is missing comes first, then the trouble with what was given, in its own order."""
     found = check_input(schema, {"title": 1, "nope": 1, "audio": 1, "count": 9})

@@ -150,6 +150,22 @@ def test_a_refused_account_is_probed() -> None:
     assert resumed.submits(now + 1, in_flight=1) > 1
 
 
+def test_a_submission_that_clipia_looks_at_ends_the_pause() -> None:
+    """F6: whatever Clipia says of a job, it has taken the key; and only an acceptance is one."""
+    paused = Limits(requests_per_minute=6000).refused(NOW, sent_at=NOW - 1, pause="{}")
+    resumed = paused.resumed(NOW + 5)
+    assert (resumed.paused_at, resumed.pause, resumed.accepted_at) == (0.0, None, 0.0)
+    assert resumed.submits(NOW + 5, in_flight=0) > 1
+    assert resumed.resumed(NOW + 6) is resumed
+    assert paused.accepted(NOW + 5, in_flight=1) == replace(resumed, accepted_at=NOW + 5)
+
+
+def test_refused_jobs_share_a_tenth_of_the_requests() -> None:
+    """F7: the time between two tries of a job grows with the number of jobs that are refused."""
+    limits = Limits(requests_per_minute=120)
+    assert [limits.retry_interval(count) for count in (1, 12, 1000)] == pytest.approx([5, 60, 5000])
+
+
 def test_a_burst_of_refusals_is_one() -> None:
     """F6: what was under way when the pause began makes it no longer."""
     first = Limits(requests_per_minute=6000).refused(NOW, sent_at=NOW - 1, pause="{}")

@@ -14,7 +14,7 @@ from receiver.errors import (
     PublishRejected,
     StorageUnavailable,
 )
-from receiver.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy
+from receiver.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy, refused_delay
 
 POLICY = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
 FAILED = PublishFailed("no confirm", reason="timeout")
@@ -100,3 +100,23 @@ def test_a_delay_never_passes_the_deadline(
     else:
         assert math.isfinite(delay)
         assert 0 <= delay <= POLICY.give_up_after - age
+
+
+REFUSED = [
+    (0.0, 0.0, 0.0, 5.0),
+    (0.0, 0.0, 1.0, 10.0),
+    (40.0, 0.0, 0.0, 40.0),
+    (40.0, 0.0, 1.0, 80.0),
+    (DAY / 2, 0.0, 1.0, 300.0),
+    (40.0, 1000.0, 1.0, 1000.0),
+    (DAY - 20, 1000.0, 1.0, 20.0),
+    (DAY, 0.0, 0.0, None),
+]
+
+
+@pytest.mark.parametrize(("refused_for", "least", "jitter", "delay"), REFUSED)
+def test_a_refused_job_waits_about_as_long_again(
+    refused_for: float, least: float, jitter: float, delay: float | None
+) -> None:
+    """F6: from 5 s to 5 minutes, longer if there are many such jobs; the last try is at the very end."""
+    assert refused_delay(refused_for, least=least, give_up_after=DAY, jitter=jitter) == delay

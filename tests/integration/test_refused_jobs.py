@@ -1,0 +1,349 @@
+"""Jobs that Clipia refuses for now, beside jobs that it takes, on both databases."""
+
+import time
+from typing import Any
+
+import orjson
+import pytest
+from clipia_kit import (
+    MODEL,
+    PRICE,
+    PROMPT,
+    OddClipia,
+    Sandbox,
+    World,
+    accepted,
+    answer,
+    error_code,
+    refusal,
+    refused,
+    show,
+)
+
+from receiver import retry
+from receiver.db.clock import db_time
+from receiver.db.tables import accounts, jobs
+from receiver.limits import REFUSED_SHARE
+from receiver.submitter import Job, Submitter
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+HOUR = 3600.0
+DEAR = "seedance-2-fast-t2v"
+"""A model of which eight seconds cost 80 credits."""
+EIGHT_SECONDS = {"prompt": "a cat", "duration": 8}
+BALANCE = 50
+
+
+async def submit_dear(submitter: Submitter, count: int) -> list[Job]:
+    """Submit jobs that the account cannot pay."""
+    return [await submitter.submit(DEAR, EIGHT_SECONDS, caller="films") for _ in range(count)]
+
+
+async def submit_untried(world: World, submitter: Submitter, *asked: tuple[str, dict[str, Any]]) -> None:
+    """Have jobs committed while the account has no call left, as in a burst."""
+    for model, given in asked:
+        await world.set(accounts, submits_after=time.time() + HOUR)
+        job = await submitter.submit(model, given, caller="films")
+        assert (job.state, job.attempts) == ("pending", ())
+
+
+async def states(world: World, model: str) -> list[str]:
+    """Return the states of a model's jobs."""
+    return [row["state"] for row in await world.rows(jobs) if row["model"] == model]
+
+
+async def test_a_refused_job_holds_up_no_other(world: World, sandbox: Sandbox) -> None:
+    """F6: twelve jobs that the account cannot pay rest, each for itself; one that it can pay is taken."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter()
+    dear = await submit_dear(submitter, 12)
+    assert {(job.state, error_code(job)) for job in dear} == {("pending", "insufficient_credits")}
+    assert len(await sandbox.submits()) == 12
+    assert not await submitter.paused()
+    assert (await submitter.account())["limits"]["refused_jobs"] == 12
+    cheap = await submitter.submit(MODEL, PROMPT)
+    assert (cheap.state, cheap.cost) == ("submitted", PRICE)
+
+    # Not when the refused ones are due again, either.
+    await world.set(jobs, where=jobs.c.state == "pending", next_attempt_at=db_time(-HOUR))
+    cheap = await submitter.submit(MODEL, PROMPT)
+    assert (cheap.state, cheap.cost) == ("submitted", PRICE)
+    assert {(await show(submitter, job)).state for job in dear} == {"pending"}
+
+
+CHEAP: list[tuple[str, dict[str, Any]]] = [(MODEL, PROMPT), (DEAR, {"prompt": "a dog", "duration": 4})]
+
+
+@pytest.mark.parametrize(("model", "given"), CHEAP, ids=["another model", "the same model"])
+async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
+    world: World, sandbox: Sandbox, model: str, given: dict[str, Any]
+) -> None:
+    """F6: after thirty jobs of a burst, of which none was tried yet, a payable one is the third at most."""
+    await sandbox.switch(credits=BALANCE, rate_limit=60)
+    submitter = world.submitter()
+    await submit_dear(submitter, 1)
+    await submit_untried(world, submitter, *[(DEAR, EIGHT_SECONDS)] * 30, (model, given))
+    before = len(await sandbox.submits())
+    # The one that was refused is due again as well.
+    await world.retry(submitter)
+    taken = [row for row in await world.rows(jobs) if row["state"] == "submitted"]
+    assert [(row["model"], row["cost"]) for row in taken] == [(model, PRICE if model == MODEL else 40)]
+    assert len(await sandbox.submits()) - before <= 3
+
+
+async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: World, sandbox: Sandbox) -> None:
+    """F6: a job waits about as long again as it has been refused, five minutes at most."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter()
+    await submit_dear(submitter, 1)
+    assert 4.9 <= await world.rests() <= 10.1
+    for refused_for, least, most in ((20.0, 19.0, 41.0), (100.0, 99.0, 202.0), (9 * HOUR, 149.0, 301.0)):
+        await world.set(jobs, refused_at=db_time(-refused_for))
+        assert await world.retry(submitter) == 1
+        assert least <= await world.rests() <= most
+    row = await world.job()
+    assert (row["sent_at"], row["state"]) == (None, "pending")
+    assert json_code(row) == "insufficient_credits"
+
+
+async def test_many_refused_jobs_share_few_calls(world: World, sandbox: Sandbox) -> None:
+    """F7: all refused jobs together have a tenth of the requests: the more of them, the longer each rests."""
+    await sandbox.switch(credits=BALANCE, rate_limit=60)
+    submitter = world.submitter()
+    jobs_ = [job.id for job in await submit_dear(submitter, 2)]
+    await world.set(jobs, where=jobs.c.id == jobs_[0], refused_at=db_time(-1.0))
+    (first,) = [row for row in await world.rows(jobs) if row["id"] == jobs_[1]]
+    rests = (first["next_attempt_at"] - first["updated_at"]).total_seconds()
+    assert rests >= 2 * 60.0 / (60 * REFUSED_SHARE) - 0.1
+
+
+async def test_a_top_up_resumes_all_that_were_refused(world: World, sandbox: Sandbox) -> None:
+    """F6: the first refused job that is accepted makes the others due."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter()
+    dear = await submit_dear(submitter, 5)
+    await world.set(jobs, next_attempt_at=db_time(HOUR))
+    await sandbox.switch(credits=10_000)
+    await world.set(accounts, in_flight_limit=50)
+    # A new job that is accepted says nothing of those.
+    assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
+    assert await world.turn(submitter.lane) == 0
+    await world.set(jobs, where=jobs.c.id == dear[3].id, next_attempt_at=db_time(-1.0))
+    assert await world.turn(submitter.lane) == 1
+    assert await world.turn(submitter.lane) == 4
+    assert await states(world, DEAR) == ["submitted"] * 5
+    assert [row["refused_at"] for row in await world.rows(jobs)] == [None] * 6
+    assert (await submitter.account())["limits"]["refused_jobs"] == 0
+
+
+@pytest.mark.parametrize("code", ["insufficient_credits", "subscription_required", "insufficient_scope"])
+async def test_a_refused_job_ends(world: World, sandbox: Sandbox, code: str) -> None:
+    """F6: after a day a job fails in Clipia's words, costs nothing, and leaves the others as they are."""
+    await sandbox.switch(refuse_submits=code)
+    submitter = world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
+    await submitter.submit(MODEL, PROMPT, idempotency_key="other")
+    for refused_for, state in ((retry.DAY - 60, "pending"), (retry.DAY + 1, "failed")):
+        await world.set(jobs, where=jobs.c.id == job.id, refused_at=db_time(-refused_for))
+        await world.retry(submitter)
+        job = await show(submitter, job)
+        assert (job.state, error_code(job)) == (state, code)
+    assert (job.charged, job.next_attempt_at) == (0, None)
+    error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="k"))
+    assert (error.code, error.status, error.job_id) == (
+        code,
+        job.error and job.error["status"],
+        str(job.id),
+    )
+    assert sorted(await states(world, MODEL)) == ["failed", "pending"]
+
+
+async def test_the_last_try_is_at_the_end(world: World, sandbox: Sandbox) -> None:
+    """F6: a job does not rest beyond its end, however many others are refused."""
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    submitter = world.submitter(refused_give_up_after=100.0)
+    await submitter.submit(MODEL, PROMPT)
+    await world.set(jobs, refused_at=db_time(-90.0))
+    assert await world.retry(submitter) == 1
+    assert await world.rests() == pytest.approx(10.0, abs=1.0)
+
+
+async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> None:
+    """F6: with a time of 0 the caller is told in Clipia's words, and a cheaper job is taken."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter(refused_give_up_after=0.0)
+    error = await refusal(submitter.submit(DEAR, EIGHT_SECONDS))
+    assert (error.code, error.status, error.type) == ("insufficient_credits", 402, "billing_error")
+    assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
+    assert await states(world, DEAR) == ["failed"]
+
+
+async def test_a_refused_job_that_may_have_arrived_does_not_fail(world: World, sandbox: Sandbox) -> None:
+    """F4, F5: an earlier try may have been carried out: at the end it is unsure, and no caller pays again."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter(refused_give_up_after=HOUR)
+    job = await submitter.submit(MODEL, PROMPT)
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    await world.retry(submitter)
+    await world.set(jobs, refused_at=db_time(-2 * HOUR))
+    await world.retry(submitter)
+    shown = await show(submitter, job)
+    assert (shown.state, error_code(shown), shown.charged) == ("unsure", "insufficient_credits", None)
+
+
+async def test_a_firewall_refuses_no_account(odd_world: World, odd: OddClipia) -> None:
+    """F5, F6: 402 or 403 without Clipia's error is something in between: retried, and nothing is paused."""
+    submitter = odd_world.submitter()
+    for status in (402, 403):
+        odd.script = [answer(status, b"<html>Blocked.</html>"), accepted]
+        job = await submitter.submit(MODEL, PROMPT)
+        assert (job.state, error_code(job)) == ("pending", f"http_{status}")
+        await odd_world.set(jobs, where=jobs.c.id == job.id, next_attempt_at=db_time(HOUR))
+        assert not await submitter.paused()
+        assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
+        await odd_world.retry(submitter)
+        assert (await show(submitter, job)).state == "submitted"
+
+
+async def test_a_new_job_is_the_probe_of_a_paused_account(odd_world: World, odd: OddClipia) -> None:
+    """F6: after a 401 the one submission that finds out is of a job that was not refused yet."""
+    odd.script = [refused(402, "insufficient_credits"), refused(401, "invalid_api_key")]
+    submitter = odd_world.submitter()
+    old = await submitter.submit(DEAR, EIGHT_SECONDS, caller="films")
+    new = await submitter.submit(MODEL, PROMPT)
+    assert await submitter.paused()
+    odd.script = [accepted("r-1")]
+    assert await odd_world.retry(submitter) == 1
+    assert [(await show(submitter, job)).state for job in (old, new)] == ["pending", "submitted"]
+    assert not await submitter.paused()
+
+
+VERDICTS = {
+    "a price": refused(402, "insufficient_credits"),
+    "a mistake": refused(400, "invalid_request"),
+    "a model": refused(404, "model_not_found"),
+}
+
+
+@pytest.mark.parametrize("name", VERDICTS)
+async def test_a_probe_that_clipia_looks_at_ends_the_pause(
+    odd_world: World, odd: OddClipia, name: str
+) -> None:
+    """F6: a refusal of the probe itself shows that the account is not refused any more: the rest goes out."""
+    odd.script = [refused(401, "invalid_api_key")]
+    submitter = odd_world.submitter()
+    await submitter.submit(DEAR, EIGHT_SECONDS)
+    await submitter.submit(MODEL, PROMPT)
+    odd.script = [VERDICTS[name], accepted("r-1")]
+    assert await odd_world.retry(submitter) == 1
+    assert not await submitter.paused()
+    assert await odd_world.turn(submitter.lane) == 1
+    assert await states(odd_world, MODEL) == ["submitted"]
+
+
+MODELS = (MODEL, DEAR, "suno-music")
+
+
+async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: World, odd: OddClipia) -> None:
+    """F6: several models and prices with no success between; a success, or the end of the jobs, ends it."""
+    odd.script = [refused(402, "insufficient_credits", "Top up.")]
+    submitter = odd_world.submitter()
+    for _ in range(4):
+        await submitter.submit(MODEL, PROMPT)
+    assert not await submitter.paused()
+    for model in MODELS[1:]:
+        await submitter.submit(model, PROMPT)
+    standing = await submitter.standing()
+    assert (standing.paused, standing.refused_jobs) == (True, 6)
+    assert standing.pause is not None
+    assert "Top up." in standing.pause
+
+    # Even so, a job that the account can pay is taken at once.
+    odd.script = [accepted("r-1"), refused(402, "insufficient_credits")]
+    assert (await submitter.submit(MODEL, PROMPT, caller="other")).state == "submitted"
+    assert not await submitter.paused()
+    for model in MODELS:
+        await submitter.submit(model, PROMPT)
+    assert await submitter.paused()
+    await odd_world.set(jobs, where=jobs.c.state == "pending", state="failed", next_attempt_at=None)
+    assert not await submitter.paused()
+
+
+async def test_a_test_keys_refusals_are_not_the_live_accounts(odd_world: World, odd: OddClipia) -> None:
+    """A17: what Clipia refuses under a test key neither delays nor counts for the live one."""
+    odd.script = [refused(402, "insufficient_credits")]
+    tests = odd_world.submitter(key="clipia_test_kit")
+    for model in MODELS:
+        await tests.submit(model, PROMPT)
+    live = odd_world.submitter()
+    assert await tests.paused()
+    assert not await live.paused()
+    assert (await live.standing()).refused_jobs == 0
+
+
+# --- the end that a person decides ---
+
+
+async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: Sandbox) -> None:
+    """F6: nobody has to wait for the end of a job that Clipia refuses, or that waits for another key."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter()
+    (job,) = await submit_dear(submitter, 1)
+    done = await submitter.cancel(job.id, by="ops")
+    assert (done.state, done.charged, error_code(done), done.next_attempt_at) == (
+        "canceled",
+        0,
+        "canceled",
+        None,
+    )
+    assert [(each.outcome, each.error and each.error["message"]) for each in done.attempts][-1] == (
+        "canceled",
+        "by ops",
+    )
+    assert await world.retry(submitter) == 0
+    assert (await submitter.standing()).refused_jobs == 0
+    again = await refusal(submitter.cancel(job.id, by="ops"))
+    assert (again.code, again.status) == ("not_cancelable", 409)
+    await sandbox.switch(credits=10_000)
+    await submitter.resubmit(job.id, by="ops")
+    await world.retry(submitter)
+    assert (await show(submitter, job)).state == "submitted"
+
+
+async def test_a_job_that_clipia_may_have_becomes_unsure(world: World, sandbox: Sandbox) -> None:
+    """F5: Clipia has no cancel: a canceled job that may be running is unsure, and then its event ends it."""
+    await sandbox.switch(lost_answer_rate=1.0)
+    submitter = world.submitter()
+    sent = await submitter.submit(MODEL, PROMPT)
+    await sandbox.switch(lost_answer_rate=0.0)
+    await world.set(jobs, next_attempt_at=db_time(HOUR))
+    taken = await submitter.submit(MODEL, PROMPT, caller="other")
+    for job in (sent, taken):
+        done = await submitter.cancel(job.id, by="ops")
+        assert (done.state, done.charged, error_code(done)) == ("unsure", None, "canceled")
+    assert await world.retry(submitter) == 0
+    assert await world.turn(world.poll_lane(submitter)) == 0
+    # A person has looked whether it is there.
+    done = await submitter.cancel(sent.id, by="ops")
+    assert (done.state, done.charged) == ("canceled", 0)
+
+
+async def test_a_job_that_is_at_clipia_just_now_is_not_canceled(world: World, sandbox: Sandbox) -> None:
+    """F1: the answer to a submission under way decides first; a claim that was lost is no obstacle."""
+    await sandbox.switch(credits=BALANCE)
+    submitter = world.submitter()
+    (job,) = await submit_dear(submitter, 1)
+    await world.make_due()
+    assert submitter.lane is not None
+    (work,) = await submitter.lane.claim(1)
+    assert (await refusal(submitter.cancel(job.id, by="ops"))).code == "not_cancelable"
+    await world.set(jobs, next_attempt_at=db_time(-1.0))
+    assert (await submitter.cancel(job.id, by="ops")).state == "unsure"
+    await work.run()
+    assert (await show(submitter, job)).state == "unsure"
+
+
+def json_code(row: dict[str, Any]) -> Any:
+    """Return the code of the error on a row."""
+    return orjson.loads(row["error"])["code"]
