@@ -32,6 +32,7 @@ def verify(
     async def run(settings: Settings, database: Database) -> dict[str, Any]:
         storage = open_storage(settings.storage_url.get_secret_value())
         found: dict[str, Any] = {"intact": 0, "damaged": []}
+        errors: dict[str, str] = {}
         try:
             async with database.read() as connection:
                 total = await ledger.count_stored(connection, since=start)
@@ -46,12 +47,17 @@ def verify(
                     before = page[-1]["id"]
                     for row in page:
                         finding = await verify_file(
-                            storage, row["storage_key"], size=row["size"], sha256=row["sha256"]
+                            storage,
+                            row["storage_key"],
+                            size=row["size"],
+                            sha256=row["sha256"],
+                            on_unreadable=lambda key, error: errors.update({key: str(error)}),
                         )
                         if finding == "intact":
                             found["intact"] += 1
                         else:
-                            found["damaged"].append(row | {"finding": finding})
+                            why = {"finding": finding, "error": errors.pop(row["storage_key"], None)}
+                            found["damaged"].append(row | why)
                         progress.advance(task)
         finally:
             await storage.close()
@@ -62,7 +68,8 @@ def verify(
         print_json(found)
     else:
         for row in damaged:
-            print_line(f"{row['finding']:<10} {row['uri']} of {row['request_id']}")
+            why = f": {row['error']}" if row["error"] else ""
+            print_line(f"{row['finding']:<10} {row['uri']} of {row['request_id']}{why}")
         stdout.print(f"{found['intact']} intact, {len(damaged)} damaged")
         if damaged:
             stdout.print(
