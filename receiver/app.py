@@ -35,7 +35,7 @@ from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations import Destination, open_destination, started
+from receiver.destinations import Destination, open_for_work, started
 from receiver.errors import StorageUnavailable
 from receiver.failures import frames, sentence
 from receiver.fetching import MediaLane
@@ -89,7 +89,7 @@ class Parts:
                 ca=settings.media_ca,
                 proxy=settings.media_proxy.get_secret_value() if settings.media_proxy else None,
             ),
-            destinations={each.name: open_destination(each) for each in settings.all_destinations},
+            destinations={each.name: open_for_work(each) for each in settings.all_destinations},
         )
 
 

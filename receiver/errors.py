@@ -4,6 +4,7 @@
 
     ReceiverError
     ├── SettingsError            a setting is missing or wrong; the message says which and what to write
+    │   └── UnusableFileError    a file that a setting names cannot be read or used; it may come later
     ├── SignatureError           a webhook whose signature or freshness does not hold (`reason`)
     ├── UnrecognizedBody         an authentic body that cannot be used as an event (`reason`)
     ├── PermanentError           trying again cannot help (`reason`)
@@ -32,6 +33,10 @@ class ReceiverError(Exception):
 
 class SettingsError(ReceiverError):
     """A setting is missing or wrong; the message is for the operator and says what to do."""
+
+
+class UnusableFileError(SettingsError):
+    """A file that a setting names cannot be read, or does not hold what it should: it may come later."""
 
 
 class SignatureError(ReceiverError):

@@ -18,7 +18,7 @@ from receiver.lanes import describe, destination_lane
 from receiver.observability import DELIVERIES
 from receiver.retry import GIVE_UP_AFTER
 
-LOOK: Final = 60.0
+LOOK: Final = 30.0
 """Seconds between two looks."""
 BATCH: Final = 1000
 """Deliveries that one transaction gives up at most."""

@@ -74,7 +74,7 @@ async def give_up(connection: AsyncConnection, destination: str, *, age: float, 
     """
     began = func.coalesce(deliveries.c.restarted_at, deliveries.c.created_at)
     late = _free(destination, dead=False).where(
-        began <= db_time(-age), deliveries.c.next_attempt_at <= statement_time()
+        began <= db_time(-age), deliveries.c.next_attempt_at.is_not(None)
     )
     ids = await _lock(connection, late, limit=limit)
     await _end(connection, ids, state="dead", error=NOT_CONFIGURED)

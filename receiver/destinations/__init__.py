@@ -9,13 +9,14 @@ from types import MappingProxyType
 from typing import Final
 
 import structlog
+from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Destination
-from receiver.errors import SettingsError
+from receiver.errors import PublishFailed, SettingsError, UnusableFileError
 from receiver.failures import sentence
 
-__all__ = ["Destination", "open_destination", "started"]
+__all__ = ["Destination", "open_destination", "open_for_work", "started"]
 
 START_TIMEOUT: Final = 5.0
 """Seconds for which a process waits for its destinations before it takes webhooks."""
@@ -78,6 +79,52 @@ def open_destination(settings: DestinationSettings) -> Destination:
         ) from None
     destination: Destination = getattr(module, kind.name)(settings)
     return destination
+
+
+class PatientDestination:
+    """A destination whose files cannot be used yet, such as a certificate: each try opens it anew."""
+
+    concurrency = 8
+
+    def __init__(self, settings: DestinationSettings) -> None:
+        self._settings = settings
+        self._opened: Destination | None = None
+
+    async def start(self) -> None:
+        """Open and start it. Raises SettingsError."""
+        await self._open().start()
+
+    async def check(self) -> None:
+        """See whether it can be opened and reached. Raises SettingsError or PublishFailed."""
+        await self._open().check()
+
+    async def publish(self, event: CloudEvent) -> None:
+        """Publish an event, once it can be opened. Raises PublishFailed or PublishRejected."""
+        try:
+            destination = self._open()
+        except SettingsError as error:
+            raise PublishFailed(str(error), reason="settings") from error
+        await destination.publish(event)
+
+    async def close(self) -> None:
+        """Let go of it."""
+        if self._opened is not None:
+            await self._opened.close()
+
+    def _open(self) -> Destination:
+        self._opened = self._opened or open_destination(self._settings)
+        return self._opened
+
+
+def open_for_work(settings: DestinationSettings) -> Destination:
+    """Open a destination; one whose files cannot be used opens by itself once they can.
+
+    Raises SettingsError for what no file could mend.
+    """
+    try:
+        return open_destination(settings)
+    except UnusableFileError:
+        return PatientDestination(settings)
 
 
 @asynccontextmanager

@@ -5,14 +5,14 @@ import ssl
 from pathlib import Path
 
 from receiver.destination_settings import DestinationSettings
-from receiver.errors import SettingsError
+from receiver.errors import UnusableFileError
 from receiver.masking import hold
 
 
 def open_tls(settings: DestinationSettings) -> ssl.SSLContext:
     """Return a context that checks the server's certificate and host name.
 
-    Raises SettingsError, which names the setting, never the path: a key may have been pasted in its place.
+    Raises UnusableFileError, which names the setting and never the path: a key may have been pasted there.
     """
     files = settings.tls
     ca, certificate, key = (files.ca, files.certificate, files.key) if files else (None, None, None)
@@ -26,15 +26,17 @@ def open_tls(settings: DestinationSettings) -> ssl.SSLContext:
             # Without an answer of ours OpenSSL asks at the terminal for an encrypted key's passphrase.
             context.load_cert_chain(certificate, key, password=_refuse_passphrase)
     except _EncryptedKeyError:
-        raise SettingsError(f"{name}: {setting} is encrypted: write the key without a passphrase") from None
+        raise UnusableFileError(
+            f"{name}: {setting} is encrypted: write the key without a passphrase"
+        ) from None
     except ssl.SSLError:
         wanted = "certificates in PEM" if setting == "tls.ca" else "a certificate and its own key in PEM"
-        raise SettingsError(f"{name}: {setting} does not hold {wanted}") from None
+        raise UnusableFileError(f"{name}: {setting} does not hold {wanted}") from None
     except (OSError, ValueError) as error:
         number = getattr(error, "errno", None)
         why = f": {os.strerror(number)}" if number else ""
         where = setting if setting == "tls.ca" or not key else "tls.certificate or tls.key"
-        raise SettingsError(f"{name}: {where} cannot be read{why}") from None
+        raise UnusableFileError(f"{name}: {where} cannot be read{why}") from None
     return context
 
 

@@ -72,6 +72,7 @@ async def test_it_is_a_dead_letter_after_the_retry_schedule(world: World) -> Non
     await world.change(
         deliveries, deliveries.c.id == old["id"], created_at=db_time(-GIVE_UP_AFTER - 1), lease=uuid.uuid4()
     )
+    await world.change(deliveries, deliveries.c.id == old["id"], next_attempt_at=db_time(-1.0))
     await world.change(deliveries, deliveries.c.id == young["id"], created_at=db_time(-GIVE_UP_AFTER + 60))
     with capture_logs() as logs:
         await look(world.database, ["other"], warned={"gone"})
@@ -83,6 +84,14 @@ async def test_it_is_a_dead_letter_after_the_retry_schedule(world: World) -> Non
         (old["id"], NOT_CONFIGURED)
     ]
     assert [(entry["event"], entry["count"]) for entry in logs] == [("dead letters", 1)]
+
+
+async def test_its_next_try_is_not_waited_for(world: World) -> None:
+    """E4: there will be none, so a delivery that is old enough is dead although its next try is not due."""
+    await leave(world, "gone", count=1)
+    await world.change(deliveries, created_at=db_time(-GIVE_UP_AFTER - 1), next_attempt_at=db_time(600.0))
+    await look(world.database, [], warned=set())
+    assert await world.states(deliveries) == {"dead": 1}
 
 
 async def test_what_another_worker_delivers_is_left(world: World) -> None:

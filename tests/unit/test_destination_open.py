@@ -1,16 +1,19 @@
 """Destination URLs: which are known, which are refused, and what the refusal may say."""
 
 import asyncio
+import ssl
 import sys
+from pathlib import Path
 
 import pytest
-from destination_kinds import make_event, open_url
+from certificates import make_certificate
+from destination_kinds import HttpSink, make_event, open_url
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from receiver import destinations
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations import Destination, started
+from receiver.destinations import Destination, open_for_work, started
 from receiver.destinations.base import encode
 from receiver.destinations.file import FileDestination
 from receiver.destinations.http import HttpDestination
@@ -20,7 +23,7 @@ from receiver.destinations.nats import NatsDestination
 from receiver.destinations.rabbitmq import RabbitmqDestination
 from receiver.destinations.redis import RedisDestination
 from receiver.destinations.sqs import SqsDestination
-from receiver.errors import PublishRejected, SettingsError
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 
@@ -175,6 +178,27 @@ async def test_a_destination_that_does_not_start_holds_up_nothing(monkeypatch: p
     assert "ValueError" in errors["odd"]
     assert CANARY not in str(logs)
     assert [each.is_closed for each in made.values() if isinstance(each, Slow)] == [True] * 3
+
+
+async def test_a_certificate_that_comes_later_is_used(tmp_path: Path) -> None:
+    """E4: a destination whose files cannot be read keeps no process from starting, and mends by itself."""
+    certificate = make_certificate(tmp_path / "server.pem")
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate)
+    sink = await HttpSink().start(ssl=tls)
+    authority = tmp_path / "later.pem"
+    values = {"name": "test", "url": sink.url, "tls": {"ca": str(authority)}}
+    destination = open_for_work(DestinationSettings.model_validate(values))
+    async with started({"test": destination}) as down:
+        assert down == {"test"}
+        with pytest.raises(PublishFailed, match=r"tls\.ca cannot be read: No such file"):
+            await destination.publish(make_event())
+        authority.write_bytes(certificate.read_bytes())
+        await destination.publish(make_event())
+    assert len(sink.requests) == 1
+    await sink.stop()
+    with pytest.raises(SettingsError):
+        open_for_work(DestinationSettings.model_validate({"name": "test", "url": "gopher://host"}))
 
 
 def test_encoding_is_one_line() -> None:
