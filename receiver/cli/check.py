@@ -244,7 +244,7 @@ class _Check:
             await destination.start()
             await destination.check()
 
-        with _warnings() as problems:
+        with problems_logged() as problems:
             await _and_close(start_and_check, destination.close)
         which = describe(settings.filter) or "every event"
         described = f"; {settings.described}" if settings.described else ""
@@ -256,7 +256,7 @@ class _Check:
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def problems_logged() -> Iterator[list[str]]:
     """Collect the problems that destinations log in the block; `check` shows them as a verdict."""
     problems: list[str] = []
 
@@ -268,12 +268,13 @@ def _warnings() -> Iterator[list[str]]:
             problems.append(entry["problem"])
         raise structlog.DropEvent
 
-    before = structlog.get_config()["processors"]
-    structlog.configure(processors=[collect, *before])
+    # Loggers keep this very list from their first line on: another one in its place would not reach them.
+    processors = structlog.get_config()["processors"]
+    processors.insert(0, collect)
     try:
         yield problems
     finally:
-        structlog.configure(processors=before)
+        processors.remove(collect)
 
 
 async def _and_close(check: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
