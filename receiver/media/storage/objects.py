@@ -82,7 +82,10 @@ def open_store(
             return AzureStore(
                 bucket, prefix=prefix or None, config=azure, client_options=client, retry_config=_RETRIES
             )
-        s3: S3Config = {} if endpoint is None else {"endpoint": endpoint}
+        # Not all services know the request that deletes several objects at once.
+        s3: S3Config = {"disable_bulk_delete": True}
+        if endpoint is not None:
+            s3["endpoint"] = endpoint
         if region := options.get("region"):
             s3["region"] = region
         if options.get("checksum") != "none":
