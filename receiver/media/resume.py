@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Final, Self, TypeAlias
 
 import httpcore
@@ -18,6 +19,7 @@ _MAX_CONNECTIONS: Final = 9
 _BREAKS: Final = frozenset({"truncated", "timeout"})
 _STRONG_TAG: Final = re.compile(r'"[!-~]*"')
 _PARTIAL_CONTENT: Final = 206
+_MINUTE: Final = 60.0
 
 
 async def read_on(
@@ -61,29 +63,42 @@ class _Version:
     """One version of a file, of which parts can be requested. `size` is in bytes."""
 
     size: int
-    tag: str
+    field: str
+    """The field of the response that tells versions apart, and below what it says."""
+    validator: str
     coding: str
 
     @classmethod
     def of(cls, headers: httpx.Headers) -> Self | None:
-        """Return what the headers of a whole file identify; None if parts of two files could be mixed up.
-
-        A weak tag or a date is not enough: files that differ may have the same one.
-        """
-        tag, size = headers.get("etag", ""), headers.get("content-length")
-        if size is None or not _STRONG_TAG.fullmatch(tag) or headers.get("accept-ranges") == "none":
+        """Return what the headers of a whole file identify; None if parts of two files could be mixed up."""
+        size = headers.get("content-length")
+        field = "etag" if "etag" in headers else "last-modified"
+        is_strong = _STRONG_TAG.fullmatch(headers.get("etag", "")) or (field != "etag" and _is_old(headers))
+        if size is None or not is_strong or headers.get("accept-ranges") == "none":
             return None
-        return cls(size=int(size), tag=tag, coding=headers.get("content-encoding", ""))
+        coding = headers.get("content-encoding", "")
+        return cls(size=int(size), field=field, validator=headers[field], coding=coding)
 
     def request_from(self, position: int) -> Headers:
         """Return the headers that ask for the rest, or for the whole if that is another file by now."""
-        return [(b"Range", b"bytes=%d-" % position), (b"If-Range", self.tag.encode("ascii"))]
+        return [(b"Range", b"bytes=%d-" % position), (b"If-Range", self.validator.encode("ascii"))]
 
     def is_continued(self, status: int, headers: httpx.Headers, *, position: int) -> bool:
         """Return whether an answer's body is the rest from `position` on."""
         return (
             status == _PARTIAL_CONTENT
             and headers.get("content-range") == f"bytes {position}-{self.size - 1}/{self.size}"
-            and headers.get("etag", self.tag) == self.tag
+            and headers.get(self.field, self.validator) == self.validator
             and headers.get("content-encoding", "") == self.coding
         )
+
+
+def _is_old(headers: httpx.Headers) -> bool:
+    """Return whether Last-Modified was a minute ago, so that no other version has the same (RFC 9110)."""
+    try:
+        sent, changed = (parsedate_to_datetime(headers.get(name, "")) for name in ("date", "last-modified"))
+        is_plain = headers["last-modified"].isascii()
+        return is_plain and (sent - changed).total_seconds() >= _MINUTE
+    except (ValueError, TypeError):
+        # There is none, or one of them has no time zone.
+        return False

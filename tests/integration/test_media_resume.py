@@ -143,6 +143,44 @@ async def test_a_file_without_a_name_for_its_version_is_not_resumed(answer: Answ
     assert stored_files(tmp_path) == {}
 
 
+def dated(*, changed: str, sent: str = "Sat, 21 Nov 2026 00:02:00 GMT") -> tuple[str, ...]:
+    """Return the headers of a file that has no tag."""
+    return (f"Last-Modified: {changed}", f"Date: {sent}")
+
+
+async def test_an_old_date_tells_versions_apart(tmp_path: Path) -> None:
+    """D9: without a tag, the date of a file that was changed a minute ago or earlier is enough."""
+    changed = "Sat, 21 Nov 2026 00:01:00 GMT"
+    answer = cut(1000, None, tag=lambda _number: None, more=dated(changed=changed))
+    async with downloads(answer, tmp_path) as (server, opened):
+        await save(server, opened)
+        assert f"\r\nRange: bytes=1000-\r\nIf-Range: {changed}\r\n".encode() in server.requests[1]
+    assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
+@pytest.mark.parametrize(
+    ("tag", "more"),
+    [
+        (None, dated(changed="Sat, 21 Nov 2026 00:01:01 GMT")),
+        (None, dated(changed="nonsense")),
+        (None, dated(changed="Sat, 21 Nov 2020 00:00:00 GMT \u00e9")),
+        (None, dated(changed="Sat, 21 Nov 2026 00:00:00 -0000")),
+        (None, ("Last-Modified: Sat, 21 Nov 2020 00:00:00 GMT",)),
+        ('W/"v1"', dated(changed="Sat, 21 Nov 2020 00:00:00 GMT")),
+    ],
+    ids=["young", "nonsense", "not ASCII", "no zone", "no clock", "weak tag"],
+)
+async def test_a_date_that_two_versions_may_share_is_not_enough(
+    tag: str | None, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    """D9: a file that has just changed may change again within the same second."""
+    answer = cut(1000, None, tag=lambda _number: tag, more=more)
+    async with downloads(answer, tmp_path) as (server, opened):
+        with pytest.raises(MediaUnavailable):
+            await save(server, opened)
+        assert len(server.requests) == 1
+
+
 async def test_the_whole_download_has_one_deadline(tmp_path: Path) -> None:
     """D7: resuming gives a slow host no more time, nor does it lift the limit on the size."""
     limits = replace(LIMITS, total_seconds=0.8)
