@@ -166,6 +166,18 @@ def check_cloud_variables(environ: Mapping[str, str], url: str) -> None:
             cleaned(value, name)
 
 
+def aws_endpoint(environ: Mapping[str, str], service: str) -> str | None:
+    """Return the endpoint that the environment names for a service, as AWS clients read it."""
+    if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
+        return None
+    return environ.get(f"AWS_ENDPOINT_URL_{service}") or environ.get("AWS_ENDPOINT_URL") or None
+
+
+def aws_region(environ: Mapping[str, str]) -> str:
+    """Return the region that the environment names, empty if it names none."""
+    return environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
+
+
 def cleaned(value: str, name: str) -> str:
     """Return a value without the white space around it. Raises SettingsError for what cannot be meant."""
     text = value.strip().strip(_AROUND).strip()

@@ -1,7 +1,8 @@
 """`sqs:`: one message per event, the event in structured JSON, up to ten of them per request.
 
-`sqs://sqs.<region>.amazonaws.com/<account>/<queue>` is the queue's own URL with another scheme; add
-`?endpoint=https://host&region=name` for a server that is not Amazon's. Credentials are where every AWS client
+`sqs://sqs.<region>.amazonaws.com/<account>/<queue>` is the queue's own URL with another scheme, whichever
+service made it; `?endpoint=https://host` or `AWS_ENDPOINT_URL` is where requests go in its host's place, and
+`region=` or `AWS_REGION` says what the host does not. Credentials are where every AWS client
 looks for them: `AWS_…`, a profile, the machine's role. In a FIFO queue (`….fifo`) the event's subject is the
 message group and the delivery's id the deduplication id.
 """
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,12 +34,13 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
+from receiver.config import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, closed, encode, quoted, stretched
 from receiver.destinations.batches import Batches
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
-from receiver.errors import PublishFailed, PublishRejected
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CONNECT_TIMEOUT: Final = 5
 READ_TIMEOUT: Final = 10
@@ -51,9 +54,17 @@ MAX_MESSAGE: Final = 1024 * 1024
 MAX_BATCH: Final = 256 * 1024
 """Bytes that go together. Amazon takes 1 MiB, other servers this; a larger message goes alone."""
 
-_REGION: Final = re.compile(r"(?:.*\.)?sqs(?:-fips)?\.([a-z]{2,}(?:-[a-z]+)+-[0-9]+)\..+")
+_REGION: Final = re.compile(
+    r"(?:.*\.)?sqs(?:-fips)?\.(?P<new>[a-z]{2,}(?:-[a-z]+)+-[0-9]+)\..+|"
+    r"(?P<old>[a-z]{2,}(?:-[a-z]+)+-[0-9]+)\.queue\..+"
+)
 _REGION_NAME: Final = re.compile(r"[a-z0-9-]{1,63}")
-_PATH: Final = re.compile(r"/[0-9]{12}/(?=.{1,80}$)[A-Za-z0-9_-]+(?:\.fifo)?")
+_AMAZON: Final = re.compile(r".*\.amazonaws\.com(?:\.cn)?")
+_QUEUE: Final = r"(?=[^/]{1,80}$)[A-Za-z0-9_-]+(?:\.fifo)?"
+_AMAZON_PATH: Final = re.compile(rf"/[0-9]{{12}}/{_QUEUE}")
+_PATH: Final = re.compile(rf"(?:/[A-Za-z0-9._~-]{{1,128}}){{0,4}}/{_QUEUE}")
+"""Other services have accounts of letters, projects and folders before the queue's name, or nothing."""
+_ENDPOINT_PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~-]{1,128}){0,4}/?")
 _FIFO_ID: Final = re.compile(r"[!-~]{1,128}")
 _ABOUT_A_MESSAGE: Final = frozenset(
     {"BatchRequestTooLong", "InvalidMessageContents", "InvalidParameterValue"}
@@ -288,13 +299,23 @@ def _parse(settings: DestinationSettings) -> _Queue:
         url = split_url(text, port=443, options={"endpoint", "region"})
         [(host, port)] = url.hosts
         endpoint = url.options.get("endpoint", f"https://{host}:{port}".removesuffix(":443"))
-        _check_endpoint(endpoint)
+        if not _is_endpoint(endpoint):
+            raise ValueError("not an endpoint")
         found = _REGION.fullmatch(host)
-        region = url.options.get("region", found[1] if found else "")
-        if url.user is not None or not _PATH.fullmatch(url.path) or not _REGION_NAME.fullmatch(region):
+        in_host = (found["new"] or found["old"]) if found else ""
+        region = url.options.get("region", in_host or aws_region(os.environ))
+        path = _AMAZON_PATH if _AMAZON.fullmatch(host) else _PATH
+        if url.user is not None or not path.fullmatch(url.path) or not _REGION_NAME.fullmatch(region):
             raise ValueError("no login, but an account, a queue and a region")
-        endpoint = endpoint.removesuffix("/")
-        return _Queue(url=endpoint + url.path, endpoint=endpoint, region=region)
+    if "endpoint" not in url.options and (configured := aws_endpoint(os.environ, "SQS")):
+        if not _is_endpoint(configured):
+            raise SettingsError(
+                f"destination {settings.name!r}: AWS_ENDPOINT_URL_SQS or AWS_ENDPOINT_URL: write "
+                "https://host, or http://host:port for a server of your own; no user, password and query"
+            )
+        endpoint = configured
+    endpoint = endpoint.removesuffix("/")
+    return _Queue(url=endpoint + url.path, endpoint=endpoint, region=region)
 
 
 def _client_options(settings: DestinationSettings) -> dict[str, Any]:
@@ -314,7 +335,10 @@ def _client_options(settings: DestinationSettings) -> dict[str, Any]:
     return {"config": AioConfig(**config), "verify": verify}
 
 
-def _check_endpoint(text: str) -> None:
-    url = split_url(text, port=443)
-    if url.scheme not in {"https", "http"} or url.user is not None or url.path not in {"", "/"}:
-        raise ValueError("not an endpoint")
+def _is_endpoint(text: str) -> bool:
+    try:
+        url = split_url(text, port=443)
+    except ValueError:
+        return False
+    is_plain = url.user is None and _ENDPOINT_PATH.fullmatch(url.path) is not None
+    return url.scheme in {"https", "http"} and is_plain

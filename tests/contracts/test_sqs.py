@@ -552,7 +552,7 @@ async def test_usable_url(url: str, queue_url: str, region: str) -> None:
         "sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?endpoint=127.0.0.1:9324",
         "sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?endpoint=http://[::1",
         f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?endpoint=http://u:{CANARY}@host",
-        f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?endpoint=http://host/{CANARY}",
+        f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?endpoint=http://host/?{CANARY}",
         f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events?secret={CANARY}",
         f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events#{CANARY}",
         f"sqs://key:{CANARY}@sqs.eu-west-1.amazonaws.com/123456789012/events",
@@ -564,4 +564,84 @@ def test_unusable_url(url: str) -> None:
         open_url(url)
     assert "'test'" in str(caught.value)
     assert "write sqs://" in str(caught.value)
+    assert CANARY not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("place", "region"),
+    [
+        (
+            "message-queue.api.cloud.yandex.net/b1g8ad42m6he1/dj6000000/events?region=ru-central1",
+            "ru-central1",
+        ),
+        ("sqs.mnq.fr-par.scaleway.com/project-5a1d2f6c/events?region=fr-par", "fr-par"),
+        ("sqs.eu-west-1.localhost.localstack.cloud:4566/000000000000/events", "eu-west-1"),
+        ("eu-west-1.queue.localhost.localstack.cloud:4566/000000000000/events", "eu-west-1"),
+        ("localhost:4566/queue/eu-west-1/000000000000/events", "us-east-2"),
+        ("localhost:9324/queue/events", "us-east-2"),
+        ("eu-west-1.queue.amazonaws.com/123456789012/events", "eu-west-1"),
+    ],
+)
+async def test_other_services(
+    service: Service, monkeypatch: pytest.MonkeyPatch, place: str, region: str
+) -> None:
+    """E14: queue URLs are taken as each service writes them, at its host or at the environment's endpoint."""
+    monkeypatch.setenv("AWS_REGION", "us-east-2")
+    path = place.partition("?")[0].partition("/")[2]
+    destination = open_url(f"sqs://{place}")
+    assert isinstance(destination, SqsDestination)
+    assert destination._queue.url == f"https://{place.partition('?')[0]}"
+    await destination.close()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{service.port}")
+    destination = open_url(f"sqs://{place}")
+    await destination.publish(make_event())
+    await destination.close()
+    (request,) = service.requests
+    assert f"/{region}/sqs/aws4_request" in request.headers["authorization"]
+    assert json.loads(request.body)["QueueUrl"] == f"http://127.0.0.1:{service.port}/{path}"
+
+
+async def test_endpoint_of_the_environment(server: Sqs, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E14: with `AWS_ENDPOINT_URL` the URL of a queue at Amazon leads to a server of one's own."""
+    url = (await asyncio.to_thread(server.create_queue, queue)).partition("?")[0]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
+    destination = open_url(url)
+    await destination.check()
+    await destination.publish(make_event())
+    await destination.close()
+    assert len(await asyncio.to_thread(server.receive, queue)) == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "query", "expected"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://a:1"}, "", "http://a:1"),
+        ({"AWS_ENDPOINT_URL": "http://a:1", "AWS_ENDPOINT_URL_SQS": "http://b:2/sqs/"}, "", "http://b:2/sqs"),
+        ({"AWS_ENDPOINT_URL": "http://a:1"}, "?endpoint=https://c", "https://c"),
+        ({"AWS_ENDPOINT_URL": "http://a:1", "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "true"}, "", None),
+        ({"AWS_ENDPOINT_URL_S3": "http://a:1"}, "", None),
+    ],
+)
+async def test_which_endpoint(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], query: str, expected: str | None
+) -> None:
+    """E14: the URL's endpoint comes first, then the environment's for SQS, then that for all services."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    destination = open_url(f"sqs://sqs.eu-west-1.amazonaws.com/123456789012/events{query}")
+    assert isinstance(destination, SqsDestination)
+    endpoint = expected or "https://sqs.eu-west-1.amazonaws.com"
+    assert destination._queue.endpoint == endpoint
+    assert destination._queue.url == f"{endpoint}/123456789012/events"
+    await destination.close()
+
+
+@pytest.mark.parametrize(
+    "value", ["localhost:9324", f"http://u:{CANARY}@host", f"http://host?key={CANARY}", "http://["]
+)
+def test_unusable_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """G8: an endpoint in the environment that is none is named by its variable, and not quoted."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", value)
+    with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL: write https://host") as caught:
+        open_url("sqs://sqs.eu-west-1.amazonaws.com/123456789012/events")
     assert CANARY not in str(caught.value)
