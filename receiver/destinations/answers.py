@@ -53,7 +53,8 @@ class RawAnswer:
 
     def _find_status_line(self) -> re.Match[bytes] | None:
         """Find the line of the answer itself, after those that only say that it is to come (1xx)."""
-        position = 0
+        # A server may end a body with a line end beyond its length: it comes before the next answer.
+        position = len(self._noted) - len(self._noted.lstrip(b"\r\n"))
         while found := _STATUS_LINE.match(self._noted, position):
             if int(found[1]) >= 200 or int(found[1]) == _SWITCHING_PROTOCOLS:  # noqa: PLR2004 - 1xx end there
                 return found

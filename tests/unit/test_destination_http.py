@@ -519,6 +519,17 @@ async def test_bytes_after_an_answer_confirm_no_other_event(
     assert sink.connections == 2
 
 
+async def test_line_end_after_a_body_is_no_answer(sink: HttpSink, destination: Destination) -> None:
+    """E1: a line end that comes late, after a body, hides neither a confirmation nor a refusal."""
+    await destination.publish(make_event())
+    sink.answer = raw(b"\r\nHTTP/1.1 204 No Content\r\n\r\n")
+    await destination.publish(make_event())
+    sink.answer = raw(b"\r\n\r\nHTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n")
+    with pytest.raises(PublishFailed, match="answered 503"):
+        await destination.publish(make_event())
+    assert len(sink.requests) == 3
+
+
 async def test_announced_body_of_a_204_costs_the_connection(sink: HttpSink, destination: Destination) -> None:
     """E1: after a 204 that announces a body another connection is used, for the body may come late."""
     sink.answer = raw(b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n")
