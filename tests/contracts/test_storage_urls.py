@@ -350,7 +350,7 @@ async def test_a_file_may_take_long_but_not_stall(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.usefixtures("credentials")
-@pytest.mark.parametrize("flaw", ["none", "replaced", "no progress", "short"])
+@pytest.mark.parametrize("flaw", ["none", "replaced", "no progress", "short", "no tag", "odd date"])
 async def test_a_read_goes_on_behind_a_break(flaw: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """D9: a connection that breaks within a large file is replaced, unless the file is another one then."""
     # The client goes on by itself for half a minute after the start of a read, and not any more after that.
@@ -365,7 +365,9 @@ async def test_a_read_goes_on_behind_a_break(flaw: str, monkeypatch: pytest.Monk
         start = int(found[1]) if found else 0
         step = 100_000 if flaw == "no progress" else 2_000_000
         tag = f"{calls}" if flaw == "replaced" else "x"
-        facts = ["Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", f'ETag: "{tag}"', "Connection: close"]
+        year = "0000" if flaw == "odd date" else "2026"
+        facts = [f"Last-Modified: Sat, 21 Nov {year} 00:00:00 GMT", "Connection: close"]
+        facts += [] if flaw == "no tag" else [f'ETag: "{tag}"']
         length = len(data) - start
         if flaw == "short" and start:
             step = 0
@@ -387,6 +389,15 @@ async def test_a_read_goes_on_behind_a_break(flaw: str, monkeypatch: pytest.Monk
             with pytest.raises(StorageUnavailable):
                 await read()
         assert calls < 20
+
+
+@pytest.mark.usefixtures("credentials")
+@pytest.mark.parametrize("date", ["Sat, 01 Jan 0000 00:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -1200"])
+async def test_a_date_that_is_none_makes_no_file_unreadable(date: str) -> None:
+    """D16: what a server says of an object, beside its bytes, fails no read."""
+    async with site(response(b"x" * 100, f"Last-Modified: {date}", 'ETag: "x"')) as server:
+        storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
+        assert b"".join([block async for block in storage.open("a.mp4")]) == b"x" * 100
 
 
 class PanicException(BaseException):
