@@ -84,7 +84,7 @@ class HttpDestination:
         # The bare transport has what a client would have to be talked out of: no redirects, no cookies, no
         # proxies from the environment, no log line with the URL.
         self._transport = httpx.AsyncHTTPTransport(
-            verify=httpx.create_ssl_context() if settings.tls is None else open_tls(settings),
+            verify=open_tls(settings, usual=httpx.create_ssl_context),
             trust_env=False,
             proxy=None if settings.proxy is None else httpx.Proxy(settings.proxy.get_secret_value()),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),

@@ -2,6 +2,7 @@
 
 import os
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 from receiver.destination_settings import DestinationSettings
@@ -9,9 +10,12 @@ from receiver.errors import UnusableFileError
 from receiver.masking import hold
 
 
-def open_tls(settings: DestinationSettings) -> ssl.SSLContext:
+def open_tls(
+    settings: DestinationSettings, *, usual: Callable[[], ssl.SSLContext] = ssl.create_default_context
+) -> ssl.SSLContext:
     """Return a context that checks the server's certificate and host name.
 
+    Without `ca` it trusts the authorities of the `usual` one: the system's, unless the client has a list.
     Raises UnusableFileError, which names the setting and never the path: a key may have been pasted there.
     """
     files = settings.tls
@@ -20,7 +24,7 @@ def open_tls(settings: DestinationSettings) -> ssl.SSLContext:
         _hold_key(str(path))
     name, setting = f"destination {settings.name!r}", "tls.ca"
     try:
-        context = ssl.create_default_context(cafile=ca)
+        context = usual() if ca is None else ssl.create_default_context(cafile=ca)
         setting = "tls.key" if key else "tls.certificate"
         if certificate is not None:
             # Without an answer of ours OpenSSL asks at the terminal for an encrypted key's passphrase.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import certifi
 import pytest
 from certificates import make_certificate
 from cryptography.hazmat.primitives import serialization
@@ -15,6 +16,7 @@ from destination_kinds import open_url
 
 from receiver import masking
 from receiver.app import make_target
+from receiver.destinations.http import HttpDestination
 from receiver.errors import SettingsError
 from receiver.masking import mask
 from receiver.settings import Settings
@@ -217,3 +219,19 @@ def test_tls_of_kafka_needs_security() -> None:
     """G8: `tls` beside a Kafka URL without TLS is a mistake, not silently plain text."""
     with pytest.raises(SettingsError, match="tls needs security=ssl or sasl_ssl"):
         open_url("kafka://127.0.0.1/events", tls={"ca": "ca.pem"})
+
+
+async def test_a_client_certificate_changes_no_authorities(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E14: beside a client certificate alone, HTTP trusts the bundled authorities as without `tls`."""
+    bundle, certificate = make_certificate(tmp_path / "a.pem"), make_certificate(tmp_path / "b.pem")
+    for name in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(certifi, "where", lambda: str(bundle))
+    destination = open_url(URLS["https"], tls={"certificate": str(certificate)})
+    assert isinstance(destination, HttpDestination)
+    context = destination._transport._pool._ssl_context
+    assert context is not None
+    assert context.cert_store_stats()["x509"] == 1
+    await destination.close()
