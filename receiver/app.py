@@ -177,7 +177,7 @@ async def _open_worker(
             fresh_url=FreshUrls(database, submitter.client).find if submitter.lane is not None else None,
         ),
         *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
-        ReplayLane(database, targets, parts.storage, wake=wakeups.wake),
+        ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules),
         *_job_lanes(settings, database, wakeups, submitter),
     ]
     return Worker(FanOut(database, targets, wake=wakeups.wake, rules=parts.rules), lanes, wakeups)

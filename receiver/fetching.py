@@ -95,7 +95,8 @@ class MediaLane(WorkLane):
     async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
         attempt = start_attempt(claim)
         if claim.lost >= MAX_LOST:
-            await self._give_up(claim, attempt("failed", f"its download ended {claim.lost} workers"), "gone")
+            failed = attempt("failed", f"its download ended {claim.lost} workers")
+            await self._give_up(claim, failed, row, "gone")
             return
         try:
             stored = await self._downloader.save(
@@ -103,7 +104,8 @@ class MediaLane(WorkLane):
                 kind=row.kind,
                 stem=storage_stem(event, row),
                 seen=row.seen_sha256,
-                last=claim.age >= MEDIA_ODD.give_up_after,
+                # What is intact gives way to nothing that is in doubt.
+                last=claim.age >= MEDIA_ODD.give_up_after and row.storage_key is None,
             )
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
             await self._failed(claim, attempt, event, row, error)
@@ -170,7 +172,7 @@ class MediaLane(WorkLane):
         log_failure("media not stored", claim, error, message, delay=delay, **ids)
         if delay is None:
             state = "blocked" if isinstance(error, MediaBlocked) else "gone"
-            await self._give_up(claim, attempt("failed", message), state)
+            await self._give_up(claim, attempt("failed", message), row, state)
         elif await self._put_back(
             claim,
             attempt("retry", message),
@@ -185,8 +187,13 @@ class MediaLane(WorkLane):
         log.info("fresh URL not to be had yet", work_id=str(claim.id), reason=unknown.reason, retry_in=delay)
         await self._put_back(claim, attempt, delay=delay, attempts=media.c.attempts - 1)
 
-    async def _give_up(self, claim: EventClaim, attempt: Attempt, state: str) -> None:
-        if await self._finish(claim, attempt, state=state, error=attempt.error):
+    async def _give_up(self, claim: EventClaim, attempt: Attempt, row: MediaRow, state: str) -> None:
+        if row.storage_key is not None:
+            # It was intact before somebody wanted it again, and it still is.
+            warning = f"not downloaded again: {attempt.error}"
+            if await self._finish(claim, attempt, state="stored", warning=warning):
+                MEDIA_FILES.labels("flagged").inc()
+        elif await self._finish(claim, attempt, state=state, error=attempt.error):
             MEDIA_FILES.labels(state).inc()
 
     async def _finish(

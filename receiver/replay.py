@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events, leases, outbox, replays, tables, workers
 from receiver.db.engine import Database
-from receiver.db.rows import Claim, MediaRow, NewReplay, ReplayedEvent, ReplayOrder, new_id
+from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
 from receiver.destination_settings import FilterSettings
 from receiver.errors import Refused, SettingsError, TransientError
@@ -36,7 +36,8 @@ from receiver.lanes import (
     facts_of,
 )
 from receiver.media import Storage
-from receiver.media.verify import verify
+from receiver.outputs import FileRules
+from receiver.refetch import Wanted, find_wanted
 from receiver.retry import GIVE_UP_AFTER
 from receiver.routing import Facts, refusal
 
@@ -67,7 +68,9 @@ class ReplayRequest(BaseModel):
     to: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     """Destinations; none given is all that are configured. A destination's filter holds for replays, too."""
     media: bool = False
-    """Download again what is missing or no longer has its checksum."""
+    """Download again what is missing, no longer has its checksum or is no media."""
+    force: bool = False
+    """With `media`: download again what is intact, too."""
     rate: Annotated[float, Field(ge=0.001, le=100_000)] | None = None
     """Events per second at most."""
     reason: Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")] = ""
@@ -79,6 +82,8 @@ class ReplayRequest(BaseModel):
             raise ValueError("selection.ids is empty")
         if "to" in self.model_fields_set and not self.to:
             raise ValueError("to is empty")
+        if self.force and not self.media:
+            raise ValueError("force needs media")
         if self.selection == Selection() and not self.all:
             raise ValueError('say which events: a selection, or "all": true')
         return self
@@ -111,7 +116,8 @@ class Replays:
                 status=400,
             )
         destinations = self._destinations(request)
-        content = request.model_dump(mode="json")
+        # Without `force` the fingerprint is that of the releases which did not know it.
+        content = request.model_dump(mode="json", exclude=None if request.force else {"force"})
         order_id = new_id()
         order = NewReplay(
             id=order_id,
@@ -122,6 +128,7 @@ class Replays:
             selection=content["selection"],
             destinations=destinations,
             media=request.media,
+            force=request.force,
             rate=request.rate,
         )
         # Counting takes long, and not in a transaction that writes.
@@ -210,10 +217,13 @@ class ReplayLane(WorkLane):
         storage: Storage,
         *,
         wake: Callable[[str], None],
+        rules: FileRules | None = None,
     ) -> None:
+        """`rules` say which files that were skipped are not skipped any more; without them, none."""
         super().__init__(database, tables.replays, name=REPLAY_LANE, concurrency=2, wake=wake)
         self._targets = {target.name: target for target in targets}
         self._storage = storage
+        self._rules = rules
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim replays that are due for their next step. Raises DatabaseUnavailable."""
@@ -265,8 +275,12 @@ class ReplayLane(WorkLane):
             )
             facts = await _facts(connection, page)
             files = await outbox.load_media(connection, [event.seq for event in page])
-        damaged = await self._find_damaged(files) if order.media else {}
-        due, held = self._deliveries(order, page, facts, damaged)
+        wanted = Wanted()
+        if order.media:
+            wanted = await find_wanted(
+                self._database, self._storage, files, force=order.force, rules=self._rules
+            )
+        due, held = self._deliveries(order, page, facts, wanted.events)
         delay = 0.0 if order.rate is None else len(page) / order.rate
         async with self._database.write() as connection:
             if not await replays.advance(
@@ -274,8 +288,8 @@ class ReplayLane(WorkLane):
             ):
                 log.warning("replay's step refused: lease lost", replay_id=str(order.id))
                 return
-            files_to_load = [row.id for rows in damaged.values() for row in rows]
-            loading = await replays.restart_media(connection, files_to_load)
+            await replays.change_urls(connection, wanted.urls)
+            loading = await replays.restart_media(connection, wanted.files, intact=wanted.intact)
             waiting = [name for name, target in self._targets.items() if target.waits_for_media]
             await outbox.hold(connection, set(loading), waiting)
             insert = partial(outbox.insert_deliveries, connection, replay_id=order.id)
@@ -306,7 +320,7 @@ class ReplayLane(WorkLane):
         order: ReplayOrder,
         page: Sequence[ReplayedEvent],
         facts: Sequence[Facts],
-        damaged: Mapping[int, Sequence[MediaRow]],
+        loading: Collection[int],
     ) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
         """Return (event's `seq`, destination): those that are due, and those that wait for media."""
         due: list[tuple[int, str]] = []
@@ -316,27 +330,9 @@ class ReplayLane(WorkLane):
                 target = self._targets[name]
                 if refusal(target.filter, each) is not None:
                     continue
-                fetching = event.state == "fetching" or event.seq in damaged
+                fetching = event.state == "fetching" or event.seq in loading
                 (held if target.waits_for_media and fetching else due).append((event.seq, name))
         return due, held
-
-    async def _find_damaged(self, files: Mapping[int, Sequence[MediaRow]]) -> dict[int, list[MediaRow]]:
-        """Return the files that are not what they should be, by their event's `seq`."""
-        damaged: dict[int, list[MediaRow]] = {}
-        for seq, rows in files.items():
-            settled = [row for row in rows if row.state != "pending"]
-            bad = [row for row in settled if not await self._is_intact(row)]
-            if bad:
-                damaged[seq] = bad
-        return damaged
-
-    async def _is_intact(self, row: MediaRow) -> bool:
-        if row.state != "stored" or row.storage_key is None or row.size is None or row.sha256 is None:
-            return False
-        found = await verify(self._storage, row.storage_key, size=row.size, sha256=row.sha256)
-        # An unreadable file may be readable later, and the CDN may not have it any more: it is sent as it is
-        # on record, and the order goes on.
-        return found in {"intact", "unreadable"}
 
     async def _later(
         self, connection: AsyncConnection, claim: Claim, *, delay: float, error: str | None = None

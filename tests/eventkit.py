@@ -135,7 +135,9 @@ class World:
 
     def replay_lane(self) -> ReplayLane:
         """Return a lane that carries out replays when the test says so."""
-        return ReplayLane(self.database, self.targets, self.storage, wake=lambda _lane: None)
+        return ReplayLane(
+            self.database, self.targets, self.storage, wake=lambda _lane: None, rules=self.rules
+        )
 
     def delivery_lane(self, index: int = 0, *, concurrency: int = 32) -> DeliveryLane:
         """Return a destination's lane that delivers when the test says so."""
@@ -153,7 +155,7 @@ class World:
         lanes: list[Lane] = [
             self.media_lane(wakeups.wake),
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
-            ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake),
+            ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake, rules=self.rules),
         ]
         fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
         return Worker(fan_out, lanes, wakeups, drain=drain)

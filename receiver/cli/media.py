@@ -26,12 +26,16 @@ def verify(
     since: Annotated[datetime | None, typer.Option(help="Only stored at or after this time (UTC).")] = None,
     json: Json = False,
 ) -> None:
-    """Read every stored file and compare it with its checksum. The exit status is 0 where all are intact."""
+    """Read every stored file and compare it with its checksum. The exit status is 0 if all are intact.
+
+    Pages that came in place of a file are no files. A file that was stored with a warning is intact if it is
+    as it was stored.
+    """
     start = since.replace(tzinfo=UTC) if since else None
 
     async def run(settings: Settings, database: Database) -> dict[str, Any]:
         storage = open_storage(settings.storage_url.get_secret_value())
-        found: dict[str, Any] = {"intact": 0, "damaged": []}
+        found: dict[str, Any] = {"intact": 0, "flagged": [], "damaged": []}
         errors: dict[str, str] = {}
         try:
             async with database.read() as connection:
@@ -49,12 +53,15 @@ def verify(
                         finding = await verify_file(
                             storage,
                             row["storage_key"],
+                            kind=row["kind"],
                             size=row["size"],
                             sha256=row["sha256"],
                             on_unreadable=lambda key, error: errors.update({key: str(error)}),
                         )
                         if finding == "intact":
                             found["intact"] += 1
+                            if row["warning"]:
+                                found["flagged"].append(row)
                         else:
                             why = {"finding": finding, "error": errors.pop(row["storage_key"], None)}
                             found["damaged"].append(row | why)
@@ -63,21 +70,29 @@ def verify(
             await storage.close()
 
     found = with_database(run)
-    damaged = found["damaged"]
     if json:
         print_json(found)
     else:
-        for row in damaged:
-            why = f": {row['error']}" if row["error"] else ""
-            print_line(f"{row['finding']:<10} {row['uri']} of {row['request_id']}{why}")
-        stdout.print(f"{found['intact']} intact, {len(damaged)} damaged")
-        if damaged:
-            stdout.print(
-                "Download missing and changed ones again with: receiver replay --media REQUEST_ID... "
-                "(and --to, or to all)"
-            )
-    if damaged:
+        _print_findings(found)
+    if found["damaged"]:
         raise typer.Exit(1)
+
+
+def _print_findings(found: Mapping[str, Any]) -> None:
+    damaged, flagged = found["damaged"], found["flagged"]
+    for row in damaged:
+        why = f": {row['error']}" if row["error"] else ""
+        print_line(f"{row['finding']:<10} {row['uri']} of {row['request_id']}{why}")
+    for row in flagged:
+        print_line(f"{'flagged':<10} {row['uri']} of {row['request_id']}: {row['warning']}")
+    warned = f" ({len(flagged)} with a warning)" if flagged else ""
+    stdout.print(f"{found['intact']} intact{warned}, {len(damaged)} damaged")
+    if damaged:
+        stdout.print(
+            "Download damaged ones again with: receiver replay --media REQUEST_ID... (and --to, or to all)"
+        )
+    if flagged:
+        stdout.print("Download flagged ones again with: receiver replay --media --force REQUEST_ID...")
 
 
 @media.command()
@@ -95,7 +110,9 @@ def link(
             raise ReceiverError(f"there is no event with the id or request_id {key!r}")
         storage = open_storage(settings.storage_url.get_secret_value())
         try:
-            return [await _link(storage, row, hours * 3600) for row in event["media"] if row["uri"]]
+            return [
+                await _link(storage, row, hours * 3600) for row in event["media"] if row["state"] == "stored"
+            ]
         finally:
             await storage.close()
 

@@ -57,7 +57,10 @@ def replay(
         list[str] | None, typer.Option(help="Send to this destination only. Repeatable. Default: to all.")
     ] = None,
     media: Annotated[
-        bool, typer.Option("--media", help="Download again what is missing or lost its checksum.")
+        bool, typer.Option("--media", help="Download again what is missing, changed or no media.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="With --media: download again what is intact, too.")
     ] = False,
     rate: Annotated[float | None, typer.Option(help="Events per second at most.")] = None,
     reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
@@ -101,6 +104,7 @@ def replay(
             "all": everything,
             **({"to": tuple(to)} if to else {}),
             "media": media,
+            "force": force,
             "rate": rate,
             "reason": reason,
         }

@@ -186,7 +186,7 @@ async def list_deliveries(
 
 
 async def count_stored(connection: AsyncConnection, *, since: datetime | None) -> int:
-    """Return how many files are stored."""
+    """Return how many files are stored, pages in place of a file included."""
     statement = select(func.count()).select_from(media).where(*_stored(since))
     return int((await connection.execute(statement)).scalar_one())
 
@@ -194,11 +194,11 @@ async def count_stored(connection: AsyncConnection, *, since: datetime | None) -
 async def list_stored(
     connection: AsyncConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
 ) -> list[Row]:
-    """Return stored files in order of their ids, each with its event's `request_id`."""
+    """Return what `count_stored` counts in order of the ids, each with its event's `request_id`."""
     where = _stored(since)
     if after is not None:
         where.append(media.c.id > after)
-    columns = [media.c[name] for name in ("id", "storage_key", "uri", "size", "sha256")]
+    columns = [media.c[name] for name in ("id", "kind", "storage_key", "uri", "size", "sha256", "warning")]
     statement = (
         select(*columns, events.c.request_id)
         .join(events, media.c.event_seq == events.c.seq)
@@ -210,7 +210,7 @@ async def list_stored(
 
 
 def _stored(since: datetime | None) -> list[ColumnElement[bool]]:
-    where = [media.c.state == "stored"]
+    where: list[ColumnElement[bool]] = [media.c.state.in_(("stored", "not_media"))]
     if since is not None:
         where.append(media.c.finished_at >= since)
     return where

@@ -7,7 +7,19 @@ from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Insert, exists, func, insert, literal, or_, select, union_all, update
+from sqlalchemy import (
+    ColumnElement,
+    Insert,
+    case,
+    exists,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -210,7 +222,14 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
     rows = await connection.execute(
         update(media)
         .where(media.c.event_seq == event_seq, media.c.state == "pending")
-        .values(state="gone", error=reason, lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+        .values(
+            # A file that was intact before it was to be downloaded again still is.
+            state=case((media.c.storage_key.is_not(None), "stored"), else_="gone"),
+            error=case((media.c.storage_key.is_(None), reason)),
+            lease=None,
+            next_attempt_at=None,
+            finished_at=db_time(0.0),
+        )
         .returning(media.c.id)
     )
     ids = list(rows.scalars())

@@ -1,7 +1,7 @@
 """SQL of replays: orders to send stored events again."""
 
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -142,8 +142,35 @@ async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> lis
     return [(claim, found[claim.id]) for claim in claims]
 
 
-async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.UUID]) -> list[int]:
-    """Have files downloaded again, and their events wait for them; return the event's `seq` of each file."""
+_OF_FILE: Final = ("size", "sha256", "content_type", "storage_key", "uri", "warning", "seen_sha256")
+
+
+async def restart_media(
+    connection: AsyncConnection, media_ids: Collection[uuid.UUID], *, intact: Collection[uuid.UUID] = ()
+) -> list[int]:
+    """Have files downloaded again, and their events wait for them; return the event's `seq` of each file.
+
+    The records of those that are `intact` are kept until the download succeeds: if it fails, they hold again.
+    """
+    seqs = await _restart_media(connection, media_ids, **dict.fromkeys(_OF_FILE))
+    if intact:
+        # The same body again is what the server has, even if something contradicts it.
+        seqs += await _restart_media(connection, intact, seen_sha256=media.c.sha256)
+    await connection.execute(
+        update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
+    )
+    return seqs
+
+
+async def change_urls(connection: AsyncConnection, urls: Mapping[uuid.UUID, str]) -> None:
+    """Give files other URLs, by their ids."""
+    for media_id, url in urls.items():
+        await connection.execute(update(media).where(media.c.id == media_id).values(url=url))
+
+
+async def _restart_media(
+    connection: AsyncConnection, media_ids: Collection[uuid.UUID], **values: Any
+) -> list[int]:
     # One parameter for all of them: 100 events may have more files than a statement may have parameters.
     restarted = await connection.execute(
         update(media)
@@ -157,18 +184,12 @@ async def restart_media(connection: AsyncConnection, media_ids: Collection[uuid.
             finished_at=None,
             next_attempt_at=db_time(0.0),
             restarted_at=db_time(0.0),
-            **dict.fromkeys(
-                ("size", "sha256", "content_type", "storage_key", "uri", "warning", "seen_sha256")
-            ),
+            **values,
         )
         .returning(media.c.event_seq),
         {"ids": media_ids},
     )
-    seqs = list(restarted.scalars())
-    await connection.execute(
-        update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
-    )
-    return seqs
+    return list(restarted.scalars())
 
 
 async def advance(
@@ -280,6 +301,7 @@ _SHOWN = (
     "selection",
     "destinations",
     "media",
+    "force",
     "rate",
     "matched",
     "handled",

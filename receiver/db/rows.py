@@ -303,6 +303,8 @@ class NewReplay:
     media: bool
     rate: float | None
     """Events per second at most."""
+    force: bool = False
+    """Whether intact files are downloaded again, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,6 +315,7 @@ class ReplayOrder:
     selection: dict[str, Any]
     destinations: list[str]
     media: bool
+    force: bool
     rate: float | None
     after_seq: int
     until_seq: int

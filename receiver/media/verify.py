@@ -7,9 +7,11 @@ from typing import Literal
 import structlog
 
 from receiver.errors import StorageUnavailable
+from receiver.media.filetypes import SNIFF_BYTES, is_page
 from receiver.media.storage import Storage
+from receiver.outputs import Kind
 
-Finding = Literal["intact", "missing", "changed", "unreadable"]
+Finding = Literal["intact", "missing", "changed", "unreadable", "not_media"]
 
 log = structlog.get_logger()
 
@@ -22,6 +24,7 @@ async def verify(
     storage: Storage,
     key: str,
     *,
+    kind: Kind,
     size: int,
     sha256: str,
     on_unreadable: Callable[[str, StorageUnavailable], None] = _log,
@@ -29,13 +32,17 @@ async def verify(
     """Read a file and compare it with its record.
 
     A file is `unreadable` if it alone cannot be read, such as an object that was moved to an archive;
-    `on_unreadable` is told why. Raises StorageUnavailable if the storage takes no other file either.
+    `on_unreadable` is told why. An unchanged file is `not_media` if it is a page that came in place of an
+    image, a video or audio: releases before 0010 took it for the file. Raises StorageUnavailable if the
+    storage takes no other file either.
     """
     digest = hashlib.sha256()
     length = 0
+    head = b""
     try:
         async for block in storage.open(key):
             digest.update(block)
+            head += block[: SNIFF_BYTES - len(head)]
             length += len(block)
     except FileNotFoundError:
         return "missing"
@@ -43,4 +50,6 @@ async def verify(
         await storage.check()
         on_unreadable(key, error)
         return "unreadable"
-    return "intact" if length == size and digest.hexdigest() == sha256 else "changed"
+    if length != size or digest.hexdigest() != sha256:
+        return "changed"
+    return "not_media" if kind != "file" and is_page(head) else "intact"

@@ -350,6 +350,7 @@ async def test_a_replay_is_ordered_by_filter(site: Site) -> None:
         "rate": 50,
         "reason": "the shop lost its disk",
         "media": False,
+        "force": False,
     }
     counted = await site.post("/v1/replays", order | {"dry_run": True})
     assert (counted.status_code, counted.json()) == (200, {"events": 1, "deliveries": {"main": 1}})

@@ -1,6 +1,7 @@
 """What the commands of replays, deliveries, routes and stored files say, on both databases."""
 
 import asyncio
+import hashlib
 import json
 import re
 import sys
@@ -352,6 +353,35 @@ async def test_retrying_everything_comes_to_an_end(
 
     monkeypatch.setattr(outbox, "restart", refused_at_once)
     assert await commands.run("deliveries", "retry", "--all") == "main: 7 restarted\n"
+
+
+async def test_flagged_files_and_pages_are_told_of(commands: Commands) -> None:
+    """D11: a file with a warning is intact and listed; a page in place of a file is damaged."""
+    world = commands.world
+    for number in range(3):
+        await world.add(with_files(commands.cdn, f"r-{number}", f"/sandbox/{number}.png"))
+    async with world.working():
+        await world.until_states(media, stored=3)
+    rows = await world.rows(media)
+    paths = [Path(row["uri"].removeprefix("file://")) for row in rows]
+    page = b"<html>Please wait</html>"
+    paths[0].write_bytes(page)
+    digest = hashlib.sha256(page).hexdigest()
+    await world.change(media, media.c.id == rows[0]["id"], size=len(page), sha256=digest)
+    await world.change(media, media.c.id == rows[1]["id"], warning="it ends early")
+    said = await commands.try_("media", "verify")
+    assert said.status == 1
+    assert said.out.splitlines()[:3] == [
+        f"not_media  file://{paths[0]} of r-0",
+        f"flagged    file://{paths[1]} of r-1: it ends early",
+        "2 intact (1 with a warning), 1 damaged",
+    ]
+    found = json.loads((await commands.try_("media", "verify", "--json")).out)
+    assert [row["warning"] for row in found["flagged"]] == ["it ends early"]
+    assert "force needs media" in await commands.error("replay", "--all", "--force")
+    async with world.working():
+        assert "3 files downloaded again" in await commands.run("replay", "--all", "--media", "--force")
+    assert await commands.run("media", "verify") == "3 intact, 0 damaged\n"
 
 
 async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:

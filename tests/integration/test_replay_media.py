@@ -329,7 +329,8 @@ async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
     path, content = path_of(row), path_of(row).read_bytes()
 
     async def finding() -> str:
-        return await verify(world.storage, row["storage_key"], size=row["size"], sha256=row["sha256"])
+        expected = {name: row[name] for name in ("kind", "size", "sha256")}
+        return await verify(world.storage, row["storage_key"], **expected)
 
     assert await finding() == "intact"
     for damaged in (b"", content[:-1], content + b"\x00", bytes([content[0] ^ 1]) + content[1:]):
@@ -551,7 +552,8 @@ async def test_a_fresh_url_that_cannot_be_asked_for_yet_costs_no_try(world: Worl
     assert await world.states(media) == {"stored": 1}
     (row,) = await world.rows(media)
     assert (row["attempts"], asked) == (2, 6)
-    await world.change(media, state="pending", url=f"{clipia}{ABSENT}", created_at=db_time(-3 * 86_400.0))
+    absent = {"url": f"{clipia}{ABSENT}", "storage_key": None}
+    await world.change(media, state="pending", created_at=db_time(-3 * 86_400.0), **absent)
     asked = 0
     await world.change(media, next_attempt_at=db_time(0.0), attempts=2)
     (work,) = await lane.claim(1)

@@ -1,0 +1,197 @@
+"""Replays that download again what is no media, what is intact, and what was skipped."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from eventkit import World, opened, with_files
+from mediakit import PNG, SAMPLES, response, site, stored_files
+from pydantic import ValidationError
+
+from receiver.db.clock import db_time
+from receiver.db.engine import Database
+from receiver.db.tables import events, media, replays
+from receiver.media import MediaHosts
+from receiver.media.verify import verify
+from receiver.outputs import FileRules
+from receiver.replay import ReplayRequest
+
+# Nothing here differs between the databases.
+pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+
+PAGE = response(b"<html><body>Please wait</body></html>")
+OTHER = SAMPLES["image/gif"].data
+
+
+class Cdn:
+    """Answers each request with what `answer` is at that time."""
+
+    def __init__(self, answer: bytes) -> None:
+        self.answer = answer
+        self.requests: list[bytes] = []
+
+    async def respond(self, request: bytes, writer: asyncio.StreamWriter) -> None:
+        """Answer."""
+        self.requests.append(request.split(b" ")[1])
+        writer.write(self.answer)
+
+
+@asynccontextmanager
+async def fetched(database: Database, folder: Path, cdn: Cdn) -> AsyncIterator[World]:
+    """Have an event with one image, and that image fetched."""
+    async with site(cdn.respond) as server, opened(database, folder, server.origin) as world:
+        world.add_destination("main")
+        await world.add(with_files(server.origin, "r-1", "/a.png"))
+        await world.fan_out()
+        await run_downloads(world)
+        yield world
+
+
+async def run_downloads(world: World) -> dict[str, Any]:
+    """Make a try at every file that is due, and return the first one's row."""
+    await world.change(media, media.c.state == "pending", next_attempt_at=db_time(0.0))
+    for work in await world.media_lane().claim(10):
+        await work.run()
+    return (await world.rows(media))[0]
+
+
+async def replay(world: World, **values: Any) -> int:
+    """Order a replay with `media` and make its first step; return how many files it downloads again."""
+    order = await world.order(media=True, **values)
+    for work in await world.replay_lane().claim(10):
+        await work.run()
+    (row,) = await world.rows(replays, replays.c.id == order["id"])
+    return int(row["downloads"])
+
+
+async def finding(world: World, row: dict[str, Any]) -> str:
+    """Return what `media verify` finds."""
+    expected = {name: row[name] for name in ("kind", "size", "sha256")}
+    return await verify(world.storage, row["storage_key"], **expected)
+
+
+@pytest.mark.parametrize("state", ["not_media", "stored"])
+async def test_pages_are_downloaded_again(state: str, database: Database, tmp_path: Path) -> None:
+    """D15: a page that was kept, by this release or as a file by one before, is found and replaced."""
+    cdn = Cdn(PAGE)
+    async with fetched(database, tmp_path, cdn) as world:
+        await world.change(media, created_at=db_time(-3601.0))
+        row = await run_downloads(world)
+        assert row["state"] == "not_media"
+        await world.change(media, state=state, error=None)
+        assert await finding(world, row) == "not_media"
+        cdn.answer = response(PNG)
+        assert await replay(world) == 1
+        row = await run_downloads(world)
+        assert (row["state"], row["content_type"], row["error"]) == ("stored", "image/png", None)
+        assert await finding(world, row) == "intact"
+
+
+async def test_intact_files_are_downloaded_again_with_force_only(database: Database, tmp_path: Path) -> None:
+    """D11: a file that is what it should be is fetched anew if somebody insists, and then replaced."""
+    cdn = Cdn(response(PNG))
+    async with fetched(database, tmp_path, cdn) as world:
+        before = (await world.rows(media))[0]
+        cdn.answer = response(OTHER)
+        assert await replay(world) == 0
+        assert await world.rows(media) == [before]
+        assert await replay(world, force=True) == 1
+        assert await world.states(events) == {"fetching": 1}
+        row = await run_downloads(world)
+        assert (row["state"], row["sha256"], row["warning"]) == (
+            "stored",
+            hashlib.sha256(OTHER).hexdigest(),
+            None,
+        )
+        assert await world.states(events) == {"ready": 1}
+
+
+@pytest.mark.parametrize(
+    "answer", [response(b"", status="404 Not Found"), PAGE, response(OTHER[:-1])], ids=["gone", "page", "cut"]
+)
+async def test_an_intact_file_outlives_a_download_that_fails(
+    answer: bytes, database: Database, tmp_path: Path
+) -> None:
+    """D11: if the CDN has it no more, a page comes or only a doubtful body, the file that is there stays."""
+    cdn = Cdn(response(PNG))
+    async with fetched(database, tmp_path / "media", cdn) as world:
+        before = (await world.rows(media))[0]
+        cdn.answer = answer
+        await replay(world, force=True)
+        row = await run_downloads(world)
+        assert (row["state"], row["uri"]) == ("pending", before["uri"])
+        await world.change(media, attempts=5, restarted_at=db_time(-4000.0), seen_sha256=None)
+        row = await run_downloads(world)
+        assert (row["state"], row["error"]) == ("stored", None)
+        assert row["warning"].startswith("not downloaded again: ")
+        assert {row[name] == before[name] for name in ("uri", "sha256", "size", "content_type")} == {True}
+        assert await finding(world, row) == "intact"
+        assert await world.states(events) == {"ready": 1}
+    assert list(stored_files(tmp_path / "media").values()) == [PNG]
+
+
+async def test_a_flagged_file_that_comes_again_needs_one_download(database: Database, tmp_path: Path) -> None:
+    """D9: what is stored was seen already: the same blemish again is not asked for a second time."""
+    cdn = Cdn(response(OTHER[:-1]))
+    async with fetched(database, tmp_path, cdn) as world:
+        row = await run_downloads(world)
+        assert (row["state"], bool(row["warning"])) == ("stored", True)
+        assert await replay(world) == 0
+        await replay(world, force=True)
+        assert (await run_downloads(world))["state"] == "stored"
+        assert len(cdn.requests) == 3
+        cdn.answer = response(OTHER)
+        await replay(world, force=True)
+        row = await run_downloads(world)
+        assert (row["state"], row["warning"], row["size"]) == ("stored", None, len(OTHER))
+
+
+async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
+    database: Database, tmp_path: Path
+) -> None:
+    """B10: a replay with `media` fetches what was skipped only if it would not be skipped any more."""
+    cdn = Cdn(response(PNG))
+    long = "/" + "x" * 300
+    async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
+        world.add_destination("main")
+        foreign = FileRules(refuse=MediaHosts.parse(["media.clipia.ai"]).refuse, max_url_length=256)
+        world.rules = foreign
+        await world.add(with_files(server.origin, "r-1", "/a.png", long))
+        await world.fan_out()
+        assert await world.states(media) == {"skipped": 2}
+        # Releases before 0010 did not record the field.
+        await world.change(media, media.c.position == 0, field=None)
+        assert await replay(world, force=True) == 0
+        assert await world.states(media) == {"skipped": 2}
+        world.rules = FileRules(refuse=MediaHosts.parse([server.origin]).refuse)
+        assert await replay(world) == 2
+        await run_downloads(world)
+        assert await world.states(media) == {"stored": 2}
+        assert sorted(cdn.requests) == [b"/a.png", long.encode()]
+
+
+def test_force_needs_media(database_url: str) -> None:  # noqa: ARG001 - the module's parameter
+    """E12: `force` alone would do nothing, and is refused."""
+    with pytest.raises(ValidationError, match="force needs media"):
+        ReplayRequest(all=True, force=True)
+
+
+async def test_an_orders_fingerprint_is_that_of_the_release_before(
+    database: Database, tmp_path: Path
+) -> None:
+    """E12: a key that stands for an order of the release before stands for the same one now."""
+    async with opened(database, tmp_path) as world:
+        world.add_destination("main")
+        await world.order(key="k")
+        await world.order(key="k", force=False)
+        (row,) = await world.rows(replays)
+    content = ReplayRequest(all=True).model_dump(mode="json", exclude={"force"})
+    assert row["force"] is False
+    assert (
+        row["fingerprint"] == hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest()
+    )
