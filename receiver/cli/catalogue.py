@@ -71,7 +71,7 @@ def account(json: Json = False) -> None:
     limits, ledger = found["limits"], found["ledger_30d"]
     usage = found.get("usage_30d") or {}
     lines = {
-        "account": found.get("account_id"),
+        "account": found.get("account_id") or "unknown",
         "balance": amount((found.get("balance") or {}).get("credits"), "credits"),
         "Clipia, 30 days": f"{amount(usage.get('requests'), 'requests')}, "
         f"{amount(usage.get('credits_spent'), 'credits')} spent",
@@ -88,7 +88,7 @@ def account(json: Json = False) -> None:
     if limits["paused"]:
         lines["paused"] = f"Clipia refuses the account ({describe_error(limits['paused'])})"
     if limits["refused_jobs"]:
-        lines["refused"] = f"{limits['refused_jobs']} jobs that Clipia refuses for now; others are submitted"
+        lines["refused for now"] = f"{limits['refused_jobs']} jobs; others are submitted"
     for name, value in lines.items():
         print_line(f"{name + ':':<21}{value}")
 
@@ -99,7 +99,8 @@ def _print_models(found: list[dict[str, Any]]) -> None:
         table.add_column(name, no_wrap=True)
     for model in found:
         name, kind = _named(model)
-        table.add_row(*(Text(str(each)) for each in (name, kind, _price(model), model.get("name"))))
+        facts = (name, kind, _price(model), model.get("name"))
+        table.add_row(*(Text("-" if each is None else str(each)) for each in facts))
     wide.print(table)
 
 

@@ -15,7 +15,7 @@ from receiver.cli.submit import describe_error
 from receiver.cli.terminal import amount, moment, stdout
 from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia import Call, open_client
-from receiver.db import arrivals, freezes, migrate, outbox, workers
+from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.masking import mask_errors
@@ -29,8 +29,8 @@ from receiver.lanes import FAN_OUT_LANE, destination_lane
 from receiver.media import MediaHosts, open_storage, open_tls
 from receiver.routing import describe
 from receiver.settings import Settings, unknown_variables
-from receiver.submitter import Submitter
 from receiver.submitter.job import read_error
+from receiver.submitter.standing import read_standing
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 
@@ -86,7 +86,7 @@ class _Check:
             self._say("ok", "public URL", f"Clipia reaches the callback as {url}")
         async with self._step("Clipia"):
             await self._check_clipia(settings)
-        if self._has_jobs and settings.clipia_key is not None:
+        if self._has_jobs:
             async with self._step("jobs"):
                 await self._check_jobs(settings)
         return not self._failed
@@ -166,18 +166,33 @@ class _Check:
         database = Database(settings.database_url.get_secret_value())
 
         async def ask() -> None:
-            submitter = Submitter.configured(settings, database)
-            standing = await submitter.standing()
-            await submitter.close()
-            if standing.pause is not None:
-                said = describe_error(read_error(standing.pause) or {})
-                self._say("warning", "jobs", f"paused: Clipia refuses the account ({said})")
-            if standing.refused_jobs:
+            client = open_client(settings)
+            account = None if client is None else client.account
+            async with database.read() as connection:
+                unserved = await jobs.count_unserved(connection, account)
+                standing = None if account is None else await read_standing(connection, account)
+            if client is not None:
+                await client.close()
+            if unserved:
+                key = (
+                    "CLIPIA_KEY"
+                    if account is None
+                    else "a key of the other kind (clipia_test_, clipia_live_)"
+                )
                 self._say(
                     "warning",
                     "jobs",
-                    f"{standing.refused_jobs} wait because Clipia refuses them for now (402, 403): "
-                    "`receiver jobs list --state pending` shows them",
+                    f"open and waiting for {key}: {unserved}; `receiver jobs cancel` ends one",
+                )
+            if standing is not None and standing.pause is not None:
+                said = describe_error(read_error(standing.pause) or {})
+                self._say("warning", "jobs", f"paused: Clipia refuses the account ({said})")
+            if standing is not None and standing.refused_jobs:
+                self._say(
+                    "warning",
+                    "jobs",
+                    f"refused by Clipia for now (402, 403): {standing.refused_jobs}; `receiver jobs list "
+                    "--state pending` shows them",
                 )
 
         await _and_close(ask, database.close)

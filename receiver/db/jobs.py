@@ -13,6 +13,7 @@ from sqlalchemy import (
     case,
     false,
     func,
+    not_,
     or_,
     select,
     text,
@@ -355,6 +356,18 @@ async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, 
             ),
         )
     )
+
+
+async def count_unserved(connection: AsyncConnection, account: str | None) -> int:
+    """Return how many open jobs wait for another account's key, or for any if there is none here."""
+    found = 0
+    # One by one, because each state has an index of its own.
+    for state in ("pending", "submitted"):
+        statement = select(func.count()).select_from(jobs).where(in_state(jobs, state))
+        if account is not None:
+            statement = statement.where(or_(jobs.c.account.is_(None), not_(same_environment(account))))
+        found += (await connection.execute(statement)).scalar_one()
+    return found
 
 
 async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:

@@ -42,6 +42,18 @@ _MAYBE_PAID: Final = ("idempotency_key_reuse", UNUSABLE_ID)
 log = structlog.get_logger()
 
 
+Change = Callable[[Limits, float, InFlight], Limits]
+"""Returns what is known of an account's limits after an answer."""
+
+
+def _unchanged(limits: Limits, _now: float, _used: InFlight) -> Limits:
+    return limits
+
+
+def _looked_at(limits: Limits, now: float, _used: InFlight) -> Limits:
+    return limits.resumed(now)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Try:
     """One call: the job, when it was claimed, and the record to be made."""
@@ -228,7 +240,8 @@ class SubmitLane(WorkLane):
         """End a job that Clipia refuses for good."""
         # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
         maybe_paid |= this.submission.sent_for is not None
-        await self._stop(this, error, state="unsure" if maybe_paid else "failed", call=call)
+        state: JobState = "unsure" if maybe_paid else "failed"
+        await self._stop(this, error, state=state, call=call, change=_looked_at)
 
     async def _rest(self, this: _Try, error: RefusedForNow, call: Call) -> None:
         """Put a job back that Clipia refuses for now, or end it; other jobs go on."""
@@ -276,8 +289,16 @@ class SubmitLane(WorkLane):
                 retry_in=delay,
             )
 
-    async def _stop(self, this: _Try, error: Refused, *, state: JobState, call: Call | None = None) -> None:
-        """End a job without a result."""
+    async def _stop(
+        self,
+        this: _Try,
+        error: Refused,
+        *,
+        state: JobState,
+        call: Call | None = None,
+        change: Change = _unchanged,
+    ) -> None:
+        """End a job without a result; `call` and `change` tell what its last answer says of the account."""
         text = error_text(error.code, str(error), type_=error.type, status=error.status)
         attempt = this.record("failed", text)
 
@@ -295,7 +316,7 @@ class SubmitLane(WorkLane):
             if held:
                 await leases.record_attempt(connection, this.claim.id, attempt)
             if call is not None:
-                await self._learn(connection, call, _looked_at)
+                await self._learn(connection, call, change)
             return held
 
         if await self._record(this.claim, write):
@@ -345,21 +366,12 @@ class SubmitLane(WorkLane):
                 retry_in=delay,
             )
 
-    async def _learn(
-        self,
-        connection: AsyncConnection,
-        call: Call,
-        change: Callable[[Limits, float, InFlight], Limits] = lambda limits, _now, _used: limits,
-    ) -> None:
+    async def _learn(self, connection: AsyncConnection, call: Call, change: Change) -> None:
         """Keep what an answer says about the account's limits."""
         used = await jobs.in_flight(connection, self._client.account)
         await accounts.learn(
             connection, self._client.account, call.headers, lambda limits, now: change(limits, now, used)
         )
-
-
-def _looked_at(limits: Limits, now: float, _used: InFlight) -> Limits:
-    return limits.resumed(now)
 
 
 def _after_failure(

@@ -389,8 +389,8 @@ class Submitter:
         if job.state == "failed" and job.request_id is None:
             error = job.error or {}
             raise Refused(
-                error.get("message", "Clipia refused the job."),
-                code=error.get("code", "invalid_request"),
+                error.get("message") or "Clipia refused the job.",
+                code=error.get("code") or "invalid_request",
                 status=error.get("status", 400),
                 type_=error.get("type", "invalid_request_error"),
                 job_id=str(job_id),

@@ -242,6 +242,19 @@ async def test_a_probe_that_clipia_looks_at_ends_the_pause(
     assert await states(odd_world, MODEL) == ["submitted"]
 
 
+@pytest.mark.parametrize("said", [refused(503, "service_unavailable"), answer(403, b"<html>"), b""])
+async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: OddClipia, said: bytes) -> None:
+    """F6: an outage, a firewall or no answer says nothing of the account: the next probe comes later."""
+    odd.script = [refused(401, "invalid_api_key"), said]
+    submitter = odd_world.submitter()
+    for model in (MODEL, DEAR):
+        await submitter.submit(model, PROMPT)
+    assert await odd_world.retry(submitter) == 1
+    assert await submitter.paused()
+    await odd_world.set(jobs, next_attempt_at=db_time(-1.0))
+    assert await odd_world.turn(submitter.lane) == 0
+
+
 MODELS = (MODEL, DEAR, "suno-music")
 
 
