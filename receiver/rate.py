@@ -13,8 +13,8 @@ class TokenBucket:
     def __init__(self, rate: float) -> None:
         self._rate = rate
         self._size = self._tokens = max(1.0, rate * BURST)
-        # Half of the bucket, so that a fast lane does not claim row by row.
-        self._least = max(1.0, self._size / 2)
+        # A quarter of the bucket, so that a fast lane does not claim row by row.
+        self._least = max(1.0, self._size / 4)
         self._filled_at: float | None = None
 
     def room(self, now: float) -> int:
