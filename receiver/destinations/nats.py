@@ -147,6 +147,7 @@ class _Connection(Connection):
         self._inbox = self._client.new_inbox()
         self._numbers = count()
         self._answers: dict[str, asyncio.Future[Msg | PublishFailed]] = {}
+        self._began = False
         self._connected = False
         self._first_error: Exception | None = None
         self._lost: PublishFailed | None = None
@@ -222,6 +223,9 @@ class _Connection(Connection):
     async def close(self) -> None:
         """Cut the connection and end the client's tasks."""
         self._lose(PublishFailed(f"{self._place.shown}: the connection was closed", reason="connection"))
+        if not self._began:
+            # The client's `close` fails for one that was never asked to connect.
+            return
         self._client.abort()
         with contextlib.suppress(OSError, RuntimeError, nats.errors.Error):
             async with asyncio.timeout(CLOSE_TIMEOUT):
@@ -232,6 +236,7 @@ class _Connection(Connection):
         identity = self._place.read_identity()
         jwt = identity.jwt if identity else None
         self._client.identify(identity)
+        self._began = True
         await self._client.connect(
             list(self._place.servers),
             name="clipia-receiver",

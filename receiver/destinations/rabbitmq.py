@@ -7,6 +7,7 @@ routing key is the name of a queue. Several nodes of a cluster are separated by 
 
 import asyncio
 import contextlib
+import logging
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
@@ -60,6 +61,11 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
     (ChannelNotFoundEntity, "not_found", "{error}: make it, or have a queue declared with queue= in the URL"),
     (ChannelAccessRefused, "permission", "{error}: grant it, or leave out queue= where the queue is there"),
 )
+
+# Every failure is told in our own words; the library's have a line more for each node that is down.
+_library_log = logging.getLogger("aiormq")
+if _library_log.level == logging.NOTSET:
+    _library_log.setLevel(logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,12 @@
 """NATS logins by file: NKeys, and JWTs of an operator's accounts, with a real server."""
 
+import asyncio
 import base64
 import binascii
+import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -52,6 +54,17 @@ class Key:
         signed = b".".join(part.rstrip(b"=") for part in parts)
         signature = base64.urlsafe_b64encode(self.private.sign(signed)).rstrip(b"=")
         return (signed + b"." + signature).decode()
+
+
+@pytest.fixture(autouse=True)
+async def no_stray_failures() -> AsyncIterator[None]:
+    """Fail the test if the event loop is told of a failure that nobody took."""
+    found: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
+    yield
+    await asyncio.sleep(0)
+    gc.collect()
+    assert found == []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +164,7 @@ async def test_files_of_something_else(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("query", ["creds=a&nkey=b", "creds=", "nkey="])
-def test_one_login_at_most(query: str) -> None:
+async def test_one_login_at_most(query: str) -> None:
     """G8: two logins, or a file without a name, are a mistake in the URL."""
     with pytest.raises(SettingsError, match="with creds=file or nkey=file in place of user and password"):
         open_url(f"nats://127.0.0.1?{PLACE}&{query}")

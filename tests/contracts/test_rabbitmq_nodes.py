@@ -79,7 +79,7 @@ async def test_nodes_that_are_down_or_silent(server: RabbitMq, monkeypatch: pyte
         await channel.queue_delete(queue)
 
 
-async def test_each_node_s_failure_is_told() -> None:
+async def test_each_node_s_failure_is_told(caplog: pytest.LogCaptureFixture) -> None:
     """G8: if no node can be used the failure names each of them, and no password."""
     ports = [free_port(), free_port()]
     hosts = ",".join(f"127.0.0.1:{port}" for port in ports)
@@ -91,6 +91,7 @@ async def test_each_node_s_failure_is_told() -> None:
     for port in ports:
         assert f"amqp://127.0.0.1:{port}: " in str(caught.value)
     assert PASSWORD not in str(caught.value)
+    assert not caplog.records, "the library's own words are a line more for each node"
 
 
 async def test_a_node_that_will_not_do_keeps_no_connection(server: RabbitMq) -> None:
