@@ -9,6 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+from brokers_kafka_sqs import Kafka
 from brokers_redis_nats import Nats, Redis
 from certificates import make_certificate
 from destination_kinds import HttpSink, make_event, open_url
@@ -17,6 +18,7 @@ from kind_rabbitmq import rabbitmq_server
 from servers import Switch
 
 from receiver.destinations import Destination
+from receiver.destinations import kafka as kafka_module
 from receiver.errors import PublishFailed
 
 SILENT = {
@@ -83,16 +85,17 @@ class Fronts:
         """Start the server, if it is not there, and return its URL."""
         return {"amqps": self._amqps, "rediss": self._rediss, "tls": self._tls, "sqs": self._sqs}[kind]()
 
-    def _before(self, port: int) -> int:
+    def before(self, port: int) -> int:
+        """Return the port behind which a server stands."""
         return self._stack.enter_context(Switch(port, tls=self._context)).port
 
     def _amqps(self) -> str:
         server = rabbitmq_server()
-        return server.url(f"?queue={uuid4()}", port=self._before(server.port)).replace("amqp:", "amqps:")
+        return server.url(f"?queue={uuid4()}", port=self.before(server.port)).replace("amqp:", "amqps:")
 
     def _rediss(self) -> str:
         port = self._stack.enter_context(Redis()).port
-        return f"rediss://127.0.0.1:{self._before(port)}/0?stream=events"
+        return f"rediss://127.0.0.1:{self.before(port)}/0?stream=events"
 
     def _tls(self) -> str:
         files = f'cert_file: "{self.server}", key_file: "{self.server}", ca_file: "{self.client}"'
@@ -102,7 +105,7 @@ class Fronts:
     def _sqs(self) -> str:
         server, queue = shared_sqs(), f"events-{uuid4()}"
         server.create_queue(queue)
-        port = self._before(int(server.address.rpartition(":")[2]))
+        port = self.before(int(server.address.rpartition(":")[2]))
         return server.url(queue).partition("?")[0] + f"?endpoint=https://127.0.0.1:{port}"
 
 
@@ -145,6 +148,21 @@ async def test_tls_over_http(tmp_path: Path) -> None:
     assert await outcome(open_url(sink.url, tls={"ca": ca})) != "delivered"
     assert "not trusted" in await outcome(open_url(sink.url, tls={"certificate": certificate}))
     await sink.stop()
+
+
+async def test_tls_of_kafka(fronts: Fronts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E14: a broker behind TLS answers who trusts it and has a client certificate, and nobody else.
+
+    The brokers of the mock cluster advertise addresses without TLS, so that no event can follow.
+    """
+    monkeypatch.setattr(kafka_module, "START_TIMEOUT", 0.5)
+    with Kafka() as cluster:
+        port = fronts.before(int(cluster.address.partition(",")[0].rpartition(":")[2]))
+        url, ca, certificate = f"kafka://127.0.0.1:{port}/events?security=ssl", fronts.server, fronts.client
+        answers = "answers, but does not get ready"
+        assert answers in await outcome(open_url(url, tls={"ca": str(ca), "certificate": str(certificate)}))
+        for tls in ({"ca": str(ca)}, {"certificate": str(certificate)}):
+            assert answers not in await outcome(open_url(url, tls=tls))
 
 
 @pytest.mark.parametrize("asked", ["by the scheme", "by the table"])
