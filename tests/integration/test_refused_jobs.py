@@ -10,6 +10,7 @@ from clipia_kit import (
     PRICE,
     PROMPT,
     OddClipia,
+    Request,
     Sandbox,
     World,
     accepted,
@@ -21,10 +22,11 @@ from clipia_kit import (
 )
 
 from receiver import retry
+from receiver.clipia import clock
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, jobs
 from receiver.limits import REFUSED_SHARE
-from receiver.submitter import Job, Submitter
+from receiver.submitter import Job, Submitter, lane
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -253,6 +255,31 @@ async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: Od
     assert await submitter.paused()
     await odd_world.set(jobs, next_attempt_at=db_time(-1.0))
     assert await odd_world.turn(submitter.lane) == 0
+
+
+async def test_a_job_that_ends_without_an_answer_ends_no_pause(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F4, F6: a probe that is the last try of its job, and is not answered, says nothing of the account."""
+    odd.script = [refused(503, "service_unavailable"), refused(401, "invalid_api_key")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(DEAR, PROMPT)
+    await odd_world.set(jobs, next_attempt_at=db_time(HOUR))
+    await submitter.submit(MODEL, PROMPT)
+    assert await submitter.paused()
+    await odd_world.make_due()
+    await odd_world.set(jobs, where=jobs.c.id != job.id, next_attempt_at=db_time(HOUR))
+    await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_HOLDS))
+    ahead = [0.0]
+    monkeypatch.setattr(lane, "clock", lambda: clock() + ahead[0])
+
+    async def take_long(_request: Request) -> None:
+        ahead[0] = HOUR
+
+    odd.on_submit, odd.script = take_long, [refused(503, "service_unavailable")]
+    assert await odd_world.turn(submitter.lane) == 1
+    assert (await show(submitter, job)).state == "unsure"
+    assert await submitter.paused()
 
 
 MODELS = (MODEL, DEAR, "suno-music")
