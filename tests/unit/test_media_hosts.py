@@ -1,5 +1,8 @@
 """The allow-list of media hosts."""
 
+from types import SimpleNamespace
+
+import httpx
 import pytest
 
 from receiver.errors import MediaBlocked, SettingsError
@@ -71,6 +74,7 @@ def test_refuses_every_other_spelling(url: str, reason: str) -> None:
     with pytest.raises(MediaBlocked) as caught:
         HOSTS.vet(url)
     assert caught.value.reason == reason
+    assert HOSTS.refuse(url) is not None
 
 
 @pytest.mark.parametrize(
@@ -88,6 +92,7 @@ def test_refuses_every_other_spelling(url: str, reason: str) -> None:
 def test_lets_allowed_origins_pass(url: str) -> None:
     """D1: the allowed origins pass, and come out as the library that connects has parsed them."""
     vetted = HOSTS.vet(url)
+    assert HOSTS.refuse(url) is None
     assert (vetted.scheme, vetted.host) in {
         ("https", "media.clipia.ai"),
         ("http", "127.0.0.1"),
@@ -111,6 +116,27 @@ def test_odd_letters_are_encoded(url: str, target: bytes) -> None:
     """D1: blanks, bare percent signs and non-ASCII letters are encoded; a fragment is not requested."""
     vetted = HOSTS.vet(url)
     assert (vetted.netloc, vetted.raw_path, vetted.fragment) == (b"media.clipia.ai", target, "")
+    assert HOSTS.refuse(url) is None
+
+
+def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """C6: a usual URL of an allowed origin is not parsed at all, and a foreign origin once."""
+    hosts = MediaHosts.parse(["media.clipia.ai", "http://[::1]:9000"])
+    parsed: list[str] = []
+
+    def count(url: str) -> httpx.URL:
+        parsed.append(url)
+        return httpx.URL(url)
+
+    monkeypatch.setattr("receiver.media.hosts.httpx", SimpleNamespace(URL=count, InvalidURL=httpx.InvalidURL))
+    for number in range(1000):
+        assert hosts.refuse(f"https://media.clipia.ai/works/{number}.png?x=%20") is None
+        assert hosts.refuse(f"https://media.clipia.ai:443/works/{number}") is None
+        assert hosts.refuse(f"http://[::1]:9000/works/{number}") is None
+        skip = hosts.refuse(f"https://foreign.example.com/{number}")
+        assert skip is not None
+        assert skip.reason == "host"
+    assert parsed == ["https://foreign.example.com/"]
 
 
 def test_the_message_shows_no_path_or_query() -> None:
