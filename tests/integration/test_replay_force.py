@@ -13,6 +13,7 @@ from eventkit import World, opened, with_files
 from mediakit import PNG, SAMPLES, response, site, stored_files
 from pydantic import ValidationError
 
+from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.tables import events, media, replays
@@ -133,6 +134,19 @@ async def test_an_intact_file_outlives_a_download_that_fails(
         assert await finding(world, row) == "intact"
         assert await world.states(events) == {"ready": 1}
     assert list(stored_files(tmp_path / "media").values()) == [PNG]
+
+
+async def test_giving_up_a_download_leaves_an_intact_file(database: Database, tmp_path: Path) -> None:
+    """D11: `receiver media give-up` ends the download of a file that was wanted again, and not the file."""
+    cdn = Cdn(response(PNG))
+    async with fetched(database, tmp_path, cdn) as world:
+        (before,) = await world.rows(media)
+        await replay(world, force=True)
+        async with world.database.write() as connection:
+            assert await outbox.give_up_media(connection, 1, by="ops") == 1
+        (row,) = await world.rows(media)
+        assert (row["state"], row["error"], row["uri"]) == ("stored", None, before["uri"])
+        assert await world.states(events) == {"ready": 1}
 
 
 async def test_a_flagged_file_that_comes_again_needs_one_download(database: Database, tmp_path: Path) -> None:
