@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, and_, case, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, FromClause, Select, and_, case, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, statement_time
@@ -17,6 +17,9 @@ NOT_CONFIGURED: Final = "destination not configured"
 
 _HALVES: Final = (is_live, is_replayed)
 """Live and replayed deliveries have an index each."""
+
+_SERVES: Final = ("pending", "delivered")
+"""States of a delivery that needs no other one beside it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +62,12 @@ async def count(connection: AsyncConnection, destination: str, *, dead: bool) ->
 
 
 async def count_twins(connection: AsyncConnection, destination: str, to: str, *, dead: bool) -> int:
-    """Return how many of them are of events that `to` has deliveries of already."""
+    """Return how many of them are of events that `to` has got already, or is still tried with."""
     states = ("pending", "dead") if dead else ("pending",)
+    twin, is_twin = _twin(to)
+    serves = exists().where(is_twin, twin.c.state.in_(_SERVES))
     statement = select(func.count()).where(
-        deliveries.c.destination == destination, deliveries.c.state.in_(states), _has_twin(to)
+        deliveries.c.destination == destination, deliveries.c.state.in_(states), serves
     )
     return int((await connection.execute(statement)).scalar_one())
 
@@ -93,17 +98,27 @@ async def move(
 ) -> Taken:
     """Give up to `limit` deliveries to another destination, which has all the time for them that it gives.
 
-    Those of events that it has already, as live ones or of the same replay, are discarded. `waits` is whether
-    it waits for media. Raises IntegrityError if a replay has given it one meanwhile.
+    Those of events that it has got already, or is still tried with, are discarded; live deliveries and those
+    of each replay are apart. `waits` is whether it waits for media. Raises IntegrityError if a replay has
+    given it one meanwhile.
     """
     ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
-    twins = (
-        (await connection.execute(select(deliveries.c.id).where(_chosen(), _has_twin(to)), {"ids": ids}))
-        .scalars()
-        .all()
+    twin, is_twin = _twin(to)
+    # Locked, because `deliveries retry` may take up a dead one at this moment.
+    pairs = (
+        select(deliveries.c.id, twin.c.id.label("twin_id"), twin.c.state)
+        .where(_chosen(), is_twin)
+        .order_by(twin.c.id)
+        .with_for_update(of=twin)
     )
-    await _end(connection, twins, state="canceled", error=f"{to} has this event already; moved by {by}")
-    moved = list(set(ids) - set(twins))
+    twins = (await connection.execute(pairs, {"ids": ids})).all()
+    served = [row.id for row in twins if row.state in _SERVES]
+    await _end(connection, served, state="canceled", error=f"{to} has this event already; moved by {by}")
+    moved = list(set(ids) - set(served))
+    # An event has one delivery to a destination. The one that sent nothing changes places with the moved one,
+    # which is the one that `settle` finds if it is held.
+    ended = [row.twin_id for row in twins if row.state not in _SERVES]
+    await connection.execute(update(deliveries).where(_chosen()).values(destination=""), {"ids": ended})
     held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
     due = db_time(0.0)
     await connection.execute(
@@ -123,7 +138,12 @@ async def move(
         {"ids": moved},
     )
     await note(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
-    return Taken(moved=len(moved), discarded=len(twins))
+    await connection.execute(
+        update(deliveries).where(_chosen()).values(destination=destination), {"ids": ended}
+    )
+    replaced = f"the delivery from {destination} took its place; moved by {by}"
+    await _end(connection, ended, state="canceled", error=replaced)
+    return Taken(moved=len(moved), discarded=len(served))
 
 
 async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
@@ -166,10 +186,12 @@ def _chosen() -> ColumnElement[bool]:
     return among(deliveries.c.id, "ids")
 
 
-def _has_twin(to: str) -> ColumnElement[bool]:
+def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
+    """Return deliveries once more, and the condition that one is to `to` and of the same event."""
     twin = deliveries.alias()
     same_replay = or_(twin.c.replay_id == deliveries.c.replay_id, and_(twin.c.replay_id.is_(None), is_live))
-    return exists().where(twin.c.event_seq == deliveries.c.event_seq, twin.c.destination == to, same_replay)
+    is_twin = and_(twin.c.event_seq == deliveries.c.event_seq, twin.c.destination == to, same_replay)
+    return twin, is_twin
 
 
 async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str, error: str) -> None:

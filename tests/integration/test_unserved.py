@@ -168,6 +168,44 @@ async def test_an_event_that_the_other_one_has_is_not_sent_twice(world: World) -
     assert len(new.replayed(replay["id"])) == 1
 
 
+@pytest.mark.parametrize("ended", ["canceled", "dead"])
+async def test_an_event_that_the_other_one_never_got_is_moved(world: World, ended: str) -> None:
+    """E1: a delivery that was discarded or given up sent nothing: the moved one takes its place."""
+    world.add_destination("old")
+    new = world.add_destination("new")
+    await world.add(plain("r-0"))
+    await world.fan_out()
+    over = {"state": ended, "error": "x", "next_attempt_at": None, "finished_at": db_time(0.0)}
+    await world.change(deliveries, deliveries.c.destination == "new", **over)
+    world.targets = [target for target in world.targets if target.name == "new"]
+    async with world.database.read() as connection:
+        assert await unserved.count_twins(connection, "old", "new", dead=False) == 0
+    assert await move(world, "old", "new") == Taken(moved=1)
+    async with world.working():
+        await world.until_states(deliveries, delivered=1, canceled=1)
+    assert new.subjects == ["r-0"]
+    (over,) = await world.rows(deliveries, deliveries.c.state == "canceled")
+    assert (over["destination"], over["error"]) == (
+        "old",
+        "the delivery from old took its place; moved by ops",
+    )
+    assert over["error"] in {row["error"] for row in await world.rows(attempts)}
+
+
+async def test_an_event_that_the_other_one_has_delivered_is_not_sent_twice(world: World) -> None:
+    """E1: a delivered one counts as well as one that is still tried."""
+    world.add_destination("old")
+    world.add_destination("new")
+    await world.add(plain("r-0"))
+    await world.fan_out()
+    over = {"state": "delivered", "next_attempt_at": None, "finished_at": db_time(0.0)}
+    await world.change(deliveries, deliveries.c.destination == "new", **over)
+    async with world.database.read() as connection:
+        assert await unserved.count_twins(connection, "old", "new", dead=False) == 1
+    assert await move(world, "old", "new") == Taken(discarded=1)
+    assert await world.states(deliveries) == {"delivered": 1, "canceled": 1}
+
+
 async def test_held_deliveries_stay_held_for_a_destination_that_waits(world: World) -> None:
     """E8: moved to one that waits for media they wait on; to one that does not they are due."""
     for waits, due in ((True, False), (False, True)):
