@@ -1,12 +1,14 @@
 """Deliveries to a destination that was removed or renamed: told at start, and given up after three days.
 
-No lane takes them, so without this they would wait for ever, and keep their events from being pruned.
+No lane takes them, so without this they would wait for ever, and keep their events from being pruned. The
+three days begin when a worker first misses the destination, so that there is time to move them.
 """
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Final
 
 import structlog
@@ -21,7 +23,9 @@ from receiver.retry import GIVE_UP_AFTER
 LOOK: Final = 30.0
 """Seconds between two looks."""
 BATCH: Final = 1000
-"""Deliveries that one transaction gives up at most."""
+"""Deliveries that one transaction changes at most."""
+FATE: Final = "each is a dead letter three days after a worker first missed the destination"
+"""How such a delivery ends if nobody does anything, for messages."""
 
 log = structlog.get_logger()
 
@@ -39,10 +43,10 @@ async def giving_up(database: Database, configured: Collection[str]) -> AsyncIte
 
 
 async def _look_again_and_again(database: Database, configured: Collection[str]) -> None:
-    warned: set[str] = set()
+    seen: set[str] = set()
     while True:
         try:
-            await look(database, configured, warned=warned)
+            await look(database, configured, seen=seen)
         except Exception as error:
             expected = isinstance(error, DatabaseUnavailable)
             log.warning(
@@ -53,32 +57,43 @@ async def _look_again_and_again(database: Database, configured: Collection[str])
         await asyncio.sleep(LOOK)
 
 
-async def look(database: Database, configured: Collection[str], *, warned: set[str]) -> None:
-    """Warn of destinations that deliveries wait for in vain, once for each, and give up what is too old."""
+async def look(database: Database, configured: Collection[str], *, seen: set[str]) -> None:
+    """Warn of destinations that deliveries wait for in vain, and give up what has waited too long.
+
+    `seen` remembers the names that deliveries wait for, so that each is told once.
+    """
     async with database.read() as connection:
-        names = await unserved.find_destinations(connection) - set(configured)
-        new = sorted(names - warned)
-        waiting = {name: await unserved.count(connection, name, dead=False) for name in new}
+        names = await unserved.find_destinations(connection)
+        missing = names - set(configured)
+        waiting = {
+            name: await unserved.count(connection, name, dead=False) for name in sorted(missing - seen)
+        }
         lanes = {lane for each in await workers.seen(connection) if each.is_running for lane in each.lanes}
     for name, counts in waiting.items():
         log.warning(
             "deliveries wait for a destination that is not configured",
             destination=name,
             count=counts.get("pending", 0),
-            help="receiver deliveries move or discard; else each is a dead letter after three days",
+            help=f"receiver deliveries move or discard; else {FATE}",
         )
-    warned |= names
+    for name in sorted(names - missing - seen):
+        await _all(database, partial(unserved.find_again, destination=name))
+    seen |= names
     # Another process may have newer settings, and deliver them.
-    for name in sorted(name for name in names if destination_lane(name) not in lanes):
-        await _give_up(database, name)
-
-
-async def _give_up(database: Database, name: str) -> None:
-    while True:
-        async with database.write() as connection:
-            count = await unserved.give_up(connection, name, age=GIVE_UP_AFTER, limit=BATCH)
+    for name in sorted(name for name in missing if destination_lane(name) not in lanes):
+        await _all(database, partial(unserved.miss, destination=name))
+        count = await _all(database, partial(unserved.give_up, destination=name, age=GIVE_UP_AFTER))
         if count:
             DELIVERIES.labels(name, "dead").inc(count)
             log.error("dead letters", destination=name, count=count, error=unserved.NOT_CONFIGURED)
+
+
+async def _all(database: Database, change: Callable[..., Awaitable[int]]) -> int:
+    """Make a change, a batch at a time; return how many deliveries it changed."""
+    total = 0
+    while True:
+        async with database.write() as connection:
+            count = await change(connection, limit=BATCH)
+        total += count
         if count < BATCH:
-            return
+            return total

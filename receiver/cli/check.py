@@ -31,6 +31,7 @@ from receiver.routing import describe
 from receiver.settings import Settings, unknown_variables
 from receiver.submitter.job import read_error
 from receiver.submitter.standing import read_standing
+from receiver.unserved import FATE
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 
@@ -136,8 +137,7 @@ class _Check:
                     "warning",
                     "database",
                     f"{waiting[name].rows} deliveries wait for the destination {name!r}, which is not "
-                    "configured: `receiver deliveries move` or `discard`; else they are dead letters after "
-                    "three days",
+                    f"configured: `receiver deliveries move` or `discard`; else {FATE}",
                 )
             self._check_workers(settings, seen)
             if frozen is not None:

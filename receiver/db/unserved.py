@@ -72,14 +72,34 @@ async def count_twins(connection: AsyncConnection, destination: str, to: str, *,
     return int((await connection.execute(statement)).scalar_one())
 
 
-async def give_up(connection: AsyncConnection, destination: str, *, age: float, limit: int) -> int:
-    """End up to `limit` deliveries that have waited for `age` seconds as dead letters; return how many.
+async def miss(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+    """Begin the time of up to `limit` deliveries whose destination was not missed before; return how many.
 
-    What waits for its media is left: it has its time when that is settled.
+    It is a time of its own: they may be older than it, because their destination's own time was longer. What
+    waits for its media is left: its time begins after that.
     """
-    began = func.coalesce(deliveries.c.restarted_at, deliveries.c.created_at)
+    unnoticed = _free(destination, dead=False).where(
+        deliveries.c.error.is_distinct_from(NOT_CONFIGURED), deliveries.c.next_attempt_at.is_not(None)
+    )
+    return await _change(connection, unnoticed, limit=limit, error=NOT_CONFIGURED, restarted_at=db_time(0.0))
+
+
+async def find_again(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+    """Undo `miss` for up to `limit` deliveries, because the destination is back; return how many."""
+    noticed = select(deliveries.c.id).where(
+        deliveries.c.destination == destination,
+        in_state(deliveries, "pending"),
+        deliveries.c.error == NOT_CONFIGURED,
+    )
+    return await _change(connection, noticed, limit=limit, error=None)
+
+
+async def give_up(connection: AsyncConnection, destination: str, *, age: float, limit: int) -> int:
+    """End up to `limit` deliveries that were missed `age` seconds ago as dead letters; return how many."""
     late = _free(destination, dead=False).where(
-        began <= db_time(-age), deliveries.c.next_attempt_at.is_not(None)
+        deliveries.c.error == NOT_CONFIGURED,
+        deliveries.c.restarted_at <= db_time(-age),
+        deliveries.c.next_attempt_at.is_not(None),
     )
     ids = await _lock(connection, late, limit=limit)
     await _end(connection, ids, state="dead", error=NOT_CONFIGURED)
@@ -180,6 +200,12 @@ async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) 
     statement = which.order_by(deliveries.c.id).limit(limit).with_for_update(skip_locked=True)
     ids: Sequence[UUID] = (await connection.execute(statement)).scalars().all()
     return ids
+
+
+async def _change(connection: AsyncConnection, which: Select[Any], *, limit: int, **values: Any) -> int:
+    ids = await _lock(connection, which, limit=limit)
+    await connection.execute(update(deliveries).where(_chosen()).values(values), {"ids": ids})
+    return len(ids)
 
 
 def _chosen() -> ColumnElement[bool]:

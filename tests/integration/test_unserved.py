@@ -41,10 +41,10 @@ async def test_what_waits_in_vain_is_told_once(world: World) -> None:
     """E4: the log names each destination that deliveries wait for in vain, and says how many."""
     world.add_destination("kept")
     await leave(world, "gone", "renamed", count=3)
-    warned: set[str] = set()
+    seen: set[str] = set()
     with capture_logs() as logs:
         for _ in range(2):
-            await look(world.database, ["kept"], warned=warned)
+            await look(world.database, ["kept"], seen=seen)
     assert [(entry["log_level"], entry["destination"], entry["count"]) for entry in logs] == [
         ("warning", "gone", 3),
         ("warning", "renamed", 3),
@@ -65,19 +65,23 @@ async def test_a_worker_looks_at_its_start(world: World) -> None:
     assert [entry["destination"] for entry in logs] == ["gone"]
 
 
-async def test_it_is_a_dead_letter_after_the_retry_schedule(world: World) -> None:
+async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) -> None:
     """E4: after three days, and not before, the delivery is dead, with the reason on record."""
     await leave(world, "gone")
     young, old = await world.rows(deliveries)
+    await look(world.database, ["other"], seen=set())
     await world.change(
-        deliveries, deliveries.c.id == old["id"], created_at=db_time(-GIVE_UP_AFTER - 1), lease=uuid.uuid4()
+        deliveries,
+        deliveries.c.id == old["id"],
+        restarted_at=db_time(-GIVE_UP_AFTER - 1),
+        lease=uuid.uuid4(),
+        next_attempt_at=db_time(-1.0),
     )
-    await world.change(deliveries, deliveries.c.id == old["id"], next_attempt_at=db_time(-1.0))
-    await world.change(deliveries, deliveries.c.id == young["id"], created_at=db_time(-GIVE_UP_AFTER + 60))
+    await world.change(deliveries, deliveries.c.id == young["id"], restarted_at=db_time(-GIVE_UP_AFTER + 60))
     with capture_logs() as logs:
-        await look(world.database, ["other"], warned={"gone"})
+        await look(world.database, ["other"], seen={"gone"})
     found = {row["id"]: row for row in await world.rows(deliveries)}
-    assert found[young["id"]]["state"] == "pending"
+    assert (found[young["id"]]["state"], found[young["id"]]["error"]) == ("pending", NOT_CONFIGURED)
     assert (found[old["id"]]["state"], found[old["id"]]["error"]) == ("dead", NOT_CONFIGURED)
     assert found[old["id"]]["finished_at"] is not None
     assert [(row["work_id"], row["error"]) for row in await world.rows(attempts)] == [
@@ -86,27 +90,52 @@ async def test_it_is_a_dead_letter_after_the_retry_schedule(world: World) -> Non
     assert [(entry["event"], entry["count"]) for entry in logs] == [("dead letters", 1)]
 
 
+async def test_an_old_delivery_has_three_days_from_when_it_is_missed(world: World) -> None:
+    """E4: its destination's own time may have been longer; a restart does not begin the three days anew."""
+    await leave(world, "gone")
+    one, other = await world.rows(deliveries)
+    await world.change(deliveries, created_at=db_time(-5 * DAY))
+    await world.change(deliveries, deliveries.c.id == other["id"], restarted_at=db_time(-4 * DAY), error="x")
+    await look(world.database, [], seen=set())
+    assert await world.states(deliveries) == {"pending": 2}
+    await world.change(deliveries, deliveries.c.id == one["id"], restarted_at=db_time(-GIVE_UP_AFTER - 1))
+    await look(world.database, [], seen=set())
+    assert await world.states(deliveries) == {"pending": 1, "dead": 1}
+
+
+async def test_a_destination_that_was_back_is_missed_anew(world: World) -> None:
+    """E4: what could not be tried while it was back has three days again after it is gone once more."""
+    await leave(world, "gone", count=1)
+    await look(world.database, [], seen=set())
+    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_AFTER - 1))
+    await look(world.database, ["gone"], seen=set())
+    await look(world.database, [], seen=set())
+    assert await world.states(deliveries) == {"pending": 1}
+
+
 async def test_its_next_try_is_not_waited_for(world: World) -> None:
     """E4: there will be none, so a delivery that is old enough is dead although its next try is not due."""
     await leave(world, "gone", count=1)
-    await world.change(deliveries, created_at=db_time(-GIVE_UP_AFTER - 1), next_attempt_at=db_time(600.0))
-    await look(world.database, [], warned=set())
+    await look(world.database, [], seen=set())
+    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_AFTER - 1), next_attempt_at=db_time(600.0))
+    await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"dead": 1}
 
 
 async def test_what_another_worker_delivers_is_left(world: World) -> None:
     """E4: a process with newer settings may have the destination: old deliveries are its own to give up."""
     await leave(world, "new")
-    await world.change(deliveries, created_at=db_time(-30 * DAY))
+    await look(world.database, [], seen=set())
+    await world.change(deliveries, restarted_at=db_time(-30 * DAY))
     run = {"id": uuid.uuid4(), "host": "h", "pid": 1, "lanes": [destination_lane("new")]}
     async with world.database.write() as connection:
         await connection.execute(
             workers.insert().values(**run, started_at=db_time(0.0), seen_at=db_time(0.0))
         )
-    await look(world.database, [], warned=set())
+    await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
     await world.change(workers, seen_at=db_time(-60.0))
-    await look(world.database, [], warned=set())
+    await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"dead": 2}
 
 
@@ -124,7 +153,7 @@ async def test_a_held_or_claimed_delivery_is_not_given_up(world: World) -> None:
         lease=uuid.uuid4(),
     )
     await world.change(deliveries, created_at=db_time(-30 * DAY))
-    await look(world.database, [], warned=set())
+    await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
 
 
