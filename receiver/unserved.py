@@ -65,15 +65,13 @@ async def look(database: Database, configured: Collection[str], *, seen: set[str
     async with database.read() as connection:
         names = await unserved.find_destinations(connection)
         missing = names - set(configured)
-        waiting = {
-            name: await unserved.count(connection, name, dead=False) for name in sorted(missing - seen)
-        }
+        waiting = {name: await unserved.count_waiting(connection, name) for name in sorted(missing - seen)}
         lanes = {lane for each in await workers.seen(connection) if each.is_running for lane in each.lanes}
-    for name, counts in waiting.items():
+    for name, count in waiting.items():
         log.warning(
             "deliveries wait for a destination that is not configured",
             destination=name,
-            count=counts.get("pending", 0),
+            count=count,
             help=f"receiver deliveries move or discard; else {FATE}",
         )
     for name in sorted(names - missing - seen):

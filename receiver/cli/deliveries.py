@@ -1,6 +1,7 @@
 """`receiver deliveries`: what goes where, and dead letters."""
 
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -144,7 +145,12 @@ def move(
 ) -> None:
     """Give the deliveries of a removed or renamed destination to another one.
 
-    They have all their time and tries again. An event that the other one has already is not sent twice.
+    They have all their time and tries again. An event that the other one has got, or is still tried with, is
+    not sent twice. Replays that are not through go to the other one, too.
+
+    What is not moved is a dead letter three days after a worker first missed the destination: then `--dead`
+    moves it. A delivery that a worker has under way is left, and so is one of a killed worker for a minute at
+    most: it is told, so repeat this.
     """
 
     async def run(settings: Settings, database: Database) -> dict[str, int]:
@@ -154,9 +160,9 @@ def move(
             raise ReceiverError(f"there is no destination {to!r}; configured: {', '.join(known) or 'none'}")
         if dry_run:
             async with database.read() as connection:
-                found = sum((await unserved.count(connection, destination, dead=dead)).values())
-                twins = await unserved.count_twins(connection, destination, to, dead=dead)
-            return {"moved": found - twins, "discarded": twins}
+                found = await unserved.count_free(connection, destination, dead=dead)
+                had = await unserved.count_free(connection, destination, dead=dead, had_by=to)
+            return await _with_rest(database, destination, {"moved": found - had, "discarded": had})
         waits = known[to].when == "media_stored"
         batch = partial(unserved.move, to=to, waits=waits)
         return await _take(database, destination, batch, to=to, dead=dead)
@@ -171,13 +177,21 @@ def discard(
     dry_run: _DryRun = False,
     json: Json = False,
 ) -> None:
-    """End the deliveries of a removed destination as canceled: nothing of them is sent any more."""
+    """End the deliveries of a removed destination as canceled: nothing of them is sent any more.
+
+    Replays that are not through leave it out; one that was for it alone is canceled.
+
+    What is left alone is a dead letter three days after a worker first missed the destination: then `--dead`
+    discards it. A delivery that a worker has under way is left, and so is one of a killed worker for a minute
+    at most: it is told, so repeat this.
+    """
 
     async def run(settings: Settings, database: Database) -> dict[str, int]:
         _require_removed(destination, {each.name for each in settings.all_destinations})
         if dry_run:
             async with database.read() as connection:
-                return {"discarded": sum((await unserved.count(connection, destination, dead=dead)).values())}
+                found = await unserved.count_free(connection, destination, dead=dead)
+            return await _with_rest(database, destination, {"discarded": found})
         return await _take(database, destination, unserved.discard, to=None, dead=dead)
 
     _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
@@ -209,7 +223,19 @@ async def _take(
         batch = await _take_batch(database, partial(take, destination=destination, dead=dead, by=by))
         done += batch
         if batch.moved + batch.discarded < BATCH:
-            return vars(done) | {"replays": replays}
+            return await _with_rest(database, destination, vars(done) | {"replays": replays})
+
+
+async def _with_rest(database: Database, destination: str, done: dict[str, int]) -> dict[str, int]:
+    """Add how many deliveries are left because a worker has claimed them, and say when to come back."""
+    async with database.read() as connection:
+        count, seconds = await unserved.count_under_way(connection, destination)
+    if count:
+        stderr.print(
+            f"{count} to {destination!r} under way: a worker has claimed them, or had when it was killed. "
+            f"Repeat this in {max(1, math.ceil(seconds))} s."
+        )
+    return done | {"under_way": count}
 
 
 async def _take_batch(database: Database, take: Callable[..., Awaitable[Taken]]) -> Taken:
@@ -224,12 +250,15 @@ async def _take_batch(database: Database, take: Callable[..., Awaitable[Taken]])
 def _print_taken(done: dict[str, int], destination: str, *, json: bool, dry_run: bool) -> None:
     if json:
         print_json(done)
-    elif any(done.values()):
-        would = "would be " if dry_run else ""
-        stdout.print(", ".join(f"{count} {would}{name}" for name, count in done.items() if count))
-    else:
+        return
+    would = "would be " if dry_run else ""
+    parts = [f"{count} {would}{name}" for name, count in done.items() if count and name != "under_way"]
+    if parts:
+        stdout.print(", ".join(parts))
+        return
+    if not done["under_way"]:
         stderr.print(f"No delivery to {destination!r} is left to do.")
-        raise typer.Exit(1)
+    raise typer.Exit(1)
 
 
 def _id(text: str) -> UUID:

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, FromClause, Select, and_, case, exists, func, or_, select, update
+from sqlalchemy import ColumnElement, FromClause, Select, and_, case, exists, func, not_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.clock import db_time, statement_time
+from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.lists import among
 from receiver.db.outbox import note
 from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
@@ -50,26 +50,39 @@ async def find_destinations(connection: AsyncConnection) -> set[str]:
     return found
 
 
-async def count(connection: AsyncConnection, destination: str, *, dead: bool) -> dict[str, int]:
-    """Return how many deliveries to a destination are not over, by state."""
-    states = ("pending", "dead") if dead else ("pending",)
-    statement = (
-        select(deliveries.c.state, func.count())
-        .where(deliveries.c.destination == destination, deliveries.c.state.in_(states))
-        .group_by(deliveries.c.state)
-    )
-    return {row[0]: row[1] for row in await connection.execute(statement)}
-
-
-async def count_twins(connection: AsyncConnection, destination: str, to: str, *, dead: bool) -> int:
-    """Return how many of them are of events that `to` has got already, or is still tried with."""
-    states = ("pending", "dead") if dead else ("pending",)
-    twin, is_twin = _twin(to)
-    serves = exists().where(is_twin, twin.c.state.in_(_SERVES))
+async def count_waiting(connection: AsyncConnection, destination: str) -> int:
+    """Return how many deliveries wait for a destination."""
     statement = select(func.count()).where(
-        deliveries.c.destination == destination, deliveries.c.state.in_(states), serves
+        deliveries.c.destination == destination, in_state(deliveries, "pending")
     )
     return int((await connection.execute(statement)).scalar_one())
+
+
+async def count_free(
+    connection: AsyncConnection, destination: str, *, dead: bool, had_by: str | None = None
+) -> int:
+    """Return how many deliveries `move` and `discard` would take.
+
+    With `had_by`, only those of events that this other destination has got already, or is still tried with.
+    """
+    statement = _free(destination, dead=dead)
+    if had_by is not None:
+        twin, is_twin = _twin(had_by)
+        statement = statement.where(exists().where(is_twin, twin.c.state.in_(_SERVES)))
+    counted = select(func.count()).select_from(statement.subquery())
+    return int((await connection.execute(counted)).scalar_one())
+
+
+async def count_under_way(connection: AsyncConnection, destination: str) -> tuple[int, float]:
+    """Return how many deliveries workers have claimed, and the seconds until the last claim ends.
+
+    A worker that was killed has its claims until then.
+    """
+    statement = select(func.count(), seconds_since(func.max(deliveries.c.next_attempt_at))).where(
+        deliveries.c.destination == destination, in_state(deliveries, "pending"), not_(_is_unclaimed())
+    )
+    row = (await connection.execute(statement)).one()
+    return row[0], -(row[1] or 0.0)
 
 
 async def miss(connection: AsyncConnection, destination: str, *, limit: int) -> int:
@@ -187,13 +200,14 @@ async def redirect_replays(connection: AsyncConnection, destination: str, *, to:
 
 def _free(destination: str, *, dead: bool) -> Select[Any]:
     """Select deliveries that no worker is at work on."""
-    is_free: ColumnElement[bool] = and_(
-        in_state(deliveries, "pending"),
-        or_(deliveries.c.lease.is_(None), deliveries.c.next_attempt_at <= statement_time()),
-    )
+    is_free: ColumnElement[bool] = and_(in_state(deliveries, "pending"), _is_unclaimed())
     if dead:
         is_free = or_(is_free, in_state(deliveries, "dead"))
     return select(deliveries.c.id).where(deliveries.c.destination == destination, is_free)
+
+
+def _is_unclaimed() -> ColumnElement[bool]:
+    return or_(deliveries.c.lease.is_(None), deliveries.c.next_attempt_at <= statement_time())
 
 
 async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) -> Sequence[UUID]:

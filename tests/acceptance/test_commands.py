@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import re
 import signal
 import sqlite3
 import subprocess
@@ -175,6 +176,7 @@ def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
         assert json.loads(command("move", "old", "new", "--dry-run", "--json").stdout) == {
             "moved": 2,
             "discarded": 0,
+            "under_way": 0,
         }
         assert command("discard", "old", "--dry-run").stdout == b"2 would be discarded\n"
         assert command("move", "old", "new").stdout == b"2 moved\n"
@@ -184,6 +186,23 @@ def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
         connection.close()
         retried = command("retry", "--destination", "older")
         assert (retried.returncode, b"'older' is not configured" in retried.stderr) == (0, True)
+        with sqlite3.connect(tmp_path / "receiver.db") as connection:
+            connection.execute(
+                "UPDATE deliveries SET state = 'pending', destination = 'killed', lease = '0', "
+                "next_attempt_at = strftime('%Y-%m-%d %H:%M:%f000', 'now', '+50 seconds')"
+            )
+        connection.close()
+        for arguments in (
+            ("discard", "killed"),
+            ("discard", "killed", "--dry-run"),
+            ("move", "killed", "new"),
+        ):
+            left = command(*arguments)
+            assert (left.returncode, left.stdout) == (1, b""), "no worker may hold it, but it is left to do"
+            told_left = b" ".join(left.stderr.split())
+            assert re.fullmatch(rb"2 to 'killed' under way: .* Repeat this in [1-5]?[0-9] s\.", told_left), (
+                told_left
+            )
         again = command("discard", "old")
         assert (again.returncode, again.stderr) == (1, b"No delivery to 'old' is left to do.\n")
 

@@ -208,7 +208,7 @@ async def test_an_event_that_the_other_one_never_got_is_moved(world: World, ende
     await world.change(deliveries, deliveries.c.destination == "new", **over)
     world.targets = [target for target in world.targets if target.name == "new"]
     async with world.database.read() as connection:
-        assert await unserved.count_twins(connection, "old", "new", dead=False) == 0
+        assert await unserved.count_free(connection, "old", dead=False, had_by="new") == 0
     assert await move(world, "old", "new") == Taken(moved=1)
     async with world.working():
         await world.until_states(deliveries, delivered=1, canceled=1)
@@ -230,7 +230,7 @@ async def test_an_event_that_the_other_one_has_delivered_is_not_sent_twice(world
     over = {"state": "delivered", "next_attempt_at": None, "finished_at": db_time(0.0)}
     await world.change(deliveries, deliveries.c.destination == "new", **over)
     async with world.database.read() as connection:
-        assert await unserved.count_twins(connection, "old", "new", dead=False) == 1
+        assert await unserved.count_free(connection, "old", dead=False, had_by="new") == 1
     assert await move(world, "old", "new") == Taken(discarded=1)
     assert await world.states(deliveries) == {"delivered": 1, "canceled": 1}
 
