@@ -401,7 +401,7 @@ async def test_nats(tmp_path: Path) -> None:
         config = ConsumerConfig(durable_name="billing", filter_subject=SUBJECT, ack_wait=2)
         await client.jetstream().add_consumer(NATS_STREAM, config)
         await client.close()
-        with Consumer(tmp_path, "nats:", "python", {"nats.internal:4222": address}) as consumer:
+        with Consumer(tmp_path, "nats: and tls:", "python", {"nats.internal:4222": address}) as consumer:
             await check(consumer, Publisher(destination, drops_retries=True))
 
 
