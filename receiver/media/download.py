@@ -145,13 +145,14 @@ class Downloader:
         target = self._hosts.vet(url)
         max_bytes = self._limits.max_bytes(kind)
         deadline = asyncio.get_running_loop().time() + self._limits.total_seconds
-        async with self._follow(target) as response:
+        async with self._follow(target) as (final, response):
             headers = httpx.Headers(response.headers)
             _judge(response.status, headers, max_bytes)
             body = read_on(
                 response,
                 timely=partial(_timely, limits=self._limits, deadline=deadline),
-                request=partial(self._follow, target),
+                # Not from the start: the redirects may lead to another file by now.
+                request=partial(self._get, final),
                 deadline=deadline,
             )
             async with aclosing(body) as parts:
@@ -191,15 +192,13 @@ class Downloader:
             await self._proxied.aclose()
 
     @asynccontextmanager
-    async def _follow(
-        self, url: httpx.URL, headers: Sequence[tuple[bytes, bytes]] = ()
-    ) -> AsyncIterator[httpcore.Response]:
+    async def _follow(self, url: httpx.URL) -> AsyncIterator[tuple[httpx.URL, httpcore.Response]]:
         """Request `url` and what it redirects to: each URL is vetted and gets a connection of its own."""
         for _ in range(_MAX_REDIRECTS):
-            async with self._get(url, headers) as response:
+            async with self._get(url) as response:
                 location = httpx.Headers(response.headers).get("location")
                 if response.status not in _REDIRECTS or not location:
-                    yield response
+                    yield url, response
                     return
             url = self._vet_redirect(url, location)
         raise MediaUnavailable(f"More than {_MAX_REDIRECTS - 1} redirects in a row", reason="redirect")

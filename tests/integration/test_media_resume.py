@@ -94,6 +94,8 @@ async def test_a_download_goes_on_where_it_stopped(
     "answer",
     [
         cut(1000, None, tag=lambda number: f'"v{number}"'),
+        cut(1000, None, tag=lambda number: None if number else TAG),
+        cut(1000, None, tag=lambda number: f"W/{TAG}" if number else TAG),
         cut(1000, None, ranges=False),
         cut(1000, None, partial="200 OK"),
         cut(1000, None, place="bytes {start}-{last}/9"),
@@ -104,6 +106,8 @@ async def test_a_download_goes_on_where_it_stopped(
     ],
     ids=[
         "other tag",
+        "no tag any more",
+        "weak tag by now",
         "whole again",
         "whole by its status",
         "other size",
@@ -156,6 +160,62 @@ async def test_an_old_date_tells_versions_apart(tmp_path: Path) -> None:
         await save(server, opened)
         assert f"\r\nRange: bytes=1000-\r\nIf-Range: {changed}\r\n".encode() in server.requests[1]
     assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
+async def test_a_part_may_leave_out_the_date(tmp_path: Path) -> None:
+    """D9: a 206 need not repeat the Last-Modified that If-Range has named."""
+    date = "Last-Modified: Sat, 21 Nov 2026 00:01:00 GMT", "Date: Sat, 21 Nov 2026 00:02:00 GMT"
+    whole = cut(1000, None, tag=lambda _number: None, more=date)
+    part = cut(None, tag=lambda _number: None)
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        await (part if b"\r\nRange:" in request else whole)(request, writer)
+
+    async with downloads(answer, tmp_path) as (server, opened):
+        await save(server, opened)
+        assert len(server.requests) == 2
+    assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
+def redirected(*targets: str) -> Answer:
+    """Redirect /a.mp4 to a path of these, one after the other; each but it has a movie that breaks once."""
+    left = list(targets)
+    movies = {path: cut(1000, None) for path in targets}
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        path = request.split()[1].decode()
+        if path == "/a.mp4":
+            writer.write(response(b"", f"Location: {left.pop(0)}", status="302 Found"))
+            return
+        await movies[path](request, writer)
+
+    return answer
+
+
+async def test_a_download_goes_on_where_its_redirects_ended(tmp_path: Path) -> None:
+    """D9: the rest is asked of the URL that sent the beginning; the redirect may name another one by now."""
+    async with downloads(redirected("/1.mp4", "/2.mp4"), tmp_path) as (server, opened):
+        await save(server, opened)
+        assert [request.split()[1] for request in server.requests] == [b"/a.mp4", b"/1.mp4", b"/1.mp4"]
+    assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
+async def test_a_redirect_of_the_rest_is_not_followed(tmp_path: Path) -> None:
+    """D9: if the URL that sent the beginning redirects by now, the download starts over later."""
+    movie = cut(1000, None)
+
+    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
+        if b"\r\nRange:" in request and request.startswith(b"GET /a.mp4"):
+            writer.write(response(b"", "Location: /b.mp4", status="302 Found"))
+            return
+        await movie(request, writer)
+
+    async with downloads(answer, tmp_path) as (server, opened):
+        with pytest.raises(MediaUnavailable) as caught:
+            await save(server, opened)
+        assert caught.value.reason == "truncated"
+        assert len(server.requests) == 2
+    assert stored_files(tmp_path) == {}
 
 
 @pytest.mark.parametrize(
