@@ -27,6 +27,8 @@ _OUR_HEADERS: Final = re.compile(
     r"trailer|upgrade|expect|webhook-(?:id|timestamp|signature)|ce-.*",
     re.IGNORECASE,
 )
+_USER: Final = re.compile(r"https?://[^/?#]*@", re.IGNORECASE)
+"""A URL with a user; an @ may also stand in its path."""
 _OVER_TLS: Final = ("https:", "amqps:", "rediss:", "nats:", "tls:", "kafka:", "sqs:")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
@@ -154,7 +156,7 @@ class DestinationSettings(Table):
             raise ValueError("secret, headers, binary and proxy are for http: and https: alone")
         if self.tls is not None and not url.lower().startswith(_OVER_TLS):
             raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
-        if "@" in url.partition("?")[0] and any(name.lower() == "authorization" for name in self.headers):
+        if _USER.match(url) and any(name.lower() == "authorization" for name in self.headers):
             raise ValueError("the URL has a user already: write either that or the header Authorization")
         hold_url(url)
         hold_url(self.proxy.get_secret_value() if self.proxy else "")

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
-from typing import Final
+from typing import Final, Protocol
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
@@ -55,11 +55,22 @@ _KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
 )
 
 
+class _Opened(Destination, Protocol):
+    """A class of destinations, which settings open."""
+
+    def __init__(self, settings: DestinationSettings) -> None: ...
+
+
 def open_destination(settings: DestinationSettings) -> Destination:
     """Return the destination that the URL's scheme names; nothing is touched before `start`.
 
     Raises SettingsError, which never quotes the URL: it may hold a password.
     """
+    return _load_kind(settings)(settings)
+
+
+def _load_kind(settings: DestinationSettings) -> type[_Opened]:
+    """Return the class of the kind of destination that the URL's scheme names. Raises SettingsError."""
     scheme, colon, _ = settings.url.get_secret_value().partition(":")
     kind = _KINDS.get(scheme.lower()) if colon else None
     if kind is None:
@@ -77,17 +88,17 @@ def open_destination(settings: DestinationSettings) -> Destination:
             f"destination {settings.name!r}: {scheme}: needs the package {error.name}; "
             f"install it with: pip install 'clipia-receiver[{kind.extra}]'"
         ) from None
-    destination: Destination = getattr(module, kind.name)(settings)
-    return destination
+    found: type[_Opened] = getattr(module, kind.name)
+    return found
 
 
 class PatientDestination:
     """A destination whose files cannot be used yet, such as a certificate: each try opens it anew."""
 
-    concurrency = 8
-
     def __init__(self, settings: DestinationSettings) -> None:
         self._settings = settings
+        # Of the kind, because a lane reads it once and keeps it after the files have come.
+        self.concurrency = _load_kind(settings).concurrency
         self._opened: Destination | None = None
 
     async def start(self) -> None:

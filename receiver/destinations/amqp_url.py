@@ -29,6 +29,7 @@ class Place:
     nodes: tuple[Node, ...]
     """Any of them will do; they are tried in this order."""
     shown: str
+    vhost: str
     exchange: str
     routing_key: str
     queue: str
@@ -48,12 +49,14 @@ def read_url(settings: DestinationSettings) -> Place:
         url = split_url(text, port=default, options={"exchange", "queue", "routing_key"})
         exchange, queue, routing_key = _read_names(url.options)
         # The library checks names as it encodes them; one that is too long is a TypeError.
-        spec.Connection.Open(virtual_host=url.path[1:]).marshal()
+        vhost = url.path[1:] or "/"
+        spec.Connection.Open(virtual_host=vhost).marshal()
         spec.Queue.Declare(queue=queue if exchange else routing_key).marshal()
         spec.Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
         return Place(
             nodes=tuple(_node(url, host, port) for host, port in url.hosts),
             shown=f"{url.scheme}://{url.shown}",
+            vhost=vhost,
             exchange=exchange,
             routing_key=routing_key,
             queue=queue,
@@ -69,7 +72,6 @@ def _node(url: BrokerUrl, host: str, port: int) -> Node:
         password=url.password,
         host=host.strip("[]"),
         port=port,
-        path=url.path or "/",
     )
     return Node(url=SecretStr(str(target)), shown=f"{url.scheme}://{host}:{port}")
 

@@ -169,6 +169,8 @@ class _Connection(Connection):
             transport_factory=self._socket,
             client_properties={"connection_name": f"clipia-receiver {self._name}"},
         )
+        # The library decodes a %2F in the name once more.
+        self._connection.vhost = self._place.vhost
 
     @property
     def is_open(self) -> bool:

@@ -26,7 +26,7 @@ from yarl import URL
 from receiver.destinations import Destination, connections
 from receiver.destinations import rabbitmq as rabbitmq_module
 from receiver.destinations.base import encode
-from receiver.destinations.rabbitmq import MAX_IN_FLIGHT, RabbitmqDestination
+from receiver.destinations.rabbitmq import MAX_IN_FLIGHT, RabbitmqDestination, _Connection
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
@@ -724,6 +724,7 @@ def test_unusable_url_is_refused(url: str) -> None:
     ("url", "expected"),
     [
         ("amqp://host?queue=q", ("/", None, None, "host", 5672, "", "q", "q")),
+        ("amqp://host/v%252Fx?queue=q", ("v%2Fx", None, None, "host", 5672, "", "q", "q")),
         ("amqp://host/%2F?routing_key=k", ("/", None, None, "host", 5672, "", "k", "")),
         (
             "AMQPS://u%40:p%2Fw%25%3A@[::1]/a%2Fb?exchange=e&routing_key=k",
@@ -739,9 +740,8 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     place = destination._place
     [node] = place.nodes
     target = URL(node.url.get_secret_value())
-    vhost = Connection(target).vhost
     assert (
-        vhost,
+        _Connection(place, "test")._connection.vhost,
         target.user,
         target.password,
         target.host,

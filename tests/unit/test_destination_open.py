@@ -189,6 +189,9 @@ async def test_a_certificate_that_comes_later_is_used(tmp_path: Path) -> None:
     authority = tmp_path / "later.pem"
     values = {"name": "test", "url": sink.url, "tls": {"ca": str(authority)}}
     destination = open_for_work(DestinationSettings.model_validate(values))
+    assert destination.concurrency == HttpDestination.concurrency, (
+        "a lane reads it once, before the file comes"
+    )
     async with started({"test": destination}) as down:
         assert down == {"test"}
         with pytest.raises(PublishFailed, match=r"tls\.ca cannot be read: No such file"):

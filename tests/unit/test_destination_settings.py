@@ -105,6 +105,17 @@ def test_the_lane_gets_its_limits() -> None:
     assert (target.concurrency, target.rate) == (3, 7)
 
 
+@pytest.mark.parametrize(
+    "url", ["https://x/@team/hook", "https://x?to=a@b", "https://x/in#a@b", "https://x?/@"]
+)
+def test_an_at_sign_outside_of_the_login_is_no_user(url: str) -> None:
+    """G8: the header Authorization fits a URL that has an @, but no user."""
+    (settings,) = load(
+        f"[[destinations]]\nname='a'\nurl='{url}'\nheaders = {{ Authorization = 'Bearer 1' }}"
+    ).destinations
+    assert list(settings.headers) == ["Authorization"]
+
+
 def test_words_in_headers_stay_words() -> None:
     """G8: a header whose value is a short word masks no message that holds the word."""
     load("[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = { X-Team = 'video', X-Login = 'zq7Kv' }")
@@ -133,6 +144,7 @@ def test_a_password_in_a_basic_header_is_masked() -> None:
         ("https://x", 'headers = { X-Key = "${SPLIT}" }', "headers.X-Key: holds a carriage return inside"),
         ("https://x", 'headers = { X-Key = "1", x-key = "2" }', "twice"),
         ("https://u:p@x", 'headers = { authorization = "Bearer 1" }', "the URL has a user already"),
+        ("HTTPS://u@x/@a", 'headers = { authorization = "Bearer 1" }', "the URL has a user already"),
         ("redis://x?stream=s", 'headers = { X-Key = "1" }', "for http: and https: alone"),
         ("file:x", "tls = { ca = 'ca.pem' }", "tls is for URLs that start with https:, amqps:"),
         ("http://x", "tls = { ca = 'ca.pem' }", "tls is for URLs"),
