@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote
 from uuid import UUID
@@ -36,6 +37,7 @@ from receiver.lenient_json import REPLACEMENT, clean_text, read_whole
 from receiver.limits import RateHeaders
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
+from receiver.retry import MAX_RETRY_AFTER, longest_wait
 from receiver.settings import Settings
 from receiver.webhook import MAX_ID_LENGTH, is_request_id
 
@@ -128,6 +130,7 @@ class _Transport(httpx.AsyncBaseTransport):
         request.extensions = {**request.extensions, "trace": call.follow}
         response = await self._inner.handle_async_request(request)
         call.headers = _rate_headers(response.headers)
+        _count_down(response.headers)
         call.answer = await response.aread()
         return _readable(response, call.answer)
 
@@ -252,7 +255,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise _unanswered(error, call) from error
-    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ClipiaUnavailable(
             f"the answer is not one of Clipia's ({type(error).__name__})",
             reason="unreadable",
@@ -290,7 +293,7 @@ def _translate(error: ClipiaApiError) -> Exception:
     if is_clipias and status in _FOR_NOW:
         return RefusedForNow(message, reason=reason, status=status, type_=type_)
     # Retry-After is somebody else's data; a day is as good as never.
-    wait = None if error.retry_after is None else min(error.retry_after, 86_400.0)
+    wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER)
     if status == httpx.codes.TOO_MANY_REQUESTS:
         return ClipiaUnavailable(
             message,
@@ -378,11 +381,16 @@ def _per_cent(value: Any) -> int | None:
 
 
 def _rate_headers(headers: httpx.Headers) -> RateHeaders:
-    return RateHeaders(
-        limit=_number(headers.get("ratelimit-limit")),
-        remaining=_number(headers.get("ratelimit-remaining")),
-        reset=_number(headers.get("ratelimit-reset")),
-    )
+    names = ("limit", "remaining", "reset")
+    return RateHeaders(**{name: _number(headers.get(f"ratelimit-{name}")) for name in names})
+
+
+def _count_down(headers: httpx.Headers) -> None:
+    """Replace a Retry-After that is a date by its seconds: for an absurd one the SDK raises OverflowError."""
+    values = headers.get_list("retry-after")
+    if len(" ".join(values).split()) > 1:
+        wait = longest_wait(values, now=datetime.fromtimestamp(time.time(), UTC))
+        headers["retry-after"] = "" if wait is None else str(wait)
 
 
 def _number(text: str | None) -> int | None:

@@ -1,7 +1,11 @@
 """Retry as a decision: (attempt, error, age) → seconds until the next try, or give up. Pure."""
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Final
 
 from receiver.errors import (
@@ -16,6 +20,10 @@ from receiver.errors import (
 DAY: Final = 86_400.0
 GIVE_UP_AFTER: Final = 3 * DAY
 """Seconds for which work is tried, unless a setting says otherwise."""
+MAX_RETRY_AFTER: Final = DAY
+"""Seconds that another side's Retry-After is heeded for at most."""
+
+_SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,3 +126,24 @@ def media_policy(error: Exception) -> RetryPolicy:
     if isinstance(error, (NotMedia, MediaDoubtful)):
         return MEDIA_ODD
     return MEDIA_MISSING if isinstance(error, MediaMissing) else MEDIA
+
+
+def parse_retry_after(value: str, *, now: datetime) -> float | None:
+    """Return the seconds that a Retry-After header asks for (0 to a day), None if it says nothing."""
+    if _SECONDS.fullmatch(value):
+        seconds = float(value)
+    else:
+        try:
+            date = parsedate_to_datetime(value)
+        except (ValueError, OverflowError):
+            # The latter is raised for a year, or a zone, of twenty digits.
+            return None
+        # An HTTP date is in GMT, also if it does not say so.
+        seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def longest_wait(values: Iterable[str], *, now: datetime) -> float | None:
+    """Return the longest wait that several Retry-After headers ask for, None if none says anything."""
+    waits = (parse_retry_after(value.strip(), now=now) for value in values)
+    return max((wait for wait in waits if wait is not None), default=None)

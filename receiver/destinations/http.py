@@ -5,7 +5,6 @@ import base64
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import Final
 
@@ -24,6 +23,7 @@ from receiver.destinations.answers import NotingNetwork, RawAnswer, current
 from receiver.destinations.base import USUAL_TIMEOUT, closed, encode
 from receiver.destinations.tls import open_tls
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.retry import longest_wait
 
 TIMEOUT: Final = USUAL_TIMEOUT
 """Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""
@@ -31,7 +31,6 @@ MAX_ANSWER: Final = 64 * 1024
 """Bytes of an answer's body that are read, so that its connection can be used again."""
 DRAIN_TIMEOUT: Final = 1.0
 """Seconds that this may take: the status has come, and a body that never ends would hold a place."""
-MAX_RETRY_AFTER: Final = 86_400.0
 MAX_CONNECTIONS: Final = 32
 MAX_IDLE_CONNECTIONS: Final = 8
 MIN_SECRET: Final = 24
@@ -40,7 +39,6 @@ MIN_SECRET: Final = 24
 MAX_PORT: Final = 65_535
 
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
-_SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
 _ABOUT_THE_MESSAGE: Final = frozenset(
     {
         HTTPStatus.BAD_REQUEST,
@@ -56,7 +54,7 @@ log = structlog.get_logger()
 
 @dataclass(kw_only=True)
 class _Reply:
-    """The status of an answer and, if its head could be read, its headers."""
+    """The status of an answer, and its headers as far as they could be read."""
 
     status: int
     headers: httpx.Headers
@@ -174,7 +172,6 @@ class HttpDestination:
         """Return a failure instead of raising it: nobody may be left to take it."""
         raw = RawAnswer()
         current.set(raw)
-        headers = httpx.Headers()
         timeout = self._timeout or TIMEOUT
         failure = PublishFailed(f"{self._origin} did not answer within {timeout:g} s", reason="timeout")
         scope.deadline = anyio.current_time() + timeout
@@ -182,7 +179,6 @@ class HttpDestination:
             try:
                 async with self._places:
                     response = await self._transport.handle_async_request(request)
-                    headers = response.headers
                     if raw.status is None:
                         failure = PublishFailed(
                             f"{self._origin}: more bytes than one answer came back for an earlier event",
@@ -190,29 +186,17 @@ class HttpDestination:
                         )
                     await _finish(response, raw)
             except httpx.TransportError as error:
-                failure = PublishFailed(f"{self._origin}: {cause(error)}", reason="connection")
+                came = "no final status line in what came: " if raw.has_begun else ""
+                failure = PublishFailed(f"{self._origin}: {came}{cause(error)}", reason="connection")
         # Not the response's status: it may be made of bytes that an earlier answer has left behind.
-        return failure if raw.status is None else _Reply(status=raw.status, headers=headers)
-
-
-def parse_retry_after(value: str, *, now: datetime) -> float | None:
-    """Return the seconds that a Retry-After header asks for (0 to a day), None where it says nothing."""
-    if _SECONDS.fullmatch(value):
-        seconds = float(value)
-    else:
-        try:
-            date = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+        return failure if raw.status is None else _Reply(status=raw.status, headers=raw.headers)
 
 
 def _refusal(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
     text = f"{origin} answered {reply.status}{_hint(reply.status)}"
     if reply.status in _ABOUT_THE_MESSAGE:
         return PublishRejected(text, reason="status")
-    after = parse_retry_after(reply.headers.get("retry-after", ""), now=datetime.now(UTC))
+    after = longest_wait(reply.headers.get_list("retry-after"), now=datetime.now(UTC))
     return PublishFailed(text, reason="status", retry_after=after)
 
 
@@ -223,11 +207,11 @@ def _hint(status: int) -> str:
 
 def _takes_post(reply: _Reply) -> bool:
     """Return whether an answer to OPTIONS is one of a place that may be posted to."""
-    allowed = reply.headers.get("allow")
-    if allowed is not None and "POST" not in {method.strip() for method in allowed.split(",")}:
-        return False
-    if reply.status == HTTPStatus.METHOD_NOT_ALLOWED:
-        return allowed is not None
+    allowed = {method.upper() for method in reply.headers.get_list("allow", split_commas=True) if method}
+    is_allowed = bool({"POST", "*"} & allowed)
+    # An empty Allow says nothing, but for a 405, which has to name what it takes.
+    if (allowed and not is_allowed) or reply.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return is_allowed
     # 501 is the answer of servers that know no OPTIONS.
     return httpx.codes.is_success(reply.status) or reply.status == HTTPStatus.NOT_IMPLEMENTED
 
@@ -237,28 +221,17 @@ async def _finish(response: httpx.Response, raw: RawAnswer) -> None:
     try:
         if response.is_success and raw.status is not None:
             with anyio.move_on_after(DRAIN_TIMEOUT):
-                await _drain(response, raw)
+                await _drain(response)
     finally:
         # Closes the connection unless the answer was read to its end.
         await response.aclose()
 
 
-async def _drain(response: httpx.Response, raw: RawAnswer) -> None:
-    """Stop at the first byte too many: it would be taken for the answer to the next event."""
-    length = MAX_ANSWER
-    if "transfer-encoding" not in response.headers:
-        # h11 takes a length that is given several times, if it is the same.
-        length = int(response.headers.get("content-length", f"{MAX_ANSWER}").partition(",")[0])
-    if response.status_code == HTTPStatus.NO_CONTENT:
-        if {"content-length", "transfer-encoding"} & response.headers.keys() and length:
-            return
-        length = 0
-    if raw.is_longer(length):
-        return
+async def _drain(response: httpx.Response) -> None:
     size = 0
     async for chunk in response.aiter_raw():
         size += len(chunk)
-        if size > MAX_ANSWER or raw.is_longer(length):
+        if size > MAX_ANSWER:
             return
 
 

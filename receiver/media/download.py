@@ -1,12 +1,10 @@
 """Downloads one file from an allow-listed host into the storage, whole or not at all."""
 
 import asyncio
-import re
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from functools import partial
 
 import httpcore
@@ -25,6 +23,7 @@ from receiver.media.pools import open_pool, open_proxied_pool, open_tls
 from receiver.media.resume import read_on
 from receiver.media.storage import Storage
 from receiver.outputs import Kind
+from receiver.retry import longest_wait
 
 log = structlog.get_logger()
 
@@ -38,8 +37,7 @@ _COMPRESSIONS = {
     *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
     *("xz", "lzma", "lz4", "snappy", "exi", "pack200-gzip", "dcb", "dcz"),
 }
-_MAX_RETRY_AFTER = 24 * 60 * 60.0
-_SECONDS = re.compile(r"[0-9]{1,9}")
+_LONGEST_DATE = 64
 # Reserved for ever: `start` asks for it, and a guarded pool must refuse.
 _NEVER_PUBLIC = "https://240.0.0.1/"
 
@@ -266,16 +264,8 @@ def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    value = headers.get("retry-after", "")
-    if _SECONDS.fullmatch(value):
-        return min(float(value), _MAX_RETRY_AFTER)
-    try:
-        when = parsedate_to_datetime(value)
-    except ValueError:
-        return None
-    # An HTTP date is in GMT, also where it does not say so.
-    seconds = (when.replace(tzinfo=when.tzinfo or UTC) - datetime.now(UTC)).total_seconds()
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+    values = (value for value in headers.get_list("retry-after") if len(value) <= _LONGEST_DATE)
+    return longest_wait(values, now=datetime.now(UTC))
 
 
 async def _timely(

@@ -105,6 +105,6 @@ def _is_old(headers: httpx.Headers) -> bool:
         sent, changed = (parsedate_to_datetime(headers.get(name, "")) for name in ("date", "last-modified"))
         is_plain = headers["last-modified"].isascii()
         return is_plain and (sent - changed).total_seconds() >= _MINUTE
-    except (ValueError, TypeError):
-        # There is none, or one of them has no time zone.
+    except (ValueError, TypeError, OverflowError):
+        # There is none, one of them has no time zone, or it is beyond all bounds.
         return False

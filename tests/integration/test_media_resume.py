@@ -152,6 +152,18 @@ def dated(*, changed: str, sent: str = "Sat, 21 Nov 2026 00:02:00 GMT") -> tuple
     return (f"Last-Modified: {changed}", f"Date: {sent}")
 
 
+ABSURD_DATES = ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 2020 00:00:00 +99999999999999"]
+
+
+@pytest.mark.parametrize("date", ABSURD_DATES)
+async def test_a_file_with_an_absurd_date_is_stored(date: str, tmp_path: Path) -> None:
+    """D9: a date beyond all bounds keeps a file from being resumed, not from being stored."""
+    answer = cut(None, tag=lambda _number: None, more=dated(changed=date))
+    async with downloads(answer, tmp_path) as (server, opened):
+        await save(server, opened)
+    assert stored_files(tmp_path) == {"media/ab/00-video.mp4": MOVIE}
+
+
 async def test_an_old_date_tells_versions_apart(tmp_path: Path) -> None:
     """D9: without a tag, the date of a file that was changed a minute ago or earlier is enough."""
     changed = "Sat, 21 Nov 2026 00:01:00 GMT"
@@ -223,12 +235,13 @@ async def test_a_redirect_of_the_rest_is_not_followed(tmp_path: Path) -> None:
     [
         (None, dated(changed="Sat, 21 Nov 2026 00:01:01 GMT")),
         (None, dated(changed="nonsense")),
+        *((None, dated(changed=date)) for date in ABSURD_DATES),
         (None, dated(changed="Sat, 21 Nov 2020 00:00:00 GMT \u00e9")),
         (None, dated(changed="Sat, 21 Nov 2026 00:00:00 -0000")),
         (None, ("Last-Modified: Sat, 21 Nov 2020 00:00:00 GMT",)),
         ('W/"v1"', dated(changed="Sat, 21 Nov 2020 00:00:00 GMT")),
     ],
-    ids=["young", "nonsense", "not ASCII", "no zone", "no clock", "weak tag"],
+    ids=["young", "nonsense", "absurd year", "absurd zone", "not ASCII", "no zone", "no clock", "weak tag"],
 )
 async def test_a_date_that_two_versions_may_share_is_not_enough(
     tag: str | None, more: tuple[str, ...], tmp_path: Path

@@ -25,8 +25,10 @@ from structlog.testing import capture_logs
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations import http as http_module
-from receiver.destinations.http import MAX_ANSWER, MAX_RETRY_AFTER, parse_retry_after
+from receiver.destinations.answers import MAX_HEAD
+from receiver.destinations.http import MAX_ANSWER
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.retry import MAX_RETRY_AFTER, parse_retry_after
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
@@ -269,6 +271,8 @@ async def test_retry_after_as_a_date(sink: HttpSink, destination: Destination) -
         ("1_0", None),
         ("\uff11", None),
         ("Fri, 99 Nov 2026 12:01:00 GMT", None),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Mon, 01 Jan 2027 00:00:00 +99999999999999", None),
     ],
 )
 def test_parse_retry_after(value: str, expected: float | None) -> None:
@@ -276,11 +280,33 @@ def test_parse_retry_after(value: str, expected: float | None) -> None:
     assert parse_retry_after(value, now=NOW) == expected
 
 
-@given(st.text() | st.from_regex(r"\w{3}, \d+ \w{3} \d+ \d+:\d+:\d+ (GMT|[+-]\d+)"))
+@given(st.text() | st.from_regex(r"Mon, [0-9]{1,2} Jan [0-9]{1,30} 00:00:00 (GMT|[+-][0-9]{1,30})"))
 def test_parse_retry_after_takes_anything(value: str) -> None:
     """E5: no header value raises or asks for less than nothing or more than a day."""
     seconds = parse_retry_after(value, now=NOW)
     assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ("retry-after: Mon, 01 Jan 99999999999999999999 00:00:00 GMT\r\n", None),
+        ("retry-after: Mon, 01 Jan 2027 00:00:00 +99999999999999\r\n", None),
+        ("retry-after: 7\r\nretry-after: 7\r\n", 7.0),
+        ("retry-after: soon\r\nretry-after: 7\r\nretry-after: 9\r\n", 9.0),
+        ("X Trace: 1\r\nretry-after: 7\r\n", 7.0),
+        ("Retry-After : 7\r\nnonsense\r\n", 7.0),
+        ("retry-after:\r\n 7\r\n", 7.0),
+    ],
+)
+async def test_retry_after_in_odd_heads(
+    sink: HttpSink, destination: Destination, headers: str, expected: float | None
+) -> None:
+    """E5: a date beyond all bounds says nothing, and neither repetition nor odd headers hide a delay."""
+    sink.answer = status(503, headers)
+    with pytest.raises(PublishFailed, match="answered 503") as caught:
+        await destination.publish(make_event())
+    assert caught.value.retry_after == expected
 
 
 async def drip(writer: asyncio.StreamWriter, head: bytes) -> None:
@@ -493,6 +519,114 @@ async def test_status_line_refuses(
         await destination.publish(make_event())
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "HTTP/1.2 {} X",
+        "HTTP/2.0 {} X",
+        "HTTP/0.9 {} X",
+        "HTTP/2 {}",
+        "HTTP/1.1  {} X",
+        "HTTP/1.1\t{} X",
+        "http/1.1 {} X",
+        "HTTP/1.1 {}OK",
+    ],
+)
+async def test_status_line_of_any_spelling_counts(
+    sink: HttpSink, destination: Destination, line: str
+) -> None:
+    """E1: a status that is plain to see counts, whatever version and white space stand before it."""
+    for code in (200, 503, 204):
+        sink.answer = raw(line.format(code).encode() + b"\r\ncontent-length: 0\r\n\r\n")
+        if code == 503:
+            with pytest.raises(PublishFailed, match="answered 503"):
+                await destination.publish(make_event())
+        else:
+            await destination.publish(make_event())
+    assert len(sink.requests) == 3
+
+
+@pytest.mark.parametrize("close", [True, False])
+async def test_what_is_no_answer_is_told_so(sink: HttpSink, destination: Destination, *, close: bool) -> None:
+    """E1: bytes that are no answer of HTTP fail at once, with words that are true of them."""
+    for answer in (b"220 ready\r\n", b"ICY 200 OK\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"\x15\x03\x01\x00"):
+        sink.answer = raw(answer, close=close)
+        with pytest.raises(PublishFailed, match="no final status line in what came") as caught:
+            await destination.publish(make_event())
+        assert caught.value.reason == "connection"
+
+
+ANNOUNCEMENTS = {
+    "plain": b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n",
+    "odd": b"HTTP/1.1 103 Early Hints\r\nX Odd: a\r\n\r\n",
+    "without fields": b"HTTP/1.1 100 Continue\r\n\r\n",
+    "of another version": b"HTTP/1.2 102\n\n",
+    "many": b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 5000,
+    "long": b"HTTP/1.1 103 Early Hints\r\nlink: " + b"x" * 2 * MAX_HEAD + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("announcement", ANNOUNCEMENTS.values(), ids=ANNOUNCEMENTS)
+@pytest.mark.parametrize("pause", [True, False])
+async def test_announcements_hide_no_answer(
+    sink: HttpSink, destination: Destination, announcement: bytes, *, pause: bool
+) -> None:
+    """E1: the answer after 1xx counts, however odd or long these are and however they are cut."""
+    cuts = [b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"]
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        parts = [announcement + cuts[0][:8], cuts[0][8:]]
+        if pause:
+            parts = [announcement[:-3], announcement[-3:-1], announcement[-1:], *parts[1:]]
+            parts[3:] = [cuts[0]]
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            # The next part is a read of its own.
+            await asyncio.sleep(0.02)
+
+    sink.answer = respond
+    await destination.publish(make_event())
+    await destination.publish(make_event())
+    assert sink.connections == 1
+    cuts.pop(0)
+    with pytest.raises(PublishFailed, match="answered 503"):
+        await destination.publish(make_event())
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "connections"),
+    [
+        (CHUNKED + b"2\r\nok\r\n0\r\n\r\n", 1),
+        (CHUNKED + b"0\r\n\r\n", 1),
+        (CHUNKED + b"2;a=b\r\n0\n\r\n000\r\nX-Sum: 0\r\n\r\n", 1),
+        (CHUNKED + b"2\r\nok\r\n0\r\n\r\n\r\n", 4),
+        (CHUNKED + b"0\r\n\r\n0\r\n\r\n", 4),
+        (CHUNKED + b"0\r\n\r\n" + CHUNKED + b"0\r\n\r\n", 4),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok\r\n", 4),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2, 2\r\n\r\nok", 1),
+    ],
+)
+@pytest.mark.parametrize("size", [10_000, 1])
+async def test_bytes_after_an_answer_cost_its_connection_only(
+    sink: HttpSink, destination: Destination, answer: bytes, connections: int, size: int
+) -> None:
+    """E1: each event is confirmed, and a connection is used again exactly if nothing came after an answer."""
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        for start in range(0, len(answer), size):
+            writer.write(answer[start : start + size])
+            await asyncio.sleep(0)
+
+    sink.answer = respond
+    for _ in range(4):
+        await destination.publish(make_event())
+    assert (len(sink.requests), sink.connections) == (4, connections)
+
+
 FORGED = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 
 
@@ -539,12 +673,12 @@ async def test_announced_body_of_a_204_costs_the_connection(sink: HttpSink, dest
 
 
 async def test_left_over_chunks_confirm_no_other_event(sink: HttpSink, destination: Destination) -> None:
-    """E1: an answer that was there before its request is none; the event is tried again."""
+    """E1: an answer that was there before its request is none, and hides not the one that comes."""
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
     sink.answer = raw(chunked + FORGED)
     await destination.publish(make_event())
     sink.answer = status(503)
-    with pytest.raises(PublishFailed):
+    with pytest.raises(PublishFailed, match="answered 503"):
         await destination.publish(make_event())
     sink.answer = status(200)
     await destination.publish(make_event())
@@ -648,6 +782,14 @@ async def test_refused_connection_says_why(destination: Destination, sink: HttpS
         (200, "", "fine"),
         (204, "allow: OPTIONS, POST\r\n", "fine"),
         (405, "allow: POST\r\n", "fine"),
+        (405, "allow: GET\r\nallow: post\r\n", "fine"),
+        (405, "X Odd: 1\r\nallow: POST\r\n", "fine"),
+        (200, "allow: *\r\n", "fine"),
+        (405, "allow: *\r\n", "fine"),
+        (200, "allow: post\r\n", "fine"),
+        (200, "allow:\r\n", "fine"),
+        (405, "allow:\r\n", "warned"),
+        (200, "X Odd: 1\r\nallow: GET\r\n", "warned"),
         (501, "", "fine"),
         (200, "allow: GET, HEAD\r\n", "warned"),
         (405, "allow: GET\r\n", "warned"),
