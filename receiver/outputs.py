@@ -28,7 +28,7 @@ _KNOWN: Final[tuple[tuple[str, Kind], ...]] = (
 _NAMES: Final = ("original_url", "url")
 _WEB: Final = re.compile(r"\s*https?://", re.IGNORECASE)
 # An undocumented file is announced by the extension in its URL, or by the name that it stands under.
-_EXTENSION: Final = re.compile(r"\.([a-z0-9]{2,5})(?:[?#]|\Z)", re.IGNORECASE)
+_EXTENSION: Final = re.compile(r"/[^/?#]*\.([a-z0-9]{2,12})\s*(?:[?#]|\Z)", re.IGNORECASE)
 _KIND_OF: Final[dict[str, Kind]] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "gif", "webp", "avif"), "image"),
     **dict.fromkeys(("mp4", "mov", "webm"), "video"),
@@ -90,6 +90,12 @@ def list_files(output: Any, rules: FileRules) -> Listing:
     for kind, urls in _others(output):
         collector.add(kind, urls)
     return collector.listing()
+
+
+def extension_of(url: str) -> str:
+    """Return the extension of a URL's path, without the dot and in small letters; empty if it has none."""
+    extension = _EXTENSION.search(url)
+    return extension[1].lower() if extension else ""
 
 
 class _Collector:
@@ -185,9 +191,7 @@ def _others(output: Any) -> Iterator[_File]:
 
 
 def _kind(url: str, name: str) -> Kind:
-    extension = _EXTENSION.search(url)
-    found = _KIND_OF.get(extension[1].lower()) if extension else None
-    return found or _KIND_OF.get(name.lower(), "file")
+    return _KIND_OF.get(extension_of(url)) or _KIND_OF.get(name.lower(), "file")
 
 
 def _escape(key: str) -> str:

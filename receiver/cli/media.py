@@ -54,6 +54,7 @@ def verify(
                             storage,
                             row["storage_key"],
                             kind=row["kind"],
+                            url=row.pop("url"),
                             size=row["size"],
                             sha256=row["sha256"],
                             on_unreadable=lambda key, error: errors.update({key: str(error)}),

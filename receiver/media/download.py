@@ -82,7 +82,7 @@ class StoredFile:
     sha256: str
     content_type: str
     is_media: bool
-    """False for a page or a text where an image, a video or audio was announced."""
+    """False for a page or a text in place of a file that is none."""
     warning: str | None
     """What contradicts the file, although it is what the server has."""
 
@@ -156,7 +156,7 @@ class Downloader:
             async with aclosing(body) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
-                is_media = kind == "file" or file_type.is_known or not is_page(head[:SNIFF_BYTES])
+                is_media = file_type.is_known or not is_page(head[:SNIFF_BYTES], kind, url)
                 if not is_media and not last:
                     raise NotMedia(f"The host sends a page or a text in place of the {kind}", reason="page")
                 key = stem + file_type.extension

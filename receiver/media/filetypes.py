@@ -2,13 +2,14 @@
 
 import codecs
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from receiver.media import containers
 from receiver.media.containers import Walk
-from receiver.outputs import Kind
+from receiver.outputs import Kind, extension_of
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096
@@ -73,7 +74,20 @@ _MINOR_VERSION = 4
 _STILL_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx "})
 _MOVIE = containers.iso(b"moov", b"mdat")
 
-_MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+# UTF-32 first: its mark starts like that of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+_ZEROS = {
+    b"\0\1\1\1": "utf-32-le",
+    b"\1\1\1\0": "utf-32-be",
+    b"\0\1\0\1": "utf-16-le",
+    b"\1\0\1\0": "utf-16-be",
+}
 
 _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     "image": [
@@ -113,11 +127,38 @@ _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
 }
 
 # Text that is no error page: a picture in words, a list of a video's parts, a document.
-_REAL_ROOTS = {"svg", "svg:svg", "mpd"}
-_REAL_STARTS = ("#extm3u", "%pdf-", "%!ps")
-_ROOT = re.compile(r"<([a-z][a-z0-9:_-]*)")
+_DOCUMENTS = ("%pdf-", "%!ps")
+_REAL_STARTS: dict[Kind, tuple[str, ...]] = {
+    "image": _DOCUMENTS,
+    "video": (*_DOCUMENTS, "#extm3u"),
+    "audio": (*_DOCUMENTS, "#extm3u"),
+    "file": _DOCUMENTS,
+}
+_REAL_ROOTS: dict[Kind, set[str]] = {
+    "image": {"svg", "svg:svg"},
+    "video": {"mpd"},
+    "audio": {"mpd"},
+    "file": set(),
+}
+_ROOT = re.compile(r"\s*<([a-z][a-z0-9:_-]*)")
+# What may stand in front of the root: comments, instructions and the document type.
+_NO_TAGS = re.compile(
+    r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!doctype[^\[>]*(?:\[.*?\])?[^>]*(?:>|\Z)", re.DOTALL
+)
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
-_MARKUP = re.compile(rb"\s*[<{\[]")
+_MARKUP = re.compile(r"\s*(?:<[a-z!?]|[{\[]\s*[\"{\[])", re.IGNORECASE)
+_GZIP = b"\x1f\x8b\x08"
+# Extensions of files that are never text, of the kind `file`.
+_BINARY = {
+    *("avi", "flv", "m2ts", "m4v", "mkv", "mpeg", "mpg", "wmv", "3gp", "3gpp"),
+    *("aif", "aiff", "m4b", "mid", "midi", "opus", "wma"),
+    *("bmp", "exr", "heic", "heif", "ico", "jp2", "jxl", "ktx2", "psd", "tga", "tif", "tiff"),
+    *("blend", "glb", "spz", "usdc", "usdz", "3mf"),
+    *("docx", "epub", "odp", "ods", "odt", "pdf", "ppt", "pptx", "xlsx"),
+    *("bz2", "gz", "rar", "tar", "tgz", "xz", "zip", "zst", "7z"),
+    *("npy", "npz", "onnx", "parquet", "safetensors", "wasm"),
+    *("otf", "ttf", "woff", "woff2"),
+}
 
 # A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
 # latter.
@@ -140,27 +181,44 @@ def sniff(head: bytes, kind: Kind) -> FileType:
     return next((file_type for matches, file_type in types if matches(head)), unknown)
 
 
-def is_page(head: bytes) -> bool:
-    """Tell whether a body that starts with `head` is empty, or HTML, XML, JSON or plain text.
+def is_page(head: bytes, kind: Kind, url: str) -> bool:
+    """Tell whether a body that starts with `head` is what servers send in place of a file of that kind.
 
-    Such a thing is what servers send in place of a file. SVG is a picture all the same, and lists of a
-    video's parts are no pages either.
+    That is nothing, HTML, XML, JSON or plain text. Of a `file` the extension in its URL has to say that it is
+    binary. SVG is a picture all the same, a list of parts a video or audio, and PDF and PostScript are files.
     """
+    extension = extension_of(url)
+    if kind == "file" and extension not in _BINARY:
+        return False
+    if head.startswith(_GZIP) and extension not in {"gz", "tgz"}:
+        if kind != "file":
+            # The server compresses without saying so, and what is unpacked is not what was announced.
+            return True
+        head = _unpack(head)
     text = _read_text(head)
     if text is None:
         return False
     text = text.lstrip().lower()
-    # The first tag is the root: a declaration, a document type and a comment start otherwise.
-    root = _ROOT.search(text) if text.startswith("<") else None
-    return not text.startswith(_REAL_STARTS) and (root is None or root[1] not in _REAL_ROOTS)
+    root = _ROOT.match(_NO_TAGS.sub("", text))
+    return not text.startswith(_REAL_STARTS[kind]) and (root is None or root[1] not in _REAL_ROOTS[kind])
 
 
 def _read_text(head: bytes) -> str | None:
     """Return what the start of a body says; None if it is not text."""
-    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8")
-    # The end may be in the middle of a letter.
-    text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
-    if _CONTROLS.search(text):
-        return None
-    # Pages in an older encoding have bytes that are not UTF-8.
-    return text if "\ufffd" not in text or _MARKUP.match(head) else None
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    # The start of a page is ASCII, so without a mark the zeros in its first letters tell the encoding.
+    zeros = bytes(byte == 0 for byte in head[:4])
+    # Old encodings are not told apart: only ASCII matters below. The end may be in the middle of a letter.
+    decoder = codecs.getincrementaldecoder(encoding or _ZEROS.get(zeros, "utf-8"))("replace")
+    text = decoder.decode(head)
+    # A page may have a stray control character; no picture, video or audio starts with a tag.
+    if _MARKUP.match(text):
+        return text
+    return None if _CONTROLS.search(text.removesuffix("\0")) else text
+
+
+def _unpack(head: bytes) -> bytes:
+    try:
+        return zlib.decompressobj(wbits=31).decompress(head, SNIFF_BYTES)
+    except zlib.error:
+        return head

@@ -25,6 +25,7 @@ async def verify(
     key: str,
     *,
     kind: Kind,
+    url: str,
     size: int,
     sha256: str,
     on_unreadable: Callable[[str, StorageUnavailable], None] = _log,
@@ -32,8 +33,8 @@ async def verify(
     """Read a file and compare it with its record.
 
     A file is `unreadable` if it alone cannot be read, such as an object that was moved to an archive;
-    `on_unreadable` is told why. An unchanged file is `not_media` if it is a page that came in place of an
-    image, a video or audio: releases before 0010 took it for the file. Raises StorageUnavailable if the
+    `on_unreadable` is told why. An unchanged file is `not_media` if it is a page that came in place of the
+    file: earlier releases took it for the file. Raises StorageUnavailable if the
     storage takes no other file either.
     """
     digest = hashlib.sha256()
@@ -52,4 +53,4 @@ async def verify(
         return "unreadable"
     if length != size or digest.hexdigest() != sha256:
         return "changed"
-    return "not_media" if kind != "file" and is_page(head) else "intact"
+    return "not_media" if is_page(head, kind, url) else "intact"

@@ -1,5 +1,7 @@
 """What a file is, by its first bytes."""
 
+import gzip
+
 import pytest
 from mediakit import NOISE, SAMPLES, box
 
@@ -98,6 +100,20 @@ PAGES = {
     "HTML": b"<!DOCTYPE html><html><body>Not found</body></html>",
     "HTML behind blanks": b"\r\n \t<html lang='en'><svg></svg></html>",
     "HTML in Latin-1": "<html><body>p\u00e9rim\u00e9</body></html>".encode("latin-1"),
+    "text in Latin-1": "Fehler: nicht verf\u00fcgbar".encode("latin-1"),
+    "text in Shift-JIS": "\u30a8\u30e9\u30fc".encode("shift-jis"),
+    "text that ends with a zero": b"Internal Server Error\0",
+    "text in UTF-16 without a mark": "Error".encode("utf-16-le"),
+    "HTML in UTF-16 without a mark": "<html><body>expired</body></html>".encode("utf-16-be"),
+    "HTML in UTF-32": "<html><body>expired</body></html>".encode("utf-32"),
+    "HTML in UTF-32 without a mark": "<html><body>expired</body></html>".encode("utf-32-le"),
+    "HTML with a zero": b"<html><body>err\0or</body></html>",
+    "JSON with a zero": b'{"error": "\0"}',
+    "HTML in gzip": gzip.compress(b"<html></html>"),
+    "HTML behind a comment": b"<!-- <svg> --><html><body>Error 500</body></html>",
+    "HTML behind an instruction": b"<?x <svg> ?><!-- --><html><body>Error 500</body></html>",
+    "HTML behind a long comment": b"<!-- <svg> " + b"x" * 5000 + b" --><html></html>",
+    "HTML behind entities": b"<!DOCTYPE html [<!ENTITY a '<svg>'>]><html></html>",
     "HTML in UTF-16": "<html><body>expired</body></html>".encode("utf-16"),
     "JSON": b'{"error": {"code": "not_found"}}',
     "JSON with a mark": b"\xef\xbb\xbf[]",
@@ -113,8 +129,47 @@ PAGES = {
 def test_a_page_is_told_from_a_file(page: str) -> None:
     """D15: HTML, XML, JSON, text in any encoding and an empty body are told from files."""
     head = PAGES[page][:SNIFF_BYTES]
-    assert is_page(head)
-    assert not any(sniff(head, kind).is_known for kind in KINDS)
+    for kind in KINDS:
+        assert is_page(head, kind, "https://media.clipia.ai/a")
+        assert not sniff(head, kind).is_known
+    assert is_page(head, "file", "https://media.clipia.ai/a.GLB?sig=1.txt")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a.pptx", "a.pdf", "a.heic", "a.zip", "a.usdz", "a.safetensors", "a.mkv#t=1", "b/a.tiff?sig=/a.txt"],
+)
+def test_an_extension_may_rule_text_out(name: str) -> None:
+    """D15: a text is no document, archive, 3D model or video, whatever kind was announced."""
+    for page in PAGES.values():
+        assert is_page(page[:SNIFF_BYTES], "file", f"https://media.clipia.ai/{name}")
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "a.json", "a.svg", "a.srt", "a.obj", "a.m3u8", "glb", "a.zip/b", "?a.zip"]
+)
+def test_other_files_may_be_texts(name: str) -> None:
+    """D15: a file that was announced as nothing else may be a page or a text."""
+    for page in PAGES.values():
+        assert not is_page(page[:SNIFF_BYTES], "file", f"https://media.clipia.ai/{name}")
+
+
+@pytest.mark.parametrize(
+    ("data", "kinds"),
+    [
+        (
+            b"<?xml version='1.0'?>\n<!-- drawn -->\n<!DOCTYPE svg><svg xmlns='http://www.w3.org/2000/svg'/>",
+            "image",
+        ),
+        (b"<!DOCTYPE svg PUBLIC 'x' [ <!ENTITY a 'b'> ]>\n<svg:svg/>", "image"),
+        (b"#EXTM3U\n#EXT-X-VERSION:3\nhttps://media.clipia.ai/1.ts\n", "video audio"),
+        (b"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'/>", "video audio"),
+    ],
+)
+def test_a_text_may_be_a_file_of_its_kind(data: bytes, kinds: str) -> None:
+    """D15: SVG is an image, and a playlist is a video or audio; in place of others they are texts."""
+    assert [kind for kind in KINDS if not is_page(data, kind, "")] == kinds.split()
+    assert is_page(data, "file", "https://media.clipia.ai/a.glb")
 
 
 @pytest.mark.parametrize(
@@ -130,13 +185,12 @@ def test_a_page_is_told_from_a_file(page: str) -> None:
         b"PK\x03\x04\x14\x00ppt/slides/slide1.xml" + bytes(40),
         b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n" + b"1 0 obj\n" * 10,
         b"%PDF-1.4\n" + b"1 0 obj\n" * 10,
-        b"<?xml version='1.0'?>\n<!-- drawn -->\n<!DOCTYPE svg><svg xmlns='http://www.w3.org/2000/svg'/>",
-        b"#EXTM3U\n#EXT-X-VERSION:3\nhttps://media.clipia.ai/1.ts\n",
+        bytes(64),
     ],
 )
 def test_formats_that_we_do_not_know_are_files(data: bytes) -> None:
-    """D13: JXL, Matroska, TIFF, HEIC, GLB, PPTX, PDF, SVG and playlists are files, whatever was announced."""
-    assert not is_page(data)
+    """D13: JXL, Matroska, TIFF, HEIC, GLB, PPTX and PDF are files, whatever was announced."""
+    assert not any(is_page(data, kind, "https://media.clipia.ai/a.glb") for kind in (*KINDS, "file"))
     assert not any(sniff(data, kind).is_known for kind in KINDS)
 
 
@@ -144,5 +198,5 @@ def test_formats_that_we_do_not_know_are_files(data: bytes) -> None:
 def test_known_files_are_no_pages(content_type: str) -> None:
     """D13: no file of a known type is taken for a page, and `file` takes all of these types."""
     sample = SAMPLES[content_type]
-    assert not is_page(sample.data[:SNIFF_BYTES])
+    assert not is_page(sample.data[:SNIFF_BYTES], sample.kind, "https://media.clipia.ai/a.glb")
     assert sniff(sample.data[:SNIFF_BYTES], "file").is_known
