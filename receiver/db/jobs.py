@@ -148,26 +148,35 @@ async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
 
 
 async def claim_to_submit(
-    connection: AsyncConnection, account: str, *, limit: int, lease: float, job_id: uuid.UUID | None = None
+    connection: AsyncConnection,
+    account: str,
+    *,
+    limit: int,
+    lease: float,
+    job_id: uuid.UUID | None = None,
+    start: int = 0,
 ) -> list[tuple[Claim, Submission]]:
-    """Claim jobs that are due to be submitted, and note before the try that it may arrive."""
+    """Claim jobs that are due to be submitted, and note before the try that it may arrive.
+
+    `start` is how many were claimed before: it tells whose turn it is while Clipia refuses some.
+    """
     claims: list[Claim] = []
     turns = (
-        await refused_jobs.turns(connection, account)
+        await refused_jobs.turns(connection, account, limit=limit, start=start)
         if job_id is None
-        else [Turn(where=[jobs.c.id == job_id])]
+        else [Turn(where=(jobs.c.id == job_id,), most=limit)]
     )
     for turn in turns:
+        if len(claims) == limit:
+            break
         claims += await leases.claim(
             connection,
             jobs,
-            limit=limit - len(claims),
+            limit=min(turn.most, limit - len(claims)),
             lease=lease,
             where=[same_environment(account), *turn.where],
             newest_first=turn.newest_first,
         )
-        if len(claims) == limit:
-            break
     if not claims:
         return []
     ids = [claim.id for claim in claims]

@@ -50,10 +50,12 @@ def _claim_statement(
 
     The try is counted here and not when it ends: work that kills its process must run out of tries, too.
     """
+    # Times may be the same; ids are made in order.
+    newest = (table.c.next_attempt_at.desc(), table.c.id.desc())
     due = (
         select(table.c.id)
         .where(in_state(table, state), table.c.next_attempt_at <= statement_time(), *where)
-        .order_by(table.c.next_attempt_at.desc() if newest_first else table.c.next_attempt_at)
+        .order_by(*(newest if newest_first else (table.c.next_attempt_at,)))
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)
         # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.

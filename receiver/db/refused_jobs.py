@@ -1,16 +1,20 @@
 """SQL of jobs that Clipia refuses for now (402, 403): they hold up no other job.
 
-A refusal is about one job's price or model. So jobs are submitted in this order: first those whose caller and
-model have no refused job, then other new ones, then the refused ones again.
+A refusal is about one job's price or model. While there are such jobs, all that are due are of three classes:
+those whose caller and model have no refused job, other new ones, and the refused ones. Each class has a share
+of the submissions, and gives away what it does not use.
 """
 
-from dataclasses import dataclass, field
+import uuid
+from collections import Counter
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from sqlalchemy import ColumnElement, FromClause, and_, func, select, tuple_, update
+from sqlalchemy import ColumnElement, FromClause, and_, case, func, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db import prices
 from receiver.db.clock import db_time
 from receiver.db.tables import in_state, is_refused, jobs
 
@@ -18,12 +22,32 @@ SEVERAL: Final = 3
 """Refusals of so many models and prices with no success between are about the account."""
 
 
+SHARES: Final = ("sure", "newest", "sure", "oldest", "sure", "newest", "sure", "refused")
+"""Whose turn it is, again and again.
+
+New jobs that may be refused go from both ends of their line. One that was just made may be a cheaper one, and
+would wait until all before it are refused; the oldest must not wait for as long as others are made after it.
+"""
+LAST_TRY_WAIT: Final = 300.0
+"""Seconds that a refused job's last try may be late, as while no generation more may be in flight."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """Which of the due jobs are claimed, and whether the newest of them first."""
+    """Which of the due jobs are claimed, how many of them, and whether the newest first."""
 
-    where: list[ColumnElement[bool]] = field(default_factory=list)
+    where: tuple[ColumnElement[bool], ...] = ()
+    most: int
     newest_first: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expired:
+    """A refused job that ended because its time was over."""
+
+    id: uuid.UUID
+    state: str
+    error: str | None
 
 
 def same_environment(account: str, table: FromClause = jobs) -> ColumnElement[bool]:
@@ -32,26 +56,32 @@ def same_environment(account: str, table: FromClause = jobs) -> ColumnElement[bo
     return table.c.account.like(f"{environment}-%")
 
 
-async def turns(connection: AsyncConnection, account: str) -> list[Turn]:
-    """Return the order in which due jobs are submitted."""
+async def turns(connection: AsyncConnection, account: str, *, limit: int, start: int) -> list[Turn]:
+    """Return how up to `limit` due jobs are claimed, if `start` of them were claimed before."""
     if not await count(connection, account):
-        return [Turn()]
+        return [Turn(most=limit)]
     is_new = jobs.c.refused_at.is_(None)
     refused = jobs.alias()
-    doubtful = tuple_(jobs.c.caller, jobs.c.model).in_(
+    is_doubtful = tuple_(jobs.c.caller, jobs.c.model).in_(
         select(refused.c.caller, refused.c.model).where(
             in_state(refused, "pending"),
             refused.c.refused_at.is_not(None),
             same_environment(account, refused),
         )
     )
-    return [
-        Turn(where=[is_new, ~doubtful]),
-        # A job that was just made may be a cheaper one. In the order in which they came it would wait until
-        # all that were made before it are refused.
-        Turn(where=[is_new], newest_first=True),
-        Turn(where=[~is_new]),
+    which = {
+        "sure": (is_new, ~is_doubtful),
+        "newest": (is_new, is_doubtful),
+        "oldest": (is_new, is_doubtful),
+        "refused": (~is_new,),
+    }
+    shares = Counter(SHARES[(start + place) % len(SHARES)] for place in range(limit))
+    shared = [
+        Turn(where=which[name], most=most, newest_first=name == "newest") for name, most in shares.items()
     ]
+    # What a class does not use is the others'.
+    rest = [Turn(where=which[name], most=limit) for name in ("sure", "oldest", "refused")]
+    return shared + rest
 
 
 async def count(connection: AsyncConnection, account: str | None = None) -> int:
@@ -76,6 +106,38 @@ async def release(connection: AsyncConnection, account: str) -> None:
         .where(jobs.c.id.in_(select(waiting.c.id)), jobs.c.lease.is_(None))
         .values(next_attempt_at=db_time(0.0))
     )
+
+
+async def expire(connection: AsyncConnection, account: str, *, give_up_after: float) -> list[Expired]:
+    """End refused jobs whose time is over and whose last try does not come; return them."""
+    due = (
+        select(jobs.c.id)
+        .where(
+            is_refused,
+            same_environment(account),
+            jobs.c.refused_at <= db_time(-give_up_after),
+            # A job that is being tried is due later than that.
+            jobs.c.next_attempt_at <= db_time(-LAST_TRY_WAIT),
+        )
+        .with_for_update(skip_locked=True)
+        .cte("due")
+    )
+    # An earlier try that was not answered may have arrived.
+    was_sent = jobs.c.sent_at.is_not(None)
+    charged = {name: case((was_sent, jobs.c[name]), else_=0) for name in prices.split(charged=0)}
+    statement = (
+        update(jobs)
+        .where(jobs.c.id.in_(select(due.c.id)))
+        .values(
+            **dict.fromkeys(("lease", "next_attempt_at")),
+            **charged,
+            state=case((was_sent, "unsure"), else_="failed"),
+            finished_at=db_time(0.0),
+            updated_at=db_time(0.0),
+        )
+        .returning(jobs.c.id, jobs.c.state, jobs.c.error)
+    )
+    return [Expired(**row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def find_wide(connection: AsyncConnection, account: str, *, accepted_at: float) -> str | None:

@@ -13,7 +13,7 @@ from receiver.clipia import CALL_WAIT, UNUSABLE_ID, Accepted, Call, ClipiaClient
 from receiver.db import accounts, freezes, job_events, jobs, leases, refused_jobs, tables
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
-from receiver.db.jobs import SUBMIT_LANE, InFlight
+from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, UnrecognizedBody
 from receiver.lanes import (
@@ -27,9 +27,9 @@ from receiver.lanes import (
     jitter,
     start_attempt,
 )
-from receiver.limits import Limits
 from receiver.observability import SUBMISSIONS
 from receiver.retry import REFUSED_GIVE_UP_AFTER, SUBMIT, SUBMIT_AGAIN, poll_delay, refused_delay
+from receiver.submitter.lessons import Change, after_failure, looked_at, unchanged
 from receiver.submitter.request import join_warnings
 from receiver.webhook import parse
 
@@ -40,18 +40,6 @@ _MAYBE_PAID: Final = ("idempotency_key_reuse", UNUSABLE_ID)
 """Codes of refusals after which there may be a generation all the same."""
 
 log = structlog.get_logger()
-
-
-Change = Callable[[Limits, float, InFlight], Limits]
-"""Returns what is known of an account's limits after an answer."""
-
-
-def _unchanged(limits: Limits, _now: float, _used: InFlight) -> Limits:
-    return limits
-
-
-def _looked_at(limits: Limits, now: float, _used: InFlight) -> Limits:
-    return limits.resumed(now)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,13 +77,28 @@ class SubmitLane(WorkLane):
         self._client = client
         self._poll_after = poll_after
         self._refused_give_up_after = refused_give_up_after
+        self._claimed = 0
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim jobs that are due, as many as the account lets us send. Raises DatabaseUnavailable."""
         async with self._database.write() as connection:
             if not await jobs.is_due(connection, self._client.account, "pending"):
                 return []
-            return await self.claim_in(connection, limit=limit)
+            works = await self.claim_in(connection, limit=limit)
+            expired = [] if works else await self._expire(connection)
+        for job in expired:
+            SUBMISSIONS.labels("unsure" if job.state == "unsure" else "refused").inc()
+            log.error("refused job ended", job_id=str(job.id), state=job.state, error=job.error)
+        return works
+
+    async def _expire(self, connection: AsyncConnection) -> list[refused_jobs.Expired]:
+        """End refused jobs whose time is over, although the account has no room for their last try."""
+        # What a restored database says of a job may be old: Clipia may have accepted it since.
+        if await freezes.find(connection) is not None:
+            return []
+        return await refused_jobs.expire(
+            connection, self._client.account, give_up_after=self._refused_give_up_after
+        )
 
     async def claim_in(
         self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
@@ -109,9 +112,10 @@ class SubmitLane(WorkLane):
         if not room:
             return []
         claimed = await jobs.claim_to_submit(
-            connection, account, limit=min(limit, room), lease=LEASE, job_id=job_id
+            connection, account, limit=min(limit, room), lease=LEASE, job_id=job_id, start=self._claimed
         )
         if claimed:
+            self._claimed += 0 if job_id else len(claimed)
             await accounts.save(connection, account, limits.taking("submit", len(claimed), now))
         claimed_at = clock()
         return [
@@ -241,7 +245,7 @@ class SubmitLane(WorkLane):
         # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
         maybe_paid |= this.submission.sent_for is not None
         state: JobState = "unsure" if maybe_paid else "failed"
-        await self._stop(this, error, state=state, call=call, change=_looked_at)
+        await self._stop(this, error, state=state, call=call, change=looked_at)
 
     async def _rest(self, this: _Try, error: RefusedForNow, call: Call) -> None:
         """Put a job back that Clipia refuses for now, or end it; other jobs go on."""
@@ -269,7 +273,7 @@ class SubmitLane(WorkLane):
             )
             if held:
                 await leases.record_attempt(connection, this.claim.id, this.record("retry", text))
-            await self._learn(connection, call, _looked_at)
+            await self._learn(connection, call, looked_at)
             return held
 
         held = await self._record(this.claim, write)
@@ -296,7 +300,7 @@ class SubmitLane(WorkLane):
         *,
         state: JobState,
         call: Call | None = None,
-        change: Change = _unchanged,
+        change: Change = unchanged,
     ) -> None:
         """End a job without a result; `call` and `change` tell what its last answer says of the account."""
         text = error_text(error.code, str(error), type_=error.type, status=error.status)
@@ -349,7 +353,7 @@ class SubmitLane(WorkLane):
             held = await jobs.put_back(connection, this.claim, delay=delay, error=text, never_sent=never_sent)
             if held:
                 await leases.record_attempt(connection, this.claim.id, this.record("retry", text))
-            await self._learn(connection, call, partial(_after_failure, error, this.sent_at, text))
+            await self._learn(connection, call, partial(after_failure, error, this.sent_at, text))
             return held
 
         if await self._record(this.claim, write):
@@ -372,18 +376,6 @@ class SubmitLane(WorkLane):
         await accounts.learn(
             connection, self._client.account, call.headers, lambda limits, now: change(limits, now, used)
         )
-
-
-def _after_failure(
-    error: ClipiaUnavailable, sent_at: float, text: str, limits: Limits, now: float, _used: InFlight
-) -> Limits:
-    if isinstance(error, AccountRefused):
-        return limits.refused(now, sent_at=sent_at, pause=text)
-    if error.reason == "concurrency_limit_exceeded":
-        return limits.crowded(now, sent_at=sent_at, retry_after=error.retry_after)
-    if error.status == 429:  # noqa: PLR2004 - Too Many Requests
-        return limits.throttled(now, retry_after=error.retry_after)
-    return limits
 
 
 async def _settle_at_once(connection: AsyncConnection, source: str, request_id: str) -> bool:

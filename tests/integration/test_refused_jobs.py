@@ -94,6 +94,74 @@ async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
     assert len(await sandbox.submits()) - before <= 3
 
 
+FOUR_SECONDS = {"prompt": "a dog", "duration": 4}
+"""A cheaper input of the dear model."""
+
+
+async def test_every_class_of_jobs_has_a_share(odd_world: World, odd: OddClipia) -> None:
+    """F6: with room for one job at a time, no stream of others delays a payable job beyond some turns.
+
+    The others are jobs of other models, which the account can pay, and newer jobs of the same model.
+    """
+    odd.script = [lambda: refused(402, "insufficient_credits") if b":8" in odd.posts[-1].body else accepted()]
+    submitter = odd_world.submitter()
+    (dear,) = await submit_dear(submitter, 1)
+    await odd_world.set(accounts, in_flight_limit=1000)
+    await submit_untried(odd_world, submitter, *[(DEAR, FOUR_SECONDS)] * 10)
+    waiting = [row["id"] for row in await odd_world.rows(jobs)][1:]
+    assert submitter.lane is not None
+    tried = []
+    for turn in range(24):
+        await submit_untried(odd_world, submitter, (MODEL, PROMPT), (DEAR, FOUR_SECONDS))
+        newest = (await odd_world.rows(jobs))[-1]["id"]
+        await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
+        await odd_world.set(jobs, where=jobs.c.id == dear.id, next_attempt_at=db_time(-HOUR + turn))
+        (work,) = await submitter.lane.claim(1)
+        await work.run()
+        tried.append("newest" if work.claim.id == newest else work.claim.id)
+    refused_turns = [turn for turn, each in enumerate(tried) if each == dear.id]
+    assert refused_turns == [7, 15, 23]
+    assert [each for each in tried if each in waiting] == waiting[:3]
+    assert [turn for turn, each in enumerate(tried) if each == "newest"] == [1, 5, 9, 13, 17, 21]
+    # All that are left are the others', in the order in which they came.
+    assert len(await states(odd_world, MODEL)) == 24
+    assert (await states(odd_world, MODEL))[:12] == ["submitted"] * 12
+
+
+async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) -> None:
+    """F6: nothing is kept free for jobs that there are not."""
+    odd.script = [refused(402, "insufficient_credits"), accepted]
+    submitter = odd_world.submitter()
+    await submit_dear(submitter, 1)
+    await odd_world.set(jobs, next_attempt_at=db_time(HOUR))
+    await odd_world.set(accounts, in_flight_limit=1000)
+    await submit_untried(odd_world, submitter, *[(DEAR, FOUR_SECONDS)] * 16)
+    await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
+    assert await odd_world.turn(submitter.lane) == 16
+
+
+@pytest.mark.parametrize("was_sent", [False, True])
+async def test_a_refused_job_ends_although_the_account_has_no_room(
+    world: World, sandbox: Sandbox, *, was_sent: bool
+) -> None:
+    """F6: the end of a refused job needs no last try if there is no room for one; others stay."""
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    submitter = world.submitter()
+    job, fresh = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
+    await world.set(accounts, submits_after=time.time() + HOUR)
+    overdue = {"refused_at": db_time(-retry.DAY - HOUR), "sent_at": db_time(-HOUR) if was_sent else None}
+    for late, state in ((10.0, "pending"), (310.0, "unsure" if was_sent else "failed")):
+        await world.set(jobs, next_attempt_at=db_time(-late))
+        await world.set(jobs, where=jobs.c.id == job.id, **overdue)
+        assert await world.turn(submitter.lane) == 0
+        assert (await show(submitter, job)).state == state
+    ended = await show(submitter, job)
+    assert (error_code(ended), ended.charged) == ("insufficient_credits", None if was_sent else 0)
+    assert (ended.next_attempt_at, ended.finished_at is not None) == (None, True)
+    assert (await show(submitter, fresh)).state == "pending"
+    assert len(await sandbox.submits()) == 2
+
+
 async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: World, sandbox: Sandbox) -> None:
     """F6: a job waits about as long again as it has been refused, five minutes at most."""
     await sandbox.switch(credits=BALANCE)
