@@ -126,9 +126,6 @@ def hold_secrets(environ: MutableMapping[str, str], tables: Iterable[Iterable[tu
         for field, value in table:
             if isinstance(value, SecretStr):
                 hold_setting(field, value.get_secret_value())
-            elif field == "headers" and isinstance(value, dict):
-                for header in value.values():
-                    hold_header(header.get_secret_value())
 
 
 def hold_setting(setting: str, value: str) -> None:
@@ -304,7 +301,7 @@ def _cleaned_tree(value: Any, path: tuple[str | int, ...], resolve: Callable[[st
     name = f"{DEFAULT_CONFIG}: " + ".".join(shown_key(part) for part in path)
     text = resolve(value)
     if "headers" in path:
-        hold_header(text.strip())
+        hold_header(str(path[-1]), text.strip(), is_given=text != value)
     hold_setting(str(path[-1]) if isinstance(path[-1], str) else str(path[0]), text)
     is_list = path[-1] in {"secret", "api_tokens", "media_hosts", "budgets", "clipia_webhook_secret"}
     return _cleaned_list(text, name) if is_list else cleaned(text, name)

@@ -8,13 +8,14 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     SecretStr,
     field_validator,
     model_validator,
 )
 
 from receiver.config import ProxyUrl, one_or_more, shown_key
-from receiver.masking import hold, hold_header, hold_url
+from receiver.masking import hold, hold_header, hold_url, mask
 
 MAX_TIMEOUT: Final = 300.0
 MAX_CONCURRENCY: Final = 1024
@@ -111,6 +112,8 @@ class DestinationSettings(Table):
     tls: TlsSettings | None = None
     proxy: ProxyUrl | None = None
     """HTTP only: every request goes through it."""
+    _given: frozenset[str] = PrivateAttr(default=frozenset())
+    """Headers whose values come from variables."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
@@ -162,6 +165,15 @@ class DestinationSettings(Table):
         hold_url(self.proxy.get_secret_value() if self.proxy else "")
         for secret in self.secrets:
             hold(secret)
-        for value in self.headers.values():
-            hold_header(value.get_secret_value())
+        # Those from variables, which reading the file has held: for a process that gets these settings as
+        # they are.
+        self._given = frozenset(
+            name for name, value in self.headers.items() if mask(text := value.get_secret_value()) != text
+        )
+        self.hold_headers()
         return self
+
+    def hold_headers(self) -> None:
+        """Let `masking` hold the headers that may be secret."""
+        for name, value in self.headers.items():
+            hold_header(name, value.get_secret_value(), is_given=name in self._given)

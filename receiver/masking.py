@@ -33,6 +33,21 @@ _SECRET_OPTION: Final = re.compile(
     r"(?:key|sig|[^=&]*(?:pass|secret|token|api_?key|access_?key|signature)[^=&]*)=([^&#]+)",
     re.IGNORECASE,
 )
+_SECRET_HEADER: Final = re.compile(
+    r"(?:key|token|secret|password|passphrase|cookie|authorization|authentication|credentials?|signature|session|"
+    r"jwt|(?:^|[-_.])(?:auth|pass|pwd|pin|sig))(?:$|[-_.])",
+    re.IGNORECASE,
+)
+"""Names of headers whose values are secrets."""
+_HARMLESS_HEADER: Final = re.compile(
+    "accept|accept-language|cache-control|content-language|date|from|host|origin|pragma|prefer|priority|referer|"
+    "user-agent|via",
+    re.IGNORECASE,
+)
+"""Names of headers whose values are none, unless they come from a variable."""
+_SEPARATORS: Final = re.compile(r"[ ,;:/=._+*()-]+")
+_PLAIN: Final = re.compile(r"[A-Z]?[a-z]{1,12}|[A-Z]{1,12}|v?[0-9]{1,4}|")
+"""A word or a small number; what is random is longer, or mixes them."""
 _NEXT_URL: Final = re.compile(r",\s*(?=[a-z][a-z0-9+.-]*://)", re.IGNORECASE)
 """A comma between two URLs; any other one may stand in a password."""
 _KNOWN_TO_ALL: Final = re.compile(
@@ -80,12 +95,19 @@ def hold_url(text: str) -> None:
             hold(found[1])
 
 
-def hold_header(value: str) -> None:
-    """Remember the value of a header that we send, and the credentials in it.
+def hold_header(name: str, value: str, *, is_given: bool = False) -> None:
+    """Remember the value of a header that we send, and the credentials in it, if it may be secret.
 
-    A short word is not held: every message that holds the word would be masked.
+    It may be if the header's name says so, if the value is `is_given` by a variable, or if the value consists
+    of more than words and small numbers: every message that holds those words would be masked.
     """
-    if value.isalpha() and len(value) < _PIECE:
+    is_short = len(value) < _PIECE and (value.isalpha() or value.isdigit())
+    is_plain = all(_PLAIN.fullmatch(part) for part in _SEPARATORS.split(value))
+    is_harmless = _HARMLESS_HEADER.fullmatch(name) is not None
+    if not _SECRET_HEADER.search(name):
+        if is_short or (is_plain and not is_given) or (is_harmless and (is_plain or not is_given)):
+            return
+    elif is_short and value.isalpha():
         return
     hold(value)
     scheme, _, credentials = value.partition(" ")

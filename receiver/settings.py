@@ -307,6 +307,8 @@ class Settings(BaseSettings):
         `load` does so. A process that got its settings from another one holds none until it calls this.
         """
         hold_secrets(os.environ, (self, *self.destinations, *self.sources, *self.api_tokens))
+        for each in self.destinations:
+            each.hold_headers()
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:

@@ -116,10 +116,61 @@ def test_an_at_sign_outside_of_the_login_is_no_user(url: str) -> None:
     assert list(settings.headers) == ["Authorization"]
 
 
-def test_words_in_headers_stay_words() -> None:
-    """G8: a header whose value is a short word masks no message that holds the word."""
-    load("[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = { X-Team = 'video', X-Login = 'zq7Kv' }")
-    assert mask("a video for zq7Kv") == "a video for [masked]"
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ("X-Team = 'video'", "a video"),
+        ("X-Year = '2026'", "2026-11-30"),
+        ("X-Number = '1234567'", "1234567 bytes"),
+        ("X-Environment = 'production'", "not found in production"),
+        ("X-Region = 'eu-west-1'", "the queue in eu-west-1"),
+        ("X-Author = 'Jane Doe'", "by Jane Doe"),
+        ("X-Count = '**'", "**"),
+        ("X-Compass = 'north-west'", "north-west"),
+        ("Host = 'api-7f3a.internal.example.com'", "api-7f3a.internal.example.com is away"),
+        ("Accept = 'application/vnd.x3y4z5+json; q=0.9'", "wants application/vnd.x3y4z5+json"),
+        ("User-Agent = 'MyShop/1.0 (x86_64)'", "MyShop/1.0 (x86_64)"),
+        ("Host = '${WORDS}'", "orders.internal.example.com is away"),
+        ("X-Stage = '${STAGE}'", "in staging"),
+    ],
+)
+def test_words_in_headers_stay_words(monkeypatch: pytest.MonkeyPatch, header: str, words: str) -> None:
+    """G8: a header whose value is no secret masks no message that holds the same words."""
+    monkeypatch.setattr(masking, "_pieces", set())
+    monkeypatch.setattr(masking, "_short", set())
+    monkeypatch.setenv("WORDS", "orders.internal.example.com")
+    monkeypatch.setenv("STAGE", "staging")
+    load(f"[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = {{ {header} }}")
+    assert mask(words) == words
+
+
+@pytest.mark.parametrize(
+    ("header", "secret"),
+    [
+        ("X-Login = 'zq7Kv'", "zq7Kv"),
+        ("X-Shop = 'qwertyuiopasdfgh'", "qwertyuiopasdfgh"),
+        ("X-Shop = '0123456789'", "0123456789"),
+        ("X-Shop = 'a!b#c%d&e'", "a!b#c%d&e"),
+        ("X-Api-Key = 'some-plain-words'", "some-plain-words"),
+        ("X-Auth = 'some-plain-words'", "some-plain-words"),
+        ("Cookie = 'id=plain-words'", "id=plain-words"),
+        ("X-Shop = '${WORDS}'", "some-plain-words"),
+        ("User-Agent = 'shop/1 (${RANDOM})'", "8f3b61d2e9b7"),
+    ],
+)
+def test_secrets_in_headers_are_masked(monkeypatch: pytest.MonkeyPatch, header: str, secret: str) -> None:
+    """G8: what a variable gives, the header's name tells or looks random is masked, in each process."""
+    monkeypatch.setattr(masking, "_pieces", set())
+    monkeypatch.setattr(masking, "_short", set())
+    monkeypatch.setenv("WORDS", "some-plain-words")
+    monkeypatch.setenv("RANDOM", "8f3b61d2e9b7")
+    settings = load(f"[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = {{ {header} }}")
+    assert secret not in mask(f"you sent {secret}")
+    pickled = pickle.dumps(settings)
+    monkeypatch.setattr(masking, "_pieces", set())
+    monkeypatch.setattr(masking, "_short", set())
+    pickle.loads(pickled).hold_secrets()
+    assert secret not in mask(f"you sent {secret}")
 
 
 def test_a_password_in_a_basic_header_is_masked() -> None:
