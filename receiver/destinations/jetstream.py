@@ -3,30 +3,53 @@
 import re
 from collections.abc import Sequence
 
-from nats.js.api import ConsumerInfo, DiscardPolicy, RetentionPolicy, StorageType, StreamInfo
+from nats.js.api import ConsumerInfo, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
+
+from receiver.retry import DAY
 
 
 def describe_losses(
     info: StreamInfo, subject: str, consumers: Sequence[ConsumerInfo] | None = None
 ) -> str | None:
-    """Return how a stream may lose events of a subject, and what to do; None if nothing shows.
+    """Return all ways in which a stream may lose events of a subject; None if none shows.
 
     `consumers` are those of the stream; None if the user may not ask for them.
     """
-    config = info.config
+    config, problems = info.config, []
     if config.retention == RetentionPolicy.INTEREST and not _is_wanted(info, subject, consumers):
-        return (
+        problems.append(
             f"the stream {config.name} has the retention `interest` and no consumer takes the subject, so it "
             "acknowledges each event and keeps none: make the consumer first, or take the retention `limits`"
         )
     if config.storage == StorageType.MEMORY:
-        return "the stream is kept in memory: make one with file storage"
-    most = config.max_msgs_per_subject or 0
-    if most > 0 and config.discard != DiscardPolicy.NEW:
-        return f"the stream keeps the last {most} events only, read or not: see its max_msgs_per_subject"
-    if (config.num_replicas or 1) == 1:
-        return "a power cut may lose minutes: the stream has one replica; or is sync_interval always there?"
-    return None
+        problems.append("the stream is kept in memory: make one with file storage")
+    if dropped := _list_limits(config):
+        problems.append(f"the stream keeps {', '.join(dropped)}, read or not")
+    if config.storage != StorageType.MEMORY and (config.num_replicas or 1) == 1:
+        problems.append(
+            "a power cut may lose minutes: the stream has one replica; or is sync_interval always there?"
+        )
+    return "; ".join(problems) or None
+
+
+def _list_limits(config: StreamConfig) -> list[str]:
+    """Return the limits beyond which a stream drops what it has acknowledged."""
+    refuses = config.discard == DiscardPolicy.NEW
+    limits = [
+        ("max_msgs", "the last {} events only", config.max_msgs, not refuses),
+        ("max_bytes", "the last {} bytes only", config.max_bytes, not refuses),
+        (
+            "max_msgs_per_subject",
+            "the last {} events only",
+            config.max_msgs_per_subject,
+            not (refuses and config.discard_new_per_subject),
+        ),
+        # Ages of days are what streams usually have, and time enough to read.
+        ("max_age", "events for {:g} s only", config.max_age, (config.max_age or 0) < DAY),
+    ]
+    return [
+        f"{text.format(most)} ({name})" for name, text, most, drops in limits if drops and most and most > 0
+    ]
 
 
 def _is_wanted(info: StreamInfo, subject: str, consumers: Sequence[ConsumerInfo] | None) -> bool:

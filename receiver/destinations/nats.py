@@ -32,6 +32,7 @@ from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
 from receiver.destinations.nkeys import Identity
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.retry import DAY
 
 OPEN_TIMEOUT: Final = 6.0
 """Seconds to find a server that answers, and the stream."""
@@ -92,6 +93,8 @@ class NatsDestination(Broker):
         if info is not None:
             consumers = await self._connections.run(lambda each: each.list_consumers(info))
             problem = describe_losses(info, self._place.subject, consumers)
+            if (age := info.config.max_age or 0.0) >= DAY:
+                log.info("the stream deletes events by age, read or not", destination=self._name, seconds=age)
         if problem:
             self._warn_of_losses(problem)
 
@@ -209,12 +212,19 @@ class _Connection(Connection):
 
     async def list_consumers(self, info: StreamInfo) -> Sequence[ConsumerInfo] | None:
         """Return the consumers of a stream, None if the user may not ask."""
+        found: list[ConsumerInfo] = []
         try:
-            return await self._streams.consumers_info(info.config.name or "")
+            # The server names 256 of them at a time.
+            while len(found) < info.state.consumer_count:
+                page = await self._streams.consumers_info(info.config.name or "", offset=len(found))
+                if not page:
+                    break
+                found += page
         except _ERRORS as error:
             if isinstance(error, TimeoutError) and not self._may_ask:
                 return None
             raise self._failed(error) from error
+        return found
 
     def survives(self, failure: Failure) -> bool:
         """Return whether the next publish would gain nothing from connecting and making the stream anew."""

@@ -47,6 +47,9 @@ MAX_LENGTH: Final = 2**63 - 1
 
 _ENTRY_ID: Final = re.compile(rb"[0-9]+-[0-9]+")
 _NOT_AN_ID: Final = "check"
+_REFUSED_ID: Final = "invalid stream id"
+_OUR_WORDS: Final = re.compile(r",? *with args beginning|\{")
+"""What begins in a refusal that repeats our command, and with it the head of an event."""
 _NUMBER: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
 # RuntimeError is what a transport raises that was closed meanwhile.
 _ERRORS: Final = (RedisError, OSError, RuntimeError)
@@ -220,7 +223,8 @@ class RedisDestination(Broker):
         try:
             await self._client.xadd(self._place.stream, {"event": ""}, id=_NOT_AN_ID)
         except ResponseError as error:
-            if _code(error) != "ERR":
+            # Any other refusal, such as that of an unknown command, would meet an event, too.
+            if _REFUSED_ID not in str(error).lower():
                 raise
 
     async def _get_config(self) -> dict[Any, Any]:
@@ -245,7 +249,8 @@ class RedisDestination(Broker):
         if isinstance(error, AuthenticationError):
             return PublishFailed(f"{shown} refuses the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
-            return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(error)}", reason="refused")
+            words = _OUR_WORDS.split(str(error), maxsplit=1)[0]
+            return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(words)}", reason="refused")
         reason, text = "connection", f": {cause(error)}"
         if isinstance(error, MasterNotFoundError):
             reason, text = "no_primary", ": no sentinel answers with a primary"

@@ -678,9 +678,16 @@ async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noq
         ({"storage": StorageType.FILE}, "sync_interval"),
         ({"retention": RetentionPolicy.INTEREST}, "acknowledges each event and keeps none"),
         ({"max_msgs_per_subject": 1}, "keeps the last 1 events only"),
-        ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, "sync_interval"),
+        ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, "keeps the last 1 events only"),
+        ({"max_msgs": 1}, "keeps the last 1 events only (max_msgs), read or not; a power cut"),
+        ({"max_bytes": 1000}, "the last 1000 bytes only (max_bytes)"),
+        ({"max_age": 60}, "keeps events for 60 s only (max_age), read or not"),
+        ({"max_age": 60, "discard": DiscardPolicy.NEW}, "events for 60 s only (max_age)"),
+        (
+            {"max_msgs": 2, "max_msgs_per_subject": 1, "storage": StorageType.MEMORY},
+            "file storage; the stream keeps the last 2 events only (max_msgs), the last 1 events only (max_m",
+        ),
     ],
-    ids=["memory", "one replica", "interest", "trimmed", "full"],
 )
 async def test_check_warns_of_losses(
     admin: Client, destination: Destination, name: str, settings: dict[str, Any], problem: str
@@ -689,9 +696,65 @@ async def test_check_warns_of_losses(
     await admin.jsm().add_stream(name=name, subjects=[name], **settings)
     with capture_logs() as logs:
         await destination.check()
-    assert [entry["log_level"] for entry in logs] == ["warning"]
-    assert problem in logs[0]["problem"]
+    (warning,) = (entry for entry in logs if entry["log_level"] == "warning")
+    assert problem in warning["problem"]
     assert (await admin.jsm().stream_info(name)).state.messages == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"max_msgs": 1, "discard": DiscardPolicy.OLD}, True),
+        ({"max_msgs": 1, "discard": DiscardPolicy.NEW}, False),
+        ({"max_bytes": 1000, "discard": DiscardPolicy.OLD}, True),
+        ({"max_bytes": 1000, "discard": DiscardPolicy.NEW}, False),
+        ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.OLD}, True),
+        ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, True),
+        (
+            {"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW, "discard_new_per_subject": True},
+            False,
+        ),
+    ],
+)
+async def test_limits_are_warned_of_exactly_if_they_drop(
+    admin: Client, destination: Destination, name: str, settings: dict[str, Any], *, kept: bool
+) -> None:
+    """E2: a limit beyond which more is acknowledged than kept is warned of, one that refuses is not."""
+    await admin.jsm().add_stream(name=name, subjects=[name], **settings)
+    with capture_logs() as logs:
+        await destination.check()
+    assert ["read or not" in entry["problem"] for entry in logs] == [kept]
+    outcomes = [await outcome(destination) for _ in range(4)]
+    stored = (await admin.jsm().stream_info(name)).state.messages
+    assert (outcomes.count("delivered") > stored) == kept
+    assert ("full" in outcomes) != kept
+
+
+async def test_retention_by_days_is_told_and_not_warned_of(
+    admin: Client, destination: Destination, name: str
+) -> None:
+    """E2: that a stream deletes events after days is information, for most streams do."""
+    await admin.jsm().add_stream(name=name, subjects=[name], max_age=7 * 86_400)
+    with capture_logs() as logs:
+        await destination.check()
+    assert [entry.get("seconds") for entry in logs if entry["log_level"] == "info"] == [7 * 86_400]
+    assert ["read or not" in entry["problem"] for entry in logs if entry["log_level"] == "warning"] == [False]
+
+
+async def test_a_consumer_is_found_among_hundreds(admin: Client, destination: Destination, name: str) -> None:
+    """E2: the server names consumers by pages; one on the last page takes the subject, too."""
+    streams = admin.jsm()
+    await streams.add_stream(name=name, subjects=[name, f"{name}.*"], retention=RetentionPolicy.INTEREST)
+    filters = [f"{name}.other"] * 260 + [name]
+    await asyncio.gather(
+        *(
+            streams.add_consumer(name, durable_name=f"c{number:03}", filter_subject=subject)
+            for number, subject in enumerate(filters)
+        )
+    )
+    with capture_logs() as logs:
+        await destination.check()
+    assert ["keeps none" in entry["problem"] for entry in logs] == [False]
 
 
 @pytest.mark.parametrize(

@@ -360,6 +360,49 @@ async def test_check_leaves_no_trace(admin: redis.Redis, destination: Destinatio
     assert admin.xlen(stream) == 1
 
 
+async def test_check_sees_a_server_without_the_command() -> None:
+    """E4: the check fails if the server takes no XADD, and neither message repeats what was sent."""
+    with Redis("--rename-command", "XADD", "") as server:
+        destination = open_url(server.url("stream=events"))
+        event = make_event({"prompt": CANARY}, id=CANARY)
+        for call in (destination.check, lambda: destination.publish(event)):
+            with pytest.raises(PublishFailed, match="unknown command") as caught:
+                await call()
+            assert caught.value.reason == "refused"
+            assert not [word for word in ("events", "specversion", "{", CANARY) if word in str(caught.value)]
+        await destination.close()
+
+
+REPEATING = [
+    "ERR unknown command `XADD`, with args beginning with: `events`, `*`, `event`, `{}`, ",
+    "ERR unknown command 'XADD' with args beginning with: 'events' 'event' '{}'",
+    "ERR wrong number of arguments near '{}'",
+    'ERR Protocol error: "{}"',
+]
+
+
+@pytest.mark.parametrize("line", REPEATING)
+async def test_a_refusal_that_repeats_the_event_is_cut(line: str) -> None:
+    """E4: other servers and proxies repeat the command in words of their own; the event is left out."""
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(65_536):
+            begin = data.find(b'{"')
+            text = line.replace("{}", data[begin : begin + 100].decode()) if b"XADD" in data else ""
+            writer.write(f"-{text}\r\n".encode() if text else b"+OK\r\n" * data.count(b"*"))
+        writer.close()
+
+    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    destination = open_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}?stream=events")
+    with pytest.raises(PublishFailed) as caught:
+        await destination.publish(make_event(id=CANARY))
+    assert caught.value.reason == "refused"
+    assert "specversion" not in str(caught.value)
+    assert CANARY not in str(caught.value)
+    await destination.close()
+    server.close()
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
