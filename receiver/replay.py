@@ -51,6 +51,8 @@ PAUSE: Final = 0.5
 """Seconds until a replay that waits looks again."""
 TROUBLE_PAUSE: Final = 5.0
 """Seconds until a step that failed is tried again."""
+MOST_TROUBLE: Final = int(GIVE_UP_AFTER / TROUBLE_PAUSE)
+"""Steps in a row that may fail: three days of them."""
 BATCH: Final = 5000
 """Deliveries that one transaction cancels at most."""
 
@@ -239,13 +241,19 @@ class ReplayLane(WorkLane):
             await self._step(claim, order)
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this order, not to its lane
             message = describe(error)
-            if claim.age >= GIVE_UP_AFTER and not isinstance(error, TransientError):
+            is_transient = isinstance(error, TransientError)
+            # Not its age alone: a long replay may have gone on until a moment ago. And not the tries alone:
+            # releases before this one counted each step.
+            if claim.age >= GIVE_UP_AFTER and claim.attempt >= MOST_TROUBLE and not is_transient:
                 await self._end(claim, state="failed", error=message)
                 return
             log.warning("replay held up", replay_id=str(claim.id), error=message)
+            tries = claim.attempt - 1 if is_transient else claim.attempt
 
             async def put_back(connection: AsyncConnection) -> bool:
-                return await self._later(connection, claim, delay=TROUBLE_PAUSE, error=message)
+                return await self._later(
+                    connection, claim, delay=TROUBLE_PAUSE, error=message, attempts=tries
+                )
 
             await self._record(claim, put_back)
 
@@ -335,9 +343,17 @@ class ReplayLane(WorkLane):
         return due, held
 
     async def _later(
-        self, connection: AsyncConnection, claim: Claim, *, delay: float, error: str | None = None
+        self,
+        connection: AsyncConnection,
+        claim: Claim,
+        *,
+        delay: float,
+        error: str | None = None,
+        attempts: int = 0,
     ) -> bool:
-        return await leases.retry(connection, tables.replays, claim, delay=delay, error=error)
+        return await leases.retry(
+            connection, tables.replays, claim, delay=delay, error=error, attempts=attempts
+        )
 
     async def _end(self, claim: Claim, *, state: str, error: str | None = None) -> None:
         async def write(connection: AsyncConnection) -> bool:

@@ -202,6 +202,7 @@ async def advance(
         held,
         delay=delay,
         error=None,
+        attempts=0,
         after_seq=after_seq,
         handled=replays.c.handled + handled,
     )

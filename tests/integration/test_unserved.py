@@ -16,6 +16,7 @@ from receiver.db.tables import attempts, deliveries, events, workers
 from receiver.db.tables import replays as orders
 from receiver.db.unserved import NOT_CONFIGURED, Taken
 from receiver.lanes import destination_lane
+from receiver.replay import MOST_TROUBLE
 from receiver.retry import DAY, GIVE_UP_AFTER
 from receiver.unserved import giving_up, look
 
@@ -286,7 +287,7 @@ async def test_a_worker_that_holds_one_keeps_it(world: World) -> None:
 
 
 async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
-    """E15: it fails after three days, unless another worker has the destination; a younger one waits."""
+    """E15: it fails after three days of trouble, unless another worker has the destination; else it waits."""
     world.add_destination("gone")
     await world.add_history(plain("r-1"))
     await world.order(to=["gone"])
@@ -302,7 +303,9 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
 
     held_up = "this worker has no destination 'gone': restart it, or cancel"
     assert await step() == ("pending", f"SettingsError: {held_up}")
-    await world.change(orders, created_at=db_time(-GIVE_UP_AFTER - 1))
+    await world.change(orders, created_at=db_time(-30 * DAY))
+    assert (await step())[0] == "pending", "it may have gone on until now"
+    await world.change(orders, attempts=MOST_TROUBLE)
     async with world.database.write() as connection:
         await connection.execute(
             workers.insert().values(**run, started_at=db_time(0.0), seen_at=db_time(0.0))
@@ -310,6 +313,18 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
     assert await step() == ("pending", f"TransientError: {held_up}")
     await world.change(workers, seen_at=db_time(-60.0))
     assert (await step())[0] == "failed"
+
+
+async def test_a_replay_that_goes_on_has_its_time_again(world: World) -> None:
+    """E15: the three days of trouble are three days in a row: a step that is done, or waits, ends them."""
+    world.add_destination("kept")
+    await world.add_history(plain("r-1"))
+    await world.order(to=["kept"])
+    await world.change(orders, created_at=db_time(-30 * DAY), attempts=MOST_TROUBLE)
+    for work in await world.replay_lane().claim(1):
+        await work.run()
+    (row,) = await world.rows(orders)
+    assert (row["state"], row["attempts"]) == ("pending", 0)
 
 
 @pytest.mark.parametrize(
