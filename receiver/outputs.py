@@ -5,8 +5,9 @@ Pure. Clipia documents `images`, `video`, `audio` and `audios`; other models put
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
 Kind = Literal["image", "video", "audio", "file"]
@@ -25,8 +26,35 @@ _KNOWN: Final[tuple[tuple[str, Kind], ...]] = (
     ("audio", "audio"),
     ("audios", "audio"),
 )
+_PLACES: Final = frozenset(name for name, _ in _KNOWN)
 _NAMES: Final = ("original_url", "url")
-_WEB: Final = re.compile(r"\s*https?://", re.IGNORECASE)
+_WEB: Final = re.compile(r"https?://", re.IGNORECASE)
+# What text has around a URL: blanks of all kinds, a byte order mark, quotes and angle brackets.
+_AROUND: Final = " \t\r\n\v\f\u00a0\u200b\ufeff<>\"'`"
+# One more URL in the same text, as against one within a path or a query.
+_ANOTHER: Final = re.compile(r"[\s\ufeff<>\"'`(\[,;|]https?://", re.IGNORECASE)
+_GAP: Final = re.compile(r"[\s\ufeff<>\"`]")
+# A URL with a path within a text. It ends at blanks, quotes, angle brackets, a backslash, a bracket that it
+# did not open, and a comma that a blank or another URL follows.
+_EMBEDDED: Final = re.compile(
+    r"https?://[^\s\ufeff<>\"'`()\[\]\\,;|/?#]+/"
+    r"(?:[^\s\ufeff<>\"'`()\[\]\\,;|]|\([^\s\ufeff<>\"'`()\[\]\\]*\)|[,;|](?!\s|https?://|\Z))+",
+    re.IGNORECASE,
+)
+_HOST_ONLY: Final = re.compile(r"https?://[^/]*/?", re.IGNORECASE)
+_PUNCTUATION: Final = ".,:;!?*}"
+_OTHER_ORIGIN: Final = frozenset({"host", "scheme", "port"})
+# Extensions of files that are never text, of the kind `file`.
+BINARY: Final = {
+    *("avi", "flv", "m2ts", "m4v", "mkv", "mpeg", "mpg", "wmv", "3gp", "3gpp"),
+    *("aif", "aiff", "m4b", "mid", "midi", "opus", "wma"),
+    *("bmp", "exr", "heic", "heif", "ico", "jp2", "jxl", "ktx2", "psd", "tga", "tif", "tiff"),
+    *("blend", "glb", "spz", "usdc", "usdz", "3mf"),
+    *("docx", "epub", "odp", "ods", "odt", "pdf", "ppt", "pptx", "xlsx"),
+    *("bz2", "gz", "rar", "tar", "tgz", "xz", "zip", "zst", "7z"),
+    *("npy", "npz", "onnx", "parquet", "safetensors", "wasm"),
+    *("otf", "ttf", "woff", "woff2"),
+}
 # An undocumented file is announced by the extension in its URL, or by the name that it stands under.
 _EXTENSION: Final = re.compile(r"/[^/?#]*\.([a-z0-9]{2,12})\s*(?:[?#]|\Z)", re.IGNORECASE)
 _KIND_OF: Final[dict[str, Kind]] = {
@@ -65,7 +93,9 @@ class MediaRef:
     kind: Kind
     variant: Variant
     url: str  # of one that is too long, the beginning
-    field: str  # where in `output` the URL stands, such as "images[0].original_url" or "/model_3d/glb"
+    # Where in `output` the URL stands: "images[0].original_url", "/model_3d/glb"; "/text#1" is the second URL
+    # within a text, and "/files/x#key0" the first one within a key.
+    field: str
     skip: Skip | None = None
 
 
@@ -82,13 +112,11 @@ def list_files(output: Any, rules: FileRules) -> Listing:
     """Return every file of an output, in an order that no order of keys changes.
 
     What is documented comes first, and is listed even if it is no URL; elsewhere each text that is an http or
-    https URL as a whole is a file.
+    https URL as a whole is a file. In other texts and in keys of objects the URLs with an allowed origin are.
     """
     collector = _Collector(rules)
-    for kind, urls in _documented(output):
-        collector.add(kind, urls)
-    for kind, urls in _others(output):
-        collector.add(kind, urls)
+    for file in chain(_documented(output), _others(output)):
+        collector.add(file)
     return collector.listing()
 
 
@@ -105,15 +133,17 @@ class _Collector:
         self._seen: set[str] = set()
         self._fetched = self._skipped = self._left_out = 0
 
-    def add(self, kind: Kind, urls: Sequence[tuple[str, str]]) -> None:
-        """Add the variants of one file, the best one first: the field and URL of each."""
+    def add(self, file: "_File") -> None:
+        """Add the variants of one file, the best one first."""
         position = self._files[-1].position + 1 if self._files else 0
         variants: tuple[Variant, ...] = ("original", "display")
-        for variant, (field, url) in zip(variants, urls, strict=False):
+        for variant, (field, url) in zip(variants, file.urls, strict=False):
             if url in self._seen:
                 continue
-            self._seen.add(url)
             skip = self._skip(url)
+            if file.is_link and skip is not None and skip.reason in _OTHER_ORIGIN:
+                continue
+            self._seen.add(url)
             if skip is None:
                 self._fetched += 1
             elif self._skipped < MAX_SKIPPED:
@@ -122,6 +152,7 @@ class _Collector:
                 self._left_out += 1
                 continue
             shown = url[: self._rules.max_url_length]
+            kind = file.kind
             ref = MediaRef(position=position, kind=kind, variant=variant, url=shown, field=field, skip=skip)
             self._files.append(ref)
 
@@ -147,7 +178,12 @@ class _Collector:
         return Listing(files=tuple(self._files), left_out=self._left_out)
 
 
-_File = tuple[Kind, list[tuple[str, str]]]
+class _File(NamedTuple):
+    kind: Kind
+    urls: list[tuple[str, str]]
+    """The field and the URL of each variant."""
+    is_link: bool = False
+    """Whether it is from a text, which may link to anything: of foreign origins nothing is a file."""
 
 
 def _documented(output: Any) -> Iterator[_File]:
@@ -164,9 +200,13 @@ def _documented(output: Any) -> Iterator[_File]:
         )
         for path, entry in entries:
             if isinstance(entry, dict):
-                yield kind, [(f"{path}.{key}", url) for key in _NAMES if _is_text(url := entry.get(key))]
-            elif _is_text(entry):
-                yield kind, [(path, entry)]
+                places = [(f"{path}.{key}", text) for key in _NAMES if _is_text(text := entry.get(key))]
+            else:
+                places = [(path, entry)] if _is_text(entry) else []
+            several = {place: found for place, text in places if (found := _several(place, text))}
+            yield _File(kind, [(place, _one(text) or text) for place, text in places if place not in several])
+            for each in chain.from_iterable(several.values()):
+                yield _File(kind, [each])
 
 
 def _others(output: Any) -> Iterator[_File]:
@@ -177,17 +217,60 @@ def _others(output: Any) -> Iterator[_File]:
         if isinstance(value, list):
             waiting += [(f"{pointer}/{index}", name, each) for index, each in enumerate(value)][::-1]
         elif isinstance(value, dict):
-            pair = [(f"{pointer}/{key}", url) for key in _NAMES if _is_url(url := value.get(key))]
+            texts = [(f"{pointer}/{key}", text) for key in _NAMES if _is_text(text := value.get(key))]
+            pair = [(place, url) for place, text in texts if (url := _one(text))]
             if pair:
-                yield _kind(pair[0][1], name), pair
+                yield _File(_kind(pair[0][1], name), pair)
+            for each in chain.from_iterable(_several(place, text) for place, text in texts):
+                yield _File(_kind(each[1], name), [each])
             members = [
                 (f"{pointer}/{_escape(key)}", name if key in _NAMES else key, each)
                 for key, each in sorted(value.items())
                 if key not in _NAMES or not _is_text(each)
             ]
+            for key in sorted(value):
+                yield from _links(f"{pointer}/{_escape(key)}#key", name, key)
             waiting += members[::-1]
-        elif _is_url(value):
-            yield _kind(value, name), [(pointer, value)]
+        elif _is_text(value):
+            url = _one(value, is_place=name in _PLACES)
+            yield from (
+                [_File(_kind(url, name), [(pointer, url)])] if url else _links(f"{pointer}#", name, value)
+            )
+
+
+def _links(field: str, name: str, text: str) -> Iterator[_File]:
+    for each in _within(field, text):
+        yield _File(_kind(each[1], name), [each], is_link=True)
+
+
+def _one(text: str, *, is_place: bool = True) -> str | None:
+    """Return the URL that a text is as a whole, without what is around it; None if it is none, or several.
+
+    Blanks belong to a URL in a place for one, and elsewhere if only its end has an extension. They never do
+    behind the extension of a file: that is a caption.
+    """
+    url = text.strip(_AROUND)
+    if not _WEB.match(url) or _ANOTHER.search(url):
+        return None
+    gap = _GAP.search(url)
+    if gap is None:
+        return url
+    start = extension_of(url[: gap.start()])
+    is_caption = start in BINARY or start in _KIND_OF
+    return url if not is_caption and (is_place or extension_of(url)) else None
+
+
+def _several(place: str, text: str) -> list[tuple[str, str]]:
+    """Return the URLs of a text that should be one, and is not."""
+    return [] if _one(text) else _within(f"{place}#", text)
+
+
+def _within(field: str, text: str) -> list[tuple[str, str]]:
+    """Return the URLs within a text, each with a field that starts with `field`."""
+    if "://" not in text:
+        return []
+    urls = (found[0].rstrip(_PUNCTUATION) for found in _EMBEDDED.finditer(text))
+    return [(f"{field}{number}", url) for number, url in enumerate(urls) if not _HOST_ONLY.fullmatch(url)]
 
 
 def _kind(url: str, name: str) -> Kind:
@@ -200,7 +283,3 @@ def _escape(key: str) -> str:
 
 def _is_text(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and bool(value)
-
-
-def _is_url(value: Any) -> TypeGuard[str]:
-    return isinstance(value, str) and _WEB.match(value) is not None

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from receiver.media import containers
 from receiver.media.containers import Walk
-from receiver.outputs import Kind, extension_of
+from receiver.outputs import BINARY, Kind, extension_of
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096
@@ -148,18 +148,6 @@ _NO_TAGS = re.compile(
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _MARKUP = re.compile(r"\s*(?:<[a-z!?]|[{\[]\s*[\"{\[])", re.IGNORECASE)
 _GZIP = b"\x1f\x8b\x08"
-# Extensions of files that are never text, of the kind `file`.
-_BINARY = {
-    *("avi", "flv", "m2ts", "m4v", "mkv", "mpeg", "mpg", "wmv", "3gp", "3gpp"),
-    *("aif", "aiff", "m4b", "mid", "midi", "opus", "wma"),
-    *("bmp", "exr", "heic", "heif", "ico", "jp2", "jxl", "ktx2", "psd", "tga", "tif", "tiff"),
-    *("blend", "glb", "spz", "usdc", "usdz", "3mf"),
-    *("docx", "epub", "odp", "ods", "odt", "pdf", "ppt", "pptx", "xlsx"),
-    *("bz2", "gz", "rar", "tar", "tgz", "xz", "zip", "zst", "7z"),
-    *("npy", "npz", "onnx", "parquet", "safetensors", "wasm"),
-    *("otf", "ttf", "woff", "woff2"),
-}
-
 # A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
 # latter.
 _ACTIVE = re.compile(
@@ -188,7 +176,7 @@ def is_page(head: bytes, kind: Kind, url: str) -> bool:
     binary. SVG is a picture all the same, a list of parts a video or audio, and PDF and PostScript are files.
     """
     extension = extension_of(url)
-    if kind == "file" and extension not in _BINARY:
+    if kind == "file" and extension not in BINARY:
         return False
     if head.startswith(_GZIP) and extension not in {"gz", "tgz"}:
         if kind != "file":

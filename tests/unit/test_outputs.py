@@ -192,8 +192,71 @@ def test_what_is_not_fetched_has_a_reason(url: str, reason: str | None, place: s
     """B10: a URL that must not be requested is listed all the same, and no secret is told."""
     (ref,) = list_files({place: [{"url": url}]}, RULES).files
     assert (ref.skip and ref.skip.reason) == reason
-    assert ref.url == url[:8192]
+    assert ref.url == url.strip()[:8192]
     assert ref.skip is None or "secret" not in ref.skip.words
+
+
+TEXTS: list[tuple[Any, list[tuple[str, str]]]] = [
+    ("{0}/a.png {0}/b.png", [("#0", "a.png"), ("#1", "b.png")]),
+    ("{0}/a.webp,{0}/b.webp", [("#0", "a.webp"), ("#1", "b.webp")]),
+    ("{0}/a.webp|{0}/b.webp;{0}/c.webp", [("#0", "a.webp"), ("#1", "b.webp"), ("#2", "c.webp")]),
+    ("{0}/a.webp 1x, {0}/b.webp 2x", [("#0", "a.webp"), ("#1", "b.webp")]),
+    ("{0}/a.png shows a cat. It is nice.", [("#0", "a.png")]),
+    ("{0}/a shows a cat", [("#0", "a")]),
+    ("See {0}/a.png, {0}/b.png.", [("#0", "a.png"), ("#1", "b.png")]),
+    ("![a]({0}/a.png) and [b]({0}/b(1).png).", [("#0", "a.png"), ("#1", "b(1).png")]),
+    ("<img src='{0}/a.png'><img src=\"{0}/b.png?w=1,2\">", [("#0", "a.png"), ("#1", "b.png?w=1,2")]),
+    ('{{"video": {{"url": "{0}/a.mp4"}}}}', [("#0", "a.mp4")]),
+    ("https://example.com/a.png {0}/b.png", [("#1", "b.png")]),
+    ("https://example.com/a.png and http://media.clipia.ai/b.png", []),
+    ("{0} and {0}/. are no files", []),
+    # Texts that are one URL, with or without something around it.
+    ("\ufeff{0}/a.png", [("", "a.png")]),
+    ("\u00a0{0}/a.png\n", [("", "a.png")]),
+    ("<{0}/a.png>", [("", "a.png")]),
+    ("\"{0}/a.png'", [("", "a.png")]),
+    ("{0}/my cat.png", [("", "my cat.png")]),
+    ("{0}/a,b.png?u=https://example.com/c,d", [("", "a,b.png?u=https://example.com/c,d")]),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS)
+def test_urls_within_a_text_are_files(text: str, expected: list[tuple[str, str]]) -> None:
+    """B10: each URL of an allowed origin within a text is a file, and no text is one bogus URL."""
+    found = [(row[4], row[3]) for row in rows({"x": text.format(CDN)})]
+    assert found == [(f"/x{field}", url) for field, url in expected]
+
+
+@pytest.mark.parametrize(("text", "expected"), TEXTS[:5])
+@pytest.mark.parametrize("place", ["images[0]", "images[0].url", "/more/0/url"])
+def test_a_place_for_one_url_may_have_several(place: str, text: str, expected: list[tuple[str, str]]) -> None:
+    """B10: in a place for a URL each URL of a text is a file, too, and foreign ones are listed."""
+    text = text.format(CDN) + " https://example.com/x"
+    entry: Any = {"url": text} if "url" in place else text
+    listing = list_files({"more" if place.startswith("/") else "images": [entry]}, RULES)
+    assert [(ref.field, ref.url.removeprefix(f"{CDN}/")) for ref in listing.files] == [
+        *[(f"{place}{field}", url) for field, url in expected],
+        (f"{place}#{len(expected)}", "https://example.com/x"),
+    ]
+    assert [ref.skip is None for ref in listing.files] == [True] * len(expected) + [False]
+
+
+def test_keys_are_searched() -> None:
+    """B10: a URL that is the key of an object is a file, and what stands under it is searched as ever."""
+    output = {"files": {f"{CDN}/a.pptx": {"preview": f"{CDN}/b.png"}}, "https://example.com/": 1}
+    assert rows(output) == [
+        (0, "file", "original", "a.pptx", "/files/https:~1~1media.clipia.ai~1a.pptx#key0"),
+        (1, "image", "original", "b.png", "/files/https:~1~1media.clipia.ai~1a.pptx/preview"),
+    ]
+
+
+def test_blanks_belong_to_a_url_in_a_place_for_one() -> None:
+    """B10: where a URL belongs, one with blanks is one URL, with or without an extension."""
+    assert rows({"images": [f"{CDN}/a b", {"url": f"{CDN}/c d"}], "video": f"{CDN}/e f"}) == [
+        (0, "image", "original", "a b", "images[0]"),
+        (1, "image", "original", "c d", "images[1].url"),
+        (2, "video", "original", "e f", "video"),
+    ]
 
 
 def test_a_documented_place_without_a_url_is_listed() -> None:
