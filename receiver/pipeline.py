@@ -15,7 +15,7 @@ from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.lanes import MEDIA_LANE, Target, describe, destination_lane, facts_of
 from receiver.observability import MEDIA_SKIPPED
-from receiver.outputs import FileRules, Listing, MediaRef
+from receiver.outputs import FileRules, Listing
 from receiver.retry import GIVE_UP_AFTER
 from receiver.routing import Facts, refusal
 from receiver.webhook import Generation, parse
@@ -151,7 +151,7 @@ class FanOut:
         for (event, generation), each in zip(recognized, facts, strict=True):
             listing = generation.list_files(self._rules)
             skipped += _count_skipped(event, listing)
-            files += [(event.seq, _new_media(ref)) for ref in listing.files]
+            files += [(event.seq, NewMedia.of(ref)) for ref in listing.files]
             is_fetching = any(ref.skip is None for ref in listing.files)
             states["fetching" if is_fetching else "ready"].append(event.seq)
             for target in self._targets:
@@ -208,17 +208,6 @@ def _read(event: StoredEvent) -> Generation | None:
         # It was recognized when it came in: this release reads more strictly than the one that stored it.
         log.error("event not recognized", event_id=str(event.id), reason=error.reason)  # noqa: TRY400
         return None
-
-
-def _new_media(ref: MediaRef) -> NewMedia:
-    return NewMedia(
-        position=ref.position,
-        variant=ref.variant,
-        kind=ref.kind,
-        url=ref.url,
-        field=ref.field,
-        skipped=None if ref.skip is None else ref.skip.words,
-    )
 
 
 def _count_skipped(event: StoredEvent, listing: Listing) -> Counter[str]:

@@ -285,8 +285,10 @@ class ReplayLane(WorkLane):
             files = await outbox.load_media(connection, [event.seq for event in page])
         wanted = Wanted()
         if order.media:
+            # The others have no files, or none any more.
+            every = {event.seq: files.get(event.seq, []) for event in page if event.status == "OK"}
             wanted = await find_wanted(
-                self._database, self._storage, files, force=order.force, rules=self._rules
+                self._database, self._storage, every, force=order.force, rules=self._rules
             )
         due, held = self._deliveries(order, page, facts, wanted.events)
         delay = 0.0 if order.rate is None else len(page) / order.rate
@@ -298,6 +300,7 @@ class ReplayLane(WorkLane):
                 return
             await replays.change_urls(connection, wanted.urls)
             loading = await replays.restart_media(connection, wanted.files, intact=wanted.intact)
+            loading += await replays.add_media(connection, wanted.added)
             waiting = [name for name, target in self._targets.items() if target.waits_for_media]
             await outbox.hold(connection, set(loading), waiting)
             insert = partial(outbox.insert_deliveries, connection, replay_id=order.id)

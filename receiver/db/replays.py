@@ -10,10 +10,10 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import leases
+from receiver.db import leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.lists import among
-from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder
+from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, in_state, media, replays
 
@@ -160,6 +160,20 @@ async def restart_media(
         update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
     )
     return seqs
+
+
+async def add_media(connection: AsyncConnection, files: Sequence[tuple[int, NewMedia]]) -> list[int]:
+    """Add files that were not listed, each with its event's `seq`; return that of each to be downloaded."""
+    if not files:
+        return []
+    # One may have been erased since its files were looked for.
+    there = select(events.c.seq).where(events.c.seq.in_({seq for seq, _ in files}), _ELIGIBLE)
+    seqs = set(await connection.scalars(there.order_by(events.c.seq).with_for_update()))
+    added = [(seq, file) for seq, file in files if seq in seqs]
+    await outbox.insert_media(connection, added)
+    fetching = [seq for seq, file in added if file.skipped is None]
+    await connection.execute(update(events).where(events.c.seq.in_(set(fetching))).values(state="fetching"))
+    return fetching
 
 
 async def change_urls(connection: AsyncConnection, urls: Mapping[uuid.UUID, str]) -> None:

@@ -6,9 +6,9 @@ import time
 import uuid
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Self
 
-from receiver.outputs import Kind, Variant
+from receiver.outputs import Kind, MediaRef, Variant
 from receiver.price import Credits
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
@@ -158,6 +158,18 @@ class NewMedia:
     field: str | None = None
     skipped: str | None = None
     """Why it is not downloaded."""
+
+    @classmethod
+    def of(cls, ref: MediaRef) -> Self:
+        """Return a file of an output."""
+        return cls(
+            position=ref.position,
+            variant=ref.variant,
+            kind=ref.kind,
+            url=ref.url,
+            field=ref.field,
+            skipped=None if ref.skip is None else ref.skip.words,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,15 @@ import orjson
 import pytest
 from eventkit import World, opened, with_files
 from mediakit import PNG, SAMPLES, response, site, stored_files
+from payloads import body
 from pydantic import ValidationError
+from sqlalchemy import delete
 
 from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
+from receiver.db.replays import add_media
+from receiver.db.rows import NewMedia
 from receiver.db.tables import events, media, replays
 from receiver.media import MediaHosts
 from receiver.media.verify import verify
@@ -194,6 +198,59 @@ async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
         await run_downloads(world)
         assert await world.states(media) == {"stored": 2}
         assert sorted(cdn.requests) == [b"/a.png", long.encode()]
+
+
+async def test_files_that_releases_before_left_out_are_added(database: Database, tmp_path: Path) -> None:
+    """B10: a replay with `media` lists an old event's output anew, once, and leaves alone what was listed."""
+    cdn = Cdn(response(PNG))
+    async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
+        world.add_destination("main")
+        world.rules = FileRules(refuse=MediaHosts.parse([server.origin]).refuse)
+        output = {
+            "images": [{"url": f"{server.origin}/{name}"} for name in ("moved.png", "same.png")],
+            "cover": {"original_url": f"{server.origin}/c1.png", "url": f"{server.origin}/c2.png"},
+            "text": "https://example.com/x.png",
+        }
+        await world.add(body("r-1", payload={"output": output}))
+        await world.add(body("r-2", payload={"output": {"model_3d": f"{server.origin}/m.glb"}}))
+        await world.add(body("r-3", payload={"output": {"text": "no file"}}))
+        await world.fan_out()
+        await run_downloads(world)
+        # As a release before 0010 would have it, after Clipia had named another URL for the first file.
+        async with world.database.write() as connection:
+            await connection.execute(delete(media).where(media.c.field.startswith("/")))
+        await world.change(media, field=None)
+        await world.change(media, media.c.position == 0, url=f"{server.origin}/now-here.png")
+        before = await world.rows(media)
+        assert [row["position"] for row in before] == [0, 1]
+        await world.change(events, events.c.seq > 0, state="ready")
+        cdn.requests.clear()
+        assert await replay(world) == 3
+        assert await world.states(events) == {"fetching": 2, "ready": 1}
+        await run_downloads(world)
+        assert await world.states(events) == {"ready": 3}
+        assert sorted(cdn.requests) == [b"/c1.png", b"/c2.png", b"/m.glb"]
+        after = [row for row in await world.rows(media) if row["id"] not in {each["id"] for each in before}]
+        found = {(row["position"], row["variant"], row["field"], row["state"]) for row in after}
+        assert found == {
+            (2, "original", "/cover/original_url", "stored"),
+            (2, "display", "/cover/url", "stored"),
+            (3, "original", "/text", "skipped"),
+            (0, "original", "/model_3d", "stored"),
+        }
+        assert await replay(world) == 0
+        assert len(await world.rows(media)) == 6
+
+
+async def test_an_erased_event_gets_no_files(database: Database, tmp_path: Path) -> None:
+    """C16: an event that was erased after its output was read stays without files."""
+    async with opened(database, tmp_path, "https://media.clipia.ai") as world:
+        await world.add(with_files("https://media.clipia.ai", "r-1"))
+        await world.change(events, state="erased")
+        file = NewMedia(position=0, variant="original", kind="image", url="https://media.clipia.ai/a")
+        async with world.database.write() as connection:
+            assert await add_media(connection, [(1, file)]) == []
+        assert await world.rows(media) == []
 
 
 def test_force_needs_media(database_url: str) -> None:  # noqa: ARG001 - the module's parameter
