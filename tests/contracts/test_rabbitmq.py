@@ -673,6 +673,7 @@ async def test_password_is_not_shown(
 ) -> None:
     """G8: neither logs at any level nor the destination's own texts show the password."""
     caplog.set_level(logging.DEBUG)
+    caplog.set_level(logging.DEBUG, "aiormq")
     destination = open_url(server.url(f"?queue={queue}", port=relay.port))
     await destination.start()
     await destination.publish(make_event())
