@@ -191,8 +191,11 @@ async def claim_to_submit(
         seconds_since(jobs.c.sent_at).label("sent_for"),
         seconds_since(jobs.c.refused_at).label("refused_for"),
         jobs.c.warnings,
+        jobs.c.max_cost,
+        jobs.c.max_cost_micros,
     ).where(jobs.c.id.in_(ids))
-    found = {row["id"]: Submission(**row) for row in (await connection.execute(statement)).mappings()}
+    rows = (await connection.execute(statement)).mappings()
+    found = {row["id"]: Submission(**prices.join(row)) for row in rows}
     fresh = [job_id for job_id, submission in found.items() if submission.sent_for is None]
     await connection.execute(
         update(jobs).where(jobs.c.id.in_(fresh)).values(sent_at=db_time(0.0), account=account)

@@ -271,6 +271,7 @@ class Submission:
     """Seconds since Clipia first refused it for now (402, 403); None if it did not."""
     warnings: list[dict[str, Any]] | None
     """Our own about the input."""
+    max_cost: Credits | None
 
 
 @dataclass(frozen=True, kw_only=True)

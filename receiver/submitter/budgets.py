@@ -1,19 +1,22 @@
 """What a job may cost: its own `max_cost`, and its caller's budget of the day."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import jobs
-from receiver.db.rows import NewJob
-from receiver.errors import Refused
+from receiver.db.rows import NewJob, Submission
+from receiver.errors import AccountRefused, ClipiaUnavailable, DatabaseUnavailable, Refused, RefusedForNow
 from receiver.price import Credits, total
-from receiver.submitter.catalogue import Catalogue
-from receiver.submitter.request import JobRequest
+from receiver.submitter.catalogue import PRICE_HOLDS, Catalogue
+from receiver.submitter.request import JobRequest, read_input
 
 ANYONE: Final = "*"
 """The budget of callers that have none of their own."""
+PRICE_WAIT: Final = 15.0
+"""Seconds that a try waits for a price: the lease must still be held when the submission is sent."""
 
 
 class Budgets:
@@ -28,13 +31,7 @@ class Budgets:
             return None
         estimate = await catalogue.estimate(request.model, request.input)
         price: Credits = estimate["credits"]
-        if request.max_cost is not None and price > request.max_cost:
-            raise Refused(
-                f"the job costs {price} credits, more than its max_cost of {request.max_cost}",
-                code="max_cost_exceeded",
-                status=402,
-                type_="billing_error",
-            )
+        _require_at_most(request.max_cost, price)
         return price
 
     async def hold(self, connection: AsyncConnection, job: NewJob) -> None:
@@ -55,3 +52,37 @@ class Budgets:
 
     def _of(self, caller: str) -> Credits | None:
         return self._budgets.get(caller, self._budgets.get(ANYONE))
+
+
+def _require_at_most(max_cost: Credits | None, price: Credits) -> None:
+    if max_cost is not None and price > max_cost:
+        raise Refused(
+            f"the job costs {price} credits, more than its max_cost of {max_cost}",
+            code="max_cost_exceeded",
+            status=402,
+            type_="billing_error",
+        )
+
+
+async def require_price(submission: Submission, catalogue: Catalogue, *, age: float) -> None:
+    """Raise Refused if a job that was made `age` seconds ago costs more than its `max_cost` by now.
+
+    Raises ClipiaUnavailable if the price cannot be known.
+    """
+    if submission.max_cost is None or age < PRICE_HOLDS:
+        return
+    given = read_input(submission.request) or {}
+    try:
+        async with asyncio.timeout(PRICE_WAIT):
+            estimate = await catalogue.estimate(submission.model, given, or_older=False)
+    except (AccountRefused, RefusedForNow):
+        raise
+    except (ClipiaUnavailable, DatabaseUnavailable, TimeoutError) as error:
+        # Without the status: a 429 of a question is no reason to hold up submissions.
+        raise ClipiaUnavailable(
+            f"the price, which max_cost limits, is not known: {str(error) or 'no answer in time'}",
+            reason="price_unknown",
+            may_have_arrived=False,
+            retry_after=getattr(error, "retry_after", None),
+        ) from error
+    _require_at_most(submission.max_cost, estimate["credits"])

@@ -44,8 +44,13 @@ class _Memory:
         self._failures: dict[str, tuple[float, ClipiaUnavailable]] = {}
         self._asking: dict[str, asyncio.Task[Any]] = {}
 
-    async def recall(self, question: str, ask: Callable[[], Awaitable[T]], *, fresh: float) -> T:
-        """Return an answer that is not older than `fresh` seconds, or an older one while Clipia is away."""
+    async def recall(
+        self, question: str, ask: Callable[[], Awaitable[T]], *, fresh: float, or_older: bool = True
+    ) -> T:
+        """Return an answer that is not older than `fresh` seconds.
+
+        While Clipia is away it may be `or_older`.
+        """
         asked_at, older = self._answers.get(question, (float("-inf"), None))
         if time.monotonic() - asked_at < fresh:
             known: T = older
@@ -59,7 +64,7 @@ class _Memory:
             # Shielded: the answer is the others', too, and worth remembering for nobody.
             answer: T = await asyncio.shield(task)
         except ClipiaUnavailable:
-            if question not in self._answers:
+            if not or_older or question not in self._answers:
                 raise
             stale: T = older
             return stale
@@ -159,13 +164,16 @@ class Catalogue:
         clipias = answer.get("warnings")
         return answer | {"warnings": join_warnings(ours, clipias if isinstance(clipias, list) else [])}
 
-    async def estimate(self, slug: str, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `{"credits", "warnings"}`, the price of an input."""
+    async def estimate(self, slug: str, given: Mapping[str, Any], *, or_older: bool = True) -> dict[str, Any]:
+        """Return `{"credits", "warnings"}`, the price of an input.
+
+        While Clipia is away it may be an older one if `or_older`.
+        """
         _refuse_path(slug)
         # Its digest: an input may have a megabyte, and a thousand of them are remembered.
         question = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"
         ask = partial(self._ask, partial(self._client.estimate, slug, given))
-        return await self._memory.recall(question, ask, fresh=PRICE_HOLDS)
+        return await self._memory.recall(question, ask, fresh=PRICE_HOLDS, or_older=or_older)
 
     async def balance(self) -> dict[str, Any]:
         """Return the account as it is now."""

@@ -29,6 +29,8 @@ from receiver.lanes import (
 )
 from receiver.observability import SUBMISSIONS
 from receiver.retry import REFUSED_GIVE_UP_AFTER, SUBMIT, SUBMIT_AGAIN, poll_delay, refused_delay
+from receiver.submitter.budgets import require_price
+from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.lessons import Change, after_failure, looked_at, unchanged
 from receiver.submitter.request import join_warnings
 from receiver.webhook import parse
@@ -64,6 +66,7 @@ class SubmitLane(WorkLane):
         self,
         database: Database,
         client: ClipiaClient,
+        catalogue: Catalogue,
         *,
         wake: Callable[[str], None],
         poll_after: float,
@@ -75,6 +78,7 @@ class SubmitLane(WorkLane):
         """
         super().__init__(database, tables.jobs, name=SUBMIT_LANE, concurrency=CONCURRENCY, wake=wake)
         self._client = client
+        self._catalogue = catalogue
         self._poll_after = poll_after
         self._refused_give_up_after = refused_give_up_after
         self._claimed = 0
@@ -136,13 +140,16 @@ class SubmitLane(WorkLane):
             return
         # A process that was stopped meanwhile must not send what another one may hold by now.
         call = Call(not_after=claimed_at + LEASE - CALL_WAIT)
+        sent: Call | None = None
         try:
+            await require_price(submission, self._catalogue, age=claim.age)
+            sent = call
             accepted = await self._client.submit(
                 submission.model, submission.request, key=submission.provider_key, call=call
             )
         except Refused as error:
             # The key is ours alone: where it stands for something else, another one could be charged.
-            await self._refuse(this, error, call, maybe_paid=error.code in _MAYBE_PAID)
+            await self._refuse(this, error, sent, maybe_paid=error.code in _MAYBE_PAID)
         except RefusedForNow as error:
             await self._rest(this, error, call)
         except ClipiaUnavailable as error:
@@ -240,8 +247,10 @@ class SubmitLane(WorkLane):
             "generation of a job that has ended otherwise", job_id=str(this.claim.id), **asdict(accepted)
         )
 
-    async def _refuse(self, this: _Try, error: Refused, call: Call, *, maybe_paid: bool = False) -> None:
-        """End a job that Clipia refuses for good."""
+    async def _refuse(
+        self, this: _Try, error: Refused, call: Call | None, *, maybe_paid: bool = False
+    ) -> None:
+        """End a job that is refused for good; without a `call` it was not sent this time."""
         # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
         maybe_paid |= this.submission.sent_for is not None
         state: JobState = "unsure" if maybe_paid else "failed"
@@ -255,10 +264,8 @@ class SubmitLane(WorkLane):
 
         async def write(connection: AsyncConnection) -> bool:
             nonlocal delay
-            limits, others = (
-                await accounts.read(connection, account),
-                await refused_jobs.count(connection, account),
-            )
+            limits = await accounts.read(connection, account)
+            others = await refused_jobs.count(connection, account)
             delay = refused_delay(
                 refused_for or 0.0,
                 least=limits.retry_interval(others + (refused_for is None)),

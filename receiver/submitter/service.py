@@ -72,8 +72,8 @@ class Submitter:
         self._catalogue: Catalogue | None = None
         if client is not None:
             times = {"poll_after": poll_after, "refused_give_up_after": refused_give_up_after}
-            self.lane = SubmitLane(database, client, wake=wake, **times)
             self._catalogue = Catalogue(database, client, input_check=input_check)
+            self.lane = SubmitLane(database, client, self._catalogue, wake=wake, **times)
 
     @classmethod
     @asynccontextmanager

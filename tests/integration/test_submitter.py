@@ -43,7 +43,7 @@ from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, Set
 from receiver.retry import KEY_HOLDS, SUBMIT_AGAIN
 from receiver.sandbox.answers import CODES
 from receiver.settings import Settings
-from receiver.submitter import Job, Submitter, SyncSubmitter, service
+from receiver.submitter import Job, Submitter, SyncSubmitter, catalogue, service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -979,6 +979,86 @@ async def test_a_price_that_cannot_be_known_makes_no_job(world: World, sandbox: 
         await submitter.submit(MODEL, PROMPT, caller="shop")
     assert await world.rows(jobs) == []
     assert (await submitter.submit(MODEL, PROMPT)).state == "pending"
+
+
+async def age(world: World, seconds: float) -> None:
+    """Have jobs be made some seconds ago, and due."""
+    await world.make_due()
+    await world.set(jobs, created_at=db_time(-seconds))
+
+
+async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: OddClipia) -> None:
+    """F12: a price that rose since the job was made counts: it ends, and Clipia is not asked to make it."""
+    price = [12]
+    odd.others = lambda request: (
+        answer(content={"credits": price[0]})
+        if request.path.endswith("/estimate")
+        else answer(content={"slug": MODEL})
+    )
+    odd.script = [refused(402, "insufficient_credits"), accepted]
+    submitter = odd_world.submitter(public_url="https://hooks.example.com")
+    held, free = [await submitter.submit(MODEL, PROMPT, max_cost=most) for most in (20, None)]
+    price[0] = 40
+    # Another process takes it up.
+    other = odd_world.submitter()
+    await odd_world.set(jobs, where=jobs.c.id == free.id, state="canceled", next_attempt_at=None)
+    await age(odd_world, 61.0)
+    assert await odd_world.turn(other.lane) == 1
+    shown = await show(submitter, held)
+    assert (shown.state, error_code(shown), shown.charged) == ("failed", "max_cost_exceeded", 0)
+    assert "costs 40 credits, more than its max_cost of 20" in str(shown.error)
+    assert len(odd.posts) == 2
+    assert {request.path for request in odd.requests if request.path.endswith("/estimate")} == {
+        f"/v1/models/{MODEL}/estimate"
+    }
+    # Asked for in the words of the job.
+    assert json.loads(odd.requests[-1].body)["input"] == PROMPT
+
+
+async def test_max_cost_after_a_try_that_may_have_arrived(odd_world: World, odd: OddClipia) -> None:
+    """F3, F12: the earlier try may have been accepted for the old price, so the job is unsure."""
+    price = [12]
+    odd.others = lambda request: (
+        answer(content={"credits": price[0]})
+        if request.path.endswith("/estimate")
+        else answer(content={"slug": MODEL})
+    )
+    odd.script = [b"", accepted]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, max_cost=12)
+    price[0] = 40
+    await age(odd_world, 61.0)
+    assert await odd_world.turn(odd_world.submitter().lane) == 1
+    shown = await show(submitter, job)
+    assert (shown.state, error_code(shown), shown.charged) == ("unsure", "max_cost_exceeded", None)
+    assert len(odd.posts) == 1
+
+
+async def test_a_job_waits_for_a_price_that_is_not_known(
+    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """F12: while the price cannot be asked for, a job with a limit rests unsent, and holds up no other."""
+    monkeypatch.setattr(catalogue, "PRICE_HOLDS", 0.0)
+    odd.others = lambda _request: answer(content={"credits": 12})
+    odd.script = [refused(503, "service_unavailable"), accepted]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT, max_cost=12)
+    await odd_world.set(jobs, sent_at=None)
+    odd.others = lambda _request: refused(429, "rate_limit_exceeded", Retry_After="100")
+    await age(odd_world, 61.0)
+    # The answer of before is too old to go by.
+    assert await odd_world.turn(submitter.lane) == 1
+    row = await odd_world.job()
+    assert (row["state"], row["sent_at"], json.loads(row["error"])["code"]) == (
+        "pending",
+        None,
+        "price_unknown",
+    )
+    assert len(odd.posts) == 1
+    odd.others = lambda _request: answer(content={"credits": 12})
+    await age(odd_world, 61.0)
+    assert await odd_world.turn(odd_world.submitter().lane) == 1
+    assert (await show(submitter, job)).state == "submitted"
 
 
 async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
