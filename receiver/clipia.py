@@ -269,12 +269,19 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
     # The library's text may quote a header, and with it the key.
     if call.may_have_left:
         return ClipiaUnavailable(f"no answer from Clipia: {cause(error)}", reason="no_answer")
-    is_late = isinstance(error, TimeoutError)
+    if isinstance(error, httpx.RemoteProtocolError):
+        # Only a proxy, asked for a tunnel, answers before anything is sent.
+        words = "the proxy of CLIPIA_PROXY has hung up, or its answer is no HTTP"
+        return ClipiaUnavailable(
+            f"Clipia cannot be reached: {words}", reason="unreachable", may_have_arrived=False
+        )
+    if isinstance(error, (TimeoutError, httpx.TimeoutException, httpx.NetworkError)):
+        return ClipiaUnavailable(
+            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
+        )
     return ClipiaUnavailable(
-        f"Clipia cannot be reached: {cause(error)}"
-        if is_late
-        else f"nothing was sent to Clipia: the request cannot be written ({type(error).__name__})",
-        reason="unreachable" if is_late else "not_sent",
+        f"nothing was sent to Clipia: the request cannot be written ({type(error).__name__})",
+        reason="not_sent",
         may_have_arrived=False,
     )
 

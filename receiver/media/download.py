@@ -235,7 +235,11 @@ class Downloader:
                 f"The proxy of RECEIVER_MEDIA_PROXY makes no connection to {url.host}", reason="connect"
             ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            raise MediaUnavailable(f"No answer from {url.host}: {cause(error)}", reason="connect") from error
+            # Whose fault it is cannot be told: a proxy that speaks no HTTP breaks the same way.
+            way = "" if self._pool_for(url) is self._pool else " through the proxy of RECEIVER_MEDIA_PROXY"
+            raise MediaUnavailable(
+                f"No answer from {url.host}{way}: {cause(error)}", reason="connect"
+            ) from error
         try:
             yield response
         finally:

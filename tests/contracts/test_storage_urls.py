@@ -435,6 +435,15 @@ async def test_a_panic_of_the_client_is_a_failure_of_the_storage(monkeypatch: py
         open_storage("s3://files")
 
 
+async def test_a_sas_token_signs_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """D14: links to Azure take the account's key, and whoever has only a SAS token is told so."""
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2024&sig=s3cret%3D")
+    storage = open_storage("az://files?account=acc")
+    with pytest.raises(StorageUnavailable, match="a SAS token signs no links; that takes the") as caught:
+        await storage.link("a.png", seconds=60)
+    assert "s3cret" not in str(caught.value)
+
+
 async def test_a_link_to_google_is_signed(monkeypatch: pytest.MonkeyPatch) -> None:
     """D14: a service account's key signs links by itself (V4); its own public key verifies the signature."""
     key = rsa.generate_private_key(public_exponent=65537, key_size=2048)

@@ -47,6 +47,7 @@ _CODE = re.compile(r"<Code>([A-Za-z]{3,64})</Code>")
 _NO_BUCKET = re.compile(r"<Code>(?:NoSuchBucket|ContainerNotFound)</Code>")
 _OS_ERROR = re.compile(r"\bOs \{\s*code: ([0-9]{1,4}),|\(os error ([0-9]{1,4})\)")
 _SIGNS = (
+    (r"\bSASforSASNotSupported\b", "a SAS token signs no links; that takes the account's key"),
     (r"\bstatus(?: code)?: 40[13]\b", "access denied"),
     (r"\bstatus(?: code)?: 404\b", "there is no such bucket"),
     (r"\bstatus(?: code)?: 5[0-9]{2}\b", "the server reports an error"),
