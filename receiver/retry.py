@@ -23,7 +23,8 @@ GIVE_UP_AFTER: Final = 3 * DAY
 MAX_RETRY_AFTER: Final = DAY
 """Seconds that another side's Retry-After is heeded for at most."""
 
-_SECONDS: Final = re.compile(r"[0-9]+", re.ASCII)
+# Proxies join headers of one name with commas.
+_SECONDS: Final = re.compile(r"[0-9]+(?:[ \t]*,[ \t]*[0-9]+)*", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +132,7 @@ def media_policy(error: Exception) -> RetryPolicy:
 def parse_retry_after(value: str, *, now: datetime) -> float | None:
     """Return the seconds that a Retry-After header asks for (0 to a day), None if it says nothing."""
     if _SECONDS.fullmatch(value):
-        seconds = float(value)
+        seconds = max(float(each) for each in value.split(","))
     else:
         try:
             date = parsedate_to_datetime(value)

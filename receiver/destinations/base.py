@@ -1,6 +1,7 @@
 """What a destination is, and what several kinds do alike."""
 
 import abc
+import re
 from typing import Final, Protocol, TypeVar
 
 import structlog
@@ -18,6 +19,9 @@ MAX_QUOTED: Final = 300
 """Characters of the other side's words in a message."""
 USUAL_TIMEOUT: Final = 15.0
 """Seconds for a whole try, unless the destination's `timeout` says otherwise."""
+
+_EVENT: Final = re.compile(r'\{\\*"')
+"""How every event begins, also in quotes of a program that escapes quotes."""
 
 log = structlog.get_logger()
 
@@ -67,9 +71,9 @@ def encode(event: CloudEvent) -> bytes:
 
 
 def quoted(words: object, limit: int = MAX_QUOTED) -> str:
-    """Return the other side's words for a message: cut, and without the secrets that they may repeat."""
-    # Masked before the cut, which could leave half of a secret.
-    text = mask(str(words)[: 10 * limit])
+    """Return the other side's words for a message: cut, without secrets and events that they may repeat."""
+    # Masked before the cuts, which could leave half of a secret.
+    text = _EVENT.split(mask(str(words)[: 10 * limit]), maxsplit=1)[0]
     return text.encode(errors="backslashreplace").decode()[:limit]
 
 

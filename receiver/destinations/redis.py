@@ -48,8 +48,8 @@ MAX_LENGTH: Final = 2**63 - 1
 _ENTRY_ID: Final = re.compile(rb"[0-9]+-[0-9]+")
 _NOT_AN_ID: Final = "check"
 _REFUSED_ID: Final = "invalid stream id"
-_OUR_WORDS: Final = re.compile(r",? *with args beginning|\{")
-"""What begins in a refusal that repeats our command, and with it the head of an event."""
+_OUR_WORDS: Final = re.compile(r",? *with args beginning")
+"""What begins in a refusal that repeats our command."""
 _NUMBER: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
 # RuntimeError is what a transport raises that was closed meanwhile.
 _ERRORS: Final = (RedisError, OSError, RuntimeError)

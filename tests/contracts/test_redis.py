@@ -378,6 +378,7 @@ REPEATING = [
     "ERR unknown command 'XADD' with args beginning with: 'events' 'event' '{}'",
     "ERR wrong number of arguments near '{}'",
     'ERR Protocol error: "{}"',
+    'ERR near "{escaped}"',
 ]
 
 
@@ -388,7 +389,9 @@ async def test_a_refusal_that_repeats_the_event_is_cut(line: str) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
             begin = data.find(b'{"')
-            text = line.replace("{}", data[begin : begin + 100].decode()) if b"XADD" in data else ""
+            head = data[begin : begin + 100].decode()
+            text = line.replace("{}", head).replace("{escaped}", head.replace('"', '\\"'))
+            text = text if b"XADD" in data else ""
             writer.write(f"-{text}\r\n".encode() if text else b"+OK\r\n" * data.count(b"*"))
         writer.close()
 
