@@ -2,6 +2,10 @@
 
 Columns that may be empty or have a default are added and nothing else, so the release before runs on it.
 
+Rows of the new kind `file` are of no use to it: its worker claims them, fails with a KeyError that it records
+as a try, and puts them back, for three days, after which they are `gone`. A worker of the new release goes on
+with them at their next try, and `receiver replay --media` fetches them even afterwards.
+
 Revision: 0010
 """
 
