@@ -3,7 +3,6 @@
 import uuid
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from sqlalchemy import (
@@ -16,7 +15,6 @@ from sqlalchemy import (
     not_,
     or_,
     select,
-    text,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -72,27 +70,6 @@ async def find_by_request(connection: AsyncConnection, source: str, request_id: 
     """Return the id of the job that Clipia knows under a `request_id`."""
     statement = select(jobs.c.id).where(jobs.c.source == source, jobs.c.request_id == request_id)
     found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
-    return found
-
-
-async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
-    """Return the credits of a caller's jobs of this UTC day: charged, reserved or estimated.
-
-    Locks the caller's spending until the transaction ends: two jobs must not both see room for one. The sum
-    is a statement of its own after the lock, because a statement sees what was committed before it began, and
-    not what was committed while it waited.
-    """
-    if connection.dialect.name == "postgresql":
-        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
-        await connection.execute(lock, {"caller": caller})
-    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    ended = jobs.c.charged.is_not(None)
-    spent = [
-        func.coalesce(func.sum(case((ended, charged), else_=cost)), 0).label(cost.name)
-        for charged, cost in ((jobs.c.charged, jobs.c.cost), (jobs.c.charged_micros, jobs.c.cost_micros))
-    ]
-    statement = select(*spent).where(jobs.c.caller == caller, jobs.c.created_at >= midnight)
-    found: Credits = prices.join((await connection.execute(statement)).mappings().one())["cost"]
     return found
 
 

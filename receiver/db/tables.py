@@ -26,6 +26,7 @@ from sqlalchemy import (
     Uuid,
     and_,
     false,
+    or_,
     text,
 )
 from sqlalchemy.engine import Dialect
@@ -276,10 +277,13 @@ jobs = Table(
     UniqueConstraint("source", "request_id"),
     Index("ix_jobs_caller_created", "caller", "created_at"),
     Index("ix_jobs_created", "created_at"),
+    Index("ix_jobs_caller_sent", "caller", "sent_at"),
 )
 for _state in ("pending", "submitted"):
     _partial_index(f"ix_jobs_{_state}", jobs.c.next_attempt_at, where=in_state(jobs, _state))
 is_refused = and_(in_state(jobs, "pending"), jobs.c.refused_at.is_not(None))
+is_open = or_(in_state(jobs, "pending"), in_state(jobs, "submitted"))
+_partial_index("ix_jobs_open", jobs.c.caller, where=is_open)
 _partial_index("ix_jobs_refused", jobs.c.caller, jobs.c.model, where=is_refused)
 
 accounts = Table(

@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import jobs
+from receiver.db import spending
 from receiver.db.rows import NewJob, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, DatabaseUnavailable, Refused, RefusedForNow
 from receiver.price import Credits, total
@@ -39,7 +39,7 @@ class Budgets:
         budget = self._of(job.caller)
         if budget is None:
             return
-        spent = await jobs.spent_today(connection, job.caller)
+        spent = await spending.spent_today(connection, job.caller)
         if spent > budget:
             before = total((spent, -(job.cost or 0)))
             raise Refused(

@@ -1088,18 +1088,39 @@ async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sand
 
 
 async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox: Sandbox) -> None:
-    """F12, F13: yesterday's jobs and those that cost nothing in the end leave it alone."""
+    """F12, F13: jobs that yesterday ended, and those that cost nothing in the end, leave it alone."""
     submitter = world.submitter(budgets={"shop": 12})
     await submitter.submit(MODEL, PROMPT, caller="shop")
-    await world.set(jobs, created_at=db_time(-24 * HOUR))
+    ended = {"state": "completed", "charged": PRICE, "next_attempt_at": None}
+    yesterday = dict.fromkeys(("created_at", "sent_at", "submitted_at"), db_time(-24 * HOUR))
+    await world.set(jobs, **ended, **yesterday)
     second = await submitter.submit(MODEL, PROMPT, caller="shop")
     assert (await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))).code == "budget_exceeded"
     await world.set(jobs, where=jobs.c.id == second.id, charged=0)
     assert (await submitter.submit(MODEL, PROMPT, caller="shop")).state == "submitted"
     await sandbox.switch(refuse_submits="invalid_request")
-    await world.set(jobs, created_at=db_time(-24 * HOUR))
+    await world.set(jobs, **ended, **yesterday)
     for _ in range(2):
         assert (await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))).code == "invalid_request"
+
+
+@pytest.mark.parametrize("becomes", ["pending", "submitted", "completed", "unsure"])
+async def test_a_budget_counts_what_rested_until_today(world: World, sandbox: Sandbox, becomes: str) -> None:
+    """F12: a job of yesterday that is open, or that Clipia accepted or may have accepted today, counts."""
+    await sandbox.switch(refuse_submits="insufficient_credits")
+    submitter = world.submitter(budgets={"shop": PRICE + 1, "blog": PRICE + 1})
+    await submitter.submit(MODEL, PROMPT, caller="shop")
+    await world.set(jobs, created_at=db_time(-24 * HOUR))
+    await sandbox.switch(refuse_submits="")
+    if becomes != "pending":
+        assert await world.retry(submitter) == 1
+    if becomes == "completed":
+        await world.set(jobs, state=becomes, charged=PRICE, next_attempt_at=None)
+    if becomes == "unsure":
+        await world.set(jobs, state=becomes, submitted_at=None, next_attempt_at=None)
+    assert (await world.job())["state"] == becomes
+    assert (await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))).code == "budget_exceeded"
+    assert (await submitter.submit(MODEL, PROMPT, caller="blog")).cost == PRICE
 
 
 # --- inputs ---

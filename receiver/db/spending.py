@@ -1,0 +1,44 @@
+"""SQL of what a caller's jobs cost in a day."""
+
+from datetime import UTC, datetime, timedelta
+
+from sqlalchemy import and_, case, func, not_, select, text, union_all
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db import prices
+from receiver.db.tables import is_open, jobs
+from receiver.price import Credits
+
+
+async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
+    """Return the credits of a caller's open jobs, and of those that Clipia accepted on this UTC day.
+
+    That is what was charged, reserved or estimated. A job that was not answered counts as of its first try.
+    Locks the caller's spending until the transaction ends: two jobs must not both see room for one. The sum
+    is a statement of its own after the lock, because a statement sees what was committed before it began, and
+    not what was committed while it waited.
+    """
+    if connection.dialect.name == "postgresql":
+        lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
+        await connection.execute(lock, {"caller": caller})
+    midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    # A key holds for less than a day, so nothing that was sent before is accepted today.
+    is_recent = and_(
+        jobs.c.sent_at >= midnight - timedelta(days=1),
+        func.coalesce(jobs.c.submitted_at, jobs.c.sent_at) >= midnight,
+    )
+    ended = jobs.c.charged.is_not(None)
+    parts = [
+        case((ended, charged), else_=cost).label(cost.name)
+        for charged, cost in ((jobs.c.charged, jobs.c.cost), (jobs.c.charged_micros, jobs.c.cost_micros))
+    ]
+    # One by one, because each has an index of its own.
+    counted = union_all(
+        *(
+            select(*parts).where(jobs.c.caller == caller, which)
+            for which in (is_open, and_(not_(is_open), is_recent))
+        )
+    ).subquery()
+    statement = select(*(func.coalesce(func.sum(part), 0).label(part.name) for part in counted.c))
+    found: Credits = prices.join((await connection.execute(statement)).mappings().one())["cost"]
+    return found
