@@ -41,6 +41,8 @@ _EMBEDDED: Final = re.compile(
     r"(?:[^\s\ufeff<>\"'`()\[\]\\,;|]|\([^\s\ufeff<>\"'`()\[\]\\]*\)|[,;|](?!\s|https?://|\Z))+",
     re.IGNORECASE,
 )
+# What may end a URL in the text of HTML that is escaped.
+_ENTITY: Final = re.compile(r"&(?:quot|apos|lt|gt|nbsp|#3[49]);", re.IGNORECASE)
 _HOST_ONLY: Final = re.compile(r"https?://[^/]*/?", re.IGNORECASE)
 _PUNCTUATION: Final = ".,:;!?*}"
 _OTHER_ORIGIN: Final = frozenset({"host", "scheme", "port"})
@@ -269,7 +271,8 @@ def _within(field: str, text: str) -> list[tuple[str, str]]:
     """Return the URLs within a text, each with a field that starts with `field`."""
     if "://" not in text:
         return []
-    urls = (found[0].rstrip(_PUNCTUATION) for found in _EMBEDDED.finditer(text))
+    found = (_ENTITY.split(each[0], 1)[0].replace("&amp;", "&") for each in _EMBEDDED.finditer(text))
+    urls = (each.rstrip(_PUNCTUATION) for each in found)
     return [(f"{field}{number}", url) for number, url in enumerate(urls) if not _HOST_ONLY.fullmatch(url)]
 
 

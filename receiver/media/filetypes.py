@@ -147,7 +147,17 @@ _NO_TAGS = re.compile(
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _MARKUP = re.compile(r"\s*(?:<[a-z!?]|[{\[]\s*[\"{\[])", re.IGNORECASE)
-_GZIP = b"\x1f\x8b\x08"
+# Gzip, Zstandard, zlib, bzip2 and xz: codings of HTTP, and no pictures.
+_PACKED = (
+    b"\x1f\x8b\x08",
+    b"\x28\xb5\x2f\xfd",
+    b"x\x01",
+    b"x\x5e",
+    b"x\x9c",
+    b"x\xda",
+    b"BZh",
+    b"\xfd7zXZ\0",
+)
 # A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
 # latter.
 _ACTIVE = re.compile(
@@ -178,7 +188,7 @@ def is_page(head: bytes, kind: Kind, url: str) -> bool:
     extension = extension_of(url)
     if kind == "file" and extension not in BINARY:
         return False
-    if head.startswith(_GZIP) and extension not in {"gz", "tgz"}:
+    if head.startswith(_PACKED) and extension not in {"gz", "tgz"}:
         if kind != "file":
             # The server compresses without saying so, and what is unpacked is not what was announced.
             return True
@@ -207,6 +217,7 @@ def _read_text(head: bytes) -> str | None:
 
 def _unpack(head: bytes) -> bytes:
     try:
-        return zlib.decompressobj(wbits=31).decompress(head, SNIFF_BYTES)
+        # Gzip or zlib.
+        return zlib.decompressobj(wbits=47).decompress(head, SNIFF_BYTES)
     except zlib.error:
         return head

@@ -1,6 +1,7 @@
 """What a file is, by its first bytes."""
 
 import gzip
+import zlib
 
 import pytest
 from mediakit import NOISE, SAMPLES, box
@@ -110,6 +111,7 @@ PAGES = {
     "HTML with a zero": b"<html><body>err\0or</body></html>",
     "JSON with a zero": b'{"error": "\0"}',
     "HTML in gzip": gzip.compress(b"<html></html>"),
+    "HTML in zlib": zlib.compress(b"<html></html>"),
     "HTML behind a comment": b"<!-- <svg> --><html><body>Error 500</body></html>",
     "HTML behind an instruction": b"<?x <svg> ?><!-- --><html><body>Error 500</body></html>",
     "HTML behind a long comment": b"<!-- <svg> " + b"x" * 5000 + b" --><html></html>",
@@ -133,6 +135,13 @@ def test_a_page_is_told_from_a_file(page: str) -> None:
         assert is_page(head, kind, "https://media.clipia.ai/a")
         assert not sniff(head, kind).is_known
     assert is_page(head, "file", "https://media.clipia.ai/a.GLB?sig=1.txt")
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh9", b"\xfd7zXZ\0"])
+def test_what_is_compressed_is_no_media(start: bytes) -> None:
+    """D15: a server that compresses without saying so sends no image, but an archive may be just that."""
+    assert all(is_page(start + NOISE, kind, "") for kind in KINDS)
+    assert not is_page(start + NOISE, "file", "https://media.clipia.ai/a.glb")
 
 
 @pytest.mark.parametrize(

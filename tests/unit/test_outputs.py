@@ -206,6 +206,8 @@ TEXTS: list[tuple[Any, list[tuple[str, str]]]] = [
     ("See {0}/a.png, {0}/b.png.", [("#0", "a.png"), ("#1", "b.png")]),
     ("![a]({0}/a.png) and [b]({0}/b(1).png).", [("#0", "a.png"), ("#1", "b(1).png")]),
     ("<img src='{0}/a.png'><img src=\"{0}/b.png?w=1,2\">", [("#0", "a.png"), ("#1", "b.png?w=1,2")]),
+    ("<img src='{0}/a.png?w=1&amp;sig=2'>", [("#0", "a.png?w=1&sig=2")]),
+    ("&lt;img src=&quot;{0}/a.png&quot;&gt;", [("#0", "a.png")]),
     ('{{"video": {{"url": "{0}/a.mp4"}}}}', [("#0", "a.mp4")]),
     ("https://example.com/a.png {0}/b.png", [("#1", "b.png")]),
     ("https://example.com/a.png and http://media.clipia.ai/b.png", []),
