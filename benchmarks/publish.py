@@ -61,6 +61,7 @@ def stored(number: int) -> StoredEvent:
         body=event.body,
         received_at=event.received_at,
         job_id=None,
+        path_token=None,
     )
 
 

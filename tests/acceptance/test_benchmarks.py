@@ -89,3 +89,25 @@ def test_memory_is_measured() -> None:
         )
         assert min(events, rate, drained) > 0
         assert min(web, worker) > 20
+
+
+def test_publishing_is_measured() -> None:
+    """A kind of destination has a row with both sides and their ratio."""
+    require("postgresql")
+    printed = run("benchmarks/publish.py", "--kinds", "file", "--count", "200", "--rounds", "1")
+    name, alone, outbox, ratio, _ = printed.splitlines()[-1].strip("| ").split(" | ")
+    assert name == "file"
+    assert int(alone.replace(",", "")) > int(outbox.replace(",", "")) > 0
+    assert 0 < float(ratio) < 1
+
+
+def test_isolation_is_measured() -> None:
+    """Both destinations beside the frozen one have a row for each phase."""
+    require("postgresql", "rabbitmq-server", "redis-server")
+    sizes = "--seconds 2 --rounds 1 --rate 20 --replayed 50"
+    rows = [
+        row.strip("| ").split(" | ") for row in run("benchmarks/isolation.py", *sizes.split()).splitlines()
+    ]
+    phases = ("quiet", "frozen", "replay")
+    assert [row[:2] for row in rows[-6:]] == [[to, phase] for to in ("redis", "file") for phase in phases]
+    assert all(float(row[2]) > 0 for row in rows[-6:])
