@@ -102,6 +102,7 @@ class MediaLane(WorkLane):
             stored = await self._downloader.save(
                 url=row.url,
                 kind=row.kind,
+                field=row.field,
                 stem=storage_stem(event, row),
                 seen=row.seen_sha256,
                 # What is intact gives way to nothing that is in doubt.

@@ -128,6 +128,17 @@ def extension_of(url: str) -> str:
     return extension[1].lower() if extension else ""
 
 
+def rules_text_out(url: str, field: str | None) -> bool:
+    """Whether a file of the kind `file` is announced as one that is never text.
+
+    That does the extension in its URL; without one, the name that it stands under, such as `pptx_url`.
+    """
+    extension = extension_of(url)
+    names = [name for name in re.split(r"[/.\[\]#]+", field or "") if name and not name.isdigit()]
+    name = next((name for name in reversed(names) if name not in _NAMES), "")
+    return extension in BINARY or (not extension and not BINARY.isdisjoint(name.lower().split("_")))
+
+
 class _Collector:
     def __init__(self, rules: FileRules) -> None:
         self._rules = rules

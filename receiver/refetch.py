@@ -103,7 +103,13 @@ async def _is_intact(storage: Storage, row: MediaRow) -> bool:
     if row.state != "stored" or row.storage_key is None or row.size is None or row.sha256 is None:
         return False
     found = await verify(
-        storage, row.storage_key, kind=row.kind, url=row.url, size=row.size, sha256=row.sha256
+        storage,
+        row.storage_key,
+        kind=row.kind,
+        url=row.url,
+        field=row.field,
+        size=row.size,
+        sha256=row.sha256,
     )
     # An unreadable file may be readable later, and the CDN may not have it any more: it is sent as it is
     # on record, and the order goes on.

@@ -55,6 +55,7 @@ def verify(
                             row["storage_key"],
                             kind=row["kind"],
                             url=row.pop("url"),
+                            field=row.pop("field"),
                             size=row["size"],
                             sha256=row["sha256"],
                             on_unreadable=lambda key, error: errors.update({key: str(error)}),

@@ -198,7 +198,7 @@ async def list_stored(
     where = _stored(since)
     if after is not None:
         where.append(media.c.id > after)
-    names = ("id", "kind", "url", "storage_key", "uri", "size", "sha256", "warning")
+    names = ("id", "kind", "url", "field", "storage_key", "uri", "size", "sha256", "warning")
     columns = [media.c[name] for name in names]
     statement = (
         select(*columns, events.c.request_id)

@@ -131,9 +131,18 @@ class Downloader:
         )
 
     async def save(
-        self, *, url: str, kind: Kind, stem: str, seen: str | None = None, last: bool = False
+        self,
+        *,
+        url: str,
+        kind: Kind,
+        stem: str,
+        field: str | None = None,
+        seen: str | None = None,
+        last: bool = False,
     ) -> StoredFile:
-        """Download `url`, announced as a `kind`, and store it as `stem` plus the extension of what it is.
+        """Download `url`, announced as a `kind` in a `field`, and store it.
+
+        The key is `stem` plus the extension of what it is.
 
         What is no allowed file of that kind is stored too, as `application/octet-stream` with the extension
         `.bin`: it was paid for. A body that is in doubt is stored if it has the SHA-256 that was `seen` the
@@ -156,7 +165,7 @@ class Downloader:
             async with aclosing(body) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
-                is_media = file_type.is_known or not is_page(head[:SNIFF_BYTES], kind, url)
+                is_media = file_type.is_known or not is_page(head[:SNIFF_BYTES], kind, url, field)
                 if not is_media and not last:
                     raise NotMedia(f"The host sends a page or a text in place of the {kind}", reason="page")
                 key = stem + file_type.extension

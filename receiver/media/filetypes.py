@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from receiver.media import containers
 from receiver.media.containers import Walk
-from receiver.outputs import BINARY, Kind, extension_of
+from receiver.outputs import Kind, extension_of, rules_text_out
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096
@@ -179,16 +179,16 @@ def sniff(head: bytes, kind: Kind) -> FileType:
     return next((file_type for matches, file_type in types if matches(head)), unknown)
 
 
-def is_page(head: bytes, kind: Kind, url: str) -> bool:
+def is_page(head: bytes, kind: Kind, url: str, field: str | None = None) -> bool:
     """Tell whether a body that starts with `head` is what servers send in place of a file of that kind.
 
-    That is nothing, HTML, XML, JSON or plain text. Of a `file` the extension in its URL has to say that it is
-    binary. SVG is a picture all the same, a list of parts a video or audio, and PDF and PostScript are files.
+    That is nothing, HTML, XML, JSON or plain text. A `file` has to be announced as binary by its URL or by
+    the `field` that it stands under. SVG is a picture all the same, a list of parts a video or audio, and
+    PDF and PostScript are files.
     """
-    extension = extension_of(url)
-    if kind == "file" and extension not in BINARY:
+    if kind == "file" and not rules_text_out(url, field):
         return False
-    if head.startswith(_PACKED) and extension not in {"gz", "tgz"}:
+    if head.startswith(_PACKED) and extension_of(url) not in {"gz", "tgz"}:
         if kind != "file":
             # The server compresses without saying so, and what is unpacked is not what was announced.
             return True

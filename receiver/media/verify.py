@@ -26,6 +26,7 @@ async def verify(
     *,
     kind: Kind,
     url: str,
+    field: str | None,
     size: int,
     sha256: str,
     on_unreadable: Callable[[str, StorageUnavailable], None] = _log,
@@ -53,4 +54,4 @@ async def verify(
         return "unreadable"
     if length != size or digest.hexdigest() != sha256:
         return "changed"
-    return "not_media" if is_page(head, kind, url) else "intact"
+    return "not_media" if is_page(head, kind, url, field) else "intact"

@@ -76,23 +76,28 @@ async def replay(world: World, **values: Any) -> int:
 
 async def finding(world: World, row: dict[str, Any]) -> str:
     """Return what `media verify` finds."""
-    expected = {name: row[name] for name in ("kind", "url", "size", "sha256")}
+    expected = {name: row[name] for name in ("kind", "url", "field", "size", "sha256")}
     return await verify(world.storage, row["storage_key"], **expected)
 
 
 @pytest.mark.parametrize(
-    ("state", "kind", "name"),
-    [("not_media", "image", "/a.png"), ("stored", "image", "/a.png"), ("stored", "file", "/a.glb")],
+    ("state", "kind", "name", "field"),
+    [
+        ("not_media", "image", "/a.png", "images[0].url"),
+        ("stored", "image", "/a.png", None),
+        ("stored", "file", "/a.glb", None),
+        ("stored", "file", "/a", "/presentation/pptx_url"),
+    ],
 )
 async def test_pages_are_downloaded_again(
-    state: str, kind: str, name: str, database: Database, tmp_path: Path
+    state: str, kind: str, name: str, field: str | None, database: Database, tmp_path: Path
 ) -> None:
     """D15: a page that was kept, by this release or as a file by one before, is found and replaced."""
     cdn = Cdn(PAGE)
     async with fetched(database, tmp_path, cdn) as world:
         (row,) = await world.rows(media)
         url = row["url"].replace("/a.png", name)
-        await world.change(media, kind=kind, url=url, created_at=db_time(-3601.0))
+        await world.change(media, kind=kind, url=url, field=field, created_at=db_time(-3601.0))
         row = await run_downloads(world)
         assert row["state"] == "not_media"
         await world.change(media, state=state, error=None)

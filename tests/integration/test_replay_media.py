@@ -329,7 +329,7 @@ async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
     path, content = path_of(row), path_of(row).read_bytes()
 
     async def finding() -> str:
-        expected = {name: row[name] for name in ("kind", "url", "size", "sha256")}
+        expected = {name: row[name] for name in ("kind", "url", "field", "size", "sha256")}
         return await verify(world.storage, row["storage_key"], **expected)
 
     assert await finding() == "intact"

@@ -155,6 +155,28 @@ def test_an_extension_may_rule_text_out(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("a", "/presentation/pptx_url"),
+        ("a", "/model_3d/GLB"),
+        ("a", "/pdf/0/url"),
+        ("a", "/files/zip#0"),
+    ],
+)
+def test_a_name_may_rule_text_out(name: str, field: str) -> None:
+    """D15: without an extension in the URL, the name that a file stands under tells that it is binary."""
+    assert is_page(PAGES["HTML"], "file", f"https://media.clipia.ai/{name}", field)
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [("a.json", "/model_3d/glb"), ("a", "/pdf/title"), ("a", "/model_3d")]
+)
+def test_other_names_rule_nothing_out(name: str, field: str) -> None:
+    """D15: an extension goes before a name, and of several names the last one counts."""
+    assert not is_page(PAGES["HTML"], "file", f"https://media.clipia.ai/{name}", field)
+
+
+@pytest.mark.parametrize(
     "name", ["a", "a.json", "a.svg", "a.srt", "a.obj", "a.m3u8", "glb", "a.zip/b", "?a.zip"]
 )
 def test_other_files_may_be_texts(name: str) -> None:
