@@ -174,7 +174,11 @@ async def _open_worker(
             database,
             parts.downloader,
             wake=wakeups.wake,
-            fresh_url=FreshUrls(database, submitter.client).find if submitter.lane is not None else None,
+            fresh_url=(
+                FreshUrls(database, submitter.client, rules=parts.rules).find
+                if submitter.lane is not None
+                else None
+            ),
         ),
         *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
         ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules),

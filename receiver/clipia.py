@@ -50,6 +50,8 @@ UNUSABLE_ID: Final = "request_id_unusable"
 
 _SENDABLE: Final = re.compile(r"[!-~]+")
 _FOR_NOW: Final = (402, 403)
+_NOT_READ: Final = (407, 408, 421, 423, 425, 499)
+"""Statuses which say that a request was not read, or not yet: nothing of what is in it, whoever says so."""
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
@@ -291,11 +293,11 @@ def _translate(error: ClipiaApiError) -> Exception:
     said, status = (error.body or {}).get("error"), error.status
     code, type_, message = (_member(said, *each) for each in (("code", 64), ("type", 64), ("message", 1000)))
     message, reason = message or code or f"HTTP {status}", code or f"http_{status}"
-    if status == httpx.codes.UNAUTHORIZED:
-        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
     # Without both, an error comes from something in between, such as a firewall, and says nothing about the
-    # job.
+    # job or the account.
     is_clipias = bool(code or type_)
+    if is_clipias and status == httpx.codes.UNAUTHORIZED:
+        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
     type_ = type_ or "invalid_request_error"
     if is_clipias and status in _FOR_NOW:
         return RefusedForNow(message, reason=reason, status=status, type_=type_)
@@ -311,7 +313,8 @@ def _translate(error: ClipiaApiError) -> Exception:
         )
     # A conflict without a code may be an earlier call that is still being worked on.
     is_in_progress = code == "request_in_progress" or (status == httpx.codes.CONFLICT and not code)
-    if is_clipias and status < httpx.codes.INTERNAL_SERVER_ERROR and not is_in_progress:
+    may_pass = is_in_progress or status in _NOT_READ or status >= httpx.codes.INTERNAL_SERVER_ERROR
+    if is_clipias and not may_pass:
         return Refused(message, code=reason, status=status, type_=type_)
     return ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
 

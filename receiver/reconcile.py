@@ -1,6 +1,7 @@
 """Reconciliation: what did not come is asked for: overdue results, which go through the inbox, and files."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -15,7 +16,7 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
 from receiver.db.rows import Claim, MediaRow, OpenRequest, StoredEvent
-from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, UnrecognizedBody
+from receiver.errors import AccountRefused, ClipiaUnavailable, DatabaseUnavailable, Refused, UnrecognizedBody
 from receiver.lanes import LEASE, Work, WorkLane, error_text
 from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
@@ -28,6 +29,8 @@ CONCURRENCY: Final = 8
 
 GIVE_UP_AFTER: Final = 86_400.0
 """Seconds after which a job is given up of which Clipia says nothing that can be used."""
+SILENT_GIVE_UP_AFTER: Final = 7 * 86_400.0
+"""Seconds after which a job is given up if Clipia refuses the account, or cannot be asked."""
 
 Store = Callable[[str, bytes], Awaitable[None]]
 """Puts a result into the inbox: the source and the body that its webhook would have had."""
@@ -104,8 +107,7 @@ class PollLane(WorkLane):
         log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
         text = error_text(error.reason, str(error), status=error.status)
         throttled = error if error.status == 429 and isinstance(error, ClipiaUnavailable) else None  # noqa: PLR2004
-        is_final = isinstance(error, Refused) or error.reason == "unreadable"
-        if not (is_final and await self._give_up(claim, request, text)):
+        if not await self._give_up(claim, request, text, after=_patience(error, request)):
             wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
             await self._later(claim, request, error=text, at_least=wait or 0.0)
         await self._learn(call.headers, throttled=throttled)
@@ -128,9 +130,11 @@ class PollLane(WorkLane):
         if not await self._give_up(claim, request, text):
             await self._later(claim, request, error=text, progress=status.progress)
 
-    async def _give_up(self, claim: Claim, request: OpenRequest, error: str) -> bool:
+    async def _give_up(
+        self, claim: Claim, request: OpenRequest, error: str, *, after: float = GIVE_UP_AFTER
+    ) -> bool:
         """Leave a job to people if Clipia tells nothing readable of it; False if it is too early for that."""
-        if request.open_for < GIVE_UP_AFTER:
+        if request.open_for < after:
             return False
 
         async def write(connection: AsyncConnection) -> bool:
@@ -196,12 +200,27 @@ class PollLane(WorkLane):
             await accounts.learn(connection, self._client.account, headers, change)
 
 
+def _patience(error: Refused | ClipiaUnavailable, request: OpenRequest) -> float:
+    """Return the seconds for which a job is asked for in spite of such an error."""
+    if isinstance(error, Refused) or error.reason == "unreadable":
+        return GIVE_UP_AFTER
+    status = error.status or 0
+    if isinstance(error, AccountRefused):
+        return SILENT_GIVE_UP_AFTER
+    if 400 <= status < 500 and status != 429:  # noqa: PLR2004 - a 4xx is an answer, but for Too Many Requests
+        return GIVE_UP_AFTER
+    # After days without a worker the first failure may be one that passes in seconds.
+    return SILENT_GIVE_UP_AFTER if request.error is not None else math.inf
+
+
 class FreshUrls:
     """Asks Clipia where a file is now, within the polls' share of the account's requests."""
 
-    def __init__(self, database: Database, client: ClipiaClient) -> None:
+    def __init__(self, database: Database, client: ClipiaClient, *, rules: FileRules | None = None) -> None:
+        """`rules` are those by which the files of the event were listed."""
         self._database = database
         self._client = client
+        self._rules = rules or FileRules()
         self._answers: dict[int, tuple[float, asyncio.Task[Urls]]] = {}
 
     async def find(self, event: StoredEvent, file: MediaRow) -> str | None:
@@ -225,7 +244,7 @@ class FreshUrls:
             self._answers.pop(event.seq, None)
             log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
             return None
-        return urls.get(_field_of(event, file))
+        return urls.get(self._field_of(event, file))
 
     async def _ask(self, event: StoredEvent) -> Urls:
         async with self._database.write() as connection:
@@ -235,13 +254,11 @@ class FreshUrls:
             await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
         result = await self._client.result(event.request_id, call=Call())
         generation = parse(result_body(event.request_id, "COMPLETED", result or b"{}"))
-        # Where it may be fetched from is checked at the download.
-        return {ref.field: ref.url for ref in generation.list_files(FileRules()).files if ref.skip is None}
+        return {ref.field: ref.url for ref in generation.list_files(self._rules).files if ref.skip is None}
 
-
-def _field_of(event: StoredEvent, file: MediaRow) -> str | None:
-    """Return where in its output a file stands; releases before 0010 did not record it."""
-    if file.field is not None:
-        return file.field
-    files = parse(event.body).list_files(FileRules()).files
-    return next((ref.field for ref in files if ref.url == file.url), None)
+    def _field_of(self, event: StoredEvent, file: MediaRow) -> str | None:
+        """Return where in its output a file stands; releases before 0010 did not record it."""
+        if file.field is not None:
+            return file.field
+        files = parse(event.body).list_files(self._rules).files
+        return next((ref.field for ref in files if ref.url == file.url), None)

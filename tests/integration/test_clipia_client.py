@@ -56,7 +56,13 @@ FOR_NOW = [
     (403, "forbidden"),
 ]
 LATER = [
+    (407, "proxy_authentication_required", True),
+    (408, "request_timeout", True),
     (409, "request_in_progress", True),
+    (421, "misdirected_request", True),
+    (423, "locked", True),
+    (425, "too_early", True),
+    (499, "client_closed_request", True),
     (429, "rate_limit_exceeded", False),
     (429, "concurrency_limit_exceeded", False),
     (500, "internal_error", True),
@@ -175,7 +181,8 @@ NULLS: list[tuple[int, Any, type[Exception], str]] = [
     (402, {"type": "billing_error", "code": None, "message": None}, RefusedForNow, "http_402"),
     (400, {"type": "invalid_request_error", "code": None, "message": "No."}, Refused, "http_400"),
     (400, {"type": None, "code": "invalid_request", "message": None}, Refused, "invalid_request"),
-    (401, {"type": None, "code": None, "message": None}, AccountRefused, "http_401"),
+    (401, {"type": "authentication_error", "code": None, "message": None}, AccountRefused, "http_401"),
+    (401, {"type": None, "code": None, "message": None}, ClipiaUnavailable, "http_401"),
     (409, {"type": "invalid_request_error", "code": None}, ClipiaUnavailable, "http_409"),
     (429, {"type": "rate_limit_error", "code": None}, ClipiaUnavailable, "rate_limit_exceeded"),
     (500, {"type": "api_error", "code": None, "message": None}, ClipiaUnavailable, "http_500"),
@@ -218,7 +225,7 @@ async def test_what_may_pass_later_is_transient(
     ("status", "kind", "reason"),
     [
         (400, ClipiaUnavailable, "http_400"),
-        (401, AccountRefused, "http_401"),
+        (401, ClipiaUnavailable, "http_401"),
         (402, ClipiaUnavailable, "http_402"),
         (403, ClipiaUnavailable, "http_403"),
         (404, ClipiaUnavailable, "http_404"),

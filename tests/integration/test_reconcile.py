@@ -422,8 +422,18 @@ NOT_UNDERSTOOD = {
     "unknown_status": answer(content={"request_id": "r-1", "status": "EXPIRED", "progress": 5}),
     "no_result": answer(content={"request_id": "r-1", "status": "COMPLETED"}),
     "request_expired": refused(410, "request_expired", "It is too old."),
+    "insufficient_scope": refused(403, "insufficient_scope", "Not with this key."),
+    "http_401": answer(401, b"<html>"),
+    "http_410": answer(410, b"<html>"),
 }
-WORDS = {"unknown_status": "EXPIRED", "no_result": "COMPLETED", "request_expired": "It is too old."}
+WORDS = {
+    "unknown_status": "EXPIRED",
+    "no_result": "COMPLETED",
+    "request_expired": "It is too old.",
+    "insufficient_scope": "Not with this key.",
+    "http_401": "HTTP 401",
+    "http_410": "HTTP 410",
+}
 
 
 @pytest.mark.parametrize("code", NOT_UNDERSTOOD)
@@ -435,23 +445,56 @@ async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddCl
     job = await submitter.submit(MODEL, PROMPT)
     early = answer(202, {"request_id": "r-1", "status": "IN_PROGRESS"})
     odd.others = lambda request: NOT_UNDERSTOOD[code] if request.path.endswith("/status") else early
-    outcome = "failed" if code == "request_expired" else code
+    outcome = code if code in ("unknown_status", "no_result") else "failed"
     counter = POLLS.labels(outcome)._value
-    before, logged = counter.get(), 0
+    before, logged, given_up = counter.get(), 0, []
     for hours, state in ((1, "submitted"), (23, "submitted"), (25, "unsure")):
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-hours * HOUR))
         with capture_logs() as log:
             assert await odd_world.turn(poll) == 1
         logged += sum(entry["event"] == "job not understood" for entry in log)
+        given_up += [entry["log_level"] for entry in log if entry["event"] == "job given up"]
         shown = await show(submitter, job)
         assert (shown.state, error_code(shown), shown.request_id) == (state, code, "r-1")
         assert shown.error is not None
         assert WORDS[code] in shown.error["message"]
     assert counter.get() == before + 3
-    assert logged == (0 if code == "request_expired" else 1), "at the first sight, and not at every poll"
+    assert given_up == ["error"]
+    assert logged == (0 if outcome == "failed" else 1), "at the first sight, and not at every poll"
     await odd_world.make_due()
     assert await odd_world.turn(poll) == 0
+
+
+@pytest.mark.parametrize("said", [refused(401, "invalid_api_key"), refused(503, "service_unavailable"), b""])
+async def test_polls_of_a_refused_account_or_an_outage_end(
+    odd_world: World, odd: OddClipia, said: bytes
+) -> None:
+    """F10: what is not about the job ends it after a week."""
+    odd.script = [accepted("r-1")]
+    submitter = odd_world.submitter()
+    poll = odd_world.poll_lane(submitter)
+    job = await submitter.submit(MODEL, PROMPT)
+    odd.others = lambda _request: said
+    for days, state in ((2, "submitted"), (6, "submitted"), (8, "unsure")):
+        await odd_world.make_due()
+        await odd_world.set(jobs, submitted_at=db_time(-24 * days * HOUR))
+        assert await odd_world.turn(poll) == 1
+        assert (await show(submitter, job)).state == state
+    await odd_world.make_due()
+    assert await odd_world.turn(poll) == 0
+
+
+async def test_a_failure_after_days_at_rest_ends_no_job(odd_world: World, odd: OddClipia) -> None:
+    """F10: the first poll of a worker that starts again after a week may meet a short outage."""
+    odd.script = [accepted("r-1")]
+    submitter = odd_world.submitter()
+    job = await submitter.submit(MODEL, PROMPT)
+    odd.others = lambda _request: refused(503, "service_unavailable")
+    await odd_world.make_due()
+    await odd_world.set(jobs, submitted_at=db_time(-9 * 24 * HOUR))
+    assert await odd_world.turn(odd_world.poll_lane(submitter)) == 1
+    assert (await show(submitter, job)).state == "submitted"
 
 
 async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, odd: OddClipia) -> None:

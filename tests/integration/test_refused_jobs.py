@@ -263,9 +263,9 @@ async def test_a_refused_job_that_may_have_arrived_does_not_fail(world: World, s
 
 
 async def test_a_firewall_refuses_no_account(odd_world: World, odd: OddClipia) -> None:
-    """F5, F6: 402 or 403 without Clipia's error is something in between: retried, and nothing is paused."""
+    """F5, F6: 401 to 403 without Clipia's error is something in between: retried, and nothing is paused."""
     submitter = odd_world.submitter()
-    for status in (402, 403):
+    for status in (401, 402, 403):
         odd.script = [answer(status, b"<html>Blocked.</html>"), accepted]
         job = await submitter.submit(MODEL, PROMPT)
         assert (job.state, error_code(job)) == ("pending", f"http_{status}")

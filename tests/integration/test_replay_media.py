@@ -23,6 +23,7 @@ from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, StorageUnavailable
 from receiver.fetching import FRESH_URLS
 from receiver.media.verify import verify
+from receiver.outputs import FileRules, Skip
 from receiver.reconcile import FreshUrls
 from receiver.sandbox import SandboxOptions, create_app, running
 from receiver.webhook import result_body
@@ -488,6 +489,28 @@ async def read_event(world: World) -> tuple[StoredEvent, MediaRow]:
     async with world.database.read() as connection:
         event = (await inbox.load_events(connection, [1]))[1]
         return event, (await outbox.load_media(connection, [1]))[1][0]
+
+
+async def test_fresh_urls_are_listed_by_the_rules_of_the_event(world: World, client: ClipiaClient) -> None:
+    """D15: the service's limits hold for a fresh URL as they do for that of the event."""
+    await world.add(await generate(client, PAIR))
+    await world.fan_out()
+    event, file = await read_event(world)
+    skip = Skip(reason="host_not_allowed", words="It is not allowed.")
+    for rules, found in (
+        (FileRules(), True),
+        (FileRules(max_url_length=len(file.url) - 1), False),
+        (FileRules(max_files=0), False),
+        (FileRules(refuse=lambda _url: skip), False),
+    ):
+        await world.change(account_rows, polls_until=0.0)
+        fresh = FreshUrls(world.database, client, rules=rules)
+        assert await fresh.find(event, file) == (file.url if found else None)
+    # A release before did not record the field.
+    unnamed = {name: getattr(file, name) for name in MediaRow.__dataclass_fields__} | {"field": None}
+    await world.change(account_rows, polls_until=0.0)
+    fresh = FreshUrls(world.database, client, rules=FileRules(max_files=1))
+    assert await fresh.find(event, MediaRow(**unnamed)) == file.url
 
 
 async def test_what_clipia_does_not_know_stays_unknown(
