@@ -30,6 +30,11 @@ webhook waits for it.
 """
 FAILED_REST: Final = 60.0
 """Seconds for which events whose fan-out failed rest if they are many."""
+FAILED_FOR: Final = 3600.0
+"""Seconds for which the fan-out of an event must have failed before it is set aside, however old it is.
+
+An outage of days leaves old events behind, and their first failure may be the database's.
+"""
 log = structlog.get_logger()
 
 
@@ -58,7 +63,8 @@ class FanOut:
         self._skipped = Counter[str]()
         self._most = FAN_OUT_LIMIT
         self._taken = 0
-        self._failed: dict[int, float] = {}
+        self._failed: dict[int, tuple[float, float]] = {}
+        """By `seq` of an event: when its fan-out failed first, and until when it rests."""
         self.left_behind = False
         """Whether there may be more events than the last run took."""
 
@@ -124,16 +130,21 @@ class FanOut:
             except Exception:
                 failed += 1
                 log.exception("event not fanned out", event_id=str(event.id))
-                self._failed[event.seq] = time.monotonic() + FAILED_REST
-                if (datetime.now(UTC) - event.received_at).total_seconds() >= GIVE_UP_AFTER:
+                now = time.monotonic()
+                first, _ = self._failed.get(event.seq, (now, now))
+                self._failed[event.seq] = (first, now + FAILED_REST)
+                age = (datetime.now(UTC) - event.received_at).total_seconds()
+                if age >= GIVE_UP_AFTER and now - first >= FAILED_FOR:
                     await inbox.set_state(connection, [event.seq], "unrecognized", reason="fan_out")
         return lanes if failed < len(events) else None
 
     def _resting(self, limit: int) -> Collection[int]:
         """Return events that failed lately, once there are so many that they could be a whole lot."""
         now = time.monotonic()
-        self._failed = {seq: until for seq, until in self._failed.items() if until > now}
-        return self._failed if 2 * len(self._failed) >= limit else ()
+        # One whose rest is long over has been fanned out since, here or by another worker.
+        self._failed = {seq: each for seq, each in self._failed.items() if each[1] + FAILED_REST > now}
+        resting = [seq for seq, (_, until) in self._failed.items() if until > now]
+        return resting if 2 * len(resting) >= limit else ()
 
     async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> set[str]:
         """Add what follows from the events; return the lanes that have work now."""

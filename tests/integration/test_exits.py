@@ -67,7 +67,7 @@ async def test_events_that_fail_hold_up_no_others(world: World, monkeypatch: pyt
 
 
 async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E7: after three days it is `unrecognized`; `events recover` takes it up once it can be fanned out."""
+    """E7: after three days, with an hour of failures, it is `unrecognized`; `events recover` undoes that."""
     world.add_destination("main")
     for name in ("old", "young"):
         await world.add(plain(name, model="bad"))
@@ -75,8 +75,13 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
     await world.change(events, events.c.request_id == "old", received_at=long_ago)
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "refusal", lambda *_: 1 / 0)
+        fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
         with pytest.raises(ZeroDivisionError):
-            await FanOut(world.database, world.targets, wake=lambda _lane: None).run()
+            await fan_out.run()
+        assert await world.states(events) == {"received": 2}, "the first failure ends nothing"
+        patch.setattr(pipeline, "FAILED_FOR", 0.0)
+        with pytest.raises(ZeroDivisionError):
+            await fan_out.run()
     found = {row["request_id"]: (row["state"], row["reason"]) for row in await world.rows(events)}
     assert found == {"old": ("unrecognized", "fan_out"), "young": ("received", None)}
     assert [each.outcome async for each in recovery.recover(world.database)] == ["accepted"]
