@@ -16,7 +16,14 @@ from receiver.db.clock import db_time
 from receiver.db.engine import Database
 from receiver.db.jobs import POLL_LANE
 from receiver.db.rows import Claim, MediaRow, OpenRequest, StoredEvent
-from receiver.errors import AccountRefused, ClipiaUnavailable, DatabaseUnavailable, Refused, UnrecognizedBody
+from receiver.errors import (
+    AccountRefused,
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    Refused,
+    RefusedForNow,
+    UnrecognizedBody,
+)
 from receiver.lanes import LEASE, Work, WorkLane, error_text
 from receiver.limits import Limits, RateHeaders
 from receiver.observability import POLLS
@@ -30,7 +37,7 @@ CONCURRENCY: Final = 8
 GIVE_UP_AFTER: Final = 86_400.0
 """Seconds after which a job is given up of which Clipia says nothing that can be used."""
 SILENT_GIVE_UP_AFTER: Final = 7 * 86_400.0
-"""Seconds after which a job is given up if Clipia refuses the account, or cannot be asked."""
+"""Seconds after which a job is given up if Clipia refuses the account, or something in between answers."""
 
 Store = Callable[[str, bytes], Awaitable[None]]
 """Puts a result into the inbox: the source and the body that its webhook would have had."""
@@ -202,13 +209,10 @@ class PollLane(WorkLane):
 
 def _patience(error: Refused | ClipiaUnavailable, request: OpenRequest) -> float:
     """Return the seconds for which a job is asked for in spite of such an error."""
-    if isinstance(error, Refused) or error.reason == "unreadable":
+    if isinstance(error, Refused | RefusedForNow) or error.reason == "unreadable":
         return GIVE_UP_AFTER
-    status = error.status or 0
     if isinstance(error, AccountRefused):
         return SILENT_GIVE_UP_AFTER
-    if 400 <= status < 500 and status != 429:  # noqa: PLR2004 - a 4xx is an answer, but for Too Many Requests
-        return GIVE_UP_AFTER
     # After days without a worker the first failure may be one that passes in seconds.
     return SILENT_GIVE_UP_AFTER if request.error is not None else math.inf
 

@@ -423,16 +423,12 @@ NOT_UNDERSTOOD = {
     "no_result": answer(content={"request_id": "r-1", "status": "COMPLETED"}),
     "request_expired": refused(410, "request_expired", "It is too old."),
     "insufficient_scope": refused(403, "insufficient_scope", "Not with this key."),
-    "http_401": answer(401, b"<html>"),
-    "http_410": answer(410, b"<html>"),
 }
 WORDS = {
     "unknown_status": "EXPIRED",
     "no_result": "COMPLETED",
     "request_expired": "It is too old.",
     "insufficient_scope": "Not with this key.",
-    "http_401": "HTTP 401",
-    "http_410": "HTTP 410",
 }
 
 
@@ -466,16 +462,25 @@ async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddCl
     assert await odd_world.turn(poll) == 0
 
 
-@pytest.mark.parametrize("said", [refused(401, "invalid_api_key"), refused(503, "service_unavailable"), b""])
+SILENCE = {
+    "a refused account": refused(401, "invalid_api_key"),
+    "an outage": refused(503, "service_unavailable"),
+    "a proxy's 401": answer(401, b"<html>"),
+    "a proxy's 410": answer(410, b"<html>"),
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", SILENCE)
 async def test_polls_of_a_refused_account_or_an_outage_end(
-    odd_world: World, odd: OddClipia, said: bytes
+    odd_world: World, odd: OddClipia, name: str
 ) -> None:
     """F10: what is not about the job ends it after a week."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
     job = await submitter.submit(MODEL, PROMPT)
-    odd.others = lambda _request: said
+    odd.others = lambda _request: SILENCE[name]
     for days, state in ((2, "submitted"), (6, "submitted"), (8, "unsure")):
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-24 * days * HOUR))
