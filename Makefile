@@ -44,7 +44,7 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	$(BIN)/lint-imports
 	$(MAKE) test ARGS="tests/unit tests/contracts tests/integration --cov --cov-report=term --durations=20 $(ARGS)"
 	# Hundreds of processes are started and waited for: measured, each would take twice as long.
-	$(MAKE) test WORKERS=4 ARGS="tests/acceptance --durations=20 --ignore=tests/acceptance/test_race.py $(ARGS)"
+	$(MAKE) test WORKERS=3 ARGS="tests/acceptance --durations=20 --ignore=tests/acceptance/test_race.py $(ARGS)"
 	# On its own: 128 deliveries at once want the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 
