@@ -32,7 +32,7 @@ demo: $(VENV)/.run  ## Run the main job end to end on this machine (ARGS="--keep
 # Tests make thousands of databases and flush each commit: in memory, if there is room, that takes half of the time.
 # Not in /dev/shm itself, in which the health check looks for processes, too.
 test: export TMPDIR ?= $(shell findmnt -nbo AVAIL,OPTIONS /dev/shm 2>/dev/null | \
-	awk '$$1 > 6e9 && $$2 !~ /noexec/ {print "/dev/shm/clipia-receiver-tests"}')
+	awk '$$1 > 6e9 && $$2 !~ /noexec/ {print "/dev/shm/clipia-receiver-tests"; exit}')
 test: $(VENV)/.dev  ## Run the tests (ARGS="-k name" selects some)
 	@[ -z "$$TMPDIR" ] || mkdir -p "$$TMPDIR"
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
