@@ -1026,8 +1026,11 @@ async def test_a_database_that_fails_ends_no_wait(
         waiting = asyncio.create_task(site.alice.get(f"/v1/jobs/{job_id}?wait=60"))
         await until(lambda: looking(wanted=True))
         with capture_logs() as logs:
+            # A session that is only ended is replaced, which nobody notices.
+            postgres.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             postgres.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
             await until(lambda: logged(logs, "jobs not looked at"))
+            postgres.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         postgres.sql("UPDATE jobs SET state = 'canceled'", database=name)
         response = await waiting
         assert (response.status_code, response.json()["state"]) == (200, "canceled")
