@@ -51,7 +51,9 @@ UNUSABLE_ID: Final = "request_id_unusable"
 _SENDABLE: Final = re.compile(r"[!-~]+")
 _FOR_NOW: Final = (402, 403)
 _NOT_READ: Final = (407, 408, 421, 423, 425, 499)
-"""Statuses which say that a request was not read, or not yet: nothing of what is in it, whoever says so."""
+"""Statuses which say that a request was not read, or not yet: nothing of its content,
+whether Clipia or a proxy says so.
+"""
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 

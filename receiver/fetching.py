@@ -43,7 +43,7 @@ from receiver.retry import DAY, MEDIA_ODD, media_policy
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 
 FRESH_URLS: Final = 3
-"""Tries at a file after which nobody asks any more whether it has moved."""
+"""Tries at a file after which Clipia is no longer asked whether it has moved."""
 ASK_AGAIN: Final = 15.0
 """Seconds until Clipia is asked again where a file is, if it could not be asked."""
 ASK_FOR: Final = 3 * DAY
@@ -200,7 +200,7 @@ class MediaLane(WorkLane):
     async def _finish(
         self, claim: EventClaim, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
     ) -> bool:
-        """Record the last result of a file; False where its lease was lost meanwhile."""
+        """Record the last result of a file; False if its lease was lost meanwhile."""
         names: list[str] = []
 
         async def write(connection: AsyncConnection) -> bool:
@@ -217,7 +217,7 @@ class MediaLane(WorkLane):
         return held
 
     async def _put_back(self, claim: EventClaim, attempt: Attempt, *, delay: float, **values: Any) -> bool:
-        """Record a failed try and when the next one is due; False where the lease was lost meanwhile."""
+        """Record a failed try and when the next one is due; False if the lease was lost meanwhile."""
 
         async def write(connection: AsyncConnection) -> bool:
             held = await leases.retry(connection, media, claim, delay=delay, error=attempt.error, **values)

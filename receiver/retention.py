@@ -176,7 +176,7 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
         event = found[0]
         locked = await pruning.lock(connection, [event.seq], dead_letters=True)
         if not await pruning.select_settled(connection, locked, dead_letters=True):
-            left = await pruning.what_is_left(connection, event.seq) or ["somebody is at work on it"]
+            left = await pruning.what_is_left(connection, event.seq) or ["something else is at work on it"]
             raise Refused(
                 f"the event cannot be erased yet: {', '.join(left)}", code="not_settled", status=409
             )

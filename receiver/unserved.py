@@ -25,7 +25,7 @@ LOOK: Final = 30.0
 BATCH: Final = 1000
 """Deliveries that one transaction changes at most."""
 FATE: Final = "each is a dead letter three days after a worker first missed the destination"
-"""How such a delivery ends if nobody does anything, for messages."""
+"""How such a delivery ends unless a person moves or discards it, for messages."""
 
 log = structlog.get_logger()
 

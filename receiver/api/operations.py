@@ -114,8 +114,7 @@ class Metrics:
         registry = REGISTRY
         if self._multiprocess:
             registry = CollectorRegistry()
-            # prometheus_client gives its constructor no types.
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # prometheus_client gives it no types
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _update_gauges(self) -> None:

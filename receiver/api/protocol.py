@@ -67,8 +67,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     _swallowed: int = 0
     _read_size: int = 0
 
-    # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must whoever inherits from that.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must its subclasses.
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))

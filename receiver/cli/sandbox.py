@@ -86,5 +86,5 @@ def _sentence(text: str) -> str:
 
 # typer reads the signature; this is the one that callers see. inspect looks for the attribute, which the type
 # of functions does not declare.
-sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined] # of functions
 sandbox.__annotations__ = {each.name: each.annotation for each in _parameters()}

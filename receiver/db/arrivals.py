@@ -93,8 +93,7 @@ def _insert_columns() -> str:
     """Return PostgreSQL's statement; its parameters are an array for each field, in their order."""
     fields = {name: events.c[name] for name in _OF_EVENT}
     fields |= {name: receipts.c[name] for name in (*_OF_RECEIPT, "outcome")}
-    # SQLAlchemy gives the constructors of its dialects no types.
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy gives it no types
     arrays = [
         # A cast to a text of limited length would cut what is longer, where an insert refuses it.
         f"${number}::{'text' if isinstance(column.type, String) else column.type.compile(dialect)}[]"

@@ -30,9 +30,9 @@ async def resubmit(
     path_token: str,
     by: str,
 ) -> bool:
-    """Make a job that ended without a result due again, under a new key; False where it did not end so.
+    """Make a job that ended without a result due again, under a new key; False if it did not end so.
 
-    Who asked for it, and what it was before, goes on record among the tries.
+    The person who asked for it, and its `request_id` until then, go on record among the tries.
     """
     was = (
         await connection.execute(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())

@@ -319,7 +319,7 @@ async def put_back(
     never_sent: bool,
     refused: bool = False,
 ) -> bool:
-    """Put a job back for another try; `never_sent` where it is certain that no try ever arrived.
+    """Put a job back for another try; `never_sent` if it is certain that no try ever arrived.
 
     `refused` tells that Clipia refuses it for now (402, 403).
     """

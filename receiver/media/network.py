@@ -31,7 +31,7 @@ async def system_resolve(host: str, port: int) -> list[str]:
 def interleave(addresses: Sequence[IPv4Address | IPv6Address]) -> list[IPv4Address | IPv6Address]:
     """Return the addresses with both families by turns, the resolver's first one first (RFC 8305).
 
-    Resolvers often list all IPv6 addresses first; where IPv6 is broken, these would use up all tries.
+    Resolvers often list all IPv6 addresses first; if IPv6 is broken, these would use up all tries.
     """
     first = [address for address in addresses if address.version == addresses[0].version]
     second = [address for address in addresses if address.version != addresses[0].version]

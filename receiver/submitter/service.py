@@ -121,14 +121,14 @@ class Submitter:
 
     @property
     def client(self) -> ClipiaClient:
-        """The API; raises SettingsError where no key is set."""
+        """The API; raises SettingsError if no key is set."""
         if self._client is None:
             raise SettingsError(_NO_KEY)
         return self._client
 
     @property
     def catalogue(self) -> Catalogue:
-        """Models, prices and the account; raises SettingsError where no key is set."""
+        """Models, prices and the account; raises SettingsError if no key is set."""
         if self._catalogue is None:
             raise SettingsError(_NO_KEY)
         return self._catalogue
@@ -288,7 +288,7 @@ class Submitter:
         }
 
     async def standing(self) -> Standing:
-        """Return how the account stands; raises SettingsError where no key is set."""
+        """Return how the account stands; raises SettingsError if no key is set."""
         async with self.database.read() as connection:
             return await read_standing(connection, self.client.account)
 

@@ -418,6 +418,6 @@ async def test_an_event_that_somebody_works_on_is_refused(database: Database, wo
     async with database.write() as connection:
         await connection.execute(select(events.c.seq).with_for_update())
         async with asyncio.timeout(20):
-            with pytest.raises(Refused, match="somebody is at work on it"):
+            with pytest.raises(Refused, match="something else is at work on it"):
                 await erase(world, "r-1")
     assert await erase(world, "r-1") is not None
