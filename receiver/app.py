@@ -1,7 +1,6 @@
 """Composition: what a process is made of, opened in order and closed in reverse."""
 
 import asyncio
-import contextlib
 import gc
 import sys
 import time
@@ -28,10 +27,11 @@ from receiver.api.jobs import Jobs
 from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
 from receiver.api.refusals import NO_SOURCE, Refusals
-from receiver.db import arrivals, inbox, jobs, migrate, outbox, refused_jobs
+from receiver.background import running
+from receiver.backlog import count_dead_letters, count_refused_jobs, read_backlog
+from receiver.db import arrivals, migrate
 from receiver.db.engine import Database
 from receiver.db.requirements import require_usable
-from receiver.db.rows import Backlog
 from receiver.db.signals import Signals, listen
 from receiver.delivery import DeliveryLane
 from receiver.destination_settings import DestinationSettings
@@ -40,7 +40,7 @@ from receiver.errors import StorageUnavailable
 from receiver.failures import frames, sentence
 from receiver.fetching import MediaLane
 from receiver.ingest import Ingest
-from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE, Target, destination_lane
+from receiver.lanes import FAN_OUT_LANE, Target
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
 from receiver.observability import write_logs
 from receiver.outputs import FileRules
@@ -118,7 +118,7 @@ async def running_worker(
     async with AsyncExitStack() as stack:
         worker = await _open_worker(settings, database, wakeups, submitter, stack)
         if not database.is_sqlite:
-            await stack.enter_async_context(_listening(database, wakeups))
+            await stack.enter_async_context(running(listen(database, wakeups.wake), name="listen"))
         names = [each.name for each in settings.all_destinations]
         await stack.enter_async_context(giving_up(database, names))
         account = submitter.client.account if submitter.lane is not None else None
@@ -133,18 +133,6 @@ async def running_worker(
             yield worker
         finally:
             worker.stop()
-            await task
-
-
-@asynccontextmanager
-async def _listening(database: Database, wakeups: Wakeups) -> AsyncIterator[None]:
-    """Wake lanes when other processes say that they have work."""
-    task = asyncio.create_task(listen(database, wakeups.wake), name="listen")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
             await task
 
 
@@ -358,34 +346,6 @@ def make_replays(
     """Make what orders replays to the destinations that are configured."""
     filters = {each.name: each.filter for each in settings.all_destinations}
     return Replays(database, filters, wake=wake)
-
-
-async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
-    """Return the unfinished rows of every lane. Raises DatabaseUnavailable."""
-    async with database.read() as connection:
-        by_destination = await outbox.delivery_backlog(connection)
-        lanes = {
-            FAN_OUT_LANE: await inbox.backlog(connection),
-            MEDIA_LANE: await outbox.media_backlog(connection),
-            **await jobs.backlog(connection),
-        }
-    empty = Backlog(rows=0, oldest=0.0)
-    names = by_destination.keys() | {each.name for each in destinations}
-    return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
-
-
-async def count_dead_letters(
-    database: Database, destinations: Sequence[DestinationSettings]
-) -> dict[str, int]:
-    """Return how many dead letters each destination has. Raises DatabaseUnavailable."""
-    async with database.read() as connection:
-        return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
-
-
-async def count_refused_jobs(database: Database) -> int:
-    """Return how many jobs Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
-    async with database.read() as connection:
-        return await refused_jobs.count(connection)
 
 
 def collect_garbage_less() -> None:

@@ -25,19 +25,13 @@ import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
 from receiver.causes import cause
-from receiver.errors import (
-    AccountRefused,
-    ClipiaUnavailable,
-    Refused,
-    RefusedForNow,
-    SettingsError,
-    UnrecognizedBody,
-)
-from receiver.lenient_json import REPLACEMENT, clean_text, read_whole
+from receiver.clipia_errors import quoted, translate
+from receiver.errors import ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
+from receiver.lenient_json import REPLACEMENT, read_whole
 from receiver.limits import RateHeaders
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
-from receiver.retry import MAX_RETRY_AFTER, longest_wait
+from receiver.retry import longest_wait
 from receiver.settings import Settings
 from receiver.webhook import MAX_ID_LENGTH, is_request_id
 
@@ -49,11 +43,6 @@ UNUSABLE_ID: Final = "request_id_unusable"
 """The code of the refusal that ends a job which Clipia accepted under an id that cannot be stored."""
 
 _SENDABLE: Final = re.compile(r"[!-~]+")
-_FOR_NOW: Final = (402, 403)
-_NOT_READ: Final = (407, 408, 421, 423, 425, 499)
-"""Statuses which say that a request was not read, or not yet: nothing of its content,
-whether Clipia or a proxy says so.
-"""
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
 
 
@@ -209,7 +198,7 @@ class ClipiaClient:
             status: Any = answer.status
             if not isinstance(status, str):
                 raise TypeError("status")
-            return Status(status=_quoted(status, 64), progress=_per_cent(answer.progress))
+            return Status(status=quoted(status, 64), progress=_per_cent(answer.progress))
 
     async def result(self, request_id: str, *, call: Call) -> bytes | None:
         """Return the JSON object of a finished generation as it came, or None while there is none."""
@@ -252,7 +241,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
         async with asyncio.timeout(CALL_WAIT):
             yield
     except ClipiaApiError as error:
-        raise _translate(error) from error
+        raise translate(error) from error
     except _NEVER_ARRIVED as error:
         raise ClipiaUnavailable(
             f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
@@ -288,49 +277,6 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
         reason="not_sent",
         may_have_arrived=False,
     )
-
-
-def _translate(error: ClipiaApiError) -> Exception:
-    # Not the SDK's attributes, in which null is the text "None".
-    said, status = (error.body or {}).get("error"), error.status
-    code, type_, message = (_member(said, *each) for each in (("code", 64), ("type", 64), ("message", 1000)))
-    message, reason = message or code or f"HTTP {status}", code or f"http_{status}"
-    # Without both, an error comes from something in between, such as a firewall, and says nothing about the
-    # job or the account.
-    is_clipias = bool(code or type_)
-    if is_clipias and status == httpx.codes.UNAUTHORIZED:
-        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
-    type_ = type_ or "invalid_request_error"
-    if is_clipias and status in _FOR_NOW:
-        return RefusedForNow(message, reason=reason, status=status, type_=type_)
-    # Retry-After is somebody else's data; a day is as good as never.
-    wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER)
-    if status == httpx.codes.TOO_MANY_REQUESTS:
-        return ClipiaUnavailable(
-            message,
-            reason=code or "rate_limit_exceeded",
-            status=status,
-            may_have_arrived=False,
-            retry_after=wait,
-        )
-    # A conflict without a code may be an earlier call that is still being worked on.
-    is_in_progress = code == "request_in_progress" or (status == httpx.codes.CONFLICT and not code)
-    may_pass = is_in_progress or status in _NOT_READ or status >= httpx.codes.INTERNAL_SERVER_ERROR
-    if is_clipias and not may_pass:
-        return Refused(message, code=reason, status=status, type_=type_)
-    return ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
-
-
-def _member(said: object, name: str, limit: int) -> str:
-    """Return a text in the `error` object of an answer; empty if it is none."""
-    value = said.get(name) if isinstance(said, dict) else None
-    return _quoted(value.strip(), limit) if isinstance(value, str) else ""
-
-
-def _quoted(text: str, limit: int) -> str:
-    """Return words of Clipia's, cut, and without the secrets that it may have repeated."""
-    # Masked before the cut, which could leave half of a secret.
-    return clean_text(mask(text[: 10 * limit])[:limit])
 
 
 def _masked(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -373,7 +319,7 @@ def _unusable_id(request_id: object) -> Exception:
         return TypeError("request_id")
     # Clipia would give the same answer to every other try.
     return Refused(
-        f"Clipia accepted the job as {_quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
+        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
         code=UNUSABLE_ID,
         status=502,
     )

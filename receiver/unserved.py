@@ -5,14 +5,14 @@ three days begin when a worker first misses the destination, so that there is ti
 """
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Final
 
 import structlog
 
+from receiver.background import running
 from receiver.db import unserved, workers
 from receiver.db.engine import Database
 from receiver.errors import DatabaseUnavailable
@@ -30,16 +30,9 @@ FATE: Final = "each is a dead letter three days after a worker first missed the 
 log = structlog.get_logger()
 
 
-@asynccontextmanager
-async def giving_up(database: Database, configured: Collection[str]) -> AsyncIterator[None]:
+def giving_up(database: Database, configured: Collection[str]) -> AbstractAsyncContextManager[None]:
     """Look after such deliveries inside the block."""
-    task = asyncio.create_task(_look_again_and_again(database, configured), name="unserved")
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+    return running(_look_again_and_again(database, configured), name="unserved")
 
 
 async def _look_again_and_again(database: Database, configured: Collection[str]) -> None:

@@ -15,7 +15,7 @@ from payloads import SECRET, signed
 from servers import Postgres
 from sqlalchemy import event
 
-from receiver.app import count_dead_letters, read_backlog
+from receiver.backlog import count_dead_letters, read_backlog
 from receiver.db import jobs, ledger, replays
 from receiver.db.clock import db_time
 from receiver.db.engine import Database
