@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -75,17 +74,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "TIMEOUT", 1.0)
     monkeypatch.setattr(nats_module, "OPEN_TIMEOUT", 0.9)
     monkeypatch.setattr(nats_module, "API_TIMEOUT", 0.3)
-
-
-@pytest.fixture
-async def no_stray_failures() -> AsyncIterator[None]:
-    """Fail the test where the event loop is told of a failure that nobody took."""
-    found: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
-    yield
-    await asyncio.sleep(0)
-    gc.collect()
-    assert found == []
 
 
 async def outcome(destination: Destination, data: dict[str, Any] | None = None) -> str:

@@ -1,12 +1,10 @@
 """NATS logins by file: NKeys, and JWTs of an operator's accounts, with a real server."""
 
-import asyncio
 import base64
 import binascii
-import gc
 import json
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +17,8 @@ from destination_kinds import make_event, open_url
 
 from receiver.errors import PublishFailed, SettingsError
 from receiver.masking import mask
+
+pytestmark = pytest.mark.usefixtures("no_stray_failures")
 
 PLACE = "subject=events&stream=EVENTS"
 SEED, OPERATOR, ACCOUNT, USER = (number << 3 for number in (18, 14, 0, 20))
@@ -54,17 +54,6 @@ class Key:
         signed = b".".join(part.rstrip(b"=") for part in parts)
         signature = base64.urlsafe_b64encode(self.private.sign(signed)).rstrip(b"=")
         return (signed + b"." + signature).decode()
-
-
-@pytest.fixture(autouse=True)
-async def no_stray_failures() -> AsyncIterator[None]:
-    """Fail the test if the event loop is told of a failure that nobody took."""
-    found: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
-    yield
-    await asyncio.sleep(0)
-    gc.collect()
-    assert found == []
 
 
 @dataclass(frozen=True, kw_only=True)

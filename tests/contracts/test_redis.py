@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -82,17 +81,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TIMEOUT", 1.0)
     monkeypatch.setattr(redis_module, "BATCH_TIMEOUT", 0.4)
     monkeypatch.setattr(redis_module, "CONNECT_TIMEOUT", 0.3)
-
-
-@pytest.fixture
-async def no_stray_failures() -> AsyncIterator[None]:
-    """Fail the test where the event loop is told of a failure that nobody took."""
-    found: list[dict[str, Any]] = []
-    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
-    yield
-    await asyncio.sleep(0)
-    gc.collect()
-    assert found == []
 
 
 async def outcome(destination: Destination, data: dict[str, Any] | None = None) -> str:
