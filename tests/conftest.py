@@ -1,6 +1,7 @@
 """Fixtures for every test: a scrubbed environment, loopback only, and databases made by the migrations."""
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -117,3 +118,14 @@ async def database(database_url: str) -> AsyncIterator[Database]:
     opened = Database(database_url)
     yield opened
     await opened.close()
+
+
+@pytest.fixture
+async def no_stray_failures() -> AsyncIterator[None]:
+    """Fail the test if the event loop is told of a failure that no caller took."""
+    found: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
+    yield
+    await asyncio.sleep(0)
+    gc.collect()
+    assert found == []
