@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import settings as hypothesis_settings
 from servers import PgBouncer, Postgres
+from structlog.dev import ConsoleRenderer, plain_traceback
 
 from receiver import masking
 from receiver.db import migrate
@@ -26,6 +28,13 @@ DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbounc
 hypothesis_settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("default")
 
+# structlog's own default draws each traceback with all variables, which takes a second for one of SQLAlchemy's.
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        ConsoleRenderer(exception_formatter=plain_traceback),
+    ]
+)
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # So a shell starts what is to run in the background, and all processes of the tests would ignore it, too.

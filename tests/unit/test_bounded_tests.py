@@ -10,8 +10,9 @@ TESTS = Path(__file__).parents[1]
 def nodes() -> Iterator[tuple[str, ast.AST]]:
     """Yield every node of every test file, with its place."""
     for path in sorted(TESTS.rglob("*.py")):
+        name = str(path.relative_to(TESTS))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            yield f"{path.relative_to(TESTS)}:{getattr(node, 'lineno', 0)}", node
+            yield f"{name}:{getattr(node, 'lineno', 0)}", node
 
 
 def is_endless(loop: ast.AST) -> bool:
