@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from load import result
-from servers import Postgres
+from support.servers import Postgres
 
 from receiver.db.rows import EVENT_NAMESPACE, event_id
 

@@ -41,20 +41,20 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fill import DESTINATION, fill_postgresql, fill_sqlite, request_of, tell
 from ingest import CONNECTIONS, MOST, spread
 from load import family, result, run_wrk, served
-from servers import Postgres
+from support.servers import Postgres
 
-from receiver.db import arrivals, inbox, jobs, ledger, migrate, outbox
-from receiver.db.engine import Database
+from receiver.core.retry import RetryPolicy
+from receiver.db import arrivals, inbox, jobs, migrate, outbox, reads
+from receiver.db.database import Database
 from receiver.db.rows import Arrival
 from receiver.db.tables import deliveries
-from receiver.delivery import DeliveryLane
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
-from receiver.lanes import Target
-from receiver.pipeline import FanOut
-from receiver.retry import RetryPolicy
+from receiver.lanes.base import Target
+from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.fan_out import FanOut
 
 FORWARDED = 1000
 """Events of a round that go on to their delivery."""
@@ -226,28 +226,28 @@ async def timed(times: list[float], step: Awaitable[Any]) -> Any:
 
 
 async def _show(connection: AsyncConnection, request_id: str) -> object:
-    shown = await ledger.show_event(connection, request_id)
+    shown = await reads.show_event(connection, request_id)
     assert shown is not None
     return shown
 
 
 Query = Callable[[AsyncConnection, int], Awaitable[object]]
 QUERIES: dict[str, Query] = {
-    "newest page of events, ms": lambda connection, _: ledger.list_events(connection, limit=PAGE),
-    "page of events somewhere, ms": lambda connection, count: ledger.list_events(
+    "newest page of events, ms": lambda connection, _: reads.list_events(connection, limit=PAGE),
+    "page of events somewhere, ms": lambda connection, count: reads.list_events(
         connection, limit=PAGE, before=random.randint(1, count)
     ),
-    "page of events since just now, ms": lambda connection, _: ledger.list_events(
+    "page of events since just now, ms": lambda connection, _: reads.list_events(
         connection, limit=PAGE, since=datetime.now(UTC)
     ),
     "an event by its request_id, ms": lambda connection, count: _show(
         connection, request_of(random.randint(1, count))
     ),
-    "newest page of deliveries, ms": lambda connection, _: ledger.list_deliveries(connection, limit=PAGE),
-    "newest page of pending deliveries, ms": lambda connection, _: ledger.list_deliveries(
+    "newest page of deliveries, ms": lambda connection, _: reads.list_deliveries(connection, limit=PAGE),
+    "newest page of pending deliveries, ms": lambda connection, _: reads.list_deliveries(
         connection, limit=PAGE, state="pending"
     ),
-    "newest page of dead deliveries, ms": lambda connection, _: ledger.list_deliveries(
+    "newest page of dead deliveries, ms": lambda connection, _: reads.list_deliveries(
         connection, limit=PAGE, state="dead"
     ),
     "/metrics: events to fan out, ms": lambda connection, _: inbox.backlog(connection),
@@ -326,9 +326,9 @@ async def plans(store: Store) -> list[str]:
             await asyncio.gather(*(each.run() for each in works))
         async with database.write() as connection:
             with sent(database) as found["page of events"]:
-                await ledger.list_events(connection, limit=PAGE, before=store.count // 2)
+                await reads.list_events(connection, limit=PAGE, before=store.count // 2)
             with sent(database) as found["page of deliveries"]:
-                await ledger.list_deliveries(connection, limit=PAGE)
+                await reads.list_deliveries(connection, limit=PAGE)
             lines: list[str] = []
             for what, statements in found.items():
                 for statement, arguments in statements:
@@ -414,7 +414,7 @@ def main() -> None:
     with (
         Postgres() as postgres,
         tempfile.TemporaryDirectory() as folder,
-        mock.patch("receiver.delivery.log"),
+        mock.patch("receiver.lanes.base.delivery.log"),
     ):
         bench = Bench(postgres, Path(folder))
         for kind, count in (("postgresql", options.events), ("sqlite", options.sqlite_events)):

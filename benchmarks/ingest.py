@@ -27,9 +27,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from harness import run_command
 from load import HERE, Measured, family, run_wrk, served
-from servers import Postgres
+from support.commands import run_command
+from support.servers import Postgres
 
 CONNECTIONS = 64
 MOST = 90_000

@@ -31,13 +31,13 @@ from sqlalchemy import insert
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from brokers_rabbitmq import RabbitMq
-from brokers_redis_nats import Redis
-from harness import ReceiverProcess, run_command
-from payloads import body, signed
-from servers import Postgres, free_port
+from support.commands import ReceiverProcess, run_command
+from support.payloads import body, signed
+from support.servers import Postgres, free_port
+from support.servers_rabbitmq import RabbitMq
+from support.servers_redis_nats import Redis
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import events
 from receiver.ingest import make_event
 

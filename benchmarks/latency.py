@@ -29,7 +29,7 @@ import uvloop
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from load import PATH, cpu_seconds, family, forwarding, result, served, signed_request, working
-from servers import Postgres
+from support.servers import Postgres
 
 CONNECTIONS = 32
 WARM_UP = 1.0

@@ -20,9 +20,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from harness import command_environment, run_command
-from payloads import SECRET
-from servers import end, free_port, wait_for_port
+from support.commands import command_environment, run_command
+from support.payloads import SECRET
+from support.servers import end, free_port, wait_for_port
 
 HERE = Path(__file__).parent
 PATH = "/clipia/webhook"

@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import attacks
 import psutil
-from harness import ReceiverProcess, run_command
-from servers import Postgres
+from support import attacks
+from support.commands import ReceiverProcess, run_command
+from support.servers import Postgres
 
 HEADS = (
     *("database", "attack", "MiB before", "peak", "after the rest", "genuine stored", "slowest"),

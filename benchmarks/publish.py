@@ -26,23 +26,23 @@ from sqlalchemy import insert, select
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from all_kinds import ALL_KINDS
 from load import result
-from servers import Postgres
+from support.kinds import ALL_KINDS
+from support.servers import Postgres
 
 from receiver.app import collect_garbage_less
+from receiver.core.retry import RetryPolicy
 from receiver.db import migrate, outbox
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import DeliveryClaim, StoredEvent, new_id
 from receiver.db.tables import deliveries, events, in_state, is_live
-from receiver.delivery import DeliveryLane, build_message
 from receiver.destinations import Destination
 from receiver.ingest import make_event
-from receiver.lanes import Target
-from receiver.observability import configure_logging
-from receiver.pipeline import FanOut
-from receiver.retry import RetryPolicy
-from receiver.worker import Wakeups, Worker
+from receiver.lanes.base import Target
+from receiver.lanes.delivery import DeliveryLane, build_message
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.worker import Wakeups, Worker
+from receiver.logs import configure_logging
 
 BATCH = 1000
 FEWER = {"sqs": 100}

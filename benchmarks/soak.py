@@ -22,7 +22,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from load import family, forwarding, run_wrk, served, working
-from servers import Postgres
+from support.servers import Postgres
 
 CONNECTIONS = 64
 MOST = 20_000

@@ -5,7 +5,7 @@ import asyncio
 from alembic import context
 from sqlalchemy import Connection
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import metadata
 from receiver.db.version import VERSION_TABLE
 from receiver.settings import Settings

@@ -22,38 +22,38 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from receiver import recovery
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
-from receiver.api.callback import Callback
+from receiver.api.events import Ledger
 from receiver.api.jobs import Jobs
-from receiver.api.ledger import Ledger
 from receiver.api.operations import Metrics, Readiness, livez
-from receiver.api.refusals import NO_SOURCE, Refusals
+from receiver.api.rejections import NO_SOURCE, Refusals
+from receiver.api.webhook import Callback
 from receiver.background import running
-from receiver.backlog import count_dead_letters, count_refused_jobs, read_backlog
+from receiver.core.output_files import FileRules
+from receiver.core.retry import RetryPolicy
+from receiver.core.signature import Secret
 from receiver.db import arrivals, migrate
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals, listen
-from receiver.delivery import DeliveryLane
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_for_work, started
 from receiver.errors import StorageUnavailable
 from receiver.failures import frames, sentence
-from receiver.fetching import MediaLane
 from receiver.ingest import Ingest
-from receiver.lanes import FAN_OUT_LANE, Target
+from receiver.lanes.backlog import count_dead_letters, count_refused_jobs, read_backlog
+from receiver.lanes.base import FAN_OUT_LANE, Target
+from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.media import MediaLane
+from receiver.lanes.poll import FreshUrls, PollLane
+from receiver.lanes.presence import present
+from receiver.lanes.unserved import giving_up
+from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.logs import write_logs
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
-from receiver.observability import write_logs
-from receiver.outputs import FileRules
-from receiver.pipeline import FanOut
-from receiver.presence import present
-from receiver.reconcile import FreshUrls, PollLane
-from receiver.replay import ReplayLane, Replays
-from receiver.retry import RetryPolicy
+from receiver.replays import ReplayLane, Replays
 from receiver.settings import Settings, SourceSettings
-from receiver.signature import Secret
 from receiver.submitter import Submitter
-from receiver.unserved import giving_up
-from receiver.worker import Lane, Wakeups, Worker
 
 Only = Literal["webhook", "internal"]
 

@@ -14,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from receiver.config import ProxyUrl, one_or_more, shown_key
+from receiver.config_file import ProxyUrl, one_or_more, shown_key
 from receiver.masking import hold, hold_header, hold_url, mask
 
 MAX_TIMEOUT: Final = 300.0

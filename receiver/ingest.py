@@ -11,15 +11,15 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.batching import GroupCommit
+from receiver.core.lenient_json import same_json
+from receiver.core.payload import summarize
+from receiver.core.signature import Secret, verify
 from receiver.db import arrivals, inbox, prices
-from receiver.db.engine import Database
-from receiver.db.group import GroupCommit
+from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
-from receiver.lenient_json import same_json
-from receiver.observability import SECRETS_USED, WEBHOOKS
-from receiver.signature import Secret, verify
-from receiver.webhook import summarize
+from receiver.logs import SECRETS_USED, WEBHOOKS
 
 LARGEST_GROUP: Final = 256
 """The most deliveries that share a transaction."""

@@ -14,7 +14,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import inbox, unrecognized
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import NewEvent
 from receiver.db.unrecognized import Unrecognized
 from receiver.ingest import compare, make_event

@@ -17,7 +17,7 @@ from typing import Final
 from uuid import UUID
 
 from receiver.db import pruning
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.pruning import StoredFile
 from receiver.errors import Refused
 from receiver.media import Storage

@@ -26,7 +26,7 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from receiver.config import (
+from receiver.config_file import (
     DEFAULT_CONFIG,
     MIN_TOKEN,
     ProxyUrl,

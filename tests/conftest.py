@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import structlog
 from hypothesis import settings as hypothesis_settings
-from servers import PgBouncer, Postgres
 from structlog.dev import ConsoleRenderer, plain_traceback
+from support.servers import PgBouncer, Postgres
 
 from receiver import masking
 from receiver.db import migrate
-from receiver.db.engine import Database
+from receiver.db.database import Database
 
-pytest_plugins = ["clipia_fixtures"]
+pytest_plugins = ["support.clipia_fixtures"]
 
 DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbouncer").split(",")
 """The kinds of database that the tests of `database_url` run on."""
@@ -28,7 +28,7 @@ DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbounc
 hypothesis_settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("default")
 
-# structlog's own default draws each traceback with all variables, which takes a second for one of SQLAlchemy's.
+# By default structlog draws each traceback with all variables, which takes a second for one of SQLAlchemy's.
 structlog.configure(
     processors=[
         *structlog.get_config()["processors"][:-1],

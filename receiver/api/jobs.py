@@ -22,10 +22,10 @@ from receiver.api.endpoints import (
     read_time,
     while_connected,
 )
+from receiver.clipia.job_request import MOST_METADATA, JobRequest
 from receiver.db.rows import JobState, new_id
 from receiver.errors import Refused
 from receiver.submitter import Job, Submitter
-from receiver.submitter.request import MOST_METADATA, JobRequest
 
 LONGEST_WAIT: Final = 300.0
 """Seconds that a long poll may last."""

@@ -15,7 +15,7 @@ from receiver.api.answers import error_body, refusal
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, Refused
-from receiver.observability import (
+from receiver.logs import (
     BACKLOG,
     BACKLOG_OLDEST,
     DEAD_LETTERS,

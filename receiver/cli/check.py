@@ -14,9 +14,10 @@ from structlog.typing import EventDict, WrappedLogger
 from receiver.cli.submit import describe_error
 from receiver.cli.terminal import amount, moment, stdout
 from receiver.cli.waiting import find_missing, name_of
-from receiver.clipia import Call, open_client
+from receiver.clipia.client import Call, open_client
+from receiver.core.routing import describe
 from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
@@ -25,13 +26,12 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.errors import SettingsError
 from receiver.failures import sentence
-from receiver.lanes import FAN_OUT_LANE, destination_lane
+from receiver.lanes.base import FAN_OUT_LANE, destination_lane
+from receiver.lanes.unserved import FATE
 from receiver.media import MediaHosts, open_storage, open_tls
-from receiver.routing import describe
 from receiver.settings import Settings, unknown_variables
 from receiver.submitter.job import read_error
 from receiver.submitter.standing import read_standing
-from receiver.unserved import FATE
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 

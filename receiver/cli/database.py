@@ -5,8 +5,8 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from receiver.db import migrate
-from receiver.db.engine import Database
-from receiver.observability import configure_logging
+from receiver.db.database import Database
+from receiver.logs import configure_logging
 from receiver.settings import Settings
 
 T = TypeVar("T")

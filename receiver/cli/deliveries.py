@@ -18,14 +18,14 @@ from sqlalchemy.exc import IntegrityError
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, user_name, wide
 from receiver.cli.waiting import name_of
-from receiver.db import ledger, outbox, unserved, workers
+from receiver.db import outbox, reads, unserved, workers
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState
 from receiver.db.unserved import Taken
 from receiver.errors import ReceiverError
-from receiver.lanes import destination_lane
+from receiver.lanes.base import destination_lane
 from receiver.settings import Settings
 
 BATCH = 1000
@@ -56,7 +56,7 @@ def list_(
 
     async def query(_settings: Settings, database: Database) -> list[dict[str, Any]]:
         async with database.read() as connection:
-            return await ledger.list_deliveries(
+            return await reads.list_deliveries(
                 connection,
                 limit=limit,
                 before=cursor,

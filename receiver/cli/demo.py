@@ -21,11 +21,11 @@ import typer
 from rich.text import Text
 
 from receiver.cli.terminal import size, stdout
-from receiver.db import ledger
-from receiver.db.engine import Database
+from receiver.db import reads
+from receiver.db.database import Database
 from receiver.errors import ReceiverError
 from receiver.files import private
-from receiver.observability import configure_logging
+from receiver.logs import configure_logging
 from receiver.sandbox import SandboxOptions, create_app, running
 
 JOBS: Final = (
@@ -171,7 +171,7 @@ class _Demo:
                 done = True
                 for request_id, kind in kinds.items():
                     async with database.read() as connection:
-                        event = await ledger.show_event(connection, request_id)
+                        event = await reads.show_event(connection, request_id)
                     done &= event is not None and self._report(kind, event)
                 if done:
                     return

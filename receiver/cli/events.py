@@ -32,12 +32,12 @@ from receiver.cli.terminal import (
     stdout,
     wide,
 )
-from receiver.db import ledger, transfer
-from receiver.db.engine import Database
+from receiver.core.lenient_json import present
+from receiver.db import reads, transfer
+from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
 from receiver.files import private
-from receiver.lenient_json import present
 from receiver.media import open_storage
 from receiver.recovery import Recovered
 from receiver.retention import Erased
@@ -66,7 +66,7 @@ def list_(
     """List events, newest first."""
 
     async def query(connection: AsyncConnection) -> list[dict[str, Any]]:
-        return await ledger.list_events(
+        return await reads.list_events(
             connection,
             limit=limit,
             before=before,
@@ -107,7 +107,7 @@ def show(
     """Show one event with its receipts, media, deliveries and every try at them."""
 
     async def query(connection: AsyncConnection) -> dict[str, Any] | None:
-        return await ledger.show_event(connection, key)
+        return await reads.show_event(connection, key)
 
     event = _read(query)
     if event is None:

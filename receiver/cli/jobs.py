@@ -23,11 +23,11 @@ from receiver.cli.terminal import (
     user_name,
     wide,
 )
+from receiver.core.retry import KEY_HOLDS
 from receiver.db import freezes
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.lanes import error_text
-from receiver.retry import KEY_HOLDS
+from receiver.lanes.base import error_text
 from receiver.settings import Settings
 from receiver.submitter import Job, JobEvent, JobPage, Submitter
 

@@ -8,8 +8,8 @@ import typer
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, print_json, print_line, progress_bar, stderr, stdout, user_name
-from receiver.db import ledger, outbox
-from receiver.db.engine import Database
+from receiver.db import outbox, reads
+from receiver.db.database import Database
 from receiver.db.selection import Selection
 from receiver.errors import ReceiverError
 from receiver.media import Storage, open_storage
@@ -39,13 +39,13 @@ def verify(
         errors: dict[str, str] = {}
         try:
             async with database.read() as connection:
-                total = await ledger.count_stored(connection, since=start)
+                total = await reads.count_stored(connection, since=start)
             with progress_bar() as progress:
                 task = progress.add_task("files", total=total)
                 before = None
                 while True:
                     async with database.read() as connection:
-                        page = await ledger.list_stored(connection, limit=PAGE, after=before, since=start)
+                        page = await reads.list_stored(connection, limit=PAGE, after=before, since=start)
                     if not page:
                         return found
                     before = page[-1]["id"]
@@ -107,7 +107,7 @@ def link(
 
     async def run(settings: Settings, database: Database) -> list[dict[str, Any]]:
         async with database.read() as connection:
-            event = await ledger.show_event(connection, key)
+            event = await reads.show_event(connection, key)
         if event is None:
             raise ReceiverError(f"there is no event with the id or request_id {key!r}")
         storage = open_storage(settings.storage_url.get_secret_value())

@@ -4,7 +4,7 @@ import asyncio
 
 from receiver.cli.terminal import stdout
 from receiver.db import migrate as migrations
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.settings import Settings
 

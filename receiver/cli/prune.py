@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from receiver import retention
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, progress_bar, stderr, stdout
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.media import open_storage
 from receiver.retention import Pruned
 from receiver.settings import Settings

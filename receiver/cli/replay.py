@@ -26,10 +26,10 @@ from receiver.cli.terminal import (
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.db import workers
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.lanes import destination_lane
-from receiver.replay import REPLAY_LANE, ReplayRequest, Replays
+from receiver.lanes.base import destination_lane
+from receiver.replays import REPLAY_LANE, ReplayRequest, Replays
 from receiver.settings import Settings
 
 LOOK: Final = 0.5

@@ -7,11 +7,11 @@ from rich.text import Text
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, print_json, stdout
-from receiver.db import inbox, job_events, ledger
-from receiver.db.engine import Database
+from receiver.core.routing import refusal
+from receiver.db import inbox, job_events, reads
+from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.lanes import facts_of
-from receiver.routing import refusal
+from receiver.lanes.base import facts_of
 from receiver.settings import Settings
 
 
@@ -23,7 +23,7 @@ def route(
 
     async def run(settings: Settings, database: Database) -> list[dict[str, str | None]]:
         async with database.read() as connection:
-            found = await ledger.show_event(connection, key)
+            found = await reads.show_event(connection, key)
             if found is None:
                 raise ReceiverError(f"there is no event with the id or request_id {key!r}")
             if found["state"] == "unrecognized":

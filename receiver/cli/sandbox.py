@@ -10,7 +10,7 @@ from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
 from receiver.cli.terminal import stdout
-from receiver.observability import configure_logging
+from receiver.logs import configure_logging
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, switches
 from receiver.settings import Settings
 

@@ -11,10 +11,10 @@ import typer
 
 from receiver.causes import cause
 from receiver.cli.terminal import stdout
+from receiver.core.signature import sign
 from receiver.errors import ReceiverError, SettingsError
 from receiver.masking import mask
 from receiver.settings import DEFAULT_SOURCE, Settings
-from receiver.signature import sign
 
 
 def send(

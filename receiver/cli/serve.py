@@ -26,7 +26,7 @@ from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
-from receiver.observability import configure_logging
+from receiver.logs import configure_logging
 from receiver.settings import Settings
 
 GRACE = 10

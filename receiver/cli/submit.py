@@ -15,7 +15,7 @@ from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.db import freezes, workers
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.errors import ReceiverError
-from receiver.lanes import FAN_OUT_LANE, MEDIA_LANE
+from receiver.lanes.base import FAN_OUT_LANE, MEDIA_LANE
 from receiver.submitter import Job, JobFile, Submitter
 
 CALLER: Final = "cli"

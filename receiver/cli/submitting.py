@@ -8,9 +8,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from receiver.core.lenient_json import read_whole
 from receiver.errors import ReceiverError, UnrecognizedBody
-from receiver.lenient_json import read_whole
-from receiver.observability import configure_logging
+from receiver.logs import configure_logging
 from receiver.submitter import Submitter
 
 T = TypeVar("T")

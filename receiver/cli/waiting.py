@@ -9,7 +9,7 @@ import typer
 
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.workers import SeenWorker
-from receiver.lanes import destination_lane
+from receiver.lanes.base import destination_lane
 
 NOBODY_WORKS: Final = 3
 """Exit status of a command that has stopped waiting because no worker does what it waits for."""

@@ -7,11 +7,11 @@ import uvloop
 
 from receiver.app import Parts, collect_garbage_less, prepare, running_worker
 from receiver.cli.heartbeat import beating
-from receiver.db.engine import Database
-from receiver.observability import configure_logging
+from receiver.db.database import Database
+from receiver.lanes.worker import Wakeups
+from receiver.logs import configure_logging
 from receiver.settings import Settings
 from receiver.submitter import Submitter
-from receiver.worker import Wakeups
 
 
 def worker() -> None:

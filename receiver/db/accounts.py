@@ -7,9 +7,9 @@ from sqlalchemy import select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.quota import Limits, RateHeaders
 from receiver.db.clock import unix_time
 from receiver.db.tables import accounts
-from receiver.limits import Limits, RateHeaders
 
 
 async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float]:

@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 from sqlalchemy import PoolProxiedConnection, String
 from sqlalchemy.dialects import postgresql
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, event_id
 from receiver.db.tables import events, receipts
 

@@ -11,8 +11,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events, sources
+from receiver.db.arrays import among
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.lists import among
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.tables import events, in_state, receipts
 

@@ -8,13 +8,13 @@ import orjson
 from sqlalchemy import and_, case, exists, or_, select, union, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.payload import Generation
 from receiver.db import prices
+from receiver.db.arrays import among
 from receiver.db.clock import db_time
-from receiver.db.lists import among
 from receiver.db.rows import JobRef, JobState, event_id
 from receiver.db.tables import events, in_state, jobs
 from receiver.price import Credits
-from receiver.webhook import Generation
 
 _RESERVED: Final = {"charged": jobs.c.cost, "charged_micros": jobs.c.cost_micros}
 OPEN: Final = ("pending", "submitted", "unsure")

@@ -31,8 +31,8 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
+from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.lists import DIALECTS, Rows, among
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media
 

@@ -7,7 +7,7 @@ from typing import Any, Final
 import orjson
 from sqlalchemy import Column, Row, select, update
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import accounts, attempts, deliveries, jobs, media, replays
 from receiver.masking import mask
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
 
 from receiver.db import version
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.tables import metadata
 from receiver.db.transactions import sqlstate

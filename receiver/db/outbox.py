@@ -23,9 +23,9 @@ from sqlalchemy import (
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import record_attempts, work_values
-from receiver.db.lists import DIALECTS, Rows, among
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
 from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
 

@@ -22,8 +22,8 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import unrecognized
+from receiver.db.arrays import among
 from receiver.db.clock import db_time
-from receiver.db.lists import among
 from receiver.db.rows import NO_INPUT
 from receiver.db.sources import find_event_ids
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays

@@ -11,8 +11,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, outbox
+from receiver.db.arrays import among
 from receiver.db.clock import db_time
-from receiver.db.lists import among
 from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, in_state, media, replays

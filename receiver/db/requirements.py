@@ -6,7 +6,7 @@ from typing import Any, Final
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import metadata
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple, Self
 
-from receiver.outputs import Kind, MediaRef, Variant
+from receiver.core.output_files import Kind, MediaRef, Variant
 from receiver.price import Credits
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")

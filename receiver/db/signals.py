@@ -13,7 +13,7 @@ from typing import Any, Final
 import structlog
 
 from receiver.db.causes import cause
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 
 CHANNEL: Final = "clipia_receiver"

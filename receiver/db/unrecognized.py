@@ -9,10 +9,10 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, LargeBinary, bindparam, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.payload import is_request_id, summarize
 from receiver.db.rows import NewEvent
 from receiver.db.tables import events, in_state, receipts
 from receiver.errors import UnrecognizedBody
-from receiver.webhook import is_request_id, summarize
 
 _UNRECOGNIZED: Final = in_state(events, "unrecognized")
 _TAKEN: Final = ("id", "request_id", "state", "status", "model", "cost", "cost_micros")

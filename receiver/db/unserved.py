@@ -8,8 +8,8 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, FromClause, Select, and_, case, exists, func, not_, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db.arrays import among
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.lists import among
 from receiver.db.outbox import note
 from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, unquote, urlencode
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from receiver.config import shown_key
+from receiver.config_file import shown_key
 from receiver.errors import SettingsError
 
 APPLICATION: Final = "clipia-receiver"

@@ -18,12 +18,12 @@ from standardwebhooks import Webhook
 
 from receiver import __version__
 from receiver.causes import cause
+from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import NotingNetwork, RawAnswer, current
 from receiver.destinations.base import USUAL_TIMEOUT, closed, encode
 from receiver.destinations.tls import open_tls
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
-from receiver.retry import longest_wait
 
 TIMEOUT: Final = USUAL_TIMEOUT
 """Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nats.js.api import ConsumerInfo, DiscardPolicy, RetentionPolicy, StorageType, StreamConfig, StreamInfo
 
-from receiver.retry import DAY
+from receiver.core.retry import DAY
 
 
 def describe_losses(

@@ -25,6 +25,7 @@ from nats.js.api import ConsumerInfo, StorageType, StreamInfo
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.causes import cause
+from receiver.core.retry import DAY
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, again, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
@@ -32,7 +33,6 @@ from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
 from receiver.destinations.nkeys import Identity
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.retry import DAY
 
 OPEN_TIMEOUT: Final = 6.0
 """Seconds to find a server that answers, and the stream."""

@@ -34,7 +34,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.causes import cause
-from receiver.config import aws_endpoint, aws_region
+from receiver.config_file import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, closed, encode, quoted, stretched
 from receiver.destinations.batches import Batches

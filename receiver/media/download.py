@@ -13,6 +13,8 @@ import structlog
 
 from receiver import __version__
 from receiver.causes import cause
+from receiver.core.output_files import Kind
+from receiver.core.retry import longest_wait
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, NotMedia, SettingsError
 from receiver.media.digests import stated_digests
 from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, is_page, sniff
@@ -22,8 +24,6 @@ from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool, open_proxied_pool, open_tls
 from receiver.media.resume import read_on
 from receiver.media.storage import Storage
-from receiver.outputs import Kind
-from receiver.retry import longest_wait
 
 log = structlog.get_logger()
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from receiver.core.output_files import Kind, extension_of, rules_text_out
 from receiver.media import containers
 from receiver.media.containers import Walk
-from receiver.outputs import Kind, extension_of, rules_text_out
 
 # Enough for every signature below, and what browsers look at when they guess a type.
 SNIFF_BYTES = 4096

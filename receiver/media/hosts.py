@@ -9,8 +9,8 @@ from typing import Self
 
 import httpx
 
+from receiver.core.output_files import Skip
 from receiver.errors import MediaBlocked, SettingsError
-from receiver.outputs import Skip
 
 _PORTS = {"https": 443, "http": 80}
 _LAST_PORT = 65535

@@ -6,10 +6,10 @@ from typing import Literal
 
 import structlog
 
+from receiver.core.output_files import Kind
 from receiver.errors import StorageUnavailable
 from receiver.media.filetypes import SNIFF_BYTES, is_page
 from receiver.media.storage import Storage
-from receiver.outputs import Kind
 
 Finding = Literal["intact", "missing", "changed", "unreadable", "not_media"]
 

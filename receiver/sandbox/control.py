@@ -12,7 +12,7 @@ from receiver.errors import SettingsError
 from receiver.sandbox.answers import Problem, json_response, read_object, timestamp
 from receiver.sandbox.core import Sandbox
 from receiver.sandbox.courier import Courier
-from receiver.sandbox.ledger import Attempt, Generation, Submit
+from receiver.sandbox.state import Attempt, Generation, Submit
 
 
 class Control:

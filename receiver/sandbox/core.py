@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from receiver.sandbox.ledger import Ledger
 from receiver.sandbox.options import Dice, SandboxOptions
+from receiver.sandbox.state import Ledger
 
 Clock = Callable[[], float]
 """Returns the time in unix seconds."""

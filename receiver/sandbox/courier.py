@@ -12,9 +12,9 @@ import orjson
 import structlog
 
 from receiver.causes import cause
+from receiver.core.signature import sign
 from receiver.sandbox.core import Sandbox
-from receiver.sandbox.ledger import FAILURE, Attempt, Generation
-from receiver.signature import sign
+from receiver.sandbox.state import FAILURE, Attempt, Generation
 
 USER_AGENT: Final = "Clipia-Webhooks/1.0 (sandbox)"
 

@@ -17,7 +17,7 @@ from receiver.sandbox.catalogue import FileUrl, Model, find_model
 from receiver.sandbox.core import Sandbox
 from receiver.sandbox.courier import Courier
 from receiver.sandbox.gate import Gate
-from receiver.sandbox.ledger import FAILURE, Generation, Submit
+from receiver.sandbox.state import FAILURE, Generation, Submit
 
 LONGEST_KEY: Final = 255
 LONGEST_URL: Final = 2048

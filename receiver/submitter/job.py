@@ -8,9 +8,9 @@ from uuid import UUID
 
 import orjson
 
+from receiver.clipia.job_request import read_input
 from receiver.db.rows import JobState
 from receiver.price import Credits
-from receiver.submitter.request import read_input
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,22 +11,22 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia import CALL_WAIT, ClipiaClient, open_client
-from receiver.db import decisions, freezes, jobs, ledger, migrate
-from receiver.db.engine import Database
+from receiver.budgets import Budgets
+from receiver.clipia.catalogue import Catalogue
+from receiver.clipia.client import CALL_WAIT, ClipiaClient, open_client
+from receiver.clipia.job_request import JobRequest, check_caller, check_key, freeze_again
+from receiver.core.retry import REFUSED_GIVE_UP_AFTER
+from receiver.db import decisions, freezes, jobs, migrate, reads
+from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
 from receiver.errors import ClipiaUnavailable, Refused, SettingsError
-from receiver.lanes import Work, error_text
-from receiver.observability import configure_library_logging
+from receiver.lanes.base import Work, error_text
+from receiver.lanes.submit import SubmitLane
+from receiver.logs import configure_library_logging
 from receiver.price import Credits, read_credits, total
-from receiver.retry import REFUSED_GIVE_UP_AFTER
 from receiver.settings import DEFAULT_SOURCE, InputCheck, Settings
-from receiver.submitter.budgets import Budgets
-from receiver.submitter.catalogue import Catalogue
 from receiver.submitter.job import Job, JobPage, read_error
-from receiver.submitter.lane import SubmitLane
-from receiver.submitter.request import JobRequest, check_caller, check_key, freeze_again
 from receiver.submitter.standing import Standing, read_standing
 from receiver.submitter.waiting import Waiting
 
@@ -201,7 +201,7 @@ class Submitter:
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
         async with self._looks, self.database.read() as connection:
-            row = await ledger.show_job(connection, job_id, caller=caller)
+            row = await reads.show_job(connection, job_id, caller=caller)
         return None if row is None else Job.of(row)
 
     async def find(self, request_id: str) -> Job | None:
@@ -235,7 +235,7 @@ class Submitter:
         if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):  # noqa: PLR2004
             raise Refused("cursor: is none of ours", code="invalid_request", status=400)
         async with self.database.read() as connection:
-            rows = await ledger.list_jobs(
+            rows = await reads.list_jobs(
                 connection,
                 limit=limit + 1,
                 before=None if cursor is None else int(cursor),
@@ -261,7 +261,7 @@ class Submitter:
     ) -> list[dict[str, Any]]:
         """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
         async with self.database.read() as connection:
-            return await ledger.job_costs(connection, by=by, caller=caller, since=since, until=until)
+            return await reads.job_costs(connection, by=by, caller=caller, since=since, until=until)
 
     async def account(self) -> dict[str, Any]:
         """Return Clipia's account, and what our own ledger says of the same 30 days.
@@ -382,7 +382,7 @@ class Submitter:
     async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
         """Return a job; raise Refused where Clipia never accepted it and never will."""
         async with self.database.read() as connection:
-            row = await ledger.show_job(connection, job_id)
+            row = await reads.show_job(connection, job_id)
         if row is None:
             raise ClipiaUnavailable("the job vanished while it was looked up", reason="race")
         job = Job.of(row, new=new)

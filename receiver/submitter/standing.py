@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.quota import Limits
 from receiver.db import accounts, freezes, refused_jobs
-from receiver.limits import Limits
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from uuid import UUID
 import structlog
 
 from receiver.db import job_events, jobs
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 
 LOOK: Final = 0.5

@@ -8,7 +8,7 @@ import json
 import sys
 from collections import Counter
 
-from payloads import body, signed
+from support.payloads import body, signed
 
 CONCURRENCY = 32
 

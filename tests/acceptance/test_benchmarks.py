@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from harness import command_environment, unmeasured
-from servers import require
+from support.commands import command_environment, unmeasured
+from support.servers import require
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers_rabbitmq import RabbitMq
-from brokers_redis_nats import Broker, Nats, Redis
-from harness import ReceiverProcess
-from kind_rabbitmq import drain, open_channel, to_structured
-from kind_redis_nats import NATS_STREAM, STREAM, SUBJECT, read_nats, read_redis
-from payloads import body, signed
-from servers import Postgres, free_port
+from support.commands import ReceiverProcess
+from support.kinds_rabbitmq import drain, open_channel, to_structured
+from support.kinds_redis_nats import NATS_STREAM, STREAM, SUBJECT, read_nats, read_redis
+from support.payloads import body, signed
+from support.servers import Postgres, free_port
+from support.servers_rabbitmq import RabbitMq
+from support.servers_redis_nats import Broker, Nats, Redis
 
 FROZEN = float(os.environ.get("RECEIVER_TEST_FROZEN_SECONDS", "25"))
 """Seconds for which each broker is stopped with SIGSTOP: longer than a publish may take, which is 15 s."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from harness import ReceiverProcess
-from payloads import SECRET, body, signed
+from support.commands import ReceiverProcess
+from support.payloads import SECRET, body, signed
 
 SECONDS = 15.0
 

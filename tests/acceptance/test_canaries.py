@@ -16,11 +16,11 @@ from threading import Thread
 import httpx
 import pytest
 import pytest_asyncio
-from clipia_kit import MODEL, OddClipia, refused
-from echoing import amqp_repeats, assert_hidden, http_repeats, listening, nats_repeats, redis_repeats
-from harness import ReceiverProcess, run_command
-from payloads import body, signed
-from servers import free_port
+from support.clipia import MODEL, OddClipia, refused
+from support.commands import ReceiverProcess, run_command
+from support.echoing import amqp_repeats, assert_hidden, http_repeats, listening, nats_repeats, redis_repeats
+from support.payloads import body, signed
+from support.servers import free_port
 
 from receiver.cli import main
 

@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 import httpx
 import pytest
-from harness import ReceiverProcess, command_environment, run_command, wait_for_lines
-from payloads import SECRET, body, signed
 from pydantic import SecretStr
-from servers import Postgres, end
 from starlette.types import Message
 from structlog.testing import capture_logs
+from support.commands import ReceiverProcess, command_environment, run_command, wait_for_lines
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres, end
 
 from receiver.app import create_app
 from receiver.errors import SettingsError

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import ReceiverProcess, run_command, wait_for_lines
-from payloads import SECRET, body, signed
-from servers import Postgres, free_port
+from support.commands import ReceiverProcess, run_command, wait_for_lines
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres, free_port
 from typer.testing import CliRunner
 
 from receiver.cli import app

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from certificates import make_certificate
-from harness import ReceiverProcess, run_command, wait_for_lines
-from payloads import SECRET, body, signed
-from servers import PgBouncer, Postgres, free_port
+from support.certificates import make_certificate
+from support.commands import ReceiverProcess, run_command, wait_for_lines
+from support.payloads import SECRET, body, signed
+from support.servers import PgBouncer, Postgres, free_port
 
 WEBHOOKS = 60
 

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ReceiverProcess, command_environment, run_command, unmeasured
-from payloads import SECRET
-from servers import Postgres, end
+from support.commands import ReceiverProcess, command_environment, run_command, unmeasured
+from support.payloads import SECRET
+from support.servers import Postgres, end
 
 from receiver.heartbeat import STALE
 

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import ReceiverProcess, always, command_environment
-from payloads import body, signed
-from servers import Postgres, end, free_port, wait_for_port
 from sqlalchemy import func, select, update
+from support.commands import ReceiverProcess, always, command_environment
+from support.payloads import body, signed
+from support.servers import Postgres, end, free_port, wait_for_port
 
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 
 CYCLES = int(os.environ.get("RECEIVER_TEST_KILL_CYCLES", "30"))

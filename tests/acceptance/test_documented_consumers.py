@@ -25,16 +25,16 @@ import httpx
 import nats
 import pytest
 import redis
-from brokers_kafka_sqs import ACCOUNT, REGION
 from cloudevents.core.v1.event import CloudEvent
-from destination_kinds import FileKind, make_event, open_url
-from harness import command_environment
-from kind_kafka_sqs import TOPIC, KafkaKind, SqsKind, aws_environment
-from kind_rabbitmq import RabbitmqKind
-from kind_redis_nats import NATS_STREAM, STREAM, SUBJECT, NatsKind, RedisKind
 from nats.js.api import ConsumerConfig
-from servers import end, free_port, missing, wait_for_port
 from standardwebhooks import Webhook
+from support.commands import command_environment
+from support.kinds_base import FileKind, make_event, open_url
+from support.kinds_kafka_sqs import TOPIC, KafkaKind, SqsKind, aws_environment
+from support.kinds_rabbitmq import RabbitmqKind
+from support.kinds_redis_nats import NATS_STREAM, STREAM, SUBJECT, NatsKind, RedisKind
+from support.servers import end, free_port, missing, wait_for_port
+from support.servers_kafka_sqs import ACCOUNT, REGION
 
 from receiver.destinations import Destination
 from receiver.destinations.base import encode

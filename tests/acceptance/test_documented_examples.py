@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import command_environment
-from servers import end, free_port, require
+from support.commands import command_environment
+from support.servers import end, free_port, require
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "jobs.md"
 

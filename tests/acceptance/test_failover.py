@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import orjson
 import pytest
-from harness import ReceiverProcess, run_command
-from payloads import body, signed
-from servers import Postgres, Standby, Switch
+from support.commands import ReceiverProcess, run_command
+from support.payloads import body, signed
+from support.servers import Postgres, Standby, Switch
 
 RECOVERY = 30.0
 """Seconds after the switch in which everything has to work again.

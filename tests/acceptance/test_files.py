@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ReceiverProcess, command_environment, run_command
-from payloads import SECRET
+from support.commands import ReceiverProcess, command_environment, run_command
+from support.payloads import SECRET
 
 import receiver.cli
 

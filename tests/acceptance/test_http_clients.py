@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ReceiverProcess, command_environment
-from payloads import SECRET, body, signed
-from servers import end, free_port, missing, wait_for_port
+from support.commands import ReceiverProcess, command_environment
+from support.payloads import SECRET, body, signed
+from support.servers import end, free_port, missing, wait_for_port
 
 TOKEN = "token-of-sixteen-characters"
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import httpx
 import pytest
-from harness import ReceiverProcess, command_environment, run_command
-from payloads import SECRET
-from servers import end, free_port, wait_for_port
+from support.commands import ReceiverProcess, command_environment, run_command
+from support.payloads import SECRET
+from support.servers import end, free_port, wait_for_port
 
 CAT = '{"prompt": "a cat"}'
 SEED = '{"prompt": "a cat", "seed": 7}'

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
 
-from jobkit import (
+from support.jobs import (
     SPEECH,
     TEST_KEY,
     Answer,
@@ -27,7 +27,7 @@ from jobkit import (
     run,
     wait_until_done,
 )
-from servers import Postgres
+from support.servers import Postgres
 
 RATE_LIMIT = 2400
 """Requests per minute; twenty times Clipia's."""

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from harness import ReceiverProcess, always
-from jobkit import (
+from sqlalchemy import update
+from support.commands import ReceiverProcess, always
+from support.jobs import (
     Answer,
     Call,
     Caller,
@@ -28,10 +29,9 @@ from jobkit import (
     wait_until_done,
     wait_until_none,
 )
-from servers import Postgres
-from sqlalchemy import update
+from support.servers import Postgres
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import accounts
 
 JOBS = 9

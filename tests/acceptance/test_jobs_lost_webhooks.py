@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobkit import (
+from support.jobs import (
     LIVE_KEY,
     SPEECH,
     Call,
@@ -23,7 +23,7 @@ from jobkit import (
     wait_until_done,
 )
 
-from receiver.reconcile import CONCURRENCY
+from receiver.lanes.poll import CONCURRENCY
 
 JOBS = 300
 LOSS = 0.1

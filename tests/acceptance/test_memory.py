@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-import attacks
 import pytest
-from attacks import Flood, Genuine, Meter, genuine_webhooks
-from harness import ReceiverProcess, run_command
-from servers import Postgres
+from support import attacks
+from support.attacks import Flood, Genuine, Meter, genuine_webhooks
+from support.commands import ReceiverProcess, run_command
+from support.servers import Postgres
 
 BUDGET = 8
 """MiB for unfinished requests."""

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from harness import ReceiverProcess
-from payloads import body, signed
-from servers import end, free_port, missing, wait_for_port
+from support.commands import ReceiverProcess
+from support.payloads import body, signed
+from support.servers import end, free_port, missing, wait_for_port
 
 from receiver.settings import Settings
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import ReceiverProcess, command_environment, run_command
-from payloads import SECRET, body, signed
-from servers import Postgres, end, free_port, require, wait_for_port
 from sqlalchemy import func, select
+from support.commands import ReceiverProcess, command_environment, run_command
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres, end, free_port, require, wait_for_port
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import event_id
 from receiver.db.tables import events
 

@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from eventkit import until
-from harness import command_environment
-from history import count_rows, fill, fill_jobs, whole
 from sqlalchemy import select, text, update
+from support.commands import command_environment
+from support.events import until
+from support.history import count_rows, fill, fill_jobs, whole
 from typer.testing import CliRunner
 
 from receiver import retention
 from receiver.cli import app
 from receiver.cli.prune import _watch
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import media
 from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retention import Pruned

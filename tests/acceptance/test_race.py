@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from harness import ReceiverProcess, run_command
-from servers import Postgres
+from support.commands import ReceiverProcess, run_command
+from support.servers import Postgres
 
 CLIENTS = 4
 COPIES = 32

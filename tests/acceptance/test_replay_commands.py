@@ -20,15 +20,15 @@ from typing import Any
 
 import httpx
 import pytest
-from eventkit import plain, with_files
-from harness import ReceiverProcess, command_environment, run_command
-from payloads import failure, signed
-from servers import Postgres, end, free_port, wait_for_port
 from sqlalchemy import insert, select, update
+from support.commands import ReceiverProcess, command_environment, run_command
+from support.events import plain, with_files
+from support.payloads import failure, signed
+from support.servers import Postgres, end, free_port, wait_for_port
 
 from receiver.db import sources
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import new_id
 from receiver.db.tables import deliveries, events, replays
 from receiver.ingest import make_event

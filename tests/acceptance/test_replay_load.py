@@ -15,16 +15,16 @@ from typing import Any
 
 import httpx
 import nats
-from brokers_redis_nats import Nats
-from eventkit import plain
-from harness import ReceiverProcess, always
-from kind_redis_nats import NATS_STREAM, SUBJECT, structured
-from payloads import signed
-from servers import Postgres, free_port
 from sqlalchemy import insert, update
+from support.commands import ReceiverProcess, always
+from support.events import plain
+from support.kinds_redis_nats import NATS_STREAM, SUBJECT, structured
+from support.payloads import signed
+from support.servers import Postgres, free_port
+from support.servers_redis_nats import Nats
 
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, replays
 from receiver.ingest import make_event
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import ReceiverProcess, run_command
-from jobkit import IMAGE, TOKEN, Sandbox, job_receiver
-from servers import Postgres
+from support.commands import ReceiverProcess, run_command
+from support.jobs import IMAGE, TOKEN, Sandbox, job_receiver
+from support.servers import Postgres
 
 Restore = Callable[[], str]
 """Restores what was dumped, and returns the URL of the restored database."""

@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-from harness import ReceiverProcess, command_environment, run_command
-from payloads import SECRET, body, signed
-from servers import Postgres, free_port
+from support.commands import ReceiverProcess, command_environment, run_command
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres, free_port
 
 SECONDS = 60.0
 SERVE = ("serve", "--port", "0", "--no-worker")
@@ -275,7 +275,7 @@ FAILING = """
 import os, signal, socket, sys, time
 from multiprocessing.context import SpawnProcess
 from receiver.cli.supervisor import Supervisor
-from receiver.observability import CIRCUIT_OPEN
+from receiver.logs import CIRCUIT_OPEN
 
 def serve(listeners):
     CIRCUIT_OPEN.labels("orders").set(1)

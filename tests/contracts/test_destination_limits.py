@@ -9,13 +9,13 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-from brokers_kafka_sqs import Kafka
-from brokers_redis_nats import Nats, Redis
-from certificates import make_certificate
-from destination_kinds import HttpSink, make_event, open_url
-from kind_kafka_sqs import aws_environment, shared_sqs
-from kind_rabbitmq import rabbitmq_server
-from servers import Switch
+from support.certificates import make_certificate
+from support.kinds_base import HttpSink, make_event, open_url
+from support.kinds_kafka_sqs import aws_environment, shared_sqs
+from support.kinds_rabbitmq import rabbitmq_server
+from support.servers import Switch
+from support.servers_kafka_sqs import Kafka
+from support.servers_redis_nats import Nats, Redis
 
 from receiver.destinations import Destination
 from receiver.destinations import kafka as kafka_module

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from all_kinds import ALL_KINDS
-from destination_kinds import Kind, make_event
+from support.kinds import ALL_KINDS
+from support.kinds_base import Kind, make_event
 
 from receiver.destinations import Destination
 from receiver.destinations.base import encode

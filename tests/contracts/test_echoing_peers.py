@@ -3,8 +3,8 @@
 import asyncio
 
 import pytest
-from echoing import PASSWORD, PEERS, TOKEN, assert_hidden, listening, s3_repeats
 from pydantic import SecretStr
+from support.echoing import PASSWORD, PEERS, TOKEN, assert_hidden, listening, s3_repeats
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination

@@ -10,11 +10,11 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
-from brokers_kafka_sqs import INIT_PRODUCER_ID, PRODUCE, Kafka, Record
-from certificates import make_certificate
-from destination_kinds import make_event, open_url
-from kind_kafka_sqs import TOPIC, decode
 from structlog.testing import capture_logs
+from support.certificates import make_certificate
+from support.kinds_base import make_event, open_url
+from support.kinds_kafka_sqs import TOPIC, decode
+from support.servers_kafka_sqs import INIT_PRODUCER_ID, PRODUCE, Kafka, Record
 
 from receiver.destinations import Destination, connections
 from receiver.destinations import kafka as kafka_module

@@ -12,15 +12,15 @@ from typing import Any
 import nats
 import psutil
 import pytest
-from brokers_redis_nats import Nats
-from certificates import make_certificate
-from destination_kinds import make_event, open_url
-from kind_redis_nats import read_messages, read_nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType
-from servers import free_port
 from structlog.testing import capture_logs
+from support.certificates import make_certificate
+from support.kinds_base import make_event, open_url
+from support.kinds_redis_nats import read_messages, read_nats
+from support.servers import free_port
+from support.servers_redis_nats import Nats
 
 from receiver.destinations import Destination, connections
 from receiver.destinations import nats as nats_module

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers_redis_nats import Nats
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from destination_kinds import make_event, open_url
+from support.kinds_base import make_event, open_url
+from support.servers_redis_nats import Nats
 
 from receiver.errors import PublishFailed, SettingsError
 from receiver.masking import mask

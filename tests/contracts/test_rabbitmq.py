@@ -16,11 +16,11 @@ from aio_pika import ExchangeType
 from aio_pika.abc import AbstractChannel
 from aio_pika.exceptions import ChannelPreconditionFailed
 from aiormq import Channel, Connection
-from brokers_rabbitmq import MAX_MESSAGE_SIZE, PASSWORD, USER, RabbitMq
 from cloudevents.core.v1.event import CloudEvent
-from destination_kinds import make_event, open_url
-from kind_rabbitmq import Relay, drain, open_channel, rabbitmq_server, to_structured
 from structlog.testing import capture_logs
+from support.kinds_base import make_event, open_url
+from support.kinds_rabbitmq import Relay, drain, open_channel, rabbitmq_server, to_structured
+from support.servers_rabbitmq import MAX_MESSAGE_SIZE, PASSWORD, USER, RabbitMq
 from yarl import URL
 
 from receiver.destinations import Destination, connections

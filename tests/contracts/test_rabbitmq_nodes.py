@@ -7,10 +7,10 @@ from uuid import uuid4
 
 import psutil
 import pytest
-from brokers_rabbitmq import PASSWORD, RabbitMq
-from destination_kinds import make_event, open_url
-from kind_rabbitmq import Relay, drain, open_channel, rabbitmq_server
-from servers import free_port
+from support.kinds_base import make_event, open_url
+from support.kinds_rabbitmq import Relay, drain, open_channel, rabbitmq_server
+from support.servers import free_port
+from support.servers_rabbitmq import PASSWORD, RabbitMq
 
 from receiver.destinations import rabbitmq as rabbitmq_module
 from receiver.errors import PublishFailed

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import redis
-from brokers_redis_nats import Redis
-from certificates import make_certificate
-from destination_kinds import make_event, open_url
-from kind_redis_nats import read_redis
 from redis.asyncio.client import Pipeline
-from servers import free_port
 from structlog.testing import capture_logs
+from support.certificates import make_certificate
+from support.kinds_base import make_event, open_url
+from support.kinds_redis_nats import read_redis
+from support.servers import free_port
+from support.servers_redis_nats import Redis
 
 from receiver.destinations import Destination, batches
 from receiver.destinations import redis as redis_module

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import pytest
 import redis
-from brokers_redis_nats import Redis, RedisSentinel
-from destination_kinds import make_event, open_url
-from servers import free_port
+from support.kinds_base import make_event, open_url
+from support.servers import free_port
+from support.servers_redis_nats import Redis, RedisSentinel
 
 from receiver.destinations import Destination
 from receiver.destinations import redis as redis_module

@@ -9,10 +9,10 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from brokers_kafka_sqs import ACCOUNT, CREDENTIALS, REGION, Sqs
-from destination_kinds import HttpSink, Received, make_event, open_url
-from kind_kafka_sqs import aws_environment, shared_sqs
 from structlog.testing import capture_logs
+from support.kinds_base import HttpSink, Received, make_event, open_url
+from support.kinds_kafka_sqs import aws_environment, shared_sqs
+from support.servers_kafka_sqs import ACCOUNT, CREDENTIALS, REGION, Sqs
 
 from receiver.destinations import Destination, batches
 from receiver.destinations.base import encode

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from azurite import KEY, Container, azurite
-from mediakit import Bucket, chunked, s3_server
+from support.media import Bucket, chunked, s3_server
+from support.servers_azurite import KEY, Container, azurite
 
 from receiver.errors import MediaUnavailable, StorageUnavailable
 from receiver.media import Storage, open_storage

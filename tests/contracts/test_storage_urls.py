@@ -16,8 +16,8 @@ import obstore
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
-from harness import run_command
-from mediakit import Bucket, chunked, response, s3_server, site
+from support.commands import run_command
+from support.media import Bucket, chunked, response, s3_server, site
 
 from receiver.errors import SettingsError, StorageUnavailable
 from receiver.media import open_storage

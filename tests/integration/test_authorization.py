@@ -11,10 +11,10 @@ from typing import Any, get_args
 import httpx
 import pytest
 import pytest_asyncio
-from harness import ReceiverProcess
-from payloads import SECRET, body, signed
 from starlette.applications import Starlette
 from starlette.routing import Route
+from support.commands import ReceiverProcess
+from support.payloads import SECRET, body, signed
 
 from receiver.app import Only, create_app
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running

@@ -11,20 +11,20 @@ from typing import cast
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import Recorder, World, opened, plain, until
 from prometheus_client import REGISTRY
+from support.events import Recorder, World, opened, plain, until
 
-from receiver import circuit
-from receiver.circuit import THRESHOLD
+from receiver.core import circuit_breaker
+from receiver.core.circuit_breaker import THRESHOLD
+from receiver.core.retry import RetryPolicy
 from receiver.db import inbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import DeliveryClaim
 from receiver.db.tables import attempts, deliveries
-from receiver.delivery import Result
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.lanes import start_attempt
-from receiver.retry import RetryPolicy
+from receiver.lanes.base import start_attempt
+from receiver.lanes.delivery import Result
 
 WIDTH = 32
 """Deliveries that a lane has under way at most."""
@@ -54,7 +54,7 @@ class Switchable:
     @property
     def probes(self) -> list[Try]:
         """The tries that began when it had failed often enough."""
-        return [tried for tried in self.tries if tried.failed_before >= circuit.THRESHOLD]
+        return [tried for tried in self.tries if tried.failed_before >= circuit_breaker.THRESHOLD]
 
     async def _answer(self, _event: CloudEvent) -> None:
         self.tries.append(
@@ -82,8 +82,8 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes come ten times as fast as they would."""
-    monkeypatch.setattr(circuit, "FIRST_PROBE", 0.1)
-    monkeypatch.setattr(circuit, "LAST_PROBE", 0.4)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PROBE", 0.1)
+    monkeypatch.setattr(circuit_breaker, "LAST_PROBE", 0.4)
 
 
 def is_shown_open(name: str) -> bool:

@@ -13,7 +13,7 @@ from urllib.parse import unquote
 import httpcore
 import orjson
 import pytest
-from clipia_kit import (
+from support.clipia import (
     LIVE,
     MODEL,
     PRICE,
@@ -28,14 +28,14 @@ from clipia_kit import (
     refusal,
     refused,
 )
-from servers import free_port
+from support.servers import free_port
 
-from receiver import clipia
-from receiver.clipia import Accepted, Call, ClipiaClient
+from receiver.clipia import catalogue
+from receiver.clipia import client as client_module
+from receiver.clipia.client import Accepted, Call, ClipiaClient
+from receiver.core.quota import SHARES
 from receiver.db.tables import accounts
 from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, SettingsError
-from receiver.limits import SHARES
-from receiver.submitter import catalogue
 
 KEY = uuid.UUID("6f2c6c52-29f6-4d1e-9a61-0d2f8e6f0c11")
 BODY = b'{ "input" : {"prompt":"caf\xc3\xa9"}}'
@@ -376,7 +376,7 @@ async def test_an_answer_may_be_cut_anywhere(odd: OddClipia, client: ClipiaClien
 
 async def test_a_call_has_a_deadline(odd: OddClipia, monkeypatch: pytest.MonkeyPatch) -> None:
     """F5: an answer that does not come is given up, and may have been carried out."""
-    monkeypatch.setattr(clipia, "CALL_WAIT", 0.1)
+    monkeypatch.setattr(client_module, "CALL_WAIT", 0.1)
     never = asyncio.Event()
 
     async def hang(_request: Request) -> None:
@@ -394,7 +394,7 @@ async def test_a_drip_does_not_stretch_the_deadline(
     odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a byte now and then keeps a connection alive but not a call."""
-    monkeypatch.setattr(clipia, "CALL_WAIT", 0.2)
+    monkeypatch.setattr(client_module, "CALL_WAIT", 0.2)
     odd.script, odd.pause = [accepted()], 0.01
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -438,7 +438,7 @@ async def test_a_connection_that_is_not_made_in_time_carried_nothing(
     async def hang(*_: object, **__: object) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(clipia, "CALL_WAIT", 0.1)
+    monkeypatch.setattr(client_module, "CALL_WAIT", 0.1)
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", hang)
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)

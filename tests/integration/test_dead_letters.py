@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import World, opened, plain
 from sqlalchemy import select
+from support.events import World, opened, plain
 
+from receiver.core.retry import DAY, RetryPolicy
 from receiver.db import outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.tables import attempts, deliveries, events
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.retry import DAY, RetryPolicy
 
 
 @pytest.fixture

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from eventkit import World, opened, plain
-from history import DAY
-from payloads import SECRET, body, signed
 from sqlalchemy import select
+from support.events import World, opened, plain
+from support.history import DAY
+from support.payloads import SECRET, body, signed
 
 from receiver import retention
-from receiver.clipia import ClipiaClient
-from receiver.db import leases, ledger, outbox, pruning, transfer
+from receiver.clipia.client import ClipiaClient
+from receiver.core.signature import Secret
+from receiver.db import leases, outbox, pruning, reads, transfer
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
 from receiver.errors import Refused, StorageUnavailable
 from receiver.ingest import Ingest
 from receiver.media import Storage, open_storage
 from receiver.retention import Erased, Pruned
-from receiver.signature import Secret
 from receiver.submitter import Submitter
 
 
@@ -111,7 +111,7 @@ async def stored(world: World, *keys: str) -> set[str]:
 async def show(world: World, key: str) -> dict[str, Any]:
     """Return an event as it is shown."""
     async with world.database.read() as connection:
-        found = await ledger.show_event(connection, key)
+        found = await reads.show_event(connection, key)
     assert found is not None
     return found
 

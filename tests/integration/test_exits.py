@@ -6,20 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eventkit import World, opened, plain, with_files
 from structlog.testing import capture_logs
+from support.events import World, opened, plain, with_files
 
-from receiver import pipeline, recovery
+from receiver import recovery
+from receiver.core.retry import GIVE_UP_AFTER
+from receiver.core.routing import Facts, refusal
 from receiver.db import outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.selection import Selection
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.destination_settings import FilterSettings
 from receiver.errors import StorageUnavailable
-from receiver.pipeline import FanOut
-from receiver.retry import GIVE_UP_AFTER
-from receiver.routing import Facts, refusal
+from receiver.lanes import fan_out as fan_out_module
+from receiver.lanes.fan_out import FanOut
 
 CDN = "https://media.clipia.ai"
 
@@ -40,13 +41,13 @@ def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyError("a mistake")
         return refusal(wanted, facts)
 
-    monkeypatch.setattr(pipeline, "refusal", look)
+    monkeypatch.setattr(fan_out_module, "refusal", look)
 
 
 @pytest.mark.usefixtures("bad_model")
 async def test_events_that_fail_hold_up_no_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E7: enough events for a whole lot whose fan-out fails rest, and younger ones go out meanwhile."""
-    monkeypatch.setattr(pipeline, "FAILED_REST", 3600.0)
+    monkeypatch.setattr(fan_out_module, "FAILED_REST", 3600.0)
     world.add_destination("main")
     for number in range(6):
         await world.add(plain(f"bad-{number}", model="bad"))
@@ -59,7 +60,7 @@ async def test_events_that_fail_hold_up_no_others(world: World, monkeypatch: pyt
     assert await fan_out.run(limit=3) == 0, "those that rest are not tried again"
     assert await world.sent_to() == {("good", "main")}
     assert await world.states(events) == {"received": 6, "ready": 1}
-    monkeypatch.setattr(pipeline, "FAILED_REST", -1.0)
+    monkeypatch.setattr(fan_out_module, "FAILED_REST", -1.0)
     fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
     for _ in range(2):
         with pytest.raises(KeyError):
@@ -74,12 +75,12 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
     long_ago = datetime.now(UTC) - timedelta(seconds=GIVE_UP_AFTER + 1)
     await world.change(events, events.c.request_id == "old", received_at=long_ago)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "refusal", lambda *_: 1 / 0)
+        patch.setattr(fan_out_module, "refusal", lambda *_: 1 / 0)
         fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
         assert await world.states(events) == {"received": 2}, "the first failure ends nothing"
-        patch.setattr(pipeline, "FAILED_FOR", 0.0)
+        patch.setattr(fan_out_module, "FAILED_FOR", 0.0)
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
     found = {row["request_id"]: (row["state"], row["reason"]) for row in await world.rows(events)}

@@ -3,25 +3,14 @@
 import asyncio
 
 import pytest
-from clipia_kit import (
-    MODEL,
-    PROMPT,
-    OddClipia,
-    Sandbox,
-    World,
-    accepted,
-    error_code,
-    post,
-    refused,
-    show,
-)
-from payloads import body
+from support.clipia import MODEL, PROMPT, OddClipia, Sandbox, World, accepted, error_code, post, refused, show
+from support.payloads import body
 
+from receiver.core.retry import KEY_HOLDS
 from receiver.db import freezes
 from receiver.db.clock import db_time
 from receiver.db.tables import jobs
 from receiver.errors import ClipiaUnavailable
-from receiver.retry import KEY_HOLDS
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -10,18 +10,18 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from payloads import SECRET, body, signed
-from servers import Postgres
 from sqlalchemy import func, select, text
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres
 
-from receiver.db import arrivals, inbox, ledger
-from receiver.db.engine import Database
+from receiver.core.signature import Secret
+from receiver.db import arrivals, inbox, reads
+from receiver.db.database import Database
 from receiver.db.rows import Arrival, event_id
 from receiver.db.sessions import Sessions
 from receiver.db.tables import events, receipts
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import Ingest, Received, make_event
-from receiver.signature import Secret
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, UTC)
 
@@ -90,7 +90,7 @@ async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytes
     assert sum(groups) == 50
     async with database.read() as connection:
         for name in names:
-            shown = await ledger.show_event(connection, name) or {}
+            shown = await reads.show_event(connection, name) or {}
             assert [receipt["outcome"] for receipt in shown["receipts"]] == ["accepted"]
     assert len(groups) <= 2
     assert await count(database) == (50, 50)

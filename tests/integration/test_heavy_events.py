@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eventkit import World, opened, plain, with_files
 from sqlalchemy import Engine, event
 from sqlalchemy.ext.asyncio import AsyncConnection
+from support.events import World, opened, plain, with_files
 
-from receiver import pipeline, retention
+from receiver import retention
+from receiver.core.output_files import FileRules
 from receiver.db import inbox, outbox, replays
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.errors import DatabaseUnavailable
-from receiver.outputs import FileRules
-from receiver.pipeline import FanOut
+from receiver.lanes import fan_out as fan_out_module
+from receiver.lanes.fan_out import FanOut
 
 CDN = "https://media.clipia.ai"
 
@@ -72,7 +73,7 @@ async def test_a_lot_is_bounded_by_the_bytes_of_its_bodies(
     contents = [files(name, 40 if name == "large" else 4) for name in names]
     for content in contents:
         await world.add(content)
-    monkeypatch.setattr(pipeline, "LOT_BYTES", 2 * len(contents[0]))
+    monkeypatch.setattr(fan_out_module, "LOT_BYTES", 2 * len(contents[0]))
     monkeypatch.setattr(inbox, "SMALL", 0)
     fan_out = fan_out_of(world)
     lots = []

@@ -5,16 +5,16 @@ import time
 from collections.abc import AsyncIterator
 
 import pytest
-from clipia_kit import MODEL, PROMPT, Sandbox, World
-from payloads import SECRET, body, signed
-from servers import Postgres
 from sqlalchemy import func, select, text
+from support.clipia import MODEL, PROMPT, Sandbox, World
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres
 
-from receiver.db.engine import Database
+from receiver.core.signature import Secret
+from receiver.db.database import Database
 from receiver.db.tables import events, jobs, receipts
 from receiver.errors import ReceiverError, Refused
 from receiver.ingest import Ingest
-from receiver.signature import Secret
 from receiver.submitter import Job
 
 LEVELS = ("read uncommitted", "repeatable read", "serializable")

@@ -9,7 +9,8 @@ from typing import Any
 
 import httpx
 import pytest
-from clipia_kit import (
+from structlog.testing import capture_logs
+from support.clipia import (
     LIVE,
     MODEL,
     PROMPT,
@@ -25,18 +26,17 @@ from clipia_kit import (
     refused,
     show,
 )
-from eventkit import running
-from payloads import SECRET, body
-from structlog.testing import capture_logs
+from support.events import running
+from support.payloads import SECRET, body
 
 from receiver.app import create_app
-from receiver.db import job_events, ledger, transfer
+from receiver.db import job_events, reads, transfer
 from receiver.db.clock import db_time
 from receiver.db.tables import events, jobs
+from receiver.lanes.worker import Lane, Wakeups, Worker
 from receiver.sandbox import running as serving
 from receiver.settings import Settings
 from receiver.submitter import Job, Submitter
-from receiver.worker import Lane, Wakeups, Worker
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -72,7 +72,7 @@ WAYS: dict[str, Callable[[str], str]] = {
 async def linked(world: World) -> dict[str, str | None]:
     """Return the job that each event is shown with, and was forwarded with, by `request_id`."""
     async with world.database.read() as connection:
-        rows = await ledger.list_events(connection, limit=100)
+        rows = await reads.list_events(connection, limit=100)
     data: list[Any] = [message.get_data() for message in world.destination.events]
     sent = {each["request_id"]: each["job"] and each["job"]["id"] for each in data}
     shown = {row["request_id"]: row["job_id"] and str(row["job_id"]) for row in rows}
@@ -402,8 +402,8 @@ async def test_the_token_is_a_secret_of_each_job(odd_world: World, odd: OddClipi
     assert len(set(tokens)) == len(tokens)
     assert all(re.fullmatch(r"[\w-]{22,}", token) for token in tokens)
     async with odd_world.database.read() as connection:
-        rows = await ledger.list_events(connection, limit=100)
-        one = await ledger.show_event(connection, str(rows[0]["id"]))
+        rows = await reads.list_events(connection, limit=100)
+        one = await reads.show_event(connection, str(rows[0]["id"]))
         lines, _ = await transfer.read(connection, "event", after=0, limit=10, since=None, until=None)
     shown = [(await show(submitter, job)).as_dict() for job in (*made, again)]
     listed = [job.as_dict() for job in (await submitter.list_jobs()).jobs]

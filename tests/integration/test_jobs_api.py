@@ -15,24 +15,24 @@ from typing import Any, TypeVar
 import httpx
 import pytest
 import uvicorn
-from payloads import SECRET
-from servers import Postgres, free_port
 from sqlalchemy import delete, select, update
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 from structlog.testing import capture_logs
+from support.payloads import SECRET
+from support.servers import Postgres, free_port
 
 from receiver.app import create_app
 from receiver.cli.serve import server_config
+from receiver.clipia.job_request import LARGEST_REQUEST
 from receiver.db.clock import db_time
-from receiver.db.engine import POOL_SIZE, Database
+from receiver.db.database import POOL_SIZE, Database
 from receiver.db.tables import jobs
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import Settings
-from receiver.submitter.request import LARGEST_REQUEST
 
 ALICE, BOB, ADMIN = "token-of-alice-0123456789", "token-of-bob-0123456789", "token-of-admin-0123456789"
 TOKENS = f"alice:{ALICE}:submit+read,bob:{BOB}:submit+read,admin:{ADMIN}:submit+read+operate"

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import World, opened, plain, until
+from support.events import World, opened, plain, until
 
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries
 
 

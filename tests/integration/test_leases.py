@@ -9,7 +9,7 @@ from sqlalchemy import select, update
 
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, NewEvent, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, media
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mediakit import Bucket, chunked, s3_server, stored_files
-from servers import missing
+from support.media import Bucket, chunked, s3_server, stored_files
+from support.servers import missing
 
 from receiver.errors import StorageUnavailable
 from receiver.media.storage.local import LocalStorage

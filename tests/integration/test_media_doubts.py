@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eventkit import World, opened, with_files
-from mediakit import PNG, SAMPLES, response, site
+from support.events import World, opened, with_files
+from support.media import PNG, SAMPLES, response, site
 
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import MediaRow
 from receiver.db.tables import attempts, deliveries, media
 

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import httpcore
 import pytest
-from mediakit import PNG, SAMPLES, Answer, box, local_storage, response, site, stored_files
-from servers import free_port
+from support.media import PNG, SAMPLES, Answer, box, local_storage, response, site, stored_files
+from support.servers import free_port
 
 from receiver.errors import (
     MediaBlocked,

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import World, opened
-from mediakit import PNG, response, site
-from payloads import body
 from prometheus_client import REGISTRY
+from support.events import World, opened
+from support.media import PNG, response, site
+from support.payloads import body
 
-from receiver.db import ledger
-from receiver.db.engine import Database
+from receiver.core.output_files import FileRules
+from receiver.db import reads
+from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.media import MediaHosts
-from receiver.outputs import FileRules
 
 # Nothing here differs between the databases.
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
@@ -102,8 +102,8 @@ async def test_what_is_not_fetched_is_told_of(world: World, cdn: str) -> None:
     names = ("field", "variant", "state", "error")
     assert [tuple(file[name] for name in names) for file in files] == expected
     async with world.database.read() as connection:
-        event = await ledger.show_event(connection, "r-1")
-        (listed,) = await ledger.list_events(connection, limit=1)
+        event = await reads.show_event(connection, "r-1")
+        (listed,) = await reads.list_events(connection, limit=1)
     assert event is not None
     assert [tuple(file[name] for name in names) for file in event["media"]] == expected
     assert listed["media"] == {"stored": 2, "skipped": 3}

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mediakit import NOISE, Answer, Bucket, box, response, s3_server, site
+from support.media import NOISE, Answer, Bucket, box, response, s3_server, site
 
 from receiver.media import Storage, open_storage
 

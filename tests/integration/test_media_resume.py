@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mediakit import SAMPLES, Answer, Site, local_storage, response, site, stored_files
+from support.media import SAMPLES, Answer, Site, local_storage, response, site, stored_files
 
 from receiver.errors import MediaUnavailable
 from receiver.media import Downloader, Limits, MediaHosts

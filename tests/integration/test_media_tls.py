@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from mediakit import PNG, Site, local_storage, response, site, stored_files
+from support.media import PNG, Site, local_storage, response, site, stored_files
 
 from receiver.errors import MediaBlocked, MediaUnavailable
 from receiver.media import Downloader, MediaHosts

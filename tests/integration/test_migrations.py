@@ -8,13 +8,13 @@ import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
-from eventkit import plain
-from servers import Postgres
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
+from support.events import plain
+from support.servers import Postgres
 
-from receiver.db import arrivals, inbox, ledger, migrate
-from receiver.db.engine import Database
+from receiver.db import arrivals, inbox, migrate, reads
+from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.rows import Arrival
 from receiver.db.selection import Selection
@@ -64,16 +64,16 @@ async def test_an_old_ledger_is_found_again(database: Database) -> None:
                 connection, [(seq or 0, Arrival(event, None, "one", event.received_at), "accepted")]
             )
     async with database.read() as connection:
-        assert await ledger.show_event(connection, "r-1") is not None
+        assert await reads.show_event(connection, "r-1") is not None
     await migrate.apply(database, lambda config: command.downgrade(config, "0004"))
     await migrate.upgrade(database)
     async with database.write() as connection:
-        found = await ledger.list_events(connection, limit=100)
+        found = await reads.list_events(connection, limit=100)
         assert {(row["source"], row["request_id"]) for row in found} == wanted
         for row in found:
             for key in (str(row["id"]), row["id"].hex):
-                assert (await ledger.show_event(connection, key) or {})["id"] == row["id"]
-        shown = await ledger.show_event(connection, "r-1") or {}
+                assert (await reads.show_event(connection, key) or {})["id"] == row["id"]
+        shown = await reads.show_event(connection, "r-1") or {}
         # Of two sources' events with one request_id it is the newest.
         assert (shown["source"], len(shown["receipts"])) == ("staging", 1)
         ids = await Selection(ids=("r-1", "r-7")).find_seqs(connection)

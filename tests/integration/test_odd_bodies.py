@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from all_kinds import ALL_KINDS
-from destination_kinds import Kind
-from eventkit import RETRY, World, opened
-from payloads import SECRET, signed
+from support.events import RETRY, World, opened
+from support.kinds import ALL_KINDS
+from support.kinds_base import Kind
+from support.payloads import SECRET, signed
 
 from receiver.app import create_app
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media, receipts
-from receiver.lanes import Target
+from receiver.lanes.base import Target
 from receiver.sandbox import SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import Settings

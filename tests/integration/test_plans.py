@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from eventkit import World, opened, plain, with_files
-from history import fill, fill_jobs
-from payloads import SECRET, signed
-from servers import Postgres
 from sqlalchemy import event
+from support.events import World, opened, plain, with_files
+from support.history import fill, fill_jobs
+from support.payloads import SECRET, signed
+from support.servers import Postgres
 
-from receiver.backlog import count_dead_letters, read_backlog
-from receiver.db import jobs, ledger, replays
+from receiver.core.signature import Secret
+from receiver.db import jobs, reads, replays
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import deliveries
 from receiver.ingest import Ingest
-from receiver.signature import Secret
+from receiver.lanes.backlog import count_dead_letters, read_backlog
 
 HISTORY = 20_000
 ROWS_AT_MOST = 2_000
@@ -147,18 +147,18 @@ async def test_what_is_shown(world: World, postgres: Postgres) -> None:
     async with little_read(world.database, postgres):
         async with world.database.read() as connection:
             for before in (None, HISTORY // 2):
-                page = await ledger.list_events(connection, limit=50, before=before)
+                page = await reads.list_events(connection, limit=50, before=before)
                 assert len(page) == 50
-            (middle,) = await ledger.list_events(connection, limit=1, before=HISTORY // 2)
-            assert await ledger.show_event(connection, middle["request_id"])
-            assert await ledger.show_event(connection, str(middle["id"]))
-            assert not await ledger.list_events(connection, limit=50, since=just_now)
-            assert not await ledger.list_events(connection, limit=50, until=long_ago)
-            assert len(await ledger.list_deliveries(connection, limit=50)) == 50
+            (middle,) = await reads.list_events(connection, limit=1, before=HISTORY // 2)
+            assert await reads.show_event(connection, middle["request_id"])
+            assert await reads.show_event(connection, str(middle["id"]))
+            assert not await reads.list_events(connection, limit=50, since=just_now)
+            assert not await reads.list_events(connection, limit=50, until=long_ago)
+            assert len(await reads.list_deliveries(connection, limit=50)) == 50
             for state in ("pending", "dead"):
-                assert not await ledger.list_deliveries(connection, limit=50, state=state)
-            assert not await ledger.list_deliveries(connection, limit=50, since=just_now)
-            assert not await ledger.list_deliveries(connection, limit=50, until=long_ago)
+                assert not await reads.list_deliveries(connection, limit=50, state=state)
+            assert not await reads.list_deliveries(connection, limit=50, since=just_now)
+            assert not await reads.list_deliveries(connection, limit=50, until=long_ago)
         backlog = await read_backlog(world.database, [])
         assert not any(each.rows for each in backlog.values())
         assert not await count_dead_letters(world.database, [])

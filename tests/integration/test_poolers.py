@@ -5,11 +5,11 @@ import uuid
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
-from servers import PgBouncer, Postgres, Switch
 from sqlalchemy import text
+from support.servers import PgBouncer, Postgres, Switch
 
 from receiver.db import migrate
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.sessions import IDLE_BEHIND_POOLER
 
 SOON = 20.0

@@ -11,10 +11,10 @@ from sqlalchemy import update
 
 from receiver.db import workers
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import workers as table
 from receiver.errors import DatabaseUnavailable
-from receiver.presence import present
+from receiver.lanes.presence import present
 
 SECONDS = 30.0
 

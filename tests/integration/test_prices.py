@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from clipia_kit import MODEL, PROMPT, OddClipia, Request, World, accepted, answer, post, refusal, show
+from support.clipia import MODEL, PROMPT, OddClipia, Request, World, accepted, answer, post, refusal, show
 
-from receiver.db import ledger, migrate, transfer
-from receiver.db.engine import Database
+from receiver.db import migrate, reads, transfer
+from receiver.db.database import Database
 from receiver.db.tables import events, jobs
 
 
@@ -64,8 +64,8 @@ async def test_a_price_is_one_number(
     assert json.dumps(data["cost"]) == shown
     assert "altered" not in data
     async with odd_world.database.read() as connection:
-        (listed,) = await ledger.list_events(connection, limit=10)
-        event = await ledger.show_event(connection, "r-1")
+        (listed,) = await reads.list_events(connection, limit=10)
+        event = await reads.show_event(connection, "r-1")
     assert event is not None
     assert json.dumps(listed["cost"]) == json.dumps(event["cost"]) == shown
     assert not [name for name in (*listed, *event) if name.endswith("_micros")]
@@ -179,8 +179,8 @@ async def test_fractions_move_to_another_database(odd_world: World, odd: OddClip
         async with other.write() as connection:
             await transfer.write(connection, lines)
         async with other.read() as connection:
-            row = await ledger.show_job(connection, job.id)
-            event = await ledger.show_event(connection, "r-1")
+            row = await reads.show_job(connection, job.id)
+            event = await reads.show_event(connection, "r-1")
         assert row is not None
         assert event is not None
         prices = (row["cost"], row["charged"], row["max_cost"], event["cost"])
@@ -195,4 +195,4 @@ async def test_the_release_before_can_write(odd_world: World) -> None:
             for column in table.c:
                 if column.name.endswith("_micros"):
                     assert column.server_default is not None
-        assert await ledger.job_costs(connection, by="day") == []
+        assert await reads.job_costs(connection, by="day") == []

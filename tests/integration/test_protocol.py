@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Self
 import psutil
 import pytest
 import uvicorn
-from certificates import make_certificate
+from support.certificates import make_certificate
 
 from receiver.api.memory import CONNECTION, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol

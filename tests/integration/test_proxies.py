@@ -8,15 +8,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from certificates import make_certificate
-from destination_kinds import make_event
-from mediakit import PNG, Site, local_storage, response, site, stored_files
-from proxykit import Proxy, proxy
 from pydantic import SecretStr
+from support.certificates import make_certificate
+from support.kinds_base import make_event
+from support.media import PNG, Site, local_storage, response, site, stored_files
+from support.proxies import Proxy, proxy
 
-from receiver import clipia
 from receiver.app import Parts
-from receiver.clipia import Call, ClipiaClient, open_client
+from receiver.clipia import client as client_module
+from receiver.clipia.client import Call, ClipiaClient, open_client
 from receiver.destination_settings import DestinationSettings, TlsSettings
 from receiver.destinations import open_destination
 from receiver.errors import ClipiaUnavailable, MediaBlocked, MediaUnavailable, PublishFailed, SettingsError
@@ -173,7 +173,7 @@ async def test_what_a_proxy_refused_has_not_left(
     answer: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a submission that got no tunnel was not sent, so that its key is used for no longer."""
-    monkeypatch.setattr(clipia, "CALL_WAIT", 5.0 if answer is not None else 0.5)
+    monkeypatch.setattr(client_module, "CALL_WAIT", 5.0 if answer is not None else 0.5)
     async with site(b"") as server, proxy(server.port, answer=answer) as between:
         client = ClipiaClient("clipia_live_x", base_url=f"https://{API}", proxy=between.url)
         with pytest.raises(ClipiaUnavailable) as caught:

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from payloads import SECRET, body, failure, signed
 from sqlalchemy import insert, select
+from support.payloads import SECRET, body, failure, signed
 
-from receiver.db import inbox, ledger
-from receiver.db.engine import Database
+from receiver.core.signature import Secret
+from receiver.db import inbox, reads
+from receiver.db.database import Database
 from receiver.db.inbox import KEPT_RECEIPTS
 from receiver.db.tables import receipts
 from receiver.ingest import Ingest
-from receiver.signature import Secret
 
 
 def open_ingest(database: Database) -> Ingest:
@@ -101,11 +101,11 @@ async def test_an_event_is_shown_with_a_limited_number_of_receipts(database: Dat
     values = {name: value for name, value in first._mapping.items() if name not in ("seq", "outcome")}
     async with database.write() as connection:
         await connection.execute(insert(receipts), [values | {"outcome": "duplicate"}] * 119)
-        event = await ledger.show_event(connection, "r-1")
+        event = await reads.show_event(connection, "r-1")
         assert event is not None
-        assert (len(event["receipts"]), event["receipts_total"]) == (ledger.SHOWN_RECEIPTS, 120)
+        assert (len(event["receipts"]), event["receipts_total"]) == (reads.SHOWN_RECEIPTS, 120)
         seen, after = [], 0
-        while page := await ledger.list_receipts(connection, first.event_seq, limit=50, after=after):
+        while page := await reads.list_receipts(connection, first.event_seq, limit=50, after=after):
             seen += [row["seq"] for row in page]
             assert len(seen) <= 120
             after = seen[-1]

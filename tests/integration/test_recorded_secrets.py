@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from harness import run_command
-from history import fill, fill_jobs
-from payloads import SECRET
 from sqlalchemy import Table, insert, select, update
+from support.commands import run_command
+from support.history import fill, fill_jobs
+from support.payloads import SECRET
 
 from receiver.db import masking
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.masking import mask_error, mask_errors
 from receiver.db.tables import accounts, attempts, deliveries, jobs, media
 

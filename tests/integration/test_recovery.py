@@ -12,14 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
-from eventkit import World, opened, plain
 from prometheus_client import REGISTRY
 from sqlalchemy import insert
+from support.events import World, opened, plain
 
 from receiver.app import create_app
 from receiver.cli import main
-from receiver.db import inbox, ledger, unrecognized
-from receiver.db.engine import Database
+from receiver.db import inbox, reads, unrecognized
+from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, event_id
 from receiver.db.tables import deliveries, events, receipts
 from receiver.ingest import make_event
@@ -232,8 +232,8 @@ async def test_it_is_found_by_its_request_id(world: World, request_id: str, *, e
     await keep(world, odd("r-10"))
     await keep(world, b'"%b"' % request_id.encode())
     async with world.database.read() as connection:
-        shown = await ledger.show_event(connection, request_id)
-        other = await ledger.show_event(connection, f"sha256:{hashlib.sha256(b'x').hexdigest()}")
+        shown = await reads.show_event(connection, request_id)
+        other = await reads.show_event(connection, f"sha256:{hashlib.sha256(b'x').hexdigest()}")
     assert shown is not None
     assert (shown["body"], shown["state"], shown["recoverable"]) == (
         content.encode(),
@@ -243,7 +243,7 @@ async def test_it_is_found_by_its_request_id(world: World, request_id: str, *, e
     assert other is None
     await world.add(plain(request_id))
     async with world.database.read() as connection:
-        found = await ledger.show_event(connection, request_id)
+        found = await reads.show_event(connection, request_id)
     assert found is not None
     assert (found["state"], "recoverable" in found) == ("received", False)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 import pytest
-from clipia_kit import (
+from support.clipia import (
     MODEL,
     PRICE,
     PROMPT,
@@ -21,12 +21,13 @@ from clipia_kit import (
     show,
 )
 
-from receiver import retry
-from receiver.clipia import clock
+from receiver.clipia.client import clock
+from receiver.core import retry
+from receiver.core.quota import REFUSED_SHARE
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, jobs
-from receiver.limits import REFUSED_SHARE
-from receiver.submitter import Job, Submitter, lane
+from receiver.lanes import submit
+from receiver.submitter import Job, Submitter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -339,7 +340,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     await odd_world.set(jobs, where=jobs.c.id != job.id, next_attempt_at=db_time(HOUR))
     await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_HOLDS))
     ahead = [0.0]
-    monkeypatch.setattr(lane, "clock", lambda: clock() + ahead[0])
+    monkeypatch.setattr(submit, "clock", lambda: clock() + ahead[0])
 
     async def take_long(_request: Request) -> None:
         ahead[0] = HOUR

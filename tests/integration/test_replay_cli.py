@@ -15,14 +15,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from eventkit import World, opened, plain, with_files
-from payloads import failure
 from structlog.testing import capture_logs
+from support.events import World, opened, plain, with_files
+from support.payloads import failure
 
 from receiver.cli import main
 from receiver.db import outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import event_id
 from receiver.db.tables import attempts, deliveries, events, media, replays
 from receiver.sandbox import SandboxOptions, create_app, running

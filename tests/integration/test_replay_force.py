@@ -9,22 +9,22 @@ from typing import Any
 
 import orjson
 import pytest
-from eventkit import World, opened, with_files
-from mediakit import PNG, SAMPLES, response, site, stored_files
-from payloads import body
 from pydantic import ValidationError
 from sqlalchemy import delete
+from support.events import World, opened, with_files
+from support.media import PNG, SAMPLES, response, site, stored_files
+from support.payloads import body
 
+from receiver.core.output_files import FileRules
 from receiver.db import outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.replays import add_media
 from receiver.db.rows import NewMedia
 from receiver.db.tables import events, media, replays
 from receiver.media import MediaHosts
 from receiver.media.verify import verify
-from receiver.outputs import FileRules
-from receiver.replay import ReplayRequest
+from receiver.replays import ReplayRequest
 
 # Nothing here differs between the databases.
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

@@ -8,25 +8,25 @@ from typing import Any
 import httpx
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import World, opened, plain, until, with_files
-from servers import free_port
 from sqlalchemy import select
+from support.events import World, opened, plain, until, with_files
+from support.servers import free_port
 
-from receiver import replay
-from receiver.clipia import Call, ClipiaClient
+from receiver import replays
+from receiver.clipia.client import Call, ClipiaClient
+from receiver.core.output_files import FileRules, Skip
+from receiver.core.payload import result_body
 from receiver.db import accounts, inbox, outbox
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import MediaRow, StoredEvent
 from receiver.db.tables import accounts as account_rows
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, StorageUnavailable
-from receiver.fetching import FRESH_URLS
+from receiver.lanes.media import FRESH_URLS
+from receiver.lanes.poll import FreshUrls
 from receiver.media.verify import verify
-from receiver.outputs import FileRules, Skip
-from receiver.reconcile import FreshUrls
 from receiver.sandbox import SandboxOptions, create_app, running
-from receiver.webhook import result_body
 
 IMAGE = "/sandbox/sample-image.png"
 PICTURE = "/sandbox/another.webp"
@@ -274,7 +274,7 @@ async def test_a_storage_that_is_away_holds_a_replay_up(
     world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D16: files that cannot be read just now are not taken for damaged."""
-    monkeypatch.setattr(replay, "PAUSE", 0.0)
+    monkeypatch.setattr(replays, "PAUSE", 0.0)
     world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
     order = await world.order(media=True)

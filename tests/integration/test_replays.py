@@ -12,23 +12,24 @@ from typing import Any
 import pytest
 from alembic import command
 from cloudevents.core.v1.event import CloudEvent
-from eventkit import World, opened, plain, until
-from payloads import failure
-from servers import Postgres
 from sqlalchemy import insert, select
+from support.events import World, opened, plain, until
+from support.payloads import failure
+from support.servers import Postgres
 
-from receiver import delivery, replay
+from receiver import replays as replays_module
 from receiver.db import job_events, leases, migrate, outbox
 from receiver.db import replays as replay_rows
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import event_id
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, replays
-from receiver.delivery import DeliveryLane
 from receiver.errors import DatabaseUnavailable, PublishFailed, Refused
-from receiver.lanes import MAX_LOST, Work
-from receiver.replay import ReplayLane, ReplayRequest
+from receiver.lanes import delivery
+from receiver.lanes.base import MAX_LOST, Work
+from receiver.lanes.delivery import DeliveryLane
+from receiver.replays import ReplayLane, ReplayRequest
 
 
 @pytest.fixture
@@ -328,7 +329,7 @@ async def test_a_key_used_many_times_at_once_is_one_replay(world: World) -> None
 
 async def test_several_workers_make_each_delivery_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E15: three workers carry out two replays of 150 events: no double and no gap."""
-    monkeypatch.setattr(replay, "STEP", 20)
+    monkeypatch.setattr(replays_module, "STEP", 20)
     main, other = world.add_destination("main"), world.add_destination("other", status="OK")
     await world.add_history(*(plain(f"r-{number}") for number in range(150)))
     orders = [await world.order(to=["main"]), await world.order()]
@@ -368,7 +369,7 @@ async def test_a_step_whose_lease_is_lost_changes_nothing(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E10: a worker that slept through its lease wakes up in mid-replay: no double, no gap."""
-    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replays_module, "STEP", 10)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(35)))
     order = await world.order()
@@ -397,7 +398,7 @@ async def test_a_step_whose_lease_is_lost_changes_nothing(
 
 async def test_a_crash_between_steps_is_resumed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E12: claims whose process died are claimed again when their lease is over, and go on where it was."""
-    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replays_module, "STEP", 10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(45)))
     order = await world.order()
@@ -435,8 +436,8 @@ async def test_a_step_that_breaks_off_leaves_nothing_of_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: progress and deliveries are one transaction; a step that fails in it is done again as a whole."""
-    monkeypatch.setattr(replay, "STEP", 10)
-    monkeypatch.setattr(replay, "TROUBLE_PAUSE", 0.0)
+    monkeypatch.setattr(replays_module, "STEP", 10)
+    monkeypatch.setattr(replays_module, "TROUBLE_PAUSE", 0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(25)))
     order = await world.order()
@@ -479,9 +480,9 @@ async def test_a_replay_waits_while_too_much_of_it_waits(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: beyond `MOST_WAITING` unfinished deliveries it adds none, and goes on when they are done."""
-    monkeypatch.setattr(replay, "STEP", 10)
-    monkeypatch.setattr(replay, "MOST_WAITING", 25)
-    monkeypatch.setattr(replay, "PAUSE", 0.0)
+    monkeypatch.setattr(replays_module, "STEP", 10)
+    monkeypatch.setattr(replays_module, "MOST_WAITING", 25)
+    monkeypatch.setattr(replays_module, "PAUSE", 0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(60)))
     order = await world.order()
@@ -501,7 +502,7 @@ async def test_a_replay_waits_while_too_much_of_it_waits(
 
 async def test_a_rate_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E12: each step is as long as it may be, and the next one is due when its events' time is over."""
-    monkeypatch.setattr(replay, "STEP", 20)
+    monkeypatch.setattr(replays_module, "STEP", 20)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(50)))
     lane = world.replay_lane()
@@ -583,7 +584,7 @@ async def test_who_lacks_a_destination_leaves_the_replay_to_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: a worker with an older configuration passes nobody over; the order says what is the matter."""
-    monkeypatch.setattr(replay, "TROUBLE_PAUSE", 0.05)
+    monkeypatch.setattr(replays_module, "TROUBLE_PAUSE", 0.05)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(3)))
     older = world.replay_lane()
@@ -605,9 +606,9 @@ async def test_a_dead_destination_holds_up_no_other_of_the_replay(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E6: a replay to two destinations goes on for the one that takes it while the other one is down."""
-    monkeypatch.setattr(replay, "STEP", 10)
-    monkeypatch.setattr(replay, "MOST_WAITING", 20)
-    monkeypatch.setattr(replay, "PAUSE", 0.05)
+    monkeypatch.setattr(replays_module, "STEP", 10)
+    monkeypatch.setattr(replays_module, "MOST_WAITING", 20)
+    monkeypatch.setattr(replays_module, "PAUSE", 0.05)
     dead, fine = world.add_destination("dead"), world.add_destination("fine")
 
     def fail(_event: CloudEvent) -> None:
@@ -628,7 +629,7 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: trouble inside a step holds the replay up and ends neither it nor the lane."""
-    monkeypatch.setattr(replay, "PAUSE", 0.05)
+    monkeypatch.setattr(replays_module, "PAUSE", 0.05)
     main = world.add_destination("main")
     await world.add_history(plain("r-1"))
     waiting = replay_rows.waiting
@@ -648,7 +649,7 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
 
 async def test_canceling_stops_what_was_not_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """E12: no further step and no waiting delivery; what is under way ends, the live ones are untouched."""
-    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replays_module, "STEP", 10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(40)))
     await world.add(plain("live"))
@@ -705,7 +706,7 @@ async def test_what_is_under_way_is_not_tried_again_once_canceled(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: deliveries that were claimed when their replay was canceled end with their try; in batches."""
-    monkeypatch.setattr(replay, "BATCH", 3)
+    monkeypatch.setattr(replays_module, "BATCH", 3)
     main = world.add_destination("main")
 
     def fail(_event: CloudEvent) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from payloads import SECRET, body
-from servers import Postgres
 from sqlalchemy import func, select, text
+from support.payloads import SECRET, body
+from support.servers import Postgres
 
 from receiver.app import create_app
 from receiver.db import arrivals, migrate
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.rows import Arrival
 from receiver.db.tables import events, probes, receipts, sources

@@ -9,23 +9,23 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-from eventkit import World, opened, plain
-from history import DAY, count_rows, fill, fill_jobs, whole
-from payloads import SECRET, signed
-from servers import Postgres
 from sqlalchemy import insert, select, update
 from sqlalchemy.exc import IntegrityError
+from support.events import World, opened, plain
+from support.history import DAY, count_rows, fill, fill_jobs, whole
+from support.payloads import SECRET, signed
+from support.servers import Postgres
 
 from receiver import retention
+from receiver.core.signature import Secret
 from receiver.db import inbox, leases, outbox, pruning
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMedia
 from receiver.db.tables import deliveries, events, jobs, media, receipts, replays
 from receiver.errors import DatabaseUnavailable, Refused
 from receiver.ingest import Ingest, make_event
 from receiver.retention import Pruned
-from receiver.signature import Secret
 
 
 @pytest.fixture

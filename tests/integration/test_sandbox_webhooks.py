@@ -20,10 +20,10 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 from structlog.testing import capture_logs
 
+from receiver.core.signature import Secret, verify
 from receiver.errors import SignatureError
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
 from receiver.sandbox.courier import Courier
-from receiver.signature import Secret, verify
 
 # One pair of servers for the whole module: starting and stopping them takes longer than most tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")

@@ -6,18 +6,18 @@ from collections.abc import AsyncIterator
 
 import httpx
 import pytest
-from payloads import SECRET, body, signed
-from servers import PgBouncer, Postgres
 from sqlalchemy import text
 from structlog.testing import capture_logs
+from support.payloads import SECRET, body, signed
+from support.servers import PgBouncer, Postgres
 
 from receiver.app import create_app
 from receiver.db import signals
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.signals import Signals, listen
-from receiver.lanes import FAN_OUT_LANE
+from receiver.lanes.base import FAN_OUT_LANE
+from receiver.lanes.worker import Wakeups
 from receiver.settings import Settings
-from receiver.worker import Wakeups
 
 SOON = 10.0
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import orjson
 import pytest
-from clipia_kit import (
+from sqlalchemy.exc import DBAPIError
+from support.clipia import (
     LIVE,
     MODEL,
     PRICE,
@@ -31,19 +32,19 @@ from clipia_kit import (
     refused,
     show,
 )
-from payloads import body
-from servers import Postgres, free_port
-from sqlalchemy.exc import DBAPIError
+from support.payloads import body
+from support.servers import Postgres, free_port
 
-from receiver import clipia
+from receiver.clipia import catalogue
+from receiver.clipia import client as client_module
+from receiver.core.retry import KEY_HOLDS, SUBMIT_AGAIN
 from receiver.db import job_events
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, attempts, jobs
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
-from receiver.retry import KEY_HOLDS, SUBMIT_AGAIN
 from receiver.sandbox.answers import CODES
 from receiver.settings import Settings
-from receiver.submitter import Job, Submitter, SyncSubmitter, catalogue, service
+from receiver.submitter import Job, Submitter, SyncSubmitter, service
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -404,7 +405,7 @@ async def test_an_answer_that_does_not_come_is_tried_again(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a timeout is an unknown outcome."""
-    monkeypatch.setattr(clipia, "CALL_WAIT", 0.2)
+    monkeypatch.setattr(client_module, "CALL_WAIT", 0.2)
     hanging = [asyncio.Event()]
 
     async def hang_once(_request: Request) -> None:
@@ -644,9 +645,9 @@ async def test_a_process_that_slept_sends_nothing(
     await odd_world.make_due()
     assert submitter.lane is not None
     (work,) = await submitter.lane.claim(1)
-    now = clipia.clock
+    now = client_module.clock
     with monkeypatch.context() as patched:
-        patched.setattr(clipia, "clock", lambda: now() + 31.0)
+        patched.setattr(client_module, "clock", lambda: now() + 31.0)
         await work.run()
     assert len(odd.posts) == 1
     row = await odd_world.job()
@@ -755,10 +756,10 @@ async def test_the_last_try_is_the_last(
     odd.script = [refused(503, "service_unavailable")]
     await submitter.submit(MODEL, PROMPT)
     await odd_world.set(jobs, sent_at=db_time(100.0 - SUBMIT_AGAIN.give_up_after))
-    now = clipia.clock
+    now = client_module.clock
 
     async def answer_late(_request: Request) -> None:
-        monkeypatch.setattr("receiver.submitter.lane.clock", lambda: now() + 200.0)
+        monkeypatch.setattr("receiver.lanes.base.submit.clock", lambda: now() + 200.0)
 
     odd.on_submit = answer_late
     await odd_world.retry(submitter)

@@ -12,15 +12,15 @@ from typing import Any
 
 import orjson
 import pytest
-from eventkit import World, opened, plain, with_files
-from payloads import body, failure
-from servers import Postgres
 from sqlalchemy import func, select
+from support.events import World, opened, plain, with_files
+from support.payloads import body, failure
+from support.servers import Postgres
 
-from receiver import replay
-from receiver.db import inbox, leases, ledger, outbox, transfer
+from receiver import replays as replays_module
+from receiver.db import inbox, leases, outbox, reads, transfer
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.rows import Arrival, Attempt, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
@@ -225,7 +225,7 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
         assert [row[name] for row in await there.rows(table)] == kept
         assert any(kept)
     async with there.database.read() as connection:
-        assert await ledger.show_event(connection, (await here.rows(events))[0]["request_id"]) is not None
+        assert await reads.show_event(connection, (await here.rows(events))[0]["request_id"]) is not None
     back = await databases.world("sqlite" if here.database.is_sqlite else "postgresql")
     await load(back, moved)
     assert comparable(await export(back)) == comparable(lines)
@@ -414,7 +414,7 @@ async def test_a_pending_replay_goes_on_without_doubles(
     pair: tuple[World, World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: what it has ordered is not ordered again, what it has sent is not sent again, the rest follows."""
-    monkeypatch.setattr(replay, "STEP", 10)
+    monkeypatch.setattr(replays_module, "STEP", 10)
     here, there = pair
     await here.add_history(*(plain(f"r-{number}") for number in range(35)))
     order = await here.order(to=["main"])

@@ -5,20 +5,20 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from eventkit import World, opened, plain, until, with_files
 from structlog.testing import capture_logs
+from support.events import World, opened, plain, until, with_files
 
 from receiver import retention
+from receiver.core.retry import DAY, GIVE_UP_AFTER
 from receiver.db import pruning, replays, unserved
 from receiver.db.clock import db_time
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.tables import attempts, deliveries, events, workers
 from receiver.db.tables import replays as orders
 from receiver.db.unserved import NOT_CONFIGURED, Taken
-from receiver.lanes import destination_lane
-from receiver.replay import MOST_TROUBLE
-from receiver.retry import DAY, GIVE_UP_AFTER
-from receiver.unserved import giving_up, look
+from receiver.lanes.base import destination_lane
+from receiver.lanes.unserved import giving_up, look
+from receiver.replays import MOST_TROUBLE
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from harness import ReceiverProcess, run_command
-from payloads import SECRET, body, signed
-from servers import Postgres
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
+from support.commands import ReceiverProcess, run_command
+from support.payloads import SECRET, body, signed
+from support.servers import Postgres
 
 from receiver.db import arrivals, migrate
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
 from receiver.settings import Settings

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from certificates import make_certificate
 from redis.asyncio import Redis
-from servers import Postgres, free_port
+from support.certificates import make_certificate
+from support.servers import Postgres, free_port
 
 from receiver.causes import cause
 from receiver.db import causes as database_causes
-from receiver.db.engine import Database
+from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 
 

@@ -6,8 +6,8 @@ from typing import Any
 from urllib.parse import parse_qs
 
 import pytest
-from certificates import make_certificate
 from sqlalchemy import URL
+from support.certificates import make_certificate
 
 from receiver.db.urls import PostgresqlUrl, parse_url
 from receiver.errors import SettingsError

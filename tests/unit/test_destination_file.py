@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from destination_kinds import make_event, open_url
 from structlog.testing import capture_logs
+from support.kinds_base import make_event, open_url
 
 from receiver.destinations import Destination
 from receiver.destinations import file as file_module
@@ -28,7 +28,7 @@ APPENDER = """
 import asyncio, os, signal, structlog, sys
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 sys.path.insert(0, sys.argv[3])
-from destination_kinds import make_event, open_url
+from support.kinds_base import make_event, open_url
 
 async def publish(destination, numbers):
     for number in numbers:

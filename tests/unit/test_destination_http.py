@@ -13,22 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from certificates import make_certificate
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
-from destination_kinds import Answer, HttpSink, Received, make_event, open_url
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
+from support.certificates import make_certificate
+from support.kinds_base import Answer, HttpSink, Received, make_event, open_url
 
+from receiver.core.retry import MAX_RETRY_AFTER, parse_retry_after
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations import http as http_module
 from receiver.destinations.answers import MAX_HEAD
 from receiver.destinations.http import MAX_ANSWER
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
-from receiver.retry import MAX_RETRY_AFTER, parse_retry_after
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)

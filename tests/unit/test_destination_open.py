@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from certificates import make_certificate
-from destination_kinds import HttpSink, make_event, open_url
 from pydantic import SecretStr
 from structlog.testing import capture_logs
+from support.certificates import make_certificate
+from support.kinds_base import HttpSink, make_event, open_url
 
 from receiver import destinations
 from receiver.destination_settings import DestinationSettings

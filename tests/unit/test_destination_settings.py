@@ -9,10 +9,10 @@ from typing import Any
 
 import certifi
 import pytest
-from certificates import make_certificate
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from destination_kinds import open_url
+from support.certificates import make_certificate
+from support.kinds_base import open_url
 
 from receiver import masking
 from receiver.app import make_target

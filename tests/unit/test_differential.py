@@ -12,8 +12,8 @@ from clipia.webhooks import _compute_signature
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from receiver.core.signature import Secret, sign, verify
 from receiver.errors import SignatureError
-from receiver.signature import Secret, sign, verify
 
 NOW = 1_790_000_000
 TOLERANCE = 300

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from servers import require
+from support.servers import require
 
 ROOT = Path(__file__).parents[2]
 LOCKS = ("requirements.txt", "requirements-build.txt", "requirements-dev.txt")

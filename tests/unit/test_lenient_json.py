@@ -8,9 +8,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from receiver import lenient_json
+from receiver.core import lenient_json
+from receiver.core.lenient_json import MAX_ALTERED, Cleaner, Document, decode, present, read_whole, same_json
 from receiver.errors import UnrecognizedBody
-from receiver.lenient_json import MAX_ALTERED, Cleaner, Document, decode, present, read_whole, same_json
 
 BOM = b"\xef\xbb\xbf"
 

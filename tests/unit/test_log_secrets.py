@@ -16,9 +16,9 @@ import structlog
 from receiver.cli.serve import make_app
 from receiver.destinations.base import quoted
 from receiver.errors import PublishFailed
-from receiver.lanes import describe
+from receiver.lanes.base import describe
+from receiver.logs import _exceptions, _mask_event, _mask_quoted
 from receiver.masking import MASK, hold
-from receiver.observability import _exceptions, _mask_event, _mask_quoted
 from receiver.settings import Settings
 
 SECRET = "cAnArY8f3b61d2e9"

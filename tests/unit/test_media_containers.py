@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mediakit import NOISE, SAMPLES, box
+from support.media import NOISE, SAMPLES, box
 
 from receiver import sandbox
 from receiver.media import containers

@@ -4,7 +4,7 @@ import gzip
 import zlib
 
 import pytest
-from mediakit import NOISE, SAMPLES, box
+from support.media import NOISE, SAMPLES, box
 
 from receiver.media import Kind
 from receiver.media.filetypes import SNIFF_BYTES, is_page, sniff

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from receiver.core.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy, refused_delay
 from receiver.errors import (
     MediaBlocked,
     MediaMissing,
@@ -14,7 +15,6 @@ from receiver.errors import (
     PublishRejected,
     StorageUnavailable,
 )
-from receiver.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy, refused_delay
 
 POLICY = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
 FAILED = PublishFailed("no confirm", reason="timeout")

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from receiver.core.routing import Facts, describe, refusal
 from receiver.destination_settings import FilterSettings
 from receiver.errors import SettingsError
-from receiver.routing import Facts, describe, refusal
 from receiver.settings import Settings
 
 WORDS = ("a", "b", "seedance-2", "seedance-pro")

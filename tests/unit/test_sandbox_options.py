@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from servers import free_port
+from support.servers import free_port
 from typer.testing import CliRunner
 
 from receiver.cli import app

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from receiver import signature
+from receiver.core import signature
+from receiver.core.signature import REASONS, Secret, Verified, sign, verify
 from receiver.errors import SignatureError
-from receiver.signature import REASONS, Secret, Verified, sign, verify
 
 NOW = 1_790_000_000
 T = b"1790000000"

@@ -8,12 +8,12 @@ from contextlib import asynccontextmanager
 from typing import cast
 from uuid import UUID
 
-from eventkit import running
+from support.events import running
 
 from receiver.db.rows import Claim
-from receiver.lanes import FAN_OUT_LANE, Work
-from receiver.pipeline import FanOut
-from receiver.worker import PACE, POLL, Wakeups, Worker
+from receiver.lanes.base import FAN_OUT_LANE, Work
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.worker import PACE, POLL, Wakeups, Worker
 
 MANY = 200
 """Events that are a reason to look again."""

@@ -1,0 +1,356 @@
+"""The Clipia API through its official SDK.
+
+The SDK makes the requests and reads the answers. Two things that it does not do happen in its transport: a
+submission is sent as the bytes that were frozen when the job was made, and the `RateLimit-*` fields of its
+answer are kept. Retries are not its business (`max_retries=0`): they are rows of work, and outlive a process.
+"""
+
+import asyncio
+import hashlib
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, Final
+from urllib.parse import unquote
+from uuid import UUID
+
+import httpcore
+import httpx
+import orjson
+from clipia import AsyncClipia, ClipiaApiError
+
+from receiver.causes import cause
+from receiver.clipia.errors import quoted, translate
+from receiver.core.lenient_json import REPLACEMENT, read_whole
+from receiver.core.payload import MAX_ID_LENGTH, is_request_id
+from receiver.core.quota import RateHeaders
+from receiver.core.retry import longest_wait
+from receiver.errors import ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
+from receiver.masking import hold, mask
+from receiver.price import Credits, read_credits
+from receiver.settings import Settings
+
+CALL_WAIT: Final = 30.0
+"""Seconds that a whole call may take; well below a lease."""
+TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
+OPEN: Final = ("IN_QUEUE", "IN_PROGRESS")
+UNUSABLE_ID: Final = "request_id_unusable"
+"""The code of the refusal that ends a job which Clipia accepted under an id that cannot be stored."""
+
+_SENDABLE: Final = re.compile(r"[!-~]+")
+_NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
+
+
+@dataclass(kw_only=True)
+class Call:
+    """One call: the bytes to send in place of the SDK's, and what the answer said about limits."""
+
+    body: bytes | None = None
+    may_have_left: bool = False
+    """Whether a byte of the request may have left this process."""
+    not_after: float = math.inf
+    """The moment of `clock` after which it is not sent any more."""
+    headers: RateHeaders = field(default_factory=RateHeaders)
+    answer: bytes = b""
+    """The body of the answer as it came."""
+
+    async def follow(self, event: str, info: Mapping[str, Any]) -> None:
+        """Note how far the request has got; httpcore calls this with each step."""
+        if event.endswith("send_request_headers.started"):
+            # A proxy is asked for a tunnel first, which tells it nothing of the request.
+            self.may_have_left |= info["request"].method != b"CONNECT"
+        # A header that cannot be written is found before the first byte is.
+        elif event.endswith("send_request_headers.failed"):
+            self.may_have_left &= not isinstance(info["exception"], httpcore.LocalProtocolError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """Clipia's answer to a submission."""
+
+    request_id: str
+    cost: Credits | None
+    warnings: list[dict[str, Any]]
+    """Keys of the input that the model ignores: `code`, `parameter`, `message`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """How a generation is doing."""
+
+    status: str
+    """One of `OPEN` or `TERMINAL`; another word is Clipia's own, masked and cut."""
+    progress: int | None
+    """Per cent."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether nothing will change any more."""
+        return self.status in TERMINAL
+
+    @property
+    def known(self) -> bool:
+        """Whether the documentation names this status."""
+        return self.status in OPEN or self.terminal
+
+
+def clock() -> float:
+    """Return seconds that go on while the machine sleeps, where the system can tell them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+_call: ContextVar[Call] = ContextVar("call")
+
+
+class _Transport(httpx.AsyncBaseTransport):
+    def __init__(self, proxy: str | None) -> None:
+        self._inner = httpx.AsyncHTTPTransport(proxy=None if proxy is None else httpx.Proxy(proxy))
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        call = _call.get()
+        if clock() > call.not_after:
+            raise httpx.ConnectTimeout("it is too late to send this", request=request)
+        if call.body is not None:
+            headers = {name: value for name, value in request.headers.items() if name != "content-length"}
+            request = httpx.Request(
+                request.method, request.url, headers=headers, content=call.body, extensions=request.extensions
+            )
+        request.extensions = {**request.extensions, "trace": call.follow}
+        response = await self._inner.handle_async_request(request)
+        call.headers = _rate_headers(response.headers)
+        _count_down(response.headers)
+        call.answer = await response.aread()
+        return _readable(response, call.answer)
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def open_client(settings: Settings) -> "ClipiaClient | None":
+    """Return the client of the account that the settings name; None without CLIPIA_KEY."""
+    if settings.clipia_key is None:
+        return None
+    proxy = settings.clipia_proxy.get_secret_value() if settings.clipia_proxy else None
+    return ClipiaClient(
+        settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url, proxy=proxy
+    )
+
+
+class ClipiaClient:
+    """Calls of one account. Every method raises Refused or ClipiaUnavailable.
+
+    Each takes a `Call`, whose `headers` are set once an answer came, errors included.
+    """
+
+    def __init__(self, key: str, *, base_url: str, proxy: str | None = None) -> None:
+        """Raise SettingsError for a base URL over which a key must not travel, and for no key at all.
+
+        Plain http, which is for this machine only, goes past the `proxy`.
+        """
+        hold(key)
+        if not _SENDABLE.fullmatch(key):
+            raise SettingsError("CLIPIA_KEY: write the key as it is, in ASCII and without white space")
+        try:
+            self._sdk = AsyncClipia(
+                key,
+                base_url=base_url,
+                timeout=httpx.Timeout(CALL_WAIT, connect=5.0),
+                transport=_Transport(proxy if base_url.lower().startswith("https:") else None),
+                max_retries=0,
+            )
+        except (ValueError, httpx.InvalidURL):
+            raise SettingsError(
+                "CLIPIA_BASE_URL: write https://…; plain http is for localhost and 127.0.0.1 only, "
+                "because the key travels with every call"
+            ) from None
+        environment = "test" if key.startswith("clipia_test_") else "live"
+        digest = hashlib.sha256(f"{self._sdk.base_url}\n{key}".encode()).hexdigest()
+        self.account: Final = f"{environment}-{digest[:16]}"
+        """Stands for the key and the API that it belongs to; tells nothing of the key."""
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._sdk.close()
+
+    async def submit(self, model: str, body: bytes, *, key: UUID, call: Call) -> Accepted:
+        """Submit a generation: `body` as it is, under the idempotency key `key`."""
+        call.body = body
+        async with _translated(call):
+            answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
+            if not is_request_id(answer.request_id):
+                raise _unusable_id(answer.request_id)
+            return Accepted(
+                request_id=answer.request_id,
+                cost=read_credits(answer.cost),
+                warnings=_masked(_objects(answer.data.get("warnings"))),
+            )
+
+    async def status(self, request_id: str, *, call: Call) -> Status:
+        """Ask how a generation is doing."""
+        _refuse_path(request_id)
+        async with _translated(call):
+            answer = await self._sdk.status(request_id)
+            status: Any = answer.status
+            if not isinstance(status, str):
+                raise TypeError("status")
+            return Status(status=quoted(status, 64), progress=_per_cent(answer.progress))
+
+    async def result(self, request_id: str, *, call: Call) -> bytes | None:
+        """Return the JSON object of a finished generation as it came, or None while there is none."""
+        _refuse_path(request_id)
+        async with _translated(call):
+            answer = await self._sdk.result(request_id)
+            return None if answer.pending else call.answer
+
+    async def models(self, *, call: Call) -> list[dict[str, Any]]:
+        """Return the catalogue."""
+        async with _translated(call):
+            listing: Any = await self._sdk.models.list()
+            return _objects(listing["data"])
+
+    async def model(self, slug: str, *, call: Call) -> dict[str, Any]:
+        """Return one model with its `input_schema`."""
+        async with _translated(call):
+            return dict[str, Any](await self._sdk.models.get(slug))
+
+    async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> dict[str, Any]:
+        """Return `{"credits", "warnings"}` for an input; nothing is queued."""
+        async with _translated(call):
+            answer = await self._sdk.models.estimate(slug, dict(given))
+            credits_ = read_credits(answer.credits)
+            if credits_ is None:
+                raise TypeError("credits")
+            return answer.data | {"credits": credits_}
+
+    async def balance(self, *, call: Call) -> dict[str, Any]:
+        """Return the account: `account_id`, `balance`, `usage_30d`."""
+        async with _translated(call):
+            return dict[str, Any](await self._sdk.account.get())
+
+
+@asynccontextmanager
+async def _translated(call: Call) -> AsyncIterator[None]:
+    """Bind the call to the transport, bound its time, and turn what goes wrong into our own errors."""
+    token = _call.set(call)
+    try:
+        async with asyncio.timeout(CALL_WAIT):
+            yield
+    except ClipiaApiError as error:
+        raise translate(error) from error
+    except _NEVER_ARRIVED as error:
+        raise ClipiaUnavailable(
+            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        raise _unanswered(error, call) from error
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ClipiaUnavailable(
+            f"the answer is not one of Clipia's ({type(error).__name__})",
+            reason="unreadable",
+            may_have_arrived=call.may_have_left,
+        ) from error
+    finally:
+        _call.reset(token)
+
+
+def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
+    # The library's text may quote a header, and with it the key.
+    if call.may_have_left:
+        return ClipiaUnavailable(f"no answer from Clipia: {cause(error)}", reason="no_answer")
+    if isinstance(error, httpx.RemoteProtocolError):
+        # Only a proxy, asked for a tunnel, answers before anything is sent.
+        words = "the proxy of CLIPIA_PROXY has hung up, or its answer is no HTTP"
+        return ClipiaUnavailable(
+            f"Clipia cannot be reached: {words}", reason="unreachable", may_have_arrived=False
+        )
+    if isinstance(error, (TimeoutError, httpx.TimeoutException, httpx.NetworkError)):
+        return ClipiaUnavailable(
+            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
+        )
+    return ClipiaUnavailable(
+        f"nothing was sent to Clipia: the request cannot be written ({type(error).__name__})",
+        reason="not_sent",
+        may_have_arrived=False,
+    )
+
+
+def _masked(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: mask(value) if isinstance(value, str) else value for name, value in each.items()}
+        for each in warnings
+    ]
+
+
+def _readable(response: httpx.Response, content: bytes) -> httpx.Response:
+    """Return an answer with the clean copy that is made of a webhook, too, or empty if it is not JSON.
+
+    The SDK reads it with `json.loads`, which refuses some of it and lets pass what no database stores.
+    """
+    try:
+        content = orjson.dumps(read_whole(content)[0])
+    except UnrecognizedBody:
+        content = b""
+    fields = [
+        (name, value)
+        for name, value in response.headers.raw
+        if name.lower() not in (b"content-encoding", b"content-length", b"transfer-encoding")
+    ]
+    return httpx.Response(
+        response.status_code, headers=fields, content=content, extensions=response.extensions
+    )
+
+
+def _objects(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+
+
+def _unusable_id(request_id: object) -> Exception:
+    """Return why an accepted submission has no usable id."""
+    if (
+        not isinstance(request_id, str)
+        or not 0 < len(request_id) <= MAX_ID_LENGTH
+        or REPLACEMENT in request_id
+    ):
+        return TypeError("request_id")
+    # Clipia would give the same answer to every other try.
+    return Refused(
+        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
+        code=UNUSABLE_ID,
+        status=502,
+    )
+
+
+def _refuse_path(request_id: str) -> None:
+    """Raise Refused for an id of dots between slashes: some servers decode a path before they resolve it."""
+    parts = re.split(r"[/\\]", unquote(unquote(request_id)))
+    if any(part.strip() in (".", "..") for part in parts):
+        raise Refused("The id cannot be asked for.", code="not_found", status=404)
+
+
+def _per_cent(value: Any) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return int(min(max(value, 0), 100))
+
+
+def _rate_headers(headers: httpx.Headers) -> RateHeaders:
+    names = ("limit", "remaining", "reset")
+    return RateHeaders(**{name: _number(headers.get(f"ratelimit-{name}")) for name in names})
+
+
+def _count_down(headers: httpx.Headers) -> None:
+    """Replace a Retry-After that is a date by its seconds: for an absurd one the SDK raises OverflowError."""
+    values = headers.get_list("retry-after")
+    if len(" ".join(values).split()) > 1:
+        wait = longest_wait(values, now=datetime.fromtimestamp(time.time(), UTC))
+        headers["retry-after"] = "" if wait is None else str(wait)
+
+
+def _number(text: str | None) -> int | None:
+    text = (text or "").strip()
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None  # noqa: PLR2004

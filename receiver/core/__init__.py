@@ -1,0 +1,1 @@
+"""The pure core: bytes, values and `now` come in, values go out; no I/O."""

@@ -1,0 +1,1 @@
+"""All that a worker does: one module per lane, and the parts that lanes share."""

@@ -1,0 +1,37 @@
+"""What waits and what failed, counted for `/metrics`."""
+
+from collections.abc import Sequence
+
+from receiver.db import inbox, jobs, outbox, refused_jobs
+from receiver.db.database import Database
+from receiver.db.rows import Backlog
+from receiver.destination_settings import DestinationSettings
+from receiver.lanes.base import FAN_OUT_LANE, MEDIA_LANE, destination_lane
+
+
+async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
+    """Return the unfinished rows of every lane. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        by_destination = await outbox.delivery_backlog(connection)
+        lanes = {
+            FAN_OUT_LANE: await inbox.backlog(connection),
+            MEDIA_LANE: await outbox.media_backlog(connection),
+            **await jobs.backlog(connection),
+        }
+    empty = Backlog(rows=0, oldest=0.0)
+    names = by_destination.keys() | {each.name for each in destinations}
+    return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
+
+
+async def count_dead_letters(
+    database: Database, destinations: Sequence[DestinationSettings]
+) -> dict[str, int]:
+    """Return how many dead letters each destination has. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
+
+
+async def count_refused_jobs(database: Database) -> int:
+    """Return how many jobs Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        return await refused_jobs.count(connection)

@@ -1,0 +1,666 @@
+"""From the stored event to the confirmed message, on both databases, with a real CDN beside it."""
+
+import asyncio
+import itertools
+import statistics
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cloudevents.core.v1.event import CloudEvent
+from prometheus_client import REGISTRY
+from sqlalchemy import Table, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from structlog.testing import capture_logs
+from support import events as support_events
+from support.payloads import body, failure
+
+from receiver.core.retry import RetryPolicy
+from receiver.db import inbox, leases, outbox
+from receiver.db.clock import db_time
+from receiver.db.database import Database
+from receiver.db.rows import Claim, StoredEvent
+from receiver.db.tables import attempts, deliveries, events, media
+from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
+from receiver.ingest import make_event
+from receiver.lanes import media as media_lane
+from receiver.lanes import worker
+from receiver.lanes.base import Target
+from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.media import MediaLane
+from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.media import Downloader, MediaHosts, open_storage
+from receiver.sandbox import SandboxOptions, create_app, running
+
+SECONDS = 15.0
+RETRY = RetryPolicy(initial=0.05, cap=0.05)
+DELIVERED = {"destination": "main", "outcome": "delivered"}
+
+
+class Recorder:
+    """A destination inside the test: remembers what was published, and does what it is told to."""
+
+    concurrency = 32
+
+    def __init__(self) -> None:
+        self.published: list[CloudEvent] = []
+        self.behave: Callable[[CloudEvent], Any] = lambda _event: None
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def check(self) -> None:
+        """Always there."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def publish(self, event: CloudEvent) -> None:
+        """Confirm, unless told otherwise."""
+        outcome = self.behave(event)
+        if outcome is not None:
+            await outcome
+        self.published.append(event)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The request ids that were confirmed."""
+        return [str(event.get_subject()) for event in self.published]
+
+
+class World:
+    """A database, a storage folder, destinations, and workers over them."""
+
+    def __init__(self, database: Database, folder: Path, media_host: str) -> None:
+        self.database = database
+        self.recorder = Recorder()
+        self.targets = [self.target("main", self.recorder)]
+        self.storage = open_storage(f"file:{folder}")
+        self.downloader = Downloader(hosts=MediaHosts.parse([media_host]), storage=self.storage)
+
+    def target(self, name: str, destination: Any, *, waits_for_media: bool = True) -> Target:
+        """Describe one destination."""
+        return Target(name=name, destination=destination, waits_for_media=waits_for_media, retry=RETRY)
+
+    def worker(self, *, drain: float = 5.0) -> Worker:
+        """Make a worker over everything."""
+        wakeups = Wakeups()
+        lanes: list[Lane] = [
+            MediaLane(self.database, self.downloader, wake=wakeups.wake),
+            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
+        ]
+        return Worker(FanOut(self.database, self.targets, wake=wakeups.wake), lanes, wakeups, drain=drain)
+
+    @asynccontextmanager
+    async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
+        """Run workers inside the block."""
+        async with support_events.running(*(self.worker(drain=drain) for _ in range(count))):
+            yield
+
+    async def add(self, content: bytes) -> None:
+        """Store an event as ingest does."""
+        async with self.database.write() as connection:
+            await inbox.insert_event(connection, make_event("clipia", content, received_at=datetime.now(UTC)))
+
+    async def rows(self, table: Table) -> list[dict[str, Any]]:
+        """Return all rows of a table."""
+        async with self.database.read() as connection:
+            return [dict(row) for row in (await connection.execute(select(table))).mappings()]
+
+    async def until(self, table: Table, *states: str) -> list[dict[str, Any]]:
+        """Wait until the rows of a table have exactly these states."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            rows = await self.rows(table)
+            if sorted(row["state"] for row in rows) == sorted(states):
+                return rows
+            assert time.monotonic() < deadline, rows
+            await asyncio.sleep(0.02)
+
+    async def until_tried(self, table: Table) -> dict[str, Any]:
+        """Wait until the only row of a table has a failed try on record."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            rows = await self.rows(table)
+            if rows and rows[0]["error"]:
+                return rows[0]
+            assert time.monotonic() < deadline, rows
+            await asyncio.sleep(0.02)
+
+    async def set(self, table: Table, **values: Any) -> None:
+        """Change all rows of a table."""
+        async with self.database.write() as connection:
+            await connection.execute(update(table).values(**values))
+
+
+@pytest.fixture
+async def cdn() -> AsyncIterator[str]:
+    """A CDN with real files."""
+    async with running(create_app(SandboxOptions())) as url:
+        yield url
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[World]:
+    """Everything but the web, with one destination."""
+    made = World(database, tmp_path / "media", cdn)
+    await made.downloader.start()
+    yield made
+    await made.downloader.close()
+    await made.storage.close()
+
+
+def with_image(cdn: str, request_id: str = "r-1", *, path: str = "/sandbox/sample-image.png") -> bytes:
+    """Return the body of an event with one file of the CDN."""
+    output = {"images": [{"url": f"{cdn}{path}", "width": 1, "height": 1}]}
+    return body(request_id, payload={"model": "m", "output": output, "cost": 3})
+
+
+def plain(request_id: str) -> bytes:
+    """Return the body of an event without files."""
+    return body(request_id, payload={"model": "m", "output": {}, "cost": 1})
+
+
+async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
+    """The file is saved, then the message is confirmed, with what a consumer needs in it."""
+    await world.add(with_image(cdn))
+    async with world.working():
+        (delivery,) = await world.until(deliveries, "delivered")
+    (file,) = await world.rows(media)
+    (event,) = await world.rows(events)
+    assert (event["state"], file["state"]) == ("ready", "stored")
+    size = Path(file["uri"].removeprefix("file://")).stat().st_size
+    assert size == file["size"]
+    (message,) = world.recorder.published
+    assert message.get_id() == str(event["id"])
+    assert message.get_type() == "ai.clipia.generation.completed"
+    assert message.get_subject() == "r-1"
+    assert message.get_source() == "/clipia/webhook/clipia"
+    assert message.get_time() == event["received_at"]
+    assert message.get_extension("deliveryid") == str(delivery["id"])
+    assert message.get_extension("attempt") == 1
+    data: Any = message.get_data()
+    assert {key: data[key] for key in ("request_id", "status", "model", "cost", "error")} == {
+        "request_id": "r-1",
+        "status": "OK",
+        "model": "m",
+        "cost": 3,
+        "error": None,
+    }
+    assert data["output"]["images"][0]["width"] == 1
+    assert data["media"] == [
+        {
+            "url": f"{cdn}/sandbox/sample-image.png",
+            "field": "images[0].url",
+            "kind": "image",
+            "variant": "original",
+            "state": "stored",
+            "uri": file["uri"],
+            "sha256": file["sha256"],
+            "size": file["size"],
+            "content_type": "image/png",
+            "error": None,
+            "warning": None,
+        }
+    ]
+    assert {row["outcome"] for row in await world.rows(attempts)} == {"succeeded"}
+
+
+async def test_a_failure_is_forwarded_as_failed(world: World) -> None:
+    """An ERROR event has no files and goes out at once, with Clipia's error."""
+    await world.add(failure("r-1"))
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    (message,) = world.recorder.published
+    assert message.get_type() == "ai.clipia.generation.failed"
+    data: Any = message.get_data()
+    assert data["error"]["code"] == "GENERATION_FAILED"
+    assert data["output"] is None
+
+
+async def test_an_unrecognized_event_is_not_forwarded(world: World) -> None:
+    """B11: nobody knows what it means, so nobody is told; it stays in the ledger."""
+    await world.add(b"strange")
+    await world.add(plain("r-1"))
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    assert world.recorder.subjects == ["r-1"]
+    assert sorted(row["state"] for row in await world.rows(events)) == ["ready", "unrecognized"]
+
+
+async def test_a_destination_may_be_told_before_the_media(world: World, cdn: str) -> None:
+    """`when = "received"` does not wait for the file; the default does."""
+    early = Recorder()
+    world.targets.append(world.target("early", early, waits_for_media=False))
+    downloading = asyncio.Event()
+    save = world.downloader.save
+
+    async def slow(**arguments: Any) -> Any:
+        await downloading.wait()
+        return await save(**arguments)
+
+    world.downloader.save = slow  # type: ignore[method-assign]
+    await world.add(with_image(cdn))
+    async with world.working():
+        rows = await world.until(deliveries, "delivered", "pending")
+        assert {row["destination"]: row["state"] for row in rows} == {"early": "delivered", "main": "pending"}
+        downloading.set()
+        await world.until(deliveries, "delivered", "delivered")
+    first: Any = early.published[0].get_data()
+    second: Any = world.recorder.published[0].get_data()
+    assert (first["media"][0]["state"], first["media"][0]["uri"]) == ("pending", None)
+    assert second["media"][0]["state"] == "stored"
+
+
+async def test_a_dead_destination_delays_no_other(world: World) -> None:
+    """E6: one destination never answers; the others get everything all the same."""
+    stuck = Recorder()
+    stuck.behave = lambda _event: asyncio.sleep(3600)
+    world.targets.append(world.target("stuck", stuck))
+    for number in range(60):
+        await world.add(plain(f"r-{number}"))
+    async with world.working(drain=0.1):
+        await world.until(deliveries, *["delivered"] * 60, *["pending"] * 60)
+    assert len(set(world.recorder.subjects)) == 60
+    assert stuck.published == []
+
+
+async def test_a_transient_failure_is_tried_again(world: World) -> None:
+    """E4: each try is on record, and the message keeps its id while the attempt counts up."""
+    seen: list[CloudEvent] = []
+
+    def refuse_twice(event: CloudEvent) -> None:
+        seen.append(event)
+        if len(seen) < 3:
+            raise PublishFailed("503 from the destination", reason="status")
+
+    world.recorder.behave = refuse_twice
+    await world.add(plain("r-1"))
+    async with world.working():
+        (delivery,) = await world.until(deliveries, "delivered")
+    assert [event.get_extension("attempt") for event in seen] == [1, 2, 3]
+    assert len({event.get_id() for event in seen}) == 1
+    assert len({event.get_extension("deliveryid") for event in seen}) == 1
+    tries = [(row["number"], row["outcome"], row["error"]) for row in await world.rows(attempts)]
+    said = "PublishFailed: 503 from the destination"
+    assert tries == [(1, "retry", said), (2, "retry", said), (3, "succeeded", None)]
+    assert delivery["error"] is None
+
+
+async def test_a_rejected_message_is_a_dead_letter(world: World) -> None:
+    """E7: what the destination refuses for good is dead with its reason, and its neighbours go on."""
+
+    def reject_one(event: CloudEvent) -> None:
+        if event.get_subject() == "poison":
+            raise PublishRejected("422 from the destination", reason="status")
+
+    world.recorder.behave = reject_one
+    for request_id in ("poison", "r-1", "r-2"):
+        await world.add(plain(request_id))
+    async with world.working():
+        rows = await world.until(deliveries, "dead", "delivered", "delivered")
+    (dead,) = [row for row in rows if row["state"] == "dead"]
+    assert dead["error"] == "PublishRejected: 422 from the destination"
+    assert dead["finished_at"] is not None
+    assert sorted(world.recorder.subjects) == ["r-1", "r-2"]
+
+
+async def test_the_schedule_ends_in_a_dead_letter(world: World) -> None:
+    """E4: after three days of failures the delivery is dead, not forgotten."""
+
+    def fail(_event: CloudEvent) -> None:
+        raise PublishFailed("still down", reason="connect")
+
+    world.recorder.behave = fail
+    await world.add(plain("r-1"))
+    async with world.working():
+        await world.until(deliveries, "pending")
+        await world.set(deliveries, created_at=db_time(-4 * 86_400.0))
+        await world.until(deliveries, "dead")
+
+
+async def test_a_bug_in_a_destination_harms_only_its_message(world: World) -> None:
+    """E7: an unexpected exception is put on record and retried; the lane lives."""
+    tries = 0
+
+    def break_once(event: CloudEvent) -> None:
+        nonlocal tries
+        if event.get_subject() == "odd":
+            tries += 1
+            if tries == 1:
+                raise ZeroDivisionError("bug")
+
+    world.recorder.behave = break_once
+    for request_id in ("odd", "r-1"):
+        await world.add(plain(request_id))
+    async with world.working():
+        await world.until(deliveries, "delivered", "delivered")
+    assert tries == 2
+    assert "ZeroDivisionError, see the log" in {row["error"] for row in await world.rows(attempts)}
+
+
+@pytest.mark.parametrize("table", [deliveries, media], ids=["delivery", "download"])
+async def test_work_that_kills_its_workers_is_given_up(world: World, cdn: str, table: Table) -> None:
+    """E8: a row that ended five workers in a row is not run a sixth time."""
+    await world.add(with_image(cdn))
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    await world.set(
+        table, state="pending", lost=5, attempts=5, next_attempt_at=db_time(0.0), finished_at=None
+    )
+    # A file that is stored stays so, whatever becomes of another try.
+    await world.set(media, storage_key=None)
+    world.recorder.published.clear()
+    expected = "dead" if table is deliveries else "gone"
+    async with world.working():
+        (row,) = await world.until(table, expected)
+    assert "ended 5 workers" in row["error"]
+    assert world.recorder.published == []
+
+
+async def test_a_missing_file_ends_as_gone_and_the_event_goes_on(world: World, cdn: str) -> None:
+    """D15: a 404 is tried again for an hour, then given up; the message says so."""
+    await world.add(with_image(cdn, path="/absent.png"))
+    async with world.working():
+        file = await world.until_tried(media)
+        assert (file["state"], file["attempts"]) == ("pending", 1)
+        assert world.recorder.published == []
+        await world.set(media, attempts=2, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+        await world.until(media, "gone")
+        await world.until(deliveries, "delivered")
+    data: Any = world.recorder.published[0].get_data()
+    assert (data["media"][0]["state"], data["media"][0]["uri"]) == ("gone", None)
+    assert "404" in data["media"][0]["error"]
+
+
+async def test_a_blocked_file_does_not_hold_the_event(world: World) -> None:
+    """D1: a URL that the guard refuses is never fetched; the event is forwarded without its file."""
+    await world.add(body("r-1"))  # media.clipia.ai is not on this test's list
+    async with world.working():
+        (file,) = await world.until(media, "blocked")
+        await world.until(deliveries, "delivered")
+    assert file["attempts"] == 1
+
+
+async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(
+    world: World, cdn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D16: no space is nobody's fault: downloads pause, however old they are, and resume by themselves."""
+    monkeypatch.setattr(media_lane, "STORAGE_PAUSE", 0.3)
+    save = world.downloader.save
+    calls: list[float] = []
+
+    async def full_at_first(**arguments: Any) -> Any:
+        calls.append(time.monotonic())
+        if len(calls) == 1:
+            raise StorageUnavailable("no space left", reason="full")
+        return await save(**arguments)
+
+    world.downloader.save = full_at_first  # type: ignore[method-assign]
+    await world.add(with_image(cdn))
+    async with world.working():
+        await world.until_tried(media)
+        await world.set(media, created_at=db_time(-30 * 86_400.0), next_attempt_at=db_time(0.0))
+        await world.until(media, "stored")
+        await world.until(deliveries, "delivered")
+    assert calls[1] - calls[0] >= 0.3
+
+
+async def test_shutdown_finishes_what_is_held(world: World) -> None:
+    """E16: on stop nothing new is claimed, and work under way is finished and recorded."""
+    started = asyncio.Event()
+
+    async def slow() -> None:
+        started.set()
+        await asyncio.sleep(0.3)
+
+    world.recorder.behave = lambda _event: slow()
+    await world.add(plain("r-1"))
+    async with world.working():
+        await started.wait()
+    (delivery,) = await world.rows(deliveries)
+    assert delivery["state"] == "delivered"
+
+
+async def test_shutdown_gives_back_what_cannot_finish(world: World) -> None:
+    """E16: work that outlasts the drain is released: due at once, no attempt counted, none on record."""
+    started = asyncio.Event()
+
+    async def endless() -> None:
+        started.set()
+        await asyncio.sleep(3600)
+
+    world.recorder.behave = lambda _event: endless()
+    await world.add(plain("r-1"))
+    async with world.working(drain=0.1):
+        await started.wait()
+    (delivery,) = await world.rows(deliveries)
+    assert (delivery["state"], delivery["attempts"], delivery["lease"]) == ("pending", 0, None)
+    assert await world.rows(attempts) == []
+    world.recorder.behave = lambda _event: None
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    assert world.recorder.published[0].get_extension("attempt") == 1
+
+
+async def test_long_work_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E9: work that takes longer than a lease is renewed; two workers do it once."""
+    monkeypatch.setattr(media_lane, "LEASE", 0.6)
+    monkeypatch.setattr(worker, "LEASE", 0.6)
+    calls = 0
+
+    async def slow() -> None:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(2.0)
+
+    world.recorder.behave = lambda _event: slow()
+    await world.add(plain("r-1"))
+    async with world.working(count=2):
+        await world.until(deliveries, "delivered")
+    assert calls == 1
+
+
+async def test_a_lost_lease_drops_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E10: a worker that finds its lease taken stops that work and records nothing."""
+    monkeypatch.setattr(media_lane, "LEASE", 0.6)
+    monkeypatch.setattr(worker, "LEASE", 0.6)
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def until_cancelled() -> None:
+        started.set()
+        try:
+            await asyncio.sleep(3600)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    world.recorder.behave = lambda _event: until_cancelled()
+    await world.add(plain("r-1"))
+    async with world.working(drain=0.1):
+        await started.wait()
+        await world.set(deliveries, lease=uuid.uuid4(), next_attempt_at=db_time(3600.0))
+        await asyncio.wait_for(cancelled.wait(), SECONDS)
+    assert await world.rows(attempts) == []
+
+
+async def test_a_result_is_recorded_when_the_database_is_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E3: a confirmed message whose result could not be written is not published once more for that."""
+    finish_all = leases.finish_all
+    failures = 2
+
+    async def away_at_first(
+        connection: AsyncConnection, table: Table, claims: Collection[Claim], **values: Any
+    ) -> set[uuid.UUID]:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise DatabaseUnavailable("gone for a moment", reason="database")
+        return await finish_all(connection, table, claims, **values)
+
+    monkeypatch.setattr(leases, "finish_all", away_at_first)
+    await world.add(plain("r-1"))
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    assert len(world.recorder.published) == 1
+
+
+async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C12: a fan-out that breaks off half-way leaves no row of it, and is done again as a whole."""
+    world.targets.append(world.target("second", Recorder()))
+    insert = outbox.insert_deliveries
+    calls = 0
+
+    async def break_off(*arguments: Any, **options: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise DatabaseUnavailable("gone", reason="database")
+        return await insert(*arguments, **options)
+
+    monkeypatch.setattr(outbox, "insert_deliveries", break_off)
+    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    await world.add(with_image(cdn))
+    with pytest.raises(DatabaseUnavailable):
+        await fan_out.run()
+    assert await world.rows(deliveries) == await world.rows(media) == []
+    assert [row["state"] for row in await world.rows(events)] == ["received"]
+    assert await fan_out.run() == 1
+    assert len(await world.rows(deliveries)) == 2
+    assert len(await world.rows(media)) == 1
+
+
+async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E7: an event that cannot be fanned out stays where it is; those before and behind it go on."""
+    add_work = FanOut._add_work
+
+    async def break_on_bad(
+        self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]
+    ) -> set[str]:
+        lanes = await add_work(self, connection, found)
+        if any(event.request_id == "bad" for event in found):
+            raise RuntimeError("bug")
+        return lanes
+
+    monkeypatch.setattr(FanOut, "_add_work", break_on_bad)
+    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    for name in ("r-1", "bad", "r-2"):
+        await world.add(plain(name))
+    assert await fan_out.run() == 3
+    with pytest.raises(RuntimeError):
+        await fan_out.run()
+    assert {row["request_id"]: row["state"] for row in await world.rows(events)} == {
+        "r-1": "ready",
+        "bad": "received",
+        "r-2": "ready",
+    }
+    assert len(await world.rows(deliveries)) == 2
+    monkeypatch.setattr(FanOut, "_add_work", add_work)
+    assert await fan_out.run() == 1
+    assert len(await world.rows(deliveries)) == 3
+
+
+async def test_a_busy_lane_claims_many_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: places that come free one by one are not each filled by a claim of its own."""
+    claims: list[int] = []
+    claim = leases.claim_deliveries
+
+    async def counted(*arguments: Any, **options: Any) -> Any:
+        found = await claim(*arguments, **options)
+        claims.append(len(found))
+        return found
+
+    monkeypatch.setattr(leases, "claim_deliveries", counted)
+    numbers = itertools.count()
+    world.recorder.behave = lambda _event: asyncio.sleep(next(numbers) % 32 / 1000)
+    for number in range(320):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until(deliveries, *["delivered"] * 320)
+    found = [size for size in claims if size]
+    assert sum(found) == 320
+    assert statistics.mean(found) > 8
+
+
+async def test_deliveries_are_logged_together(world: World) -> None:
+    """A line tells of all that were recorded together; each is counted."""
+    before = REGISTRY.get_sample_value("receiver_deliveries_total", DELIVERED) or 0
+    for number in range(20):
+        await world.add(plain(f"r-{number}"))
+    with capture_logs() as lines:
+        async with world.working():
+            await world.until(deliveries, *["delivered"] * 20)
+    told = [line["request_ids"] for line in lines if line["event"] == "events delivered"]
+    assert sorted(itertools.chain(*told)) == sorted(f"r-{number}" for number in range(20))
+    assert len(told) < 20
+    assert (REGISTRY.get_sample_value("receiver_deliveries_total", DELIVERED) or 0) - before == 20
+
+
+async def test_several_workers_share_the_work(world: World) -> None:
+    """C13: three workers forward 150 events, each once."""
+    for number in range(150):
+        await world.add(plain(f"r-{number}"))
+    async with world.working(count=3):
+        await world.until(deliveries, *["delivered"] * 150)
+    assert sorted(world.recorder.subjects) == sorted(f"r-{number}" for number in range(150))
+
+
+async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
+    monkeypatch.setattr(worker, "OUTAGE_PAUSE", 0.05)
+    claim, lock = leases.claim_media, inbox.lock_received
+    broken = {"claim", "lock"}
+
+    async def claim_or_break(*arguments: Any, **options: Any) -> Any:
+        if "claim" in broken:
+            broken.remove("claim")
+            raise RuntimeError("bug")
+        return await claim(*arguments, **options)
+
+    async def lock_or_break(*arguments: Any, **options: Any) -> Any:
+        if "lock" in broken:
+            broken.remove("lock")
+            raise RuntimeError("bug")
+        return await lock(*arguments, **options)
+
+    monkeypatch.setattr(leases, "claim_media", claim_or_break)
+    monkeypatch.setattr(inbox, "lock_received", lock_or_break)
+    await world.add(plain("r-1"))
+    async with world.working():
+        await world.until(deliveries, "delivered")
+    assert broken == set()
+
+
+async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
+    """B10: of 600 files 512 are fetched; the others are told of with a reason, and hold up no delivery."""
+    images = [{"url": f"{cdn}/sandbox/sample-image.png?{number}"} for number in range(600)]
+    await world.add(body("r-1", payload={"model": "m", "output": {"images": images}, "cost": 1}))
+    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    assert await fan_out.run() == 1
+    rows = await world.rows(media)
+    assert Counter(row["state"] for row in rows) == {"pending": 512, "skipped": 88}
+    skipped = [row for row in rows if row["state"] == "skipped"]
+    assert {row["error"] for row in skipped} == {"the event has more than 512 files"}
+    assert {(row["next_attempt_at"], row["finished_at"] is None) for row in skipped} == {(None, False)}
+    async with world.database.write() as connection:
+        await connection.execute(update(media).where(media.c.position > 0).values(state="gone"))
+        await connection.execute(update(media).where(media.c.position >= 512).values(state="skipped"))
+    async with support_events.running(world.worker()):
+        await support_events.until(lambda: _published(world))
+    data = world.recorder.published[0].get_data()
+    assert isinstance(data, dict)
+    assert Counter(file["state"] for file in data["media"]) == {"stored": 1, "gone": 511, "skipped": 88}
+    assert len(data["output"]["images"]) == 600
+
+
+async def _published(world: World) -> bool:
+    return bool(world.recorder.published)

@@ -1,0 +1,1 @@
+"""Helpers of the tests: servers, peers, payloads, and parts of the receiver inside a test."""

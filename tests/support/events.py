@@ -1,0 +1,310 @@
+"""Events, destinations and workers inside a test, over a real database, a real folder and a real CDN."""
+
+import asyncio
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from cloudevents.core.v1.event import CloudEvent
+from sqlalchemy import ColumnElement, Table, select, update
+
+from receiver.core.output_files import FileRules
+from receiver.core.retry import RetryPolicy
+from receiver.db import inbox, jobs, tables
+from receiver.db.clock import db_time
+from receiver.db.database import Database
+from receiver.db.rows import NewJob, digest_token, new_id
+from receiver.db.tables import deliveries, events
+from receiver.destination_settings import FilterSettings
+from receiver.ingest import make_event
+from receiver.lanes.base import Target
+from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.media import FreshUrl, MediaLane
+from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.media import Downloader, MediaHosts, open_storage
+from receiver.replays import ReplayLane, ReplayRequest, Replays
+from support.payloads import body
+
+SECONDS = 20.0
+RETRY = RetryPolicy(initial=0.05, cap=0.05)
+
+T = TypeVar("T")
+
+
+async def until(look: Callable[[], Awaitable[T | None]], *, seconds: float = SECONDS) -> T:
+    """Look again and again until something is found."""
+    deadline = time.monotonic() + seconds
+    while not (found := await look()):
+        assert time.monotonic() < deadline, "it does not happen"
+        await asyncio.sleep(0.02)
+    return found
+
+
+class Recorder:
+    """A destination inside the test: remembers what was published, and does what it is told to."""
+
+    concurrency = 32
+
+    def __init__(self) -> None:
+        self.published: list[CloudEvent] = []
+        self.behave: Callable[[CloudEvent], Any] = lambda _event: None
+        self.under_way = 0
+
+    async def start(self) -> None:
+        """Nothing to open."""
+
+    async def check(self) -> None:
+        """Always there."""
+
+    async def close(self) -> None:
+        """Nothing to close."""
+
+    async def publish(self, event: CloudEvent) -> None:
+        """Confirm, unless told otherwise."""
+        self.under_way += 1
+        try:
+            outcome = self.behave(event)
+            if outcome is not None:
+                await outcome
+        finally:
+            self.under_way -= 1
+        self.published.append(event)
+
+    @property
+    def subjects(self) -> list[str]:
+        """The request ids that were confirmed."""
+        return [str(event.get_subject()) for event in self.published]
+
+    def replayed(self, replay_id: uuid.UUID) -> list[CloudEvent]:
+        """What was confirmed of one replay."""
+        return [event for event in self.published if event.get_extension("replayid") == str(replay_id)]
+
+
+@asynccontextmanager
+async def running(*workers: Worker) -> AsyncIterator[None]:
+    """Run workers inside the block."""
+    tasks = [asyncio.create_task(each.run()) for each in workers]
+    try:
+        yield
+    finally:
+        for each in workers:
+            each.stop()
+        await asyncio.gather(*tasks)
+
+
+class World:
+    """A database, a storage folder, destinations, and workers over them."""
+
+    def __init__(self, database: Database, folder: Path, *media_hosts: str) -> None:
+        self.database = database
+        self.targets: list[Target] = []
+        self.recorders: dict[str, Recorder] = {}
+        self.fresh_url: FreshUrl | None = None
+        self.rules = FileRules()
+        self.folder = folder
+        self.storage = open_storage(f"file:{folder}")
+        self.downloader = Downloader(
+            hosts=MediaHosts.parse(media_hosts or ("media.clipia.ai",)), storage=self.storage
+        )
+
+    def add_destination(
+        self, name: str, *, waits_for_media: bool = True, retry: RetryPolicy = RETRY, **wanted: Any
+    ) -> Recorder:
+        """Configure a destination; `wanted` is its filter."""
+        recorder = self.recorders[name] = Recorder()
+        target = Target(
+            name=name,
+            destination=recorder,
+            waits_for_media=waits_for_media,
+            retry=retry,
+            filter=FilterSettings(**wanted),
+        )
+        self.targets.append(target)
+        return recorder
+
+    @property
+    def replays(self) -> Replays:
+        """What orders replays to the destinations of now."""
+        return Replays(self.database, {target.name: target.filter for target in self.targets})
+
+    def replay_lane(self) -> ReplayLane:
+        """Return a lane that carries out replays when the test says so."""
+        return ReplayLane(
+            self.database, self.targets, self.storage, wake=lambda _lane: None, rules=self.rules
+        )
+
+    def delivery_lane(self, index: int = 0, *, concurrency: int = 32) -> DeliveryLane:
+        """Return a destination's lane that delivers when the test says so."""
+        return DeliveryLane(
+            self.database, self.targets[index], wake=lambda _lane: None, concurrency=concurrency
+        )
+
+    def media_lane(self, wake: Callable[[str], None] = lambda _lane: None) -> MediaLane:
+        """Return a lane that downloads when the test says so."""
+        return MediaLane(self.database, self.downloader, wake=wake, fresh_url=self.fresh_url)
+
+    def worker(self, *, drain: float = 5.0) -> Worker:
+        """Make a worker over everything."""
+        wakeups = Wakeups()
+        lanes: list[Lane] = [
+            self.media_lane(wakeups.wake),
+            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
+            ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake, rules=self.rules),
+        ]
+        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
+        return Worker(fan_out, lanes, wakeups, drain=drain)
+
+    @asynccontextmanager
+    async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
+        """Run workers inside the block."""
+        async with running(*(self.worker(drain=drain) for _ in range(count))):
+            yield
+
+    async def add(
+        self,
+        content: bytes,
+        *,
+        source: str = "clipia",
+        job_id: uuid.UUID | None = None,
+        token: str | None = None,
+    ) -> None:
+        """Store an event as ingest does; `job_id` and `token` are of the callback's path."""
+        digest = None if token is None else digest_token(token)
+        event = make_event(source, content, received_at=datetime.now(UTC), job_id=job_id, path_token=digest)
+        async with self.database.write() as connection:
+            await inbox.insert_event(connection, event)
+
+    async def fan_out(self) -> None:
+        """Move every event out of `received`."""
+        fan_out = FanOut(self.database, self.targets, wake=lambda _lane: None, rules=self.rules)
+        while await fan_out.run(limit=1000):
+            pass
+
+    async def add_history(self, *contents: bytes) -> None:
+        """Store events that went everywhere they were to go, some time ago."""
+        for content in contents:
+            await self.add(content)
+        await self.fan_out()
+        await self.change(
+            deliveries, state="delivered", attempts=1, next_attempt_at=None, finished_at=db_time(-60.0)
+        )
+
+    async def add_job(
+        self,
+        name: str,
+        *,
+        caller: str = "shop",
+        source: str = "clipia",
+        request_id: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> uuid.UUID:
+        """Store a job, whose token is its name; one without a `request_id` is still being submitted."""
+        job = NewJob(
+            id=new_id(),
+            caller=caller,
+            idempotency_key=name,
+            fingerprint="0" * 64,
+            source=source,
+            model="m",
+            request=b"{}",
+            has_webhook=True,
+            provider_key=uuid.uuid4(),
+            metadata=dict(metadata or {}),
+            max_cost=None,
+            cost=None,
+            account="live-kit",
+            path_token=digest_token(name),
+        )
+        async with self.database.write() as connection:
+            assert await jobs.insert(connection, job)
+        state = "pending" if request_id is None else "submitted"
+        mine = tables.jobs.c.id == job.id
+        await self.change(tables.jobs, mine, state=state, request_id=request_id, sent_at=db_time(0.0))
+        return job.id
+
+    async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> dict[str, Any]:
+        """Order a replay, of everything unless there is a selection."""
+        return await self.replays.order(_request(values), key=key, caller=caller)
+
+    async def dry_run(self, **values: Any) -> dict[str, Any]:
+        """Ask what a replay would do."""
+        return await self.replays.dry_run(_request(values))
+
+    async def until_replayed(self, order: Mapping[str, Any]) -> dict[str, Any]:
+        """Wait until a replay has ended and none of its deliveries is left to do."""
+
+        async def look() -> dict[str, Any] | None:
+            found = await self.replays.show(order["id"])
+            assert found is not None
+            pending = any("pending" in counts for counts in found["deliveries"].values())
+            return None if pending or found["state"] == "pending" else found
+
+        return await until(look)
+
+    async def rows(self, table: Table, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
+        """Return rows of a table, in the order in which they were made."""
+        order = table.c.seq if "seq" in table.c else table.c.id
+        async with self.database.read() as connection:
+            found = await connection.execute(select(table).where(*where).order_by(order))
+            return [dict(row) for row in found.mappings()]
+
+    async def states(self, table: Table, *where: ColumnElement[bool]) -> Counter[str]:
+        """Count the rows of a table by their state."""
+        return Counter(row["state"] for row in await self.rows(table, *where))
+
+    async def until_states(self, table: Table, *where: ColumnElement[bool], **counts: int) -> None:
+        """Wait until so many rows of a table are in these states, and none in another."""
+
+        async def look() -> bool:
+            return await self.states(table, *where) == counts
+
+        try:
+            await until(look)
+        except AssertionError:
+            raise AssertionError(f"{await self.states(table, *where)}, wanted {counts}") from None
+
+    async def change(self, table: Table, *where: ColumnElement[bool], **values: Any) -> None:
+        """Change rows of a table."""
+        async with self.database.write() as connection:
+            await connection.execute(update(table).where(*where).values(**values))
+
+    async def sent_to(self) -> set[tuple[str, str]]:
+        """Return (request id, destination) of every delivery, in whatever state."""
+        statement = select(events.c.request_id, deliveries.c.destination).join(
+            events, deliveries.c.event_seq == events.c.seq
+        )
+        async with self.database.read() as connection:
+            return {(row[0], row[1]) for row in await connection.execute(statement)}
+
+
+def _request(values: Mapping[str, Any]) -> ReplayRequest:
+    return ReplayRequest.model_validate({"all": not values.get("selection"), **values})
+
+
+@asynccontextmanager
+async def opened(database: Database, folder: Path, *media_hosts: str) -> AsyncIterator[World]:
+    """Open a world without destinations."""
+    world = World(database, folder, *media_hosts)
+    await world.downloader.start()
+    try:
+        yield world
+    finally:
+        await world.downloader.close()
+        await world.storage.close()
+
+
+def plain(request_id: str, *, model: str = "m") -> bytes:
+    """Return the body of an event without files."""
+    return body(request_id, payload={"model": model, "output": {}, "cost": 1})
+
+
+def with_files(cdn: str, request_id: str, *paths: str) -> bytes:
+    """Return the body of an event with images of a CDN."""
+    images = [{"url": f"{cdn}{path}", "width": 1, "height": 1} for path in paths]
+    return body(request_id, payload={"model": "m", "output": {"images": images}, "cost": 3})

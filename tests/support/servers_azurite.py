@@ -1,0 +1,104 @@
+"""Azurite, Microsoft's emulator of Azure's blob storage, with one empty container."""
+
+import base64
+import hashlib
+import hmac
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from email.utils import formatdate
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from support.servers import end, free_port, missing, wait_for_port
+
+# The newest one that runs on the Node.js of Debian 12.
+AZURITE: Final = "azurite@3.35.0"
+ACCOUNT: Final = "devstoreaccount1"
+# Known to everybody: the emulator has it built in.
+KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+VERSION: Final = "2021-08-06"
+
+
+def install(cache: Path) -> Path:
+    """Return the folder of the packages of Azurite, which npm installs into `cache` once."""
+    folder = cache / AZURITE
+    if folder.exists():
+        return folder
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        missing("npm", "apt-get install nodejs npm")
+        raise AssertionError("unreachable")
+    new = cache / uuid.uuid4().hex
+    options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional"]
+    options += ["--prefer-offline", "--fetch-retries=1", "--loglevel=error"]
+    command = [npm, "install", "--prefix", str(new), *options, AZURITE]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+        if result.returncode:
+            missing(AZURITE, f"npm cannot install it: {result.stderr}")
+        # As a whole: another run of the tests may install it at the same time.
+        if not folder.exists():
+            new.rename(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Container:
+    """A container on a local Azurite."""
+
+    endpoint: str
+    name: str
+
+    @property
+    def url(self) -> str:
+        """What to put into RECEIVER_STORAGE_URL."""
+        return f"az://{self.name}/some/prefix?endpoint={self.endpoint}&account={ACCOUNT}"
+
+    def request(self, method: str, query: Mapping[str, str]) -> httpx.Response:
+        """Send a signed request about the container."""
+        date = formatdate(usegmt=True)
+        resource = f"/{ACCOUNT}/{ACCOUNT}/{self.name}" + "".join(
+            f"\n{name}:{value}" for name, value in sorted(query.items())
+        )
+        text = f"{method}{chr(10) * 12}x-ms-date:{date}\nx-ms-version:{VERSION}\n{resource}"
+        digest = hmac.digest(base64.b64decode(KEY), text.encode(), hashlib.sha256)
+        headers = {
+            "x-ms-date": date,
+            "x-ms-version": VERSION,
+            "Authorization": f"SharedKey {ACCOUNT}:{base64.b64encode(digest).decode()}",
+        }
+        url = f"{self.endpoint}/{self.name}"
+        with httpx.Client(trust_env=False) as client:
+            return client.request(method, url, params=dict(query), headers=headers).raise_for_status()
+
+    def list_keys(self) -> list[str]:
+        """List the blobs."""
+        listing = self.request("GET", {"restype": "container", "comp": "list"}).text
+        return [part.partition("</Name>")[0] for part in listing.split("<Name>")[1:]]
+
+
+@contextmanager
+def azurite(cache: Path, directory: Path) -> Iterator[Container]:
+    """Run Azurite with one container; it checks signatures."""
+    folder = install(cache)
+    port = free_port()
+    program = folder / "node_modules" / ".bin" / "azurite-blob"
+    options = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence", "--silent"]
+    options += ["--skipApiVersionCheck", "--disableTelemetry"]
+    with (directory / "azurite.log").open("wb") as output:
+        process = subprocess.Popen(["node", program, *options], cwd=directory, stdout=output, stderr=output)
+        try:
+            wait_for_port(port, process, seconds=60)
+            container = Container(endpoint=f"http://127.0.0.1:{port}/{ACCOUNT}", name="files")
+            container.request("PUT", {"restype": "container"})
+            yield container
+        finally:
+            end(process)

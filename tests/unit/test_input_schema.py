@@ -1,0 +1,558 @@
+"""What is refused before it costs: tables for both shapes, the sandbox as oracle, and hostile schemas."""
+
+import datetime as dt
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from receiver.core.input_schema import MAX_MISFITS, Misfit, check_input
+from receiver.sandbox.answers import Problem
+from receiver.sandbox.catalogue import MODELS, Model, Parameter
+
+LONGEST_MESSAGE = 1_000
+
+PARAMETERS: dict[str, dict[str, Any]] = {
+    "prompt": {"type": "string", "required": True, "min": 1, "max": 10},
+    "duration": {"type": "number", "enum": [4, 8, 12], "default": 4, "required": False},
+    "count": {"type": "integer", "min": 1, "max": 4},
+    "scale": {"type": "float", "minimum": 0.5, "maximum": 2},
+    "audio": {"type": "boolean", "default": True},
+    "style": {"type": "select", "enum": ["plain", "bold", 3]},
+    "tags": {"type": "array", "minItems": 1, "maxItems": 2},
+    "effects": {"type": "list", "enum": ["blur", "glow"]},
+    "extra": {"type": "object"},
+    "title": {"type": "str", "minLength": 2, "maxLength": 3},
+}
+
+
+def with_options(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a description as the list spells it: options with labels in place of the enum."""
+    listed = {key: value for key, value in facts.items() if key != "enum"}
+    if "enum" in facts:
+        listed["options"] = [{"value": value, "label": f"<{value}>"} for value in facts["enum"]]
+    return listed
+
+
+AS_MAP = PARAMETERS
+AS_LIST = {"parameters": [{"name": name} | with_options(facts) for name, facts in PARAMETERS.items()]}
+both_shapes = pytest.mark.parametrize("schema", [AS_MAP, AS_LIST], ids=["map", "list"])
+
+
+def check_one(facts: object, value: object) -> list[str]:
+    """Return what is wrong with a value of a parameter so described, the same in both shapes."""
+    listed = with_options(facts) | {"name": "p"} if isinstance(facts, Mapping) else facts
+    results = [check_input(schema, {"p": value}) for schema in ({"p": facts}, {"parameters": [listed]})]
+    assert results[0] == results[1]
+    return [misfit.message for misfit in results[0]]
+
+
+@both_shapes
+@pytest.mark.parametrize(
+    "given_",
+    [
+        {},
+        {"duration": 4},
+        {"duration": 8.0},
+        {"duration": None},
+        {"count": 1},
+        {"count": 4},
+        {"count": 4.0},
+        {"scale": 0.5},
+        {"scale": 2},
+        {"audio": False},
+        {"style": "bold"},
+        {"style": 3.0},
+        {"tags": ["x"]},
+        {"tags": ("x", 1)},
+        {"effects": []},
+        {"effects": ["glow", "blur"]},
+        {"extra": {}},
+        {"title": "ab"},
+        {"title": "abc"},
+        {"prompt": "ten chars."},
+    ],
+    ids=str,
+)
+def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
+    """What either shape allows passes: bounds are inclusive, 4.0 is an integer, null is not given."""
+    assert check_input(schema, {"prompt": "x"} | given_) == ()
+
+
+@both_shapes
+@pytest.mark.parametrize(
+    ("key", "value", "trouble"),
+    [
+        ("prompt", "", 'must be a string with a length from 1 to 10, not ""'),
+        ("prompt", "eleven char", 'must be a string with a length from 1 to 10, not "eleven char"'),
+        ("prompt", 7, "must be a string with a length from 1 to 10, not 7"),
+        ("duration", 5, "must be one of 4, 8, 12, not 5"),
+        ("duration", "4", 'must be one of 4, 8, 12, not "4"'),
+        ("duration", [4], "must be one of 4, 8, 12, not an array of 1"),
+        ("count", 0, "must be an integer from 1 to 4, not 0"),
+        ("count", 5.0, "must be an integer from 1 to 4, not 5.0"),
+        ("count", 1.5, "must be an integer from 1 to 4, not 1.5"),
+        ("count", True, "must be an integer from 1 to 4, not true"),
+        ("count", "2", 'must be an integer from 1 to 4, not "2"'),
+        ("scale", 0.4, "must be a number from 0.5 to 2, not 0.4"),
+        ("scale", 2.1, "must be a number from 0.5 to 2, not 2.1"),
+        ("scale", False, "must be a number from 0.5 to 2, not false"),
+        ("scale", math.nan, "must be a number from 0.5 to 2, not NaN"),
+        ("scale", math.inf, "must be a number from 0.5 to 2, not Infinity"),
+        ("audio", 1, "must be a boolean, not 1"),
+        ("audio", "yes", 'must be a boolean, not "yes"'),
+        ("style", "Bold", 'must be one of "plain", "bold", 3, not "Bold"'),
+        ("style", {}, 'must be one of "plain", "bold", 3, not an object'),
+        ("style", ["odd"], 'must be one of "plain", "bold", 3, not an array of 1'),
+        ("tags", [], "must be an array with a length from 1 to 2, not an array of 0"),
+        ("tags", ["a", "b", "c"], "must be an array with a length from 1 to 2, not an array of 3"),
+        ("tags", "a", 'must be an array with a length from 1 to 2, not "a"'),
+        ("effects", ["blur", "snow"], 'must be an array of "blur", "glow", not an array of 2'),
+        ("effects", [["blur"]], 'must be an array of "blur", "glow", not an array of 1'),
+        ("effects", "blur", 'must be an array of "blur", "glow", not "blur"'),
+        ("extra", [1], "must be an object, not an array of 1"),
+        ("extra", "{}", 'must be an object, not "{}"'),
+        ("title", "a", 'must be a string with a length from 2 to 3, not "a"'),
+        ("title", "abcd", 'must be a string with a length from 2 to 3, not "abcd"'),
+        (
+            "title",
+            dt.date(2026, 1, 1),
+            "must be a string with a length from 2 to 3, not of Python's type date",
+        ),
+    ],
+)
+def test_value_that_does_not_fit(schema: object, key: str, value: object, trouble: str) -> None:
+    """A value that does not fit is refused in words that say what is wrong and what would be right."""
+    message = f'Parameter "{key}" {trouble}.'
+    assert check_input(schema, {"prompt": "x"} | {key: value}) == (Misfit(parameter=key, message=message),)
+
+
+@both_shapes
+def test_null_for_a_required_parameter_is_missing(schema: object) -> None:
+    """A required parameter that is null or absent is missing, and is told of once."""
+    wanted = 'Parameter "prompt" is required: a string with a length from 1 to 10.'
+    for nothing in ({}, {"prompt": None}):
+        assert check_input(schema, nothing) == (Misfit(parameter="prompt", message=wanted),)
+
+
+@pytest.mark.parametrize(
+    ("facts", "missing"),
+    [
+        ({"type": "string", "required": True}, True),
+        ({"type": "string", "required": True, "default": None}, True),
+        ({"type": "string", "required": True, "default": ""}, False),
+        ({"type": "array", "required": True, "default": []}, False),
+        ({"type": "select", "required": True, "enum": ["a", None]}, False),
+        ({"type": "string", "required": 1}, False),
+        ({"type": "string", "required": "true"}, False),
+        ({"type": "string", "required": False}, False),
+        ({"type": "string"}, False),
+        ({"type": "hologram", "required": True}, True),
+        ({"type": "boolean", "required": True, "enum": ["on"]}, True),
+    ],
+)
+def test_what_counts_as_missing(facts: dict[str, Any], *, missing: bool) -> None:
+    """Missing is what is required in so many words, has no default and may not be null."""
+    assert bool(check_one(facts, None)) is missing
+
+
+@both_shapes
+def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
+    """A typo gets the name that was probably meant and all that the model takes."""
+    declared = ", ".join(f'"{name}"' for name in PARAMETERS)
+    takes = f"It takes {declared}."
+    assert [misfit.message for misfit in check_input(schema, {"prompt": "x", "duraton": 4, "zzz": None})] == [
+        f'Parameter "duraton" is not known to this model; did you mean "duration"? {takes}',
+        f'Parameter "zzz" is not known to this model. {takes}',
+    ]
+
+
+@both_shapes
+def test_an_unknown_key_is_told_apart(schema: object) -> None:
+    """Only what the schema does not have is `unknown`: Clipia takes that, and refuses the rest."""
+    found = check_input(schema, {"title": 1, "nope": 1, "count": 9})
+    assert [misfit.parameter for misfit in found if misfit.unknown] == ["nope"]
+    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "title", "count"]
+
+
+def test_unknown_keys_hide_no_mistake() -> None:
+    """However many keys are unknown, what does not fit is found behind them."""
+    schema = {"prompt": {"type": "string", "required": True}, "count": {"type": "integer", "max": 4}}
+    unknown = {f"key{number}": 1 for number in range(3 * MAX_MISFITS)}
+    found = check_input(schema, unknown | {"count": 9})
+    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "count"]
+    assert len(found) == MAX_MISFITS
+
+
+@both_shapes
+def test_order_is_missing_first_then_as_given(schema: object) -> None:
+    """What is missing comes first, then the trouble with what was given, in its own order."""
+    found = check_input(schema, {"title": 1, "nope": 1, "audio": 1, "count": 9})
+    assert [misfit.parameter for misfit in found] == ["prompt", "title", "nope", "audio", "count"]
+
+
+def test_missing_parameters_come_in_the_order_of_the_schema() -> None:
+    """Several missing parameters are told of as the schema lists them."""
+    schema = {name: {"type": "string", "required": True} for name in ("b", "a", "c")}
+    assert [misfit.parameter for misfit in check_input(schema, {"a": ""})] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        None,
+        True,
+        7,
+        "string",
+        [],
+        [{"name": "prompt", "type": "string", "required": True}],
+        {},
+        {"parameters": []},
+        {"parameters": [{"name": "other", "type": "string"}, "prompt"]},
+        {"parameters": [{"name": "other", "type": "string"}, {"type": "string"}]},
+        {"parameters": [{"name": "other", "type": "string"}, {"name": 7, "type": "string"}]},
+        {"parameters": {"prompt": {"type": "integer", "required": True}}},
+        {"type": "object", "properties": {"prompt": {"type": "integer"}}, "required": ["prompt", "seed"]},
+        {"properties": {"prompt": {"type": "integer"}}},
+        {"other": {"type": "string"}, "more": "string"},
+        {"other": {"type": "string"}, "nested": {"prompt": {"type": "integer"}}},
+        {"other": {"type": "string"}, "more": {"type": ["string", "null"]}},
+    ],
+    ids=str,
+)
+def test_unreadable_schema_refuses_nothing(schema: object) -> None:
+    """A schema of another shape, or unreadable in part, refuses no key that it may declare."""
+    assert check_input(schema, {"prompt": "x"}) == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "value"),
+    [
+        ({"type": "hologram", "enum": ["a"], "min": 5}, "b"),
+        ({"type": "multiselect", "enum": ["a"]}, ["b"]),
+        ({"type": ["string", "null"], "enum": ["a"]}, 1),
+        ({"type": 7, "max": 1}, 2),
+        ({"type": "number", "enum": ["4", "8"]}, 4),
+        ({"type": "number", "enum": ["4", "8"]}, "4"),
+        ({"type": "string", "enum": [1080, 720]}, "1080"),
+        ({"type": "object", "enum": ["a"]}, {"b": 1}),
+        ({"type": "integer", "min": "one", "max": None}, -5),
+        ({"type": "integer", "min": True, "max": False}, -5),
+        ({"type": "number", "max": math.nan}, 5),
+        ({"type": "number", "min": 9, "max": 1}, 5),
+        ({"type": "string", "min": 9, "maxLength": 1}, "abc"),
+        ({"type": "integer", "exclusiveMinimum": 5}, 1),
+        ({"type": "string", "enum": "abc"}, "d"),
+        ({"type": "string", "enum": {"a": "A"}}, "d"),
+        ({"type": "string", "enum": []}, "d"),
+        ({"type": "string", "enum": [["a"]]}, "d"),
+        ({"type": "string", "options": [{"id": "a"}, {"id": "b"}]}, "d"),
+        ({"type": "array", "min": 3}, ["a"]),
+        ({"type": "select"}, {"any": "thing"}),
+        ({"type": "boolean", "min": 5}, True),
+        ({"required": True}, dt.date(2026, 1, 1)),
+    ],
+    ids=str,
+)
+def test_what_is_not_understood_refuses_no_value(facts: dict[str, Any], value: object) -> None:
+    """An unknown type, contradictory options and odd bounds leave that parameter unchecked."""
+    assert check_input({"p": facts}, {"p": value}) == ()
+    assert check_input({"parameters": [{"name": "p"} | facts]}, {"p": value}) == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "value"),
+    [
+        ({"type": "integer", "min": 0, "default": -1}, -1),
+        ({"type": "integer", "default": "auto"}, "auto"),
+        ({"type": "select", "enum": ["a"], "default": "auto"}, "auto"),
+    ],
+)
+def test_default_always_fits(facts: dict[str, Any], value: object) -> None:
+    """A parameter's own default passes, whatever else its description says; another such value does not."""
+    assert check_one(facts, value) == []
+    assert check_one({key: fact for key, fact in facts.items() if key != "default"}, value) != []
+
+
+@pytest.mark.parametrize(
+    ("facts", "fits", "misfit"),
+    [
+        ({"type": " String "}, "x", 1),
+        ({"type": "INT"}, 1, 1.5),
+        ({"type": "double"}, 1.5, "1"),
+        ({"type": "bool"}, True, 0),
+        ({"type": "dict"}, {}, []),
+        ({"type": "url"}, "https://x/y", ["https://x/y"]),
+        ({"type": None, "enum": ["a", 4]}, 4.0, "b"),
+        ({"enum": [True, "auto"]}, True, 1),
+        ({"enum": [1, 0]}, 1.0, True),
+        ({"min": 2, "max": 3}, 2, 4),
+        ({"minLength": 2}, "ab", "a"),
+        ({"type": "dropdown", "enum": ["a", "b"]}, ["a", "b"], ["a", "c"]),
+        ({"type": "array", "enum": [1, 2]}, [1.0], [True]),
+        ({"type": "array", "minItems": 2}, [1, 2], [1]),
+        ({"type": "string", "enum": ["a", None]}, "a", "b"),
+        ({"type": "string", "min": 1, "minLength": 3}, "abc", "ab"),
+        ({"type": "number", "min": 10**400}, 10**400, 1e308),
+        ({"type": "number", "min": 5, "enum": [4]}, 4, 6),
+    ],
+)
+def test_spellings(facts: dict[str, Any], fits: object, misfit: object) -> None:
+    """Plausible spellings are understood: the type in other words or left out, other bounds."""
+    assert check_one(facts, fits) == []
+    assert len(check_one(facts, misfit)) == 1
+
+
+@pytest.mark.parametrize(
+    ("facts", "wanted"),
+    [
+        ({"type": "integer", "min": 1}, "an integer of at least 1"),
+        ({"type": "number", "max": 2.5}, "a number of at most 2.5"),
+        ({"type": "string", "minLength": 2}, "a string with a length of at least 2"),
+        ({"type": "array", "maxItems": 3}, "an array with a length of at most 3"),
+        ({"type": "string", "enum": ["a", True, None]}, None),
+        ({"type": "select", "enum": ["a", True, 1.5]}, 'one of "a", true, 1.5'),
+        ({"type": "hologram"}, "any value"),
+    ],
+)
+def test_missing_one_is_told_what_would_be_right(facts: dict[str, Any], wanted: str | None) -> None:
+    """The message for a missing parameter describes its values as far as they are known."""
+    messages = check_one(facts | {"required": True}, None)
+    assert messages == ([f'Parameter "p" is required: {wanted}.'] if wanted else [])
+
+
+def test_options_may_stand_beside_an_enum_that_says_nothing() -> None:
+    """The first of the two spellings that holds plain values decides."""
+    for enum in (None, [], [["a"]], "a"):
+        schema = {"p": {"type": "string", "enum": enum, "options": [{"value": "b"}, "c"]}}
+        assert check_input(schema, {"p": "b"}) == check_input(schema, {"p": "c"}) == ()
+        assert len(check_input(schema, {"p": "a"})) == 1
+    assert check_input({"p": {"type": "string", "enum": ["a"], "options": ["b"]}}, {"p": "a"}) == ()
+
+
+def test_map_may_have_a_parameter_called_parameters() -> None:
+    """The shape is told by what `parameters` holds: a list, or the description of a parameter so called."""
+    schema = {"parameters": {"type": "object", "required": True}, "prompt": {"type": "string"}}
+    assert check_input(schema, {"parameters": {}, "prompt": "x"}) == ()
+    found = check_input(schema, {"prompt": 1, "promt": "x"})
+    assert [misfit.parameter for misfit in found] == ["parameters", "prompt", "promt"]
+
+
+def test_two_descriptions_of_one_name_are_not_enforced() -> None:
+    """Where two descriptions compete neither is enforced, but the name is known and others are not."""
+    one, other = ({"name": "p", "type": word, "required": True} for word in ("string", "integer"))
+    schema = {"parameters": [one, other]}
+    assert check_input(schema, {}) == check_input(schema, {"p": []}) == ()
+    assert [misfit.parameter for misfit in check_input(schema, {"q": 1})] == ["q"]
+
+
+@pytest.mark.parametrize(
+    ("groups", "refused"),
+    [
+        (None, True),
+        ("advanced", True),
+        ([], True),
+        (["advanced", {"title": "Advanced", "open": True}], True),
+        ([{"title": "Advanced", "parameters": ["prompt"]}], True),
+        ([{"title": "Advanced", "parameters": [{"name": "prompt"}]}], True),
+        ([{"title": "Advanced", "parameters": ["prompt", "seed"]}], False),
+        ([{"title": "Advanced", "parameters": [{"name": "seed", "type": "integer"}]}], False),
+        ([{"title": "Advanced", "parameters": [["seed"]]}], False),
+    ],
+)
+def test_group_may_declare_more(groups: object, *, refused: bool) -> None:
+    """Groups that hold more than the listed parameters may declare them: then no key is unknown."""
+    schema = {"parameters": [{"name": "prompt", "type": "string"}], "parameterGroups": groups}
+    assert bool(check_input(schema, {"seed": 1})) is refused
+
+
+def test_known_part_of_an_incomplete_schema_is_enforced() -> None:
+    """One unreadable entry takes back the refusal of unknown keys, and nothing else."""
+    schema = {"parameters": [{"name": "prompt", "type": "string", "required": True}, None]}
+    assert [misfit.parameter for misfit in check_input(schema, {"seed": 1})] == ["prompt"]
+    assert [misfit.parameter for misfit in check_input(schema, {"prompt": 1})] == ["prompt"]
+
+
+def test_messages_are_bounded_and_quote_no_long_value() -> None:
+    """Twenty kilobytes in a value, a key or a schema make no long message, and neither do huge numbers."""
+    secret = "s" * 20_000
+    schema = {
+        "text": {"type": "string", "max": 9},
+        "number": {"type": "integer", "max": 9},
+        "style": {"type": "select", "enum": [secret, *range(13)]},
+        secret: {"type": "string", "required": True, "min": 10**5_000},
+    }
+    given_ = {"text": secret, "number": 10**5_000, "style": [secret, secret[1:]], secret[1:]: 1}
+    found = check_input(schema, given_)
+    assert [misfit.parameter for misfit in found] == [secret, *given_]
+    assert all(len(misfit.message) < LONGEST_MESSAGE for misfit in found)
+    cut = '"' + "s" * 39 + "…"
+    assert [misfit.message for misfit in found] == [
+        f"Parameter {cut} is required: a string with a length of at least ….",
+        'Parameter "text" must be a string with a length of at most 9, not a string of 20000 characters.',
+        'Parameter "number" must be an integer of at most 9, not ….',
+        f'Parameter "style" must be one of {cut}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, …, not an array of 2.',
+        f'Parameter {cut} is not known to this model. It takes "text", "number", "style", {cut}.',
+    ]
+
+
+def test_values_up_to_forty_characters_are_shown_whole() -> None:
+    """A value of 40 characters is quoted, one of 41 only measured."""
+    facts = {"type": "string", "max": 1}
+    assert check_one(facts, "x" * 40)[0].endswith(f'not "{"x" * 40}".')
+    assert check_one(facts, "x" * 41)[0].endswith("not a string of 41 characters.")
+
+
+def test_twelve_options_are_listed_whole() -> None:
+    """The list of allowed values is cut after twelve, and says so."""
+    twelve, more = ({"type": "integer", "enum": [*range(length)]} for length in (12, 14))
+    assert check_one(twelve, 99) == [
+        'Parameter "p" must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, not 99.'
+    ]
+    assert check_one(more, 99) == [
+        'Parameter "p" must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, …, not 99.'
+    ]
+
+
+def test_messages_hold_no_control_characters() -> None:
+    """Line ends, escapes and lone surrogates are written as JSON escapes, other scripts as they are."""
+    message = check_one({"type": "boolean"}, "\x1b[31m\n\ud800")[0]
+    assert message == r'Parameter "p" must be a boolean, not "\u001b[31m\n\ud800".'
+    assert check_one({"type": "boolean"}, "да")[0].endswith('not "да".')
+
+
+def test_number_of_misfits_is_bounded() -> None:
+    """However many keys are wrong, the answer stays readable."""
+    schema = {"prompt": {"type": "string"}}
+    assert len(check_input(schema, {f"k{n}": n for n in range(MAX_MISFITS)})) == MAX_MISFITS
+    assert len(check_input(schema, {f"k{n}": n for n in range(10_000)})) == MAX_MISFITS
+
+
+def test_deep_values_are_no_trouble() -> None:
+    """Nesting beyond the recursion limit is neither compared nor written."""
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    schema = {
+        "a": {"type": "array", "default": deep},
+        "b": {"type": "select", "enum": [deep]},
+        "c": {"type": "select", "enum": ["x"]},
+        "d": {"type": "string", "default": deep},
+    }
+    found = check_input(schema, {"a": deep, "b": deep, "c": deep, "d": deep, "e": deep})
+    assert [misfit.parameter for misfit in found] == ["c", "d", "e"]
+
+
+def sandbox_values(parameter: Parameter) -> st.SearchStrategy[Any]:
+    """Generate values on, beside and far off what a parameter allows."""
+    edges = [edge + step for edge in (parameter.minimum, parameter.maximum) if edge for step in (-1, 0, 1)]
+    values: list[Any] = [None, True, False, "", "x", [], {}, parameter.default]
+    values += [-1, 0, 1, 2.5, math.nan, math.inf]
+    values += [kind(edge) for edge in edges for kind in (int, float, str)]
+    for option in parameter.options:
+        values += [option, [option], str(option)]
+        values += [float(option)] if isinstance(option, int) else []
+    texts = [int(edge) * "x" for edge in edges]
+    return (
+        st.sampled_from(values) | st.sampled_from(texts or ["y"]) | st.integers(-2, 15) | st.text(max_size=9)
+    )
+
+
+def sandbox_inputs(model: Model) -> st.SearchStrategy[dict[str, Any]]:
+    """Generate inputs of any of the model's parameters, now and then with a key that is not one."""
+    keys = {parameter.name: sandbox_values(parameter) for parameter in model.parameters}
+    good = {p.name: st.just(p.options[0] if p.options else "x") for p in model.parameters if p.required}
+    strange = st.sampled_from([{}] * 5 + [{"promt": "x"}, {"voice": "Kore"}, {"seed": 1}])
+    return st.builds(
+        lambda required, some, more: required | some | more,
+        st.fixed_dictionaries({}, optional=good) | st.fixed_dictionaries(good),
+        st.fixed_dictionaries({}, optional=keys),
+        strange,
+    )
+
+
+def sandbox_accepts(model: Model, given_: dict[str, Any]) -> bool:
+    """Ask the sandbox, which ignores no null and takes no 4.0 for 4: those two we take on purpose."""
+    plain = dict(given_)
+    for parameter in model.parameters:
+        value = plain.get(parameter.name)
+        if value is None and not parameter.required:
+            plain.pop(parameter.name, None)
+        elif parameter.type == "integer" and isinstance(value, float) and value.is_integer():
+            plain[parameter.name] = int(value)
+    try:
+        model.check(plain)
+    except Problem:
+        return False
+    return not model.warnings(plain)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+def test_agrees_with_the_sandbox(model: Model) -> None:
+    """An input is let through exactly where the sandbox takes it without a warning."""
+    schema = model.described()["input_schema"]
+    seen = set()
+
+    @given(sandbox_inputs(model))
+    def agrees(given_: dict[str, Any]) -> None:
+        accepted = sandbox_accepts(model, given_)
+        seen.add(accepted)
+        assert (check_input(schema, given_) == ()) is accepted
+
+    agrees()
+    assert seen == {True, False}
+
+
+SHAPE_WORDS = ("parameters", "parameterGroups", "name", "value")
+FACT_WORDS = ("type", "enum", "options", "default", "required", "min", "max", "minimum", "maximum")
+LENGTH_WORDS = ("minLength", "maxLength", "minItems", "maxItems")
+TYPE_WORDS = ("string", "integer", "number", "boolean", "array", "object", "select")
+words = st.sampled_from((*SHAPE_WORDS, *FACT_WORDS, *LENGTH_WORDS, *TYPE_WORDS, "prompt", "seed"))
+plain = (
+    st.none() | st.booleans() | st.integers() | st.floats() | words | st.text(st.characters(), max_size=60)
+)
+json_values = st.recursive(
+    plain | st.just(10**400),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(words | st.text(max_size=50), inner, max_size=5)
+    ),
+    max_leaves=20,
+)
+descriptions = st.dictionaries(words, json_values, max_size=6) | json_values
+named = st.builds(
+    lambda name, facts: {"name": name} | facts, words, st.dictionaries(words, json_values, max_size=6)
+)
+schemas = (
+    json_values
+    | st.dictionaries(words, descriptions, max_size=5)
+    | st.fixed_dictionaries(
+        {"parameters": st.lists(named | json_values, max_size=5)}, optional={"parameterGroups": json_values}
+    )
+)
+
+
+@given(schemas, st.dictionaries(words | st.text(max_size=100), json_values, max_size=6))
+@example({"p": {"type": "string", "min": math.inf}}, {"p": ""})
+def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
+    """Whatever the schema and the input, the answer is a bounded list that is the same each time."""
+    found = check_input(schema, given_)
+    assert found == check_input(schema, given_)
+    assert len(found) <= MAX_MISFITS
+    for misfit in found:
+        assert len(misfit.message) < LONGEST_MESSAGE
+        assert misfit.message.isprintable()
+        assert misfit.message.startswith("Parameter ")
+    missing = [" is required: " in misfit.message for misfit in found]
+    assert missing == sorted(missing, reverse=True)
+    if not isinstance(schema, Mapping):
+        assert found == ()
+
+
+@given(st.dictionaries(words, json_values, max_size=6), json_values)
+def test_null_is_at_most_missing_and_a_value_never(facts: dict[str, Any], value: object) -> None:
+    """However a parameter is described, null is refused only as missing, and a value never as that."""
+    words_of_refusal = " is required: " if value is None else " must be "
+    assert all(words_of_refusal in misfit.message for misfit in check_input({"p": facts}, {"p": value}))

@@ -1,0 +1,76 @@
+"""Logs: never in the way, never a terminal's command, never endless."""
+
+import logging
+import queue
+import time
+
+from prometheus_client import REGISTRY
+
+from receiver.logs import (
+    FIELD_LIMIT,
+    WRITING_DELAY,
+    _DroppingQueueHandler,
+    _escape_controls,
+    _limit_fields,
+    _UnhurriedListener,
+)
+
+
+def dropped() -> float:
+    """Return how many records were dropped so far."""
+    return REGISTRY.get_sample_value("receiver_log_records_dropped_total") or 0.0
+
+
+def test_a_full_queue_drops_and_counts() -> None:
+    """G10: a log that nobody reads costs records, not the service: writing never blocks."""
+    records: queue.Queue[logging.LogRecord] = queue.Queue(2)
+    handler = _DroppingQueueHandler(records)
+    before = dropped()
+    for number in range(5):
+        handler.emit(logging.LogRecord("x", logging.INFO, "x", number, "message", None, None))
+    assert records.qsize() == 2
+    assert dropped() == before + 3
+
+
+def test_records_are_written_together_and_none_is_lost() -> None:
+    """G10: the thread that writes wakes up now and then, and writes what is there when the process ends."""
+
+    class Records(queue.Queue[logging.LogRecord]):
+        waits = 0
+
+        def get(self, block: bool = True, timeout: float | None = None) -> logging.LogRecord:  # noqa: FBT001, FBT002
+            self.waits += block
+            return super().get(block, timeout)
+
+    class Written(logging.Handler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers: list[int] = []
+
+        def emit(self, record: logging.LogRecord) -> None:
+            self.numbers.append(record.lineno)
+
+    records, written = Records(), Written()
+    listener = _UnhurriedListener(records, written)
+    handler, began = _DroppingQueueHandler(records), time.monotonic()
+    listener.start()
+    for number in range(100):
+        handler.emit(logging.LogRecord("x", logging.INFO, "x", number, "message", None, None))
+        time.sleep(0.001)
+    listener.stop()
+    assert written.numbers == list(range(100))
+    assert records.waits <= (time.monotonic() - began) / WRITING_DELAY + 2
+
+
+def test_fields_are_cut() -> None:
+    """G7: what a provider or caller wrote cannot fill the disk with one record."""
+    event = _limit_fields(None, "info", {"event": "x", "error": "e" * 10_000, "count": 1})
+    assert event == {"event": "x", "error": "e" * FIELD_LIMIT + "…", "count": 1}
+
+
+def test_terminals_get_no_control_characters() -> None:
+    """G7: escape sequences in a payload do nothing to whoever watches; our own tracebacks stay readable."""
+    event = _escape_controls(
+        None, "info", {"error": "\x1b[31mred\r\nFAKE", "exception": "a\nb", "ok": "é ok"}
+    )
+    assert event == {"error": "\\x1b[31mred\\r\\nFAKE", "exception": "a\nb", "ok": "é ok"}
