@@ -148,7 +148,7 @@ def rows(postgres: Postgres, database: str, sql: str) -> list[list[str]]:
 def test_broken_brokers_lose_nothing_and_hold_up_nobody(
     postgres: Postgres, brokers: Brokers, tmp_path: Path
 ) -> None:
-    """E1, E4, E7: SIGSTOP for a while and kill -9 ten times each, under load; all that was acked arrives.
+    """E1, E4, E7, T8: SIGSTOP for a while and kill -9 ten times each, under load; all that was acked arrives.
 
     Meanwhile every event is acked and the destination beside them gets it as ever; nothing is marked as
     delivered that no broker has, and nothing at all where no queue takes it.

@@ -68,7 +68,7 @@ async def received(world: World) -> list[str]:
 async def test_a_lot_is_bounded_by_the_bytes_of_its_bodies(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C6: reading a lot's bodies must not outlast the transaction; one that is too large goes by itself."""
+    """C13: reading a lot's bodies must not outlast the transaction; one that is too large goes by itself."""
     names = ["r-0", "r-1", "r-2", "large", "r-3"]
     contents = [files(name, 40 if name == "large" else 4) for name in names]
     for content in contents:
@@ -105,7 +105,7 @@ async def test_small_bodies_are_read_with_their_events(world: World) -> None:
 async def test_a_lot_that_the_database_does_not_manage_is_halved(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C6: the oldest events come first in every lot; after a success it is as large as before."""
+    """C13: the oldest events come first in every lot; after a success it is as large as before."""
     insert = outbox.insert_deliveries
     sizes: list[int] = []
 
@@ -134,7 +134,7 @@ async def test_a_lot_that_the_database_does_not_manage_is_halved(
 
 
 async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C6: no statement adds more files than it has time for, of whichever state."""
+    """C13: no statement adds more files than it has time for, of whichever state."""
     monkeypatch.setattr(outbox, "ROWS_AT_ONCE", 10)
     world.rules = FileRules(max_files=12)
     for name in ("r-1", "r-2"):
@@ -146,7 +146,7 @@ async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.Monke
 
 
 async def test_files_are_read_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C6: a claim reads the files of a few events at a time."""
+    """C13: a claim reads the files of a few events at a time."""
     monkeypatch.setattr(outbox, "EVENTS_AT_ONCE", 2)
     world.rules = FileRules(max_files=2)
     for number in range(5):
@@ -164,7 +164,7 @@ async def test_files_are_read_in_slices(world: World, monkeypatch: pytest.Monkey
 async def test_a_claim_that_the_database_does_not_manage_is_halved(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C6: the same deliveries come first in every claim; after a success it asks for as many as before."""
+    """C13: the same deliveries come first in every claim; after a success it asks for as many as before."""
     load = outbox.load_media
     sizes: list[int] = []
 

@@ -432,7 +432,7 @@ async def test_the_token_is_committed_before_the_first_call(odd_world: World, od
 
 
 async def test_an_event_waits_for_an_answer_for_a_while_only(odd_world: World, odd: OddClipia) -> None:
-    """C13: no event waits for ever: after a minute without an answer it is forwarded."""
+    """C10: no event waits for ever: after a minute without an answer it is forwarded."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [refused(504, "service_unavailable")]
     job = await submitter.submit(MODEL, PROMPT)

@@ -82,7 +82,7 @@ def killed_at(strace: str, call: str, number: int, folder: Path) -> bool:
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])
 async def test_a_killed_write_leaves_a_whole_file_or_none(call: str, strace: str, tmp_path: Path) -> None:
-    """D10, D11: kill -9 at every call that changes the disk; the same download then ends with one file."""
+    """D10, D11, T3: kill -9 at every call that changes the disk; the next download ends with one file."""
     number = 1
     while killed_at(strace, call, number, tmp_path / str(number)):
         folder = tmp_path / str(number)

@@ -159,7 +159,7 @@ async def test_the_account_is_compared_to_the_fraction(odd_world: World, odd: Od
 
 
 async def test_fractions_move_to_another_database(odd_world: World, odd: OddClipia, tmp_path: Path) -> None:
-    """C9: an export has the fractions of events and jobs, and one of a release before has none."""
+    """F13: an export has the fractions of events and jobs, and one of a release before has none."""
     odd.script = [accepted("r-1", cost=12.5)]
     odd.others = priced(12.5, 12.25)
     submitter = odd_world.submitter()

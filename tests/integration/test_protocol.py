@@ -565,7 +565,7 @@ def test_half_request_behind_a_slow_one_waits_for_its_answer(impatient: Server) 
 
 
 def test_genuine_requests_beside_attackers(impatient: Server) -> None:
-    """B1: every genuine request is answered beside 200 half-open connections, and those are all closed."""
+    """B1, T13: genuine requests are all answered beside 200 half-open connections, which are closed."""
     with ExitStack() as stack:
         attackers = [stack.enter_context(impatient.connect()) for _ in range(200)]
         for number, attacker in enumerate(attackers):

@@ -152,7 +152,7 @@ async def test_the_settings_reach_the_downloader(tmp_path: Path, monkeypatch: py
 
 
 async def test_clipia_is_asked_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G3: CLIPIA_PROXY gets Clipia's name, and the key goes through the tunnel only."""
+    """D5: CLIPIA_PROXY gets Clipia's name, and the key goes through the tunnel only."""
     answer = response(json.dumps({"balance": {"credits": 7}}).encode(), "Content-Type: application/json")
     async with tls_site(tmp_path, API, answer) as (server, ca), proxy(server.port) as between:
         monkeypatch.setenv("SSL_CERT_FILE", ca)
@@ -186,7 +186,7 @@ async def test_what_a_proxy_refused_has_not_left(
 
 
 async def test_a_local_clipia_goes_past_the_proxy() -> None:
-    """G3: plain http is for this machine, whose loopback is not the proxy's."""
+    """D5: plain http is for this machine, whose loopback is not the proxy's."""
     answer = response(b"{}", "Content-Type: application/json")
     async with site(answer) as server, proxy(server.port) as between:
         client = ClipiaClient("clipia_live_x", base_url=server.origin, proxy=between.url)
@@ -197,7 +197,7 @@ async def test_a_local_clipia_goes_past_the_proxy() -> None:
 
 @pytest.mark.parametrize("status", ["204 No Content", "500 Oops"])
 async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status: str) -> None:
-    """E10: the event goes through the tunnel, and the tunnel's own 200 confirms nothing."""
+    """E1: the event goes through the tunnel, and the tunnel's own 200 confirms nothing."""
     async with (
         tls_site(tmp_path, "orders.example", response(b"", status=status)) as (server, ca),
         proxy(server.port) as between,
@@ -225,7 +225,7 @@ async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status
 
 @pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "junk", "cut"])
 async def test_a_refusal_of_the_proxy_is_about_the_destination(answer: bytes) -> None:
-    """E10: an event whose tunnel is refused is tried again; it is no dead letter."""
+    """E4: an event whose tunnel is refused is tried again; it is no dead letter."""
     async with site(b"") as server, proxy(server.port, answer=answer) as between:
         destination = open_destination(
             DestinationSettings(
@@ -285,14 +285,14 @@ async def test_proxies_of_the_environment_are_ignored(
 def test_a_proxy_that_is_none_stops_the_start(
     variable: str, value: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G2: the setting is named and its value is not."""
+    """G8: the setting is named and its value is not."""
     with pytest.raises(SettingsError, match=variable) as caught:
         open_settings(monkeypatch, **{variable: value})
     assert "very-secret" not in str(caught.value)
 
 
 def test_a_proxy_is_for_http_destinations() -> None:
-    """G2: a proxy that a destination's client would not use is refused."""
+    """D5: a proxy that a destination's client would not use is refused."""
     with pytest.raises(ValueError, match="alone"):
         DestinationSettings(
             name="a", url=SecretStr("redis://127.0.0.1"), proxy=SecretStr("http://127.0.0.1:3128")

@@ -233,7 +233,7 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
 
 @pytest.mark.parametrize("errors", [(None, "answered 503"), ("answered 503", None), (None, None)])
 async def test_tries_keep_their_errors(pair: tuple[World, World], errors: tuple[str | None, ...]) -> None:
-    """D14: a delivery whose tries ended differently arrives with all of them."""
+    """E12: a delivery whose tries ended differently arrives with all of them."""
     here, there = pair
     await here.add_history(plain("r-1"))
     (delivery, *_) = await here.rows(deliveries)
@@ -327,7 +327,7 @@ async def test_two_imports_at_once_are_one(pair: tuple[World, World]) -> None:
 async def test_an_import_keeps_no_webhook_waiting(
     databases: Databases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C6: while a source that is new is imported, its webhooks are stored; no lock is held for longer."""
+    """C13: while a source that is new is imported, its webhooks are stored; no lock is held for longer."""
     world = await databases.world("postgresql")
     insert_new, stored = transfer._insert_new, 0
 

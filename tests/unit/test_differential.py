@@ -172,7 +172,7 @@ def deliveries(draw: st.DrawFn) -> Delivery:
 
 
 def test_we_accept_nothing_that_the_sdk_refuses() -> None:
-    """A1, A3, A5, A8, A9: but for several `v1` and bodies beyond UTF-8, our verdict is never milder."""
+    """A1, A3, A5, A8, A9, T22: but for several `v1` and bodies beyond UTF-8, our verdict is never milder."""
     tally: Counter[str] = Counter()
 
     @given(delivery=deliveries())

@@ -49,7 +49,7 @@ def test_every_extra_that_is_demanded_stands_in_its_pin(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_every_pin_is_one_version_with_its_hashes(name: str) -> None:
-    """Nothing may be installed that nobody has named."""
+    """G12: a package that is not pinned by version and hash is never installed."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         assert re.match(r"[\w.\[\],-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line), line
@@ -95,7 +95,7 @@ def test_make_and_the_readme_install_alike() -> None:
 
 @pytest.mark.parametrize("name", packaging_files())
 def test_nothing_is_installed_without_a_hash(name: str) -> None:
-    """Requirements come from a locked file, and what builds the package is installed from one, too."""
+    """G12: requirements come from a locked file, and what builds the package is installed from one, too."""
     for _command, *arguments in pip_commands(name):
         if arguments == ["uv"] or any(each.startswith("clipia-receiver[") for each in arguments):
             continue  # the tool of `make lock`; a user's own project

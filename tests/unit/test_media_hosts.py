@@ -120,7 +120,7 @@ def test_odd_letters_are_encoded(url: str, target: bytes) -> None:
 
 
 def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """C6: a usual URL of an allowed origin is not parsed at all, and a foreign origin once."""
+    """D1: a usual URL of an allowed origin is not parsed at all, and a foreign origin once."""
     hosts = MediaHosts.parse(["media.clipia.ai", "http://[::1]:9000"])
     parsed: list[str] = []
 

@@ -460,7 +460,7 @@ def attempt(raw: bytes) -> Generation | None:
 )
 @settings(max_examples=5000, deadline=None)
 def test_any_bytes(raw: bytes) -> None:
-    """B7, B8: no bytes whatever raise anything but the one error."""
+    """B7, B8, T22: no bytes whatever raise anything but the one error."""
     attempt(raw)
     assert same_json(raw, raw)
 

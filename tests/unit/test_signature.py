@@ -517,7 +517,7 @@ def test_other_white_space_hides_no_element(space: bytes) -> None:
 )
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_are_refused_with_a_reason(header: bytes) -> None:
-    """A9: no header whatever makes `verify` raise anything but its own error."""
+    """A9, T22: no header whatever makes `verify` raise anything but its own error."""
     assert refusal(header) in {"ambiguous", "format", "mismatch"}
 
 
