@@ -147,7 +147,7 @@ async def _open_worker(
         await parts.storage.sweep()
     except StorageUnavailable as error:
         # Webhooks are taken all the same, and files wait until they can be stored.
-        log.error("storage not cleaned up", error=str(error))  # noqa: TRY400 - our own words
+        log.error("storage not cleaned up", error=str(error))
     stack.push_async_callback(parts.downloader.close)
     await parts.downloader.start()
     down = await stack.enter_async_context(started(parts.destinations))

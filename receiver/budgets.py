@@ -10,7 +10,13 @@ from receiver.clipia.catalogue import PRICE_HOLDS, Catalogue
 from receiver.clipia.job_request import JobRequest, read_input
 from receiver.db import spending
 from receiver.db.rows import NewJob, Submission
-from receiver.errors import AccountRefused, ClipiaUnavailable, DatabaseUnavailable, Refused, RefusedForNow
+from receiver.errors import (
+    AccountRefused,
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    RefusedForNow,
+    RequestError,
+)
 from receiver.price import Credits, total
 
 ANYONE: Final = "*"
@@ -26,7 +32,7 @@ class Budgets:
         self._budgets = budgets
 
     async def price(self, request: JobRequest, caller: str, catalogue: Catalogue) -> Credits | None:
-        """Return the price if there is a limit to it. Raises Refused for one above `max_cost`."""
+        """Return the price if there is a limit to it. Raises RequestError for one above `max_cost`."""
         if request.max_cost is None and self._of(caller) is None:
             return None
         estimate = await catalogue.estimate(request.model, request.input)
@@ -35,18 +41,17 @@ class Budgets:
         return price
 
     async def hold(self, connection: AsyncConnection, job: NewJob) -> None:
-        """Raise Refused if a job, which this transaction has inserted, exceeds what its caller has left."""
+        """Raise RequestError if a job of this transaction exceeds the rest of its caller's budget."""
         budget = self._of(job.caller)
         if budget is None:
             return
         spent = await spending.spent_today(connection, job.caller)
         if spent > budget:
             before = total((spent, -(job.cost or 0)))
-            raise Refused(
+            raise RequestError(
                 f"the job costs {job.cost} credits; of today's {budget} for {job.caller!r} "
                 f"{before} are spent or reserved (a new day begins at 00:00 UTC)",
                 code="budget_exceeded",
-                status=402,
                 type_="billing_error",
             )
 
@@ -56,16 +61,15 @@ class Budgets:
 
 def _require_at_most(max_cost: Credits | None, price: Credits) -> None:
     if max_cost is not None and price > max_cost:
-        raise Refused(
+        raise RequestError(
             f"the job costs {price} credits, more than its max_cost of {max_cost}",
             code="max_cost_exceeded",
-            status=402,
             type_="billing_error",
         )
 
 
 async def require_price(submission: Submission, catalogue: Catalogue, *, age: float) -> None:
-    """Raise Refused if a job that was made `age` seconds ago costs more than its `max_cost` by now.
+    """Raise RequestError if a job that was made `age` seconds ago costs more than its `max_cost` by now.
 
     Raises ClipiaUnavailable if the price cannot be known.
     """

@@ -8,7 +8,9 @@
     ├── SignatureError           a webhook whose signature or freshness does not hold (`reason`)
     ├── UnrecognizedBody         an authentic body that cannot be used as an event (`reason`)
     ├── PermanentError           trying again cannot help (`reason`)
-    │   ├── Refused              a job or a call that Clipia or we turn down (`status`, `type`, `code`)
+    │   ├── RequestError         a job or a call is invalid, or its state does not allow it (`code`, `type`)
+    │   │   ├── RequestTooLarge
+    │   │   └── RefusedByClipia  Clipia refuses a job or a call for good (`status`)
     │   ├── MediaBlocked         the guard refused a URL, an address or a file
     │   └── PublishRejected      the destination refused this message for good
     └── TransientError           trying again later may help (`reason`, `retry_after`)
@@ -50,7 +52,7 @@ class SignatureError(ReceiverError):
         self.reason = reason
 
 
-class UnrecognizedBody(ReceiverError):  # noqa: N818 - the event's state is called `unrecognized`
+class UnrecognizedBody(ReceiverError):
     """An authentic body that is not a usable event: not JSON, no `request_id`, an unknown status."""
 
     def __init__(self, reason: str) -> None:
@@ -66,11 +68,28 @@ class PermanentError(ReceiverError):
         self.reason = reason
 
 
-class Refused(PermanentError):  # noqa: N818 - a verdict
-    """A job or a call that Clipia, or this service in its place, turns down for good.
+class RequestError(PermanentError):
+    """A job or a call is invalid, or the state of its object does not allow it.
 
-    `status`, `type` and `code` are as in Clipia's own errors; `job_id` is the job's where one was made.
+    `code` says which of these; `api.answers` has the HTTP status of each code. `type` is as in Clipia's own
+    errors. `job_id` is the job's, if one was made.
     """
+
+    def __init__(
+        self, message: str, *, code: str, type_: str = "invalid_request_error", job_id: str | None = None
+    ) -> None:
+        super().__init__(message, reason=code)
+        self.type = type_
+        self.code = code
+        self.job_id = job_id
+
+
+class RequestTooLarge(RequestError):
+    """A body has more bytes than the receiver or Clipia takes."""
+
+
+class RefusedByClipia(RequestError):
+    """Clipia refuses a job or a call for good; `status`, `type` and `code` are those of its answer."""
 
     def __init__(
         self,
@@ -81,18 +100,15 @@ class Refused(PermanentError):  # noqa: N818 - a verdict
         type_: str = "invalid_request_error",
         job_id: str | None = None,
     ) -> None:
-        super().__init__(message, reason=code)
+        super().__init__(message, code=code, type_=type_, job_id=job_id)
         self.status = status
-        self.type = type_
-        self.code = code
-        self.job_id = job_id
 
 
-class MediaBlocked(PermanentError):  # noqa: N818 - the media row's state is called `blocked`
+class MediaBlocked(PermanentError):
     """The media guard refused a URL, an address, a redirect or a file."""
 
 
-class PublishRejected(PermanentError):  # noqa: N818 - a verdict, like its siblings
+class PublishRejected(PermanentError):
     """The destination refused this message for good."""
 
 
@@ -105,7 +121,7 @@ class TransientError(ReceiverError):
         self.retry_after = retry_after
 
 
-class ClipiaUnavailable(TransientError):  # noqa: N818 - states a condition
+class ClipiaUnavailable(TransientError):
     """The Clipia API did not answer, refused for now, or answered what nobody can use.
 
     `reason` is Clipia's code where it gave one. Unless `may_have_arrived` is False, the request may have been
@@ -152,11 +168,11 @@ class RefusedForNow(ClipiaUnavailable):
         self.type = type_
 
 
-class DatabaseUnavailable(TransientError):  # noqa: N818 - states a condition
+class DatabaseUnavailable(TransientError):
     """The database did not answer in time, refused, or cannot write."""
 
 
-class MediaUnavailable(TransientError):  # noqa: N818 - states a condition
+class MediaUnavailable(TransientError):
     """The CDN did not deliver a whole file this time."""
 
 
@@ -180,9 +196,9 @@ class MediaDoubtful(MediaUnavailable):
         self.sha256 = sha256
 
 
-class StorageUnavailable(TransientError):  # noqa: N818 - states a condition
+class StorageUnavailable(TransientError):
     """Our own storage cannot take a file now: full, read-only or unreachable."""
 
 
-class PublishFailed(TransientError):  # noqa: N818 - states a condition
+class PublishFailed(TransientError):
     """The destination did not confirm; the message may or may not have arrived."""

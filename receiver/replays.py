@@ -20,13 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.output_files import FileRules
 from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, refusal
+from receiver.core.routing import Facts, mismatch
 from receiver.db import job_events, leases, outbox, replays, tables, workers
 from receiver.db.database import Database
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
 from receiver.destination_settings import FilterSettings
-from receiver.errors import Refused, SettingsError, TransientError
+from receiver.errors import RequestError, SettingsError, TransientError
 from receiver.lanes.base import (
     LEASE,
     MAX_LOST,
@@ -109,13 +109,12 @@ class Replays:
     async def order(self, request: ReplayRequest, *, key: str | None, caller: str) -> dict[str, Any]:
         """Order a replay, or return the one that this caller's key already stands for.
 
-        Raises Refused for a destination that is not configured and for a key that stands for another order.
+        Raises RequestError for an unknown destination and for a key that stands for another order.
         """
         if key is not None and (not 0 < len(key) <= LONGEST_KEY or not key.isprintable()):
-            raise Refused(
+            raise RequestError(
                 f"Idempotency-Key: write from 1 to {LONGEST_KEY} printable characters",
                 code="invalid_request",
-                status=400,
             )
         destinations = self._destinations(request)
         # Without `force` the fingerprint is that of the releases which did not know it.
@@ -141,15 +140,14 @@ class Replays:
             if not await replays.insert_order(connection, order, scope, matched=matched):
                 known = await replays.find(connection, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
-                    raise Refused(
+                    raise RequestError(
                         "this Idempotency-Key was used for another replay",
                         code="idempotency_key_reuse",
-                        status=409,
                     )
                 order_id = known.id
             found = await replays.show(connection, order_id)
         if found is None:
-            raise Refused("the replay vanished while it was looked up", code="not_found", status=404)
+            raise RequestError("the replay vanished while it was looked up", code="not_found")
         log.info("replay ordered", replay_id=str(order_id), by=caller, events=found["matched"])
         self._wake(REPLAY_LANE)
         return found
@@ -168,7 +166,7 @@ class Replays:
             events += len(page)
             scope = replace(scope, after_seq=reached)
             counts.update(
-                name for each in facts for name, wanted in filters.items() if refusal(wanted, each) is None
+                name for each in facts for name, wanted in filters.items() if mismatch(wanted, each) is None
             )
         return {"events": events, "deliveries": dict(counts)}
 
@@ -199,13 +197,12 @@ class Replays:
     def _destinations(self, request: ReplayRequest) -> list[str]:
         if unknown := [name for name in request.to if name not in self._filters]:
             known = ", ".join(self._filters) or "none"
-            raise Refused(
+            raise RequestError(
                 f"there is no destination {unknown[0]!r}; configured: {known}",
                 code="invalid_request",
-                status=400,
             )
         if not self._filters:
-            raise Refused("no destination is configured", code="invalid_request", status=400)
+            raise RequestError("no destination is configured", code="invalid_request")
         return list(request.to or self._filters)
 
 
@@ -339,7 +336,7 @@ class ReplayLane(WorkLane):
         for event, each in zip(page, facts, strict=True):
             for name in order.destinations:
                 target = self._targets[name]
-                if refusal(target.filter, each) is not None:
+                if mismatch(target.filter, each) is not None:
                     continue
                 fetching = event.state == "fetching" or event.seq in loading
                 (held if target.waits_for_media and fetching else due).append((event.seq, name))
@@ -372,11 +369,10 @@ async def _facts(connection: AsyncConnection, page: Sequence[ReplayedEvent]) -> 
 
 
 async def _find_scope(connection: AsyncConnection, selection: Selection) -> replays.Scope:
-    """Return what a selection may reach. Raises Refused for ids that there are not."""
+    """Return what a selection may reach. Raises RequestError for ids that there are not."""
     if selection.ids and (unknown := await replays.find_unknown(connection, selection)):
-        raise Refused(
+        raise RequestError(
             f"there is no event {', '.join(map(repr, unknown[:5]))}{' …' if unknown[5:] else ''}",
             code="invalid_request",
-            status=400,
         )
     return await replays.find_scope(connection, selection)

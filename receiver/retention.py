@@ -19,7 +19,7 @@ from uuid import UUID
 from receiver.db import pruning
 from receiver.db.database import Database
 from receiver.db.pruning import StoredFile
-from receiver.errors import Refused
+from receiver.errors import RequestError
 from receiver.media import Storage
 
 SHORTEST: Final = timedelta(days=30)
@@ -68,13 +68,12 @@ class Erased:
 
 
 async def begin(database: Database, *, older_than: timedelta) -> Pruned:
-    """Return the beginning of a run. Raises Refused for an age below SHORTEST, and DatabaseUnavailable."""
+    """Begin a run. Raises DatabaseUnavailable, and RequestError for an age below SHORTEST."""
     if older_than < SHORTEST:
-        raise Refused(
+        raise RequestError(
             f"events are kept for {SHORTEST.days} days at least: a webhook that comes again after its event "
             "was deleted is taken for a new one, and forwarded again",
             code="invalid_request",
-            status=400,
         )
     async with database.read() as connection:
         return Pruned(before=await pruning.moment_ago(connection, seconds=older_than.total_seconds()))
@@ -160,7 +159,7 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
     Its body, its deliveries, its files, and the input and the metadata of its job are deleted. A tombstone
     stays, so that a late delivery is still a duplicate. After a failure the same call goes on.
 
-    Raises Refused if something is left to do for the event, or if several sources have this `request_id`;
+    Raises RequestError if work is left for the event, or if several sources have this `request_id`;
     DatabaseUnavailable and StorageUnavailable.
     """
     async with database.write() as connection:
@@ -168,18 +167,15 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
         if not found:
             return None
         if len(found) > 1:
-            raise Refused(
+            raise RequestError(
                 "events of several sources have this request_id: name one by its id",
                 code="ambiguous",
-                status=409,
             )
         event = found[0]
         locked = await pruning.lock(connection, [event.seq], dead_letters=True)
         if not await pruning.select_settled(connection, locked, dead_letters=True):
             left = await pruning.what_is_left(connection, event.seq) or ["something else is at work on it"]
-            raise Refused(
-                f"the event cannot be erased yet: {', '.join(left)}", code="not_settled", status=409
-            )
+            raise RequestError(f"the event cannot be erased yet: {', '.join(left)}", code="not_settled")
         files = await pruning.list_files(connection, locked)
         await pruning.erase_events(connection, locked)
         await pruning.erase_jobs(connection, locked)

@@ -9,7 +9,7 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Send
 
-from receiver.errors import Refused
+from receiver.errors import RefusedByClipia, RequestError, RequestTooLarge
 
 _UNREAD: Final = (
     HTTPStatus.UNAUTHORIZED,
@@ -28,6 +28,28 @@ _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
     }
 )
 _RETRY_AFTER: Final = b"5"
+
+_STATUSES: Final[Mapping[str, HTTPStatus]] = MappingProxyType(
+    {
+        "invalid_token": HTTPStatus.UNAUTHORIZED,
+        "budget_exceeded": HTTPStatus.PAYMENT_REQUIRED,
+        "max_cost_exceeded": HTTPStatus.PAYMENT_REQUIRED,
+        "insufficient_scope": HTTPStatus.FORBIDDEN,
+        "model_not_found": HTTPStatus.NOT_FOUND,
+        "not_found": HTTPStatus.NOT_FOUND,
+        "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
+        "account_changed": HTTPStatus.CONFLICT,
+        "ambiguous": HTTPStatus.CONFLICT,
+        "idempotency_key_reuse": HTTPStatus.CONFLICT,
+        "not_cancelable": HTTPStatus.CONFLICT,
+        "not_resubmittable": HTTPStatus.CONFLICT,
+        "not_settled": HTTPStatus.CONFLICT,
+        "outcome_unknown": HTTPStatus.CONFLICT,
+        "request_id_taken": HTTPStatus.CONFLICT,
+        "service_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+    }
+)
+"""The status of each `code` of a RequestError; 400 for the others."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 CLOSE: Final[Headers] = ((b"connection", b"close"),)
@@ -57,17 +79,27 @@ async def send_json(send: Send, status: int, body: bytes | dict[str, Any], heade
     await send({"type": "http.response.body", "body": content})
 
 
-def refusal(error: Refused) -> Response:
-    """Answer with an error in Clipia's shape, and the job's id where one was made."""
+def status_of(error: RequestError) -> int:
+    """Return the HTTP status of an error: Clipia's own, or the one of its `code`."""
+    if isinstance(error, RefusedByClipia):
+        return error.status
+    if isinstance(error, RequestTooLarge):
+        return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    return _STATUSES.get(error.code, HTTPStatus.BAD_REQUEST)
+
+
+def error_response(error: RequestError) -> Response:
+    """Answer with an error in Clipia's shape, and the job's id if one was made."""
+    status = status_of(error)
     body = error_body(error.type, error.code, str(error), job_id=error.job_id)
-    headers = {"www-authenticate": "Bearer"} if error.status == HTTPStatus.UNAUTHORIZED else {}
-    if error.status in _UNREAD:
+    headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else {}
+    if status in _UNREAD:
         headers["connection"] = "close"
-    return Response(body, error.status, headers, "application/json")
+    return Response(body, status, headers, "application/json")
 
 
-def raw_refusal(status: HTTPStatus, default_headers: Headers) -> bytes:
-    """Return a whole refusal as it goes over the wire, for a request that the application never gets."""
+def raw_error_response(status: HTTPStatus, default_headers: Headers) -> bytes:
+    """Return a whole error answer as it goes over the wire, for a request that the application never gets."""
     code, message = _REASONS[status]
     again = status == HTTPStatus.SERVICE_UNAVAILABLE
     body = error_body("api_error" if again else "invalid_request_error", code, message)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 
-from receiver.errors import Refused
+from receiver.errors import RequestError
 from receiver.settings import ApiToken, Scope
 
 
@@ -45,21 +45,19 @@ class Tokens:
         return found
 
     def require(self, headers: Headers, scope: Scope) -> Caller:
-        """Return the caller; raise Refused where it has no token (401) or not the scope (403)."""
+        """Return the caller; raise RequestError where it has no token (401) or not the scope (403)."""
         caller = self.caller(headers)
         if caller is None:
             hint = "" if self._callers else " None is configured yet: set RECEIVER_API_TOKENS."
-            raise Refused(
+            raise RequestError(
                 f"Send Authorization: Bearer <token>.{hint}",
                 code="invalid_token",
-                status=401,
                 type_="authentication_error",
             )
         if scope not in caller.scopes:
-            raise Refused(
+            raise RequestError(
                 f"This needs the scope `{scope}`.",
                 code="insufficient_scope",
-                status=403,
                 type_="permission_error",
             )
         return caller

@@ -14,9 +14,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from receiver.api.answers import error_body, refusal
+from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Tokens
-from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, ReceiverError, Refused, SettingsError
+from receiver.errors import (
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    ReceiverError,
+    RequestError,
+    RequestTooLarge,
+    SettingsError,
+)
 from receiver.settings import Scope
 
 LARGEST_PAGE: Final = 200
@@ -24,7 +31,7 @@ LARGEST_BODY: Final = 1024 * 1024 + 65_536
 """Bytes: a request to Clipia of the largest size, and what is written around it."""
 BODY_WAIT: Final = 10.0
 """Seconds that a body may take to arrive."""
-EXPECTED: Final = (Refused, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
+EXPECTED: Final = (RequestError, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
 """Errors that are an answer."""
 
 Handler = Callable[[Request, Caller], Awaitable[Response]]
@@ -66,8 +73,8 @@ def _guard(
 
 def answer_error(error: ReceiverError) -> Response:
     """Answer with an expected error; `EXPECTED` lists them."""
-    if isinstance(error, Refused):
-        return refusal(error)
+    if isinstance(error, RequestError):
+        return error_response(error)
     if isinstance(error, SettingsError):
         code, message, wait = "not_configured", str(error), 60.0
     elif isinstance(error, ClipiaUnavailable):
@@ -82,14 +89,12 @@ def answer_error(error: ReceiverError) -> Response:
 
 
 async def read_object(request: Request, *, optional: bool = False) -> dict[str, Any]:
-    """Read the JSON object of a body; with `optional` no body is an empty one. Raises Refused."""
+    """Read the JSON object of a body; with `optional` no body is an empty one. Raises RequestError."""
     try:
         async with asyncio.timeout(BODY_WAIT):
             raw = await _read_body(request)
     except TimeoutError:
-        raise Refused(
-            f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout", status=408
-        ) from None
+        raise RequestError(f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout") from None
     if optional and not raw:
         return {}
     try:
@@ -120,12 +125,12 @@ async def _read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > LARGEST_BODY:
-            raise Refused(f"the body is larger than {LARGEST_BODY} bytes", code="invalid_request", status=413)
+            raise RequestTooLarge(f"the body is larger than {LARGEST_BODY} bytes", code="invalid_request")
     return bytes(body)
 
 
 def read_query(request: Request) -> dict[str, str]:
-    """Return the parameters of a list. Raises Refused."""
+    """Return the parameters of a list. Raises RequestError."""
     for name, value in request.query_params.multi_items():
         if "\0" in name + value:
             raise invalid(f"{name[:64]!r}: no database stores NUL")
@@ -146,7 +151,7 @@ def _plain(value: object) -> str:
 
 
 def read_choice(query: dict[str, str], name: str, choices: Sequence[str]) -> str | None:
-    """Take a parameter that has only so many values out of a query. Raises Refused."""
+    """Take a parameter that has only so many values out of a query. Raises RequestError."""
     value = query.pop(name, None)
     if value is not None and value not in choices:
         raise invalid(f"{name}: write one of {', '.join(choices)}")
@@ -154,14 +159,14 @@ def read_choice(query: dict[str, str], name: str, choices: Sequence[str]) -> str
 
 
 def read_limit(text: str) -> int:
-    """Read the size of a page. Raises Refused."""
-    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= LARGEST_PAGE):  # noqa: PLR2004
+    """Read the size of a page. Raises RequestError."""
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= LARGEST_PAGE):
         raise invalid(f"limit: write a number from 1 to {LARGEST_PAGE}")
     return int(text)
 
 
 def read_time(name: str, text: str | None) -> datetime | None:
-    """Read a moment; one without a zone is UTC. Raises Refused."""
+    """Read a moment; one without a zone is UTC. Raises RequestError."""
     if text is None:
         return None
     try:
@@ -180,9 +185,9 @@ def nothing_left(query: Mapping[str, str]) -> None:
         raise invalid(f"{min(query)}: is no filter of this list")
 
 
-def invalid(message: str) -> Refused:
+def invalid(message: str) -> RequestError:
     """Return the refusal of bad input."""
-    return Refused(message, code="invalid_request", status=400)
+    return RequestError(message, code="invalid_request")
 
 
 async def while_connected(request: Request, work: Awaitable[T]) -> T:

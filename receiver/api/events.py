@@ -32,7 +32,7 @@ from receiver.db import outbox, reads
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState, EventState, EventStatus
-from receiver.errors import Refused, StorageUnavailable
+from receiver.errors import RequestError, StorageUnavailable
 from receiver.media import Storage
 from receiver.replays import ReplayRequest, Replays
 
@@ -104,10 +104,9 @@ class Ledger:
             erased = None if "\0" in id_ else await retention.erase(self._database, storage, id_)
         except StorageUnavailable as error:
             log.warning("files not deleted", key=id_, error=str(error))
-            raise Refused(
+            raise RequestError(
                 "The event is erased and its files are not: the storage is unavailable. Send it again.",
                 code="service_unavailable",
-                status=503,
                 type_="api_error",
             ) from None
         finally:
@@ -150,7 +149,7 @@ class Ledger:
             raise _nothing("delivery")
         done = await self._restart(DeadLetters(ids=[delivery_id]), caller, limit=1)
         if not done:
-            raise Refused("there is no dead letter with this id", code="not_found", status=404)
+            raise RequestError("there is no dead letter with this id", code="not_found")
         return json_answer({"restarted": done}, status=202)
 
     async def _retry_many(self, request: Request, caller: Caller) -> Response:
@@ -227,7 +226,7 @@ class Ledger:
         if replay_id is None or await self._replays.show(replay_id) is None:
             raise _nothing("replay")
         if not await self._replays.cancel(replay_id, by=caller.name):
-            raise Refused("the replay has ended", code="not_cancelable", status=409)
+            raise RequestError("the replay has ended", code="not_cancelable")
         return json_answer(cast("dict[str, Any]", await self._replays.show(replay_id)))
 
 
@@ -253,7 +252,7 @@ def _page(rows: list[dict[str, Any]], limit: int, cursor: str) -> dict[str, Any]
 def _number(text: str | None) -> int | None:
     if text is None:
         return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):  # noqa: PLR2004 - a 64-bit integer
+    if not (text.isascii() and text.isdigit() and len(text) < 19):
         raise invalid("cursor: is none of ours")
     return int(text)
 
@@ -271,5 +270,5 @@ def _text(value: object) -> str | None:
     return value
 
 
-def _nothing(what: str) -> Refused:
-    return Refused(f"there is no such {what}", code="not_found", status=404)
+def _nothing(what: str) -> RequestError:
+    return RequestError(f"there is no such {what}", code="not_found")

@@ -24,7 +24,7 @@ from receiver.api.endpoints import (
 )
 from receiver.clipia.job_request import MOST_METADATA, JobRequest
 from receiver.db.rows import JobState, new_id
-from receiver.errors import Refused
+from receiver.errors import RequestError
 from receiver.submitter import Job, Submitter
 
 LONGEST_WAIT: Final = 300.0
@@ -58,7 +58,7 @@ class Jobs:
         given = [value for name, value in request.headers.raw if name == b"idempotency-key"]
         raw = given[0] if given else str(new_id()).encode()
         try:
-            response = await self._issue(request, caller, _read_key(raw) if len(given) < 2 else "")  # noqa: PLR2004
+            response = await self._issue(request, caller, _read_key(raw) if len(given) < 2 else "")
         except EXPECTED as error:
             response = answer_error(error)
         # On every answer: who has sent no key needs the one that was made to send the same job again.
@@ -157,7 +157,7 @@ class Jobs:
             waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
             job = await while_connected(request, waited)
         if job is None:
-            raise Refused("there is no such job", code="not_found", status=404)
+            raise RequestError("there is no such job", code="not_found")
         return job
 
 

@@ -11,10 +11,10 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from receiver.api.answers import error_body, refusal
+from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
-from receiver.errors import ReceiverError, Refused
+from receiver.errors import ReceiverError, RequestError
 from receiver.logs import (
     BACKLOG,
     BACKLOG_OLDEST,
@@ -108,13 +108,13 @@ class Metrics:
         if self._tokens:
             try:
                 self._tokens.require(request.headers, "read")
-            except Refused as error:
-                return refusal(error)
+            except RequestError as error:
+                return error_response(error)
         await self._update_gauges()
         registry = REGISTRY
         if self._multiprocess:
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)  # type: ignore[no-untyped-call] # prometheus_client gives it no types
+            MultiProcessCollector(registry)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _update_gauges(self) -> None:

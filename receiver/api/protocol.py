@@ -20,7 +20,7 @@ import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from receiver.api.answers import HEAD_COMPLETE, raw_refusal
+from receiver.api.answers import HEAD_COMPLETE, raw_error_response
 from receiver.api.bodies import BodyParts
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
 from receiver.api.memory import DEFAULT_BUDGET, Account, MemoryBudget
@@ -29,7 +29,7 @@ _NOTABLE_HEAD: Final = 4096
 """Bytes of a read from which on it is worth counting those of its head; no more than MAX_HEADER_BYTES."""
 
 
-class _Refused(Exception):  # noqa: N818 - no error of ours: it stops the parser once a request is refused
+class _Refused(Exception):
     pass
 
 
@@ -346,7 +346,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _write_error(self, status: HTTPStatus) -> None:
-        self.transport.write(raw_refusal(status, self.server_state.default_headers))
+        self.transport.write(raw_error_response(status, self.server_state.default_headers))
 
     def _linger(self) -> None:
         """Close, but read on for a while.

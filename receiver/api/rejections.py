@@ -1,4 +1,4 @@
-"""Refused webhooks: each is counted, and a line for each reason is logged once a second at most."""
+"""RequestError webhooks: each is counted, and a line for each reason is logged once a second at most."""
 
 import time
 from typing import Final

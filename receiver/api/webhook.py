@@ -55,14 +55,14 @@ _NOT_STORED: Final[_Answer] = (503, _UNAVAILABLE, ((b"retry-after", RETRY_AFTER)
 log = structlog.get_logger()
 
 
-class _RefusedBody(Exception):  # noqa: N818 - an answer, not an error
+class _RefusedBody(Exception):
     def __init__(self, status: int, reason: str, body: bytes) -> None:
         self.status = status
         self.reason = reason
         self.body = body
 
 
-class _Disconnected(Exception):  # noqa: N818 - nobody is left to be told
+class _Disconnected(Exception):
     pass
 
 
@@ -191,7 +191,7 @@ class Callback:
             return 401, _UNAUTHORIZED, ()
         except DatabaseUnavailable as error:
             WEBHOOKS.labels(source, "unavailable").inc()
-            log.error("webhook not stored", source=source, reason=error.reason, error=str(error))  # noqa: TRY400
+            log.error("webhook not stored", source=source, reason=error.reason, error=str(error))
             return _NOT_STORED
         except _Disconnected:
             raise

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, print_json, stdout
-from receiver.core.routing import refusal
+from receiver.core.routing import mismatch
 from receiver.db import inbox, job_events, reads
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
@@ -35,7 +35,7 @@ def route(
             refs = await job_events.load_refs(connection, [seq])
         facts = facts_of(event, found["model"], refs.get(seq))
         return [
-            {"destination": each.name, "refused": refusal(each.filter, facts)}
+            {"destination": each.name, "refused": mismatch(each.filter, facts)}
             for each in settings.all_destinations
         ]
 

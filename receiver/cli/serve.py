@@ -143,7 +143,7 @@ class Server(uvicorn.Server):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Note what to do at the next tick."""
         if sig == signal.SIGINT:
             self.force_exit = self.should_exit

@@ -86,7 +86,7 @@ class Supervisor:
             self._start()
         except OSError as error:
             # No memory, or no process more is allowed: that may pass, and the others still serve.
-            log.error("web process not replaced", error=type(error).__name__)  # noqa: TRY400 - our own words
+            log.error("web process not replaced", error=type(error).__name__)
             self._due.append(time.monotonic() + RESTART_PAUSE)
 
     def _note(self, number: int, _frame: object) -> None:
@@ -127,7 +127,7 @@ def _end_metrics(process: SpawnProcess) -> None:
     """Drop the gauges of a process that has ended: an open circuit of its own would be shown for ever."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         with contextlib.suppress(OSError):
-            mark_process_dead(process.pid)  # type: ignore[no-untyped-call] # prometheus_client gives it no types
+            mark_process_dead(process.pid)
 
 
 def _run_child(target: Target, listeners: Sequence[socket.socket]) -> None:

@@ -45,7 +45,7 @@ def size(count: int) -> str:
     """Return a number of bytes for people: `12.3 KiB`."""
     amount = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024 or unit == "GiB":  # noqa: PLR2004 - 1024 to the next unit
+        if amount < 1024 or unit == "GiB":
             break
         amount /= 1024
     return f"{count} B" if unit == "B" else f"{amount:.1f} {unit}"

@@ -24,7 +24,7 @@ Timeout = Annotated[
 ]
 
 
-class GaveUp(Exception):  # noqa: N818 - the end of a wait
+class GaveUp(Exception):
     """A wait ended without what was waited for; `status` is the exit status."""
 
     def __init__(self, message: str, status: int) -> None:

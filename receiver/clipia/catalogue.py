@@ -14,7 +14,7 @@ from receiver.clipia.job_request import encode, join_warnings
 from receiver.core.input_schema import Misfit, check_input
 from receiver.db import accounts
 from receiver.db.database import Database
-from receiver.errors import ClipiaUnavailable, Refused
+from receiver.errors import ClipiaUnavailable, RequestError
 from receiver.settings import InputCheck
 
 FRESH: Final = 600.0
@@ -108,7 +108,7 @@ def _again(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
 
 
 class Catalogue:
-    """What Clipia offers. Every method raises Refused, ClipiaUnavailable and DatabaseUnavailable."""
+    """What Clipia offers. Every method raises RequestError, ClipiaUnavailable and DatabaseUnavailable."""
 
     def __init__(self, database: Database, client: ClipiaClient, *, input_check: InputCheck = "on") -> None:
         self._database = database
@@ -131,9 +131,8 @@ class Catalogue:
     ) -> list[dict[str, Any]]:
         """Return warnings of keys that the model's schema does not have; Clipia takes them all the same.
 
-        Raises Refused for a model that there is not, and for an input that it would refuse; if it is `strict`
-        (None: as the settings say), for those keys, too. While Clipia is away an unknown model is not held
-        against the job.
+        Raises RequestError for a model that does not exist and for an input that it would refuse; if `strict`
+        (None: as the settings say), for those keys, too. While Clipia is away an unknown model passes.
         """
         strict = self._input_check == "strict" if strict is None else strict
         if self._input_check == "off" and not strict:
@@ -149,7 +148,7 @@ class Catalogue:
         if any(strict or not misfit.unknown for misfit in misfits):
             # All of them: a key that is not known may be the one that is missing, with a typo.
             message = " ".join(misfit.message for misfit in misfits[:5])
-            raise Refused(message, code="model_input_invalid", status=400)
+            raise RequestError(message, code="model_input_invalid")
         return [
             {"code": "unknown_parameter", "parameter": misfit.parameter, "message": misfit.message}
             for misfit in misfits
@@ -230,4 +229,4 @@ class Catalogue:
 def _refuse_path(slug: str) -> None:
     # It becomes a part of a path, where dots at its start would lead elsewhere.
     if slug.startswith("."):
-        raise Refused(f"There is no model {slug[:64]!r}.", code="model_not_found", status=404)
+        raise RequestError(f"There is no model {slug[:64]!r}.", code="model_not_found")

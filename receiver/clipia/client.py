@@ -30,7 +30,7 @@ from receiver.core.lenient_json import REPLACEMENT, read_whole
 from receiver.core.payload import MAX_ID_LENGTH, is_request_id
 from receiver.core.quota import RateHeaders
 from receiver.core.retry import longest_wait
-from receiver.errors import ClipiaUnavailable, Refused, SettingsError, UnrecognizedBody
+from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError, UnrecognizedBody
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
 from receiver.settings import Settings
@@ -142,7 +142,7 @@ def open_client(settings: Settings) -> "ClipiaClient | None":
 
 
 class ClipiaClient:
-    """Calls of one account. Every method raises Refused or ClipiaUnavailable.
+    """Calls of one account. Every method raises RequestError or ClipiaUnavailable.
 
     Each takes a `Call`, whose `headers` are set once an answer came, errors included.
     """
@@ -318,7 +318,7 @@ def _unusable_id(request_id: object) -> Exception:
     ):
         return TypeError("request_id")
     # Clipia would give the same answer to every other try.
-    return Refused(
+    return RefusedByClipia(
         f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
         code=UNUSABLE_ID,
         status=502,
@@ -326,10 +326,10 @@ def _unusable_id(request_id: object) -> Exception:
 
 
 def _refuse_path(request_id: str) -> None:
-    """Raise Refused for an id of dots between slashes: some servers decode a path before they resolve it."""
+    """Raise RequestError for an id with `.` or `..` between slashes: some servers resolve decoded paths."""
     parts = re.split(r"[/\\]", unquote(unquote(request_id)))
     if any(part.strip() in (".", "..") for part in parts):
-        raise Refused("The id cannot be asked for.", code="not_found", status=404)
+        raise RequestError("The id cannot be asked for.", code="not_found")
 
 
 def _per_cent(value: Any) -> int | None:
@@ -353,4 +353,4 @@ def _count_down(headers: httpx.Headers) -> None:
 
 def _number(text: str | None) -> int | None:
     text = (text or "").strip()
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None  # noqa: PLR2004
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None

@@ -7,7 +7,7 @@ from clipia import ClipiaApiError
 
 from receiver.core.lenient_json import clean_text
 from receiver.core.retry import MAX_RETRY_AFTER
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow
+from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow
 from receiver.masking import mask
 
 _FOR_NOW: Final = (402, 403)
@@ -45,7 +45,7 @@ def translate(error: ClipiaApiError) -> Exception:
     is_in_progress = code == "request_in_progress" or (status == httpx.codes.CONFLICT and not code)
     may_pass = is_in_progress or status in _NOT_READ or status >= httpx.codes.INTERNAL_SERVER_ERROR
     if is_clipias and not may_pass:
-        return Refused(message, code=reason, status=status, type_=type_)
+        return RefusedByClipia(message, code=reason, status=status, type_=type_)
     return ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
 
 

@@ -10,7 +10,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from receiver.db.rows import NewJob, digest_token, new_id
-from receiver.errors import Refused
+from receiver.errors import RequestError, RequestTooLarge
 from receiver.price import MOST, Credits, read_credits
 from receiver.settings import DEFAULT_SOURCE
 
@@ -51,13 +51,13 @@ class JobRequest(BaseModel):
 
     @classmethod
     def read(cls, values: object) -> "JobRequest":
-        """Raise Refused, which says what is wrong, for anything that is not a job."""
+        """Raise RequestError, which says what is wrong, for anything that is not a job."""
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
             where = ".".join(str(part)[:64] for part in first["loc"]) or "the body"
-            raise Refused(f"{where}: {first['msg']}", code="invalid_request", status=400) from None
+            raise RequestError(f"{where}: {first['msg']}", code="invalid_request") from None
         encode([[[[request.input]]]])  # it has to fit into lists and messages, whose depth is bounded
         return request
 
@@ -73,7 +73,7 @@ class JobRequest(BaseModel):
     ) -> NewJob:
         """Make the row of a new job, with the request as it will be sent on every try.
 
-        Raises Refused where the input cannot be sent.
+        Raises RequestError where the input cannot be sent.
         """
         job_id, token = new_id(), new_token()
         return NewJob(
@@ -106,7 +106,7 @@ def new_token() -> str:
 
 
 def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, public_url: str | None) -> bytes:
-    """Return the bytes that are sent to Clipia. Raises Refused where there are none or too many."""
+    """Return the bytes that are sent to Clipia. Raises RequestError where there are none or too many."""
     content: dict[str, Any] = {"input": given}
     if public_url is not None:
         # The path names the job, so that its event finds it even before the answer to the submission. The
@@ -115,10 +115,9 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
         content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > LARGEST_REQUEST:
-        raise Refused(
+        raise RequestTooLarge(
             f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
             code="invalid_request",
-            status=413,
         )
     return request
 
@@ -127,14 +126,13 @@ def freeze_again(request: bytes, job_id: uuid.UUID, public_url: str | None) -> t
     """Return the bytes with which a job is submitted anew, and the digest of their token.
 
     A new key is a new request: it goes to where the callback is now, and with a new token the webhook of the
-    old request does not end the job. Raises Refused as `encode_request` does, and if the input was deleted.
+    old request does not end the job. Raises RequestError as `encode_request` does, and for a deleted input.
     """
     given = read_input(request)
     if given is None:
-        raise Refused(
+        raise RequestError(
             "the job's input was deleted, so the job cannot be submitted again",
             code="not_resubmittable",
-            status=409,
         )
     token = new_token()
     return encode_request(given, job_id, token, public_url), digest_token(token)
@@ -153,28 +151,27 @@ def join_warnings(ours: list[dict[str, Any]], clipias: list[Any]) -> list[Any]:
 
 
 def check_caller(caller: str) -> str:
-    """Return a caller's name; raise Refused for one that cannot be stored as it is."""
-    if not 0 < len(caller) <= 63 or not caller.isprintable():  # noqa: PLR2004 - the column's width
-        raise Refused("caller: write from 1 to 63 printable characters", code="invalid_request", status=400)
+    """Return a caller's name; raise RequestError for one that cannot be stored as it is."""
+    if not 0 < len(caller) <= 63 or not caller.isprintable():
+        raise RequestError("caller: write from 1 to 63 printable characters", code="invalid_request")
     return caller
 
 
 def check_key(key: str) -> str:
-    """Return a caller's idempotency key; raise Refused for one that cannot be stored as it is."""
-    if not 0 < len(key) <= 255 or not key.isprintable():  # noqa: PLR2004 - the column's width
-        raise Refused(
-            "Idempotency-Key: write from 1 to 255 printable characters", code="invalid_request", status=400
+    """Return a caller's idempotency key; raise RequestError for one that cannot be stored as it is."""
+    if not 0 < len(key) <= 255 or not key.isprintable():
+        raise RequestError(
+            "Idempotency-Key: write from 1 to 255 printable characters", code="invalid_request"
         )
     return key
 
 
 def encode(value: Any) -> bytes:
-    """Return JSON, the same for the same content. Raises Refused for what is none, or nested too deeply."""
+    """Return JSON, the same for the same content. Raises RequestError for other values and deep nesting."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, RecursionError):
-        raise Refused(
+        raise RequestError(
             "input: is not JSON: write objects, lists, text, numbers to 64 bits, true, false and null",
             code="invalid_request",
-            status=400,
         ) from None

@@ -20,7 +20,7 @@ class Facts:
     metadata: Mapping[str, str]
 
 
-def refusal(wanted: FilterSettings, facts: Facts) -> str | None:
+def mismatch(wanted: FilterSettings, facts: Facts) -> str | None:
     """Return why an event is not for a destination with this filter, None where it is."""
     exact = {"status": facts.status, "source": facts.source, "caller": facts.caller}
     for name, value in exact.items():

@@ -51,7 +51,7 @@ class _ListOf(TypeDecorator[Collection[Any]]):
         return json.dumps([each.hex if isinstance(each, UUID) else each for each in values])
 
 
-class among(FunctionElement[bool]):  # noqa: N801 - written like an SQL function
+class among(FunctionElement[bool]):
     """Whether a column's value is one of a list, which is the parameter `name`."""
 
     type = Boolean()
@@ -60,7 +60,7 @@ class among(FunctionElement[bool]):  # noqa: N801 - written like an SQL function
     def __init__(self, column: Column[Any], name: str) -> None:
         super().__init__(column, bindparam(name, type_=_ListOf(column.type)))
 
-    def self_group(self, against: Any = None) -> "among":  # noqa: ARG002 - a signature of SQLAlchemy's
+    def self_group(self, against: Any = None) -> "among":
         """Stand in a condition as it is; SQLite uses no index for what is compared with 1 to be true."""
         return self
 
@@ -74,7 +74,7 @@ def _postgresql(element: among, compiler: SQLCompiler, **kw: Any) -> str:
 @compiles(among, "sqlite")
 def _sqlite(element: among, compiler: SQLCompiler, **kw: Any) -> str:
     column, values = (compiler.process(each, **kw) for each in element.clauses)
-    return f"{column} IN (SELECT value FROM json_each({values}))"  # noqa: S608 - a column and a parameter
+    return f"{column} IN (SELECT value FROM json_each({values}))"
 
 
 class Rows:

@@ -93,7 +93,7 @@ def _insert_columns() -> str:
     """Return PostgreSQL's statement; its parameters are an array for each field, in their order."""
     fields = {name: events.c[name] for name in _OF_EVENT}
     fields |= {name: receipts.c[name] for name in (*_OF_RECEIPT, "outcome")}
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call] # SQLAlchemy gives it no types
+    dialect = postgresql.dialect()
     arrays = [
         # A cast to a text of limited length would cut what is longer, where an insert refuses it.
         f"${number}::{'text' if isinstance(column.type, String) else column.type.compile(dialect)}[]"
@@ -113,7 +113,7 @@ def _insert_columns() -> str:
             INSERT INTO sources (name) SELECT DISTINCT source FROM arrived ORDER BY 1 ON CONFLICT DO NOTHING
         )
         SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
-    """  # noqa: S608 - our own names only
+    """
 
 
 _INSERT: Final = _insert_columns()
@@ -183,7 +183,7 @@ _MAKE_VIEW: Final = (
             SELECT last_insert_rowid(), {_new(_IN_RECEIPT)} WHERE changes() > 0;
         INSERT INTO sources (name) VALUES (NEW.source) ON CONFLICT DO NOTHING;
     END
-    """,  # noqa: S608 - our own names only
+    """,
 )
 
 
@@ -195,7 +195,7 @@ def _in_view(arrival: Arrival) -> Iterator[Any]:
 @cache
 def _insert_into_view(rows: int) -> str:
     row = f"({', '.join('?' * len(_IN_VIEW))})"
-    return f"INSERT INTO {_VIEW} VALUES {', '.join([row] * rows)}"  # noqa: S608 - our own names only
+    return f"INSERT INTO {_VIEW} VALUES {', '.join([row] * rows)}"
 
 
 def _sqlite_value(value: Any) -> Any:

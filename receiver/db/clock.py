@@ -14,7 +14,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from receiver.db.tables import UtcDateTime
 
 
-class db_time(FunctionElement[Any]):  # noqa: N801 - written like the SQL function that it is
+class db_time(FunctionElement[Any]):
     """The database's current time plus a number of seconds: `db_time(0.0)`, `db_time(bindparam(...))`."""
 
     type = UtcDateTime()
@@ -35,7 +35,7 @@ def _sqlite(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
 
 
-class statement_time(FunctionElement[Any]):  # noqa: N801 - likewise
+class statement_time(FunctionElement[Any]):
     """The database's time when the statement began, which an index can be searched for: `statement_time()`.
 
     For one that goes on while the statement runs PostgreSQL would look at every row.
@@ -56,7 +56,7 @@ def _sqlite_statement(_element: statement_time, _compiler: SQLCompiler, **_kw: A
     return "strftime('%Y-%m-%d %H:%M:%f000', 'now')"
 
 
-class seconds_since(FunctionElement[float]):  # noqa: N801 - likewise
+class seconds_since(FunctionElement[float]):
     """Seconds from a column's time until now, by the database's clock."""
 
     type = Float()
@@ -74,7 +74,7 @@ def _sqlite_since(element: seconds_since, compiler: SQLCompiler, **kw: Any) -> s
     return f"((julianday('now') - julianday({compiler.process(element.clauses, **kw)})) * 86400.0)"
 
 
-class unix_time(FunctionElement[float]):  # noqa: N801 - likewise
+class unix_time(FunctionElement[float]):
     """Unix seconds of the database's clock."""
 
     type = Float()

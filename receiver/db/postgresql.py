@@ -131,7 +131,7 @@ class Statements:
         await self._engine.dispose()
 
 
-class _Lost(Exception):  # noqa: N818 - states a condition
+class _Lost(Exception):
     """The session was lost with the statement."""
 
     def __init__(self, error: BaseException) -> None:

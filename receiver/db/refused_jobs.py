@@ -150,7 +150,7 @@ async def find_wide(connection: AsyncConnection, account: str, *, accepted_at: f
     since = and_(is_refused, same_environment(account), is_since)
     kinds = select(jobs.c.model, jobs.c.cost, jobs.c.cost_micros).where(since).distinct()
     found = (await connection.execute(kinds)).all()
-    if len(found) < SEVERAL or len({row.model for row in found}) < 2:  # noqa: PLR2004 - several models
+    if len(found) < SEVERAL or len({row.model for row in found}) < 2:
         return None
     last = select(jobs.c.error).where(since).order_by(jobs.c.updated_at.desc()).limit(1)
     error: str | None = (await connection.execute(last)).scalar_one_or_none()

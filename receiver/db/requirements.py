@@ -98,7 +98,7 @@ _MISSING_RIGHTS: Final = text("""
 async def _require_durable_sqlite(connection: AsyncConnection) -> None:
     checks: tuple[tuple[str, Callable[[Any], bool]], ...] = (
         ("journal_mode", lambda value: value == "wal"),
-        ("synchronous", lambda value: value >= 2),  # noqa: PLR2004 - 2 is FULL, 3 is EXTRA
+        ("synchronous", lambda value: value >= 2),
     )
     for name, holds in checks:
         value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()

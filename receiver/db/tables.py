@@ -62,7 +62,7 @@ class PlainUuid(TypeDecorator[UUID]):
     impl = Uuid
     cache_ok = True
 
-    def process_result_value(self, value: Any, dialect: Dialect) -> UUID | None:  # noqa: ARG002
+    def process_result_value(self, value: Any, dialect: Dialect) -> UUID | None:
         """Read a UUID."""
         return value if value is None or type(value) is UUID else UUID(int=value.int)
 

@@ -36,7 +36,7 @@ _LOST: Final = (
 _SQLITE_MISTAKES: Final = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
 
 
-class SessionLost(Exception):  # noqa: N818 - states a condition
+class SessionLost(Exception):
     """The session leads to a server that takes no writes any more."""
 
 

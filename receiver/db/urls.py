@@ -177,7 +177,7 @@ def _split_hosts(text: str) -> tuple[list[str], list[int] | None]:
 
 def _port(text: str) -> int:
     number = _number("port", text)
-    if not 0 < number < 65536:  # noqa: PLR2004 - 16 bits
+    if not 0 < number < 65536:
         raise SettingsError(f"{_NAME}: port has to be from 1 to 65535")
     return number
 

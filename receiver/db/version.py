@@ -31,7 +31,7 @@ def read(connection: Connection, known: frozenset[str]) -> Version | None:
     """Return the schema's version, or None if it was never migrated; `known` are our revisions."""
     names = _tables(connection)
     if VERSION_TABLE in names:
-        row = connection.execute(text(f"SELECT version_num, serves FROM {VERSION_TABLE}")).one_or_none()  # noqa: S608
+        row = connection.execute(text(f"SELECT version_num, serves FROM {VERSION_TABLE}")).one_or_none()
         return None if row is None else Version(revision=row.version_num, serves=row.serves)
     revision = _former(connection, names, known)
     return None if revision is None else Version(revision=revision)
@@ -67,7 +67,7 @@ def prepare(connection: Connection, known: frozenset[str], created: frozenset[st
 
 def record(connection: Connection, serves: str) -> None:
     """Note the oldest revision whose release can run on the schema."""
-    connection.execute(text(f"UPDATE {VERSION_TABLE} SET serves = :serves"), {"serves": serves})  # noqa: S608
+    connection.execute(text(f"UPDATE {VERSION_TABLE} SET serves = :serves"), {"serves": serves})
 
 
 def _tables(connection: Connection) -> frozenset[str]:
@@ -88,5 +88,5 @@ def _former(connection: Connection, names: frozenset[str], known: frozenset[str]
     # Other applications count their revisions from 0001, too.
     if _FORMER not in names or not names >= _FIRST_TABLES:
         return None
-    revisions = connection.execute(text(f"SELECT version_num FROM {_FORMER}")).scalars().all()  # noqa: S608
+    revisions = connection.execute(text(f"SELECT version_num FROM {_FORMER}")).scalars().all()
     return str(revisions[0]) if len(revisions) == 1 and revisions[0] in known else None

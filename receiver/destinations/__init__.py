@@ -164,6 +164,6 @@ async def _start(name: str, destination: Destination) -> bool:
     try:
         await destination.start()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is one destination's trouble
-        log.error("destination is down", destination=name, error=sentence(error))  # noqa: TRY400 - our own words
+        log.error("destination is down", destination=name, error=sentence(error))
         return False
     return True

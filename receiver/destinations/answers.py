@@ -101,7 +101,7 @@ class RawAnswer:
                 is_possible = b"HTTP/".startswith(self._noted[:5].upper()) and b"\n" not in self._noted
                 return not is_possible or len(self._noted) > MAX_HEAD
             status = int(line[2])
-            if status >= 200 or status == _SWITCHING_PROTOCOLS:  # noqa: PLR2004 - 1xx end there
+            if status >= 200 or status == _SWITCHING_PROTOCOLS:
                 self.status, self._fields = status, line.end() - line.start(1)
                 del self._noted[: line.start(1)]
                 return True
@@ -150,7 +150,7 @@ class NotingNetwork(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        timeout: float | None = None,
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -166,7 +166,7 @@ class _NotingStream(httpcore.AsyncNetworkStream):
         self._answer: RawAnswer | None = None
         self._has_more = False
 
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:  # noqa: ASYNC109 - as above
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Read and note until there is something for h11, or the end."""
         self._answer = answer = current.get()
         while data := await self._stream.read(max_bytes, timeout):
@@ -174,7 +174,7 @@ class _NotingStream(httpcore.AsyncNetworkStream):
                 return passed
         return b""
 
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:  # noqa: ASYNC109 - as above
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Write."""
         current.get().on_write(buffer)
         await self._stream.write(buffer, timeout)
@@ -187,7 +187,7 @@ class _NotingStream(httpcore.AsyncNetworkStream):
         self,
         ssl_context: ssl.SSLContext,
         server_hostname: str | None = None,
-        timeout: float | None = None,  # noqa: ASYNC109 - as above
+        timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
         """Return the connection under TLS, of which the decrypted bytes are noted."""
         return _NotingStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))

@@ -15,9 +15,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 # aiokafka comes without types.
-from aiokafka import AIOKafkaProducer  # type: ignore[import-untyped]
-from aiokafka.conn import create_conn  # type: ignore[import-untyped]
-from aiokafka.errors import (  # type: ignore[import-untyped]
+from aiokafka import AIOKafkaProducer
+from aiokafka.conn import create_conn
+from aiokafka.errors import (
     AuthenticationFailedError,
     ClusterAuthorizationFailedError,
     InvalidProducerIdMapping,
@@ -129,7 +129,7 @@ class KafkaDestination(Broker):
     async def check(self) -> None:
         """See whether the topic is there and can be written, and warn where a broker may lose it."""
         copies = await self._connections.run(_Producer.count_copies)
-        if copies < 2:  # noqa: PLR2004
+        if copies < 2:
             self._warn_of_losses("the topic has one replica: what is confirmed is lost with its broker")
 
     async def publish(self, event: CloudEvent) -> None:
@@ -210,7 +210,7 @@ class _Producer(Connection):
         partitions = cluster._partitions[topic]  # noqa: SLF001 - told nowhere else
         return min(len(partition.replicas) for partition in partitions.values())
 
-    def survives(self, failure: Failure) -> bool:  # noqa: ARG002 - whichever it is
+    def survives(self, failure: Failure) -> bool:
         """Return False.
 
         A producer would try to send what has timed out for as long as the process lives, and after a refused

@@ -80,7 +80,7 @@ def read_url(settings: DestinationSettings) -> Place:
         if stream is not None and not _STREAM.fullmatch(stream):
             raise ValueError("no stream's name")
         credentials, nkey = url.options.get("creds"), url.options.get("nkey")
-        if [url.user, credentials, nkey].count(None) < 2 or "" in {credentials, nkey}:  # noqa: PLR2004
+        if [url.user, credentials, nkey].count(None) < 2 or "" in {credentials, nkey}:
             raise ValueError("more than one login, or a file without a name")
         is_token = url.password is None
         return Place(

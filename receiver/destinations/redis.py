@@ -170,7 +170,7 @@ class RedisDestination(Broker):
         timeout = stretched(SENTINEL_TIMEOUT, settings.timeout)
         login = {"username": place.sentinel_user, "password": place.sentinel_password}
         asking = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
-        self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)  # type: ignore[no-untyped-call] # it has no types
+        self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)
         client: Redis = self._sentinels.master_for(place.primary)
         return client
 
@@ -198,7 +198,7 @@ class RedisDestination(Broker):
         if isinstance(pool, SentinelConnectionPool) and now >= self._asks_again_at:
             self._asks_again_at = now + PRIMARY_INTERVAL
             try:
-                await pool.get_master_address()  # type: ignore[no-untyped-call] # it has no types
+                await pool.get_master_address()
             except MasterNotFoundError:
                 # Sentinels that are away are no reason to leave a primary that works, or to ask each time.
                 self._asks_again_at = time.monotonic() + 10 * PRIMARY_INTERVAL

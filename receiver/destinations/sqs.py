@@ -19,9 +19,9 @@ from types import MappingProxyType
 from typing import Any, Final
 
 # aiobotocore comes without types.
-from aiobotocore.config import AioConfig  # type: ignore[import-untyped]
-from aiobotocore.session import get_session  # type: ignore[import-untyped]
-from botocore.exceptions import (  # type: ignore[import-untyped]
+from aiobotocore.config import AioConfig
+from aiobotocore.session import get_session
+from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectTimeoutError,

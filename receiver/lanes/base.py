@@ -25,7 +25,7 @@ from receiver.db.database import Database
 from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, ReplayedEvent, StoredEvent
 from receiver.destination_settings import FilterSettings
 from receiver.destinations import Destination
-from receiver.errors import DatabaseUnavailable, ReceiverError
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, ReceiverError, RequestError
 
 LEASE: Final = 60.0
 """Seconds that a claim holds; the worker renews it while it works."""
@@ -174,3 +174,10 @@ def error_text(code: str, message: str, *, status: int | None = None, type_: str
     """Return an error in the words of an API as one bounded text, which is JSON."""
     error = {"type": type_, "code": code, "message": message[:ERROR_LIMIT], "status": status}
     return orjson.dumps({name: value for name, value in error.items() if value is not None}).decode()
+
+
+def stored_error(error: RequestError | ClipiaUnavailable) -> str:
+    """Return an error as JSON for a job's row, with the HTTP status if it is Clipia's answer."""
+    return error_text(
+        error.reason, str(error), status=getattr(error, "status", None), type_=getattr(error, "type", None)
+    )

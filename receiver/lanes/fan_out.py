@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.core.output_files import FileRules, Listing
 from receiver.core.payload import Generation, parse
 from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, refusal
+from receiver.core.routing import Facts, mismatch
 from receiver.db import inbox, job_events, jobs, outbox
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
@@ -166,7 +166,7 @@ class FanOut:
             is_fetching = any(ref.skip is None for ref in listing.files)
             states["fetching" if is_fetching else "ready"].append(event.seq)
             for target in self._targets:
-                if refusal(target.filter, each) is None:
+                if mismatch(target.filter, each) is None:
                     waits = is_fetching and target.waits_for_media
                     (held if waits else due).append((event.seq, target.name))
         states["unrecognized"] = [event.seq for event, generation in parsed if generation is None]
@@ -217,7 +217,7 @@ def _read(event: StoredEvent) -> Generation | None:
         return parse(event.body)
     except UnrecognizedBody as error:
         # It was recognized when it came in: this release reads more strictly than the one that stored it.
-        log.error("event not recognized", event_id=str(event.id), reason=error.reason)  # noqa: TRY400
+        log.error("event not recognized", event_id=str(event.id), reason=error.reason)
         return None
 
 

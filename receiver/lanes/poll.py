@@ -24,11 +24,11 @@ from receiver.errors import (
     AccountRefused,
     ClipiaUnavailable,
     DatabaseUnavailable,
-    Refused,
     RefusedForNow,
+    RequestError,
     UnrecognizedBody,
 )
-from receiver.lanes.base import LEASE, Work, WorkLane, error_text
+from receiver.lanes.base import LEASE, Work, WorkLane, error_text, stored_error
 from receiver.logs import POLLS
 from receiver.settings import DEFAULT_SOURCE
 
@@ -92,7 +92,7 @@ class PollLane(WorkLane):
                 # The first call's share was taken at the claim.
                 await self._learn(call.headers, extra_calls=1)
                 result = await self._client.result(request.request_id, call=call)
-        except (Refused, ClipiaUnavailable) as error:
+        except (RequestError, ClipiaUnavailable) as error:
             await self._not_answered(claim, request, error, call)
             return
         await self._learn(call.headers)
@@ -108,12 +108,12 @@ class PollLane(WorkLane):
         await self._end(claim, request, result_body(request.request_id, ended, result))
 
     async def _not_answered(
-        self, claim: Claim, request: OpenRequest, error: Refused | ClipiaUnavailable, call: Call
+        self, claim: Claim, request: OpenRequest, error: RequestError | ClipiaUnavailable, call: Call
     ) -> None:
         POLLS.labels("failed").inc()
         log.warning("job not asked for", job_id=str(claim.id), reason=error.reason, error=str(error))
-        text = error_text(error.reason, str(error), status=error.status)
-        throttled = error if error.status == 429 and isinstance(error, ClipiaUnavailable) else None  # noqa: PLR2004
+        text = stored_error(error)
+        throttled = error if isinstance(error, ClipiaUnavailable) and error.status == 429 else None
         if not await self._give_up(claim, request, text, after=_patience(error, request)):
             wait = error.retry_after if isinstance(error, ClipiaUnavailable) else None
             await self._later(claim, request, error=text, at_least=wait or 0.0)
@@ -207,9 +207,9 @@ class PollLane(WorkLane):
             await accounts.learn(connection, self._client.account, headers, change)
 
 
-def _patience(error: Refused | ClipiaUnavailable, request: OpenRequest) -> float:
+def _patience(error: RequestError | ClipiaUnavailable, request: OpenRequest) -> float:
     """Return the seconds for which a job is asked for in spite of such an error."""
-    if isinstance(error, Refused | RefusedForNow) or error.reason == "unreadable":
+    if isinstance(error, RequestError | RefusedForNow) or error.reason == "unreadable":
         return GIVE_UP_AFTER
     if isinstance(error, AccountRefused):
         return SILENT_GIVE_UP_AFTER
@@ -244,7 +244,7 @@ class FreshUrls:
         except (ClipiaUnavailable, DatabaseUnavailable):
             self._answers.pop(event.seq, None)
             raise
-        except (Refused, UnrecognizedBody) as error:
+        except (RequestError, UnrecognizedBody) as error:
             self._answers.pop(event.seq, None)
             log.warning("no fresh URL", request_id=event.request_id, reason=error.reason)
             return None

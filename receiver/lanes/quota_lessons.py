@@ -28,6 +28,6 @@ def after_failure(
         return limits.refused(now, sent_at=sent_at, pause=text)
     if error.reason == "concurrency_limit_exceeded":
         return limits.crowded(now, sent_at=sent_at, retry_after=error.retry_after)
-    if error.status == 429:  # noqa: PLR2004 - Too Many Requests
+    if error.status == 429:
         return limits.throttled(now, retry_after=error.retry_after)
     return limits

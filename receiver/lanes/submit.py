@@ -20,7 +20,14 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import Claim, JobState, Submission
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, UnrecognizedBody
+from receiver.errors import (
+    AccountRefused,
+    ClipiaUnavailable,
+    RefusedByClipia,
+    RefusedForNow,
+    RequestError,
+    UnrecognizedBody,
+)
 from receiver.lanes.base import (
     FAN_OUT_LANE,
     LEASE,
@@ -31,6 +38,7 @@ from receiver.lanes.base import (
     error_text,
     jitter,
     start_attempt,
+    stored_error,
 )
 from receiver.lanes.quota_lessons import Change, after_failure, looked_at, unchanged
 from receiver.logs import SUBMISSIONS
@@ -147,7 +155,7 @@ class SubmitLane(WorkLane):
             accepted = await self._client.submit(
                 submission.model, submission.request, key=submission.provider_key, call=call
             )
-        except Refused as error:
+        except RequestError as error:
             # The key is ours alone: where it stands for something else, another one could be charged.
             await self._refuse(this, error, sent, maybe_paid=error.code in _MAYBE_PAID)
         except RefusedForNow as error:
@@ -161,20 +169,18 @@ class SubmitLane(WorkLane):
         else:
             await self._accept(this, accepted, call)
 
-    def _cannot_be_sent(self, this: _Try) -> Refused | None:
+    def _cannot_be_sent(self, this: _Try) -> RequestError | None:
         """Return why another try could be paid for twice."""
         if this.submission.account not in (None, self._client.account):
-            return Refused(
+            return RequestError(
                 "An earlier try may have arrived, but CLIPIA_KEY or CLIPIA_BASE_URL has changed since: "
                 "its idempotency key means nothing to another account.",
                 code="account_changed",
-                status=409,
             )
         if this.sent_for() >= SUBMIT_AGAIN.give_up_after:
-            return Refused(
+            return RequestError(
                 "No try was answered within 23 hours of the first one; Clipia forgets the key after 24.",
                 code="outcome_unknown",
-                status=409,
             )
         return None
 
@@ -215,11 +221,10 @@ class SubmitLane(WorkLane):
 
         held = await self._record(this.claim, write)
         if taken:
-            error = Refused(
+            error = RequestError(
                 f"Clipia answered with the request_id of another job ({accepted.request_id}), so this job's "
                 "own generation is unknown.",
                 code="request_id_taken",
-                status=409,
             )
             await self._stop(this, error, state="unsure", call=call)
         elif held:
@@ -248,7 +253,7 @@ class SubmitLane(WorkLane):
         )
 
     async def _refuse(
-        self, this: _Try, error: Refused, call: Call | None, *, maybe_paid: bool = False
+        self, this: _Try, error: RequestError, call: Call | None, *, maybe_paid: bool = False
     ) -> None:
         """End a job that is refused for good; without a `call` it was not sent this time."""
         # An earlier try may have arrived all the same: whether Clipia looks at keys first is not public.
@@ -259,7 +264,7 @@ class SubmitLane(WorkLane):
     async def _rest(self, this: _Try, error: RefusedForNow, call: Call) -> None:
         """Put a job back that Clipia refuses for now, or end it; other jobs go on."""
         account, refused_for = self._client.account, this.submission.refused_for
-        text = error_text(error.reason, str(error), type_=error.type, status=error.status)
+        text = stored_error(error)
         delay: float | None = None
 
         async def write(connection: AsyncConnection) -> bool:
@@ -285,7 +290,9 @@ class SubmitLane(WorkLane):
 
         held = await self._record(this.claim, write)
         if delay is None:
-            final = Refused(str(error), code=error.reason, status=error.status or 402, type_=error.type)
+            final = RefusedByClipia(
+                str(error), code=error.reason, status=error.status or 402, type_=error.type
+            )
             await self._refuse(this, final, call)
         elif held:
             SUBMISSIONS.labels("refused_for_now").inc()
@@ -303,14 +310,14 @@ class SubmitLane(WorkLane):
     async def _stop(
         self,
         this: _Try,
-        error: Refused,
+        error: RequestError,
         *,
         state: JobState,
         call: Call | None = None,
         change: Change = unchanged,
     ) -> None:
         """End a job without a result; `call` and `change` tell what its last answer says of the account."""
-        text = error_text(error.code, str(error), type_=error.type, status=error.status)
+        text = stored_error(error)
         attempt = this.record("failed", text)
 
         async def write(connection: AsyncConnection) -> bool:
@@ -349,12 +356,12 @@ class SubmitLane(WorkLane):
         if isinstance(error, AccountRefused):
             delay = ACCOUNT_WAIT * (1 + jitter())
         if delay is None:
-            unknown = Refused(
-                f"No try was answered in time; the last one: {error}", code="outcome_unknown", status=409
+            unknown = RequestError(
+                f"No try was answered in time; the last one: {error}", code="outcome_unknown"
             )
             await self._stop(this, unknown, state="unsure", call=call)
             return
-        text = error_text(error.reason, str(error), status=error.status)
+        text = stored_error(error)
 
         async def write(connection: AsyncConnection) -> bool:
             held = await jobs.put_back(connection, this.claim, delay=delay, error=text, never_sent=never_sent)

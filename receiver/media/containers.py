@@ -19,7 +19,7 @@ Wait: TypeAlias = Generator[None, None, T]
 _MAX_PIECES = 1_000_000
 
 
-class Damaged(Exception):  # noqa: N818 - a finding about the file; never leaves this package
+class Damaged(Exception):
     """The structure cannot be followed."""
 
 

@@ -262,7 +262,7 @@ class Downloader:
 
 def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
     """Raise unless the response is a whole file, sent as it is."""
-    if 400 <= status < 500 and status not in _RETRY_LATER:  # noqa: PLR2004 - the classes of HTTP
+    if 400 <= status < 500 and status not in _RETRY_LATER:
         raise MediaMissing(f"The host answers {status}", reason="missing")
     if status != _OK:
         raise MediaUnavailable(

@@ -57,7 +57,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         self,
         host: str,
         port: int,
-        timeout: float | None = None,  # noqa: ASYNC109 - httpcore's signature
+        timeout: float | None = None,
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
@@ -81,7 +81,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         self,
         addresses: list[IPv4Address | IPv6Address],
         port: int,
-        timeout: float | None,  # noqa: ASYNC109 - passed on
+        timeout: float | None,
         local_address: str | None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
     ) -> httpcore.AsyncNetworkStream:

@@ -35,7 +35,7 @@ CODES: Final[Mapping[str, tuple[int, str]]] = MappingProxyType(
 """Every documented error code with its HTTP status and its type."""
 
 
-class Problem(ReceiverError):  # noqa: N818 - an answer, more than an error of ours
+class Problem(ReceiverError):
     """A request that is answered with an error.
 
     `code` is one of `CODES`, or another word together with its own `status`; `headers` go with the answer.

@@ -79,7 +79,7 @@ async def _padded_video(size: int) -> AsyncIterator[bytes]:
         padding -= len(CHUNK)
 
 
-class _Cut(Exception):  # noqa: N818 - not an error
+class _Cut(Exception):
     pass
 
 

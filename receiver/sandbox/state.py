@@ -45,7 +45,7 @@ class Attempt:
     @property
     def accepted(self) -> bool:
         """Whether the receiver said 2xx."""
-        return self.status_code is not None and self.status_code // 100 == 2  # noqa: PLR2004 - 2xx
+        return self.status_code is not None and self.status_code // 100 == 2
 
 
 @dataclass(frozen=True, kw_only=True)

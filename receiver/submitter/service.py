@@ -20,7 +20,7 @@ from receiver.db import decisions, freezes, jobs, migrate, reads
 from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
-from receiver.errors import ClipiaUnavailable, Refused, SettingsError
+from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
 from receiver.lanes.base import Work, error_text
 from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
@@ -151,7 +151,7 @@ class Submitter:
         repeated makes another job. `strict` refuses keys of the input that the model's schema does not have,
         which else pass with a warning; None is as the settings say.
 
-        Raises Refused where the input does not fit the model, the price exceeds `max_cost` (credits) or the
+        Raises RequestError if the input does not fit a model, the price exceeds `max_cost` (credits) or the
         caller's budget, the key stands for other parameters (409, `idempotency_key_reuse`), or Clipia refused
         the job for good. Raises ClipiaUnavailable where a price has to be known and Clipia cannot be asked,
         and DatabaseUnavailable: call again with the same key then.
@@ -232,8 +232,8 @@ class Submitter:
         metadata: Mapping[str, str] | None = None,
     ) -> JobPage:
         """Return jobs, newest first; `metadata` are keys and the values that they must have."""
-        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):  # noqa: PLR2004
-            raise Refused("cursor: is none of ours", code="invalid_request", status=400)
+        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
+            raise RequestError("cursor: is none of ours", code="invalid_request")
         async with self.database.read() as connection:
             rows = await reads.list_jobs(
                 connection,
@@ -300,17 +300,16 @@ class Submitter:
         """End a job as a person decided; Clipia has no cancel, and is told nothing.
 
         A job that was never sent, or that is unsure already, is `canceled`. If Clipia may have it, it is
-        `unsure`, and its event still ends it. Raises Refused for one that has ended or is at Clipia just now.
+        `unsure`, and its event still ends it. Raises RequestError for one that has ended or is at Clipia.
         """
         text = error_text("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
             state = await decisions.cancel(connection, job_id, error=text, by=by)
         job = await self._get_decided(job_id)
         if state is None:
-            raise Refused(
+            raise RequestError(
                 f"the job is {job.state}; one that has ended, or is at Clipia just now, cannot be canceled",
                 code="not_cancelable",
-                status=409,
             )
         log.warning("job canceled by a person", job_id=str(job_id), by=by, state=state)
         return job
@@ -318,8 +317,8 @@ class Submitter:
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
 
-        That is for a person to decide; nothing here does it by itself. Raises Refused where the job is in a
-        state in which that cannot be.
+        That is for a person to decide; nothing here does it by itself. Raises RequestError if the job is in
+        another state.
         """
         account = self.client.account
         done = False
@@ -338,10 +337,9 @@ class Submitter:
                 )
         job = await self._get_decided(job_id)
         if not done:
-            raise Refused(
+            raise RequestError(
                 f"the job is {job.state}; only one that is unsure, failed or canceled can be submitted again",
                 code="not_resubmittable",
-                status=409,
             )
         self._wake(SUBMIT_LANE)
         log.warning("job submitted anew by a person", job_id=str(job_id), by=by)
@@ -350,7 +348,7 @@ class Submitter:
     async def _get_decided(self, job_id: UUID) -> Job:
         job = await self.get(job_id)
         if job is None:
-            raise Refused(f"there is no job {job_id}", code="not_found", status=404)
+            raise RequestError(f"there is no job {job_id}", code="not_found")
         return job
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
@@ -371,16 +369,15 @@ class Submitter:
 
     async def _repeat(self, known: jobs.KnownJob, fingerprint: str) -> Job:
         if known.fingerprint != fingerprint:
-            raise Refused(
+            raise RequestError(
                 "this Idempotency-Key was used with other parameters",
                 code="idempotency_key_reuse",
-                status=409,
                 job_id=str(known.id),
             )
         return await self._show_or_raise(known.id)
 
     async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
-        """Return a job; raise Refused where Clipia never accepted it and never will."""
+        """Return a job; raise RequestError where Clipia never accepted it and never will."""
         async with self.database.read() as connection:
             row = await reads.show_job(connection, job_id)
         if row is None:
@@ -388,11 +385,12 @@ class Submitter:
         job = Job.of(row, new=new)
         if job.state == "failed" and job.request_id is None:
             error = job.error or {}
-            raise Refused(
-                error.get("message") or "Clipia refused the job.",
-                code=error.get("code") or "invalid_request",
-                status=error.get("status", 400),
-                type_=error.get("type", "invalid_request_error"),
-                job_id=str(job_id),
-            )
+            message = error.get("message") or "Clipia refused the job."
+            code = error.get("code") or "invalid_request"
+            type_ = error.get("type", "invalid_request_error")
+            if "status" in error:
+                raise RefusedByClipia(
+                    message, code=code, status=error["status"], type_=type_, job_id=str(job_id)
+                )
+            raise RequestError(message, code=code, type_=type_, job_id=str(job_id))
         return job

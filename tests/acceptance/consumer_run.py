@@ -61,7 +61,7 @@ def connect(name: str) -> Database:
 plain_connect = sqlite3.connect
 vars(sqlite3)["connect"] = connect
 if "aiokafka" in Path(sys.argv[1]).read_text(encoding="utf-8"):
-    import aiokafka  # type: ignore[import-untyped]
+    import aiokafka
 
     # A group waits so long for a member that was killed.
     waits = {"session_timeout_ms": 1500, "heartbeat_interval_ms": 400}

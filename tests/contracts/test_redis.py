@@ -194,7 +194,7 @@ async def test_each_entry_has_a_reply_of_its_own(
 
 def set_user(admin: redis.Redis, user: str, *rules: str) -> None:
     """Give a user these rights and no others."""
-    admin.execute_command("ACL", "SETUSER", user, "reset", *rules)  # type: ignore[no-untyped-call] # redis
+    admin.execute_command("ACL", "SETUSER", user, "reset", *rules)  # redis
 
 
 def break_disk(admin: redis.Redis, shared: Redis) -> None:

@@ -30,12 +30,20 @@ from support.clipia import (
 )
 from support.servers import free_port
 
+from receiver.api.answers import status_of
 from receiver.clipia import catalogue
 from receiver.clipia import client as client_module
 from receiver.clipia.client import Accepted, Call, ClipiaClient
 from receiver.core.quota import SHARES
 from receiver.db.tables import accounts
-from receiver.errors import AccountRefused, ClipiaUnavailable, Refused, RefusedForNow, SettingsError
+from receiver.errors import (
+    AccountRefused,
+    ClipiaUnavailable,
+    RefusedByClipia,
+    RefusedForNow,
+    RequestError,
+    SettingsError,
+)
 
 KEY = uuid.UUID("6f2c6c52-29f6-4d1e-9a61-0d2f8e6f0c11")
 BODY = b'{ "input" : {"prompt":"caf\xc3\xa9"}}'
@@ -152,9 +160,9 @@ async def test_what_clipia_refuses_is_refused(
 ) -> None:
     """An error of the request is final, with Clipia's own words."""
     odd.script = [refused(status, code, "The model takes no cats.")]
-    with pytest.raises(Refused, match=r"^The model takes no cats\.$") as caught:
+    with pytest.raises(RequestError, match=r"^The model takes no cats\.$") as caught:
         await submit(client)
-    assert (caught.value.status, caught.value.code, caught.value.type) == (status, code, "some_error")
+    assert (status_of(caught.value), caught.value.code, caught.value.type) == (status, code, "some_error")
 
 
 async def test_an_account_is_refused_apart(odd: OddClipia, client: ClipiaClient) -> None:
@@ -179,8 +187,8 @@ async def test_a_job_is_refused_for_now(odd: OddClipia, client: ClipiaClient, st
 
 NULLS: list[tuple[int, Any, type[Exception], str]] = [
     (402, {"type": "billing_error", "code": None, "message": None}, RefusedForNow, "http_402"),
-    (400, {"type": "invalid_request_error", "code": None, "message": "No."}, Refused, "http_400"),
-    (400, {"type": None, "code": "invalid_request", "message": None}, Refused, "invalid_request"),
+    (400, {"type": "invalid_request_error", "code": None, "message": "No."}, RefusedByClipia, "http_400"),
+    (400, {"type": None, "code": "invalid_request", "message": None}, RefusedByClipia, "invalid_request"),
     (401, {"type": "authentication_error", "code": None, "message": None}, AccountRefused, "http_401"),
     (401, {"type": None, "code": None, "message": None}, ClipiaUnavailable, "http_401"),
     (409, {"type": "invalid_request_error", "code": None}, ClipiaUnavailable, "http_409"),
@@ -452,7 +460,7 @@ async def test_a_key_that_clipia_repeats_is_masked(odd: OddClipia, status: int) 
     encoded = base64.b64encode(key.encode()).decode()
     odd.script = [refused(status, key[12:], f"Bearer {key} is bad; {key[:24]}…; {'x' * 960}{key}; {encoded}")]
     client = ClipiaClient(key, base_url=odd.url)
-    with pytest.raises((Refused, ClipiaUnavailable)) as caught:
+    with pytest.raises((RequestError, ClipiaUnavailable)) as caught:
         await submit(client)
     await client.close()
     told = str(caught.value) + str(vars(caught.value))

@@ -15,6 +15,7 @@ from support.history import DAY
 from support.payloads import SECRET, body, signed
 
 from receiver import retention
+from receiver.api.answers import status_of
 from receiver.clipia.client import ClipiaClient
 from receiver.core.signature import Secret
 from receiver.db import leases, outbox, pruning, reads, transfer
@@ -22,7 +23,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
-from receiver.errors import Refused, StorageUnavailable
+from receiver.errors import RequestError, StorageUnavailable
 from receiver.ingest import Ingest
 from receiver.media import Storage, open_storage
 from receiver.retention import Erased, Pruned
@@ -204,9 +205,9 @@ async def test_a_job_without_its_input(world: World) -> None:
         job = await submitter.get(job_id)
         assert job is not None
         assert (job.input, job.idempotency_key, job.model, job.state) == (None, "k", "m", "failed")
-        with pytest.raises(Refused, match="input was deleted") as caught:
+        with pytest.raises(RequestError, match="input was deleted") as caught:
             await submitter.resubmit(job_id, by="me")
-        assert (caught.value.status, caught.value.code) == (409, "not_resubmittable")
+        assert (status_of(caught.value), caught.value.code) == (409, "not_resubmittable")
         again = await submitter.get(job_id)
         assert again is not None
         assert again.state == "failed"
@@ -338,9 +339,9 @@ async def test_an_event_is_not_erased_while_something_is_left_to_do(
         case "replay":
             await world.order(selection={})
     before = await everything(world)
-    with pytest.raises(Refused, match=f"cannot be erased yet: {words}$") as caught:
+    with pytest.raises(RequestError, match=f"cannot be erased yet: {words}$") as caught:
         await erase(world, "r-1")
-    assert (caught.value.status, caught.value.code) == (409, "not_settled")
+    assert (status_of(caught.value), caught.value.code) == (409, "not_settled")
     assert await everything(world) == before
     assert await stored(world, key) == {key}
 
@@ -399,9 +400,9 @@ async def test_one_request_id_of_two_sources(world: World, ingest: Ingest) -> No
         await deliver(ingest, PRIVATE, source=source)
     await world.fan_out()
     await world.change(deliveries, state="delivered")
-    with pytest.raises(Refused, match="name one by its id") as caught:
+    with pytest.raises(RequestError, match="name one by its id") as caught:
         await erase(world, "r-1")
-    assert caught.value.status == 409
+    assert status_of(caught.value) == 409
     assert await erase(world, str(event_id("staging", "r-1"))) is not None
     assert {row["source"]: row["state"] for row in await world.rows(events)} == {
         "clipia": "ready",
@@ -417,6 +418,6 @@ async def test_an_event_that_somebody_works_on_is_refused(database: Database, wo
     async with database.write() as connection:
         await connection.execute(select(events.c.seq).with_for_update())
         async with asyncio.timeout(20):
-            with pytest.raises(Refused, match="something else is at work on it"):
+            with pytest.raises(RequestError, match="something else is at work on it"):
                 await erase(world, "r-1")
     assert await erase(world, "r-1") is not None

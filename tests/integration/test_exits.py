@@ -11,7 +11,7 @@ from support.events import World, opened, plain, with_files
 
 from receiver import recovery
 from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, refusal
+from receiver.core.routing import Facts, mismatch
 from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -39,9 +39,9 @@ def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(wanted: FilterSettings, facts: Facts) -> str | None:
         if facts.model == "bad":
             raise KeyError("a mistake")
-        return refusal(wanted, facts)
+        return mismatch(wanted, facts)
 
-    monkeypatch.setattr(fan_out_module, "refusal", look)
+    monkeypatch.setattr(fan_out_module, "mismatch", look)
 
 
 @pytest.mark.usefixtures("bad_model")
@@ -75,7 +75,7 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
     long_ago = datetime.now(UTC) - timedelta(seconds=GIVE_UP_AFTER + 1)
     await world.change(events, events.c.request_id == "old", received_at=long_ago)
     with monkeypatch.context() as patch:
-        patch.setattr(fan_out_module, "refusal", lambda *_: 1 / 0)
+        patch.setattr(fan_out_module, "mismatch", lambda *_: 1 / 0)
         fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()

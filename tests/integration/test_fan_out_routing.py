@@ -9,7 +9,7 @@ import pytest
 from support.events import Recorder, World, opened, plain, with_files
 from support.payloads import failure
 
-from receiver.core.routing import refusal
+from receiver.core.routing import mismatch
 from receiver.db import inbox, job_events
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, jobs, media
@@ -146,7 +146,7 @@ async def test_the_fan_out_does_what_the_filters_say(world: World) -> None:
         expected |= {
             (row["request_id"], target.name)
             for target in world.targets
-            if refusal(target.filter, facts) is None
+            if mismatch(target.filter, facts) is None
         }
     assert await world.sent_to() == expected
     assert len(expected) > 12

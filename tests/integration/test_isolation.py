@@ -13,7 +13,7 @@ from support.servers import Postgres
 from receiver.core.signature import Secret
 from receiver.db.database import Database
 from receiver.db.tables import events, jobs, receipts
-from receiver.errors import ReceiverError, Refused
+from receiver.errors import ReceiverError, RequestError
 from receiver.ingest import Ingest
 from receiver.submitter import Job
 
@@ -86,5 +86,5 @@ async def test_a_budget_is_kept_in_spite_of_the_default(odd_url: str, sandbox: S
             *(submitters[n % 2].submit(MODEL, PROMPT, caller="shop") for n in range(10)),
             return_exceptions=True,
         )
-        assert [type(each) for each in made if not isinstance(each, Refused)] == [Job]
+        assert [type(each) for each in made if not isinstance(each, RequestError)] == [Job]
         assert len(await world.rows(jobs)) == 1

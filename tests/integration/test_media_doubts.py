@@ -31,7 +31,7 @@ class Cdn:
         self.answers = deque(answers)
         self.requests = 0
 
-    async def answer(self, request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG002
+    async def answer(self, request: bytes, writer: asyncio.StreamWriter) -> None:
         """Answer."""
         self.requests += 1
         writer.write(self.answers.popleft() if len(self.answers) > 1 else self.answers[0])

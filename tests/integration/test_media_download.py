@@ -639,10 +639,10 @@ async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
     class FullStorage(LocalStorage):
         async def put(
             self,
-            key: str,  # noqa: ARG002
+            key: str,
             chunks: AsyncIterator[bytes],
             *,
-            content_type: str = "",  # noqa: ARG002
+            content_type: str = "",
         ) -> None:
             await anext(chunks)
             raise StorageUnavailable("full", reason="full")
@@ -711,7 +711,7 @@ async def test_a_url_that_is_not_allowed_makes_no_connection(tmp_path: Path) -> 
 class Unreachable(httpcore.AsyncNetworkBackend):
     """Tries any address, and fails."""
 
-    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:  # noqa: ARG002
+    async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
         """Fail."""
         raise httpcore.ConnectError("unreachable")
 

@@ -89,7 +89,7 @@ class Internet(httpcore.AsyncNetworkBackend):
     lookups: list[str] = field(default_factory=list)
     connects: list[tuple[str, int]] = field(default_factory=list)
 
-    async def resolve(self, host: str, port: int) -> list[str]:  # noqa: ARG002
+    async def resolve(self, host: str, port: int) -> list[str]:
         """Look up."""
         self.lookups.append(host)
         return self.answers.pop(0)

@@ -40,6 +40,7 @@ from support.events import running
 from support.payloads import body, failure
 
 from receiver import retention
+from receiver.api.answers import status_of
 from receiver.core.quota import SHARES
 from receiver.db import inbox, job_events
 from receiver.db.clock import db_time
@@ -873,7 +874,7 @@ async def test_jobs_are_listed_page_by_page(world: World) -> None:
     assert whole.jobs[0].request_id == made[-1].request_id
     for bad in ("-1", "x", "", "1" * 19, "\u0661"):
         error = await refusal(submitter.list_jobs(cursor=bad))
-        assert (error.status, error.code) == (400, "invalid_request")
+        assert (status_of(error), error.code) == (400, "invalid_request")
 
 
 async def test_jobs_are_filtered(world: World, sandbox: Sandbox) -> None:

@@ -88,7 +88,7 @@ class Wire(asyncio.Transport):
         if bytes(data).startswith(b"HTTP/1.1 "):
             self.answers.append(int(data[9:12]))
 
-    def get_extra_info(self, name: str, default: Any = None) -> Any:  # noqa: ARG002 - asyncio's signature
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
         """Know nothing of the peer."""
         return default
 

@@ -21,6 +21,7 @@ from support.clipia import (
     show,
 )
 
+from receiver.api.answers import status_of
 from receiver.clipia.client import clock
 from receiver.core import retry
 from receiver.core.quota import REFUSED_SHARE
@@ -222,7 +223,7 @@ async def test_a_refused_job_ends(world: World, sandbox: Sandbox, code: str) -> 
         assert (job.state, error_code(job)) == (state, code)
     assert (job.charged, job.next_attempt_at) == (0, None)
     error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="k"))
-    assert (error.code, error.status, error.job_id) == (
+    assert (error.code, status_of(error), error.job_id) == (
         code,
         job.error and job.error["status"],
         str(job.id),
@@ -245,7 +246,7 @@ async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> 
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter(refused_give_up_after=0.0)
     error = await refusal(submitter.submit(DEAR, EIGHT_SECONDS))
-    assert (error.code, error.status, error.type) == ("insufficient_credits", 402, "billing_error")
+    assert (error.code, status_of(error), error.type) == ("insufficient_credits", 402, "billing_error")
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
     assert await states(world, DEAR) == ["failed"]
 
@@ -413,7 +414,7 @@ async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: 
     assert await world.retry(submitter) == 0
     assert (await submitter.standing()).refused_jobs == 0
     again = await refusal(submitter.cancel(job.id, by="ops"))
-    assert (again.code, again.status) == ("not_cancelable", 409)
+    assert (again.code, status_of(again)) == ("not_cancelable", 409)
     await sandbox.switch(credits=10_000)
     await submitter.resubmit(job.id, by="ops")
     await world.retry(submitter)

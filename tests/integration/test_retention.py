@@ -23,7 +23,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMedia
 from receiver.db.tables import deliveries, events, jobs, media, receipts, replays
-from receiver.errors import DatabaseUnavailable, Refused
+from receiver.errors import DatabaseUnavailable, RequestError
 from receiver.ingest import Ingest, make_event
 from receiver.retention import Pruned
 
@@ -137,7 +137,9 @@ async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
     minute = 60.0 / DAY
     for name, days in (("older", 30 + minute), ("younger", 30 - minute)):
         await add_old(world, name, days=days)
-    with pytest.raises(Refused, match=r"30 days at least: .* is taken for a new one, and forwarded again"):
+    with pytest.raises(
+        RequestError, match=r"30 days at least: .* is taken for a new one, and forwarded again"
+    ):
         await prune(world, days=30 - minute)
     assert await left(world) == {"older", "younger"}
     done = await prune(world, days=30)

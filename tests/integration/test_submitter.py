@@ -35,13 +35,14 @@ from support.clipia import (
 from support.payloads import body
 from support.servers import Postgres, free_port
 
+from receiver.api.answers import status_of
 from receiver.clipia import catalogue
 from receiver.clipia import client as client_module
 from receiver.core.retry import KEY_HOLDS, SUBMIT_AGAIN
 from receiver.db import job_events
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, attempts, jobs
-from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, Refused, SettingsError
+from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, RequestError, SettingsError
 from receiver.sandbox.answers import CODES
 from receiver.settings import Settings
 from receiver.submitter import Job, Submitter, SyncSubmitter, service
@@ -108,7 +109,7 @@ async def test_racing_calls_with_other_bodies_get_one_job_and_refusals(
         return_exceptions=True,
     )
     (job,) = [each for each in made if isinstance(each, Job)]
-    errors = [each for each in made if isinstance(each, Refused)]
+    errors = [each for each in made if isinstance(each, RequestError)]
     assert {(error.code, error.job_id) for error in errors} == {("idempotency_key_reuse", str(job.id))}
     assert len(errors) == 7
     assert [json.loads(each["body"])["input"] for each in await sandbox.submits()] == [job.input]
@@ -131,7 +132,7 @@ async def test_a_key_stands_for_all_parameters(world: World, sandbox: Sandbox) -
     job = await submitter.submit(**given, idempotency_key="k")
     for other in OTHERS:
         error = await refusal(submitter.submit(**(given | other), idempotency_key="k"))
-        assert (error.status, error.code, error.job_id) == (409, "idempotency_key_reuse", str(job.id))
+        assert (status_of(error), error.code, error.job_id) == (409, "idempotency_key_reuse", str(job.id))
     assert len(await sandbox.submits()) == len(await world.rows(jobs)) == 1
 
 
@@ -161,7 +162,7 @@ async def test_a_key_that_cannot_be_kept_is_refused(world: World, sandbox: Sandb
     submitter = world.submitter()
     for key in ("", "k" * 256, "a\nb", "a\x00", "\u200b", "\ud800"):
         error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key=key))
-        assert (error.status, error.code) == (400, "invalid_request")
+        assert (status_of(error), error.code) == (400, "invalid_request")
         assert "from 1 to 255" in str(error)
     assert await sandbox.submits() == await world.rows(jobs) == []
 
@@ -315,7 +316,7 @@ async def test_what_clipia_refuses_fails(odd_world: World, odd: OddClipia, statu
     assert await odd_world.retry(submitter) == 0
     row = await odd_world.job()
     for error in errors:
-        assert (error.status, error.code, error.type) == (status, code, "some_error")
+        assert (status_of(error), error.code, error.type) == (status, code, "some_error")
         assert (str(error), error.job_id) == ("No such cats.", str(row["id"]))
     assert len(odd.posts) == 1
     assert (row["state"], row["charged"], row["request_id"]) == ("failed", 0, None)
@@ -335,7 +336,7 @@ async def test_the_sandbox_refuses_likewise(world: World, sandbox: Sandbox) -> N
     for code in codes:
         await sandbox.switch(refuse_submits=code)
         error = await refusal(submitter.submit(MODEL, PROMPT))
-        assert (error.code, (error.status, error.type)) == (code, CODES[code])
+        assert (error.code, (status_of(error), error.type)) == (code, CODES[code])
     assert len(await sandbox.submits()) == len(codes) == 5
     assert [row["state"] for row in await world.rows(jobs)] == ["failed"] * 5
 
@@ -759,7 +760,7 @@ async def test_the_last_try_is_the_last(
     now = client_module.clock
 
     async def answer_late(_request: Request) -> None:
-        monkeypatch.setattr("receiver.lanes.base.submit.clock", lambda: now() + 200.0)
+        monkeypatch.setattr("receiver.lanes.submit.clock", lambda: now() + 200.0)
 
     odd.on_submit = answer_late
     await odd_world.retry(submitter)
@@ -867,12 +868,12 @@ async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
     job = await submitter.submit(MODEL, PROMPT)
     await world.set(jobs, state=state)
     error = await refusal(submitter.resubmit(job.id, by="alice"))
-    assert (error.status, error.code) == (409, "not_resubmittable")
+    assert (status_of(error), error.code) == (409, "not_resubmittable")
     assert state in str(error)
     assert (await world.job())["state"] == state
     assert len(await sandbox.submits()) == 1
     error = await refusal(submitter.resubmit(uuid.uuid4(), by="alice"))
-    assert (error.status, error.code) == (404, "not_found")
+    assert (status_of(error), error.code) == (404, "not_found")
 
 
 # --- another account ---
@@ -953,7 +954,7 @@ async def test_max_cost_holds(world: World, sandbox: Sandbox) -> None:
     submitter = world.submitter()
     given = {"prompt": "a cat", "num_images": 3}
     error = await refusal(submitter.submit(MODEL, given, max_cost=35))
-    assert (error.status, error.code, error.type) == (402, "max_cost_exceeded", "billing_error")
+    assert (status_of(error), error.code, error.type) == (402, "max_cost_exceeded", "billing_error")
     assert "36" in str(error)
     assert "35" in str(error)
     assert await sandbox.submits() == await world.rows(jobs) == []
@@ -1069,7 +1070,7 @@ async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
         for _ in range(jobs_each):
             assert (await submitter.submit(MODEL, PROMPT, caller=caller)).state == "submitted"
         error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="last", caller=caller))
-        assert (error.status, error.code, error.type) == (402, "budget_exceeded", "billing_error")
+        assert (status_of(error), error.code, error.type) == (402, "budget_exceeded", "billing_error")
         assert f"of today's {jobs_each * 12} for '{caller}' {jobs_each * 12} are spent" in str(error)
     assert len(await sandbox.submits()) == len(await world.rows(jobs)) == 4
 
@@ -1081,7 +1082,7 @@ async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sand
         *(submitters[n % 2].submit(MODEL, PROMPT, caller="shop") for n in range(10)), return_exceptions=True
     )
     assert sum(isinstance(each, Job) for each in made) == 3
-    assert [each.code for each in made if isinstance(each, Refused)] == ["budget_exceeded"] * 7
+    assert [each.code for each in made if isinstance(each, RequestError)] == ["budget_exceeded"] * 7
     assert len(await world.rows(jobs)) == 3
     while await world.retry(submitters[0]):
         pass
@@ -1141,7 +1142,7 @@ async def test_a_wrong_input_is_refused_before_it_is_sent(
 ) -> None:
     """A typo costs nothing: the message says what is wrong, and there is no job."""
     error = await refusal(world.submitter().submit(model, given))
-    assert (error.status, error.code) == (400, "model_input_invalid")
+    assert (status_of(error), error.code) == (400, "model_input_invalid")
     assert said in str(error)
     assert await sandbox.submits() == await world.rows(jobs) == []
 
@@ -1149,7 +1150,7 @@ async def test_a_wrong_input_is_refused_before_it_is_sent(
 async def test_an_unknown_model_is_refused(world: World, sandbox: Sandbox) -> None:
     """A model that Clipia does not have is refused before it is sent."""
     error = await refusal(world.submitter().submit("nano-banana-3", PROMPT))
-    assert (error.status, error.code) == (404, "model_not_found")
+    assert (status_of(error), error.code) == (404, "model_not_found")
     assert await sandbox.submits() == await world.rows(jobs) == []
 
 
@@ -1192,8 +1193,8 @@ async def test_what_cannot_be_a_job_is_refused(
         given = {"model": MODEL, "input": PROMPT} | limits | strange
         try:
             await submitter.submit(**given, idempotency_key="k")
-        except Refused as error:
-            outcomes[name] = (error.status, error.code)
+        except RequestError as error:
+            outcomes[name] = (status_of(error), error.code)
         except ClipiaUnavailable as error:
             outcomes[name] = error.reason
     assert outcomes == dict.fromkeys(STRANGE, (400, "invalid_request"))
@@ -1215,7 +1216,7 @@ async def test_a_strange_repeat_is_refused(odd_world: World, odd: OddClipia) -> 
 async def test_a_caller_has_a_name(world: World, sandbox: Sandbox, caller: str) -> None:
     """F8: what no database can keep is the caller's mistake on each of them, not an outage."""
     error = await refusal(world.submitter().submit(MODEL, PROMPT, caller=caller))
-    assert (error.status, error.code) == (400, "invalid_request")
+    assert (status_of(error), error.code) == (400, "invalid_request")
     assert await sandbox.submits() == []
 
 
@@ -1224,7 +1225,7 @@ async def test_a_request_has_a_size(odd_world: World, odd: OddClipia) -> None:
     odd.script = [accepted]
     submitter = odd_world.submitter()
     error = await refusal(submitter.submit(MODEL, {"prompt": "x" * 1024 * 1024}))
-    assert (error.status, error.code) == (413, "invalid_request")
+    assert (status_of(error), error.code) == (413, "invalid_request")
     assert odd.posts == []
     assert await odd_world.rows(jobs) == []
     largest = "x" * (1024 * 1024 - len(b'{"input":{"prompt":""}}'))
@@ -1354,7 +1355,7 @@ async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
             assert job is not None
             assert waited is not None
             assert submitter.get(uuid.uuid4()) is None
-            with pytest.raises(Refused) as caught:
+            with pytest.raises(RequestError) as caught:
                 submitter.submit(MODEL, PROMPT, caller="poor")
         return [*made, job, waited, *page.jobs], caught.value.code
 

@@ -23,7 +23,7 @@ from receiver.db.database import Database
 from receiver.db.tables import accounts, jobs
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
-from receiver.errors import Refused
+from receiver.errors import RequestError
 from receiver.ingest import Ingest
 from receiver.lanes.base import Target
 from receiver.lanes.delivery import DeliveryLane
@@ -347,11 +347,11 @@ class World:
             await asyncio.sleep(0.02)
 
 
-async def refusal(call: Coroutine[Any, Any, Any]) -> Refused:
+async def refusal(call: Coroutine[Any, Any, Any]) -> RequestError:
     """Return the refusal that a call ends in."""
     try:
         await call
-    except Refused as error:
+    except RequestError as error:
         return error
     raise AssertionError("it was not refused")
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 from starlette.datastructures import Headers
 
+from receiver.api.answers import status_of
 from receiver.api.auth import Caller, Tokens
-from receiver.errors import Refused
+from receiver.errors import RequestError
 from receiver.settings import ApiToken
 
 FIRST, LAST = "token-of-first-0123456789", "token-of-last-0123456789"
@@ -70,16 +71,16 @@ def test_tokens_are_not_kept() -> None:
 def test_a_scope_has_to_be_there() -> None:
     """G1: 401 without a caller, 403 without the scope; a scope contains no other one."""
     assert TOKENS.require(headers(f"Bearer {FIRST}"), "read").name == "first"
-    with pytest.raises(Refused) as nobody:
+    with pytest.raises(RequestError) as nobody:
         TOKENS.require(headers("Bearer x"), "read")
-    assert (nobody.value.status, nobody.value.type, nobody.value.code) == (
+    assert (status_of(nobody.value), nobody.value.type, nobody.value.code) == (
         401,
         "authentication_error",
         "invalid_token",
     )
-    with pytest.raises(Refused) as somebody:
+    with pytest.raises(RequestError) as somebody:
         TOKENS.require(headers(f"Bearer {LAST}"), "read")
-    assert (somebody.value.status, somebody.value.type, somebody.value.code) == (
+    assert (status_of(somebody.value), somebody.value.type, somebody.value.code) == (
         403,
         "permission_error",
         "insufficient_scope",
@@ -92,5 +93,5 @@ def test_no_tokens_are_nobody() -> None:
     empty = Tokens([])
     assert not empty
     assert TOKENS
-    with pytest.raises(Refused, match="RECEIVER_API_TOKENS"):
+    with pytest.raises(RequestError, match="RECEIVER_API_TOKENS"):
         empty.require(headers(f"Bearer {FIRST}"), "read")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.core.routing import Facts, describe, refusal
+from receiver.core.routing import Facts, describe, mismatch
 from receiver.destination_settings import FilterSettings
 from receiver.errors import SettingsError
 from receiver.settings import Settings
@@ -55,7 +55,7 @@ STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
 )
 def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict[str, Any]) -> None:
     """One value or a list, globs for models, and a line that is not there fits all."""
-    assert refusal(FilterSettings(**wanted), facts(**changes)) is None
+    assert mismatch(FilterSettings(**wanted), facts(**changes)) is None
 
 
 @pytest.mark.parametrize(
@@ -78,9 +78,9 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     wanted: dict[str, Any], changes: dict[str, Any], said: str
 ) -> None:
     """One line that does not fit is enough, and the reason names it, what is there and what is wanted."""
-    assert refusal(FilterSettings(**wanted), facts(**changes)) == said
+    assert mismatch(FilterSettings(**wanted), facts(**changes)) == said
     others = {"status": ["OK", "ERROR"], "model": "*", "source": "clipia"}
-    assert refusal(FilterSettings(**(others | wanted)), facts(**changes)) == said
+    assert mismatch(FilterSettings(**(others | wanted)), facts(**changes)) == said
 
 
 @given(
@@ -102,8 +102,8 @@ def test_what_does_not_fit_is_refused_with_the_reason(
 )
 def test_a_filter_is_all_its_lines(wanted: dict[str, Any], **changes: Any) -> None:
     """What each line alone lets through, all of them together let through, and nothing else."""
-    alone = [refusal(FilterSettings(**{name: value}), facts(**changes)) for name, value in wanted.items()]
-    together = refusal(FilterSettings(**wanted), facts(**changes))
+    alone = [mismatch(FilterSettings(**{name: value}), facts(**changes)) for name, value in wanted.items()]
+    together = mismatch(FilterSettings(**wanted), facts(**changes))
     assert (together is None) == (not any(alone))
     assert together is None or together in alone
 

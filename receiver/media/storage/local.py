@@ -36,7 +36,7 @@ class LocalStorage:
         key: str,
         chunks: AsyncIterator[bytes],
         *,
-        content_type: str = ANY_TYPE,  # noqa: ARG002 - a file has no place for it but its name's extension
+        content_type: str = ANY_TYPE,
     ) -> None:
         """See Storage."""
         path = self._path(key)
@@ -73,7 +73,7 @@ class LocalStorage:
         """See Storage."""
         return self._path(key).as_uri()
 
-    async def link(self, key: str, *, seconds: int) -> str | None:  # noqa: ARG002 - Storage's signature
+    async def link(self, key: str, *, seconds: int) -> str | None:
         """See Storage."""
         return None
 

@@ -317,5 +317,5 @@ class _Source:
             await asyncio.wait({self._reading})
 
 
-class _Stopped(Exception):  # noqa: N818 - a signal
+class _Stopped(Exception):
     """The caller was cancelled."""
