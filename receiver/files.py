@@ -1,12 +1,44 @@
-"""Files hold prompts, payloads, media and logs: they are made for their user and its group only."""
+"""Files and folders that are readable for the service's user and group only, and written durably.
+
+They hold prompts, payloads, media and logs.
+"""
 
 import os
+from pathlib import Path
 from typing import Final
 
 MODE: Final = 0o640
-"""The mode of every file that is made here, less what the umask takes away."""
+"""The mode of a new file; the umask may take more away."""
 
 
-def private(path: str, flags: int) -> int:
-    """Open a file, which is made with MODE; for the parameter `opener` of `open`."""
+def open_private(path: str, flags: int) -> int:
+    """Open a file and return its descriptor; a new file gets MODE. Fits `open(…, opener=open_private)`."""
     return os.open(path, flags, MODE)
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all of `data`.
+
+    One `os.write` may write less: if the disk or a quota fills up, it writes a part, and only the next call
+    raises the error.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents, each flushed to the disk: `mkdir` alone may not survive a power cut."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush the entries of a folder to the disk: new names, renames and removals."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

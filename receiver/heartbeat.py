@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from receiver.files import private
+from receiver.files import open_private
 
 BEAT: Final = 5.0
 """Seconds between two heartbeats of a worker."""
@@ -39,7 +39,7 @@ class Heartbeat:
         folder = _make_folder()
         self._path = folder / f"{command}-{os.getpid()}-{time.monotonic_ns()}.json"
         fresh = self._path.with_suffix(".new")
-        self._descriptor = private(str(fresh), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        self._descriptor = open_private(str(fresh), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         content = {"command": command, "address": address, "path": path}
         try:
             # Locked before it has its name: a check that saw it unlocked would take its process for dead.

@@ -24,7 +24,7 @@ from receiver.cli.terminal import size, stdout
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.files import private
+from receiver.files import open_private
 from receiver.logs import configure_logging
 from receiver.sandbox import SandboxOptions, create_app, running
 
@@ -96,7 +96,7 @@ class _Demo:
 
     def _environment(self, clipia: str, secret: str) -> dict[str, str]:
         config = self._folder / "receiver.toml"
-        with open(config, "w", encoding="utf-8", opener=private) as file:
+        with open(config, "w", encoding="utf-8", opener=open_private) as file:
             file.write(f'[[destinations]]\nname = "demo"\nurl = "file:{self._messages}"\n')
         inherited = {
             name: value for name, value in os.environ.items() if not name.startswith(("RECEIVER_", "CLIPIA_"))
@@ -118,7 +118,7 @@ class _Demo:
     async def _receiver(self, environment: dict[str, str]) -> AsyncIterator[str]:
         log_file = self._folder / "receiver.log"
         with os.fdopen(
-            private(str(log_file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC), "wb"
+            open_private(str(log_file), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC), "wb"
         ) as log:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "receiver", "serve", "--port", str(self._port)),

@@ -37,7 +37,7 @@ from receiver.db import reads, transfer
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
 from receiver.errors import ReceiverError
-from receiver.files import private
+from receiver.files import open_private
 from receiver.media import open_storage
 from receiver.recovery import Recovered
 from receiver.retention import Erased
@@ -288,7 +288,7 @@ def _open_output(name: str) -> Iterator[BinaryIO]:
         yield sys.stdout.buffer
         return
     try:
-        with open(name, "xb", opener=private) as output:
+        with open(name, "xb", opener=open_private) as output:
             yield output
     except OSError as error:
         raise ReceiverError(f"{name} cannot be written: {error.strerror}") from None

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from receiver.causes import cause
 from receiver.db.transactions import POOL_WAIT
 from receiver.errors import SettingsError
-from receiver.files import private
+from receiver.files import open_private
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = 
             ) from error
         # SQLite would make the file readable by everybody; its -wal and -shm files get the mode of this one.
         with contextlib.suppress(OSError):
-            os.close(private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+            os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
     engine = create_async_engine(
         url,
         pool_size=pool_size,

@@ -22,7 +22,7 @@ from cloudevents.core.v1.event import CloudEvent
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import closed, encode
 from receiver.errors import PublishFailed, SettingsError
-from receiver.files import private
+from receiver.files import make_folder, open_private, sync_folder, write_all
 
 LOCK_TIMEOUT: Final = 10.0
 """Seconds to wait for another process's lock: it may have been stopped while it held it."""
@@ -144,7 +144,7 @@ class _Lines:
         with self._locked() as descriptor:
             end = _repair(descriptor)
             try:
-                _write(descriptor, lines)
+                write_all(descriptor, lines)
                 os.fsync(descriptor)
             except OSError:
                 # Nothing of this is confirmed, so all of it will come again.
@@ -179,13 +179,13 @@ class _Lines:
             self.close()
 
     def _open(self) -> int:
-        _make_folder(self._path.parent)
+        make_folder(self._path.parent)
         flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        self._descriptor = private(str(self._path), flags)
+        self._descriptor = open_private(str(self._path), flags)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise _UnusableError(errno.EINVAL, "is not a regular file")
         # Also where the file was there: its maker may have died before it did this.
-        _sync_folder(self._path.parent)
+        sync_folder(self._path.parent)
         return self._descriptor
 
 
@@ -224,28 +224,6 @@ def _end_of_lines(descriptor: int, size: int) -> int:
             return start + found + 1
         end = start
     return 0
-
-
-def _write(descriptor: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        # A disk or quota that fills up writes a part first; the next call says why.
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _parse(settings: DestinationSettings) -> Path:

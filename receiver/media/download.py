@@ -37,7 +37,6 @@ _COMPRESSIONS = {
     *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
     *("xz", "lzma", "lz4", "snappy", "exi", "pack200-gzip", "dcb", "dcz"),
 }
-_LONGEST_DATE = 64
 # Reserved for ever: `start` asks for it, and a guarded pool must refuse.
 _NEVER_PUBLIC = "https://240.0.0.1/"
 
@@ -265,20 +264,14 @@ def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
     if 400 <= status < 500 and status not in _RETRY_LATER:
         raise MediaMissing(f"The host answers {status}", reason="missing")
     if status != _OK:
-        raise MediaUnavailable(
-            f"The host answers {status}", reason="status", retry_after=_retry_after(headers)
-        )
+        wait = longest_wait(headers.get_list("retry-after"), now=datetime.now(UTC))
+        raise MediaUnavailable(f"The host answers {status}", reason="status", retry_after=wait)
     codings = {coding.strip().lower() for coding in headers.get_list("content-encoding", split_commas=True)}
     if codings & _COMPRESSIONS:
         raise MediaUnavailable("The file is sent compressed, although it must not be", reason="encoding")
     length = headers.get("content-length")
     if length is not None and int(length) > max_bytes:
         raise MediaBlocked(f"The file has {length} bytes, more than {max_bytes}", reason="too_large")
-
-
-def _retry_after(headers: httpx.Headers) -> float | None:
-    values = (value for value in headers.get_list("retry-after") if len(value) <= _LONGEST_DATE)
-    return longest_wait(values, now=datetime.now(UTC))
 
 
 async def _timely(

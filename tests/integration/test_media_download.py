@@ -574,6 +574,7 @@ async def test_other_answers_are_tried_again(status: str, tmp_path: Path) -> Non
         ("120", 120, 120),
         ("0", 0, 0),
         ("999999999", 86_400, 86_400),
+        ("1" * 5000, 86_400, 86_400),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0, 0),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 86_400, 86_400),
     ],
@@ -599,7 +600,7 @@ ABSURD_DATES = ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 20
 
 
 @pytest.mark.parametrize(
-    "value", ["", "soon", "-5", "1_0", "1e9", "\u0661", "Wed, 99 Oct 2015", "1" * 5000, *ABSURD_DATES]
+    "value", ["", "soon", "-5", "1_0", "1e9", "\u0661", "Wed, 99 Oct 2015", *ABSURD_DATES]
 )
 async def test_a_strange_retry_after_is_ignored(value: str, tmp_path: Path) -> None:
     """D15: what is neither seconds nor a date says nothing."""

@@ -14,15 +14,12 @@ from typing import Any
 
 import pytest
 from cloudevents.core.bindings.http import HTTPMessage, from_http_event
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
 from support.kinds_base import Answer, HttpSink, Received, make_event, open_url
 
-from receiver.core.retry import MAX_RETRY_AFTER, parse_retry_after
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations import http as http_module
@@ -31,7 +28,6 @@ from receiver.destinations.http import MAX_ANSWER
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
-NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 CANARY = "s3cr3t-canary"
 
 
@@ -248,48 +244,6 @@ async def test_retry_after_as_a_date(sink: HttpSink, destination: Destination) -
         await destination.publish(make_event())
     assert caught.value.retry_after is not None
     assert 3000 < caught.value.retry_after <= 3600
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        ("0", 0.0),
-        ("120", 120.0),
-        ("86400", MAX_RETRY_AFTER),
-        ("86401", MAX_RETRY_AFTER),
-        ("9" * 5000, MAX_RETRY_AFTER),
-        ("7, 120 ,30", 120.0),
-        ("Fri, 20 Nov 2026 12:01:00 GMT", 60.0),
-        ("Friday, 20-Nov-26 12:01:00 GMT", 60.0),
-        ("Fri Nov 20 12:01:00 2026", 60.0),
-        ("Fri, 20 Nov 2026 14:01:00 +0200", 60.0),
-        ("Fri, 20 Nov 2026 11:00:00 GMT", 0.0),
-        ("Fri, 20 Nov 2099 12:00:00 GMT", MAX_RETRY_AFTER),
-        ("", None),
-        ("soon", None),
-        ("-1", None),
-        ("1.5", None),
-        ("1_0", None),
-        ("7,", None),
-        ("\uff11", None),
-        ("Fri, 99 Nov 2026 12:01:00 GMT", None),
-        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
-        ("Mon, 01 Jan 2027 00:00:00 +99999999999999", None),
-    ],
-)
-def test_parse_retry_after(value: str, expected: float | None) -> None:
-    """E5: seconds and the three forms of an HTTP date, up to a day; whatever else says nothing."""
-    assert parse_retry_after(value, now=NOW) == expected
-
-
-@given(
-    st.text()
-    | st.from_regex(r"Mon, [0-9]{1,2} Jan [0-9]{1,30} 00:00:00 (GMT|[+-][0-9]{1,30})", fullmatch=True)
-)
-def test_parse_retry_after_takes_anything(value: str) -> None:
-    """E5: no header value raises or asks for less than nothing or more than a day."""
-    seconds = parse_retry_after(value, now=NOW)
-    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,23 @@
 """The retry decision, as a table."""
 
 import math
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.core.retry import DAY, MEDIA, MEDIA_MISSING, STORAGE, RetryPolicy, media_policy, refused_delay
+from receiver.core.retry import (
+    DAY,
+    MAX_RETRY_AFTER,
+    MEDIA,
+    MEDIA_MISSING,
+    STORAGE,
+    RetryPolicy,
+    media_policy,
+    parse_retry_after,
+    refused_delay,
+)
 from receiver.errors import (
     MediaBlocked,
     MediaMissing,
@@ -16,6 +27,7 @@ from receiver.errors import (
     StorageUnavailable,
 )
 
+NOW = datetime(2026, 11, 20, 12, 0, tzinfo=UTC)
 POLICY = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3 * DAY)
 FAILED = PublishFailed("no confirm", reason="timeout")
 
@@ -120,3 +132,45 @@ def test_a_refused_job_waits_about_as_long_again(
 ) -> None:
     """F6: from 5 s to 5 minutes, longer if there are many such jobs; the last try is at the very end."""
     assert refused_delay(refused_for, least=least, give_up_after=DAY, jitter=jitter) == delay
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("0", 0.0),
+        ("120", 120.0),
+        ("86400", MAX_RETRY_AFTER),
+        ("86401", MAX_RETRY_AFTER),
+        ("9" * 5000, MAX_RETRY_AFTER),
+        ("7, 120 ,30", 120.0),
+        ("Fri, 20 Nov 2026 12:01:00 GMT", 60.0),
+        ("Friday, 20-Nov-26 12:01:00 GMT", 60.0),
+        ("Fri Nov 20 12:01:00 2026", 60.0),
+        ("Fri, 20 Nov 2026 14:01:00 +0200", 60.0),
+        ("Fri, 20 Nov 2026 11:00:00 GMT", 0.0),
+        ("Fri, 20 Nov 2099 12:00:00 GMT", MAX_RETRY_AFTER),
+        ("", None),
+        ("soon", None),
+        ("-1", None),
+        ("1.5", None),
+        ("1_0", None),
+        ("7,", None),
+        ("\uff11", None),
+        ("Fri, 99 Nov 2026 12:01:00 GMT", None),
+        ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", None),
+        ("Mon, 01 Jan 2027 00:00:00 +99999999999999", None),
+    ],
+)
+def test_parse_retry_after(value: str, expected: float | None) -> None:
+    """E5: seconds and the three forms of an HTTP date, up to a day; any other value counts as no header."""
+    assert parse_retry_after(value, now=NOW) == expected
+
+
+@given(
+    st.text()
+    | st.from_regex(r"Mon, [0-9]{1,2} Jan [0-9]{1,30} 00:00:00 (GMT|[+-][0-9]{1,30})", fullmatch=True)
+)
+def test_parse_retry_after_takes_anything(value: str) -> None:
+    """E5: no header value raises or gives a negative delay or more than a day."""
+    seconds = parse_retry_after(value, now=NOW)
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER

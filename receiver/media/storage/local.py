@@ -13,7 +13,7 @@ from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
-from receiver.files import private
+from receiver.files import make_folder, open_private, sync_folder, write_all
 from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, settled
 
 P = ParamSpec("P")
@@ -117,13 +117,11 @@ class _Part:
         self._file: io.FileIO
 
     def open(self) -> None:
-        _make_folder(self._path.parent)
-        self._file = self._closing.enter_context(io.FileIO(self._path, "xb", opener=private))
+        make_folder(self._path.parent)
+        self._file = self._closing.enter_context(io.FileIO(self._path, "xb", opener=open_private))
 
     def write(self, block: bytes) -> None:
-        rest = memoryview(block)
-        while rest:  # a full disk answers with a short write first, and with its error to the next one
-            rest = rest[self._file.write(rest) :]
+        write_all(self._file.fileno(), block)
 
     def publish(self, path: Path) -> None:
         os.fsync(self._file.fileno())
@@ -132,27 +130,11 @@ class _Part:
         self._path.rename(path)
         # Up to the root, even where a folder was there already: whoever made it may not have synced it yet.
         for folder in path.parents[: len(path.relative_to(self._root).parts)]:
-            _sync_folder(folder)
+            sync_folder(folder)
 
     def discard(self) -> None:
         self._closing.close()
         self._path.unlink(missing_ok=True)
-
-
-def _make_folder(path: Path) -> None:
-    if path.is_dir():
-        return
-    _make_folder(path.parent)
-    path.mkdir(exist_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _open(path: Path) -> io.FileIO | None:
