@@ -30,7 +30,6 @@ from load import result
 from support.kinds import ALL_KINDS
 from support.servers import Postgres
 
-from receiver.app import collect_garbage_less
 from receiver.core.retry import RetryPolicy
 from receiver.db import migrate, outbox
 from receiver.db.database import Database
@@ -43,6 +42,7 @@ from receiver.lanes.delivery import DeliveryLane, build_message
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.worker import Wakeups, Worker
 from receiver.logs import configure_logging
+from receiver.process import collect_garbage_less
 
 BATCH = 1000
 FEWER = {"sqs": 100}

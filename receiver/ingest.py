@@ -19,7 +19,7 @@ from receiver.db import arrivals, inbox, prices
 from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
-from receiver.logs import SECRETS_USED, WEBHOOKS
+from receiver.metrics import SECRETS_USED, WEBHOOKS
 
 LARGEST_GROUP: Final = 256
 """The most deliveries that share a transaction."""

@@ -47,6 +47,9 @@ from receiver.errors import SettingsError
 from receiver.price import MOST, Credits, read_credits
 
 DEFAULT_SOURCE: Final = "clipia"
+CALLBACK_PATH: Final = "/clipia/webhook"
+"""The path that Clipia calls: for the default source as it is, for others with `/<source>` behind it."""
+
 Scope = Literal["submit", "read", "operate"]
 InputCheck = Literal["on", "strict", "off"]
 SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")

@@ -14,7 +14,7 @@ from typing import Final, Protocol
 
 import structlog
 
-from receiver.logs import REQUESTS_SHED
+from receiver.metrics import REQUESTS_SHED
 
 MIB: Final = 1024 * 1024
 DEFAULT_BUDGET: Final = 64 * MIB

@@ -15,7 +15,7 @@ from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Tokens
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, RequestError
-from receiver.logs import (
+from receiver.metrics import (
     BACKLOG,
     BACKLOG_OLDEST,
     DEAD_LETTERS,

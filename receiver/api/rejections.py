@@ -5,7 +5,7 @@ from typing import Final
 
 import structlog
 
-from receiver.logs import REJECTIONS
+from receiver.metrics import REJECTIONS
 
 NO_SOURCE: Final = "-"
 """The source label of requests whose path names no source of ours; no source can have this name."""

@@ -15,7 +15,7 @@ from receiver.core.signature import SIGNATURE_HEADER
 from receiver.db.rows import digest_token
 from receiver.errors import DatabaseUnavailable, SignatureError
 from receiver.ingest import Ingest, Received
-from receiver.logs import ACK_SECONDS, WEBHOOKS
+from receiver.metrics import ACK_SECONDS, WEBHOOKS
 from receiver.settings import DEFAULT_SOURCE
 
 BODY_WAIT: Final = 3.0

@@ -29,7 +29,7 @@ from receiver.failures import sentence
 from receiver.lanes.base import FAN_OUT_LANE, destination_lane
 from receiver.lanes.unserved import FATE
 from receiver.media import MediaHosts, open_storage, open_tls
-from receiver.settings import Settings, unknown_variables
+from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
 from receiver.submitter.job import read_error
 from receiver.submitter.standing import read_standing
 
@@ -83,7 +83,7 @@ class _Check:
             async with self._step(f"destination {destination.name}"):
                 await self._check_destination(destination)
         if settings.public_url:
-            url = f"{settings.public_url}/clipia/webhook"
+            url = f"{settings.public_url}{CALLBACK_PATH}"
             self._say("ok", "public URL", f"Clipia reaches the callback as {url}")
         async with self._step("Clipia"):
             await self._check_clipia(settings)

@@ -11,7 +11,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.table import Table
 from rich.text import Text
 
-from receiver.app import make_replays
 from receiver.cli.database import with_database
 from receiver.cli.terminal import (
     Json,
@@ -29,6 +28,7 @@ from receiver.db import workers
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
 from receiver.lanes.base import destination_lane
+from receiver.process import make_replays
 from receiver.replays import REPLAY_LANE, ReplayRequest, Replays
 from receiver.settings import Settings
 

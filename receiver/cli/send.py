@@ -14,14 +14,14 @@ from receiver.cli.terminal import stdout
 from receiver.core.signature import sign
 from receiver.errors import ReceiverError, SettingsError
 from receiver.masking import mask
-from receiver.settings import DEFAULT_SOURCE, Settings
+from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE, Settings
 
 
 def send(
     file: Annotated[str, typer.Argument(help="The payload: a file, or - for standard input. Sent as it is.")],
     url: Annotated[
         str, typer.Option(help="The receiver's callback.")
-    ] = "http://127.0.0.1:8000/clipia/webhook",
+    ] = f"http://127.0.0.1:8000{CALLBACK_PATH}",
     source: Annotated[str, typer.Option(help="Sign with the secret of this source.")] = DEFAULT_SOURCE,
     age: Annotated[int, typer.Option(help="Sign as if so many seconds ago (negative: in the future).")] = 0,
 ) -> None:

@@ -21,12 +21,13 @@ from starlette.applications import Starlette
 
 from receiver.api.memory import MemoryBudget, set_up_allocator
 from receiver.api.protocol import DeadlineHttpToolsProtocol
-from receiver.app import Only, Parts, collect_garbage_less, create_app, prepare
+from receiver.app import Only, create_app
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
+from receiver.process import Parts, collect_garbage_less, prepare
 from receiver.settings import Settings
 
 GRACE = 10

@@ -5,11 +5,11 @@ import signal
 
 import uvloop
 
-from receiver.app import Parts, collect_garbage_less, prepare, running_worker
 from receiver.cli.heartbeat import beating
 from receiver.db.database import Database
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
+from receiver.process import Parts, collect_garbage_less, prepare, running_worker
 from receiver.settings import Settings
 from receiver.submitter import Submitter
 

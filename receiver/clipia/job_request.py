@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import RequestError, RequestTooLarge
 from receiver.price import MOST, Credits, read_credits
-from receiver.settings import DEFAULT_SOURCE
+from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE
 
 LARGEST_REQUEST = 1024 * 1024
 """Bytes of a request to Clipia."""
@@ -112,7 +112,7 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
         # The path names the job, so that its event finds it even before the answer to the submission. The
         # path is not signed, so the token proves that it is Clipia who uses it: the job's id is no secret.
         # Both are one segment, which the release before takes for an unknown job and not for a wrong path.
-        content["webhook_url"] = f"{public_url}/clipia/webhook/{DEFAULT_SOURCE}/{job_id}.{token}"
+        content["webhook_url"] = f"{public_url}{CALLBACK_PATH}/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > LARGEST_REQUEST:
         raise RequestTooLarge(

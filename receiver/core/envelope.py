@@ -9,6 +9,7 @@ from uuid import UUID
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.price import Credits
+from receiver.settings import CALLBACK_PATH
 
 TYPES: Final = {
     "OK": "ai.clipia.generation.completed",
@@ -76,7 +77,7 @@ def build(
         attributes={
             "specversion": "1.0",
             "id": str(event_id),
-            "source": f"/clipia/webhook/{source}",
+            "source": f"{CALLBACK_PATH}/{source}",
             "type": TYPES[status],
             "subject": request_id,
             "time": received_at,

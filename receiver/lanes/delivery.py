@@ -36,7 +36,7 @@ from receiver.lanes.base import (
     log_failure,
     start_attempt,
 )
-from receiver.logs import CIRCUIT_OPEN, DELIVERIES
+from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
 LARGEST_GROUP: Final = 200
 """Results that share a transaction at most."""

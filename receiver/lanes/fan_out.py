@@ -18,7 +18,7 @@ from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.lanes.base import MEDIA_LANE, Target, describe, destination_lane, facts_of
-from receiver.logs import MEDIA_SKIPPED
+from receiver.metrics import MEDIA_SKIPPED
 
 FAN_OUT_LIMIT: Final = 200
 """Events that are fanned out together at most."""

@@ -37,8 +37,8 @@ from receiver.lanes.base import (
     log_failure,
     start_attempt,
 )
-from receiver.logs import MEDIA_BYTES, MEDIA_FILES
 from receiver.media import Downloader, StoredFile
+from receiver.metrics import MEDIA_BYTES, MEDIA_FILES
 
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 

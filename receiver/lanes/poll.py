@@ -29,7 +29,7 @@ from receiver.errors import (
     UnrecognizedBody,
 )
 from receiver.lanes.base import LEASE, Work, WorkLane, error_text, stored_error
-from receiver.logs import POLLS
+from receiver.metrics import POLLS
 from receiver.settings import DEFAULT_SOURCE
 
 CONCURRENCY: Final = 8

@@ -41,7 +41,7 @@ from receiver.lanes.base import (
     stored_error,
 )
 from receiver.lanes.quota_lessons import Change, after_failure, looked_at, unchanged
-from receiver.logs import SUBMISSIONS
+from receiver.metrics import SUBMISSIONS
 
 CONCURRENCY: Final = 16
 ACCOUNT_WAIT: Final = 5.0

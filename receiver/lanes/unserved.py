@@ -18,7 +18,7 @@ from receiver.db import unserved, workers
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 from receiver.lanes.base import describe, destination_lane
-from receiver.logs import DELIVERIES
+from receiver.metrics import DELIVERIES
 
 LOOK: Final = 30.0
 """Seconds between two looks."""

@@ -149,7 +149,7 @@ async def test_a_failure_at_start_is_one_record(tmp_path: Path, monkeypatch: pyt
     with capture_logs() as logs, pytest.raises(SettingsError):
         await app({"type": "lifespan", "state": {}}, receive, send)
     assert [(entry["event"], entry["error"]) for entry in logs if entry["log_level"] == "error"] == [
-        ("the service fails", "in our own words")
+        ("the service failed", "in our own words")
     ]
     assert sent == [{"type": "lifespan.startup.failed"}], "a traceback ends in a library's text"
 

@@ -275,7 +275,7 @@ FAILING = """
 import os, signal, socket, sys, time
 from multiprocessing.context import SpawnProcess
 from receiver.cli.supervisor import Supervisor
-from receiver.logs import CIRCUIT_OPEN
+from receiver.metrics import CIRCUIT_OPEN
 
 def serve(listeners):
     CIRCUIT_OPEN.labels("orders").set(1)

@@ -48,7 +48,7 @@ from receiver.db.tables import accounts, deliveries, events, jobs, media, receip
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable
 from receiver.ingest import make_event
 from receiver.lanes.worker import Lane, Wakeups, Worker
-from receiver.logs import POLLS
+from receiver.metrics import POLLS
 from receiver.sandbox import WITHOUT_LIMITS
 from receiver.submitter import Job, Submitter, waiting
 

@@ -14,13 +14,13 @@ from support.kinds_base import make_event
 from support.media import PNG, Site, local_storage, response, site, stored_files
 from support.proxies import Proxy, proxy
 
-from receiver.app import Parts
 from receiver.clipia import client as client_module
 from receiver.clipia.client import Call, ClipiaClient, open_client
 from receiver.destination_settings import DestinationSettings, TlsSettings
 from receiver.destinations import open_destination
 from receiver.errors import ClipiaUnavailable, MediaBlocked, MediaUnavailable, PublishFailed, SettingsError
 from receiver.media import Downloader, MediaHosts, open_tls
+from receiver.process import Parts
 from receiver.settings import Settings
 
 HOST = "media.clipia.ai"

@@ -15,10 +15,10 @@ from support.certificates import make_certificate
 from support.kinds_base import open_url
 
 from receiver import masking
-from receiver.app import make_target
 from receiver.destinations.http import HttpDestination
 from receiver.errors import SettingsError
 from receiver.masking import mask
+from receiver.process import make_target
 from receiver.settings import Settings
 
 CANARY = "cAnArY-7d1e9b4420"
