@@ -6,7 +6,7 @@ from typing import Final
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia.catalogue import PRICE_HOLDS, Catalogue
+from receiver.clipia.catalogue import PRICE_CACHE_SECONDS, Catalogue
 from receiver.clipia.job_request import JobRequest, read_input
 from receiver.db import spending
 from receiver.db.rows import NewJob, Submission
@@ -19,9 +19,9 @@ from receiver.errors import (
 )
 from receiver.price import Credits, total
 
-ANYONE: Final = "*"
+DEFAULT_CALLER: Final = "*"
 """The budget of callers that have none of their own."""
-PRICE_WAIT: Final = 15.0
+PRICE_TIMEOUT_SECONDS: Final = 15.0
 """Seconds that a try waits for a price: the lease must still be held when the submission is sent."""
 
 
@@ -56,7 +56,7 @@ class Budgets:
             )
 
     def _of(self, caller: str) -> Credits | None:
-        return self._budgets.get(caller, self._budgets.get(ANYONE))
+        return self._budgets.get(caller, self._budgets.get(DEFAULT_CALLER))
 
 
 def _require_at_most(max_cost: Credits | None, price: Credits) -> None:
@@ -73,11 +73,11 @@ async def require_price(submission: Submission, catalogue: Catalogue, *, age: fl
 
     Raises ClipiaUnavailable if the price cannot be known.
     """
-    if submission.max_cost is None or age < PRICE_HOLDS:
+    if submission.max_cost is None or age < PRICE_CACHE_SECONDS:
         return
     given = read_input(submission.request) or {}
     try:
-        async with asyncio.timeout(PRICE_WAIT):
+        async with asyncio.timeout(PRICE_TIMEOUT_SECONDS):
             estimate = await catalogue.estimate(submission.model, given, or_older=False)
     except (AccountRefused, RefusedForNow):
         raise

@@ -11,16 +11,16 @@ from typing import Final
 Credits = int | float
 """An int if it is a whole number, so that it is written as 12 and never as 12.0."""
 MICROS: Final = 1_000_000
-MOST: Final = 10**12
+MAX_CREDITS: Final = 10**12
 """A larger number is no price."""
 
 
 def read_credits(value: object) -> Credits | None:
     """Return a number of credits, rounded to millionths; None for what is none.
 
-    That is what is no number, a negative one, NaN, infinity, and one beyond `MOST`.
+    That is what is no number, a negative one, NaN, infinity, and one beyond `MAX_CREDITS`.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MOST:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_CREDITS:
         return None
     return value if isinstance(value, int) else from_micros(to_micros(value))
 

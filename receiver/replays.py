@@ -19,8 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.output_files import FileRules
-from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, mismatch
+from receiver.core.request_checks import check_key
+from receiver.core.retry import GIVE_UP_SECONDS
+from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import job_events, leases, outbox, replays, tables, workers
 from receiver.db.database import Database
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder, new_id
@@ -46,12 +47,11 @@ STEP: Final = 100
 """Events of one step at most."""
 MOST_WAITING: Final = 1000
 """Unfinished deliveries of a replay, to the destination that has the fewest, beyond which it adds no more."""
-LONGEST_KEY: Final = 255
 PAUSE: Final = 0.5
 """Seconds until a replay that waits looks again."""
 TROUBLE_PAUSE: Final = 5.0
 """Seconds until a step that failed is tried again."""
-MOST_TROUBLE: Final = int(GIVE_UP_AFTER / TROUBLE_PAUSE)
+MOST_TROUBLE: Final = int(GIVE_UP_SECONDS / TROUBLE_PAUSE)
 """Steps in a row that may fail: three days of them."""
 BATCH: Final = 5000
 """Deliveries that one transaction cancels at most."""
@@ -111,11 +111,8 @@ class Replays:
 
         Raises RequestError for an unknown destination and for a key that stands for another order.
         """
-        if key is not None and (not 0 < len(key) <= LONGEST_KEY or not key.isprintable()):
-            raise RequestError(
-                f"Idempotency-Key: write from 1 to {LONGEST_KEY} printable characters",
-                code="invalid_request",
-            )
+        if key is not None:
+            check_key(key)
         destinations = self._destinations(request)
         # Without `force` the fingerprint is that of the releases which did not know it.
         content = request.model_dump(mode="json", exclude=None if request.force else {"force"})
@@ -241,7 +238,7 @@ class ReplayLane(WorkLane):
             is_transient = isinstance(error, TransientError)
             # Not its age alone: a long replay may have gone on until a moment ago. And not the tries alone:
             # releases before this one counted each step.
-            if claim.age >= GIVE_UP_AFTER and claim.attempt >= MOST_TROUBLE and not is_transient:
+            if claim.age >= GIVE_UP_SECONDS and claim.attempt >= MOST_TROUBLE and not is_transient:
                 await self._end(claim, state="failed", error=message)
                 return
             log.warning("replay held up", replay_id=str(claim.id), error=message)
@@ -327,7 +324,7 @@ class ReplayLane(WorkLane):
         self,
         order: ReplayOrder,
         page: Sequence[ReplayedEvent],
-        facts: Sequence[Facts],
+        facts: Sequence[RoutingFacts],
         loading: Collection[int],
     ) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
         """Return (event's `seq`, destination): those that are due, and those that wait for media."""
@@ -363,7 +360,7 @@ class ReplayLane(WorkLane):
             log.info("replay ended", replay_id=str(claim.id), state=state)
 
 
-async def _facts(connection: AsyncConnection, page: Sequence[ReplayedEvent]) -> list[Facts]:
+async def _facts(connection: AsyncConnection, page: Sequence[ReplayedEvent]) -> list[RoutingFacts]:
     refs = await job_events.load_refs(connection, [event.seq for event in page])
     return [facts_of(event, event.model, refs.get(event.seq)) for event in page]
 

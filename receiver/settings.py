@@ -44,7 +44,7 @@ from receiver.config_file import (
 )
 from receiver.destination_settings import DestinationSettings, Name, Table
 from receiver.errors import SettingsError
-from receiver.price import MOST, Credits, read_credits
+from receiver.price import MAX_CREDITS, Credits, read_credits
 
 DEFAULT_SOURCE: Final = "clipia"
 CALLBACK_PATH: Final = "/clipia/webhook"
@@ -181,7 +181,7 @@ class Settings(BaseSettings):
     def _no_debts(cls, value: dict[str, Credits]) -> dict[str, Credits]:
         budgets = {name: price for name, given in value.items() if (price := read_credits(given)) is not None}
         if len(budgets) < len(value):
-            raise ValueError(f"a budget is a number of credits from 0 to {MOST}")
+            raise ValueError(f"a budget is a number of credits from 0 to {MAX_CREDITS}")
         return budgets
 
     @field_validator("public_url", "clipia_base_url")

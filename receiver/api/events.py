@@ -28,6 +28,7 @@ from receiver.api.endpoints import (
     read_time,
 )
 from receiver.core.lenient_json import present
+from receiver.core.request_checks import invalid_request, read_cursor
 from receiver.db import outbox, reads
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
@@ -74,7 +75,7 @@ class Ledger:
     async def _events(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
-        cursor = _number(query.pop("cursor", None))
+        cursor = read_cursor(query.pop("cursor", None))
         async with self._database.read() as connection:
             rows = await reads.list_events(
                 connection,
@@ -119,7 +120,7 @@ class Ledger:
     async def _receipts(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
-        after = _number(query.pop("cursor", None)) or 0
+        after = read_cursor(query.pop("cursor", None)) or 0
         nothing_left(query)
         event = await self._find_event(request, reads.find_event)
         async with self._database.read() as connection:
@@ -210,7 +211,7 @@ class Ledger:
     async def _list_replays(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)
         limit = read_limit(query.pop("limit", "50"))
-        rows = await self._replays.list_orders(limit=limit + 1, before=_number(query.pop("cursor", None)))
+        rows = await self._replays.list_orders(limit=limit + 1, before=read_cursor(query.pop("cursor", None)))
         nothing_left(query)
         return json_answer(_page(rows, limit, "seq"))
 
@@ -234,9 +235,7 @@ def _read(values: object) -> ReplayRequest:
     try:
         return ReplayRequest.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the body"
-        raise invalid(f"{where}: {first['msg']}") from None
+        raise invalid_request(error) from None
 
 
 def _shown(receipt: dict[str, Any]) -> dict[str, Any]:
@@ -247,14 +246,6 @@ def _shown(receipt: dict[str, Any]) -> dict[str, Any]:
 def _page(rows: list[dict[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
     more = len(rows) > limit
     return {"data": rows[:limit], "next": str(rows[limit - 1][cursor]) if more else None}
-
-
-def _number(text: str | None) -> int | None:
-    if text is None:
-        return None
-    if not (text.isascii() and text.isdigit() and len(text) < 19):
-        raise invalid("cursor: is none of ours")
-    return int(text)
 
 
 def _uuid(text: object) -> UUID:

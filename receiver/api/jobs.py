@@ -22,7 +22,7 @@ from receiver.api.endpoints import (
     read_time,
     while_connected,
 )
-from receiver.clipia.job_request import MOST_METADATA, JobRequest
+from receiver.clipia.job_request import MAX_METADATA, JobRequest
 from receiver.db.rows import JobState, new_id
 from receiver.errors import RequestError
 from receiver.submitter import Job, Submitter
@@ -87,8 +87,8 @@ class Jobs:
             for name in list(query)
             if name.startswith("metadata.")
         }
-        if len(metadata) > MOST_METADATA:
-            raise invalid(f"metadata: a job has no more than {MOST_METADATA} names")
+        if len(metadata) > MAX_METADATA:
+            raise invalid(f"metadata: a job has no more than {MAX_METADATA} names")
         wanted = query.pop("caller", None)
         if not _sees_all(caller):
             # Another caller's jobs are not there, whether there are any or not.

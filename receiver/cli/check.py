@@ -15,7 +15,7 @@ from receiver.cli.submit import describe_error
 from receiver.cli.terminal import amount, moment, stdout
 from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia.client import Call, open_client
-from receiver.core.routing import describe
+from receiver.core.routing import filter_text
 from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
 from receiver.db.database import Database
 from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
@@ -30,8 +30,8 @@ from receiver.lanes.base import FAN_OUT_LANE, destination_lane
 from receiver.lanes.unserved import FATE
 from receiver.media import MediaHosts, open_storage, open_tls
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
+from receiver.submitter.account_status import read_account_status
 from receiver.submitter.job import read_error
-from receiver.submitter.standing import read_standing
 
 _MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 
@@ -170,7 +170,7 @@ class _Check:
             account = None if client is None else client.account
             async with database.read() as connection:
                 unserved = await jobs.count_unserved(connection, account)
-                standing = None if account is None else await read_standing(connection, account)
+                standing = None if account is None else await read_account_status(connection, account)
             if client is not None:
                 await client.close()
             if unserved:
@@ -261,7 +261,7 @@ class _Check:
 
         with problems_logged() as problems:
             await _and_close(start_and_check, destination.close)
-        which = describe(settings.filter) or "every event"
+        which = filter_text(settings.filter) or "every event"
         described = f"; {settings.described}" if settings.described else ""
         gets = f"gets {which}, when {settings.when}{described}"
         if problems:

@@ -23,7 +23,7 @@ from receiver.cli.terminal import (
     user_name,
     wide,
 )
-from receiver.core.retry import KEY_HOLDS
+from receiver.core.retry import KEY_VALID_SECONDS
 from receiver.db import freezes
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
@@ -218,7 +218,7 @@ def thaw() -> None:
 
     async def run(_settings: Settings, database: Database) -> list[UUID] | None:
         async with database.write() as connection:
-            return await freezes.thaw(connection, key_holds=KEY_HOLDS, error=text)
+            return await freezes.thaw(connection, key_holds=KEY_VALID_SECONDS, error=text)
 
     unsure = with_database(run)
     if unsure is None:

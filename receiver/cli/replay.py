@@ -24,6 +24,7 @@ from receiver.cli.terminal import (
     wide,
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.core.request_checks import first_problem
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
@@ -134,11 +135,11 @@ def _read(values: dict[str, Any]) -> ReplayRequest:
     try:
         return ReplayRequest.model_validate(values)
     except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        name = next((part for part in reversed(first["loc"]) if isinstance(part, str)), "replay")
+        path, message = first_problem(error)
+        name = next((part for part in reversed(path) if not part.isdigit()), "replay")
         # Ids have no option of their own.
         option = "ids" if name == "ids" else "--" + name.replace("_", "-")
-        raise ReceiverError(f"{option}: {first['msg']}") from None
+        raise ReceiverError(f"{option}: {message}") from None
 
 
 def _print_counts(found: dict[str, Any]) -> None:

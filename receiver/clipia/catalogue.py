@@ -17,19 +17,19 @@ from receiver.db.database import Database
 from receiver.errors import ClipiaUnavailable, RequestError
 from receiver.settings import InputCheck
 
-FRESH: Final = 600.0
+MODEL_CACHE_SECONDS: Final = 600.0
 """Seconds for which models are remembered; an older one serves while Clipia is away."""
-RECHECK: Final = 60.0
+RECHECK_AGE_SECONDS: Final = 60.0
 """Age in seconds from which a model is asked for again before an input is refused: it may take it by now."""
-PRICE_HOLDS: Final = 60.0
+PRICE_CACHE_SECONDS: Final = 60.0
 """Seconds for which an estimate is remembered."""
-AWAY: Final = 30.0
+FAILURE_CACHE_SECONDS: Final = 30.0
 """Seconds after a question that was not answered in which it is not asked again."""
-TURN_WAIT: Final = 5.0
+MAX_QUOTA_WAIT_SECONDS: Final = 5.0
 """Seconds that a question waits for its turn within the limits."""
-CHECK_WAIT: Final = 5.0
+CHECK_TIMEOUT_SECONDS: Final = 5.0
 """Seconds that a submission waits for the catalogue."""
-MOST_REMEMBERED: Final = 1000
+MAX_CACHE_ENTRIES: Final = 1000
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class _Memory:
 
     async def _ask(self, question: str, ask: Callable[[], Awaitable[T]]) -> T:
         failed_at, failure = self._failures.get(question, (float("-inf"), None))
-        if failure is not None and time.monotonic() - failed_at < AWAY:
+        if failure is not None and time.monotonic() - failed_at < FAILURE_CACHE_SECONDS:
             raise _again(failure, after=time.monotonic() - failed_at)
         try:
             answer = await ask()
@@ -92,7 +92,7 @@ class _Memory:
     def _remember(self, where: dict[str, tuple[float, Any]], question: str, value: Any) -> None:
         where.pop(question, None)
         where[question] = (time.monotonic(), value)
-        if len(where) > MOST_REMEMBERED:
+        if len(where) > MAX_CACHE_ENTRIES:
             del where[next(iter(where))]
 
 
@@ -118,9 +118,11 @@ class Catalogue:
 
     async def models(self) -> list[dict[str, Any]]:
         """Return the list of models."""
-        return await self._memory.recall("models", partial(self._ask, self._client.models), fresh=FRESH)
+        return await self._memory.recall(
+            "models", partial(self._ask, self._client.models), fresh=MODEL_CACHE_SECONDS
+        )
 
-    async def model(self, slug: str, *, fresh: float = FRESH) -> dict[str, Any]:
+    async def model(self, slug: str, *, fresh: float = MODEL_CACHE_SECONDS) -> dict[str, Any]:
         """Return one model with its `input_schema`, not older than `fresh` seconds if Clipia answers."""
         _refuse_path(slug)
         ask = partial(self._ask, partial(self._client.model, slug))
@@ -138,10 +140,10 @@ class Catalogue:
         if self._input_check == "off" and not strict:
             return []
         try:
-            async with asyncio.timeout(CHECK_WAIT):
-                misfits = await self._misfits(slug, given, fresh=FRESH)
+            async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
+                misfits = await self._misfits(slug, given, fresh=MODEL_CACHE_SECONDS)
                 if misfits:
-                    misfits = await self._misfits(slug, given, fresh=RECHECK)
+                    misfits = await self._misfits(slug, given, fresh=RECHECK_AGE_SECONDS)
         except (ClipiaUnavailable, TimeoutError) as error:
             log.warning("input not checked", model=slug, reason=getattr(error, "reason", "timeout"))
             return []
@@ -172,7 +174,7 @@ class Catalogue:
         # Its digest: an input may have a megabyte, and a thousand of them are remembered.
         question = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"
         ask = partial(self._ask, partial(self._client.estimate, slug, given))
-        return await self._memory.recall(question, ask, fresh=PRICE_HOLDS, or_older=or_older)
+        return await self._memory.recall(question, ask, fresh=PRICE_CACHE_SECONDS, or_older=or_older)
 
     async def balance(self) -> dict[str, Any]:
         """Return the account as it is now."""
@@ -199,21 +201,21 @@ class Catalogue:
                     connection,
                     account,
                     call.headers,
-                    lambda limits, now: (
-                        limits
+                    lambda quota, now: (
+                        quota
                         if throttled is None
-                        else limits.throttled(now, retry_after=throttled.retry_after)
+                        else quota.after_rate_limit(now, retry_after=throttled.retry_after)
                     ),
                 )
 
     async def _take_turn(self, account: str) -> None:
-        deadline = time.monotonic() + TURN_WAIT
+        deadline = time.monotonic() + MAX_QUOTA_WAIT_SECONDS
         while True:
             async with self._database.write() as connection:
-                limits, now = await accounts.lock(connection, account)
-                wait = limits.ask_wait(now)
+                quota, now = await accounts.lock(connection, account)
+                wait = quota.query_delay(now)
                 if not wait:
-                    await accounts.save(connection, account, limits.taking("ask", 1, now))
+                    await accounts.save(connection, account, quota.after_calls("query", 1, now))
                     return
             if time.monotonic() + wait > deadline:
                 raise ClipiaUnavailable(

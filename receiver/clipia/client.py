@@ -35,10 +35,10 @@ from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits
 from receiver.settings import Settings
 
-CALL_WAIT: Final = 30.0
+CALL_TIMEOUT_SECONDS: Final = 30.0
 """Seconds that a whole call may take; well below a lease."""
-TERMINAL: Final = ("COMPLETED", "FAILED", "CANCELED")
-OPEN: Final = ("IN_QUEUE", "IN_PROGRESS")
+TERMINAL_STATUSES: Final = ("COMPLETED", "FAILED", "CANCELED")
+OPEN_STATUSES: Final = ("IN_QUEUE", "IN_PROGRESS")
 UNUSABLE_ID: Final = "request_id_unusable"
 """The code of the refusal that ends a job which Clipia accepted under an id that cannot be stored."""
 
@@ -84,19 +84,19 @@ class Status:
     """How a generation is doing."""
 
     status: str
-    """One of `OPEN` or `TERMINAL`; another word is Clipia's own, masked and cut."""
+    """One of `OPEN_STATUSES` or `TERMINAL_STATUSES`; another word is Clipia's own, masked and cut."""
     progress: int | None
     """Per cent."""
 
     @property
     def terminal(self) -> bool:
         """Whether nothing will change any more."""
-        return self.status in TERMINAL
+        return self.status in TERMINAL_STATUSES
 
     @property
     def known(self) -> bool:
         """Whether the documentation names this status."""
-        return self.status in OPEN or self.terminal
+        return self.status in OPEN_STATUSES or self.terminal
 
 
 def clock() -> float:
@@ -159,7 +159,7 @@ class ClipiaClient:
             self._sdk = AsyncClipia(
                 key,
                 base_url=base_url,
-                timeout=httpx.Timeout(CALL_WAIT, connect=5.0),
+                timeout=httpx.Timeout(CALL_TIMEOUT_SECONDS, connect=5.0),
                 transport=_Transport(proxy if base_url.lower().startswith("https:") else None),
                 max_retries=0,
             )
@@ -238,7 +238,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
     """Bind the call to the transport, bound its time, and turn what goes wrong into our own errors."""
     token = _call.set(call)
     try:
-        async with asyncio.timeout(CALL_WAIT):
+        async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
             yield
     except ClipiaApiError as error:
         raise translate(error) from error

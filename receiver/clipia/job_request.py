@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from receiver.core.request_checks import check_key, invalid_request
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import RequestError, RequestTooLarge
-from receiver.price import MOST, Credits, read_credits
+from receiver.price import MAX_CREDITS, Credits, read_credits
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE
 
-LARGEST_REQUEST = 1024 * 1024
+MAX_REQUEST_BYTES = 1024 * 1024
 """Bytes of a request to Clipia."""
 
-MOST_METADATA = 32
+MAX_METADATA = 32
 
 # What no database stores: NUL. Lone surrogates are no strings to pydantic anyway.
 _LINE = r"^[^\x00-\x1f\x7f]+$"
@@ -41,10 +42,10 @@ class JobRequest(BaseModel):
             Annotated[str, Field(min_length=1, max_length=64, pattern=_LINE)],
             Annotated[str, Field(max_length=512, pattern=_TEXT)],
         ],
-        Field(max_length=MOST_METADATA),
+        Field(max_length=MAX_METADATA),
     ] = {}
     """The caller's own words, returned with the job and with the forwarded message."""
-    max_cost: Annotated[Credits, Field(ge=0, le=MOST), AfterValidator(read_credits)] | None = None
+    max_cost: Annotated[Credits, Field(ge=0, le=MAX_CREDITS), AfterValidator(read_credits)] | None = None
     """Credits that the job may cost at most."""
     strict: bool | None = None
     """Whether keys are refused that the model's schema does not have; None is as the settings say."""
@@ -55,9 +56,7 @@ class JobRequest(BaseModel):
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = ".".join(str(part)[:64] for part in first["loc"]) or "the body"
-            raise RequestError(f"{where}: {first['msg']}", code="invalid_request") from None
+            raise invalid_request(error) from None
         encode([[[[request.input]]]])  # it has to fit into lists and messages, whose depth is bounded
         return request
 
@@ -114,15 +113,15 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
         # Both are one segment, which the release before takes for an unknown job and not for a wrong path.
         content["webhook_url"] = f"{public_url}{CALLBACK_PATH}/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
-    if len(request) > LARGEST_REQUEST:
+    if len(request) > MAX_REQUEST_BYTES:
         raise RequestTooLarge(
-            f"input: takes {len(request)} bytes; {LARGEST_REQUEST} are the limit (pass files by URL)",
+            f"input: takes {len(request)} bytes; {MAX_REQUEST_BYTES} are the limit (pass files by URL)",
             code="invalid_request",
         )
     return request
 
 
-def freeze_again(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple[bytes, str]:
+def refreeze(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple[bytes, str]:
     """Return the bytes with which a job is submitted anew, and the digest of their token.
 
     A new key is a new request: it goes to where the callback is now, and with a new token the webhook of the
@@ -148,22 +147,6 @@ def join_warnings(ours: list[dict[str, Any]], clipias: list[Any]) -> list[Any]:
     """Return the warnings about an input; Clipia's words about a parameter stand in place of ours."""
     told = [each.get("parameter") for each in clipias if isinstance(each, dict)]
     return [*(each for each in ours if each["parameter"] not in told), *clipias]
-
-
-def check_caller(caller: str) -> str:
-    """Return a caller's name; raise RequestError for one that cannot be stored as it is."""
-    if not 0 < len(caller) <= 63 or not caller.isprintable():
-        raise RequestError("caller: write from 1 to 63 printable characters", code="invalid_request")
-    return caller
-
-
-def check_key(key: str) -> str:
-    """Return a caller's idempotency key; raise RequestError for one that cannot be stored as it is."""
-    if not 0 < len(key) <= 255 or not key.isprintable():
-        raise RequestError(
-            "Idempotency-Key: write from 1 to 255 printable characters", code="invalid_request"
-        )
-    return key
 
 
 def encode(value: Any) -> bytes:

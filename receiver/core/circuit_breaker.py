@@ -7,14 +7,14 @@ width: a destination that has just come back is not overrun by what has waited f
 
 from typing import Final
 
-THRESHOLD: Final = 5
+FAILURES_TO_OPEN: Final = 5
 """Failures in a row that open the circuit."""
-FIRST_PROBE: Final = 1.0
-LAST_PROBE: Final = 60.0
+FIRST_PROBE_SECONDS: Final = 1.0
+MAX_PROBE_SECONDS: Final = 60.0
 """Bounds of the seconds between probes."""
 
 
-class Circuit:
+class CircuitBreaker:
     """The state of one destination, as one process sees it. `now` is in seconds of a monotonic clock."""
 
     def __init__(self, width: int) -> None:
@@ -31,7 +31,7 @@ class Circuit:
         """Whether only probes are let through."""
         return self._allowed == 0
 
-    def room(self, now: float, *, under_way: int) -> int:
+    def available(self, now: float, *, under_way: int) -> int:
         """Return how many more deliveries may be started."""
         if self.is_open:
             return 1 if now >= self._probe_at and not under_way else 0
@@ -52,7 +52,7 @@ class Circuit:
         if self.is_open and started <= self._opened_at:
             return False
         self._failures += 1
-        if self._allowed == self._width and self._failures < THRESHOLD:
+        if self._allowed == self._width and self._failures < FAILURES_TO_OPEN:
             return False
         opens = not self.is_open
         self.open(now, retry_after=retry_after)
@@ -62,6 +62,6 @@ class Circuit:
         """Let only probes through from now on."""
         self._allowed = 0
         self._opened_at = now
-        pause = max(FIRST_PROBE * 2.0 ** min(self._probes, 16), retry_after)
-        self._probe_at = now + min(LAST_PROBE, pause)
+        pause = max(FIRST_PROBE_SECONDS * 2.0 ** min(self._probes, 16), retry_after)
+        self._probe_at = now + min(MAX_PROBE_SECONDS, pause)
         self._probes += 1

@@ -18,7 +18,7 @@ from receiver.errors import (
 )
 
 DAY: Final = 86_400.0
-GIVE_UP_AFTER: Final = 3 * DAY
+GIVE_UP_SECONDS: Final = 3 * DAY
 """Seconds for which work is tried, unless a setting says otherwise."""
 MAX_RETRY_AFTER: Final = DAY
 """Seconds that another side's Retry-After is heeded for at most."""
@@ -39,7 +39,7 @@ class RetryPolicy:
     """Upper bound of the first delay, in seconds."""
     cap: float = 600.0
     """Upper bound of every delay, in seconds."""
-    give_up_after: float = GIVE_UP_AFTER
+    give_up_after: float = GIVE_UP_SECONDS
     """Age of the work, in seconds, from which a failed try is the last one."""
     min_attempts: int = 1
     """Tries that are made however old the work is."""
@@ -70,7 +70,7 @@ MEDIA: Final = RetryPolicy(initial=2.0, cap=600.0)
 MEDIA_MISSING: Final = RetryPolicy(initial=1200.0, cap=1800.0, give_up_after=3600.0, min_attempts=3)
 """Files that the CDN says it does not have: at least three tries over at least an hour, then `gone`."""
 
-MEDIA_ODD: Final = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3600.0)
+MEDIA_DOUBTFUL: Final = RetryPolicy(initial=2.0, cap=600.0, give_up_after=3600.0)
 """Bodies that may not be the file: the one that comes after an hour is kept, and marked."""
 
 STORAGE: Final = RetryPolicy(initial=5.0, cap=60.0, give_up_after=math.inf)
@@ -80,16 +80,16 @@ STORAGE: Final = RetryPolicy(initial=5.0, cap=60.0, give_up_after=math.inf)
 SUBMIT: Final = RetryPolicy(initial=1.0, cap=120.0, give_up_after=math.inf)
 """Submissions that certainly did not arrive: a job that was asked for is sent when that is possible again."""
 
-KEY_HOLDS: Final = 23 * 3600.0
+KEY_VALID_SECONDS: Final = 23 * 3600.0
 """Seconds from a job's first try in which another one is safe.
 
 Clipia forgets an idempotency key after 24 hours, and would then generate and charge anew.
 """
 
-SUBMIT_AGAIN: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_HOLDS)
+SUBMIT_UNANSWERED: Final = RetryPolicy(initial=1.0, cap=300.0, give_up_after=KEY_VALID_SECONDS)
 """Submissions that may have arrived: sent again under the same key for as long as it holds."""
 
-REFUSED_GIVE_UP_AFTER: Final = DAY
+REFUSED_GIVE_UP_SECONDS: Final = DAY
 """Seconds after which a job ends that Clipia refuses for now (402, 403)."""
 _REFUSED_FIRST: Final = 10.0
 _REFUSED_CAP: Final = 300.0
@@ -125,7 +125,7 @@ def media_policy(error: Exception) -> RetryPolicy:
     if isinstance(error, StorageUnavailable):
         return STORAGE
     if isinstance(error, (NotMedia, MediaDoubtful)):
-        return MEDIA_ODD
+        return MEDIA_DOUBTFUL
     return MEDIA_MISSING if isinstance(error, MediaMissing) else MEDIA
 
 

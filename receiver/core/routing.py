@@ -8,7 +8,7 @@ from receiver.destination_settings import FilterSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class RoutingFacts:
     """What a filter looks at."""
 
     status: str
@@ -20,7 +20,7 @@ class Facts:
     metadata: Mapping[str, str]
 
 
-def mismatch(wanted: FilterSettings, facts: Facts) -> str | None:
+def mismatch(wanted: FilterSettings, facts: RoutingFacts) -> str | None:
     """Return why an event is not for a destination with this filter, None where it is."""
     exact = {"status": facts.status, "source": facts.source, "caller": facts.caller}
     for name, value in exact.items():
@@ -35,7 +35,7 @@ def mismatch(wanted: FilterSettings, facts: Facts) -> str | None:
     return None
 
 
-def describe(wanted: FilterSettings) -> str:
+def filter_text(wanted: FilterSettings) -> str:
     """Return a filter in words, such as `status OK, model seedance-* or nano-*`; empty for all events."""
     lines = {"status": wanted.status, "model": wanted.model, "source": wanted.source, "caller": wanted.caller}
     lines |= {f"metadata.{key}": allowed for key, allowed in wanted.metadata.items()}

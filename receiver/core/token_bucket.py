@@ -17,7 +17,7 @@ class TokenBucket:
         self._least = max(1.0, self._size / 4)
         self._filled_at: float | None = None
 
-    def room(self, now: float) -> int:
+    def available(self, now: float) -> int:
         """Return how many tries may begin now."""
         self._fill(now)
         return int(self._tokens + _ROUNDING) if self._tokens + _ROUNDING >= self._least else 0

@@ -7,12 +7,12 @@ from sqlalchemy import select, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.core.quota import Limits, RateHeaders
+from receiver.core.quota import Quota, RateHeaders
 from receiver.db.clock import unix_time
 from receiver.db.tables import accounts
 
 
-async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float]:
+async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]:
     """Return an account's limits, locked until the transaction ends, and the present moment.
 
     Lock it last: whoever holds it waits for no other row.
@@ -22,36 +22,36 @@ async def lock(connection: AsyncConnection, account: str) -> tuple[Limits, float
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-        values = {"id": account} | asdict(Limits())
+        values = {"id": account} | asdict(Quota())
         await connection.execute(dialect.insert(accounts).values(**values).on_conflict_do_nothing())
         row = (await connection.execute(statement)).mappings().one()
     found = dict(row)
     now = found.pop("now")
-    return Limits(**found), now
+    return Quota(**found), now
 
 
-async def save(connection: AsyncConnection, account: str, limits: Limits) -> None:
+async def save(connection: AsyncConnection, account: str, quota: Quota) -> None:
     """Store the limits of an account that is locked."""
-    await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(limits)))
+    await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(quota)))
 
 
 async def learn(
     connection: AsyncConnection,
     account: str,
     headers: RateHeaders,
-    change: Callable[[Limits, float], Limits] = lambda limits, _now: limits,
+    change: Callable[[Quota, float], Quota] = lambda quota, _now: quota,
 ) -> None:
     """Keep what an answer says about an account's limits: its headers, and what `change` makes of it."""
-    limits, now = await lock(connection, account)
-    learned = change(limits.reading(headers, now), now)
-    if learned != limits:
+    quota, now = await lock(connection, account)
+    learned = change(quota.after_headers(headers, now), now)
+    if learned != quota:
         await save(connection, account, learned)
 
 
-async def read(connection: AsyncConnection, account: str) -> Limits:
+async def read(connection: AsyncConnection, account: str) -> Quota:
     """Return an account's limits as they are, for people and for metrics."""
     columns = [column for column in accounts.c if column.name != "id"]
     row = (
         (await connection.execute(select(*columns).where(accounts.c.id == account))).mappings().one_or_none()
     )
-    return Limits() if row is None else Limits(**row)
+    return Quota() if row is None else Quota(**row)

@@ -19,7 +19,7 @@ from sqlalchemy import Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.retry import RetryPolicy
-from receiver.core.routing import Facts
+from receiver.core.routing import RoutingFacts
 from receiver.db import leases
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, AttemptOutcome, Claim, JobRef, ReplayedEvent, StoredEvent
@@ -60,9 +60,9 @@ class Target:
     """Tries that begin per second, any number if none is given."""
 
 
-def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> Facts:
+def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> RoutingFacts:
     """Return what filters look at."""
-    return Facts(
+    return RoutingFacts(
         status=event.status,
         model=model,
         source=event.source,

@@ -15,7 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.batching import GroupCommit
 from receiver.core import envelope
-from receiver.core.circuit_breaker import Circuit
+from receiver.core.circuit_breaker import CircuitBreaker
 from receiver.core.payload import reread
 from receiver.core.token_bucket import TokenBucket
 from receiver.db import inbox, job_events, leases, outbox, replays
@@ -75,7 +75,7 @@ class DeliveryLane(WorkLane):
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
-        self._circuit = Circuit(concurrency)
+        self._circuit = CircuitBreaker(concurrency)
         self._bucket = TokenBucket(target.rate) if target.rate else None
         self._next_look: asyncio.TimerHandle | None = None
         if target.is_down:
@@ -89,10 +89,10 @@ class DeliveryLane(WorkLane):
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""
-        room = self._circuit.room(time.monotonic(), under_way=self.concurrency - limit)
+        room = self._circuit.available(time.monotonic(), under_way=self.concurrency - limit)
         limit = min(limit, room, self._most)
         if self._bucket is not None:
-            limit = min(limit, self._bucket.room(time.monotonic()))
+            limit = min(limit, self._bucket.available(time.monotonic()))
         self.left_behind = True
         if not limit:
             self._look_when_allowed()

@@ -11,8 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.output_files import FileRules, Listing
 from receiver.core.payload import Generation, parse
-from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, mismatch
+from receiver.core.retry import GIVE_UP_SECONDS
+from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import inbox, job_events, jobs, outbox
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
@@ -134,7 +134,7 @@ class FanOut:
                 first, _ = self._failed.get(event.seq, (now, now))
                 self._failed[event.seq] = (first, now + FAILED_REST)
                 age = (datetime.now(UTC) - event.received_at).total_seconds()
-                if age >= GIVE_UP_AFTER and now - first >= FAILED_FOR:
+                if age >= GIVE_UP_SECONDS and now - first >= FAILED_FOR:
                     await inbox.set_state(connection, [event.seq], "unrecognized", reason="fan_out")
         return lanes if failed < len(events) else None
 
@@ -201,7 +201,7 @@ class FanOut:
 
     async def _facts(
         self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
-    ) -> list[Facts]:
+    ) -> list[RoutingFacts]:
         """Return what the filters look at, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
         refs = (

@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.core.retry import DAY, MEDIA_ODD, media_policy
+from receiver.core.retry import DAY, MEDIA_DOUBTFUL, media_policy
 from receiver.db import inbox, leases, outbox
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, EventClaim, MediaRow, StoredEvent
@@ -106,7 +106,7 @@ class MediaLane(WorkLane):
                 stem=storage_stem(event, row),
                 seen=row.seen_sha256,
                 # What is intact gives way to nothing that is in doubt.
-                last=claim.age >= MEDIA_ODD.give_up_after and row.storage_key is None,
+                last=claim.age >= MEDIA_DOUBTFUL.give_up_after and row.storage_key is None,
             )
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
             await self._failed(claim, attempt, event, row, error)

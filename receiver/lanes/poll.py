@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.clipia.client import Call, ClipiaClient, Status
 from receiver.core.output_files import FileRules
 from receiver.core.payload import parse, result_body
-from receiver.core.quota import Limits, RateHeaders
+from receiver.core.quota import Quota, RateHeaders
 from receiver.core.retry import poll_delay
 from receiver.db import accounts, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
@@ -34,7 +34,7 @@ from receiver.settings import DEFAULT_SOURCE
 
 CONCURRENCY: Final = 8
 
-GIVE_UP_AFTER: Final = 86_400.0
+GIVE_UP_SECONDS: Final = 86_400.0
 """Seconds after which a job is given up of which Clipia says nothing that can be used."""
 SILENT_GIVE_UP_AFTER: Final = 7 * 86_400.0
 """Seconds after which a job is given up if Clipia refuses the account, or something in between answers."""
@@ -75,12 +75,12 @@ class PollLane(WorkLane):
         async with self._database.write() as connection:
             if not await jobs.is_due(connection, account, "submitted"):
                 return []
-            limits, now = await accounts.lock(connection, account)
-            room = limits.polls(now)
+            quota, now = await accounts.lock(connection, account)
+            room = quota.allowed_polls(now)
             if not room:
                 return []
             claimed = await jobs.claim_to_poll(connection, account, limit=min(limit, room), lease=LEASE)
-            await accounts.save(connection, account, limits.taking("poll", len(claimed), now))
+            await accounts.save(connection, account, quota.after_calls("poll", len(claimed), now))
         return [Work(claim=claim, run=partial(self._poll, claim, request)) for claim, request in claimed]
 
     async def _poll(self, claim: Claim, request: OpenRequest) -> None:
@@ -138,7 +138,7 @@ class PollLane(WorkLane):
             await self._later(claim, request, error=text, progress=status.progress)
 
     async def _give_up(
-        self, claim: Claim, request: OpenRequest, error: str, *, after: float = GIVE_UP_AFTER
+        self, claim: Claim, request: OpenRequest, error: str, *, after: float = GIVE_UP_SECONDS
     ) -> bool:
         """Leave a job to people if Clipia tells nothing readable of it; False if it is too early for that."""
         if request.open_for < after:
@@ -198,10 +198,10 @@ class PollLane(WorkLane):
     ) -> None:
         """Keep what an answer says about the account's limits."""
 
-        def change(limits: Limits, now: float) -> Limits:
+        def change(quota: Quota, now: float) -> Quota:
             if extra_calls:
-                limits = limits.taking("poll", extra_calls, now)
-            return limits.throttled(now, retry_after=throttled.retry_after) if throttled else limits
+                quota = quota.after_calls("poll", extra_calls, now)
+            return quota.after_rate_limit(now, retry_after=throttled.retry_after) if throttled else quota
 
         async with self._database.write() as connection:
             await accounts.learn(connection, self._client.account, headers, change)
@@ -210,7 +210,7 @@ class PollLane(WorkLane):
 def _patience(error: RequestError | ClipiaUnavailable, request: OpenRequest) -> float:
     """Return the seconds for which a job is asked for in spite of such an error."""
     if isinstance(error, RequestError | RefusedForNow) or error.reason == "unreadable":
-        return GIVE_UP_AFTER
+        return GIVE_UP_SECONDS
     if isinstance(error, AccountRefused):
         return SILENT_GIVE_UP_AFTER
     # After days without a worker the first failure may be one that passes in seconds.
@@ -252,10 +252,10 @@ class FreshUrls:
 
     async def _ask(self, event: StoredEvent) -> Urls:
         async with self._database.write() as connection:
-            limits, now = await accounts.lock(connection, self._client.account)
-            if not limits.polls(now):
+            quota, now = await accounts.lock(connection, self._client.account)
+            if not quota.allowed_polls(now):
                 raise ClipiaUnavailable("no call is left for now", reason="budget", may_have_arrived=False)
-            await accounts.save(connection, self._client.account, limits.taking("poll", 1, now))
+            await accounts.save(connection, self._client.account, quota.after_calls("poll", 1, now))
         result = await self._client.result(event.request_id, call=Call())
         generation = parse(result_body(event.request_id, "COMPLETED", result or b"{}"))
         return {ref.field: ref.url for ref in generation.list_files(self._rules).files if ref.skip is None}

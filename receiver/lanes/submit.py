@@ -11,10 +11,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.budgets import require_price
 from receiver.clipia.catalogue import Catalogue
-from receiver.clipia.client import CALL_WAIT, UNUSABLE_ID, Accepted, Call, ClipiaClient, clock
+from receiver.clipia.client import CALL_TIMEOUT_SECONDS, UNUSABLE_ID, Accepted, Call, ClipiaClient, clock
 from receiver.clipia.job_request import join_warnings
 from receiver.core.payload import parse
-from receiver.core.retry import REFUSED_GIVE_UP_AFTER, SUBMIT, SUBMIT_AGAIN, poll_delay, refused_delay
+from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWERED, poll_delay, refused_delay
 from receiver.db import accounts, freezes, job_events, jobs, leases, refused_jobs, tables
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -78,7 +78,7 @@ class SubmitLane(WorkLane):
         *,
         wake: Callable[[str], None],
         poll_after: float,
-        refused_give_up_after: float = REFUSED_GIVE_UP_AFTER,
+        refused_give_up_after: float = REFUSED_GIVE_UP_SECONDS,
     ) -> None:
         """`poll_after` is how many seconds a webhook may take.
 
@@ -119,8 +119,8 @@ class SubmitLane(WorkLane):
         if await freezes.find(connection) is not None:
             return []
         account = self._client.account
-        limits, now = await accounts.lock(connection, account)
-        room = limits.submits(now, in_flight=(await jobs.in_flight(connection, account)).total)
+        quota, now = await accounts.lock(connection, account)
+        room = quota.allowed_submissions(now, in_flight=(await jobs.in_flight(connection, account)).total)
         if not room:
             return []
         claimed = await jobs.claim_to_submit(
@@ -128,7 +128,7 @@ class SubmitLane(WorkLane):
         )
         if claimed:
             self._claimed += 0 if job_id else len(claimed)
-            await accounts.save(connection, account, limits.taking("submit", len(claimed), now))
+            await accounts.save(connection, account, quota.after_calls("submit", len(claimed), now))
         claimed_at = clock()
         return [
             Work(claim=claim, run=partial(self._submit, claim, submission, claimed_at, now))
@@ -147,7 +147,7 @@ class SubmitLane(WorkLane):
             await self._stop(this, trouble, state="unsure")
             return
         # A process that was stopped meanwhile must not send what another one may hold by now.
-        call = Call(not_after=claimed_at + LEASE - CALL_WAIT)
+        call = Call(not_after=claimed_at + LEASE - CALL_TIMEOUT_SECONDS)
         sent: Call | None = None
         try:
             await require_price(submission, self._catalogue, age=claim.age)
@@ -177,7 +177,7 @@ class SubmitLane(WorkLane):
                 "its idempotency key means nothing to another account.",
                 code="account_changed",
             )
-        if this.sent_for() >= SUBMIT_AGAIN.give_up_after:
+        if this.sent_for() >= SUBMIT_UNANSWERED.give_up_after:
             return RequestError(
                 "No try was answered within 23 hours of the first one; Clipia forgets the key after 24.",
                 code="outcome_unknown",
@@ -215,7 +215,7 @@ class SubmitLane(WorkLane):
                 return False
             await leases.record_attempt(connection, this.claim.id, this.record("succeeded"))
             await self._learn(
-                connection, call, lambda limits, now, used: limits.accepted(now, in_flight=used.accepted)
+                connection, call, lambda quota, now, used: quota.after_accepted(now, in_flight=used.accepted)
             )
             return True
 
@@ -269,11 +269,11 @@ class SubmitLane(WorkLane):
 
         async def write(connection: AsyncConnection) -> bool:
             nonlocal delay
-            limits = await accounts.read(connection, account)
+            quota = await accounts.read(connection, account)
             others = await refused_jobs.count(connection, account)
             delay = refused_delay(
                 refused_for or 0.0,
-                least=limits.retry_interval(others + (refused_for is None)),
+                least=quota.retry_interval(others + (refused_for is None)),
                 give_up_after=self._refused_give_up_after,
                 jitter=jitter(),
             )
@@ -350,7 +350,7 @@ class SubmitLane(WorkLane):
     async def _try_again(self, this: _Try, error: ClipiaUnavailable, call: Call) -> None:
         sent_before = this.submission.sent_for is not None
         never_sent = not error.may_have_arrived and not sent_before
-        policy = SUBMIT if never_sent else SUBMIT_AGAIN
+        policy = SUBMIT if never_sent else SUBMIT_UNANSWERED
         age = 0.0 if never_sent else this.sent_for()
         delay = policy.next_delay(error, attempt=this.claim.attempt, age=age, jitter=jitter())
         if isinstance(error, AccountRefused):
@@ -388,7 +388,7 @@ class SubmitLane(WorkLane):
         """Keep what an answer says about the account's limits."""
         used = await jobs.in_flight(connection, self._client.account)
         await accounts.learn(
-            connection, self._client.account, call.headers, lambda limits, now: change(limits, now, used)
+            connection, self._client.account, call.headers, lambda quota, now: change(quota, now, used)
         )
 
 

@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 
 from receiver.background import running
-from receiver.core.retry import GIVE_UP_AFTER
+from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.db import unserved, workers
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
@@ -73,7 +73,7 @@ async def look(database: Database, configured: Collection[str], *, seen: set[str
     # Another process may have newer settings, and deliver them.
     for name in sorted(name for name in missing if destination_lane(name) not in lanes):
         await _all(database, partial(unserved.miss, destination=name))
-        count = await _all(database, partial(unserved.give_up, destination=name, age=GIVE_UP_AFTER))
+        count = await _all(database, partial(unserved.give_up, destination=name, age=GIVE_UP_SECONDS))
         if count:
             DELIVERIES.labels(name, "dead").inc(count)
             log.error("dead letters", destination=name, count=count, error=unserved.NOT_CONFIGURED)

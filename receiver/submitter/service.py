@@ -13,9 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.budgets import Budgets
 from receiver.clipia.catalogue import Catalogue
-from receiver.clipia.client import CALL_WAIT, ClipiaClient, open_client
-from receiver.clipia.job_request import JobRequest, check_caller, check_key, freeze_again
-from receiver.core.retry import REFUSED_GIVE_UP_AFTER
+from receiver.clipia.client import CALL_TIMEOUT_SECONDS, ClipiaClient, open_client
+from receiver.clipia.job_request import JobRequest, refreeze
+from receiver.core.request_checks import check_caller, check_key, read_cursor
+from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
 from receiver.db import decisions, freezes, jobs, migrate, reads
 from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
@@ -26,13 +27,13 @@ from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
 from receiver.price import Credits, read_credits, total
 from receiver.settings import DEFAULT_SOURCE, InputCheck, Settings
+from receiver.submitter.account_status import AccountStatus, read_account_status
 from receiver.submitter.job import Job, JobPage, read_error
-from receiver.submitter.standing import Standing, read_standing
-from receiver.submitter.waiting import Waiting
+from receiver.submitter.waiting import JobWaiter
 
-ANSWER_WAIT: Final = CALL_WAIT + 5.0
+ANSWER_TIMEOUT_SECONDS: Final = CALL_TIMEOUT_SECONDS + 5.0
 """Seconds for which `submit` waits for Clipia; the submission goes on after that."""
-LOOKS: Final = 3
+MAX_CONCURRENT_READS: Final = 3
 """Looks at single jobs at once: waiters that wake up together queue here, not for connections."""
 
 _NO_KEY: Final = "CLIPIA_KEY is not set: nothing can be submitted without Clipia's API key"
@@ -51,7 +52,7 @@ class Submitter:
         public_url: str | None = None,
         budgets: Mapping[str, Credits] | None = None,
         poll_after: float = 60.0,
-        refused_give_up_after: float = REFUSED_GIVE_UP_AFTER,
+        refused_give_up_after: float = REFUSED_GIVE_UP_SECONDS,
         input_check: InputCheck = "on",
         wake: Callable[[str], None] = lambda _lane: None,
     ) -> None:
@@ -65,8 +66,8 @@ class Submitter:
         self._public_url = public_url
         self._budgets = Budgets(budgets or {})
         self._wake = wake
-        self._waiting = Waiting(database)
-        self._looks = asyncio.Semaphore(LOOKS)
+        self._waiting = JobWaiter(database)
+        self._reads = asyncio.Semaphore(MAX_CONCURRENT_READS)
         self._running: set[asyncio.Task[Any]] = set()
         self.lane: SubmitLane | None = None
         self._catalogue: Catalogue | None = None
@@ -114,7 +115,7 @@ class Submitter:
     async def close(self) -> None:
         """Let submissions under way end, and close the connections to Clipia."""
         if self._running:
-            await asyncio.wait(self._running, timeout=CALL_WAIT)
+            await asyncio.wait(self._running, timeout=CALL_TIMEOUT_SECONDS)
         await self._waiting.close()
         if self._client is not None:
             await self._client.close()
@@ -200,7 +201,7 @@ class Submitter:
 
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
-        async with self._looks, self.database.read() as connection:
+        async with self._reads, self.database.read() as connection:
             row = await reads.show_job(connection, job_id, caller=caller)
         return None if row is None else Job.of(row)
 
@@ -232,13 +233,12 @@ class Submitter:
         metadata: Mapping[str, str] | None = None,
     ) -> JobPage:
         """Return jobs, newest first; `metadata` are keys and the values that they must have."""
-        if cursor is not None and not (cursor.isascii() and cursor.isdigit() and len(cursor) < 19):
-            raise RequestError("cursor: is none of ours", code="invalid_request")
+        before = read_cursor(cursor)
         async with self.database.read() as connection:
             rows = await reads.list_jobs(
                 connection,
                 limit=limit + 1,
-                before=None if cursor is None else int(cursor),
+                before=before,
                 caller=caller,
                 state=state,
                 model=model,
@@ -280,17 +280,17 @@ class Submitter:
             "ledger_30d": totals,
             "difference_30d": None if spent is None else total((spent, -totals["charged"])),
             "limits": {
-                "requests_per_minute": standing.limits.requests_per_minute,
-                "in_flight": standing.limits.in_flight_limit,
+                "requests_per_minute": standing.quota.requests_per_minute,
+                "in_flight": standing.quota.in_flight_limit,
                 "paused": read_error(standing.pause),
                 "refused_jobs": standing.refused_jobs,
             },
         }
 
-    async def standing(self) -> Standing:
+    async def standing(self) -> AccountStatus:
         """Return how the account stands; raises SettingsError if no key is set."""
         async with self.database.read() as connection:
-            return await read_standing(connection, self.client.account)
+            return await read_account_status(connection, self.client.account)
 
     async def paused(self) -> bool:
         """Tell whether no job is accepted: Clipia refuses the account, or submissions are frozen."""
@@ -325,7 +325,7 @@ class Submitter:
         async with self.database.write() as connection:
             frozen = await decisions.find_request(connection, job_id)
             if frozen is not None:
-                request, path_token = freeze_again(frozen, job_id, self._public_url)
+                request, path_token = refreeze(frozen, job_id, self._public_url)
                 done = await decisions.resubmit(
                     connection,
                     job_id,
@@ -363,7 +363,7 @@ class Submitter:
         task = asyncio.ensure_future(work.run())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
-        await asyncio.wait({task}, timeout=ANSWER_WAIT)
+        await asyncio.wait({task}, timeout=ANSWER_TIMEOUT_SECONDS)
         if task.done():
             task.result()
 

@@ -1,4 +1,4 @@
-"""Waiting for jobs: any number of waiters of a process share one query, and hold no connection meanwhile."""
+"""Wait for jobs: any number of waiters in a process share one query and hold no connection meanwhile."""
 
 import asyncio
 import contextlib
@@ -13,15 +13,15 @@ from receiver.db import job_events, jobs
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 
-LOOK: Final = 0.5
+POLL_SECONDS: Final = 0.5
 """Seconds between looks at the jobs that are waited for."""
-ATTENTION: Final = 15.0
+WATCH_SECONDS: Final = 15.0
 """Seconds for which a job counts as watched; renewed while somebody waits."""
 
 log = structlog.get_logger()
 
 
-class Waiting:
+class JobWaiter:
     """Tells its waiters when their jobs have ended."""
 
     def __init__(self, database: Database) -> None:
@@ -63,7 +63,7 @@ class Waiting:
                 except Exception:
                     # A loop that ended would leave everybody waiting for the whole of their time.
                     log.exception("jobs not looked at")
-                await asyncio.sleep(LOOK)
+                await asyncio.sleep(POLL_SECONDS)
         finally:
             self._task = None
 
@@ -71,12 +71,12 @@ class Waiting:
         """Wake those whose job has ended, and keep the others watched; return since when they are."""
         now = time.monotonic()
         waited_for = set(self._ended)
-        new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > ATTENTION / 2}
+        new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > WATCH_SECONDS / 2}
         async with self._database.read() as connection:
             ended = await job_events.settled(connection, waited_for)
         if unwatched := new - ended:
             async with self._database.write() as connection:
-                await jobs.watch(connection, unwatched, seconds=ATTENTION)
+                await jobs.watch(connection, unwatched, seconds=WATCH_SECONDS)
         for job_id in ended & self._ended.keys():
             self._ended[job_id].set()
         return {job_id: now if job_id in new else watched_at[job_id] for job_id in waited_for}

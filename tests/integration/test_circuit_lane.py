@@ -15,7 +15,7 @@ from prometheus_client import REGISTRY
 from support.events import Recorder, World, opened, plain, until
 
 from receiver.core import circuit_breaker
-from receiver.core.circuit_breaker import THRESHOLD
+from receiver.core.circuit_breaker import FAILURES_TO_OPEN
 from receiver.core.retry import RetryPolicy
 from receiver.db import inbox
 from receiver.db.clock import db_time
@@ -54,7 +54,7 @@ class Switchable:
     @property
     def probes(self) -> list[Try]:
         """The tries that began when it had failed often enough."""
-        return [tried for tried in self.tries if tried.failed_before >= circuit_breaker.THRESHOLD]
+        return [tried for tried in self.tries if tried.failed_before >= circuit_breaker.FAILURES_TO_OPEN]
 
     async def _answer(self, _event: CloudEvent) -> None:
         self.tries.append(
@@ -82,8 +82,8 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Probes come ten times as fast as they would."""
-    monkeypatch.setattr(circuit_breaker, "FIRST_PROBE", 0.1)
-    monkeypatch.setattr(circuit_breaker, "LAST_PROBE", 0.4)
+    monkeypatch.setattr(circuit_breaker, "FIRST_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr(circuit_breaker, "MAX_PROBE_SECONDS", 0.4)
 
 
 def is_shown_open(name: str) -> bool:
@@ -299,11 +299,11 @@ async def test_errors_of_no_known_kind_open_the_circuit_too(world: World) -> Non
         raise ConnectionResetError
 
     main.behave = reset
-    for number in range(THRESHOLD):
+    for number in range(FAILURES_TO_OPEN):
         await world.add(plain(f"r-{number}"))
     await world.fan_out()
     lane = world.delivery_lane()
-    for work in await lane.claim(THRESHOLD):
+    for work in await lane.claim(FAILURES_TO_OPEN):
         await work.run()
     assert is_shown_open("odd")
     await world.change(deliveries, next_attempt_at=db_time(0.0))

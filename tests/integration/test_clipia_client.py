@@ -384,7 +384,7 @@ async def test_an_answer_may_be_cut_anywhere(odd: OddClipia, client: ClipiaClien
 
 async def test_a_call_has_a_deadline(odd: OddClipia, monkeypatch: pytest.MonkeyPatch) -> None:
     """F5: an answer that does not come is given up, and may have been carried out."""
-    monkeypatch.setattr(client_module, "CALL_WAIT", 0.1)
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.1)
     never = asyncio.Event()
 
     async def hang(_request: Request) -> None:
@@ -402,7 +402,7 @@ async def test_a_drip_does_not_stretch_the_deadline(
     odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a byte now and then keeps a connection alive but not a call."""
-    monkeypatch.setattr(client_module, "CALL_WAIT", 0.2)
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.2)
     odd.script, odd.pause = [accepted()], 0.01
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -446,7 +446,7 @@ async def test_a_connection_that_is_not_made_in_time_carried_nothing(
     async def hang(*_: object, **__: object) -> None:
         await asyncio.sleep(60)
 
-    monkeypatch.setattr(client_module, "CALL_WAIT", 0.1)
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.1)
     monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", hang)
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -649,7 +649,7 @@ async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
     strictly = submitter.submit(MODEL, given, strict=True)
     assert (await refusal(strictly)).code == "model_input_invalid"
     assert len(odd.questions) == 1
-    monkeypatch.setattr(catalogue, "RECHECK", 0.0)
+    monkeypatch.setattr(catalogue, "RECHECK_AGE_SECONDS", 0.0)
     assert (await submitter.submit(MODEL, given, strict=True)).input == given
     odd.others = lambda _request: refused(503, "service_unavailable")
     strictly = submitter.submit(MODEL, {"prompt": "a", "seat": 1}, strict=True)
@@ -699,7 +699,7 @@ async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia
     odd.script = [refused(503, "x", RateLimit_Limit="300", RateLimit_Remaining="2", RateLimit_Reset="100")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
-    limits = (await submitter.standing()).limits.requests_per_minute
+    limits = (await submitter.standing()).quota.requests_per_minute
     (account,) = await odd_world.rows(accounts)
     assert (limits, account["requests_per_minute"]) == (300, 300)
     assert 60 < account["calls_after"] - time.time() <= 101
@@ -717,7 +717,7 @@ async def test_a_price_is_asked_for_once_a_minute(
     prices = [path for path in odd.questions if path.endswith("/estimate")]
     assert len(prices) == 1
     await submitter.submit(MODEL, {"prompt": "a dog"}, max_cost=PRICE)
-    monkeypatch.setattr(catalogue, "PRICE_HOLDS", 0.0)
+    monkeypatch.setattr(catalogue, "PRICE_CACHE_SECONDS", 0.0)
     await submitter.submit(MODEL, PROMPT, max_cost=PRICE)
     assert len([path for path in odd.questions if path.endswith("/estimate")]) == 3
 
@@ -732,7 +732,7 @@ async def test_who_does_not_answer_is_left_alone_for_a_while(
         with pytest.raises(ClipiaUnavailable):
             await models.model(MODEL)
     assert len(odd.questions) == 1
-    monkeypatch.setattr(catalogue, "AWAY", 0.0)
+    monkeypatch.setattr(catalogue, "FAILURE_CACHE_SECONDS", 0.0)
     odd.others = lambda _request: answer(content={"slug": MODEL})
     assert await models.model(MODEL) == {"slug": MODEL}
 
@@ -741,7 +741,7 @@ async def test_a_catalogue_that_is_slow_holds_up_no_job(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: the check of an input has its time; after that the job goes out unchecked."""
-    monkeypatch.setattr(catalogue, "CHECK_WAIT", 0.1)
+    monkeypatch.setattr(catalogue, "CHECK_TIMEOUT_SECONDS", 0.1)
     go_on = asyncio.Event()
 
     async def hold(_request: Request) -> None:
@@ -789,7 +789,7 @@ async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -
     """F7: questions have a share of their own; what would wait too long is told when to come again."""
     models = odd_world.submitter().catalogue
     await models.balance()
-    share = SHARES["ask"]
+    share = SHARES["query"]
     interval, burst = 60.0 / (6000 * share.steady), 6000 * share.burst
     now = time.time()
     await odd_world.set(accounts, asks_until=now + (burst - 1) * interval + 0.4)
@@ -808,7 +808,7 @@ async def test_a_catalogue_has_a_size(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What callers ask for fills no memory: the oldest answers make room."""
-    monkeypatch.setattr(catalogue, "MOST_REMEMBERED", 2)
+    monkeypatch.setattr(catalogue, "MAX_CACHE_ENTRIES", 2)
     models = odd_world.submitter().catalogue
     for slug in ("a", "b", "c", "c", "b", "a"):
         await models.model(slug)

@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 from support.events import World, opened, plain, with_files
 
 from receiver import recovery
-from receiver.core.retry import GIVE_UP_AFTER
-from receiver.core.routing import Facts, mismatch
+from receiver.core.retry import GIVE_UP_SECONDS
+from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -36,7 +36,7 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fan-out of events of the model `bad` fail, as a mistake of ours would."""
 
-    def look(wanted: FilterSettings, facts: Facts) -> str | None:
+    def look(wanted: FilterSettings, facts: RoutingFacts) -> str | None:
         if facts.model == "bad":
             raise KeyError("a mistake")
         return mismatch(wanted, facts)
@@ -72,7 +72,7 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
     world.add_destination("main")
     for name in ("old", "young"):
         await world.add(plain(name, model="bad"))
-    long_ago = datetime.now(UTC) - timedelta(seconds=GIVE_UP_AFTER + 1)
+    long_ago = datetime.now(UTC) - timedelta(seconds=GIVE_UP_SECONDS + 1)
     await world.change(events, events.c.request_id == "old", received_at=long_ago)
     with monkeypatch.context() as patch:
         patch.setattr(fan_out_module, "mismatch", lambda *_: 1 / 0)

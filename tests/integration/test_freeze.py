@@ -6,7 +6,7 @@ import pytest
 from support.clipia import MODEL, PROMPT, OddClipia, Sandbox, World, accepted, error_code, post, refused, show
 from support.payloads import body
 
-from receiver.core.retry import KEY_HOLDS
+from receiver.core.retry import KEY_VALID_SECONDS
 from receiver.db import freezes
 from receiver.db.clock import db_time
 from receiver.db.tables import jobs
@@ -25,7 +25,7 @@ async def thaw(world: World) -> list[str] | None:
     """Thaw them and return the ids of jobs that are unsure by it."""
     async with world.database.write() as connection:
         unsure = await freezes.thaw(
-            connection, key_holds=KEY_HOLDS, error='{"code":"restored","message":"x"}'
+            connection, key_holds=KEY_VALID_SECONDS, error='{"code":"restored","message":"x"}'
         )
     return None if unsure is None else list(map(str, unsure))
 
@@ -76,8 +76,8 @@ async def test_after_a_restore_old_pending_jobs_are_unsure(odd_world: World, odd
     submitter = odd_world.submitter()
     odd.script = [refused(429, "rate_limit_exceeded")]
     old, young = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
-    await odd_world.set(jobs, where=jobs.c.id == old.id, created_at=db_time(-KEY_HOLDS - 60))
-    await odd_world.set(jobs, where=jobs.c.id == young.id, created_at=db_time(-KEY_HOLDS + 600))
+    await odd_world.set(jobs, where=jobs.c.id == old.id, created_at=db_time(-KEY_VALID_SECONDS - 60))
+    await odd_world.set(jobs, where=jobs.c.id == young.id, created_at=db_time(-KEY_VALID_SECONDS + 600))
     await freeze(odd_world)
     assert await thaw(odd_world) == [], "without a restore it is known which jobs were sent"
     await freeze(odd_world)

@@ -26,7 +26,7 @@ from support.servers import Postgres, free_port
 
 from receiver.app import create_app
 from receiver.cli.serve import server_config
-from receiver.clipia.job_request import LARGEST_REQUEST
+from receiver.clipia.job_request import MAX_REQUEST_BYTES
 from receiver.db.clock import db_time
 from receiver.db.database import POOL_SIZE, Database
 from receiver.db.tables import jobs
@@ -604,7 +604,7 @@ async def test_every_answer_names_the_key(sqlite: tuple[Database, str, Path], tm
 
 async def test_a_body_that_is_too_large_is_413(local: Site) -> None:
     """A request beyond the limit is 413 in Clipia's shape, whether its length was declared or not."""
-    content = json.dumps({"model": MODEL, "input": {"prompt": "x" * (2 * LARGEST_REQUEST)}}).encode()
+    content = json.dumps({"model": MODEL, "input": {"prompt": "x" * (2 * MAX_REQUEST_BYTES)}}).encode()
 
     async def chunks() -> AsyncIterator[bytes]:
         for start in range(0, len(content), 65_536):
@@ -619,10 +619,10 @@ async def test_a_body_that_is_too_large_is_413(local: Site) -> None:
 
 async def test_an_input_that_is_too_large_is_413(local: Site) -> None:
     """What exceeds the limit only once it is written for Clipia is 413, too, and makes no job."""
-    given = {"prompt": "x", "image_url": "x" * (LARGEST_REQUEST - 20)}
+    given = {"prompt": "x", "image_url": "x" * (MAX_REQUEST_BYTES - 20)}
     assert problem(await local.submit(input=given)) == (413, "invalid_request_error", "invalid_request")
     assert await local.rows() == []
-    fits = {"prompt": "x", "image_url": "x" * (LARGEST_REQUEST - 200)}
+    fits = {"prompt": "x", "image_url": "x" * (MAX_REQUEST_BYTES - 200)}
     assert (await local.submit(input=fits)).status_code == 201
 
 
@@ -1221,8 +1221,8 @@ async def test_no_answer_of_clipia_s_makes_a_job_unreadable(
     database: Database, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: whatever a submission is answered, its caller gets a job or a refusal and can look at it."""
-    monkeypatch.setattr("receiver.submitter.service.ANSWER_WAIT", 1.0)
-    monkeypatch.setattr("receiver.submitter.service.CALL_WAIT", 0.1)
+    monkeypatch.setattr("receiver.submitter.service.ANSWER_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr("receiver.submitter.service.CALL_TIMEOUT_SECONDS", 0.1)
     unreadable: dict[str, Any] = {}
     clipia = OddClipia(to="POST")
     async with (

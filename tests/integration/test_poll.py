@@ -60,7 +60,7 @@ HOUR = 3600.0
 @pytest.fixture
 def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have those who wait look at their jobs ten times as often."""
-    monkeypatch.setattr(waiting, "LOOK", 0.05)
+    monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
 
 
 # --- polls ---

@@ -173,7 +173,7 @@ async def test_what_a_proxy_refused_has_not_left(
     answer: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a submission that got no tunnel was not sent, so that its key is used for no longer."""
-    monkeypatch.setattr(client_module, "CALL_WAIT", 5.0 if answer is not None else 0.5)
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 5.0 if answer is not None else 0.5)
     async with site(b"") as server, proxy(server.port, answer=answer) as between:
         client = ClipiaClient("clipia_live_x", base_url=f"https://{API}", proxy=between.url)
         with pytest.raises(ClipiaUnavailable) as caught:

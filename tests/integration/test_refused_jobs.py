@@ -339,7 +339,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     assert await submitter.paused()
     await odd_world.make_due()
     await odd_world.set(jobs, where=jobs.c.id != job.id, next_attempt_at=db_time(HOUR))
-    await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_HOLDS))
+    await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_VALID_SECONDS))
     ahead = [0.0]
     monkeypatch.setattr(submit, "clock", lambda: clock() + ahead[0])
 

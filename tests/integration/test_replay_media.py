@@ -546,8 +546,8 @@ async def test_what_clipia_does_not_know_stays_unknown(
     await nobody.close()
     event = another(event, seq=8)
     async with world.database.write() as connection:
-        limits, now = await accounts.lock(connection, client.account)
-        await accounts.save(connection, client.account, limits.taking("poll", 1000, now))
+        quota, now = await accounts.lock(connection, client.account)
+        await accounts.save(connection, client.account, quota.after_calls("poll", 1000, now))
     with pytest.raises(ClipiaUnavailable, match="no call is left"):
         await fresh.find(event, file)
 

@@ -38,7 +38,7 @@ from support.servers import Postgres, free_port
 from receiver.api.answers import status_of
 from receiver.clipia import catalogue
 from receiver.clipia import client as client_module
-from receiver.core.retry import KEY_HOLDS, SUBMIT_AGAIN
+from receiver.core.retry import KEY_VALID_SECONDS, SUBMIT_UNANSWERED
 from receiver.db import job_events
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, attempts, jobs
@@ -280,7 +280,7 @@ async def test_a_caller_does_not_wait_for_ever(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: the job is returned as it is, pending, and its submission ends all the same."""
-    monkeypatch.setattr(service, "ANSWER_WAIT", 0.05)
+    monkeypatch.setattr(service, "ANSWER_TIMEOUT_SECONDS", 0.05)
     go_on = asyncio.Event()
 
     async def hold(_request: Request) -> None:
@@ -406,7 +406,7 @@ async def test_an_answer_that_does_not_come_is_tried_again(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: a timeout is an unknown outcome."""
-    monkeypatch.setattr(client_module, "CALL_WAIT", 0.2)
+    monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.2)
     hanging = [asyncio.Event()]
 
     async def hang_once(_request: Request) -> None:
@@ -616,7 +616,7 @@ async def test_an_account_refused_near_the_end_of_the_key_ends_unsure(world: Wor
     await world.retry(submitter)
     row = await world.job()
     assert (row["state"], row["sent_at"] is not None) == ("pending", True)
-    await world.set(jobs, sent_at=db_time(-KEY_HOLDS - 60))
+    await world.set(jobs, sent_at=db_time(-KEY_VALID_SECONDS - 60))
     await sandbox.switch(refuse_submits="")
     await world.retry(submitter)
     assert (await world.job())["state"] == "unsure"
@@ -756,7 +756,7 @@ async def test_the_last_try_is_the_last(
     submitter = odd_world.submitter()
     odd.script = [refused(503, "service_unavailable")]
     await submitter.submit(MODEL, PROMPT)
-    await odd_world.set(jobs, sent_at=db_time(100.0 - SUBMIT_AGAIN.give_up_after))
+    await odd_world.set(jobs, sent_at=db_time(100.0 - SUBMIT_UNANSWERED.give_up_after))
     now = client_module.clock
 
     async def answer_late(_request: Request) -> None:
@@ -775,7 +775,7 @@ async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: 
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
-    await world.set(jobs, sent_at=db_time(-KEY_HOLDS - 60))
+    await world.set(jobs, sent_at=db_time(-KEY_VALID_SECONDS - 60))
     await world.retry(submitter)
     assert (await world.job())["state"] == "unsure"
     (generation,) = await sandbox.generations()
@@ -1040,7 +1040,7 @@ async def test_a_job_waits_for_a_price_that_is_not_known(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F12: while the price cannot be asked for, a job with a limit rests unsent, and holds up no other."""
-    monkeypatch.setattr(catalogue, "PRICE_HOLDS", 0.0)
+    monkeypatch.setattr(catalogue, "PRICE_CACHE_SECONDS", 0.0)
     odd.others = lambda _request: answer(content={"credits": 12})
     odd.script = [refused(503, "service_unavailable"), accepted]
     submitter = odd_world.submitter()

@@ -9,7 +9,7 @@ from structlog.testing import capture_logs
 from support.events import World, opened, plain, until, with_files
 
 from receiver import retention
-from receiver.core.retry import DAY, GIVE_UP_AFTER
+from receiver.core.retry import DAY, GIVE_UP_SECONDS
 from receiver.db import pruning, replays, unserved
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -74,11 +74,13 @@ async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) 
     await world.change(
         deliveries,
         deliveries.c.id == old["id"],
-        restarted_at=db_time(-GIVE_UP_AFTER - 1),
+        restarted_at=db_time(-GIVE_UP_SECONDS - 1),
         lease=uuid.uuid4(),
         next_attempt_at=db_time(-1.0),
     )
-    await world.change(deliveries, deliveries.c.id == young["id"], restarted_at=db_time(-GIVE_UP_AFTER + 60))
+    await world.change(
+        deliveries, deliveries.c.id == young["id"], restarted_at=db_time(-GIVE_UP_SECONDS + 60)
+    )
     with capture_logs() as logs:
         await look(world.database, ["other"], seen={"gone"})
     found = {row["id"]: row for row in await world.rows(deliveries)}
@@ -99,7 +101,7 @@ async def test_an_old_delivery_has_three_days_from_when_it_is_missed(world: Worl
     await world.change(deliveries, deliveries.c.id == other["id"], restarted_at=db_time(-4 * DAY), error="x")
     await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
-    await world.change(deliveries, deliveries.c.id == one["id"], restarted_at=db_time(-GIVE_UP_AFTER - 1))
+    await world.change(deliveries, deliveries.c.id == one["id"], restarted_at=db_time(-GIVE_UP_SECONDS - 1))
     await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 1, "dead": 1}
 
@@ -108,7 +110,7 @@ async def test_a_destination_that_was_back_is_missed_anew(world: World) -> None:
     """E4: what could not be tried while it was back has three days again after it is gone once more."""
     await leave(world, "gone", count=1)
     await look(world.database, [], seen=set())
-    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_AFTER - 1))
+    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1))
     await look(world.database, ["gone"], seen=set())
     await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 1}
@@ -118,7 +120,7 @@ async def test_its_next_try_is_not_waited_for(world: World) -> None:
     """E4: there will be none, so a delivery that is old enough is dead although its next try is not due."""
     await leave(world, "gone", count=1)
     await look(world.database, [], seen=set())
-    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_AFTER - 1), next_attempt_at=db_time(600.0))
+    await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1), next_attempt_at=db_time(600.0))
     await look(world.database, [], seen=set())
     assert await world.states(deliveries) == {"dead": 1}
 

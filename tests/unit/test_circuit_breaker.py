@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.core.circuit_breaker import FIRST_PROBE, LAST_PROBE, THRESHOLD, Circuit
+from receiver.core.circuit_breaker import (
+    FAILURES_TO_OPEN,
+    FIRST_PROBE_SECONDS,
+    MAX_PROBE_SECONDS,
+    CircuitBreaker,
+)
 
 NOW = 5_000.0
 WIDTH = 32
@@ -14,26 +19,26 @@ WIDTH = 32
 Step = Literal["start", "succeed", "fail", "wait"]
 
 
-def opened(width: int = WIDTH, *, now: float = NOW) -> Circuit:
+def opened(width: int = WIDTH, *, now: float = NOW) -> CircuitBreaker:
     """Return a circuit that has just opened."""
-    circuit = Circuit(width)
-    assert [circuit.failed(now, started=now - 1) for _ in range(THRESHOLD)][-1]
+    circuit = CircuitBreaker(width)
+    assert [circuit.failed(now, started=now - 1) for _ in range(FAILURES_TO_OPEN)][-1]
     return circuit
 
 
 def test_it_is_closed_at_first() -> None:
     """Nothing is known against the destination, so its whole width is there."""
-    circuit = Circuit(WIDTH)
+    circuit = CircuitBreaker(WIDTH)
     assert not circuit.is_open
-    assert [circuit.room(NOW, under_way=n) for n in (0, 30, 32, 33)] == [32, 2, 0, 0]
+    assert [circuit.available(NOW, under_way=n) for n in (0, 30, 32, 33)] == [32, 2, 0, 0]
 
 
 def test_the_fifth_failure_in_a_row_opens_it() -> None:
     """E4: five failures with no success between them open it, and only the fifth says so."""
-    circuit = Circuit(WIDTH)
+    circuit = CircuitBreaker(WIDTH)
     for _ in range(3):
         assert [circuit.failed(NOW, started=NOW - 1) for _ in range(4)] == [False] * 4
-        assert circuit.room(NOW, under_way=0) == WIDTH
+        assert circuit.available(NOW, under_way=0) == WIDTH
         circuit.succeeded()
     said = [circuit.failed(NOW, started=NOW - 1) for _ in range(5)]
     assert said == [False, False, False, False, True]
@@ -43,20 +48,20 @@ def test_the_fifth_failure_in_a_row_opens_it() -> None:
 def test_only_one_probe_at_a_time_is_let_through() -> None:
     """E4: one delivery when it is time for it, and none beside another that is still under way."""
     circuit = opened()
-    assert circuit.room(NOW + FIRST_PROBE - 0.01, under_way=0) == 0
-    assert circuit.room(NOW + FIRST_PROBE, under_way=0) == 1
-    assert circuit.room(NOW + 10 * LAST_PROBE, under_way=0) == 1
-    assert circuit.room(NOW + 10 * LAST_PROBE, under_way=1) == 0
+    assert circuit.available(NOW + FIRST_PROBE_SECONDS - 0.01, under_way=0) == 0
+    assert circuit.available(NOW + FIRST_PROBE_SECONDS, under_way=0) == 1
+    assert circuit.available(NOW + 10 * MAX_PROBE_SECONDS, under_way=0) == 1
+    assert circuit.available(NOW + 10 * MAX_PROBE_SECONDS, under_way=1) == 0
 
 
 def test_a_probe_waits_as_long_as_the_destination_asks() -> None:
     """E5: Retry-After puts off the next probe, but never beyond the longest pause."""
-    for asked, pause in ((0.0, FIRST_PROBE), (7.0, 7.0), (86_400.0, LAST_PROBE)):
-        circuit = Circuit(WIDTH)
-        for _ in range(THRESHOLD):
+    for asked, pause in ((0.0, FIRST_PROBE_SECONDS), (7.0, 7.0), (86_400.0, MAX_PROBE_SECONDS)):
+        circuit = CircuitBreaker(WIDTH)
+        for _ in range(FAILURES_TO_OPEN):
             circuit.failed(NOW, started=NOW - 1, retry_after=asked)
-        assert circuit.room(NOW + pause - 0.01, under_way=0) == 0
-        assert circuit.room(NOW + pause, under_way=0) == 1
+        assert circuit.available(NOW + pause - 0.01, under_way=0) == 0
+        assert circuit.available(NOW + pause, under_way=0) == 1
 
 
 def test_probes_come_at_growing_intervals() -> None:
@@ -64,10 +69,10 @@ def test_probes_come_at_growing_intervals() -> None:
     circuit, now = opened(), NOW
     pauses = []
     for _ in range(2000):
-        low, high = 0.0, 4 * LAST_PROBE
+        low, high = 0.0, 4 * MAX_PROBE_SECONDS
         while high - low > 0.01:
             middle = (low + high) / 2
-            low, high = (low, middle) if circuit.room(now + middle, under_way=0) else (middle, high)
+            low, high = (low, middle) if circuit.available(now + middle, under_way=0) else (middle, high)
         pauses.append(round(high))
         now += high
         assert not circuit.failed(now, started=now), "it is open already"
@@ -80,9 +85,9 @@ def test_what_was_under_way_says_nothing_of_probes() -> None:
     circuit = opened()
     for late in range(27):
         assert not circuit.failed(NOW + 0.02 * late, started=NOW - 1)
-    assert circuit.room(NOW + FIRST_PROBE, under_way=0) == 1
-    circuit.failed(NOW + FIRST_PROBE + 0.5, started=NOW + FIRST_PROBE)
-    assert circuit.room(NOW + FIRST_PROBE + 0.5 + 2 * FIRST_PROBE, under_way=0) == 1
+    assert circuit.available(NOW + FIRST_PROBE_SECONDS, under_way=0) == 1
+    circuit.failed(NOW + FIRST_PROBE_SECONDS + 0.5, started=NOW + FIRST_PROBE_SECONDS)
+    assert circuit.available(NOW + FIRST_PROBE_SECONDS + 0.5 + 2 * FIRST_PROBE_SECONDS, under_way=0) == 1
 
 
 def test_recovery_doubles_with_each_success() -> None:
@@ -91,9 +96,9 @@ def test_recovery_doubles_with_each_success() -> None:
     widths = []
     for _ in range(7):
         circuit.succeeded()
-        widths.append(circuit.room(NOW, under_way=0))
+        widths.append(circuit.available(NOW, under_way=0))
     assert widths == [1, 2, 4, 8, 16, 32, 32]
-    assert circuit.room(NOW, under_way=20) == 12
+    assert circuit.available(NOW, under_way=20) == 12
 
 
 @pytest.mark.parametrize("successes", [1, 3, 5])
@@ -106,7 +111,7 @@ def test_a_failure_during_recovery_opens_it_at_once(successes: int) -> None:
         circuit.succeeded()
     assert circuit.failed(NOW + 100, started=NOW + 99)
     assert circuit.is_open
-    assert circuit.room(NOW + 100 + FIRST_PROBE, under_way=0) == 1
+    assert circuit.available(NOW + 100 + FIRST_PROBE_SECONDS, under_way=0) == 1
 
 
 def test_once_recovered_it_takes_five_failures_again() -> None:
@@ -122,16 +127,16 @@ def test_a_late_success_counts() -> None:
     circuit = opened()
     circuit.succeeded()
     assert not circuit.is_open
-    assert circuit.room(NOW, under_way=0) == 1
+    assert circuit.available(NOW, under_way=0) == 1
 
 
 def test_a_width_of_one_works() -> None:
     """The narrowest lane opens, probes and recovers like the others."""
     circuit = opened(1)
-    assert circuit.room(NOW + FIRST_PROBE, under_way=0) == 1
+    assert circuit.available(NOW + FIRST_PROBE_SECONDS, under_way=0) == 1
     circuit.succeeded()
-    assert circuit.room(NOW, under_way=0) == 1
-    assert circuit.room(NOW, under_way=1) == 0
+    assert circuit.available(NOW, under_way=0) == 1
+    assert circuit.available(NOW, under_way=1) == 0
 
 
 @given(
@@ -142,19 +147,19 @@ def test_a_width_of_one_works() -> None:
 )
 def test_never_more_is_under_way_than_allowed(width: int, steps: list[tuple[Step, float]]) -> None:
     """E5: whatever happens in whatever order, starts stay within the width, the probes and the ramp."""
-    circuit, now = Circuit(width), NOW
+    circuit, now = CircuitBreaker(width), NOW
     under_way: list[float] = []
     since_it_opened: int | None = None
     for step, amount in steps:
         if step == "start":
-            room = circuit.room(now, under_way=len(under_way))
-            assert 0 <= room <= width - len(under_way)
-            if since_it_opened is not None and room:
+            available = circuit.available(now, under_way=len(under_way))
+            assert 0 <= available <= width - len(under_way)
+            if since_it_opened is not None and available:
                 most = 1 if since_it_opened == 0 else 2 ** (since_it_opened - 1)
-                assert len(under_way) + room <= most
-            if circuit.is_open and room:
+                assert len(under_way) + available <= most
+            if circuit.is_open and available:
                 assert not under_way
-            under_way += [now] * room
+            under_way += [now] * available
         elif step == "wait":
             now += amount
         elif under_way:
@@ -165,4 +170,6 @@ def test_never_more_is_under_way_than_allowed(width: int, steps: list[tuple[Step
             elif circuit.failed(now, started=started):
                 since_it_opened = 0
                 assert circuit.is_open
-    assert circuit.room(now + LAST_PROBE, under_way=0) >= 1, "it may be left alone, never given up"
+    assert circuit.available(now + MAX_PROBE_SECONDS, under_way=0) >= 1, (
+        "it may be left alone, never given up"
+    )

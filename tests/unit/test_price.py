@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.price import MICROS, MOST, from_micros, read_credits, to_micros, total
+from receiver.price import MAX_CREDITS, MICROS, from_micros, read_credits, to_micros, total
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from receiver.price import MICROS, MOST, from_micros, read_credits, to_micros, t
         (1e-9, "0"),
         (5e-324, "0"),
         (1e3, "1000"),
-        (MOST, str(MOST)),
+        (MAX_CREDITS, str(MAX_CREDITS)),
         (999_999_999_999.5, "999999999999.5"),
     ],
 )
@@ -39,7 +39,7 @@ def test_a_price(value: Any, read: str) -> None:
     [
         -1,
         -0.5,
-        MOST + 1,
+        MAX_CREDITS + 1,
         1e300,
         2**63,
         math.inf,
@@ -60,7 +60,7 @@ def test_no_price(value: Any) -> None:
     assert read_credits(value) is None
 
 
-@given(st.integers(0, MOST * MICROS))
+@given(st.integers(0, MAX_CREDITS * MICROS))
 def test_millionths_stay(micros: int) -> None:
     """Every price that fits into a double is the same after it was stored."""
     price = from_micros(micros)

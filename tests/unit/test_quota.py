@@ -7,38 +7,38 @@ import pytest
 
 from receiver.core.quota import (
     FIRST_IN_FLIGHT,
-    LAST_PROBE,
-    LONGEST_RESET,
-    PROBE_IN_FLIGHT,
-    PROBE_WAIT,
+    MAX_PROBE_SECONDS,
+    MAX_RESET_SECONDS,
+    PROBE_TIMEOUT_SECONDS,
+    RAISE_AFTER_SECONDS,
     SHARES,
-    Kind,
-    Limits,
+    CallKind,
+    Quota,
     RateHeaders,
 )
 
 NOW = 1_800_000_000.0
 
 
-def drain(kind: Kind, rate: int, seconds: float) -> list[float]:
+def drain(kind: CallKind, rate: int, seconds: float) -> list[float]:
     """Call as often as the limits allow for `seconds`; return when the calls were made."""
-    limits, calls, now = Limits(requests_per_minute=rate, in_flight_limit=10**6), [], NOW
+    quota, calls, now = Quota(requests_per_minute=rate, in_flight_limit=10**6), [], NOW
     while now < NOW + seconds:
         rooms = {
-            "poll": limits.polls(now),
-            "submit": limits.submits(now, in_flight=0),
-            "ask": int(not limits.ask_wait(now)),
+            "poll": quota.allowed_polls(now),
+            "submit": quota.allowed_submissions(now, in_flight=0),
+            "query": int(not quota.query_delay(now)),
         }
         room = rooms[kind]
-        limits = limits.taking(kind, room, now)
+        quota = quota.after_calls(kind, room, now)
         calls += [now] * room
         now += 0.05
     return calls
 
 
 @pytest.mark.parametrize("rate", [1, 10, 60, 120, 6000])
-@pytest.mark.parametrize("kind", ["submit", "poll", "ask"])
-def test_no_minute_exceeds_its_share(kind: Kind, rate: int) -> None:
+@pytest.mark.parametrize("kind", ["submit", "poll", "query"])
+def test_no_minute_exceeds_its_share(kind: CallKind, rate: int) -> None:
     """F7: in no 60 seconds are there more calls than the share allows, but some get through."""
     calls = drain(kind, rate, 300)
     most = max(bisect_left(calls, call + 60) - index for index, call in enumerate(calls))
@@ -57,127 +57,135 @@ def test_the_share_is_used() -> None:
 
 
 def test_questions_wait_for_their_turn() -> None:
-    """F7: a few questions at once, then one by one; `ask_wait` names the very moment of the next turn."""
-    limits = Limits(requests_per_minute=60)
+    """F7: a few questions at once, then one by one; `query_delay` names the very moment of the next turn."""
+    quota = Quota(requests_per_minute=60)
     for _ in range(3):
-        assert limits.ask_wait(NOW) == 0
-        limits = limits.taking("ask", 1, NOW)
-    wait = limits.ask_wait(NOW)
+        assert quota.query_delay(NOW) == 0
+        quota = quota.after_calls("query", 1, NOW)
+    wait = quota.query_delay(NOW)
     assert wait == pytest.approx(20, abs=0.1)
-    assert limits.ask_wait(NOW + wait - 0.1) > 0
-    assert limits.ask_wait(NOW + wait) == 0
-    assert limits.submits(NOW, in_flight=0) > 0
-    assert limits.throttled(NOW, retry_after=90).ask_wait(NOW) == 90
+    assert quota.query_delay(NOW + wait - 0.1) > 0
+    assert quota.query_delay(NOW + wait) == 0
+    assert quota.allowed_submissions(NOW, in_flight=0) > 0
+    assert quota.after_rate_limit(NOW, retry_after=90).query_delay(NOW) == 90
 
 
 def test_a_reset_is_bounded() -> None:
     """F7: nonsense in RateLimit-Reset does not block the account for years."""
-    limits = Limits(requests_per_minute=600).reading(RateHeaders(remaining=0, reset=999_999_999), NOW)
-    assert limits.polls(NOW + LONGEST_RESET) > 0
+    quota = Quota(requests_per_minute=600).after_headers(RateHeaders(remaining=0, reset=999_999_999), NOW)
+    assert quota.allowed_polls(NOW + MAX_RESET_SECONDS) > 0
 
 
 def test_headers_teach_the_rate() -> None:
     """F7: the limit is the one that answers name; one that is not named changes nothing."""
-    assert Limits().reading(RateHeaders(limit=600), NOW).requests_per_minute == 600
-    assert Limits().reading(RateHeaders(), NOW) == Limits()
+    assert Quota().after_headers(RateHeaders(limit=600), NOW).requests_per_minute == 600
+    assert Quota().after_headers(RateHeaders(), NOW) == Quota()
 
 
 def test_somebody_else_uses_the_key() -> None:
     """F7: when next to nothing remains of a minute, everybody waits for the next one."""
-    limits = Limits(requests_per_minute=600).reading(RateHeaders(limit=600, remaining=11, reset=30), NOW)
-    assert limits.submits(NOW + 29, in_flight=0) == limits.polls(NOW + 29) == 0
-    assert limits.submits(NOW + 30, in_flight=0) > 0
-    assert Limits(requests_per_minute=600).reading(RateHeaders(remaining=12, reset=30), NOW).polls(NOW) > 0
+    quota = Quota(requests_per_minute=600).after_headers(RateHeaders(limit=600, remaining=11, reset=30), NOW)
+    assert quota.allowed_submissions(NOW + 29, in_flight=0) == quota.allowed_polls(NOW + 29) == 0
+    assert quota.allowed_submissions(NOW + 30, in_flight=0) > 0
+    assert (
+        Quota(requests_per_minute=600)
+        .after_headers(RateHeaders(remaining=12, reset=30), NOW)
+        .allowed_polls(NOW)
+        > 0
+    )
 
 
 def test_retry_after_is_kept() -> None:
     """F7: after `rate_limit_exceeded` nothing is sent until the time named is over; never earlier again."""
-    limits = Limits().throttled(NOW, retry_after=20).throttled(NOW, retry_after=1)
-    assert limits.polls(NOW + 19.9) == limits.submits(NOW + 19.9, in_flight=0) == 0
-    assert limits.polls(NOW + 20) == 1
+    quota = Quota().after_rate_limit(NOW, retry_after=20).after_rate_limit(NOW, retry_after=1)
+    assert quota.allowed_polls(NOW + 19.9) == quota.allowed_submissions(NOW + 19.9, in_flight=0) == 0
+    assert quota.allowed_polls(NOW + 20) == 1
 
 
 def test_the_window_grows_while_it_is_used() -> None:
     """F7: one more generation in flight for each that is accepted with the window full, none otherwise."""
-    assert Limits().accepted(NOW, in_flight=FIRST_IN_FLIGHT).in_flight_limit == FIRST_IN_FLIGHT + 1
-    assert Limits().accepted(NOW, in_flight=FIRST_IN_FLIGHT - 1).in_flight_limit == FIRST_IN_FLIGHT
+    assert Quota().after_accepted(NOW, in_flight=FIRST_IN_FLIGHT).in_flight_limit == FIRST_IN_FLIGHT + 1
+    assert Quota().after_accepted(NOW, in_flight=FIRST_IN_FLIGHT - 1).in_flight_limit == FIRST_IN_FLIGHT
 
 
 def test_a_refusal_narrows_the_window() -> None:
     """F7: by an eighth or by one; refusals of the same burst count once; polls go on."""
-    limits = Limits(requests_per_minute=6000, in_flight_limit=11)
-    once = limits.crowded(NOW, sent_at=NOW - 1, retry_after=2)
+    quota = Quota(requests_per_minute=6000, in_flight_limit=11)
+    once = quota.after_concurrency_limit(NOW, sent_at=NOW - 1, retry_after=2)
     assert once.in_flight_limit == 10
-    assert once.crowded(NOW, sent_at=NOW - 1, retry_after=2).in_flight_limit == 10
-    assert once.crowded(NOW + 5, sent_at=NOW + 4, retry_after=2).in_flight_limit == 9
-    assert Limits(in_flight_limit=80).crowded(NOW, sent_at=NOW, retry_after=2).in_flight_limit == 70
-    assert once.submits(NOW + 1.9, in_flight=0) == 0
-    assert once.submits(NOW + 2, in_flight=9) == 1
-    assert once.polls(NOW) > 0
+    assert once.after_concurrency_limit(NOW, sent_at=NOW - 1, retry_after=2).in_flight_limit == 10
+    assert once.after_concurrency_limit(NOW + 5, sent_at=NOW + 4, retry_after=2).in_flight_limit == 9
+    assert (
+        Quota(in_flight_limit=80).after_concurrency_limit(NOW, sent_at=NOW, retry_after=2).in_flight_limit
+        == 70
+    )
+    assert once.allowed_submissions(NOW + 1.9, in_flight=0) == 0
+    assert once.allowed_submissions(NOW + 2, in_flight=9) == 1
+    assert once.allowed_polls(NOW) > 0
 
 
 def test_the_window_is_never_closed() -> None:
     """F7: one generation may always be tried, or nobody would ever learn that there is room again."""
-    limits = Limits(in_flight_limit=1).crowded(NOW, sent_at=NOW, retry_after=None)
-    assert limits.submits(NOW + 5, in_flight=0) == 1
+    quota = Quota(in_flight_limit=1).after_concurrency_limit(NOW, sent_at=NOW, retry_after=None)
+    assert quota.allowed_submissions(NOW + 5, in_flight=0) == 1
 
 
 def test_a_window_that_was_set_is_tried_at_times() -> None:
     """F7: one more is tried two minutes after the last refusal, and not before."""
-    limits = Limits(in_flight_limit=10, in_flight_refused_at=NOW)
-    assert limits.accepted(NOW + PROBE_IN_FLIGHT - 1, in_flight=10).in_flight_limit == 10
-    grown = limits.accepted(NOW + PROBE_IN_FLIGHT, in_flight=10)
+    quota = Quota(in_flight_limit=10, in_flight_refused_at=NOW)
+    assert quota.after_accepted(NOW + RAISE_AFTER_SECONDS - 1, in_flight=10).in_flight_limit == 10
+    grown = quota.after_accepted(NOW + RAISE_AFTER_SECONDS, in_flight=10)
     assert grown.in_flight_limit == 11
-    assert grown.accepted(NOW + PROBE_IN_FLIGHT + 1, in_flight=11).in_flight_limit == 11
+    assert grown.after_accepted(NOW + RAISE_AFTER_SECONDS + 1, in_flight=11).in_flight_limit == 11
 
 
 def test_a_refused_account_is_probed() -> None:
     """F6: one submission at a time, ever less often, until one is accepted."""
-    limits = Limits(requests_per_minute=6000, in_flight_limit=50)
+    quota = Quota(requests_per_minute=6000, in_flight_limit=50)
     waits, now, sent_at = [], NOW, NOW - 1
     for _ in range(9):
-        limits = limits.refused(now, sent_at=sent_at, pause="{}")
-        waits.append(limits.submits_after - now)
-        now = sent_at = limits.submits_after
-        assert limits.submits(now - 0.1, in_flight=0) == 0
-        assert limits.submits(now, in_flight=0) == 1
-        limits = limits.taking("submit", 1, now)
+        quota = quota.after_account_refused(now, sent_at=sent_at, pause="{}")
+        waits.append(quota.submits_after - now)
+        now = sent_at = quota.submits_after
+        assert quota.allowed_submissions(now - 0.1, in_flight=0) == 0
+        assert quota.allowed_submissions(now, in_flight=0) == 1
+        quota = quota.after_calls("submit", 1, now)
     assert waits[:4] == [5, 10, 20, 40]
-    assert waits[-1] == LAST_PROBE
-    assert limits.paused_at == NOW
-    resumed = limits.accepted(now + 1, in_flight=1)
+    assert waits[-1] == MAX_PROBE_SECONDS
+    assert quota.paused_at == NOW
+    resumed = quota.after_accepted(now + 1, in_flight=1)
     assert resumed == replace(resumed, paused_at=0.0, probes=0, pause=None)
-    assert resumed.submits(now + 1, in_flight=1) > 1
+    assert resumed.allowed_submissions(now + 1, in_flight=1) > 1
 
 
 def test_a_submission_that_clipia_looks_at_ends_the_pause() -> None:
     """F6: whatever Clipia says of a job, it has taken the key; and only an acceptance is one."""
-    paused = Limits(requests_per_minute=6000).refused(NOW, sent_at=NOW - 1, pause="{}")
-    resumed = paused.resumed(NOW + 5)
+    paused = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
+    resumed = paused.unpaused(NOW + 5)
     assert (resumed.paused_at, resumed.pause, resumed.accepted_at) == (0.0, None, 0.0)
-    assert resumed.submits(NOW + 5, in_flight=0) > 1
-    assert resumed.resumed(NOW + 6) is resumed
-    assert paused.accepted(NOW + 5, in_flight=1) == replace(resumed, accepted_at=NOW + 5)
+    assert resumed.allowed_submissions(NOW + 5, in_flight=0) > 1
+    assert resumed.unpaused(NOW + 6) is resumed
+    assert paused.after_accepted(NOW + 5, in_flight=1) == replace(resumed, accepted_at=NOW + 5)
 
 
 def test_refused_jobs_share_a_tenth_of_the_requests() -> None:
     """F7: the time between two tries of a job grows with the number of jobs that are refused."""
-    limits = Limits(requests_per_minute=120)
-    assert [limits.retry_interval(count) for count in (1, 12, 1000)] == pytest.approx([5, 60, 5000])
+    quota = Quota(requests_per_minute=120)
+    assert [quota.retry_interval(count) for count in (1, 12, 1000)] == pytest.approx([5, 60, 5000])
 
 
 def test_a_burst_of_refusals_is_one() -> None:
     """F6: what was under way when the pause began makes it no longer."""
-    first = Limits(requests_per_minute=6000).refused(NOW, sent_at=NOW - 1, pause="{}")
-    limits = first
+    first = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
+    quota = first
     for number in range(16):
-        limits = limits.refused(NOW + number / 10, sent_at=NOW - 1, pause="{}")
-    assert limits == first
+        quota = quota.after_account_refused(NOW + number / 10, sent_at=NOW - 1, pause="{}")
+    assert quota == first
 
 
 def test_there_is_one_probe_at_a_time() -> None:
     """F6: while a probe is not answered there is no other one, for as long as its call may take."""
-    limits = Limits(requests_per_minute=6000).refused(NOW, sent_at=NOW - 1, pause="{}")
-    limits = limits.taking("submit", 1, NOW + 5)
-    assert limits.submits(NOW + 5 + PROBE_WAIT - 1, in_flight=0) == 0
-    assert limits.submits(NOW + 5 + PROBE_WAIT, in_flight=0) == 1
+    quota = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
+    quota = quota.after_calls("submit", 1, NOW + 5)
+    assert quota.allowed_submissions(NOW + 5 + PROBE_TIMEOUT_SECONDS - 1, in_flight=0) == 0
+    assert quota.allowed_submissions(NOW + 5 + PROBE_TIMEOUT_SECONDS, in_flight=0) == 1

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.core.routing import Facts, describe, mismatch
+from receiver.core.routing import RoutingFacts, filter_text, mismatch
 from receiver.destination_settings import FilterSettings
 from receiver.errors import SettingsError
 from receiver.settings import Settings
@@ -15,7 +15,7 @@ from receiver.settings import Settings
 WORDS = ("a", "b", "seedance-2", "seedance-pro")
 
 
-def facts(**changes: Any) -> Facts:
+def facts(**changes: Any) -> RoutingFacts:
     """Return the facts of a result of our own job."""
     values: dict[str, Any] = {
         "status": "OK",
@@ -24,7 +24,7 @@ def facts(**changes: Any) -> Facts:
         "caller": "shop",
         "metadata": {"order": "7", "tier": "gold"},
     }
-    return Facts(**(values | changes))
+    return RoutingFacts(**(values | changes))
 
 
 STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
@@ -135,7 +135,7 @@ def test_only_callers_and_metadata_need_the_job(wanted: dict[str, Any], *, needs
 )
 def test_a_filter_is_put_in_words(wanted: dict[str, Any], said: str) -> None:
     """What `receiver check` says of a destination."""
-    assert describe(FilterSettings(**wanted)) == said
+    assert filter_text(FilterSettings(**wanted)) == said
 
 
 def write_filter(content: str) -> None:

@@ -12,22 +12,22 @@ NOW = 5_000.0
 def test_a_try_may_begin_at_once_and_the_next_one_in_its_time() -> None:
     """E5: at 4 a second a try begins every 0.25 s, and idle time is not saved up."""
     bucket = TokenBucket(4)
-    assert bucket.room(NOW) == 1
+    assert bucket.available(NOW) == 1
     bucket.take(1)
-    assert (bucket.room(NOW), bucket.wait(NOW)) == (0, 0.25)
-    assert bucket.room(NOW + 0.2) == 0
-    assert (bucket.room(NOW + 0.25), bucket.wait(NOW + 0.25)) == (1, 0)
-    assert bucket.room(NOW + 3600) == 1
+    assert (bucket.available(NOW), bucket.wait(NOW)) == (0, 0.25)
+    assert bucket.available(NOW + 0.2) == 0
+    assert (bucket.available(NOW + 0.25), bucket.wait(NOW + 0.25)) == (1, 0)
+    assert bucket.available(NOW + 3600) == 1
 
 
 @pytest.mark.parametrize(("rate", "chunk"), [(20, 1), (100, 1), (1000, 12), (0.1, 1)])
 def test_fast_lanes_claim_several_at_once(rate: float, chunk: int) -> None:
     """E5: an empty bucket allows nothing until it is a quarter full: a fast lane claims no row by itself."""
     bucket = TokenBucket(rate)
-    bucket.take(bucket.room(NOW))
+    bucket.take(bucket.available(NOW))
     delay = bucket.wait(NOW)
-    assert bucket.room(NOW + 0.9 * delay) == 0
-    assert bucket.room(NOW + delay) == chunk
+    assert bucket.available(NOW + 0.9 * delay) == 0
+    assert bucket.available(NOW + delay) == chunk
 
 
 @given(
@@ -40,7 +40,7 @@ def test_no_stretch_of_time_exceeds_the_rate(rate: float, steps: list[tuple[floa
     begun: list[tuple[float, int]] = []
     for pause, wanted in steps:
         now += pause
-        count = min(wanted, bucket.room(now))
+        count = min(wanted, bucket.available(now))
         bucket.take(count)
         begun.append((now, count))
     for first, (start, _) in enumerate(begun):

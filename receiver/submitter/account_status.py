@@ -4,15 +4,15 @@ from dataclasses import dataclass
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.core.quota import Limits
+from receiver.core.quota import Quota
 from receiver.db import accounts, freezes, refused_jobs
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class AccountStatus:
     """What is known of an account."""
 
-    limits: Limits
+    quota: Quota
     pause: str | None
     """What Clipia said when it refused the account, as JSON; None if it does not."""
     refused_jobs: int
@@ -25,15 +25,15 @@ class Standing:
         return self.pause is not None or self.frozen
 
 
-async def read_standing(connection: AsyncConnection, account: str) -> Standing:
+async def read_account_status(connection: AsyncConnection, account: str) -> AccountStatus:
     """Read how an account stands.
 
     It counts as refused after a 401, and while Clipia refuses several models and prices and accepts none.
     """
-    limits = await accounts.read(connection, account)
-    pause = limits.pause if limits.paused_at else None
+    quota = await accounts.read(connection, account)
+    pause = quota.pause if quota.paused_at else None
     refused = await refused_jobs.count(connection, account)
     if pause is None and refused:
-        pause = await refused_jobs.find_wide(connection, account, accepted_at=limits.accepted_at)
+        pause = await refused_jobs.find_wide(connection, account, accepted_at=quota.accepted_at)
     frozen = await freezes.find(connection) is not None
-    return Standing(limits=limits, pause=pause, refused_jobs=refused, frozen=frozen)
+    return AccountStatus(quota=quota, pause=pause, refused_jobs=refused, frozen=frozen)

@@ -1,0 +1,51 @@
+"""Checks of the values that the API, the commands and the submitter share; pure."""
+
+from typing import Final
+
+from pydantic import ValidationError
+
+from receiver.errors import RequestError
+
+MAX_CALLER_LENGTH: Final = 63
+MAX_KEY_LENGTH: Final = 255
+_MAX_DIGITS: Final = 18  # of a cursor: it is a 64-bit integer in the database
+_MAX_FIELD_LENGTH: Final = 64
+
+
+def check_caller(caller: str) -> str:
+    """Return a caller's name. Raises RequestError if the database cannot store it unchanged."""
+    if not 0 < len(caller) <= MAX_CALLER_LENGTH or not caller.isprintable():
+        raise _invalid(f"caller: write from 1 to {MAX_CALLER_LENGTH} printable characters")
+    return caller
+
+
+def check_key(key: str) -> str:
+    """Return a caller's idempotency key. Raises RequestError if the database cannot store it unchanged."""
+    if not 0 < len(key) <= MAX_KEY_LENGTH or not key.isprintable():
+        raise _invalid(f"Idempotency-Key: write from 1 to {MAX_KEY_LENGTH} printable characters")
+    return key
+
+
+def read_cursor(text: str | None) -> int | None:
+    """Return the position that a page's `next` stands for; None for the first page. Raises RequestError."""
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
+        raise _invalid("invalid cursor: pass the `next` value of the previous page")
+    return int(text)
+
+
+def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
+    """Return the path of the first invalid field, and why it is invalid."""
+    first = error.errors(include_input=False, include_url=False)[0]
+    return tuple(str(part)[:_MAX_FIELD_LENGTH] for part in first["loc"]), first["msg"]
+
+
+def invalid_request(error: ValidationError) -> RequestError:
+    """Return the RequestError that names the first invalid field."""
+    path, message = first_problem(error)
+    return _invalid(f"{'.'.join(path) or 'the body'}: {message}")
+
+
+def _invalid(message: str) -> RequestError:
+    return RequestError(message, code="invalid_request")
