@@ -28,9 +28,9 @@ def _run() -> None:
         from receiver.heartbeat import run_check  # noqa: PLC0415 - see above
 
         sys.exit(run_check())
-    from receiver import failures  # noqa: PLC0415 - the handlers come first
+    from receiver import exit_status  # noqa: PLC0415 - the handlers come first
 
-    failures.run(_run_commands)
+    exit_status.run(_run_commands)
 
 
 def _run_commands() -> None:

@@ -28,7 +28,7 @@ from receiver.db import arrivals
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
-from receiver.failures import frames, sentence
+from receiver.error_texts import error_text, traceback_lines
 from receiver.lanes.backlog import count_dead_letters, count_refused_jobs, read_backlog
 from receiver.lanes.worker import Wakeups
 from receiver.logs import write_logs
@@ -172,8 +172,8 @@ def _with_logged_failures(send: Send) -> Send:
         if message["type"] in {"lifespan.startup.failed", "lifespan.shutdown.failed"}:
             error = sys.exception()
             if error is not None:
-                log.error("the service failed", error=sentence(error))
-                log.debug("the failure's traceback", frames=frames(error))
+                log.error("the service failed", error=error_text(error))
+                log.debug("the failure's traceback", frames=traceback_lines(error))
             message = {"type": message["type"]}
         await send(message)
 

@@ -5,7 +5,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from receiver import __version__, failures
+from receiver import __version__, exit_status
 from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
 from receiver.cli.deliveries import deliveries
@@ -87,4 +87,4 @@ def options(
 
 def main() -> None:
     """Run the command line. Exits with 2 if the settings are wrong, and with 1 for other failures."""
-    failures.run(app)
+    exit_status.run(app)

@@ -24,8 +24,8 @@ from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
+from receiver.error_texts import error_text
 from receiver.errors import SettingsError
-from receiver.failures import sentence
 from receiver.lanes.base import FAN_OUT_LANE, destination_lane
 from receiver.lanes.unserved import FATE
 from receiver.media import MediaHosts, open_storage, open_tls
@@ -97,7 +97,7 @@ class _Check:
         try:
             yield
         except Exception as error:  # noqa: BLE001 - the other steps have something to tell, too
-            self._say("error", name, sentence(error))
+            self._say("error", name, error_text(error))
 
     def _say(self, verdict: Literal["ok", "warning", "error"], what: str, message: str) -> None:
         self._failed |= verdict == "error"

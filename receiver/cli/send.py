@@ -9,9 +9,9 @@ from typing import Annotated
 import httpx
 import typer
 
-from receiver.causes import cause
 from receiver.cli.terminal import stdout
 from receiver.core.signature import sign
+from receiver.error_texts import cause
 from receiver.errors import ReceiverError, SettingsError
 from receiver.masking import mask
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE, Settings

@@ -24,12 +24,12 @@ import httpx
 import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
-from receiver.causes import cause
 from receiver.clipia.errors import quoted, translate
 from receiver.core.lenient_json import REPLACEMENT, read_whole
 from receiver.core.payload import MAX_ID_LENGTH, is_request_id
 from receiver.core.quota import RateHeaders
 from receiver.core.retry import longest_wait
+from receiver.error_texts import cause
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError, UnrecognizedBody
 from receiver.masking import hold, mask
 from receiver.price import Credits, read_credits

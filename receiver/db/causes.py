@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from receiver import causes
+from receiver import error_texts
 
 # PostgreSQL's documentation, appendix A.
 _STATES: Final[Mapping[str, str]] = MappingProxyType(
@@ -61,4 +61,4 @@ def cause(error: BaseException) -> str:
         symbol = str(getattr(error, "sqlite_errorname", "") or "")
         words = _SQLITE.get("_".join(symbol.split("_")[:2]))
         return f"{words} ({symbol})" if words else f"{name} {symbol}".strip()
-    return causes.cause(error)
+    return error_texts.cause(error)

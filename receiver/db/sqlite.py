@@ -21,8 +21,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from receiver.causes import cause
 from receiver.db.transactions import POOL_WAIT
+from receiver.error_texts import cause
 from receiver.errors import SettingsError
 from receiver.files import open_private
 

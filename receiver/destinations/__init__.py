@@ -13,8 +13,8 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Destination
+from receiver.error_texts import error_text
 from receiver.errors import PublishFailed, SettingsError, UnusableFileError
-from receiver.failures import sentence
 
 __all__ = ["Destination", "open_destination", "open_for_work", "started"]
 
@@ -164,6 +164,6 @@ async def _start(name: str, destination: Destination) -> bool:
     try:
         await destination.start()
     except Exception as error:  # noqa: BLE001 - whatever it is, it is one destination's trouble
-        log.error("destination is down", destination=name, error=sentence(error))
+        log.error("destination is down", destination=name, error=error_text(error))
         return False
     return True

@@ -17,12 +17,12 @@ from cloudevents.core.v1.event import CloudEvent
 from standardwebhooks import Webhook
 
 from receiver import __version__
-from receiver.causes import cause
 from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import NotingNetwork, RawAnswer, current
 from receiver.destinations.base import USUAL_TIMEOUT, closed, encode
 from receiver.destinations.tls import open_tls
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 TIMEOUT: Final = USUAL_TIMEOUT

@@ -38,12 +38,12 @@ from aiokafka.errors import (
 from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
-from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, stretched
 from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 START_TIMEOUT: Final = 10.0

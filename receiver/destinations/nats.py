@@ -24,7 +24,6 @@ from nats.aio.transport import TcpTransport
 from nats.js.api import ConsumerInfo, StorageType, StreamInfo
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
-from receiver.causes import cause
 from receiver.core.retry import DAY
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, again, quoted, stretched
@@ -32,6 +31,7 @@ from receiver.destinations.connections import Connection, Shared
 from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
 from receiver.destinations.nkeys import Identity
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
 
 OPEN_TIMEOUT: Final = 6.0

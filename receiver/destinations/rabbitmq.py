@@ -34,11 +34,11 @@ from cloudevents.core.v1.event import CloudEvent
 from pamqp.header import ContentHeader
 from yarl import URL
 
-from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.amqp_url import Node, Place, read_url
 from receiver.destinations.base import Broker, Failure, quoted, stretched
 from receiver.destinations.connections import Connection, Shared
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
 
 OPEN_TIMEOUT: Final = 10.0

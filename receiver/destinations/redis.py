@@ -22,12 +22,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from receiver.causes import cause
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, closed, encode, quoted, stretched
 from receiver.destinations.batches import Batches
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.masking import mask
 

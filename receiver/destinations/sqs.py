@@ -33,13 +33,13 @@ from botocore.exceptions import (
 )
 from cloudevents.core.v1.event import CloudEvent
 
-from receiver.causes import cause
 from receiver.config_file import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, Failure, closed, encode, quoted, stretched
 from receiver.destinations.batches import Batches
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
+from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CONNECT_TIMEOUT: Final = 5

@@ -12,9 +12,9 @@ import httpx
 import structlog
 
 from receiver import __version__
-from receiver.causes import cause
 from receiver.core.output_files import Kind
 from receiver.core.retry import longest_wait
+from receiver.error_texts import cause
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, NotMedia, SettingsError
 from receiver.media.digests import stated_digests
 from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, is_page, sniff

@@ -8,20 +8,20 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.sandbox.answers import Problem, json_response, read_input, read_object
 from receiver.sandbox.catalogue import describe, find_model, listing
-from receiver.sandbox.core import Sandbox
-from receiver.sandbox.courier import Courier
 from receiver.sandbox.gate import Gate
 from receiver.sandbox.generations import Generations
+from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.webhooks import WebhookSender
 
 
-def routes(sandbox: Sandbox, courier: Courier) -> list[BaseRoute]:
+def routes(sandbox: Sandbox, sender: WebhookSender) -> list[BaseRoute]:
     """Return the routes under ``/v1``; a path or method that is not documented is a 404 like any other."""
     gate = Gate(sandbox)
-    generations = Generations(sandbox, gate, courier)
+    generations = Generations(sandbox, gate, sender)
 
     async def account(_request: Request, api_key: str) -> Response:
         now = sandbox.clock()
-        holder = sandbox.ledger.account(api_key)
+        holder = sandbox.records.account(api_key)
         return json_response(
             {
                 "account_id": str(uuid.uuid5(uuid.NAMESPACE_OID, api_key)),

@@ -15,9 +15,9 @@ from starlette.responses import Response
 from receiver.sandbox import api, cdn
 from receiver.sandbox.answers import Problem
 from receiver.sandbox.control import Control
-from receiver.sandbox.core import Clock, Sandbox
-from receiver.sandbox.courier import Courier
 from receiver.sandbox.options import SandboxOptions
+from receiver.sandbox.sandbox import Clock, Sandbox
+from receiver.sandbox.webhooks import WebhookSender
 
 
 def create_app(
@@ -32,19 +32,19 @@ def create_app(
     sandbox = Sandbox(
         options or SandboxOptions(), secret=secret or f"whsec_{secrets.token_urlsafe(32)}", clock=clock
     )
-    courier = Courier(sandbox)
+    sender = WebhookSender(sandbox)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            await courier.stop()
+            await sender.stop()
 
     app = Starlette(
         routes=[
-            *api.routes(sandbox, courier),
-            *Control(sandbox, courier).routes(),
+            *api.routes(sandbox, sender),
+            *Control(sandbox, sender).routes(),
             *cdn.routes(sandbox),
         ],
         lifespan=lifespan,

@@ -12,8 +12,8 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.sandbox.answers import Problem
-from receiver.sandbox.core import Sandbox
 from receiver.sandbox.options import SMALLEST_VIDEO
+from receiver.sandbox.sandbox import Sandbox
 
 SAMPLES: Final = Path(__file__).with_name("samples")
 TYPES: Final = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4", ".mp3": "audio/mpeg"}

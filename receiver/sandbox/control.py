@@ -10,17 +10,17 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.errors import SettingsError
 from receiver.sandbox.answers import Problem, json_response, read_object, timestamp
-from receiver.sandbox.core import Sandbox
-from receiver.sandbox.courier import Courier
-from receiver.sandbox.state import Attempt, Generation, Submit
+from receiver.sandbox.records import Attempt, Generation, Submit
+from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.webhooks import WebhookSender
 
 
 class Control:
     """The endpoints under ``/_sandbox``; no key is needed and no fault strikes here."""
 
-    def __init__(self, sandbox: Sandbox, courier: Courier) -> None:
+    def __init__(self, sandbox: Sandbox, sender: WebhookSender) -> None:
         self._sandbox = sandbox
-        self._courier = courier
+        self._sender = sender
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes."""
@@ -45,12 +45,12 @@ class Control:
         return json_response(self._sandbox.options.as_dict())
 
     async def _requests(self, _request: Request) -> Response:
-        ledger = self._sandbox.ledger
+        records = self._sandbox.records
         return json_response(
             {
-                "requests": [self._shown(generation) for generation in ledger.generations.values()],
-                "submits": [_shown_submit(submit) for submit in ledger.submits],
-                "idempotency_keys": ledger.keys(),
+                "requests": [self._shown(generation) for generation in records.generations.values()],
+                "submits": [_shown_submit(submit) for submit in records.submits],
+                "idempotency_keys": records.keys(),
             }
         )
 
@@ -73,17 +73,15 @@ class Control:
             raise _refused("The request was submitted without a webhook_url.")
         if status not in ("COMPLETED", "FAILED"):
             raise _refused(f"The request is {status}; a webhook tells of COMPLETED and FAILED only.")
-        return json_response(
-            _shown_attempt(await self._courier.send_now(generation, conflicting=conflicting))
-        )
+        return json_response(_shown_attempt(await self._sender.send_now(generation, conflicting=conflicting)))
 
     async def _reset(self, _request: Request) -> Response:
-        await self._courier.stop()
+        await self._sender.stop()
         self._sandbox.reset()
         return Response(status_code=204)
 
     def _find(self, request: Request) -> Generation:
-        return self._sandbox.ledger.find(request.path_params["id"])
+        return self._sandbox.records.find(request.path_params["id"])
 
     def _shown(self, generation: Generation) -> dict[str, Any]:
         progress = generation.at(self._sandbox.clock())

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from receiver.sandbox.answers import CODES, Problem, retry_after
-from receiver.sandbox.core import Sandbox
+from receiver.sandbox.sandbox import Sandbox
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Request, str], Awaitable[Response]]
@@ -48,7 +48,7 @@ class Gate:
         headers: dict[str, str] = {}
         try:
             # Calls without a good key share one limit.
-            account = self._sandbox.ledger.account(key or "")
+            account = self._sandbox.records.account(key or "")
             headers = account.count_call(self._sandbox.clock(), self._sandbox.options.rate_limit)
             response = await self._pass(request, handler, key)
         except Problem as problem:

@@ -14,10 +14,10 @@ from starlette.responses import Response
 
 from receiver.sandbox.answers import Problem, json_response, read_input, read_object, retry_after, timestamp
 from receiver.sandbox.catalogue import FileUrl, Model, find_model
-from receiver.sandbox.core import Sandbox
-from receiver.sandbox.courier import Courier
 from receiver.sandbox.gate import Gate
-from receiver.sandbox.state import FAILURE, Generation, Submit
+from receiver.sandbox.records import FAILURE, Generation, Submit
+from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.webhooks import WebhookSender
 
 LONGEST_KEY: Final = 255
 LONGEST_URL: Final = 2048
@@ -28,10 +28,10 @@ log = structlog.get_logger()
 class Generations:
     """The part of the API that starts generations and tells how they are doing."""
 
-    def __init__(self, sandbox: Sandbox, gate: Gate, courier: Courier) -> None:
+    def __init__(self, sandbox: Sandbox, gate: Gate, sender: WebhookSender) -> None:
         self._sandbox = sandbox
         self._gate = gate
-        self._courier = courier
+        self._sender = sender
 
     async def submit(self, request: Request) -> Response:
         """Take a submit through the gate; it is recorded whatever becomes of it."""
@@ -41,7 +41,7 @@ class Generations:
             idempotency_key=request.headers.get("Idempotency-Key"),
             body=await request.body(),
         )
-        self._sandbox.ledger.submits.append(submit)
+        self._sandbox.records.submits.append(submit)
         response = await self._gate.answer(request, partial(self._take, submit))
         submit.status = response.status_code
         return response
@@ -89,17 +89,17 @@ class Generations:
             raise Problem("invalid_request", f"Idempotency-Key must have from 1 to {LONGEST_KEY} characters.")
         content = await read_object(request)
         fingerprint = _fingerprint(submit.model, content)
-        with self._sandbox.ledger.claim(api_key, key, fingerprint, self._sandbox.clock()) as claim:
-            if claim.generation is None:
-                claim.generation = self._generate(submit, content, api_key, _origin(request))
-                await self._announce(claim.generation)
-            claim.generation.submits += 1
-            submit.request_id = claim.generation.request_id
+        with self._sandbox.records.use_key(api_key, key, fingerprint, self._sandbox.clock()) as use:
+            if use.generation is None:
+                use.generation = self._generate(submit, content, api_key, _origin(request))
+                await self._announce(use.generation)
+            use.generation.submits += 1
+            submit.request_id = use.generation.request_id
             # While the key is held: `request_in_progress` is about calls that are slow to answer.
             await asyncio.sleep(options.latency)
         if self._sandbox.hit("lost_answer_rate"):
             raise Problem("service_unavailable", "The switch lost_answer_rate struck.", status=504)
-        return json_response(_submitted(claim.generation))
+        return json_response(_submitted(use.generation))
 
     def _generate(self, submit: Submit, content: dict[str, Any], api_key: str, origin: str) -> Generation:
         options, now = self._sandbox.options, self._sandbox.clock()
@@ -129,13 +129,13 @@ class Generations:
             created_at=now,
             duration=options.duration if live and not options.webhook_first else 0.0,
         )
-        self._sandbox.ledger.add(generation)
+        self._sandbox.records.add(generation)
         log.info("generation submitted", request_id=request_id, model=model.slug, live=live, cost=cost)
         return generation
 
     def _afford(self, api_key: str, cost: int, now: float) -> None:
         """Raise `Problem` where a live generation would exceed the account's credits or places."""
-        options, account = self._sandbox.options, self._sandbox.ledger.account(api_key)
+        options, account = self._sandbox.options, self._sandbox.records.account(api_key)
         balance = options.credits - account.spent(now)
         if cost > balance:
             raise Problem("insufficient_credits", f"The generation costs {cost} credits; {balance} are left.")
@@ -151,7 +151,7 @@ class Generations:
     async def _announce(self, generation: Generation) -> None:
         if generation.webhook_url is None:
             return
-        sending = self._courier.start(generation)
+        sending = self._sender.start(generation)
         if self._sandbox.options.webhook_first:
             await asyncio.wait({sending}, timeout=self._sandbox.options.webhook_timeout)
 
@@ -170,7 +170,7 @@ class Generations:
         return file_url
 
     def _find(self, request: Request, api_key: str) -> Generation:
-        generation = self._sandbox.ledger.find(request.path_params["id"])
+        generation = self._sandbox.records.find(request.path_params["id"])
         if generation.api_key != api_key:
             raise Problem("not_found", f'There is no request "{generation.request_id}".')
         return generation

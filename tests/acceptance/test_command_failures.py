@@ -244,8 +244,8 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
 def test_an_unexpected_error_is_named_without_its_text(tmp_path: Path) -> None:
     """A mistake of ours shows its class; the traceback comes with DEBUG, and holds no library's text."""
     (tmp_path / "broken.py").write_text(
-        "from receiver import failures\n\n\ndef command() -> None:\n"
-        "    raise KeyError(' '.join(['secret', 'text']))\n\n\nfailures.run(command)\n"
+        "from receiver import exit_status\n\n\ndef command() -> None:\n"
+        "    raise KeyError(' '.join(['secret', 'text']))\n\n\nexit_status.run(command)\n"
     )
     for level, lines in (("INFO", 1), ("DEBUG", 6)):
         result = subprocess.run(

@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from receiver.core.signature import Secret, verify
 from receiver.errors import SignatureError
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
-from receiver.sandbox.courier import Courier
+from receiver.sandbox.webhooks import WebhookSender
 
 # One pair of servers for the whole module: starting and stopping them takes longer than most tests.
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -439,7 +439,7 @@ async def test_death_of_a_webhook_is_loud(
         raise RuntimeError("planted")
 
     with capture_logs() as logs:
-        monkeypatch.setattr(Courier, "_deliver", burst)
+        monkeypatch.setattr(WebhookSender, "_deliver", burst)
         request_id = await submit(sandbox, receiver.url, TEST)
         await asyncio.sleep(0.05)
         monkeypatch.undo()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from receiver.sandbox.options import Dice, SandboxOptions
-from receiver.sandbox.state import Ledger
+from receiver.sandbox.records import Records
 
 Clock = Callable[[], float]
 """Returns the time in unix seconds."""
@@ -23,7 +23,7 @@ class Sandbox:
         """Forget everything and go back to the switches that it was started with."""
         self.options = self._start
         self.dice = Dice(self.options.seed)
-        self.ledger = Ledger()
+        self.records = Records()
 
     def change(self, changes: Mapping[str, Any]) -> None:
         """Set some switches; a seed starts the dice afresh.

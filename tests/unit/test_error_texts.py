@@ -14,9 +14,9 @@ from redis.asyncio import Redis
 from support.certificates import make_certificate
 from support.servers import Postgres, free_port
 
-from receiver.causes import cause
 from receiver.db import causes as database_causes
 from receiver.db.database import Database
+from receiver.error_texts import cause
 from receiver.errors import DatabaseUnavailable
 
 
@@ -51,7 +51,7 @@ async def test_a_refused_connection_is_called_so(
     """Every client's refused connection is told as one, with the class of its exception."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
         await call(free_port())
-    assert cause(caught.value).endswith(": connection refused: does anything listen there?")
+    assert cause(caught.value).endswith(": connection refused: does a server listen there?")
     assert name is None or cause(caught.value).startswith(f"{name}: ")
 
 

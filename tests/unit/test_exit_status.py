@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from receiver import failures
+from receiver import exit_status
 from receiver.cli.terminal import user_name
 from receiver.errors import DatabaseUnavailable, SettingsError
 
@@ -34,7 +34,7 @@ def test_a_failure_is_one_sentence(
         raise error
 
     with pytest.raises(SystemExit) as exit_:
-        failures.run(command)
+        exit_status.run(command)
     assert exit_.value.code == status
     assert capsys.readouterr().err == f"error: {expected}\n"
 
@@ -51,7 +51,7 @@ def test_no_text_of_a_library_is_shown(
     for level in ("INFO", "DEBUG"):
         monkeypatch.setenv("RECEIVER_LOG_LEVEL", level)
         with pytest.raises(SystemExit):
-            failures.run(command)
+            exit_status.run(command)
         said = capsys.readouterr().err
         assert said.startswith("error: unexpected RuntimeError: ")
         assert "a-key" not in said

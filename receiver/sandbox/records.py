@@ -186,7 +186,7 @@ class Submit:
 
 
 @dataclass(kw_only=True, eq=False)
-class Claim:
+class KeyUse:
     """One use of an idempotency key: the first call makes the generation, later ones find it."""
 
     fingerprint: bytes
@@ -195,14 +195,14 @@ class Claim:
     in_progress: bool = True
 
 
-class Ledger:
+class Records:
     """Everything that happened since the sandbox was started or reset."""
 
     def __init__(self) -> None:
         self.generations: dict[str, Generation] = {}
         self.submits: list[Submit] = []
         self._accounts: dict[str, Account] = {}
-        self._claims: dict[tuple[str, str], Claim] = {}
+        self._key_uses: dict[tuple[str, str], KeyUse] = {}
 
     def account(self, api_key: str) -> Account:
         """Return the account of a key, a new one at first sight."""
@@ -221,18 +221,18 @@ class Ledger:
             raise Problem("not_found", f'There is no request "{request_id}".') from None
 
     @contextmanager
-    def claim(self, api_key: str, key: str | None, fingerprint: bytes, now: float) -> Iterator[Claim]:
+    def use_key(self, api_key: str, key: str | None, fingerprint: bytes, now: float) -> Iterator[KeyUse]:
         """Hold an idempotency key while its submit is processed.
 
-        The claim has a generation already where the key has been used with the same parameters. A submit
+        The use has a generation already where the key has been used with the same parameters. A submit
         that makes none leaves the key unused. Raises `Problem` for other parameters or while another call
         holds it.
         """
-        claim = Claim(fingerprint=fingerprint, created_at=now)
+        use = KeyUse(fingerprint=fingerprint, created_at=now)
         if key is None:
-            yield claim
+            yield use
             return
-        known = self._claims.get((api_key, key))
+        known = self._key_uses.get((api_key, key))
         if known is not None and now - known.created_at < KEY_LIFETIME:
             if known.fingerprint != fingerprint:
                 raise Problem("idempotency_key_reuse", "This Idempotency-Key was used with other parameters.")
@@ -240,15 +240,15 @@ class Ledger:
                 raise Problem(
                     "request_in_progress", "The first request with this Idempotency-Key is being processed."
                 )
-            claim = known
-        self._claims[api_key, key] = claim
-        claim.in_progress = True
+            use = known
+        self._key_uses[api_key, key] = use
+        use.in_progress = True
         try:
-            yield claim
+            yield use
         finally:
-            claim.in_progress = False
-            if claim.generation is None:
-                del self._claims[api_key, key]
+            use.in_progress = False
+            if use.generation is None:
+                del self._key_uses[api_key, key]
 
     def keys(self) -> dict[str, dict[str, int]]:
         """Return for every idempotency key how many submits carried it and how many generations it made."""

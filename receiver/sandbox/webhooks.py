@@ -11,17 +11,17 @@ import httpx
 import orjson
 import structlog
 
-from receiver.causes import cause
 from receiver.core.signature import sign
-from receiver.sandbox.core import Sandbox
-from receiver.sandbox.state import FAILURE, Attempt, Generation
+from receiver.error_texts import cause
+from receiver.sandbox.records import FAILURE, Attempt, Generation
+from receiver.sandbox.sandbox import Sandbox
 
 USER_AGENT: Final = "Clipia-Webhooks/1.0 (sandbox)"
 
 log = structlog.get_logger()
 
 
-class Courier:
+class WebhookSender:
     """Sends each generation's webhook in a task of its own; `stop` ends them all."""
 
     def __init__(self, sandbox: Sandbox) -> None:
