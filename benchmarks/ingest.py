@@ -5,6 +5,8 @@ its own share of the CPU is shown. The sides take turns, and a ratio is of the t
 each run the rows are counted: every acked webhook must be there.
 
     python benchmarks/ingest.py --rounds 3 --seconds 8 --write docs
+    git worktree add ../before HEAD^
+    python benchmarks/ingest.py --sides postgresql sqlite --before ../before
 
 Needs the development dependencies and the Debian packages postgresql, wrk and strace; it starts its servers.
 `--write` puts the table into `performance.md` of a folder, and the chart beside it as `ingest.svg`.
@@ -44,15 +46,21 @@ SIDES = {
     "naive-postgresql": "naive handler, PostgreSQL",
     "naive-sqlite": "naive handler, SQLite",
 }
+BEFORE = {
+    "before-postgresql": "build before, PostgreSQL",
+    "before-sqlite": "build before, SQLite",
+}
+NAMES = SIDES | BEFORE
 START, END = "<!-- ingest: begin -->", "<!-- ingest: end -->"
 
 
 class Bench:
     """A PostgreSQL server, a folder, and the sides on them."""
 
-    def __init__(self, postgres: Postgres, folder: Path) -> None:
+    def __init__(self, postgres: Postgres, folder: Path, before: Path | None) -> None:
         self._postgres = postgres
         self._folder = folder
+        self._before = before
         self._turn = 0
 
     def run(self, side: str, *, connections: int = CONNECTIONS, seconds: float) -> Measured:
@@ -105,6 +113,9 @@ class Bench:
         if side != "bare":
             url = self._postgres.url() if "postgresql" in side else f"sqlite:///{folder / 'receiver.db'}"
         settings = {} if url is None else {"RECEIVER_DATABASE_URL": url}
+        if side in BEFORE:
+            # Python finds this package before the one that is installed.
+            settings["PYTHONPATH"] = str(self._before)
         if side in {"bare", "naive-postgresql", "naive-sqlite"}:
             arguments = [str(HERE / "sides.py"), side.partition("-")[0]]
         else:
@@ -147,26 +158,26 @@ def table(found: dict[str, list[Measured]]) -> list[str]:
         )
         times, cpu = f"{p50:.1f} / {p99:.1f}", f"{client:.2f} / {servers:.2f}"
         rates = spread([each.rate for each in runs], ",.0f")
-        lines.append(f"| {SIDES[side]} | {rates} | {spread(ratios, '.2f')} | {times} | {cpu} |")
+        lines.append(f"| {NAMES[side]} | {rates} | {spread(ratios, '.2f')} | {times} | {cpu} |")
     return lines
 
 
-def against_naive(found: dict[str, list[Measured]]) -> list[str]:
-    """Return how we compare with the naive handler on each database."""
+def compared(found: dict[str, list[Measured]]) -> list[str]:
+    """Return the ratios of the receiver to the naive handler and to the build before, on each database."""
     lines = []
     for database in ("postgresql", "sqlite"):
-        if found.keys() >= {database, f"naive-{database}"}:
-            pairs = zip(found[database], found[f"naive-{database}"], strict=True)
-            ratios = [ours.rate / theirs.rate for ours, theirs in pairs]
-            lines.append(
-                f"Receiver ÷ naive handler, {SIDES[database].split(', ')[1]}: {spread(ratios, '.1f')}"
-            )
+        for other, form in ((f"naive-{database}", ".1f"), (f"before-{database}", ".3f")):
+            if found.keys() >= {database, other}:
+                pairs = zip(found[database], found[other], strict=True)
+                ratios = spread([ours.rate / theirs.rate for ours, theirs in pairs], form)
+                name, kind = NAMES[other].split(", ")
+                lines.append(f"Receiver ÷ {name}, {kind}: {ratios}")
     return lines
 
 
 def chart(found: dict[str, list[Measured]]) -> str:
     """Return the rates as an SVG bar chart."""
-    rates = {SIDES[side]: statistics.median(each.rate for each in runs) for side, runs in found.items()}
+    rates = {NAMES[side]: statistics.median(each.rate for each in runs) for side, runs in found.items()}
     width, left, row = 760, 300, 30
     scale = (width - left - 90) / max(rates.values())
     height = row * len(rates) + 40
@@ -199,19 +210,24 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="bare is always one")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8, help="of each run")
+    parser.add_argument("--before", type=Path, help="checkout of another commit, which is measured, too")
     parser.add_argument("--write", type=Path, help="folder whose performance.md and ingest.svg are written")
     options = parser.parse_args()
     sides = [side for side in SIDES if side == "bare" or side in options.sides]
+    if options.before:
+        if not (options.before / "receiver" / "__main__.py").is_file():
+            parser.error(f"--before: {options.before} is no checkout of the receiver")
+        sides += [side for side in BEFORE if side.removeprefix("before-") in sides]
     found: dict[str, list[Measured]] = defaultdict(list)
     lines: list[str] = []
     with Postgres() as postgres, tempfile.TemporaryDirectory() as folder:
-        bench = Bench(postgres, Path(folder))
+        bench = Bench(postgres, Path(folder), options.before and options.before.resolve())
         for number in range(options.rounds):
             for side in sides:
                 measured = bench.run(side, seconds=options.seconds)
                 found[side].append(measured)
                 print(
-                    f"round {number + 1}: {SIDES[side]}: {measured.rate:,.0f}/s, p99 {measured.p99:.1f} ms",
+                    f"round {number + 1}: {NAMES[side]}: {measured.rate:,.0f}/s, p99 {measured.p99:.1f} ms",
                     file=sys.stderr,
                     flush=True,
                 )
@@ -219,7 +235,7 @@ def main() -> None:
             for connections in (1, 256):
                 measured = bench.run(side, connections=connections, seconds=options.seconds)
                 lines.append(
-                    f"{SIDES[side]}, {connections} connections: {measured.rate:,.0f}/s, "
+                    f"{NAMES[side]}, {connections} connections: {measured.rate:,.0f}/s, "
                     f"ack p50 {measured.p50:.1f}, p95 {measured.p95:.1f}, p99 {measured.p99:.1f} ms"
                 )
         if "sqlite" in sides:
@@ -233,7 +249,7 @@ def main() -> None:
         f"Python {platform.python_version()}; medians, in brackets the least and the greatest round."
     )
     text = "\n".join(
-        [where, "", *table(found), "", *(f"- {line}" for line in [*against_naive(found), *sorted(lines)])]
+        [where, "", *table(found), "", *(f"- {line}" for line in [*compared(found), *sorted(lines)])]
     )
     print(text)
     if options.write:

@@ -30,15 +30,20 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
     """The sides are measured, every ack is accounted for, and the page gets its table and its chart."""
     require("postgresql", "wrk", "strace")
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
-    sizes = ("--sides", "sqlite", "naive-sqlite", "--rounds", "1", "--seconds", "1")
+    sizes = ("--sides", "sqlite", "naive-sqlite", "--rounds", "1", "--seconds", "1", "--before", str(ROOT))
     printed = run("benchmarks/ingest.py", *sizes, "--write", str(tmp_path))
     page = (tmp_path / "performance.md").read_text()
     assert printed.strip() in page
     assert "## Where the time goes" in page
     assert page.count("<!-- ingest: begin -->") == 1
-    for line in ("receiver, SQLite |", "naive handler, SQLite |", "Flushes per acked event"):
+    for line in (
+        "receiver, SQLite |",
+        "naive handler, SQLite |",
+        "÷ build before, SQLite",
+        "Flushes per acked",
+    ):
         assert line in page
-    assert (tmp_path / "ingest.svg").read_text().count("<rect") == 4
+    assert (tmp_path / "ingest.svg").read_text().count("<rect") == 5
 
 
 def test_downloads_are_measured() -> None:
