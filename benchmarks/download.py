@@ -1,9 +1,8 @@
 """Megabytes per second of downloads: one large file, and many small ones, against curl.
 
-A server on the loopback sends videos from memory. Ours downloads with the guard, the checks and the SHA-256
-that every file gets, and flushes each to disk; eight files at a time, as the worker does. curl downloads one
-file after the other; beside curl alone stands curl and then sha256sum, which is the same work. Each file of
-curl's is flushed, too.
+A server on the loopback sends videos from memory. The receiver downloads eight files at a time, as its worker
+does: with the guard, the checks, the SHA-256 and a flush to the disk for each. curl downloads one file after
+the other and flushes it; the table has curl alone, and curl with sha256sum, which is the same work.
 
     python benchmarks/download.py --mebibytes 1024 --files 500 --rounds 3
 
@@ -35,7 +34,7 @@ BLOCK = b"\x5a" * MIB
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Send a video of as many bytes as the path says, for every request on a connection."""
+    """Send a video for every request on a connection; the path names its size in bytes."""
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
@@ -67,7 +66,7 @@ def serving() -> Iterator[str]:
 
 
 async def serve() -> None:
-    """Serve until terminated, and say where."""
+    """Print the origin, and serve until terminated."""
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     host, port = server.sockets[0].getsockname()
     print(f"http://{host}:{port}", flush=True)
@@ -107,12 +106,12 @@ def curl(origin: str, folder: Path, *, count: int, size: int, digest: bool) -> N
 
 
 def rates(origin: str, folder: Path, *, count: int, size: int) -> tuple[float, float, float]:
-    """Return megabytes per second of ours, of curl, and of curl and sha256sum."""
+    """Return megabytes per second of the receiver, of curl, and of curl and sha256sum."""
     found = []
-    for side in ("ours", "curl", "curl and sha256sum"):
+    for side in ("receiver", "curl", "curl and sha256sum"):
         target = folder / "files"
         began = time.perf_counter()
-        if side == "ours":
+        if side == "receiver":
             uvloop.run(download(origin, target, count=count, size=size))
         else:
             curl(origin, target, count=count, size=size, digest=side != "curl")
@@ -154,7 +153,7 @@ def main() -> None:
         f"{options.rounds} rounds; medians in MB/s, in brackets the least and the greatest ratio; "
         f"largest resident size {memory} MiB\n"
     )
-    print("| Files | ours | curl | curl and sha256sum | ours ÷ curl | ours ÷ curl and sha256sum |")
+    print("| Files | receiver | curl | curl and sha256sum | ÷ curl | ÷ curl and sha256sum |")
     print("|---|---|---|---|---|---|")
     print(row(f"1 of {options.mebibytes} MiB", large))
     print(row(f"{options.files} of 1 MiB", small))

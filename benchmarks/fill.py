@@ -1,6 +1,6 @@
-"""Databases that are filled with events that are done, for the growth benchmark.
+"""Fill databases with finished events, for the growth benchmark.
 
-Both kinds of database make a table of what differs from event to event; all rows come from it.
+The values that differ between events are made in a table first; all rows come from it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from receiver.db.rows import EVENT_NAMESPACE, event_id
 
 DESTINATION = "bench"
 OPEN = 300
-"""Deliveries of the history that are dead, and as many that wait for another try."""
+"""Dead deliveries of the history, and as many that wait for another attempt."""
 CHUNK = 100_000
 """Events of a transaction while a database is filled."""
 
@@ -73,7 +73,7 @@ _POSTGRESQL_HISTORY = """
     ) AS written
 """
 
-# How to drop and to make again every index that new rows do not just extend.
+# Drop and create every index, except if new rows only extend it.
 _POSTGRESQL_INDEXES = """
     SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname),
         format('ALTER TABLE %s ADD CONSTRAINT %I %s', conrelid::regclass, conname, pg_get_constraintdef(oid))
@@ -92,7 +92,7 @@ def request_of(number: int) -> str:
 
 
 def fill_postgresql(postgres: Postgres, database: str, count: int) -> None:
-    """Fill a database, without most of its indexes until the rows are there."""
+    """Fill a database; most indexes are dropped before and created after the rows."""
 
     def run(statement: str) -> str:
         return postgres.sql(statement, database=database).stdout

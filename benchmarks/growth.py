@@ -1,10 +1,10 @@
-"""What a webhook, a claim and a page cost after millions of events, against the same after ten thousand.
+"""Compare the cost of a webhook, a claim and a page after millions of events with that after ten thousand.
 
-Two databases of each kind are filled with events that are done, each with its receipt, its delivery and that
-one's try, and every tenth with its job; a few deliveries among them are dead or wait for another try. The two
-take turns, and a ratio is of one round. The load is wrk's, through `receiver serve`, and every acked webhook
-must be there; the rest goes through the functions of the worker, the API and `/metrics`. The plans at the end
-are those of the statements that these functions sent.
+Two databases of each kind are filled with finished events, each with its receipt, its delivery and an
+attempt, and every tenth with its job; a few deliveries are dead or wait for another attempt. The two are
+measured alternately, and a ratio is of one round. wrk sends the load through `receiver serve`, and every
+acked webhook must be stored; the other figures come from the functions of the worker, the API and `/metrics`.
+The plans at the end are those of the statements that these functions sent.
 
     python benchmarks/growth.py --events 10_000_000 --sqlite-events 2_000_000 --rounds 3 --seconds 8
 
@@ -61,7 +61,7 @@ FORWARDED = 1000
 GROUP, BATCH, PAGE = 200, 64, 50
 """Events of a fan-out, deliveries of a claim, rows of a page."""
 REPEATED, ENOUGH = 20, 5000.0
-"""How often a round reads the same, unless that takes more milliseconds."""
+"""Reads of the same page in a round; if they take more milliseconds, the round stops earlier."""
 INGEST = "ingest, webhooks/s"
 WIDTH = 150
 """Characters of a line of a plan."""
@@ -72,7 +72,7 @@ Statements = list[tuple[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Store:
-    """One database, and how many events its history has."""
+    """One database, and the number of events of its history."""
 
     url: str
     count: int
@@ -84,7 +84,7 @@ class Store:
 
     @property
     def name(self) -> str:
-        """The kind, and on PostgreSQL the name that it has there; on SQLite the file."""
+        """The kind, and the database's name on PostgreSQL or its file on SQLite."""
         return self.url.removeprefix("sqlite:///") if self.is_sqlite else self.url.rpartition("/")[2]
 
     def __str__(self) -> str:
@@ -110,10 +110,10 @@ class Bench:
         return store
 
     def ingest(self, store: Store, *, seconds: float) -> dict[str, float]:
-        """Load a receiver on a store; return its rate, and what that took."""
+        """Load a receiver on a store; return its rate, CPU time and memory."""
         last = int(self.query(store, "SELECT max(seq) FROM events"))
         if not store.is_sqlite:
-            # What changes for the first time after one is logged whole: each load begins with everything.
+            # PostgreSQL logs a page whole if it changes first after a checkpoint: begin each load with one.
             self.query(store, "CHECKPOINT")
         settings = {"RECEIVER_DATABASE_URL": store.url}
         arguments = ("-m", "receiver", "serve", "--no-worker")
@@ -150,11 +150,11 @@ class Bench:
         }
 
     def _logged(self, store: Store) -> float:
-        """Return how much PostgreSQL has written to its log, in bytes."""
+        """Return the number of bytes that PostgreSQL has written to its log."""
         return 0.0 if store.is_sqlite else float(self.query(store, "SELECT pg_current_wal_lsn() - '0/0'"))
 
     def sizes(self, store: Store) -> str:
-        """Return how much room a database takes."""
+        """Return the size of a database."""
         if store.is_sqlite:
             return f"{Path(store.name).stat().st_size / 2**20:,.0f} MiB"
         found = self.query(
@@ -191,7 +191,7 @@ async def _migrate(store: Store) -> None:
 
 
 def worker(database: Database) -> tuple[FanOut, DeliveryLane]:
-    """Return what a worker does, over a destination in memory."""
+    """Return the lanes of a worker, with a destination in memory."""
     settings = DestinationSettings.model_validate({"name": DESTINATION, "url": "memory:"})
     target = Target(
         name=DESTINATION,
@@ -258,7 +258,7 @@ QUERIES: dict[str, Query] = {
 
 
 async def read(stores: Sequence[Store]) -> dict[Store, dict[str, float]]:
-    """Return the median time of each query; one that gets no answer in time counts as long as it waits."""
+    """Return the median time of each query; if one times out, the wait counts."""
     found: dict[Store, Found] = {store: defaultdict(list) for store in stores}
     async with contextlib.AsyncExitStack() as stack:
         databases = {store: await stack.enter_async_context(opened(store)) for store in stores}
@@ -278,7 +278,7 @@ def _medians(found: Found) -> dict[str, float]:
 
 
 def measure(bench: Bench, stores: Sequence[Store], *, rounds: int, seconds: float) -> dict[Store, Found]:
-    """Measure stores in turns; return for each what every round showed."""
+    """Measure stores alternately; return the figures of every round for each."""
     found: dict[Store, Found] = {store: defaultdict(list) for store in stores}
     for number in range(rounds):
         order = stores if number % 2 == 0 else stores[::-1]
@@ -308,7 +308,7 @@ def table(found: dict[Store, Found]) -> list[str]:
 
 
 async def plans(store: Store) -> list[str]:
-    """Return the plans of what ingest, a worker and pages send to a database."""
+    """Return the plans of the statements that ingest, a worker and pages send to a database."""
     found: dict[str, Statements] = {}
     async with opened(store) as database:
         fan_out, lane = worker(database)
@@ -344,9 +344,10 @@ def _arrived() -> list[Arrival]:
 
 @contextmanager
 def sent(database: Database) -> Iterator[Statements]:
-    """Note what goes to a database in the block, but for what has many sets of arguments.
+    """Note the statements of the block, except those with many sets of arguments.
 
-    What goes to the driver directly is noted and not carried out: its plan is to be that of a first time.
+    Statements that go to the driver directly are noted and not run: if they ran, the plan would be that of a
+    repeated webhook.
     """
     found: Statements = []
 
@@ -367,7 +368,7 @@ def sent(database: Database) -> Iterator[Statements]:
 
 
 async def _explained(connection: AsyncConnection, what: str, statement: str, arguments: Any) -> list[str]:
-    """Return the plan of a statement that reads or changes rows, and undo what asking for it did."""
+    """Return the plan of a statement that reads or changes rows; the transaction is rolled back."""
     if not statement.startswith(("SELECT", "UPDATE", "WITH")) or "current_setting" in statement:
         return []
     explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (ANALYZE, BUFFERS)"
@@ -394,7 +395,7 @@ def _cut(line: str) -> str:
 
 
 def main() -> None:
-    """Fill, measure and print what came of it."""
+    """Fill, measure and print the tables and plans."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -410,7 +411,7 @@ def main() -> None:
         "round."
     )
     explained: list[str] = []
-    # Logs of every delivery would be part of what is measured.
+    # A log record for every delivery would be part of the measured time.
     with (
         Postgres() as postgres,
         tempfile.TemporaryDirectory() as folder,

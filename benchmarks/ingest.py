@@ -1,8 +1,8 @@
-"""Webhooks per second, durably stored, against the bare server and what one would write oneself.
+"""Webhooks per second, durably stored, compared with the bare server and a naive handler.
 
 wrk sends requests that are signed beforehand, each of another event, over 64 connections on the same machine;
-its own share of the CPU is shown. The sides take turns, and a ratio is of the two sides of one round. After
-each run the rows are counted: every acked webhook must be there.
+its own share of the CPU is shown. The sides are measured alternately, and a ratio is of the two sides of one
+round. After each run the rows are counted: if an acked webhook has no row, the benchmark fails.
 
     python benchmarks/ingest.py --rounds 3 --seconds 8 --write docs
     git worktree add ../before HEAD^
@@ -35,7 +35,7 @@ from support.servers import Postgres
 
 CONNECTIONS = 64
 MOST = 90_000
-"""Requests per second that the bare server does not reach, and no receiver half of them."""
+"""More requests per second than the bare server reaches; no receiver reaches half of them."""
 SIDES = {
     "bare": "bare uvicorn, nothing stored",
     "postgresql": "receiver, PostgreSQL",
@@ -64,7 +64,7 @@ class Bench:
         self._turn = 0
 
     def run(self, side: str, *, connections: int = CONNECTIONS, seconds: float) -> Measured:
-        """Measure a side on a fresh database, and count what it stored."""
+        """Measure a side on a fresh database, and count its rows."""
         with self._serving(side) as (port, process, url):
             database = self._postgres.processes if "postgresql" in side else list
             most = MOST if side == "bare" else MOST / 2
@@ -86,7 +86,7 @@ class Bench:
         return measured
 
     def flushes(self, *, seconds: float) -> tuple[int, int]:
-        """Return how often SQLite's log was flushed for how many acks, at 64 connections."""
+        """Return the number of flushes of SQLite's log and of acks, at 64 connections."""
         trace = self._folder / "trace"
         with self._serving("sqlite") as (port, process, _url):
             command = ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync", "-o", str(trace)]
@@ -203,7 +203,7 @@ def chart(found: dict[str, list[Measured]]) -> str:
 
 
 def main() -> None:
-    """Run the sides in turns and print what came of it."""
+    """Run the sides alternately and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

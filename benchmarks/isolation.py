@@ -1,4 +1,4 @@
-"""How long live events take to their destinations while another broker is frozen, and beside a replay.
+"""Latency of live events while another broker is frozen, and beside a replay.
 
 One receiver on PostgreSQL forwards events that come in at a steady rate to RabbitMQ, Redis and a file. A
 round has three phases: quiet; RabbitMQ stopped with SIGSTOP; a replay of the whole history to Redis and the
@@ -52,7 +52,7 @@ def result(request_id: str) -> bytes:
 
 
 class Run:
-    """A receiver, its destinations, and what is measured of them."""
+    """A receiver, its destinations, and the measured ones among them."""
 
     def __init__(self, folder: Path, postgres: Postgres, rabbitmq: RabbitMq, redis: Redis) -> None:
         url = postgres.url()
@@ -95,7 +95,7 @@ class Run:
         await database.close()
 
     def settle(self) -> None:
-        """Wait until nothing is left to deliver."""
+        """Wait until no delivery is pending."""
         while self.query("SELECT 1 FROM events WHERE state = 'received' LIMIT 1") or self.query(
             "SELECT 1 FROM deliveries WHERE state = 'pending' LIMIT 1"
         ):
@@ -128,7 +128,7 @@ class Run:
                 client.result()
 
     def order_replay(self) -> str:
-        """Order a replay of the history to what is measured; return its id."""
+        """Order a replay of the history to the measured destinations; return its id."""
         response = httpx.post(
             f"http://127.0.0.1:{self.port}/v1/replays",
             json={"all": True, "to": list(MEASURED), "reason": "benchmark"},

@@ -1,8 +1,8 @@
 """Times of an ack, and from a signed POST until its line is in the destination's file, at a fixed rate.
 
 The receiver runs as in production, a web process and a worker on PostgreSQL, or as one process on SQLite; the
-worker forwards the same events meanwhile. The client keeps to its rate whatever the answers take, and counts
-from the moment at which a request was due. Client, servers and database share the machine.
+worker forwards the same events meanwhile. The client keeps its rate even if answers are slow, and counts from
+the moment at which a request was due. Client, servers and database share the machine.
 
     python benchmarks/latency.py --rates 200 500 --seconds 15 --rounds 3
 
@@ -67,7 +67,7 @@ class Connection(asyncio.Protocol):
         if len(body) != length:
             return
         if not head.startswith(b"HTTP/1.1 200"):
-            # The connection is not free again, and the load ends with a TimeoutError.
+            # The connection stays busy, so the load ends with a TimeoutError.
             print(f"{PATH} answered {head[:80]!r}", file=sys.stderr)
             return
         self._answer = b""
@@ -86,7 +86,7 @@ class Load:
         self._port = port
         self._destination = destination
         self._rate = rate
-        # Signed beforehand: what the client does meanwhile takes the receiver's time.
+        # Signed beforehand: if the client signed during the load, it would take CPU time from the receiver.
         self._requests = {
             name: signed_request(result(name))
             for name in (str(uuid.uuid4()) for _ in range(round(rate * seconds)))

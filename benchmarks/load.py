@@ -1,4 +1,4 @@
-"""What the benchmarks share: signed requests, wrk, the CPU time of processes, and sides that are served."""
+"""Helpers of the benchmarks: signed requests, wrk, the CPU time of processes, and servers to compare."""
 
 import contextlib
 import hmac
@@ -33,7 +33,7 @@ STARTED = 30.0
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What a load showed; times are in milliseconds."""
+    """The figures of a load; times are in milliseconds."""
 
     rate: float
     acked: int
@@ -88,7 +88,7 @@ def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
     """Return the CPU time that processes have used, and those of their children that have ended."""
     total = 0.0
     for process in processes:
-        # One that has ended since it was listed is among its parent's children.
+        # If a process has ended since it was listed, its time is among its parent's children.
         with contextlib.suppress(psutil.NoSuchProcess):
             used = process.cpu_times()
             total += used.user + used.system + used.children_user + used.children_system
@@ -110,7 +110,7 @@ def run_wrk(
     most: float,
     servers: Callable[[], Sequence[psutil.Process]],
 ) -> Measured:
-    """Load a server with requests that are each sent once; `most` is the highest rate that is possible.
+    """Load a server; each request is sent once, and `most` is an upper bound of the rate.
 
     `servers` lists the processes whose CPU time counts, before the load and after it: some start meanwhile.
     """
@@ -146,7 +146,7 @@ def run_wrk(
 def served(
     folder: Path, *arguments: str, settings: dict[str, str] | None = None
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run a server of Python's that takes `--port`, for the block; yield its port and its process."""
+    """Run a Python server with the option `--port` for the block; yield its port and its process."""
     port = free_port()
     environment = (
         dict(os.environ) | {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DRAIN": "0"} | (settings or {})

@@ -1,8 +1,8 @@
-"""What clients without a secret can make a web process keep in memory.
+"""The memory that clients without a secret can take from a web process.
 
-Each attack holds connections with requests that are never finished, or that are refused, while genuine
-webhooks come ten times a second. The table says how much memory the process had more than before, at its
-peak and a minute later, and how many of the genuine webhooks were stored.
+Each attack holds connections with requests that are never finished, or that are rejected, while genuine
+webhooks come ten times a second. The table shows the growth of the process's memory, at its peak and a minute
+later, and the number of genuine webhooks that were stored.
 
     python benchmarks/memory.py --connections 2000
 

@@ -1,9 +1,9 @@
 """Confirmed messages per second to each kind of destination: through the outbox, and by its adapter alone.
 
-Both sides publish the same messages with the same client, in turns, in one run. Through the outbox means: N
-deliveries are due in a database, and a worker claims, publishes and records each of them. The adapter alone
-publishes them from memory, with as many in flight (the destination's own `concurrency`), and records nothing.
-SQS is moto, a server in Python that bounds both sides.
+Both sides publish the same messages with the same client, alternately, in one run. Through the outbox means:
+N deliveries are due in a database, and a worker claims, publishes and records each of them. The adapter alone
+publishes them from memory, with the same in-flight limit (the destination's own `concurrency`), and writes no
+records. SQS is moto, a server in Python that bounds both sides.
 
     python benchmarks/publish.py --kinds file rabbitmq redis --count 50000 --rounds 3
 
@@ -46,7 +46,7 @@ from receiver.process import collect_garbage_less
 
 BATCH = 1000
 FEWER = {"sqs": 100}
-"""Messages of a round to what is too slow for more."""
+"""Messages of a round, if the destination is too slow for more."""
 
 
 def stored(number: int) -> StoredEvent:
@@ -124,7 +124,7 @@ async def through_outbox(database: Database, destination: Destination, count: in
 
 
 async def measure(kind: str, url: str, *, count: int, rounds: int) -> tuple[list[float], list[float]]:
-    """Return the rates of both sides, in turns."""
+    """Return the rates of both sides, measured alternately."""
     alone, through = [], []
     database = Database(url)
     with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +156,7 @@ def main() -> None:
     )
     print("| Destination | adapter alone | through the outbox | ratio | spread of the ratio |")
     print("|---|---|---|---|---|")
-    # As in a worker; the adapter alone gains by it, too.
+    # As in a worker; the adapter alone becomes faster, too.
     collect_garbage_less()
     configure_logging(level="WARNING")
     with Postgres() as server:

@@ -1,12 +1,12 @@
-"""The servers that ours is measured against, on the same uvicorn with the same settings.
+"""The servers with which the receiver is compared, on the same uvicorn with the same settings.
 
     python benchmarks/sides.py bare --port 8001       reads the body and answers 200
-    python benchmarks/sides.py naive --port 8001      what one writes from Clipia's documentation
-    python benchmarks/sides.py ungrouped --port 8001  ours, with a transaction for each webhook
+    python benchmarks/sides.py naive --port 8001      follows Clipia's documentation
+    python benchmarks/sides.py ungrouped --port 8001  the receiver, with a transaction for each webhook
 
-The naive one is a FastAPI application: it verifies with the official SDK, looks the event up, inserts it and
-commits, in a session of SQLAlchemy's, with the database's durable settings. It keeps no receipt, no metrics
-and no log.
+The naive handler is a FastAPI application: it verifies with the official SDK and selects the event. If there
+is none, it inserts one and commits, in a session of SQLAlchemy's, with the database's durable settings. It
+keeps no receipt, no metrics and no log.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Base(DeclarativeBase):
 
 
 class Result(Base):
-    """A webhook that has come in."""
+    """A received webhook."""
 
     __tablename__ = "results"
 

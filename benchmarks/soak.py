@@ -1,8 +1,8 @@
-"""The memory of the receiver, and its rate, over a million events that come as fast as they are taken.
+"""The memory of the receiver, and its rate, over a million events that arrive at full speed.
 
-A web process and a worker on PostgreSQL, as in production; the worker forwards every event to a file
-meanwhile. wrk loads for a while, the worker catches up, the memory is read; and so on until there are enough.
-In the end every event that is stored has to be in the file.
+A web process and a worker run on PostgreSQL, as in production; the worker forwards every event to a file.
+wrk sends load for a while, the worker catches up, the memory is read; this is repeated until the number of
+events is reached. If a stored event is not in the file at the end, the benchmark fails.
 
     python benchmarks/soak.py --events 1000000
 
@@ -26,9 +26,9 @@ from support.servers import Postgres
 
 CONNECTIONS = 64
 MOST = 20_000
-"""Requests per second that are not reached."""
+"""An upper bound of the requests per second."""
 CAUGHT_UP = 600.0
-"""Seconds that the worker may take after a turn."""
+"""Seconds that the worker may take after a round."""
 
 
 def megabytes(process: psutil.Process) -> str:
@@ -43,7 +43,7 @@ UNFINISHED = """
 
 
 def main() -> None:
-    """Load in turns and print a table."""
+    """Load in rounds and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -78,7 +78,7 @@ def main() -> None:
                 sys.exit(f"{measured.failed} requests failed")
             late = time.monotonic() + CAUGHT_UP
             before, rows = -1, stored
-            # wrk leaves with requests under way, which are stored after it has ended: until two looks agree.
+            # If wrk ends with requests under way, they are stored later: wait until the count is stable.
             while rows != before or int(postgres.sql(UNFINISHED, database=database).stdout):
                 if time.monotonic() > late:
                     sys.exit("the worker has not caught up")

@@ -1,4 +1,4 @@
-"""Alembic's entry: on the connection that `receiver migrate` hands over, or on RECEIVER_DATABASE_URL."""
+"""Alembic's entry: use the connection of `receiver migrate` if there is one, else RECEIVER_DATABASE_URL."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""Jobs, the accounts that they are submitted to, and which job an event's callback named.
+"""Jobs, the accounts that they are submitted to, and the job in the path of an event's callback.
 
 Revision: 0002
 """

@@ -1,4 +1,4 @@
-"""Replays, the deliveries that they make, and the time from which a second chance counts.
+"""Replays, their deliveries, and the time at which a dead letter was retried.
 
 Revision: 0003
 """

@@ -1,4 +1,4 @@
-"""Cost that does not grow with history: events by when they were received; by request_id with one index less.
+"""Keep the cost constant as history grows: an index by time of receipt; request_id with one index less.
 
 Revision: 0004
 """
@@ -13,7 +13,7 @@ release_before_runs = True
 
 
 def upgrade() -> None:
-    # The new one first: there is never a moment without.
+    # Create the new index first, so that there is always one.
     with op.batch_alter_table("events") as events:
         events.create_unique_constraint("uq_events_request_id_source", ["request_id", "source"])
         events.drop_constraint("uq_events_source_request_id", type_="unique")
@@ -21,8 +21,8 @@ def upgrade() -> None:
         events.create_index("ix_events_received_at_seq", ["received_at", "seq"])
     if op.get_bind().dialect.name == "postgresql":
         for table in ("events", "deliveries"):
-            # Whoever looks for work steps over what was done since the last vacuum. By default that may be a
-            # fifth of the history, and a small part of a large table leaves the indexes as they are.
+            # A poll steps over the dead index entries since the last vacuum. By default those may be a fifth
+            # of the history, and if only a small part of a large table is dead, vacuum skips its indexes.
             op.execute(
                 f"ALTER TABLE {table} SET (autovacuum_vacuum_scale_factor = 0.02, vacuum_index_cleanup = on)"
             )

@@ -1,6 +1,6 @@
-"""Which workers run; whether submissions are frozen; tokens in callbacks' paths.
+"""Tables of running workers and of the freeze of submissions; tokens in callbacks' paths.
 
-Tables and nullable columns are added and nothing else, so the release before runs on it.
+Only tables and nullable columns are added, so the release before runs on it.
 
 Revision: 0006
 """
@@ -36,7 +36,7 @@ def upgrade() -> None:
         sa.Column("frozen_at", sa.DateTime(timezone=True), nullable=False),
         sa.PrimaryKeyConstraint("name", name="pk_freezes"),
     )
-    # In the order in which a fan-out locks rows: with the other one they would wait for each other.
+    # In the order in which a fan-out locks rows: if the order were reversed, the two could deadlock.
     for table in ("events", "jobs"):
         op.add_column(table, sa.Column("path_token", sa.String(length=64)))
 

@@ -1,6 +1,6 @@
 """Longer ids of requests, and an index of the events that were not recognized.
 
-A column is widened and an index is added and nothing else, so the release before runs on it.
+A column is widened and an index is added, so the release before runs on it.
 
 Revision: 0007
 """
@@ -15,7 +15,7 @@ depends_on = None
 release_before_runs = True
 
 TABLES = {"events": False, "jobs": True}
-"""Whether `request_id` may be null."""
+"""True if `request_id` may be null."""
 
 
 def upgrade() -> None:

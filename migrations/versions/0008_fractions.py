@@ -1,6 +1,6 @@
 """Prices with fractions: millionths of a credit beyond the whole ones.
 
-Columns with a default are added and nothing else, so the release before runs on it: it writes whole prices.
+Only columns with a default are added, so the release before runs on it: it writes whole prices.
 
 Revision: 0008
 """

@@ -1,6 +1,6 @@
-"""How many deliveries of an event are counted and not kept.
+"""The number of requests of an event that are counted and not kept.
 
-A column with a default is added and nothing else, so the release before runs on it.
+Only a column with a default is added, so the release before runs on it.
 
 Revision: 0009
 """

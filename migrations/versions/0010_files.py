@@ -1,10 +1,10 @@
-"""Where a file's URL stands in the output, and what is odd about a file; replays that fetch whole files anew.
+"""The place of a file's URL in the output, and warnings of a file; replays that fetch whole files anew.
 
-Columns that may be empty or have a default are added and nothing else, so the release before runs on it.
+Only nullable columns and columns with a default are added, so the release before runs on it.
 
-Rows of the new kind `file` are of no use to it: its worker claims them, fails with a KeyError that it records
-as a try, and puts them back, for three days, after which they are `gone`. A worker of the new release goes on
-with them at their next try, and `receiver replay --media` fetches them even afterwards.
+It cannot download the new kind `file`: if its worker claims a row of it, it records an attempt that failed
+with KeyError and puts the row back. If that goes on for three days, the file is `gone`. A worker of the new
+release goes on with the row at its next attempt, and `receiver replay --media` fetches it even afterwards.
 
 Revision: 0010
 """

@@ -1,7 +1,6 @@
-"""Since when Clipia refuses a job for now, and when an account's last submission was accepted.
+"""The time since which Clipia refuses a job for now, and the time of an account's last accepted submission.
 
-Columns that are nullable or have a default, and an index, are added and nothing else, so the release before
-runs on it.
+Only an index, nullable columns and columns with a default are added, so the release before runs on it.
 
 Revision: 0011
 """

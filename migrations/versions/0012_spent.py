@@ -1,6 +1,6 @@
-"""Indexes for what a caller's jobs may cost today: those that are open, and those that were sent.
+"""Indexes for the budget of a caller: open jobs, and jobs that were sent today.
 
-Indexes are added and nothing else, so the release before runs on it.
+Only indexes are added, so the release before runs on it.
 
 Revision: 0012
 """
