@@ -28,6 +28,12 @@
 Data travels as attributes; nothing parses messages. `reason` is a short fixed word, fit for a metric's label.
 """
 
+from typing import Literal
+
+SignatureReason = Literal["missing", "ambiguous", "format", "mismatch", "stale", "future"]
+"""In the order of the checks."""
+BodyReason = Literal["not_json", "not_object", "duplicate_key", "request_id", "status"]
+
 
 class ReceiverError(Exception):
     """Base of everything that this package raises on purpose."""
@@ -47,7 +53,7 @@ class SignatureError(ReceiverError):
     `reason` is for metrics and logs only. A caller must answer every one of them alike.
     """
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: SignatureReason) -> None:
         super().__init__(reason)
         self.reason = reason
 
@@ -55,7 +61,7 @@ class SignatureError(ReceiverError):
 class UnrecognizedBody(ReceiverError):
     """An authentic body that is not a usable event: not JSON, no `request_id`, an unknown status."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: BodyReason) -> None:
         super().__init__(reason)
         self.reason = reason
 

@@ -21,9 +21,6 @@ from receiver.price import Credits, read_credits
 
 T = TypeVar("T")
 
-REASONS: Final = ("not_json", "not_object", "duplicate_key", "request_id", "status")
-"""Every `UnrecognizedBody.reason`. Older releases were stricter, and had others."""
-
 CANCELED: Final = "CANCELED"
 MAX_MODEL_LENGTH: Final = 255
 MAX_ID_LENGTH: Final = 255
@@ -68,7 +65,7 @@ def summarize(raw: bytes) -> Summary:
 
 
 def parse(raw: bytes) -> Generation:
-    """Read the body of a webhook. Raises `UnrecognizedBody` with one of `REASONS`, and nothing else."""
+    """Read the body of a webhook. Raises `UnrecognizedBody`, and nothing else."""
     body = _Body(raw)
     output, error = body.output, body.error
     return Generation(**body.summary._asdict(), output=output, error=error)

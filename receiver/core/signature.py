@@ -1,9 +1,9 @@
-"""Sign and verify Clipia's webhook signature; pure: bytes and `now` come in, a verdict goes out.
+"""Sign and verify the signature of Clipia's webhooks; pure.
 
-The header is ``X-Clipia-Signature: t=<unix seconds>,v1=<hex>``; `v1` is the HMAC-SHA256 of ``<t>.<body>``.
-One field, one `t`, 1 to 8 `v1` of lower-case hex. As in both official SDKs, spaces and tabs around a name or
-a value are no part of it, and empty and unknown elements mean nothing. Everything else about `t` and `v1` is
-narrower than in other parsers: a second spelling of an accepted value is one that no test has seen.
+The header is ``X-Clipia-Signature: t=<unix seconds>,v1=<hex>``. `v1` is the HMAC-SHA256 of ``<t>.<body>``. A
+valid header has one `t` and 1 to 8 `v1` of lower-case hex. As in both official SDKs, spaces and tabs around a
+name or a value are ignored, and so are empty and unknown elements. For `t` and `v1` themselves the grammar is
+narrower than in other parsers: if a value had a second accepted spelling, no test would have seen it.
 """
 
 import hmac
@@ -15,63 +15,42 @@ from typing import Final, NamedTuple, Self
 from receiver.errors import SignatureError
 
 SIGNATURE_HEADER: Final = b"x-clipia-signature"
-
-REASONS: Final = ("missing", "ambiguous", "format", "mismatch", "stale", "future")
-"""Every `SignatureError.reason`, in the order of the checks.
-
-`stale` and `future` are only said of a signature that holds. They therefore mean a clock that is off or a
-captured request sent again, and are worth an alarm; whatever a stranger makes up counts as `mismatch`.
-"""
-
 MAX_HEADER_BYTES: Final = 1024
 MAX_SIGNATURES: Final = 8
 
 _T = re.compile(rb"[ \t]*t[ \t]*=[ \t]*([1-9][0-9]{9,10})[ \t]*")
 _V1 = re.compile(rb"[ \t]*v1[ \t]*=[ \t]*([0-9a-f]{64})[ \t]*")
-_USUAL = re.compile(rb"%b,%b" % (_T.pattern, _V1.pattern))
-# A `t` or `v1` of the wrong form must not pass for an unknown element. Other parsers read the header as
-# Latin-1 and strip more kinds of white space than we do.
-_SPACE = rb"[\t-\r\x1c-\x20\x85\xa0]*"
-_LIKE_T = re.compile(rb"%bt%b=" % (_SPACE, _SPACE))
-_LIKE_V1 = re.compile(rb"%bv1%b=" % (_SPACE, _SPACE))
+# Matches malformed elements too, so that a bad `t` or `v1` is not ignored as an unknown element. Other
+# parsers read the header as Latin-1 and strip more kinds of white space.
+_T_OR_V1 = re.compile(rb"%b(?:(t)|v1)%b=" % ((rb"[\t-\r\x1c-\x20\x85\xa0]*",) * 2))
 
 _ID_LABEL = b"clipia-receiver secret id"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Secret:
-    """One signing secret. Two secrets are compared by `id`; `value` shows in neither repr nor comparison."""
+    """One signing secret, compared by `id` alone; neither repr nor comparison uses `value`."""
 
     id: str
     value: bytes = field(repr=False, compare=False)
-    _keyed: "hmac.HMAC" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        # Whoever signs with an empty key would be let in.
+        # Any sender could sign with an empty key.
         if not self.value.strip():
             raise ValueError("a signing secret must not be empty")
-        object.__setattr__(self, "_keyed", hmac.new(self.value, digestmod="sha256"))
-
-    def hex_digest(self, t: bytes, body: bytes) -> bytes:
-        """Return the HMAC-SHA256 of ``<t>.<body>`` in hex."""
-        # A copy has the key's part of the work behind it. `t` is the received text: signing a number that is
-        # formatted again would accept other spellings of it.
-        keyed = self._keyed.copy()
-        keyed.update(b"%b.%b" % (t, body))
-        return keyed.hexdigest().encode()
 
     @classmethod
     def from_text(cls, text: str) -> Self:
-        """Make a secret whose `id` is a fingerprint: stable for ever, useless for finding the secret.
+        """Make a secret with a fingerprint as its `id`: the same in every process, and no help in guessing.
 
-        Raises `ValueError` for an empty secret or one that is not valid Unicode.
+        Raises `ValueError` if the secret is empty or not valid Unicode.
         """
         value = text.encode()
         return cls(id=hmac.digest(value, _ID_LABEL, "sha256").hex()[:8], value=value)
 
 
 class Verified(NamedTuple):
-    """What a valid signature vouches for: when it was made (unix seconds) and with which secret."""
+    """The time of a valid signature (unix seconds) and the secret that made it."""
 
     timestamp: int
     secret_id: str
@@ -85,12 +64,14 @@ def verify(
     now: float,
     tolerance: int,
 ) -> Verified:
-    """Check every `X-Clipia-Signature` field value of a request against its body, exactly as received.
+    """Verify all `X-Clipia-Signature` values of a request against its body, byte for byte as received.
 
-    `now` is in unix seconds; `t` may differ from it by `tolerance` seconds either way, bounds included.
-    The signature is checked before the age, so that the work done does not depend on `t`.
+    `now` is in unix seconds; `t` may be up to `tolerance` seconds older or newer. The signature is checked
+    before the age, so that the work does not depend on `t`. The reasons `stale` and `future` therefore mean
+    an authentic request: a clock is wrong, or the request was captured and sent again. Alert on these two; a
+    forged request is always a `mismatch`.
 
-    Raises `SignatureError` with one of `REASONS`, and `ValueError` without secrets.
+    Raises `SignatureError`, and `ValueError` if there are no secrets.
     """
     if not secrets:
         raise ValueError("no signing secret is configured")
@@ -100,55 +81,59 @@ def verify(
         raise SignatureError("ambiguous")
     if len(header_values[0]) > MAX_HEADER_BYTES:
         raise SignatureError("format")
-    # As Clipia writes it; the rest of the grammar is for the rare others.
-    usual = _USUAL.fullmatch(header_values[0])
-    t, signatures = (usual[1], [usual[2]]) if usual else _parse(header_values[0])
+    t, signatures = _parse(header_values[0])
     secret = _find_signer(t, signatures, body, secrets)
     if secret is None:
         raise SignatureError("mismatch")
     timestamp = int(t)
-    # Not `> tolerance`: a clock that says NaN would let everything in.
+    # `> tolerance` would accept every request if the clock returned NaN.
     if not abs(now - timestamp) <= tolerance:
         raise SignatureError("stale" if timestamp < now else "future")
     return Verified(timestamp, secret.id)
 
 
 def sign(secret: bytes, body: bytes, *, timestamp: int) -> str:
-    """Make the header value that Clipia would send for `body` at `timestamp` (unix seconds)."""
-    t = b"%d" % timestamp
-    return f"t={timestamp},v1={hmac.digest(secret, b'%b.%b' % (t, body), 'sha256').hex()}"
+    """Return the header value that Clipia would send for `body` at `timestamp` (unix seconds)."""
+    return f"t={timestamp},v1={_hex_digest(secret, b'%d' % timestamp, body).decode()}"
 
 
 def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
-    """Split a header into the received text of `t` and its `v1` values (1 to 8)."""
-    elements = header.split(b",")
-    # A proxy may have joined two fields with ", ".
-    if len([element for element in elements if _LIKE_T.match(element)]) > 1:
-        raise SignatureError("ambiguous")
-    t = None
-    signatures = []
-    for element in elements:
+    """Return the text of `t` as received, and the `v1` values (1 to 8)."""
+    times: list[bytes] = []
+    signatures: list[bytes] = []
+    malformed = False
+    for element in header.split(b","):
         if match := _V1.fullmatch(element):
             signatures.append(match[1])
         elif match := _T.fullmatch(element):
-            t = match[1]
-        elif _LIKE_T.match(element) or _LIKE_V1.match(element):
-            raise SignatureError("format")
-    if t is None or not 1 <= len(signatures) <= MAX_SIGNATURES:
+            times.append(match[1])
+        elif match := _T_OR_V1.match(element):
+            malformed = True
+            times += [element] if match[1] else []
+    # Two `t` are possible if a proxy joined two headers with ", ".
+    if len(times) > 1:
+        raise SignatureError("ambiguous")
+    if malformed or not times or not 1 <= len(signatures) <= MAX_SIGNATURES:
         raise SignatureError("format")
-    return t, signatures
+    return times[0], signatures
 
 
 def _find_signer(t: bytes, signatures: list[bytes], body: bytes, secrets: Sequence[Secret]) -> Secret | None:
     """Return the first secret that made one of the signatures.
 
-    Every pair is compared, in constant time and without stopping at a match: the time taken tells neither how
-    much of a guess was right nor which secret answered.
+    All pairs are compared, each in constant time, even after a match. Otherwise the response time would tell
+    an attacker how much of a guess was right, or which secret matched.
     """
     signer = None
     for secret in secrets:
-        digest = secret.hex_digest(t, body)
+        digest = _hex_digest(secret.value, t, body)
         for signature in signatures:
             if hmac.compare_digest(digest, signature):
                 signer = signer or secret
     return signer
+
+
+def _hex_digest(secret: bytes, t: bytes, body: bytes) -> bytes:
+    # `t` is the text as received: if the number were formatted again, other spellings of it would be
+    # accepted.
+    return hmac.digest(secret, b"%b.%b" % (t, body), "sha256").hex().encode()
