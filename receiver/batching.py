@@ -1,53 +1,59 @@
-"""Group commit: what arrives while a transaction is under way shares the next one."""
+"""Batching: items that arrive while a group is being sent form the next group.
+
+A commit, a flush to the disk or a round trip to a broker costs about the same for one item as for a hundred.
+"""
 
 import asyncio
+import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
-
-from receiver.errors import DatabaseUnavailable
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-class GroupCommit(Generic[ItemT, ResultT]):
-    """Hands items to `write` in groups; one that arrives alone is written at once.
+class Batcher(Generic[ItemT, ResultT]):
+    """Passes items to `send` in groups, in the order of `add`; an item goes at once if no group is under way.
 
-    `write` takes items and returns a result for each of them, in one transaction of its own. If it fails for
-    a group, each item is written by itself, so that a bad one fails no other.
+    `send` returns a result for each item of the group, or raises an error for all of them.
     """
 
     def __init__(
         self,
-        write: Callable[[Sequence[ItemT]], Awaitable[Sequence[ResultT]]],
+        send: Callable[[Sequence[ItemT]], Awaitable[Sequence[ResultT]]],
         *,
-        limit: int,
+        max_items: int = sys.maxsize,
         weigh: Callable[[ItemT], int] | None = None,
-        heaviest: int = 0,
+        max_bytes: int = sys.maxsize,
+        max_in_flight: int = 1,
+        shared_errors: type[Exception] = Exception,
     ) -> None:
-        """`limit` is the most items of a group, `heaviest` its most bytes as `weigh` counts those of an item.
+        """`max_items`, and `max_bytes` as `weigh` counts them, limit a group; a larger item goes alone.
 
-        A group of one item may be heavier.
+        `max_in_flight` groups are sent at once. If `send` raises an error that is none of `shared_errors` for
+        a group of several items, each of them is sent by itself, because only one of them may be bad.
         """
-        self._write = write
-        self._limit = limit
+        self._send = send
+        self._max_items = max_items
         self._weigh = weigh
-        self._heaviest = heaviest
+        self._max_bytes = max_bytes
+        self._max_in_flight = max_in_flight
+        self._shared_errors = shared_errors
         self._waiting: OrderedDict[asyncio.Future[ResultT], ItemT] = OrderedDict()
-        self._writing: asyncio.Task[None] | None = None
+        self._senders: set[asyncio.Task[None]] = set()
 
     async def add(self, item: ItemT) -> ResultT:
-        """Write an item; return its result once that is committed. Raises what `write` raises.
+        """Send an item with its group and return its result. Raises what `send` raises.
 
-        An item whose task is cancelled is forgotten at once if it waits for its group; if its group is being
-        written, it may be written nevertheless.
+        If the caller is cancelled, an item that waits is forgotten at once; one whose group is being sent may
+        arrive all the same.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ResultT] = loop.create_future()
         self._waiting[future] = item
-        if self._writing is None:
-            self._writing = loop.create_task(self._run(), name="group commit")
+        if len(self._senders) < self._max_in_flight:
+            self._senders.add(loop.create_task(self._send_waiting(), name="batcher"))
         try:
             return await future
         finally:
@@ -56,52 +62,58 @@ class GroupCommit(Generic[ItemT, ResultT]):
             # error, all of them would stay in memory until the garbage collector runs.
             del future
 
-    async def _run(self) -> None:
+    async def drain(self) -> None:
+        """Return when all items are sent; the caller must have stopped adding some."""
+        if self._senders:
+            await asyncio.wait(self._senders)
+
+    async def _send_waiting(self) -> None:
         try:
-            while self._waiting:
-                await self._write_group(self._take_group())
+            while group := self._take_group():
+                await self._send_group(group)
         finally:
-            self._writing = None
+            # A done callback would run too late: an item that is added before it would wait for a sender
+            # that has ended.
+            self._senders.discard(asyncio.current_task())
 
     def _take_group(self) -> dict[asyncio.Future[ResultT], ItemT]:
         group: dict[asyncio.Future[ResultT], ItemT] = {}
-        weight = 0
-        while self._waiting and len(group) < self._limit:
+        size = 0
+        while self._waiting and len(group) < self._max_items:
             future, item = next(iter(self._waiting.items()))
-            if self._weigh is not None:
-                weight += self._weigh(item)
-                if group and weight > self._heaviest:
-                    break
-            group[future] = item
+            # Skip items whose caller has given up.
+            if not future.done():
+                if self._weigh is not None:
+                    size += self._weigh(item)
+                    if group and size > self._max_bytes:
+                        break
+                group[future] = item
             del self._waiting[future]
         return group
 
-    async def _write_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:
-        # Skip items whose caller has given up.
-        group = {future: item for future, item in group.items() if not future.done()}
-        if not group:
-            return
-        results = await self._try([*group.values()])
-        if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, DatabaseUnavailable):
+    async def _send_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:
+        results = await self._attempt([*group.values()])
+        if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, self._shared_errors):
             for future, item in group.items():
-                await self._write_group({future: item})
+                if not future.done():
+                    await self._send_group({future: item})
             del future, item
         else:
-            _settle(group, results)
+            _resolve(group, results)
         # On Python 3.13 an error's traceback leads to this frame, too. If the frame led to the error, both
         # would stay in memory with all items until the garbage collector runs.
         group.clear()
         del results
 
-    async def _try(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
-        # In a frame of its own, which the traceback of an error refers to and in which there are no futures.
+    async def _attempt(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
+        # In a frame of its own, which the traceback of an error refers to and which holds no futures.
         try:
-            return await self._write(items)
-        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            return await self._send(items)
+        except Exception as error:  # noqa: BLE001 - the callers of `add` get it
             return error
 
 
-def _settle(group: dict[asyncio.Future[ResultT], ItemT], results: Sequence[ResultT] | Exception) -> None:
+def _resolve(group: dict[asyncio.Future[ResultT], ItemT], results: Sequence[ResultT] | Exception) -> None:
     if isinstance(results, Exception):
         for future in group:
             if not future.done():

@@ -11,7 +11,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.batching import GroupCommit
+from receiver.batching import Batcher
 from receiver.core.lenient_json import same_json
 from receiver.core.payload import summarize
 from receiver.core.signature import Secret, verify
@@ -177,12 +177,13 @@ class Ingest:
 
 def _grouped(
     write: Callable[[Sequence[Arrival]], Awaitable[Sequence[Outcome | None]]],
-) -> GroupCommit[Arrival, Outcome | None]:
-    return GroupCommit(
+) -> Batcher[Arrival, Outcome | None]:
+    return Batcher(
         write,
-        limit=LARGEST_GROUP,
+        max_items=LARGEST_GROUP,
         weigh=lambda arrival: len(arrival.event.body),
-        heaviest=HEAVIEST_GROUP,
+        max_bytes=HEAVIEST_GROUP,
+        shared_errors=DatabaseUnavailable,
     )
 
 

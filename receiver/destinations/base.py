@@ -1,4 +1,4 @@
-"""What a destination is, and what several kinds do alike."""
+"""The protocol of a destination, and code that several kinds share."""
 
 import abc
 import re
@@ -15,13 +15,13 @@ from receiver.masking import mask
 Failure = PublishFailed | PublishRejected
 AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
-MAX_QUOTED: Final = 300
-"""Characters of the other side's words in a message."""
-USUAL_TIMEOUT: Final = 15.0
-"""Seconds for a whole try, unless the destination's `timeout` says otherwise."""
+MAX_QUOTED_CHARACTERS: Final = 300
+"""How much of the other side's text an error message repeats."""
+TIMEOUT_SECONDS: Final = 15.0
+"""Seconds for a whole attempt, unless the destination's `timeout` says otherwise."""
 
 _EVENT: Final = re.compile(r'\{\\*"')
-"""How every event begins, also in quotes of a program that escapes quotes."""
+"""The beginning of every event, also if a program has quoted it and escaped the quotes."""
 
 log = structlog.get_logger()
 
@@ -30,39 +30,39 @@ class Destination(Protocol):
     """A place that events are forwarded to."""
 
     concurrency: int
-    """How many publishes it is worth having under way at once."""
+    """The number of publishes that are worth running at once."""
 
     async def start(self) -> None:
-        """Connect, open or repair. Raises SettingsError for what a restart cannot mend.
+        """Connect, open or repair. Raises SettingsError if the configuration has to change.
 
-        A destination that is only away for now starts all the same; `publish` tries again.
+        If the destination is down for now it starts all the same, and `publish` connects later.
         """
         ...
 
     async def check(self) -> None:
-        """See whether the destination can be reached, without an event.
+        """Check without an event whether the destination can be reached.
 
-        Raises SettingsError or PublishFailed; the message says what to do.
+        Raises SettingsError or PublishFailed; the message says how to repair it.
         """
         ...
 
     async def publish(self, event: CloudEvent) -> None:
         """Send an event and return when the destination has confirmed it.
 
-        Many calls may run at once. Raises PublishRejected where trying again cannot help and PublishFailed
-        where it may; the event may have arrived even then. After `close` it raises PublishFailed.
+        Many calls may run at once. Raises PublishRejected if another attempt cannot succeed. Raises
+        PublishFailed if it may, and after `close`; the event may have arrived even then.
         """
         ...
 
     async def close(self) -> None:
-        """Finish what is under way and let go. Calling it again does nothing."""
+        """Finish the publishes under way and disconnect. A second call does nothing."""
         ...
 
 
 def encode(event: CloudEvent) -> bytes:
     """Return the event in CloudEvents' structured mode: one JSON object without line ends, in ASCII.
 
-    Raises PublishRejected where it holds what JSON cannot.
+    Raises PublishRejected if it holds a value that JSON cannot express.
     """
     try:
         return JSONFormat().write(event)
@@ -70,40 +70,50 @@ def encode(event: CloudEvent) -> bytes:
         raise PublishRejected("the event cannot be written as JSON", reason="encoding") from error
 
 
-def quoted(words: object, limit: int = MAX_QUOTED) -> str:
-    """Return the other side's words for a message: cut, without secrets and events that they may repeat."""
-    # Masked before the cuts, which could leave half of a secret.
-    text = _EVENT.split(mask(str(words)[: 10 * limit]), maxsplit=1)[0]
-    return text.encode(errors="backslashreplace").decode()[:limit]
+def quoted(text: object, limit: int = MAX_QUOTED_CHARACTERS) -> str:
+    """Return the other side's text for a message: cut, and without any secrets and events in it."""
+    # Mask before cutting: a cut could leave half of a secret, which no longer matches.
+    shown = _EVENT.split(mask(str(text)[: 10 * limit]), maxsplit=1)[0]
+    return shown.encode(errors="backslashreplace").decode()[:limit]
 
 
-def stretched(seconds: float, timeout: float | None) -> float:
-    """Return the limit of one step of a try, longer if the setting gives a try more than the usual 15 s.
+def attempt_timeout(timeout: float | None) -> float:
+    """Return the seconds for a whole attempt; `timeout` is the destination's setting."""
+    return timeout or TIMEOUT_SECONDS
 
-    A shorter timeout leaves the steps as they are: a connection that takes longer to be made than a try may
-    last is finished in the background, for the next try.
+
+def step_timeout(seconds: float, timeout: float | None) -> float:
+    """Return the seconds for one step of an attempt, more if the setting allows attempts of over 15 s.
+
+    A shorter setting does not shorten the steps: a connection that takes longer to open than an attempt may
+    last is finished in the background, for the next attempt.
     """
-    return seconds * max(1.0, (timeout or 0.0) / USUAL_TIMEOUT)
+    return seconds * max(1.0, (timeout or 0.0) / TIMEOUT_SECONDS)
 
 
-def closed() -> PublishFailed:
-    """Return what `publish` raises after `close`."""
+def closed_failure() -> PublishFailed:
+    """Return the error that `publish` raises after `close`."""
     return PublishFailed("the destination is closed", reason="closed")
 
 
-def again(failure: AnyFailure) -> AnyFailure:
-    """Return the failure as a new exception: each of those who share it gets a traceback of its own."""
+def timeout_failure(shown: str, seconds: float) -> PublishFailed:
+    """Return the error of an attempt that got no answer in time."""
+    return PublishFailed(f"{shown} did not answer within {seconds:g} s", reason="timeout")
+
+
+def copy_failure(failure: AnyFailure) -> AnyFailure:
+    """Return the failure as a new exception, so that callers that share it have tracebacks of their own."""
     return type(failure)(str(failure), reason=failure.reason)
 
 
 class Broker(abc.ABC):
-    """What the destinations that are brokers do alike."""
+    """Base of the destinations that are brokers."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
 
     async def start(self) -> None:
-        """Check, and only warn: the broker may come later."""
+        """Check, and only warn on a failure: the broker may start later."""
         try:
             await self.check()
         except PublishFailed as error:
@@ -111,7 +121,7 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     async def check(self) -> None:
-        """See whether an event would be taken, and warn where the broker may lose it."""
+        """Check whether an event would be taken, and warn if the broker may lose it."""
 
     def _warn_of_losses(self, problem: str) -> None:
         log.warning("the destination may lose events", destination=self._name, problem=problem)

@@ -1,15 +1,19 @@
-"""One connection that many publishes share, for clients whose connections do not mend themselves."""
+"""One connection that many publishes share, for client libraries that do not reconnect by themselves."""
 
 import abc
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Final, Generic, TypeVar
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Generic, TypeVar
 
-from receiver.destinations.base import USUAL_TIMEOUT, Failure, again, closed
+from receiver.destinations.base import (
+    Failure,
+    attempt_timeout,
+    closed_failure,
+    copy_failure,
+    timeout_failure,
+)
 from receiver.errors import PublishFailed, PublishRejected
-
-TIMEOUT: Final = USUAL_TIMEOUT
-"""Seconds for a whole publish: its turn, a connection and the confirmation."""
 
 
 class Connection(abc.ABC):
@@ -21,7 +25,7 @@ class Connection(abc.ABC):
     @property
     @abc.abstractmethod
     def is_open(self) -> bool:
-        """Whether publishing may work; asked only after `open`."""
+        """Whether publishing may work; read only after `open`."""
 
     @abc.abstractmethod
     async def open(self) -> None:
@@ -29,79 +33,73 @@ class Connection(abc.ABC):
 
     @abc.abstractmethod
     async def close(self) -> None:
-        """Disconnect in bounded time, by force where need be. Raises nothing."""
+        """Disconnect in bounded time, by force if necessary. Raises no error."""
 
     @abc.abstractmethod
     def survives(self, failure: Failure) -> bool:
-        """Return whether the connection is as good as before when a publish has failed so."""
+        """Return whether the connection is still usable after this failure of a publish."""
 
     async def explain_timeout(self) -> PublishFailed | None:
-        """Return what a publish has waited for, where that is known."""
+        """Return why a publish has timed out, or None if the reason is not known."""
         return None
 
 
-Link = TypeVar("Link", bound=Connection)
+ConnectionT = TypeVar("ConnectionT", bound=Connection)
 Result = TypeVar("Result")
 
 
-class Shared(Generic[Link]):
-    """Opens a connection for the first who needs it, and lends it to all.
+class SharedConnection(Generic[ConnectionT]):
+    """Opens a connection for the first publish that needs it, and shares it with all others.
 
-    After a failure that it does not survive the next who needs one opens another; the old one is closed when
-    its last user is done.
+    If it does not survive a failure the next publish opens another one. The old connection is closed when its
+    last user is done.
     """
 
     def __init__(
-        self, make: Callable[[], Link], *, shown: str, max_users: int, timeout: float | None = None
+        self, make: Callable[[], ConnectionT], *, shown: str, max_users: int, timeout: float | None = None
     ) -> None:
         self._make = make
         self._timeout = timeout
         self._shown = shown
-        self._places = asyncio.Semaphore(max_users)
-        self._current: Link | None = None
-        self._opening: asyncio.Task[Link | PublishFailed] | None = None
+        self._slots = asyncio.Semaphore(max_users)
+        self._current: ConnectionT | None = None
+        self._opening: asyncio.Task[ConnectionT | PublishFailed] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         self._under_way = 0
         self._idle = asyncio.Event()
         self._closed = False
 
     async def run(
-        self, work: Callable[[Link], Awaitable[Result]], *, deadline: float | None = None
+        self, work: Callable[[ConnectionT], Awaitable[Result]], *, deadline: float | None = None
     ) -> Result:
-        """Do the work with the connection. Raises PublishFailed where there is none or it takes too long."""
+        """Do the work with the connection. Raises PublishFailed if there is none or it takes too long."""
         if self._closed:
-            raise closed()
-        link: Link | None = None
-        self._under_way += 1
-        try:
-            async with asyncio.timeout_at(deadline or self.deadline_of_a_publish()), self._places:
-                link = await self._get()
-                link.users += 1
-                return await work(link)
-        except TimeoutError as error:
-            failure = (link and await link.explain_timeout()) or PublishFailed(
-                f"{self._shown} did not answer within {self._timeout or TIMEOUT:g} s", reason="timeout"
-            )
-            self._reconsider(link, failure)
-            raise failure from error
-        except (PublishFailed, PublishRejected) as failure:
-            self._reconsider(link, failure)
-            raise
-        finally:
-            if link is not None:
-                link.users -= 1
-                if link is not self._current:
-                    self._end_if_unused(link)
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
+            raise closed_failure()
+        connection: ConnectionT | None = None
+        with self._counted():
+            try:
+                async with asyncio.timeout_at(deadline or self.new_deadline()), self._slots:
+                    connection = await self._get()
+                    connection.users += 1
+                    return await work(connection)
+            except TimeoutError as error:
+                failure = (connection and await connection.explain_timeout()) or timeout_failure(
+                    self._shown, attempt_timeout(self._timeout)
+                )
+                self._retire_if_broken(connection, failure)
+                raise failure from error
+            except (PublishFailed, PublishRejected) as failure:
+                self._retire_if_broken(connection, failure)
+                raise
+            finally:
+                self._release(connection)
 
-    def deadline_of_a_publish(self) -> float:
-        """Return when a publish that begins now has taken too long."""
-        return asyncio.get_running_loop().time() + (self._timeout or TIMEOUT)
+    def new_deadline(self) -> float:
+        """Return the time, on the event loop's clock, by which a publish that begins now must be done."""
+        return asyncio.get_running_loop().time() + attempt_timeout(self._timeout)
 
     async def close(self) -> None:
-        """Let what is under way end, which the timeout bounds, and disconnect."""
+        """Let the publishes under way end, which the timeout bounds, and disconnect."""
         self._closed = True
         while self._under_way:
             self._idle.clear()
@@ -114,8 +112,19 @@ class Shared(Generic[Link]):
         if self._ending:
             await asyncio.wait(self._ending)
 
-    async def _get(self) -> Link:
-        """Return the connection or open one; all who wait for it share its failure."""
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Count a publish that is under way, which `close` waits for."""
+        self._under_way += 1
+        try:
+            yield
+        finally:
+            self._under_way -= 1
+            if not self._under_way:
+                self._idle.set()
+
+    async def _get(self) -> ConnectionT:
+        """Return the connection or open one; if that fails, all publishes that wait for it fail alike."""
         if self._current is not None:
             if self._current.is_open:
                 return self._current
@@ -124,36 +133,46 @@ class Shared(Generic[Link]):
             self._opening = asyncio.create_task(self._open())
         outcome = await asyncio.shield(self._opening)
         if isinstance(outcome, PublishFailed):
-            raise again(outcome)
+            raise copy_failure(outcome)
         return outcome
 
-    async def _open(self) -> Link | PublishFailed:
-        """Return a failure instead of raising it: nobody may be left to take it."""
-        link = self._make()
+    async def _open(self) -> ConnectionT | PublishFailed:
+        """Open a connection, or return the failure.
+
+        If it were raised and all publishes that wait were cancelled, asyncio would report it as never
+        retrieved.
+        """
+        connection = self._make()
         try:
-            await link.open()
-            self._current = link
+            await connection.open()
+            self._current = connection
         except PublishFailed as failure:
             return failure
         finally:
             self._opening = None
-            if self._current is not link:
-                self._end_if_unused(link)
-        return link
+            if self._current is not connection:
+                self._end_if_unused(connection)
+        return connection
 
-    def _reconsider(self, link: Link | None, failure: Failure) -> None:
-        if link is not None and not link.survives(failure):
-            self._retire(link)
+    def _release(self, connection: ConnectionT | None) -> None:
+        if connection is not None:
+            connection.users -= 1
+            if connection is not self._current:
+                self._end_if_unused(connection)
 
-    def _retire(self, link: Link) -> None:
-        """Lend the connection to nobody any more."""
-        if self._current is link:
+    def _retire_if_broken(self, connection: ConnectionT | None, failure: Failure) -> None:
+        if connection is not None and not connection.survives(failure):
+            self._retire(connection)
+
+    def _retire(self, connection: ConnectionT) -> None:
+        """Stop sharing a connection; its present users keep it."""
+        if self._current is connection:
             self._current = None
-            self._end_if_unused(link)
+            self._end_if_unused(connection)
 
-    def _end_if_unused(self, link: Link) -> None:
-        if not link.users and not link.ended:
-            link.ended = True
-            ending = asyncio.create_task(link.close())
+    def _end_if_unused(self, connection: ConnectionT) -> None:
+        if not connection.users and not connection.ended:
+            connection.ended = True
+            ending = asyncio.create_task(connection.close())
             self._ending.add(ending)
             ending.add_done_callback(self._ending.discard)

@@ -1,7 +1,7 @@
 """`file:path.jsonl`: one event per line, appended and flushed to the disk.
 
-Several processes may append to one file. Whoever writes holds its lock, so that a last line without an end
-can only be what a crash left of an append that was never confirmed.
+Several processes may append to one file. Each locks it while it writes, so if the last line has no end, a
+crash has cut an append short that was never confirmed.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 from urllib.parse import unquote, urlsplit
@@ -19,17 +19,18 @@ from urllib.parse import unquote, urlsplit
 import structlog
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.batching import Batcher
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import closed, encode
+from receiver.destinations.base import closed_failure, encode
 from receiver.errors import PublishFailed, SettingsError
 from receiver.files import make_folder, open_private, sync_folder, write_all
 
-LOCK_TIMEOUT: Final = 10.0
-"""Seconds to wait for another process's lock: it may have been stopped while it held it."""
-LOCK_POLL: Final = 0.002
-BLOCK: Final = 4096
+LOCK_TIMEOUT_SECONDS: Final = 10.0
+"""Seconds to wait for another process's lock: a process may be stopped while it holds it."""
+LOCK_POLL_SECONDS: Final = 0.002
+BLOCK_BYTES: Final = 4096
 
-_HOPELESS: Final = frozenset(
+_PERMANENT: Final = frozenset(
     {
         errno.EACCES,
         errno.EEXIST,
@@ -48,8 +49,8 @@ log = structlog.get_logger()
 class FileDestination:
     """Appends events to a file of JSON lines.
 
-    Events that come while a write is under way wait for the next one, which takes all of them: a flush to the
-    disk costs the same for one as for many.
+    Events that arrive while a write is under way share the next one: a flush to the disk costs the same for
+    one event as for many.
     """
 
     concurrency = 256
@@ -58,75 +59,66 @@ class FileDestination:
         self._path = _parse(settings)
         self._name = settings.name
         self._lines = _Lines(self._path, lock_timeout=settings.timeout)
-        self._writing = asyncio.Lock()
-        self._waiting: list[bytes] = []
-        self._next_write: asyncio.Task[OSError | None] | None = None
+        self._in_use = asyncio.Lock()
+        self._batcher: Batcher[bytes, OSError | None] = Batcher(self._append)
         self._closed = False
 
     async def start(self) -> None:
-        """Open and repair the file. Raises SettingsError where it cannot be a file of ours."""
+        """Open and repair the file. Raises SettingsError if it cannot be a file of events."""
         try:
             await self.check()
         except PublishFailed as error:
             log.warning("destination is not ready", destination=self._name, error=str(error))
 
     async def check(self) -> None:
-        """Open the file, which makes it and its folders, and see that it can be locked."""
+        """Open the file, which makes it and its folders, and check that it can be locked."""
         try:
-            async with self._writing:
+            async with self._in_use:
                 await asyncio.to_thread(self._lines.check)
         except OSError as error:
-            if isinstance(error, _UnusableError) or error.errno in _HOPELESS:
-                raise SettingsError(f"destination {self._name!r}: {self._describe(error)}") from error
-            raise self._failed(error) from error
+            if isinstance(error, _UnusableError) or error.errno in _PERMANENT:
+                raise SettingsError(f"destination {self._name!r}: {self._error_text(error)}") from error
+            raise self._failure_from(error) from error
 
     async def publish(self, event: CloudEvent) -> None:
-        """Append the event and return when it is on the disk."""
+        """Append the event and return when it is flushed to the disk."""
         if self._closed:
-            raise closed()
-        self._waiting.append(encode(event) + b"\n")
-        if self._next_write is None:
-            self._next_write = asyncio.create_task(self._write_waiting())
-        # Shielded: the write is the others', too.
-        error = await asyncio.shield(self._next_write)
+            raise closed_failure()
+        error = await self._batcher.add(encode(event) + b"\n")
         if error is not None:
-            raise self._failed(error) from error
+            raise self._failure_from(error) from error
 
     async def close(self) -> None:
-        """Write what waits and close the file."""
+        """Write the events that wait, and close the file."""
         self._closed = True
-        if self._next_write is not None:
-            await asyncio.wait([self._next_write])
-        async with self._writing:
+        await self._batcher.drain()
+        async with self._in_use:
             await asyncio.to_thread(self._lines.close)
 
-    async def _write_waiting(self) -> OSError | None:
-        """Return a failure instead of raising it: nobody may be left to take it."""
-        async with self._writing:
-            lines, self._waiting = self._waiting, []
-            self._next_write = None
-            try:
+    async def _append(self, lines: Sequence[bytes]) -> Sequence[OSError | None]:
+        try:
+            async with self._in_use:
                 await asyncio.to_thread(self._lines.append, b"".join(lines))
-            except OSError as error:
-                return error
-        return None
+        except OSError as error:
+            return [error] * len(lines)
+        return [None] * len(lines)
 
-    def _failed(self, error: OSError) -> PublishFailed:
+    def _failure_from(self, error: OSError) -> PublishFailed:
         reason = errno.errorcode.get(error.errno or 0, "io").lower()
-        return PublishFailed(self._describe(error), reason=reason)
+        return PublishFailed(self._error_text(error), reason=reason)
 
-    def _describe(self, error: OSError) -> str:
+    def _error_text(self, error: OSError) -> str:
         return f"{self._path}: {error.strerror}"
 
 
 class _UnusableError(OSError):
-    """The path names something that must not be appended to."""
+    """The path names an object that must not be appended to."""
 
 
 class _Lines:
     """An append-only file that several processes share; blocking, for one thread at a time.
 
-    Every method raises OSError; the next one opens the file anew.
+    Every method raises OSError. If one has failed, the next call opens the file again.
     """
 
     def __init__(self, path: Path, *, lock_timeout: float | None = None) -> None:
@@ -140,14 +132,14 @@ class _Lines:
             _repair(descriptor)
 
     def append(self, lines: bytes) -> None:
-        """Append whole lines and flush them to the disk, or append nothing."""
+        """Append whole lines and flush them to the disk; after a failure the file is as before."""
         with self._locked() as descriptor:
             end = _repair(descriptor)
             try:
                 write_all(descriptor, lines)
                 os.fsync(descriptor)
             except OSError:
-                # Nothing of this is confirmed, so all of it will come again.
+                # None of these lines is confirmed, so each will be published again.
                 with contextlib.suppress(OSError):
                     os.ftruncate(descriptor, end)
                 raise
@@ -169,7 +161,7 @@ class _Lines:
             raise
 
     def _lock_current(self) -> int:
-        """Lock the file that has our name now: log rotation renames the one that we hold."""
+        """Lock the file that has our path now: log rotation may have renamed the one that is open."""
         while True:
             descriptor = self._descriptor if self._descriptor is not None else self._open()
             _lock(descriptor, self._lock_timeout)
@@ -184,20 +176,20 @@ class _Lines:
         self._descriptor = open_private(str(self._path), flags)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise _UnusableError(errno.EINVAL, "is not a regular file")
-        # Also where the file was there: its maker may have died before it did this.
+        # Also if the file exists: the process that made it may have crashed before this.
         sync_folder(self._path.parent)
         return self._descriptor
 
 
 def _lock(descriptor: int, timeout: float | None) -> None:
-    deadline = time.monotonic() + (timeout or LOCK_TIMEOUT)
+    deadline = time.monotonic() + (timeout or LOCK_TIMEOUT_SECONDS)
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise TimeoutError(errno.ETIMEDOUT, "another process holds the lock") from None
-            time.sleep(LOCK_POLL)
+            time.sleep(LOCK_POLL_SECONDS)
         else:
             return
 
@@ -207,7 +199,7 @@ def _repair(descriptor: int) -> int:
     size = os.fstat(descriptor).st_size
     end = _end_of_lines(descriptor, size)
     if end < size:
-        # A power cut may leave zeros. Anything else is no event of ours: the path is a mistake.
+        # A power cut may leave zeros. Any other text is not an event, so the path must be wrong.
         if os.pread(descriptor, 1, end) not in {b"{", b"\0"}:
             raise _UnusableError(errno.EINVAL, "does not end with a whole line and is no file of events")
         os.ftruncate(descriptor, end)
@@ -218,7 +210,7 @@ def _repair(descriptor: int) -> int:
 def _end_of_lines(descriptor: int, size: int) -> int:
     end = size
     while end > 0:
-        start = max(0, end - BLOCK)
+        start = max(0, end - BLOCK_BYTES)
         found = os.pread(descriptor, end - start, start).rfind(b"\n")
         if found >= 0:
             return start + found + 1

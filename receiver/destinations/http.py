@@ -20,13 +20,11 @@ from receiver import __version__
 from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import NotingNetwork, RawAnswer, current
-from receiver.destinations.base import USUAL_TIMEOUT, closed, encode
+from receiver.destinations.base import attempt_timeout, closed_failure, encode, timeout_failure
 from receiver.destinations.tls import open_tls
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
-TIMEOUT: Final = USUAL_TIMEOUT
-"""Seconds for a whole exchange, from waiting for a free connection to the end of the answer."""
 MAX_ANSWER: Final = 64 * 1024
 """Bytes of an answer's body that are read, so that its connection can be used again."""
 DRAIN_TIMEOUT: Final = 1.0
@@ -152,7 +150,7 @@ class HttpDestination:
     async def _exchange(self, request: httpx.Request) -> _Reply:
         """Return what is answered. Raises PublishFailed if no status has come."""
         if self._closed:
-            raise closed()
+            raise closed_failure()
         # In a task of its own, which only its scope cancels: httpcore shields its tidying up from scopes, but
         # not from `Task.cancel`, and would lose the connection.
         scope = anyio.CancelScope()
@@ -172,8 +170,8 @@ class HttpDestination:
         """Return a failure instead of raising it: nobody may be left to take it."""
         raw = RawAnswer()
         current.set(raw)
-        timeout = self._timeout or TIMEOUT
-        failure = PublishFailed(f"{self._origin} did not answer within {timeout:g} s", reason="timeout")
+        timeout = attempt_timeout(self._timeout)
+        failure = timeout_failure(self._origin, timeout)
         scope.deadline = anyio.current_time() + timeout
         with scope:
             try:

@@ -39,8 +39,8 @@ from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, stretched
-from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.base import Broker, Failure, step_timeout
+from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
 from receiver.error_texts import cause
@@ -108,7 +108,7 @@ class _Place:
     @property
     def request_timeout(self) -> float:
         """Seconds for one request."""
-        return stretched(REQUEST_TIMEOUT, self.timeout)
+        return step_timeout(REQUEST_TIMEOUT, self.timeout)
 
 
 class KafkaDestination(Broker):
@@ -119,7 +119,7 @@ class KafkaDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = _parse(settings)
-        self._connections = Shared(
+        self._connections = SharedConnection(
             lambda: _Producer(place),
             shown=place.shown,
             max_users=settings.concurrency or MAX_IN_FLIGHT,
@@ -135,7 +135,7 @@ class KafkaDestination(Broker):
     async def publish(self, event: CloudEvent) -> None:
         """Write the event and return when all in-sync replicas have it."""
         message = _encode(event)
-        deadline = self._connections.deadline_of_a_publish()
+        deadline = self._connections.new_deadline()
         try:
             await self._connections.run(lambda producer: producer.publish(message), deadline=deadline)
         except PublishFailed as failure:
@@ -180,7 +180,7 @@ class _Producer(Connection):
             "advertise (advertised.listeners)?"
         )
         with _translated(place.shown, late=late):
-            async with asyncio.timeout(stretched(START_TIMEOUT, place.timeout)):
+            async with asyncio.timeout(step_timeout(START_TIMEOUT, place.timeout)):
                 await self._producer.start()
 
     async def publish(self, message: KafkaMessage) -> None:

@@ -4,7 +4,7 @@ import structlog
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import closed, encode
+from receiver.destinations.base import closed_failure, encode
 from receiver.errors import PublishFailed, PublishRejected
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ class MemoryDestination:
     async def publish(self, event: CloudEvent) -> None:
         """Keep the event."""
         if self._closed:
-            raise closed()
+            raise closed_failure()
         await self.check()
         encode(event)
         self.events.append(event)

@@ -26,8 +26,8 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.core.retry import DAY
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, again, quoted, stretched
-from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.base import Broker, Failure, copy_failure, quoted, step_timeout
+from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats_url import Place, UnusableIdentityError, read_url
 from receiver.destinations.nkeys import Identity
@@ -79,7 +79,7 @@ class NatsDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = read_url(settings)
-        self._connections = Shared(
+        self._connections = SharedConnection(
             lambda: _Connection(place, settings.name),
             shown=place.shown,
             max_users=settings.concurrency or MAX_IN_FLIGHT,
@@ -164,7 +164,7 @@ class _Connection(Connection):
     async def open(self) -> None:
         """Connect, and make the stream where it is missing."""
         try:
-            async with asyncio.timeout(stretched(OPEN_TIMEOUT, self._place.timeout)):
+            async with asyncio.timeout(step_timeout(OPEN_TIMEOUT, self._place.timeout)):
                 await self._connect()
                 await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
                 if self._place.stream is not None:
@@ -288,7 +288,7 @@ class _Connection(Connection):
     def _confirm(self, answer: Msg | PublishFailed) -> None:
         """Raise what keeps an answer from being an acknowledgement."""
         if isinstance(answer, PublishFailed):
-            raise again(answer)
+            raise copy_failure(answer)
         if (answer.headers or {}).get("Status") == _NO_RESPONDERS:
             raise NoStreamResponseError
         with contextlib.suppress(ValueError, TypeError, KeyError):
@@ -310,7 +310,7 @@ class _Connection(Connection):
         if isinstance(error, APIError):
             return self._refused(error)
         if self._lost is not None:
-            return again(self._lost)
+            return copy_failure(self._lost)
         if not self._connected and self._first_error is not None:
             # What the client says in the end is only that it has tried, or how long.
             error = self._first_error

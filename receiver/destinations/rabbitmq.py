@@ -36,8 +36,8 @@ from yarl import URL
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.amqp_url import Node, Place, read_url
-from receiver.destinations.base import Broker, Failure, quoted, stretched
-from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.base import Broker, Failure, quoted, step_timeout
+from receiver.destinations.connections import Connection, SharedConnection
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
 
@@ -85,7 +85,7 @@ class RabbitmqDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = read_url(settings)
-        self._connections = Shared(
+        self._connections = SharedConnection(
             lambda: _Connection(place, settings.name),
             shown=place.shown,
             max_users=settings.concurrency or MAX_IN_FLIGHT,
@@ -180,7 +180,7 @@ class _Connection(Connection):
     async def open(self) -> None:
         """Connect to the first node that lets us, log in, and prepare the place."""
         nodes, failures = self._place.nodes, list[PublishFailed]()
-        seconds = stretched(OPEN_TIMEOUT, self._place.timeout) / len(nodes)
+        seconds = step_timeout(OPEN_TIMEOUT, self._place.timeout) / len(nodes)
         for node in nodes:
             if failures:
                 self._socket.cut()

@@ -23,8 +23,8 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, closed, encode, quoted, stretched
-from receiver.destinations.batches import Batches
+from receiver.destinations.base import Broker, closed_failure, encode, quoted, step_timeout
+from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.error_texts import cause
@@ -109,14 +109,14 @@ class RedisDestination(Broker):
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
         self._place = place = _parse(settings)
-        self._batch_timeout = stretched(BATCH_TIMEOUT, settings.timeout)
+        self._batch_timeout = step_timeout(BATCH_TIMEOUT, settings.timeout)
         self._sentinels: Sentinel | None = None
         self._asks_again_at = 0.0
         self._client = self._open_client(settings)
-        self._batches = Batches(
+        self._batches = BatchPublisher(
             self._send,
             shown=place.shown,
-            at_once=1,
+            max_in_flight=1,
             max_messages=MAX_BATCH,
             max_bytes=MAX_BATCH_BYTES,
             timeout=settings.timeout,
@@ -125,7 +125,7 @@ class RedisDestination(Broker):
     async def check(self) -> None:
         """See whether an entry would be taken, and warn where the server may lose it."""
         if self._batches.closed:
-            raise closed()
+            raise closed_failure()
         try:
             async with asyncio.timeout(self._batches.timeout):
                 await self._check_type()
@@ -161,13 +161,13 @@ class RedisDestination(Broker):
             "username": place.user,
             "password": place.password,
             "socket_timeout": self._batch_timeout,
-            "socket_connect_timeout": stretched(CONNECT_TIMEOUT, settings.timeout),
+            "socket_connect_timeout": step_timeout(CONNECT_TIMEOUT, settings.timeout),
         }
         hosts = [(host.strip("[]"), port) for host, port in place.hosts]
         if place.primary is None:
             [(host, port)] = hosts
             return Redis(host=host, port=port, **options)
-        timeout = stretched(SENTINEL_TIMEOUT, settings.timeout)
+        timeout = step_timeout(SENTINEL_TIMEOUT, settings.timeout)
         login = {"username": place.sentinel_user, "password": place.sentinel_password}
         asking = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
         self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)

@@ -35,8 +35,8 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.config_file import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, closed, encode, quoted, stretched
-from receiver.destinations.batches import Batches
+from receiver.destinations.base import Broker, Failure, closed_failure, encode, quoted, step_timeout
+from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
 from receiver.error_texts import cause
@@ -143,10 +143,10 @@ class SqsDestination(Broker):
         super().__init__(settings)
         self._queue = _parse(settings)
         self._options = _client_options(settings)
-        self._batches = Batches(
+        self._batches = BatchPublisher(
             self._send,
             shown=self._queue.url,
-            at_once=MAX_BATCHES,
+            max_in_flight=MAX_BATCHES,
             max_messages=MAX_ENTRIES,
             max_bytes=MAX_BATCH,
             timeout=settings.timeout,
@@ -159,7 +159,7 @@ class SqsDestination(Broker):
     async def check(self) -> None:
         """Ask for the queue's attributes."""
         if self._batches.closed:
-            raise closed()
+            raise closed_failure()
         try:
             async with asyncio.timeout(self._batches.timeout):
                 client = await self._open()
@@ -321,8 +321,8 @@ def _parse(settings: DestinationSettings) -> _Queue:
 def _client_options(settings: DestinationSettings) -> dict[str, Any]:
     """Return the client's options. Raises SettingsError for TLS files that cannot be used."""
     config: dict[str, Any] = {
-        "connect_timeout": stretched(CONNECT_TIMEOUT, settings.timeout),
-        "read_timeout": stretched(READ_TIMEOUT, settings.timeout),
+        "connect_timeout": step_timeout(CONNECT_TIMEOUT, settings.timeout),
+        "read_timeout": step_timeout(READ_TIMEOUT, settings.timeout),
         "retries": {"mode": "standard", "total_max_attempts": TRIES},
     }
     verify: str | None = None

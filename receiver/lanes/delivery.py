@@ -13,7 +13,7 @@ import structlog
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.batching import GroupCommit
+from receiver.batching import Batcher
 from receiver.core import envelope
 from receiver.core.circuit_breaker import CircuitBreaker
 from receiver.core.payload import reread
@@ -85,7 +85,7 @@ class DeliveryLane(WorkLane):
         self._replay_share = max(1, concurrency // 4)
         self._replaying: dict[UUID, float] = {}
         self._live_until = self._replays_from = self._no_replays_until = 0.0
-        self._results = GroupCommit(self._write, limit=LARGEST_GROUP)
+        self._results = Batcher(self._write, max_items=LARGEST_GROUP, shared_errors=DatabaseUnavailable)
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim deliveries that are due, as many as the circuit lets through. Raises DatabaseUnavailable."""

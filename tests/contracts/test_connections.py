@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from receiver.destinations import connections
+from receiver.destinations import base
 from receiver.destinations.base import Failure
-from receiver.destinations.connections import Connection, Shared
+from receiver.destinations.connections import Connection, SharedConnection
 from receiver.errors import PublishFailed
 
 
@@ -74,11 +74,11 @@ def broker() -> Broker:
 
 
 @pytest.fixture
-async def shared(broker: Broker) -> AsyncIterator[Shared[Link]]:
+async def shared(broker: Broker) -> AsyncIterator[SharedConnection[Link]]:
     """Its shared connection; no test may leave an error that nobody has taken."""
     reports: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reports.append(context))
-    opened = Shared(broker.make, shown="broker", max_users=10)
+    opened = SharedConnection(broker.make, shown="broker", max_users=10)
     yield opened
     await opened.close()
     gc.collect()
@@ -93,7 +93,7 @@ async def failure_of(task: "asyncio.Task[Any]") -> PublishFailed:
     return caught.value
 
 
-async def test_opened_once(broker: Broker, shared: Shared[Link]) -> None:
+async def test_opened_once(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E5: many who need a connection at once open one, though the first of them is cancelled."""
     broker.opens.clear()
     tasks = [asyncio.create_task(shared.run(Link.wait)) for _ in range(5)]
@@ -107,7 +107,7 @@ async def test_opened_once(broker: Broker, shared: Shared[Link]) -> None:
     assert await asyncio.gather(*tasks[1:]) == [broker.made[0]] * 4
 
 
-async def test_failure_to_open_is_shared(broker: Broker, shared: Shared[Link]) -> None:
+async def test_failure_to_open_is_shared(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E4: all who wait for a connection that cannot be opened fail, each with an error of its own."""
     broker.failure = PublishFailed("refused", reason="auth")
     tasks = [asyncio.create_task(shared.run(Link.wait)) for _ in range(3)]
@@ -117,7 +117,7 @@ async def test_failure_to_open_is_shared(broker: Broker, shared: Shared[Link]) -
     assert len(broker.made) == 1
 
 
-async def test_failure_to_open_that_nobody_waits_for(broker: Broker, shared: Shared[Link]) -> None:
+async def test_failure_to_open_that_nobody_waits_for(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E16: where all who waited were cancelled, the failure is no report of a bug."""
     broker.failure = PublishFailed("refused", reason="auth")
     broker.opens.clear()
@@ -132,7 +132,7 @@ async def test_failure_to_open_that_nobody_waits_for(broker: Broker, shared: Sha
     assert [link.closed for link in broker.made] == [1]
 
 
-async def test_broken_connection_is_replaced(broker: Broker, shared: Shared[Link]) -> None:
+async def test_broken_connection_is_replaced(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E4: after a failure that it does not survive nobody gets the connection; who has it keeps it."""
     old = asyncio.create_task(shared.run(Link.wait))
     harmless = asyncio.create_task(shared.run(lambda link: link.fail("harmless")))
@@ -151,7 +151,7 @@ async def test_broken_connection_is_replaced(broker: Broker, shared: Shared[Link
     assert [link.closed for link in broker.made] == [1, 0]
 
 
-async def test_connection_that_fails_at_once(broker: Broker, shared: Shared[Link]) -> None:
+async def test_connection_that_fails_at_once(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E4: a connection that its first user finds broken is closed once, though others have it, too."""
 
     async def fail(_link: Link) -> None:
@@ -163,7 +163,7 @@ async def test_connection_that_fails_at_once(broker: Broker, shared: Shared[Link
     assert [link.closed for link in broker.made] == [1]
 
 
-async def test_lost_connection_is_replaced(shared: Shared[Link]) -> None:
+async def test_lost_connection_is_replaced(shared: SharedConnection[Link]) -> None:
     """E4: a connection that turns out to be lost is closed and another one opened."""
     lost = await shared.run(lambda link: asyncio.sleep(0, link))
     lost.lost = True
@@ -171,16 +171,18 @@ async def test_lost_connection_is_replaced(shared: Shared[Link]) -> None:
     assert lost.ended
 
 
-async def test_slow_work_ends(broker: Broker, shared: Shared[Link], monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_slow_work_ends(
+    broker: Broker, shared: SharedConnection[Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """E4: what takes too long fails, and the next gets another connection."""
-    monkeypatch.setattr(connections, "TIMEOUT", 0.05)
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.05)
     for _ in range(2):
         failure = await failure_of(asyncio.create_task(shared.run(Link.wait)))
         assert (failure.reason, "broker did not answer" in str(failure)) == ("timeout", True)
     assert len(broker.made) == 2
 
 
-async def test_close_waits(broker: Broker, shared: Shared[Link]) -> None:
+async def test_close_waits(broker: Broker, shared: SharedConnection[Link]) -> None:
     """E16: closing lets what is under way end, takes nothing new, and may be called again."""
     working = asyncio.create_task(shared.run(Link.wait))
     for _ in range(3):

@@ -6,17 +6,17 @@ import logging
 import ssl
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
-from support.kinds_base import make_event, open_url
+from support.kinds_base import make_event, open_url, until
 from support.kinds_kafka_sqs import TOPIC, decode
 from support.servers_kafka_sqs import INIT_PRODUCER_ID, PRODUCE, Kafka, Record
 
-from receiver.destinations import Destination, connections
+from receiver.destinations import Destination
 from receiver.destinations import kafka as kafka_module
 from receiver.destinations.base import encode
 from receiver.destinations.kafka import BATCH, KafkaDestination
@@ -38,6 +38,7 @@ OUT_OF_ORDER_SEQUENCE = 45
 INVALID_PRODUCER_EPOCH = 47
 SASL_AUTHENTICATION_FAILED = 58
 UNKNOWN_PRODUCER_ID = 59
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.5, "kafka.START_TIMEOUT": 1.0, "kafka.REQUEST_TIMEOUT": 0.5}
 
 
 @pytest.fixture
@@ -55,14 +56,6 @@ async def destination(kafka: Kafka) -> AsyncIterator[Destination]:
     await opened.start()
     yield opened
     await opened.close()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten all deadlines."""
-    monkeypatch.setattr(connections, "TIMEOUT", 1.5)
-    monkeypatch.setattr(kafka_module, "START_TIMEOUT", 1.0)
-    monkeypatch.setattr(kafka_module, "REQUEST_TIMEOUT", 0.5)
 
 
 async def read(kafka: Kafka, topic: str = TOPIC) -> list[Record]:
@@ -86,13 +79,6 @@ async def failure(destination: Destination) -> PublishFailed:
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event())
     return caught.value
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what happens elsewhere sets no event
-            await asyncio.sleep(0.01)
 
 
 def open_transports(destination: Destination) -> list[asyncio.WriteTransport]:

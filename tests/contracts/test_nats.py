@@ -17,12 +17,12 @@ from nats.aio.msg import Msg
 from nats.js.api import DiscardPolicy, RetentionPolicy, StorageType
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
-from support.kinds_base import make_event, open_url
+from support.kinds_base import make_event, open_url, outcome, verdict
 from support.kinds_redis_nats import read_messages, read_nats
 from support.servers import free_port
 from support.servers_redis_nats import Nats
 
-from receiver.destinations import Destination, connections
+from receiver.destinations import Destination
 from receiver.destinations import nats as nats_module
 from receiver.destinations.jetstream import describe_losses
 from receiver.destinations.nats import NatsDestination
@@ -30,6 +30,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 numbers = count()
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "nats.OPEN_TIMEOUT": 0.9, "nats.API_TIMEOUT": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +69,12 @@ async def destination(shared: Nats, name: str) -> AsyncIterator[Destination]:
     await opened.close()
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the deadlines."""
-    monkeypatch.setattr(connections, "TIMEOUT", 1.0)
-    monkeypatch.setattr(nats_module, "OPEN_TIMEOUT", 0.9)
-    monkeypatch.setattr(nats_module, "API_TIMEOUT", 0.3)
-
-
-async def outcome(destination: Destination, data: dict[str, Any] | None = None) -> str:
-    """Publish an event and return "delivered" or the reason of the failure."""
-    try:
-        await destination.publish(make_event(data))
-    except (PublishFailed, PublishRejected) as failure:
-        return failure.reason
-    return "delivered"
-
-
 async def until_outcome(destination: Destination, expected: str) -> None:
     """Publish events until one has this outcome: a server may hang up before its words have arrived."""
     deadline = time.monotonic() + 10
     while (found := await outcome(destination)) != expected:
         assert time.monotonic() < deadline, found
         await asyncio.sleep(0.01)
-
-
-async def verdict(destination: Destination) -> str:
-    """Check and return "fine" or the reason of the failure."""
-    try:
-        await destination.check()
-    except PublishFailed as failure:
-        return failure.reason
-    return "fine"
 
 
 def waiting(destination: Destination) -> int:

@@ -23,7 +23,7 @@ from support.kinds_rabbitmq import Relay, drain, open_channel, rabbitmq_server, 
 from support.servers_rabbitmq import MAX_MESSAGE_SIZE, PASSWORD, USER, RabbitMq
 from yarl import URL
 
-from receiver.destinations import Destination, connections
+from receiver.destinations import Destination, base
 from receiver.destinations import rabbitmq as rabbitmq_module
 from receiver.destinations.base import encode
 from receiver.destinations.rabbitmq import MAX_IN_FLIGHT, RabbitmqDestination, _Connection
@@ -31,6 +31,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 QUORUM: Any = {"x-queue-type": "quorum"}
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 0.6, "rabbitmq.OPEN_TIMEOUT": 0.5, "rabbitmq.CLOSE_TIMEOUT": 0.2}
 
 
 @pytest.fixture
@@ -86,14 +87,6 @@ async def destination(relay: Relay, server: RabbitMq, queue: str) -> AsyncIterat
     await opened.start()
     yield opened
     await opened.close()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten all deadlines."""
-    monkeypatch.setattr(connections, "TIMEOUT", 0.6)
-    monkeypatch.setattr(rabbitmq_module, "OPEN_TIMEOUT", 0.5)
-    monkeypatch.setattr(rabbitmq_module, "CLOSE_TIMEOUT", 0.2)
 
 
 def delivery_id(event: CloudEvent) -> str:
@@ -494,11 +487,11 @@ async def test_timeout_does_not_hurt_younger_publishes(
     """E1: publishes that began later keep the connection of one whose time is up until theirs is."""
     await destination.publish(make_event())
     relay.answers.clear()
-    monkeypatch.setattr(connections, "TIMEOUT", 0.3)
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.3)
     old = asyncio.create_task(destination.publish(make_event()))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    monkeypatch.setattr(connections, "TIMEOUT", 5.0)
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 5.0)
     young = asyncio.create_task(destination.publish(make_event()))
     assert (await failure_of(old)).reason == "timeout"
     relay.answers.set()

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,19 @@ import redis
 from redis.asyncio.client import Pipeline
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
-from support.kinds_base import make_event, open_url
+from support.kinds_base import make_event, open_url, outcome, until, verdict
 from support.kinds_redis_nats import read_redis
 from support.servers import free_port
 from support.servers_redis_nats import Redis
 
-from receiver.destinations import Destination, batches
+from receiver.destinations import Destination
 from receiver.destinations import redis as redis_module
 from receiver.destinations.base import encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 numbers = count()
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "redis.BATCH_TIMEOUT": 0.4, "redis.CONNECT_TIMEOUT": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -73,40 +74,6 @@ async def destination(shared: Redis, stream: str) -> AsyncIterator[Destination]:
     opened = open_url(shared.url(f"stream={stream}"))
     yield opened
     await opened.close()
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the deadlines."""
-    monkeypatch.setattr(batches, "TIMEOUT", 1.0)
-    monkeypatch.setattr(redis_module, "BATCH_TIMEOUT", 0.4)
-    monkeypatch.setattr(redis_module, "CONNECT_TIMEOUT", 0.3)
-
-
-async def outcome(destination: Destination, data: dict[str, Any] | None = None) -> str:
-    """Publish an event and return "delivered" or the reason of the failure."""
-    try:
-        await destination.publish(make_event(data))
-    except PublishFailed as failure:
-        return failure.reason
-    return "delivered"
-
-
-async def verdict(destination: Destination) -> str:
-    """Check and return "fine" or the reason of the failure."""
-    try:
-        await destination.check()
-    except PublishFailed as failure:
-        return failure.reason
-    return "fine"
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.002)
 
 
 async def test_entry(shared: Redis, destination: Destination, stream: str) -> None:
@@ -508,7 +475,7 @@ async def test_given_up_before_its_turn(server: Redis) -> None:
     await destination.publish(make_event({"number": 0}))
     server.freeze()
     first = asyncio.create_task(outcome(destination, {"number": 1}))
-    senders, waiting = destination._batches._senders, destination._batches._waiting
+    senders, waiting = destination._batches._batcher._senders, destination._batches._batcher._waiting
     await until(lambda: bool(senders) and not waiting)
     second = asyncio.create_task(destination.publish(make_event({"number": 2})))
     third = asyncio.create_task(outcome(destination, {"number": 3}))

@@ -10,11 +10,11 @@ from uuid import uuid4
 
 import pytest
 from structlog.testing import capture_logs
-from support.kinds_base import HttpSink, Received, make_event, open_url
+from support.kinds_base import HttpSink, Received, make_event, open_url, until
 from support.kinds_kafka_sqs import aws_environment, shared_sqs
 from support.servers_kafka_sqs import ACCOUNT, CREDENTIALS, REGION, Sqs
 
-from receiver.destinations import Destination, batches
+from receiver.destinations import Destination
 from receiver.destinations.base import encode
 from receiver.destinations.sqs import MAX_BATCH, MAX_BATCHES, MAX_ENTRIES, MAX_MESSAGE, SqsDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -24,6 +24,7 @@ QUEUE = "events"
 Entry = dict[str, Any]
 Outcome = tuple[str, str] | None
 """A code and a text by which one entry is refused."""
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -119,24 +120,11 @@ async def destination(service: Service) -> AsyncIterator[Destination]:
     await opened.close()
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch, destination: Destination) -> None:  # noqa: ARG001 - not its start
-    """Shorten the deadline."""
-    monkeypatch.setattr(batches, "TIMEOUT", 1.0)
-
-
 def at(service: HttpSink, queue: str = QUEUE) -> Destination:
     """Open a queue of a server."""
     return open_url(
         f"sqs://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{queue}?endpoint=http://127.0.0.1:{service.port}"
     )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition."""
-    async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 - what happens elsewhere sets no event
-            await asyncio.sleep(0.01)
 
 
 async def failure(destination: Destination, **data: object) -> PublishFailed:
@@ -462,7 +450,7 @@ async def test_no_publish_is_left_behind(
 ) -> None:
     """E1: who publishes in the very moment when the last sender ends is served, too."""
     assert isinstance(destination, SqsDestination)
-    monkeypatch.setattr(destination._batches, "_at_once", 1)
+    monkeypatch.setattr(destination._batches._batcher, "_max_in_flight", 1)
     for _ in range(5):
         await destination.publish(make_event())
     assert len(service.batches) == 5
@@ -473,7 +461,7 @@ async def test_cancelled_publish_is_not_sent(
 ) -> None:
     """E16: a publish that is cancelled before its batch leaves is not in it."""
     assert isinstance(destination, SqsDestination)
-    monkeypatch.setattr(destination._batches, "_at_once", 1)
+    monkeypatch.setattr(destination._batches._batcher, "_max_in_flight", 1)
     service.gate.clear()
     first = asyncio.create_task(destination.publish(make_event({"kind": "first"})))
     await until(lambda: service.under_way == 1)

@@ -20,7 +20,7 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_destination
 from receiver.destinations.base import encode
 from receiver.destinations.memory import MemoryDestination
-from receiver.errors import PublishFailed
+from receiver.errors import PublishFailed, PublishRejected
 
 
 def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> CloudEvent:
@@ -44,6 +44,31 @@ def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> Clou
 def open_url(url: str, **settings: Any) -> Destination:
     """Open a destination by its URL, with further settings as in its table."""
     return open_destination(DestinationSettings.model_validate({"name": "test", "url": url, **settings}))
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Wait until a condition holds, for conditions that set no event."""
+    async with asyncio.timeout(10):
+        while not condition():  # noqa: ASYNC110 - the condition is often a server's or a thread's
+            await asyncio.sleep(0.002)
+
+
+async def outcome(destination: Destination, data: Mapping[str, Any] | None = None) -> str:
+    """Publish an event and return "delivered" or the reason of the failure."""
+    try:
+        await destination.publish(make_event(data))
+    except (PublishFailed, PublishRejected) as failure:
+        return failure.reason
+    return "delivered"
+
+
+async def verdict(destination: Destination) -> str:
+    """Check and return "fine" or the reason of the failure."""
+    try:
+        await destination.check()
+    except PublishFailed as failure:
+        return failure.reason
+    return "fine"
 
 
 class Kind(abc.ABC):

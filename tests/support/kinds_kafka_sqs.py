@@ -26,7 +26,7 @@ class KafkaKind(Kind):
     async def __aenter__(self) -> Self:
         self.kafka = await asyncio.to_thread(Kafka)
         self.kafka.create_topic(TOPIC)
-        self._patience = patch("receiver.destinations.connections.TIMEOUT", PATIENCE)
+        self._patience = patch("receiver.destinations.base.TIMEOUT_SECONDS", PATIENCE)
         self._patience.start()
         return self
 

@@ -1,4 +1,4 @@
-"""Group commit: who shares a transaction, and who is told what."""
+"""Batching: which items share a group, and which caller gets which result."""
 
 import asyncio
 import gc
@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from receiver.batching import GroupCommit
+from receiver.batching import Batcher
 from receiver.errors import DatabaseUnavailable
 
 
 class Writer:
-    """Records the groups it is given; a transaction lasts until `commit` is set."""
+    """Records the groups that it is given; a transaction lasts until `commit` is set."""
 
     def __init__(self) -> None:
         self.groups: list[list[int]] = []
@@ -33,10 +33,17 @@ class Writer:
 
 
 class Item:
-    """Something whose end can be seen."""
+    """An object that a weak reference can watch."""
 
 
-async def start(group: GroupCommit[int, int], *items: int) -> list[asyncio.Task[int]]:
+def grouped(writer: Writer, *, max_items: int = 10, max_in_flight: int = 1) -> Batcher[int, int]:
+    """Return a batcher as the database's users make it."""
+    return Batcher(
+        writer, max_items=max_items, max_in_flight=max_in_flight, shared_errors=DatabaseUnavailable
+    )
+
+
+async def start(group: Batcher[int, int], *items: int) -> list[asyncio.Task[int]]:
     """Add items, each from a task of its own, in their order."""
     tasks = [asyncio.create_task(group.add(item)) for item in items]
     for _ in range(3):
@@ -44,18 +51,18 @@ async def start(group: GroupCommit[int, int], *items: int) -> list[asyncio.Task[
     return tasks
 
 
-async def test_a_lone_item_is_written_at_once() -> None:
-    """Nobody waits for company."""
+async def test_a_lone_item_is_sent_at_once() -> None:
+    """An item does not wait for others."""
     writer = Writer()
-    assert await GroupCommit(writer, limit=10).add(4) == 8
+    assert await grouped(writer).add(4) == 8
     assert writer.groups == [[4]]
 
 
-async def test_who_comes_meanwhile_shares_the_next_transaction() -> None:
-    """C6: each gets the result of its own item, and not before that is committed."""
+async def test_items_that_come_meanwhile_share_the_next_transaction() -> None:
+    """C6: each caller gets the result of its own item, and only after the commit."""
     writer = Writer()
     writer.commit.clear()
-    group = GroupCommit(writer, limit=10)
+    group = grouped(writer)
     first = await start(group, 0)
     later = await start(group, 1, 2, 3)
     assert writer.groups == [[0]]
@@ -65,30 +72,62 @@ async def test_who_comes_meanwhile_shares_the_next_transaction() -> None:
     assert writer.groups == [[0], [1, 2, 3]]
 
 
-async def test_a_group_is_bounded() -> None:
-    """However many wait, a transaction has no more than so many."""
+@pytest.mark.parametrize(
+    ("max_items", "max_in_flight", "under_way"),
+    [
+        (10, 1, [[0]]),
+        (10, 2, [[0], [1, 2, 3, 4, 5, 6]]),
+        (2, 1, [[0]]),
+        (2, 2, [[0], [1, 2]]),
+        (2, 3, [[0], [1, 2], [3, 4]]),
+    ],
+)
+async def test_groups_in_flight_are_bounded(
+    max_items: int, max_in_flight: int, under_way: list[list[int]]
+) -> None:
+    """E6: if a group is under way further groups are sent beside it, up to the limit, and the rest waits."""
     writer = Writer()
-    assert await asyncio.gather(*await start(GroupCommit(writer, limit=4), *range(10))) == [*range(0, 20, 2)]
+    writer.commit.clear()
+    group = grouped(writer, max_items=max_items, max_in_flight=max_in_flight)
+    tasks = [*await start(group, 0), *await start(group, *range(1, 7))]
+    assert writer.groups == under_way
+    writer.commit.set()
+    assert await asyncio.gather(*tasks) == [*range(0, 14, 2)]
+    assert [item for items in writer.groups for item in items] == [*range(7)]
+
+
+async def test_a_group_is_bounded() -> None:
+    """A transaction has a limited number of items, however many wait."""
+    writer = Writer()
+    assert await asyncio.gather(*await start(grouped(writer, max_items=4), *range(10))) == [*range(0, 20, 2)]
     assert [len(each) for each in writer.groups] == [4, 4, 2]
 
 
 async def test_a_bad_item_fails_alone() -> None:
-    """Its neighbours are written, each by itself, and it gets its own error."""
+    """If a group fails each item is written by itself, and only the bad one gets the error."""
     writer = Writer()
     writer.bad = {2}
-    results = await asyncio.gather(
-        *await start(GroupCommit(writer, limit=10), 1, 2, 3), return_exceptions=True
-    )
+    results = await asyncio.gather(*await start(grouped(writer), 1, 2, 3), return_exceptions=True)
     assert (results[0], results[2]) == (2, 6)
     assert isinstance(results[1], ValueError)
     assert writer.groups == [[1, 2, 3], [1], [2], [3]]
 
 
-async def test_an_outage_is_everybodys() -> None:
-    """C3: all who wait are told at once, no item is tried by itself, and the next ones are written."""
+async def test_without_shared_errors_a_group_is_not_split() -> None:
+    """An error is every caller's by default, for destinations with an outcome for each message."""
+    writer = Writer()
+    writer.bad = {2}
+    batcher: Batcher[int, int] = Batcher(writer)
+    results = await asyncio.gather(*await start(batcher, 1, 2, 3), return_exceptions=True)
+    assert [type(each) for each in results] == [ValueError] * 3
+    assert writer.groups == [[1, 2, 3]]
+
+
+async def test_an_outage_fails_the_whole_group() -> None:
+    """C3: all callers get the error at once, no item is tried by itself, and the next ones are written."""
     writer = Writer()
     writer.away = True
-    group = GroupCommit(writer, limit=10)
+    group = grouped(writer)
     results = await asyncio.gather(*await start(group, 1, 2, 3), return_exceptions=True)
     assert [type(each) for each in results] == [DatabaseUnavailable] * 3
     assert len(writer.groups) == 1
@@ -97,12 +136,12 @@ async def test_an_outage_is_everybodys() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_who_gives_up_takes_nobody_along(*, fails: bool) -> None:
-    """An item that nobody waits for any more is not written, unless that has begun; the others go on."""
+async def test_a_cancelled_caller_takes_no_other_along(*, fails: bool) -> None:
+    """If its caller is cancelled a waiting item is not written; the others of its group are."""
     writer = Writer()
     writer.commit.clear()
     writer.bad = {0} if fails else set()
-    group = GroupCommit(writer, limit=10)
+    group = grouped(writer)
     (first,) = await start(group, 0)
     second, third = await start(group, 1, 2)
     first.cancel()
@@ -113,15 +152,26 @@ async def test_who_gives_up_takes_nobody_along(*, fails: bool) -> None:
     assert writer.groups == [[0], [2]]
 
 
-async def test_a_writer_that_hangs_keeps_no_item_of_who_gave_up() -> None:
-    """C4: an item that waits for its group is forgotten in the moment in which its task is cancelled."""
+async def test_a_caller_that_gives_up_just_before_its_group_is_skipped() -> None:
+    """An item is skipped even if its caller was cancelled in the moment in which its group is made."""
+    writer = Writer()
+    group = grouped(writer)
+    tasks = [asyncio.create_task(group.add(item)) for item in (0, 1)]
+    asyncio.get_running_loop().call_soon(tasks[0].cancel)
+    await asyncio.wait(tasks)
+    assert (tasks[0].cancelled(), tasks[1].result(), writer.groups) == (True, 2, [[1]])
+
+
+async def test_a_writer_that_hangs_keeps_no_item_of_a_cancelled_caller() -> None:
+    """C4: an item that waits for its group is forgotten in the moment in which its caller is cancelled."""
     writer = Writer()
     writer.commit.clear()
-    group = GroupCommit(writer, limit=10)
+    group: Batcher[int | Item, int] = Batcher(writer)  # type: ignore[arg-type]
     item = Item()
     known = weakref.ref(item)
-    (first,) = await start(group, 0)
-    second = asyncio.create_task(group.add(item))  # type: ignore[arg-type]
+    first = asyncio.create_task(group.add(0))
+    await asyncio.sleep(0)
+    second = asyncio.create_task(group.add(item))
     del item
     await asyncio.sleep(0)
     second.cancel()
@@ -141,14 +191,31 @@ async def test_a_writer_that_hangs_keeps_no_item_of_who_gave_up() -> None:
     ],
 )
 async def test_a_group_is_bounded_in_bytes(weights: list[int], groups: list[list[int]]) -> None:
-    """A transaction has no more bytes than so many, unless it has a single item."""
+    """A transaction has a limited number of bytes, unless it has a single item."""
     writer = Writer()
-    group = GroupCommit(writer, limit=10, weigh=lambda item: item, heaviest=10)
+    group: Batcher[int, int] = Batcher(writer, max_items=10, weigh=lambda item: item, max_bytes=10)
     writer.commit.clear()
     tasks = [*await start(group, weights[0]), *await start(group, *weights[1:])]
     writer.commit.set()
     assert await asyncio.gather(*tasks) == [weight * 2 for weight in weights]
     assert writer.groups == groups
+
+
+@pytest.mark.parametrize("max_in_flight", [1, 2])
+async def test_drain_waits_for_items_that_wait(max_in_flight: int) -> None:
+    """E16: draining ends when no item waits or is being sent; an idle batcher is drained at once."""
+    writer = Writer()
+    writer.commit.clear()
+    group = grouped(writer, max_items=2, max_in_flight=max_in_flight)
+    await group.drain()
+    tasks = await start(group, *range(7))
+    draining = asyncio.create_task(group.drain())
+    await asyncio.sleep(0)
+    assert not draining.done()
+    writer.commit.set()
+    await draining
+    assert [task.result() for task in tasks] == [*range(0, 14, 2)]
+    assert await group.add(9) == 18
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable("gone", reason="database"), ValueError("bad")])
@@ -162,7 +229,7 @@ async def test_a_failure_leaves_no_cycle_behind(error: Exception) -> None:
         with pytest.raises(type(error)):
             await group.add(item)
 
-    group = GroupCommit(fail, limit=10)
+    group = Batcher(fail, max_items=10, shared_errors=DatabaseUnavailable)
     items = [Item() for _ in range(3)]
     known = [weakref.ref(item) for item in items]
     gc.collect()

@@ -28,7 +28,7 @@ APPENDER = """
 import asyncio, os, signal, structlog, sys
 structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 sys.path.insert(0, sys.argv[3])
-from support.kinds_base import make_event, open_url
+from support.kinds_base import make_event, open_url, until
 
 async def publish(destination, numbers):
     for number in numbers:
@@ -419,7 +419,7 @@ async def test_lock_of_another_process_is_waited_for(path: Path) -> None:
 
 async def test_lock_is_not_waited_for_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """E6: a process that was stopped while it held the lock costs a failure, not a worker that hangs."""
-    monkeypatch.setattr(file_module, "LOCK_TIMEOUT", 0.05)
+    monkeypatch.setattr(file_module, "LOCK_TIMEOUT_SECONDS", 0.05)
     path.touch()
     with locked(path):
         with capture_logs() as logs:

@@ -21,7 +21,7 @@ from support.certificates import make_certificate
 from support.kinds_base import Answer, HttpSink, Received, make_event, open_url
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations import Destination, open_destination
+from receiver.destinations import Destination, base, open_destination
 from receiver.destinations import http as http_module
 from receiver.destinations.answers import MAX_HEAD
 from receiver.destinations.http import MAX_ANSWER
@@ -29,6 +29,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CANARY = "s3cr3t-canary"
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 0.3}
 
 
 @pytest.fixture
@@ -61,12 +62,6 @@ async def test_binary_mode_has_the_attributes_in_headers(sink: HttpSink) -> None
     assert read.get_attributes() == event.get_attributes() | {"attempt": "1"}
     assert read.get_data() == event.get_data()
     Webhook(SECRET).verify(request.body, request.headers)
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shorten the deadline of an exchange."""
-    monkeypatch.setattr(http_module, "TIMEOUT", 0.3)
 
 
 def raw(answer: bytes, *, close: bool = False) -> Answer:
@@ -328,12 +323,12 @@ async def test_connections_survive_timeouts(
 ) -> None:
     """E6: a hundred exchanges that time out, many before they had a connection, leave the pool whole."""
     answer, sink.answer = sink.answer, raw(b"")
-    monkeypatch.setattr(http_module, "TIMEOUT", 0.3)
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.3)
     results = await asyncio.gather(
         *(destination.publish(make_event()) for _ in range(100)), return_exceptions=True
     )
     assert [type(result) for result in results] == [PublishFailed] * 100
-    monkeypatch.setattr(http_module, "TIMEOUT", 5.0)
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 5.0)
     sink.answer = answer
     for _ in range(3):
         await asyncio.gather(*(destination.publish(make_event()) for _ in range(20)))
