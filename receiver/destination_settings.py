@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from receiver.config_file import ProxyUrl, one_or_more, shown_key
-from receiver.masking import hold, hold_header, hold_url, mask
+from receiver.masking import mask, register_header, register_secret, register_url
 
 MAX_TIMEOUT: Final = 300.0
 MAX_CONCURRENCY: Final = 1024
@@ -29,20 +29,20 @@ _OUR_HEADERS: Final = re.compile(
     re.IGNORECASE,
 )
 _USER: Final = re.compile(r"https?://[^/?#]*@", re.IGNORECASE)
-"""A URL with a user; an @ may also stand in its path."""
+"""A URL with a user; an @ in the path does not count."""
 _OVER_TLS: Final = ("https:", "amqps:", "rediss:", "nats:", "tls:", "kafka:", "sqs:")
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 
 
 class Table(BaseModel):
-    """A table of `receiver.toml`: it can hold no key that means nothing."""
+    """A table of `receiver.toml`; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class RetrySettings(Table):
-    """How a destination is retried: exponential backoff with full jitter, in seconds."""
+    """The retries of a destination: exponential backoff with full jitter, in seconds."""
 
     initial: float = Field(default=2.0, gt=0, le=3600)
     cap: float = Field(default=600.0, gt=0, le=86_400)
@@ -53,9 +53,9 @@ _Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValida
 
 
 class FilterSettings(Table):
-    """Which events a destination gets: all that fit every line; a line that is not there fits all.
+    """The filter of a destination: it gets an event if every given line matches.
 
-    Each takes one value or a list of them; `model` takes globs, such as `seedance-*`.
+    Each line is one value or a list; `model` takes globs such as `seedance-*`.
     """
 
     status: Annotated[tuple[Literal["OK", "ERROR"], ...], BeforeValidator(one_or_more)] = ()
@@ -66,18 +66,18 @@ class FilterSettings(Table):
 
     @property
     def needs_job(self) -> bool:
-        """Whether it looks at what only our own jobs have."""
+        """Whether it tests fields of the job; an event without a job does not match then."""
         return bool(self.caller or self.metadata)
 
 
 class TlsSettings(Table):
-    """Whom a destination's TLS trusts, and the certificate that we show; paths of PEM files."""
+    """The authorities that a destination's TLS trusts, and our client certificate: paths of PEM files."""
 
     ca: str | None = Field(default=None, min_length=1)
-    """Authorities that are trusted in place of the system's."""
+    """Trusted authorities, in place of the system's."""
     certificate: str | None = Field(default=None, min_length=1)
     key: str | None = Field(default=None, min_length=1)
-    """The certificate's key, unless it stands in the certificate's file."""
+    """The certificate's key, if it is not in the certificate's file."""
 
     @model_validator(mode="after")
     def _is_whole(self) -> Self:
@@ -93,45 +93,45 @@ class DestinationSettings(Table):
 
     name: Name
     url: SecretStr
-    """Where to; masked in output, because broker URLs carry passwords."""
+    """Masked in output, because broker URLs contain passwords."""
     secret: SecretStr | None = None
-    """`whsec_…`: sign HTTP forwards after Standard Webhooks. Several, separated by commas, while rotating."""
+    """HTTP only: `whsec_…` of Standard Webhooks; several, separated by commas, during a rotation."""
     headers: dict[str, SecretStr] = Field(default_factory=dict)
-    """HTTP only: sent with each request; masked in output, because they may carry tokens."""
+    """HTTP only: sent with each request; masked in output, because they may contain tokens."""
     binary: bool = False
-    """HTTP only: CloudEvents' binary mode, with the attributes in headers and the data for a body."""
+    """HTTP only: CloudEvents' binary mode, with the attributes as headers and the data as the body."""
     when: Literal["received", "media_stored"] = "media_stored"
     filter: FilterSettings = FilterSettings()
     retry: RetrySettings = RetrySettings()
     timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT)
-    """Seconds for one try."""
+    """Seconds for one attempt."""
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
-    """Tries under way at once, in each worker process."""
+    """Concurrent attempts of each worker process."""
     rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
-    """Tries per second, in each worker process."""
+    """Attempts per second of each worker process."""
     tls: TlsSettings | None = None
     proxy: ProxyUrl | None = None
-    """HTTP only: every request goes through it."""
+    """HTTP only: the proxy of every request."""
     _given: frozenset[str] = PrivateAttr(default=frozenset())
-    """Headers whose values come from variables."""
+    """Headers with values from variables."""
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The signing secrets, in the order given."""
+        """The signing secrets in the order of the setting."""
         text = self.secret.get_secret_value() if self.secret else ""
         return tuple(part.strip() for part in text.split(",") if part.strip())
 
     @property
-    def described(self) -> str:
-        """What is set beyond name, URL, `when` and filter, in words without a secret; empty if nothing is."""
+    def summary(self) -> str:
+        """The optional settings in words, without secrets; name, URL, `when` and filter are left out."""
         tls = self.tls or TlsSettings.model_construct()
         words = {
             f"{self.concurrency} at once": self.concurrency,
-            f"{self.rate:g} a second" if self.rate else "": self.rate,
-            f"{self.timeout:g} s a try" if self.timeout else "": self.timeout,
+            f"{self.rate:g} per second" if self.rate else "": self.rate,
+            f"{self.timeout:g} s per attempt" if self.timeout else "": self.timeout,
             f"headers {', '.join(self.headers)}": self.headers,
             f"signed with {len(self.secrets)} secrets": len(self.secrets) > 1,
-            "authorities of its own": tls.ca,
+            "its own authorities": tls.ca,
             "a client certificate": tls.certificate,
             "through a proxy": self.proxy,
         }
@@ -142,17 +142,17 @@ class DestinationSettings(Table):
     def _sendable(cls, value: dict[str, SecretStr]) -> dict[str, SecretStr]:
         for name, secret in value.items():
             if not _HEADER_NAME.fullmatch(name):
-                raise ValueError("a header's name has letters, digits and hyphens, and no space or colon")
+                raise ValueError("a header's name has letters, digits and hyphens, but no space or colon")
             if _OUR_HEADERS.fullmatch(name):
                 raise ValueError(f"{name.lower()} is set by the receiver")
             if not _HEADER_VALUE.fullmatch(secret.get_secret_value()):
-                raise ValueError(f"{shown_key(name)} is empty or holds a character that is not ASCII")
+                raise ValueError(f"{shown_key(name)} is empty or contains a character that is not ASCII")
         if len({name.lower() for name in value}) < len(value):
-            raise ValueError("the same header stands there twice, in small and capital letters")
+            raise ValueError("a header is given twice: upper and lower case are the same")
         return value
 
     @model_validator(mode="after")
-    def _is_heeded(self) -> Self:
+    def _fits_the_url(self) -> Self:
         url = self.url.get_secret_value()
         over_http = url.lower().startswith(("http:", "https:"))
         if not over_http and (self.secret is not None or self.binary or self.headers or self.proxy):
@@ -160,20 +160,25 @@ class DestinationSettings(Table):
         if self.tls is not None and not url.lower().startswith(_OVER_TLS):
             raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
         if _USER.match(url) and any(name.lower() == "authorization" for name in self.headers):
-            raise ValueError("the URL has a user already: write either that or the header Authorization")
-        hold_url(url)
-        hold_url(self.proxy.get_secret_value() if self.proxy else "")
-        for secret in self.secrets:
-            hold(secret)
-        # Those from variables, which reading the file has held: for a process that gets these settings as
-        # they are.
-        self._given = frozenset(
-            name for name, value in self.headers.items() if mask(text := value.get_secret_value()) != text
-        )
-        self.hold_headers()
+            raise ValueError(
+                "the URL contains a user and there is a header Authorization: remove one of them"
+            )
         return self
 
-    def hold_headers(self) -> None:
-        """Let `masking` hold the headers that may be secret."""
+    @model_validator(mode="after")
+    def _register_secrets(self) -> Self:
+        register_url(self.url.get_secret_value())
+        register_url(self.proxy.get_secret_value() if self.proxy else "")
+        for secret in self.secrets:
+            register_secret(secret)
+        # `read_file` has registered the headers from variables. Another process gets these settings pickled,
+        # so their names are kept.
+        values = {name: secret.get_secret_value() for name, secret in self.headers.items()}
+        self._given = frozenset(name for name, value in values.items() if mask(value) != value)
+        self.register_headers()
+        return self
+
+    def register_headers(self) -> None:
+        """Register the headers that may be secret with `masking`."""
         for name, value in self.headers.items():
-            hold_header(name, value.get_secret_value(), is_given=name in self._given)
+            register_header(name, value.get_secret_value(), is_given=name in self._given)

@@ -1,8 +1,8 @@
 """Typed settings: environment first, then `receiver.toml`, then defaults.
 
-This module and `config`, which reads the text of both, are the only readers of the environment and of
-`receiver.toml`. Strings in the file may refer to environment variables as `${NAME}`, so that secrets stay out
-of it.
+This module and `config_file`, which reads both as text, are the only readers of the environment and of
+`receiver.toml`. Strings in the file may refer to environment variables as `${NAME}`, so secrets can stay out
+of the file.
 """
 
 import os
@@ -31,13 +31,13 @@ from receiver.config_file import (
     MIN_TOKEN,
     ProxyUrl,
     check_cloud_variables,
-    hold_secrets,
     is_web_url,
     parse_budget,
     read_environment,
     read_file,
-    refuse_doubles,
-    refuse_mistyped,
+    register_secrets,
+    require_unique,
+    require_well_formed,
     shown_key,
     split_list,
     variable_name,
@@ -48,14 +48,14 @@ from receiver.price import MAX_CREDITS, Credits, read_credits
 
 DEFAULT_SOURCE: Final = "clipia"
 CALLBACK_PATH: Final = "/clipia/webhook"
-"""The path that Clipia calls: for the default source as it is, for others with `/<source>` behind it."""
+"""The path of the default source's webhooks; `/<source>` is appended for other sources."""
 
 Scope = Literal["submit", "read", "operate"]
 InputCheck = Literal["on", "strict", "off"]
 SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
 
 _LISTS: Final = frozenset({"clipia_webhook_secret", "api_tokens", "media_hosts", "budgets"})
-"""Settings that are several values, separated by commas."""
+"""Settings that are lists separated by commas."""
 
 
 class SourceSettings(Table):
@@ -63,23 +63,23 @@ class SourceSettings(Table):
 
     name: Name
     secret: SecretStr
-    """One secret, or several separated by commas while rotating."""
+    """One secret, or several separated by commas during a rotation."""
     environment: Literal["live", "test"] | None = None
 
     @field_validator("secret")
     @classmethod
-    def _typed_right(cls, value: SecretStr) -> SecretStr:
-        refuse_mistyped(value.get_secret_value())
+    def _well_formed(cls, value: SecretStr) -> SecretStr:
+        require_well_formed(value.get_secret_value())
         return value
 
     @property
     def secrets(self) -> tuple[str, ...]:
-        """The secrets, in the order given."""
+        """The secrets in the order of the setting."""
         return tuple(part.strip() for part in self.secret.get_secret_value().split(",") if part.strip())
 
 
 class ApiToken(Table):
-    """A bearer token of the internal API: a caller's name, its token and what it may do."""
+    """A bearer token of the internal API: the caller's name, its token and its scopes."""
 
     name: Name
     token: SecretStr
@@ -97,14 +97,14 @@ class ApiToken(Table):
     def _sendable(cls, value: SecretStr) -> SecretStr:
         if not re.fullmatch(rf"[!-~]{{{MIN_TOKEN},}}", value.get_secret_value()):
             raise ValueError(
-                f"write name:token[:scope+scope] with a token of {MIN_TOKEN} or more characters, all of them "
-                "ASCII and none a space"
+                f"write name:token[:scope+scope] with a token of {MIN_TOKEN} or more ASCII characters, "
+                "without spaces"
             )
         return value
 
 
 class Settings(BaseSettings):
-    """Everything that can be configured. `Settings.load()` reads it; the README has the table."""
+    """All settings. `Settings.load()` reads them; the README has a table of them."""
 
     model_config = SettingsConfigDict(
         env_prefix="RECEIVER_",
@@ -153,7 +153,7 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Order the sources: arguments, environment, `receiver.toml`."""
-        # Not the library's source for the environment: its errors quote values that are not JSON.
+        # pydantic's own source for the environment is not used: its errors quote values that are not JSON.
         variables = {
             variable_name(field): field for field in cls.model_fields.keys() - {"destinations", "sources"}
         }
@@ -178,7 +178,7 @@ class Settings(BaseSettings):
 
     @field_validator("budgets")
     @classmethod
-    def _no_debts(cls, value: dict[str, Credits]) -> dict[str, Credits]:
+    def _valid_budgets(cls, value: dict[str, Credits]) -> dict[str, Credits]:
         budgets = {name: price for name, given in value.items() if (price := read_credits(given)) is not None}
         if len(budgets) < len(value):
             raise ValueError(f"a budget is a number of credits from 0 to {MAX_CREDITS}")
@@ -192,18 +192,18 @@ class Settings(BaseSettings):
         if not is_web_url(value):
             host = "hooks.example.com" if info.field_name == "public_url" else "api.clipia.ai"
             raise ValueError(
-                f"write https://…, such as https://{host}, or plain http for localhost and 127.0.0.1 only; "
+                f"write an https URL such as https://{host} (http is for localhost and 127.0.0.1 only), "
                 "without user, password, query and fragment"
             )
         return value.rstrip("/")
 
     @field_validator("clipia_key", "clipia_webhook_secret")
     @classmethod
-    def _typed_right(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+    def _well_formed(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         text = value.get_secret_value() if value else ""
         if info.field_name == "clipia_key" and value is not None and not text:
-            raise ValueError("is empty: unset it, or write the key from the Clipia developer console")
-        refuse_mistyped(text)
+            raise ValueError("is empty: unset it, or set it to the key from the Clipia developer console")
+        require_well_formed(text)
         return value
 
     @field_validator("api_tokens", mode="before")
@@ -212,47 +212,59 @@ class Settings(BaseSettings):
         return [_parse_token(entry) for entry in split_list(value)]
 
     @model_validator(mode="after")
-    def _has_room(self) -> Self:
+    def _check_buffer(self) -> Self:
         if self.max_buffered_bytes < 4 * self.max_body_bytes:
             raise ValueError(
                 "RECEIVER_MAX_BUFFERED_BYTES must be at least four times RECEIVER_MAX_BODY_BYTES: "
-                "large bodies have three quarters of it, and the rest is for small ones"
+                "large bodies may use three quarters of it, and the rest is for small ones"
             )
         return self
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        refuse_doubles("destination", [destination.name for destination in self.all_destinations])
-        refuse_doubles("source", [source.name for source in self.all_sources])
+    def _check_names(self) -> Self:
+        require_unique("destination", [destination.name for destination in self.all_destinations])
+        require_unique("source", [source.name for source in self.all_sources])
         names = [token.name for token in self.api_tokens]
         if doubles := [number for number, name in enumerate(names, 1) if names.count(name) > 1]:
             entries = " and ".join(str(number) for number in doubles)
             raise ValueError(f"RECEIVER_API_TOKENS: entries {entries} have the same name")
-        key = self.clipia_key.get_secret_value() if self.clipia_key else ""
-        default = next((source for source in self.sources if source.name == DEFAULT_SOURCE), None)
-        if (
-            key
-            and self.public_url
-            and self.all_sources
-            and not any(source.name == DEFAULT_SOURCE for source in self.all_sources)
-        ):
+        return self
+
+    @model_validator(mode="after")
+    def _check_job_source(self) -> Self:
+        names = {source.name for source in self.all_sources}
+        if self._key and self.public_url and names and DEFAULT_SOURCE not in names:
             raise ValueError(
-                f"the webhooks of jobs that CLIPIA_KEY submits come to {DEFAULT_SOURCE!r}, which has "
-                "no secret: set CLIPIA_WEBHOOK_SECRET"
+                f"the webhooks of jobs that CLIPIA_KEY submits are sent to source {DEFAULT_SOURCE!r}, which "
+                "has no secret: set CLIPIA_WEBHOOK_SECRET"
             )
-        wrong = {"live": "clipia_test_", "test": "clipia_live_"}.get(
-            (default and default.environment) or "", "-"
-        )
-        if key.startswith(wrong):
+        return self
+
+    @model_validator(mode="after")
+    def _check_environment(self) -> Self:
+        environment = self._environment
+        if environment is None:
+            return self
+        wrong = "clipia_test_" if environment == "live" else "clipia_live_"
+        if self._key.startswith(wrong):
             raise ValueError(
                 f"CLIPIA_KEY starts with {wrong} but the source {DEFAULT_SOURCE!r} is declared as "
-                f"environment = {default and default.environment!r}: sandbox and live events must not mix"
+                f"environment = {environment!r}: sandbox and live events must not mix"
             )
         return self
 
     @property
+    def _key(self) -> str:
+        return self.clipia_key.get_secret_value() if self.clipia_key else ""
+
+    @property
+    def _environment(self) -> Literal["live", "test"] | None:
+        """The declared environment of the source `clipia`."""
+        return next((source.environment for source in self.sources if source.name == DEFAULT_SOURCE), None)
+
+    @property
     def all_destinations(self) -> tuple[DestinationSettings, ...]:
-        """The tables of `receiver.toml`, and `RECEIVER_DESTINATION_URL` as the one called `default`."""
+        """The tables of `receiver.toml`, and `RECEIVER_DESTINATION_URL` as the destination `default`."""
         if self.destination_url is None:
             return self.destinations
         return (*self.destinations, DestinationSettings(name="default", url=self.destination_url))
@@ -263,27 +275,23 @@ class Settings(BaseSettings):
         if self.clipia_webhook_secret is None:
             return self.sources
         others = tuple(source for source in self.sources if source.name != DEFAULT_SOURCE)
-        environment = next((s.environment for s in self.sources if s.name == DEFAULT_SOURCE), None)
+        secret = self.clipia_webhook_secret
         return (
-            SourceSettings(name=DEFAULT_SOURCE, secret=self.clipia_webhook_secret, environment=environment),
+            SourceSettings(name=DEFAULT_SOURCE, secret=secret, environment=self._environment),
             *others,
         )
 
     def require_sources(self) -> tuple[SourceSettings, ...]:
-        """Return the sources; raise SettingsError where there is no usable secret."""
+        """Return the sources; raise SettingsError if there is none, or if one has no secret."""
         if not self.all_sources:
             raise SettingsError(
                 "no webhook secret: set CLIPIA_WEBHOOK_SECRET to the signing secret from the Clipia "
-                "developer console (several, separated by commas, while rotating)"
+                "developer console (during a rotation to several, separated by commas)"
             )
         for source in self.all_sources:
             if not source.secrets:
-                where = (
-                    "CLIPIA_WEBHOOK_SECRET" if source.name == DEFAULT_SOURCE else f"source {source.name!r}"
-                )
-                raise SettingsError(
-                    f"{where}: the webhook secret is empty; an empty secret would let anyone sign"
-                )
+                name = "CLIPIA_WEBHOOK_SECRET" if source.name == DEFAULT_SOURCE else f"source {source.name!r}"
+                raise SettingsError(f"{name}: the webhook secret is empty: anyone could sign with it")
         return self.all_sources
 
     @classmethod
@@ -298,24 +306,24 @@ class Settings(BaseSettings):
             problems = "\n".join(
                 f"  {_spelling(e['loc'])}: {_reason(e)}" for e in error.errors(include_input=False)
             )
-            raise SettingsError(f"the settings are not usable:\n{problems}") from None
-        settings.hold_secrets()
+            raise SettingsError(f"invalid settings:\n{problems}") from None
+        settings.register_secrets()
         for url in (settings.storage_url, *(each.url for each in settings.all_destinations)):
             check_cloud_variables(os.environ, url.get_secret_value())
         return settings
 
-    def hold_secrets(self) -> None:
-        """Let `masking` hold all secrets of these settings, and those that clients take from the environment.
+    def register_secrets(self) -> None:
+        """Register all secrets with `masking`, and those of variables that clients read themselves.
 
-        `load` does so. A process that got its settings from another one holds none until it calls this.
+        `load` does this. A process that received its settings from another process must call it.
         """
-        hold_secrets(os.environ, (self, *self.destinations, *self.sources, *self.api_tokens))
+        register_secrets(os.environ, (self, *self.destinations, *self.sources, *self.api_tokens))
         for each in self.destinations:
-            each.hold_headers()
+            each.register_headers()
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return names in `environ` that start with RECEIVER_ and mean nothing to us: most likely typos."""
+    """Return the names in `environ` that start with RECEIVER_ and are no settings: probably typos."""
     known = {variable_name(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
 
@@ -325,12 +333,12 @@ def _parse_token(entry: Any) -> Any:
         return entry
     name, _, rest = entry.partition(":")
     token, colon, scopes = rest.partition(":")
-    # `name:token:` asks for no scope at all, and that is a mistake, not a wish for all of them.
+    # `name:token` has all scopes. `name:token:` has the empty scope "", which is invalid.
     return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
 
 def _spelling(location: tuple[int | str, ...]) -> str:
-    """Name a setting as the operator wrote it: a variable, or a path into the file."""
+    """Return a setting's name as the operator writes it: a variable, or a path into the file."""
     if not location:
         return "settings"
     head, *rest = str(location[0]).lower(), *location[1:]
@@ -345,5 +353,5 @@ def _spelling(location: tuple[int | str, ...]) -> str:
 
 def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return "is not a setting; see the table in the README"
+        return "is not a setting: see the table in the README"
     return str(error["msg"]).removeprefix("Value error, ")

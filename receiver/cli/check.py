@@ -262,7 +262,7 @@ class _Check:
         with problems_logged() as problems:
             await _and_close(start_and_check, destination.close)
         which = filter_text(settings.filter) or "every event"
-        described = f"; {settings.described}" if settings.described else ""
+        described = f"; {settings.summary}" if settings.summary else ""
         gets = f"gets {which}, when {settings.when}{described}"
         if problems:
             self._say("warning", f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")

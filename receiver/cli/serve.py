@@ -190,7 +190,7 @@ def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starl
     """Make the application inside the process that serves it."""
     if multiprocess:
         # A process that was spawned inherits neither the secrets to mask nor logging.
-        settings.hold_secrets()
+        settings.register_secrets()
         configure_logging(level=settings.log_level)
     set_up_allocator()
     DeadlineHttpToolsProtocol.budget = MemoryBudget(settings.max_buffered_bytes)

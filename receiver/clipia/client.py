@@ -31,7 +31,7 @@ from receiver.core.quota import RateHeaders
 from receiver.core.retry import longest_wait
 from receiver.error_texts import cause
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError, UnrecognizedBody
-from receiver.masking import hold, mask
+from receiver.masking import mask, register_secret
 from receiver.price import Credits, read_credits
 from receiver.settings import Settings
 
@@ -152,7 +152,7 @@ class ClipiaClient:
 
         Plain http, which is for this machine only, goes past the `proxy`.
         """
-        hold(key)
+        register_secret(key)
         if not _SENDABLE.fullmatch(key):
             raise SettingsError("CLIPIA_KEY: write the key as it is, in ASCII and without white space")
         try:

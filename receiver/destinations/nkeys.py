@@ -12,7 +12,7 @@ from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from receiver.masking import hold
+from receiver.masking import register_secret
 
 MAX_FILE: Final = 64 * 1024
 
@@ -51,7 +51,7 @@ def read_identity(path: str, *, with_jwt: bool) -> Identity:
     if seed is None or (with_jwt and jwt is None):
         raise ValueError("no user's seed, or no JWT")
     for secret in (seed[0], *([jwt[0]] if jwt else [])):
-        hold(secret.decode())
+        register_secret(secret.decode())
     raw = base64.b32decode(seed[0] + b"=" * (-len(seed[0]) % 8))
     content, checksum = raw[:-_CRC], raw[-_CRC:]
     if checksum != _checksum(content):

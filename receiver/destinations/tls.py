@@ -7,7 +7,7 @@ from pathlib import Path
 
 from receiver.destination_settings import DestinationSettings
 from receiver.errors import UnusableFileError
-from receiver.masking import hold
+from receiver.masking import register_secret
 
 
 def open_tls(
@@ -63,4 +63,4 @@ def _hold_key(path: str) -> None:
         if line.startswith("-----"):
             is_private = line.startswith("-----BEGIN") and "PRIVATE KEY" in line
         elif is_private:
-            hold(line.strip())
+            register_secret(line.strip())

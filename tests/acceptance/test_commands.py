@@ -131,8 +131,8 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
     assert "writable" in output
     assert "gets every event, when media_stored" in output
     assert (
-        "destination slow: reachable; gets every event, when media_stored; 2 at once, 0.5 a second, 3 s a try"
-        in output
+        "destination slow: reachable; gets every event, when media_stored; 2 at once, 0.5 per second, "
+        "3 s per attempt" in output
     )
 
 

@@ -147,7 +147,7 @@ def test_quotes_that_were_kept_are_an_error_that_says_so(
 ) -> None:
     """`docker --env-file` keeps quotes, which no value of ours has around it."""
     monkeypatch.setenv(name, f"{quote}{VARIABLES[name]}{quote}\n")
-    with pytest.raises(SettingsError, match=rf"{name}: stands in quotes.*--env-file") as caught:
+    with pytest.raises(SettingsError, match=rf"{name}: the quotes around.*--env-file") as caught:
         Settings.load()
     assert_hidden(str(caught.value))
 
@@ -265,7 +265,7 @@ def test_a_control_character_in_a_cloud_variable_is_an_error_if_it_is_used(
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{CANARY}\n{CANARY}")
     Settings.load()
     monkeypatch.setenv("RECEIVER_STORAGE_URL" if url.startswith("s3") else "RECEIVER_DESTINATION_URL", url)
-    with pytest.raises(SettingsError, match="AWS_SECRET_ACCESS_KEY: holds a line feed") as caught:
+    with pytest.raises(SettingsError, match="AWS_SECRET_ACCESS_KEY: contains a line feed") as caught:
         Settings.load()
     assert_hidden(str(caught.value))
 

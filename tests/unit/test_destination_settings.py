@@ -67,9 +67,9 @@ def test_a_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
         "certificate": "/etc/client.pem",
         "key": "/etc/client.key",
     }
-    assert orders.described == (
-        "4 at once, 20 a second, 2.5 s a try, headers Authorization, X-Api-Key, signed with 2 secrets, "
-        "authorities of its own, a client certificate"
+    assert orders.summary == (
+        "4 at once, 20 per second, 2.5 s per attempt, headers Authorization, X-Api-Key, "
+        "signed with 2 secrets, its own authorities, a client certificate"
     )
     for secret in secrets.values():
         assert secret not in repr(settings) + str(orders)
@@ -78,12 +78,12 @@ def test_a_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_process_that_got_its_settings_masks_headers_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G8: a worker process that unpickles its settings masks the headers' values after `hold_secrets`."""
+    """G8: a worker process that unpickles its settings masks the headers' values after `register_secrets`."""
     value = "unPiCkLeD-81f3a0c7d2"
     settings = load(f"[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = {{ X-Key = '{value}' }}")
     pickled = pickle.dumps(settings)
     monkeypatch.setattr(masking, "_pieces", set())
-    pickle.loads(pickled).hold_secrets()
+    pickle.loads(pickled).register_secrets()
     assert value not in mask(f"X-Key: {value}")
 
 
@@ -169,7 +169,7 @@ def test_secrets_in_headers_are_masked(monkeypatch: pytest.MonkeyPatch, header: 
     pickled = pickle.dumps(settings)
     monkeypatch.setattr(masking, "_pieces", set())
     monkeypatch.setattr(masking, "_short", set())
-    pickle.loads(pickled).hold_secrets()
+    pickle.loads(pickled).register_secrets()
     assert secret not in mask(f"you sent {secret}")
 
 
@@ -191,11 +191,11 @@ def test_a_password_in_a_basic_header_is_masked() -> None:
         ("https://x", 'headers = { X-Key = "" }', "X-Key is empty"),
         ("https://x", 'headers = { X-Key = "${EMPTY}" }', "X-Key is empty"),
         ("https://x", 'headers = { X-Key = "Zürich" }', "not ASCII"),
-        ("https://x", 'headers = { X-Key = "a\\nb" }', "headers.X-Key: holds a line feed inside"),
-        ("https://x", 'headers = { X-Key = "${SPLIT}" }', "headers.X-Key: holds a carriage return inside"),
+        ("https://x", 'headers = { X-Key = "a\\nb" }', "headers.X-Key: contains a line feed"),
+        ("https://x", 'headers = { X-Key = "${SPLIT}" }', "headers.X-Key: contains a carriage return"),
         ("https://x", 'headers = { X-Key = "1", x-key = "2" }', "twice"),
-        ("https://u:p@x", 'headers = { authorization = "Bearer 1" }', "the URL has a user already"),
-        ("HTTPS://u@x/@a", 'headers = { authorization = "Bearer 1" }', "the URL has a user already"),
+        ("https://u:p@x", 'headers = { authorization = "Bearer 1" }', "the URL contains a user"),
+        ("HTTPS://u@x/@a", 'headers = { authorization = "Bearer 1" }', "the URL contains a user"),
         ("redis://x?stream=s", 'headers = { X-Key = "1" }', "for http: and https: alone"),
         ("file:x", "tls = { ca = 'ca.pem' }", "tls is for URLs that start with https:, amqps:"),
         ("http://x", "tls = { ca = 'ca.pem' }", "tls is for URLs"),

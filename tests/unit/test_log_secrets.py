@@ -18,7 +18,7 @@ from receiver.destinations.base import quoted
 from receiver.errors import PublishFailed
 from receiver.lanes.base import describe
 from receiver.logs import _exceptions, _mask_event, _mask_quoted
-from receiver.masking import MASK, hold
+from receiver.masking import MASK, register_secret
 from receiver.settings import Settings
 
 SECRET = "cAnArY8f3b61d2e9"
@@ -31,7 +31,7 @@ def logged(error: BaseException) -> str:
 
 def test_a_traceback_masks_the_words_of_libraries() -> None:
     """G8: frames and classes are told, a library's text only masked and cut, along the whole chain."""
-    hold(SECRET)
+    register_secret(SECRET)
 
     def refuse() -> None:
         raise httpx.LocalProtocolError(f"Illegal header value b'Bearer {SECRET}\\n'")
@@ -54,7 +54,7 @@ def test_a_traceback_masks_the_words_of_libraries() -> None:
 
 def test_a_group_s_members_are_in_its_traceback() -> None:
     """G8: what failed in a task group is told, masked like everything else."""
-    hold(SECRET)
+    register_secret(SECRET)
     text = logged(ExceptionGroup("two", [ValueError(SECRET), PublishFailed("our own words", reason="x")]))
     assert "ExceptionGroup: two" in text
     assert f"ValueError: {MASK}" in text
@@ -71,14 +71,14 @@ def test_an_endless_chain_ends() -> None:
 
 def test_records_of_libraries_are_masked() -> None:
     """G8: asyncio puts the exception's repr into its own message."""
-    hold(SECRET)
+    register_secret(SECRET)
     event: dict[str, Any] = {"event": f"Task exception was never retrieved: ValueError('{SECRET}')"}
     assert SECRET not in json.dumps(dict(_mask_event(logging.getLogger(), "error", event)))
 
 
 def test_fields_that_quote_are_masked() -> None:
     """G8: a field that holds an error is masked once more."""
-    hold(SECRET)
+    register_secret(SECRET)
     event: dict[str, Any] = {"event": "x", "error": SECRET, "problem": SECRET, "count": 3}
     assert _mask_quoted(structlog.get_logger(), "error", event) == {
         "event": "x",

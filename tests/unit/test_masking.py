@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.masking import MASK, hold, hold_url, mask
+from receiver.masking import MASK, mask, register_secret, register_url
 
 SECRET = "cAnArY8f3b61+d2e9/xyz"
 KEY = f"clipia_live_{SECRET}"
@@ -32,7 +32,7 @@ KEY = f"clipia_live_{SECRET}"
 )
 def test_a_secret_that_is_held_is_masked_in_every_form(said: str) -> None:
     """A peer may repeat a secret whole, cut in two, escaped, percent-encoded or in base64."""
-    hold(KEY)
+    register_secret(KEY)
     masked = mask(said)
     assert MASK in masked
     for form in (SECRET, quote(SECRET, safe=""), base64.b64encode(SECRET.encode()).decode()):
@@ -44,14 +44,14 @@ def test_a_secret_that_is_held_is_masked_in_every_form(said: str) -> None:
 )
 def test_other_words_stay(said: str) -> None:
     """What is no part of a secret is left as it was, and so is the way in which all keys start."""
-    hold(KEY)
+    register_secret(KEY)
     assert mask(said) == said
 
 
 @given(before=st.text(), secret=st.text("abcdefgh0123", min_size=8, max_size=64), after=st.text())
 def test_what_stands_around_a_secret_stays(before: str, secret: str, after: str) -> None:
     """Masking takes the secret out and leaves the rest."""
-    hold(secret)
+    register_secret(secret)
     masked = mask(f"{before} {secret} {after}")
     assert secret not in masked
     assert mask(masked) == masked
@@ -78,15 +78,15 @@ def test_what_stands_around_a_secret_stays(before: str, secret: str, after: str)
 )
 def test_the_password_of_a_url_is_masked(url: str, secret: str) -> None:
     """A URL's password is a secret, the URL well-formed or not; its user and host are none."""
-    hold_url(url)
+    register_url(url)
     assert mask(f"Login refused: {secret}") == f"Login refused: {MASK}"
     assert mask("user host name") == "user host name"
 
 
 def test_names_in_a_url_are_no_secrets() -> None:
     """Messages name queues and streams, which stand in a URL, too."""
-    hold_url("amqp://user:hunter-22222@host/?exchange=the-exchange&routing_key=the-routing-key")
-    hold_url("https://hooks.example.com/in?to=somebody@example.com")
+    register_url("amqp://user:hunter-22222@host/?exchange=the-exchange&routing_key=the-routing-key")
+    register_url("https://hooks.example.com/in?to=somebody@example.com")
     assert mask("https://hooks.example.com/in is away") == "https://hooks.example.com/in is away"
     assert mask("no queue 'the-routing-key' at the-exchange") == "no queue 'the-routing-key' at the-exchange"
 
@@ -108,7 +108,7 @@ def test_names_in_a_url_are_no_secrets() -> None:
 )
 def test_words_that_are_no_secret_stay(url: str) -> None:
     """A user, a path, an option that is none, and a password that everybody knows are left as they are."""
-    hold_url(url)
+    register_url(url)
     words = (
         "the receiver is away; guest of shop-orders is true: nats://host, /run/receiver/passfile https://host"
     )
@@ -117,7 +117,7 @@ def test_words_that_are_no_secret_stay(url: str) -> None:
 
 def test_a_login_in_a_header_is_masked() -> None:
     """HTTP's basic authentication has user and password in base64."""
-    hold_url("https://user:hunter-22222@host")
+    register_url("https://user:hunter-22222@host")
     header = base64.b64encode(b"user:hunter-22222").decode()
     assert mask(f"you sent {header}") == f"you sent {MASK}"
 
@@ -140,5 +140,5 @@ def test_what_looks_like_a_secret_is_masked_though_nobody_holds_it(said: str, ma
 
 def test_a_very_short_secret_is_masked_nowhere() -> None:
     """A password of three characters stands in ordinary words."""
-    hold("abc")
+    register_secret("abc")
     assert mask("abc abcdef") == "abc abcdef"
