@@ -1,0 +1,96 @@
+"""The documents name what there is: their links and paths lead to files, and their tables are complete."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+from prometheus_client import Counter
+from prometheus_client.metrics import MetricWrapperBase
+
+from receiver import metrics
+from receiver.cli import app
+from receiver.config_file import variable_name
+from receiver.destination_settings import DestinationSettings
+from receiver.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+_LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
+_PATH = re.compile(r"`((?:receiver|tests|docs|migrations|benchmarks)/[\w./-]+)`")
+
+
+def text_of(*pages: str) -> str:
+    """Return the text of pages."""
+    return "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to a page's headings."""
+    without_code = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(command: Any, path: str = "") -> Iterator[str]:
+    """Return the name of each command, with that of its group in front."""
+    for name, each in getattr(command, "commands", {}).items():
+        yield from commands(each, f"{path}{name} ") if hasattr(each, "commands") else [f"{path}{name}"]
+
+
+def shown_name(metric: MetricWrapperBase) -> str:
+    """Return the name that a metric has in `/metrics`."""
+    return f"{metric._name}{'_total' if isinstance(metric, Counter) else ''}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_a_file_and_a_heading(page: Path) -> None:
+    """A page or a heading that is renamed takes its links along."""
+    for link in (first or second for first, second in _LINK.findall(page.read_text(encoding="utf-8"))):
+        target, _, anchor = link.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        assert file.exists(), link
+        assert not anchor or anchor in anchors(file), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_paths_of_the_repository_exist(page: Path) -> None:
+    """A module that is renamed is renamed in the documents, too."""
+    for path in _PATH.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - {"destinations", "sources"}))
+def test_the_readme_has_every_setting(name: str) -> None:
+    """The table is the only list of variables."""
+    assert f"`{variable_name(name)}`" in text_of("README.md")
+
+
+@pytest.mark.parametrize("name", sorted(DestinationSettings.model_fields))
+def test_the_page_of_destinations_has_every_option(name: str) -> None:
+    """Each key of a `[[destinations]]` table is in an example or a table."""
+    assert re.search(rf"^{name} = |`{name}`|`{name} =", text_of("docs/destinations.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", sorted(commands(typer.main.get_command(app))))
+def test_the_readme_has_every_command(name: str) -> None:
+    """A row may name a group once and then the other commands of it."""
+    group, _, command = name.rpartition(" ")
+    rows = [
+        row for row in text_of("README.md").splitlines() if re.search(rf"^\| .*`(receiver )?{group}\b", row)
+    ]
+    assert any(re.search(rf"`(receiver )?(\w+ )?{command}\b", row) for row in rows), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(shown_name(each) for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)),
+)
+def test_the_documents_have_every_metric(name: str) -> None:
+    """The README has the table of those to watch, and other pages the rest."""
+    assert f"`{name}" in text_of(*(str(page.relative_to(ROOT)) for page in PAGES))
