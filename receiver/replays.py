@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Final, Self
 
 import orjson
 import structlog
@@ -26,6 +26,7 @@ from receiver.db import job_events, leases, outbox, replays, tables, workers
 from receiver.db.database import Database
 from receiver.db.rows import Claim, NewReplay, ReplayedEvent, ReplayOrder, new_id
 from receiver.db.selection import Selection
+from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
 from receiver.destination_settings import FilterSettings
 from receiver.errors import RequestError, SettingsError, TransientError
 from receiver.lanes.base import (
@@ -106,7 +107,7 @@ class Replays:
         self._filters = filters
         self._wake = wake
 
-    async def order(self, request: ReplayRequest, *, key: str | None, caller: str) -> dict[str, Any]:
+    async def order(self, request: ReplayRequest, *, key: str | None, caller: str) -> ReplayDetails:
         """Order a replay, or return the one that this caller's key already stands for.
 
         Raises RequestError for an unknown destination and for a key that stands for another order.
@@ -149,8 +150,8 @@ class Replays:
         self._wake(REPLAY_LANE)
         return found
 
-    async def dry_run(self, request: ReplayRequest) -> dict[str, Any]:
-        """Return what a replay would do: `events`, and `deliveries` by destination."""
+    async def dry_run(self, request: ReplayRequest) -> ReplayCounts:
+        """Count the events that a replay would go through, and its deliveries by destination."""
         filters = {name: self._filters[name] for name in self._destinations(request)}
         counts: Counter[str] = Counter(dict.fromkeys(filters, 0))
         events = 0
@@ -167,12 +168,12 @@ class Replays:
             )
         return {"events": events, "deliveries": dict(counts)}
 
-    async def show(self, replay_id: uuid.UUID) -> dict[str, Any] | None:
+    async def show(self, replay_id: uuid.UUID) -> ReplayDetails | None:
         """Return a replay with its progress."""
         async with self._database.read() as connection:
             return await replays.show(connection, replay_id)
 
-    async def list_orders(self, *, limit: int, before: int | None = None) -> list[dict[str, Any]]:
+    async def list_orders(self, *, limit: int, before: int | None = None) -> list[ReplayHead]:
         """Return replays, newest first."""
         async with self._database.read() as connection:
             return await replays.list_orders(connection, limit=limit, before=before)

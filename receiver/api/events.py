@@ -1,9 +1,9 @@
 """`/v1/events`, `/v1/deliveries` and `/v1/replays`: what came in, where it went, and sending it again."""
 
 import base64
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final, cast, get_args
+from typing import Any, Final, get_args
 from uuid import UUID
 
 import structlog
@@ -32,7 +32,9 @@ from receiver.core.request_checks import invalid_request, read_cursor
 from receiver.db import outbox, reads
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
+from receiver.db.reads import EventFinder, EventT
 from receiver.db.rows import DeliveryState, EventState, EventStatus
+from receiver.db.views import Receipt
 from receiver.errors import RequestError, StorageUnavailable
 from receiver.media import Storage
 from receiver.replays import ReplayRequest, Replays
@@ -92,9 +94,9 @@ class Ledger:
 
     async def _event(self, request: Request, _caller: Caller) -> Response:
         event = await self._find_event(request, reads.show_event)
-        event |= present(event.pop("body"))
-        event["receipts"] = [_shown(receipt) for receipt in event["receipts"]]
-        return json_answer(event)
+        shown = {name: value for name, value in event.items() if name != "body"}
+        shown["receipts"] = [_shown(receipt) for receipt in event["receipts"]]
+        return json_answer(shown | present(event["body"]))
 
     async def _erase(self, request: Request, caller: Caller) -> Response:
         id_ = request.path_params["id"]
@@ -180,7 +182,7 @@ class Ledger:
         log.info("dead letters restarted", by=caller.name, count=sum(done.values()))
         return done
 
-    async def _find_event(self, request: Request, find: reads.EventFinder) -> dict[str, Any]:
+    async def _find_event(self, request: Request, find: EventFinder[EventT]) -> EventT:
         async with self._database.read() as connection:
             event = await find(connection, request.path_params["id"])
         if event is None:
@@ -228,7 +230,7 @@ class Ledger:
             raise _nothing("replay")
         if not await self._replays.cancel(replay_id, by=caller.name):
             raise RequestError("the replay has ended", code="not_cancelable")
-        return json_answer(cast("dict[str, Any]", await self._replays.show(replay_id)))
+        return json_answer(await self._replays.show(replay_id))
 
 
 def _read(values: object) -> ReplayRequest:
@@ -238,12 +240,12 @@ def _read(values: object) -> ReplayRequest:
         raise invalid_request(error) from None
 
 
-def _shown(receipt: dict[str, Any]) -> dict[str, Any]:
+def _shown(receipt: Receipt) -> dict[str, Any]:
     body = receipt["body"]
-    return receipt | {"body": None if body is None else base64.b64encode(body).decode()}
+    return {**receipt, "body": None if body is None else base64.b64encode(body).decode()}
 
 
-def _page(rows: list[dict[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
+def _page(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
     more = len(rows) > limit
     return {"data": rows[:limit], "next": str(rows[limit - 1][cursor]) if more else None}
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 from uuid import UUID
 
 import typer
@@ -24,6 +24,7 @@ from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState
 from receiver.db.unserved import Taken
+from receiver.db.views import ListedDelivery
 from receiver.errors import ReceiverError
 from receiver.lanes.base import destination_lane
 from receiver.settings import Settings
@@ -54,7 +55,7 @@ def list_(
     """List deliveries, newest first, with the reason of the last failure."""
     cursor = None if before is None else _id(before)
 
-    async def query(_settings: Settings, database: Database) -> list[dict[str, Any]]:
+    async def query(_settings: Settings, database: Database) -> list[ListedDelivery]:
         async with database.read() as connection:
             return await reads.list_deliveries(
                 connection,
@@ -71,7 +72,7 @@ def list_(
         print_json(found)
         return
     table = Table(box=None)
-    for name in ("id", "destination", "state", "tries", "request", "made", "reason"):
+    for name in ("id", "destination", "state", "attempts", "request", "made", "reason"):
         # An id that is cut off is of no use; a reason may take several lines.
         table.add_column(name, no_wrap=name != "reason")
     for row in found:

@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -23,6 +23,7 @@ from rich.text import Text
 from receiver.cli.terminal import size, stdout
 from receiver.db import reads
 from receiver.db.database import Database
+from receiver.db.views import EventDetails, File
 from receiver.errors import ReceiverError
 from receiver.files import open_private
 from receiver.logs import configure_logging
@@ -182,12 +183,12 @@ class _Demo:
             f"not everything had happened after {PATIENCE:.0f} s; see {self._folder / 'receiver.log'}"
         )
 
-    def _report(self, kind: str, event: dict[str, Any]) -> bool:
+    def _report(self, kind: str, event: EventDetails) -> bool:
         """Say what is new about an event; True once all of it has really happened."""
         key = str(event["id"])
         self._say_once((key,), f"{kind}: webhook verified, event {key} stored once")
         for file in event["media"]:
-            if file["state"] == "stored":
+            if file["state"] == "stored" and file["size"] is not None and file["sha256"] is not None:
                 _verify(file)
                 self._say_once(
                     (key, str(file["id"])),
@@ -236,14 +237,14 @@ def _listening_url(log_file: Path) -> str | None:
     return next((record["url"] for record in records if record["event"] == "listening"), None)
 
 
-def _all_in(works: Iterable[dict[str, Any]], state: str) -> bool:
+def _all_in(works: Iterable[Mapping[str, Any]], state: str) -> bool:
     states = [work["state"] for work in works]
     return bool(states) and all(each == state for each in states)
 
 
-def _verify(file: dict[str, Any]) -> None:
+def _verify(file: File) -> None:
     """Read a stored file back; the database's word for it is not enough."""
-    path = Path(unquote(urlsplit(file["uri"]).path))
+    path = Path(unquote(urlsplit(file["uri"] or "").path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
         raise ReceiverError(f"{path} does not have the checksum on record")
 

@@ -3,7 +3,7 @@
 import base64
 import sys
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -36,6 +36,7 @@ from receiver.core.lenient_json import present
 from receiver.db import reads, transfer
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
+from receiver.db.views import DeliveryWithLog, EventDetails, EventSummary, FileWithLog
 from receiver.errors import ReceiverError
 from receiver.files import open_private
 from receiver.media import open_storage
@@ -65,7 +66,7 @@ def list_(
 ) -> None:
     """List events, newest first."""
 
-    async def query(connection: AsyncConnection) -> list[dict[str, Any]]:
+    async def query(connection: AsyncConnection) -> list[EventSummary]:
         return await reads.list_events(
             connection,
             limit=limit,
@@ -106,20 +107,21 @@ def show(
 ) -> None:
     """Show one event with its receipts, media, deliveries and every try at them."""
 
-    async def query(connection: AsyncConnection) -> dict[str, Any] | None:
+    async def query(connection: AsyncConnection) -> EventDetails | None:
         return await reads.show_event(connection, key)
 
     event = _read(query)
     if event is None:
         raise ReceiverError(f"there is no event with the id or request_id {key!r}")
-    event |= present(event.pop("body"))
-    for receipt in event["receipts"]:
-        if receipt["body"] is not None:
-            receipt["body"] = base64.b64encode(receipt["body"]).decode("ascii")
-    if json:
-        print_json(event)
+    if not json:
+        _print_event(event)
         return
-    _print_event(event)
+    shown = {name: value for name, value in event.items() if name != "body"}
+    shown["receipts"] = [
+        {**each, "body": None if each["body"] is None else base64.b64encode(each["body"]).decode("ascii")}
+        for each in event["receipts"]
+    ]
+    print_json(shown | present(event["body"]))
 
 
 @events.command()
@@ -310,13 +312,14 @@ def _say(message: str) -> None:
     stderr.print(message)
 
 
-def _print_event(event: dict[str, Any]) -> None:
+def _print_event(event: EventDetails) -> None:
     facts = Table(box=None, show_header=False)
     if event.get("recoverable"):
         stdout.print("This release can read it: `receiver events recover` takes it up.\n")
+    values: Mapping[str, Any] = event
     for name in ("id", "request_id", "source", "origin", "state", "reason", "status", "model", "cost"):
-        if event[name] is not None:
-            facts.add_row(name, Text(str(event[name])))
+        if values[name] is not None:
+            facts.add_row(name, Text(str(values[name])))
     facts.add_row("received", moment(event["received_at"]))
     stdout.print(facts)
     print_title("Receipts", event["receipts"])
@@ -331,28 +334,30 @@ def _print_event(event: dict[str, Any]) -> None:
     print_title("Media", event["media"])
     for file in event["media"]:
         field = f"{file['field']}: " if file["field"] else ""
-        _print_work(file, f"{file['position']:02d}-{file['variant']} {field}{file['url']}")
+        lines = [file["uri"], None, file["warning"]]
+        if file["size"] is not None:
+            lines[1] = f"{size(file['size'])}, {file['content_type']}, sha256 {file['sha256']}"
+        _print_work(file, f"{file['position']:02d}-{file['variant']} {field}{file['url']}", lines)
     print_title("Deliveries", event["deliveries"])
     for delivery in event["deliveries"]:
         _print_work(delivery, delivery["destination"])
 
 
-def _print_work(work: dict[str, Any], label: str) -> None:
+def _print_work(work: FileWithLog | DeliveryWithLog, label: str, lines: Iterable[str | None] = ()) -> None:
     print_line(f"  {work['state']:<9} {label}")
-    if work.get("uri"):
-        print_line(f"            {work['uri']}")
-        print_line(f"            {size(work['size'])}, {work['content_type']}, sha256 {work['sha256']}")
-    if work.get("warning"):
-        print_line(f"            {work['warning']}")
-    if not work["tries"] and work["error"]:
+    for line in filter(None, lines):
+        print_line(f"            {line}")
+    if not work["attempt_log"] and work["error"]:
         print_line(f"            {work['error']}")
-    for attempt in work["tries"]:
-        line = f"            try {attempt['number']}: {moment(attempt['started_at'])} {attempt['outcome']}"
+    for attempt in work["attempt_log"]:
+        line = (
+            f"            attempt {attempt['number']}: {moment(attempt['started_at'])} {attempt['outcome']}"
+        )
         error = f": {attempt['error']}" if attempt["error"] else ""
         print_line(f"{line} after {attempt['duration_ms']} ms{error}")
     if work["state"] == "pending":
         due = moment(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
-        print_line(f"            next try: {due}")
+        print_line(f"            next attempt: {due}")
 
 
 def _read(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:

@@ -1,5 +1,6 @@
 """`receiver jobs`: what was submitted and what became of it."""
 
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any
@@ -238,7 +239,7 @@ def cost(
 ) -> None:
     """Add up credits: reserved while a job is open, then charged or refunded. Jobs of test keys cost none."""
 
-    async def run(submitter: Submitter) -> list[dict[str, Any]]:
+    async def run(submitter: Submitter) -> Sequence[Mapping[str, Any]]:
         return await submitter.costs(by=by.value, caller=caller, since=_utc(since), until=_utc(until))
 
     rows = with_submitter(run)

@@ -50,12 +50,13 @@ def verify(
                         return found
                     before = page[-1]["id"]
                     for row in page:
+                        shown = {key: value for key, value in row.items() if key not in ("url", "field")}
                         finding = await verify_file(
                             storage,
                             row["storage_key"],
                             kind=row["kind"],
-                            url=row.pop("url"),
-                            field=row.pop("field"),
+                            url=row["url"],
+                            field=row["field"],
                             size=row["size"],
                             sha256=row["sha256"],
                             on_unreadable=lambda key, error: errors.update({key: str(error)}),
@@ -63,10 +64,10 @@ def verify(
                         if finding == "intact":
                             found["intact"] += 1
                             if row["warning"]:
-                                found["flagged"].append(row)
+                                found["flagged"].append(shown)
                         else:
                             why = {"finding": finding, "error": errors.pop(row["storage_key"], None)}
-                            found["damaged"].append(row | why)
+                            found["damaged"].append(shown | why)
                         progress.advance(task)
         finally:
             await storage.close()

@@ -27,6 +27,7 @@ from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.request_checks import first_problem
 from receiver.db import workers
 from receiver.db.database import Database
+from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
 from receiver.errors import ReceiverError
 from receiver.lanes.base import destination_lane
 from receiver.process import make_replays
@@ -111,20 +112,23 @@ def replay(
         }
     )
 
-    async def run(settings: Settings, database: Database) -> tuple[dict[str, Any], int]:
+    async def count(settings: Settings, database: Database) -> ReplayCounts:
+        return await make_replays(settings, database).dry_run(request)
+
+    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
         orders = make_replays(settings, database)
-        if dry_run:
-            return await orders.dry_run(request), 0
         order = await orders.order(request, key=key, caller=f"cli-{user_name()}"[:63])
         if not json:
             stderr.print(f"Replay {order['id']}: {order['matched']} events")
         return await _watch(database, orders, order, patience) if wait else (order, 0)
 
+    if dry_run:
+        counts = with_database(count)
+        (print_json if json else _print_counts)(counts)
+        return
     found, ended_with = with_database(run)
     if json:
         print_json(found)
-    elif dry_run:
-        _print_counts(found)
     elif wait:
         _print(found)
     if ended_with:
@@ -142,7 +146,7 @@ def _read(values: dict[str, Any]) -> ReplayRequest:
         raise ReceiverError(f"{option}: {message}") from None
 
 
-def _print_counts(found: dict[str, Any]) -> None:
+def _print_counts(found: ReplayCounts) -> None:
     stdout.print(f"{found['events']} events")
     for name, count in found["deliveries"].items():
         stdout.print(f"{name}: {count} deliveries")
@@ -154,7 +158,7 @@ def list_(
 ) -> None:
     """List replays, newest first: who ordered them, and why."""
 
-    async def run(settings: Settings, database: Database) -> list[dict[str, Any]]:
+    async def run(settings: Settings, database: Database) -> list[ReplayHead]:
         return await make_replays(settings, database).list_orders(limit=limit)
 
     found = with_database(run)
@@ -189,7 +193,7 @@ def show(
         raise ReceiverError("--timeout needs --wait")
     patience = Patience(timeout)
 
-    async def run(settings: Settings, database: Database) -> tuple[dict[str, Any], int]:
+    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
         orders = make_replays(settings, database)
         order = await _find(orders, replay_id)
         return await _watch(database, orders, order, patience) if wait else (order, 0)
@@ -207,7 +211,7 @@ def show(
 def cancel(replay_id: Annotated[UUID, typer.Argument(metavar="ID")]) -> None:
     """Stop a replay: what was not sent yet will not be."""
 
-    async def run(settings: Settings, database: Database) -> dict[str, Any]:
+    async def run(settings: Settings, database: Database) -> ReplayDetails:
         orders = make_replays(settings, database)
         await _find(orders, replay_id)
         if not await orders.cancel(replay_id, by=f"{user_name()} on the command line"):
@@ -217,7 +221,7 @@ def cancel(replay_id: Annotated[UUID, typer.Argument(metavar="ID")]) -> None:
     _print(with_database(run))
 
 
-async def _find(orders: Replays, replay_id: UUID) -> dict[str, Any]:
+async def _find(orders: Replays, replay_id: UUID) -> ReplayDetails:
     found = await orders.show(replay_id)
     if found is None:
         raise ReceiverError(f"there is no replay {replay_id}")
@@ -225,8 +229,8 @@ async def _find(orders: Replays, replay_id: UUID) -> dict[str, Any]:
 
 
 async def _watch(
-    database: Database, orders: Replays, order: dict[str, Any], patience: Patience
-) -> tuple[dict[str, Any], int]:
+    database: Database, orders: Replays, order: ReplayDetails, patience: Patience
+) -> tuple[ReplayDetails, int]:
     """Return the replay, and the exit status, when it has ended or there is no use in waiting."""
     progress = progress_bar(
         TextColumn("{task.description}"),
@@ -249,9 +253,13 @@ async def _watch(
                 progressed, sent = _ended(order) != sent, _ended(order)
                 missing = None if progressed else await _find_missing(database, order)
                 # How many deliveries there will be is reckoned from the events that were looked at so far.
-                total = order["ordered"]
+                total: int | None = order["ordered"]
                 if order["state"] == "pending":
-                    total = round(total * order["matched"] / order["handled"]) if order["handled"] else None
+                    total = (
+                        round(order["ordered"] * order["matched"] / order["handled"])
+                        if order["handled"]
+                        else None
+                    )
                 rate = (sent - sent_first) / (loop.time() - began)
                 progress.update(task, completed=sent, total=total, rate=f"{rate:.0f}/s")
         except GaveUp as over:
@@ -266,7 +274,7 @@ async def _watch(
     return order, 1 if order["state"] == "failed" or _count(order, "dead") else 0
 
 
-async def _find_missing(database: Database, order: dict[str, Any]) -> str | None:
+async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
     """Return in words what is missing so that the replay goes on; None if nothing is."""
     async with database.read() as connection:
         seen = await workers.seen(connection)
@@ -279,15 +287,15 @@ async def _find_missing(database: Database, order: dict[str, Any]) -> str | None
     return missing[0] if all(missing) else None
 
 
-def _count(order: dict[str, Any], *states: str) -> int:
+def _count(order: ReplayDetails, *states: str) -> int:
     return sum(counts.get(state, 0) for counts in order["deliveries"].values() for state in states)
 
 
-def _ended(order: dict[str, Any]) -> int:
+def _ended(order: ReplayDetails) -> int:
     return _count(order, "delivered", "dead", "canceled")
 
 
-def _print(order: dict[str, Any]) -> None:
+def _print(order: ReplayDetails) -> None:
     print_line(f"Replay {order['id']}: {order['state']}, {order['handled']} of {order['matched']} events")
     print_line(
         f"  by {order['caller']}, {moment(order['created_at'])}: {order['reason'] or 'no reason given'}"

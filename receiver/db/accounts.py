@@ -4,11 +4,11 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from sqlalchemy import select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.quota import Quota, RateHeaders
 from receiver.db.clock import unix_time
+from receiver.db.statements import insert_for
 from receiver.db.tables import accounts
 
 
@@ -21,9 +21,9 @@ async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]
     statement = select(*columns, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
-        dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
         values = {"id": account} | asdict(Quota())
-        await connection.execute(dialect.insert(accounts).values(**values).on_conflict_do_nothing())
+        new = insert_for(connection.dialect.name, accounts).values(**values).on_conflict_do_nothing()
+        await connection.execute(new)
         row = (await connection.execute(statement)).mappings().one()
     found = dict(row)
     now = found.pop("now")

@@ -6,10 +6,10 @@ from datetime import datetime
 from typing import Final
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time
+from receiver.db.statements import insert_for
 from receiver.db.tables import freezes, in_state, jobs
 from receiver.errors import ClipiaUnavailable
 
@@ -48,8 +48,7 @@ async def require_none(connection: AsyncConnection) -> None:
 
 async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored: bool) -> None:
     """Freeze submissions; a freeze that is there already stays, and can only become one after a restore."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(freezes).values(
+    statement = insert_for(connection.dialect.name, freezes).values(
         name=_NAME, by=by, reason=reason, restored=restored, frozen_at=db_time(0.0)
     )
     await connection.execute(statement.on_conflict_do_nothing())

@@ -7,13 +7,13 @@ from typing import Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events, sources
 from receiver.db.arrays import among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
+from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
 SMALL: Final = 8192
@@ -31,17 +31,8 @@ class KnownEvent(NamedTuple):
 
 
 async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
-    """Insert an event and return its `seq`, or None where its id, and so (source, request_id), is taken.
-
-    One statement, because a SELECT first would let two deliveries both find nothing. An insert that meets the
-    uncommitted row of another transaction waits for it: it returns None after that commit, and wins after its
-    rollback.
-    """
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = (
-        dialect.insert(events).values(**event._asdict()).on_conflict_do_nothing().returning(events.c.seq)
-    )
-    seq: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    """Insert an event and return its `seq`, or None if its id, and so (source, request_id), is taken."""
+    seq = await insert_unless_taken(connection, events, event._asdict())
     if seq is not None:
         await sources.remember(connection, event.source)
     return seq

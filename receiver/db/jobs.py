@@ -17,7 +17,6 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -25,6 +24,7 @@ from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.refused_jobs import Turn, same_environment
 from receiver.db.rows import Backlog, Claim, JobState, NewJob, OpenRequest, Submission
+from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
@@ -43,15 +43,10 @@ class KnownJob:
 
 
 async def insert(connection: AsyncConnection, job: NewJob) -> bool:
-    """Insert a job, due at once; False where (caller, idempotency_key) is taken.
-
-    One statement, for the same reason as with events.
-    """
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    """Insert a job, due at once; False if (caller, idempotency_key) is taken."""
     price = prices.split(cost=job.cost, max_cost=job.max_cost)
-    values = asdict(job) | price | leases.work_values() | {"id": job.id, "updated_at": db_time(0.0)}
-    statement = dialect.insert(jobs).values(**values).on_conflict_do_nothing().returning(jobs.c.seq)
-    return (await connection.execute(statement)).scalar_one_or_none() is not None
+    values = leases.work_values() | asdict(job) | price | {"updated_at": db_time(0.0)}
+    return await insert_unless_taken(connection, jobs, values) is not None
 
 
 async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownJob | None:

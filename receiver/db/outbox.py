@@ -20,13 +20,13 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
+from receiver.db.statements import between, equal, insert_for
 from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
 
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def _insert_wanted(dialect_name: str, *, due: bool) -> Insert:
     rest = {name: value for name, value in _pending(due=due).items() if value is not None}
     values = (literal(value) if isinstance(value, str) else value for value in rest.values())
     rows = _WANTED.select(dialect_name, *values)
-    new = sqlite.insert(deliveries) if dialect_name == "sqlite" else postgresql.insert(deliveries)
+    new = insert_for(dialect_name, deliveries)
     return new.from_select([*_WANTED.columns, *rest], rows).on_conflict_do_nothing()
 
 
@@ -172,15 +172,10 @@ class DeadLetters:
 
     def conditions(self) -> list[ColumnElement[bool]]:
         """Return the conditions on `deliveries`."""
-        found = [in_state(deliveries, "dead")]
+        found = [in_state(deliveries, "dead"), *between(deliveries.c.finished_at, self.since, self.until)]
+        found += equal(deliveries, {"destination": self.destination})
         if self.ids:
             found.append(deliveries.c.id.in_(self.ids))
-        if self.destination is not None:
-            found.append(deliveries.c.destination == self.destination)
-        if self.since is not None:
-            found.append(deliveries.c.finished_at >= self.since)
-        if self.until is not None:
-            found.append(deliveries.c.finished_at < self.until)
         if self.not_restarted_since is not None:
             restarted = deliveries.c.restarted_at
             found.append(or_(restarted.is_(None), restarted < self.not_restarted_since))

@@ -1,17 +1,18 @@
-"""SQL that only reads, for people: events and jobs with everything that hangs on them."""
+"""Queries of the API and the commands: events, deliveries and jobs with the rows that refer to them."""
 
 import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Table, and_, case, exists, func, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices, unrecognized
 from receiver.db.rows import event_id, least_id
 from receiver.db.sources import find_event_ids
+from receiver.db.statements import between, equal
 from receiver.db.tables import (
     attempts,
     deliveries,
@@ -23,11 +24,22 @@ from receiver.db.tables import (
     media,
     receipts,
 )
+from receiver.db.views import (
+    EventDetails,
+    EventSummary,
+    EventWithBody,
+    JobCosts,
+    JobDetails,
+    ListedDelivery,
+    Receipt,
+    StoredFile,
+)
 
 Row = dict[str, Any]
-EventFinder = Callable[[AsyncConnection, str], Awaitable[Row | None]]
+EventT = TypeVar("EventT", bound=EventWithBody)
+EventFinder = Callable[[AsyncConnection, str], Awaitable[EventT | None]]
 
-# The job that the event is of. The one that the callback's path named is a claim, and its token is nobody's.
+# The job of the event's `request_id`. The callback's path may name another one, and it is not signed.
 _JOB_ID: Final = (
     select(jobs.c.id)
     .where(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
@@ -42,10 +54,10 @@ _PENDING: Final = union_all(
     *(select(deliveries.c.id).where(in_state(deliveries, "pending"), half) for half in (is_live, is_replayed))
 )
 CLOCKS_APART: Final = timedelta(days=1)
-"""What the clock that made a row's id and the database's, which dates the row, are never apart."""
+"""The largest difference that is expected between the clock in a row's id and the database's clock."""
 _HIDDEN = {"event_seq", "lease", "lost", "seen_sha256"}
 SHOWN_RECEIPTS: Final = 50
-"""Receipts that are shown with their event. Releases before kept any number of them."""
+"""Receipts that are shown with their event; earlier releases kept any number of them."""
 
 
 async def list_events(
@@ -59,25 +71,19 @@ async def list_events(
     model: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
-) -> list[Row]:
-    """Return events, newest first, with how many of their files and deliveries are in which state.
+) -> list[EventSummary]:
+    """Return events, newest first, and the number of their files and deliveries in each state.
 
-    `before` is the `seq` of the last row of the page before.
+    `before` is the `seq` of the last row of the previous page.
     """
-    exact = {"source": source, "state": state, "status": status, "model": model}
-    where: list[ColumnElement[bool]] = [
-        events.c[name] == value for name, value in exact.items() if value is not None
-    ]
     place = tuple_(events.c.received_at, events.c.seq)
+    where = equal(events, {"source": source, "state": state, "status": status, "model": model})
+    where += between(events.c.received_at, since, until)
     if before is not None:
         last = select(events.c.received_at).where(events.c.seq == before)
         moment = (await connection.execute(last)).scalar_one_or_none()
-        # What was pruned meanwhile was among the oldest.
+        # If that row was pruned meanwhile, it was one of the oldest.
         where.append(events.c.seq < before if moment is None else place < tuple_(moment, before))
-    if since is not None:
-        where.append(events.c.received_at >= since)
-    if until is not None:
-        where.append(events.c.received_at < until)
     statement = select(*_EVENT).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
     found = [prices.join(row) for row in (await connection.execute(statement)).mappings()]
     seqs = [row["seq"] for row in found]
@@ -85,15 +91,20 @@ async def list_events(
         counts = await _count_states(connection, table, seqs)
         for row in found:
             row[name] = counts[row["seq"]]
-    return found
+    return cast("list[EventSummary]", found)
 
 
-async def find_event(connection: AsyncConnection, key: str) -> Row | None:
-    """Return one event by its id or `request_id`, with its body (bytes).
+async def find_event(connection: AsyncConnection, key: str) -> EventWithBody | None:
+    """Return one event by its id or `request_id`.
 
-    One that was not recognized has `recoverable`, and is found by the `request_id` that this release reads in
-    it unless there is another event of that name.
+    An unrecognized event is also found by the `request_id` that this release reads in its body, if no other
+    event has it.
     """
+    found = await _find_event(connection, key)
+    return cast("EventWithBody | None", found)
+
+
+async def _find_event(connection: AsyncConnection, key: str) -> Row | None:
     # No database stores NUL.
     if "\0" in key:
         return None
@@ -111,25 +122,24 @@ async def find_event(connection: AsyncConnection, key: str) -> Row | None:
     return event
 
 
-async def show_event(connection: AsyncConnection, key: str) -> Row | None:
-    """Return what `find_event` does, with everything that hangs on the event."""
-    event = await find_event(connection, key)
+async def show_event(connection: AsyncConnection, key: str) -> EventDetails | None:
+    """Return the event that `find_event` does, with its receipts, files, deliveries and attempts."""
+    event = await _find_event(connection, key)
     if event is None:
         return None
     seq = event["seq"]
     event["receipts"] = await list_receipts(connection, seq, limit=SHOWN_RECEIPTS)
     counted = select(func.coalesce(func.sum(1 + receipts.c.repeated), 0)).where(receipts.c.event_seq == seq)
     event["receipts_total"] = int((await connection.execute(counted)).scalar_one())
-    event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
-    event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
+    await _add_work(connection, event)
     await _add_attempts(connection, [*event["media"], *event["deliveries"]])
-    return event
+    return cast("EventDetails", event)
 
 
 async def list_receipts(
     connection: AsyncConnection, event_seq: int, *, limit: int, after: int = 0
-) -> list[Row]:
-    """Return receipts of an event, oldest first; `after` is the `seq` of the last row of the page before."""
+) -> list[Receipt]:
+    """Return receipts of an event, oldest first; `after` is the last `seq` of the previous page."""
     columns = [column for column in receipts.c if column.name not in _HIDDEN]
     statement = (
         select(*columns)
@@ -137,7 +147,7 @@ async def list_receipts(
         .order_by(receipts.c.seq)
         .limit(limit)
     )
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+    return cast("list[Receipt]", await _rows(connection, statement))
 
 
 async def list_deliveries(
@@ -149,25 +159,26 @@ async def list_deliveries(
     destination: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
-) -> list[Row]:
-    """Return deliveries, newest first, each with its event's `event_id`, `request_id`, `status` and `model`.
+) -> list[ListedDelivery]:
+    """Return deliveries, newest first.
 
-    `before` is the id of the last row of the page before; times are when it was made.
+    `before` is the id of the last row of the previous page; `since` and `until` bound `created_at`.
     """
-    where: list[ColumnElement[bool]] = []
+    where = equal(deliveries, {"destination": destination})
+    where += between(deliveries.c.created_at, since, until)
+    # An id begins with its time, and its index finds a page without reading the rows of other times.
+    where += between(
+        deliveries.c.id,
+        None if since is None else least_id(since - CLOCKS_APART),
+        None if until is None else least_id(until + CLOCKS_APART),
+    )
     if state == "pending":
-        # Live ones and those of replays have an index each, and there is none for both.
+        # Live and replayed deliveries have one partial index each, and none covers both.
         where.append(deliveries.c.id.in_(_PENDING))
     elif state is not None:
         where.append(in_state(deliveries, state))
-    if destination is not None:
-        where.append(deliveries.c.destination == destination)
     if before is not None:
         where.append(deliveries.c.id < before)
-    if since is not None:
-        where += [deliveries.c.created_at >= since, deliveries.c.id >= least_id(since - CLOCKS_APART)]
-    if until is not None:
-        where += [deliveries.c.created_at < until, deliveries.c.id < least_id(until + CLOCKS_APART)]
     columns = [column for column in deliveries.c if column.name not in _HIDDEN]
     statement = (
         select(
@@ -182,19 +193,19 @@ async def list_deliveries(
         .order_by(deliveries.c.id.desc())
         .limit(limit)
     )
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+    return cast("list[ListedDelivery]", await _rows(connection, statement))
 
 
 async def count_stored(connection: AsyncConnection, *, since: datetime | None) -> int:
-    """Return how many files are stored, pages in place of a file included."""
+    """Count the files that have an object in the storage, including pages that came in place of a file."""
     statement = select(func.count()).select_from(media).where(*_stored(since))
     return int((await connection.execute(statement)).scalar_one())
 
 
 async def list_stored(
     connection: AsyncConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
-) -> list[Row]:
-    """Return what `count_stored` counts in order of the ids, each with its event's `request_id`."""
+) -> list[StoredFile]:
+    """Return the files that `count_stored` counts, ordered by id."""
     where = _stored(since)
     if after is not None:
         where.append(media.c.id > after)
@@ -207,14 +218,11 @@ async def list_stored(
         .order_by(media.c.id)
         .limit(limit)
     )
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+    return cast("list[StoredFile]", await _rows(connection, statement))
 
 
 def _stored(since: datetime | None) -> list[ColumnElement[bool]]:
-    where: list[ColumnElement[bool]] = [media.c.state.in_(("stored", "not_media"))]
-    if since is not None:
-        where.append(media.c.finished_at >= since)
-    return where
+    return [media.c.state.in_(("stored", "not_media")), *between(media.c.finished_at, since, None)]
 
 
 async def list_jobs(
@@ -228,48 +236,44 @@ async def list_jobs(
     since: datetime | None,
     until: datetime | None,
     metadata: Mapping[str, str],
-) -> list[Row]:
-    """Return jobs, newest first, each with the head of its event; `before` is as with events."""
-    exact = {"caller": caller, "state": state, "model": model}
-    where: list[ColumnElement[bool]] = [
-        jobs.c[name] == value for name, value in exact.items() if value is not None
-    ]
+) -> list[JobDetails]:
+    """Return jobs, newest first, each with its event but without files, deliveries and attempts.
+
+    `before` is the `seq` of the last row of the previous page.
+    """
+    where = equal(jobs, {"caller": caller, "state": state, "model": model})
+    where += between(jobs.c.created_at, since, until)
     where += [_has_metadata(connection, key, value) for key, value in metadata.items()]
     if before is not None:
         where.append(jobs.c.seq < before)
-    if since is not None:
-        where.append(jobs.c.created_at >= since)
-    if until is not None:
-        where.append(jobs.c.created_at < until)
     statement = select(jobs).where(*where).order_by(jobs.c.seq.desc()).limit(limit)
-    found = [prices.join(row) | {"tries": []} for row in (await connection.execute(statement)).mappings()]
+    found = [prices.join(row) for row in (await connection.execute(statement)).mappings()]
     heads = await _job_events(connection, found)
     for row in found:
         event = heads.get(row["id"])
         row["event"] = None if event is None else event | {"media": [], "deliveries": []}
-    return found
+        row["attempt_log"] = []
+    return cast("list[JobDetails]", found)
 
 
 def _has_metadata(connection: AsyncConnection, key: str, value: str) -> ColumnElement[bool]:
     if connection.dialect.name == "postgresql":
         found: ColumnElement[bool] = jobs.c.metadata[key].as_string() == value
         return found
-    # A JSON path cannot spell every key; here they come as they are.
+    # A JSON path cannot name every key, so the keys are compared as values.
     pairs = func.json_each(jobs.c.metadata).table_valued("key", "value")
     return exists().where(pairs.c.key == key, pairs.c.value == value)
 
 
 async def show_job(
     connection: AsyncConnection, job_id: uuid.UUID, *, caller: str | None = None
-) -> Row | None:
-    """Return one job with its tries and its event, that with its media and deliveries.
+) -> JobDetails | None:
+    """Return one job with its attempts, and its event with files and deliveries.
 
-    With a `caller` only that caller's jobs exist: to load a job and check its caller afterwards would take
-    longer than to find none, and so tell other callers which ids exist.
+    If a `caller` is given, a job of another caller is not found. The query compares the caller, because
+    loading the job first would take longer if the id exists, and so reveal the ids of other callers' jobs.
     """
-    statement = select(jobs).where(jobs.c.id == job_id)
-    if caller is not None:
-        statement = statement.where(jobs.c.caller == caller)
+    statement = select(jobs).where(jobs.c.id == job_id, *equal(jobs, {"caller": caller}))
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         return None
@@ -277,11 +281,9 @@ async def show_job(
     await _add_attempts(connection, [job])
     event = (await _job_events(connection, [job])).get(job_id)
     if event is not None:
-        seq = event["seq"]
-        event["media"] = await _children(connection, media, seq, media.c.position, media.c.variant.desc())
-        event["deliveries"] = await _children(connection, deliveries, seq, deliveries.c.destination)
+        await _add_work(connection, event)
     job["event"] = event
-    return job
+    return cast("JobDetails", job)
 
 
 async def job_costs(
@@ -291,11 +293,11 @@ async def job_costs(
     caller: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
-) -> list[Row]:
-    """Return credits by caller, model or UTC day of the job: `jobs`, `reserved`, `charged`, `refunded`.
+) -> list[JobCosts]:
+    """Return credits by caller, model or UTC day of the job.
 
-    Each credit of a job is in one of the three: reserved while it is open, then charged or refunded. Jobs of
-    test keys cost nothing.
+    Each credit of a job is in one sum: reserved while the job is open, then charged or refunded. Jobs of test
+    keys are free.
     """
     live = jobs.c.account.like("live-%")
     held = jobs.c.state.in_(("submitted", "unsure"))
@@ -313,15 +315,14 @@ async def job_costs(
             total(charged, ended).label(f"charged{rest}"),
             total(cost - charged, ended).label(f"refunded{rest}"),
         ]
-    statement = select(group.label(by), func.count().label("jobs"), *totals).group_by(group).order_by(group)
-    if caller is not None:
-        statement = statement.where(jobs.c.caller == caller)
-    if since is not None:
-        statement = statement.where(jobs.c.created_at >= since)
-    if until is not None:
-        statement = statement.where(jobs.c.created_at < until)
+    statement = (
+        select(group.label(by), func.count().label("jobs"), *totals)
+        .where(*equal(jobs, {"caller": caller}), *between(jobs.c.created_at, since, until))
+        .group_by(group)
+        .order_by(group)
+    )
     rows = (await connection.execute(statement)).mappings()
-    return [prices.join(row) for row in rows]
+    return cast("list[JobCosts]", [prices.join(row) for row in rows])
 
 
 def _day(connection: AsyncConnection) -> ColumnElement[str]:
@@ -331,7 +332,7 @@ def _day(connection: AsyncConnection) -> ColumnElement[str]:
 
 
 async def _job_events(connection: AsyncConnection, found: Sequence[Row]) -> dict[uuid.UUID, Row]:
-    """Return the heads of the events of jobs, by the job's id."""
+    """Return the events of jobs, without bodies, by the job's id."""
     job_ids = {
         event_id(job["source"], job["request_id"]): job["id"]
         for job in found
@@ -355,11 +356,16 @@ async def _count_states(
     return counts
 
 
-async def _children(
-    connection: AsyncConnection, table: Table, seq: int, *order: ColumnElement[Any]
-) -> list[Row]:
-    columns = [column for column in table.c if column.name not in _HIDDEN]
-    statement = select(*columns).where(table.c.event_seq == seq).order_by(*order)
+async def _add_work(connection: AsyncConnection, event: Row) -> None:
+    """Add the files and deliveries of an event."""
+    orders = {"media": (media.c.position, media.c.variant.desc()), "deliveries": (deliveries.c.destination,)}
+    for table in (media, deliveries):
+        columns = [column for column in table.c if column.name not in _HIDDEN]
+        statement = select(*columns).where(table.c.event_seq == event["seq"]).order_by(*orders[table.name])
+        event[table.name] = await _rows(connection, statement)
+
+
+async def _rows(connection: AsyncConnection, statement: Select[Any]) -> list[Row]:
     return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 
@@ -370,8 +376,7 @@ async def _add_attempts(connection: AsyncConnection, works: Sequence[Row]) -> No
         .order_by(attempts.c.seq)
     )
     by_work: dict[uuid.UUID, list[Row]] = defaultdict(list)
-    for row in (await connection.execute(statement)).mappings():
-        attempt = dict(row)
+    for attempt in await _rows(connection, statement):
         by_work[attempt.pop("work_id")].append(attempt)
     for work in works:
-        work["tries"] = by_work[work["id"]]
+        work["attempt_log"] = by_work[work["id"]]

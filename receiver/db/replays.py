@@ -4,10 +4,9 @@ import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, outbox
@@ -15,7 +14,9 @@ from receiver.db.arrays import among
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
+from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import deliveries, events, in_state, media, replays
+from receiver.db.views import ReplayDetails, ReplayHead
 
 PAGE: Final = 1000
 SPAN: Final = 20_000
@@ -42,21 +43,9 @@ class Scope:
 
 
 async def insert_order(connection: AsyncConnection, order: NewReplay, scope: Scope, *, matched: int) -> bool:
-    """Insert a replay, due at once; False where (caller, idempotency_key) is taken."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    values = asdict(order) | leases.work_values()
-    statement = (
-        dialect.insert(replays)
-        .values(
-            **values | {"id": order.id},
-            matched=matched,
-            after_seq=scope.after_seq,
-            until_seq=scope.until_seq,
-        )
-        .on_conflict_do_nothing()
-        .returning(replays.c.seq)
-    )
-    return (await connection.execute(statement)).scalar_one_or_none() is not None
+    """Insert a replay, due at once; False if (caller, idempotency_key) is taken."""
+    values = leases.work_values() | asdict(order) | asdict(scope) | {"matched": matched}
+    return await insert_unless_taken(connection, replays, values) is not None
 
 
 async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownReplay | None:
@@ -281,8 +270,8 @@ async def canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID
     return set((await connection.execute(statement)).scalars())
 
 
-async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> dict[str, Any] | None:
-    """Return a replay and how many of its deliveries are in which state."""
+async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> ReplayDetails | None:
+    """Return a replay and the number of its deliveries in each state."""
     statement = select(replays).where(replays.c.id == replay_id)
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
@@ -295,34 +284,16 @@ async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> dict[str, A
     counts: dict[str, dict[str, int]] = {}
     for destination, state, number in await connection.execute(states):
         counts.setdefault(destination, {})[state] = number
-    return {name: row[name] for name in _SHOWN} | {"deliveries": counts}
+    return cast("ReplayDetails", {name: row[name] for name in _SHOWN} | {"deliveries": counts})
 
 
-async def list_orders(connection: AsyncConnection, *, limit: int, before: int | None) -> list[dict[str, Any]]:
-    """Return replays, newest first; `before` is the `seq` of the last one of the page before."""
+async def list_orders(connection: AsyncConnection, *, limit: int, before: int | None) -> list[ReplayHead]:
+    """Return replays, newest first; `before` is the `seq` of the last one of the previous page."""
     statement = select(*(replays.c[name] for name in _SHOWN)).order_by(replays.c.seq.desc()).limit(limit)
     if before is not None:
         statement = statement.where(replays.c.seq < before)
-    return [dict(row) for row in (await connection.execute(statement)).mappings()]
+    rows = [dict(row) for row in (await connection.execute(statement)).mappings()]
+    return cast("list[ReplayHead]", rows)
 
 
-_SHOWN = (
-    "seq",
-    "id",
-    "caller",
-    "idempotency_key",
-    "reason",
-    "state",
-    "selection",
-    "destinations",
-    "media",
-    "force",
-    "rate",
-    "matched",
-    "handled",
-    "ordered",
-    "downloads",
-    "error",
-    "created_at",
-    "finished_at",
-)
+_SHOWN: Final = tuple(ReplayHead.__annotations__)

@@ -11,6 +11,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import among
 from receiver.db.sources import find_event_ids
+from receiver.db.statements import between, equal
 from receiver.db.tables import deliveries, events, jobs
 
 _Word = Annotated[str, Field(min_length=1, max_length=255, pattern=r"^[^\x00]*$")]
@@ -51,30 +52,18 @@ class Selection(BaseModel):
 
     async def conditions(self, connection: AsyncConnection) -> list[ColumnElement[bool]]:
         """Return the conditions on `events`."""
-        found: list[ColumnElement[bool]] = []
+        found = equal(events, {"status": self.status, "source": self.source})
+        found += between(events.c.received_at, self.since, self.until)
         if self.ids:
             found.append(_is_among(await find_event_ids(connection, self.ids)))
-        found += [
-            events.c[name] == value
-            for name in ("status", "source")
-            if (value := getattr(self, name)) is not None
-        ]
-        if self.since is not None:
-            found.append(events.c.received_at >= self.since)
-        if self.until is not None:
-            found.append(events.c.received_at < self.until)
         if self.model is not None:
             found.append(_globbed(self.model, connection.dialect.name))
         if self.caller is not None:
             same = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
             found.append(exists().where(same, jobs.c.caller == self.caller))
-        if self.destination is not None or self.delivery_state is not None:
-            wanted = [deliveries.c.event_seq == events.c.seq]
-            if self.destination is not None:
-                wanted.append(deliveries.c.destination == self.destination)
-            if self.delivery_state is not None:
-                wanted.append(deliveries.c.state == self.delivery_state)
-            found.append(exists().where(*wanted))
+        wanted = equal(deliveries, {"destination": self.destination, "state": self.delivery_state})
+        if wanted:
+            found.append(exists().where(deliveries.c.event_seq == events.c.seq, *wanted))
         return found
 
     async def find_seqs(self, connection: AsyncConnection) -> dict[str, list[int]]:

@@ -9,10 +9,11 @@ from collections.abc import Collection
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db.arrays import DIALECTS
 from receiver.db.rows import event_id
+from receiver.db.statements import insert_for
 from receiver.db.tables import sources
 
 
@@ -22,10 +23,7 @@ async def remember(connection: AsyncConnection, source: str) -> None:
 
 
 # Made once: to make one takes as long as to run it.
-_REMEMBER = {
-    "sqlite": sqlite.insert(sources).on_conflict_do_nothing(),
-    "postgresql": postgresql.insert(sources).on_conflict_do_nothing(),
-}
+_REMEMBER = {name: insert_for(name, sources).on_conflict_do_nothing() for name in DIALECTS}
 
 
 async def find_event_ids(connection: AsyncConnection, keys: Collection[str]) -> dict[str, set[UUID]]:

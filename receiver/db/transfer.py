@@ -14,7 +14,6 @@ from typing import Any, Final
 from sqlalchemy import (
     JSON,
     Boolean,
-    ColumnElement,
     Double,
     LargeBinary,
     String,
@@ -24,11 +23,11 @@ from sqlalchemy import (
     insert,
     select,
 )
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import outbox, sources
 from receiver.db.rows import event_id
+from receiver.db.statements import between, insert_unless_taken
 from receiver.db.tables import (
     PlainUuid,
     UtcDateTime,
@@ -64,7 +63,7 @@ async def count(
     """Return how many lines there will be, by their type."""
     found = {}
     for name, table, column in _TOP:
-        statement = select(func.count()).select_from(table).where(*_between(column, since, until))
+        statement = select(func.count()).select_from(table).where(*between(column, since, until))
         found[name] = int((await connection.execute(statement)).scalar_one())
     return found
 
@@ -82,7 +81,7 @@ async def read(
     _, table, column = next(each for each in _TOP if each[0] == kind)
     statement = (
         select(table)
-        .where(table.c.seq > after, *_between(column, since, until))
+        .where(table.c.seq > after, *between(column, since, until))
         .order_by(table.c.seq)
         .limit(limit)
     )
@@ -119,7 +118,7 @@ async def _write_event(connection: AsyncConnection, line: Line) -> bool:
     values = _load(events, line)
     if values["id"] != event_id(values["source"], values["request_id"]):
         raise ValueError("events.id is not that of this source and request_id")
-    seq = await _insert_new(connection, events, values)
+    seq = await insert_unless_taken(connection, events, values)
     if seq is None:
         return False
     for name, table in CHILDREN.items():
@@ -133,7 +132,7 @@ async def _write_event(connection: AsyncConnection, line: Line) -> bool:
 
 
 async def _write_job(connection: AsyncConnection, line: Line) -> bool:
-    if await _insert_new(connection, jobs, _load(jobs, line)) is None:
+    if await insert_unless_taken(connection, jobs, _load(jobs, line)) is None:
         return False
     await _write_tries(connection, line)
     return True
@@ -145,14 +144,7 @@ async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
         # Events have other numbers here: it starts over, and meets the deliveries that it has made.
         highest = select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery()
         values |= {"after_seq": 0, "handled": 0, "until_seq": highest}
-    return await _insert_new(connection, replays, values) is not None
-
-
-async def _insert_new(connection: AsyncConnection, table: Table, values: Mapping[str, Any]) -> int | None:
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(table).values(**values).on_conflict_do_nothing().returning(table.c.seq)
-    found: int | None = (await connection.execute(statement)).scalar_one_or_none()
-    return found
+    return await insert_unless_taken(connection, replays, values) is not None
 
 
 async def _write_tries(connection: AsyncConnection, line: Line) -> None:
@@ -230,17 +222,6 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
             raise TypeError(f"{table.name}.{column.name}: {type(value).__name__}")
         values[column.name] = value
     return values
-
-
-def _between(
-    column: ColumnElement[Any], since: datetime | None, until: datetime | None
-) -> list[ColumnElement[bool]]:
-    found: list[ColumnElement[bool]] = []
-    if since is not None:
-        found.append(column >= since)
-    if until is not None:
-        found.append(column < until)
-    return found
 
 
 _TOP: Final = (

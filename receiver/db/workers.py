@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from sqlalchemy import delete, select
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.statements import insert_for
 from receiver.db.tables import workers
 
 RENEWAL: Final = 5.0
@@ -48,8 +48,8 @@ class SeenWorker(WorkerRun):
 
 async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
     """Record that a process is working now."""
-    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(workers).values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
+    new = insert_for(connection.dialect.name, workers)
+    statement = new.values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
     await connection.execute(
         statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": statement.excluded.seen_at})
     )

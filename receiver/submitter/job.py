@@ -10,6 +10,7 @@ import orjson
 
 from receiver.clipia.job_request import read_input
 from receiver.db.rows import JobState
+from receiver.db.views import JobDetails
 from receiver.price import Credits
 
 
@@ -117,16 +118,32 @@ class Job:
         return self.state not in ("pending", "submitted") and not busy
 
     @classmethod
-    def of(cls, row: Mapping[str, Any], *, new: bool = False) -> "Job":
-        """Make a job of a row of the ledger."""
+    def of(cls, row: JobDetails, *, new: bool = False) -> "Job":
+        """Make a job of a row."""
         event = row["event"]
         return cls(
-            **{name: row[name] for name in _COPIED},
+            id=row["id"],
+            state=row["state"],
+            caller=row["caller"],
+            idempotency_key=row["idempotency_key"],
+            model=row["model"],
+            metadata=row["metadata"],
+            max_cost=row["max_cost"],
+            request_id=row["request_id"],
+            progress=row["progress"],
+            cost=row["cost"],
+            charged=row["charged"],
+            created_at=row["created_at"],
+            submitted_at=row["submitted_at"],
+            updated_at=row["updated_at"],
+            finished_at=row["finished_at"],
+            next_attempt_at=row["next_attempt_at"],
+            has_webhook=row["has_webhook"],
             input=read_input(row["request"]),
             warnings=row["warnings"] or [],
             error=read_error(row["error"]),
             event=None if event is None else _event(event),
-            attempts=tuple(_attempt(each) for each in row["tries"]),
+            attempts=tuple(_attempt(each) for each in row["attempt_log"]),
             new=new,
         )
 
@@ -136,27 +153,6 @@ class Job:
 
 
 _NOT_SHOWN = ("new", "has_webhook")
-
-
-_COPIED = (
-    "id",
-    "state",
-    "caller",
-    "idempotency_key",
-    "model",
-    "metadata",
-    "max_cost",
-    "request_id",
-    "progress",
-    "cost",
-    "charged",
-    "created_at",
-    "submitted_at",
-    "updated_at",
-    "finished_at",
-    "next_attempt_at",
-    "has_webhook",
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from receiver.db import decisions, freezes, jobs, migrate, reads
 from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import JobState, NewJob
+from receiver.db.views import JobCosts
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
 from receiver.lanes.base import Work, error_text
 from receiver.lanes.submit import SubmitLane
@@ -258,7 +259,7 @@ class Submitter:
         caller: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[JobCosts]:
         """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
         async with self.database.read() as connection:
             return await reads.job_costs(connection, by=by, caller=caller, since=since, until=until)

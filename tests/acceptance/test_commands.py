@@ -295,7 +295,7 @@ def test_send_and_events(tmp_path: Path) -> None:
             assert [receipt["outcome"] for receipt in shown["receipts"]] == ["accepted", "duplicate"]
             assert shown["body"]["request_id"] == "r-1"
             (delivery,) = shown["deliveries"]
-            assert [attempt["outcome"] for attempt in delivery["tries"]] == ["succeeded"]
+            assert [attempt["outcome"] for attempt in delivery["attempt_log"]] == ["succeeded"]
         assert "delivered" in command("events", "show", "r-1")
         assert "body_base64" in json.loads(command("events", "show", newest["id"], "--json"))
         missing = run_command("events", "show", "absent", settings=receiver.settings, cwd=tmp_path)

@@ -23,6 +23,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
+from receiver.db.views import EventDetails
 from receiver.errors import RequestError, StorageUnavailable
 from receiver.ingest import Ingest
 from receiver.media import Storage, open_storage
@@ -109,7 +110,7 @@ async def stored(world: World, *keys: str) -> set[str]:
     return {key for key in keys if await world.storage.stat(key) is not None}
 
 
-async def show(world: World, key: str) -> dict[str, Any]:
+async def show(world: World, key: str) -> EventDetails:
     """Return an event as it is shown."""
     async with world.database.read() as connection:
         found = await reads.show_event(connection, key)
@@ -278,7 +279,7 @@ async def test_an_erased_event_leaves_a_tombstone(world: World, ingest: Ingest, 
     assert await stored(world, key) == set()
     shown = await show(world, "r-1")
     assert (shown["state"], shown["body"], shown["cost"]) == ("erased", b"", 7)
-    assert shown["media"] == shown["deliveries"] == []
+    assert (shown["media"], shown["deliveries"]) == ([], [])
     assert [await deliver(ingest, each) for each in (PRIVATE, OTHER)] == ["duplicate", "duplicate"]
     assert (await ingest.record_result("clipia", OTHER)).outcome == "duplicate"
     assert "private" not in await everything(world)

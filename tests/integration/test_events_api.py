@@ -274,7 +274,7 @@ async def test_an_event_is_shown_with_all_that_hangs_on_it(site: Site) -> None:
         assert event["receipts_total"] == 2
         (delivery,) = event["deliveries"]
         assert (delivery["destination"], delivery["state"]) == ("main", "delivered")
-        assert [attempt["outcome"] for attempt in delivery["tries"]] == ["succeeded"]
+        assert [attempt["outcome"] for attempt in delivery["attempt_log"]] == ["succeeded"]
         assert "lease" not in delivery
 
 

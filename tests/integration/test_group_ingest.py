@@ -90,7 +90,8 @@ async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytes
     assert sum(groups) == 50
     async with database.read() as connection:
         for name in names:
-            shown = await reads.show_event(connection, name) or {}
+            shown = await reads.show_event(connection, name)
+            assert shown is not None
             assert [receipt["outcome"] for receipt in shown["receipts"]] == ["accepted"]
     assert len(groups) <= 2
     assert await count(database) == (50, 50)

@@ -75,7 +75,7 @@ async def linked(world: World) -> dict[str, str | None]:
         rows = await reads.list_events(connection, limit=100)
     data: list[Any] = [message.get_data() for message in world.destination.events]
     sent = {each["request_id"]: each["job"] and each["job"]["id"] for each in data}
-    shown = {row["request_id"]: row["job_id"] and str(row["job_id"]) for row in rows}
+    shown = {row["request_id"]: str(row["job_id"]) if row["job_id"] else None for row in rows}
     assert sent == shown
     return shown
 

@@ -72,8 +72,11 @@ async def test_an_old_ledger_is_found_again(database: Database) -> None:
         assert {(row["source"], row["request_id"]) for row in found} == wanted
         for row in found:
             for key in (str(row["id"]), row["id"].hex):
-                assert (await reads.show_event(connection, key) or {})["id"] == row["id"]
-        shown = await reads.show_event(connection, "r-1") or {}
+                shown = await reads.show_event(connection, key)
+                assert shown is not None
+                assert shown["id"] == row["id"]
+        shown = await reads.show_event(connection, "r-1")
+        assert shown is not None
         # Of two sources' events with one request_id it is the newest.
         assert (shown["source"], len(shown["receipts"])) == ("staging", 1)
         ids = await Selection(ids=("r-1", "r-7")).find_seqs(connection)

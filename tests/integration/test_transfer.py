@@ -18,7 +18,7 @@ from support.payloads import body, failure
 from support.servers import Postgres
 
 from receiver import replays as replays_module
-from receiver.db import inbox, leases, outbox, reads, transfer
+from receiver.db import inbox, leases, outbox, reads, statements, transfer
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import Arrival, Attempt, event_id
@@ -329,7 +329,7 @@ async def test_an_import_keeps_no_webhook_waiting(
 ) -> None:
     """C13: while a source that is new is imported, its webhooks are stored; no lock is held for longer."""
     world = await databases.world("postgresql")
-    insert_new, stored = transfer._insert_new, 0
+    insert_new, stored = statements.insert_unless_taken, 0
 
     async def insert_beside(*arguments: Any) -> Any:
         nonlocal stored
@@ -339,7 +339,7 @@ async def test_an_import_keeps_no_webhook_waiting(
         stored += 1
         return found
 
-    monkeypatch.setattr(transfer, "_insert_new", insert_beside)
+    monkeypatch.setattr(transfer, "insert_unless_taken", insert_beside)
     names = ("r-1", "r-2", "r-3")
     lines = [EVENT | {"id": str(event_id("clipia", name)), "request_id": name} for name in names]
     async with world.database.write() as connection:

@@ -20,6 +20,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.db.tables import deliveries, events
+from receiver.db.views import ReplayCounts, ReplayDetails
 from receiver.destination_settings import FilterSettings
 from receiver.ingest import make_event
 from receiver.lanes.base import Target
@@ -228,18 +229,18 @@ class World:
         await self.change(tables.jobs, mine, state=state, request_id=request_id, sent_at=db_time(0.0))
         return job.id
 
-    async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> dict[str, Any]:
+    async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> ReplayDetails:
         """Order a replay, of everything unless there is a selection."""
         return await self.replays.order(_request(values), key=key, caller=caller)
 
-    async def dry_run(self, **values: Any) -> dict[str, Any]:
+    async def dry_run(self, **values: Any) -> ReplayCounts:
         """Ask what a replay would do."""
         return await self.replays.dry_run(_request(values))
 
-    async def until_replayed(self, order: Mapping[str, Any]) -> dict[str, Any]:
+    async def until_replayed(self, order: Mapping[str, Any]) -> ReplayDetails:
         """Wait until a replay has ended and none of its deliveries is left to do."""
 
-        async def look() -> dict[str, Any] | None:
+        async def look() -> ReplayDetails | None:
             found = await self.replays.show(order["id"])
             assert found is not None
             pending = any("pending" in counts for counts in found["deliveries"].values())

@@ -1,0 +1,39 @@
+"""Parts that many statements have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sqlalchemy import ColumnElement, FromClause, Table
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+
+def insert_for(dialect_name: str, table: Table) -> sqlite.Insert | postgresql.Insert:
+    """Return the dialect's own INSERT, which has ON CONFLICT."""
+    return sqlite.insert(table) if dialect_name == "sqlite" else postgresql.insert(table)
+
+
+def equal(table: FromClause, values: Mapping[str, Any]) -> list[ColumnElement[bool]]:
+    """Return a condition for each column that has a value; None is no condition."""
+    return [table.c[name] == value for name, value in values.items() if value is not None]
+
+
+def between(column: ColumnElement[Any], since: object, until: object) -> list[ColumnElement[bool]]:
+    """Return the conditions for a value at or above `since` and below `until`; None is no bound."""
+    bounds = (None if since is None else column >= since, None if until is None else column < until)
+    return [bound for bound in bounds if bound is not None]
+
+
+async def insert_unless_taken(
+    connection: AsyncConnection, table: Table, values: Mapping[str, Any]
+) -> int | None:
+    """Insert a row and return its `seq`, or None if another row has one of its unique keys.
+
+    A SELECT before the INSERT would let two transactions both find no row. An INSERT that meets the
+    uncommitted row of another transaction waits for it: it returns None after a commit, and inserts after a
+    rollback.
+    """
+    new = insert_for(connection.dialect.name, table).values(**values)
+    statement = new.on_conflict_do_nothing().returning(table.c.seq)
+    seq: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    return seq
