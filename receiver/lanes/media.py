@@ -104,9 +104,9 @@ class MediaLane(WorkLane):
                 kind=row.kind,
                 field=row.field,
                 stem=storage_stem(event, row),
-                seen=row.seen_sha256,
+                seen_sha256=row.seen_sha256,
                 # What is intact gives way to nothing that is in doubt.
-                last=claim.age >= MEDIA_DOUBTFUL.give_up_after and row.storage_key is None,
+                keep_doubtful=claim.age >= MEDIA_DOUBTFUL.give_up_after and row.storage_key is None,
             )
         except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
             await self._failed(claim, attempt, event, row, error)

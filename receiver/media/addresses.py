@@ -1,6 +1,6 @@
-"""Which addresses a download may connect to.
+"""The addresses to which a download may not connect.
 
-`ipaddress.is_global` is another question: it says yes to multicast and to the NAT64 and 6to4 spellings of
+`ipaddress.is_global` would allow too much: it is true for multicast, and for the NAT64 and 6to4 spellings of
 127.0.0.1.
 """
 
@@ -30,9 +30,9 @@ _V4 = {
     }.items()
 }
 
-# Everything outside of global unicast is refused as a whole: loopback, v4-compatible, both NAT64 prefixes,
-# discard-only, SRv6, unique local, link-local, site-local, multicast. Rows are needed only for what is
-# inside.
+# Every address outside of global unicast is forbidden: loopback, v4-compatible, both NAT64 prefixes,
+# discard-only, SRv6, unique local, link-local, site-local, multicast. The table lists the forbidden networks
+# inside it.
 _V6_GLOBAL = IPv6Network("2000::/3")
 _V6 = {
     IPv6Network(network): why
@@ -48,7 +48,7 @@ _V6 = {
 
 
 def forbidden(address: IPv4Address | IPv6Address) -> str | None:
-    """Say why `address` must not be connected to; None for an ordinary public address."""
+    """Return the reason why `address` is forbidden; None if it is an ordinary public one."""
     if isinstance(address, IPv4Address):
         return next((why for network, why in _V4.items() if address in network), None)
     if address.ipv4_mapped is not None:

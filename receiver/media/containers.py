@@ -19,7 +19,7 @@ Wait: TypeAlias = Generator[None, None, T]
 _MAX_PIECES = 1_000_000
 
 
-class Damaged(Exception):
+class DamagedFile(Exception):
     """The structure cannot be followed."""
 
 
@@ -48,7 +48,7 @@ class Cursor:
         """Return the next `size` bytes. Only for small pieces: they are kept until they are complete."""
         self._pieces += 1
         if self._pieces > _MAX_PIECES:
-            raise Damaged("too many pieces")
+            raise DamagedFile("too many pieces")
         while len(self._data) - self._at < size:
             yield
         taken = self._data[self._at : self._at + size]
@@ -90,7 +90,7 @@ class Follower:
         self._goes_on = False
 
     def feed(self, part: bytes) -> None:
-        """Walk on through `part`. Raises Damaged."""
+        """Walk on through `part`. Raises DamagedFile."""
         if self._is_done:
             self._goes_on = self._goes_on or bool(part)
             return
@@ -120,7 +120,7 @@ def png(cursor: Cursor) -> Wait[None]:
     while True:
         head = yield from cursor.take(8)
         if not head[4:].isalpha():
-            raise Damaged("not a PNG chunk")
+            raise DamagedFile("not a PNG chunk")
         yield from cursor.skip(int.from_bytes(head[:4], "big") + 4)
         if head[4:] == b"IEND":
             return
@@ -153,7 +153,7 @@ def gif(cursor: Cursor) -> Wait[None]:
             descriptor = yield from cursor.take(9)
             yield from cursor.skip(_colour_table(descriptor[8]))
         elif block != _GIF_EXTENSION:
-            raise Damaged("not a GIF block")
+            raise DamagedFile("not a GIF block")
         yield from cursor.skip(1)
         while size := (yield from cursor.take(1))[0]:
             yield from cursor.skip(size)
@@ -193,7 +193,7 @@ def iso(*required: bytes) -> Walk:
             if not missing and (body < 0 or head[:3] == b"TAG"):
                 return  # the last box, open to the end of the file, or a tag or other bytes behind it
             if body < 0:
-                raise Damaged("not a box")
+                raise DamagedFile("not a box")
             yield from cursor.skip(body)
 
     return walk

@@ -1,4 +1,4 @@
-"""Downloads one file from an allow-listed host into the storage, whole or not at all."""
+"""Download of one file from an allow-listed host into the storage: all of it, or none."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -22,7 +22,7 @@ from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool, open_proxied_pool, open_tls
-from receiver.media.resume import read_on
+from receiver.media.resume import read_resuming
 from receiver.media.storage import Storage
 
 log = structlog.get_logger()
@@ -32,18 +32,18 @@ _OK = 200
 _RETRY_LATER = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 5
-# Codings that change the bytes. Servers also write other words there (`aws-chunked`, `none`, `UTF-8`).
+# Codings that change the bytes. Servers also put words there that change none: `aws-chunked`, `UTF-8`.
 _COMPRESSIONS = {
     *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
     *("xz", "lzma", "lz4", "snappy", "exi", "pack200-gzip", "dcb", "dcz"),
 }
-# Reserved for ever: `start` asks for it, and a guarded pool must refuse.
+# A reserved address, which never becomes public: `start` requests it, and a guarded pool must raise.
 _NEVER_PUBLIC = "https://240.0.0.1/"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How large a file may be, in bytes, and how long its download may take, in seconds."""
+class DownloadLimits:
+    """The largest sizes of files, and how long a download may take."""
 
     image_bytes: int = 64 * _MIB
     audio_bytes: int = 256 * _MIB
@@ -54,12 +54,12 @@ class Limits:
     idle_seconds: float = 30.0
     total_seconds: float = 3600.0
     min_bytes_per_second: int = 16 * 1024
-    # The rate is judged each time that this long was spent waiting for the sender; our storage's time does
-    # not count.
+    # The rate is checked each time that the download has waited this long for the sender. Time spent in our
+    # storage does not count.
     rate_window_seconds: float = 30.0
 
     def max_bytes(self, kind: Kind) -> int:
-        """Return the cap for a file of `kind`."""
+        """Return the size limit of a file of `kind`."""
         return {
             "image": self.image_bytes,
             "audio": self.audio_bytes,
@@ -68,7 +68,7 @@ class Limits:
         }[kind]
 
 
-_DEFAULT_LIMITS = Limits()
+_DEFAULT_LIMITS = DownloadLimits()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,16 +81,16 @@ class StoredFile:
     sha256: str
     content_type: str
     is_media: bool
-    """False for a page or a text in place of a file that is none."""
+    """False for a page or a text that the host sent in place of the file."""
     warning: str | None
-    """What contradicts the file, although it is what the server has."""
+    """A contradiction in the file, which was stored all the same: the host sends it again and again."""
 
 
 class Downloader:
     """Fetches files through httpcore, the layer below httpx.
 
-    Down there is no cookie jar, no redirect that is followed unseen, no netrc and no proxy from the
-    environment, and the guarded network is an ordinary argument of the pool.
+    httpx would add a cookie jar, redirects that it follows by itself, netrc and proxies from the environment.
+    httpcore has none of them, and takes the guarded network as an ordinary argument of its pool.
     """
 
     def __init__(
@@ -98,13 +98,13 @@ class Downloader:
         *,
         hosts: MediaHosts,
         storage: Storage,
-        limits: Limits = _DEFAULT_LIMITS,
+        limits: DownloadLimits = _DEFAULT_LIMITS,
         ca: str | None = None,
         proxy: str | None = None,
     ) -> None:
         """Trust the authorities in the file `ca`, too; with a `proxy` only development origins are direct.
 
-        Raises SettingsError for a file that has no certificates.
+        Raises SettingsError if the file has no certificates.
         """
         self._hosts = hosts
         self._storage = storage
@@ -114,9 +114,9 @@ class Downloader:
         self._proxied = None if proxy is None else open_proxied_pool(proxy, tls)
 
     async def start(self) -> None:
-        """See the pool refuse a forbidden address. Raises SettingsError if it does not."""
+        """Check that the pool rejects a forbidden address. Raises SettingsError if it does not."""
         if self._proxied is not None:
-            return  # the addresses are the proxy's business
+            return  # the proxy resolves the names and chooses the addresses
         try:
             async with self._get(httpx.URL(_NEVER_PUBLIC)):
                 pass
@@ -136,60 +136,44 @@ class Downloader:
         kind: Kind,
         stem: str,
         field: str | None = None,
-        seen: str | None = None,
-        last: bool = False,
+        seen_sha256: str | None = None,
+        keep_doubtful: bool = False,
     ) -> StoredFile:
         """Download `url`, announced as a `kind` in a `field`, and store it.
 
-        The key is `stem` plus the extension of what it is.
+        The key is `stem` plus the extension of the file's type. A file of another type than the kind allows
+        was paid for, so it is stored too, as `application/octet-stream` with the extension `.bin`.
 
-        What is no allowed file of that kind is stored too, as `application/octet-stream` with the extension
-        `.bin`: it was paid for. A body that is in doubt is stored if it has the SHA-256 that was `seen` the
-        last time, and on the `last` try. Raises MediaBlocked, MediaUnavailable or a subclass of it, or
-        StorageUnavailable; then nothing is stored.
+        A body in doubt is stored if its SHA-256 is `seen_sha256`, that of the attempt before, or if
+        `keep_doubtful`, which also stores a page in place of the file. Raises MediaBlocked, MediaUnavailable
+        or a subclass of it, or StorageUnavailable; then no file is stored.
         """
-        target = self._hosts.vet(url)
         max_bytes = self._limits.max_bytes(kind)
         deadline = asyncio.get_running_loop().time() + self._limits.total_seconds
-        async with self._follow(target) as (final, response):
+        async with self._follow(self._hosts.vet(url)) as (final, response):
             headers = httpx.Headers(response.headers)
-            _judge(response.status, headers, max_bytes)
-            body = read_on(
-                response,
-                timely=partial(_timely, limits=self._limits, deadline=deadline),
-                # Not from the start: the redirects may lead to another file by now.
-                request=partial(self._get, final),
-                deadline=deadline,
-            )
-            async with aclosing(body) as parts:
+            _check_answer(response.status, headers, max_bytes)
+            async with aclosing(self._read(final, response, deadline)) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
                 is_media = file_type.is_known or not is_page(head[:SNIFF_BYTES], kind, url, field)
-                if not is_media and not last:
+                if not is_media and not keep_doubtful:
                     raise NotMedia(f"The host sends a page or a text in place of the {kind}", reason="page")
-                key = stem + file_type.extension
-                if not file_type.is_known:
-                    log.warning("media kept as plain bytes", key=key, kind=kind)
                 inspection = Inspection(
                     max_bytes=max_bytes,
                     min_bytes=1 if kind == "file" else MIN_BYTES,
                     stated=stated_digests(headers),
                     walk=file_type.walk,
                     is_framed="content-length" in headers or "transfer-encoding" in headers,
+                    seen_sha256=seen_sha256,
+                    keep_doubtful=keep_doubtful,
                 )
-                warnings: list[str] = []
-                inspected = _inspected(head, parts, inspection, warnings, seen=seen, last=last)
-                async with aclosing(inspected) as chunks:
+                key = stem + file_type.extension
+                if not file_type.is_known:
+                    log.warning("media kept as plain bytes", key=key, kind=kind)
+                async with aclosing(inspection.stream(head, parts)) as chunks:
                     await self._storage.put(key, chunks, content_type=file_type.content_type)
-        return StoredFile(
-            key=key,
-            uri=self._storage.uri(key),
-            size=inspection.size,
-            sha256=inspection.sha256,
-            content_type=file_type.content_type,
-            is_media=is_media,
-            warning=next(iter(warnings), None),
-        )
+        return self._stored(key, file_type.content_type, inspection, is_media=is_media)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -199,7 +183,7 @@ class Downloader:
 
     @asynccontextmanager
     async def _follow(self, url: httpx.URL) -> AsyncIterator[tuple[httpx.URL, httpcore.Response]]:
-        """Request `url` and what it redirects to: each URL is vetted and gets a connection of its own."""
+        """Request `url` and follow its redirects; each URL is vetted and gets a connection of its own."""
         for _ in range(_MAX_REDIRECTS):
             async with self._get(url) as response:
                 location = httpx.Headers(response.headers).get("location")
@@ -208,6 +192,28 @@ class Downloader:
                     return
             url = self._vet_redirect(url, location)
         raise MediaUnavailable(f"More than {_MAX_REDIRECTS - 1} redirects in a row", reason="redirect")
+
+    def _read(
+        self, url: httpx.URL, response: httpcore.Response, deadline: float
+    ) -> AsyncGenerator[bytes, None]:
+        return read_resuming(
+            response,
+            pace=partial(_pace, limits=self._limits, deadline=deadline),
+            # `url` is the one behind the redirects: these may lead to another file by now.
+            request=partial(self._get, url),
+            deadline=deadline,
+        )
+
+    def _stored(self, key: str, content_type: str, inspection: Inspection, *, is_media: bool) -> StoredFile:
+        return StoredFile(
+            key=key,
+            uri=self._storage.uri(key),
+            size=inspection.size,
+            sha256=inspection.sha256,
+            content_type=content_type,
+            is_media=is_media,
+            warning=inspection.warning,
+        )
 
     def _vet_redirect(self, url: httpx.URL, location: str) -> httpx.URL:
         try:
@@ -240,10 +246,10 @@ class Downloader:
             raise MediaUnavailable(f"No answer from {url.host} in time", reason="timeout") from error
         except httpcore.ProxyError as error:
             raise MediaUnavailable(
-                f"The proxy of RECEIVER_MEDIA_PROXY makes no connection to {url.host}", reason="connect"
+                f"The proxy of RECEIVER_MEDIA_PROXY cannot connect to {url.host}", reason="connect"
             ) from error
         except (httpcore.NetworkError, httpcore.ProtocolError) as error:
-            # Whose fault it is cannot be told: a proxy that speaks no HTTP breaks the same way.
+            # The host or the proxy may be at fault: a proxy that does not speak HTTP breaks the same way.
             way = "" if self._pool_for(url) is self._pool else " through the proxy of RECEIVER_MEDIA_PROXY"
             raise MediaUnavailable(
                 f"No answer from {url.host}{way}: {cause(error)}", reason="connect"
@@ -259,8 +265,8 @@ class Downloader:
         return self._proxied
 
 
-def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
-    """Raise unless the response is a whole file, sent as it is."""
+def _check_answer(status: int, headers: httpx.Headers, max_bytes: int) -> None:
+    """Raise unless the response is a whole file without a content coding, and not too large."""
     if 400 <= status < 500 and status not in _RETRY_LATER:
         raise MediaMissing(f"The host answers {status}", reason="missing")
     if status != _OK:
@@ -268,16 +274,18 @@ def _judge(status: int, headers: httpx.Headers, max_bytes: int) -> None:
         raise MediaUnavailable(f"The host answers {status}", reason="status", retry_after=wait)
     codings = {coding.strip().lower() for coding in headers.get_list("content-encoding", split_commas=True)}
     if codings & _COMPRESSIONS:
-        raise MediaUnavailable("The file is sent compressed, although it must not be", reason="encoding")
+        raise MediaUnavailable(
+            "The host sends the file compressed, although the request forbids it", reason="encoding"
+        )
     length = headers.get("content-length")
     if length is not None and int(length) > max_bytes:
         raise MediaBlocked(f"The file has {length} bytes, more than {max_bytes}", reason="too_large")
 
 
-async def _timely(
-    stream: AsyncIterator[bytes], limits: Limits, deadline: float
+async def _pace(
+    stream: AsyncIterator[bytes], limits: DownloadLimits, deadline: float
 ) -> AsyncGenerator[bytes, None]:
-    """Pass the parts on while they come soon enough, fast enough and before the `deadline`."""
+    """Pass the parts on; raise MediaUnavailable if they stall, come too slowly or after the `deadline`."""
     now = asyncio.get_running_loop().time
     waited, received = 0.0, 0
     while True:
@@ -309,24 +317,3 @@ async def _read_head(parts: AsyncIterator[bytes]) -> bytes:
         if len(head) >= SNIFF_BYTES:
             break
     return head
-
-
-async def _inspected(
-    head: bytes,
-    parts: AsyncIterator[bytes],
-    inspection: Inspection,
-    warnings: list[str],
-    *,
-    seen: str | None,
-    last: bool,
-) -> AsyncGenerator[bytes, None]:
-    inspection.feed(head)
-    yield head
-    async for part in parts:
-        inspection.feed(part)
-        yield part
-    # Before the storage makes the file visible. What came twice is what the server has.
-    if doubt := inspection.find_doubt():
-        if not last and (doubt.sha256 is None or doubt.sha256 != seen):
-            raise doubt
-        warnings.append(str(doubt))

@@ -38,7 +38,7 @@ class _Origin:
 
     @property
     def is_development(self) -> bool:
-        """Plain http or loopback: nothing that a service in production should fetch from."""
+        """Plain http or loopback, from which a service in production should not fetch."""
         return self.scheme == "http" or _is_loopback(self.host)
 
 
@@ -52,7 +52,7 @@ class MediaHosts:
     def parse(cls, entries: Iterable[str]) -> Self:
         """Read entries: `media.clipia.ai` is https on port 443, `http://127.0.0.1:9000` exactly that origin.
 
-        Raises SettingsError for anything else, and when there is no entry at all.
+        Raises SettingsError for any other entry, and if there is none.
         """
         given = [entry.strip() for entry in entries if entry.strip()]
         origins = frozenset(_parse_entry(entry, number) for number, entry in enumerate(given, 1))
@@ -64,21 +64,21 @@ class MediaHosts:
 
     @property
     def development_origins(self) -> tuple[str, ...]:
-        """Plain-http and loopback origins, whose address is not checked: worth a warning at start."""
+        """Plain-http and loopback origins: their addresses are not checked, so the start warns of them."""
         return tuple(sorted(str(origin) for origin in self.origins if origin.is_development))
 
     def is_development(self, host: str, port: int) -> bool:
-        """Say whether a connection to `host`:`port` goes to a development origin."""
+        """Return whether a connection to `host`:`port` goes to a development origin."""
         return any(
             origin.is_development for origin in self.origins if (origin.host, origin.port) == (host, port)
         )
 
     def needs_no_proxy(self, url: httpx.URL) -> bool:
-        """Say whether `url` is on this machine or has plain http: those are reached directly."""
+        """Return whether `url` is on this machine or has plain http; both are requested without the proxy."""
         return self.is_development(url.host, _PORTS[url.scheme] if url.port is None else url.port)
 
     def vet(self, url: str) -> httpx.URL:
-        """Return `url` parsed, once and for all: what is checked here is what gets requested.
+        """Return `url` parsed. The download requests this value, which no second parser can read differently.
 
         White space around it and its fragment are dropped; blanks, bare percent signs and non-ASCII letters
         behind the host are percent-encoded. Raises MediaBlocked with the reason `url`, `userinfo`, `host`,
@@ -97,22 +97,25 @@ class MediaHosts:
         origin = _Origin(scheme=parsed.scheme, host=parsed.raw_host.decode("ascii"), port=port)
         if origin not in self.origins:
             raise MediaBlocked(f"{origin} is not in RECEIVER_MEDIA_HOSTS", reason=self._difference(origin))
-        # Other spellings of an allowed origin (an empty user, a port with zeros) are where parsers differ.
+        # Parsers disagree about other spellings of an allowed origin: an empty user, a port with zeros.
         authority = re.escape(parsed.netloc.decode("ascii"))
         if not re.match(rf"{origin.scheme}://{authority}(:{port})?([/?]|\Z)", given, re.IGNORECASE):
             raise MediaBlocked(f"The URL spells {origin} in an unusual way", reason="url")
         return parsed
 
-    def refuse(self, url: str) -> Skip | None:
-        """Say why `url` must not be requested; None if it may be.
+    def skip_reason(self, url: str) -> Skip | None:
+        """Return why `url` must not be requested; None if it may be.
 
-        An event may have thousands of URLs, and the transaction that lists them is open meanwhile. So what is
-        spelled in the usual way is not parsed, and what is wrong with a foreign origin is found out once.
+        An event may have thousands of URLs, and its transaction is open while they are listed. To parse each
+        of them would take too long, so a URL in the usual spelling is matched by one regular expression, and
+        the verdict on a foreign origin is cached.
         """
         if self._usual.fullmatch(url):
             return None
         origin = _ORIGIN.match(url)
-        return (_refuse(self, origin[0] + "/") if origin else None) or _refuse.__wrapped__(self, url)
+        return (_skip_reason(self, origin[0] + "/") if origin else None) or _skip_reason.__wrapped__(
+            self, url
+        )
 
     @cached_property
     def _usual(self) -> re.Pattern[str]:
@@ -128,7 +131,7 @@ class MediaHosts:
 
 
 @lru_cache(maxsize=1024)
-def _refuse(hosts: MediaHosts, url: str) -> Skip | None:
+def _skip_reason(hosts: MediaHosts, url: str) -> Skip | None:
     try:
         hosts.vet(url)
     except MediaBlocked as error:
@@ -138,13 +141,13 @@ def _refuse(hosts: MediaHosts, url: str) -> Skip | None:
 
 def _parse_entry(entry: str, number: int) -> _Origin:
     match = _ENTRY.fullmatch(entry.lower())
-    # A port needs a scheme: `host:9000` leaves open whether plain http is meant.
+    # A port needs a scheme: `host:9000` does not say if it means plain http.
     if match is None or (match["port"] and not match["scheme"]):
-        raise _nonsense(number)
+        raise _invalid_entry(number)
     scheme = match["scheme"] or "https"
     port = int(match["port"] or _PORTS[scheme])
     if not 0 < port <= _LAST_PORT:
-        raise _nonsense(number)
+        raise _invalid_entry(number)
     return _Origin(scheme=scheme, host=match["name"] or match["v6"], port=port)
 
 
@@ -155,7 +158,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _nonsense(number: int) -> SettingsError:
+def _invalid_entry(number: int) -> SettingsError:
     # The entry itself stays out of the message: it may hold a password.
     return SettingsError(
         f"RECEIVER_MEDIA_HOSTS: entry {number} is neither a host name, such as media.clipia.ai, "

@@ -1,16 +1,18 @@
-"""Counts, hashes and follows a body as it streams by, and says at its end what speaks against it."""
+"""Inspection of a body as it streams by: its size, its digests, and whether it is cut or damaged."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
 from receiver.errors import MediaBlocked, MediaDoubtful
-from receiver.media.containers import Damaged, Follower, Walk
+from receiver.media.containers import DamagedFile, Follower, Walk
 
 
 class Inspection:
-    """One body of at most `max_bytes`, against the `stated` digests and the end of its `walk`.
+    """One body of at most `max_bytes`, compared with the `stated` digests and with the end of its `walk`.
 
-    `is_framed` tells whether HTTP says where the body ends, by a length or by chunks.
+    `is_framed` tells whether HTTP says where the body ends, by a length or by chunks. A body in doubt passes
+    if it has the digest `seen_sha256`, because then the host has sent the same bytes twice, or if
+    `keep_doubtful`; `warning` says what was in doubt.
     """
 
     def __init__(
@@ -21,11 +23,16 @@ class Inspection:
         walk: Walk,
         min_bytes: int = 1,
         is_framed: bool = True,
+        seen_sha256: str | None = None,
+        keep_doubtful: bool = False,
     ) -> None:
         self.size = 0
+        self.warning: str | None = None
         self._max_bytes = max_bytes
         self._min_bytes = min_bytes
         self._is_framed = is_framed
+        self._seen_sha256 = seen_sha256
+        self._keep_doubtful = keep_doubtful
         self._stated = stated
         self._sha256 = hashlib.sha256()
         self._others = {name: hashlib.new(name, usedforsecurity=False) for name in stated if name != "sha256"}
@@ -34,11 +41,11 @@ class Inspection:
 
     @property
     def sha256(self) -> str:
-        """The digest of what came so far, in hex."""
+        """The digest of the bytes so far, in hex."""
         return self._sha256.hexdigest()
 
     def feed(self, part: bytes) -> None:
-        """Take in the next part. Raises MediaBlocked beyond the cap."""
+        """Add the next part. Raises MediaBlocked if the body exceeds its limit."""
         self.size += len(part)
         if self.size > self._max_bytes:
             raise MediaBlocked(f"The file is larger than {self._max_bytes} bytes", reason="too_large")
@@ -48,21 +55,42 @@ class Inspection:
         if self._damage is None:
             try:
                 self._follower.feed(part)
-            except Damaged as error:
+            except DamagedFile as error:
                 self._damage = f"The file is damaged: {error}"
 
+    async def stream(self, head: bytes, parts: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+        """Feed and yield `head` and `parts`.
+
+        `finish` runs before the iteration ends, so that the storage discards a body that it rejects.
+        """
+        self.feed(head)
+        yield head
+        async for part in parts:
+            self.feed(part)
+            yield part
+        self.finish()
+
+    def finish(self) -> None:
+        """Judge the whole body. Raises MediaDoubtful if it is in doubt and may not pass."""
+        if doubt := self.find_doubt():
+            is_seen = doubt.sha256 is not None and doubt.sha256 == self._seen_sha256
+            if not is_seen and not self._keep_doubtful:
+                raise doubt
+            self.warning = str(doubt)
+
     def find_doubt(self) -> MediaDoubtful | None:
-        """Return what contradicts a body that has come to its end; None if nothing does."""
+        """Return the first contradiction in a body that has come to its end, if there is one."""
         if self._damage is not None:
             return self._doubt(self._damage, "damaged")
         if self.size < self._min_bytes or not self._follower.is_complete:
-            # Without framing a broken connection may cut twice at the same place.
+            # Without framing a connection may break twice at the same place: the same bytes prove too little.
             return self._doubt(
-                f"The file ends early, after {self.size} bytes", "truncated", settles=self._is_framed
+                f"The file ends early, after {self.size} bytes", "truncated", may_repeat=self._is_framed
             )
         if not self._is_framed and not self._follower.ends_here:
             return self._doubt(
-                "Neither a length nor chunks: a broken connection would look like the end", "length"
+                "HTTP announces neither a length nor chunks: a broken connection would look like the end",
+                "length",
             )
         found = {"sha256": self._sha256} | self._others
         for name, digest in self._stated.items():
@@ -70,5 +98,5 @@ class Inspection:
                 return self._doubt(f"The file does not match the {name} that came with it", "digest")
         return None
 
-    def _doubt(self, message: str, reason: str, *, settles: bool = True) -> MediaDoubtful:
-        return MediaDoubtful(message, reason=reason, sha256=self.sha256 if settles else None)
+    def _doubt(self, message: str, reason: str, *, may_repeat: bool = True) -> MediaDoubtful:
+        return MediaDoubtful(message, reason=reason, sha256=self.sha256 if may_repeat else None)

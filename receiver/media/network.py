@@ -1,7 +1,7 @@
-"""The network under the downloads: connects to vetted addresses only.
+"""The network under the downloads, which connects to vetted addresses only.
 
-A name is resolved once, all of its addresses must be public, and the connection goes to one of those that
-were looked at, while TLS and the Host header keep the name. A second DNS answer has nothing left to change.
+A name is resolved once, all of its addresses must be public, and the connection goes to one of the addresses
+that were checked; TLS and the Host header keep the name. A second DNS answer (DNS rebinding) has no effect.
 """
 
 import asyncio
@@ -17,30 +17,30 @@ from receiver.errors import MediaBlocked
 from receiver.media.addresses import forbidden
 from receiver.media.hosts import MediaHosts
 
-_MAX_TRIES = 4
+_MAX_ATTEMPTS = 4
 
 Resolve: TypeAlias = Callable[[str, int], Awaitable[list[str]]]
 
 
 async def system_resolve(host: str, port: int) -> list[str]:
-    """Ask the system for every address of `host`. Raises OSError where there is none."""
+    """Return every address that the system knows for `host`. Raises OSError if there is none."""
     infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(info[4][0]) for info in infos))
 
 
 def interleave(addresses: Sequence[IPv4Address | IPv6Address]) -> list[IPv4Address | IPv6Address]:
-    """Return the addresses with both families by turns, the resolver's first one first (RFC 8305).
+    """Return the addresses with both families in alternation, the resolver's first one first (RFC 8305).
 
-    Resolvers often list all IPv6 addresses first; if IPv6 is broken, these would use up all tries.
+    Resolvers often list all IPv6 addresses first; if IPv6 is broken, these would use up all attempts.
     """
     first = [address for address in addresses if address.version == addresses[0].version]
     second = [address for address in addresses if address.version != addresses[0].version]
-    by_turns = chain.from_iterable(zip_longest(first, second))
-    return [address for address in by_turns if address is not None]
+    alternating = chain.from_iterable(zip_longest(first, second))
+    return [address for address in alternating if address is not None]
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """What httpcore opens its connections through. Raises MediaBlocked for an address that is not public."""
+    """Opens the connections of httpcore. Raises MediaBlocked if an address is not public."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to `host`, or to the address that was vetted for it."""
+        """Connect to a vetted address of `host`; a development origin is not vetted."""
         if self._hosts.is_development(host, port):
             return await self._dial.connect_tcp(host, port, timeout, local_address, socket_options)
         try:
@@ -74,8 +74,8 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         for address in addresses:
             if why := forbidden(address):
                 raise MediaBlocked(f"{host} has the address {address} ({why})", reason="address")
-        tries = interleave(addresses)[:_MAX_TRIES]
-        return await self._connect(tries, port, timeout, local_address, socket_options)
+        attempts = interleave(addresses)[:_MAX_ATTEMPTS]
+        return await self._connect(attempts, port, timeout, local_address, socket_options)
 
     async def _connect(
         self,

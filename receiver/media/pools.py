@@ -1,4 +1,4 @@
-"""Connections for downloads: direct ones over the guarded network, or through a proxy."""
+"""Connection pools for downloads: direct over the guarded network, or through a proxy."""
 
 import ssl
 
@@ -16,19 +16,19 @@ def open_tls(ca: str | None) -> ssl.SSLContext:
             context.load_verify_locations(cafile=ca)
         except (OSError, ValueError) as error:
             raise SettingsError(
-                "RECEIVER_MEDIA_CA: no certificate can be read from the file that it names "
+                "RECEIVER_MEDIA_CA: cannot read a certificate from this file "
                 f"({type(error).__name__}): write the path of a PEM file"
             ) from error
     return context
 
 
 def open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
-    """Return a pool that connects over `network`."""
+    """Return a pool whose connections go through `network`, which checks the addresses."""
     return httpcore.AsyncConnectionPool(
         ssl_context=tls,
         network_backend=network,
-        max_connections=None,  # whoever calls `save` decides how many run at once
-        max_keepalive_connections=0,  # every file gets a connection of its own, freshly vetted
+        max_connections=None,  # the callers of `save` limit how many downloads run at once
+        max_keepalive_connections=0,  # each file gets a connection of its own, newly vetted
     )
 
 

@@ -1,4 +1,4 @@
-"""Reads the body of a download, over several connections if they break and the host lets it be resumed."""
+"""The body of a download, read over several connections if they break and the host can resume it."""
 
 import asyncio
 import re
@@ -16,61 +16,63 @@ from receiver.errors import MediaUnavailable
 Headers: TypeAlias = list[tuple[bytes, bytes]]
 
 _MAX_CONNECTIONS: Final = 9
-_BREAKS: Final = frozenset({"truncated", "timeout"})
+_RESUMABLE: Final = frozenset({"truncated", "timeout"})
 _STRONG_TAG: Final = re.compile(r'"[!-~]*"')
 _PARTIAL_CONTENT: Final = 206
-_MINUTE: Final = 60.0
+_STRONG_AFTER_SECONDS: Final = 60.0
 
 
-async def read_on(
+async def read_resuming(
     response: httpcore.Response,
     *,
-    timely: Callable[[AsyncIterator[bytes]], AsyncGenerator[bytes, None]],
+    pace: Callable[[AsyncIterator[bytes]], AsyncGenerator[bytes, None]],
     request: Callable[[Headers], AbstractAsyncContextManager[httpcore.Response]],
     deadline: float,
 ) -> AsyncGenerator[bytes, None]:
-    """Yield a body as `timely` lets it pass; after a break before the loop's `deadline` `request` the rest.
+    """Yield a body as `pace` passes it on; if the connection breaks, `request` the rest.
 
-    Raises MediaUnavailable if the host cannot resume, or after a connection that brought nothing.
+    `deadline` is a time of the event loop's clock, after which no rest is requested. Raises MediaUnavailable
+    if the host cannot resume, or if a connection brought no byte.
     """
     version = _Version.of(httpx.Headers(response.headers))
     position = 0
     async with AsyncExitStack() as connections:
         for connection in range(1, _MAX_CONNECTIONS + 1):
             start = position
-            broken: MediaUnavailable | None = None
             try:
-                async with aclosing(timely(response.aiter_stream())) as parts:
+                async with aclosing(pace(response.aiter_stream())) as parts:
                     async for part in parts:
                         position += len(part)
                         yield part
             except MediaUnavailable as error:
+                if error.reason not in _RESUMABLE:
+                    raise
                 broken = error
-            if broken is None:
+            else:
                 return
             is_late = asyncio.get_running_loop().time() >= deadline
-            is_last = connection == _MAX_CONNECTIONS or position == start or is_late
-            if version is None or is_last or broken.reason not in _BREAKS:
+            if version is None or is_late or position == start or connection == _MAX_CONNECTIONS:
                 raise broken
             await connections.aclose()
-            response = await connections.enter_async_context(request(version.request_from(position)))
+            rest = request(version.request_from(position))
+            response = await connections.enter_async_context(rest)
             if not version.is_continued(response.status, httpx.Headers(response.headers), position=position):
                 raise broken
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Version:
-    """One version of a file, of which parts can be requested. `size` is in bytes."""
+    """One version of a file that a server can send in parts. `size` is in bytes."""
 
     size: int
     field: str
-    """The field of the response that tells versions apart, and below what it says."""
+    """The name of the header that tells versions apart; `validator` is its value."""
     validator: str
     coding: str
 
     @classmethod
     def of(cls, headers: httpx.Headers) -> Self | None:
-        """Return what the headers of a whole file identify; None if parts of two files could be mixed up."""
+        """Return the version that the headers of a whole file identify, if they tell it from every other."""
         size = headers.get("content-length")
         field = "etag" if "etag" in headers else "last-modified"
         is_strong = _STRONG_TAG.fullmatch(headers.get("etag", "")) or (field != "etag" and _is_old(headers))
@@ -80,17 +82,17 @@ class _Version:
         return cls(size=int(size), field=field, validator=headers[field], coding=coding)
 
     def request_from(self, position: int) -> Headers:
-        """Return the headers that ask for the rest, or for the whole if that is another file by now."""
+        """Return the headers that request the rest, or all of the file if it has changed meanwhile."""
         return [(b"Range", b"bytes=%d-" % position), (b"If-Range", self.validator.encode("ascii"))]
 
     @property
     def _unstated(self) -> str | None:
-        # A 206 may leave out Last-Modified, but not the tag (RFC 9110). One without it comes from a server
-        # that did not look at If-Range.
+        # A 206 may leave out Last-Modified, but not the tag (RFC 9110). If the tag is missing, the server has
+        # ignored If-Range.
         return None if self.field == "etag" else self.validator
 
     def is_continued(self, status: int, headers: httpx.Headers, *, position: int) -> bool:
-        """Return whether an answer's body is the rest from `position` on."""
+        """Return whether an answer's body is the rest of this version from `position` on."""
         return (
             status == _PARTIAL_CONTENT
             and headers.get("content-range") == f"bytes {position}-{self.size - 1}/{self.size}"
@@ -100,11 +102,11 @@ class _Version:
 
 
 def _is_old(headers: httpx.Headers) -> bool:
-    """Return whether Last-Modified was a minute ago, so that no other version has the same (RFC 9110)."""
+    """Return whether Last-Modified is a minute before Date: then no other version shares it (RFC 9110)."""
     try:
         sent, changed = (parsedate_to_datetime(headers.get(name, "")) for name in ("date", "last-modified"))
-        is_plain = headers["last-modified"].isascii()
-        return is_plain and (sent - changed).total_seconds() >= _MINUTE
+        age = (sent - changed).total_seconds()
+        return headers["last-modified"].isascii() and age >= _STRONG_AFTER_SECONDS
     except (ValueError, TypeError, OverflowError):
-        # There is none, one of them has no time zone, or it is beyond all bounds.
+        # A date is missing, or has no time zone, or a year of twenty digits.
         return False

@@ -1,4 +1,4 @@
-"""Whether a stored file is still what was stored."""
+"""Verification of a stored file against its record."""
 
 import hashlib
 from collections.abc import Callable
@@ -33,10 +33,10 @@ async def verify(
 ) -> Finding:
     """Read a file and compare it with its record.
 
-    A file is `unreadable` if it alone cannot be read, such as an object that was moved to an archive;
-    `on_unreadable` is told why. An unchanged file is `not_media` if it is a page that came in place of the
-    file: earlier releases took it for the file. Raises StorageUnavailable if the
-    storage takes no other file either.
+    A file is `unreadable` if the storage works but cannot read this one, such as an object that was moved to
+    an archive; `on_unreadable` gets the error. An unchanged file is `not_media` if it is a page that the host
+    sent in place of the file: earlier releases did not recognize these. Raises StorageUnavailable if the
+    storage itself does not work.
     """
     digest = hashlib.sha256()
     length = 0

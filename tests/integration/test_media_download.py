@@ -28,14 +28,14 @@ from receiver.errors import (
     SettingsError,
     StorageUnavailable,
 )
-from receiver.media import Downloader, Kind, Limits, MediaHosts, Storage, StoredFile
-from receiver.media.download import _timely
+from receiver.media import Downloader, DownloadLimits, Kind, MediaHosts, Storage, StoredFile
+from receiver.media.download import _pace
 from receiver.media.filetypes import SNIFF_BYTES
 from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool
 from receiver.media.storage.local import LocalStorage
 
-QUICK = Limits(
+QUICK = DownloadLimits(
     image_bytes=100_000,
     connect_seconds=2,
     header_seconds=1,
@@ -47,7 +47,9 @@ QUICK = Limits(
 
 
 @contextlib.asynccontextmanager
-async def downloader(*origins: str, storage: Storage, limits: Limits = QUICK) -> AsyncIterator[Downloader]:
+async def downloader(
+    *origins: str, storage: Storage, limits: DownloadLimits = QUICK
+) -> AsyncIterator[Downloader]:
     """Open a downloader that may fetch from `origins`."""
     opened = Downloader(hosts=MediaHosts.parse(origins), storage=storage, limits=limits)
     await opened.start()
@@ -58,7 +60,7 @@ async def downloader(*origins: str, storage: Storage, limits: Limits = QUICK) ->
 
 
 async def fetch(
-    answer: bytes | Answer, root: Path, *, kind: Kind = "image", limits: Limits = QUICK, **before: Any
+    answer: bytes | Answer, root: Path, *, kind: Kind = "image", limits: DownloadLimits = QUICK, **before: Any
 ) -> StoredFile:
     """Download what a server answers."""
     async with (
@@ -75,7 +77,7 @@ async def refused(
     root: Path,
     error: type[Exception] = MediaUnavailable,
     *,
-    limits: Limits = QUICK,
+    limits: DownloadLimits = QUICK,
     **options: Any,
 ) -> Any:
     """Download what a server answers, see it refused and nothing stored, and return the error."""
@@ -206,8 +208,10 @@ async def test_a_cut_without_framing_is_not_settled_by_another_one(
     """D9: the same cut twice is what the server has if HTTP frames it, and else only on the last try."""
     cut, digest = PNG[:700], hashlib.sha256(PNG[:700]).hexdigest()
     if length is None:
-        await refused(response(cut, length=None), tmp_path, MediaDoubtful, seen=digest)
-    stored = await fetch(response(cut, length=length), tmp_path, seen=digest, last=length is None)
+        await refused(response(cut, length=None), tmp_path, MediaDoubtful, seen_sha256=digest)
+    stored = await fetch(
+        response(cut, length=length), tmp_path, seen_sha256=digest, keep_doubtful=length is None
+    )
     assert (stored.warning, stored.is_media) == ("The file ends early, after 700 bytes", True)
 
 
@@ -234,8 +238,8 @@ async def test_a_blemish_that_comes_twice_is_stored_and_flagged(blemish: str, tm
     answer = response(data, *headers)
     error = await refused(answer, tmp_path, MediaDoubtful, kind=kind)
     assert error.retry_after == 5.0
-    await refused(answer, tmp_path, MediaDoubtful, kind=kind, seen="00" * 32)
-    stored = await fetch(answer, tmp_path, kind=kind, seen=error.sha256)
+    await refused(answer, tmp_path, MediaDoubtful, kind=kind, seen_sha256="00" * 32)
+    stored = await fetch(answer, tmp_path, kind=kind, seen_sha256=error.sha256)
     assert (stored.sha256, stored.warning) == (hashlib.sha256(data).hexdigest(), str(error))
     assert list(stored_files(tmp_path).values()) == [data]
 
@@ -243,7 +247,7 @@ async def test_a_blemish_that_comes_twice_is_stored_and_flagged(blemish: str, tm
 async def test_a_body_that_is_never_the_same_is_kept_in_the_end(tmp_path: Path) -> None:
     """D9: on the last try a body in doubt is better than none: it is stored and flagged."""
     data = SAMPLES["image/gif"].data[:-1]
-    stored = await fetch(response(data), tmp_path, seen="00" * 32, last=True)
+    stored = await fetch(response(data), tmp_path, seen_sha256="00" * 32, keep_doubtful=True)
     assert stored.warning == f"The file ends early, after {len(data)} bytes"
 
 
@@ -251,7 +255,7 @@ async def test_a_broken_connection_is_never_stored(tmp_path: Path) -> None:
     """D9: a body that is shorter than its length is no file, however often and however late it comes."""
     cut = response(PNG[:700], length=len(PNG))
     digest = hashlib.sha256(PNG[:700]).hexdigest()
-    assert (await refused(cut, tmp_path, seen=digest, last=True)).reason == "truncated"
+    assert (await refused(cut, tmp_path, seen_sha256=digest, keep_doubtful=True)).reason == "truncated"
 
 
 @pytest.mark.parametrize("data", [b"<html><body>Not found</body></html>", b""])
@@ -259,7 +263,7 @@ async def test_a_page_is_not_the_file_yet(data: bytes, tmp_path: Path) -> None:
     """D15: a page or nothing with status 200 is not stored before the last try, and then not as media."""
     answer = response(data, "Content-Type: image/png")
     assert (await refused(answer, tmp_path, NotMedia)).reason == "page"
-    stored = await fetch(answer, tmp_path, last=True)
+    stored = await fetch(answer, tmp_path, keep_doubtful=True)
     assert (stored.is_media, stored.key, stored.content_type) == (
         False,
         "ab/00-image.bin",
@@ -434,7 +438,7 @@ async def test_a_declared_size_beyond_the_cap_is_not_even_read(tmp_path: Path) -
     """D7: the length in the header is enough to refuse; each kind has its own cap."""
     answer = response(PNG, length=QUICK.image_bytes + 1)
     assert (await refused(answer, tmp_path, MediaBlocked)).reason == "too_large"
-    assert [Limits().max_bytes(kind) >> 20 for kind in ("image", "audio", "video", "file")] == [
+    assert [DownloadLimits().max_bytes(kind) >> 20 for kind in ("image", "audio", "video", "file")] == [
         64,
         256,
         2048,
@@ -541,7 +545,7 @@ async def test_a_slow_storage_is_not_blamed_on_the_server() -> None:
 
     limits = replace(QUICK, rate_window_seconds=1)
     received = 0
-    async for part in _timely(parts(), limits, math.inf):
+    async for part in _pace(parts(), limits, math.inf):
         received += len(part)
         await asyncio.sleep(0.06)
     assert received == 200
@@ -661,7 +665,7 @@ async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
     """D10: a worker that is stopped in the middle of a download leaves neither a file nor a connection."""
     async with (
         site(pausing(HEAD + bytes(8000))) as server,
-        downloader(server.origin, storage=local_storage(tmp_path), limits=Limits()) as opened,
+        downloader(server.origin, storage=local_storage(tmp_path), limits=DownloadLimits()) as opened,
     ):
         task = asyncio.create_task(opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image"))
         while not stored_files(tmp_path):  # noqa: ASYNC110 - a folder tells nobody that it changes

@@ -32,7 +32,7 @@ async def cdn() -> AsyncIterator[str]:
 async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[World]:
     """Everything but the web, with one destination and the rules of a service that is started."""
     async with opened(database, tmp_path / "media", cdn) as made:
-        made.rules = FileRules(refuse=MediaHosts.parse([cdn]).refuse)
+        made.rules = FileRules(refuse=MediaHosts.parse([cdn]).skip_reason)
         made.add_destination("main")
         yield made
 

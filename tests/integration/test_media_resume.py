@@ -11,12 +11,12 @@ import pytest
 from support.media import SAMPLES, Answer, Site, local_storage, response, site, stored_files
 
 from receiver.errors import MediaUnavailable
-from receiver.media import Downloader, Limits, MediaHosts
+from receiver.media import Downloader, DownloadLimits, MediaHosts
 
 MOVIE = SAMPLES["video/mp4"].data
 MOVIE += bytes(4) + b"free" + bytes(60_000)  # a last box, open to the end of the file
 TAG = '"v1"'
-LIMITS = Limits(header_seconds=2, idle_seconds=0.3, total_seconds=30)
+LIMITS = DownloadLimits(header_seconds=2, idle_seconds=0.3, total_seconds=30)
 
 
 def cut(
@@ -56,7 +56,7 @@ def cut(
 
 @asynccontextmanager
 async def downloads(
-    answer: Answer, folder: Path, limits: Limits = LIMITS
+    answer: Answer, folder: Path, limits: DownloadLimits = LIMITS
 ) -> AsyncIterator[tuple[Site, Downloader]]:
     """Run a server and a downloader that may fetch from it."""
     async with site(answer) as server, asyncio.timeout(60):

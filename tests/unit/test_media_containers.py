@@ -10,7 +10,7 @@ from support.media import NOISE, SAMPLES, box
 
 from receiver import sandbox
 from receiver.media import containers
-from receiver.media.containers import Damaged, Follower, Walk
+from receiver.media.containers import DamagedFile, Follower, Walk
 from receiver.media.filetypes import SNIFF_BYTES, sniff
 
 MOVIE = containers.iso(b"moov", b"mdat")
@@ -58,12 +58,12 @@ def test_the_parts_make_no_difference(content_type: str, splits: list[int], cut:
 
 @given(st.sampled_from(sorted(SAMPLES)), st.binary(max_size=300), st.integers(1, 64))
 def test_no_bytes_upset_a_walk(content_type: str, noise: bytes, step: int) -> None:
-    """D9: behind any valid start, arbitrary bytes lead to a verdict or to Damaged, never to another error."""
+    """D9: after any valid start, arbitrary bytes give a verdict or DamagedFile, and no other error."""
     data = SAMPLES[content_type].data
     for start in (16, 40, len(data)):
         try:
             is_complete(walk_of(content_type), data[:start] + noise, step=step)
-        except Damaged:
+        except DamagedFile:
             continue
 
 
@@ -92,7 +92,7 @@ def test_a_tag_or_padding_behind_a_file_is_no_blemish(content_type: str, tail: b
 
 def test_a_movie_without_its_index_is_damaged() -> None:
     """D9: a data box that is open to the end leaves no room for an index that has not come."""
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedFile):
         is_complete(MOVIE, box(b"ftyp", b"isom" + bytes(4)) + b"\0\0\0\0mdat" + NOISE)
 
 
@@ -106,7 +106,7 @@ def test_damaged_structures_are_told_apart_from_short_ones() -> None:
     for content_type, at in (("image/png", 37), ("image/gif", 19)):
         data = bytearray(SAMPLES[content_type].data)
         data[at : at + 1] = b"\x07"
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedFile):
             is_complete(walk_of(content_type), bytes(data))
 
 
@@ -174,7 +174,7 @@ def test_endless_tiny_pieces_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     follower = Follower(MOVIE)
     follower.feed(SAMPLES["video/mp4"].data + box(b"free", b"") * 900)
     assert follower.is_complete
-    with pytest.raises(Damaged, match="too many"):
+    with pytest.raises(DamagedFile, match="too many"):
         follower.feed(box(b"free", b"") * 101)
 
 

@@ -74,7 +74,7 @@ def test_refuses_every_other_spelling(url: str, reason: str) -> None:
     with pytest.raises(MediaBlocked) as caught:
         HOSTS.vet(url)
     assert caught.value.reason == reason
-    assert HOSTS.refuse(url) is not None
+    assert HOSTS.skip_reason(url) is not None
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_refuses_every_other_spelling(url: str, reason: str) -> None:
 def test_lets_allowed_origins_pass(url: str) -> None:
     """D1: the allowed origins pass, and come out as the library that connects has parsed them."""
     vetted = HOSTS.vet(url)
-    assert HOSTS.refuse(url) is None
+    assert HOSTS.skip_reason(url) is None
     assert (vetted.scheme, vetted.host) in {
         ("https", "media.clipia.ai"),
         ("http", "127.0.0.1"),
@@ -116,7 +116,7 @@ def test_odd_letters_are_encoded(url: str, target: bytes) -> None:
     """D1: blanks, bare percent signs and non-ASCII letters are encoded; a fragment is not requested."""
     vetted = HOSTS.vet(url)
     assert (vetted.netloc, vetted.raw_path, vetted.fragment) == (b"media.clipia.ai", target, "")
-    assert HOSTS.refuse(url) is None
+    assert HOSTS.skip_reason(url) is None
 
 
 def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,10 +130,10 @@ def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.M
 
     monkeypatch.setattr("receiver.media.hosts.httpx", SimpleNamespace(URL=count, InvalidURL=httpx.InvalidURL))
     for number in range(1000):
-        assert hosts.refuse(f"https://media.clipia.ai/works/{number}.png?x=%20") is None
-        assert hosts.refuse(f"https://media.clipia.ai:443/works/{number}") is None
-        assert hosts.refuse(f"http://[::1]:9000/works/{number}") is None
-        skip = hosts.refuse(f"https://foreign.example.com/{number}")
+        assert hosts.skip_reason(f"https://media.clipia.ai/works/{number}.png?x=%20") is None
+        assert hosts.skip_reason(f"https://media.clipia.ai:443/works/{number}") is None
+        assert hosts.skip_reason(f"http://[::1]:9000/works/{number}") is None
+        skip = hosts.skip_reason(f"https://foreign.example.com/{number}")
         assert skip is not None
         assert skip.reason == "host"
     assert parsed == ["https://foreign.example.com/"]

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from receiver.media.storage.base import settled
+from receiver.media.storage.base import run_to_end
 
 
 async def test_a_cancelled_caller_waits_for_its_thread() -> None:
@@ -17,7 +17,7 @@ async def test_a_cancelled_caller_waits_for_its_thread() -> None:
         is_running.set()
         may_end.wait(10)
 
-    task = asyncio.create_task(settled(asyncio.to_thread(work), on_cancel=lambda: notices.append(True)))
+    task = asyncio.create_task(run_to_end(asyncio.to_thread(work), on_cancel=lambda: notices.append(True)))
     await asyncio.to_thread(is_running.wait)
     for _ in range(3):
         task.cancel()
@@ -39,7 +39,7 @@ async def test_a_cancelled_caller_hears_of_the_cancellation_not_of_the_error() -
         await asyncio.sleep(0.01)
         raise OSError("late")
 
-    task = asyncio.create_task(settled(work()))
+    task = asyncio.create_task(run_to_end(work()))
     await started.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -54,6 +54,6 @@ async def test_results_and_errors_pass_through() -> None:
             raise error
         return 7
 
-    assert await settled(work(None)) == 7
+    assert await run_to_end(work(None)) == 7
     with pytest.raises(OSError, match="early"):
-        await settled(work(OSError("early")))
+        await run_to_end(work(OSError("early")))

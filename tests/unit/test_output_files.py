@@ -8,7 +8,7 @@ from receiver.core.output_files import MAX_SKIPPED, FileRules, Listing, list_fil
 from receiver.media import MediaHosts
 
 CDN = "https://media.clipia.ai"
-RULES = FileRules(refuse=MediaHosts.parse(["media.clipia.ai"]).refuse)
+RULES = FileRules(refuse=MediaHosts.parse(["media.clipia.ai"]).skip_reason)
 
 
 def at(*names: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Where files are kept: a local folder, or a bucket of S3, Google Cloud Storage or Azure."""
+"""Storage for files: a local folder, or a bucket of S3, Google Cloud Storage or Azure."""
 
 import re
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ __all__ = ["Storage", "open_storage"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Cloud:
-    """A scheme: the options that its URL may have, the extra that it needs, and where credentials belong."""
+    """A scheme: the options of its URL, the extra to install, and the variables for credentials."""
 
     options: frozenset[str]
     extra: str
@@ -52,7 +52,7 @@ _CHECKSUMS: Final = frozenset({None, "sha256", "none"})
 
 
 def open_storage(url: str) -> Storage:
-    """Return the storage that `RECEIVER_STORAGE_URL` names; nothing is touched before its first use.
+    """Return the storage that `RECEIVER_STORAGE_URL` names, without a connection and without a new folder.
 
     `file:data/media` is relative to the working directory, `file:///srv/media` is not; `s3://bucket/prefix`,
     `gs://bucket/prefix` and `az://container/prefix` take options as a query. Raises SettingsError.
@@ -60,18 +60,18 @@ def open_storage(url: str) -> Storage:
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise _wrong("it is no URL") from error
+        raise _invalid("it is not a URL") from error
     if parts.scheme == "file":
         return _open_local(parts)
     if cloud := _CLOUDS.get(parts.scheme):
         return _open_bucket(parts, cloud)
-    raise _wrong("it starts with none of file:, s3://, gs:// and az://")
+    raise _invalid("it must start with file:, s3://, gs:// or az://")
 
 
 def _open_local(parts: SplitResult) -> Storage:
     path = unquote(parts.path)
     if parts.netloc or parts.query or parts.fragment or not path or "\0" in path:
-        raise _wrong("a folder is written file:data/media or file:///srv/media")
+        raise _invalid("a folder is written file:data/media or file:///srv/media")
     return LocalStorage(Path(path))
 
 
@@ -79,15 +79,14 @@ def _open_bucket(parts: SplitResult, cloud: _Cloud) -> Storage:
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     bucket, prefix = parts.netloc, unquote(parts.path).strip("/")
     if "@" in bucket:
-        raise _wrong(f"credentials belong in {cloud.credentials}")
-    is_right = bucket and not parts.fragment and options.keys() <= cloud.options and all(options.values())
-    # Azure's links are signed for the name with its escapes, and fit no object whose name needs some.
+        raise _invalid(f"credentials belong in {cloud.credentials}")
+    # Azure signs links for the percent-encoded name. They open no object whose name needs such an encoding.
     if parts.scheme == "az" and not _PLAIN.fullmatch(prefix):
-        raise _wrong(
+        raise _invalid(
             "a prefix for Azure has ASCII letters, digits, dots, dashes, underscores and slashes only"
         )
-    if not is_right or not _is_endpoint(options.get("endpoint")) or options.get("checksum") not in _CHECKSUMS:
-        raise _wrong(f"a bucket is written {cloud.form}, options as needed")
+    if not bucket or parts.fragment or not _are_valid(options, cloud):
+        raise _invalid(f"a bucket is written {cloud.form}, options as needed")
     try:
         from receiver.media.storage.objects import ObjectStorage, open_store  # noqa: PLC0415 - needs an extra
     except ImportError as error:
@@ -97,6 +96,11 @@ def _open_bucket(parts: SplitResult, cloud: _Cloud) -> Storage:
     store = open_store(parts.scheme, bucket, prefix, options, credentials=cloud.credentials)
     base = f"{parts.scheme}://{bucket}/{prefix}/" if prefix else f"{parts.scheme}://{bucket}/"
     return ObjectStorage(store, base=base, credentials=cloud.credentials)
+
+
+def _are_valid(options: Mapping[str, str], cloud: _Cloud) -> bool:
+    is_known = options.keys() <= cloud.options and all(options.values())
+    return is_known and _is_endpoint(options.get("endpoint")) and options.get("checksum") in _CHECKSUMS
 
 
 def _is_endpoint(text: str | None) -> bool:
@@ -110,5 +114,5 @@ def _is_endpoint(text: str | None) -> bool:
     return parts.scheme in {"https", "http"} and bool(parts.hostname) and not has_more
 
 
-def _wrong(reason: str) -> SettingsError:
-    return SettingsError(f"RECEIVER_STORAGE_URL cannot be used: {reason}")
+def _invalid(reason: str) -> SettingsError:
+    return SettingsError(f"RECEIVER_STORAGE_URL is invalid: {reason}")

@@ -1,4 +1,4 @@
-"""What a storage is, and what every storage does alike."""
+"""The protocol of a storage, and the helpers that all storages share."""
 
 import asyncio
 import re
@@ -10,64 +10,64 @@ from receiver.errors import StorageUnavailable
 
 T = TypeVar("T")
 
-# Lower case only: two keys must not become one file where case is folded. No leading dot: those names are
-# ours.
+# Lower case only: a file system that ignores case would make one file of two keys. No leading dot: these
+# names are for unfinished files.
 _SEGMENT = r"[a-z0-9](?:[a-z0-9._-]{0,126}[a-z0-9])?"
 _KEY = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT}){{0,7}}")
-_MAX_KEY = 512
+_MAX_KEY_LENGTH = 512
 
 ANY_TYPE: Final = "application/octet-stream"
-"""Browsers download it and show nothing."""
+"""The content type of files that browsers must download and never show."""
 
 
 class Storage(Protocol):
     """Keeps files under keys such as `0b8f/0-image.png`.
 
-    Keys are ours, lower-case ASCII; another key is a ValueError. Every method raises StorageUnavailable when
-    the storage cannot do its work: reason `full` when there is no room, `error` otherwise.
+    The service makes the keys, in lower-case ASCII; any other key raises ValueError. Every method raises
+    StorageUnavailable if the storage fails, with the reason `full` if it has no space left, else `error`.
     """
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
-        """Store all `chunks` under `key`, or nothing; a bucket tells browsers the `content_type`.
+        """Store all `chunks` under `key`; a bucket sends the `content_type` to browsers.
 
-        On return the file is durable, and it has replaced what was there before. An exception from `chunks`
-        passes through and leaves nothing behind.
+        On return the file is durable, and has replaced an earlier file of this key. If `chunks` raises, the
+        exception passes through and no file is stored.
         """
 
     def open(self, key: str) -> AsyncIterator[bytes]:
-        """Iterate over a file's bytes. Raises FileNotFoundError when there is none."""
+        """Iterate over a file's bytes. Raises FileNotFoundError if there is no such file."""
 
     async def stat(self, key: str) -> int | None:
-        """Return the size in bytes; None when there is no such file."""
+        """Return the size in bytes; None if there is no such file."""
 
     async def delete(self, key: str) -> None:
-        """Remove a file; one that is not there is fine."""
+        """Remove a file, if there is one."""
 
     def uri(self, key: str) -> str:
-        """Return where others find the file: `file:///…`, `s3://…`."""
+        """Return the URI under which other programs find the file: `file:///…`, `s3://…`."""
 
     async def link(self, key: str, *, seconds: int) -> str | None:
-        """Return a URL with which anybody can read the file for so long; None if the storage makes none.
+        """Return a signed URL that reads the file for `seconds`; None if the storage has no signed URLs.
 
-        Raises ValueError for less than a second and more than 7 days.
+        Raises ValueError if `seconds` is below 1 or above 7 days.
         """
 
     async def check(self) -> str | None:
-        """Write, read back and delete a small file; return a warning if only the last of it is not possible.
+        """Write, read back and delete a small file; return a warning if only the deletion fails.
 
-        The StorageUnavailable that it raises says what to do.
+        The message of StorageUnavailable says what to do.
         """
 
     async def sweep(self) -> int:
-        """Remove what interrupted writes left behind more than a day ago; return how many files that were."""
+        """Remove the rests of writes that were interrupted more than a day ago; return their number."""
 
     async def close(self) -> None:
-        """Let go of connections."""
+        """Close the connections."""
 
 
 def require_key(key: str) -> str:
     """Return `key` if it is safe to use as a relative path, else raise ValueError."""
-    if len(key) > _MAX_KEY or not _KEY.fullmatch(key):
+    if len(key) > _MAX_KEY_LENGTH or not _KEY.fullmatch(key):
         raise ValueError(f"Not a storage key: {key[:80]!r}")
     return key
 
@@ -87,10 +87,11 @@ async def blocks(chunks: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes
         yield b"".join(pending)
 
 
-async def settled(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: None) -> T:
-    """Await `work` to its end even if the caller is cancelled meanwhile; only then honour the cancellation.
+async def run_to_end(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: None) -> T:
+    """Await `work` to its end, even if the caller is cancelled meanwhile; only then raise the cancellation.
 
-    A thread cannot be cancelled and an upload must not be: both would go on using what the caller cleans up.
+    A thread cannot be cancelled, and an upload must not be: both would still use the file or the connection
+    while the caller closes it.
     """
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
@@ -101,14 +102,14 @@ async def settled(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: No
             cancelled = error
             on_cancel()
     if cancelled is not None:
-        task.cancelled() or task.exception()  # looked at, so that asyncio does not report it as forgotten
+        task.cancelled() or task.exception()  # retrieved, or asyncio would report the exception as lost
         raise cancelled
     return task.result()
 
 
 async def probe(storage: Storage) -> str | None:
     """Write, read back and delete a small file; see `Storage.check`. Raises StorageUnavailable."""
-    # Below a folder, as the files of events are: that takes the right to make one.
+    # In a folder, like the files of events: this also checks the permission to make one.
     key, content = f"probe/{uuid4().hex}", uuid4().bytes
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -123,8 +124,8 @@ async def probe(storage: Storage) -> str | None:
     try:
         await storage.delete(key)
     except StorageUnavailable as error:
-        # Credentials without the right to delete are enough for all that the service does.
+        # The service stores files without the permission to delete them: so this is a warning, and no error.
         warning = f"the probe {storage.uri(key)} stays, because it cannot be deleted: {error}"
     if found != content:
-        raise StorageUnavailable("A file that was just written reads back differently", reason="error")
+        raise StorageUnavailable("A file that was just written reads back with other bytes", reason="error")
     return warning

@@ -1,4 +1,4 @@
-"""A local folder as storage: complete files only, durable once `put` returns."""
+"""A local folder as storage: its files are complete, and durable as soon as `put` returns."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
 from receiver.files import make_folder, open_private, sync_folder, write_all
-from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, settled
+from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, run_to_end
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -26,7 +26,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class LocalStorage:
-    """Files below `root`. Unfinished ones are in `root/.incoming`; `sweep` removes what crashes left."""
+    """Files below `root`. Unfinished ones are in `root/.incoming`, from which `sweep` removes old ones."""
 
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
@@ -38,7 +38,6 @@ class LocalStorage:
         *,
         content_type: str = ANY_TYPE,
     ) -> None:
-        """See Storage."""
         path = self._path(key)
         part = _Part(self._root)
         try:
@@ -47,13 +46,12 @@ class LocalStorage:
                 await self._run(part.write, block)
             await self._run(part.publish, path)
         except BaseException:
-            # The first error counts; what cannot be removed now is for `sweep`.
+            # Raise the first error. If the file cannot be removed now, `sweep` will do so.
             with contextlib.suppress(StorageUnavailable):
                 await self._run(part.discard)
             raise
 
     async def open(self, key: str) -> AsyncIterator[bytes]:
-        """See Storage."""
         file = await self._run(_open, self._path(key))
         if file is None:
             raise FileNotFoundError(key)
@@ -62,42 +60,37 @@ class LocalStorage:
                 yield block
 
     async def stat(self, key: str) -> int | None:
-        """See Storage."""
         return await self._run(_size, self._path(key))
 
     async def delete(self, key: str) -> None:
-        """See Storage."""
         await self._run(self._path(key).unlink, missing_ok=True)
 
     def uri(self, key: str) -> str:
-        """See Storage."""
         return self._path(key).as_uri()
 
     async def link(self, key: str, *, seconds: int) -> str | None:
-        """See Storage."""
+        """Return None: a local folder has no signed URLs."""
         return None
 
     async def check(self) -> str | None:
-        """See Storage."""
         return await probe(self)
 
     async def sweep(self) -> int:
-        """See Storage."""
         return await self._run(_remove_abandoned, self._root / _INCOMING)
 
     async def close(self) -> None:
-        """See Storage."""
+        """Do nothing: there are no connections."""
 
     def _path(self, key: str) -> Path:
         path = self._root / require_key(key)
-        # The key cannot climb out by itself; a link planted in the folder could take it there.
+        # A key has no `..`, but a symbolic link in the folder could lead out of it.
         if not path.resolve().is_relative_to(self._root):
             raise StorageUnavailable(f"{path} leads out of {self._root}: remove the link", reason="error")
         return path
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await settled(asyncio.to_thread(work, *args, **kwargs))
+            return await run_to_end(asyncio.to_thread(work, *args, **kwargs))
         except OSError as error:
             is_full = error.errno in _FULL
             advice = "free some space" if is_full else "make it a folder that this user can write to"
@@ -108,7 +101,7 @@ class LocalStorage:
 
 
 class _Part:
-    """A file in the making: nobody sees it before `publish`, and after `discard` it is gone."""
+    """An unfinished file: `publish` gives it its name, `discard` removes it."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -128,7 +121,7 @@ class _Part:
         self._closing.close()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(path)
-        # Up to the root, even where a folder was there already: whoever made it may not have synced it yet.
+        # Flush existing folders, too: the process that made one may not have done so yet.
         for folder in path.parents[: len(path.relative_to(self._root).parts)]:
             sync_folder(folder)
 
@@ -158,7 +151,7 @@ def _remove_abandoned(folder: Path) -> int:
     limit = time.time() - _ABANDONED_SECONDS
     removed = 0
     for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # its own write, or another janitor, was faster
+        with contextlib.suppress(FileNotFoundError):  # its write has ended, or another sweep removed it
             if path.stat().st_mtime < limit:
                 path.unlink()
                 removed += 1

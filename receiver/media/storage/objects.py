@@ -1,6 +1,6 @@
 """A bucket of S3, Google Cloud Storage or Azure as storage.
 
-obstore is an optional dependency; whoever imports this module must expect an ImportError.
+obstore is an optional dependency: if it is missing, importing this module raises ImportError.
 """
 
 import asyncio
@@ -10,13 +10,13 @@ import re
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, TypeVar
 
 import obstore
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from receiver.errors import SettingsError, StorageUnavailable
-from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, settled
+from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, run_to_end
 
 if TYPE_CHECKING:
     from obstore import BytesStream, GetResult
@@ -25,28 +25,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Store: TypeAlias = S3Store | GCSStore | AzureStore
 
-# S3's smallest part, few at once and fed in small blocks, so that memory stays flat whatever the file's size.
-_PART = 5 * 1024 * 1024
+# The smallest part that S3 takes, two at once, read in small blocks: the memory does not grow with the file.
+_PART_BYTES = 5 * 1024 * 1024
 _PARTS_AT_ONCE = 2
-_BLOCK = 256 * 1024
+_BLOCK_BYTES = 256 * 1024
 _MIB = 1024 * 1024
 
-_STALL: Final = 60.0
+ANSWER_SECONDS: Final = 60.0
 """Seconds that the server may take for an answer without a body, or for the next block of a file."""
 _PART_SECONDS: Final = 320
-"""Seconds that an upload of one part may take: the slowest rate of a download, 16 KiB/s.
+"""Seconds that an upload of one part may take: at 16 KiB/s, the slowest rate of a download.
 
-The client counts the time from the start of a request, so this is no stall timeout for what is sent.
+The client counts the time from the start of a request, so this cannot be a shorter idle timeout.
 """
-# Short: a download that could not be stored is tried again later, as a whole.
-_RETRIES: "Final[RetryConfig]" = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
-_LONGEST_LINK: Final = 7 * 24 * 60 * 60
+# Short: a download that cannot be stored is repeated later, from its start.
+RETRIES: "Final[RetryConfig]" = {"max_retries": 3, "retry_timeout": timedelta(seconds=30)}
+_LONGEST_LINK_SECONDS: Final = 7 * 24 * 60 * 60
 
 _STATUS = re.compile(r"\bstatus(?: code)?: ([1-5][0-9]{2})\b")
 _CODE = re.compile(r"<Code>([A-Za-z]{3,64})</Code>")
 _NO_BUCKET = re.compile(r"<Code>(?:NoSuchBucket|ContainerNotFound)</Code>")
 _OS_ERROR = re.compile(r"\bOs \{\s*code: ([0-9]{1,4}),|\(os error ([0-9]{1,4})\)")
-_SIGNS = (
+_CONNECTION_FAILED = "the connection failed"
+_CAUSES = (
     (r"\bSASforSASNotSupported\b", "a SAS token signs no links; that takes the account's key"),
     (r"\bstatus(?: code)?: 40[13]\b", "access denied"),
     (r"\bstatus(?: code)?: 404\b", "there is no such bucket"),
@@ -54,74 +55,99 @@ _SIGNS = (
     (r"dns error|failed to lookup address", "the host name was not found"),
     (r"certificate|UnknownIssuer", "the TLS certificate is not trusted"),
     (r"timed out|TimedOut", "no answer in time"),
-    (r"error sending request", "the connection failed"),
+    (r"error sending request", _CONNECTION_FAILED),
 )
 
 
+class _ClientOptions(TypedDict):
+    prefix: str | None
+    client_options: "ClientConfig"
+    retry_config: "RetryConfig"
+
+
 def open_store(
-    scheme: str, bucket: str, prefix: str, options: Mapping[str, str], *, credentials: str
+    scheme: str,
+    bucket: str,
+    prefix: str,
+    options: Mapping[str, str],
+    *,
+    credentials: str,
+    retries: "RetryConfig" = RETRIES,
 ) -> Store:
     """Return the client of a bucket. Credentials come from the environment. Raises SettingsError."""
-    endpoint = options.get("endpoint")
-    client: ClientConfig = {
-        "connect_timeout": "5s",
-        # It would cover a whole file. There is no way to switch it off.
-        "timeout": "365d",
-        "read_timeout": f"{_PART_SECONDS}s",
-        "allow_http": endpoint is not None and endpoint.startswith("http://"),
+    client: _ClientOptions = {
+        "prefix": prefix or None,
+        "client_options": {
+            "connect_timeout": "5s",
+            # It would limit a whole file, and cannot be switched off.
+            "timeout": "365d",
+            "read_timeout": f"{_PART_SECONDS}s",
+            "allow_http": options.get("endpoint", "").startswith("http://"),
+        },
+        "retry_config": retries,
     }
     try:
-        if scheme == "gs":
-            google: GCSConfig = {} if endpoint is None else {"base_url": endpoint}
-            return GCSStore(
-                bucket, prefix=prefix or None, config=google, client_options=client, retry_config=_RETRIES
-            )
-        if scheme == "az":
-            azure: AzureConfig = {} if endpoint is None else {"endpoint": endpoint}
-            if account := options.get("account"):
-                azure["account_name"] = account
-            return AzureStore(
-                bucket, prefix=prefix or None, config=azure, client_options=client, retry_config=_RETRIES
-            )
-        # Not all services know the request that deletes several objects at once.
-        s3: S3Config = {"disable_bulk_delete": True}
-        if endpoint is not None:
-            s3["endpoint"] = endpoint
-        if region := options.get("region"):
-            s3["region"] = region
-        if options.get("checksum") != "none":
-            s3["checksum_algorithm"] = "SHA256"
-        return S3Store(bucket, prefix=prefix or None, config=s3, client_options=client, retry_config=_RETRIES)
+        return _STORES[scheme](bucket, options, client)
     except BaseException as error:
         if not _is_failure(error):
             raise
         raise SettingsError(
-            f"RECEIVER_STORAGE_URL: no client for {scheme}:// can be made ({type(error).__name__}): see the "
+            f"RECEIVER_STORAGE_URL: cannot make a client for {scheme}:// ({type(error).__name__}): check the "
             f"URL and its options, and the credentials in {credentials}"
         ) from None
 
 
-class ObjectStorage:
-    """Objects of one bucket. `base` is how its URIs start."""
+def _open_google(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
+    config: GCSConfig = {"base_url": options["endpoint"]} if "endpoint" in options else {}
+    return GCSStore(bucket, config=config, **client)
 
-    def __init__(self, store: Store, *, base: str, credentials: str) -> None:
+
+def _open_azure(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
+    config: AzureConfig = {"endpoint": options["endpoint"]} if "endpoint" in options else {}
+    if "account" in options:
+        config["account_name"] = options["account"]
+    return AzureStore(bucket, config=config, **client)
+
+
+def _open_s3(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
+    # Some services do not know the request that deletes several objects.
+    config: S3Config = {"disable_bulk_delete": True}
+    if "endpoint" in options:
+        config["endpoint"] = options["endpoint"]
+    if "region" in options:
+        config["region"] = options["region"]
+    if options.get("checksum") != "none":
+        config["checksum_algorithm"] = "SHA256"
+    return S3Store(bucket, config=config, **client)
+
+
+_STORES = {"s3": _open_s3, "gs": _open_google, "az": _open_azure}
+
+
+class ObjectStorage:
+    """Objects of one bucket. Each URI is `base` and a key; errors name the variables with `credentials`."""
+
+    def __init__(
+        self, store: Store, *, base: str, credentials: str, answer_seconds: float = ANSWER_SECONDS
+    ) -> None:
         self._store = store
+        self._answer_seconds = answer_seconds
         self._base = base
         self._credentials = credentials
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
-        """See Storage. What fits into one part is a single request, more is a multipart upload."""
+        """Store a file of less than a part with a single request, and a larger one as multipart upload."""
         path = require_key(key)
-        source = _Source(blocks(chunks, _BLOCK))
-        head = await source.peek(_PART)
+        source = _Source(blocks(chunks, _BLOCK_BYTES))
+        head = await source.peek(_PART_BYTES)
         attributes: obstore.Attributes = {"Content-Type": content_type}
-        if len(head) < _PART:
+        if len(head) < _PART_BYTES:
             with self._translated():
-                await settled(
+                await run_to_end(
                     obstore.put_async(self._store, path, head, attributes=attributes, use_multipart=False)
                 )
             return
-        del head  # or it would stay in memory for as long as the upload lasts
+        del head  # or it would stay in memory until the upload ends
         try:
             with self._translated(source):
                 upload = obstore.put_async(
@@ -130,22 +156,25 @@ class ObjectStorage:
                     source,
                     attributes=attributes,
                     use_multipart=True,
-                    chunk_size=_PART,
+                    chunk_size=_PART_BYTES,
                     max_concurrency=_PARTS_AT_ONCE,
                 )
-                await settled(upload, on_cancel=source.stop)
+                await run_to_end(upload, on_cancel=source.stop)
         finally:
             await source.aclose()
 
     async def open(self, key: str) -> AsyncIterator[bytes]:
-        """See Storage. A connection that breaks within the file is replaced while each brings some of it."""
+        """Iterate over a file; if the connection breaks, continue with a new one.
+
+        Each connection must bring a MiB or more, or the second break in a row raises.
+        """
         path = require_key(key)
         position = 0
         first = found = await self._get(path, position)
         while True:
             start = position
             with self._translated():
-                stream, end = found.stream(min_chunk_size=_BLOCK), found.range[1]
+                stream, end = found.stream(min_chunk_size=_BLOCK_BYTES), found.range[1]
             while (block := await self._read(stream, may_break=position - start >= _MIB)) is not None:
                 position += len(block)
                 yield block
@@ -155,65 +184,62 @@ class ObjectStorage:
                 raise StorageUnavailable(f"{self.uri(key)} ends early", reason="error")
             found = await self._get(path, position)
             with self._translated():
-                # Only now: a date that Python does not know makes all of an object's facts unreadable.
+                # Not before a break: if the server sends a date unknown to Python, reading `meta` raises.
                 tags = {first.meta["e_tag"], found.meta["e_tag"]}
             if len(tags) > 1 or None in tags:
                 raise StorageUnavailable(f"{self.uri(key)} was replaced while it was read", reason="error")
 
     async def stat(self, key: str) -> int | None:
-        """See Storage."""
         path = require_key(key)
         with self._translated():
             try:
-                return (await _soon(obstore.head_async(self._store, path)))["size"]
+                return (await self._in_time(obstore.head_async(self._store, path)))["size"]
             except FileNotFoundError:
                 return None
 
     async def delete(self, key: str) -> None:
-        """See Storage."""
         path = require_key(key)
         with self._translated(), contextlib.suppress(FileNotFoundError):
-            await _soon(obstore.delete_async(self._store, path))
+            await self._in_time(obstore.delete_async(self._store, path))
 
     def uri(self, key: str) -> str:
-        """See Storage."""
         return self._base + require_key(key)
 
     async def link(self, key: str, *, seconds: int) -> str | None:
-        """See Storage."""
         path = require_key(key)
-        if not 0 < seconds <= _LONGEST_LINK:
-            raise ValueError(f"A link holds for 1 to {_LONGEST_LINK} seconds")
+        if not 0 < seconds <= _LONGEST_LINK_SECONDS:
+            raise ValueError(f"A link holds for 1 to {_LONGEST_LINK_SECONDS} seconds")
         with self._translated():
-            return await _soon(obstore.sign_async(self._store, "GET", path, timedelta(seconds=seconds)))
+            return await self._in_time(
+                obstore.sign_async(self._store, "GET", path, timedelta(seconds=seconds))
+            )
 
     async def check(self) -> str | None:
-        """See Storage."""
         return await probe(self)
 
     async def sweep(self) -> int:
-        """See Storage. Failed uploads are aborted; what a crash leaves open is for a lifecycle rule."""
+        """Do nothing: `put` aborts failed uploads, and a lifecycle rule removes those that a crash left."""
         return 0
 
     async def close(self) -> None:
-        """See Storage."""
+        """Do nothing: the client has no method that closes its connections."""
 
     async def _get(self, path: str, position: int) -> "GetResult":
         with self._translated():
             try:
                 options: obstore.GetOptions = {"range": {"offset": position}} if position else {}
-                return await _soon(obstore.get_async(self._store, path, options=options))
+                return await self._in_time(obstore.get_async(self._store, path, options=options))
             except FileNotFoundError as error:
-                # Raised for a bucket that is not there, too.
+                # A missing bucket raises it, too.
                 if _NO_BUCKET.search(str(error)):
                     raise
         raise FileNotFoundError(path)
 
     async def _read(self, stream: "BytesStream", *, may_break: bool) -> bytes | None:
-        """Return the next block, or None at the end; also at a break, if it may."""
+        """Return the next block; None at the end, and at a break if the stream `may_break`."""
         try:
             with self._translated():
-                block = await _soon(anext(stream, None))
+                block = await self._in_time(anext(stream, None))
                 return None if block is None else bytes(block)
         except StorageUnavailable:
             if not may_break:
@@ -230,43 +256,46 @@ class ObjectStorage:
             if source is not None and source.failure is not None:
                 raise source.failure from None
             raise StorageUnavailable(
-                f"Cannot use {self._base}: {_why(error)}; check RECEIVER_STORAGE_URL, the bucket, "
-                f"{self._credentials}",
+                f"Cannot use {self._base}: {self._error_text(error)}; check RECEIVER_STORAGE_URL, the bucket "
+                f"and {self._credentials}",
                 reason="error",
             ) from error
 
+    async def _in_time(self, work: Awaitable[T]) -> T:
+        async with asyncio.timeout(self._answer_seconds):
+            return await work
 
-async def _soon(work: Awaitable[T]) -> T:
-    async with asyncio.timeout(_STALL):
-        return await work
+    def _error_text(self, error: BaseException) -> str:
+        """Return the cause of an error, from its class and the numbers and codes in its text.
+
+        The text itself may quote the signed request, and with it a session token.
+        """
+        text = str(error)
+        facts = [type(error).__name__]
+        if isinstance(error, TimeoutError):
+            return f"no answer in {self._answer_seconds:.0f} s ({facts[0]})"
+        facts += [f"HTTP {status}" for status in _STATUS.findall(text)[:1]] + _CODE.findall(text)[:1]
+        found = next((words for sign, words in _CAUSES if re.search(sign, text)), None)
+        if found == _CONNECTION_FAILED:
+            found = _os_error_text(text) or found
+        return f"{found} ({', '.join(facts)})" if found else ", ".join(facts)
 
 
 def _is_failure(error: BaseException) -> bool:
-    """Whether an exception is a failure of the client; a panic of its Rust code is no Exception."""
+    """Return whether the client failed: a panic of its Rust code is a BaseException, but no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
-def _why(error: BaseException) -> str:
-    """Return what has happened: by the exception's class, and by the numbers and codes in its text.
-
-    The text itself may quote what was signed, and with it a session token.
-    """
-    text = str(error)
-    facts = [type(error).__name__]
-    facts += [f"HTTP {found[1]}" for found in [_STATUS.search(text)] if found]
-    facts += [found[1] for found in [_CODE.search(text)] if found]
-    if isinstance(error, TimeoutError):
-        return f"no answer in {_STALL:.0f} s ({facts[0]})"
-    words = next((words for sign, words in _SIGNS if re.search(sign, text)), "")
-    if words == "the connection failed" and (found := _OS_ERROR.search(text)):
-        words = os.strerror(int(found[1] or found[2]))
-    return f"{words} ({', '.join(facts)})" if words else ", ".join(facts)
+def _os_error_text(text: str) -> str | None:
+    found = _OS_ERROR.search(text)
+    return os.strerror(int(found[1] or found[2])) if found else None
 
 
 class _Source:
-    """What an upload reads from. Only an error raised in here makes obstore abort the upload on the server.
+    """The blocks that an upload reads.
 
-    Cancelling the upload instead would leave its parts in the bucket, invisible and paid for.
+    To cancel an upload would be simpler, but would leave its parts in the bucket, invisible and paid for.
+    obstore aborts the upload on the server only if this iterator raises, so `stop` makes it raise.
     """
 
     def __init__(self, blocks: AsyncIterator[bytes]) -> None:
@@ -277,7 +306,7 @@ class _Source:
         self._is_stopped = False
 
     async def peek(self, size: int) -> bytes:
-        """Return the first blocks, `size` bytes or all that there are; they will still be read."""
+        """Return the first blocks, `size` bytes or more if there are so many, and keep them to be read."""
         length = 0
         while length < size and (block := await anext(self._blocks, None)) is not None:
             self._head.append(block)
@@ -289,14 +318,14 @@ class _Source:
 
     async def __anext__(self) -> bytes:
         if self._is_stopped:
-            raise _Stopped
+            raise _UploadCancelled
         if self._head:
             return self._head.popleft()
         self._reading = asyncio.ensure_future(anext(self._blocks, None))
         try:
             block = await self._reading
         except asyncio.CancelledError:
-            raise _Stopped from None
+            raise _UploadCancelled from None
         except Exception as error:
             self.failure = error
             raise
@@ -311,11 +340,11 @@ class _Source:
             self._reading.cancel()
 
     async def aclose(self) -> None:
-        """Wait until nothing reads from the rest any more."""
+        """Stop, and wait until the read that is under way has ended."""
         self.stop()
         if self._reading is not None:
             await asyncio.wait({self._reading})
 
 
-class _Stopped(Exception):
-    """The caller was cancelled."""
+class _UploadCancelled(Exception):
+    """The caller of `put` was cancelled: the upload must fail."""
