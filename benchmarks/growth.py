@@ -123,7 +123,7 @@ class Bench:
             memory, logged = web.memory_info().rss, self._logged(store)
             measured = run_wrk(
                 port,
-                self._folder / "requests",
+                self._folder,
                 connections=CONNECTIONS,
                 seconds=seconds,
                 most=MOST / 2,

@@ -25,6 +25,7 @@ from support.payloads import SECRET
 from support.servers import end, free_port, wait_for_port
 
 HERE = Path(__file__).parent
+MEMORY = Path("/dev/shm")
 PATH = "/clipia/webhook"
 BODY_BYTES = 600
 STARTED = 30.0
@@ -46,6 +47,8 @@ class Measured:
     """Of one core."""
     server_cpu: float
     """Of one core, with the database's processes."""
+    other_cpu: float
+    """Of one core: the processes that belong neither to the client nor to the servers."""
 
 
 def signed_request(content: bytes) -> bytes:
@@ -81,7 +84,16 @@ def write_requests(file: Path, count: int) -> int:
             whole = signed_request(head + str(uuid.uuid4()).encode() + tail)
             size = len(whole)
             target.write(whole)
+        # Hundreds of megabytes: the kernel would write them to the disk during the measurement.
+        target.flush()
+        os.fsync(target.fileno())
     return size
+
+
+def busy_seconds() -> float:
+    """Return the CPU time that all processes of the machine have used."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system)
 
 
 def cpu_seconds(processes: Iterable[psutil.Process]) -> float:
@@ -103,7 +115,7 @@ def family(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 def run_wrk(
     port: int,
-    file: Path,
+    folder: Path,
     *,
     connections: int,
     seconds: float,
@@ -112,18 +124,24 @@ def run_wrk(
 ) -> Measured:
     """Load a server; each request is sent once, and `most` is an upper bound of the rate.
 
+    The requests are written to memory if there is a file system in it, or else to `folder`.
+
     `servers` lists the processes whose CPU time counts, before the load and after it: some start meanwhile.
     """
     if shutil.which("wrk") is None:
         sys.exit("wrk is not installed: apt-get install wrk")
+    file = (MEMORY if MEMORY.is_dir() else folder) / f"requests-{os.getpid()}"
     size = write_requests(file, round(most * seconds) + connections)
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:.0f}s", "--timeout", "30s"]
     command += ["-s", str(HERE / "load.lua")]
     command += [f"http://127.0.0.1:{port}{PATH}", "--", str(file), str(size)]
-    before, used = cpu_seconds(servers()), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    before, used, busy = cpu_seconds(servers()), resource.getrusage(resource.RUSAGE_CHILDREN), busy_seconds()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    finally:
+        file.unlink()
+    busy = busy_seconds() - busy
     after, now = cpu_seconds(servers()), resource.getrusage(resource.RUSAGE_CHILDREN)
-    file.unlink()
     told = json.loads(done.stderr.strip().splitlines()[-1])
     if "requests" not in told:
         sys.exit(f"wrk did not finish: {done.stderr or done.stdout}")
@@ -139,21 +157,22 @@ def run_wrk(
         longest=told["max"] / 1e3,
         client_cpu=client / took,
         server_cpu=(after - before) / took,
+        other_cpu=max(0.0, busy - client - (after - before)) / took,
     )
 
 
 @contextmanager
 def served(
-    folder: Path, *arguments: str, settings: dict[str, str] | None = None
+    folder: Path, *arguments: str, program: str = sys.executable, settings: dict[str, str] | None = None
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
-    """Run a Python server with the option `--port` for the block; yield its port and its process."""
+    """Run a server with the option `--port` for the block; yield its port and its process."""
     port = free_port()
     environment = (
         dict(os.environ) | {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DRAIN": "0"} | (settings or {})
     )
     with (folder / "server.log").open("ab") as log:
         process = subprocess.Popen(
-            [sys.executable, *arguments, "--port", str(port)],
+            [program, *arguments, "--port", str(port)],
             env=environment,
             cwd=folder,
             stdout=log,

@@ -68,7 +68,7 @@ def main() -> None:
             began = time.monotonic()
             measured = run_wrk(
                 port,
-                folder / "requests",
+                folder,
                 connections=CONNECTIONS,
                 seconds=options.seconds,
                 most=MOST,

@@ -1,10 +1,15 @@
 """The benchmarks run as printed, on small sizes: figures that nobody can get again are none."""
 
+import importlib
+import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 from support.commands import command_environment, unmeasured
 from support.servers import require
 
@@ -30,8 +35,9 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
     """The sides are measured, every ack is accounted for, and the page gets its table and its chart."""
     require("postgresql", "wrk", "strace")
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
-    sizes = ("--sides", "sqlite", "naive-sqlite", "--rounds", "1", "--seconds", "1", "--before", str(ROOT))
-    printed = run("benchmarks/ingest.py", *sizes, "--write", str(tmp_path))
+    sides = ("sqlite", "naive-sqlite", "node-postgresql", "express-postgresql")
+    sizes = ("--rounds", "1", "--seconds", "1", "--others", "99", "--before", str(ROOT))
+    printed = run("benchmarks/ingest.py", "--sides", *sides, *sizes, "--write", str(tmp_path))
     page = (tmp_path / "performance.md").read_text()
     assert printed.strip() in page
     assert "## Where the time goes" in page
@@ -39,11 +45,27 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
     for line in (
         "receiver, SQLite |",
         "naive handler, SQLite |",
+        "Node.js http + pg upsert, PostgreSQL |",
+        "Express + pg, PostgreSQL |",
         "÷ build before, SQLite",
         "Flushes per acked",
     ):
         assert line in page
-    assert (tmp_path / "ingest.svg").read_text().count("<rect") == 5
+    assert (tmp_path / "ingest.svg").read_text().count("<rect") == 7
+
+
+def test_disturbed_runs_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A run in which other processes used the CPU is repeated and told; after many the benchmark ends."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ingest = importlib.import_module("ingest")
+    bench = ingest.Bench(None, tmp_path, None, 0.3)
+    shares: Iterator[float] = iter([0.9, 0.31, 0.3])
+    monkeypatch.setattr(bench, "_run", lambda *_, **__: SimpleNamespace(other_cpu=next(shares)))
+    assert bench.run("bare", seconds=1).other_cpu == 0.3
+    assert bench.refused == 2
+    shares = itertools.repeat(0.31)
+    with pytest.raises(SystemExit, match="--others"):
+        bench.run("bare", seconds=1)
 
 
 def test_downloads_are_measured() -> None:

@@ -3,9 +3,7 @@
 import base64
 import hashlib
 import hmac
-import shutil
 import subprocess
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Final
 
 import httpx
 
-from support.servers import end, free_port, missing, wait_for_port
+from support.npm import install
+from support.servers import end, free_port, wait_for_port
 
 # The newest one that runs on the Node.js of Debian 12.
 AZURITE: Final = "azurite@3.35.0"
@@ -23,31 +22,6 @@ ACCOUNT: Final = "devstoreaccount1"
 # Known to everybody: the emulator has it built in.
 KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 VERSION: Final = "2021-08-06"
-
-
-def install(cache: Path) -> Path:
-    """Return the folder of the packages of Azurite, which npm installs into `cache` once."""
-    folder = cache / AZURITE
-    if folder.exists():
-        return folder
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        missing("npm", "apt-get install nodejs npm")
-        raise AssertionError("unreachable")
-    new = cache / uuid.uuid4().hex
-    options = ["--no-package-lock", "--no-audit", "--no-fund", "--ignore-scripts", "--omit=optional"]
-    options += ["--prefer-offline", "--fetch-retries=1", "--loglevel=error"]
-    command = [npm, "install", "--prefix", str(new), *options, AZURITE]
-    try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-        if result.returncode:
-            missing(AZURITE, f"npm cannot install it: {result.stderr}")
-        # As a whole: another run of the tests may install it at the same time.
-        if not folder.exists():
-            new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    return folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +62,7 @@ class Container:
 @contextmanager
 def azurite(cache: Path, directory: Path) -> Iterator[Container]:
     """Run Azurite with one container; it checks signatures."""
-    folder = install(cache)
+    folder = install(cache, AZURITE)
     port = free_port()
     program = folder / "node_modules" / ".bin" / "azurite-blob"
     options = ["--blobHost", "127.0.0.1", "--blobPort", str(port), "--inMemoryPersistence", "--silent"]
