@@ -7,14 +7,14 @@ from types import FrameType
 from typing import Final
 
 TERMINATED: Final = 128 + signal.SIGTERM
-"""The exit status of a process that SIGTERM ended, as shells report it."""
+"""The exit status by which shells report a process that SIGTERM ended."""
 INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main() -> None:
     """Run the command line."""
-    # The first process of a container has no default action for SIGTERM: without a handler it would go on.
-    # Servers put their own in its place. Before the imports, which take a second.
+    # The first process of a container ignores SIGTERM if it has no handler. The handler is set before the
+    # imports, because these take a second; servers replace it by their own.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run()
@@ -24,33 +24,33 @@ def main() -> None:
 
 def _run() -> None:
     if sys.argv[1:] == ["healthcheck"]:
-        # Importing all commands takes a second of CPU, and a health check comes every few seconds.
-        from receiver.heartbeat import run_check  # noqa: PLC0415 - see above
+        # Importing all commands takes a second of CPU, and a health check runs every few seconds.
+        from receiver.heartbeat import run_check
 
         sys.exit(run_check())
-    from receiver import exit_status  # noqa: PLC0415 - the handlers come first
+    from receiver import exit_status
 
     exit_status.run(_run_commands)
 
 
 def _run_commands() -> None:
     _require_metrics_folder()
-    from receiver.cli import app  # noqa: PLC0415 - the handlers come first
+    from receiver.cli import app
 
     app()
 
 
 def _require_metrics_folder() -> None:
-    """Raise SettingsError for a variable that prometheus_client heeds as soon as it is imported."""
-    from receiver.errors import SettingsError  # noqa: PLC0415 - the handlers come first
+    """Raise SettingsError if prometheus_client, which reads the variable when imported, could not use it."""
+    from receiver.errors import SettingsError
 
     name = "PROMETHEUS_MULTIPROC_DIR"
     folder = os.environ.get(name) or os.environ.get(name.lower())
-    # Writing needs both rights, and both fail for what is no folder.
+    # The dot makes both checks fail for a file that is no folder.
     if folder is not None and not os.access(f"{folder}/.", os.W_OK | os.X_OK):
         raise SettingsError(
-            f"{name} names no folder that this user can write to: make it, or unset the variable "
-            "(`receiver serve --workers` makes a folder of its own)"
+            f"{name} names no folder that this user can write to: make the folder, or unset the variable "
+            "(`receiver serve --workers` makes its own folder)"
         )
 
 

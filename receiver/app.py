@@ -31,7 +31,7 @@ from receiver.db.signals import Signals
 from receiver.error_texts import error_text, traceback_lines
 from receiver.lanes.backlog import count_dead_letters, count_refused_jobs, read_backlog
 from receiver.lanes.worker import Wakeups
-from receiver.logs import write_logs
+from receiver.logs import flush_logs
 from receiver.media import open_storage
 from receiver.process import make_ingest, make_replays, running_worker
 from receiver.settings import CALLBACK_PATH, Settings
@@ -64,7 +64,7 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(write_logs)
+            stack.push_async_callback(flush_logs)
             stack.push_async_callback(database.close)
             stack.push_async_callback(submitter.close)
             if signals:

@@ -1,4 +1,4 @@
-"""A task that runs beside a block."""
+"""A background task for the length of a block."""
 
 import asyncio
 import contextlib
@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 @asynccontextmanager
 async def running(work: Coroutine[object, object, None], *, name: str) -> AsyncIterator[None]:
-    """Run `work`, which ends only by being cancelled, until the block ends."""
+    """Run `work` as a task, and cancel it at the end of the block."""
     task = asyncio.create_task(work, name=name)
     try:
         yield

@@ -3,29 +3,29 @@
 ::
 
     ReceiverError
-    ├── SettingsError            a setting is missing or wrong; the message says which and what to write
-    │   └── UnusableFileError    a file that a setting names cannot be read or used; it may come later
-    ├── SignatureError           a webhook whose signature or freshness does not hold (`reason`)
-    ├── UnrecognizedBody         an authentic body that cannot be used as an event (`reason`)
-    ├── PermanentError           trying again cannot help (`reason`)
+    ├── SettingsError            a setting is missing or wrong; the message names it and gives advice
+    │   └── UnusableFileError    a file of a setting is missing or unusable; it may be repaired later
+    ├── SignatureError           a webhook's signature is invalid or too old (`reason`)
+    ├── UnrecognizedBody         an authentic body that is no event (`reason`)
+    ├── PermanentError           a retry cannot help (`reason`)
     │   ├── RequestError         a job or a call is invalid, or its state does not allow it (`code`, `type`)
     │   │   ├── RequestTooLarge
     │   │   └── RefusedByClipia  Clipia refuses a job or a call for good (`status`)
-    │   ├── MediaBlocked         the guard refused a URL, an address or a file
-    │   └── PublishRejected      the destination refused this message for good
-    └── TransientError           trying again later may help (`reason`, `retry_after`)
-        ├── ClipiaUnavailable    the API did not answer, or not usably (`may_have_arrived`)
-        │   ├── AccountRefused   401: it is the account's trouble, not the job's
-        │   └── RefusedForNow    402, 403: Clipia refuses this job as the account stands now (`type`)
+    │   ├── MediaBlocked         the guard blocked a URL, an address or a file
+    │   └── PublishRejected      the destination rejected this message permanently
+    └── TransientError           a later retry may help (`reason`, `retry_after`)
+        ├── ClipiaUnavailable    the API gave no answer, or an unusable one (`may_have_arrived`)
+        │   ├── AccountRefused   401: the key or the account is at fault, not the job
+        │   └── RefusedForNow    402, 403: Clipia refuses this job until the account changes (`type`)
         ├── DatabaseUnavailable
-        ├── MediaUnavailable     the CDN did not give a whole file
-        │   ├── MediaMissing     it says that there is none (404 and the like): given up after few tries
-        │   ├── NotMedia         a page or a text in place of a file: not there yet
-        │   └── MediaDoubtful    all of a body came, and something contradicts it (`sha256`)
+        ├── MediaUnavailable     the CDN did not send a whole file
+        │   ├── MediaMissing     the CDN has no such file (404 and similar): given up after a few attempts
+        │   ├── NotMedia         a page or a text came in place of a file, which may come later
+        │   └── MediaDoubtful    a whole body came, but its size, container or digest is wrong (`sha256`)
         ├── StorageUnavailable   our own storage cannot take a file (full, unreachable)
         └── PublishFailed        the destination did not confirm
 
-Data travels as attributes; nothing parses messages. `reason` is a short fixed word, fit for a metric's label.
+Data is in attributes; messages are never parsed. `reason` is a short fixed word that fits a metric's label.
 """
 
 from typing import Literal
@@ -36,21 +36,21 @@ BodyReason = Literal["not_json", "not_object", "duplicate_key", "request_id", "s
 
 
 class ReceiverError(Exception):
-    """Base of everything that this package raises on purpose."""
+    """Base of the package's own exceptions."""
 
 
 class SettingsError(ReceiverError):
-    """A setting is missing or wrong; the message is for the operator and says what to do."""
+    """A setting is missing or wrong; the message names it and tells the operator how to repair it."""
 
 
 class UnusableFileError(SettingsError):
-    """A file that a setting names cannot be read, or does not hold what it should: it may come later."""
+    """A file that a setting names is missing or has the wrong content; it may be repaired later."""
 
 
 class SignatureError(ReceiverError):
-    """A webhook's signature or freshness does not hold.
+    """A webhook's signature is missing, invalid or too old.
 
-    `reason` is for metrics and logs only. A caller must answer every one of them alike.
+    `reason` is for metrics and logs only. The answer must be the same for each, so that it helps no forger.
     """
 
     def __init__(self, reason: SignatureReason) -> None:
@@ -59,7 +59,7 @@ class SignatureError(ReceiverError):
 
 
 class UnrecognizedBody(ReceiverError):
-    """An authentic body that is not a usable event: not JSON, no `request_id`, an unknown status."""
+    """An authentic body that is no event: not JSON, no `request_id`, or an unknown status."""
 
     def __init__(self, reason: BodyReason) -> None:
         super().__init__(reason)
@@ -67,7 +67,7 @@ class UnrecognizedBody(ReceiverError):
 
 
 class PermanentError(ReceiverError):
-    """Trying again cannot help."""
+    """A retry cannot help."""
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -77,8 +77,8 @@ class PermanentError(ReceiverError):
 class RequestError(PermanentError):
     """A job or a call is invalid, or the state of its object does not allow it.
 
-    `code` says which of these; `api.answers` has the HTTP status of each code. `type` is as in Clipia's own
-    errors. `job_id` is the job's, if one was made.
+    `api.answers` has the HTTP status of each `code`. `type` is one of the types of Clipia's errors. `job_id`
+    is set if a job was made.
     """
 
     def __init__(
@@ -91,11 +91,11 @@ class RequestError(PermanentError):
 
 
 class RequestTooLarge(RequestError):
-    """A body has more bytes than the receiver or Clipia takes."""
+    """A body is larger than the receiver or Clipia accepts."""
 
 
 class RefusedByClipia(RequestError):
-    """Clipia refuses a job or a call for good; `status`, `type` and `code` are those of its answer."""
+    """Clipia refuses a job or a call permanently; `status`, `type` and `code` are those of its answer."""
 
     def __init__(
         self,
@@ -111,15 +111,15 @@ class RefusedByClipia(RequestError):
 
 
 class MediaBlocked(PermanentError):
-    """The media guard refused a URL, an address, a redirect or a file."""
+    """The media guard blocked a URL, an address, a redirect or a file."""
 
 
 class PublishRejected(PermanentError):
-    """The destination refused this message for good."""
+    """The destination rejected this message permanently."""
 
 
 class TransientError(ReceiverError):
-    """Trying again later may help. `retry_after` is in seconds, where the other side named one."""
+    """A later retry may help. `retry_after` is in seconds, if the other side gave one."""
 
     def __init__(self, message: str, *, reason: str, retry_after: float | None = None) -> None:
         super().__init__(message)
@@ -128,10 +128,10 @@ class TransientError(ReceiverError):
 
 
 class ClipiaUnavailable(TransientError):
-    """The Clipia API did not answer, refused for now, or answered what nobody can use.
+    """The Clipia API did not answer, refused for now, or sent an unusable answer.
 
-    `reason` is Clipia's code where it gave one. Unless `may_have_arrived` is False, the request may have been
-    carried out.
+    `reason` is Clipia's error code, if it sent one. If `may_have_arrived` is True, Clipia may have carried
+    out the request.
     """
 
     def __init__(
@@ -149,13 +149,13 @@ class ClipiaUnavailable(TransientError):
 
 
 class AccountRefused(ClipiaUnavailable):
-    """Clipia refuses the account (401): no job is at fault, and none should end for it."""
+    """Clipia refuses the account (401): the jobs are not at fault and stay open."""
 
 
 class RefusedForNow(ClipiaUnavailable):
     """Clipia refuses a job for its price, its model or the key's scopes (402, 403).
 
-    It says nothing about other jobs. After a top-up, a new plan or another scope Clipia may take this one.
+    Other jobs may be accepted. After a top-up, a new plan or another scope Clipia may accept this one, too.
     """
 
     def __init__(
@@ -175,29 +175,29 @@ class RefusedForNow(ClipiaUnavailable):
 
 
 class DatabaseUnavailable(TransientError):
-    """The database did not answer in time, refused, or cannot write."""
+    """The database did not answer in time, refused a statement, or cannot write."""
 
 
 class MediaUnavailable(TransientError):
-    """The CDN did not deliver a whole file this time."""
+    """The CDN did not send a whole file this time."""
 
 
 class MediaMissing(MediaUnavailable):
-    """The CDN says that there is no such file (4xx): worth a few tries, then given up as gone."""
+    """The CDN has no such file (4xx): it is given up after a few attempts."""
 
 
 class NotMedia(MediaUnavailable):
-    """The CDN sent a page or a text where an image, a video or audio was announced: not there yet."""
+    """The CDN sent a page or a text in place of an image, a video or audio, which may come later."""
 
 
 class MediaDoubtful(MediaUnavailable):
     """The CDN sent a whole body, but its container, its size or a digest contradicts it.
 
-    `sha256` (hex) is the body's if a second body that is the same settles the doubt.
+    `sha256` (hex) is set if a second, equal body would prove that the file is as intended.
     """
 
     def __init__(self, message: str, *, reason: str, sha256: str | None) -> None:
-        # Soon, but not at once: a cache in between may need a moment to notice.
+        # Not immediately: a cache in between may serve the same body for a moment.
         super().__init__(message, reason=reason, retry_after=5.0)
         self.sha256 = sha256
 

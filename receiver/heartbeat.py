@@ -1,7 +1,7 @@
-"""Heartbeat files: which receivers run in this container, for `receiver healthcheck`.
+"""Heartbeat files: one for each receiver process in this container, for `receiver healthcheck`.
 
-A running process keeps its file locked: a file that can be locked was left by a process that was killed.
-This module imports little, because a health check runs every few seconds, often with a fraction of a CPU.
+A running process keeps its file locked. If a file can be locked, its process was killed.
+This module imports little, because a health check runs every few seconds, often on a fraction of a CPU.
 """
 
 import contextlib
@@ -18,23 +18,24 @@ from typing import Any, Final
 
 from receiver.files import open_private
 
-BEAT: Final = 5.0
-"""Seconds between two heartbeats of a worker."""
-STALE: Final = 30.0
-"""Seconds without a heartbeat after which a worker counts as hung."""
-ANSWER_WAIT: Final = 2.0
-"""Seconds that a web process may take to answer."""
+BEAT_SECONDS: Final = 5.0
+"""The time between two heartbeats of a worker."""
+STALE_SECONDS: Final = 30.0
+"""A worker without a heartbeat for this long counts as hung."""
+ANSWER_SECONDS: Final = 2.0
+"""The longest time that a web process may take to answer."""
 ANY_ADDRESS: Final = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1"), "": ("127.0.0.1",)}  # noqa: S104 - compared, not bound
-"""Where to ask a process that listens on any address; a container may lack IPv6 on its loopback interface."""
+"""The addresses to try for a process that listens on any; a container's loopback may have no IPv6."""
 
 
 class Heartbeat:
-    """The heartbeat file of this process, from its construction to its end or `close`."""
+    """The heartbeat file of this process, until `close` or the end of the process."""
 
     def __init__(self, command: str, *, address: tuple[str, int] | None = None, path: str = "") -> None:
-        """Write the file. `address` is where the process answers `path`; without it the file must be touched.
+        """Write the file.
 
-        Raises OSError if no temporary folder can be written to.
+        A web process gives its `address` and a `path` for the check to request; a worker gives none and calls
+        `touch`. Raises OSError if no temporary folder is writable.
         """
         folder = _make_folder()
         self._path = folder / f"{command}-{os.getpid()}-{time.monotonic_ns()}.json"
@@ -42,7 +43,7 @@ class Heartbeat:
         self._descriptor = open_private(str(fresh), os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         content = {"command": command, "address": address, "path": path}
         try:
-            # Locked before it has its name: a check that saw it unlocked would take its process for dead.
+            # The lock comes before the final name: a check would take an unlocked file for a dead process's.
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             os.write(self._descriptor, json.dumps(content).encode())
             fresh.rename(self._path)
@@ -52,7 +53,7 @@ class Heartbeat:
             raise
 
     def touch(self) -> None:
-        """Say that the process still works."""
+        """Report that the process still works."""
         os.utime(self._descriptor)
 
     def close(self) -> None:
@@ -62,18 +63,18 @@ class Heartbeat:
 
 
 def run_check() -> int:
-    """Print a line about each process that runs here; return 0 if all of them work, and 1 if not."""
+    """Print a line for each process of this container; return 0 if all of them work, else 1."""
     works, lines = check()
     sys.stdout.write("".join(f"{line}\n" for line in lines))
     return 0 if works else 1
 
 
 def check() -> tuple[bool, list[str]]:
-    """Return whether everything that runs here works, and a line about each process."""
+    """Return whether all processes of this container work, and a line for each."""
     verdicts = [_judge(found, age) for found, age in _running()]
     if not verdicts:
         return False, [
-            "neither `receiver serve` nor `receiver worker` runs here, or it could not write to /tmp"
+            "no `receiver serve` or `receiver worker` runs in this container, or it cannot write to /tmp"
         ]
     return all(works for works, _ in verdicts), [line for _, line in verdicts]
 
@@ -81,34 +82,34 @@ def check() -> tuple[bool, list[str]]:
 def _judge(found: dict[str, Any], age: float) -> tuple[bool, str]:
     command = found["command"]
     if found["address"] is None:
-        return age < STALE, f"{command}: last heartbeat {age:.0f} s ago"
+        return age < STALE_SECONDS, f"{command}: last heartbeat {age:.0f} s ago"
     host, port = found["address"]
-    said = ""
+    line = ""
     for address in ANY_ADDRESS.get(host, (host,)):
-        where = f"http://{f'[{address}]' if ':' in address else address}:{port}{found['path']}"
+        url = f"http://{f'[{address}]' if ':' in address else address}:{port}{found['path']}"
         try:
-            answer = _ask(address, port, found["path"])
+            answer = _request(address, port, found["path"])
         except OSError as error:
-            said = f"{command}: {where} does not answer ({type(error).__name__})"
+            line = f"{command}: {url} does not answer ({type(error).__name__})"
             if isinstance(error, TimeoutError):
-                # It hangs, and the health check has no time to wait for it twice.
+                # The process hangs, and the health check has no time for a second timeout.
                 break
         else:
-            said = f"{command}: {where} answers {answer.decode('ascii', 'replace')}"
-            return answer.split()[1:2] == [b"200"], said
-    return False, said
+            line = f"{command}: {url} answers {answer.decode('ascii', 'replace')}"
+            return answer.split()[1:2] == [b"200"], line
+    return False, line
 
 
-def _ask(host: str, port: int, path: str) -> bytes:
-    """Return the status line of the answer. Raises OSError."""
-    with socket.create_connection((host, port), timeout=ANSWER_WAIT) as connection:
+def _request(host: str, port: int, path: str) -> bytes:
+    """Send a GET request and return the status line of the answer. Raises OSError."""
+    with socket.create_connection((host, port), timeout=ANSWER_SECONDS) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         with connection.makefile("rb") as answer:
             return answer.readline(256).strip()
 
 
 def _running() -> Iterator[tuple[dict[str, Any], float]]:
-    """Yield the content and the age in seconds of the heartbeat of each process that runs."""
+    """Yield the content and the age in seconds of each running process's heartbeat."""
     for folder in _folders():
         if not _is_ours(folder):
             continue
@@ -124,7 +125,7 @@ def _running() -> Iterator[tuple[dict[str, Any], float]]:
 
 
 def _folders() -> list[Path]:
-    # With a read-only root /dev/shm can still be written to, unless the platform says otherwise.
+    # If the root is read-only, /dev/shm is usually still writable.
     bases = (os.environ.get("TMPDIR") or "/tmp", "/dev/shm")  # noqa: S108 - the folder below is checked
     return [Path(base) / f"clipia-receiver-{os.geteuid()}" for base in bases]
 
@@ -142,7 +143,7 @@ def _make_folder() -> Path:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Tell whether the folder is this user's: anybody may have made one of its name in /tmp."""
+    """Return whether this user owns the folder: in /tmp another user may have made one of the same name."""
     try:
         found = folder.lstat()
     except OSError:

@@ -1,8 +1,8 @@
-"""Logs and metrics.
+"""Logs: one JSON object per line, or readable lines if standard error is a terminal.
 
-Logs are one JSON object per line, or readable lines where standard error is a terminal. A record is a short
-message with a stable `event` key and ids as fields. Writing never blocks the service: records pass through a
-bounded queue, and what does not fit is dropped and counted (a reader that stopped must not stop webhooks).
+A record is a short message under the stable key `event`, with ids as fields. Logging never blocks the
+service: records go through a bounded queue to a thread that writes them. If the reader of standard error
+stops, the queue fills, and further records are dropped and counted.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ import queue
 import sys
 import threading
 import traceback
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any, Final
 
 import orjson
@@ -23,25 +23,27 @@ from receiver.errors import ReceiverError
 from receiver.masking import mask
 from receiver.metrics import LOGS_DROPPED
 
-FIELD_LIMIT: Final = 2048
-"""Characters of one field that reach the log; payloads may quote whatever a provider or caller wrote."""
-EXCEPTION_LIMIT: Final = 500
-"""Characters of a library's exception text in a traceback."""
-MOST_EXCEPTIONS: Final = 20
-"""Exceptions of a chain in a traceback."""
+MAX_FIELD_CHARACTERS: Final = 2048
+"""Longer fields are cut: a payload may quote a text of any length."""
+MAX_EXCEPTION_CHARACTERS: Final = 500
+"""The longest text of a library's exception in a traceback."""
+MAX_EXCEPTIONS: Final = 20
+"""The most exceptions of one chain in a traceback."""
+MAX_QUEUED_RECORDS: Final = 10_000
+WRITE_DELAY_SECONDS: Final = 0.05
+"""The longest time that a record waits for others, to be written with them."""
+
 _QUOTING: Final = ("error", "problem")
-QUEUE_LIMIT: Final = 10_000
-WRITING_DELAY: Final = 0.05
-"""Seconds for which a record may wait for others to be written with it."""
+"""Fields that may quote a peer's text."""
 
 _Event = MutableMapping[str, Any]
 
 
 class _DroppingQueueHandler(logging.handlers.QueueHandler):
-    """Counts what does not fit instead of blocking or printing a traceback."""
+    """Drops and counts records while the queue is full, in place of blocking or printing a traceback."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The library's would flatten structlog's event dict into text.
+        # The library's method would format the record to text too early, and lose structlog's fields.
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -51,21 +53,21 @@ class _DroppingQueueHandler(logging.handlers.QueueHandler):
             LOGS_DROPPED.inc()
 
 
-class _UnhurriedListener(logging.handlers.QueueListener):
-    """Writes what has come within a moment at once.
+class _BatchingListener(logging.handlers.QueueListener):
+    """Writes the records of up to WRITE_DELAY_SECONDS together.
 
-    Each time that its thread wakes up the event loop has to wait for the interpreter, and every group of
-    webhooks makes a record: hundreds a second.
+    Each wake-up of the writing thread takes the GIL from the event loop, and each batch of webhooks makes a
+    record: hundreds per second. So the thread wakes up 20 times per second at most.
     """
 
     def __init__(self, records: "queue.Queue[logging.LogRecord]", handler: logging.Handler) -> None:
         super().__init__(records, handler)
         self._records = records
-        self._hurry = threading.Event()
+        self._flushing = threading.Event()
 
-    async def write_all(self) -> None:
-        """Write what there is, for a second at most; what comes later does not wait for more."""
-        self._hurry.set()
+    async def flush(self) -> None:
+        """Wait for a second at most until the queue is empty; later records are written without delay."""
+        self._flushing.set()
         for _ in range(200):
             if not self._records.unfinished_tasks:
                 break
@@ -73,33 +75,33 @@ class _UnhurriedListener(logging.handlers.QueueListener):
 
     def dequeue(self, block: bool) -> logging.LogRecord:  # noqa: FBT001 - the library's signature
         try:
-            return super().dequeue(False)  # noqa: FBT003 - likewise
+            return super().dequeue(block=False)
         except queue.Empty:
             record = super().dequeue(block)
-            self._hurry.wait(WRITING_DELAY)
+            self._flushing.wait(WRITE_DELAY_SECONDS)
             return record
 
 
 def _limit_fields(_logger: Any, _method: str, event: _Event) -> _Event:
     for key, value in event.items():
-        if isinstance(value, str) and len(value) > FIELD_LIMIT:
-            # What went wrong stands at the end of a traceback.
+        if isinstance(value, str) and len(value) > MAX_FIELD_CHARACTERS:
+            # The failure is at the end of a traceback.
             last = key == "exception"
-            event[key] = f"…{value[-FIELD_LIMIT:]}" if last else f"{value[:FIELD_LIMIT]}…"
+            event[key] = f"…{value[-MAX_FIELD_CHARACTERS:]}" if last else f"{value[:MAX_FIELD_CHARACTERS]}…"
     return event
 
 
 def _escape_controls(_logger: Any, _method: str, event: _Event) -> _Event:
-    """Escape what a terminal would act on: a payload may carry control characters. JSON needs no help."""
+    """Escape a payload's control characters, which a terminal would obey; the JSON format does so itself."""
     for key, value in event.items():
         if isinstance(value, str) and not value.isprintable():
-            # The traceback is ours and needs its line ends.
+            # A traceback is our own text and keeps its line feeds.
             event[key] = value if key == "exception" else value.encode("unicode_escape").decode("ascii")
     return event
 
 
 def _mask_quoted(_logger: Any, _method: str, event: _Event) -> _Event:
-    """Mask secrets in the fields that may quote others, should a message of ours have done so unmasked."""
+    """Mask secrets in the fields that quote peers, in case the code that made the message did not."""
     for key in _QUOTING:
         if isinstance(value := event.get(key), str):
             event[key] = mask(value)
@@ -107,25 +109,25 @@ def _mask_quoted(_logger: Any, _method: str, event: _Event) -> _Event:
 
 
 def _mask_event(_logger: Any, _method: str, event: _Event) -> _Event:
-    """Mask secrets in a library's record: its message is the library's own."""
+    """Mask secrets in a library's message."""
     event["event"] = mask(str(event["event"]))
     return event
 
 
 def _format_exception(exc_info: Any) -> str:
-    """Return a traceback with our exceptions' messages, and with those of libraries masked and cut.
+    """Return a traceback; the texts of libraries' exceptions are masked and cut.
 
-    Without locals, which hold bodies and secrets.
+    Local variables are left out: they contain bodies and secrets.
     """
     parts: list[str] = []
     error: BaseException | None = exc_info[1]
-    for _ in range(MOST_EXCEPTIONS):
+    for _ in range(MAX_EXCEPTIONS):
         if error is None:
             break
-        text = str(error) if isinstance(error, ReceiverError) else mask(str(error))[:EXCEPTION_LIMIT]
+        text = str(error) if isinstance(error, ReceiverError) else mask(str(error))[:MAX_EXCEPTION_CHARACTERS]
         frames = "".join(traceback.format_tb(error.__traceback__))
         members = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-        inside = "".join(f"\n\nin it:\n\n{_format_exception((None, each, None))}" for each in members[:3])
+        inside = "".join(f"\n\ncontains:\n\n{_format_exception((None, each, None))}" for each in members[:3])
         parts.append(f"Traceback:\n{frames}{type(error).__qualname__}: {text}{inside}")
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return "\n\nwhich led to:\n\n".join(reversed(parts))
@@ -138,13 +140,13 @@ def _dumps(event: Any, **_: Any) -> str:
     return orjson.dumps(event, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
-_listeners: list[_UnhurriedListener] = []
+_listeners: list[_BatchingListener] = []
 
 
-async def write_logs() -> None:
-    """Write what was logged; for a process that ends by a signal, and has no later moment for it."""
+async def flush_logs() -> None:
+    """Write all queued records now: a process that a signal ends has no later chance."""
     for listener in _listeners:
-        await listener.write_all()
+        await listener.flush()
 
 
 def configure_logging(*, level: str = "INFO") -> None:
@@ -158,11 +160,6 @@ def configure_logging(*, level: str = "INFO") -> None:
         _mask_quoted,
         _limit_fields,
     ]
-    renderer: list[structlog.typing.Processor] = (
-        [_escape_controls, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
-        if sys.stderr.isatty()
-        else [structlog.processors.JSONRenderer(serializer=_dumps)]
-    )
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -173,6 +170,19 @@ def configure_logging(*, level: str = "INFO") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    root = logging.getLogger()
+    root.handlers = [_start_writing(shared)]
+    root.setLevel(level)
+    _quiet_libraries()
+
+
+def _start_writing(shared: Sequence[structlog.typing.Processor]) -> logging.Handler:
+    """Start the thread that writes to standard error; return the handler that feeds it."""
+    renderer: list[structlog.typing.Processor] = (
+        [_escape_controls, structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+        if sys.stderr.isatty()
+        else [structlog.processors.JSONRenderer(serializer=_dumps)]
+    )
     stream = logging.StreamHandler(sys.stderr)
     stream.setFormatter(
         structlog.stdlib.ProcessorFormatter(
@@ -180,36 +190,32 @@ def configure_logging(*, level: str = "INFO") -> None:
             foreign_pre_chain=[*shared, _mask_event],
         )
     )
-    records: queue.Queue[logging.LogRecord] = queue.Queue(QUEUE_LIMIT)
-    handler = _DroppingQueueHandler(records)
-    listener = _UnhurriedListener(records, stream)
+    records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED_RECORDS)
+    listener = _BatchingListener(records, stream)
     listener.start()
     atexit.register(listener.stop)
     _listeners.append(listener)
+    return _DroppingQueueHandler(records)
 
-    root = logging.getLogger()
-    root.handlers = [handler]
-    root.setLevel(level)
+
+def _quiet_libraries() -> None:
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # One record per webhook is ours; httpx's would carry the URLs of signed media.
-    logging.getLogger("uvicorn.access").setLevel(logging.WARNING)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    # These tell of every statement and its values, and of every header.
-    for name in ("aiosqlite", "httpcore", "botocore"):
+    # The ingest logs webhooks itself. httpx would log the URLs of signed media, aiosqlite and the others each
+    # statement with its values, or each header.
+    for name in ("uvicorn.access", "httpx", "alembic", "aiosqlite", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # And these, at any level, of messages and logins; what fails is told by who uses them.
+    # These log messages and logins at any level. Their callers report the failures.
     for name in ("aiormq", "aiokafka", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def configure_library_logging() -> None:
-    """Send our logs to the `logging` of the program that has us for a library, which decides what is shown.
+    """Send our logs to `logging`, for programs that use the package as a library and choose what is shown.
 
-    A program that has configured structlog itself keeps its own ways.
+    If the program has configured structlog itself, nothing is changed.
     """
     if structlog.is_configured():
         return

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import structlog
 
-from receiver.heartbeat import BEAT, Heartbeat
+from receiver.heartbeat import BEAT_SECONDS, Heartbeat
 
 log = structlog.get_logger()
 
@@ -28,7 +28,7 @@ async def beating(command: str) -> AsyncIterator[None]:
 
     async def beat() -> None:
         while True:
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(BEAT_SECONDS)
             heartbeat.touch()
 
     task = asyncio.create_task(beat(), name="heartbeat")

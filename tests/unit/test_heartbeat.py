@@ -52,11 +52,11 @@ def test_a_process_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch
     """A process on `::` that accepts and does not answer is asked at one address: time is short."""
     asked: list[str] = []
 
-    def ask(host: str, _port: int, _path: str) -> bytes:
+    def request(host: str, _port: int, _path: str) -> bytes:
         asked.append(host)
         raise TimeoutError
 
-    monkeypatch.setattr(heartbeat, "_ask", ask)
+    monkeypatch.setattr(heartbeat, "_request", request)
     beat = Heartbeat("serve", address=("::", 1), path="/livez")
     try:
         assert heartbeat.check() == (False, ["serve: http://[::1]:1/livez does not answer (TimeoutError)"])

@@ -7,12 +7,12 @@ import time
 from prometheus_client import REGISTRY
 
 from receiver.logs import (
-    FIELD_LIMIT,
-    WRITING_DELAY,
+    MAX_FIELD_CHARACTERS,
+    WRITE_DELAY_SECONDS,
+    _BatchingListener,
     _DroppingQueueHandler,
     _escape_controls,
     _limit_fields,
-    _UnhurriedListener,
 )
 
 
@@ -51,7 +51,7 @@ def test_records_are_written_together_and_none_is_lost() -> None:
             self.numbers.append(record.lineno)
 
     records, written = Records(), Written()
-    listener = _UnhurriedListener(records, written)
+    listener = _BatchingListener(records, written)
     handler, began = _DroppingQueueHandler(records), time.monotonic()
     listener.start()
     for number in range(100):
@@ -59,13 +59,13 @@ def test_records_are_written_together_and_none_is_lost() -> None:
         time.sleep(0.001)
     listener.stop()
     assert written.numbers == list(range(100))
-    assert records.waits <= (time.monotonic() - began) / WRITING_DELAY + 2
+    assert records.waits <= (time.monotonic() - began) / WRITE_DELAY_SECONDS + 2
 
 
 def test_fields_are_cut() -> None:
     """G7: what a provider or caller wrote cannot fill the disk with one record."""
     event = _limit_fields(None, "info", {"event": "x", "error": "e" * 10_000, "count": 1})
-    assert event == {"event": "x", "error": "e" * FIELD_LIMIT + "…", "count": 1}
+    assert event == {"event": "x", "error": "e" * MAX_FIELD_CHARACTERS + "…", "count": 1}
 
 
 def test_terminals_get_no_control_characters() -> None:
