@@ -19,11 +19,12 @@ from starlette.types import Message, Receive, Scope, Send
 from receiver import recovery
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
-from receiver.api.events import Ledger
-from receiver.api.jobs import Jobs
+from receiver.api.events import EventEndpoints
+from receiver.api.jobs import JobEndpoints
 from receiver.api.operations import Metrics, Readiness, livez
-from receiver.api.rejections import NO_SOURCE, Refusals
-from receiver.api.webhook import Callback
+from receiver.api.rejections import NO_SOURCE, Rejections
+from receiver.api.replays import ReplayEndpoints
+from receiver.api.webhook import WebhookEndpoint
 from receiver.db import arrivals
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
@@ -73,11 +74,11 @@ def create_app(
                 await stack.enter_async_context(running_worker(settings, database, wakeups, submitter))
             yield
 
-    refusals = Refusals()
+    rejections = Rejections()
     callback = None
     if only != "internal":
         ingest = make_ingest(settings, database, wakeups, clock=clock)
-        callback = Callback(ingest, refusals, max_body_bytes=settings.max_body_bytes)
+        callback = WebhookEndpoint(ingest, rejections, max_body_bytes=settings.max_body_bytes)
     internal = (
         []
         if only == "webhook"
@@ -87,7 +88,7 @@ def create_app(
         callback,
         routes=[*_health_routes(settings, database), *_callback_routes(callback), *internal],
         lifespan=lifespan,
-        exception_handlers={HTTPException: partial(_http_error, refusals), Exception: _crash},
+        exception_handlers={HTTPException: partial(_http_error, rejections), Exception: _crash},
     )
     app.router.redirect_slashes = False
     app.state.draining = False
@@ -105,7 +106,7 @@ def _health_routes(settings: Settings, database: Database) -> list[BaseRoute]:
     ]
 
 
-def _callback_routes(callback: Callback | None) -> list[BaseRoute]:
+def _callback_routes(callback: WebhookEndpoint | None) -> list[BaseRoute]:
     if callback is None:
         return []
     paths = (CALLBACK_PATH, f"{CALLBACK_PATH}/{{source}}", f"{CALLBACK_PATH}/{{source}}/{{job}}")
@@ -125,16 +126,15 @@ def _internal_routes(
         tokens=tokens,
         multiprocess=multiprocess,
     )
-    ledger = Ledger(
-        database,
-        make_replays(settings, database, wake=wakeups.wake),
-        tokens,
-        open_storage=lambda: open_storage(settings.storage_url.get_secret_value()),
+    replays = make_replays(settings, database, wake=wakeups.wake)
+    events = EventEndpoints(
+        database, tokens, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
     )
     return [
         Route("/metrics", metrics.__call__, methods=["GET"]),
-        *Jobs(submitter, tokens).routes(),
-        *ledger.routes(),
+        *JobEndpoints(submitter, tokens).routes(),
+        *events.routes(),
+        *ReplayEndpoints(database, replays, tokens).routes(),
     ]
 
 
@@ -147,7 +147,7 @@ class _App(Starlette):
     forbid a path, and another spelling of it must not get past the proxy's rule. The callback is public.
     """
 
-    def __init__(self, callback: Callback | None, **options: Any) -> None:
+    def __init__(self, callback: WebhookEndpoint | None, **options: Any) -> None:
         super().__init__(**options)
         self._callback = callback
 
@@ -186,11 +186,11 @@ async def _crash(_request: Request, _exception: Exception) -> Response:
     return Response(body, 500, None, "application/json")
 
 
-async def _http_error(refusals: Refusals, request: Request, exception: Exception) -> Response:
+async def _http_error(rejections: Rejections, request: Request, exception: Exception) -> Response:
     error = cast("HTTPException", exception)
     if error.status_code == HTTPStatus.NOT_FOUND and request.method == "POST":
         # Probably a webhook with a wrong URL. Clipia does not report these to its customers.
-        refusals.note(NO_SOURCE, "unknown_path", path=request.scope["path"])
+        rejections.note(NO_SOURCE, "unknown_path", path=request.scope["path"])
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = error_body("invalid_request_error", code, str(error.detail))
     return Response(body, error.status_code, error.headers, "application/json")

@@ -65,7 +65,7 @@ class Ingest:
             for secret in known
         }
 
-    def knows(self, source: str) -> bool:
+    def has_source(self, source: str) -> bool:
         """Tell whether there is such a source."""
         return source in self._secrets
 

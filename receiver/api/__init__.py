@@ -1,1 +1,1 @@
-"""HTTP: the callback and the operations endpoints."""
+"""The HTTP endpoints: Clipia's callback, the internal API, health checks and metrics."""

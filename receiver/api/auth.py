@@ -13,14 +13,14 @@ from receiver.settings import ApiToken, Scope
 
 @dataclass(frozen=True, kw_only=True)
 class Caller:
-    """Who makes a request, and what it may do."""
+    """The internal service that makes a request, and its scopes."""
 
     name: str
     scopes: frozenset[Scope]
 
 
 class Tokens:
-    """Finds the caller of a token; keeps digests only."""
+    """Finds the caller of a token; keeps digests, so that a memory dump shows no token."""
 
     def __init__(self, tokens: Sequence[ApiToken]) -> None:
         self._callers = [
@@ -32,20 +32,20 @@ class Tokens:
         return bool(self._callers)
 
     def caller(self, headers: Headers) -> Caller | None:
-        """Return whose token a request carries, or None."""
+        """Return the caller by the token of a request; None if there is no token, or an unknown one."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             return None
         digest = _digest(token.strip())
         found = None
         for known, caller in self._callers:
-            # Every token is compared: the time taken must not tell which one was nearly right.
+            # A break after the match would make the time of an answer depend on the token.
             if hmac.compare_digest(known, digest):
                 found = caller
         return found
 
     def require(self, headers: Headers, scope: Scope) -> Caller:
-        """Return the caller; raise RequestError where it has no token (401) or not the scope (403)."""
+        """Return the caller. Raises RequestError without a known token (401) or without the scope (403)."""
         caller = self.caller(headers)
         if caller is None:
             hint = "" if self._callers else " None is configured yet: set RECEIVER_API_TOKENS."

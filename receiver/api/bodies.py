@@ -1,23 +1,23 @@
-"""The body of a request on its way to the application, in few parts."""
+"""Passes the body of a request to the application in few parts."""
 
 from typing import Final
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 PART_BYTES: Final = 256 * 1024
-"""The application gets a body up to this size in one part, and larger ones in parts of more than it."""
+"""A body of up to this size is passed in one part, a larger one in parts of more than this size."""
 
 
 class BodyParts:
-    """Collects reads of a body; the application need not wake up for each of them."""
+    """Collects the reads of a body, so that the application does not wake up for each of them."""
 
     def __init__(self) -> None:
         self._parts: list[bytes] = []
         self._size = 0
 
     def add(self, cycle: RequestResponseCycle, part: bytes) -> None:
-        """Keep a read of a request's body; if there is enough of it, let the application have it."""
-        # A bytearray that grows piece by piece would take an eighth more, and leave gaps behind.
+        """Keep a read of a body; if there are more than PART_BYTES, pass them to the application."""
+        # A bytearray that grows with each read over-allocates by an eighth and fragments the heap.
         self._parts.append(part)
         self._size += len(part)
         if self._size > PART_BYTES:
@@ -26,13 +26,13 @@ class BodyParts:
             cycle.message_event.set()
 
     def hand_over(self, cycle: RequestResponseCycle) -> None:
-        """Let the application have all that is kept."""
+        """Pass all kept reads to the application."""
         if self._parts:
             cycle.body = bytearray().join((cycle.body, *self._parts))
             self._parts = []
             self._size = 0
 
     def drop(self) -> None:
-        """Keep nothing."""
+        """Drop all kept reads."""
         self._parts = []
         self._size = 0

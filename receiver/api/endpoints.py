@@ -1,11 +1,11 @@
-"""What the endpoints of the internal API share: scopes, errors, and how requests are read."""
+"""Shared parts of the internal API's endpoints: scopes, errors, request bodies and query parameters."""
 
 import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypedDict, TypeVar
 from uuid import UUID
 
 import orjson
@@ -26,28 +26,37 @@ from receiver.errors import (
 )
 from receiver.settings import Scope
 
-LARGEST_PAGE: Final = 200
-LARGEST_BODY: Final = 1024 * 1024 + 65_536
-"""Bytes: a request to Clipia of the largest size, and what is written around it."""
-BODY_WAIT: Final = 10.0
-"""Seconds that a body may take to arrive."""
+MAX_PAGE_ROWS: Final = 200
+MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
+"""The largest request to Clipia, and room for the fields around it."""
+BODY_SECONDS: Final = 10.0
+"""How long a body may take to arrive."""
 EXPECTED: Final = (RequestError, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
-"""Errors that are an answer."""
+"""Errors that `expected_error_response` turns into an answer; any other error is a bug."""
 
 Handler = Callable[[Request, Caller], Awaitable[Response]]
 Endpoint = tuple[str, str, Scope, Handler]
-"""Method, path, the scope that it needs, and who answers."""
+"""Method, path, required scope, handler."""
+Query = dict[str, str]
+"""Query parameters that are not read yet: each `read_…` function removes its own."""
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
 
 
-def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
-    """Return the routes of endpoints that only callers with the scope reach.
+class TimeRange(TypedDict):
+    """From `since` on, and before `until`."""
 
-    One route for all methods of a path: Starlette answers 405 from the first route of the path, and its
-    `Allow` names the methods of that route only.
+    since: datetime | None
+    until: datetime | None
+
+
+def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
+    """Return the routes of endpoints; each checks the caller's token and scope first.
+
+    A path gets one route for all its methods: Starlette answers 405 from the first route of a path, and
+    `Allow` would name only the methods of that route.
     """
     by_path: dict[str, dict[str, tuple[Scope, Handler]]] = {}
     for method, path, scope, handler in table:
@@ -59,20 +68,20 @@ def _guard(
     tokens: Tokens, methods: Mapping[str, tuple[Scope, Handler]]
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        # HEAD is answered by GET's handler; the server leaves out the body.
+        # GET's handler also answers HEAD; the server leaves out the body.
         scope, handler = methods["GET" if request.method == "HEAD" else request.method]
         try:
             return await handler(request, tokens.require(request.headers, scope))
         except EXPECTED as error:
-            return answer_error(error)
+            return expected_error_response(error)
         except ClientDisconnect:
-            return Response(status_code=400)  # which nobody reads
+            return Response(status_code=400)  # the client is gone; Starlette needs some response
 
     return endpoint
 
 
-def answer_error(error: ReceiverError) -> Response:
-    """Answer with an expected error; `EXPECTED` lists them."""
+def expected_error_response(error: ReceiverError) -> Response:
+    """Return the answer to one of the `EXPECTED` errors."""
     if isinstance(error, RequestError):
         return error_response(error)
     if isinstance(error, SettingsError):
@@ -80,7 +89,7 @@ def answer_error(error: ReceiverError) -> Response:
     elif isinstance(error, ClipiaUnavailable):
         code, message, wait = error.reason, str(error), error.retry_after or 5.0
     else:
-        # Whoever may call this need not see the database's own words.
+        # The database's own message may name hosts and users, so only the log gets it.
         log.warning("request not served", error=str(error))
         message = "The database is unavailable; send it again, a submission with its Idempotency-Key."
         code, wait = "service_unavailable", 5.0
@@ -89,18 +98,20 @@ def answer_error(error: ReceiverError) -> Response:
 
 
 async def read_object(request: Request, *, optional: bool = False) -> dict[str, Any]:
-    """Read the JSON object of a body; with `optional` no body is an empty one. Raises RequestError."""
+    """Return the JSON object of a body; with `optional`, an empty body is `{}`. Raises RequestError."""
     try:
-        async with asyncio.timeout(BODY_WAIT):
+        async with asyncio.timeout(BODY_SECONDS):
             raw = await _read_body(request)
     except TimeoutError:
-        raise RequestError(f"the body took longer than {BODY_WAIT:.0f} s", code="request_timeout") from None
+        raise RequestError(
+            f"the body took longer than {BODY_SECONDS:.0f} s", code="request_timeout"
+        ) from None
     if optional and not raw:
         return {}
     try:
-        # Not orjson: it would turn large integers into fractions, and a seed is none.
-        content = json.loads(raw.decode(), parse_constant=_refuse_constant, parse_float=_read_float)
-        # Half a character is no text, and no database stores it.
+        # orjson would turn integers above 64 bits into floats, and a seed has to stay an integer.
+        content = json.loads(raw.decode(), parse_constant=_reject_constant, parse_float=_read_float)
+        # Fails for a lone surrogate, which no database stores.
         json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise invalid(f"the body is not JSON: {str(error)[:200]}") from None
@@ -109,14 +120,14 @@ async def read_object(request: Request, *, optional: bool = False) -> dict[str, 
     return content
 
 
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON's")
+def _reject_constant(word: str) -> None:
+    raise ValueError(f"JSON has no {word}")
 
 
 def _read_float(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is beyond all bounds")
+        raise ValueError(f"{text[:40]} is too large for a number")
     return number
 
 
@@ -124,22 +135,22 @@ async def _read_body(request: Request) -> bytes:
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
-        if len(body) > LARGEST_BODY:
-            raise RequestTooLarge(f"the body is larger than {LARGEST_BODY} bytes", code="invalid_request")
+        if len(body) > MAX_BODY_BYTES:
+            raise RequestTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes", code="invalid_request")
     return bytes(body)
 
 
-def read_query(request: Request) -> dict[str, str]:
-    """Return the parameters of a list. Raises RequestError."""
+def read_query(request: Request) -> Query:
+    """Return the query parameters of a list. Raises RequestError."""
     for name, value in request.query_params.multi_items():
         if "\0" in name + value:
-            raise invalid(f"{name[:64]!r}: no database stores NUL")
+            raise invalid(f"{name[:64]!r}: remove the NUL character")
     return dict(request.query_params)
 
 
-def json_answer(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    """Answer with JSON that nobody may cache."""
-    # A row's keys are SQLAlchemy's own kind of str, and its ids asyncpg's own kind of UUID.
+def json_response(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """Return an answer in JSON that no cache may keep."""
+    # SQLAlchemy's column names are a subclass of str, and asyncpg's ids a subclass of UUID.
     body = orjson.dumps(content, default=_plain, option=orjson.OPT_NON_STR_KEYS)
     return Response(body, status, {"cache-control": "no-store", **(headers or {})}, "application/json")
 
@@ -150,48 +161,68 @@ def _plain(value: object) -> str:
     raise TypeError(type(value).__name__)
 
 
-def read_choice(query: dict[str, str], name: str, choices: Sequence[str]) -> str | None:
-    """Take a parameter that has only so many values out of a query. Raises RequestError."""
+def read_choice(query: Query, name: str, choices: Sequence[str]) -> str | None:
+    """Read a parameter that has to be one of `choices`. Raises RequestError."""
     value = query.pop(name, None)
     if value is not None and value not in choices:
         raise invalid(f"{name}: write one of {', '.join(choices)}")
     return value
 
 
-def read_limit(text: str) -> int:
+def read_limit(query: Query) -> int:
     """Read the size of a page. Raises RequestError."""
-    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= LARGEST_PAGE):
-        raise invalid(f"limit: write a number from 1 to {LARGEST_PAGE}")
+    text = query.pop("limit", "50")
+    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= MAX_PAGE_ROWS):
+        raise invalid(f"limit: write a number from 1 to {MAX_PAGE_ROWS}")
     return int(text)
 
 
-def read_time(name: str, text: str | None) -> datetime | None:
-    """Read a moment; one without a zone is UTC. Raises RequestError."""
+def read_range(query: Query) -> TimeRange:
+    """Read `since` and `until`. Raises RequestError."""
+    return {
+        "since": read_time("since", query.pop("since", None)),
+        "until": read_time("until", query.pop("until", None)),
+    }
+
+
+def read_time(name: str, text: Any) -> datetime | None:
+    """Return the time that `text` spells; without a zone it is UTC. Raises RequestError."""
     if text is None:
         return None
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+    except (TypeError, ValueError):
         raise invalid(f"{name}: write a time such as 2026-01-31T12:00:00Z") from None
     try:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
-        raise invalid(f"{name}: is beyond the years 1 to 9999") from None
+        raise invalid(f"{name}: write a year from 1 to 9999") from None
 
 
-def nothing_left(query: Mapping[str, str]) -> None:
-    """Refuse parameters that nobody has read."""
-    if query:
-        raise invalid(f"{min(query)}: is no filter of this list")
+def reject_unknown(parameters: Mapping[str, object]) -> None:
+    """Raise RequestError for a parameter that the endpoint did not read."""
+    if parameters:
+        raise invalid(f"{min(parameters)}: unknown parameter; remove it or check its spelling")
+
+
+def page_of(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
+    """Return a page of `limit` rows; a query fetches one row more, which tells that there is another page."""
+    more = len(rows) > limit
+    return {"data": rows[:limit], "next": str(rows[limit - 1][cursor]) if more else None}
 
 
 def invalid(message: str) -> RequestError:
-    """Return the refusal of bad input."""
+    """Return the error for bad input."""
     return RequestError(message, code="invalid_request")
 
 
+def not_found(noun: str) -> RequestError:
+    """Return the error for an id without an object."""
+    return RequestError(f"there is no such {noun}", code="not_found")
+
+
 async def while_connected(request: Request, work: Awaitable[T]) -> T:
-    """Return what comes of some waiting; end it with ClientDisconnect where its client goes away."""
+    """Return the result of `work`; cancel it and raise ClientDisconnect if the client disconnects."""
     task = asyncio.ensure_future(work)
     gone = asyncio.create_task(_wait_for_disconnect(request))
     try:
@@ -210,7 +241,7 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 def read_id(request: Request) -> UUID | None:
-    """Return the id in the path; None where it is none."""
+    """Return the id in the path, or None if it is not a UUID."""
     try:
         return UUID(request.path_params["id"])
     except ValueError:

@@ -1,8 +1,8 @@
-"""Heads of requests: their faults, their size, and a second reading of those that the parser misunderstands.
+"""Heads of requests: faults, size, and a second parse of the heads that httptools misreads.
 
-httptools lets through some heads that RFC 9112 forbids. It skips the body of a request that offers an
-upgrade, leaves white space at the end of header values, and does not see that a body is chunked if there is
-some behind that word.
+httptools accepts some heads that RFC 9112 forbids. It skips the body of a request that offers an upgrade,
+keeps white space at the end of header values, and does not see that a body is chunked if white space follows
+that word.
 """
 
 from collections.abc import Sequence
@@ -15,31 +15,31 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 _END: Final = b"\r\n\r\n"
 _WHITE: Final = b" \t"
-"""White space that may stand around a header value and is no part of it (RFC 9110, section 5.5)."""
+"""White space around a header value; it is not part of the value (RFC 9110, section 5.5)."""
 
 
 class Parsing(Protocol):
-    """A connection with a parser that calls it back."""
+    """A connection whose parser calls its methods."""
 
     parser: httptools.HttpRequestParser
     deaf: bool
-    """Whether nothing more is to be parsed."""
+    """Whether the rest of the connection's bytes is ignored."""
 
 
 class HeadRewriter:
     """Feeds the parser of a connection, and gives a new parser a clean copy of a head that needs one."""
 
     clean_head: bytes | None = None
-    """The head that the parser has just read, as it is to be read again."""
+    """A copy of the head that the parser has just read, for a second parse."""
     _tail: bytes = b""
-    """The last bytes of the previous read, in which the end of a head may have begun."""
+    """The last bytes of the previous read: the end of a head may be split between two reads."""
 
     def feed(self, connection: Parsing, data: bytes) -> None:
-        """Feed the parser in pieces, of which each ends where a head may end.
+        """Feed the parser in pieces, each of which ends at a possible end of a head.
 
-        If a head offers an upgrade or has white space behind a value, a new parser reads it again without
-        that. The first one would skip the body of such a request, or not see that it is chunked, and it does
-        not tell where the head ended. With these pieces that is always at the end of one.
+        If a head offers an upgrade or a value ends in white space, a new parser reads a clean copy of it. The
+        first parser would skip the body of such a request, or not see that it is chunked, and it does not
+        tell at which byte the head ended. With these pieces, a head always ends at the end of one.
         """
         view = memoryview(data)
         start = 0
@@ -53,14 +53,14 @@ class HeadRewriter:
             if self.clean_head is not None:
                 head, self.clean_head = self.clean_head, None
                 connection.parser = httptools.HttpRequestParser(connection)
-                # As uvicorn does: a pipelined request behind the last one is no reason to refuse that.
+                # Like uvicorn: bytes behind a request with `connection: close` do not make it invalid.
                 connection.parser.set_dangerous_leniencies(lenient_data_after_close=True)
                 connection.parser.feed_data(head)
             start = end
         self._tail = (self._tail + data)[-3:] if len(data) < len(_END) else data[-3:]
 
     def rewrite(self, parser: httptools.HttpRequestParser, url: bytes, headers: Headers) -> None:
-        """Have the head read again with its values trimmed, and without its offer of an upgrade."""
+        """Have the head parsed again with trimmed values and without `Upgrade`."""
         lines = [b"%b %b HTTP/%b" % (parser.get_method(), url, parser.get_http_version().encode())]
         lines += [b"%b: %b" % (name, value.strip(_WHITE)) for name, value in headers if name != b"upgrade"]
         self.clean_head = b"\r\n".join([*lines, b"", b""])
@@ -75,10 +75,10 @@ class HeadRewriter:
 
 
 def is_misread(parser: httptools.HttpRequestParser, headers: Headers) -> bool:
-    """Tell whether the parser misunderstands a head: it offers an upgrade, or a value ends in white space."""
+    """Return whether the parser misreads a head: it offers an upgrade, or a value ends in white space."""
     if parser.should_upgrade():
         return True
-    for _, value in headers:  # noqa: SIM110 - done for each request, and a generator is slower
+    for _, value in headers:  # noqa: SIM110 - runs for each request, and `any` with a generator is slower
         if value and value[-1:] in _WHITE:
             return True
     return False
@@ -87,7 +87,7 @@ def is_misread(parser: httptools.HttpRequestParser, headers: Headers) -> bool:
 def find_fault(
     parser: httptools.HttpRequestParser, headers: Headers, *, too_large: bool
 ) -> HTTPStatus | None:
-    """Return the status for a head that httptools lets through although no server may serve the request."""
+    """Return the error status for a head that httptools accepts and a server must not; None if it is fine."""
     version = parser.get_http_version()
     if version not in {"1.0", "1.1"}:
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
@@ -97,13 +97,10 @@ def find_fault(
     hosts = names.count(b"host")
     if hosts > 1 or (not hosts and version == "1.1"):
         return HTTPStatus.BAD_REQUEST
-    codings = _codings(headers) if b"transfer-encoding" in names else []
-    if codings and (codings != [b"chunked"] or version == "1.0"):
+    if b"transfer-encoding" in names and not _is_chunked_once(headers, version):
         return HTTPStatus.BAD_REQUEST
-    # The parser takes the bytes that follow for a tunnel's, whatever the headers say.
-    if parser.get_method() == b"CONNECT":
-        return HTTPStatus.BAD_REQUEST
-    return None
+    # After CONNECT the parser takes all further bytes for a tunnel, regardless of the headers.
+    return HTTPStatus.BAD_REQUEST if parser.get_method() == b"CONNECT" else None
 
 
 def head_size(url: bytes, headers: Headers) -> int:
@@ -111,5 +108,6 @@ def head_size(url: bytes, headers: Headers) -> int:
     return len(url) + sum(len(name) + len(value) + len(b": \r\n") for name, value in headers)
 
 
-def _codings(headers: Headers) -> list[bytes]:
-    return [value.strip(_WHITE).lower() for name, value in headers if name == b"transfer-encoding"]
+def _is_chunked_once(headers: Headers, version: str) -> bool:
+    codings = [value.strip(_WHITE).lower() for name, value in headers if name == b"transfer-encoding"]
+    return codings == [b"chunked"] and version == "1.1"

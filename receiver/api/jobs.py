@@ -1,6 +1,6 @@
-"""`/v1/jobs`, `/v1/models` and `/v1/account`: submission and what became of it, for internal services."""
+"""`/v1/jobs`, `/v1/models` and `/v1/account`: internal services submit jobs and read their results."""
 
-from typing import Final, Literal, cast, get_args
+from typing import Final, cast, get_args
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -10,29 +10,30 @@ from receiver.api.auth import Caller, Tokens
 from receiver.api.endpoints import (
     EXPECTED,
     Endpoint,
-    answer_error,
+    expected_error_response,
     guarded,
     invalid,
-    json_answer,
-    nothing_left,
+    json_response,
+    not_found,
+    read_choice,
     read_id,
     read_limit,
     read_object,
     read_query,
-    read_time,
+    read_range,
+    reject_unknown,
     while_connected,
 )
 from receiver.clipia.job_request import MAX_METADATA, JobRequest
-from receiver.db.rows import JobState, new_id
-from receiver.errors import RequestError
+from receiver.db.rows import CostGroup, JobState, new_id
 from receiver.submitter import Job, Submitter
 
-LONGEST_WAIT: Final = 300.0
-"""Seconds that a long poll may last."""
+MAX_WAIT_SECONDS: Final = 300.0
+"""How long a long poll may last."""
 
 
-class Jobs:
-    """The endpoints. A caller sees its own jobs; one with the scope `operate` sees all of them."""
+class JobEndpoints:
+    """A caller sees its own jobs; one with the scope `operate` sees all of them."""
 
     def __init__(self, submitter: Submitter, tokens: Tokens) -> None:
         self._submitter = submitter
@@ -60,8 +61,8 @@ class Jobs:
         try:
             response = await self._issue(request, caller, _read_key(raw) if len(given) < 2 else "")
         except EXPECTED as error:
-            response = answer_error(error)
-        # On every answer: who has sent no key needs the one that was made to send the same job again.
+            response = expected_error_response(error)
+        # Errors carry it, too: a caller without a key of its own needs this one to retry the same job.
         response.raw_headers.append((b"idempotency-key", raw))
         return response
 
@@ -74,11 +75,11 @@ class Jobs:
             waited = await while_connected(request, self._submitter.wait(job.id, seconds=wait))
             job = waited or job
         status = 202 if job.request_id is None else 201 if new else 200
-        return json_answer(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
+        return json_response(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
 
     async def _show(self, request: Request, caller: Caller) -> Response:
         seconds = _seconds(request.query_params.get("wait", "0"))
-        return json_answer((await self._find(request, caller, seconds=seconds)).as_dict())
+        return json_response((await self._find(request, caller, seconds=seconds)).as_dict())
 
     async def _list(self, request: Request, caller: Caller) -> Response:
         query = read_query(request)
@@ -88,54 +89,47 @@ class Jobs:
             if name.startswith("metadata.")
         }
         if len(metadata) > MAX_METADATA:
-            raise invalid(f"metadata: a job has no more than {MAX_METADATA} names")
-        wanted = query.pop("caller", None)
+            raise invalid(f"metadata: filter by {MAX_METADATA} names at most")
+        owner = query.pop("caller", None)
         if not _sees_all(caller):
-            # Another caller's jobs are not there, whether there are any or not.
-            wanted = caller.name if wanted in (None, caller.name) else ""
-        state = query.pop("state", None)
-        if state is not None and state not in get_args(JobState):
-            raise invalid(f"state: write one of {', '.join(get_args(JobState))}")
+            # The name of another caller finds no job, so the answer does not tell whether it has any.
+            owner = caller.name if owner in (None, caller.name) else ""
         page = await self._submitter.list_jobs(
-            limit=read_limit(query.pop("limit", "50")),
+            limit=read_limit(query),
             cursor=query.pop("cursor", None),
-            caller=wanted,
-            state=cast("JobState | None", state),
+            caller=owner,
+            state=cast("JobState | None", read_choice(query, "state", get_args(JobState))),
             model=query.pop("model", None),
-            since=read_time("since", query.pop("since", None)),
-            until=read_time("until", query.pop("until", None)),
+            **read_range(query),
             metadata=metadata,
         )
-        nothing_left(query)
-        return json_answer({"data": [job.as_dict() for job in page.jobs], "next": page.next})
+        reject_unknown(query)
+        return json_response({"data": [job.as_dict() for job in page.jobs], "next": page.next})
 
     async def _costs(self, request: Request, caller: Caller) -> Response:
         query = read_query(request)
-        by = query.pop("by", "day")
-        if by not in ("caller", "model", "day"):
-            raise invalid("by: write caller, model or day")
+        by = read_choice(query, "by", get_args(CostGroup)) or "day"
         rows = await self._submitter.costs(
-            by=cast("Literal['caller', 'model', 'day']", by),
+            by=cast("CostGroup", by),
             caller=None if _sees_all(caller) else caller.name,
-            since=read_time("since", query.pop("since", None)),
-            until=read_time("until", query.pop("until", None)),
+            **read_range(query),
         )
-        nothing_left(query)
-        return json_answer({"data": rows})
+        reject_unknown(query)
+        return json_response({"data": rows})
 
     async def _resubmit(self, request: Request, caller: Caller) -> Response:
         job = await self._find(request, caller)
-        return json_answer((await self._submitter.resubmit(job.id, by=caller.name)).as_dict(), status=202)
+        return json_response((await self._submitter.resubmit(job.id, by=caller.name)).as_dict(), status=202)
 
     async def _cancel(self, request: Request, caller: Caller) -> Response:
         job = await self._find(request, caller)
-        return json_answer((await self._submitter.cancel(job.id, by=caller.name)).as_dict())
+        return json_response((await self._submitter.cancel(job.id, by=caller.name)).as_dict())
 
     async def _models(self, _request: Request, _caller: Caller) -> Response:
-        return json_answer({"data": await self._submitter.catalogue.models()})
+        return json_response({"data": await self._submitter.catalogue.models()})
 
     async def _model(self, request: Request, _caller: Caller) -> Response:
-        return json_answer(await self._submitter.catalogue.model(request.path_params["slug"]))
+        return json_response(await self._submitter.catalogue.model(request.path_params["slug"]))
 
     async def _estimate(self, request: Request, _caller: Caller) -> Response:
         body = await read_object(request)
@@ -145,10 +139,10 @@ class Jobs:
         if not isinstance(strict, bool | None):
             raise invalid("strict: write true or false")
         estimate = self._submitter.catalogue.estimate_checked
-        return json_answer(await estimate(request.path_params["slug"], given, strict=strict))
+        return json_response(await estimate(request.path_params["slug"], given, strict=strict))
 
     async def _account(self, _request: Request, _caller: Caller) -> Response:
-        return json_answer(await self._submitter.account())
+        return json_response(await self._submitter.account())
 
     async def _find(self, request: Request, caller: Caller, *, seconds: float = 0.0) -> Job:
         job_id, job = read_id(request), None
@@ -157,12 +151,12 @@ class Jobs:
             waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
             job = await while_connected(request, waited)
         if job is None:
-            raise RequestError("there is no such job", code="not_found")
+            raise not_found("job")
         return job
 
 
 def _read_key(raw: bytes) -> str:
-    """Return the caller's key: UTF-8, as most clients write it, or else what HTTP takes bytes for."""
+    """Return the caller's key, decoded as UTF-8 like most clients encode it, or else as Latin-1."""
     try:
         return raw.decode()
     except UnicodeDecodeError:
@@ -178,6 +172,6 @@ def _seconds(value: object) -> float:
         seconds = float(value) if isinstance(value, str | int | float) else -1.0
     except (ValueError, OverflowError):
         seconds = -1.0
-    if isinstance(value, bool) or not 0 <= seconds <= LONGEST_WAIT:
-        raise invalid(f"wait: write seconds from 0 to {LONGEST_WAIT:.0f}")
+    if isinstance(value, bool) or not 0 <= seconds <= MAX_WAIT_SECONDS:
+        raise invalid(f"wait: write seconds from 0 to {MAX_WAIT_SECONDS:.0f}")
     return seconds

@@ -1,8 +1,8 @@
-"""One budget for the memory that clients can make a web process keep, whether or not they have a secret.
+"""A budget for the memory that clients can make a web process hold, with or without a webhook secret.
 
-Connections, heads, bodies and requests that wait for the database all count. If the budget is used up, the
-largest request that is not complete is answered 503, then the next, until there is room: many large bodies
-cannot keep a small webhook out.
+Connections, heads, bodies and requests that wait for the database count. If the budget is used up, the
+largest incomplete request is answered 503, then the next, until enough is free: many large bodies cannot
+keep a small webhook out.
 """
 
 import asyncio
@@ -17,29 +17,31 @@ import structlog
 from receiver.metrics import REQUESTS_SHED
 
 MIB: Final = 1024 * 1024
-DEFAULT_BUDGET: Final = 64 * MIB
-CONNECTION: Final = 8 * 1024
-"""Bytes that an open connection counts for: the objects of uvicorn, of the event loop and of the parser."""
-REQUEST: Final = 4 * 1024
-"""Bytes that a request counts for beside its head and its body."""
-PART: Final = 512
-"""Bytes that each read or chunk of a body counts for beside its content."""
-LARGE: Final = 64 * 1024
-"""Bytes above which a connection is large; the last quarter of the budget is for the others."""
-BURST: Final = 8 * MIB
-"""Bytes in use after which unused memory is given back to the system."""
-REST: Final = 2.0
-"""Seconds after a burst in which there may be another one, before memory is given back."""
+DEFAULT_BUDGET_BYTES: Final = 64 * MIB
+CONNECTION_BYTES: Final = 8 * 1024
+"""Counted for an open connection: the objects of uvicorn, of the event loop and of the parser."""
+REQUEST_BYTES: Final = 4 * 1024
+"""Counted for a request, beside its head and its body."""
+PART_BYTES: Final = 512
+"""Counted for each read or chunk of a body, beside its content."""
+LARGE_BYTES: Final = 64 * 1024
+"""A connection that holds more is large; the last quarter of the budget is for the others."""
+BURST_BYTES: Final = 8 * MIB
+"""If more was in use, unused memory is given back to the system afterwards."""
+REST_SECONDS: Final = 2.0
+"""How long after a burst memory is given back: if another burst follows at once, it needs the same memory."""
+
+_M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
 
 log = structlog.get_logger()
 
 
 class Connection(Protocol):
-    """Something that holds memory for a client."""
+    """A connection that holds memory for a client."""
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether it waits for its client, so that it may be shed."""
+        """Whether it waits for its client: it may be shed then."""
 
     def shed(self) -> None:
         """Answer 503 if a request has begun, and free the memory."""
@@ -49,11 +51,11 @@ class Counted(Connection, Protocol):
     """A connection, or the account of one, with the number of its bytes."""
 
     held: int
-    """Bytes that it counts for; only the budget changes it."""
+    """Its bytes; only the budget changes the number."""
 
 
 class MemoryBudget:
-    """Counts bytes and sheds connections if there are too many. It belongs to one event loop."""
+    """Counts bytes, and sheds connections if there are too many. It belongs to one event loop."""
 
     def __init__(self, limit: int) -> None:
         """`limit` is in bytes."""
@@ -67,61 +69,63 @@ class MemoryBudget:
 
     @property
     def used(self) -> int:
-        """Bytes that all connections count for."""
+        """Bytes of all connections."""
         return self._used
 
     def accept(self, connection: Counted) -> None:
         """Count a new connection; shed others if they use up the budget."""
-        self.add(connection, CONNECTION)
+        self.add(connection, CONNECTION_BYTES)
         if self.is_used_up:
-            self._make_room(spared=connection)
+            self._shed(spared=connection)
 
     def add(self, connection: Counted, size: int) -> None:
-        """Count bytes, whether or not there is room for them."""
+        """Count bytes; they may exceed the budget."""
         self._connections[connection] = None
         connection.held += size
         self._used += size
 
     def grow(self, connection: Counted, size: int) -> None:
-        """Count bytes of an unfinished request; if there is no room, shed connections: this one, maybe."""
-        # As `add` does, without a call: each read of a body comes here.
+        """Count bytes of an unfinished request; shed connections if needed, and maybe this one."""
+        # A call of `add` would do the same; each read of a body comes here, and a call costs time.
         self._connections[connection] = None
         connection.held += size
         self._used += size
-        if self._used > (self._limit // 4 * 3 if connection.held > LARGE else self._limit):
-            self._make_room()
+        if self._used > (self._limit // 4 * 3 if connection.held > LARGE_BYTES else self._limit):
+            self._shed()
 
     def release(self, connection: Counted, size: int) -> None:
-        """Count bytes no more."""
+        """Stop counting bytes."""
         self._peak = max(self._peak, self._used)
         connection.held -= size
         self._used -= size
         if not connection.held:
             self._connections.pop(connection, None)
-        if self._peak > BURST > 2 * self._used and self._rest is None:
-            self._rest = asyncio.get_running_loop().call_later(REST, self._give_back)
+        if self._peak > BURST_BYTES > 2 * self._used and self._rest is None:
+            self._rest = asyncio.get_running_loop().call_later(REST_SECONDS, self._give_back)
 
     @property
     def is_used_up(self) -> bool:
-        """Whether there is no room for more."""
+        """Whether more bytes are in use than the budget has."""
         return self._used > self._limit
 
     @property
     def is_half_used(self) -> bool:
-        """Whether there is no room for requests that wait behind others on their connection.
+        """Whether pipelined requests have to be rejected.
 
-        They cannot be shed: if they took all, each small webhook that comes would be shed in their place.
+        They cannot be shed: if they used the whole budget, each small webhook would be shed in their place.
         """
         return self._used > self._limit // 2
 
-    def _make_room(self, spared: Counted | None = None) -> None:
+    def _shed(self, spared: Counted | None = None) -> None:
         unfinished = [each for each in self._connections if each.is_unfinished and each is not spared]
-        # Those of about the same size in the order of their arrival: a webhook is a matter of milliseconds.
+        # Sorting is stable: of two with about the same size the older one, as a webhook takes milliseconds.
         unfinished.sort(key=lambda each: each.held // 4096, reverse=True)
         shed = 0
         for connection in unfinished:
-            # More than needed, so that not every read has to sort the connections.
-            if self._used <= (self._limit // 8 * 5 if connection.held > LARGE else self._limit // 16 * 15):
+            # Shedding only what is needed would sort all connections again at the next read.
+            if self._used <= (
+                self._limit // 8 * 5 if connection.held > LARGE_BYTES else self._limit // 16 * 15
+            ):
                 break
             connection.shed()
             shed += 1
@@ -130,20 +134,21 @@ class MemoryBudget:
         if shed and now - self._logged_at >= 1.0:
             self._logged_at = now
             log.warning(
-                "requests refused: RECEIVER_MAX_BUFFERED_BYTES is used up", used=self._used, shed=shed
+                "requests rejected: RECEIVER_MAX_BUFFERED_BYTES is used up", used=self._used, shed=shed
             )
 
     def _give_back(self) -> None:
         self._rest = None
-        if 2 * self._used < BURST:
+        if 2 * self._used < BURST_BYTES:
             self._peak = 0
             give_memory_back()
 
 
 class Account:
-    """The bytes that one connection counts for: its own, those of a head that is coming, and each request's.
+    """The bytes of one connection: its own, those of an incomplete head, and those of each request.
 
-    An account that counts for nothing does not refer to its connection; until then the budget does, too.
+    The budget refers to the account as long as it holds bytes, and the account to its connection. With its
+    last byte both references go.
     """
 
     __slots__ = ("_budget", "_connection", "_head", "_is_open", "_requests", "held")
@@ -154,7 +159,7 @@ class Account:
         self._budget = budget
         self._connection: Connection | None = connection
         self._is_open = True
-        # Bytes that the head of the next request counts for as long as it is not complete.
+        # Bytes of the next request's head, until that is complete.
         self._head = 0
         self._requests: dict[object, int] = {}
         budget.accept(self)
@@ -170,21 +175,21 @@ class Account:
             self._connection.shed()
 
     def has(self, request: object) -> bool:
-        """Tell whether a request counts."""
+        """Return whether bytes of a request are counted."""
         return request in self._requests
 
     def grow_head(self, size: int) -> None:
-        """Count a read of a head that is not complete; the connection may be shed."""
-        # As text and as objects.
+        """Count a read of an incomplete head; the connection may be shed."""
+        # Once for the text, and once for its objects.
         self._head += 2 * size
         self._budget.grow(self, 2 * size)
 
     def begin(self, request: object, head: int) -> None:
-        """Count a request whose head, of so many bytes, is complete.
+        """Count a request with a complete head of `head` bytes.
 
-        A request without a body is not refused for want of room: it may be the health check.
+        This sheds no connection: a request without a body may be the health check.
         """
-        size = REQUEST + 2 * head
+        size = REQUEST_BYTES + 2 * head
         self._requests[request] = size
         self._budget.add(self, size)
         if self._head:
@@ -192,23 +197,23 @@ class Account:
 
     def grow_body(self, request: object, size: int) -> None:
         """Count a read of a request's body; the connection may be shed."""
-        size += PART
+        size += PART_BYTES
         self._requests[request] += size
         self._budget.grow(self, size)
 
     def end(self, request: object) -> None:
-        """Count a request no more."""
+        """Stop counting a request."""
         self._budget.release(self, self._requests.pop(request, 0))
         if not self.held:
             self._connection = None
 
     def close(self) -> None:
-        """Count the connection itself and the head that was coming no more."""
+        """Stop counting the connection itself and an incomplete head."""
         if self._head:
             self._end_head()
         if self._is_open:
             self._is_open = False
-            self._budget.release(self, CONNECTION)
+            self._budget.release(self, CONNECTION_BYTES)
         if not self.held:
             self._connection = None
 
@@ -218,24 +223,21 @@ class Account:
 
 
 def give_memory_back() -> None:
-    """Free cyclic garbage, and give unused memory to the system, which the allocator would keep."""
+    """Free cyclic garbage, and give unused memory back to the system: the allocator would keep it."""
     gc.collect()
     _call_libc("malloc_trim", 0)
 
 
 def set_up_allocator() -> None:
-    """Let the allocator map each large body by itself, so that its memory goes back when it is freed.
+    """Have malloc map each large body on its own, so that freeing it gives the memory back to the system.
 
-    By default glibc raises this threshold as soon as such memory is freed. Bodies then come to lie between
-    small objects, and the gaps that they leave stay in the process.
+    By default glibc raises the mmap threshold when a large block is freed. Bodies are then allocated on the
+    heap between small objects, and the process keeps the gaps that they leave.
     """
-    _call_libc("mallopt", _M_MMAP_THRESHOLD, LARGE)
-
-
-_M_MMAP_THRESHOLD: Final = -3
+    _call_libc("mallopt", _M_MMAP_THRESHOLD, LARGE_BYTES)
 
 
 def _call_libc(name: str, *arguments: int) -> None:
-    # Only glibc has these functions, and only its allocator needs them.
+    # Other C libraries lack these functions, and their allocators do not need them.
     with contextlib.suppress(OSError, AttributeError, TypeError):
         getattr(ctypes.CDLL(None), name)(*arguments)

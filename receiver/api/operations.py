@@ -24,9 +24,10 @@ from receiver.metrics import (
     UNRECOGNIZED,
 )
 
-PROBE_WAIT: Final = 4.0
-PROBE_AGE: Final = 1.0
-"""Seconds that a probe's answer is given again: health checks must not be a way to load the database.
+PROBE_SECONDS: Final = 4.0
+"""How long a query for a health check or for the metrics may take."""
+PROBE_CACHE_SECONDS: Final = 1.0
+"""How long a probe's answer is reused: a flood of health checks must not load the database.
 
 On PostgreSQL each probe leaves four dead rows for autovacuum.
 """
@@ -35,12 +36,12 @@ log = structlog.get_logger()
 
 
 async def livez(_request: Request) -> Response:
-    """Answer that the process runs; touches nothing."""
+    """Answer 200: the process runs. Uses neither the database nor any other service."""
     return Response(b'{"status":"ok"}', media_type="application/json")
 
 
 class Readiness:
-    """Answers whether an event could be stored now, by storing one that is rolled back, and by a commit."""
+    """Tells whether an event can be stored now: it inserts one, rolls that back, and commits another row."""
 
     def __init__(self, probe: Callable[[], Awaitable[None]]) -> None:
         self._probe = probe
@@ -51,9 +52,9 @@ class Readiness:
     async def __call__(self, request: Request) -> Response:
         """Answer 200, or 503 with the reason."""
         if request.app.state.draining:
-            return _not_ready("This process is about to end.")
+            return _not_ready("This process is shutting down.")
         async with self._lock:
-            if time.monotonic() - self._checked_at > PROBE_AGE:
+            if time.monotonic() - self._checked_at > PROBE_CACHE_SECONDS:
                 self._problem = await self._check()
                 self._checked_at = time.monotonic()
         if self._problem is None:
@@ -62,7 +63,7 @@ class Readiness:
 
     async def _check(self) -> str | None:
         try:
-            async with asyncio.timeout(PROBE_WAIT):
+            async with asyncio.timeout(PROBE_SECONDS):
                 await self._probe()
         except (ReceiverError, TimeoutError) as error:
             log.warning("not ready", error=str(error))
@@ -70,8 +71,8 @@ class Readiness:
             log.exception("not ready")
         else:
             return None
-        # Whoever may see this page need not see the database's own words.
-        return "The database cannot store an event now."
+        # The endpoint is public, and the database's own message may name hosts and users.
+        return "The database cannot store an event now; see the server's log."
 
 
 def _not_ready(problem: str) -> Response:
@@ -80,7 +81,7 @@ def _not_ready(problem: str) -> Response:
 
 
 class Metrics:
-    """The Prometheus endpoint, with the backlog as the database has it."""
+    """The Prometheus endpoint; it reads the backlog from the database at each scrape."""
 
     def __init__(
         self,
@@ -104,7 +105,7 @@ class Metrics:
         self._destinations: set[str] = set()
 
     async def __call__(self, request: Request) -> Response:
-        """Answer in Prometheus' text format; needs the scope `read` once any token is configured."""
+        """Answer in Prometheus' text format; needs the scope `read` if any token is configured."""
         if self._tokens:
             try:
                 self._tokens.require(request.headers, "read")
@@ -119,11 +120,11 @@ class Metrics:
 
     async def _update_gauges(self) -> None:
         try:
-            async with asyncio.timeout(PROBE_WAIT):
+            async with asyncio.timeout(PROBE_SECONDS):
                 backlog, dead, paused = await self._backlog(), await self._dead(), await self._paused()
                 unrecognized, refused = await self._unrecognized(), await self._refused()
         except (ReceiverError, TimeoutError) as error:
-            # The counters are worth having most while the database is away.
+            # The counters are still answered: they matter most while the database is unavailable.
             log.warning("backlog unknown", error=str(error))
             return
         SUBMISSIONS_PAUSED.set(paused)

@@ -1,13 +1,14 @@
 """uvicorn's HTTP/1.1 protocol with the limits that it lacks.
 
-uvicorn on httptools sets no deadline for request headers and no limit to their size, keeps whatever many
-clients send, forgets a connection if the body is still coming when its answer has been sent, and leaves
-requests that were refused to the garbage collector. Give the class to
+uvicorn on httptools has no deadline for request headers, no limit to their size and no limit to the memory
+of all requests together. It forgets a connection if the body is still arriving when its answer has been
+sent, and leaves rejected requests to the garbage collector. Pass the class to
 `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
-Deadlines and refusals are here, heads in `heads`, bodies in `bodies`, the bytes of both in `memory`. A
-deadline for the body is the endpoint's. If it answers before it has read the body, with `connection: close`
-or without, the connection is closed here, once the client had time to read the answer.
+This module has the deadlines and rejections, `heads` the heads, `bodies` the bodies and `memory` the count
+of their bytes. Endpoints set the deadline for a body. If an endpoint answers before it has read the body,
+with `connection: close` or without, the protocol gives the client time to read the answer and then closes
+the connection.
 """
 
 import asyncio
@@ -23,18 +24,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from receiver.api.answers import HEAD_COMPLETE, raw_error_response
 from receiver.api.bodies import BodyParts
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
-from receiver.api.memory import DEFAULT_BUDGET, Account, MemoryBudget
+from receiver.api.memory import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
 
 _NOTABLE_HEAD: Final = 4096
-"""Bytes of a read from which on it is worth counting those of its head; no more than MAX_HEADER_BYTES."""
+"""The size of a head is not counted if the read is smaller than this; at most MAX_HEADER_BYTES."""
 
 
-class _Refused(Exception):
+class _Rejected(Exception):
     pass
 
 
 class DeadlineHttpToolsProtocol(HttpToolsProtocol):
-    """Closes slow connections, limits the header section, refuses requests that RFC 9112 forbids.
+    """Closes slow connections, limits the header section, rejects requests that RFC 9112 forbids.
 
     The limits are class attributes; times are in seconds.
     """
@@ -42,20 +43,20 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     HEADER_TIMEOUT: ClassVar[float] = 10.0
     """From accept, or from the first byte of a later request, to the end of its headers."""
     LINGER_TIMEOUT: ClassVar[float] = 2.0
-    """How long the rest of a refused request is read and dropped before the connection is closed."""
+    """How long the rest of a rejected request is read and dropped before the connection is closed."""
     MAX_HEADER_BYTES: ClassVar[int] = 16 * 1024
     """Request line, headers and trailers together; also one chunk's extensions."""
     MAX_HEADERS: ClassVar[int] = 100
-    """Headers, and trailers: each is an object several times its size."""
+    """Number of headers and trailers: as objects they take several times their bytes."""
     MAX_PIPELINED: ClassVar[int] = 16
-    """Requests that wait on a connection behind the one that is being answered."""
-    budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET)
+    """Requests that may wait on a connection behind the one that is being answered."""
+    budget: ClassVar[MemoryBudget] = MemoryBudget(DEFAULT_BUDGET_BYTES)
     """Bytes that all connections of this process may hold."""
 
-    _invalid_noted_at: ClassVar[float] = float("-inf")
+    _invalid_logged_at: ClassVar[float] = float("-inf")
 
     deaf: bool = False
-    """Nothing more is parsed: the connection ends with the answer that is being sent."""
+    """Further bytes are not parsed: the connection ends with the answer that is being sent."""
     _deadline: asyncio.TimerHandle | None = None
     _in_head: bool = False
     _in_body: bool = False
@@ -63,11 +64,12 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     _running: RequestResponseCycle | None = None
     """The request that the application serves; with pipelining it is older than `cycle`."""
     _callbacks: int = 0
-    """Steps of the parser so far; a read that makes none was swallowed without result."""
-    _swallowed: int = 0
+    """The parser's callbacks so far: a read without one made no progress."""
+    _unparsed: int = 0
+    """Bytes since the last callback."""
     _read_size: int = 0
 
-    # asyncio.Protocol takes any transport here; uvicorn narrows it, and so must its subclasses.
+    # asyncio.Protocol takes any transport here. uvicorn narrows the type, so a subclass has to as well.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn
         """Start the deadline of the first request: a client that sends nothing is closed, too."""
         super().connection_made(transport)
@@ -79,11 +81,11 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._account = Account(self.budget, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clocks, and let go of all that refers to this object: only a running request keeps it."""
+        """Cancel the timers and drop all references to this object, but for that of a running request."""
         self._stop_deadline()
         self._is_lost = True
         if self._running is not None and not self._running.response_complete:
-            # uvicorn tells only the newest request, and this one would write to a closed transport.
+            # uvicorn marks only the newest request; this older one would write to a closed transport.
             self._running.disconnected = True
             self._running.message_event.set()
         super().connection_lost(exc)
@@ -98,16 +100,17 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         del self._answers
 
     def data_received(self, data: bytes) -> None:
-        """Parse a read in pieces: a request that is refused in the first ones is not parsed to its end."""
+        """Parse a read in pieces: if one is rejected, the rest of the read is not parsed."""
         for start in range(0, len(data), self.MAX_HEADER_BYTES):
             if self.deaf:
                 return
-            self._take(data[start : start + self.MAX_HEADER_BYTES])
+            self._parse(data[start : start + self.MAX_HEADER_BYTES])
 
-    def _take(self, data: bytes) -> None:
-        """Parse, and bound the bytes that make no progress: a head, trailers, a chunk's extensions.
+    def _parse(self, data: bytes) -> None:
+        """Parse, and limit the bytes without progress: of a head, of trailers, of a chunk's extensions.
 
-        Every request comes here: a timer or an override for each header costs more than the parsing itself.
+        A timer or a callback of our own for each header would be simpler. They would cost each request more
+        than its parsing.
         """
         callbacks = self._callbacks
         self._read_size = len(data)
@@ -115,51 +118,52 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         try:
             self._heads.feed(self, data)
         except httptools.HttpParserError:
-            self._note_invalid()
-            self._refuse(HTTPStatus.BAD_REQUEST)
+            self._log_invalid()
+            self._reject(HTTPStatus.BAD_REQUEST)
         if self.deaf:
             return
-        made = self._callbacks - callbacks
-        if not made:
-            self._swallowed += len(data)
-        else:
-            # Where a head has begun in this read and nothing else happened, the whole read is that head's.
-            self._swallowed = len(data) if made == 1 and self._in_head else 0
-        if self._swallowed > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            return
-        if self._in_head:
-            self._account.grow_head(len(data))
+        self._count_unparsed(len(data), self._callbacks - callbacks)
         if self.deaf:
             return
-        if self._in_head or (not made and not self._in_body):
-            # Line ends before a request begin no message, but they have stopped the keep-alive clock.
+        if self._in_head or (self._callbacks == callbacks and not self._in_body):
+            # Line ends before a request make no callback, and uvicorn has stopped its keep-alive timer.
             self._start_deadline()
 
-    def _note_invalid(self) -> None:
-        """Log it, once a second at most: a flood of bytes that are no HTTP must not fill the disk."""
+    def _count_unparsed(self, size: int, callbacks: int) -> None:
+        if not callbacks:
+            self._unparsed += size
+        else:
+            # With one callback, for the start of a head, the whole read belongs to that head.
+            self._unparsed = size if callbacks == 1 and self._in_head else 0
+        if self._unparsed > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS:
+            self._reject(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+        elif self._in_head:
+            self._account.grow_head(size)
+
+    def _log_invalid(self) -> None:
+        """Log an invalid request, at most one a second: a flood of them must not fill the disk."""
         now = time.monotonic()
-        if now - DeadlineHttpToolsProtocol._invalid_noted_at >= 1.0:
-            DeadlineHttpToolsProtocol._invalid_noted_at = now
+        if now - DeadlineHttpToolsProtocol._invalid_logged_at >= 1.0:
+            DeadlineHttpToolsProtocol._invalid_logged_at = now
             self.logger.warning("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
-        """Note that a request has begun."""
+        """Mark the start of a request."""
         self._callbacks += 1
         self._in_head = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Stop the deadline and hand the request to the application, unless RFC 9112 forbids it."""
+        """Stop the deadline and pass the request to the application, unless RFC 9112 forbids it."""
         self._callbacks += 1
         size = 0
-        if self._swallowed + self._read_size > _NOTABLE_HEAD:
+        if self._unparsed + self._read_size > _NOTABLE_HEAD:
             size = head_size(self.url, self.headers)
         too_large = size > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS
         fault = find_fault(self.parser, self.headers, too_large=too_large)
         if fault is not None:
-            self._refuse(fault)
-            raise _Refused
+            self._reject(fault)
+            raise _Rejected
         if is_misread(self.parser, self.headers):
             self._heads.rewrite(self.parser, self.url, self.headers)
             return
@@ -171,45 +175,45 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self.cycle.transport = self._answers
         self.scope["state"][HEAD_COMPLETE] = self.loop.time()
         self._account.begin(self.cycle, size)
-        # Trailers go where nobody looks: uvicorn would add them to the headers of a running request.
+        # Trailers go to a list of their own: uvicorn would add them to the headers of a running request.
         self.headers = []
         if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_half_used):
-            self._refuse_pipelined(before)
-            raise _Refused
+            self._reject_pipelined(before)
+            raise _Rejected
 
     def on_body(self, body: bytes) -> None:
-        """Keep a part of the body, if there is room for it."""
+        """Keep a part of the body, unless the memory budget is used up."""
         self._callbacks += 1
         cycle = self.cycle
         if cycle.response_complete:
             return
         self._account.grow_body(cycle, len(body))
         if self.deaf:
-            raise _Refused
+            raise _Rejected
         self._body.add(cycle, body)
 
     def on_message_complete(self) -> None:
-        """Note that a head comes next."""
+        """Pass the rest of the body to the application."""
         self._callbacks += 1
         if self._heads.clean_head is not None:
-            # The request itself is still to come.
+            # The first parser skipped the body; the second one reads the request.
             return
         if self.headers and head_size(self.url, self.headers) > self.MAX_HEADER_BYTES:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
-            raise _Refused
+            self._reject(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+            raise _Rejected
         self._in_body = False
         self._body.hand_over(self.cycle)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Close a connection whose request has been answered before its body came."""
+        """Close the connection if the request was answered before its body had arrived."""
         super().on_response_complete()
-        # uvicorn would keep it open for ever: the next byte of the body stops the keep-alive clock for good.
+        # uvicorn would keep it open for ever: the next byte of the body stops the keep-alive timer for good.
         if self._is_answered_early:
             self._linger()
 
     def close_after_answer(self) -> None:
-        """Make the answer that is under way, if there is one, the last on this connection."""
+        """Close the connection after the answer that is being sent, if there is one."""
         if self._unanswered is not None:
             self._unanswered.keep_alive = False
 
@@ -222,7 +226,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     @property
     def _is_answered_early(self) -> bool:
-        # There is no request if the connection is lost, or if the application fails after its answer.
+        # `cycle` is None if the connection is lost, or if the application fails after its answer.
         cycle: RequestResponseCycle | None = self.cycle
         return cycle is not None and cycle.response_complete and cycle.more_body
 
@@ -244,7 +248,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._forget(cycle)
 
     def _forget(self, cycle: RequestResponseCycle) -> None:
-        """Free the memory of a request; nobody looks at it again."""
+        """Free the memory of a request that has ended."""
         self._account.end(cycle)
         cycle.body = bytearray()
         if cycle is self._running:
@@ -255,19 +259,18 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
                 self._drop_request()
 
     def _drop_request(self) -> None:
-        # A connection that is kept alive needs no request; and the request refers to this object.
-        self.cycle = None  # type: ignore[assignment] # uvicorn begins with None, too
+        # The request refers to this object; without the cycle, reference counting frees both at once.
+        self.cycle = None  # type: ignore[assignment] # uvicorn starts with None, too
         if not self._in_head:
-            # The next request has not begun.
             self.scope = None  # type: ignore[assignment] # likewise
             self.headers = []
             self.url = b""
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether the connection waits for its client."""
+        """Whether the server waits for the client's next bytes."""
         if self._is_lost:
-            # What it still holds is freed as soon as the application notices; its transport takes no answer.
+            # Its transport takes no answer, and its memory is freed as soon as the application notices.
             return False
         cycle = self._unanswered
         return cycle is None or (cycle.more_body and not cycle.response_started and not self.pipeline)
@@ -294,8 +297,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._account.end(cycle)
         self._linger()
 
-    def _refuse_pipelined(self, before: RequestResponseCycle) -> None:
-        """Take no more requests: the answer to the one before is the last one."""
+    def _reject_pipelined(self, before: RequestResponseCycle) -> None:
+        """Drop a pipelined request; the connection ends with the answer to the one before it."""
         cycle, _ = self.pipeline.popleft()
         self._forget(cycle)
         self.cycle = before
@@ -320,13 +323,13 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def _on_deadline(self) -> None:
         self._deadline = None
         if self._unanswered is not None:
-            # A pipelined request waits behind one that is still being answered.
+            # The head of a pipelined request may wait as long as the one before it is being answered.
             self._start_deadline()
         else:
             self.transport.close()
 
-    def _refuse(self, status: HTTPStatus) -> None:
-        """Answer and close. Only the first refusal on a connection counts."""
+    def _reject(self, status: HTTPStatus) -> None:
+        """Answer with an error and close; only the first error of a connection is answered."""
         if self.deaf:
             return
         cycle = self._unanswered
@@ -338,7 +341,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             return
         self.deaf = True
         if not cycle.more_body:
-            # The fault is in a later request. This one is owed its own answer; the connection ends with it.
+            # The fault is in a later request: the client still gets the answer to this one, as the last.
             cycle.keep_alive = False
         else:
             if not cycle.response_started and not self.pipeline:
@@ -349,9 +352,10 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self.transport.write(raw_error_response(status, self.server_state.default_headers))
 
     def _linger(self) -> None:
-        """Close, but read on for a while.
+        """Close the connection after LINGER_TIMEOUT, and drop the bytes that arrive until then.
 
-        Closing with unread bytes resets the connection, and the reset may overtake the answer.
+        To close it at once would reset the connection if bytes are unread, and the client may get the reset
+        before the answer.
         """
         self.deaf = True
         self._stop_deadline()
@@ -361,7 +365,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
 
 class _AnswerTransport:
-    """The transport as uvicorn's request cycle sees it, but for how it closes."""
+    """The transport for uvicorn's request cycle; `close` lets the client read the answer first."""
 
     def __init__(self, protocol: DeadlineHttpToolsProtocol) -> None:
         self.write = protocol.transport.write

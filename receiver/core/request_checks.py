@@ -1,6 +1,7 @@
 """Checks of the values that the API, the commands and the submitter share; pure."""
 
 from typing import Final
+from uuid import UUID
 
 from pydantic import ValidationError
 
@@ -10,6 +11,7 @@ MAX_CALLER_LENGTH: Final = 63
 MAX_KEY_LENGTH: Final = 255
 _MAX_DIGITS: Final = 18  # of a cursor: it is a 64-bit integer in the database
 _MAX_FIELD_LENGTH: Final = 64
+_INVALID_CURSOR: Final = "invalid cursor: pass the `next` value of the previous page"
 
 
 def check_caller(caller: str) -> str:
@@ -31,8 +33,16 @@ def read_cursor(text: str | None) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise _invalid("invalid cursor: pass the `next` value of the previous page")
+        raise _invalid(_INVALID_CURSOR)
     return int(text)
+
+
+def read_id_cursor(text: str | None) -> UUID | None:
+    """Return the id that a page's `next` stands for; None for the first page. Raises RequestError."""
+    try:
+        return None if text is None else UUID(text)
+    except ValueError:
+        raise _invalid(_INVALID_CURSOR) from None
 
 
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:

@@ -4,13 +4,13 @@ import uuid
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, select, tuple_, union_all
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices, unrecognized
-from receiver.db.rows import event_id, least_id
+from receiver.db.rows import CostGroup, event_id, least_id
 from receiver.db.sources import find_event_ids
 from receiver.db.statements import between, equal
 from receiver.db.tables import (
@@ -289,7 +289,7 @@ async def show_job(
 async def job_costs(
     connection: AsyncConnection,
     *,
-    by: Literal["caller", "model", "day"],
+    by: CostGroup,
     caller: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,

@@ -22,6 +22,7 @@ EventStatus = Literal["OK", "ERROR"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
 AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted", "canceled"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
+CostGroup = Literal["caller", "model", "day"]
 
 
 def event_id(source: str, request_id: str) -> uuid.UUID:

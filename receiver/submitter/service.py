@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Self
 from uuid import UUID
 
 import structlog
@@ -20,7 +20,7 @@ from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
 from receiver.db import decisions, freezes, jobs, migrate, reads
 from receiver.db.database import Database
 from receiver.db.jobs import SUBMIT_LANE
-from receiver.db.rows import JobState, NewJob
+from receiver.db.rows import CostGroup, JobState, NewJob
 from receiver.db.views import JobCosts
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
 from receiver.lanes.base import Work, error_text
@@ -255,7 +255,7 @@ class Submitter:
     async def costs(
         self,
         *,
-        by: Literal["caller", "model", "day"],
+        by: CostGroup,
         caller: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,

@@ -417,4 +417,4 @@ def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
     assert canary not in log + metrics.text
     assert "\x1b" not in log
     assert headers["X-Clipia-Signature"] not in log
-    assert {"webhooks stored", "webhook refused"} <= {str(record["event"]) for record in receiver.records()}
+    assert {"webhooks stored", "webhook rejected"} <= {str(record["event"]) for record in receiver.records()}

@@ -540,7 +540,7 @@ async def test_dead_letters_are_retried_by_filter(site: Site) -> None:
 
 async def test_a_retry_says_whether_there_are_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """E5: one call restarts a bounded number, and its answer says whether to come again."""
-    monkeypatch.setattr(events_api, "MOST_RESTARTED", 2)
+    monkeypatch.setattr(events_api, "MAX_RESTARTED", 2)
     await kill(site, 3)
     answers = [(await site.post("/v1/deliveries/retry", {"all": True})).json() for _ in range(3)]
     assert answers == [

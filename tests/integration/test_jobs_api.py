@@ -711,7 +711,7 @@ async def test_an_answer_before_the_body_says_that_it_closes(local: Site) -> Non
 
 async def test_a_body_that_is_too_slow_is_408(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that does not arrive in time is answered, and its connection is closed."""
-    monkeypatch.setattr("receiver.api.endpoints.BODY_WAIT", 0.1)
+    monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.1)
     async with connection(local.url, "POST /v1/jobs", '{"model"', length=99) as reader:
         async with asyncio.timeout(3):
             answer = await reader.read()

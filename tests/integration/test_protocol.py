@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 from support.certificates import make_certificate
 
-from receiver.api.memory import CONNECTION, MemoryBudget
+from receiver.api.memory import CONNECTION_BYTES, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
 SECONDS = 15.0
@@ -387,7 +387,7 @@ def watch_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that uvicorn's warnings are added to, as if there had been none before."""
     warnings: list[str] = []
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", warnings.append)
-    monkeypatch.setattr(DeadlineHttpToolsProtocol, "_invalid_noted_at", float("-inf"))
+    monkeypatch.setattr(DeadlineHttpToolsProtocol, "_invalid_logged_at", float("-inf"))
     return warnings
 
 
@@ -728,7 +728,7 @@ def test_connections_without_a_request_are_bounded(sent: bytes) -> None:
         for _ in range(200):
             stack.enter_context(server.connect()).sendall(sent)
         assert server.exchange(GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")) == [200]
-        wait_until(lambda: server.connections <= MIB / CONNECTION)
+        wait_until(lambda: server.connections <= MIB / CONNECTION_BYTES)
         assert tight.budget.used <= MIB
 
 
@@ -812,7 +812,7 @@ def test_a_connection_that_is_kept_alive_keeps_no_request() -> None:
         for _ in range(3):
             connection.sendall(BODY % 50_000 + b"a" * 50_000)
             read_answer(connection)
-            wait_until(lambda: tight.budget.used == CONNECTION)
+            wait_until(lambda: tight.budget.used == CONNECTION_BYTES)
             wait_until(lambda: len(tight.alive) == 1)
     assert len(server.app.requests) == 3
 

@@ -293,7 +293,7 @@ async def test_a_body_at_the_limit_is_taken(site: Site) -> None:
 
 async def test_a_slow_body_is_given_up(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """B2: a body that does not arrive in time is answered 408 and leaves no task behind."""
-    monkeypatch.setattr(webhook, "BODY_WAIT", 0.2)
+    monkeypatch.setattr(webhook, "BODY_SECONDS", 0.2)
     before = len(asyncio.all_tasks())
 
     async def drip() -> AsyncIterator[bytes]:
@@ -502,8 +502,8 @@ async def test_a_driver_that_hangs_is_answered_in_time(
     database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C4: 503 in time even where the driver neither answers nor lets itself be cancelled."""
-    monkeypatch.setattr(webhook, "BODY_WAIT", 0.1)
-    monkeypatch.setattr(webhook, "ANSWER_WAIT", 0.3)
+    monkeypatch.setattr(webhook, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(webhook, "ANSWER_SECONDS", 0.3)
     released = asyncio.Event()
 
     async def hang(*_arguments: Any) -> None:
@@ -538,8 +538,8 @@ async def test_one_deadline_for_body_store_and_repeat(
     content = body("r-17")
     if slow == "repeat":
         await site.post(content)
-    monkeypatch.setattr(webhook, "BODY_WAIT", 1.0)
-    monkeypatch.setattr(webhook, "ANSWER_WAIT", 1.5)
+    monkeypatch.setattr(webhook, "BODY_SECONDS", 1.0)
+    monkeypatch.setattr(webhook, "ANSWER_SECONDS", 1.5)
     released = asyncio.Event()
     insert = arrivals.insert_new
 
@@ -569,7 +569,7 @@ async def test_one_deadline_for_body_store_and_repeat(
 
 async def test_the_deadline_counts_from_the_head(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """C4: the time that a request waited for the event loop after its head was complete counts, too."""
-    monkeypatch.setattr(webhook, "BODY_WAIT", 1.0)
+    monkeypatch.setattr(webhook, "BODY_SECONDS", 1.0)
     content = body("r-18")
     sent: list[Any] = []
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from receiver.api import memory
-from receiver.api.memory import BURST, CONNECTION, LARGE, MIB, MemoryBudget
+from receiver.api.memory import BURST_BYTES, CONNECTION_BYTES, LARGE_BYTES, MIB, MemoryBudget
 
 KIB = 1024
 
@@ -47,7 +47,7 @@ def test_the_largest_unfinished_request_is_shed_first() -> None:
 def test_of_equal_requests_the_oldest_is_shed_first() -> None:
     """A10: a webhook that takes milliseconds is spared for connections that wait."""
     budget = MemoryBudget(8 * MIB)
-    clients = [Client(budget) for _ in range(8 * MIB // CONNECTION)]
+    clients = [Client(budget) for _ in range(8 * MIB // CONNECTION_BYTES)]
     assert shed(clients) == []
     newest = Client(budget)
     assert shed(clients) == [*range(65)]
@@ -59,11 +59,11 @@ def test_the_last_quarter_is_for_small_requests() -> None:
     """A10: bodies that wait for the database do not keep a small webhook out."""
     budget = MemoryBudget(8 * MIB)
     for _ in range(6):
-        Client(budget, MIB - CONNECTION, is_unfinished=False)
+        Client(budget, MIB - CONNECTION_BYTES, is_unfinished=False)
     large, small = Client(budget), Client(budget)
-    budget.grow(small, LARGE - CONNECTION)
+    budget.grow(small, LARGE_BYTES - CONNECTION_BYTES)
     assert not small.is_shed
-    budget.grow(large, LARGE)
+    budget.grow(large, LARGE_BYTES)
     assert (large.is_shed, small.is_shed) == (True, False)
 
 
@@ -83,10 +83,15 @@ def test_nothing_is_left_for_the_last_one() -> None:
 async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     """A10: once, when the burst has passed; small loads cause nothing."""
     calls: list[None] = []
-    monkeypatch.setattr(memory, "REST", 0.01)
+    monkeypatch.setattr(memory, "REST_SECONDS", 0.01)
     monkeypatch.setattr(memory, "give_memory_back", lambda: calls.append(None))
     budget = MemoryBudget(64 * MIB)
-    for size, times in ((BURST // 2, 0), (2 * BURST, 1), (BURST // 2, 1), (2 * BURST, 2)):
+    for size, times in (
+        (BURST_BYTES // 2, 0),
+        (2 * BURST_BYTES, 1),
+        (BURST_BYTES // 2, 1),
+        (2 * BURST_BYTES, 2),
+    ):
         clients = [Client(budget, size // 4) for _ in range(4)]
         for client in clients:
             budget.release(client, client.held)
