@@ -361,7 +361,7 @@ def sent(database: Database) -> Iterator[Statements]:
 
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        with mock.patch.object(database, "fetch_at_once", note_only):
+        with mock.patch.object(database, "fetch", note_only):
             yield found
     finally:
         event.remove(Engine, "before_cursor_execute", note)

@@ -146,7 +146,7 @@ class Ingest:
 
         None is for one whose event is there no more.
         """
-        outcomes = await self._database.run_at_once(partial(_record_again, group=group), is_webhook=True)
+        outcomes = await self._database.run_transaction(partial(_record_again, group=group), is_webhook=True)
         self._report(group, outcomes)
         return outcomes
 

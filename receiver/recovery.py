@@ -120,7 +120,7 @@ async def _take_up(database: Database, old: Unrecognized, event: NewEvent) -> Ou
             return None
         known = (await inbox.find_events(connection, {event.id})).get(event.id)
         if known is None or known.seq == old.seq:
-            await unrecognized.take_up(connection, old.seq, event)
+            await unrecognized.recognize(connection, old.seq, event)
             return "accepted"
         outcome = await _repeat(connection, known, event)
         await unrecognized.merge(connection, old.seq, into=known.seq, outcome=outcome)

@@ -302,7 +302,7 @@ class ReplayLane(WorkLane):
             ordered = await insert(due, due=True) + await insert(held, due=False)
             for seq in sorted({seq for seq, _ in held}):
                 # Its last file may have been settled since it was read.
-                await outbox.settle(connection, seq)
+                await outbox.release_held(connection, seq)
             await replays.add_counts(connection, order.id, ordered=ordered, downloads=len(loading))
         for name in {name for _, name in due}:
             self._wake(destination_lane(name))

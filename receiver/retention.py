@@ -102,7 +102,7 @@ async def prune(
                 connection, after=after, before=done.before, limit=BATCH, files=FILES
             )
             found = old if dry_run else await pruning.lock(connection, old, dead_letters=dead_letters)
-            settled = await pruning.select_settled(connection, found, dead_letters=dead_letters)
+            settled = await pruning.select_finished(connection, found, dead_letters=dead_letters)
             if storage is not None:
                 files = [*await pruning.list_files(connection, settled)]
             if not dry_run:
@@ -173,8 +173,8 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
             )
         event = found[0]
         locked = await pruning.lock(connection, [event.seq], dead_letters=True)
-        if not await pruning.select_settled(connection, locked, dead_letters=True):
-            left = await pruning.what_is_left(connection, event.seq) or ["something else is at work on it"]
+        if not await pruning.select_finished(connection, locked, dead_letters=True):
+            left = await pruning.list_unfinished(connection, event.seq) or ["something else is at work on it"]
             raise RequestError(f"the event cannot be erased yet: {', '.join(left)}", code="not_settled")
         files = await pruning.list_files(connection, locked)
         await pruning.erase_events(connection, locked)

@@ -41,7 +41,7 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
     arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
     if database.is_sqlite:
         return await database.run_with_driver(partial(_insert_rows, _in_rows(arrivals)))
-    rows = await database.fetch_at_once(_INSERT, _in_columns(arrivals))
+    rows = await database.fetch(_INSERT, _in_columns(arrivals))
     return {row["id"] for row in rows}
 
 
@@ -68,8 +68,8 @@ async def probe(database: Database) -> None:
     if database.is_sqlite:
         await database.run_with_driver(partial(_try_rows, _in_rows([arrival])))
     else:
-        await database.fetch_at_once(_INSERT, _in_columns([arrival]), keep=False)
-        await database.fetch_at_once(_COMMIT.format("now()"), ())
+        await database.fetch(_INSERT, _in_columns([arrival]), keep=False)
+        await database.fetch(_COMMIT.format("now()"), ())
 
 
 def _in_rows(arrivals: Sequence[Arrival]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Engines for SQLite and PostgreSQL behind one small class, set up so that a commit is durable."""
+"""One class for SQLite and PostgreSQL, with engines that make a commit durable."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -23,13 +23,14 @@ T = TypeVar("T")
 class Database:
     """Connections to one database.
 
-    `write()` and `read()` open one transaction each and raise DatabaseUnavailable when the database does not
-    answer in time, refuses, or cannot write. `run_at_once()` is `write()` for what is done for every event,
-    and `fetch_at_once()` and `run_with_driver()` are the short ways of the inbox on PostgreSQL and on SQLite.
+    `write()` and `read()` open one transaction each. They raise DatabaseUnavailable if the database does not
+    answer in time, rejects the session, or takes no writes. The other methods do the same with less overhead
+    for each event: `run_transaction()` on both databases, `fetch()` on PostgreSQL, `run_with_driver()` on
+    SQLite.
     """
 
     def __init__(self, url: str) -> None:
-        """Raise SettingsError for a URL that cannot be used; connect to nothing yet."""
+        """Raise SettingsError if the URL cannot be used. No connection is opened yet."""
         self.url: Final = url
         parsed = parse_url(url)
         self.is_sqlite: Final = isinstance(parsed, URL)
@@ -37,15 +38,16 @@ class Database:
             self._writer = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = sqlite_engine(parsed, pool_size=4, begin="BEGIN")
             self._thread: Final = SqliteThread(parsed)
-            # Writers queue here, and not in SQLite's busy handler. All but webhooks pass the gate first, one
-            # by one: a webhook waits for one other transaction, and the others have every second turn.
-            self._turn, self._gate = asyncio.Lock(), asyncio.Lock()
+            # SQLite has one write lock, and its busy handler polls for it without an order. So writers queue
+            # here. All but webhooks pass the gate first, one by one: a webhook waits for one other
+            # transaction at most, and the others write at least every second time.
+            self._write_lock, self._gate = asyncio.Lock(), asyncio.Lock()
         else:
             self._sessions: Final = Sessions(parsed)
             self._writer = self._reader = self._sessions.engine(
                 pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT
             )
-            # Of its own: those who find the other pool empty must not keep webhooks waiting.
+            # A pool of its own: webhooks do not wait if the workers use all connections of the other one.
             self._statements: Final = Statements(self._sessions)
 
     @property
@@ -56,57 +58,56 @@ class Database:
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """Open a transaction that may write; it is committed durably when the block ends."""
-        async with self._in_turn(), self._transaction(self._writer, writes=True) as connection:
+        async with self._writing(), self._transaction(self._writer, writes=True) as connection:
             yield connection
 
-    async def run_at_once(
+    async def run_transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, is_webhook: bool = False
     ) -> T:
-        """Run `work` in one transaction as `write()` does; it awaits nothing but its connection.
+        """Run `work` in one transaction, as `write()` does; it may only await its connection.
 
-        On SQLite it runs in a thread and does not leave it meanwhile, so it may wake nobody who waits on the
-        event loop. Where each statement comes back to the loop, a busy loop has everybody wait for the lock.
+        On SQLite the whole transaction runs in a thread, so `work` must not touch objects of the event loop.
+        With `write()` each statement returns to the event loop, and if that is busy, all other writers wait
+        for the write lock meanwhile.
         """
         if not self.is_sqlite:
             async with self.write() as connection:
                 return await work(connection)
         with unavailable():
-            async with self._in_turn(is_webhook=is_webhook):
+            async with self._writing(is_webhook=is_webhook):
                 return await self._thread.run(work)
 
     async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
-        """Run `work` on SQLite with a connection of its driver's, where each statement is a transaction.
+        """Run `work` on SQLite with a driver connection in autocommit mode.
 
-        It has a webhook's turn, and raises as `write` does.
+        It queues as a webhook does, and raises the errors of `write`.
         """
         with unavailable():
-            async with self._in_turn(is_webhook=True):
+            async with self._writing(is_webhook=True):
                 return await self._thread.run_with_driver(work)
 
-    async def fetch_at_once(
-        self, statement: str, arguments: Sequence[object], *, keep: bool = True
-    ) -> list[Any]:
-        """Run a statement that is a durable transaction by itself on PostgreSQL; return its rows.
+    async def fetch(self, statement: str, arguments: Sequence[object], *, keep: bool = True) -> list[Any]:
+        """Run one statement on PostgreSQL in autocommit mode and return its rows; roll it back unless `keep`.
 
-        It may run twice: the second time in a new session if the first was lost with it. Unless `keep`, it is
-        rolled back. Raises DatabaseUnavailable as `write` does, and for other errors asyncpg's own.
+        The statement has to be idempotent: if the session is lost it runs again in a new one. Raises
+        DatabaseUnavailable as `write` does, and asyncpg's errors if the statement itself is wrong.
         """
         return await self._statements.fetch(statement, arguments, keep=keep)
 
     def hold_driver(self) -> AbstractAsyncContextManager[Any]:
-        """Open a connection of asyncpg's for the block, on PostgreSQL; raises as `write` does."""
+        """Open an asyncpg connection for the block; raises the errors of `write`."""
         return self._statements.hold()
 
     @property
     def is_pooled(self) -> bool:
-        """Whether a pooler such as pgbouncer is known to stand before PostgreSQL.
+        """Whether the connections lead to a pooler such as pgbouncer.
 
-        Then a session lasts for a transaction only, and cannot LISTEN.
+        A pooler assigns a session to each transaction, so LISTEN does not work.
         """
         return not self.is_sqlite and bool(self._sessions.is_pooled)
 
     @asynccontextmanager
-    async def _in_turn(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
+    async def _writing(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
         if not self.is_sqlite:
             yield
             return
@@ -115,7 +116,7 @@ class Database:
                 async with asyncio.timeout(POOL_WAIT):
                     if not is_webhook:
                         await held.enter_async_context(self._gate)
-                    await held.enter_async_context(self._turn)
+                    await held.enter_async_context(self._write_lock)
             except TimeoutError:
                 raise DatabaseUnavailable(
                     "the database is busy with another transaction", reason="database"
@@ -123,7 +124,7 @@ class Database:
             yield
 
     def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Open a transaction that only reads, from one snapshot on SQLite."""
+        """Open a transaction that only reads; on SQLite all statements read one snapshot."""
         return self._transaction(self._reader, writes=False)
 
     def _transaction(
@@ -135,10 +136,10 @@ class Database:
 
     @asynccontextmanager
     async def migrate(self) -> AsyncIterator[AsyncConnection]:
-        """Open a transaction that may change the schema, and may take longer than any of the service."""
+        """Open a transaction that may change the schema and has no time limit for a statement."""
         parsed = parse_url(self.url)
         if isinstance(parsed, URL):
-            # SQLite changes a table by copying it, which the references of others to its rows would forbid.
+            # A migration changes an SQLite table by copying it, which foreign keys to the table forbid.
             engine = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
         else:
             engine = self._sessions.engine(command_timeout=None, poolclass=NullPool)

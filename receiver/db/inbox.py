@@ -16,7 +16,7 @@ from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, St
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
-SMALL: Final = 8192
+SMALL_BODY_BYTES: Final = 8192
 """Bytes of a body that is read at once, before it is known how many fit into a lot."""
 
 
@@ -134,7 +134,7 @@ _STORED = (
 _SIZE = func.length(events.c.body)
 _RECEIVED = (
     select(
-        *(case((_SIZE <= SMALL, each)) if each is events.c.body else each for each in _STORED),
+        *(case((_SIZE <= SMALL_BODY_BYTES, each)) if each is events.c.body else each for each in _STORED),
         _SIZE.label("size"),
     )
     .where(
@@ -170,12 +170,12 @@ async def lock_received(
     Without those that came on the path of a job whose submission will be answered soon: the answer says
     whether the event is the job's.
     """
-    values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT, "without": without}
+    values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT_SECONDS, "without": without}
     rows = (await connection.execute(_RECEIVED, values)).all()
     sums = accumulate(row.size for row in rows)
     taken = [row for row, total in zip(rows, sums, strict=True) if total <= size] or rows[:1]
     found = [StoredEvent(*row[:-1]) for row in taken]
-    if large := [row.seq for row in taken if row.size > SMALL]:
+    if large := [row.seq for row in taken if row.size > SMALL_BODY_BYTES]:
         bodies = await load_bodies(connection, large)
         found = [each._replace(body=bodies[each.seq]) if each.seq in bodies else each for each in found]
     return found, len(rows) == limit or len(found) < len(rows)

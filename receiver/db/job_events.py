@@ -20,7 +20,7 @@ _RESERVED: Final = {"charged": jobs.c.cost, "charged_micros": jobs.c.cost_micros
 OPEN: Final = ("pending", "submitted", "unsure")
 """States that an event still changes."""
 
-ANSWER_WAIT: Final = 60.0
+ANSWER_WAIT_SECONDS: Final = 60.0
 """Seconds that an event on a job's own path waits for the answer to the job's submission.
 
 It has room for a call that is under way and for another try. If no answer comes, the path's token decides: a
@@ -64,7 +64,7 @@ _REFS: Final = (
 )
 
 
-async def settle_with(
+async def finish_job(
     connection: AsyncConnection,
     source: str,
     generation: Generation,
@@ -72,9 +72,9 @@ async def settle_with(
     job_id: uuid.UUID | None = None,
     path_token: str | None = None,
 ) -> uuid.UUID | None:
-    """Bring the job of an event to its last state, as `settle` does."""
+    """Bring the job of an event to its last state, as `_end_job` does."""
     done = generation.status == "OK"
-    return await settle(
+    return await _end_job(
         connection,
         source=source,
         request_id=generation.request_id,
@@ -87,7 +87,7 @@ async def settle_with(
     )
 
 
-async def settle(
+async def _end_job(
     connection: AsyncConnection,
     *,
     source: str,
@@ -157,8 +157,8 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
     return body
 
 
-async def with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
-    """Return the `seq` of those events that `settle` may find an open job for."""
+async def find_with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
+    """Return the `seq` of those events that `finish_job` may find an open job for."""
     return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": event_seqs})).scalars())
 
 
@@ -170,7 +170,7 @@ async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) ->
     }
 
 
-async def settled(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+async def find_finished(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
     """Return which of these jobs have ended, their files settled too."""
     statement = select(jobs.c.id, jobs.c.source, jobs.c.request_id).where(
         jobs.c.id.in_(job_ids), jobs.c.state.not_in(("pending", "submitted"))

@@ -129,7 +129,7 @@ def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-async def settle(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
+async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
     """Where no file of the event is pending any more, make it `ready` and its held deliveries due.
 
     Returns the destinations whose deliveries became due. The event's row is locked first: two last files
@@ -229,7 +229,7 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
     )
     ids = list(rows.scalars())
     await note(connection, ids, outcome="failed", error=reason)
-    await settle(connection, event_seq)
+    await release_held(connection, event_seq)
     return len(ids)
 
 

@@ -1,4 +1,4 @@
-"""PostgreSQL: a connection for single statements."""
+"""PostgreSQL: a connection in autocommit mode for the statement that stores webhooks."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -15,34 +15,34 @@ from receiver.errors import DatabaseUnavailable
 
 
 class Statements:
-    """A connection for statements that need no transaction around them, spoken to by its driver.
+    """A connection in autocommit mode, used through its driver for one statement at a time.
 
-    SQLAlchemy opens it and knows how; what it does for each statement beyond that takes longer than the
-    statement. One at a time is all that a group commit asks for.
+    SQLAlchemy opens it; its work for each statement would take longer than the statement itself. One
+    connection is enough, because group commit runs one statement at a time.
     """
 
     def __init__(self, sessions: Sessions) -> None:
         self._sessions = sessions
-        # One for statements, and one for who holds one.
+        # One for statements, and one for `hold`.
         self._engine = sessions.engine(
             pool_size=2, max_overflow=0, pool_timeout=POOL_WAIT, isolation_level="AUTOCOMMIT"
         )
         self._connection: AsyncConnection | None = None
         self._driver: Any = None
         self._is_read_committed = False
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         driver = sessions.driver
         # InternalClientError: raised if the server closes the session while the statement runs.
-        self._closed = (driver.InterfaceError, driver.InternalClientError)
-        self._refusals = (driver.PostgresError, *self._closed, TimeoutError, OSError)
+        self._session_errors = (driver.InterfaceError, driver.InternalClientError)
+        self._database_errors = (driver.PostgresError, *self._session_errors, TimeoutError, OSError)
 
     async def fetch(self, statement: str, arguments: Sequence[object], *, keep: bool = True) -> list[Any]:
-        """Run a statement and return its rows; unless `keep`, roll it back.
+        """Run a statement and return its rows; roll it back unless `keep`.
 
-        It runs a second time in a new session if the first session was lost. So it has to be one that may run
-        twice: whether the first run was committed is not known.
+        If the session is lost, it runs again in a new session. It has to be idempotent, because the first run
+        may have been committed.
         """
-        async with self._turn:
+        async with self._lock:
             try:
                 return await self._fetch(statement, arguments, keep=keep)
             except _Lost:
@@ -61,20 +61,23 @@ class Statements:
             async with self._isolated() if keep else self._rolled_back():
                 rows: list[Any] = await self._driver.fetch(statement, *arguments)
         except BaseException as error:
-            # Whatever happened: the next statement runs on a connection of which nothing is in doubt.
+            # The state of the connection is unknown now, so the next statement gets a new one.
             await self._disconnect()
-            lost = is_lost(error) or isinstance(error, self._closed)
-            ours = isinstance(error, ValueError) or (
-                sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
-            )
-            if ours or not isinstance(error, self._refusals):
+            failure = self._classify(error, info)
+            if failure is None:
                 raise
-            if lost or isinstance(error, TimeoutError):
-                self._sessions.distrust(info)
-            if lost:
-                raise _Lost(error) from error
-            raise _unavailable(error) from error
+            raise failure from error
         return rows
+
+    def _classify(self, error: BaseException, info: dict[Any, Any]) -> Exception | None:
+        """Return the error to raise for the database's condition; None if the statement itself is wrong."""
+        is_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
+        if is_mistake or isinstance(error, ValueError) or not isinstance(error, self._database_errors):
+            return None
+        lost = is_lost(error) or isinstance(error, self._session_errors)
+        if lost or isinstance(error, TimeoutError):
+            self._sessions.distrust(info)
+        return _Lost(error) if lost else _unavailable(error)
 
     async def _reconnect(self) -> AsyncConnection:
         await self._disconnect()
@@ -87,10 +90,11 @@ class Statements:
         return connection
 
     def _isolated(self) -> AbstractAsyncContextManager[object]:
-        """Return what pins the isolation level of a statement.
+        """Return a context in which a statement runs at READ COMMITTED.
 
-        A statement that is a transaction by itself has the session's default, and a SET would leak to others
-        behind a pooler. So it gets a transaction around it, which costs two more round trips, if it has to.
+        In autocommit mode a statement has the session's default level, and behind a pooler a SET would change
+        the session of other clients. So if the default is another level, the statement runs in a transaction,
+        which costs two more round trips.
         """
         return (
             nullcontext() if self._is_read_committed else self._driver.transaction(isolation="read_committed")
@@ -114,7 +118,7 @@ class Statements:
 
     @asynccontextmanager
     async def hold(self) -> AsyncIterator[Any]:
-        """Open a connection for the block; nobody else gets it afterwards."""
+        """Open a connection for the block and close it afterwards, so that no LISTEN stays in the pool."""
         with unavailable():
             with opening_session():
                 connection = await self._engine.connect()
@@ -132,7 +136,7 @@ class Statements:
 
 
 class _Lost(Exception):
-    """The session was lost with the statement."""
+    """The session was lost while the statement ran."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__()

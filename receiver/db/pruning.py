@@ -86,7 +86,7 @@ async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_lette
     return locked
 
 
-async def select_settled(
+async def select_finished(
     connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool
 ) -> Sequence[int]:
     """Return those events that nothing is left to do for; with `dead_letters` a delivery may be given up.
@@ -98,7 +98,7 @@ async def select_settled(
     return (await connection.execute(statement, _list(seqs))).scalars().all()
 
 
-async def what_is_left(connection: AsyncConnection, seq: int) -> list[str]:
+async def list_unfinished(connection: AsyncConnection, seq: int) -> list[str]:
     """Return why an event is not settled, in words; with dead letters it may be."""
     left = _left_to_do(dead_letters=True)
     statement = select(*(each.label(f"c{number}") for number, each in enumerate(left.values())))

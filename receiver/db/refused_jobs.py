@@ -140,7 +140,9 @@ async def expire(connection: AsyncConnection, account: str, *, give_up_after: fl
     return [Expired(**row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def find_wide(connection: AsyncConnection, account: str, *, accepted_at: float) -> str | None:
+async def find_account_refusal(
+    connection: AsyncConnection, account: str, *, accepted_at: float
+) -> str | None:
     """Return the last refusal if Clipia refuses several models and prices, and has accepted nothing since.
 
     `accepted_at` is the moment in unix seconds at which it last accepted a submission. Prices that are not

@@ -1,9 +1,9 @@
-"""Sessions of PostgreSQL: opened to suit the server or the pooler that answers, replaced once they are lost.
+"""PostgreSQL sessions: opened to suit a server or a pooler, and replaced if they are lost.
 
-A session may answer and be of no use: after a failover its server is read-only. Or the server has ended it
-while it was idle. Such a session must not go back into the pool, where it would fail one transaction after
-another. If one session is lost, the others most likely are: they lead to the same server. So sessions have a
-generation, and a session of an earlier generation is replaced when it is taken out of its pool.
+A session is lost if its server closed it while it was idle, or if the server is read-only after a failover.
+In the pool it would fail one transaction after another, and the other sessions are probably lost too, because
+they lead to the same server. So each session has a generation number: a lost session starts a new generation,
+and the pool replaces sessions of earlier generations when it hands them out.
 """
 
 import time
@@ -33,34 +33,33 @@ from receiver.errors import DatabaseUnavailable, SettingsError
 COMMAND_WAIT: Final = 4.0
 """Seconds that the client waits for one statement.
 
-It is the client that counts: `statement_timeout` never fires in a server process that is frozen.
+The client measures them, because `statement_timeout` does not fire if the server process is frozen.
 """
 ISOLATION: Final = "READ COMMITTED"
-"""Every transaction begins with it: a role or a database may have another default.
+"""The level of each transaction; the default of a role or a database may be another one.
 
-At a stricter level a statement sees nothing that was committed after the transaction's first one. An insert
-that waited for another delivery of its event would fail, and a transaction that waited for a lock would then
-read what was there before the wait.
+At a stricter level all statements of a transaction read one snapshot. An insert that waited for a duplicate
+of its event would fail, and a transaction that waited for a lock would read the rows of before the wait.
 """
 YOUNG: Final = 1.0
-"""Seconds for which a session that turns out to be read-only is not replaced: the next would be so, too."""
+"""Seconds for which a read-only session is not replaced, because a new one would be read-only too."""
 IDLE_BEHIND_POOLER: Final = 2
 """Connections to a pooler that stay open without a transaction."""
 _LIMITS: Final = {"lock_timeout": "2s", "idle_in_transaction_session_timeout": "10s"}
 
 _SHORT_OF_RESOURCES: Final = "53"
-_IS_READ_ONLY: Final = "SELECT current_setting('transaction_read_only')"
-_CAREFUL: Final = ", ".join(
-    (_IS_READ_ONLY, *(f"set_config('{name}', '{value}', true)" for name, value in _LIMITS.items()))
+_CHECK: Final = "SELECT current_setting('transaction_read_only')"
+_CHECK_WITH_LIMITS: Final = ", ".join(
+    (_CHECK, *(f"set_config('{name}', '{value}', true)" for name, value in _LIMITS.items()))
 )
-"""A transaction's first statement, without and with its settings."""
+"""The first statement of a transaction: without its settings, and behind a pooler with them."""
 
 
 class Sessions:
-    """Opens sessions, pools them, and begins transactions on them."""
+    """Opens sessions, pools them, and begins transactions in them."""
 
     def __init__(self, url: PostgresqlUrl) -> None:
-        """Raise SettingsError if the driver is missing; connect to nothing yet."""
+        """Raise SettingsError if the driver is missing. No connection is opened yet."""
         try:
             self.driver: Final = import_module("asyncpg")
         except ModuleNotFoundError:
@@ -70,67 +69,74 @@ class Sessions:
         self._url = url
         self._generation = 0
         self.is_pooled: bool | None = None
-        """Whether a pooler such as pgbouncer stands in between; None until the first session is open."""
+        """Whether the URL leads to a pooler such as pgbouncer; None until the first session is open."""
 
     async def open(self, *, command_timeout: float | None) -> Any:
-        """Open a session of the driver's.
+        """Open a session of the driver.
 
-        A pooler refuses unknown settings at connect, and runs each transaction of a client in any session of
-        the server: a statement that was prepared by name would be missing there, or be another client's. So
-        the first session does without both, and is opened anew if there is no pooler.
+        A pooler rejects unknown settings at connect. It also runs each transaction in any session of the
+        server, which may lack a prepared statement, or have one of another client under its name. So the
+        first session uses neither. If it shows that there is no pooler, it is opened anew with both.
         """
         for _ in range(3):
-            careful = self.is_pooled is not False
+            plain = self.is_pooled is not False
             try:
-                session = await self._connect(careful=careful, command_timeout=command_timeout)
+                session = await self._connect(plain=plain, command_timeout=command_timeout)
             except self.driver.ProtocolViolationError:
-                if careful:
+                if plain:
                     raise
                 self.is_pooled = None
                 continue
             self.is_pooled = await self._is_shared(session)
-            if self.is_pooled is careful:
+            if self.is_pooled is plain:
                 return session
             await session.close(timeout=POOL_WAIT)
         raise DatabaseUnavailable(
-            "the database is unavailable: its address leads to a pooler now and then", reason="database"
+            "the database is unavailable: only some connections to its address lead to a pooler",
+            reason="database",
         )
 
-    async def _connect(self, *, careful: bool, command_timeout: float | None) -> Any:
+    async def _connect(self, *, plain: bool, command_timeout: float | None) -> Any:
+        """Open a session; a `plain` one without our settings and without prepared statements."""
         try:
             return await self.driver.connect(
                 **self._url.arguments,
-                server_settings=self._url.server_settings | ({} if careful else _LIMITS),
-                statement_cache_size=0 if careful else 100,
+                server_settings=self._url.server_settings | ({} if plain else _LIMITS),
+                statement_cache_size=0 if plain else 100,
                 timeout=self._url.connect_timeout or POOL_WAIT,
                 command_timeout=command_timeout,
             )
-        except (self.driver.ClientConfigurationError, ArithmeticError, KeyError, ValueError) as error:
-            # KeyError: no user is given, and the process's own has no name.
-            raise SettingsError(
-                f"RECEIVER_DATABASE_URL cannot be used ({type(error).__name__}): check user, host and "
+        except Exception as error:
+            failure = self._connect_failure(error)
+            if failure is None:
+                raise
+            raise failure from error
+
+    def _connect_failure(self, error: Exception) -> SettingsError | DatabaseUnavailable | None:
+        """Return the error to raise for an error of the driver; None if it stays as it is."""
+        driver, name = self.driver, type(error).__name__
+        # KeyError: the URL has no user, and the user of the process has no name.
+        if isinstance(error, (driver.ClientConfigurationError, ArithmeticError, KeyError, ValueError)):
+            return SettingsError(
+                f"RECEIVER_DATABASE_URL cannot be used ({name}): check user, host and "
                 "parameters; sslmode=verify-ca and verify-full need an sslrootcert"
-            ) from error
-        except self.driver.TargetServerAttributeNotMatched as error:
-            raise _unavailable(
-                "no host takes writes, or is what target_session_attrs asks for", error
-            ) from error
-        except self.driver.PostgresError as error:
-            if sqlstate(error)[:2] not in OUR_MISTAKES or is_condition(error):
-                raise
-            raise SettingsError(
-                "the server refuses a parameter of RECEIVER_DATABASE_URL, most likely in options "
-                f"({type(error).__name__}, SQLSTATE {sqlstate(error)})"
-            ) from error
-        except ConnectionError as error:
-            if error.errno is not None:
-                raise
-            # The driver's own, which has no number.
-            raise _unavailable("the server did not agree to TLS: see sslmode", error) from error
+            )
+        if isinstance(error, driver.TargetServerAttributeNotMatched):
+            return _unavailable("no host takes writes or has the state of target_session_attrs", error)
+        is_our_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
+        if isinstance(error, driver.PostgresError) and is_our_mistake:
+            return SettingsError(
+                "the server rejects a parameter of RECEIVER_DATABASE_URL, most likely in options "
+                f"({name}, SQLSTATE {sqlstate(error)})"
+            )
+        # The driver raises a ConnectionError without a number if TLS fails.
+        if isinstance(error, ConnectionError) and error.errno is None:
+            return _unavailable("the server did not agree to TLS: see sslmode", error)
+        return None
 
     async def _is_shared(self, session: Any) -> bool:
-        # A pooler tells each client a process id of its own making, because it has no process for it. A
-        # statement without a name is prepared and run in one go, which is right behind a pooler, too.
+        # A pooler has no process for a client and tells it an invented process id. The statement has no name,
+        # so it is prepared and run in one step, which also works behind a pooler.
         try:
             statement = await session.prepare("SELECT pg_backend_pid()", name="")
             return bool(await statement.fetchval() != session.get_server_pid())
@@ -175,8 +181,8 @@ class Sessions:
         def _checkin(connection: Any, record: Any) -> None:
             if connection is None:
                 return
-            # A pooler in session mode lends a session for as long as a connection is open. If this process
-            # kept all of them, others would get none.
+            # In session mode a pooler assigns a session for as long as a connection is open. If this process
+            # kept them all open, other clients would get none.
             if self.is_pooled and len(idle) >= IDLE_BEHIND_POOLER:
                 record.invalidate()
             else:
@@ -187,8 +193,8 @@ class Sessions:
         if connection is None or connection.closed or connection.invalidated:
             return
         if not isinstance(error, Exception):
-            return  # a task that is canceled says nothing about the server
-        # A statement without an answer may be a server that is gone without a word.
+            return  # a canceled task is no evidence against the server
+        # After a timeout the server may be gone without closing the connection.
         if context.is_disconnect or is_lost(error) or isinstance(error, TimeoutError):
             self.distrust(connection.info)
             context.is_disconnect = True
@@ -196,20 +202,20 @@ class Sessions:
             context.is_disconnect, context.invalidate_pool_on_disconnect = True, False
 
     def is_current(self, info: dict[Any, Any]) -> bool:
-        """Tell by a connection's `info` whether nothing speaks against its session."""
+        """Tell by a connection's `info` whether its session is of the current generation."""
         return bool(info.get("generation") == self._generation)
 
     def distrust(self, info: dict[Any, Any]) -> None:
-        """Replace all sessions that are as old as that of `info` when they are used next."""
+        """Start a new generation, so that the session of `info` and all older ones are replaced."""
         if self.is_current(info):
             self._generation += 1
 
     @asynccontextmanager
     async def transaction(self, engine: AsyncEngine, *, writes: bool) -> AsyncIterator[AsyncConnection]:
-        """Open one transaction; raise DatabaseUnavailable for the database's condition.
+        """Open one transaction; raise DatabaseUnavailable if the database fails.
 
-        A first statement tells whether the session is of use. If it is not nothing has been done in it, and
-        the transaction begins once more in a new session.
+        The first statement checks the session. If the session is lost, the transaction is still empty, so it
+        starts again in a new session.
         """
         with unavailable():
             async with AsyncExitStack() as stack:
@@ -229,8 +235,8 @@ class Sessions:
         async with AsyncExitStack() as opening:
             with opening_session():
                 connection = await opening.enter_async_context(engine.begin())
-            # Behind a pooler a setting of the session would be the next client's, too.
-            found = await connection.exec_driver_sql(_CAREFUL if self.is_pooled else _IS_READ_ONLY)
+            # Behind a pooler the settings are local to the transaction; the next client gets the session.
+            found = await connection.exec_driver_sql(_CHECK_WITH_LIMITS if self.is_pooled else _CHECK)
             info = connection.info
             info["read_only"] = found.scalar_one() == "on"
             if info["read_only"] and time.monotonic() - info["opened"] > YOUNG:
@@ -248,7 +254,7 @@ def _unavailable(words: str, error: Exception) -> DatabaseUnavailable:
 
 @contextmanager
 def opening_session() -> Iterator[None]:
-    """Raise SessionLost if each new session is lost at once, for which SQLAlchemy has no error of its own."""
+    """Raise SessionLost if each new session is lost at once, an InvalidRequestError of SQLAlchemy."""
     try:
         yield
     except InvalidRequestError as error:

@@ -48,7 +48,7 @@ class Signals:
                 lanes = list(self._lanes)
                 self._lanes.clear()
                 statement = "SELECT pg_notify($1, lane) FROM unnest($2::text[]) AS lane"
-                await self._database.fetch_at_once(statement, (CHANNEL, lanes))
+                await self._database.fetch(statement, (CHANNEL, lanes))
                 await asyncio.sleep(REST)
         except DatabaseUnavailable as error:
             log.debug("workers not signalled", error=str(error))

@@ -1,4 +1,4 @@
-"""SQLite: engines with our settings, and a thread that runs whole transactions."""
+"""SQLite: engines with durable settings, and a thread that runs whole transactions."""
 
 import asyncio
 import contextlib
@@ -30,16 +30,16 @@ T = TypeVar("T")
 
 
 def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
-    """Return an engine with our settings; `begin` is the statement that opens a transaction."""
+    """Return an engine whose commits are durable; `begin` is the statement that opens a transaction."""
     if url.database:
         try:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise SettingsError(
-                f"RECEIVER_DATABASE_URL: the file's folder cannot be made: {cause(error)}; "
-                "name a file in a folder that this user can write to"
+                f"RECEIVER_DATABASE_URL: cannot create the folder of the file: {cause(error)}; "
+                "use a folder that this user can write to"
             ) from error
-        # SQLite would make the file readable by everybody; its -wal and -shm files get the mode of this one.
+        # SQLite would create a file that all users can read. The -wal and -shm files get its mode.
         with contextlib.suppress(OSError):
             os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
     engine = create_async_engine(
@@ -57,7 +57,7 @@ def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = 
 def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
-        # Without this pysqlite opens transactions on its own terms and updates get lost without an error.
+        # Otherwise pysqlite issues its own BEGIN, which takes no write lock, and updates get lost silently.
         connection.isolation_level = None
         cursor = connection.cursor()
         for pragma in ("journal_mode=WAL", "synchronous=FULL", f"foreign_keys={foreign_keys:d}"):
@@ -70,7 +70,7 @@ def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> 
 
 
 class SqliteThread:
-    """A connection in a thread of its own: a transaction goes there once, and not for every statement."""
+    """A connection in its own thread. A transaction switches threads once, not once for each statement."""
 
     def __init__(self, url: URL) -> None:
         self._engine = create_engine(
@@ -84,7 +84,7 @@ class SqliteThread:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
 
     async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Run `work` in a transaction of its own."""
+        """Run `work` in one transaction."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work)
 
     def _run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
@@ -92,7 +92,7 @@ class SqliteThread:
             return _result(work(cast("AsyncConnection", _AwaitedConnection(connection))))
 
     async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
-        """Run `work` in no transaction."""
+        """Run `work` in autocommit mode."""
         return await asyncio.get_running_loop().run_in_executor(self._executor, self._run_with_driver, work)
 
     def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
@@ -100,13 +100,13 @@ class SqliteThread:
             return work(connection)
 
     async def close(self) -> None:
-        """Close the connection, in the thread that has opened it, and end the thread."""
+        """Close the connection in the thread that opened it, and end the thread."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
         self._executor.shutdown(wait=False)
 
 
 class _AwaitedConnection:
-    """A connection that is used like an AsyncConnection, and has the answer when it is asked."""
+    """A synchronous connection with the interface of AsyncConnection."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -122,11 +122,11 @@ class _AwaitedConnection:
 
 
 def _result(awaited: Awaitable[T]) -> T:
-    """Return what comes of awaiting something that never has to wait."""
+    """Return the result of an awaitable that never suspends."""
     steps = awaited.__await__()
     try:
         next(steps)
     except StopIteration as stop:
         result: T = stop.value
         return result
-    raise RuntimeError("the work waits for something else than its connection")
+    raise RuntimeError("the work awaits an object other than its connection")

@@ -127,7 +127,7 @@ async def _write_event(connection: AsyncConnection, line: Line) -> bool:
             await _write_tries(connection, child)
     if values["state"] == "fetching":
         # An export reads an event before its files: the last one may have ended in between.
-        await outbox.settle(connection, seq)
+        await outbox.release_held(connection, seq)
     return True
 
 

@@ -83,7 +83,7 @@ async def lock(connection: AsyncConnection, seq: int) -> bool:
     return (await connection.execute(statement.with_for_update(skip_locked=True))).first() is not None
 
 
-async def take_up(connection: AsyncConnection, seq: int, event: NewEvent) -> None:
+async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> None:
     """Make one the event that it is now read as, which waits for its fan-out.
 
     Raises IntegrityError if that event has come meanwhile.

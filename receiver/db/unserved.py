@@ -85,7 +85,7 @@ async def count_under_way(connection: AsyncConnection, destination: str) -> tupl
     return row[0], -(row[1] or 0.0)
 
 
-async def miss(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+async def mark_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
     """Begin the time of up to `limit` deliveries whose destination was not missed before; return how many.
 
     It is a time of its own: they may be older than it, because their destination's own time was longer. What
@@ -97,7 +97,7 @@ async def miss(connection: AsyncConnection, destination: str, *, limit: int) -> 
     return await _change(connection, unnoticed, limit=limit, error=NOT_CONFIGURED, restarted_at=db_time(0.0))
 
 
-async def find_again(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+async def clear_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
     """Undo `miss` for up to `limit` deliveries, because the destination is back; return how many."""
     noticed = select(deliveries.c.id).where(
         deliveries.c.destination == destination,
@@ -149,7 +149,7 @@ async def move(
     await _end(connection, served, state="canceled", error=f"{to} has this event already; moved by {by}")
     moved = list(set(ids) - set(served))
     # An event has one delivery to a destination. The one that sent nothing changes places with the moved one,
-    # which is the one that `settle` finds if it is held.
+    # which is the one that `outbox.release_held` finds if it is held.
     ended = [row.twin_id for row in twins if row.state not in _SERVES]
     await connection.execute(update(deliveries).where(_chosen()).values(destination=""), {"ids": ended})
     held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))

@@ -12,11 +12,11 @@ from receiver.db.clock import db_time, seconds_since
 from receiver.db.statements import insert_for
 from receiver.db.tables import workers
 
-RENEWAL: Final = 5.0
+RENEW_SECONDS: Final = 5.0
 """Seconds after which a process renews its row."""
-FRESH: Final = 30.0
+FRESH_SECONDS: Final = 30.0
 """Seconds since its last renewal for which a process counts as running."""
-KEPT: Final = 3600.0
+KEPT_SECONDS: Final = 3600.0
 """Seconds for which the row of a process that crashed is kept; other processes delete it after that."""
 
 
@@ -43,7 +43,7 @@ class SeenWorker(WorkerRun):
     @property
     def is_running(self) -> bool:
         """Whether its last renewal is recent."""
-        return self.age < FRESH
+        return self.age < FRESH_SECONDS
 
 
 async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
@@ -57,7 +57,7 @@ async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
 
 async def sweep(connection: AsyncConnection) -> None:
     """Delete the rows of processes that have not been heard of for long."""
-    await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT)))
+    await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT_SECONDS)))
 
 
 async def leave(connection: AsyncConnection, run_id: uuid.UUID) -> None:

@@ -104,17 +104,17 @@ class WorkLane:
 
     async def renew(self, claims: Collection[Claim]) -> set[UUID]:
         """Extend leases; return the ids that are still ours."""
-        return await self._database.run_at_once(
+        return await self._database.run_transaction(
             partial(leases.renew, table=self._table, claims=claims, lease=LEASE)
         )
 
     async def release(self, claims: Collection[Claim]) -> None:
         """Give claims back untried."""
-        await self._database.run_at_once(partial(leases.release, table=self._table, claims=claims))
+        await self._database.run_transaction(partial(leases.release, table=self._table, claims=claims))
 
     async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[bool]]) -> bool:
         """Record a result in a transaction of its own; False where the lease was lost meanwhile."""
-        return await self._until_recorded(claim, lambda: self._database.run_at_once(write))
+        return await self._until_recorded(claim, lambda: self._database.run_transaction(write))
 
     async def _until_recorded(self, claim: Claim, record: Callable[[], Awaitable[bool]]) -> bool:
         # For as long as the database is away: work that is done would else be done, and forwarded, again.

@@ -98,7 +98,7 @@ class DeliveryLane(WorkLane):
             self._look_when_allowed()
             return []
         try:
-            work, replayed = await self._database.run_at_once(partial(self._take, limit=limit))
+            work, replayed = await self._database.run_transaction(partial(self._take, limit=limit))
         except DatabaseUnavailable:
             # A claim that takes too long is rolled back, and its rows are the first of the next one.
             self._most = max(1, limit // 2)
@@ -248,7 +248,7 @@ class DeliveryLane(WorkLane):
 
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return which of them found their lease still held."""
-        held = await self._database.run_at_once(partial(_record, results=results))
+        held = await self._database.run_transaction(partial(_record, results=results))
         self._count([each for each in results if each.claim.id in held])
         return [each.claim.id in held for each in results]
 

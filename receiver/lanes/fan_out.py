@@ -106,7 +106,7 @@ class FanOut:
             self._skipped.clear()
             return len(events), more, await add_work(connection, events) if events else None
 
-        count, self.left_behind, lanes = await self._database.run_at_once(work)
+        count, self.left_behind, lanes = await self._database.run_transaction(work)
         for lane in lanes or ():
             self._wake(lane)
         for reason, number in self._skipped.items():
@@ -185,9 +185,9 @@ class FanOut:
         self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
     ) -> bool:
         """Bring the events' jobs to their last state; return whether there were any."""
-        seqs = await job_events.with_open_jobs(connection, [event.seq for event, _ in recognized])
+        seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
         settled = [
-            await job_events.settle_with(
+            await job_events.finish_job(
                 connection,
                 event.source,
                 generation,

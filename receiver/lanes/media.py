@@ -90,7 +90,7 @@ class MediaLane(WorkLane):
                 for claim in claims
             ]
 
-        return await self._database.run_at_once(work)
+        return await self._database.run_transaction(work)
 
     async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
         attempt = start_attempt(claim)
@@ -208,7 +208,7 @@ class MediaLane(WorkLane):
             if held:
                 await leases.record_attempt(connection, claim.id, attempt)
                 # With the event's last file the deliveries that waited for it become due.
-                names[:] = await outbox.settle(connection, claim.event_seq)
+                names[:] = await outbox.release_held(connection, claim.event_seq)
             return held
 
         held = await self._record(claim, write)

@@ -162,7 +162,7 @@ class PollLane(WorkLane):
 
         async def write(connection: AsyncConnection) -> bool:
             # The fan-out does the same, unless the event was there before the job's `request_id`.
-            await job_events.settle_with(connection, request.source, generation)
+            await job_events.finish_job(connection, request.source, generation)
             return True
 
         await self._record(claim, write)

@@ -57,5 +57,5 @@ async def _renew(database: Database, run: workers.WorkerRun, stopping: asyncio.E
                 "presence not recorded", error=type(error).__name__, exc_info=None if expected else error
             )
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(workers.RENEWAL):
+            async with asyncio.timeout(workers.RENEW_SECONDS):
                 await stopping.wait()

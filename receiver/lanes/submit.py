@@ -401,5 +401,5 @@ async def _settle_at_once(connection: AsyncConnection, source: str, request_id: 
         generation = parse(body)
     except UnrecognizedBody:
         return False
-    await job_events.settle_with(connection, source, generation)
+    await job_events.finish_job(connection, source, generation)
     return True

@@ -68,11 +68,11 @@ async def look(database: Database, configured: Collection[str], *, seen: set[str
             help=f"receiver deliveries move or discard; else {FATE}",
         )
     for name in sorted(names - missing - seen):
-        await _all(database, partial(unserved.find_again, destination=name))
+        await _all(database, partial(unserved.clear_missing, destination=name))
     seen |= names
     # Another process may have newer settings, and deliver them.
     for name in sorted(name for name in missing if destination_lane(name) not in lanes):
-        await _all(database, partial(unserved.miss, destination=name))
+        await _all(database, partial(unserved.mark_missing, destination=name))
         count = await _all(database, partial(unserved.give_up, destination=name, age=GIVE_UP_SECONDS))
         if count:
             DELIVERIES.labels(name, "dead").inc(count)

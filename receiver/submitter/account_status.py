@@ -34,6 +34,6 @@ async def read_account_status(connection: AsyncConnection, account: str) -> Acco
     pause = quota.pause if quota.paused_at else None
     refused = await refused_jobs.count(connection, account)
     if pause is None and refused:
-        pause = await refused_jobs.find_wide(connection, account, accepted_at=quota.accepted_at)
+        pause = await refused_jobs.find_account_refusal(connection, account, accepted_at=quota.accepted_at)
     frozen = await freezes.find(connection) is not None
     return AccountStatus(quota=quota, pause=pause, refused_jobs=refused, frozen=frozen)

@@ -73,7 +73,7 @@ class JobWaiter:
         waited_for = set(self._ended)
         new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > WATCH_SECONDS / 2}
         async with self._database.read() as connection:
-            ended = await job_events.settled(connection, waited_for)
+            ended = await job_events.find_finished(connection, waited_for)
         if unwatched := new - ended:
             async with self._database.write() as connection:
                 await jobs.watch(connection, unwatched, seconds=WATCH_SECONDS)

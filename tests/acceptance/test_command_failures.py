@@ -36,19 +36,23 @@ class Trouble(NamedTuple):
 
 TROUBLES = {
     "a folder under a file": Trouble(
-        ("migrate",), "the file's folder cannot be made", (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),)
+        ("migrate",),
+        "cannot create the folder of the file",
+        (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
     ),
     "a folder under a file, served": Trouble(
         ("serve", "--port", "0"),
-        "the file's folder cannot be made",
+        "cannot create the folder of the file",
         (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
     ),
     "a folder under a file, worked on": Trouble(
-        ("worker",), "the file's folder cannot be made", (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),)
+        ("worker",),
+        "cannot create the folder of the file",
+        (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
     ),
     "a folder under a file, listed": Trouble(
         ("events", "list"),
-        "the file's folder cannot be made",
+        "cannot create the folder of the file",
         (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
     ),
     "a folder for a database": Trouble(

@@ -206,7 +206,7 @@ async def test_what_waited_for_its_media_has_all_its_time(world: World) -> None:
         deliveries, state="pending", next_attempt_at=None, finished_at=None, created_at=db_time(-4 * DAY)
     )
     async with world.database.write() as connection:
-        assert await outbox.settle(connection, 1) == ["main"]
+        assert await outbox.release_held(connection, 1) == ["main"]
     (work,) = await world.delivery_lane().claim(1)
     await work.run()
     assert await world.states(deliveries) == {"pending": 1}

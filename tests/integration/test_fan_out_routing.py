@@ -88,7 +88,7 @@ async def test_a_webhook_may_be_faster_than_the_answer(world: World, monkeypatch
     await world.add(plain("early"), job_id=early, token="early")
     await world.fan_out()
     assert await world.sent_to() == set()
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     await world.fan_out()
     assert await world.sent_to() == {("early", "all"), ("early", "shop"), ("early", "gold")}
     (job,) = await world.rows(jobs)

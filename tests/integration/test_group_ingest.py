@@ -235,12 +235,12 @@ async def test_a_mistake_of_ours_is_no_outage(
     on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error that is not the database's shows as itself, and only its own delivery fails for it."""
-    database, fetch = on_postgresql, Database.fetch_at_once
+    database, fetch = on_postgresql, Database.fetch
 
     async def spoiled(one: Database, statement: str, arguments: Any) -> list[Any]:
         return await fetch(one, statement, None if "bad" in arguments[2] else arguments)  # type: ignore[arg-type] # the mistake
 
-    monkeypatch.setattr(Database, "fetch_at_once", spoiled)
+    monkeypatch.setattr(Database, "fetch", spoiled)
     results = await deliver(make_ingest(database), [body(each) for each in ("r-0", "r-1", "bad", "r-2")])
     assert [each == "accepted" for each in outcomes(results)] == [True, True, False, True]
     assert isinstance(results[2], TypeError)

@@ -74,7 +74,7 @@ async def test_a_lot_is_bounded_by_the_bytes_of_its_bodies(
     for content in contents:
         await world.add(content)
     monkeypatch.setattr(fan_out_module, "LOT_BYTES", 2 * len(contents[0]))
-    monkeypatch.setattr(inbox, "SMALL", 0)
+    monkeypatch.setattr(inbox, "SMALL_BODY_BYTES", 0)
     fan_out = fan_out_of(world)
     lots = []
     for _ in range(len(names)):

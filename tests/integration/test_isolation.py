@@ -47,7 +47,7 @@ async def test_transactions_are_read_committed(databases: list[Database]) -> Non
         async with transaction() as connection:
             level = (await connection.execute(text("SHOW transaction_isolation"))).scalar_one()
             assert level == "read committed"
-    rows = await database.fetch_at_once("SELECT current_setting('transaction_isolation') AS level", ())
+    rows = await database.fetch("SELECT current_setting('transaction_isolation') AS level", ())
     assert [row["level"] for row in rows] == ["read committed"]
 
 

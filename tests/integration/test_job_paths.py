@@ -149,7 +149,7 @@ async def test_a_late_answer_takes_a_foreign_result_back(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C10: if the path has decided because no answer came, an answer that does come decides after all."""
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
     async def interfere(request: Request) -> None:
@@ -173,7 +173,7 @@ async def test_a_late_answer_with_a_result_that_is_there_ends_the_job(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C10: both results may be there before the answer: the job ends with the one that it names."""
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
     async def interfere(request: Request) -> None:
@@ -321,7 +321,7 @@ async def test_a_request_that_a_path_gave_away_is_given_back(
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [refused(504, "service_unavailable"), accepted("r-2"), accepted("r-1")]
     first = await submitter.submit(MODEL, PROMPT)
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     await post(own_url(odd.posts[0]), body("r-2"))
     await odd_world.forward()
     assert (await show(submitter, first)).request_id == "r-2"
@@ -437,10 +437,10 @@ async def test_an_event_waits_for_an_answer_for_a_while_only(odd_world: World, o
     odd.script = [refused(504, "service_unavailable")]
     job = await submitter.submit(MODEL, PROMPT)
     await post(own_url(odd.posts[0]), body("r-own"))
-    await odd_world.set(events, received_at=db_time(-job_events.ANSWER_WAIT + 20))
+    await odd_world.set(events, received_at=db_time(-job_events.ANSWER_WAIT_SECONDS + 20))
     await odd_world.forward()
     assert odd_world.destination.events == []
-    await odd_world.set(events, received_at=db_time(-job_events.ANSWER_WAIT - 1))
+    await odd_world.set(events, received_at=db_time(-job_events.ANSWER_WAIT_SECONDS - 1))
     await odd_world.forward()
     assert await linked(odd_world) == {"r-own": str(job.id)}
     assert (await show(submitter, job)).state == "completed"

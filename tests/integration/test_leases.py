@@ -181,7 +181,7 @@ async def test_files_that_finish_at_once_release_the_deliveries(database: Databa
         async def finish(held: Claim, event_seq: int = seq) -> list[str]:
             async with database.write() as connection:
                 assert await leases.finish(connection, media, held, state="stored")
-                return list(await outbox.settle(connection, event_seq))
+                return list(await outbox.release_held(connection, event_seq))
 
         released = await asyncio.gather(*(finish(held) for held in claims))
         assert sorted(name for names in released for name in names) == ["d"]

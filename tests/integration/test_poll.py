@@ -673,7 +673,7 @@ async def test_a_job_may_end_before_its_answer(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch, *, fails: bool
 ) -> None:
     """C10: without an answer the path finds the job, and a late answer adds what only it knows."""
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     ended: list[Job] = []
     content = failure("r-1") if fails else body("r-1", payload={"model": MODEL, "output": {}, "cost": None})
 

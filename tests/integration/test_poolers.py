@@ -54,11 +54,11 @@ async def test_limits_hold_and_stay_with_the_transaction(behind: list[Database],
     """Each transaction sets its own limits, and the pooler's next client does not inherit them."""
     names = ("lock_timeout", "idle_in_transaction_session_timeout")
     assert [await ask(behind[0], f"SHOW {name}") for name in names] == ["2s", "10s"]
-    rows = await behind[1].fetch_at_once("SELECT current_setting('lock_timeout') AS value", ())
+    rows = await behind[1].fetch("SELECT current_setting('lock_timeout') AS value", ())
     assert [row["value"] for row in rows] == ["0"]
     direct = Database(postgres.url())
     assert [await ask(direct, f"SHOW {name}") for name in names] == ["2s", "10s"]
-    rows = await direct.fetch_at_once("SELECT current_setting('lock_timeout') AS value", ())
+    rows = await direct.fetch("SELECT current_setting('lock_timeout') AS value", ())
     assert [row["value"] for row in rows] == ["2s"]
     await direct.close()
 
@@ -78,7 +78,7 @@ async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
     async def statements(database: Database) -> None:
         for step in range(40):
             mark = str(uuid.uuid4())
-            rows = await database.fetch_at_once(f"SELECT $1::text || '{step % 5}' AS answer", (mark,))
+            rows = await database.fetch(f"SELECT $1::text || '{step % 5}' AS answer", (mark,))
             assert [row["answer"] for row in rows] == [f"{mark}{step % 5}"]
 
     async with asyncio.timeout(3 * SOON):
@@ -130,7 +130,7 @@ async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, pos
             postgres.sql(end)
             async with asyncio.timeout(SOON):
                 assert await ask(database, "SELECT 1") == 1
-                assert await database.fetch_at_once("SELECT 1", ())
+                assert await database.fetch("SELECT 1", ())
             assert database.is_pooled is is_pooled
             # An open connection to the pooler outlives the server's session.
             database._sessions.distrust({"generation": database._sessions._generation})

@@ -57,10 +57,10 @@ async def test_a_worker_is_seen_while_it_works(database: Database) -> None:
 
 async def test_a_row_is_renewed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker whose row is old, or was deleted by others, is seen again after its next renewal."""
-    monkeypatch.setattr(workers, "RENEWAL", 0.05)
+    monkeypatch.setattr(workers, "RENEW_SECONDS", 0.05)
     async with present(database, ["fanout"], account=None):
         (first,) = await until_seen(database, 1)
-        for old in (workers.FRESH + 1, workers.KEPT + 1):
+        for old in (workers.FRESH_SECONDS + 1, workers.KEPT_SECONDS + 1):
             await age(database, seconds=old)
             (again,) = await until_seen(database, 1)
             assert again.id == first.id
@@ -72,9 +72,9 @@ async def test_a_crashed_worker_is_forgotten(database: Database) -> None:
     async with database.write() as connection:
         await workers.renew(connection, crashed)
     assert [run.is_running for run in await seen(database)] == [True]
-    await age(database, seconds=workers.FRESH + 1)
+    await age(database, seconds=workers.FRESH_SECONDS + 1)
     assert [run.is_running for run in await seen(database)] == [False]
-    await age(database, seconds=workers.KEPT + 1)
+    await age(database, seconds=workers.KEPT_SECONDS + 1)
     async with present(database, ["fanout"], account=None):
         (alive,) = await until_seen(database, 1)
         assert alive.host != "gone"

@@ -196,7 +196,7 @@ async def test_runs_at_once(world: World) -> None:
 async def test_a_webhook_in_between(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """C1: a webhook that is stored between the look and the write is not overwritten, and no error."""
     await keep(world, odd("r-1"))
-    take_up = unrecognized.take_up
+    take_up = unrecognized.recognize
     came: list[bool] = []
 
     async def late(connection: Any, seq: int, event: NewEvent) -> None:
@@ -211,7 +211,7 @@ async def test_a_webhook_in_between(world: World, monkeypatch: pytest.MonkeyPatc
                     await other.execute(insert(events).values(**values))
         await take_up(connection, seq, event)
 
-    monkeypatch.setattr(unrecognized, "take_up", late)
+    monkeypatch.setattr(unrecognized, "recognize", late)
     if world.database.is_sqlite:
         # Nobody else can write meanwhile, so the transaction's own insert is undone with it.
         assert await run(world) == [("r-1", "accepted")]

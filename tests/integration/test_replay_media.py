@@ -207,7 +207,7 @@ async def test_files_that_settle_in_mid_step_hold_nothing_back(
         monkeypatch.setattr(outbox, "load_media", load_media)
         await world.change(media, state="stored")
         async with world.database.write() as connection:
-            await outbox.settle(connection, 1)
+            await outbox.release_held(connection, 1)
         return found
 
     monkeypatch.setattr(outbox, "load_media", then_store)

@@ -441,7 +441,7 @@ async def test_a_webhook_spares_the_retry(
     world: World, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5, C10: if no answer comes for a while, the event on its path ends the job; nothing is sent again."""
-    monkeypatch.setattr(job_events, "ANSWER_WAIT", 0.0)
+    monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)

@@ -29,7 +29,7 @@ async def add(connection: AsyncConnection, name: str = "one") -> str:
 
 async def test_what_was_done_at_once_is_there(database: Database) -> None:
     """The transaction is committed when the result is returned."""
-    assert await database.run_at_once(add) == "one"
+    assert await database.run_transaction(add) == "one"
     assert await count(database) == 1
 
 
@@ -41,9 +41,9 @@ async def test_what_fails_leaves_nothing(database: Database) -> None:
         await add(connection, "two")
 
     with pytest.raises(IntegrityError):
-        await database.run_at_once(twice)
+        await database.run_transaction(twice)
     assert await count(database) == 0
-    await database.run_at_once(add)
+    await database.run_transaction(add)
     assert await count(database) == 1
 
 
@@ -57,7 +57,7 @@ async def test_a_part_may_fail(database: Database) -> None:
                 await add(connection, "undone")
                 raise ZeroDivisionError
 
-    await database.run_at_once(work)
+    await database.run_transaction(work)
     assert await count(database) == 1
 
 
@@ -71,7 +71,7 @@ async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) ->
         await add(connection, str(number))
 
     async def at_once() -> None:
-        await database.run_at_once(add_next)
+        await database.run_transaction(add_next)
 
     async def step_by_step() -> None:
         async with database.write() as connection:
@@ -90,10 +90,10 @@ async def test_nothing_but_the_connection_is_waited_for_on_sqlite(database: Data
         await add(connection)
         await asyncio.sleep(0)
 
-    with pytest.raises(RuntimeError, match="waits for something else"):
-        await database.run_at_once(wait)
+    with pytest.raises(RuntimeError, match="an object other than its connection"):
+        await database.run_transaction(wait)
     assert await count(database) == 0
-    await database.run_at_once(add)
+    await database.run_transaction(add)
 
 
 async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> None:
@@ -107,11 +107,11 @@ async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> No
         order.append(name)
 
     async def others() -> None:
-        await asyncio.gather(*(database.run_at_once(partial(work, name="other")) for _ in range(5)))
+        await asyncio.gather(*(database.run_transaction(partial(work, name="other")) for _ in range(5)))
 
     async def webhooks() -> None:
         for _ in range(5):
-            await database.run_at_once(partial(work, name="webhook"), is_webhook=True)
+            await database.run_transaction(partial(work, name="webhook"), is_webhook=True)
 
     await asyncio.gather(others(), webhooks())
     assert len(order) == 10

@@ -271,10 +271,10 @@ async def test_discarded_deliveries_keep_no_event(world: World) -> None:
     await world.change(events, received_at=db_time(-40 * DAY))
     seqs = [row["seq"] for row in await world.rows(events)]
     async with world.database.read() as connection:
-        assert await pruning.select_settled(connection, seqs, dead_letters=False) == []
+        assert await pruning.select_finished(connection, seqs, dead_letters=False) == []
     assert await discard(world, "gone") == Taken(discarded=2)
     async with world.database.read() as connection:
-        assert sorted(await pruning.select_settled(connection, seqs, dead_letters=False)) == seqs
+        assert sorted(await pruning.select_finished(connection, seqs, dead_letters=False)) == seqs
     assert retention.SHORTEST.days == 30
 
 

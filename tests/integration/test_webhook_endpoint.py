@@ -554,7 +554,7 @@ async def test_one_deadline_for_body_store_and_repeat(
         raise DatabaseUnavailable("too late", reason="database")
 
     monkeypatch.setattr(arrivals, "insert_new", late)
-    monkeypatch.setattr(Database, "run_at_once", never)
+    monkeypatch.setattr(Database, "run_transaction", never)
     began = time.monotonic()
     response = await site.client.post(
         URL, content=slow_body(content, seconds=0.8), headers=signed(content), timeout=20
