@@ -1,53 +1,56 @@
-"""Tells whether a file ends where its own container says that it ends.
+"""Walks through the containers of media files, which find files that were cut or damaged.
 
-Each format is a generator that walks the structure as the bytes stream by and asks its cursor for what it
-needs next. It returns once the end is behind it; what follows is no concern of ours. It still waits when the
-file was cut. Nothing is decoded and skipped bytes are not kept. Where a format does not say how long a file
-is, the walk promises less: `docs/media.md` has the list.
+Each format is a generator that follows the structure as the bytes stream by, and gets them from its cursor.
+It returns as soon as it has passed the end of the container; bytes behind that are ignored. If the file was
+cut, it still waits for more. A walk decodes no content and keeps no byte that it skips. If a format does not
+contain the length of a file, its walk promises less: `docs/media.md` has the list.
 """
 
 import re
 from collections.abc import Callable, Generator
-from typing import TypeAlias, TypeVar
+from typing import Final, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-# A walk yields when it needs more bytes than there are.
+# A walk yields if it needs more bytes than the cursor has.
 Wait: TypeAlias = Generator[None, None, T]
 
-# Structures made of tiny pieces would keep the event loop busy. A 64 MiB GIF has about 260,000.
-_MAX_PIECES = 1_000_000
+MAX_PIECES: Final = 1_000_000
+"""Pieces of a file that are followed: millions of tiny ones would block the event loop.
+
+A GIF of 64 MiB has about 260,000.
+"""
 
 
 class DamagedFile(Exception):
-    """The structure cannot be followed."""
+    """The structure of the file breaks the rules of its format."""
 
 
 class Cursor:
-    """The place in the stream up to which a walk has come."""
+    """The position of a walk in the stream. `max_pieces` limits the calls of `take`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_pieces: int = MAX_PIECES) -> None:
         self.position = 0
         self.may_end = False
         self.spare = 0
         self._data = b""
         self._at = 0
-        self._pieces = 0
+        self._pieces_left = max_pieces
 
     def feed(self, part: bytes) -> None:
-        """Append what has arrived."""
+        """Append the next part of the stream."""
         self._data = self._data[self._at :] + part
         self._at = 0
 
     @property
     def left(self) -> int:
-        """How many of the bytes that were fed the walk has not used."""
+        """The number of bytes that were fed and that the walk has not used yet."""
         return len(self._data) - self._at
 
     def take(self, size: int) -> Wait[bytes]:
-        """Return the next `size` bytes. Only for small pieces: they are kept until they are complete."""
-        self._pieces += 1
-        if self._pieces > _MAX_PIECES:
+        """Return the next `size` bytes. Only for small pieces: the cursor keeps incomplete ones in memory."""
+        self._pieces_left -= 1
+        if self._pieces_left < 0:
             raise DamagedFile("too many pieces")
         while len(self._data) - self._at < size:
             yield
@@ -56,7 +59,7 @@ class Cursor:
         return taken
 
     def skip(self, size: int) -> Wait[None]:
-        """Leave `size` bytes behind."""
+        """Skip `size` bytes."""
         while (available := len(self._data) - self._at) < size:
             self._advance(available)
             size -= available
@@ -64,7 +67,7 @@ class Cursor:
         self._advance(size)
 
     def find(self, pattern: re.Pattern[bytes], *, overlap: int) -> Wait[bytes]:
-        """Go behind the next match and return it; `overlap` bytes of a match may be in the part before."""
+        """Skip to the end of the next match and return it; a part may end after `overlap` bytes of a match."""
         while (match := pattern.search(self._data, self._at)) is None:
             self._advance(max(0, len(self._data) - self._at - overlap))
             yield
@@ -83,14 +86,14 @@ _END = object()
 class Follower:
     """Feeds a stream to a walk."""
 
-    def __init__(self, walk: Walk) -> None:
-        self._cursor = Cursor()
+    def __init__(self, walk: Walk, *, max_pieces: int = MAX_PIECES) -> None:
+        self._cursor = Cursor(max_pieces=max_pieces)
         self._steps = walk(self._cursor)
         self._is_done = False
         self._goes_on = False
 
     def feed(self, part: bytes) -> None:
-        """Walk on through `part`. Raises DamagedFile."""
+        """Continue the walk through `part`. Raises DamagedFile."""
         if self._is_done:
             self._goes_on = self._goes_on or bool(part)
             return
@@ -99,23 +102,23 @@ class Follower:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the file may end here."""
+        """Whether the file may end at this byte."""
         return self._is_done or (self._cursor.may_end and self._cursor.left <= self._cursor.spare)
 
     @property
     def ends_here(self) -> bool:
-        """Whether the container says that exactly here is its end."""
+        """Whether the container ends at exactly this byte."""
         may_end = self._is_done or self._cursor.may_end
         return may_end and not self._cursor.left and not self._goes_on
 
 
 def unchecked(cursor: Cursor) -> Wait[None]:
-    """Walk a file that does not say where it ends."""
+    """Walk a file of a format without lengths: it may never end too early."""
     yield from cursor.skip(0)
 
 
 def png(cursor: Cursor) -> Wait[None]:
-    """Chunk by chunk to IEND."""
+    """Walk from chunk to chunk until IEND."""
     yield from cursor.skip(8)
     while True:
         head = yield from cursor.take(8)
@@ -126,13 +129,13 @@ def png(cursor: Cursor) -> Wait[None]:
             return
 
 
-# Without those that have no length: TEM, restarts, SOI. EOI has none either, and is what we are looking for.
+# The markers that a length follows, and EOI. TEM, the restarts and SOI have no length.
 _JPEG_MARKER = re.compile(rb"\xff[\x02-\xcf\xd9-\xfe]")
 _JPEG_END = b"\xff\xd9"
 
 
 def jpeg(cursor: Cursor) -> Wait[None]:
-    """Segment by segment and through the compressed data to EOI; a thumbnail's EOI is inside a segment."""
+    """Walk through the segments and the compressed data to EOI; a thumbnail's EOI is inside a segment."""
     yield from cursor.skip(2)
     while (yield from cursor.find(_JPEG_MARKER, overlap=1)) != _JPEG_END:
         length = int.from_bytes((yield from cursor.take(2)), "big")
@@ -143,7 +146,7 @@ _GIF_TRAILER, _GIF_EXTENSION, _GIF_IMAGE, _GIF_FILL = b"\x3b", b"\x21", b"\x2c",
 
 
 def gif(cursor: Cursor) -> Wait[None]:
-    """Block by block to the trailer."""
+    """Walk from block to block until the trailer."""
     screen = yield from cursor.take(13)
     yield from cursor.skip(_colour_table(screen[10]))
     while (block := (yield from cursor.take(1))) != _GIF_TRAILER:
@@ -163,12 +166,12 @@ def _colour_table(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-# Written by encoders that stream a WAV and cannot go back: 0, 0x7FFFFFFF, 0xFFFFFFFF and neighbours.
+# Encoders that stream a WAV cannot go back to its size; they write 0, 0x7FFFFFFF, 0xFFFFFFFF or about that.
 _RIFF_UNKNOWN = 0x7FFF_0000
 
 
 def riff(cursor: Cursor) -> Wait[None]:
-    """As many bytes as the header says (WebP, WAV)."""
+    """Skip as many bytes as the header says (WebP, WAV)."""
     head = yield from cursor.take(8)
     size = int.from_bytes(head[4:], "little")
     if size < _RIFF_UNKNOWN:
@@ -176,11 +179,11 @@ def riff(cursor: Cursor) -> Wait[None]:
 
 
 def iso(*required: bytes) -> Walk:
-    """Box by box (MP4, MOV, AVIF): the end is behind a whole box, once the `required` ones have come."""
+    """Return a walk from box to box (MP4, MOV, AVIF). The file may end after any box, after all `required`."""
 
     def walk(cursor: Cursor) -> Wait[None]:
         missing = set(required)
-        cursor.spare = 7  # too few for a box: padding behind the last one
+        cursor.spare = 7  # bytes of padding after the last box: too few for another one
         while True:
             cursor.may_end = not missing
             head = yield from cursor.take(8)
@@ -191,7 +194,7 @@ def iso(*required: bytes) -> Walk:
             if size == 1:
                 body = int.from_bytes((yield from cursor.take(8)), "big") - 16
             if not missing and (body < 0 or head[:3] == b"TAG"):
-                return  # the last box, open to the end of the file, or a tag or other bytes behind it
+                return  # the last box extends to the end of the file, or a tag or other bytes follow it
             if body < 0:
                 raise DamagedFile("not a box")
             yield from cursor.skip(body)
@@ -200,7 +203,7 @@ def iso(*required: bytes) -> Walk:
 
 
 def ebml(cursor: Cursor) -> Wait[None]:
-    """To the end of the segment (WebM, Matroska), where its size is known."""
+    """Walk to the end of the segment (WebM, Matroska), if its size is known."""
     yield from cursor.skip(4)
     yield from cursor.skip((yield from _ebml_size(cursor)) or 0)
     yield from cursor.skip(4)
@@ -216,7 +219,7 @@ def _ebml_size(cursor: Cursor) -> Wait[int | None]:
 
 
 def ogg(cursor: Cursor) -> Wait[None]:
-    """Page by page; the end is behind a whole one. Its end-of-stream flag is not asked for: many omit it."""
+    """Walk from page to page; the file may end after any. Many encoders omit the end-of-stream flag."""
     while True:
         cursor.may_end = cursor.position > 0
         for letter in b"OggS":
@@ -229,7 +232,7 @@ def ogg(cursor: Cursor) -> Wait[None]:
 
 
 def flac(cursor: Cursor) -> Wait[None]:
-    """Through the metadata to the first frame: frames do not say how long they are."""
+    """Walk through the metadata to the first frame: frames do not contain their length."""
     yield from cursor.skip(4)
     is_last = False
     while not is_last:
@@ -243,10 +246,10 @@ _MP3_COUNT_OFFSETS = (36, 21, 13)
 
 
 def mp3(cursor: Cursor) -> Wait[None]:
-    """To the size in the Xing or Info header, where there is one, else to the first frame.
+    """Walk to the size in the Xing or Info header, or to the first frame if the file has no such header.
 
-    Encoders count that size from the first frame; a few count the tag in front of it, too, so a file that
-    has exactly that many bytes may end there.
+    Most encoders count that size from the first frame, a few include the tag in front of it. So a file that
+    has exactly that many bytes may end there, too.
     """
     head = yield from cursor.take(10)
     if head[:3] == b"ID3":

@@ -31,7 +31,7 @@ _MIB = 1024 * 1024
 _OK = 200
 _RETRY_LATER = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
-_MAX_REDIRECTS = 5
+_MAX_REDIRECTS = 4
 # Codings that change the bytes. Servers also put words there that change none: `aws-chunked`, `UTF-8`.
 _COMPRESSIONS = {
     *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
@@ -184,14 +184,14 @@ class Downloader:
     @asynccontextmanager
     async def _follow(self, url: httpx.URL) -> AsyncIterator[tuple[httpx.URL, httpcore.Response]]:
         """Request `url` and follow its redirects; each URL is vetted and gets a connection of its own."""
-        for _ in range(_MAX_REDIRECTS):
+        for _ in range(_MAX_REDIRECTS + 1):
             async with self._get(url) as response:
                 location = httpx.Headers(response.headers).get("location")
                 if response.status not in _REDIRECTS or not location:
                     yield url, response
                     return
             url = self._vet_redirect(url, location)
-        raise MediaUnavailable(f"More than {_MAX_REDIRECTS - 1} redirects in a row", reason="redirect")
+        raise MediaUnavailable(f"More than {_MAX_REDIRECTS} redirects in a row", reason="redirect")
 
     def _read(
         self, url: httpx.URL, response: httpcore.Response, deadline: float

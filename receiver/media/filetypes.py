@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes: never by its name or by what a header claims."""
+"""Types of files by their first bytes; neither the name nor a header counts."""
 
 import codecs
 import re
@@ -11,15 +11,15 @@ from receiver.core.output_files import Kind, extension_of, rules_text_out
 from receiver.media import containers
 from receiver.media.containers import Walk
 
-# Enough for every signature below, and what browsers look at when they guess a type.
+# Enough for every signature below. Browsers, too, read no more if they guess a type.
 SNIFF_BYTES = 4096
-# No image, video or audio is smaller; less cannot be told apart from the start of something else.
+# No image, video or audio is smaller. Fewer bytes may be the start of any other file.
 MIN_BYTES = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileType:
-    """A content type, the extension of its stored key, and the walk that finds its end."""
+    """A content type, the extension of its storage key, and the walk to its end."""
 
     content_type: str
     extension: str
@@ -32,7 +32,7 @@ class FileType:
 
 
 UNKNOWN = FileType(content_type="application/octet-stream", extension=".bin")
-# Pictures of a type that we do not know, and files that were cut before their brands: no box may be cut.
+# Images of an unknown type, and files that were cut before their brands: at least no box may be cut.
 _UNKNOWN_BOXES = replace(UNKNOWN, walk=containers.iso())
 
 _Matches: TypeAlias = Callable[[bytes], bool]
@@ -47,7 +47,7 @@ def _riff(form: bytes) -> _Matches:
 
 
 def _iso(*brands: bytes) -> _Matches:
-    """Match a file type box with one of the `brands`; with none given, one without any for still images."""
+    """Match a file type box with one of the `brands`; without `brands`, one without brands of still images."""
 
     def matches(head: bytes) -> bool:
         if head[4:8] != b"ftyp":
@@ -126,7 +126,7 @@ _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     ],
 }
 
-# Text that is no error page: a picture in words, a list of a video's parts, a document.
+# Text that is no error page: an SVG image, a playlist, a document.
 _DOCUMENTS = ("%pdf-", "%!ps")
 _REAL_STARTS: dict[Kind, tuple[str, ...]] = {
     "image": _DOCUMENTS,
@@ -141,13 +141,13 @@ _REAL_ROOTS: dict[Kind, set[str]] = {
     "file": set(),
 }
 _ROOT = re.compile(r"\s*<([a-z][a-z0-9:_-]*)")
-# What may stand in front of the root: comments, instructions and the document type.
+# Before the root: comments, processing instructions and the document type.
 _NO_TAGS = re.compile(
     r"<!--.*?(?:-->|\Z)|<\?.*?(?:\?>|\Z)|<!doctype[^\[>]*(?:\[.*?\])?[^>]*(?:>|\Z)", re.DOTALL
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _MARKUP = re.compile(r"\s*(?:<[a-z!?]|[{\[]\s*[\"{\[])", re.IGNORECASE)
-# Gzip, Zstandard, zlib, bzip2 and xz: codings of HTTP, and no pictures.
+# Gzip, Zstandard, zlib, bzip2 and xz: content codings of HTTP, and not media.
 _PACKED = (
     b"\x1f\x8b\x08",
     b"\x28\xb5\x2f\xfd",
@@ -158,8 +158,8 @@ _PACKED = (
     b"BZh",
     b"\xfd7zXZ\0",
 )
-# A file that starts like a picture and goes on like a page or a document is run by whoever guesses the
-# latter.
+# A file that starts like an image and continues like a page or a document: some viewers guess the latter, and
+# run its scripts.
 _ACTIVE = re.compile(
     rb"<(!doctype|html|head|body|script|svg|iframe|img|object|embed|style|meta|\?php)[\s/>]|%PDF-",
     re.IGNORECASE,
@@ -169,8 +169,8 @@ _ACTIVE = re.compile(
 def sniff(head: bytes, kind: Kind) -> FileType:
     """Return the type of a file announced as `kind` that starts with `head` (SNIFF_BYTES, or all of it).
 
-    What is no allowed type of that kind is not `is_known`: SVG, HTML, PDF, a video announced as an image, a
-    file that is two things at once.
+    A type that this kind does not allow is not `is_known`: SVG, HTML, PDF, a video announced as an image, a
+    file that can be read as two types.
     """
     if _ACTIVE.search(head):
         return UNKNOWN
@@ -180,17 +180,17 @@ def sniff(head: bytes, kind: Kind) -> FileType:
 
 
 def is_page(head: bytes, kind: Kind, url: str, field: str | None = None) -> bool:
-    """Tell whether a body that starts with `head` is what servers send in place of a file of that kind.
+    """Return whether a body that starts with `head` is a page that a server sent in place of the file.
 
-    That is nothing, HTML, XML, JSON or plain text. A `file` has to be announced as binary by its URL or by
-    the `field` that it stands under. SVG is a picture all the same, a list of parts a video or audio, and
-    PDF and PostScript are files.
+    A page is HTML, XML, JSON, plain text or an empty body. A `file` may be text, too, unless its URL or its
+    `field` announces a binary format. SVG counts as an image, a playlist as video or audio, and PDF and
+    PostScript as files.
     """
     if kind == "file" and not rules_text_out(url, field):
         return False
     if head.startswith(_PACKED) and extension_of(url) not in {"gz", "tgz"}:
         if kind != "file":
-            # The server compresses without saying so, and what is unpacked is not what was announced.
+            # The server compresses without a Content-Encoding, so these bytes are not the announced file.
             return True
         head = _unpack(head)
     text = _read_text(head)
@@ -202,14 +202,14 @@ def is_page(head: bytes, kind: Kind, url: str, field: str | None = None) -> bool
 
 
 def _read_text(head: bytes) -> str | None:
-    """Return what the start of a body says; None if it is not text."""
+    """Return the start of a body as text; None if it is binary."""
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
-    # The start of a page is ASCII, so without a mark the zeros in its first letters tell the encoding.
+    # The start of a page is ASCII, so if there is no mark, the zeros in its first letters tell the encoding.
     zeros = bytes(byte == 0 for byte in head[:4])
-    # Old encodings are not told apart: only ASCII matters below. The end may be in the middle of a letter.
+    # Other encodings need no distinction: only ASCII matters below. The end may cut a letter in two.
     decoder = codecs.getincrementaldecoder(encoding or _ZEROS.get(zeros, "utf-8"))("replace")
     text = decoder.decode(head)
-    # A page may have a stray control character; no picture, video or audio starts with a tag.
+    # A page may have a stray control character; no image, video or audio starts with a tag.
     if _MARKUP.match(text):
         return text
     return None if _CONTROLS.search(text.removesuffix("\0")) else text

@@ -161,6 +161,6 @@ def _is_loopback(host: str) -> bool:
 def _invalid_entry(number: int) -> SettingsError:
     # The entry itself stays out of the message: it may hold a password.
     return SettingsError(
-        f"RECEIVER_MEDIA_HOSTS: entry {number} is neither a host name, such as media.clipia.ai, "
-        "nor an origin, such as http://127.0.0.1:9000; a user and a password have no place there"
+        f"RECEIVER_MEDIA_HOSTS: entry {number} must be a host name, such as media.clipia.ai, "
+        "or an origin, such as http://127.0.0.1:9000, without user and password"
     )

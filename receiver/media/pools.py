@@ -23,7 +23,7 @@ def open_tls(ca: str | None) -> ssl.SSLContext:
 
 
 def open_pool(network: httpcore.AsyncNetworkBackend, tls: ssl.SSLContext) -> httpcore.AsyncConnectionPool:
-    """Return a pool whose connections go through `network`, which checks the addresses."""
+    """Return a pool that connects through `network`, which checks the addresses."""
     return httpcore.AsyncConnectionPool(
         ssl_context=tls,
         network_backend=network,

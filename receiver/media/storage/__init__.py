@@ -80,7 +80,7 @@ def _open_bucket(parts: SplitResult, cloud: _Cloud) -> Storage:
     bucket, prefix = parts.netloc, unquote(parts.path).strip("/")
     if "@" in bucket:
         raise _invalid(f"credentials belong in {cloud.credentials}")
-    # Azure signs links for the percent-encoded name. They open no object whose name needs such an encoding.
+    # Azure signs links for the percent-encoded name. If a name needs encoding, its link opens no object.
     if parts.scheme == "az" and not _PLAIN.fullmatch(prefix):
         raise _invalid(
             "a prefix for Azure has ASCII letters, digits, dots, dashes, underscores and slashes only"

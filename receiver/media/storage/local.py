@@ -79,7 +79,7 @@ class LocalStorage:
         return await self._run(_remove_abandoned, self._root / _INCOMING)
 
     async def close(self) -> None:
-        """Do nothing: there are no connections."""
+        """There are no connections to close."""
 
     def _path(self, key: str) -> Path:
         path = self._root / require_key(key)

@@ -218,11 +218,11 @@ class ObjectStorage:
         return await probe(self)
 
     async def sweep(self) -> int:
-        """Do nothing: `put` aborts failed uploads, and a lifecycle rule removes those that a crash left."""
+        """Return 0: `put` aborts failed uploads, and a lifecycle rule removes those that a crash left."""
         return 0
 
     async def close(self) -> None:
-        """Do nothing: the client has no method that closes its connections."""
+        """Keep the connections: the client has no method that closes them."""
 
     async def _get(self, path: str, position: int) -> "GetResult":
         with self._translated():
