@@ -1,18 +1,8 @@
 """Files of events: the allow-list of hosts, the download, and the storage."""
 
-from receiver.core.output_files import Kind
 from receiver.media.download import Downloader, DownloadLimits, StoredFile
 from receiver.media.hosts import MediaHosts
 from receiver.media.pools import open_tls
 from receiver.media.storage import Storage, open_storage
 
-__all__ = [
-    "DownloadLimits",
-    "Downloader",
-    "Kind",
-    "MediaHosts",
-    "Storage",
-    "StoredFile",
-    "open_storage",
-    "open_tls",
-]
+__all__ = ["DownloadLimits", "Downloader", "MediaHosts", "Storage", "StoredFile", "open_storage", "open_tls"]

@@ -67,7 +67,7 @@ class Cursor:
         self._advance(size)
 
     def find(self, pattern: re.Pattern[bytes], *, overlap: int) -> Wait[bytes]:
-        """Skip to the end of the next match and return it; a part may end after `overlap` bytes of a match."""
+        """Skip to the end of the next match and return it; a part may end `overlap` bytes into a match."""
         while (match := pattern.search(self._data, self._at)) is None:
             self._advance(max(0, len(self._data) - self._at - overlap))
             yield
@@ -179,7 +179,7 @@ def riff(cursor: Cursor) -> Wait[None]:
 
 
 def iso(*required: bytes) -> Walk:
-    """Return a walk from box to box (MP4, MOV, AVIF). The file may end after any box, after all `required`."""
+    """Return a walk from box to box (MP4, MOV, AVIF); the file may end after any if all `required` came."""
 
     def walk(cursor: Cursor) -> Wait[None]:
         missing = set(required)

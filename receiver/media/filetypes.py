@@ -47,7 +47,7 @@ def _riff(form: bytes) -> _Matches:
 
 
 def _iso(*brands: bytes) -> _Matches:
-    """Match a file type box with one of the `brands`; without `brands`, one without brands of still images."""
+    """Match a file type box with one of the `brands`; if none is given, one without a still image's brand."""
 
     def matches(head: bytes) -> bool:
         if head[4:8] != b"ftyp":

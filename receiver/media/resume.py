@@ -56,8 +56,7 @@ async def read_resuming(
             await connections.aclose()
             rest = request(version.request_from(position))
             response = await connections.enter_async_context(rest)
-            if not version.is_continued(response.status, httpx.Headers(response.headers), position=position):
-                raise broken
+            version.require_rest(response, position, broken)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +90,16 @@ class _Version:
         # ignored If-Range.
         return None if self.field == "etag" else self.validator
 
-    def is_continued(self, status: int, headers: httpx.Headers, *, position: int) -> bool:
-        """Return whether an answer's body is the rest of this version from `position` on."""
-        return (
-            status == _PARTIAL_CONTENT
+    def require_rest(self, response: httpcore.Response, position: int, broken: MediaUnavailable) -> None:
+        """Raise `broken` unless an answer's body is the rest of this version from `position` on."""
+        headers = httpx.Headers(response.headers)
+        if not (
+            response.status == _PARTIAL_CONTENT
             and headers.get("content-range") == f"bytes {position}-{self.size - 1}/{self.size}"
             and headers.get(self.field, self._unstated) == self.validator
             and headers.get("content-encoding", "") == self.coding
-        )
+        ):
+            raise broken
 
 
 def _is_old(headers: httpx.Headers) -> bool:

@@ -19,6 +19,7 @@ import pytest
 from support.media import PNG, SAMPLES, Answer, box, local_storage, response, site, stored_files
 from support.servers import free_port
 
+from receiver.core.output_files import Kind
 from receiver.errors import (
     MediaBlocked,
     MediaDoubtful,
@@ -28,7 +29,7 @@ from receiver.errors import (
     SettingsError,
     StorageUnavailable,
 )
-from receiver.media import Downloader, DownloadLimits, Kind, MediaHosts, Storage, StoredFile
+from receiver.media import Downloader, DownloadLimits, MediaHosts, Storage, StoredFile
 from receiver.media.download import _pace
 from receiver.media.filetypes import SNIFF_BYTES
 from receiver.media.network import GuardedNetwork

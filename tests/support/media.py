@@ -14,7 +14,7 @@ from pathlib import Path
 
 import httpx
 
-from receiver.media import Kind
+from receiver.core.output_files import Kind
 from receiver.media.storage.local import LocalStorage
 from support.servers import end, free_port, wait_for_port
 

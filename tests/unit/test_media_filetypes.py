@@ -6,7 +6,7 @@ import zlib
 import pytest
 from support.media import NOISE, SAMPLES, box
 
-from receiver.media import Kind
+from receiver.core.output_files import Kind
 from receiver.media.filetypes import SNIFF_BYTES, is_page, sniff
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
