@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 
 from receiver.api.memory import MemoryBudget, set_up_allocator
 from receiver.api.protocol import DeadlineHttpToolsProtocol
+from receiver.api.protocol_check import check_protocol
 from receiver.app import Only, create_app
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
@@ -73,6 +74,7 @@ def serve(
         raise SettingsError(
             "--workers needs PostgreSQL: several processes that write to one SQLite file wait on each other"
         )
+    check_protocol()
     # Before the database is asked: what is wrong with the address is told at once.
     listeners = bind(host, port)
     asyncio.run(prepare(settings))
