@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
-_PATH = re.compile(r"`((?:receiver|tests|docs|migrations|benchmarks)/[\w./-]+)`")
+_PATH = re.compile(r"`((?:receiver|tests|docs|migrations|benchmarks)/(?!.*NAME)[\w./-]+)`")
 
 
 def text_of(*pages: str) -> str:
