@@ -1,4 +1,4 @@
-"""Where events are forwarded to: one small module per kind."""
+"""The destinations that events are forwarded to: one small module per kind."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
@@ -18,15 +18,15 @@ from receiver.errors import PublishFailed, SettingsError, UnusableFileError
 
 __all__ = ["Destination", "open_destination", "open_for_work", "started"]
 
-START_TIMEOUT: Final = 5.0
-"""Seconds for which a process waits for its destinations before it takes webhooks."""
+START_SECONDS: Final = 5.0
+"""Seconds that a process waits for its destinations before it takes webhooks."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Kind:
-    """A module of this package and the class in it; `extra` installs the client that it needs."""
+    """A module of this package and its class; the package `extra` installs the client library."""
 
     module: str
     name: str
@@ -56,13 +56,13 @@ _KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
 
 
 class _Opened(Destination, Protocol):
-    """A class of destinations, which settings open."""
+    """The constructor of a class of destinations."""
 
     def __init__(self, settings: DestinationSettings) -> None: ...
 
 
 def open_destination(settings: DestinationSettings) -> Destination:
-    """Return the destination that the URL's scheme names; nothing is touched before `start`.
+    """Return the destination that the URL's scheme names; it connects in `start` or later.
 
     Raises SettingsError, which never quotes the URL: it may hold a password.
     """
@@ -76,10 +76,10 @@ def _load_kind(settings: DestinationSettings) -> type[_Opened]:
     if kind is None:
         known = ", ".join(f"{name}:" for name in _KINDS)
         raise SettingsError(
-            f"destination {settings.name!r}: the URL starts with no known scheme; known are {known}"
+            f"destination {settings.name!r}: the scheme of the URL is unknown; known are {known}"
         )
     try:
-        # Only now: the clients of all brokers together take seconds to import.
+        # Import it only now: the client libraries of all brokers together take seconds.
         module = import_module(f"receiver.destinations.{kind.module}")
     except ModuleNotFoundError as error:
         if kind.extra is None:
@@ -92,12 +92,12 @@ def _load_kind(settings: DestinationSettings) -> type[_Opened]:
     return found
 
 
-class PatientDestination:
-    """A destination whose files cannot be used yet, such as a certificate: each try opens it anew."""
+class DeferredDestination:
+    """A destination with a file that cannot be used yet, such as a certificate: each attempt tries again."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._settings = settings
-        # Of the kind, because a lane reads it once and keeps it after the files have come.
+        # That of its class: a lane reads it only once, maybe before the files are usable.
         self.concurrency = _load_kind(settings).concurrency
         self._opened: Destination | None = None
 
@@ -106,11 +106,11 @@ class PatientDestination:
         await self._open().start()
 
     async def check(self) -> None:
-        """See whether it can be opened and reached. Raises SettingsError or PublishFailed."""
+        """Check that it can be opened and reached. Raises SettingsError or PublishFailed."""
         await self._open().check()
 
     async def publish(self, event: CloudEvent) -> None:
-        """Publish an event, once it can be opened. Raises PublishFailed or PublishRejected."""
+        """Open it if necessary and publish an event. Raises PublishFailed or PublishRejected."""
         try:
             destination = self._open()
         except SettingsError as error:
@@ -118,7 +118,7 @@ class PatientDestination:
         await destination.publish(event)
 
     async def close(self) -> None:
-        """Let go of it."""
+        """Close it, if it was opened."""
         if self._opened is not None:
             await self._opened.close()
 
@@ -128,42 +128,46 @@ class PatientDestination:
 
 
 def open_for_work(settings: DestinationSettings) -> Destination:
-    """Open a destination; one whose files cannot be used opens by itself once they can.
+    """Open a destination; if one of its files cannot be used yet, its attempts fail until it can.
 
-    Raises SettingsError for what no file could mend.
+    Raises SettingsError for any other mistake.
     """
     try:
         return open_destination(settings)
     except UnusableFileError:
-        return PatientDestination(settings)
+        return DeferredDestination(settings)
 
 
 @asynccontextmanager
 async def started(destinations: Mapping[str, Destination]) -> AsyncIterator[set[str]]:
     """Start destinations, and close them after the block; yield the names of those that are not ready.
 
-    One that cannot be opened keeps no webhook from its ack: its deliveries wait, as in any other outage.
+    If one cannot be opened webhooks are acknowledged all the same: its deliveries wait, as in any outage.
     """
-    tasks = {asyncio.create_task(_start(name, each)): name for name, each in destinations.items()}
+    tasks = {name: asyncio.create_task(_start(name, each)) for name, each in destinations.items()}
     try:
-        if tasks:
-            # Those that are late go on: a thread that opens a file cannot be cancelled.
-            await asyncio.wait(tasks, timeout=START_TIMEOUT)
-        late = {name for task, name in tasks.items() if not task.done()}
-        for name in late:
-            log.warning("destination is not ready yet", destination=name, seconds=START_TIMEOUT)
-        yield late | {name for task, name in tasks.items() if task.done() and not task.result()}
+        yield await _find_unready(tasks)
     finally:
-        for task in tasks:
+        for task in tasks.values():
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*tasks.values(), return_exceptions=True)
         await asyncio.gather(*(each.close() for each in destinations.values()))
+
+
+async def _find_unready(tasks: Mapping[str, asyncio.Task[bool]]) -> set[str]:
+    if tasks:
+        # A late task is not cancelled: it may be a thread that opens a file.
+        await asyncio.wait(tasks.values(), timeout=START_SECONDS)
+    late = {name for name, task in tasks.items() if not task.done()}
+    for name in late:
+        log.warning("destination is not ready yet", destination=name, seconds=START_SECONDS)
+    return late | {name for name, task in tasks.items() if task.done() and not task.result()}
 
 
 async def _start(name: str, destination: Destination) -> bool:
     try:
         await destination.start()
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is one destination's trouble
+    except Exception as error:  # noqa: BLE001 - one destination must not stop the others
         log.error("destination is down", destination=name, error=error_text(error))
         return False
     return True

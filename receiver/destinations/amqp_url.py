@@ -1,4 +1,4 @@
-"""The URL of a RabbitMQ destination: its nodes, and where messages go."""
+"""The URL of a RabbitMQ destination: its nodes, its exchange and its queue."""
 
 import ssl
 from collections.abc import Mapping
@@ -23,22 +23,22 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where messages go, and the queue that is ours to declare."""
+class Address:
+    """The nodes of a URL, the exchange and routing key of messages, and the queue to declare."""
 
     nodes: tuple[Node, ...]
-    """Any of them will do; they are tried in this order."""
+    """Nodes of one cluster, in the order in which they are tried."""
     shown: str
     vhost: str
     exchange: str
     routing_key: str
     queue: str
     tls: ssl.SSLContext | None
-    """None for the library's own, which trusts the system's authorities."""
+    """None for the library's own context, which trusts the system's authorities."""
     timeout: float | None
 
 
-def read_url(settings: DestinationSettings) -> Place:
+def read_url(settings: DestinationSettings) -> Address:
     """Read a destination's URL. Raises SettingsError."""
     with usable_url(
         settings,
@@ -48,12 +48,12 @@ def read_url(settings: DestinationSettings) -> Place:
         default = 5671 if text.lower().startswith("amqps:") else 5672
         url = split_url(text, port=default, options={"exchange", "queue", "routing_key"})
         exchange, queue, routing_key = _read_names(url.options)
-        # The library checks names as it encodes them; one that is too long is a TypeError.
+        # The library checks names when it encodes them; a name that is too long raises TypeError.
         vhost = url.path[1:] or "/"
         spec.Connection.Open(virtual_host=vhost).marshal()
         spec.Queue.Declare(queue=queue if exchange else routing_key).marshal()
         spec.Basic.Publish(exchange=exchange, routing_key=routing_key).marshal()
-        return Place(
+        return Address(
             nodes=tuple(_node(url, host, port) for host, port in url.hosts),
             shown=f"{url.scheme}://{url.shown}",
             vhost=vhost,
@@ -77,12 +77,12 @@ def _node(url: BrokerUrl, host: str, port: int) -> Node:
 
 
 def _read_names(options: Mapping[str, str]) -> tuple[str, str, str]:
-    """Return the exchange, the queue and the routing key, which without an exchange is a queue's name."""
+    """Return the exchange, the queue and the routing key; without an exchange the key is a queue's name."""
     exchange, queue, routing_key = (options.get(name, "") for name in ("exchange", "queue", "routing_key"))
     if exchange:
         return exchange, queue, routing_key
     if not queue and not routing_key:
-        raise ValueError("nothing says where to")
+        raise ValueError("no exchange and no queue")
     if queue and routing_key not in {"", queue}:
-        raise ValueError("the queue is not the one that messages go to")
+        raise ValueError("messages would go to another queue than the declared one")
     return "", queue, routing_key or queue

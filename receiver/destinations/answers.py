@@ -1,8 +1,8 @@
-"""HTTP answers byte by byte: the status line counts, however odd the rest of the answer is.
+"""HTTP answers byte by byte: the status counts, even if the rest of the answer is invalid.
 
-h11 reads the head of an answer as a whole. One header that it does not like, and it tells no status; a length
-that is not kept, and the exchange fails. So the bytes are noted on their way to it, and answers that only
-announce another one (1xx) do not reach it.
+h11 parses the head of an answer as a whole. If it finds an invalid header it reports no status, and if the
+body is shorter than announced the exchange fails: the event would be sent again. So the bytes are recorded on
+their way to h11, and interim answers (1xx) do not reach it.
 """
 
 import re
@@ -14,13 +14,13 @@ from typing import Any, Final
 import httpcore
 import httpx
 
-MAX_HEAD: Final = 128 * 1024
-"""Bytes of an answer that are noted; h11 takes no longer head."""
+MAX_HEAD_BYTES: Final = 128 * 1024
+"""How much of an answer is recorded; h11 takes no longer head."""
 
 _STATUS_LINE: Final = re.compile(
     rb"[\r\n]*(HTTP/[0-9](?:\.[0-9])?[ \t]+([1-9][0-9]{2})(?![0-9])[^\n]*\n)", re.IGNORECASE
 )
-"""More than h11 takes: the status is plain to see with two spaces, too, or without its words."""
+"""More lenient than h11: it also takes two spaces before the status, or no text after it."""
 _LINE_ENDS: Final = re.compile(rb"[\r\n]*")
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _FOLD: Final = re.compile(rb"\r?\n[ \t]+")
@@ -31,100 +31,102 @@ _NO_CONTENT: Final = 204
 
 
 class RawAnswer:
-    """The bytes that have come back for one request, without the answers that only announce it (1xx)."""
+    """The bytes that have come back for one request, without interim answers (1xx)."""
 
     def __init__(self) -> None:
         self.has_begun = False
-        """Whether anything came."""
+        """Whether any byte has arrived."""
         self.status: int | None = None
-        """The status; None until its line is complete, and if it is no answer of HTTP/1."""
-        self._is_asked = False
-        self._is_announcement = False
+        """The status; None until its line is complete, and if the answer is not HTTP/1."""
+        self._is_requested = False
+        self._is_interim = False
         self._is_passed_on = False
-        self._noted = bytearray()
+        self._recorded = bytearray()
         self._fields = 0
-        """Where the fields begin in `_noted`, after the status line."""
+        """The position of the fields in `_recorded`, after the status line."""
         self._size = 0
 
     def on_write(self, data: bytes) -> None:
-        """Take note that something of the request is sent: only what comes after that answers it."""
-        # A proxy's answer to CONNECT is none to the request. Nothing at all is written at the end of each.
-        self._is_asked = self._is_asked or (data != b"" and not data.startswith(b"CONNECT "))
+        """Record that a part of the request is sent: only later bytes can be its answer."""
+        # A proxy's answer to CONNECT is not the answer to the request. Each of the two ends with an empty
+        # write.
+        self._is_requested = self._is_requested or (data != b"" and not data.startswith(b"CONNECT "))
 
     def on_read(self, data: bytes) -> bytes:
-        """Note bytes that have come, and return those that h11 is to read now.
+        """Record bytes that have arrived, and return those that h11 is to read now.
 
-        Raises RemoteProtocolError for what is no answer: h11 would wait for the rest of it.
+        Raises RemoteProtocolError if they are not an answer: h11 would wait for the rest of it.
         """
-        if not self._is_asked:
+        if not self._is_requested:
             return data
         self.has_begun = self.has_begun or data != b""
         if not self._is_passed_on:
-            self._noted += data
+            self._recorded += data
             if not self._find_answer():
                 return b""
             if self.status is None:
                 raise httpcore.RemoteProtocolError("no status line")
             self._is_passed_on = True
-            self._size = len(self._noted)
-            return bytes(self._noted)
+            self._size = len(self._recorded)
+            return bytes(self._recorded)
         self._size += len(data)
-        self._noted += data[: max(0, MAX_HEAD - len(self._noted))]
+        self._recorded += data[: max(0, MAX_HEAD_BYTES - len(self._recorded))]
         return data
 
     @property
     def headers(self) -> httpx.Headers:
-        """The fields of the head, as far as they have come: odd ones beside them do no harm."""
-        end = _END_OF_HEAD.search(self._noted, max(0, self._fields - 1))
-        head = bytes(self._noted[self._fields : end and end.end()])
+        """The fields of the head that have arrived, without invalid ones."""
+        end = _END_OF_HEAD.search(self._recorded, max(0, self._fields - 1))
+        head = bytes(self._recorded[self._fields : end and end.end()])
         fields = (line.partition(b":") for line in _FOLD.sub(b" ", head).split(b"\n"))
         return httpx.Headers([(name.strip(), value.strip()) for name, colon, value in fields if colon])
 
     def is_exact(self) -> bool:
-        """Return whether this answer has come to its end, and nothing after it."""
+        """Return whether this answer is complete, and no byte has followed it."""
         return self.status is not None and self._find_end() == self._size
 
     def _find_answer(self) -> bool:
-        """Drop what comes before the answer itself; return False while that may still come."""
+        """Drop the bytes before the answer itself; return False while only those have arrived."""
         while True:
-            if self._is_announcement:
-                end = _END_OF_HEAD.search(self._noted)
-                # Its fields may be odd or many: they are nothing to h11, which would hang up for them.
-                del self._noted[: end.end() if end else -2]
+            if self._is_interim:
+                end = _END_OF_HEAD.search(self._recorded)
+                # h11 would close the connection if its fields are invalid or too many.
+                del self._recorded[: end.end() if end else -2]
                 if end is None:
                     return False
-                self._is_announcement = False
-            line = _STATUS_LINE.match(self._noted)
+                self._is_interim = False
+            line = _STATUS_LINE.match(self._recorded)
             if line is None:
-                # A server may end a body with a line end beyond its length: it comes before the next answer.
-                del self._noted[: _LINE_ENDS.match(self._noted).end()]  # type: ignore[union-attr] # it fits all
-                is_possible = b"HTTP/".startswith(self._noted[:5].upper()) and b"\n" not in self._noted
-                return not is_possible or len(self._noted) > MAX_HEAD
+                # Some servers send a line end after the body, beyond its length; it arrives before the next
+                # answer.
+                del self._recorded[: _LINE_ENDS.match(self._recorded).end()]  # type: ignore[union-attr] # it fits all
+                is_possible = b"HTTP/".startswith(self._recorded[:5].upper()) and b"\n" not in self._recorded
+                return not is_possible or len(self._recorded) > MAX_HEAD_BYTES
             status = int(line[2])
             if status >= 200 or status == _SWITCHING_PROTOCOLS:
                 self.status, self._fields = status, line.end() - line.start(1)
-                del self._noted[: line.start(1)]
+                del self._recorded[: line.start(1)]
                 return True
-            self._is_announcement = True
-            del self._noted[: line.end() - 1]
+            self._is_interim = True
+            del self._recorded[: line.end() - 1]
 
     def _find_end(self) -> int | None:
-        """Return the length of the answer; None if it is not known, or not yet."""
-        head = _END_OF_HEAD.search(self._noted, self._fields - 1)
+        """Return the length of the answer, or None if it is not known yet or never will be."""
+        head = _END_OF_HEAD.search(self._recorded, self._fields - 1)
         if head is None:
             return None
         headers = self.headers
         length = _LENGTH.fullmatch(headers.get("content-length", "0" if self.status == _NO_CONTENT else ""))
         if "transfer-encoding" in headers:
-            return None if self.status == _NO_CONTENT else _find_last_chunk(self._noted, head.end())
+            return None if self.status == _NO_CONTENT else _find_last_chunk(self._recorded, head.end())
         if length is None or (self.status == _NO_CONTENT and int(length[1])):
-            # The body that a 204 announces, and must not have, may come late.
+            # A 204 must have no body. If it announces one all the same, that body may arrive late.
             return None
         return head.end() + int(length[1])
 
 
 def _find_last_chunk(data: bytearray, position: int) -> int | None:
-    """Return where a chunked body ends that begins at a position; None if its end is not in the data."""
+    """Return the end of a chunked body that begins at `position`, or None if the data do not hold it."""
     while chunk := _CHUNK.match(data, position):
         size = int(chunk[1], 16)
         if size == 0:
@@ -137,11 +139,11 @@ def _find_last_chunk(data: bytearray, position: int) -> int | None:
 
 
 current: Final = ContextVar[RawAnswer]("current")
-"""The answer that the running task waits for."""
+"""The answer that the current task waits for."""
 
 
-class NotingNetwork(httpcore.AsyncNetworkBackend):
-    """Opens connections that note in `current` what is read from them."""
+class RecordingNetwork(httpcore.AsyncNetworkBackend):
+    """Opens connections that record in `current` the bytes that are read."""
 
     def __init__(self) -> None:
         self._dial = httpcore.AnyIOBackend()
@@ -154,11 +156,13 @@ class NotingNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect to `host`."""
-        return _NotingStream(await self._dial.connect_tcp(host, port, timeout, local_address, socket_options))
+        """Connect to `host`, and record from the start."""
+        return _RecordingStream(
+            await self._dial.connect_tcp(host, port, timeout, local_address, socket_options)
+        )
 
 
-class _NotingStream(httpcore.AsyncNetworkStream):
+class _RecordingStream(httpcore.AsyncNetworkStream):
     """A connection, plain or under TLS."""
 
     def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
@@ -167,7 +171,7 @@ class _NotingStream(httpcore.AsyncNetworkStream):
         self._has_more = False
 
     async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Read and note until there is something for h11, or the end."""
+        """Read and record until there are bytes for h11, or the connection ends."""
         self._answer = answer = current.get()
         while data := await self._stream.read(max_bytes, timeout):
             if passed := answer.on_read(data):
@@ -175,12 +179,12 @@ class _NotingStream(httpcore.AsyncNetworkStream):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Write."""
+        """Write, and record that the request is on its way."""
         current.get().on_write(buffer)
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
-        """Close."""
+        """Close the connection."""
         await self._stream.aclose()
 
     async def start_tls(
@@ -189,15 +193,15 @@ class _NotingStream(httpcore.AsyncNetworkStream):
         server_hostname: str | None = None,
         timeout: float | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Return the connection under TLS, of which the decrypted bytes are noted."""
-        return _NotingStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        """Return the connection under TLS; its decrypted bytes are recorded."""
+        return _RecordingStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
 
     def get_extra_info(self, info: str) -> Any:
-        """Return what the connection tells of itself."""
+        """Return an attribute of the connection; `is_readable` also covers bytes that h11 has already."""
         if info != "is_readable":
             return self._stream.get_extra_info(info)
-        # The pool asks this of an idle connection, and drops it if so. Bytes after an answer may sit in h11
-        # already, which would take them for the answer to the next event.
+        # The pool drops an idle connection that is readable. Bytes after an answer may be in h11's buffer
+        # already, and h11 would take them for the answer to the next event.
         if self._answer is not None:
             self._has_more, self._answer = not self._answer.is_exact(), None
         return self._has_more or self._stream.get_extra_info(info)

@@ -1,4 +1,4 @@
-"""`http:` and `https:`: POST, signed after Standard Webhooks where a secret is given."""
+"""`http:` and `https:`: POST, signed according to Standard Webhooks if there is a secret."""
 
 import asyncio
 import base64
@@ -19,25 +19,26 @@ from standardwebhooks import Webhook
 from receiver import __version__
 from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.answers import NotingNetwork, RawAnswer, current
+from receiver.destinations.answers import RawAnswer, RecordingNetwork, current
 from receiver.destinations.base import attempt_timeout, closed_failure, encode, timeout_failure
+from receiver.destinations.internals import set_network
 from receiver.destinations.tls import open_tls
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
-MAX_ANSWER: Final = 64 * 1024
-"""Bytes of an answer's body that are read, so that its connection can be used again."""
-DRAIN_TIMEOUT: Final = 1.0
-"""Seconds that this may take: the status has come, and a body that never ends would hold a place."""
+MAX_ANSWER_BYTES: Final = 64 * 1024
+"""How much of an answer's body is read, so that its connection can be used again."""
+DRAIN_SECONDS: Final = 1.0
+"""Seconds for reading that body: the status has arrived, and an endless body would keep a slot."""
 MAX_CONNECTIONS: Final = 32
 MAX_IDLE_CONNECTIONS: Final = 8
-MIN_SECRET: Final = 24
-"""Bytes that Standard Webhooks asks for at least."""
+MIN_SECRET_BYTES: Final = 24
+"""The minimum of Standard Webhooks."""
 
 MAX_PORT: Final = 65_535
 
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
-_ABOUT_THE_MESSAGE: Final = frozenset(
+_REJECTED: Final = frozenset(
     {
         HTTPStatus.BAD_REQUEST,
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
@@ -45,14 +46,14 @@ _ABOUT_THE_MESSAGE: Final = frozenset(
         HTTPStatus.UNPROCESSABLE_ENTITY,
     }
 )
-"""Statuses that say no to this message. All others are about the destination, such as 404 during a deploy."""
+"""Statuses that reject this message. All others are about the destination, such as 404 during a deploy."""
 
 log = structlog.get_logger()
 
 
 @dataclass(kw_only=True)
 class _Reply:
-    """The status of an answer, and its headers as far as they could be read."""
+    """The status of an answer, and those of its headers that could be read."""
 
     status: int
     headers: httpx.Headers
@@ -70,34 +71,33 @@ class HttpDestination:
         self._binary = settings.binary
         self._headers = {
             "user-agent": f"clipia-receiver/{__version__}",
-            # Nobody looks at the answer's body; nobody should have to inflate it.
+            # The answer's body is not used, so its decompression would be a waste.
             "accept-encoding": "identity",
             **_authorization(url),
             **{name.lower(): value.get_secret_value() for name, value in settings.headers.items()},
         }
         self._signers = _open_signers(settings)
         self._timeout = settings.timeout
-        # The bare transport has what a client would have to be talked out of: no redirects, no cookies, no
-        # proxies from the environment, no log line with the URL.
+        # A client on top of the transport would follow redirects, keep cookies, take proxies from the
+        # environment and log the URL.
         self._transport = httpx.AsyncHTTPTransport(
-            verify=open_tls(settings, usual=httpx.create_ssl_context),
+            verify=open_tls(settings, default=httpx.create_ssl_context),
             trust_env=False,
             proxy=None if settings.proxy is None else httpx.Proxy(settings.proxy.get_secret_value()),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
-        # httpx has no argument for it.
-        self._transport._pool._network_backend = NotingNetwork()  # noqa: SLF001
-        # Not the pool's own limit: a request that is cancelled in the moment in which the pool gives it a
-        # connection takes that place with it for ever, and after enough timeouts there is none left.
-        self._places = asyncio.Semaphore(settings.concurrency or MAX_CONNECTIONS)
+        set_network(self._transport, RecordingNetwork())
+        # The pool's own limit leaks: if a request is cancelled in the moment in which the pool gives it a
+        # connection, its slot is lost for ever, and after enough timeouts no slot is left.
+        self._slots = asyncio.Semaphore(settings.concurrency or MAX_CONNECTIONS)
         self._closed = False
         self._exchanges: set[asyncio.Task[_Reply | PublishFailed]] = set()
 
     async def start(self) -> None:
-        """Do nothing: connections are opened as they are needed."""
+        """Return at once: connections are opened when they are needed."""
 
     async def check(self) -> None:
-        """Ask for OPTIONS, and warn if the answer is none of a place that takes events."""
+        """Request OPTIONS, and warn if the answer suggests that the URL takes no events."""
         reply = await self._exchange(httpx.Request("OPTIONS", self._url, headers=self._headers))
         if reply.status >= HTTPStatus.INTERNAL_SERVER_ERROR and reply.status != HTTPStatus.NOT_IMPLEMENTED:
             raise PublishFailed(
@@ -109,7 +109,7 @@ class HttpDestination:
                 "the destination may take no events",
                 destination=self._name,
                 problem=f"{self._origin} answers {reply.status} to OPTIONS: if it answers events so, too, it "
-                f"gets none; see the URL's path and credentials{_hint(reply.status)}",
+                f"gets none; check the URL's path and credentials{_hint(reply.status)}",
             )
 
     async def publish(self, event: CloudEvent) -> None:
@@ -122,37 +122,38 @@ class HttpDestination:
         headers = self._headers | fields | self._sign(event, body)
         reply = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
         if not httpx.codes.is_success(reply.status):
-            raise _refusal(self._origin, reply)
+            raise _status_failure(self._origin, reply)
 
     async def close(self) -> None:
-        """Let what is under way end, which the timeout bounds, and close all connections."""
+        """Let the exchanges under way end, which the timeout bounds, and close all connections."""
         self._closed = True
         if self._exchanges:
-            # The pool does not close connections that are being made when it is closed.
+            # A pool that is closed leaves connections open that are still being made.
             await asyncio.wait(self._exchanges)
         await self._transport.aclose()
 
     def _sign(self, event: CloudEvent, body: bytes) -> dict[str, str]:
         if not self._signers:
             return {}
-        # The delivery's id, not the event's: receivers drop an id that they have seen, and with it a replay.
+        # The delivery's id, not the event's: consumers drop messages with an id that they have seen, so a
+        # replay under the event's id would be lost.
         message_id = str(event.get_extension("deliveryid") or event.get_id())
         now = datetime.now(UTC)
         return {
             "webhook-id": message_id,
             "webhook-timestamp": str(int(now.timestamp())),
-            # One for each secret: while they are rotated a consumer that knows either finds its own.
+            # One for each secret: during a rotation a consumer may know only the old or only the new one.
             "webhook-signature": " ".join(
                 signer.sign(message_id, now, body.decode("utf-8")) for signer in self._signers
             ),
         }
 
     async def _exchange(self, request: httpx.Request) -> _Reply:
-        """Return what is answered. Raises PublishFailed if no status has come."""
+        """Return the answer. Raises PublishFailed if no status has arrived."""
         if self._closed:
             raise closed_failure()
-        # In a task of its own, which only its scope cancels: httpcore shields its tidying up from scopes, but
-        # not from `Task.cancel`, and would lose the connection.
+        # In a task of its own, which only its scope cancels: httpcore shields its cleanup from scopes, but
+        # not from `Task.cancel`, which would leak the connection.
         scope = anyio.CancelScope()
         exchange = asyncio.create_task(self._run(request, scope))
         self._exchanges.add(exchange)
@@ -167,7 +168,7 @@ class HttpDestination:
         return outcome
 
     async def _run(self, request: httpx.Request, scope: anyio.CancelScope) -> _Reply | PublishFailed:
-        """Return a failure instead of raising it: nobody may be left to take it."""
+        """Return the answer or the failure; asyncio would report a raised one that no caller awaits."""
         raw = RawAnswer()
         current.set(raw)
         timeout = attempt_timeout(self._timeout)
@@ -175,7 +176,7 @@ class HttpDestination:
         scope.deadline = anyio.current_time() + timeout
         with scope:
             try:
-                async with self._places:
+                async with self._slots:
                     response = await self._transport.handle_async_request(request)
                     if raw.status is None:
                         failure = PublishFailed(
@@ -184,15 +185,15 @@ class HttpDestination:
                         )
                     await _finish(response, raw)
             except httpx.TransportError as error:
-                came = "no final status line in what came: " if raw.has_begun else ""
-                failure = PublishFailed(f"{self._origin}: {came}{cause(error)}", reason="connection")
-        # Not the response's status: it may be made of bytes that an earlier answer has left behind.
+                prefix = "no final status line in the answer: " if raw.has_begun else ""
+                failure = PublishFailed(f"{self._origin}: {prefix}{cause(error)}", reason="connection")
+        # Not the response's status: h11 may have read it from bytes that followed an earlier answer.
         return failure if raw.status is None else _Reply(status=raw.status, headers=raw.headers)
 
 
-def _refusal(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
+def _status_failure(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
     text = f"{origin} answered {reply.status}{_hint(reply.status)}"
-    if reply.status in _ABOUT_THE_MESSAGE:
+    if reply.status in _REJECTED:
         return PublishRejected(text, reason="status")
     after = longest_wait(reply.headers.get_list("retry-after"), now=datetime.now(UTC))
     return PublishFailed(text, reason="status", retry_after=after)
@@ -204,24 +205,24 @@ def _hint(status: int) -> str:
 
 
 def _takes_post(reply: _Reply) -> bool:
-    """Return whether an answer to OPTIONS is one of a place that may be posted to."""
+    """Return whether an answer to OPTIONS allows POST."""
     allowed = {method.upper() for method in reply.headers.get_list("allow", split_commas=True) if method}
     is_allowed = bool({"POST", "*"} & allowed)
-    # An empty Allow says nothing, but for a 405, which has to name what it takes.
+    # An empty Allow allows any method, except with a 405, which must list the methods.
     if (allowed and not is_allowed) or reply.status == HTTPStatus.METHOD_NOT_ALLOWED:
         return is_allowed
-    # 501 is the answer of servers that know no OPTIONS.
+    # Servers without OPTIONS answer 501.
     return httpx.codes.is_success(reply.status) or reply.status == HTTPStatus.NOT_IMPLEMENTED
 
 
 async def _finish(response: httpx.Response, raw: RawAnswer) -> None:
-    """Read a 2xx answer to its end, if that is near: its connection can be used again then."""
+    """Read a 2xx answer to its end, if that is near, so that its connection can be used again."""
     try:
         if response.is_success and raw.status is not None:
-            with anyio.move_on_after(DRAIN_TIMEOUT):
+            with anyio.move_on_after(DRAIN_SECONDS):
                 await _drain(response)
     finally:
-        # Closes the connection unless the answer was read to its end.
+        # This closes the connection unless the answer was read to its end.
         await response.aclose()
 
 
@@ -229,7 +230,7 @@ async def _drain(response: httpx.Response) -> None:
     size = 0
     async for chunk in response.aiter_raw():
         size += len(chunk)
-        if size > MAX_ANSWER:
+        if size > MAX_ANSWER_BYTES:
             return
 
 
@@ -247,7 +248,7 @@ def _parse(settings: DestinationSettings) -> httpx.URL:
 
 
 def _authorization(url: httpx.URL) -> dict[str, str]:
-    """Move credentials from the URL, where everybody logs them, to the header that they are meant for."""
+    """Return the URL's credentials as a header: proxies and servers log URLs, but not this header."""
     if not url.userinfo:
         return {}
     credentials = f"{url.username}:{url.password}".encode()
@@ -262,13 +263,13 @@ def _open_signers(settings: DestinationSettings) -> list[Webhook]:
 def _open_signer(name: str, secret: str) -> Webhook:
     encoded = secret.removeprefix("whsec_")
     try:
-        # The library would skip what is not base64 and sign with the rest.
+        # The library would skip characters that are not base64, and sign with the rest.
         key = base64.b64decode(encoded + "=" * (-len(encoded) % 4), validate=True)
     except ValueError:
         key = b""
-    if encoded == secret or len(key) < MIN_SECRET:
+    if encoded == secret or len(key) < MIN_SECRET_BYTES:
         raise SettingsError(
             f"destination {name!r}: each secret must be whsec_ and the base64 of at least "
-            f"{MIN_SECRET} random bytes, such as from: echo whsec_$(openssl rand -base64 32)"
+            f"{MIN_SECRET_BYTES} random bytes, such as from: echo whsec_$(openssl rand -base64 32)"
         )
     return Webhook(key)

@@ -11,12 +11,12 @@ log = structlog.get_logger()
 
 
 class MemoryDestination:
-    """Keeps what is published, in order; nothing outlives the process."""
+    """Keeps published events in order, as long as the process lives."""
 
     concurrency = 128
 
     failure: PublishFailed | PublishRejected | None = None
-    """Raised by every `publish` and `check` while it is set."""
+    """If it is set, every `publish` and `check` raises it."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self.events: list[CloudEvent] = []
@@ -24,16 +24,19 @@ class MemoryDestination:
         self._closed = False
 
     async def start(self) -> None:
-        """Warn: whatever is forwarded here is lost with the process."""
-        log.warning("a memory destination is for tests: it keeps nothing", destination=self._name)
+        """Warn: the events are lost with the process."""
+        log.warning(
+            "a memory destination is for tests: its events are lost when the process ends",
+            destination=self._name,
+        )
 
     async def check(self) -> None:
-        """Raise the failure that was asked for, if any."""
+        """Raise `failure`, if it is set."""
         if self.failure is not None:
             raise self.failure
 
     async def publish(self, event: CloudEvent) -> None:
-        """Keep the event."""
+        """Append the event to the list."""
         if self._closed:
             raise closed_failure()
         await self.check()
@@ -41,5 +44,5 @@ class MemoryDestination:
         self.events.append(event)
 
     async def close(self) -> None:
-        """Take no more events; keep those that are there."""
+        """Take no more events, and keep the list."""
         self._closed = True

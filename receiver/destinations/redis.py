@@ -1,7 +1,7 @@
 """`redis:` and `rediss:`: one entry per event, at the end of a stream.
 
 `redis://user:password@host:6379/0?stream=clipia-events&maxlen=100000`; `rediss:` is the same over TLS.
-Without `maxlen` nothing is ever trimmed. With `&sentinel=name` the hosts, several separated by commas, are
+Without `maxlen` the stream is never trimmed. With `&sentinel=name` the hosts, separated by commas, are
 sentinels, and the server is the primary that they know by that name.
 """
 
@@ -26,18 +26,18 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import Broker, closed_failure, encode, quoted, step_timeout
 from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
-from receiver.destinations.urls import split_url, usable_url
+from receiver.destinations.urls import BrokerUrl, split_url, usable_url
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.masking import mask
 
-BATCH_TIMEOUT: Final = 7.0
-"""Seconds for one round trip, so that an event that waits for another's still has time for its own."""
-CONNECT_TIMEOUT: Final = 4.0
-SENTINEL_TIMEOUT: Final = 1.0
-"""Seconds for one sentinel to answer; then the next one is asked."""
-PRIMARY_INTERVAL: Final = 1.0
-"""Seconds between looks for a new primary, while sentinels answer."""
+ROUND_TRIP_SECONDS: Final = 7.0
+"""Seconds for one round trip: if an event waits for the one before, it has time left for its own."""
+CONNECT_SECONDS: Final = 4.0
+SENTINEL_SECONDS: Final = 1.0
+"""Seconds for one sentinel to answer, before the next one is queried."""
+PRIMARY_SECONDS: Final = 1.0
+"""Seconds between two queries for the primary, while sentinels answer."""
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26_379
 MAX_BATCH: Final = 128
@@ -47,13 +47,13 @@ MAX_LENGTH: Final = 2**63 - 1
 
 _ENTRY_ID: Final = re.compile(rb"[0-9]+-[0-9]+")
 _NOT_AN_ID: Final = "check"
-_REFUSED_ID: Final = "invalid stream id"
-_OUR_WORDS: Final = re.compile(r",? *with args beginning")
-"""What begins in a refusal that repeats our command."""
+_INVALID_ID: Final = "invalid stream id"
+_OUR_COMMAND: Final = re.compile(r",? *with args beginning")
+"""The part of an error at which the server repeats the command and its arguments."""
 _NUMBER: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
-# RuntimeError is what a transport raises that was closed meanwhile.
+# A transport that was closed meanwhile raises RuntimeError.
 _ERRORS: Final = (RedisError, OSError, RuntimeError)
-_REFUSALS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
+_ERROR_CODES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "READONLY": ("read_only", "is a read-only replica: name the primary in the URL"),
         "MASTERDOWN": ("no_primary", "is a replica that has lost its primary: name the primary in the URL"),
@@ -61,21 +61,21 @@ _REFUSALS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
         "OOM": ("full", "is out of memory: raise its maxmemory or trim the stream with maxlen= in the URL"),
         "MISCONF": ("disk", "cannot save to its disk: its log says why"),
         "LOADING": ("loading", "is still loading its data"),
-        "NOAUTH": ("auth", "asks for a password: put it into the URL"),
-        "WRONGPASS": ("auth", "refuses the user or the password of the URL"),
+        "NOAUTH": ("auth", "requires a password: add it to the URL"),
+        "WRONGPASS": ("auth", "rejects the user or the password of the URL"),
         "NOPERM": ("permission", "does not let this user XADD to the stream: see ACL SETUSER"),
-        "WRONGTYPE": ("wrong_type", "has something under this key that is no stream: choose another stream="),
+        "WRONGTYPE": ("wrong_type", "has a value of another type under this key: choose another stream="),
         "CLUSTERDOWN": ("cluster", "is in a cluster that is down"),
         "MOVED": ("cluster", "is in a cluster and does not hold the stream: name the node that does"),
     }
 )
-# A name may belong to another server by now: the next try looks it up again.
-_ELSEWHERE: Final = frozenset({"READONLY", "MASTERDOWN"})
+# The host name may belong to another server by now: the next attempt resolves it again.
+_WRONG_SERVER: Final = frozenset({"READONLY", "MASTERDOWN"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Place:
-    """What a URL says."""
+class _Address:
+    """The server of a URL, its login and its stream."""
 
     hosts: tuple[tuple[str, int], ...]
     """The server, or the sentinels that know it."""
@@ -98,24 +98,24 @@ class _Place:
 
 
 class RedisDestination(Broker):
-    """Appends events to a Redis stream, those that come together in one pipeline.
+    """Appends events to a Redis stream; events that arrive together share a pipeline.
 
-    An entry has the fields `event`, the whole event in structured JSON, and `id` and `deliveryid` for who
-    deduplicates without parsing.
+    An entry has the field `event`, the whole event in structured JSON, and the fields `id` and `deliveryid`,
+    so that a consumer can deduplicate without parsing.
     """
 
     concurrency = 2 * MAX_BATCH
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
-        self._place = place = _parse(settings)
-        self._batch_timeout = step_timeout(BATCH_TIMEOUT, settings.timeout)
+        self._address = address = _parse(settings)
+        self._round_trip = step_timeout(ROUND_TRIP_SECONDS, settings.timeout)
         self._sentinels: Sentinel | None = None
-        self._asks_again_at = 0.0
+        self._next_query_at = 0.0
         self._client = self._open_client(settings)
         self._batches = BatchPublisher(
             self._send,
-            shown=place.shown,
+            shown=address.shown,
             max_in_flight=1,
             max_messages=MAX_BATCH,
             max_bytes=MAX_BATCH_BYTES,
@@ -123,16 +123,16 @@ class RedisDestination(Broker):
         )
 
     async def check(self) -> None:
-        """See whether an entry would be taken, and warn where the server may lose it."""
+        """Check that an entry would be taken, and warn if the server may lose it."""
         if self._batches.closed:
             raise closed_failure()
         try:
             async with asyncio.timeout(self._batches.timeout):
                 await self._check_type()
                 await self._check_write()
-                problem = _describe_losses(await self._get_config())
+                problem = _loss_warning(await self._get_config())
         except _ERRORS as error:
-            raise self._failed(error) from error
+            raise self._failure_from(error) from error
         if problem:
             self._warn_of_losses(problem)
 
@@ -142,7 +142,7 @@ class RedisDestination(Broker):
         await self._batches.publish(fields, len(fields["event"]))
 
     async def close(self) -> None:
-        """Send what waits, which the timeouts bound, and close the connections."""
+        """Send the events that wait, which the timeouts bound, and close the connections."""
         await self._batches.close()
         for client in (self._client, self._sentinels):
             if client is not None:
@@ -151,106 +151,107 @@ class RedisDestination(Broker):
 
     def _open_client(self, settings: DestinationSettings) -> Redis:
         """Return a client of the server, or of the primary that sentinels name for each new connection."""
-        place = self._place
-        tls = _tls_options(settings, is_tls=place.tls)
-        # The client's own retries would add entries a second time behind our back.
+        address = self._address
+        tls = _tls_options(settings, is_tls=address.tls)
+        # If the client retried by itself, it would add entries a second time.
         common: dict[str, Any] = {**tls, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options: dict[str, Any] = {
             **common,
-            "db": place.database,
-            "username": place.user,
-            "password": place.password,
-            "socket_timeout": self._batch_timeout,
-            "socket_connect_timeout": step_timeout(CONNECT_TIMEOUT, settings.timeout),
+            "db": address.database,
+            "username": address.user,
+            "password": address.password,
+            "socket_timeout": self._round_trip,
+            "socket_connect_timeout": step_timeout(CONNECT_SECONDS, settings.timeout),
         }
-        hosts = [(host.strip("[]"), port) for host, port in place.hosts]
-        if place.primary is None:
+        hosts = [(host.strip("[]"), port) for host, port in address.hosts]
+        if address.primary is None:
             [(host, port)] = hosts
             return Redis(host=host, port=port, **options)
-        timeout = step_timeout(SENTINEL_TIMEOUT, settings.timeout)
-        login = {"username": place.sentinel_user, "password": place.sentinel_password}
+        timeout = step_timeout(SENTINEL_SECONDS, settings.timeout)
+        login = {"username": address.sentinel_user, "password": address.sentinel_password}
         asking = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
         self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)
-        client: Redis = self._sentinels.master_for(place.primary)
+        client: Redis = self._sentinels.master_for(address.primary)
         return client
 
     async def _send(self, batch: Sequence[dict[Any, Any]]) -> list[PublishFailed | None]:
-        """Return one outcome per entry."""
+        """Append a batch, and return a failure or None for each entry."""
         pipeline = self._client.pipeline(transaction=False)
         for fields in batch:
-            pipeline.xadd(self._place.stream, fields, maxlen=self._place.maxlen, approximate=True)
+            pipeline.xadd(self._address.stream, fields, maxlen=self._address.maxlen, approximate=True)
         try:
-            async with asyncio.timeout(self._batch_timeout):
-                await self._look_for_primary()
+            async with asyncio.timeout(self._round_trip):
+                await self._query_primary()
                 replies = await pipeline.execute(raise_on_error=False)
-                if any(_code(reply) in _ELSEWHERE for reply in replies):
+                if any(_code(reply) in _WRONG_SERVER for reply in replies):
                     await self._client.connection_pool.disconnect()
         except _ERRORS as error:
-            return [self._failed(error)] * len(batch)
-        return [self._judge(reply) for reply in replies]
+            return [self._failure_from(error)] * len(batch)
+        return [self._failure_of(reply) for reply in replies]
 
-    async def _look_for_primary(self) -> None:
-        """Ask the sentinels at times who the primary is; if it is another one, the next command goes there.
+    async def _query_primary(self) -> None:
+        """Query the sentinels for the primary from time to time; the next command goes to it.
 
-        After a planned failover the old one is told only seconds later, and confirms until then what is lost.
+        After a planned failover the old primary learns of it only seconds later. Until then it confirms
+        entries that are lost.
         """
         pool, now = self._client.connection_pool, time.monotonic()
-        if isinstance(pool, SentinelConnectionPool) and now >= self._asks_again_at:
-            self._asks_again_at = now + PRIMARY_INTERVAL
+        if isinstance(pool, SentinelConnectionPool) and now >= self._next_query_at:
+            self._next_query_at = now + PRIMARY_SECONDS
             try:
                 await pool.get_master_address()
             except MasterNotFoundError:
-                # Sentinels that are away are no reason to leave a primary that works, or to ask each time.
-                self._asks_again_at = time.monotonic() + 10 * PRIMARY_INTERVAL
+                # If the sentinels are down, keep the primary as long as it works, and query them less often.
+                self._next_query_at = time.monotonic() + 10 * PRIMARY_SECONDS
 
-    def _judge(self, reply: object) -> PublishFailed | None:
+    def _failure_of(self, reply: object) -> PublishFailed | None:
         if isinstance(reply, bytes) and _ENTRY_ID.fullmatch(reply):
             return None
         if isinstance(reply, Exception):
-            return self._failed(reply)
+            return self._failure_from(reply)
         return PublishFailed(
-            f"{self._place.shown} replies with no entry's id: is it Redis?", reason="protocol"
+            f"{self._address.shown} replies without the id of an entry: is it Redis?", reason="protocol"
         )
 
     async def _check_type(self) -> None:
         with contextlib.suppress(NoPermissionError):
-            found = await self._client.type(self._place.stream)
+            found = await self._client.type(self._address.stream)
             if found not in {b"stream", b"none"}:
                 raise ResponseError("WRONGTYPE")
 
     async def _check_write(self) -> None:
-        """Send what the server refuses for its id, once it has seen to rights, memory, disk and role."""
+        """Send an entry with an invalid id: the server checks rights, memory, disk and role before the id."""
         try:
-            await self._client.xadd(self._place.stream, {"event": ""}, id=_NOT_AN_ID)
+            await self._client.xadd(self._address.stream, {"event": ""}, id=_NOT_AN_ID)
         except ResponseError as error:
-            # Any other refusal, such as that of an unknown command, would meet an event, too.
-            if _REFUSED_ID not in str(error).lower():
+            # Any other error, such as an unknown command, would fail an event, too.
+            if _INVALID_ID not in str(error).lower():
                 raise
 
     async def _get_config(self) -> dict[Any, Any]:
         found: dict[Any, Any] = {}
-        # Managed servers and careful operators forbid this command.
+        # Managed servers and cautious operators forbid this command.
         with contextlib.suppress(ResponseError):
             for pattern in ("append*", "maxmemory*"):
                 found |= await self._client.config_get(pattern)
         return found
 
-    def _failed(self, error: Exception) -> PublishFailed:
-        shown, code = self._place.shown, _code(error)
+    def _failure_from(self, error: Exception) -> PublishFailed:
+        shown, code = self._address.shown, _code(error)
         if code == "NOPERM" and "'select'" in str(error).lower():
-            number = self._place.database
+            number = self._address.database
             return PublishFailed(
                 f"{shown} does not let this user SELECT the database {number}: allow +select, or use /0",
                 reason="permission",
             )
-        if code in _REFUSALS:
-            reason, text = _REFUSALS[code]
+        if code in _ERROR_CODES:
+            reason, text = _ERROR_CODES[code]
             return PublishFailed(f"{shown} {text}", reason=reason)
         if isinstance(error, AuthenticationError):
-            return PublishFailed(f"{shown} refuses the login: {quoted(error)}", reason="auth")
+            return PublishFailed(f"{shown} rejects the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
-            words = _OUR_WORDS.split(str(error), maxsplit=1)[0]
-            return PublishFailed(f"{shown} refuses: {mask(code)} {quoted(words)}", reason="refused")
+            text = _OUR_COMMAND.split(str(error), maxsplit=1)[0]
+            return PublishFailed(f"{shown} rejects it: {mask(code)} {quoted(text)}", reason="refused")
         reason, text = "connection", f": {cause(error)}"
         if isinstance(error, MasterNotFoundError):
             reason, text = "no_primary", ": no sentinel answers with a primary"
@@ -260,7 +261,7 @@ class RedisDestination(Broker):
 
 
 def _code(reply: object) -> str:
-    """Return the word that an error of the server starts with; the client cuts off those that it knows."""
+    """Return the code that an error of the server starts with; the client removes the codes that it knows."""
     if not isinstance(reply, RedisError):
         return ""
     return reply.status_code or str(reply).partition(" ")[0]
@@ -274,36 +275,30 @@ def _encode(event: CloudEvent) -> dict[str, bytes]:
         raise PublishRejected("the event's ids cannot be written as UTF-8", reason="encoding") from error
 
 
-def _describe_losses(found: Mapping[str, str]) -> str | None:
+def _loss_warning(found: Mapping[str, str]) -> str | None:
     if found.get("appendonly") == "no":
-        return "appendonly is off: a crash loses all since the last snapshot; set appendonly yes"
+        return "appendonly is off: a crash loses all entries since the last snapshot; set appendonly yes"
     if found.get("appendfsync", "always") != "always":
-        return "a power cut may lose the last second; appendfsync always would not"
+        return "a power cut may lose the last second; set appendfsync always"
     if found.get("maxmemory", "0") != "0" and found.get("maxmemory-policy", "").startswith("allkeys"):
-        return "when memory is short the whole stream may be evicted; set maxmemory-policy noeviction"
+        return "the whole stream may be evicted if memory is short; set maxmemory-policy noeviction"
     return None
 
 
-def _parse(settings: DestinationSettings) -> _Place:
+def _parse(settings: DestinationSettings) -> _Address:
     with usable_url(
         settings,
-        "redis://user:password@host:6379/0?stream=name or, to have it trimmed, &maxlen=100000; "
+        "redis://user:password@host:6379/0?stream=name or, to trim it, &maxlen=100000; "
         "redis://host:26379,host:26379/0?stream=name&sentinel=primary; "
-        "in a password @ : / % are written as %40 %3A %2F %25",
+        "in a password write @ : / % as %40 %3A %2F %25",
     ) as text:
-        options = {"stream", "maxlen", "sentinel", "sentinel_user", "sentinel_password"}
-        url = split_url(text, port=REDIS_PORT, options=options)
-        primary = url.options.get("sentinel")
-        if primary is not None:
-            url = split_url(text, port=SENTINEL_PORT, options=options)
-        elif len(url.hosts) > 1 or url.options.keys() & {"sentinel_user", "sentinel_password"}:
-            raise ValueError("several servers, or a login, without a primary's name")
+        url = _split(text)
         maxlen = url.options.get("maxlen")
-        if not url.options.get("stream") or primary == "":
-            raise ValueError("no stream, or no primary's name")
-        return _Place(
+        if not url.options.get("stream"):
+            raise ValueError("no stream")
+        return _Address(
             hosts=url.hosts,
-            primary=primary,
+            primary=url.options.get("sentinel"),
             sentinel_user=url.options.get("sentinel_user") or None,
             sentinel_password=url.options.get("sentinel_password") or None,
             user=url.user or None,
@@ -315,12 +310,26 @@ def _parse(settings: DestinationSettings) -> _Place:
         )
 
 
+def _split(text: str) -> BrokerUrl:
+    """Split a URL; the default port is that of a sentinel if the URL names a primary."""
+    options = {"stream", "maxlen", "sentinel", "sentinel_user", "sentinel_password"}
+    url = split_url(text, port=REDIS_PORT, options=options)
+    primary = url.options.get("sentinel")
+    if primary == "":
+        raise ValueError("the name of the primary is empty")
+    if primary is not None:
+        return split_url(text, port=SENTINEL_PORT, options=options)
+    if len(url.hosts) > 1 or url.options.keys() & {"sentinel_user", "sentinel_password"}:
+        raise ValueError("several servers, or a login for sentinels, without the name of a primary")
+    return url
+
+
 def _tls_options(settings: DestinationSettings, *, is_tls: bool) -> dict[str, Any]:
     """Return the client's options. Raises SettingsError for files that cannot be used."""
     files = settings.tls
     if not is_tls or files is None:
         return {"ssl": is_tls}
-    # The client takes no context, only paths; whether they can be used is found out now.
+    # The client takes paths, not a context. Open them now, so that an unusable file is an error at start.
     open_tls(settings)
     key = files.key or files.certificate
     return {"ssl": True, "ssl_ca_certs": files.ca, "ssl_certfile": files.certificate, "ssl_keyfile": key}
@@ -328,5 +337,5 @@ def _tls_options(settings: DestinationSettings, *, is_tls: bool) -> dict[str, An
 
 def _read_number(text: str, *, least: int) -> int:
     if not _NUMBER.fullmatch(text) or not least <= int(text) <= MAX_LENGTH:
-        raise ValueError("not a number that Redis takes")
+        raise ValueError("not a number, or out of range")
     return int(text)

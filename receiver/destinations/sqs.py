@@ -1,10 +1,10 @@
 """`sqs:`: one message per event, the event in structured JSON, up to ten of them per request.
 
-`sqs://sqs.<region>.amazonaws.com/<account>/<queue>` is the queue's own URL with another scheme, whichever
-service made it; `?endpoint=https://host` or `AWS_ENDPOINT_URL` is where requests go in its host's place, and
-`region=` or `AWS_REGION` says what the host does not. Credentials are where every AWS client
-looks for them: `AWS_…`, a profile, the machine's role. In a FIFO queue (`….fifo`) the event's subject is the
-message group and the delivery's id the deduplication id.
+`sqs://sqs.<region>.amazonaws.com/<account>/<queue>` is the queue's own URL with another scheme, of Amazon or
+another service. `?endpoint=https://host` or `AWS_ENDPOINT_URL` replaces its host for requests, and `region=`
+or `AWS_REGION` names the region if the host does not. Credentials come from the places that every AWS client
+reads: `AWS_…`, a profile, the machine's role. In a FIFO queue (`….fifo`) the event's subject is the message
+group and the delivery's id the deduplication id.
 """
 
 import asyncio
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
-# aiobotocore comes without types.
 from aiobotocore.config import AioConfig
 from aiobotocore.session import get_session
 from botocore.exceptions import (
@@ -42,17 +41,17 @@ from receiver.destinations.urls import split_url, usable_url
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
-CONNECT_TIMEOUT: Final = 5
-READ_TIMEOUT: Final = 10
-TRIES: Final = 2
-"""Requests per batch: one more where a connection turns out to be dead or the service asks to slow down."""
+CONNECT_SECONDS: Final = 5
+READ_SECONDS: Final = 10
+MAX_ATTEMPTS: Final = 2
+"""Requests per batch: a second one if the connection is dead or the service throttles."""
 MAX_ENTRIES: Final = 10
 MAX_BATCHES: Final = 8
 """Requests in flight at once."""
-MAX_MESSAGE: Final = 1024 * 1024
-"""Bytes of body and attributes (SQS Developer Guide, message quotas; 256 KiB until August 2025)."""
-MAX_BATCH: Final = 256 * 1024
-"""Bytes that go together. Amazon takes 1 MiB, other servers this; a larger message goes alone."""
+MAX_MESSAGE_BYTES: Final = 1024 * 1024
+"""The limit of body and attributes (SQS Developer Guide, message quotas; 256 KiB until August 2025)."""
+MAX_BATCH_BYTES: Final = 256 * 1024
+"""The limit of a batch. Amazon takes 1 MiB, other servers this; a larger message goes alone."""
 
 _REGION: Final = re.compile(
     r"(?:.*\.)?sqs(?:-fips)?\.(?P<new>[a-z]{2,}(?:-[a-z]+)+-[0-9]+)\..+|"
@@ -63,7 +62,7 @@ _AMAZON: Final = re.compile(r".*\.amazonaws\.com(?:\.cn)?")
 _QUEUE: Final = r"(?=[^/]{1,80}$)[A-Za-z0-9_-]+(?:\.fifo)?"
 _AMAZON_PATH: Final = re.compile(rf"/[0-9]{{12}}/{_QUEUE}")
 _PATH: Final = re.compile(rf"(?:/[A-Za-z0-9._~-]{{1,128}}){{0,4}}/{_QUEUE}")
-"""Other services have accounts of letters, projects and folders before the queue's name, or nothing."""
+"""Other services have letters, projects or folders before the queue's name, or none of them."""
 _ENDPOINT_PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~-]{1,128}){0,4}/?")
 _FIFO_ID: Final = re.compile(r"[!-~]{1,128}")
 _ABOUT_A_MESSAGE: Final = frozenset(
@@ -71,14 +70,14 @@ _ABOUT_A_MESSAGE: Final = frozenset(
 )
 _AUTH: Final = (
     "auth",
-    "see AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role, and the clock",
+    "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role, and the clock",
 )
 _PERMISSION: Final = (
     "permission",
     "allow sqs:SendMessage and, for the check, sqs:GetQueueAttributes; for an encrypted queue its key, too",
 )
-_NO_QUEUE: Final = ("no_queue", "there is no such queue: create it")
-_THROTTLED: Final = ("throttled", "the service asks to slow down")
+_NO_QUEUE: Final = ("no_queue", "the queue does not exist: create it")
+_THROTTLED: Final = ("throttled", "the service throttles requests")
 _ADVICE: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
         "QueueDoesNotExist": _NO_QUEUE,
@@ -106,7 +105,7 @@ _NO_CREDENTIALS: Final = (
     TokenRetrievalError,
 )
 
-# At DEBUG it logs whole events and the headers that sign for us, session tokens among them.
+# At DEBUG it logs whole events and signed headers, with session tokens.
 _library_log = logging.getLogger("botocore")
 if _library_log.level == logging.NOTSET:
     _library_log.setLevel(logging.WARNING)
@@ -114,7 +113,7 @@ if _library_log.level == logging.NOTSET:
 
 @dataclass(frozen=True, kw_only=True)
 class _Queue:
-    """What a URL says."""
+    """The queue of a URL, and the endpoint that serves it."""
 
     url: str
     endpoint: str
@@ -135,7 +134,7 @@ class _Message:
 
 
 class SqsDestination(Broker):
-    """Sends events to an SQS queue, those that come together in one request."""
+    """Sends events to an SQS queue; events that arrive together share a request."""
 
     concurrency = MAX_ENTRIES * MAX_BATCHES
 
@@ -148,16 +147,16 @@ class SqsDestination(Broker):
             shown=self._queue.url,
             max_in_flight=MAX_BATCHES,
             max_messages=MAX_ENTRIES,
-            max_bytes=MAX_BATCH,
+            max_bytes=MAX_BATCH_BYTES,
             timeout=settings.timeout,
         )
         self._clients = contextlib.AsyncExitStack()
         self._client: Any = None
         self._opening = asyncio.Lock()
-        self._max_message = MAX_MESSAGE
+        self._message_limit = MAX_MESSAGE_BYTES
 
     async def check(self) -> None:
-        """Ask for the queue's attributes."""
+        """Request the queue's attributes, and warn if it takes only small messages."""
         if self._batches.closed:
             raise closed_failure()
         try:
@@ -167,29 +166,29 @@ class SqsDestination(Broker):
                     QueueUrl=self._queue.url, AttributeNames=["MaximumMessageSize"]
                 )
         except (TimeoutError, BotoCoreError, ClientError) as error:
-            raise self._failed(error) from error
-        self._max_message = int(answer.get("Attributes", {}).get("MaximumMessageSize", MAX_MESSAGE))
-        if self._max_message < MAX_BATCH:
+            raise self._failure_from(error) from error
+        self._message_limit = int(answer.get("Attributes", {}).get("MaximumMessageSize", MAX_MESSAGE_BYTES))
+        if self._message_limit < MAX_BATCH_BYTES:
             self._warn_of_losses(
-                f"larger messages than {self._max_message} bytes are rejected: raise MaximumMessageSize"
+                f"larger messages than {self._message_limit} bytes are rejected: raise MaximumMessageSize"
             )
 
     async def publish(self, event: CloudEvent) -> None:
-        """Send the event and return when the service has answered that it has it."""
+        """Send the event and return when the service has confirmed it."""
         message = _encode(event, is_fifo=self._queue.is_fifo)
         await self._batches.publish(message, message.size)
 
     async def close(self) -> None:
-        """Send what waits, which the timeout bounds, and close the connections."""
+        """Send the events that wait, which the timeout bounds, and close the connections."""
         await self._batches.close()
         await self._clients.aclose()
 
     async def _open(self) -> Any:
-        """Return the client, once there are credentials for it. Raises what the library raises."""
+        """Return the client, once there are credentials for it. Raises the library's errors."""
         async with self._opening:
             if self._client is None:
                 session = get_session()
-                # A client that is made without keeps none for ever.
+                # A client that is made without credentials never reads them later.
                 if await session.get_credentials() is None:
                     raise NoCredentialsError
                 self._client = await self._clients.enter_async_context(
@@ -203,7 +202,7 @@ class SqsDestination(Broker):
             return self._client
 
     async def _send(self, batch: Sequence[_Message]) -> list[Failure | None]:
-        """Send a batch and return one outcome per message."""
+        """Send a batch and return a failure or None for each message."""
         try:
             client = await self._open()
             answer = await client.send_message_batch(
@@ -212,26 +211,29 @@ class SqsDestination(Broker):
             )
         except ClientError as error:
             if _code(error) not in _ABOUT_A_MESSAGE:
-                return [self._failed(error)] * len(batch)
+                return [self._failure_from(error)] * len(batch)
             if len(batch) == 1:
-                return [self._judge(_code(error), "", batch[0])]
-            # One of them has spoilt it for all, and nobody says which.
+                return [self._rejection(_code(error), "", batch[0])]
+            # One message has failed the batch, and the service does not say which.
             alone = await asyncio.gather(*(self._send([message]) for message in batch))
             return [outcome for [outcome] in alone]
         except BotoCoreError as error:
-            return [self._failed(error)] * len(batch)
+            return [self._failure_from(error)] * len(batch)
+        return self._read_answer(answer, batch)
+
+    def _read_answer(self, answer: Mapping[str, Any], batch: Sequence[_Message]) -> list[Failure | None]:
         outcomes: dict[str, Failure | None] = {each["Id"]: None for each in answer.get("Successful", ())}
         for each in answer.get("Failed", ()):
             message = batch[int(each["Id"])]
-            outcomes[each["Id"]] = self._judge(each.get("Code", ""), each.get("Message", ""), message)
-        silence = PublishFailed(f"{self._queue.url}: not confirmed", reason="unconfirmed")
-        return [outcomes.get(str(number), silence) for number in range(len(batch))]
+            outcomes[each["Id"]] = self._rejection(each.get("Code", ""), each.get("Message", ""), message)
+        unconfirmed = PublishFailed(f"{self._queue.url}: not confirmed", reason="unconfirmed")
+        return [outcomes.get(str(number), unconfirmed) for number in range(len(batch))]
 
-    def _failed(self, error: TimeoutError | BotoCoreError | ClientError) -> PublishFailed:
+    def _failure_from(self, error: TimeoutError | BotoCoreError | ClientError) -> PublishFailed:
         url = self._queue.url
         if isinstance(error, ClientError):
-            # Its text may quote what was signed, session token and all.
-            reason, advice = _ADVICE.get(_code(error), ("refused", "the request is refused"))
+            # Its text may quote the signed headers, with the session token.
+            reason, advice = _ADVICE.get(_code(error), ("refused", "the service rejects the request"))
             return PublishFailed(f"{url}: {quoted(_code(error), 64)}: {advice}", reason=reason)
         if isinstance(error, TimeoutError):
             return PublishFailed(f"{url} did not answer within {self._batches.timeout:g} s", reason="timeout")
@@ -241,12 +243,12 @@ class SqsDestination(Broker):
         is_late = isinstance(error, ConnectTimeoutError | ReadTimeoutError)
         return PublishFailed(f"{url}: {cause(error)}", reason="timeout" if is_late else "connection")
 
-    def _judge(self, code: str, text: str, message: _Message) -> Failure:
-        """Return what the refusal of one message means."""
+    def _rejection(self, code: str, text: str, message: _Message) -> Failure:
+        """Return the failure of one rejected message."""
         url = self._queue.url
         if code == "InvalidMessageContents":
-            return PublishRejected(f"{url} takes no such text", reason="content")
-        if code in _ABOUT_A_MESSAGE and (code == "BatchRequestTooLong" or message.size > self._max_message):
+            return PublishRejected(f"{url} rejects the characters of the text", reason="content")
+        if code in _ABOUT_A_MESSAGE and (code == "BatchRequestTooLong" or message.size > self._message_limit):
             return PublishRejected(f"{url} takes no message of {message.size} bytes", reason="too_large")
         reason, advice = _ADVICE.get(code, ("refused", quoted(text)))
         return PublishFailed(f"{url}: {quoted(code, 64)}: {advice}", reason=reason)
@@ -268,21 +270,21 @@ def _encode(event: CloudEvent, *, is_fifo: bool) -> _Message:
     size = len(body) + sum(
         len(name) + len("String") + len(value.encode("utf-8", "surrogatepass")) for name, value in ids.items()
     )
-    if size > MAX_MESSAGE:
+    if size > MAX_MESSAGE_BYTES:
         raise PublishRejected(
-            f"SQS takes messages of at most {MAX_MESSAGE} bytes, not of {size}", reason="too_large"
+            f"SQS takes messages of at most {MAX_MESSAGE_BYTES} bytes, not of {size}", reason="too_large"
         )
     return _Message(fields=fields, size=size)
 
 
 def _code(error: ClientError) -> str:
-    """Return the error's name; older protocols put a name space before it."""
+    """Return the error's name, without the namespace of older protocols."""
     code: str = error.response.get("Error", {}).get("Code", "")
     return code.rpartition(".")[2]
 
 
 def _fifo_id(text: str) -> str:
-    """Return the text where SQS takes it for a group or an id, and its digest where not."""
+    """Return the text if SQS takes it as a group or an id, or else its digest."""
     return (
         text
         if _FIFO_ID.fullmatch(text)
@@ -299,35 +301,44 @@ def _parse(settings: DestinationSettings) -> _Queue:
         url = split_url(text, port=443, options={"endpoint", "region"})
         [(host, port)] = url.hosts
         endpoint = url.options.get("endpoint", f"https://{host}:{port}".removesuffix(":443"))
-        if not _is_endpoint(endpoint):
-            raise ValueError("not an endpoint")
-        found = _REGION.fullmatch(host)
-        in_host = (found["new"] or found["old"]) if found else ""
-        region = url.options.get("region", in_host or aws_region(os.environ))
+        region = url.options.get("region", _region_of(host) or aws_region(os.environ))
         path = _AMAZON_PATH if _AMAZON.fullmatch(host) else _PATH
-        if url.user is not None or not path.fullmatch(url.path) or not _REGION_NAME.fullmatch(region):
-            raise ValueError("no login, but an account, a queue and a region")
-    if "endpoint" not in url.options and (configured := aws_endpoint(os.environ, "SQS")):
-        if not _is_endpoint(configured):
-            raise SettingsError(
-                f"destination {settings.name!r}: AWS_ENDPOINT_URL_SQS or AWS_ENDPOINT_URL: write "
-                "https://host, or http://host:port for a server of your own; no user, password and query"
-            )
-        endpoint = configured
+        if not _is_endpoint(endpoint) or not _REGION_NAME.fullmatch(region):
+            raise ValueError("no endpoint or no region")
+        if url.user is not None or not path.fullmatch(url.path):
+            raise ValueError("a login, or no account and queue")
+    if "endpoint" not in url.options:
+        endpoint = _configured_endpoint(settings) or endpoint
     endpoint = endpoint.removesuffix("/")
     return _Queue(url=endpoint + url.path, endpoint=endpoint, region=region)
+
+
+def _region_of(host: str) -> str:
+    found = _REGION.fullmatch(host)
+    return (found["new"] or found["old"]) if found else ""
+
+
+def _configured_endpoint(settings: DestinationSettings) -> str | None:
+    """Return the endpoint that the environment names, if any. Raises SettingsError if it is not a URL."""
+    endpoint = aws_endpoint(os.environ, "SQS")
+    if endpoint and not _is_endpoint(endpoint):
+        raise SettingsError(
+            f"destination {settings.name!r}: AWS_ENDPOINT_URL_SQS or AWS_ENDPOINT_URL: write "
+            "https://host, or http://host:port for a server of your own; no user, password and query"
+        )
+    return endpoint
 
 
 def _client_options(settings: DestinationSettings) -> dict[str, Any]:
     """Return the client's options. Raises SettingsError for TLS files that cannot be used."""
     config: dict[str, Any] = {
-        "connect_timeout": step_timeout(CONNECT_TIMEOUT, settings.timeout),
-        "read_timeout": step_timeout(READ_TIMEOUT, settings.timeout),
-        "retries": {"mode": "standard", "total_max_attempts": TRIES},
+        "connect_timeout": step_timeout(CONNECT_SECONDS, settings.timeout),
+        "read_timeout": step_timeout(READ_SECONDS, settings.timeout),
+        "retries": {"mode": "standard", "total_max_attempts": MAX_ATTEMPTS},
     }
     verify: str | None = None
     if (files := settings.tls) is not None:
-        # The client takes no context, only paths; whether they can be used is found out now.
+        # The client takes paths, not a context. Open them now, so that an unusable file is an error at start.
         open_tls(settings)
         verify = files.ca
         if files.certificate is not None:

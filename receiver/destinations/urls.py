@@ -1,4 +1,4 @@
-"""URLs of brokers: their parts, checked as far as all kinds agree."""
+"""URLs of brokers: their parts, with the checks that all kinds share."""
 
 import contextlib
 import re
@@ -20,13 +20,13 @@ _HOST: Final = re.compile(
 
 @dataclass(frozen=True, kw_only=True)
 class BrokerUrl:
-    """The parts of a URL, unquoted. `user` and `password` are None where the URL has none."""
+    """The parts of a URL, unquoted. `user` and `password` are None if the URL has none."""
 
     scheme: str
     user: str | None
     password: str | None = field(repr=False)
     hosts: tuple[tuple[str, int], ...]
-    """Names or addresses with their ports, in small letters; IPv6 in brackets."""
+    """Names or addresses with their ports, in lower case; IPv6 in brackets."""
     path: str
     options: Mapping[str, str]
 
@@ -37,17 +37,17 @@ class BrokerUrl:
 
 
 def split_url(text: str, *, port: int, options: Collection[str] = ()) -> BrokerUrl:
-    """Take a URL apart; `port` is the default. Raises ValueError for what no broker's URL is."""
+    """Take a URL apart; `port` is the default. Raises ValueError if it cannot be the URL of a broker."""
     parts = urlsplit(text)
     pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     query = dict(pairs)
     login, at, hosts = parts.netloc.rpartition("@")
     user, colon, password = login.partition(":")
-    # An @ after the host is a password that was not escaped.
+    # If there is an @ after the host, a password was not escaped.
     if parts.fragment or "@" in parts.path or (at and not login):
         raise ValueError("not a broker's URL")
     if len(query) != len(pairs) or not query.keys() <= set(options):
-        raise ValueError("an unknown parameter, or one that is given twice")
+        raise ValueError("an unknown or repeated parameter")
     return BrokerUrl(
         scheme=parts.scheme,
         user=unquote(user) if at else None,
@@ -60,7 +60,7 @@ def split_url(text: str, *, port: int, options: Collection[str] = ()) -> BrokerU
 
 @contextlib.contextmanager
 def usable_url(settings: DestinationSettings, example: str) -> Iterator[str]:
-    """Yield the URL; raise an error about it as SettingsError, which has an example and never the URL."""
+    """Yield the URL. If it is invalid raise SettingsError, which has an example and never the URL."""
     try:
         yield settings.url.get_secret_value()
     except (TypeError, ValueError):

@@ -155,11 +155,11 @@ async def test_tls_of_kafka(fronts: Fronts, monkeypatch: pytest.MonkeyPatch) -> 
 
     The brokers of the mock cluster advertise addresses without TLS, so that no event can follow.
     """
-    monkeypatch.setattr(kafka_module, "START_TIMEOUT", 0.5)
+    monkeypatch.setattr(kafka_module, "START_SECONDS", 0.5)
     with Kafka() as cluster:
         port = fronts.before(int(cluster.address.partition(",")[0].rpartition(":")[2]))
         url, ca, certificate = f"kafka://127.0.0.1:{port}/events?security=ssl", fronts.server, fronts.client
-        answers = "answers, but does not get ready"
+        answers = "answers, but the producer cannot start"
         assert answers in await outcome(open_url(url, tls={"ca": str(ca), "certificate": str(certificate)}))
         for tls in ({"ca": str(ca)}, {"certificate": str(certificate)}):
             assert answers not in await outcome(open_url(url, tls=tls))

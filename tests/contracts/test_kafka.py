@@ -19,11 +19,11 @@ from support.servers_kafka_sqs import INIT_PRODUCER_ID, PRODUCE, Kafka, Record
 from receiver.destinations import Destination
 from receiver.destinations import kafka as kafka_module
 from receiver.destinations.base import encode
-from receiver.destinations.kafka import BATCH, KafkaDestination
+from receiver.destinations.kafka import BATCH_BYTES, KafkaDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
-LARGE = {"fill": "x" * BATCH}
+LARGE = {"fill": "x" * BATCH_BYTES}
 
 CORRUPT_MESSAGE = 2
 UNKNOWN_TOPIC = 3
@@ -38,7 +38,7 @@ OUT_OF_ORDER_SEQUENCE = 45
 INVALID_PRODUCER_EPOCH = 47
 SASL_AUTHENTICATION_FAILED = 58
 UNKNOWN_PRODUCER_ID = 59
-SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.5, "kafka.START_TIMEOUT": 1.0, "kafka.REQUEST_TIMEOUT": 0.5}
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.5, "kafka.START_SECONDS": 1.0, "kafka.REQUEST_SECONDS": 0.5}
 
 
 @pytest.fixture
@@ -320,7 +320,7 @@ async def test_close_cuts_what_a_frozen_broker_does_not_read(
     kafka: Kafka, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E16: closing does not wait until a hanging broker has read what was written to it."""
-    monkeypatch.setattr(kafka_module, "CLOSE_TIMEOUT", 20.0)
+    monkeypatch.setattr(kafka_module, "CLOSE_SECONDS", 20.0)
     await destination.publish(make_event())
     kafka.freeze()
     publish = asyncio.create_task(destination.publish(make_event({"fill": "x" * 16 * 1024 * 1024})))

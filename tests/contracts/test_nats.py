@@ -24,13 +24,13 @@ from support.servers_redis_nats import Nats
 
 from receiver.destinations import Destination
 from receiver.destinations import nats as nats_module
-from receiver.destinations.jetstream import describe_losses
+from receiver.destinations.jetstream import loss_warning
 from receiver.destinations.nats import NatsDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 numbers = count()
-SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "nats.OPEN_TIMEOUT": 0.9, "nats.API_TIMEOUT": 0.3}
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "nats.OPEN_SECONDS": 0.9, "nats.API_SECONDS": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -592,7 +592,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         destination = open_url(server.url("subject=events&stream=EVENTS"))
         with monkeypatch.context() as patch:
             # The client waits for a connection that it has replaced by one with TLS.
-            patch.setattr(nats_module, "OPEN_TIMEOUT", 2.0)
+            patch.setattr(nats_module, "OPEN_SECONDS", 2.0)
             with pytest.raises(PublishFailed, match="CERTIFICATE_VERIFY_FAILED"):
                 await destination.publish(make_event())
         monkeypatch.setenv("SSL_CERT_FILE", str(path))
@@ -642,9 +642,9 @@ async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noq
         ({"retention": RetentionPolicy.INTEREST}, "acknowledges each event and keeps none"),
         ({"max_msgs_per_subject": 1}, "keeps the last 1 events only"),
         ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, "keeps the last 1 events only"),
-        ({"max_msgs": 1}, "keeps the last 1 events only (max_msgs), read or not; a power cut"),
+        ({"max_msgs": 1}, "keeps the last 1 events only (max_msgs), even if they are unread; a power cut"),
         ({"max_bytes": 1000}, "the last 1000 bytes only (max_bytes)"),
-        ({"max_age": 60}, "keeps events for 60 s only (max_age), read or not"),
+        ({"max_age": 60}, "keeps events for 60 s only (max_age), even if they are unread"),
         ({"max_age": 60, "discard": DiscardPolicy.NEW}, "events for 60 s only (max_age)"),
         (
             {"max_msgs": 2, "max_msgs_per_subject": 1, "storage": StorageType.MEMORY},
@@ -686,7 +686,7 @@ async def test_limits_are_warned_of_exactly_if_they_drop(
     await admin.jsm().add_stream(name=name, subjects=[name], **settings)
     with capture_logs() as logs:
         await destination.check()
-    assert ["read or not" in entry["problem"] for entry in logs] == [kept]
+    assert ["even if they are unread" in entry["problem"] for entry in logs] == [kept]
     outcomes = [await outcome(destination) for _ in range(4)]
     stored = (await admin.jsm().stream_info(name)).state.messages
     assert (outcomes.count("delivered") > stored) == kept
@@ -701,7 +701,9 @@ async def test_retention_by_days_is_told_and_not_warned_of(
     with capture_logs() as logs:
         await destination.check()
     assert [entry.get("seconds") for entry in logs if entry["log_level"] == "info"] == [7 * 86_400]
-    assert ["read or not" in entry["problem"] for entry in logs if entry["log_level"] == "warning"] == [False]
+    assert [
+        "even if they are unread" in entry["problem"] for entry in logs if entry["log_level"] == "warning"
+    ] == [False]
 
 
 async def test_a_consumer_is_found_among_hundreds(admin: Client, destination: Destination, name: str) -> None:
@@ -749,7 +751,7 @@ def test_replicated_stream_is_not_warned_of() -> None:
     """E2: a stream in files with several replicas needs no warning."""
     config = nats.js.api.StreamConfig(storage=StorageType.FILE, num_replicas=3)
     state = nats.js.api.StreamState(messages=0, bytes=0, first_seq=0, last_seq=0, consumer_count=0)
-    assert describe_losses(nats.js.api.StreamInfo(config=config, state=state), "subject") is None
+    assert loss_warning(nats.js.api.StreamInfo(config=config, state=state), "subject") is None
 
 
 async def test_ids_that_are_no_text(destination: Destination) -> None:
@@ -823,13 +825,13 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     """E1: each part of the URL reaches the client, unquoted."""
     destination = open_url(url)
     assert isinstance(destination, NatsDestination)
-    place = destination._place
+    address = destination._address
     assert (
-        place.servers,
-        place.user,
-        place.password,
-        place.token,
-        place.subject,
-        place.stream,
+        address.servers,
+        address.login.user,
+        address.login.password,
+        address.login.token,
+        address.subject,
+        address.stream,
     ) == expected
     await destination.close()

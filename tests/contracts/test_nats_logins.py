@@ -112,7 +112,7 @@ async def test_credentials(operator: Operator, tmp_path: Path) -> None:
     other = Operator(server=operator.server, account=Key(ACCOUNT))
     failure = await outcome(operator.server.url(f"{PLACE}&creds={other.write_credentials(path)}"))
     assert failure.startswith("auth: ")
-    assert "refuses the creds file of the URL" in failure
+    assert "rejects the creds file of the URL" in failure
     for secret in (word for word in content if word.startswith(("SU", "eyJ"))):
         assert secret not in mask(f"the server says {secret}")
 
@@ -136,7 +136,7 @@ async def test_nkey(tmp_path: Path) -> None:
         path.write_text(f"{user.seed}\n")
         assert await outcome(server.url(f"{PLACE}&nkey={path}")) == "delivered"
         path.write_text(Key(USER).seed)
-        assert "refuses the nkey file of the URL" in await outcome(server.url(f"{PLACE}&nkey={path}"))
+        assert "rejects the nkey file of the URL" in await outcome(server.url(f"{PLACE}&nkey={path}"))
 
 
 @pytest.mark.parametrize("name", ["creds", "nkey"])

@@ -31,7 +31,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 QUORUM: Any = {"x-queue-type": "quorum"}
-SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 0.6, "rabbitmq.OPEN_TIMEOUT": 0.5, "rabbitmq.CLOSE_TIMEOUT": 0.2}
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 0.6, "rabbitmq.OPEN_SECONDS": 0.5, "rabbitmq.CLOSE_SECONDS": 0.2}
 
 
 @pytest.fixture
@@ -551,7 +551,7 @@ async def test_heartbeats(
     server: RabbitMq, relay: Relay, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E4: a connection that falls silent is given up before its publishes time out; none seems cancelled."""
-    monkeypatch.setattr(rabbitmq_module, "HEARTBEAT", 2)
+    monkeypatch.setattr(rabbitmq_module, "HEARTBEAT_SECONDS", 2)
     monkeypatch.setattr(Connection, "HEARTBEAT_GRACE_MULTIPLIER", 0.3)
     destination = open_url(server.url(f"?queue={queue}", port=relay.port))
     await destination.publish(make_event())
@@ -731,7 +731,7 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     """E1: each part of the URL reaches the client, unquoted."""
     destination = open_url(url)
     assert isinstance(destination, RabbitmqDestination)
-    place = destination._place
+    place = destination._address
     [node] = place.nodes
     target = URL(node.url.get_secret_value())
     assert (

@@ -57,7 +57,7 @@ async def test_the_next_node_takes_over(server: RabbitMq) -> None:
 
 async def test_nodes_that_are_down_or_silent(server: RabbitMq, monkeypatch: pytest.MonkeyPatch) -> None:
     """E4: a node that is down and one that says nothing leave time for the one that works."""
-    monkeypatch.setattr(rabbitmq_module, "OPEN_TIMEOUT", 6.0)
+    monkeypatch.setattr(rabbitmq_module, "OPEN_SECONDS", 6.0)
     queue = f"events-{uuid4()}"
     left = asyncio.Event()
 

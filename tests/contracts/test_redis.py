@@ -26,7 +26,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
 numbers = count()
-SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "redis.BATCH_TIMEOUT": 0.4, "redis.CONNECT_TIMEOUT": 0.3}
+SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "redis.ROUND_TRIP_SECONDS": 0.4, "redis.CONNECT_SECONDS": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -613,14 +613,14 @@ async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     """E1: each part of the URL reaches the client, unquoted."""
     destination = open_url(url)
     assert isinstance(destination, redis_module.RedisDestination)
-    place = destination._place
+    address = destination._address
     assert (
-        place.hosts,
-        place.user,
-        place.password,
-        place.tls,
-        place.database,
-        place.stream,
-        place.maxlen,
+        address.hosts,
+        address.user,
+        address.password,
+        address.tls,
+        address.database,
+        address.stream,
+        address.maxlen,
     ) == expected
     await destination.close()

@@ -101,7 +101,7 @@ async def test_failover(pair: Pair, cause: str) -> None:
 
 async def test_sentinels_that_are_away(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """E4: a primary that works gets events while no sentinel answers."""
-    monkeypatch.setattr(redis_module, "PRIMARY_INTERVAL", 0.0)
+    monkeypatch.setattr(redis_module, "PRIMARY_SECONDS", 0.0)
     destination = open_url(pair.url())
     await destination.publish(make_event())
     pair.sentinel.crash()

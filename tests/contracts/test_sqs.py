@@ -16,7 +16,13 @@ from support.servers_kafka_sqs import ACCOUNT, CREDENTIALS, REGION, Sqs
 
 from receiver.destinations import Destination
 from receiver.destinations.base import encode
-from receiver.destinations.sqs import MAX_BATCH, MAX_BATCHES, MAX_ENTRIES, MAX_MESSAGE, SqsDestination
+from receiver.destinations.sqs import (
+    MAX_BATCH_BYTES,
+    MAX_BATCHES,
+    MAX_ENTRIES,
+    MAX_MESSAGE_BYTES,
+    SqsDestination,
+)
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
@@ -230,7 +236,7 @@ async def test_batches_are_small_enough(service: Service, destination: Destinati
     await asyncio.gather(*(destination.publish(make_event({"fill": "x" * size})) for size in sizes))
     lengths = [[len(entry["MessageBody"]) for entry in batch] for batch in service.batches]
     assert sorted(map(len, lengths)) == [1, 2, 2, 2]
-    assert all(len(batch) == 1 or sum(batch) <= MAX_BATCH for batch in lengths)
+    assert all(len(batch) == 1 or sum(batch) <= MAX_BATCH_BYTES for batch in lengths)
 
 
 # The client advises against requests of more than 1 MiB, at which SQS still takes them.
@@ -239,7 +245,10 @@ async def test_largest_message(server: Sqs, queue: str) -> None:
     """E7: a message of exactly the service's size arrives; one byte more is refused for good, unsent."""
     destination = open_url(await asyncio.to_thread(server.create_queue, queue))
     spare = (
-        MAX_MESSAGE - len(encode(make_event({"fill": ""}))) - 2 * (36 + len("String")) - len("iddeliveryid")
+        MAX_MESSAGE_BYTES
+        - len(encode(make_event({"fill": ""})))
+        - 2 * (36 + len("String"))
+        - len("iddeliveryid")
     )
     await destination.publish(make_event({"fill": "x" * spare}))
     with pytest.raises(PublishRejected) as caught:
@@ -322,7 +331,7 @@ async def test_one_message_spoils_no_batch(service: Service, destination: Destin
         ("KmsAccessDenied", "permission", "key"),
         ("ExpiredTokenException", "auth", "AWS_ACCESS_KEY_ID"),
         ("InvalidSignatureException", "auth", "clock"),
-        ("ThrottlingException", "throttled", "slow down"),
+        ("ThrottlingException", "throttled", "throttles"),
         ("SomethingNew", "refused", "SomethingNew"),
         ("InvalidParameterValue", "refused", "InvalidParameterValue"),
     ],
@@ -411,7 +420,7 @@ async def test_dead_connection_is_no_failure(service: Service, destination: Dest
     assert len(service.batches) == 2
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("destination", "impatient")
 async def test_service_that_hangs(service: Service, destination: Destination) -> None:
     """E4: when the service hangs each publish fails in time, and afterwards the same destination works."""
     service.gate.clear()
@@ -429,7 +438,7 @@ async def test_service_that_hangs(service: Service, destination: Destination) ->
     await destination.publish(make_event())
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("destination", "impatient")
 async def test_close_while_the_service_hangs(service: Service, destination: Destination) -> None:
     """E16: closing is bounded, and leaves nothing behind."""
     service.gate.clear()
@@ -444,7 +453,7 @@ async def test_close_while_the_service_hangs(service: Service, destination: Dest
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-@pytest.mark.usefixtures("impatient")
+@pytest.mark.usefixtures("destination", "impatient")
 async def test_no_publish_is_left_behind(
     service: Service, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:

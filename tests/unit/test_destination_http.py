@@ -23,8 +23,8 @@ from support.kinds_base import Answer, HttpSink, Received, make_event, open_url
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, base, open_destination
 from receiver.destinations import http as http_module
-from receiver.destinations.answers import MAX_HEAD
-from receiver.destinations.http import MAX_ANSWER
+from receiver.destinations.answers import MAX_HEAD_BYTES
+from receiver.destinations.http import MAX_ANSWER_BYTES
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
@@ -394,7 +394,7 @@ async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destina
     sink.answer = respond
     await destination.publish(make_event())
     # What is above the limit sits in the buffers of the two sockets.
-    assert MAX_ANSWER < sent < MAX_ANSWER + 16 * 1024 * 1024
+    assert MAX_ANSWER_BYTES < sent < MAX_ANSWER_BYTES + 16 * 1024 * 1024
 
 
 async def test_compressed_answer_is_not_inflated(sink: HttpSink, destination: Destination) -> None:
@@ -505,7 +505,7 @@ async def test_what_is_no_answer_is_told_so(sink: HttpSink, destination: Destina
     """E1: bytes that are no answer of HTTP fail at once, with words that are true of them."""
     for answer in (b"220 ready\r\n", b"ICY 200 OK\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"\x15\x03\x01\x00"):
         sink.answer = raw(answer, close=close)
-        with pytest.raises(PublishFailed, match="no final status line in what came") as caught:
+        with pytest.raises(PublishFailed, match="no final status line in the answer") as caught:
             await destination.publish(make_event())
         assert caught.value.reason == "connection"
 
@@ -516,7 +516,7 @@ ANNOUNCEMENTS = {
     "without fields": b"HTTP/1.1 100 Continue\r\n\r\n",
     "of another version": b"HTTP/1.2 102\n\n",
     "many": b"HTTP/1.1 103 Early Hints\r\nlink: </a>\r\n\r\n" * 5000,
-    "long": b"HTTP/1.1 103 Early Hints\r\nlink: " + b"x" * 2 * MAX_HEAD + b"\r\n\r\n",
+    "long": b"HTTP/1.1 103 Early Hints\r\nlink: " + b"x" * 2 * MAX_HEAD_BYTES + b"\r\n\r\n",
 }
 
 

@@ -163,7 +163,7 @@ class Slow(MemoryDestination):
 
 async def test_a_destination_that_does_not_start_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """E4: one that fails to start, for whatever reason, or takes too long is down, and the others work."""
-    monkeypatch.setattr(destinations, "START_TIMEOUT", 0.05)
+    monkeypatch.setattr(destinations, "START_SECONDS", 0.05)
     made: dict[str, Destination] = {
         "hangs": Slow(None),
         "wrong": Slow(SettingsError("our own words")),
