@@ -50,8 +50,8 @@ class SandboxOptions:
     lost_answer_rate: Annotated[float, Switch(help="share of submits done but answered 504", high=1)] = 0.0
     fail_rate: Annotated[float, Switch(help="share of generations that fail", high=1)] = 0.0
 
-    webhook_attempts: Annotated[int, Switch(help="tries per webhook", low=1, high=20)] = 6
-    webhook_backoff: Annotated[float, Switch(help="seconds before the second try, doubling from there")] = 1.0
+    webhook_attempts: Annotated[int, Switch(help="attempts per webhook", low=1, high=20)] = 6
+    webhook_backoff: Annotated[float, Switch(help="seconds before the second attempt, then doubled")] = 1.0
     webhook_timeout: Annotated[float, Switch(help="seconds that a receiver has to answer", low=0.001)] = 10.0
     webhook_first: Annotated[bool, Switch(help="deliver the webhook, then answer the submit")] = False
     webhook_loss_rate: Annotated[float, Switch(help="share of webhooks never sent", high=1)] = 0.0
