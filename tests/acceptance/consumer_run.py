@@ -1,4 +1,4 @@
-"""Run a documented consumer with a `handle`, note what it does, and kill it where an event asks for that."""
+"""Run a documented consumer with a `handle`, log its steps, and kill it if an event asks for that."""
 
 import builtins
 import json
@@ -15,13 +15,13 @@ current: dict[str, Any] = {}
 
 
 def note(file: str, text: str) -> None:
-    """Add a line to a file of the test."""
+    """Append a line to a file of the test."""
     with Path(file).open("a", encoding="utf-8") as lines:
         lines.write(f"{text}\n")
 
 
 def die_if_asked(moment: str) -> None:
-    """Die as of SIGKILL where the current event asks for it, once."""
+    """Die as if by SIGKILL, once, if the current event asks for it."""
     mark = Path(f"died-{current.get('id')}")
     if current.get("data", {}).get("die") == moment and not mark.exists():
         mark.touch()
@@ -32,7 +32,7 @@ class Database(sqlite3.Connection):
     """The consumer's database."""
 
     def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
-        """Note every event that is looked up."""
+        """Log every event that is looked up."""
         if "INTO seen" in sql:
             note("offered", parameters[0])
         return super().execute(sql, parameters)
@@ -42,7 +42,7 @@ class Database(sqlite3.Connection):
         die_if_asked("after the commit")
 
     def handle(self, event: Mapping[str, Any]) -> None:
-        """Keep the event; that is the work."""
+        """Keep the event; this is the consumer's work."""
         current.clear()
         current.update(event)
         note("calls", event["id"])
@@ -51,7 +51,7 @@ class Database(sqlite3.Connection):
 
 
 def connect(name: str) -> Database:
-    """Open the database and make its `handle` the consumer's."""
+    """Open the database and replace the consumer's `handle`."""
     database = plain_connect(name, factory=Database)
     database.execute("CREATE TABLE IF NOT EXISTS work (event TEXT)")
     vars(builtins)["handle"] = database.handle
@@ -63,7 +63,7 @@ vars(sqlite3)["connect"] = connect
 if "aiokafka" in Path(sys.argv[1]).read_text(encoding="utf-8"):
     import aiokafka
 
-    # A group waits so long for a member that was killed.
+    # A consumer group waits that long for a member that was killed.
     waits = {"session_timeout_ms": 1500, "heartbeat_interval_ms": 400}
     aiokafka.AIOKafkaConsumer.__init__.__kwdefaults__.update(waits)
 runpy.run_path(sys.argv[1], run_name="__main__")

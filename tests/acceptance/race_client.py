@@ -1,6 +1,6 @@
-"""One client process of the race: posts every id many times at once and prints how often each answer came.
+"""One client process of the race: posts every id many times in parallel and counts the answers.
 
-Plain sockets, because a full HTTP client would take more of the processor than the receivers.
+It uses plain sockets: a full HTTP client would take more of the processor than the receivers.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ CONCURRENCY = 32
 
 
 async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> str:
-    """Send one request on a connection that is kept alive, and return the answer as `status outcome`."""
+    """Send one request on a kept-alive connection, and return the answer as `status outcome`."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
     length = int(head.split("content-length: ")[1].split("\r\n")[0])
@@ -23,7 +23,7 @@ async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
 
 
 async def main(ids: int, ports: list[int]) -> None:
-    """Post each of `ids` events CONCURRENCY times at once, in turns to the ports."""
+    """Post each of `ids` events CONCURRENCY times in parallel, alternating between the ports."""
     connections = [
         await asyncio.open_connection("127.0.0.1", ports[number % len(ports)])
         for number in range(CONCURRENCY)

@@ -1,4 +1,4 @@
-"""The benchmarks run as printed, on small sizes: figures that nobody can get again are none."""
+"""The printed benchmark commands run, on small sizes, so that readers can repeat the figures."""
 
 import importlib
 import itertools
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments: str) -> str:
-    """Run a benchmark and return what it printed."""
+    """Run a benchmark and return its output."""
     done = subprocess.run(
         [sys.executable, *arguments],
         env=unmeasured(command_environment()),
@@ -32,7 +32,7 @@ def run(*arguments: str) -> str:
 
 
 def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
-    """The sides are measured, every ack is accounted for, and the page gets its table and its chart."""
+    """Both sides are measured, every ack is accounted for, and the page gets its table and its chart."""
     require("postgresql", "wrk", "strace")
     shutil.copy(ROOT / "docs" / "performance.md", tmp_path)
     sides = ("sqlite", "naive-sqlite", "node-postgresql", "express-postgresql")
@@ -55,7 +55,7 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
 
 
 def test_disturbed_runs_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A run in which other processes used the CPU is repeated and told; after many the benchmark ends."""
+    """If other processes used the CPU, a run is repeated with a note; after too many the benchmark ends."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     ingest = importlib.import_module("ingest")
     bench = ingest.Bench(None, tmp_path, None, 0.3)
@@ -86,7 +86,7 @@ def test_latency_is_measured() -> None:
 
 
 def test_growth_is_measured_and_explained() -> None:
-    """Both databases have their rows with a ratio in each, and no plan goes through a whole table."""
+    """Both databases have their rows with a ratio in each, and no plan scans a whole table."""
     require("postgresql", "wrk")
     sizes = "--events 3000 --sqlite-events 3000 --small 500 --rounds 1 --seconds 1"
     figures, _, explained = run("benchmarks/growth.py", *sizes.split()).partition("\n-- ")
@@ -99,13 +99,13 @@ def test_growth_is_measured_and_explained() -> None:
             assert what in measured
         _, _, claim = explained.partition(f"{database}, 3,000 events: claim: ")
         assert "ix_deliveries_due" in claim.partition("\n-- ")[0]
-    # PostgreSQL reads a small table whole, and SQLite, which counts no rows, plans for many as it does here.
+    # PostgreSQL scans a small table, and SQLite, which keeps no row counts, plans for many rows as for these.
     tables = ("events", "receipts", "media", "deliveries", "attempts", "jobs")
     assert not {f"SCAN {table}" for table in tables} & {line.strip() for line in explained.splitlines()}
 
 
 def test_memory_is_measured() -> None:
-    """Each turn has a row with the memory of both processes, and every event has arrived."""
+    """Each round has a row with the memory of both processes, and every event has arrived."""
     require("postgresql", "wrk")
     start, *rows = run("benchmarks/soak.py", "--events", "500", "--seconds", "1").splitlines()[2:]
     assert start.startswith("| 0 | | | ")
@@ -119,7 +119,7 @@ def test_memory_is_measured() -> None:
 
 
 def test_publishing_is_measured() -> None:
-    """A kind of destination has a row with both sides and their ratio."""
+    """Each kind of destination has a row with both sides and their ratio."""
     require("postgresql")
     printed = run("benchmarks/publish.py", "--kinds", "file", "--count", "200", "--rounds", "1")
     name, alone, outbox, ratio, _ = printed.splitlines()[-1].strip("| ").split(" | ")

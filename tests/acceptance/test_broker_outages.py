@@ -1,4 +1,4 @@
-"""Brokers that freeze and are killed under load, beside a receiver and a destination that are well."""
+"""Brokers that freeze and are killed under load, beside a healthy receiver and a healthy destination."""
 
 import asyncio
 import http.client
@@ -23,7 +23,7 @@ from support.servers_rabbitmq import RabbitMq
 from support.servers_redis_nats import Broker, Nats, Redis
 
 FROZEN = float(os.environ.get("RECEIVER_TEST_FROZEN_SECONDS", "25"))
-"""Seconds for which each broker is stopped with SIGSTOP: longer than a publish may take, which is 15 s."""
+"""Seconds for which each broker is stopped with SIGSTOP: longer than the 15 s of a publish."""
 KILLS = 10
 CLIENTS = 4
 PACE = 0.15
@@ -34,13 +34,13 @@ Server = RabbitMq | Broker
 
 
 class Brokers:
-    """One server of each kind, and what a consumer finds there."""
+    """One server of each kind, and the messages that a consumer finds there."""
 
     def __init__(self, rabbitmq: RabbitMq, redis: Redis, nats: Nats) -> None:
         self.rabbitmq, self.redis, self.nats = rabbitmq, redis, nats
 
     def configuration(self, folder: Path) -> str:
-        """Return a `receiver.toml`: each broker, a key that nothing is bound to, and a file."""
+        """Return a `receiver.toml`: each broker, a routing key without a queue, and a file."""
         urls = {
             "rabbitmq": self.rabbitmq.url(f"?queue={QUEUE}"),
             "redis": self.redis.url(f"stream={STREAM}"),
@@ -54,7 +54,7 @@ class Brokers:
         )
 
     def read(self) -> dict[str, list[dict[str, Any]]]:
-        """Return the events that each broker holds; those of RabbitMQ are taken out."""
+        """Return the events that each broker holds; reading those of RabbitMQ removes them."""
         return {
             "rabbitmq": asyncio.run(self._read_rabbitmq()),
             "redis": read_redis(self.redis),
@@ -68,7 +68,7 @@ class Brokers:
 
 @pytest.fixture
 def brokers() -> Iterator[Brokers]:
-    """Servers that the test may break."""
+    """Servers that the test may stop and kill."""
     with ExitStack() as stack:
         rabbitmq = stack.enter_context(RabbitMq())
         redis, nats = Redis(), Nats()
@@ -78,7 +78,7 @@ def brokers() -> Iterator[Brokers]:
 
 
 class Load:
-    """Clients that post events one after the other, and remember which were acked and which refused."""
+    """Clients that post events one after the other, and record which were acked and which rejected."""
 
     def __init__(self, url: str) -> None:
         self.acked: set[str] = set()
@@ -87,7 +87,7 @@ class Load:
         self._stop = threading.Event()
 
     def run(self, client: int) -> None:
-        """Post until told to stop."""
+        """Post until stopped."""
         connection = http.client.HTTPConnection(self._address, timeout=20)
         number = 0
         while not self._stop.wait(PACE):
@@ -109,14 +109,14 @@ class Load:
 
 
 def freeze(server: Server) -> None:
-    """Stop a server's execution for a while; its sockets stay."""
+    """Stop a server's execution for a while; its sockets stay open."""
     server.freeze()
     time.sleep(FROZEN)
     server.thaw()
 
 
 def kill(server: Server) -> None:
-    """Kill a server and start it again, many times."""
+    """Kill a server and start it again, several times."""
     chance = random.Random(str(type(server)))
     for _ in range(KILLS):
         time.sleep(chance.uniform(0.2, 1.0))
@@ -125,7 +125,7 @@ def kill(server: Server) -> None:
 
 
 def break_all(brokers: Brokers) -> None:
-    """Break every broker in both ways, side by side: while some are frozen the others are killed."""
+    """Break every broker in both ways: while some are frozen, the others are killed."""
     with ThreadPoolExecutor(3) as pool:
 
         def plan(server: Server, *steps: Any) -> None:
@@ -141,17 +141,17 @@ def break_all(brokers: Brokers) -> None:
 
 
 def rows(postgres: Postgres, database: str, sql: str) -> list[list[str]]:
-    """Return what a query finds."""
+    """Return the rows of a query."""
     return [line.split("|") for line in postgres.sql(sql, database=database).stdout.split()]
 
 
-def test_broken_brokers_lose_nothing_and_hold_up_nobody(
+def test_broken_brokers_lose_no_event_and_delay_no_other_destination(
     postgres: Postgres, brokers: Brokers, tmp_path: Path
 ) -> None:
-    """E1, E4, E7, T8: SIGSTOP for a while and kill -9 ten times each, under load; all that was acked arrives.
+    """E1, E4, E7, T8: with brokers frozen or killed ten times each, under load, all acked events arrive.
 
-    Meanwhile every event is acked and the destination beside them gets it as ever; nothing is marked as
-    delivered that no broker has, and nothing at all where no queue takes it.
+    Meanwhile every event is acked and the healthy destination gets it at once. A delivery is marked as
+    delivered only if the broker has the event, and never if no queue takes it.
     """
     url = postgres.url(template="migrated")
     database = url.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""G8: secrets, mistyped or well-formed, in every setting that is one, are in nothing that comes out."""
+"""G8: a secret in any setting, well-formed or mistyped, appears in no output."""
 
 import asyncio
 import base64
@@ -77,7 +77,7 @@ class _Refusal(BaseHTTPRequestHandler):
     """Answers 401 and repeats the key."""
 
     def do_GET(self) -> None:
-        """Refuse."""
+        """Answer 401."""
         error = {"code": "invalid_api_key", "message": f"not {self.headers['authorization']}"}
         content = json.dumps({"error": error}).encode()
         self.send_response(401)
@@ -86,12 +86,12 @@ class _Refusal(BaseHTTPRequestHandler):
         self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log no requests."""
 
 
 @pytest.fixture(scope="module")
 def clipia() -> Iterator[str]:
-    """A Clipia that refuses every key, in a thread: the commands have an event loop of their own."""
+    """A Clipia that refuses every key. It runs in a thread: the commands have their own event loop."""
     with ThreadingHTTPServer(("127.0.0.1", 0), _Refusal) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -102,7 +102,7 @@ def clipia() -> Iterator[str]:
 def test_no_command_shows_a_mistyped_secret(
     setting: str, clipia: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """G8: whatever is wrong with a secret, `check` and the other commands show no half of it."""
+    """G8: if a secret is invalid, `check` and the other commands show no half of it."""
     name = setting.partition(" ")[0]
     monkeypatch.setenv("CLIPIA_BASE_URL", clipia)
     if name.startswith("AWS_"):
@@ -121,7 +121,7 @@ def test_no_command_shows_a_mistyped_secret(
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a command in this process; return the traceback of what it lets escape."""
+    """Run a command in this process; return the traceback of an exception that it does not catch."""
     monkeypatch.setattr(sys, "argv", ["receiver", *arguments])
     try:
         main()
@@ -132,7 +132,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     return ""
 
 
-# Well-formed secrets, and peers that refuse and repeat them
+# Well-formed secrets, and peers that refuse them and repeat them.
 
 SECRETS = {
     "key": "kEyCaNaRy0a1b2c3d4e5",
@@ -160,7 +160,7 @@ url = "amqp://user:${{PASSWORD}}@127.0.0.1:{amqp}/?queue=q"
 
 @dataclass(frozen=True)
 class Traces:
-    """What came out of a receiver whose peers repeat its secrets."""
+    """The output of a receiver whose peers repeat its secrets."""
 
     log: str
     answers: str
@@ -170,7 +170,7 @@ class Traces:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
-    """A receiver at level DEBUG has served requests, been looked at by commands, and has ended."""
+    """A receiver at level DEBUG has served requests, commands have queried it, and it has ended."""
     folder = tmp_path_factory.mktemp("canaries")
     key = f"clipia_live_{SECRETS['key']}"
     repeated = (
@@ -223,7 +223,7 @@ COMMANDS = (
 
 
 def command(receiver: ReceiverProcess, line: str) -> str:
-    """Run a command beside the receiver; return all that it prints."""
+    """Run a command beside the receiver; return its whole output."""
     done = run_command(*line.split(), settings=receiver.settings, cwd=receiver.folder)
     return f"$ {line}\n{done.stdout.decode()}{done.stderr.decode()}"
 
@@ -260,12 +260,12 @@ async def leave_traces(receiver: ReceiverProcess) -> str:
 
 @pytest.fixture(params=["log", "answers", "commands", "database"])
 def place(request: pytest.FixtureRequest) -> str:
-    """Each place that secrets could come out of."""
+    """Every output that could contain a secret."""
     return str(request.param)
 
 
 def test_no_secret_that_a_peer_repeats_comes_out(traces: Traces, place: str) -> None:
-    """G8: Clipia and four destinations repeat what they were sent, and no half of a secret comes out."""
+    """G8: Clipia and four destinations repeat the requests, and no half of a secret comes out."""
     text = getattr(traces, place)
     assert_hidden(text, *SECRETS.values())
 

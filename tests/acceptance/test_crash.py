@@ -1,4 +1,4 @@
-"""kill -9 under load, again and again: no acked event is lost, none is there twice, every file is whole."""
+"""kill -9 under load, many times: no acked event is lost or stored twice, and every file is whole."""
 
 import asyncio
 import hashlib
@@ -48,7 +48,7 @@ def clipia(tmp_path: Path) -> Iterator[str]:
 
 
 class Load:
-    """Clients that post events as Clipia does: each until it is answered, and here twice at once."""
+    """Clients that post events like Clipia: each until it is answered, and each twice in parallel."""
 
     def __init__(self, clipia: str) -> None:
         self.acked: set[str] = set()
@@ -59,10 +59,10 @@ class Load:
         self._stop = threading.Event()
 
     def run(self, client: int) -> None:
-        """Post until told to stop."""
+        """Post until stopped."""
         number = 0
         address = self.url.removeprefix("http://")
-        # http.client, because a full client would take more of the processor than the receiver.
+        # http.client: a full client would take more of the processor than the receiver.
         pair = [http.client.HTTPConnection(address, timeout=10) for _ in range(2)]
         with ThreadPoolExecutor(2) as pool:
             while not self._stop.is_set():
@@ -99,7 +99,7 @@ class Load:
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_kill_cycles_lose_nothing(
+def test_kill_cycles_lose_no_event(
     request: pytest.FixtureRequest, tmp_path: Path, clipia: str, kind: str
 ) -> None:
     """T1, T2, C5, D10, E3: 30 cycles of kill -9 at a random moment, with the worker embedded."""
@@ -146,7 +146,7 @@ def test_kill_cycles_lose_nothing(
 
 
 async def end_leases(url: str) -> None:
-    """Let the leases of the killed processes end now; they would in a minute."""
+    """Expire the leases of the killed processes now; this would take a minute."""
     database = Database(url)
     async with database.write() as connection:
         for table in (media, deliveries):
@@ -157,7 +157,7 @@ async def end_leases(url: str) -> None:
 
 
 async def wait_until_done(url: str) -> dict[str, Any]:
-    """Wait until nothing is pending, and return what there is."""
+    """Wait until no work is pending, and return all rows."""
     database = Database(url)
     received = select(func.count()).select_from(events).where(events.c.state == "received")
     pending = select(func.count()).select_from(deliveries).where(deliveries.c.state == "pending")

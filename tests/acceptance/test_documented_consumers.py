@@ -1,4 +1,4 @@
-"""The consumers of docs/destinations.md, run as they are printed but for hosts, ports and names."""
+"""The consumers of docs/destinations.md, run as printed except for hosts, ports and names."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ FILE: Final = {"data/events.jsonl": "a/b/events.jsonl"}
 
 
 def printed(heading: str, language: str) -> str:
-    """Return the only block of a language below a heading."""
+    """Return the only code block of a language below a heading."""
     section = re.search(
         rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", DOCUMENT.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -60,7 +60,7 @@ def printed(heading: str, language: str) -> str:
 
 
 async def until(condition: Callable[[], bool], describe: Callable[[], object]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + SECONDS
     while not condition():
         assert time.monotonic() < deadline, describe()
@@ -68,7 +68,7 @@ async def until(condition: Callable[[], bool], describe: Callable[[], object]) -
 
 
 class Consumer:
-    """A consumer of the document in a process of its own, and what it has noted in its folder."""
+    """A documented consumer in a process of its own, and the log in its folder."""
 
     def __init__(
         self, folder: Path, heading: str, language: str, names: Mapping[str, str], **settings: str
@@ -98,7 +98,7 @@ class Consumer:
             )
 
     async def killed(self) -> None:
-        """Wait until it was killed where an event asked for that, and start it again."""
+        """Wait until it was killed because an event asked for it, and start it again."""
         process = self.process
         assert process is not None
         await until(lambda: process.poll() is not None, self.describe)
@@ -106,12 +106,12 @@ class Consumer:
         self.start()
 
     def stop(self) -> None:
-        """End it, if it runs."""
+        """End it if it runs."""
         if self.process is not None:
             end(self.process)
 
     def waits_for_a_lock(self) -> bool:
-        """Tell whether it waits for a file's lock."""
+        """Return whether it waits for a file lock."""
         assert self.process is not None
         waiting = re.findall(r"-> FLOCK +ADVISORY +\w+ +(\d+)", Path("/proc/locks").read_text())
         return str(self.process.pid) in waiting
@@ -132,7 +132,7 @@ class Consumer:
             return [json.loads(event) for (event,) in database.execute("SELECT event FROM work")]
 
     def describe(self) -> object:
-        """Return what there is to know about a failure."""
+        """Return the output and files that explain a failure."""
         return (self.noted("offered"), self.noted("calls"), (self.folder / "log").read_text())
 
     def __enter__(self) -> Self:
@@ -145,7 +145,7 @@ class Consumer:
 
 
 class Publisher:
-    """Publishes events as the pipeline does, and counts how often the consumer must be offered each."""
+    """Publishes events like the pipeline, and counts how often the consumer must be offered each."""
 
     def __init__(self, destination: Destination, *, drops_retries: bool = False) -> None:
         self.destination = destination
@@ -153,7 +153,7 @@ class Publisher:
         self.expected: Counter[str] = Counter()
 
     async def publish(self, event: CloudEvent, **changes: Any) -> None:
-        """Publish an event, with other attributes, until that is confirmed."""
+        """Publish an event, with other attributes, until it is confirmed."""
         attributes = {**event.get_attributes(), **changes}
         self.expected[event.get_id()] += not (self.drops_retries and attributes["attempt"] > 1)
         deadline = time.monotonic() + SECONDS
@@ -183,11 +183,11 @@ async def check(consumer: Consumer, publisher: Publisher, *, marks_position: boo
     await until(lambda: len(consumer.work()) == len(events), consumer.describe)
     for event in events:
         await publisher.publish(event, deliveryid=str(uuid4()), replayid="replay-1")
-    # What was not acknowledged comes again by itself ...
+    # Unacknowledged messages come again without a new publish ...
     publisher.expected[uncommitted.get_id()] += 1
     publisher.expected[committed.get_id()] += not marks_position
     await until(lambda: consumer.noted("offered") >= publisher.expected, consumer.describe)
-    # ... and what was, does not; a slow machine may have let a replay come again.
+    # ... and acknowledged ones do not; on a slow machine a replay may have come again.
     assert total(consumer, plain) < offered + 2 * len(plain), consumer.describe()
     assert consumer.noted("calls") == ids + Counter([uncommitted.get_id()]), consumer.describe()
     assert len(consumer.work()) == len(events)
@@ -197,7 +197,7 @@ async def check(consumer: Consumer, publisher: Publisher, *, marks_position: boo
 
 
 async def publish_and_be_killed(consumer: Consumer, publisher: Publisher, event: CloudEvent) -> None:
-    """Publish an event that kills the consumer, and start that again."""
+    """Publish an event that kills the consumer, and start the consumer again."""
     publishing = asyncio.create_task(publisher.publish(event))
     await consumer.killed()
     await publishing
@@ -209,13 +209,13 @@ def total(consumer: Consumer, events: list[CloudEvent]) -> int:
 
 
 def comparable(event: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `handle` gets from every destination alike, whichever try it was."""
+    """Return the input of `handle`, which is the same from every destination and at every attempt."""
     differing = {"specversion", "datacontenttype", "attempt"}
     return {name: value for name, value in event.items() if name not in differing}
 
 
 def find(program: str) -> str:
-    """Return the path of a program of Node.js."""
+    """Return the path of a Node.js program."""
     found = shutil.which(program)
     if found is None:
         missing(program, "apt-get install nodejs npm")
@@ -252,7 +252,7 @@ async def test_file(tmp_path: Path) -> None:
 
 
 async def test_file_that_is_rotated(tmp_path: Path) -> None:
-    """E1: the consumer of a file reads on where it was, in what was rotated, too."""
+    """E1: the consumer of a file continues at its position, also in a rotated file."""
     first, last_before, first_after, last = (make_event() for _ in range(4))
     async with FileKind(tmp_path) as kind, opened(kind.open()) as destination:
         with Consumer(tmp_path, "file:", "python", FILE) as consumer:
@@ -277,7 +277,7 @@ async def test_file_that_is_rotated(tmp_path: Path) -> None:
 
 
 async def test_file_with_lines_that_do_not_count(tmp_path: Path) -> None:
-    """E1: the consumer of a file takes whole, confirmed events, and misses none that follow others."""
+    """E1: the consumer of a file takes whole, confirmed events, and skips none that follow others."""
     first, second, third = (make_event() for _ in range(3))
     async with FileKind(tmp_path) as kind, opened(kind.open()) as destination:
         with Consumer(tmp_path, "file:", "python", FILE) as consumer:
@@ -312,7 +312,7 @@ async def test_http(tmp_path: Path, language: str) -> None:
 
 @pytest.mark.parametrize("language", ["python", "js"])
 async def test_http_with_requests_of_others(tmp_path: Path, language: str) -> None:
-    """E1: both consumers behind HTTP refuse what is not signed, and outlive a request that breaks off."""
+    """E1: both consumers behind HTTP reject unsigned requests, and survive a request that breaks off."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/clipia-events"
     body = encode(make_event())
@@ -343,7 +343,7 @@ async def test_http_with_requests_of_others(tmp_path: Path, language: str) -> No
 
 
 def sign(body: bytes, *, secret: str = SECRET, seconds: float = 0) -> dict[str, str]:
-    """Return the headers of a request that was signed so many seconds from now."""
+    """Return the headers of a request that was signed that many seconds from now."""
     now = datetime.now(UTC) + timedelta(seconds=seconds)
     return {
         "webhook-id": "delivery",
@@ -361,7 +361,7 @@ async def test_rabbitmq(tmp_path: Path) -> None:
 
 
 async def test_rabbitmq_in_node(tmp_path: Path, amqplib: Path) -> None:
-    """E1: likewise the one in Node.js."""
+    """E1: the Node.js consumer of a RabbitMQ queue does each event's work once."""
     (tmp_path / "node_modules").symlink_to(amqplib)
     async with RabbitmqKind(tmp_path) as kind, opened(kind.open()) as destination:
         names = {"amqp://rabbitmq.internal": kind.server.url().rstrip("/"), "clipia-events": kind.queue}
@@ -378,7 +378,7 @@ async def test_redis(tmp_path: Path) -> None:
 
 
 async def test_redis_that_trims(tmp_path: Path) -> None:
-    """E1: what was trimmed before it was acknowledged does not stop the consumer of a Redis stream."""
+    """E1: if a message was trimmed before it was acknowledged, the consumer of a Redis stream continues."""
     async with RedisKind(tmp_path) as kind, opened(kind.open()) as destination:
         await destination.publish(make_event())
         with redis.Redis(port=kind.server.port) as client:
@@ -397,7 +397,7 @@ async def test_nats(tmp_path: Path) -> None:
     async with NatsKind(tmp_path) as kind, opened(kind.open()) as destination:
         address = f"127.0.0.1:{kind.server.port}"
         client = await nats.connect(f"nats://{address}")
-        # What the consumer would make itself, but for the time after which a message comes again.
+        # The consumer would make the same one, except for the time after which a message comes again.
         config = ConsumerConfig(durable_name="billing", filter_subject=SUBJECT, ack_wait=2)
         await client.jetstream().add_consumer(NATS_STREAM, config)
         await client.close()

@@ -1,4 +1,4 @@
-"""The examples of docs/jobs.md, run as they are printed but for their ports."""
+"""The examples of docs/jobs.md, run as printed except for their ports."""
 
 import json
 import re
@@ -50,13 +50,13 @@ class Example:
         self._wait_until_ready()
 
     def ported(self, text: str) -> str:
-        """Return an example for the ports of this test."""
+        """Return an example with the ports of this test."""
         return text.replace("127.0.0.1:9000", f"127.0.0.1:{self.sandbox}").replace(
             "127.0.0.1:8000", f"127.0.0.1:{self.receiver}"
         )
 
     def run(self, *command: str) -> str:
-        """Run an example to its end and return what it printed."""
+        """Run an example to its end and return its output."""
         result = subprocess.run(
             command,
             env=self.environment,
@@ -87,7 +87,7 @@ class Example:
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Example]:
-    """Everything that the examples need."""
+    """The services and variables that the examples need."""
     running = Example(tmp_path_factory.mktemp("example"))
     yield running
     for process in running.processes:
@@ -115,7 +115,7 @@ def test_curl_and_the_command_line_submit_one_job(example: Example) -> None:
 
 @pytest.mark.parametrize("document", ["README.md", "docs/jobs.md"])
 def test_no_two_callers_of_the_examples_have_one_key(document: str) -> None:
-    """F8: whoever copies all examples pays for each wish once: one key has one caller."""
+    """F8: if a reader copies all examples, each is paid for once: every key belongs to one caller."""
     text = (DOCUMENT.parents[1] / document).read_text(encoding="utf-8")
     callers: dict[str, set[str]] = {}
     for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):

@@ -1,4 +1,4 @@
-"""Databases that move, or end sessions, under a receiver that really runs."""
+"""Databases that move, or that end sessions, under a running receiver."""
 
 import threading
 import time
@@ -14,21 +14,21 @@ from support.payloads import body, signed
 from support.servers import Postgres, Standby, Switch
 
 RECOVERY = 30.0
-"""Seconds after the switch in which everything has to work again.
+"""Seconds after the switch within which everything has to work again.
 
-It takes less than 5 s on a machine that does nothing else; a pool that keeps its sessions never recovers.
+It takes less than 5 s on an idle machine; a pool that keeps its dead sessions never recovers.
 """
 
 
 @pytest.fixture
 def primary() -> Iterator[Postgres]:
-    """A PostgreSQL server that a test may break."""
+    """A PostgreSQL server that the test may stop."""
     with Postgres() as server:
         yield server
 
 
 def post(client: httpx.Client, url: str, request_id: str) -> int:
-    """Post one genuine webhook without files and return the answer's status."""
+    """Post one authentic webhook without files and return the answer's status."""
     content = body(request_id, payload={"model": "m", "output": {}, "cost": 1})
     return client.post(f"{url}/clipia/webhook", content=content, headers=signed(content)).status_code
 
@@ -46,7 +46,7 @@ def wait_until(condition: Callable[[], bool], deadline: float, what: str) -> Non
 
 
 class Load:
-    """Webhooks without a pause, and those of them that were acked."""
+    """Webhooks without a pause, and the ones that were acked."""
 
     def __init__(self, url: str) -> None:
         self.acked: set[str] = set()
@@ -66,7 +66,7 @@ class Load:
                 time.sleep(0.02)
 
     def stop(self) -> None:
-        """End it; raise what has gone wrong."""
+        """Stop; raise an exception of the task."""
         self._stop.set()
         self._pool.shutdown()
         for client in self._clients:
@@ -75,13 +75,13 @@ class Load:
 
 @pytest.mark.parametrize("old", ["read-only", "frozen"])
 def test_a_failover_needs_no_restart(primary: Postgres, tmp_path: Path, old: str) -> None:
-    """C3: the name leads to another server, and old sessions stay open: all goes on, no ack is lost."""
+    """C3: if the name moves to another server and old sessions stay open, work goes on and no ack is lost."""
     database_url = primary.url()
     name = database_url.rpartition("/")[2]
     assert run_command("migrate", settings={"RECEIVER_DATABASE_URL": database_url}).returncode == 0
     events = tmp_path / "events.jsonl"
     with Standby(primary) as standby, Switch(primary.port) as switch:
-        # An ack then means that the standby has it, too.
+        # With this setting an ack means that the standby has the event, too.
         primary.sql("ALTER SYSTEM SET synchronous_standby_names = '*'")
         primary.sql("SELECT pg_reload_conf()")
         settings = {
@@ -105,7 +105,7 @@ def test_a_failover_needs_no_restart(primary: Postgres, tmp_path: Path, old: str
                     process.suspend()
                 standby.promote()
                 switch.target = standby.port
-                # A server without a word is given up only after the time that a statement may take.
+                # A silent server is given up only after the statement timeout.
                 deadline = time.monotonic() + RECOVERY + (10 if frozen else 0)
                 wait_until(
                     lambda: post(client, receiver.url, "after") == 200, deadline, "no webhook is stored"
@@ -123,13 +123,13 @@ def test_a_failover_needs_no_restart(primary: Postgres, tmp_path: Path, old: str
             assert len(load.acked) > 50
             found = set(standby.sql("SELECT request_id FROM events", database=name).stdout.split())
             assert load.acked <= found
-            # A claim that was committed while its answer got lost is free again after its lease of 60 s.
+            # If the answer to a committed claim got lost, the work is free again after its lease of 60 s.
             deadline = time.monotonic() + 90
             wait_until(lambda: load.acked <= set(forwarded(events)), deadline, "an ack is not forwarded")
 
 
-def test_sessions_that_the_server_ends_cost_nothing(primary: Postgres, tmp_path: Path) -> None:
-    """C3: PostgreSQL ends idle sessions all the time, and no call fails for it."""
+def test_sessions_that_the_server_ends_fail_no_call(primary: Postgres, tmp_path: Path) -> None:
+    """C3: PostgreSQL ends idle sessions all the time, and no call fails because of it."""
     database_url = primary.url()
     name = database_url.rpartition("/")[2]
     assert run_command("migrate", settings={"RECEIVER_DATABASE_URL": database_url}).returncode == 0
@@ -144,7 +144,7 @@ def test_sessions_that_the_server_ends_cost_nothing(primary: Postgres, tmp_path:
         ) as client,
     ):
         for number in range(40):
-            # Around the limit, so that the server ends sessions in the very moment.
+            # Pauses around the limit, so that some statements come just when the server ends the session.
             time.sleep(0.17 + 0.005 * (number % 12))
             statuses.append(("webhook", post(client, receiver.url, f"r-{number}")))
             statuses += [(path, client.get(f"{receiver.url}{path}").status_code) for path in paths]

@@ -1,4 +1,4 @@
-"""Which files the receiver makes, for whom, and what its commands print into a pipe."""
+"""The modes of the receiver's files, and the output of its commands into a pipe."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ import receiver.cli
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a demo that ran where files are open to everybody by default."""
+    """The folder of a demo that ran with a umask that opens files to all users."""
     folder = tmp_path_factory.mktemp("demo")
     subprocess.run(
         [sys.executable, "-m", "receiver", "demo", "--dir", str(folder)],
@@ -34,7 +34,7 @@ def modes(folder: Path) -> dict[str, str]:
 
 
 def test_files_are_for_their_user_and_group(demo: Path) -> None:
-    """Prompts, raw bodies, media, messages and logs: nobody else can read them, whatever the umask allows."""
+    """Prompts, raw bodies, media, messages and logs: other users cannot read them, even if the umask is 0."""
     found = modes(demo)
     assert {"receiver.db", "events.jsonl", "receiver.log"} <= found.keys()
     assert [name for name in found if name.startswith("media/")]
@@ -42,14 +42,14 @@ def test_files_are_for_their_user_and_group(demo: Path) -> None:
 
 
 def test_the_files_beside_a_database_in_use_are_too(tmp_path: Path) -> None:
-    """SQLite's -wal file holds raw bodies as the database does."""
+    """SQLite's -wal file holds raw bodies just as the database does."""
     with ReceiverProcess(tmp_path):
         found = {name: mode for name, mode in modes(tmp_path).items() if name.startswith("receiver.db")}
     assert found == dict.fromkeys(("receiver.db", "receiver.db-shm", "receiver.db-wal"), "640")
 
 
 def test_an_export_is_too_and_pipes_get_no_progress_bars(demo: Path, tmp_path: Path) -> None:
-    """What a cron job mails is the result: one line per command."""
+    """A cron job mails the result alone: one line per command."""
     settings = {
         "CLIPIA_WEBHOOK_SECRET": SECRET,
         "RECEIVER_DATABASE_URL": f"sqlite:///{demo / 'receiver.db'}",
@@ -78,7 +78,7 @@ def test_an_export_is_too_and_pipes_get_no_progress_bars(demo: Path, tmp_path: P
 
 
 def test_progress_is_shown_by_one_helper() -> None:
-    """A bar that is made elsewhere would print into pipes."""
+    """If a progress bar is made without the helper, it would print into pipes."""
     folder = Path(receiver.cli.__file__).parent
     makers = [path.name for path in folder.glob("*.py") if re.search(r"\bProgress\(", path.read_text())]
     assert makers == ["terminal.py"]

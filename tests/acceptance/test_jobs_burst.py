@@ -1,4 +1,4 @@
-"""Bursts of jobs: Clipia's limits hold, each job is generated once, and instant results get lost nowhere."""
+"""Bursts of jobs: Clipia's limits hold, each job is generated once, and no instant result is lost."""
 
 import os
 import time
@@ -30,18 +30,18 @@ from support.jobs import (
 from support.servers import Postgres
 
 RATE_LIMIT = 2400
-"""Requests per minute; twenty times Clipia's."""
+"""Requests per minute; twenty times Clipia's limit."""
 IN_FLIGHT = 10
-"""Generations in flight; Clipia's."""
+"""Generations in flight; Clipia's limit."""
 SHARE = 0.8
-"""The part of the rate limit that submissions may take."""
+"""The share of the rate limit that submissions may take."""
 AT_ONCE = 32
 JOBS = int(os.environ.get("RECEIVER_TEST_BURST_JOBS", "400"))
 INSTANT_JOBS = JOBS // 2
 
 
 def test_a_burst_keeps_within_the_limits(tmp_path: Path) -> None:
-    """F7: 400 jobs at once, of which 10 may be in flight: all are generated once, 429 stays under 1 %."""
+    """F7: 400 parallel jobs, of which 10 may be in flight: all are generated once, 429 stays under 1 %."""
     with limited_sandbox(tmp_path, rate_limit=RATE_LIMIT, duration=0.15) as (sandbox, proxy):
         receiver = job_receiver(tmp_path / "receiver", sandbox, api=proxy.url)
         receiver.measured = False
@@ -53,7 +53,7 @@ def test_a_burst_keeps_within_the_limits(tmp_path: Path) -> None:
 
 
 def test_two_receivers_keep_within_the_limits_as_one(tmp_path: Path, postgres: Postgres) -> None:
-    """F7: two receivers on one database share an account: 300 jobs at once, 429 stays under 1 %."""
+    """F7: two receivers on one database share an account: 300 parallel jobs, 429 stays under 1 %."""
     with limited_sandbox(tmp_path, rate_limit=RATE_LIMIT, duration=0.4) as (sandbox, proxy):
         with two_receivers(tmp_path, postgres, sandbox, api=proxy.url) as (callers, url):
             answers = submit_to_all(callers, jobs=300)
@@ -63,7 +63,7 @@ def test_two_receivers_keep_within_the_limits_as_one(tmp_path: Path, postgres: P
 
 
 def test_two_receivers_send_evenly_as_one(tmp_path: Path, postgres: Postgres) -> None:
-    """F7: two receivers spend their account's requests evenly: no seconds see more than their part."""
+    """F7: two receivers spend their account's requests evenly: no period gets more than its share."""
     rate_limit = RATE_LIMIT // 10
     with (
         Sandbox(tmp_path, rate_limit=rate_limit, duration=0.1) as sandbox,
@@ -76,12 +76,12 @@ def test_two_receivers_send_evenly_as_one(tmp_path: Path, postgres: Postgres) ->
         moments = [call.at for call in proxy.calls]
         for seconds in (2, 5, 10):
             most = max(bisect_left(moments, first + seconds) - number for number, first in enumerate(moments))
-            # A twentieth of a minute's may come at once.
+            # A twentieth of a minute's requests may come in one burst.
             assert most <= SHARE * rate_limit * (seconds / 60 + 0.05)
 
 
 def test_one_key_on_two_receivers_is_one_job(tmp_path: Path, postgres: Postgres) -> None:
-    """F8: 32 submissions of one key at once, on two receivers: one job, one generation."""
+    """F8: 32 parallel submissions of one key, on two receivers: one job, one generation."""
     keys = [f"key-{number}" for number in range(10)]
     with (
         Sandbox(tmp_path, duration=0.1) as sandbox,
@@ -122,7 +122,7 @@ def test_instant_results_are_one_event_each(tmp_path: Path) -> None:
 
 @contextmanager
 def limited_sandbox(folder: Path, *, rate_limit: int, duration: float) -> Iterator[tuple[Sandbox, Proxy]]:
-    """Run a sandbox with limits that a burst meets, and a proxy that sees the calls."""
+    """Run a sandbox whose limits a burst reaches, and a proxy that records the calls."""
     sandbox = Sandbox(folder, rate_limit=rate_limit, concurrency_limit=IN_FLIGHT, duration=duration)
     with sandbox, Proxy(sandbox) as proxy:
         yield sandbox, proxy
@@ -132,7 +132,7 @@ def limited_sandbox(folder: Path, *, rate_limit: int, duration: float) -> Iterat
 def two_receivers(
     folder: Path, postgres: Postgres, sandbox: Sandbox, *, api: str | None = None
 ) -> Iterator[tuple[list[Caller], str]]:
-    """Run two receivers on one database; give a caller of each, and the database's URL."""
+    """Run two receivers on one database; yield a caller of each, and the database's URL."""
     url = postgres.url(template="migrated")
     with ExitStack() as stack:
         callers = []
@@ -156,7 +156,7 @@ def submit_to_all(callers: Sequence[Caller], *, jobs: int) -> list[Answer | None
 
 
 def answer_some_late(link: Link) -> None:
-    """Relay a call; let every other submission's webhook be faster than its answer."""
+    """Relay a call; hold back every other answer until its webhook was delivered."""
     link.send()
     answer = link.receive()
     if link.call.key and int(link.call.key[-1], 16) % 2:
@@ -175,15 +175,15 @@ def assert_all_generated(
 
 
 def assert_within_limits(sandbox: Sandbox, calls: Sequence[Call]) -> None:
-    """Check that few calls were refused, although there were as many in flight as may be."""
+    """Check that few calls were refused, although the in-flight limit was reached."""
     assert {call.status for call in calls} <= {200, 429}
-    # 1 %, and a few more on a machine that has better to do than keep the time.
+    # 1 %, and a few more if the machine is too busy to keep the time.
     assert sum(call.status == 429 for call in calls) < len(calls) / 100 + 5
     assert most_in_flight(sandbox) >= IN_FLIGHT - 1
 
 
 def most_in_flight(sandbox: Sandbox) -> int:
-    """Return how many generations there were at once, at most."""
+    """Return the largest number of generations that were in flight together."""
     generations = sandbox.requests()["requests"]
     changes = [(each["created_at"], 1) for each in generations] + [
         (each["ended_at"], -1) for each in generations

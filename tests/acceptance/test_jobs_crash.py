@@ -35,9 +35,9 @@ from receiver.db.database import Database
 from receiver.db.tables import accounts
 
 JOBS = 9
-"""Jobs of a round, submitted at once."""
+"""Jobs of a round, submitted in parallel."""
 HELD = 4
-"""Calls at the same step when the receiver is killed; it has as many in flight before it knows more."""
+"""Calls at the same step when the receiver is killed: its first in-flight limit allows that many."""
 CUTS = 100
 RANDOM_KILLS = 4
 CLIENTS = 8
@@ -45,7 +45,7 @@ CLIENTS = 8
 
 @dataclass(frozen=True)
 class Round:
-    """Where the receiver is killed, how many seconds after that, and how often in a row."""
+    """The step of the kill, the seconds after it, and the number of kills in a row."""
 
     step: str
     after: float = 0.0
@@ -82,14 +82,14 @@ ROUNDS = {
     ),
 }
 UNSENT = ("before", "half")
-"""Steps up to which nothing has arrived."""
+"""Steps before which no call has arrived."""
 UNRECORDED = ("sent", "answered", "torn", "uncommitted")
-"""Steps up to which everything has arrived and nothing of the answer is on record."""
+"""Steps after which all calls have arrived and no answer is on record."""
 
 
 @pytest.fixture
 def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
-    """A sandbox that tries webhooks again soon: a receiver that is killed misses some."""
+    """A sandbox that repeats webhooks soon: a killed receiver misses some."""
     with Sandbox(tmp_path, duration=0.05, webhook_backoff=0.5) as running:
         yield running
 
@@ -105,7 +105,7 @@ def proxy(sandbox: Sandbox) -> Iterator[Proxy]:
 def receiver(
     request: pytest.FixtureRequest, tmp_path: Path, sandbox: Sandbox, proxy: Proxy
 ) -> Iterator[ReceiverProcess]:
-    """A receiver that may be killed, on either kind of database."""
+    """A receiver that the test may kill, on either kind of database."""
     settings = {"RECEIVER_POLL_AFTER": "2"}
     if request.param == "postgresql":
         server: Postgres = request.getfixturevalue("postgres")
@@ -116,12 +116,12 @@ def receiver(
         yield made
 
 
-def test_kills_at_every_step_pay_for_nothing_twice(
+def test_kills_at_every_step_pay_for_no_job_twice(
     request: pytest.FixtureRequest, receiver: ReceiverProcess, sandbox: Sandbox, proxy: Proxy
 ) -> None:
     """F1, T18: kill -9 at each step from the intent to the recorded answer: one generation per job."""
     rounds = ROUNDS[request.node.callspec.params["receiver"]]
-    # A webhook would end a job whose submission has to be repeated here.
+    # A webhook would end a job before its submission is repeated, which this test is about.
     sandbox.change(webhook_loss_rate=1)
     acks = Acks()
     struck: dict[str, list[Call]] = {}
@@ -134,7 +134,7 @@ def test_kills_at_every_step_pay_for_nothing_twice(
             for kill in range(each.kills):
                 if kill:
                     proxy.handle_call = strike = Strike(each, receiver)
-                    # Its lane goes on with the jobs before it listens, so the strike may come first.
+                    # The submit lane resumes jobs before the process listens, so the kill may come first.
                     receiver.launch()
                 struck.setdefault(each.step, []).extend(strike.wait())
                 end_leases(receiver.settings["RECEIVER_DATABASE_URL"])
@@ -142,20 +142,20 @@ def test_kills_at_every_step_pay_for_nothing_twice(
             receiver.start()
             acks.note(submitting.result())
             early += [key for key in keys if not acks.missing([key])]
-            # The database alone has to be enough; only then do the callers that saw no answer call again.
+            # The database alone has to suffice; only then do the callers without an answer call again.
             wait_until_none(receiver.settings["RECEIVER_DATABASE_URL"], "pending")
             acks.note(caller.submit_all(acks.missing(keys), at_once=JOBS))
-    tries = assert_each_generated_once(receiver, sandbox, acks, jobs=len(rounds) * JOBS)
+    submissions = assert_each_generated_once(receiver, sandbox, acks, jobs=len(rounds) * JOBS)
     assert len(early) >= len(rounds), "too few callers were acked before a kill"
     assert {step: len(calls) for step, calls in struck.items()} == calls_held(rounds)
-    assert {tries[key] for step in UNSENT for key in keys_of(struck[step])} == {1}
-    assert min(tries[key] for step in UNRECORDED for key in keys_of(struck[step])) > 1
+    assert {submissions[key] for step in UNSENT for key in keys_of(struck[step])} == {1}
+    assert min(submissions[key] for step in UNRECORDED for key in keys_of(struck[step])) > 1
 
 
-def test_kills_at_random_moments_pay_for_nothing_twice(
+def test_kills_at_random_moments_pay_for_no_job_twice(
     request: pytest.FixtureRequest, receiver: ReceiverProcess, sandbox: Sandbox
 ) -> None:
-    """F1, F11: kill -9 at random moments of a burst, with webhooks; callers repeat what was not answered."""
+    """F1, F11: kill -9 at random moments of a burst, with webhooks; callers repeat unanswered calls."""
     url = receiver.settings["RECEIVER_DATABASE_URL"]
     chance = random.Random(request.node.name)
     acks = Acks()
@@ -185,7 +185,7 @@ def test_kills_at_random_moments_pay_for_nothing_twice(
 
 
 @pytest.mark.parametrize("receiver", ["sqlite"], indirect=True)
-def test_answers_cut_at_any_byte_pay_for_nothing_twice(
+def test_answers_cut_at_any_byte_pay_for_no_job_twice(
     receiver: ReceiverProcess, sandbox: Sandbox, proxy: Proxy
 ) -> None:
     """F5, T18: answers cut after n bytes, from none to all but one: the same key, and no second job."""
@@ -195,19 +195,19 @@ def test_answers_cut_at_any_byte_pay_for_nothing_twice(
     acks = Acks()
     with Caller(receiver.url) as caller:
         acks.note(caller.submit_all(map(str, range(CUTS)), at_once=CLIENTS))
-    tries = assert_each_generated_once(receiver, sandbox, acks, jobs=CUTS)
-    assert tries == {key: 1 if whole else 2 for key, whole in cut.whole.items()}
+    submissions = assert_each_generated_once(receiver, sandbox, acks, jobs=CUTS)
+    assert submissions == {key: 1 if whole else 2 for key, whole in cut.whole.items()}
 
 
 class Acks:
-    """What the callers were told: the id of the job by its key."""
+    """The callers' answers: the id of the job by its key."""
 
     def __init__(self) -> None:
         self.ids: dict[str, str] = {}
         self._lock = threading.Lock()
 
     def note(self, answers: Mapping[str, Answer | None]) -> None:
-        """Take down answers; one that is repeated has to name the same job."""
+        """Record answers; if one is repeated, it has to name the same job."""
         with self._lock:
             for key, answer in answers.items():
                 if answer is not None:
@@ -215,24 +215,24 @@ class Acks:
                     assert self.ids.setdefault(key, answer.job["id"]) == answer.job["id"]
 
     def wait_for(self, more: int) -> None:
-        """Wait until there are so many more of them."""
+        """Wait until there are that many more."""
         wanted = len(self.ids) + more
         deadline = time.monotonic() + 60
         while len(self.ids) < wanted:
-            assert time.monotonic() < deadline, "nothing is acked any more"
+            assert time.monotonic() < deadline, "no submission is acked any more"
             time.sleep(0.02)
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Return those keys whose callers know nothing yet."""
+        """Return the keys whose callers have no answer yet."""
         return [key for key in keys if key not in self.ids]
 
 
 class Strike:
-    """Handles a proxy's calls: kills the receiver when enough of them have come to one step.
+    """Handles a proxy's calls: kills the receiver when enough of them have reached one step.
 
-    `catalogue`: a model is asked for. `before`: the submission has not been passed on; `half`: but for its
-    last byte; `sent`: wholly. `answered`: the answer is on its way; `torn`: half of it was delivered;
-    `delivered`: all of it; `uncommitted`: all of it, while the database does not let it be recorded.
+    `catalogue`: a model was requested. `before`: the submission has not been passed on; `half`: without its
+    last byte; `sent`: all of it. `answered`: the answer is on its way; `torn`: half of it was delivered;
+    `delivered`: all of it; `uncommitted`: all of it, but the database does not let it be recorded.
     """
 
     def __init__(self, where: Round, receiver: ReceiverProcess) -> None:
@@ -286,11 +286,11 @@ class Strike:
             link.deliver(answer)
         self._done.wait(30)
         if step == "sent":
-            # The sandbox does not begin with a call whose client is gone already.
+            # The sandbox does not start a call if its client is already gone.
             link.receive()
 
     def _prepare(self) -> None:
-        """Before the answers are delivered, see to it that they cannot be recorded."""
+        """Before the answers are delivered, lock the rows so that they cannot be recorded."""
         if self._where.step == "uncommitted":
             locked = threading.Event()
             self._locker = threading.Thread(target=self._lock_database, args=(locked,))
@@ -322,7 +322,7 @@ class Cut:
         self._lock = threading.Lock()
 
     def __call__(self, link: Link) -> None:
-        """Relay a call, and cut its answer if it is its turn."""
+        """Relay a call, and cut its answer if it is the job's first."""
         key = link.call.key
         with self._lock:
             if key is None or key in self.whole:
@@ -345,7 +345,7 @@ class Cut:
 
 
 def calls_held(rounds: Sequence[Round]) -> dict[str, int]:
-    """Return how many calls the kills of these rounds meet, by step."""
+    """Return how many calls the kills of these rounds hit, by step."""
     counts: Counter[str] = Counter()
     for each in rounds:
         counts[each.step] += each.kills * (1 if each.step == "catalogue" else HELD)
@@ -360,7 +360,7 @@ def keys_of(calls: Sequence[Call]) -> set[str]:
 def assert_each_generated_once(
     receiver: ReceiverProcess, sandbox: Sandbox, acks: Acks, *, jobs: int
 ) -> dict[str, int]:
-    """Wait for the end of all jobs; return how many submissions each of Clipia's keys took."""
+    """Wait for the end of all jobs; return how many submissions came with each of Clipia's keys."""
     rows = wait_until_done(receiver.settings["RECEIVER_DATABASE_URL"])
     assert Counter(row.state for row in rows) == {"completed": jobs}
     assert {row.idempotency_key: row.id for row in rows} == acks.ids

@@ -30,17 +30,17 @@ LOSS = 0.1
 CANCELED = JOBS // 50
 RATE_LIMIT = 1200
 SHARE = 0.2
-"""The part of the limit that questions may take."""
+"""The share of the rate limit that polls may take."""
 
 
-def test_lost_webhooks_are_found_by_asking(tmp_path: Path) -> None:
-    """F10, F11, T19: of 300 jobs 10 % lose their webhook, 2 % are canceled, some fail: all end truly."""
+def test_lost_webhooks_are_found_by_polling(tmp_path: Path) -> None:
+    """F10, F11, T19: of 300 jobs 10 % lose their webhook, 2 % are canceled, some fail: all end correctly."""
     with (
         Sandbox(
             tmp_path, duration=3, webhook_loss_rate=LOSS, fail_rate=0.05, rate_limit=RATE_LIMIT
         ) as sandbox,
         Proxy(sandbox) as proxy,
-        # Jobs are asked for long before their webhook is due, so that the share is used up.
+        # Jobs are polled long before their webhook is due, so that the polls use up their share.
         job_receiver(tmp_path / "receiver", sandbox, api=proxy.url, RECEIVER_POLL_AFTER="1") as receiver,
         Caller(receiver.url) as caller,
         ThreadPoolExecutor(1) as pool,
@@ -71,25 +71,25 @@ def test_lost_webhooks_are_found_by_asking(tmp_path: Path) -> None:
         outcomes = run(receiver.settings["RECEIVER_DATABASE_URL"], read_outcomes)
         assert {outcomes[request_id][-1] for request_id in lost} == {"duplicate"}
         assert {len(outcomes[request_id]) for request_id in lost - race.run} == {1}
-    # The receiver has drained: what it was going to forward, it has.
+    # The receiver has drained, so it has forwarded all that it will.
     messages = forwarded(receiver.folder)
     assert Counter(message["subject"] for message in messages) == Counter(row.request_id for row in rows)
 
 
 class Race:
-    """Handles a proxy's calls: sends the webhook of every other result that is asked for along with it."""
+    """Handles a proxy's calls: with every other polled result it sends the webhook in parallel."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self.run: set[str] = set()
-        """The `request_id` of those."""
+        """The `request_id` of those results."""
 
     def __call__(self, link: Link) -> None:
         """Relay a call."""
         *_, request_id = link.call.path.split("/")
         link.send()
         answer = link.receive()
-        is_result = is_question(link.call) and request_id != "status"
+        is_result = is_poll(link.call) and request_id != "status"
         if not is_result or b'"CANCELED"' in answer or int(request_id[-1], 16) % 2:
             link.deliver(answer)
             return
@@ -101,7 +101,7 @@ class Race:
 
 
 def cancel_some(sandbox: Sandbox) -> None:
-    """Cancel generations while they run, one now and then."""
+    """Cancel a running generation now and then."""
     canceled = 0
     deadline = time.monotonic() + 60
     while canceled < CANCELED:
@@ -112,16 +112,16 @@ def cancel_some(sandbox: Sandbox) -> None:
             canceled += 1
 
 
-def is_question(call: Call) -> bool:
-    """Tell whether a call asks for a generation's state or result."""
+def is_poll(call: Call) -> bool:
+    """Return whether a call polls a generation's state or result."""
     return call.path.startswith("/v1/requests/")
 
 
 def assert_within_share(calls: Sequence[Call]) -> None:
-    """Check that questions keep within their share of the limit at all times, and that they use it."""
-    moments = [call.at for call in calls if is_question(call)]
+    """Check that polls always keep within their share of the limit, and that they use it."""
+    moments = [call.at for call in calls if is_poll(call)]
     for seconds in (10, 20, 60):
         most = max(bisect_left(moments, first + seconds) - number for number, first in enumerate(moments))
-        # A twentieth of a minute's may come at once, and a result is asked for right after a state.
+        # A twentieth of a minute's requests may come in one burst, and a result is read right after a state.
         assert most <= SHARE * RATE_LIMIT * (seconds / 60 + 0.05) + CONCURRENCY
     assert len(moments) > SHARE * RATE_LIMIT * (moments[-1] - moments[0]) / 60 / 2, "the share was not needed"

@@ -1,6 +1,6 @@
 """Attacks on the memory of a real receiver, at a size that every machine can carry.
 
-`benchmarks/memory.py` is the same at full size.
+`benchmarks/memory.py` runs them at full size.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ BUDGET = 8
 """MiB for unfinished requests."""
 CONNECTIONS = 300
 ADDED = 45.0
-"""MiB that an attack may add: without the budget it is 80 at least, and linear in the connections."""
+"""MiB that an attack may add. Without the budget it adds 80 or more, in proportion to the connections."""
 REMAINING = 25.0
 REST = 60.0
 UNTIL_ANSWERED = 8.0
 ATTACKS_ON_THE_CPU = {"unfinished bodies in chunks of 2 bytes", "pipelined requests"}
-"""These cost more time than memory: on a slow machine a genuine webhook may be late or refused beside them.
+"""These attacks cost more time than memory: on a slow machine an authentic webhook may be late or rejected.
 
 Clipia sends it again, and then it must be stored.
 """
@@ -46,7 +46,7 @@ def serving(folder: Path, url: str) -> Iterator[ReceiverProcess]:
 async def attack(
     process: ReceiverProcess, name: str, *, frozen: Postgres | None = None
 ) -> tuple[Meter, Flood, Genuine]:
-    """Attack a process for a while; return what it cost."""
+    """Attack a process for a while; return the memory that it cost."""
     assert process.process is not None
     port = int(process.url.rpartition(":")[2])
     async with genuine_webhooks(port) as warm:
@@ -66,8 +66,8 @@ async def attack(
 
 
 @pytest.mark.parametrize("name", [name for name in attacks.ATTACKS if name != attacks.SIGNED])
-async def test_clients_without_a_secret_do_not_choose_the_memory(tmp_path: Path, name: str) -> None:
-    """A10: an attack adds no more than the budget, it is given back, and genuine webhooks are all stored."""
+async def test_clients_without_a_secret_stay_within_the_memory_budget(tmp_path: Path, name: str) -> None:
+    """A10: an attack adds no more than the budget, its memory is freed, and authentic webhooks are stored."""
     with serving(tmp_path, f"sqlite:///{tmp_path / 'receiver.db'}") as process:
         meter, _, genuine = await attack(process, name)
         assert meter.peak < ADDED
@@ -76,11 +76,11 @@ async def test_clients_without_a_secret_do_not_choose_the_memory(tmp_path: Path,
 
 
 async def test_a_frozen_database_does_not_fill_the_memory(tmp_path: Path) -> None:
-    """C4: signed bodies that cannot be stored are answered 503 in time, and take no more than the budget."""
+    """C4: if signed bodies cannot be stored, they are answered 503 in time and stay within the budget."""
     with Postgres() as postgres, serving(tmp_path, postgres.url()) as process:
         meter, done, _ = await attack(process, attacks.SIGNED, frozen=postgres)
         assert meter.peak < ADDED
-        # A slow machine may not have sent them all, and a client that is still sending may see a reset.
+        # A slow machine may not have sent them all, and a client that is still sending may get a reset.
         assert set(done.answers) <= {b"503", b"408", b""}
         assert done.answers[b"503"] > CONNECTIONS / 2
         assert await meter.settled(below=REMAINING, seconds=REST) < REMAINING

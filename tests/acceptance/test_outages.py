@@ -1,4 +1,4 @@
-"""Databases that stop, freeze, fill up or would lose data, under a receiver that really runs."""
+"""Databases that stop, freeze, fill up or could lose data, under a running receiver."""
 
 import asyncio
 import os
@@ -23,19 +23,19 @@ from receiver.db.rows import event_id
 from receiver.db.tables import events
 
 ANSWER = 8.0
-"""Seconds in which every request has to be answered."""
+"""Seconds within which every request has to be answered."""
 
 
 @pytest.fixture
 def own_postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server that a test may break."""
+    """A PostgreSQL server that the test may break."""
     with Postgres() as server:
         yield server
 
 
 @pytest.fixture
 def receiver(own_postgres: Postgres, tmp_path: Path) -> Iterator[ReceiverProcess]:
-    """A receiver without worker on a PostgreSQL that may be broken."""
+    """A receiver without worker on a PostgreSQL that the test may break."""
     url = own_postgres.url()
     assert run_command("migrate", settings={"RECEIVER_DATABASE_URL": url}).returncode == 0
     with ReceiverProcess(
@@ -45,11 +45,11 @@ def receiver(own_postgres: Postgres, tmp_path: Path) -> Iterator[ReceiverProcess
 
 
 def post(receiver: ReceiverProcess, request_id: str | None = None) -> httpx.Response:
-    """Post one genuine webhook and check that the answer comes in time."""
+    """Post one authentic webhook and check that the answer comes in time."""
     content = body(request_id)
     began = time.monotonic()
     url = f"{receiver.url}/clipia/webhook"
-    # Without verify=False each call would load the certificates of the world first.
+    # Without verify=False each call would first load the system's certificates.
     response = httpx.post(url, content=content, headers=signed(content), timeout=20, verify=False)
     assert time.monotonic() - began < ANSWER
     return response
@@ -84,14 +84,14 @@ def count_events(url: str) -> int:
 def test_a_stopped_database_is_answered_503_until_it_is_back(
     own_postgres: Postgres, receiver: ReceiverProcess
 ) -> None:
-    """C3, G13: no ack without a database, /readyz says so, /livez does not, and it recovers by itself."""
+    """C3, G13: without a database there is no ack, /readyz says so, /livez does not; it recovers alone."""
     assert post(receiver).status_code == 200
     assert get(receiver, "/readyz") == 200
     own_postgres.stop()
     response = post(receiver)
     assert response.status_code == 503
     assert int(response.headers["retry-after"]) > 0
-    time.sleep(1.1)  # a probe's answer is given again for a second
+    time.sleep(1.1)  # /readyz repeats its last answer for a second
     assert (get(receiver, "/readyz"), get(receiver, "/livez")) == (503, 200)
     assert get(receiver, "/metrics") == 200
     own_postgres.start()
@@ -101,7 +101,7 @@ def test_a_stopped_database_is_answered_503_until_it_is_back(
 
 
 def test_a_crashed_database_loses_no_ack(own_postgres: Postgres, receiver: ReceiverProcess) -> None:
-    """T6: kill -9 of PostgreSQL under load; whatever was acked is there afterwards."""
+    """T6: after kill -9 of PostgreSQL under load, every acked event is there."""
     acked: set[str] = set()
     stop = threading.Event()
 
@@ -131,7 +131,7 @@ def test_a_crashed_database_loses_no_ack(own_postgres: Postgres, receiver: Recei
 
 
 def test_a_frozen_database_is_answered_in_time(own_postgres: Postgres, receiver: ReceiverProcess) -> None:
-    """C4, T7: with every server process frozen each request is answered 503 within 8 s, /livez at once."""
+    """C4, T7: if every server process is frozen, each request is answered 503 within 8 s, /livez at once."""
     assert post(receiver).status_code == 200
     frozen = own_postgres.processes()
     for process in frozen:
@@ -148,7 +148,7 @@ def test_a_frozen_database_is_answered_in_time(own_postgres: Postgres, receiver:
 
 
 def test_a_read_only_database_is_not_ready(own_postgres: Postgres, receiver: ReceiverProcess) -> None:
-    """C3, G13: a standby that takes no writes is answered 503 and is not ready."""
+    """C3, G13: with a read-only standby requests are answered 503, and the receiver is not ready."""
     own_postgres.sql("ALTER DATABASE test_1 SET default_transaction_read_only = on")
     own_postgres.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'test_1'")
     answers = [post(receiver).status_code for _ in range(3)]
@@ -158,7 +158,7 @@ def test_a_read_only_database_is_not_ready(own_postgres: Postgres, receiver: Rec
 
 
 def test_a_held_lock_delays_but_never_acks(receiver: ReceiverProcess) -> None:
-    """C2: a duplicate that meets an uncommitted first waits, and is answered 503 when that takes too long."""
+    """C2: a duplicate waits for the uncommitted first one, and is answered 503 if that takes too long."""
     url, held = receiver.settings["RECEIVER_DATABASE_URL"], event_id("clipia", "held")
 
     async def hold(seconds: float) -> None:
@@ -181,10 +181,10 @@ def test_a_held_lock_delays_but_never_acks(receiver: ReceiverProcess) -> None:
 
 
 @pytest.mark.parametrize("setting", ["fsync", "synchronous_commit", "full_page_writes"])
-def test_a_database_that_would_lose_commits_is_refused(
+def test_a_database_that_could_lose_commits_stops_the_start(
     postgres: Postgres, tmp_path: Path, setting: str
 ) -> None:
-    """C7: PostgreSQL that confirms before it flushes is refused at start, with what to set."""
+    """C7: if PostgreSQL confirms before it flushes, the start fails and names the settings."""
     url = postgres.url(template="migrated")
     if setting == "synchronous_commit":
         postgres.sql(f"ALTER DATABASE {url.rsplit('/', 1)[1]} SET synchronous_commit = off")
@@ -205,8 +205,8 @@ def test_a_database_that_would_lose_commits_is_refused(
     assert f"Set {setting} = on".encode() in result.stderr
 
 
-def test_an_old_schema_is_refused_on_postgresql(postgres: Postgres, tmp_path: Path) -> None:
-    """A shared database is migrated on purpose: serve refuses and says what to run."""
+def test_an_old_schema_stops_the_start_on_postgresql(postgres: Postgres, tmp_path: Path) -> None:
+    """A shared database is migrated by a command only: serve rejects an old schema and names the command."""
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DATABASE_URL": postgres.url()}
     result = run_command("serve", settings=settings, cwd=tmp_path)
     assert result.returncode == 2
@@ -222,8 +222,8 @@ def test_an_old_schema_is_refused_on_postgresql(postgres: Postgres, tmp_path: Pa
     assert b"newer" in result.stderr
 
 
-def test_migrations_may_run_at_once(postgres: Postgres, tmp_path: Path) -> None:
-    """C15: several deployments that migrate at the same moment wait for each other."""
+def test_migrations_may_run_in_parallel(postgres: Postgres, tmp_path: Path) -> None:
+    """C15: if several deployments migrate at the same moment, they wait for each other."""
     for url in (postgres.url(), f"sqlite:///{tmp_path / 'shared.db'}"):
         with ThreadPoolExecutor(4) as pool:
             runs = [
@@ -234,7 +234,7 @@ def test_migrations_may_run_at_once(postgres: Postgres, tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_answered_503_and_heals(tmp_path: Path) -> None:
-    """C3, T12: SQLite on a full disk: 503, nothing acked is lost, and acks again when there is room."""
+    """C3, T12: SQLite on a full disk: 503, no acked event is lost, and acks again after space is freed."""
     if os.geteuid() != 0:
         pytest.skip("needs root: mounts a small tmpfs")
     disk = tmp_path / "disk"
@@ -281,7 +281,7 @@ def test_acks_follow_the_flush(tmp_path: Path) -> None:
             [*arguments, "-o", trace, "-p", str(receiver.process.pid)], stderr=subprocess.PIPE
         ) as strace:
             assert strace.stderr is not None
-            strace.stderr.readline()  # "attached"
+            strace.stderr.readline()  # strace reports "attached"
             for _ in range(50):
                 assert post(receiver).status_code == 200
             strace.terminate()
@@ -297,7 +297,7 @@ def test_acks_follow_the_flush(tmp_path: Path) -> None:
 
 
 def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
-    """C6, T4: between the reading of a request and its own 200 there is a flush, however many share it."""
+    """C6, T4: between the reading of a request and its own 200 there is a flush, even if many share it."""
     require("strace")
     trace = tmp_path / "trace"
     names = [f"group-{number:03d}" for number in range(200)]
@@ -324,7 +324,7 @@ def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
             ThreadPoolExecutor(16) as clients,
         ):
             assert strace.stderr is not None
-            strace.stderr.readline()  # "attached"
+            strace.stderr.readline()  # strace reports "attached"
             answers = list(clients.map(lambda name: post(receiver, name), names))
             strace.terminate()
     assert [answer.status_code for answer in answers] == [200] * len(names)
@@ -342,11 +342,11 @@ def test_acks_of_a_group_follow_its_flush(tmp_path: Path) -> None:
             assert any(read[request_id] < flush < number for flush in flushed), request_id
             acked.add(request_id)
     assert acked == set(names)
-    assert len(flushed) < len(names), "nothing was grouped"
+    assert len(flushed) < len(names), "no two requests shared a flush"
 
 
 def test_a_failing_flush_is_not_acked(tmp_path: Path) -> None:
-    """C8: an fsync that fails is answered 503, never 200, and the receiver goes on when the disk does."""
+    """C8: if fsync fails, the answer is 503, never 200, and the receiver resumes after the disk does."""
     require("strace")
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker") as receiver:
         assert post(receiver).status_code == 200
@@ -372,7 +372,7 @@ def test_a_failing_flush_is_not_acked(tmp_path: Path) -> None:
 
 
 def test_a_stopped_log_reader_does_not_stop_webhooks(tmp_path: Path) -> None:
-    """G10: nobody reads the log any more; webhooks are acked all the same."""
+    """G10: if the reader of the log stops reading, webhooks are acked all the same."""
     receiver = ReceiverProcess(tmp_path, "serve", "--port", str(free_port()), "--no-worker")
     reader, writer = os.pipe()
     process = subprocess.Popen(
@@ -385,7 +385,7 @@ def test_a_stopped_log_reader_does_not_stop_webhooks(tmp_path: Path) -> None:
     try:
         wait_for_port(int(receiver.arguments[2]), process)
         receiver.url = f"http://127.0.0.1:{receiver.arguments[2]}"
-        # A pipe holds 64 KiB; these records are several times that.
+        # A pipe holds 64 KiB; these records are several times larger.
         assert {post(receiver).status_code for _ in range(400)} == {200}
     finally:
         with os.fdopen(reader, "rb") as pipe, ThreadPoolExecutor(1) as pool:

@@ -1,4 +1,4 @@
-"""Many processes deliver the same events at the same time."""
+"""Several processes send the same events at the same time."""
 
 import json
 import os
@@ -19,10 +19,10 @@ IDS = int(os.environ.get("RECEIVER_TEST_RACE_IDS", "100"))
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_race_of_identical_deliveries_is_one_event_each(
+def test_a_race_of_identical_webhooks_is_one_event_each(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
-    """C1, T15: 4 processes × 32 at once × 100 ids, against two receivers on PostgreSQL and one on SQLite.
+    """C1, T15: 4 processes × 32 in parallel × 100 ids, to two receivers on PostgreSQL and one on SQLite.
 
     Every answer is 2xx; there is one event per id and one delivery per destination, and each is forwarded.
     """
@@ -74,7 +74,7 @@ def run_clients(ports: list[str]) -> Counter[str]:
 
 
 def wait_until_forwarded(settings: dict[str, str], folder: Path) -> list[dict[str, object]]:
-    """Wait until nothing is pending any more, and return the events as the command shows them."""
+    """Wait until no work is pending, and return the events as the command shows them."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         result = run_command("events", "list", "--limit", "1000", "--json", settings=settings, cwd=folder)

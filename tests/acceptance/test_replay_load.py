@@ -1,4 +1,4 @@
-"""A replay of ten thousand events beside live traffic, whose receiver is killed twice."""
+"""A replay of ten thousand events beside live traffic; the receiver is killed twice meanwhile."""
 
 import asyncio
 import http.client
@@ -36,7 +36,7 @@ TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 class Live:
-    """Clients that post events one after the other and go on when the receiver is killed."""
+    """Clients that post events one after the other and go on if the receiver is killed."""
 
     def __init__(self, port: int) -> None:
         self.acked: set[str] = set()
@@ -44,7 +44,7 @@ class Live:
         self._stop = threading.Event()
 
     def run(self, client: int) -> None:
-        """Post until told to stop."""
+        """Post until stopped."""
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=20)
         number = 0
         while not self._stop.wait(PACE):
@@ -67,7 +67,7 @@ class Live:
 
 
 async def add_events(url: str) -> None:
-    """Store events as ingest does."""
+    """Store events like ingest."""
     database = Database(url)
     rows = []
     for number in range(EVENTS):
@@ -79,7 +79,7 @@ async def add_events(url: str) -> None:
 
 
 async def end_leases(url: str) -> None:
-    """Let the minute pass for which a process that was killed holds its work."""
+    """Expire the leases of a killed process, which last a minute."""
     database = Database(url)
     async with database.write() as connection:
         for table in (deliveries, replays):
@@ -105,7 +105,7 @@ async def read_stream(server: Nats) -> list[dict[str, Any]]:
 
 
 def wait_until(look: Callable[[], Any], *, seconds: float) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
     while not look():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
@@ -113,10 +113,10 @@ def wait_until(look: Callable[[], Any], *, seconds: float) -> None:
 
 
 def test_a_replay_beside_live_traffic_makes_each_delivery_once(postgres: Postgres, tmp_path: Path) -> None:
-    """E3, E9, E12: each of 10,000 events arrives once more, at a broker that drops duplicates, too.
+    """E3, E9, E12: each of 10,000 events arrives once more, also at a broker that drops duplicates.
 
-    The receiver is killed twice meanwhile, and live events arrive as ever; ordering the same again starts
-    nothing.
+    The receiver is killed twice meanwhile, and live events arrive in time; a repeated order starts no second
+    replay.
     """
     url = postgres.url(template="migrated")
     with Nats() as server:
@@ -183,14 +183,14 @@ def test_a_replay_beside_live_traffic_makes_each_delivery_once(postgres: Postgre
 
     old = {f"old-{number}" for number in range(EVENTS)}
     for name, messages in found.items():
-        tries = Counter((event["subject"], event["deliveryid"], event.get("replayid")) for event in messages)
-        replayed = Counter(subject for subject, _, replay_id in tries if replay_id == replay["id"])
+        copies = Counter((event["subject"], event["deliveryid"], event.get("replayid")) for event in messages)
+        replayed = Counter(subject for subject, _, replay_id in copies if replay_id == replay["id"])
         assert replayed == Counter(old), f"{name}: once more each"
-        assert Counter(subject for subject, _, replay_id in tries if replay_id is None) == Counter(
+        assert Counter(subject for subject, _, replay_id in copies if replay_id is None) == Counter(
             old | {event["subject"] for event in messages}
         ), f"{name}: each once as ever"
-        assert live.acked <= {subject for subject, _, _ in tries}, name
+        assert live.acked <= {subject for subject, _, _ in copies}, name
         if name == "main":
-            assert set(tries.values()) == {1}, "a stream drops what a worker sent twice"
+            assert set(copies.values()) == {1}, "a stream drops a message that a worker sent twice"
     ids = {(event["subject"], event["id"]) for messages in found.values() for event in messages}
     assert len(ids) == len({subject for subject, _ in ids}), "an event keeps its id"

@@ -1,4 +1,4 @@
-"""A database that was restored from a dump: no caller's repeat is paid for twice while it is frozen."""
+"""A database restored from a dump: while it is frozen, a caller's repeated call is not paid for twice."""
 
 import sqlite3
 import subprocess
@@ -14,7 +14,7 @@ from support.jobs import IMAGE, TOKEN, Sandbox, job_receiver
 from support.servers import Postgres
 
 Restore = Callable[[], str]
-"""Restores what was dumped, and returns the URL of the restored database."""
+"""Restores the dump, and returns the URL of the restored database."""
 
 
 def dump_sqlite(url: str, folder: Path) -> Restore:
@@ -61,7 +61,7 @@ def submit(receiver: ReceiverProcess, key: str) -> httpx.Response:
 def test_a_repeat_after_a_restore_is_not_paid_for_twice(
     kind: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """F1: the key of a job that the dump does not have is refused until a person thaws submissions."""
+    """F1: if the dump lacks a job, its key is refused until an operator resumes submissions."""
     with Sandbox(tmp_path, duration=0.1) as sandbox:
         receiver = job_receiver(tmp_path / "receiver", sandbox)
         dump: Callable[[str, Path], Restore] = dump_sqlite

@@ -335,10 +335,10 @@ async def test_an_id_of_other_characters_is_one(
     if request_id == "../account":
         # A server that decodes the path before it resolves it would find another resource.
         assert (await refusal(client.status(request_id, call=Call()))).code == "not_found"
-        assert odd.questions == []
+        assert odd.other_paths == []
         return
     assert (await client.status(request_id, call=Call())).status == "IN_QUEUE"
-    (path,) = odd.questions
+    (path,) = odd.other_paths
     assert unquote(path) == f"/v1/requests/{request_id}/status"
     assert path.count("/") == 4
 
@@ -632,7 +632,7 @@ async def test_a_burst_asks_for_its_model_once(odd_world: World, odd: OddClipia)
     odd.script = [accepted]
     submitter = odd_world.submitter()
     await asyncio.gather(*(submitter.submit(MODEL, PROMPT) for _ in range(16)))
-    assert odd.questions == [f"/v1/models/{MODEL}"]
+    assert odd.other_paths == [f"/v1/models/{MODEL}"]
 
 
 async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
@@ -648,7 +648,7 @@ async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
     given = {"prompt": "a cat", "seed": 1}
     strictly = submitter.submit(MODEL, given, strict=True)
     assert (await refusal(strictly)).code == "model_input_invalid"
-    assert len(odd.questions) == 1
+    assert len(odd.other_paths) == 1
     monkeypatch.setattr(catalogue, "RECHECK_AGE_SECONDS", 0.0)
     assert (await submitter.submit(MODEL, given, strict=True)).input == given
     odd.others = lambda _request: refused(503, "service_unavailable")
@@ -714,12 +714,12 @@ async def test_a_price_is_asked_for_once_a_minute(
     submitter = odd_world.submitter()
     for _ in range(3):
         await submitter.submit(MODEL, PROMPT, max_cost=PRICE)
-    prices = [path for path in odd.questions if path.endswith("/estimate")]
+    prices = [path for path in odd.other_paths if path.endswith("/estimate")]
     assert len(prices) == 1
     await submitter.submit(MODEL, {"prompt": "a dog"}, max_cost=PRICE)
     monkeypatch.setattr(catalogue, "PRICE_CACHE_SECONDS", 0.0)
     await submitter.submit(MODEL, PROMPT, max_cost=PRICE)
-    assert len([path for path in odd.questions if path.endswith("/estimate")]) == 3
+    assert len([path for path in odd.other_paths if path.endswith("/estimate")]) == 3
 
 
 async def test_who_does_not_answer_is_left_alone_for_a_while(
@@ -731,7 +731,7 @@ async def test_who_does_not_answer_is_left_alone_for_a_while(
     for _ in range(3):
         with pytest.raises(ClipiaUnavailable):
             await models.model(MODEL)
-    assert len(odd.questions) == 1
+    assert len(odd.other_paths) == 1
     monkeypatch.setattr(catalogue, "FAILURE_CACHE_SECONDS", 0.0)
     odd.others = lambda _request: answer(content={"slug": MODEL})
     assert await models.model(MODEL) == {"slug": MODEL}
@@ -753,7 +753,7 @@ async def test_a_catalogue_that_is_slow_holds_up_no_job(
     # The question goes on, and its answer serves whoever asks next.
     go_on.set()
     assert await submitter.catalogue.model(MODEL) == {"slug": MODEL}
-    assert len(odd.questions) == 1
+    assert len(odd.other_paths) == 1
 
 
 async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -> None:
@@ -782,7 +782,7 @@ async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -
     go_on.set()
     with pytest.raises(ClipiaUnavailable):
         await models.model("suno-music")
-    assert len(odd.questions) == 2
+    assert len(odd.other_paths) == 2
 
 
 async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -> None:
@@ -801,7 +801,7 @@ async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -
     error = caught.value
     assert (error.reason, error.status, error.may_have_arrived) == ("rate_limit_exceeded", 429, False)
     assert (error.retry_after or 0) > 800
-    assert len(odd.questions) == 2
+    assert len(odd.other_paths) == 2
 
 
 async def test_a_catalogue_has_a_size(
@@ -812,4 +812,4 @@ async def test_a_catalogue_has_a_size(
     models = odd_world.submitter().catalogue
     for slug in ("a", "b", "c", "c", "b", "a"):
         await models.model(slug)
-    assert [path.rpartition("/")[2] for path in odd.questions] == ["a", "b", "c", "a"]
+    assert [path.rpartition("/")[2] for path in odd.other_paths] == ["a", "b", "c", "a"]

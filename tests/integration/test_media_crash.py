@@ -1,4 +1,4 @@
-"""Writes that are killed, refused or run out of room: whole files or none."""
+"""Writes that are killed, rejected or run out of space: whole files or none."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from receiver.media.storage.local import LocalStorage
 KEY = "ab/cd/00-video.mp4"
 WHOLE = b"".join(bytes([number]) * 65_536 for number in range(40))
 
-STORED, FULL, ERROR = 0, 3, 4  # how the writer ends
+STORED, FULL, ERROR = 0, 3, 4  # the call that ends the writer
 
 # One worker thread, so that the n-th system call is always the same one.
 WRITER = f"""
@@ -69,10 +69,10 @@ def write(url: str, *wrapper: str, file_size: int = 0) -> subprocess.CompletedPr
 
 
 def killed_at(strace: str, call: str, number: int, folder: Path) -> bool:
-    """Store a file and kill the process within its n-th such system call; False when it got through."""
+    """Store a file and kill the process within its n-th such system call; False if it came to its end."""
     inject = f"inject=/^{call}:signal=KILL:when={number}"
     result = write(f"file:{folder}", strace, "-f", "--seccomp-bpf", "-o", os.devnull, "-e", inject)
-    was_killed = result.returncode != STORED  # strace ends as its program did; the answer is a write, too
+    was_killed = result.returncode != STORED  # strace ends like its program; the answer is a write, too
     final = folder / KEY
     if final.exists():
         assert final.read_bytes() == WHOLE
@@ -131,15 +131,15 @@ def test_the_file_is_durable_before_its_name_and_its_name_before_the_answer(
         ("/^mkdir:error=EROFS", ERROR),
     ],
 )
-def test_a_failing_disk_leaves_nothing(inject: str, status: int, strace: str, tmp_path: Path) -> None:
-    """D16: an error of the disk is told apart from a full one, and the unfinished file is removed."""
+def test_a_failing_disk_leaves_no_file(inject: str, status: int, strace: str, tmp_path: Path) -> None:
+    """D16: another error than a full disk is reported as such, and the unfinished file is removed."""
     result = write(f"file:{tmp_path}/media", strace, "-f", "-o", os.devnull, "-e", f"inject={inject}")
     assert result.returncode == status, result.stderr
     assert stored_files(tmp_path) == {}
 
 
-def test_a_limit_on_the_size_of_files_leaves_nothing(tmp_path: Path) -> None:
-    """D16: a limit first shows as a short write; the file is refused as for a full disk, not stored short."""
+def test_a_limit_on_the_size_of_files_leaves_no_file(tmp_path: Path) -> None:
+    """D16: if a limit first causes a short write, the storage counts as full, and no short file is stored."""
     result = write(f"file:{tmp_path}/media", file_size=1_500_000)
     assert result.returncode == FULL, result.stderr
     assert stored_files(tmp_path) == {}
@@ -161,7 +161,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_full_disk_recovers_by_itself(small_disk: Path) -> None:
-    """D16: with no room left nothing remains of the file, and the next one that fits is stored."""
+    """D16: if the disk is full, no part of the file remains, and the next one that fits is stored."""
     storage = LocalStorage(small_disk)
     with pytest.raises(StorageUnavailable) as caught:
         await storage.put("ab/00-video.mp4", chunked(bytes(5_000_000), 65_536))
@@ -195,7 +195,7 @@ asyncio.run(open_storage(sys.argv[1]).put("ab/00-video.mp4", chunks()))
 
 
 def test_a_killed_upload_leaves_no_object(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D10: kill -9 in the middle of an upload; parts are no object, nobody can read them."""
+    """D10: kill -9 in the middle of an upload; the parts are no object, so they cannot be read."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     result = subprocess.run([sys.executable, "-c", UPLOADER, bucket.url], check=False, timeout=60)

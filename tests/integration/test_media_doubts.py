@@ -1,4 +1,4 @@
-"""Bodies that may not be the file: what becomes of them over several tries."""
+"""Bodies that may not be the file, over several attempts."""
 
 import asyncio
 import hashlib
@@ -17,7 +17,7 @@ from receiver.db.database import Database
 from receiver.db.rows import MediaRow
 from receiver.db.tables import attempts, deliveries, media
 
-# Nothing here differs between the databases.
+# The databases do not differ in these tests.
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 PAGE = response(b"<html><body>Please wait</body></html>", "Content-Type: image/png")
@@ -25,7 +25,7 @@ BLEMISHED = SAMPLES["image/gif"].data[:-1]
 
 
 class Cdn:
-    """Answers each request with the next answer, and then with the last one again."""
+    """Answers each request with the next answer, and then repeats the last one."""
 
     def __init__(self, *answers: bytes) -> None:
         self.answers = deque(answers)
@@ -39,7 +39,7 @@ class Cdn:
 
 @asynccontextmanager
 async def fetching(database: Database, folder: Path, cdn: Cdn) -> AsyncIterator[World]:
-    """Have an event with one image on a CDN that answers so."""
+    """Store an event with one image on a CDN with these answers."""
     async with site(cdn.answer) as server, opened(database, folder, server.origin) as world:
         world.add_destination("main")
         await world.add(with_files(server.origin, "r-1", "/a.png"))
@@ -48,7 +48,7 @@ async def fetching(database: Database, folder: Path, cdn: Cdn) -> AsyncIterator[
 
 
 async def run_tries(world: World, count: int) -> dict[str, Any]:
-    """Make the next tries at once, and return the row of the file."""
+    """Make the next attempts now, and return the row of the file."""
     for _ in range(count):
         await world.change(media, next_attempt_at=db_time(0.0))
         for work in await world.media_lane().claim(1):
@@ -58,7 +58,7 @@ async def run_tries(world: World, count: int) -> dict[str, Any]:
 
 
 async def forwarded_file(world: World) -> dict[str, Any]:
-    """Deliver the event, and return its only file as the message has it."""
+    """Deliver the event, and return its only file from the message."""
     for work in await world.delivery_lane().claim(1):
         await work.run()
     data: Any = world.recorders["main"].published[-1].get_data()
@@ -67,8 +67,8 @@ async def forwarded_file(world: World) -> dict[str, Any]:
     return file
 
 
-async def test_a_page_is_asked_for_again_until_the_file_is_there(database: Database, tmp_path: Path) -> None:
-    """D15: two pages and then the image: the image is stored, and nothing says that it was not there."""
+async def test_a_page_is_requested_again_until_the_file_is_there(database: Database, tmp_path: Path) -> None:
+    """D15: two pages and then the image: the image is stored, without a warning."""
     async with fetching(database, tmp_path, Cdn(PAGE, PAGE, response(PNG))) as world:
         row = await run_tries(world, 2)
         assert (row["state"], row["uri"], row["attempts"]) == ("pending", None, 2)
@@ -102,7 +102,7 @@ async def test_a_page_that_stays_is_kept_as_no_media(database: Database, tmp_pat
 
 
 async def test_a_page_asks_clipia_where_the_file_is(database: Database, tmp_path: Path) -> None:
-    """D15: a page in place of a file is a reason to ask for its present URL, as a 404 is."""
+    """D15: Clipia is asked for a file's present URL if a page came in its place, like after a 404."""
     async with fetching(database, tmp_path, Cdn(PAGE, response(PNG))) as world:
 
         async def fresh_url(_event: object, row: MediaRow) -> str:
@@ -114,7 +114,7 @@ async def test_a_page_asks_clipia_where_the_file_is(database: Database, tmp_path
 
 
 async def test_the_same_blemish_twice_is_stored_and_flagged(database: Database, tmp_path: Path) -> None:
-    """D9: a GIF without its trailer takes two downloads, is stored, and every view of it has a warning."""
+    """D9: a GIF without its trailer takes two downloads, is stored, and has a warning in every view."""
     cdn = Cdn(response(BLEMISHED))
     async with fetching(database, tmp_path, cdn) as world:
         row = await run_tries(world, 1)
@@ -129,7 +129,7 @@ async def test_the_same_blemish_twice_is_stored_and_flagged(database: Database, 
 
 
 async def test_a_doubt_that_passes_leaves_no_mark(database: Database, tmp_path: Path) -> None:
-    """D9: a file that was cut in a cache and then comes whole is stored without a warning."""
+    """D9: if a file was cut in a cache and then comes whole, it is stored without a warning."""
     whole = SAMPLES["image/gif"].data
     async with fetching(database, tmp_path, Cdn(response(whole[:300]), response(whole))) as world:
         row = await run_tries(world, 2)
@@ -137,7 +137,7 @@ async def test_a_doubt_that_passes_leaves_no_mark(database: Database, tmp_path: 
 
 
 async def test_different_blemishes_are_no_agreement(database: Database, tmp_path: Path) -> None:
-    """D9: two bodies that differ settle nothing, and another failure in between does not matter."""
+    """D9: two bodies that differ prove no file, and another failure in between does not matter."""
     cdn = Cdn(
         response(BLEMISHED[:300]), response(BLEMISHED), response(b"", status="503 Busy"), response(BLEMISHED)
     )
@@ -152,7 +152,7 @@ async def test_different_blemishes_are_no_agreement(database: Database, tmp_path
 async def test_an_odd_body_holds_an_event_no_longer_than_an_hour(
     answer: bytes, database: Database, tmp_path: Path
 ) -> None:
-    """D9: whatever comes on the first try after an hour is kept, and the event goes out."""
+    """D9: the body of the first attempt after an hour is kept, and the event is delivered."""
     cdn = Cdn(answer)
     async with fetching(database, tmp_path, cdn) as world:
         await world.change(media, created_at=db_time(-3601.0))

@@ -1,4 +1,4 @@
-"""Downloads from real servers: what is stored, what is refused, and what is left behind."""
+"""Downloads from real servers: stored, rejected and unfinished files."""
 
 import asyncio
 import base64
@@ -63,7 +63,7 @@ async def downloader(
 async def fetch(
     answer: bytes | Answer, root: Path, *, kind: Kind = "image", limits: DownloadLimits = QUICK, **before: Any
 ) -> StoredFile:
-    """Download what a server answers."""
+    """Download a server's answer."""
     async with (
         site(answer) as server,
         downloader(server.origin, storage=local_storage(root), limits=limits) as opened,
@@ -73,7 +73,7 @@ async def fetch(
         )
 
 
-async def refused(
+async def failure_of(
     answer: bytes | Answer,
     root: Path,
     error: type[Exception] = MediaUnavailable,
@@ -81,7 +81,7 @@ async def refused(
     limits: DownloadLimits = QUICK,
     **options: Any,
 ) -> Any:
-    """Download what a server answers, see it refused and nothing stored, and return the error."""
+    """Download a server's answer, expect an error and an empty storage, and return the error."""
     with pytest.raises(error) as caught:
         await fetch(answer, root, limits=limits, **options)
     assert type(caught.value) is error
@@ -129,15 +129,15 @@ async def test_stores_a_chunked_file(tmp_path: Path) -> None:
         (PNG, "audio"),
     ],
 )
-async def test_what_is_no_such_file_is_kept_as_bytes(data: bytes, kind: Kind, tmp_path: Path) -> None:
-    """D13: a drawing, a polyglot or another kind of file is kept, as bytes that no one will render."""
+async def test_a_file_of_another_type_is_kept_as_bytes(data: bytes, kind: Kind, tmp_path: Path) -> None:
+    """D13: a drawing, a polyglot or another kind of file is kept as bytes, which browsers do not render."""
     stored = await fetch(response(data, "Content-Type: image/png"), tmp_path, kind=kind)
     assert (stored.key, stored.content_type) == ("ab/00-image.bin", "application/octet-stream")
     assert stored_files(tmp_path) == {"media/ab/00-image.bin": data}
 
 
-async def test_only_the_first_bytes_tell_what_a_file_is(tmp_path: Path) -> None:
-    """D13: the verdict depends on the file and not on how much of it arrives at once."""
+async def test_only_the_first_bytes_decide_the_type(tmp_path: Path) -> None:
+    """D13: the verdict depends on the file, and not on the sizes of the parts."""
     head = box(b"ftyp", b"isom" + bytes(4) + b"iso2") + box(b"moov", bytes(200))
     data = head + box(b"mdat", bytes(SNIFF_BYTES - len(head) - 8) + b"<script>")
     assert (await fetch(response(data), tmp_path, kind="video")).key == "ab/00-image.mp4"
@@ -151,7 +151,7 @@ def cut_points(size: int, *, count: int) -> list[int]:
 async def refuse_all(
     answers: list[bytes], root: Path, *, kind: Kind = "image", reasons: tuple[str, ...] = ("truncated",)
 ) -> None:
-    """Download once per answer, and see each refused for one of the reasons and nothing stored."""
+    """Download once per answer, and expect one of the reasons and an empty storage each time."""
     queue = iter(answers)
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
@@ -170,46 +170,46 @@ async def refuse_all(
 
 
 @pytest.mark.parametrize("framing", ["length", "chunked"])
-async def test_a_broken_connection_stores_nothing(framing: str, tmp_path: Path) -> None:
-    """D9: cut the connection at a hundred places, and no truncated file is stored."""
+async def test_a_broken_connection_stores_no_file(framing: str, tmp_path: Path) -> None:
+    """D9: if the connection is cut, at any of a hundred places, no truncated file is stored."""
     whole = response(PNG) if framing == "length" else in_chunks(PNG)
     body = whole.index(b"\r\n\r\n") + 4
     await refuse_all([whole[: body + cut] for cut in cut_points(len(whole) - body, count=100)], tmp_path)
 
 
 @pytest.mark.parametrize("content_type", SAMPLES)
-async def test_a_file_that_was_cut_before_it_was_sent_stores_nothing(
+async def test_a_file_that_was_cut_before_it_was_sent_is_not_stored(
     content_type: str, tmp_path: Path
 ) -> None:
-    """D9: with a length that fits the cut file, the container's own end is what gives it away."""
+    """D9: if the length fits the cut file, the end of the container shows the cut."""
     sample = SAMPLES[content_type]
     cuts = [cut for cut in cut_points(len(sample.data), count=25) if cut not in sample.unseen]
-    # The first letters of some signatures, or no byte at all, are taken for a text.
+    # The first letters of some signatures, or an empty body, are taken for a text.
     reasons = ("truncated", "page")
     answers = [response(sample.data[:cut]) for cut in cuts]
     await refuse_all(answers, tmp_path, kind=sample.kind, reasons=reasons)
 
 
-async def test_without_framing_the_container_has_the_word(tmp_path: Path) -> None:
-    """D9: an answer without a length or chunks is stored only if its file ends exactly where it ends."""
+async def test_without_framing_the_container_decides(tmp_path: Path) -> None:
+    """D9: without a length or chunks a file is stored only if its container ends at the end of the answer."""
     cuts = cut_points(len(PNG), count=25)
     await refuse_all(
         [response(PNG[:cut], length=None) for cut in cuts], tmp_path, reasons=("truncated", "page")
     )
     for data in (PNG + b"x", b"\x0a\x0b\x0c\x00" * 50):
-        error = await refused(response(data, length=None), tmp_path, MediaDoubtful)
+        error = await failure_of(response(data, length=None), tmp_path, MediaDoubtful)
         assert error.reason == "length"
     assert (await fetch(response(PNG, length=None), tmp_path)).warning is None
 
 
 @pytest.mark.parametrize("length", [-1, None])
-async def test_a_cut_without_framing_is_not_settled_by_another_one(
+async def test_a_cut_without_framing_is_not_proved_by_a_second_one(
     length: int | None, tmp_path: Path
 ) -> None:
-    """D9: the same cut twice is what the server has if HTTP frames it, and else only on the last try."""
+    """D9: two equal cuts count as the file if HTTP frames them, else only at the last attempt."""
     cut, digest = PNG[:700], hashlib.sha256(PNG[:700]).hexdigest()
     if length is None:
-        await refused(response(cut, length=None), tmp_path, MediaDoubtful, seen_sha256=digest)
+        await failure_of(response(cut, length=None), tmp_path, MediaDoubtful, seen_sha256=digest)
     stored = await fetch(
         response(cut, length=length), tmp_path, seen_sha256=digest, keep_doubtful=length is None
     )
@@ -233,37 +233,37 @@ BLEMISHED = {
 
 @pytest.mark.parametrize("blemish", BLEMISHED)
 async def test_a_blemish_that_comes_twice_is_stored_and_flagged(blemish: str, tmp_path: Path) -> None:
-    """D9: HTTP says that all of the file came: the first one is not trusted, and the same one again is."""
+    """D9: if a framed body is in doubt, the first one is not trusted, and an equal second one is."""
     data, kind = cast("tuple[bytes, Kind]", BLEMISHED[blemish])
     headers = [f"Content-MD5: {base64.b64encode(bytes(16)).decode()}"] if "MD5" in blemish else []
     answer = response(data, *headers)
-    error = await refused(answer, tmp_path, MediaDoubtful, kind=kind)
+    error = await failure_of(answer, tmp_path, MediaDoubtful, kind=kind)
     assert error.retry_after == 5.0
-    await refused(answer, tmp_path, MediaDoubtful, kind=kind, seen_sha256="00" * 32)
+    await failure_of(answer, tmp_path, MediaDoubtful, kind=kind, seen_sha256="00" * 32)
     stored = await fetch(answer, tmp_path, kind=kind, seen_sha256=error.sha256)
     assert (stored.sha256, stored.warning) == (hashlib.sha256(data).hexdigest(), str(error))
     assert list(stored_files(tmp_path).values()) == [data]
 
 
 async def test_a_body_that_is_never_the_same_is_kept_in_the_end(tmp_path: Path) -> None:
-    """D9: on the last try a body in doubt is better than none: it is stored and flagged."""
+    """D9: on the last attempt a body in doubt is better than none: it is stored with a warning."""
     data = SAMPLES["image/gif"].data[:-1]
     stored = await fetch(response(data), tmp_path, seen_sha256="00" * 32, keep_doubtful=True)
     assert stored.warning == f"The file ends early, after {len(data)} bytes"
 
 
-async def test_a_broken_connection_is_never_stored(tmp_path: Path) -> None:
-    """D9: a body that is shorter than its length is no file, however often and however late it comes."""
+async def test_a_short_body_is_never_stored(tmp_path: Path) -> None:
+    """D9: if a body is shorter than its length, it is never stored, even at the last attempt."""
     cut = response(PNG[:700], length=len(PNG))
     digest = hashlib.sha256(PNG[:700]).hexdigest()
-    assert (await refused(cut, tmp_path, seen_sha256=digest, keep_doubtful=True)).reason == "truncated"
+    assert (await failure_of(cut, tmp_path, seen_sha256=digest, keep_doubtful=True)).reason == "truncated"
 
 
 @pytest.mark.parametrize("data", [b"<html><body>Not found</body></html>", b""])
 async def test_a_page_is_not_the_file_yet(data: bytes, tmp_path: Path) -> None:
-    """D15: a page or nothing with status 200 is not stored before the last try, and then not as media."""
+    """D15: a page or an empty body is stored only at the last attempt, and then not as media."""
     answer = response(data, "Content-Type: image/png")
-    assert (await refused(answer, tmp_path, NotMedia)).reason == "page"
+    assert (await failure_of(answer, tmp_path, NotMedia)).reason == "page"
     stored = await fetch(answer, tmp_path, keep_doubtful=True)
     assert (stored.is_media, stored.key, stored.content_type) == (
         False,
@@ -274,23 +274,23 @@ async def test_a_page_is_not_the_file_yet(data: bytes, tmp_path: Path) -> None:
 
 
 async def test_a_damaged_file_is_not_stored(tmp_path: Path) -> None:
-    """D9: a file whose structure cannot be followed is tried again later."""
+    """D9: if the structure of a file is damaged, it is downloaded again later."""
     data = bytearray(PNG)
     data[37:41] = b"\0\0\0\0"
-    assert (await refused(response(bytes(data)), tmp_path, MediaDoubtful)).reason == "damaged"
+    assert (await failure_of(response(bytes(data)), tmp_path, MediaDoubtful)).reason == "damaged"
 
 
 async def test_a_stated_digest_is_compared(tmp_path: Path) -> None:
-    """D9: a body that is not what the server says it is is refused; one that is, is stored."""
+    """D9: a body must match the digest that the server states."""
     good, bad = (base64.b64encode(hashlib.sha256(data).digest()).decode() for data in (PNG, b"other"))
     answer = response(PNG, f"Repr-Digest: sha-256=:{bad}:")
-    assert (await refused(answer, tmp_path, MediaDoubtful)).reason == "digest"
+    assert (await failure_of(answer, tmp_path, MediaDoubtful)).reason == "digest"
     await fetch(response(PNG, f"Repr-Digest: sha-256=:{good}:"), tmp_path)
 
 
 @pytest.mark.parametrize("status", ["301 Moved", "302 Found", "303 See", "307 Temporary", "308 Permanent"])
 async def test_a_redirect_to_an_allowed_origin_is_followed(status: str, tmp_path: Path) -> None:
-    """D4: another allowed origin is visited, at the path that the redirect names, and its file is stored."""
+    """D4: another allowed origin is visited, at the path of the redirect, and its file is stored."""
     async with (
         site(response(PNG)) as sink,
         site(response(b"", f"Location: {sink.origin}/a b#c", status=status)) as server,
@@ -304,7 +304,7 @@ async def test_a_redirect_to_an_allowed_origin_is_followed(status: str, tmp_path
 
 @pytest.mark.parametrize("location", ["/elsewhere/a.png?x=1", "a.png?x=1", "//{host}/elsewhere/a.png?x=1"])
 async def test_a_relative_redirect_is_followed(location: str, tmp_path: Path) -> None:
-    """D4: a redirect without a scheme or a host is read against the URL that it came from."""
+    """D4: a redirect without a scheme or a host is relative to the URL that sent it."""
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
         path = request.split(b" ")[1]
@@ -322,18 +322,18 @@ async def test_a_relative_redirect_is_followed(location: str, tmp_path: Path) ->
     ["{sink}/x", "http://user:secret@{host}/x", "https://127.0.0.1/x", "file:///etc/passwd", "http://[/x"],
 )
 async def test_a_redirect_to_another_origin_is_blocked(location: str, tmp_path: Path) -> None:
-    """D4: what a redirect names is vetted like any URL, and what is not allowed is never visited."""
+    """D4: the target of a redirect is vetted like any URL, and if it is not allowed, it is never visited."""
     async with site(response(PNG)) as sink:
         place = location.format(sink=sink.origin, host=sink.origin.removeprefix("http://"))
         answer = response(b"", f"Location: {place}", status="302 Found")
-        error = await refused(answer, tmp_path, MediaBlocked)
+        error = await failure_of(answer, tmp_path, MediaBlocked)
         assert error.reason == "redirect"
         assert "secret" not in str(error)
         assert sink.requests == []
 
 
 async def test_a_redirect_gets_no_way_around_the_guard(tmp_path: Path) -> None:
-    """D3: the name that a redirect leads to is resolved anew, and a forbidden address is not connected to."""
+    """D3: the host of a redirect is resolved anew, and a forbidden address is not connected to."""
     lookups: list[str] = []
 
     async def resolve(host: str, port: int) -> list[str]:
@@ -353,7 +353,7 @@ async def test_a_redirect_gets_no_way_around_the_guard(tmp_path: Path) -> None:
 
 
 async def test_redirects_in_a_circle_end(tmp_path: Path) -> None:
-    """D4: after a few redirects the file counts as unavailable, which may pass."""
+    """D4: after more than four redirects the file is unavailable, which may pass."""
     asked = 0
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
@@ -361,11 +361,11 @@ async def test_redirects_in_a_circle_end(tmp_path: Path) -> None:
         asked += 1
         writer.write(response(b"", "Location: /x", status="302 Found"))
 
-    assert (await refused(answer, tmp_path)).reason == "redirect"
+    assert (await failure_of(answer, tmp_path)).reason == "redirect"
     assert asked == 5
 
 
-async def test_the_environment_has_no_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_environment_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D5: no proxy and no credentials of the environment reach a download, and no cookie survives one."""
     netrc = tmp_path / "netrc"
     netrc.write_text("machine 127.0.0.1 login someone password secret\n")
@@ -393,7 +393,7 @@ async def test_the_environment_has_no_say(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 class CountingDial(httpcore.AsyncNetworkBackend):
-    """Connects as usual, and counts what is read."""
+    """Connects as usual, and counts the bytes that are read."""
 
     def __init__(self) -> None:
         self.taken = 0
@@ -408,17 +408,17 @@ class CountingDial(httpcore.AsyncNetworkBackend):
             self.taken += len(data)
             return data
 
-        # On the stream itself: the class is httpcore's, and other connections are not to be counted.
+        # Patched on the stream itself: the class is httpcore's, and other connections must not be counted.
         stream.read = count  # type: ignore[method-assign]
         return stream
 
 
-async def test_an_endless_file_ends_at_the_cap(tmp_path: Path) -> None:
-    """D7: no more than one read beyond the cap is taken from the network, and nothing is stored."""
+async def test_an_endless_file_ends_at_the_limit(tmp_path: Path) -> None:
+    """D7: at most one read beyond the limit is taken from the network, and no file is stored."""
 
     async def endless(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
         writer.write(response(b"", "Transfer-Encoding: chunked", length=None))
-        # Bounded: without the cap, the file ends after all and is refused for another reason.
+        # Finite: without the limit, the file ends and is rejected for another reason.
         for _ in range(200):
             writer.write(b"10000\r\n" + bytes(65_536) + b"\r\n")
             await writer.drain()
@@ -435,10 +435,10 @@ async def test_an_endless_file_ends_at_the_cap(tmp_path: Path) -> None:
     assert stored_files(tmp_path) == {}
 
 
-async def test_a_declared_size_beyond_the_cap_is_not_even_read(tmp_path: Path) -> None:
-    """D7: the length in the header is enough to refuse; each kind has its own cap."""
+async def test_a_declared_size_above_the_limit_is_never_read(tmp_path: Path) -> None:
+    """D7: the Content-Length is enough to reject a file; each kind has its own limit."""
     answer = response(PNG, length=QUICK.image_bytes + 1)
-    assert (await refused(answer, tmp_path, MediaBlocked)).reason == "too_large"
+    assert (await failure_of(answer, tmp_path, MediaBlocked)).reason == "too_large"
     assert [DownloadLimits().max_bytes(kind) >> 20 for kind in ("image", "audio", "video", "file")] == [
         64,
         256,
@@ -448,11 +448,11 @@ async def test_a_declared_size_beyond_the_cap_is_not_even_read(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "br", "identity, gzip", "GZIP", "aws-chunked,zstd", "x-gzip"])
-async def test_a_compressed_file_is_refused(encoding: str, tmp_path: Path) -> None:
-    """D8: what is sent compressed is never unpacked; a bomb is refused by its header, and asked for again."""
+async def test_a_compressed_file_is_rejected(encoding: str, tmp_path: Path) -> None:
+    """D8: a compressed body is never unpacked: a bomb is rejected by its header, and requested again."""
     bomb = gzip.compress(bytes(3_000_000))
     assert len(bomb) < QUICK.image_bytes
-    error = await refused(response(bomb, f"Content-Encoding: {encoding}"), tmp_path)
+    error = await failure_of(response(bomb, f"Content-Encoding: {encoding}"), tmp_path)
     assert error.reason == "encoding"
 
 
@@ -460,12 +460,12 @@ async def test_a_compressed_file_is_refused(encoding: str, tmp_path: Path) -> No
     "encoding", ["identity", "aws-chunked", "none", "UTF-8", "binary", "", "identity, aws-chunked", "7bit"]
 )
 async def test_other_codings_are_no_compression(encoding: str, tmp_path: Path) -> None:
-    """D8: words that change no byte are ignored, whoever has written them into Content-Encoding."""
+    """D8: words in Content-Encoding that change no byte are ignored."""
     await fetch(response(PNG, f"Content-Encoding: {encoding}"), tmp_path)
 
 
 def pausing(*pieces: bytes, pause: float = 0.1) -> Answer:
-    """Send the pieces with pauses between them, and then nothing."""
+    """Send the pieces with pauses between them, and then no more."""
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
         for piece in pieces:
@@ -506,15 +506,15 @@ HEAD = response(b"", length=50_000)
     ],
 )
 async def test_a_slow_server_is_given_up(answer: Answer, reason: str, tmp_path: Path) -> None:
-    """D7: silence, and a drip at any place of the answer, end in time."""
+    """D7: silence ends in time, and so does a drip at any place of the answer."""
     async with asyncio.timeout(10):
-        error = await refused(answer, tmp_path)
+        error = await failure_of(answer, tmp_path)
     assert error.reason == reason
 
 
 @pytest.mark.parametrize("answer", [pausing(), pausing(HEAD + PNG[:500])], ids=["silent", "stalled"])
-async def test_what_is_given_up_holds_no_connection(answer: Answer, tmp_path: Path) -> None:
-    """D7: hosts that fall silent, and downloads cancelled at shutdown, leave no connection open."""
+async def test_an_abandoned_download_holds_no_connection(answer: Answer, tmp_path: Path) -> None:
+    """D7: if a host falls silent, or a shutdown cancels a download, no connection stays open."""
     storage = local_storage(tmp_path)
     async with site(answer) as server, downloader(server.origin, storage=storage) as opened:
         url = f"{server.origin}/a.png"
@@ -530,10 +530,10 @@ async def test_what_is_given_up_holds_no_connection(answer: Answer, tmp_path: Pa
 
 
 async def test_a_download_that_takes_too_long_is_given_up(tmp_path: Path) -> None:
-    """D7: a file that comes fast enough, but does not end, is cut off by the limit on the whole download."""
+    """D7: if a file comes fast enough but does not end, the time limit of the whole download ends it."""
     answer = pausing(HEAD + PNG[:500], *[b"x" * 200] * 1000, pause=0.05)
     async with asyncio.timeout(10):
-        error = await refused(answer, tmp_path, limits=replace(QUICK, total_seconds=0.5))
+        error = await failure_of(answer, tmp_path, limits=replace(QUICK, total_seconds=0.5))
     assert error.reason == "timeout"
 
 
@@ -556,8 +556,8 @@ async def test_a_slow_storage_is_not_blamed_on_the_server() -> None:
     "status", ["400 Bad", "401 No", "403 Forbidden", "404 Not Found", "410 Gone", "451 Law"]
 )
 async def test_a_file_that_is_gone_is_missing(status: str, tmp_path: Path) -> None:
-    """D15: a 4xx that waiting does not cure means that there is no such file."""
-    assert (await refused(response(b"", status=status), tmp_path, MediaMissing)).reason == "missing"
+    """D15: a 4xx that waiting does not cure means that the file is missing."""
+    assert (await failure_of(response(b"", status=status), tmp_path, MediaMissing)).reason == "missing"
 
 
 @pytest.mark.parametrize(
@@ -568,8 +568,8 @@ async def test_a_file_that_is_gone_is_missing(status: str, tmp_path: Path) -> No
     ],
 )
 async def test_other_answers_are_tried_again(status: str, tmp_path: Path) -> None:
-    """D15: everything else that is not 200 may pass, a redirect to nowhere included."""
-    error = await refused(response(b"", status=status), tmp_path)
+    """D15: every other status than 200 may pass, also a redirect without a target."""
+    error = await failure_of(response(b"", status=status), tmp_path)
     assert (error.reason, error.retry_after) == ("status", None)
 
 
@@ -585,18 +585,18 @@ async def test_other_answers_are_tried_again(status: str, tmp_path: Path) -> Non
     ],
 )
 async def test_retry_after_is_passed_on(value: str, low: float, high: float, tmp_path: Path) -> None:
-    """D15: seconds and dates are understood, and an absurd one does not park the file for ever."""
-    error = await refused(response(b"", f"Retry-After: {value}", status="503 Busy"), tmp_path)
+    """D15: seconds and dates are understood, and an absurd value delays the file by a day at most."""
+    error = await failure_of(response(b"", f"Retry-After: {value}", status="503 Busy"), tmp_path)
     assert error.retry_after is not None
     assert low <= error.retry_after <= high
 
 
 @pytest.mark.parametrize("zone", [UTC, None], ids=["GMT", "-0000"])
 async def test_a_retry_after_date_is_counted_from_now(zone: tzinfo | None, tmp_path: Path) -> None:
-    """D15: an HTTP date is in GMT, also where it does not say so."""
+    """D15: an HTTP date is in GMT, even if it has no zone."""
     when = (datetime.now(UTC) + timedelta(seconds=600)).replace(tzinfo=zone)
     value = format_datetime(when, usegmt=zone is UTC)
-    error = await refused(response(b"", f"Retry-After: {value}", status="503 Busy"), tmp_path)
+    error = await failure_of(response(b"", f"Retry-After: {value}", status="503 Busy"), tmp_path)
     assert error.retry_after is not None
     assert 500 <= error.retry_after <= 600
 
@@ -608,9 +608,9 @@ ABSURD_DATES = ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 20
     "value", ["", "soon", "-5", "1_0", "1e9", "\u0661", "Wed, 99 Oct 2015", *ABSURD_DATES]
 )
 async def test_a_strange_retry_after_is_ignored(value: str, tmp_path: Path) -> None:
-    """D15: what is neither seconds nor a date says nothing."""
+    """D15: a value that is neither seconds nor a date is ignored."""
     answer = response(b"", f"Retry-After: {value}", status="429 Many")
-    assert (await refused(answer, tmp_path)).retry_after is None
+    assert (await failure_of(answer, tmp_path)).retry_after is None
 
 
 @pytest.mark.parametrize(
@@ -626,12 +626,12 @@ async def test_a_strange_retry_after_is_ignored(value: str, tmp_path: Path) -> N
     ],
 )
 async def test_a_broken_answer_is_no_answer(answer: bytes, tmp_path: Path) -> None:
-    """D9: what is not HTTP, or too much of it, is a failed connection."""
-    assert (await refused(answer, tmp_path)).reason == "connect"
+    """D9: if an answer is not HTTP, or its head is too large, the connection counts as failed."""
+    assert (await failure_of(answer, tmp_path)).reason == "connect"
 
 
 async def test_a_closed_port_is_unavailable(tmp_path: Path) -> None:
-    """D15: a server that is not there may come back."""
+    """D15: a server that is down may come back."""
     origin = f"http://127.0.0.1:{free_port()}"
     async with downloader(origin, storage=local_storage(tmp_path)) as opened:
         with pytest.raises(MediaUnavailable) as caught:
@@ -662,8 +662,8 @@ async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
         assert opened._pool.connections == []
 
 
-async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
-    """D10: a worker that is stopped in the middle of a download leaves neither a file nor a connection."""
+async def test_a_cancelled_download_leaves_no_file(tmp_path: Path) -> None:
+    """D10: if a worker is stopped in the middle of a download, neither a file nor a connection remains."""
     async with (
         site(pausing(HEAD + bytes(8000))) as server,
         downloader(server.origin, storage=local_storage(tmp_path), limits=DownloadLimits()) as opened,
@@ -679,7 +679,7 @@ async def test_a_cancelled_download_leaves_nothing(tmp_path: Path) -> None:
 
 
 async def test_a_repeated_download_ends_with_one_file(tmp_path: Path) -> None:
-    """D11: a download that is repeated, after a crash behind the rename, stores the same bytes again."""
+    """D11: if a download is repeated after a crash behind the rename, the same bytes are stored again."""
     first = await fetch(response(PNG), tmp_path)
     assert await fetch(response(PNG), tmp_path) == first
     assert stored_files(tmp_path) == {"media/ab/00-image.png": PNG}
@@ -694,7 +694,7 @@ async def test_a_repeated_download_ends_with_one_file(tmp_path: Path) -> None:
     ],
 )
 async def test_a_url_is_encoded(path: str, requested: str, tmp_path: Path) -> None:
-    """D1: blanks, letters of any alphabet and a fragment do not keep a file away; an escape is kept."""
+    """D1: blanks, letters of any alphabet and a fragment do not prevent a download; an escape is kept."""
     async with (
         site(response(PNG)) as server,
         downloader(server.origin, storage=local_storage(tmp_path)) as opened,
@@ -715,7 +715,7 @@ async def test_a_url_that_is_not_allowed_makes_no_connection(tmp_path: Path) -> 
 
 
 class Unreachable(httpcore.AsyncNetworkBackend):
-    """Tries any address, and fails."""
+    """Connects to any address, and fails."""
 
     async def connect_tcp(self, *args: Any, **kwargs: Any) -> httpcore.AsyncNetworkStream:
         """Fail."""
@@ -723,10 +723,8 @@ class Unreachable(httpcore.AsyncNetworkBackend):
 
 
 @pytest.mark.parametrize("network", [Unreachable(), httpcore.AsyncMockBackend([response(PNG)])])
-async def test_starting_without_the_guard_is_refused(
-    network: httpcore.AsyncNetworkBackend, tmp_path: Path
-) -> None:
-    """D3: a pool that tries to connect to a forbidden address stops the start, whatever comes of it."""
+async def test_a_missing_guard_stops_the_start(network: httpcore.AsyncNetworkBackend, tmp_path: Path) -> None:
+    """D3: if a pool tries to connect to a forbidden address, the start fails, whether it connects or not."""
     hosts = MediaHosts.parse(["media.clipia.ai"])
     opened = Downloader(hosts=hosts, storage=local_storage(tmp_path), limits=QUICK)
     opened._pool = open_pool(network, ssl.create_default_context())

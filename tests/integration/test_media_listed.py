@@ -1,4 +1,4 @@
-"""Files that are fetched wherever they stand in an output, and files that are not, each told of."""
+"""Files in any field of an output, fetched or skipped, and the reports about them."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -17,7 +17,7 @@ from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.media import MediaHosts
 
-# Nothing here differs between the databases.
+# The databases do not differ in these tests.
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 
@@ -30,7 +30,7 @@ async def cdn() -> AsyncIterator[str]:
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[World]:
-    """Everything but the web, with one destination and the rules of a service that is started."""
+    """All parts but the web, with one destination and the rules of a running service."""
     async with opened(database, tmp_path / "media", cdn) as made:
         made.rules = FileRules(refuse=MediaHosts.parse([cdn]).skip_reason)
         made.add_destination("main")
@@ -38,7 +38,7 @@ async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[W
 
 
 async def deliver(world: World, output: Any) -> list[dict[str, Any]]:
-    """Take an event the whole way; return its files as the message has them."""
+    """Take an event from its receipt to its message; return the message's files."""
     await world.add(body("r-1", payload={"model": "m", "output": output, "cost": 1}))
     async with world.working():
         await world.until_states(deliveries, delivered=1)
@@ -49,12 +49,12 @@ async def deliver(world: World, output: Any) -> list[dict[str, Any]]:
 
 
 def skipped(reason: str) -> float:
-    """Return the metric of URLs that are not fetched."""
+    """Return the metric of skipped URLs."""
     return REGISTRY.get_sample_value("receiver_media_skipped_total", {"reason": reason}) or 0.0
 
 
 async def test_files_in_undocumented_places_are_fetched(world: World, cdn: str) -> None:
-    """B10: videos, models, previews and covers are stored, and the message says where they stand."""
+    """B10: videos, models, previews and covers are stored, and the message names their fields."""
     output = {
         "videos": [{"url": f"{cdn}/1"}],
         "model_3d": f"{cdn}/m.glb",
@@ -76,8 +76,8 @@ async def test_files_in_undocumented_places_are_fetched(world: World, cdn: str) 
     ]
 
 
-async def test_what_is_not_fetched_is_told_of(world: World, cdn: str) -> None:
-    """B10: a foreign host, a long URL and one that is none are in the API, the message and a metric."""
+async def test_skipped_files_are_reported(world: World, cdn: str) -> None:
+    """B10: a foreign host, a long URL and an invalid one appear in the API, the message and a metric."""
     before = {reason: skipped(reason) for reason in ("host", "length", "scheme")}
     long = f"{cdn}/" + "x" * 9000
     files = await deliver(
@@ -115,8 +115,8 @@ async def test_what_is_not_fetched_is_told_of(world: World, cdn: str) -> None:
     }
 
 
-async def test_an_event_with_skipped_files_only_goes_out_at_once(world: World) -> None:
-    """B10: there is nothing to wait for, so the event is ready and its delivery is due."""
+async def test_an_event_with_skipped_files_only_is_delivered_without_waiting(world: World) -> None:
+    """B10: if no file is to be fetched, the event is ready and its delivery is due."""
     await world.add(body("r-1", payload={"output": {"a": "https://example.com/b.png"}}))
     await world.fan_out()
     assert await world.states(events) == {"ready": 1}
@@ -126,7 +126,7 @@ async def test_an_event_with_skipped_files_only_goes_out_at_once(world: World) -
 
 
 async def test_the_limits_of_the_settings_hold(world: World, cdn: str) -> None:
-    """B10: as many files are fetched as the settings say."""
+    """B10: as many files are fetched as the settings allow."""
     world.rules = FileRules(refuse=world.rules.refuse, max_files=1)
     files = await deliver(world, {"images": [f"{cdn}/1", f"{cdn}/2"]})
     assert [(file["state"], file["error"]) for file in files] == [

@@ -1,4 +1,4 @@
-"""How much memory a large download takes, measured in a process of its own."""
+"""The memory of a large download, measured in a process of its own."""
 
 import asyncio
 import struct
@@ -15,7 +15,7 @@ from receiver.media import Storage, open_storage
 MIB = 1024 * 1024
 ALLOWED = 32 * MIB
 
-# The peak is reset after a first, small download, so that what is imported on the way does not count.
+# The peak is reset after a first, small download, so that the imports of that one do not count.
 DOWNLOADER = """
 import asyncio, sys
 from pathlib import Path
@@ -66,7 +66,7 @@ def movie(size: int) -> Answer:
 
 
 async def growth(storage: str, size: int) -> int:
-    """Download `size` bytes and return by how much that raised the peak of the process's memory."""
+    """Download `size` bytes and return the growth of the process's peak memory."""
     async with site(movie(size)) as server:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-c", DOWNLOADER, server.origin, storage, stdout=subprocess.PIPE
@@ -79,7 +79,7 @@ async def growth(storage: str, size: int) -> int:
 
 @pytest.fixture(autouse=True)
 def linux() -> None:
-    """Skip where the peak of a process's memory cannot be reset."""
+    """Skip if the peak of a process's memory cannot be reset."""
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc/self/clear_refs")
 
@@ -105,14 +105,14 @@ async def test_a_video_of_2_gib_takes_little_memory() -> None:
 
 
 async def test_writing_to_a_folder_takes_little_memory(tmp_path: Path) -> None:
-    """D7: the local folder adds no memory that grows with the file."""
+    """D7: the local folder needs no memory that grows with the file."""
     url = f"file:{tmp_path}/media"
     assert await growth(url, 128 * MIB) < ALLOWED
     assert await stored_size(open_storage(url)) == 128 * MIB
 
 
 async def test_uploading_takes_little_memory(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D7: neither does the upload to a bucket."""
+    """D7: the upload to a bucket needs no memory that grows with the file."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     assert await growth(bucket.url, 96 * MIB) < ALLOWED

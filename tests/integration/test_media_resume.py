@@ -1,4 +1,4 @@
-"""Downloads whose connection breaks: they go on where they stopped, if it is certainly the same file."""
+"""Downloads whose connection breaks: they continue at the break if it is certainly the same file."""
 
 import asyncio
 import re
@@ -14,7 +14,7 @@ from receiver.errors import MediaUnavailable
 from receiver.media import Downloader, DownloadLimits, MediaHosts
 
 MOVIE = SAMPLES["video/mp4"].data
-MOVIE += bytes(4) + b"free" + bytes(60_000)  # a last box, open to the end of the file
+MOVIE += bytes(4) + b"free" + bytes(60_000)  # a last box, which extends to the end of the file
 TAG = '"v1"'
 LIMITS = DownloadLimits(header_seconds=2, idle_seconds=0.3, total_seconds=30)
 
@@ -28,7 +28,7 @@ def cut(
     more: tuple[str, ...] = (),
     stall: bool = False,
 ) -> Answer:
-    """Serve the movie: each connection brings so many bytes of it and breaks; None is the rest."""
+    """Serve the movie: each connection sends so many bytes of it and breaks; None means the rest."""
     number = 0
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -75,10 +75,10 @@ async def save(server: Site, opened: Downloader) -> None:
 
 @pytest.mark.parametrize("pause", ["cut", "stalled"])
 @pytest.mark.parametrize("steps", [(10, None), (1000, 1, 5000, None), (len(MOVIE) - 1, None)])
-async def test_a_download_goes_on_where_it_stopped(
+async def test_a_download_resumes_at_the_break(
     steps: tuple[int | None, ...], pause: str, tmp_path: Path
 ) -> None:
-    """D9: the parts of several connections are one file, and each asks for what is missing only."""
+    """D9: the parts of several connections are one file, and each requests only the missing bytes."""
     async with downloads(cut(*steps, stall=pause == "stalled"), tmp_path) as (server, opened):
         await save(server, opened)
         assert len(server.requests) == len(steps)
@@ -117,8 +117,8 @@ async def test_a_download_goes_on_where_it_stopped(
         "too often",
     ],
 )
-async def test_what_is_not_the_rest_of_the_same_file_is_not_appended(answer: Answer, tmp_path: Path) -> None:
-    """D9: an answer that may be another file, or another part, ends the download as the break would have."""
+async def test_another_answer_than_the_rest_is_not_appended(answer: Answer, tmp_path: Path) -> None:
+    """D9: if an answer may be another file, or another part, the download ends like after a break."""
     async with downloads(answer, tmp_path) as (server, opened):
         with pytest.raises(MediaUnavailable) as caught:
             await save(server, opened)
@@ -138,7 +138,7 @@ async def test_what_is_not_the_rest_of_the_same_file_is_not_appended(answer: Ans
     ids=["no tag", "weak tag", "no ranges", "nothing came"],
 )
 async def test_a_file_without_a_name_for_its_version_is_not_resumed(answer: Answer, tmp_path: Path) -> None:
-    """D9: where parts of two files could be mixed up, or nothing was won yet, no part is asked for."""
+    """D9: if parts of two files could be mixed up, or no byte came yet, no part is requested."""
     async with downloads(answer, tmp_path) as (server, opened):
         with pytest.raises(MediaUnavailable) as caught:
             await save(server, opened)
@@ -148,7 +148,7 @@ async def test_a_file_without_a_name_for_its_version_is_not_resumed(answer: Answ
 
 
 def dated(*, changed: str, sent: str = "Sat, 21 Nov 2026 00:02:00 GMT") -> tuple[str, ...]:
-    """Return the headers of a file that has no tag."""
+    """Return the headers of a file without a tag."""
     return (f"Last-Modified: {changed}", f"Date: {sent}")
 
 
@@ -157,7 +157,7 @@ ABSURD_DATES = ["Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 20
 
 @pytest.mark.parametrize("date", ABSURD_DATES)
 async def test_a_file_with_an_absurd_date_is_stored(date: str, tmp_path: Path) -> None:
-    """D9: a date beyond all bounds keeps a file from being resumed, not from being stored."""
+    """D9: if a date has an absurd year, the file cannot be resumed, but is stored."""
     answer = cut(None, tag=lambda _number: None, more=dated(changed=date))
     async with downloads(answer, tmp_path) as (server, opened):
         await save(server, opened)
@@ -165,7 +165,7 @@ async def test_a_file_with_an_absurd_date_is_stored(date: str, tmp_path: Path) -
 
 
 async def test_an_old_date_tells_versions_apart(tmp_path: Path) -> None:
-    """D9: without a tag, the date of a file that was changed a minute ago or earlier is enough."""
+    """D9: if there is no tag, Last-Modified is enough if it is a minute old."""
     changed = "Sat, 21 Nov 2026 00:01:00 GMT"
     answer = cut(1000, None, tag=lambda _number: None, more=dated(changed=changed))
     async with downloads(answer, tmp_path) as (server, opened):
@@ -175,7 +175,7 @@ async def test_an_old_date_tells_versions_apart(tmp_path: Path) -> None:
 
 
 async def test_a_part_may_leave_out_the_date(tmp_path: Path) -> None:
-    """D9: a 206 need not repeat the Last-Modified that If-Range has named."""
+    """D9: a 206 may leave out the Last-Modified that If-Range has named."""
     date = "Last-Modified: Sat, 21 Nov 2026 00:01:00 GMT", "Date: Sat, 21 Nov 2026 00:02:00 GMT"
     whole = cut(1000, None, tag=lambda _number: None, more=date)
     part = cut(None, tag=lambda _number: None)
@@ -190,7 +190,7 @@ async def test_a_part_may_leave_out_the_date(tmp_path: Path) -> None:
 
 
 def redirected(*targets: str) -> Answer:
-    """Redirect /a.mp4 to a path of these, one after the other; each but it has a movie that breaks once."""
+    """Redirect /a.mp4 to each of these paths in order; each has a movie, and the first one breaks."""
     left = list(targets)
     movies = {path: cut(1000, None) for path in targets}
 
@@ -204,8 +204,8 @@ def redirected(*targets: str) -> Answer:
     return answer
 
 
-async def test_a_download_goes_on_where_its_redirects_ended(tmp_path: Path) -> None:
-    """D9: the rest is asked of the URL that sent the beginning; the redirect may name another one by now."""
+async def test_a_download_resumes_behind_its_redirects(tmp_path: Path) -> None:
+    """D9: the rest is requested from the URL that sent the beginning: the redirect may have changed."""
     async with downloads(redirected("/1.mp4", "/2.mp4"), tmp_path) as (server, opened):
         await save(server, opened)
         assert [request.split()[1] for request in server.requests] == [b"/a.mp4", b"/1.mp4", b"/1.mp4"]
@@ -213,7 +213,7 @@ async def test_a_download_goes_on_where_its_redirects_ended(tmp_path: Path) -> N
 
 
 async def test_a_redirect_of_the_rest_is_not_followed(tmp_path: Path) -> None:
-    """D9: if the URL that sent the beginning redirects by now, the download starts over later."""
+    """D9: if the URL that sent the beginning now redirects, the download starts over later."""
     movie = cut(1000, None)
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -246,7 +246,7 @@ async def test_a_redirect_of_the_rest_is_not_followed(tmp_path: Path) -> None:
 async def test_a_date_that_two_versions_may_share_is_not_enough(
     tag: str | None, more: tuple[str, ...], tmp_path: Path
 ) -> None:
-    """D9: a file that has just changed may change again within the same second."""
+    """D9: if a file has just changed, it may change again within the same second."""
     answer = cut(1000, None, tag=lambda _number: tag, more=more)
     async with downloads(answer, tmp_path) as (server, opened):
         with pytest.raises(MediaUnavailable):
@@ -255,7 +255,7 @@ async def test_a_date_that_two_versions_may_share_is_not_enough(
 
 
 async def test_the_whole_download_has_one_deadline(tmp_path: Path) -> None:
-    """D7: resuming gives a slow host no more time, nor does it lift the limit on the size."""
+    """D7: after a break a slow host gets no more time, and the size limit stays the same."""
     limits = replace(LIMITS, total_seconds=0.8)
     async with downloads(cut(1000, stall=True), tmp_path, limits) as (server, opened):
         with pytest.raises(MediaUnavailable) as caught:

@@ -82,7 +82,7 @@ def issue(name: str, issuer: Identity | None = None) -> Identity:
 
 @dataclass(kw_only=True)
 class Internet(httpcore.AsyncNetworkBackend):
-    """A world in which every public address is the test's server. Each lookup gets the next of `answers`."""
+    """A network in which every public address is the test's server. A lookup gets the next answer."""
 
     port: int
     answers: list[list[str]]
@@ -90,12 +90,12 @@ class Internet(httpcore.AsyncNetworkBackend):
     connects: list[tuple[str, int]] = field(default_factory=list)
 
     async def resolve(self, host: str, port: int) -> list[str]:
-        """Look up."""
+        """Return the next answer."""
         self.lookups.append(host)
         return self.answers.pop(0)
 
     async def connect_tcp(self, host: str, port: int, *args: Any) -> httpcore.AsyncNetworkStream:
-        """Connect to the server; the stream believes that it is where it was sent."""
+        """Connect to the server; the stream reports the address that was requested."""
         self.connects.append((host, port))
         stream = await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, *args)
         known = stream.get_extra_info
@@ -107,7 +107,7 @@ class Internet(httpcore.AsyncNetworkBackend):
 
 @dataclass(kw_only=True)
 class World:
-    """A TLS server, the downloader that trusts it, and what both have seen."""
+    """A TLS server, the downloader that trusts it, and the records of both."""
 
     server: Site
     internet: Internet
@@ -139,7 +139,7 @@ async def world(
 
 
 async def save(world: World) -> None:
-    """Download a picture."""
+    """Download an image."""
     await world.downloader.save(url=f"https://{HOST}/works/a.png", kind="image", stem="ab/00-image")
 
 
@@ -155,7 +155,7 @@ async def test_the_name_stays_while_the_address_is_pinned(tmp_path: Path) -> Non
 
 
 async def test_a_rebound_name_is_not_followed(tmp_path: Path) -> None:
-    """D3: a second answer that leads inside is never used for the first download, and blocks the next one."""
+    """D3: a second, private answer is never used for the first download, and blocks the next one."""
     async with world(tmp_path, answers=[[PUBLIC], ["127.0.0.1"]]) as here:
         await save(here)
         assert here.internet.lookups == [HOST]
@@ -166,7 +166,7 @@ async def test_a_rebound_name_is_not_followed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flaw", [{"name": "evil.example"}, {"trusted": False}], ids=["name", "authority"])
-async def test_a_certificate_that_does_not_fit_is_refused(flaw: dict[str, Any], tmp_path: Path) -> None:
+async def test_a_certificate_of_another_name_is_rejected(flaw: dict[str, Any], tmp_path: Path) -> None:
     """D3: with the address pinned, the certificate is still checked against the name."""
     async with world(tmp_path, answers=[[PUBLIC]], **flaw) as here:
         with pytest.raises(MediaUnavailable) as caught:
@@ -176,8 +176,8 @@ async def test_a_certificate_that_does_not_fit_is_refused(flaw: dict[str, Any], 
     assert stored_files(tmp_path / "media") == {}
 
 
-async def test_a_tls_connection_that_breaks_off_stores_nothing(tmp_path: Path) -> None:
-    """D9: bytes that are missing at the end are noticed under TLS, too."""
+async def test_a_tls_connection_that_breaks_off_stores_no_file(tmp_path: Path) -> None:
+    """D9: if bytes are missing at the end, this is noticed under TLS, too."""
     async with world(tmp_path, answers=[[PUBLIC]], body=response(PNG)[:-10]) as here:
         with pytest.raises(MediaUnavailable) as caught:
             await save(here)
@@ -185,10 +185,8 @@ async def test_a_tls_connection_that_breaks_off_stores_nothing(tmp_path: Path) -
     assert stored_files(tmp_path / "media") == {}
 
 
-async def test_no_proxy_of_the_environment_gets_between(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """D5: HTTPS_PROXY is not asked, and SSL_CERT_FILE does not replace what is trusted."""
+async def test_a_proxy_of_the_environment_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D5: HTTPS_PROXY is ignored, and SSL_CERT_FILE does not replace the trusted authorities."""
     async with site(b"") as canary:
         for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, canary.origin)

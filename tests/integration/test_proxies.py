@@ -1,4 +1,4 @@
-"""Proxies of one's own for Clipia, media and HTTP destinations, and a private authority for media."""
+"""Configured proxies for Clipia, media and HTTP destinations, and a private authority for media."""
 
 import asyncio
 import json
@@ -57,14 +57,14 @@ async def downloader(folder: Path, proxied: Proxy, ca: str | None) -> AsyncItera
 
 
 async def test_media_comes_through_the_proxy(tmp_path: Path) -> None:
-    """D5: the proxy gets the name and its credentials, and nothing but TLS with the host goes through it."""
+    """D5: the proxy gets the name and its credentials, and carries only TLS with the host."""
     async with (
         tls_site(tmp_path, HOST, response(PNG)) as (server, ca),
         proxy(server.port) as between,
         downloader(tmp_path, between, ca) as opened,
     ):
         await opened.save(url=f"https://{HOST}/works/a.png?x=y", kind="image", stem="ab/00-image")
-        assert between.asked_for == [f"{HOST}:443"]
+        assert between.tunnel_hosts == [f"{HOST}:443"]
         assert b"\r\nProxy-Authorization: Basic " in between.heads[0]
         assert server.requests[0].startswith(b"GET /works/a.png?x=y HTTP/1.1\r\n")
         assert b"proxy-authorization" not in server.requests[0].lower()
@@ -72,7 +72,7 @@ async def test_media_comes_through_the_proxy(tmp_path: Path) -> None:
 
 
 async def test_behind_the_proxy_names_and_certificates_are_still_checked(tmp_path: Path) -> None:
-    """D3: only hosts of the list are asked for, and only one with the name's certificate is believed."""
+    """D3: the proxy gets hosts of the list only, and a certificate of another name is rejected."""
     async with (
         tls_site(tmp_path, "evil.example", response(PNG)) as (server, ca),
         proxy(server.port) as between,
@@ -89,8 +89,8 @@ async def test_behind_the_proxy_names_and_certificates_are_still_checked(tmp_pat
 
 
 @pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "junk", "cut"])
-async def test_a_refusal_of_the_proxy_is_no_answer_of_the_host(answer: bytes, tmp_path: Path) -> None:
-    """D15: whatever a proxy says in place of a connection, the file is tried again later."""
+async def test_an_error_of_the_proxy_is_no_answer_of_the_host(answer: bytes, tmp_path: Path) -> None:
+    """D15: if a proxy answers with an error in place of a tunnel, the file is downloaded later."""
     async with (
         site(response(PNG)) as server,
         proxy(server.port, answer=answer) as between,
@@ -103,8 +103,8 @@ async def test_a_refusal_of_the_proxy_is_no_answer_of_the_host(answer: bytes, tm
         assert "pr0xy" not in str(caught.value)
 
 
-async def test_a_development_origin_goes_past_the_proxy(tmp_path: Path) -> None:
-    """D5: this machine's loopback is not the proxy's."""
+async def test_a_development_origin_bypasses_the_proxy(tmp_path: Path) -> None:
+    """D5: this machine's loopback is reached without the proxy."""
     async with site(response(PNG)) as server, proxy(server.port) as between:
         opened = Downloader(
             hosts=MediaHosts.parse([server.origin]), storage=local_storage(tmp_path), proxy=between.url
@@ -114,8 +114,8 @@ async def test_a_development_origin_goes_past_the_proxy(tmp_path: Path) -> None:
         assert between.heads == []
 
 
-def test_an_authority_that_is_none_stops_the_start(tmp_path: Path) -> None:
-    """D3: RECEIVER_MEDIA_CA names a PEM file with certificates, or the start fails and says so."""
+def test_an_invalid_authority_stops_the_start(tmp_path: Path) -> None:
+    """D3: if RECEIVER_MEDIA_CA names no PEM file with certificates, the start fails and says so."""
     (tmp_path / "empty.pem").touch()
     (tmp_path / "text.pem").write_text("very-secret")
     key = make_certificate(tmp_path / "key.pem").read_text().partition("-----BEGIN CERT")[0]
@@ -127,7 +127,7 @@ def test_an_authority_that_is_none_stops_the_start(tmp_path: Path) -> None:
 
 
 async def test_an_authority_is_trusted_beside_the_public_ones(tmp_path: Path) -> None:
-    """D3: a private authority takes none of the public ones away."""
+    """D3: a private authority is trusted in addition to the public ones."""
     public = len(open_tls(None).get_ca_certs())
     authority = make_certificate(tmp_path / "authority.pem")
     assert len(open_tls(str(authority)).get_ca_certs()) >= public > 100
@@ -141,17 +141,17 @@ def open_settings(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Settings
 
 
 async def test_the_settings_reach_the_downloader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D5: RECEIVER_MEDIA_PROXY and RECEIVER_MEDIA_CA are what the worker downloads with."""
+    """D5: the worker downloads with RECEIVER_MEDIA_PROXY and RECEIVER_MEDIA_CA."""
     async with tls_site(tmp_path, HOST, response(PNG)) as (server, ca), proxy(server.port) as between:
         settings = open_settings(monkeypatch, RECEIVER_MEDIA_PROXY=between.url, RECEIVER_MEDIA_CA=ca)
         assert "pr0xy" not in repr(settings)
         opened = Parts.make(settings).downloader
         await opened.save(url=f"https://{HOST}/a.png", kind="image", stem="ab/00-image")
         await opened.close()
-        assert between.asked_for == [f"{HOST}:443"]
+        assert between.tunnel_hosts == [f"{HOST}:443"]
 
 
-async def test_clipia_is_asked_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_clipia_is_called_through_the_proxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """D5: CLIPIA_PROXY gets Clipia's name, and the key goes through the tunnel only."""
     answer = response(json.dumps({"balance": {"credits": 7}}).encode(), "Content-Type: application/json")
     async with tls_site(tmp_path, API, answer) as (server, ca), proxy(server.port) as between:
@@ -161,7 +161,7 @@ async def test_clipia_is_asked_through_the_proxy(tmp_path: Path, monkeypatch: py
         call = Call()
         assert (await client.balance(call=call))["balance"] == {"credits": 7}
         await client.close()
-        assert between.asked_for == [f"{API}:443"]
+        assert between.tunnel_hosts == [f"{API}:443"]
         assert b"clipia_live_x" not in b"".join(between.heads)
         assert call.may_have_left
 
@@ -169,10 +169,10 @@ async def test_clipia_is_asked_through_the_proxy(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     "answer", [*REFUSALS, None], ids=["403", "407", "502", "301", "junk", "cut", "silent"]
 )
-async def test_what_a_proxy_refused_has_not_left(
+async def test_a_submission_without_a_tunnel_was_not_sent(
     answer: bytes | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: a submission that got no tunnel was not sent, so that its key is used for no longer."""
+    """F5: if a submission got no tunnel, it was not sent, and its key is used for no longer."""
     monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 5.0 if answer is not None else 0.5)
     async with site(b"") as server, proxy(server.port, answer=answer) as between:
         client = ClipiaClient("clipia_live_x", base_url=f"https://{API}", proxy=between.url)
@@ -182,11 +182,11 @@ async def test_what_a_proxy_refused_has_not_left(
         assert (caught.value.may_have_arrived, caught.value.reason) == (False, "unreachable")
         assert "pr0xy" not in str(caught.value)
         assert "prox" in str(caught.value) or answer is None
-        assert between.asked_for == [f"{API}:443"]
+        assert between.tunnel_hosts == [f"{API}:443"]
 
 
-async def test_a_local_clipia_goes_past_the_proxy() -> None:
-    """D5: plain http is for this machine, whose loopback is not the proxy's."""
+async def test_a_local_clipia_bypasses_the_proxy() -> None:
+    """D5: plain http is for this machine, whose loopback is reached without the proxy."""
     answer = response(b"{}", "Content-Type: application/json")
     async with site(answer) as server, proxy(server.port) as between:
         client = ClipiaClient("clipia_live_x", base_url=server.origin, proxy=between.url)
@@ -197,7 +197,7 @@ async def test_a_local_clipia_goes_past_the_proxy() -> None:
 
 @pytest.mark.parametrize("status", ["204 No Content", "500 Oops"])
 async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status: str) -> None:
-    """E1: the event goes through the tunnel, and the tunnel's own 200 confirms nothing."""
+    """E1: the event goes through the tunnel, and the tunnel's own 200 does not confirm it."""
     async with (
         tls_site(tmp_path, "orders.example", response(b"", status=status)) as (server, ca),
         proxy(server.port) as between,
@@ -219,13 +219,13 @@ async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status
                     await destination.publish(make_event())
         finally:
             await destination.close()
-        assert between.asked_for == ["orders.example:443"]
+        assert between.tunnel_hosts == ["orders.example:443"]
         assert server.requests[0].startswith(b"POST /clipia HTTP/1.1\r\n")
 
 
 @pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "junk", "cut"])
-async def test_a_refusal_of_the_proxy_is_about_the_destination(answer: bytes) -> None:
-    """E4: an event whose tunnel is refused is tried again; it is no dead letter."""
+async def test_an_error_of_the_proxy_is_retried(answer: bytes) -> None:
+    """E4: if the tunnel of an event is refused, the event is tried again and never becomes dead."""
     async with site(b"") as server, proxy(server.port, answer=answer) as between:
         destination = open_destination(
             DestinationSettings(
@@ -245,7 +245,7 @@ async def test_a_refusal_of_the_proxy_is_about_the_destination(answer: bytes) ->
 async def test_proxies_of_the_environment_are_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D5: without a proxy of one's own nothing of Clipia's or a destination's goes to HTTPS_PROXY."""
+    """D5: without a configured proxy no request to Clipia or a destination goes to HTTPS_PROXY."""
     async with site(b"") as server, proxy(server.port) as canary:
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, canary.url)
@@ -282,25 +282,23 @@ async def test_proxies_of_the_environment_are_ignored(
     ],
 )
 @pytest.mark.parametrize("variable", ["CLIPIA_PROXY", "RECEIVER_MEDIA_PROXY"])
-def test_a_proxy_that_is_none_stops_the_start(
-    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """G8: the setting is named and its value is not."""
+def test_an_invalid_proxy_stops_the_start(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G8: the message names the setting and does not quote its value."""
     with pytest.raises(SettingsError, match=variable) as caught:
         open_settings(monkeypatch, **{variable: value})
     assert "very-secret" not in str(caught.value)
 
 
 def test_a_proxy_is_for_http_destinations() -> None:
-    """D5: a proxy that a destination's client would not use is refused."""
+    """D5: if a destination's client would ignore a proxy, the setting is invalid."""
     with pytest.raises(ValueError, match="alone"):
         DestinationSettings(
             name="a", url=SecretStr("redis://127.0.0.1"), proxy=SecretStr("http://127.0.0.1:3128")
         )
 
 
-async def test_a_silent_proxy_holds_up_no_download_for_ever(tmp_path: Path) -> None:
-    """D7: a proxy that does not answer runs into the time for the headers."""
+async def test_a_silent_proxy_delays_no_download_for_ever(tmp_path: Path) -> None:
+    """D7: if a proxy does not answer, the time limit for the headers ends the download."""
     async with site(b"") as server, proxy(server.port, answer=None) as between:
         async with downloader(tmp_path, between, None) as opened:
             opened._limits = type(opened._limits)(header_seconds=0.3)

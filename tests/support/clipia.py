@@ -1,4 +1,4 @@
-"""What the submitter's tests stand on: a sandbox, a Clipia that answers anything, and a world around them."""
+"""Support for tests of the submitter: a sandbox, a Clipia with scripted answers, and a world around them."""
 
 import asyncio
 import contextlib
@@ -42,14 +42,14 @@ PRICE = 12
 PROMPT = {"prompt": "a cat"}
 SECONDS = 30.0
 DURATION = 240.0
-"""Seconds that a generation takes unless a test says otherwise.
+"""Seconds that a generation takes unless a test sets another time.
 
-Its webhook is signed at the sandbox's time: that has to be fresh when a test has turned the clock to its end.
+Its webhook is signed at the sandbox's time, which has to be fresh after a test has turned the clock.
 """
 
 
 class Sandbox:
-    """The sandbox, its control API, and its clock in the test's hands."""
+    """The sandbox, its control API, and a clock that the test sets."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -57,12 +57,12 @@ class Sandbox:
         self._control = httpx.AsyncClient(verify=False)
 
     async def reset(self) -> None:
-        """Forget everything; generations take as long as at the start."""
+        """Forget all generations; their duration is again the one at the start."""
         self.ahead = 0.0
         await self._call("POST", "reset")
 
     def end_all(self) -> None:
-        """Turn the clock to where every generation has ended."""
+        """Turn the clock to the end of every generation."""
         self.ahead = DURATION + 5.0
 
     async def switch(self, **changes: Any) -> None:
@@ -84,7 +84,7 @@ class Sandbox:
         await self._call("POST", f"requests/{request_id}/cancel")
 
     async def send_webhook(self, request_id: str, *, conflicting: bool = False) -> int | None:
-        """Send a generation's webhook once more, now; return how it was answered."""
+        """Send a generation's webhook once more, now; return the answer's status."""
         sent = await self._call("POST", f"requests/{request_id}/webhook", json={"conflicting": conflicting})
         status: int | None = sent["status_code"]
         return status
@@ -105,7 +105,7 @@ class Sandbox:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request as it came over the wire."""
+    """A request as its bytes came."""
 
     method: str
     path: str
@@ -119,31 +119,31 @@ class Request:
 
 
 class OddClipia:
-    """A Clipia whose answers a test writes itself, down to the last byte."""
+    """A Clipia with scripted answers, down to the last byte."""
 
     def __init__(self) -> None:
         self.url = ""
         self.requests: list[Request] = []
         self.script: list[bytes | Callable[[], bytes]] = []
-        """What submissions are answered, one after the other, the last one for ever."""
+        """The answers to submissions, in order; the last one is repeated."""
         self.on_submit: Callable[[Request], Awaitable[None]] = _nothing
         """Awaited before a submission is answered."""
         self.on_question: Callable[[Request], Awaitable[None]] = _nothing
-        """Awaited before anything else is answered."""
+        """Awaited before any other request is answered."""
         self.others: Callable[[Request], bytes] = lambda _request: answer(content={"slug": MODEL})
-        """Answers everything that is no submission."""
+        """Answers every other request than a submission."""
         self.pause = 0.0
         """Seconds before each byte of an answer."""
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
-    def questions(self) -> list[str]:
-        """The paths of what came and was no submission."""
+    def other_paths(self) -> list[str]:
+        """The paths of all other requests."""
         return [request.path for request in self.requests if not request.submits]
 
     @property
     def posts(self) -> list[Request]:
-        """The submissions that came."""
+        """The submissions."""
         return [request for request in self.requests if request.submits]
 
     @asynccontextmanager
@@ -186,7 +186,7 @@ class OddClipia:
 
 
 async def _nothing(_request: Request) -> None:
-    """Hold nothing up."""
+    """Remove the pauses."""
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:
@@ -217,7 +217,7 @@ def accepted(request_id: str | None = None, **changes: Any) -> bytes:
 
 
 def refused(status: int, code: str, message: str = "No.", **headers: str) -> bytes:
-    """Write an error as Clipia does."""
+    """Write an error in Clipia's format."""
     error = {"type": "some_error", "code": code, "message": message}
     return answer(status, {"error": error}, **headers)
 
@@ -257,7 +257,7 @@ class World:
         return await self._stack.enter_async_context(running(app))
 
     def poll_lane(self, submitter: Submitter, *, poll_after: float = 60.0) -> PollLane:
-        """Make the lane that asks for jobs, with the inbox behind it."""
+        """Make the lane that polls jobs, with the inbox behind it."""
         secrets = {"clipia": [Secret.from_text(SECRET)]}
         ingest = Ingest(
             self.database, secrets=secrets, tolerance=300, clock=time.time, on_accepted=lambda: None
@@ -275,11 +275,11 @@ class World:
         return FanOut(self.database, [self._target], wake=wake)
 
     def delivery_lane(self, *, wake: Callable[[str], None] = lambda _lane: None) -> DeliveryLane:
-        """Make the lane of the one destination."""
+        """Make the lane of the only destination."""
         return DeliveryLane(self.database, self._target, wake=wake)
 
     async def forward(self) -> None:
-        """Fan out what was received, and deliver it."""
+        """Fan out the received events, and deliver them."""
         while await self.fan_out().run():
             pass
         lane = self.delivery_lane()
@@ -287,14 +287,14 @@ class World:
             pass
 
     async def turn(self, lane: Lane | None) -> int:
-        """Claim what is due in a lane, do it, and return how much it was."""
+        """Claim the due work of a lane, do it, and return its number."""
         assert lane is not None
         works = await lane.claim(lane.concurrency)
         await asyncio.gather(*(work.run() for work in works))
         return len(works)
 
     async def make_due(self) -> None:
-        """Let every wait be over: of open jobs, and of the accounts."""
+        """End every wait: of open jobs, and of the accounts."""
         await self.set(jobs, where=jobs.c.next_attempt_at.is_not(None), next_attempt_at=db_time(-1.0))
         nothing = dict.fromkeys(
             ("submits_until", "polls_until", "asks_until", "calls_after", "submits_after"), 0.0
@@ -302,12 +302,12 @@ class World:
         await self.set(accounts, **nothing)
 
     async def retry(self, submitter: Submitter) -> int:
-        """Let every wait be over and have a submitter's lane take its turn; return how many jobs it tried."""
+        """End every wait and run a submitter's lane once; return how many jobs it attempted."""
         await self.make_due()
         return await self.turn(submitter.lane)
 
     async def set(self, table: Table, *, where: Any = None, **values: Any) -> None:
-        """Change rows of a table, all of them unless told which."""
+        """Change rows of a table; all of them if no condition is given."""
         statement = update(table).values(**values)
         async with self.database.write() as connection:
             await connection.execute(statement if where is None else statement.where(where))
@@ -325,19 +325,19 @@ class World:
         return row
 
     async def rests(self) -> float:
-        """Return the seconds between the last result of the only job and its next try."""
+        """Return the seconds between the last result of the only job and its next attempt."""
         row = await self.job()
         rest: timedelta = row["next_attempt_at"] - row["updated_at"]
         return rest.total_seconds()
 
     async def watched(self, job_id: uuid.UUID) -> bool:
-        """Tell whether somebody waits for a job, as far as the database knows."""
+        """Return whether the database has a waiter for a job."""
         async with self.database.read() as connection:
             until = select(jobs.c.watched_until).where(jobs.c.id == job_id)
             return (await connection.execute(until)).scalar_one() is not None
 
     async def until(self, submitter: Submitter, *states: str) -> list[Job]:
-        """Wait until the jobs, as many as these, have exactly these states."""
+        """Wait until there are exactly these jobs, in exactly these states."""
         deadline = time.monotonic() + SECONDS
         while True:
             page = await submitter.list_jobs(limit=200)
@@ -348,7 +348,7 @@ class World:
 
 
 async def refusal(call: Coroutine[Any, Any, Any]) -> RequestError:
-    """Return the refusal that a call ends in."""
+    """Return the error that a call raises."""
     try:
         await call
     except RequestError as error:
@@ -357,7 +357,7 @@ async def refusal(call: Coroutine[Any, Any, Any]) -> RequestError:
 
 
 async def show(submitter: Submitter, job: Job) -> Job:
-    """Return a job as it is now."""
+    """Return a job's present state."""
     found = await submitter.get(job.id)
     assert found is not None
     return found
@@ -369,7 +369,7 @@ def error_code(job: Job) -> str | None:
 
 
 async def eventually(look: Callable[[], Awaitable[object]]) -> None:
-    """Wait until what is looked at is there."""
+    """Wait until a condition holds."""
     deadline = time.monotonic() + SECONDS
     while not await look():
         assert time.monotonic() < deadline, "it does not come"
@@ -382,7 +382,7 @@ def path_token(url: str) -> str:
 
 
 async def post(url: str, content: bytes) -> None:
-    """Post a signed webhook and have it accepted."""
+    """Post a signed webhook that must be accepted."""
     async with httpx.AsyncClient(verify=False) as client:
         response = await client.post(url, content=content, headers=signed(content))
     assert response.status_code == 200

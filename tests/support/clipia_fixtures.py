@@ -6,7 +6,7 @@ import pytest_asyncio
 
 from support.clipia import OddClipia, Sandbox, World
 
-# One sandbox for a whole module: starting and stopping it takes longer than most tests.
+# One sandbox for a module: to start and stop it takes longer than most tests.
 module = pytest_asyncio.fixture(scope="module", loop_scope="module")
 each = pytest_asyncio.fixture(loop_scope="module")
 
@@ -20,14 +20,14 @@ async def served() -> AsyncIterator[Sandbox]:
 
 @each
 async def sandbox(served: Sandbox) -> Sandbox:
-    """The sandbox as it is after its start."""
+    """The sandbox in its state after the start."""
     await served.reset()
     return served
 
 
 @each
 async def odd() -> AsyncIterator[OddClipia]:
-    """A Clipia that answers what the test says."""
+    """A Clipia with scripted answers."""
     async with OddClipia().listening() as listening:
         yield listening
 
@@ -41,6 +41,6 @@ async def world(database_url: str, sandbox: Sandbox) -> AsyncIterator[World]:
 
 @each
 async def odd_world(database_url: str, odd: OddClipia) -> AsyncIterator[World]:
-    """A database and a Clipia that answers what the test says."""
+    """A database and a Clipia with scripted answers."""
     async with World(database_url, odd.url) as made:
         yield made

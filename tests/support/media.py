@@ -1,4 +1,4 @@
-"""For the tests of `receiver.media`: small complete files of every type, raw HTTP servers, an S3 server."""
+"""Support for tests of `receiver.media`: small files of every type, raw HTTP servers, an S3 server."""
 
 import asyncio
 import re
@@ -28,7 +28,7 @@ class Sample:
     kind: Kind
     extension: str
     data: bytes
-    # Where the file can be cut unnoticed, because its format does not say that more has to follow.
+    # Cuts that the format cannot show, because it does not announce the bytes behind them.
     unseen: range = range(0)
 
 
@@ -69,7 +69,7 @@ def _wav() -> bytes:
 
 
 def box(name: bytes, data: bytes) -> bytes:
-    """Return a box as MP4, MOV and AVIF have them."""
+    """Return a box of the ISO base media format (MP4, MOV, AVIF)."""
     return struct.pack(">I", len(data) + 8) + name + data
 
 
@@ -119,7 +119,7 @@ SAMPLES = {
     "video/mp4": Sample(kind="video", extension=".mp4", data=_mp4(b"isom")),
     "video/quicktime": Sample(kind="video", extension=".mov", data=_mp4(b"qt  ")),
     "video/webm": Sample(kind="video", extension=".webm", data=_webm()),
-    # The size in an MP3's header may count the tag in front: a file of exactly that size is whole.
+    # The size in an MP3's header may count the tag in front, so a file of exactly that size is whole.
     "audio/mpeg": Sample(kind="audio", extension=".mp3", data=_mp3(), unseen=range(1600, 1601)),
     "audio/wav": Sample(kind="audio", extension=".wav", data=_wav()),
     "audio/ogg": Sample(kind="audio", extension=".ogg", data=_ogg(), unseen=range(282, 283)),
@@ -155,20 +155,20 @@ Answer = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 
 @dataclass(kw_only=True)
 class Site:
-    """A raw HTTP server of 127.0.0.1 and the requests that it got."""
+    """A raw HTTP server on 127.0.0.1 and the requests that it got."""
 
     port: int
     requests: list[bytes]
 
     @property
     def origin(self) -> str:
-        """What to put into RECEIVER_MEDIA_HOSTS."""
+        """The value of RECEIVER_MEDIA_HOSTS."""
         return f"http://127.0.0.1:{self.port}"
 
 
 @asynccontextmanager
 async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Site]:
-    """Answer every request with the same bytes, or as a function pleases, and close the connection."""
+    """Answer every request with the same bytes or with a function, and close the connection."""
     requests: list[bytes] = []
     answering: set[asyncio.Future[None]] = set()
 
@@ -184,7 +184,7 @@ async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> 
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answering.add(task := asyncio.ensure_future(respond(reader, writer)))
-        # The client hung up, or the test is over: that is what many of these tests are about.
+        # The client hung up, or the test is over: many of these tests are about that.
         with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             await task
         writer.close()
@@ -208,12 +208,12 @@ class Bucket:
 
     @property
     def url(self) -> str:
-        """What to put into RECEIVER_STORAGE_URL."""
+        """The value of RECEIVER_STORAGE_URL."""
         return f"s3://{self.name}/some/prefix?endpoint={self.endpoint}&region=us-east-1"
 
     @property
     def google_url(self) -> str:
-        """The same bucket through Google's XML API, of which the server speaks enough."""
+        """The same bucket through Google's XML API, of which the server supports enough."""
         return f"gs://{self.name}/some/prefix?endpoint={self.endpoint}"
 
     def open_uploads(self) -> int:

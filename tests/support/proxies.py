@@ -1,4 +1,4 @@
-"""An HTTP proxy for tests: whatever it is asked for, it leads to one server of this machine."""
+"""An HTTP proxy for tests: for every request it connects to one server of this machine."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,7 @@ END_OF_HEAD = b"\r\n\r\n"
 
 @dataclass(kw_only=True)
 class Proxy:
-    """Where the proxy listens, and the heads of the requests that it got."""
+    """The port of the proxy, and the heads of the requests that it got."""
 
     port: int
     heads: list[bytes] = field(default_factory=list)
@@ -22,8 +22,8 @@ class Proxy:
         return f"http://proxy-user:pr0xy-password@127.0.0.1:{self.port}"
 
     @property
-    def asked_for(self) -> list[str]:
-        """The hosts that it was asked for a tunnel to."""
+    def tunnel_hosts(self) -> list[str]:
+        """The hosts of the requested tunnels."""
         return [head.split()[1].decode() for head in self.heads if head.startswith(b"CONNECT ")]
 
 
@@ -45,9 +45,9 @@ async def _ended(writer: asyncio.StreamWriter) -> None:
 async def proxy(
     target: int, *, answer: bytes | None = b"HTTP/1.1 200 Connection established\r\n\r\n"
 ) -> AsyncIterator[Proxy]:
-    """Run a proxy whose tunnels all lead to a port; it says nothing at all if `answer` is None.
+    """Run a proxy whose tunnels all lead to a port; if `answer` is None, it never answers.
 
-    What is no request for a tunnel is passed on as it is.
+    Other requests than for a tunnel are passed on unchanged.
     """
     running = Proxy(port=0)
     meetings: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""Which addresses a download may connect to."""
+"""The addresses to which a download may not connect."""
 
 from ipaddress import ip_address
 
@@ -6,7 +6,7 @@ import pytest
 
 from receiver.media.addresses import forbidden
 
-REFUSED = [
+FORBIDDEN = [
     "0.0.0.0",
     "0.1.2.3",
     "10.0.0.1",
@@ -108,18 +108,18 @@ ALLOWED = [
 ]
 
 
-@pytest.mark.parametrize("address", REFUSED)
-def test_refuses_everything_but_public_addresses(address: str) -> None:
-    """D2: private, special and embedded addresses are refused, with the reason in words."""
+@pytest.mark.parametrize("address", FORBIDDEN)
+def test_forbids_every_address_that_is_not_public(address: str) -> None:
+    """D2: private, special and embedded addresses are forbidden, with the reason in words."""
     assert forbidden(ip_address(address))
 
 
 @pytest.mark.parametrize("address", ALLOWED)
 def test_allows_public_addresses(address: str) -> None:
-    """D2: ordinary public addresses are allowed, up to the edges of the refused ranges."""
+    """D2: ordinary public addresses are allowed, up to the edges of the forbidden ranges."""
     assert forbidden(ip_address(address)) is None
 
 
-def test_a_scoped_address_is_refused() -> None:
-    """D2: an address with an interface behind it is link-local."""
+def test_a_scoped_address_is_forbidden() -> None:
+    """D2: an address with an interface after it is link-local."""
     assert forbidden(ip_address("fe80::1%eth0"))

@@ -33,13 +33,13 @@ def walk_of(content_type: str) -> Walk:
 @pytest.mark.parametrize("content_type", SAMPLES)
 @pytest.mark.parametrize("step", [1, 7, 100_000])
 def test_a_complete_file_is_complete(content_type: str, step: int) -> None:
-    """D9: a whole file passes, whatever the parts that it arrives in."""
+    """D9: a whole file passes, in parts of any size."""
     assert is_complete(walk_of(content_type), SAMPLES[content_type].data, step=step)
 
 
 @pytest.mark.parametrize("content_type", SAMPLES)
 def test_every_cut_is_noticed(content_type: str) -> None:
-    """D9: a file cut anywhere is incomplete, as far as its format says where it ends."""
+    """D9: a file is incomplete if it is cut anywhere, as far as its format contains its end."""
     sample = SAMPLES[content_type]
     walk = walk_of(content_type)
     accepted = [cut for cut in range(16, len(sample.data)) if is_complete(walk, sample.data[:cut])]
@@ -48,7 +48,7 @@ def test_every_cut_is_noticed(content_type: str) -> None:
 
 @given(st.sampled_from(sorted(SAMPLES)), st.lists(st.integers(0, 2000)), st.integers(16, 2200))
 def test_the_parts_make_no_difference(content_type: str, splits: list[int], cut: int) -> None:
-    """D9: the verdict depends on the bytes, not on how the network cut them up."""
+    """D9: the verdict depends on the bytes, and not on the sizes of the parts."""
     data, walk = SAMPLES[content_type].data[:cut], walk_of(content_type)
     follower = Follower(walk)
     for start, end in zip([0, *sorted(splits)], [*sorted(splits), len(data)], strict=True):
@@ -69,20 +69,20 @@ def test_no_bytes_upset_a_walk(content_type: str, noise: bytes, step: int) -> No
 
 @pytest.mark.parametrize("content_type", ["image/png", "image/jpeg", "image/gif", "image/webp", "audio/wav"])
 def test_bytes_behind_the_end_do_not_matter(content_type: str) -> None:
-    """D9: what follows the end (a depth map, a tag, a padding byte) leaves the file complete."""
+    """D9: if bytes follow the end (a depth map, a tag, a padding byte), the file is still complete."""
     assert is_complete(walk_of(content_type), SAMPLES[content_type].data + NOISE)
 
 
 @pytest.mark.parametrize("tail", [bytes(64), b"\0\0\0\0free" + NOISE, b"\0\0\0\x05pad."])
 def test_a_movie_may_have_padding(tail: bytes) -> None:
-    """D9: a last box that is open to the end, or is none, ends the walk once the movie is whole."""
+    """D9: after a whole movie, a box that extends to the end or a few odd bytes end the walk."""
     assert is_complete(MOVIE, SAMPLES["video/mp4"].data + tail)
 
 
 @pytest.mark.parametrize("tail", [bytes(1), b"\x01" * 3, b"moo" + bytes(4), b"TAG" + b"name" * 31 + b"\x0c"])
 @pytest.mark.parametrize("content_type", ["video/mp4", "audio/mp4", "audio/ogg", "audio/mpeg", "image/png"])
 def test_a_tag_or_padding_behind_a_file_is_no_blemish(content_type: str, tail: bytes) -> None:
-    """D9: an ID3v1 tag or a few bytes behind the end leave a file complete."""
+    """D9: a file stays complete if an ID3v1 tag or a few bytes follow its end."""
     follower = Follower(walk_of(content_type))
     follower.feed(SAMPLES[content_type].data)
     assert follower.ends_here
@@ -91,7 +91,7 @@ def test_a_tag_or_padding_behind_a_file_is_no_blemish(content_type: str, tail: b
 
 
 def test_a_movie_without_its_index_is_damaged() -> None:
-    """D9: a data box that is open to the end leaves no room for an index that has not come."""
+    """D9: if the data box extends to the end, no index can follow, so a missing one means damage."""
     with pytest.raises(DamagedFile):
         is_complete(MOVIE, box(b"ftyp", b"isom" + bytes(4)) + b"\0\0\0\0mdat" + NOISE)
 
@@ -102,7 +102,7 @@ def test_a_movie_cut_between_boxes_is_incomplete() -> None:
 
 
 def test_damaged_structures_are_told_apart_from_short_ones() -> None:
-    """D9: a PNG chunk without a name and an unknown GIF block cannot be followed."""
+    """D9: a PNG chunk without a name and an unknown GIF block mean damage, not a short file."""
     for content_type, at in (("image/png", 37), ("image/gif", 19)):
         data = bytearray(SAMPLES[content_type].data)
         data[at : at + 1] = b"\x07"
@@ -111,26 +111,26 @@ def test_damaged_structures_are_told_apart_from_short_ones() -> None:
 
 
 def test_a_wav_of_unknown_length_is_accepted() -> None:
-    """D9: encoders that stream write a length that they cannot know; the framing of HTTP has to do."""
+    """D9: an encoder that streams cannot know the length; then only the framing of HTTP shows a cut."""
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
         data = b"RIFF" + struct.pack("<I", size) + b"WAVE" + NOISE
         assert is_complete(containers.riff, data)
 
 
 def test_a_webm_of_unknown_length_is_accepted() -> None:
-    """D9: a live WebM has no size; the framing of HTTP has to do."""
+    """D9: a live WebM has no size; then only the framing of HTTP shows a cut."""
     assert is_complete(containers.ebml, b"\x1a\x45\xdf\xa3\x84webm\x18\x53\x80\x67\xff" + NOISE)
 
 
 def test_an_mp3_without_a_size_ends_anywhere() -> None:
-    """D9: a bare MPEG stream does not say how long it is; the framing of HTTP has to do."""
+    """D9: a bare MPEG stream has no length; then only the framing of HTTP shows a cut."""
     assert is_complete(containers.mp3, b"\xff\xfb\x90\x00" + NOISE)
     assert is_complete(containers.mp3, b"ID3\x04\x00\x10\x00\x00\x00\x10" + bytes(16 + 10) + NOISE)
 
 
 @pytest.mark.parametrize(("flags", "offset"), [(2, 36), (3, 21), (2, 13)])
 def test_the_size_in_an_mp3_is_found(flags: int, offset: int) -> None:
-    """D9: the header of LAME and ffmpeg is found for mono and stereo, with and without a number of frames."""
+    """D9: the header of LAME and ffmpeg is found for mono and stereo, with and without a frame count."""
     frames = struct.pack(">I", 9) if flags & 1 else b""
     head = b"\xff\xfb\x90\x00".ljust(offset, b"\0") + b"Xing" + struct.pack(">I", flags)
     data = (head + frames + struct.pack(">I", 500)).ljust(500, b"\x55")
@@ -140,7 +140,7 @@ def test_the_size_in_an_mp3_is_found(flags: int, offset: int) -> None:
 
 @pytest.mark.parametrize("step", [7, 100_000])
 def test_the_size_in_an_mp3_counts_from_its_first_frame(step: int) -> None:
-    """D9: an MP3 with a cover of 50 KB is incomplete without its last byte, and with 2 % of its audio."""
+    """D9: an MP3 with a cover of 50 KB is incomplete if its last byte or most of its audio is missing."""
     cover = b"ID3\x04\x00\x00" + bytes([0, 3, 0x0D, 0x50]) + b"\x55" * 50_896
     frames = b"\xff\xfb\x90\x00".ljust(36, b"\0") + b"Info" + struct.pack(">III", 3, 9, 40_000)
     data = cover + frames.ljust(40_000, b"\x55")
@@ -154,7 +154,7 @@ def test_the_size_in_an_mp3_counts_from_its_first_frame(step: int) -> None:
 
 
 def test_an_mp3_of_exactly_its_size_is_complete() -> None:
-    """D9: where an encoder has counted the tag, too, the file ends at exactly that many bytes."""
+    """D9: if the encoder counted the tag, too, the file ends at exactly that many bytes."""
     tag = b"ID3\x04\x00\x00\x00\x00\x00\x20" + bytes(32)
     frames = b"\xff\xfb\x90\x00".ljust(36, b"\0") + b"Xing" + struct.pack(">II", 2, 1000)
     data = tag + frames.ljust(1000 - len(tag), b"\x55")
@@ -168,7 +168,7 @@ def test_a_flac_with_more_metadata_is_followed() -> None:
     assert is_complete(containers.flac, data + b"\xff\xf8" + NOISE)
 
 
-def test_endless_tiny_pieces_are_refused() -> None:
+def test_too_many_tiny_pieces_are_damage() -> None:
     """D7: a structure of too many empty pieces is not followed to its end."""
     follower = Follower(MOVIE, max_pieces=1000)
     follower.feed(SAMPLES["video/mp4"].data + box(b"free", b"") * 900)
@@ -177,7 +177,7 @@ def test_endless_tiny_pieces_are_refused() -> None:
         follower.feed(box(b"free", b"") * 101)
 
 
-def test_an_ogg_page_after_foreign_bytes_is_not_looked_for() -> None:
+def test_foreign_bytes_end_an_ogg_file() -> None:
     """D9: bytes behind the last page end the walk."""
     assert is_complete(containers.ogg, SAMPLES["audio/ogg"].data + NOISE)
 

@@ -17,7 +17,7 @@ MD5, SHA256, SHA512 = (hashlib.new(name, BODY).digest() for name in ("md5", "sha
 
 
 def b64(digest: bytes) -> str:
-    """Encode a digest as headers have it."""
+    """Encode a digest like a header."""
     return base64.b64encode(digest).decode()
 
 
@@ -36,8 +36,8 @@ def b64(digest: bytes) -> str:
         ([("ETag", f'"{MD5.hex()}"'), ("x-amz-server-side-encryption", "AES256")], {"md5": MD5}),
     ],
 )
-def test_reads_what_servers_state(headers: list[tuple[str, str]], expected: dict[str, bytes]) -> None:
-    """D9: RFC 9530, Content-MD5, Google's and S3's own ways of stating a digest are understood."""
+def test_reads_stated_digests(headers: list[tuple[str, str]], expected: dict[str, bytes]) -> None:
+    """D9: the forms of RFC 9530, Content-MD5, Google and S3 are read."""
     assert stated_digests(httpx.Headers(headers)) == expected
 
 
@@ -58,8 +58,8 @@ def test_reads_what_servers_state(headers: list[tuple[str, str]], expected: dict
         [("Repr-Digest", f"sha-256=:{b64(MD5)}:")],
     ],
 )
-def test_leaves_out_what_is_in_doubt(headers: list[tuple[str, str]]) -> None:
-    """D9: a weak, composite, encrypted, malformed or contradictory digest says nothing about the body."""
+def test_ignores_doubtful_digests(headers: list[tuple[str, str]]) -> None:
+    """D9: a weak, composite, encrypted, malformed or contradictory digest is ignored."""
     assert stated_digests(httpx.Headers(headers)) == {}
 
 
@@ -79,16 +79,16 @@ def test_a_body_that_matches_passes() -> None:
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256", "sha512"])
-def test_a_body_that_differs_is_refused(name: str) -> None:
-    """D9: a body that is not what its server stated is in doubt, until the same one comes again."""
+def test_a_body_that_differs_is_in_doubt(name: str) -> None:
+    """D9: if a body differs from the stated digest, it is in doubt until the same body comes again."""
     wrong = {"md5": MD5, "sha256": SHA256, "sha512": SHA512}[name][::-1]
     doubt = inspect(stated={name: wrong}).find_doubt()
     assert doubt is not None
     assert (doubt.reason, doubt.sha256) == ("digest", SHA256.hex())
 
 
-def test_the_cap_counts_every_byte() -> None:
-    """D7: a file of exactly the cap passes, one byte more does not."""
+def test_the_limit_counts_every_byte() -> None:
+    """D7: a file of exactly the limit passes, one byte more does not."""
     assert inspect(stated={}, max_bytes=len(BODY)).find_doubt() is None
     with pytest.raises(MediaBlocked) as caught:
         inspect(stated={}, max_bytes=len(BODY) - 1)
@@ -96,7 +96,7 @@ def test_the_cap_counts_every_byte() -> None:
 
 
 def test_a_body_without_an_end_is_in_doubt() -> None:
-    """D9: without a length, without chunks and without a container's end, only a second body settles it."""
+    """D9: without length, chunks and end of the container, only a second equal body removes the doubt."""
     doubt = inspect(stated={}, is_framed=False).find_doubt()
     assert doubt is not None
     assert (doubt.reason, doubt.sha256) == ("length", SHA256.hex())
@@ -104,7 +104,7 @@ def test_a_body_without_an_end_is_in_doubt() -> None:
 
 @pytest.mark.parametrize("is_framed", [True, False])
 def test_a_short_body_is_in_doubt(*, is_framed: bool) -> None:
-    """D9: the same cut twice is what a server has only if HTTP says that it was all of it."""
+    """D9: two equal cuts count as the server's file only if HTTP has framed them."""
     doubt = inspect(stated={}, min_bytes=len(BODY) + 1, is_framed=is_framed).find_doubt()
     assert doubt is not None
     assert (doubt.reason, doubt.sha256 is not None) == ("truncated", is_framed)

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes."""
+"""Types of files by their first bytes."""
 
 import gzip
 import zlib
@@ -14,7 +14,7 @@ KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 
 @pytest.mark.parametrize("content_type", SAMPLES)
 def test_knows_the_types_that_clipia_makes(content_type: str) -> None:
-    """D13: type and extension come from the bytes and the kind that was announced."""
+    """D13: type and extension follow from the bytes and the announced kind."""
     sample = SAMPLES[content_type]
     found = sniff(sample.data[:SNIFF_BYTES], sample.kind)
     assert (found.content_type, found.extension) == (content_type, sample.extension)
@@ -22,7 +22,7 @@ def test_knows_the_types_that_clipia_makes(content_type: str) -> None:
 
 @pytest.mark.parametrize("content_type", SAMPLES)
 def test_a_type_of_another_kind_is_not_believed(content_type: str) -> None:
-    """D13: a video announced as an image is no image; only an MP4 or WebM may be video or audio alike."""
+    """D13: a video announced as an image is no image; only an MP4 or WebM may be both video and audio."""
     sample = SAMPLES[content_type]
     for kind in KINDS:
         found = sniff(sample.data[:SNIFF_BYTES], kind)
@@ -61,7 +61,7 @@ def test_a_type_of_another_kind_is_not_believed(content_type: str) -> None:
     ],
 )
 def test_everything_else_is_plain_bytes(data: bytes, kind: Kind) -> None:
-    """D13: pages, documents, programs, archives, polyglots and broken signatures are of no type at all."""
+    """D13: pages, documents, programs, archives, polyglots and broken signatures have no known type."""
     assert not sniff(data, kind).is_known
 
 
@@ -69,12 +69,12 @@ def test_everything_else_is_plain_bytes(data: bytes, kind: Kind) -> None:
     "head", [b"\xff\xfb\x90\x00", b"\xff\xf3\x84\xc4", b"\xff\xe3\x18\xc4", b"\xff\xfa\x92\x40"]
 )
 def test_knows_mp3_frames_of_every_version(head: bytes) -> None:
-    """D13: MPEG 1, 2 and 2.5, with and without a checksum."""
+    """D13: MPEG 1, 2 and 2.5 are recognized, with and without a checksum."""
     assert sniff(head + NOISE, "audio").content_type == "audio/mpeg"
 
 
 def test_still_image_brands_are_no_video() -> None:
-    """D13: an HEIC or AVIF picture is in the same box format as a movie and is not taken for one."""
+    """D13: an HEIC or AVIF image has the box format of a movie and is not taken for one."""
     heic = box(b"ftyp", b"heic" + bytes(4) + b"mif1heic") + box(b"meta", NOISE)
     assert not sniff(heic, "video").is_known
     assert not sniff(heic, "image").is_known
@@ -82,14 +82,14 @@ def test_still_image_brands_are_no_video() -> None:
 
 
 def test_the_minor_version_is_no_brand() -> None:
-    """D13: the four bytes behind the main brand are a number, whatever they spell."""
+    """D13: the four bytes after the main brand are a number, even if they spell a brand."""
     data = box(b"ftyp", b"isom" + b"avif" + b"iso2") + box(b"moov", NOISE)
     assert sniff(data, "video").content_type == "video/mp4"
     assert not sniff(data, "image").is_known
 
 
 def test_words_in_metadata_do_no_harm() -> None:
-    """D13: a prompt or a rating in a picture's metadata is not taken for a page."""
+    """D13: a prompt or a rating in an image's metadata is not taken for a page."""
     words = (
         b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF>a < b, styled as <htmlike> body</rdf:RDF></x:xmpmeta>'
     )
@@ -129,7 +129,7 @@ PAGES = {
 
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_told_from_a_file(page: str) -> None:
-    """D15: HTML, XML, JSON, text in any encoding and an empty body are told from files."""
+    """D15: HTML, XML, JSON, text in any encoding and an empty body are pages, and not files."""
     head = PAGES[page][:SNIFF_BYTES]
     for kind in KINDS:
         assert is_page(head, kind, "https://media.clipia.ai/a")
@@ -138,8 +138,8 @@ def test_a_page_is_told_from_a_file(page: str) -> None:
 
 
 @pytest.mark.parametrize("start", [b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh9", b"\xfd7zXZ\0"])
-def test_what_is_compressed_is_no_media(start: bytes) -> None:
-    """D15: a server that compresses without saying so sends no image, but an archive may be just that."""
+def test_a_compressed_body_is_no_media(start: bytes) -> None:
+    """D15: compressed bytes without Content-Encoding are no image, but an archive may start like that."""
     assert all(is_page(start + NOISE, kind, "") for kind in KINDS)
     assert not is_page(start + NOISE, "file", "https://media.clipia.ai/a.glb")
 
@@ -149,7 +149,7 @@ def test_what_is_compressed_is_no_media(start: bytes) -> None:
     ["a.pptx", "a.pdf", "a.heic", "a.zip", "a.usdz", "a.safetensors", "a.mkv#t=1", "b/a.tiff?sig=/a.txt"],
 )
 def test_an_extension_may_rule_text_out(name: str) -> None:
-    """D15: a text is no document, archive, 3D model or video, whatever kind was announced."""
+    """D15: a text is never a document, archive, 3D model or video, even if it was announced as one."""
     for page in PAGES.values():
         assert is_page(page[:SNIFF_BYTES], "file", f"https://media.clipia.ai/{name}")
 
@@ -164,15 +164,15 @@ def test_an_extension_may_rule_text_out(name: str) -> None:
     ],
 )
 def test_a_name_may_rule_text_out(name: str, field: str) -> None:
-    """D15: without an extension in the URL, the name that a file stands under tells that it is binary."""
+    """D15: if the URL has no extension, the name of the field can announce a binary file."""
     assert is_page(PAGES["HTML"], "file", f"https://media.clipia.ai/{name}", field)
 
 
 @pytest.mark.parametrize(
     ("name", "field"), [("a.json", "/model_3d/glb"), ("a", "/pdf/title"), ("a", "/model_3d")]
 )
-def test_other_names_rule_nothing_out(name: str, field: str) -> None:
-    """D15: an extension goes before a name, and of several names the last one counts."""
+def test_an_extension_counts_before_a_name(name: str, field: str) -> None:
+    """D15: an extension counts before a name, and of several names the last one counts."""
     assert not is_page(PAGES["HTML"], "file", f"https://media.clipia.ai/{name}", field)
 
 
@@ -180,7 +180,7 @@ def test_other_names_rule_nothing_out(name: str, field: str) -> None:
     "name", ["a", "a.json", "a.svg", "a.srt", "a.obj", "a.m3u8", "glb", "a.zip/b", "?a.zip"]
 )
 def test_other_files_may_be_texts(name: str) -> None:
-    """D15: a file that was announced as nothing else may be a page or a text."""
+    """D15: if a file was announced as `file` only, it may be a page or a text."""
     for page in PAGES.values():
         assert not is_page(page[:SNIFF_BYTES], "file", f"https://media.clipia.ai/{name}")
 
@@ -198,7 +198,7 @@ def test_other_files_may_be_texts(name: str) -> None:
     ],
 )
 def test_a_text_may_be_a_file_of_its_kind(data: bytes, kinds: str) -> None:
-    """D15: SVG is an image, and a playlist is a video or audio; in place of others they are texts."""
+    """D15: SVG is an image, and a playlist is a video or audio; in place of other kinds they are texts."""
     assert [kind for kind in KINDS if not is_page(data, kind, "")] == kinds.split()
     assert is_page(data, "file", "https://media.clipia.ai/a.glb")
 
@@ -219,8 +219,8 @@ def test_a_text_may_be_a_file_of_its_kind(data: bytes, kinds: str) -> None:
         bytes(64),
     ],
 )
-def test_formats_that_we_do_not_know_are_files(data: bytes) -> None:
-    """D13: JXL, Matroska, TIFF, HEIC, GLB, PPTX and PDF are files, whatever was announced."""
+def test_unknown_formats_are_files(data: bytes) -> None:
+    """D13: JXL, Matroska, TIFF, HEIC, GLB, PPTX and PDF are files, for any announced kind."""
     assert not any(is_page(data, kind, "https://media.clipia.ai/a.glb") for kind in (*KINDS, "file"))
     assert not any(sniff(data, kind).is_known for kind in KINDS)
 

@@ -10,7 +10,7 @@ from receiver.media import MediaHosts
 
 HOSTS = MediaHosts.parse(["media.clipia.ai", "http://127.0.0.1:9000", "https://cdn.example.com:8443"])
 
-REFUSED = [
+BLOCKED = [
     ("https://media.clipia.ai@evil.example/x", "userinfo"),
     ("https://media.clipia.ai:443@evil.example/x", "userinfo"),
     ("https://user:secret@media.clipia.ai/x", "userinfo"),
@@ -68,9 +68,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("url", "reason"), REFUSED)
-def test_refuses_every_other_spelling(url: str, reason: str) -> None:
-    """D1: whatever is not exactly an allowed origin is blocked, and the reason says what differs."""
+@pytest.mark.parametrize(("url", "reason"), BLOCKED)
+def test_blocks_every_other_spelling(url: str, reason: str) -> None:
+    """D1: if a URL is not exactly of an allowed origin, it is blocked, with the difference as reason."""
     with pytest.raises(MediaBlocked) as caught:
         HOSTS.vet(url)
     assert caught.value.reason == reason
@@ -90,7 +90,7 @@ def test_refuses_every_other_spelling(url: str, reason: str) -> None:
     ],
 )
 def test_lets_allowed_origins_pass(url: str) -> None:
-    """D1: the allowed origins pass, and come out as the library that connects has parsed them."""
+    """D1: URLs of allowed origins pass, parsed by the library that connects."""
     vetted = HOSTS.vet(url)
     assert HOSTS.skip_reason(url) is None
     assert (vetted.scheme, vetted.host) in {
@@ -120,7 +120,7 @@ def test_odd_letters_are_encoded(url: str, target: bytes) -> None:
 
 
 def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D1: a usual URL of an allowed origin is not parsed at all, and a foreign origin once."""
+    """D1: a usual URL of an allowed origin is never parsed, and a foreign origin once."""
     hosts = MediaHosts.parse(["media.clipia.ai", "http://[::1]:9000"])
     parsed: list[str] = []
 
@@ -140,14 +140,14 @@ def test_thousands_of_urls_are_judged_without_parsing_each(monkeypatch: pytest.M
 
 
 def test_the_message_shows_no_path_or_query() -> None:
-    """D1: a refusal may be logged, because it names the origin only."""
+    """D1: the message may be logged, because it names only the origin."""
     with pytest.raises(MediaBlocked) as caught:
         HOSTS.vet("https://evil.example/secret-path?token=secret-token")
     assert "secret" not in str(caught.value)
 
 
 def test_plain_http_and_loopback_are_development_origins() -> None:
-    """D1: what escapes the check of addresses is listed, for a warning at start."""
+    """D1: origins that skip the check of addresses are listed, for a warning at start."""
     hosts = MediaHosts.parse(
         [
             "media.clipia.ai",
@@ -168,7 +168,7 @@ def test_only_the_exact_development_origin_skips_the_guard() -> None:
     assert not HOSTS.is_development("media.clipia.ai", 443)
 
 
-def test_reads_entries_leniently_where_nothing_is_in_doubt() -> None:
+def test_reads_unambiguous_entries_leniently() -> None:
     """D1: case, surrounding space and a trailing slash of an entry do not matter."""
     hosts = MediaHosts.parse([" Media.Clipia.AI ", "", "http://127.0.0.1:9000/"])
     assert hosts.vet("https://media.clipia.ai/x").host == "media.clipia.ai"
@@ -197,14 +197,14 @@ def test_reads_entries_leniently_where_nothing_is_in_doubt() -> None:
         "a" * 64,
     ],
 )
-def test_nonsense_in_the_setting_stops_the_start(entry: str) -> None:
-    """D1: an entry that could be read in two ways is refused, with the entry and examples in the message."""
+def test_an_invalid_entry_stops_the_start(entry: str) -> None:
+    """D1: an ambiguous entry is invalid; the message gives its number and examples."""
     with pytest.raises(SettingsError, match="RECEIVER_MEDIA_HOSTS"):
         MediaHosts.parse(["media.clipia.ai", entry])
 
 
 @pytest.mark.parametrize("entries", [[], [""], [" ", ""]])
 def test_an_empty_setting_stops_the_start(entries: list[str]) -> None:
-    """D1: an empty allow-list would block every file; it is refused instead."""
+    """D1: an empty allow-list would block every file, so it is invalid."""
     with pytest.raises(SettingsError, match="RECEIVER_MEDIA_HOSTS is empty"):
         MediaHosts.parse(entries)

@@ -1,4 +1,4 @@
-"""The guarded network: what it resolves, checks and connects to."""
+"""The guarded network: resolution, checks and connections."""
 
 import asyncio
 import socket
@@ -17,14 +17,14 @@ PUBLIC, OTHER_PUBLIC = "93.184.215.14", "2606:4700::1111"
 
 
 class Resolver:
-    """Gives each lookup the next answer, and counts."""
+    """Gives each lookup the next answer, and records it."""
 
     def __init__(self, *answers: list[str]) -> None:
         self.answers = list(answers)
         self.lookups: list[tuple[str, int]] = []
 
     async def __call__(self, host: str, port: int) -> list[str]:
-        """Look up."""
+        """Return the next answer."""
         self.lookups.append((host, port))
         return self.answers.pop(0)
 
@@ -37,16 +37,16 @@ class Stream(httpcore.AsyncNetworkStream):
         self.is_closed = False
 
     def get_extra_info(self, info: str) -> Any:
-        """Know the peer."""
+        """Return the peer's address."""
         return (self.peer, 443) if info == "server_addr" else None
 
     async def aclose(self) -> None:
-        """Remember that it was closed."""
+        """Record that it was closed."""
         self.is_closed = True
 
 
 class Dial(httpcore.AsyncNetworkBackend):
-    """Records the connects; the addresses in `dead` refuse, `hijacked` ones lead elsewhere."""
+    """Records the connects; `dead` addresses refuse them, `hijacked` ones have another peer."""
 
     def __init__(self, *, dead: Iterable[str] = (), hijacked: dict[str, str] | None = None) -> None:
         self.dead = set(dead)
@@ -62,7 +62,7 @@ class Dial(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Connect, or refuse."""
+        """Connect, or fail."""
         self.connects.append((host, port, timeout))
         if host in self.dead:
             raise httpcore.ConnectError("refused")
@@ -71,7 +71,7 @@ class Dial(httpcore.AsyncNetworkBackend):
 
 
 async def test_connects_to_the_address_that_was_vetted() -> None:
-    """D3: the connection goes to the address, not to the name again: one lookup in all."""
+    """D3: the connection goes to the vetted address, and the name is looked up once."""
     resolver, dial = Resolver([PUBLIC], ["127.0.0.1"]), Dial()
     stream = await GuardedNetwork(HOSTS, resolve=resolver, dial=dial).connect_tcp("media.clipia.ai", 443, 8.0)
     assert stream is dial.streams[0]
@@ -83,7 +83,7 @@ async def test_connects_to_the_address_that_was_vetted() -> None:
     "answer", [["127.0.0.1"], [PUBLIC, "10.0.0.1"], [OTHER_PUBLIC, "::ffff:169.254.169.254"]]
 )
 async def test_one_forbidden_address_blocks_the_name(answer: list[str]) -> None:
-    """D2: every address must pass, whichever would have been used."""
+    """D2: every address must pass, also those that would not be used."""
     dial = Dial()
     with pytest.raises(MediaBlocked) as caught:
         await GuardedNetwork(HOSTS, resolve=Resolver(answer), dial=dial).connect_tcp("media.clipia.ai", 443)
@@ -92,15 +92,15 @@ async def test_one_forbidden_address_blocks_the_name(answer: list[str]) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["127.1", "0177.0.0.1", "2130706433", "0x7f.0.0.1", "127.0.0.1", "::1"])
-async def test_the_systems_resolver_cannot_be_talked_into_loopback(spelling: str) -> None:
-    """D2: spellings that getaddrinfo turns into loopback are judged by what it turned them into."""
+async def test_no_spelling_of_loopback_passes_the_systems_resolver(spelling: str) -> None:
+    """D2: if getaddrinfo turns a spelling into loopback, the result is checked, and not the spelling."""
     dial = Dial()
     with pytest.raises((MediaBlocked, httpcore.ConnectError)):
         await GuardedNetwork(HOSTS, dial=dial).connect_tcp(spelling, 443)
     assert dial.connects == []
 
 
-async def test_a_connection_that_ends_elsewhere_is_refused() -> None:
+async def test_a_connection_to_another_peer_is_blocked() -> None:
     """D3: the peer of the open connection must be the vetted address."""
     dial = Dial(hijacked={PUBLIC: "127.0.0.1"})
     with pytest.raises(MediaBlocked) as caught:
@@ -110,7 +110,7 @@ async def test_a_connection_that_ends_elsewhere_is_refused() -> None:
 
 
 async def test_tries_the_next_vetted_address() -> None:
-    """D3: a dead address is skipped, and the time to connect is shared out."""
+    """D3: a dead address is skipped, and the addresses share the time to connect."""
     dial = Dial(dead={OTHER_PUBLIC})
     network = GuardedNetwork(HOSTS, resolve=Resolver([OTHER_PUBLIC, PUBLIC]), dial=dial)
     await network.connect_tcp("media.clipia.ai", 443, 8.0)
@@ -120,7 +120,7 @@ async def test_tries_the_next_vetted_address() -> None:
 @pytest.mark.parametrize("count", [4, 5, 9])
 @pytest.mark.parametrize("dead_family", ["IPv4", "IPv6"])
 async def test_tries_both_families(count: int, dead_family: str) -> None:
-    """D3: with many addresses of a broken family in front, one of the other family is still tried."""
+    """D3: if many addresses of a broken family come first, one of the other family is still tried."""
     families = {
         "IPv4": [f"93.184.215.{number}" for number in range(1, count + 1)],
         "IPv6": [f"2606:4700::{number}" for number in range(1, count + 1)],
@@ -135,7 +135,7 @@ async def test_tries_both_families(count: int, dead_family: str) -> None:
 
 
 async def test_gives_up_after_the_last_address() -> None:
-    """D3: when nothing answers, the error is the one that the downloader retries."""
+    """D3: if no address answers, the error is one that the downloader retries."""
     dial = Dial(dead={OTHER_PUBLIC, PUBLIC})
     with pytest.raises(httpcore.ConnectError):
         await GuardedNetwork(HOSTS, resolve=Resolver([OTHER_PUBLIC, PUBLIC]), dial=dial).connect_tcp(
@@ -168,7 +168,7 @@ async def test_a_slow_resolver_runs_out_of_time() -> None:
         await GuardedNetwork(HOSTS, resolve=hang, dial=Dial()).connect_tcp("media.clipia.ai", 443, 0.01)
 
 
-async def test_a_development_origin_is_reached_as_it_is() -> None:
+async def test_a_development_origin_is_not_vetted() -> None:
     """D2: exactly the development origin skips the check; the same host on another port does not."""
     resolver, dial = Resolver(["127.0.0.1"]), Dial()
     network = GuardedNetwork(HOSTS, resolve=resolver, dial=dial)
@@ -179,5 +179,5 @@ async def test_a_development_origin_is_reached_as_it_is() -> None:
 
 
 async def test_the_system_resolver_lists_each_address_once() -> None:
-    """D2: the answer has plain addresses, whatever they are written as."""
+    """D2: the answer has plain addresses, for every spelling."""
     assert await system_resolve("127.1", 443) == ["127.0.0.1"]

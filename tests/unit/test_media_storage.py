@@ -1,4 +1,4 @@
-"""Work that must not be abandoned half-way."""
+"""Work that must run to its end."""
 
 import asyncio
 import threading
@@ -9,7 +9,7 @@ from receiver.media.storage.base import run_to_end
 
 
 async def test_a_cancelled_caller_waits_for_its_thread() -> None:
-    """D10: a thread that still writes is waited for, however often the caller is cancelled."""
+    """D10: the caller waits for a thread that still writes, even if it is cancelled several times."""
     is_running, may_end = threading.Event(), threading.Event()
     notices: list[bool] = []
 
@@ -30,8 +30,8 @@ async def test_a_cancelled_caller_waits_for_its_thread() -> None:
     assert notices == [True] * 3
 
 
-async def test_a_cancelled_caller_hears_of_the_cancellation_not_of_the_error() -> None:
-    """D10: work that fails after its caller was cancelled is over; the cancellation is what counts."""
+async def test_a_cancelled_caller_gets_the_cancellation_not_the_error() -> None:
+    """D10: if work fails after its caller was cancelled, the caller gets the cancellation."""
     started = asyncio.Event()
 
     async def work() -> None:
