@@ -20,17 +20,17 @@ RUN /opt/build/bin/python -m pip wheel --no-deps --no-build-isolation --wheel-di
 FROM python:3.13-slim
 COPY --from=build /opt/receiver /opt/receiver
 ENV PATH=/opt/receiver/bin:$PATH PYTHONUNBUFFERED=1
-# Bytecode for everything: the base image ships its library without, and this user may not write any.
-# Group 0 with the owner's rights: platforms such as OpenShift choose the uid, and always this group.
+# Compile all bytecode: the base image ships its library without it, and this user may not write any.
+# Group 0 has the owner's rights: platforms such as OpenShift choose any uid, but always this group.
 RUN python -m compileall -q "$(python -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" /opt/receiver \
     && useradd --no-log-init --uid 10001 --gid 0 --no-create-home --home-dir /var/lib/receiver receiver \
     && mkdir -p /var/lib/receiver && chown 10001:0 /var/lib/receiver && chmod u=rwx,g=u,o= /var/lib/receiver
 WORKDIR /var/lib/receiver
-# By number: Kubernetes cannot tell whether a name is root (runAsNonRoot).
+# A number: if it were a name, Kubernetes could not check that it is not root (runAsNonRoot).
 USER 10001
 VOLUME /var/lib/receiver
 EXPOSE 8000
-# Liveness only: a container must not be restarted because its database is away. Route by /readyz.
+# Liveness only: if the database is away, the container must not be restarted. Route by /readyz.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s CMD ["receiver", "healthcheck"]
 ENTRYPOINT ["receiver"]
 CMD ["serve", "--host", "0.0.0.0"]

@@ -1,4 +1,4 @@
-# `make demo` and `make test` need nothing but Python >= 3.11 with venv and a package index.
+# `make demo` and `make test` need only Python >= 3.11 with venv and a package index.
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 help:  ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
 
-# Debian's python3 has the module venv but not ensurepip, which venv calls, until python3-venv is installed.
+# Debian's python3 has the module venv; ensurepip, which venv calls, comes with the package python3-venv.
 $(VENV)/.run: requirements.txt requirements-build.txt pyproject.toml
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 		echo "Python >= 3.11 with venv is needed (Debian, Ubuntu: apt-get install python3-venv); $(PYTHON) is" \
@@ -29,8 +29,8 @@ $(VENV)/.dev: $(VENV)/.run requirements-dev.txt
 demo: $(VENV)/.run  ## Run the main job end to end on this machine (ARGS="--keep" leaves it running)
 	$(BIN)/receiver demo $(ARGS)
 
-# Tests make thousands of databases and flush each commit: in memory, if there is room, that takes half of the time.
-# Not in /dev/shm itself, in which the health check looks for processes, too.
+# Tests make thousands of databases and flush each commit: if there is enough memory, this takes half of the time there.
+# Use a folder below /dev/shm, because the health check reads /dev/shm itself.
 test: export TMPDIR ?= $(shell findmnt -nbo AVAIL,OPTIONS /dev/shm 2>/dev/null | \
 	awk '$$1 > 6e9 && $$2 !~ /noexec/ {print "/dev/shm/clipia-receiver-tests"; exit}')
 test: $(VENV)/.dev  ## Run the tests (ARGS="-k name" selects some)
@@ -43,12 +43,12 @@ check: $(VENV)/.dev  ## Format, lint, types, layers, migration drift, tests with
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) test ARGS="tests/unit tests/contracts tests/integration --cov --cov-report=term --durations=20 $(ARGS)"
-	# Hundreds of processes are started and waited for: measured, each would take twice as long.
+	# Without coverage: these tests start hundreds of processes, and each would take twice as long.
 	$(MAKE) test WORKERS=3 ARGS="tests/acceptance --durations=20 --ignore=tests/acceptance/test_race.py $(ARGS)"
-	# On its own: 128 deliveries at once want the whole machine.
+	# On its own: 128 requests at once need the whole machine.
 	$(BIN)/python -m pytest tests/acceptance/test_race.py
 
-bench: $(VENV)/.dev  ## Measure ingest, latency, growth, memory, downloads, the outbox, and what frozen brokers and replays cost
+bench: $(VENV)/.dev  ## Measure ingest, latency, growth, memory, downloads, the outbox, and the cost of frozen brokers and replays
 	$(BIN)/python benchmarks/ingest.py
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/growth.py --events 1_000_000 --sqlite-events 500_000
@@ -61,11 +61,11 @@ format: $(VENV)/.dev  ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Extras stay in the pins: pip below 23.3 refuses `coverage[toml]` beside a pin of plain `coverage` once a newer release exists.
+# Extras stay in the pins: if a newer release exists, pip below 23.3 rejects `coverage[toml]` beside a pin of plain `coverage`.
 LOCK := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
 	--no-strip-extras --no-emit-index-url --no-emit-find-links --upgrade
 
-# Development first and the other pins from it: one set of versions that holds for all.
+# Resolve the development pins first and constrain the others by them, so that a package has one version in all files.
 lock: $(VENV)/.dev  ## Resolve the dependencies anew and pin them with hashes
 	$(BIN)/python -m pip install --quiet uv
 	$(LOCK) --extra all --group dev --group build -o requirements-dev.txt pyproject.toml
