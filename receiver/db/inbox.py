@@ -1,5 +1,6 @@
 """SQL of the inbox: events and receipts."""
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import accumulate
@@ -17,11 +18,11 @@ from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
 SMALL_BODY_BYTES: Final = 8192
-"""Bytes of a body that is read at once, before it is known how many fit into a lot."""
+"""Bytes up to which the first query reads a body; larger ones are read once it is known how many fit."""
 
 
 class KnownEvent(NamedTuple):
-    """The event that was there first."""
+    """A stored event that a request is compared with."""
 
     seq: int
     origin: str
@@ -39,7 +40,7 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
 
 
 async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
-    """Return events by `id`; none is pruned from now on."""
+    """Return events by `id` and keep them from being pruned until the transaction ends."""
     rows = await connection.execute(_KNOWN, {"ids": ids})
     return {id_: KnownEvent(*values) for id_, *values in rows}
 
@@ -51,14 +52,14 @@ async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dic
 
 
 KEPT_RECEIPTS: Final = 20
-"""Receipts that an event has of each outcome; later deliveries are counted on the last one."""
+"""Receipts of each outcome that an event keeps; the last one counts the later requests."""
 
 
 async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
-    """Put inbound deliveries on record, each with its event's `seq`; one that conflicts keeps its body.
+    """Record requests, each with the `seq` of its event; a receipt of a conflict keeps the body.
 
-    Processes that write at once do not see each other's new rows, so each of them may keep `KEPT_RECEIPTS`.
-    The count is exact all the same: an update of a row waits for the one before it.
+    Concurrent transactions do not see each other's new rows, so each of them may add `KEPT_RECEIPTS`. The
+    count is exact nevertheless, because an UPDATE waits for an earlier one of the same row.
     """
     kept: Counter[tuple[int, Outcome]] = Counter()
     for seq, outcome, number in await connection.execute(_KEPT, {"seqs": {seq for seq, *_ in found}}):
@@ -84,12 +85,12 @@ async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int
         )
     if rows:
         await connection.execute(insert(receipts), rows)
-    # In the same order in every process: two that count for the same events would else be a deadlock.
+    # All processes update in this order: in different orders two of them would deadlock.
     for (seq, outcome), number in sorted(repeated.items()):
         await connection.execute(_COUNT_REPEATED, {"event": seq, "of": outcome, "number": number})
 
 
-# Made once: to make one takes as long as to run it.
+# Built once: building a statement takes as long as running it.
 _KNOWN = (
     select(
         events.c.id,
@@ -100,7 +101,8 @@ _KNOWN = (
         events.c.state,
     )
     .where(among(events.c.id, "ids"))
-    # As a receipt will do: one whose event is gone by then would fail, and its whole group with it.
+    # The lock that the foreign key of a receipt takes. Without it an event could be pruned before its receipt
+    # is inserted; the violation would roll back the whole group.
     .with_for_update(read=True, key_share=True)
 )
 _KEPT = (
@@ -140,7 +142,7 @@ _RECEIVED = (
     .where(
         in_state(events, "received"),
         ~among(events.c.seq, "without"),
-        # First what most events are: of no job's own path.
+        # The first condition is the cheap one, and most events did not come on the path of a job.
         or_(
             events.c.job_id.is_(None),
             events.c.received_at < db_time(bindparam("answered_by", type_=Float)),
@@ -149,7 +151,7 @@ _RECEIVED = (
     )
     .order_by(events.c.seq)
     .limit(bindparam("most", type_=Integer))
-    # Not against those who only refer to the event, such as the receipt of a duplicate.
+    # FOR NO KEY UPDATE: it does not conflict with rows that refer to the event, such as a new receipt.
     .with_for_update(skip_locked=True, key_share=True)
 )
 _BY_SEQ = select(*_STORED).where(among(events.c.seq, "seqs"))
@@ -163,22 +165,22 @@ _SET_STATE = (
 async def lock_received(
     connection: AsyncConnection, *, limit: int, size: int, without: Collection[int] = ()
 ) -> tuple[list[StoredEvent], bool]:
-    """Return the oldest events in `received` but those `without`, and whether there may be more of them.
+    """Lock and return the oldest events in `received`, and whether there may be more of them.
 
-    They are up to `limit`, and their bodies have `size` bytes together at most, unless the first one has more
-    by itself. They are locked until the transaction ends, as are those that did not fit; others skip them.
-    Without those that came on the path of a job whose submission will be answered soon: the answer says
-    whether the event is the job's.
+    Returns up to `limit` events with at most `size` bytes of bodies in total, or a single larger one. Other
+    workers skip all rows that the query locked until the transaction ends. It leaves out the events `without`
+    and, for a while, an event that came on the path of a job: the answer to the job's submission will tell
+    whether the event belongs to it.
     """
     values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT_SECONDS, "without": without}
     rows = (await connection.execute(_RECEIVED, values)).all()
-    sums = accumulate(row.size for row in rows)
-    taken = [row for row, total in zip(rows, sums, strict=True) if total <= size] or rows[:1]
-    found = [StoredEvent(*row[:-1]) for row in taken]
-    if large := [row.seq for row in taken if row.size > SMALL_BODY_BYTES]:
-        bodies = await load_bodies(connection, large)
-        found = [each._replace(body=bodies[each.seq]) if each.seq in bodies else each for each in found]
-    return found, len(rows) == limit or len(found) < len(rows)
+    count = bisect_right(list(accumulate(row.size for row in rows)), size) or 1
+    taken = rows[:count]
+    found = {row.seq: StoredEvent(*row[:-1]) for row in taken}
+    large = [row.seq for row in taken if row.size > SMALL_BODY_BYTES]
+    for seq, body in (await load_bodies(connection, large) if large else {}).items():
+        found[seq] = found[seq]._replace(body=body)
+    return list(found.values()), len(rows) == limit or len(taken) < len(rows)
 
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:
@@ -190,12 +192,12 @@ async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dic
 async def set_state(
     connection: AsyncConnection, seqs: Collection[int], state: EventState, *, reason: str | None = None
 ) -> None:
-    """Move events to another state."""
+    """Set the state of events and, for an unrecognized one, its reason."""
     await connection.execute(_SET_STATE, {"seqs": seqs, "new_state": state, "new_reason": reason})
 
 
 async def backlog(connection: AsyncConnection) -> Backlog:
-    """Return how many events wait for their fan-out."""
+    """Return the backlog of the fan-out."""
     oldest = seconds_since(func.min(events.c.received_at))
     row = (await connection.execute(select(func.count(), oldest).where(in_state(events, "received")))).one()
     return Backlog(rows=row[0], oldest=row[1] or 0.0)

@@ -1,4 +1,4 @@
-"""SQL of jobs: reserving a key, claiming, and what became of each step."""
+"""SQL of jobs: inserting, claiming, and recording the result of each step."""
 
 import uuid
 from collections.abc import Collection
@@ -22,21 +22,21 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.refused_jobs import Turn, same_environment
+from receiver.db.refused_jobs import Share, same_environment
 from receiver.db.rows import Backlog, Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
-IN_FLIGHT_FOR: Final = 3600.0
-"""Seconds for which a generation without a known end counts as one in flight."""
+IN_FLIGHT_SECONDS: Final = 3600.0
+"""A generation without a known end counts as in flight for this time."""
 SUBMIT_LANE: Final = "submit"
 POLL_LANE: Final = "poll"
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownJob:
-    """The job that was there first."""
+    """A stored job that a new one is compared with."""
 
     id: uuid.UUID
     fingerprint: str
@@ -50,7 +50,7 @@ async def insert(connection: AsyncConnection, job: NewJob) -> bool:
 
 
 async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownJob | None:
-    """Return the job of a caller's key."""
+    """Return the job of an Idempotency-Key of a caller."""
     row = (
         await connection.execute(
             select(jobs.c.id, jobs.c.fingerprint).where(
@@ -62,19 +62,19 @@ async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -
 
 
 async def find_by_request(connection: AsyncConnection, source: str, request_id: str) -> uuid.UUID | None:
-    """Return the id of the job that Clipia knows under a `request_id`."""
+    """Return the id of the job of a `request_id`."""
     statement = select(jobs.c.id).where(jobs.c.source == source, jobs.c.request_id == request_id)
     found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
     return found
 
 
 async def is_due(connection: AsyncConnection, account: str, state: JobState) -> bool:
-    """Tell whether any job in `state` that may go to this account waits for its turn."""
+    """Tell whether any job in `state` that this account may submit or poll is due."""
     return (await connection.execute(_due(account, state))).first() is not None
 
 
 async def is_next(connection: AsyncConnection, account: str, job_id: uuid.UUID) -> bool:
-    """Tell whether a new job has its turn now: no other one waits for its first answer."""
+    """Tell whether a new job may be submitted now: no other job is due that Clipia has not answered."""
     others = _due(account, "pending").where(jobs.c.id != job_id, jobs.c.refused_at.is_(None))
     return (await connection.execute(others)).first() is None
 
@@ -89,22 +89,24 @@ def _due(account: str, state: JobState) -> Select[tuple[uuid.UUID]]:
 
 @dataclass(frozen=True, kw_only=True)
 class InFlight:
-    """Generations that an account has in flight, as far as we know."""
+    """Generations that an account has in flight, as far as the database knows."""
 
     accepted: int
     under_way: int
-    """Submissions that are not answered yet."""
+    """Submissions that Clipia has not answered yet."""
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The number that counts against the in-flight limit."""
         return self.accepted + self.under_way
 
 
 async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
-    """Return how many generations an account has in flight."""
+    """Count the generations that an account has in flight."""
     accepted = and_(
-        in_state(jobs, "submitted"), jobs.c.submitted_at > db_time(-IN_FLIGHT_FOR), jobs.c.account == account
+        in_state(jobs, "submitted"),
+        jobs.c.submitted_at > db_time(-IN_FLIGHT_SECONDS),
+        jobs.c.account == account,
     )
     under_way = and_(
         in_state(jobs, "pending"),
@@ -128,30 +130,40 @@ async def claim_to_submit(
     job_id: uuid.UUID | None = None,
     start: int = 0,
 ) -> list[tuple[Claim, Submission]]:
-    """Claim jobs that are due to be submitted, and note before the try that it may arrive.
+    """Claim jobs that are due to be submitted, and record before the attempt that it may reach Clipia.
 
-    `start` is how many were claimed before: it tells whose turn it is while Clipia refuses some.
+    `start` is the number of jobs that were claimed before; it selects the place in `refused_jobs.ROTATION`.
     """
     claims: list[Claim] = []
-    turns = (
-        await refused_jobs.turns(connection, account, limit=limit, start=start)
+    shares = (
+        await refused_jobs.plan(connection, account, limit=limit, start=start)
         if job_id is None
-        else [Turn(where=(jobs.c.id == job_id,), most=limit)]
+        else [Share(where=(jobs.c.id == job_id,), most=limit)]
     )
-    for turn in turns:
+    for share in shares:
         if len(claims) == limit:
             break
         claims += await leases.claim(
             connection,
             jobs,
-            limit=min(turn.most, limit - len(claims)),
+            limit=min(share.most, limit - len(claims)),
             lease=lease,
-            where=[same_environment(account), *turn.where],
-            newest_first=turn.newest_first,
+            where=[same_environment(account), *share.where],
+            newest_first=share.newest_first,
         )
     if not claims:
         return []
-    ids = [claim.id for claim in claims]
+    found = await _load_submissions(connection, [claim.id for claim in claims])
+    fresh = [id_ for id_, submission in found.items() if submission.sent_for is None]
+    await connection.execute(
+        update(jobs).where(jobs.c.id.in_(fresh)).values(sent_at=db_time(0.0), account=account)
+    )
+    return [(claim, found[claim.id]) for claim in claims]
+
+
+async def _load_submissions(
+    connection: AsyncConnection, ids: Collection[uuid.UUID]
+) -> dict[uuid.UUID, Submission]:
     statement = select(
         jobs.c.id,
         jobs.c.model,
@@ -167,18 +179,13 @@ async def claim_to_submit(
         jobs.c.max_cost_micros,
     ).where(jobs.c.id.in_(ids))
     rows = (await connection.execute(statement)).mappings()
-    found = {row["id"]: Submission(**prices.join(row)) for row in rows}
-    fresh = [job_id for job_id, submission in found.items() if submission.sent_for is None]
-    await connection.execute(
-        update(jobs).where(jobs.c.id.in_(fresh)).values(sent_at=db_time(0.0), account=account)
-    )
-    return [(claim, found[claim.id]) for claim in claims]
+    return {row["id"]: Submission(**prices.join(row)) for row in rows}
 
 
 async def claim_to_poll(
     connection: AsyncConnection, account: str, *, limit: int, lease: float
 ) -> list[tuple[Claim, OpenRequest]]:
-    """Claim jobs that Clipia works on and whose state is due to be asked for."""
+    """Claim submitted jobs that are due to be polled."""
     claims = await leases.claim(
         connection, jobs, limit=limit, lease=lease, where=[same_environment(account)], state="submitted"
     )
@@ -210,11 +217,12 @@ async def record_submitted(
     warnings: list[dict[str, Any]],
     poll_after: float,
 ) -> Literal["recorded", "lost", "taken"]:
-    """Move a job to `submitted`; `lost` if the lease is no longer ours, or its own event was there first.
+    """Move a job to `submitted`; return `lost` if the lease has passed on or the job's event was faster.
 
-    The answer decides: a job that was ended by an event on its path, of which this answer says that it is
-    another generation's, is open again; another job that has this `request_id` from its path only gives it
-    back. `taken` means that Clipia's answer to another job named the same `request_id`.
+    Clipia's answer overrules the path of a callback. If an event on the path finished the job, and the answer
+    names another generation, the job is open again. If another job has the `request_id` from its path only,
+    it loses it and is open again. `taken` means that an answer of Clipia gave the `request_id` to another
+    job.
     """
     ended_by_path = and_(
         jobs.c.provider_key == provider_key,
@@ -240,12 +248,12 @@ async def record_submitted(
             next_attempt_at=db_time(poll_after),
             lease=None,
             lost=0,
-            attempts=0,  # from here on it counts polls
+            attempts=0,  # from now on the polls are counted
             error=None,
         )
     )
     recorded = await _unless_taken(connection, statement)
-    if recorded is None and await _give_back(connection, source, request_id):
+    if recorded is None and await _reopen(connection, source, request_id):
         recorded = await _unless_taken(connection, statement)
     return "taken" if recorded is None else "recorded" if recorded else "lost"
 
@@ -253,15 +261,15 @@ async def record_submitted(
 async def _unless_taken(connection: AsyncConnection, statement: Update) -> bool | None:
     """Return whether a row was updated; None if another job has its `request_id`."""
     try:
-        # Else the violation would end the whole transaction.
+        # A savepoint, because the violation would abort the whole transaction.
         async with connection.begin_nested():
             return (await connection.execute(statement)).rowcount == 1
     except IntegrityError:
         return None
 
 
-async def _give_back(connection: AsyncConnection, source: str, request_id: str) -> bool:
-    """Take a `request_id` from a job that has it from its path and from no answer; that job is open again."""
+async def _reopen(connection: AsyncConnection, source: str, request_id: str) -> bool:
+    """Remove a `request_id` from a job that has it from its path and not from an answer; reopen the job."""
     result = await connection.execute(
         update(jobs)
         .where(jobs.c.source == source, jobs.c.request_id == request_id, jobs.c.submitted_at.is_(None))
@@ -284,7 +292,7 @@ async def add_answer(
     cost: Credits | None,
     warnings: list[dict[str, Any]],
 ) -> bool:
-    """Add what a submission's answer says to a job whose event was faster; False where it is no such job."""
+    """Add the answer to a submission to a job that its event has finished; False if there is none."""
     result = await connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.request_id == request_id)
@@ -298,7 +306,7 @@ async def add_answer(
 
 
 async def is_still_sent(connection: AsyncConnection, job_id: uuid.UUID, provider_key: uuid.UUID) -> bool:
-    """Tell whether a job is still to be submitted under a key, by whoever holds it now."""
+    """Tell whether a job is still to be submitted with a key, by this worker or by another one."""
     statement = select(jobs.c.id).where(
         jobs.c.id == job_id, jobs.c.state == "pending", jobs.c.provider_key == provider_key
     )
@@ -314,9 +322,9 @@ async def put_back(
     never_sent: bool,
     refused: bool = False,
 ) -> bool:
-    """Put a job back for another try; `never_sent` if it is certain that no try ever arrived.
+    """Schedule the next attempt at a job; `never_sent` if certainly no attempt has reached Clipia.
 
-    `refused` tells that Clipia refuses it for now (402, 403).
+    `refused` means that Clipia refuses the job for now (402, 403).
     """
     values: dict[str, Any] = {"sent_at": None} if never_sent else {}
     if refused:
@@ -327,7 +335,7 @@ async def put_back(
 
 
 async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:
-    """Have the state of jobs asked for more often while somebody waits for them."""
+    """Poll the state of jobs more often while their callers wait for them."""
     soon = db_time(2.0)
     await connection.execute(
         update(jobs)
@@ -343,9 +351,9 @@ async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, 
 
 
 async def count_unserved(connection: AsyncConnection, account: str | None) -> int:
-    """Return how many open jobs wait for another account's key, or for any if there is none here."""
+    """Count the open jobs that this process does not serve: those of other accounts, or all without one."""
     found = 0
-    # One by one, because each state has an index of its own.
+    # Two statements, because each state has its own partial index.
     for state in ("pending", "submitted"):
         statement = select(func.count()).select_from(jobs).where(in_state(jobs, state))
         if account is not None:
@@ -355,9 +363,9 @@ async def count_unserved(connection: AsyncConnection, account: str | None) -> in
 
 
 async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
-    """Return the jobs that Clipia has not accepted yet, and those that it works on, by lane."""
+    """Return the backlogs of the lanes that submit and poll."""
     found = {}
-    # One by one, because each state has an index of its own.
+    # Two statements, because each state has its own partial index.
     for lane, state in ((SUBMIT_LANE, "pending"), (POLL_LANE, "submitted")):
         oldest = seconds_since(func.min(jobs.c.created_at))
         row = (await connection.execute(select(func.count(), oldest).where(in_state(jobs, state)))).one()

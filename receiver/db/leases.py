@@ -1,8 +1,9 @@
-"""Claiming rows of work by lease, for every table that has the work columns.
+"""Claims rows by lease, in each table with the work columns.
 
-The claim and the result are two short transactions; the work itself is done between them, in none. A result
-counts only while its lease is the row's: a process that was stopped for longer than its lease comes back to
-find its result refused, because another may have claimed the row since (a fencing token).
+The claim and the result are two short transactions, and the work runs between them outside any transaction.
+The lease is a fencing token: a result is recorded only if the row still has the lease of its claim. If a
+process was suspended for longer than its lease, another one may have claimed the row, and the late result is
+dropped.
 """
 
 import uuid
@@ -46,11 +47,11 @@ def _claim_statement(
     state: str = "pending",
     newest_first: bool = False,
 ) -> ReturningUpdate[Any]:
-    """Return the statement that claims up to `most` due rows for `seconds`, the oldest due ones first.
+    """Return the statement that claims up to `most` due rows for `seconds`, ordered by due time.
 
-    The try is counted here and not when it ends: work that kills its process must run out of tries, too.
+    The claim counts the attempt, because work that kills its process has to run out of attempts too.
     """
-    # Times may be the same; ids are made in order.
+    # Rows may have the same time, and ids are made in order.
     newest = (table.c.next_attempt_at.desc(), table.c.id.desc())
     due = (
         select(table.c.id)
@@ -58,7 +59,7 @@ def _claim_statement(
         .order_by(*(newest if newest_first else (table.c.next_attempt_at,)))
         .limit(bindparam("most", type_=Integer))
         .with_for_update(skip_locked=True)
-        # A CTE with row locks is evaluated once; a plain subquery may be run again and claim too many.
+        # A CTE with row locks is evaluated once; a subquery may be evaluated again and claim too many rows.
         .cte("due")
     )
     began = (
@@ -86,7 +87,7 @@ def _claim_statement(
     )
 
 
-# Made once: to make one takes as long as to run it.
+# Built once: building a statement takes as long as running it.
 _CLAIM_MEDIA: Final = _claim_statement(media, media.c.event_seq)
 _CLAIM_DELIVERIES: Final = {
     replayed: _claim_statement(
@@ -103,7 +104,7 @@ _CLAIM_DELIVERIES: Final = {
 
 
 async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) -> list[EventClaim]:
-    """Claim files as `claim` does."""
+    """Claim files, as `claim` does."""
     rows = await _claim(connection, _CLAIM_MEDIA, limit=limit, lease=lease)
     return [EventClaim(event_seq=row.event_seq, **_claimed(row)) for row in rows]
 
@@ -111,7 +112,7 @@ async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) 
 async def claim_deliveries(
     connection: AsyncConnection, destination: str, *, limit: int, lease: float, replayed: bool
 ) -> list[DeliveryClaim]:
-    """Claim a destination's deliveries as `claim` does: those of replays, or the live ones."""
+    """Claim deliveries to a destination, as `claim` does: those of replays or the live ones."""
     statement = _CLAIM_DELIVERIES[replayed]
     rows = await _claim(connection, statement, limit=limit, lease=lease, to=destination)
     return [DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_claimed(row)) for row in rows]
@@ -127,7 +128,7 @@ async def claim(
     state: str = "pending",
     newest_first: bool = False,
 ) -> list[Claim]:
-    """Claim up to `limit` due rows in `state` for `lease` seconds, the oldest due ones first."""
+    """Claim up to `limit` due rows in `state` for `lease` seconds, ordered by due time."""
     statement = _claim_statement(table, where=where, state=state, newest_first=newest_first)
     rows = await _claim(connection, statement, limit=limit, lease=lease)
     return [Claim(**_claimed(row)) for row in rows]
@@ -148,7 +149,7 @@ def _claimed(row: Row[Any]) -> dict[str, Any]:
 async def renew(
     connection: AsyncConnection, table: Table, claims: Collection[Claim], *, lease: float
 ) -> set[uuid.UUID]:
-    """Extend the leases to `lease` seconds from now; return the ids that are still ours."""
+    """Extend the leases to `lease` seconds from now; return the ids of the rows that still have them."""
     await lock(connection, table, claims)
     found = set()
     for given in _held_values(claims):
@@ -158,13 +159,13 @@ async def renew(
 
 
 async def lock(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
-    """Lock rows that are ours, in the one order that keeps those who change the same rows from a deadlock."""
+    """Lock the rows of claims in the order of their ids, so that transactions do not deadlock."""
     for given in _held_values(claims):
         await connection.execute(_locking(table), given)
 
 
 async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
-    """Give rows back untried: due at once, the try not counted."""
+    """Make rows due again without counting the attempt."""
     for given in _held_values(claims):
         await connection.execute(_release(table), given)
 
@@ -172,7 +173,7 @@ async def release(connection: AsyncConnection, table: Table, claims: Collection[
 async def retry(
     connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None, **values: Any
 ) -> bool:
-    """Put a row back for another try in `delay` seconds; False where the lease is no longer ours."""
+    """Schedule the next attempt in `delay` seconds; False if the row has another lease."""
     result = await connection.execute(
         update(table)
         .where(table.c.id == held.id, table.c.lease == held.lease)
@@ -190,7 +191,7 @@ async def finish(
     error: str | None = None,
     **values: Any,
 ) -> bool:
-    """Move a row to its last state; False where the lease is no longer ours."""
+    """Move a row to a final state; False if the row has another lease."""
     result = await connection.execute(
         update(table)
         .where(table.c.id == held.id, table.c.lease == held.lease)
@@ -202,7 +203,7 @@ async def finish(
 async def finish_all(
     connection: AsyncConnection, table: Table, claims: Collection[Claim], *, state: str, error: str | None
 ) -> set[uuid.UUID]:
-    """Move rows to their last state; return the ids whose lease was still ours."""
+    """Move rows to a final state; return the ids of the rows that still had the lease."""
     found = set()
     for given in _held_values(claims):
         rows = await connection.execute(_finish(table), given | {"new_state": state, "new_error": error})
@@ -211,26 +212,26 @@ async def finish_all(
 
 
 async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
-    """Put one try on record."""
+    """Record one attempt."""
     await record_attempts(connection, [(work_id, attempt)])
 
 
-async def record_attempts(connection: AsyncConnection, tries: Collection[tuple[uuid.UUID, Attempt]]) -> None:
-    """Put tries on record, each with the id of its row."""
-    rows = [{"work_id": work_id, **vars(attempt)} for work_id, attempt in tries]
+async def record_attempts(connection: AsyncConnection, made: Collection[tuple[uuid.UUID, Attempt]]) -> None:
+    """Record attempts, each with the id of its row."""
+    rows = [{"work_id": work_id, **vars(attempt)} for work_id, attempt in made]
     if rows:
         dialect_name = connection.dialect.name
-        await connection.execute(_ATTEMPTS[dialect_name], _TRIES.parameters(dialect_name, rows))
+        await connection.execute(_INSERT_ATTEMPTS[dialect_name], _ATTEMPT_ROWS.parameters(dialect_name, rows))
 
 
-_TRIES: Final = Rows(*(column for column in attempts.c if column.name != "seq"))
-_ATTEMPTS: Final = {
-    name: insert(attempts).from_select(_TRIES.columns, _TRIES.select(name)) for name in DIALECTS
+_ATTEMPT_ROWS: Final = Rows(*(column for column in attempts.c if column.name != "seq"))
+_INSERT_ATTEMPTS: Final = {
+    name: insert(attempts).from_select(_ATTEMPT_ROWS.columns, _ATTEMPT_ROWS.select(name)) for name in DIALECTS
 }
 
 
 def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
-    """Return the work columns of a new row; one that is not due waits until somebody sets its time."""
+    """Return the work columns of a new row; if it is not due, a later UPDATE has to set its time."""
     return {
         "id": new_id(),
         "state": state,
@@ -240,7 +241,7 @@ def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
 
 
 def _held_values(claims: Collection[Claim]) -> list[dict[str, Any]]:
-    """Return the parameters of `_held`, for each lease in an order that all keep to."""
+    """Return the parameters of `_held` for each lease, in the order that all transactions use."""
     by_lease: dict[uuid.UUID, list[uuid.UUID]] = defaultdict(list)
     for held in claims:
         by_lease[held.lease].append(held.id)

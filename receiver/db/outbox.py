@@ -1,4 +1,4 @@
-"""SQL of the work that follows an event: its media files and its deliveries."""
+"""SQL of the work that an event causes: its files and its deliveries."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -32,13 +32,13 @@ from receiver.db.tables import deliveries, events, in_state, is_live, is_replaye
 T = TypeVar("T")
 
 ROWS_AT_ONCE: Final = 2000
-"""Files that one statement inserts at most: each statement has a time limit, however many rows it has."""
+"""Files that one statement inserts at most, because each statement has a time limit."""
 EVENTS_AT_ONCE: Final = 32
 """Events whose files one statement reads at most, for the same reason."""
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
-    """Add files, each with the `seq` of its event, due at once unless they are skipped."""
+    """Add files, each with the `seq` of its event. They are due at once, or skipped."""
     wanted: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
     for seq, file in files:
@@ -62,10 +62,10 @@ async def insert_deliveries(
     due: bool,
     replay_id: UUID | None = None,
 ) -> int:
-    """Add deliveries (event's `seq`, destination), due at once or held until the media is settled.
+    """Add deliveries (event's `seq`, destination), due at once or held until the media is finished.
 
-    What an event and a destination have already, of the same replay or as live, is left as it is. Returns how
-    many are new.
+    A pair that already has a delivery, live or of the same replay, is skipped. Returns the number of new
+    ones.
     """
     if not wanted:
         return 0
@@ -80,7 +80,7 @@ async def insert_deliveries(
 
 def _pending(*, due: bool) -> dict[str, Any]:
     values = work_values(due=due)
-    # Every row has its own.
+    # Each row has its own id.
     del values["id"]
     return values
 
@@ -96,7 +96,7 @@ def _insert_wanted(dialect_name: str, *, due: bool) -> Insert:
     return new.from_select([*_WANTED.columns, *rest], rows).on_conflict_do_nothing()
 
 
-# Made once: to make a statement takes as long as to run it.
+# Built once: building a statement takes as long as running it.
 _DELIVERIES: Final = {
     (name, due): _insert_wanted(name, due=due) for name in DIALECTS for due in (True, False)
 }
@@ -130,12 +130,13 @@ def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 
 async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
-    """Where no file of the event is pending any more, make it `ready` and its held deliveries due.
+    """If no file of the event is pending, make it `ready` and its held deliveries due.
 
-    Returns the destinations whose deliveries became due. The event's row is locked first: two last files
-    that finish at once would else each see the other one pending, and the deliveries would be held for ever.
+    Returns the destinations of these deliveries. The row of the event is locked first: without the lock, the
+    transactions of the last two files could each see the other file pending, and the deliveries would be held
+    for ever.
     """
-    # Not against those who only refer to the event.
+    # FOR NO KEY UPDATE does not conflict with new rows that refer to the event.
     await connection.execute(
         select(events.c.seq).where(events.c.seq == event_seq).with_for_update(key_share=True)
     )
@@ -152,7 +153,7 @@ async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[
             deliveries.c.state == "pending",
             deliveries.c.next_attempt_at.is_(None),
         )
-        # From here on it has as long as any other: what it has waited for was not the destination.
+        # Its age counts from now on, because it did not wait for its destination.
         .values(next_attempt_at=db_time(0.0), restarted_at=db_time(0.0))
         .returning(deliveries.c.destination)
     )
@@ -161,13 +162,13 @@ async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[
 
 @dataclass(frozen=True, kw_only=True)
 class DeadLetters:
-    """Which dead letters somebody means; nothing given is all of them."""
+    """A choice of dead letters; without values all of them."""
 
     ids: Collection[UUID] = ()
     destination: str | None = None
     since: datetime | None = None
     until: datetime | None = None
-    """Given up at or after `since` and before `until`."""
+    """They became dead at or after `since` and before `until`."""
     not_restarted_since: datetime | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
@@ -183,9 +184,9 @@ class DeadLetters:
 
 
 async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, limit: int) -> dict[str, int]:
-    """Have up to `limit` dead letters delivered after all; return how many by destination.
+    """Make up to `limit` dead letters pending again; return their number by destination.
 
-    Who asked for it goes on record among the tries. What is pending is left alone: it is tried anyway.
+    `by` goes on record among the attempts.
     """
     chosen = select(deliveries.c.id).where(*which.conditions()).order_by(deliveries.c.id).limit(limit)
     rows = (
@@ -204,21 +205,21 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
             .returning(deliveries.c.id, deliveries.c.destination)
         )
     ).all()
-    await note(connection, [row.id for row in rows], outcome="restarted", error=f"by {by}")
+    await record_change(connection, [row.id for row in rows], outcome="restarted", error=f"by {by}")
     return Counter(row.destination for row in rows)
 
 
 async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str) -> int:
-    """End the downloads of an event that are still to be done as `gone`; return how many.
+    """End the pending downloads of an event as `gone` and release its held deliveries; return how many.
 
-    What waited for them is due then. A download that is under way loses its lease, so its result is refused.
+    A download that is under way loses its lease, so its result is dropped.
     """
     reason = f"given up by {by}"
     rows = await connection.execute(
         update(media)
         .where(media.c.event_seq == event_seq, media.c.state == "pending")
         .values(
-            # A file that was intact before it was to be downloaded again still is.
+            # A file that was to be downloaded again still has its stored object.
             state=case((media.c.storage_key.is_not(None), "stored"), else_="gone"),
             error=case((media.c.storage_key.is_(None), reason)),
             lease=None,
@@ -228,35 +229,35 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
         .returning(media.c.id)
     )
     ids = list(rows.scalars())
-    await note(connection, ids, outcome="failed", error=reason)
+    await record_change(connection, ids, outcome="failed", error=reason)
     await release_held(connection, event_seq)
     return len(ids)
 
 
 async def count_pending_media(connection: AsyncConnection, event_seq: int) -> int:
-    """Return how many files of an event are still to be downloaded."""
+    """Count the files of an event that are still to be downloaded."""
     pending = select(func.count()).where(media.c.event_seq == event_seq, media.c.state == "pending")
     return int((await connection.execute(pending)).scalar_one())
 
 
-async def note(
+async def record_change(
     connection: AsyncConnection, work_ids: Collection[UUID], *, outcome: AttemptOutcome, error: str
 ) -> None:
-    """Put on record among the tries of work that somebody has changed it, and why."""
-    tried = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
-    await record_attempts(connection, [(work_id, tried) for work_id in work_ids])
+    """Record among the attempts that the operator or a replay has changed rows, and why."""
+    change = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
+    await record_attempts(connection, [(work_id, change) for work_id in work_ids])
 
 
 async def media_backlog(connection: AsyncConnection) -> Backlog:
-    """Return the files that are still to be downloaded."""
+    """Return the backlog of downloads."""
     oldest = seconds_since(func.min(media.c.created_at))
     row = (await connection.execute(select(func.count(), oldest).where(in_state(media, "pending")))).one()
     return Backlog(rows=row[0], oldest=row[1] or 0.0)
 
 
 async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
-    """Return the unfinished deliveries by destination, held ones included."""
-    # Apart, because live and replayed ones have an index each.
+    """Return the backlog of each destination, including held deliveries."""
+    # Two queries, because live and replayed deliveries have their own partial indexes.
     pending = union_all(
         *(
             select(deliveries.c.destination, deliveries.c.created_at).where(
@@ -274,7 +275,7 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
 async def hold(
     connection: AsyncConnection, event_seqs: Collection[int], destinations: Collection[str]
 ) -> None:
-    """Have what is due of events, and is not under way, wait again for their media."""
+    """Hold the pending deliveries of events that no worker has claimed until the media is finished."""
     await connection.execute(
         update(deliveries)
         .where(
@@ -288,7 +289,7 @@ async def hold(
 
 
 async def count_dead(connection: AsyncConnection) -> dict[str, int]:
-    """Return how many dead letters there are, by destination."""
+    """Count the dead letters, by destination."""
     statement = (
         select(deliveries.c.destination, func.count())
         .where(in_state(deliveries, "dead"))

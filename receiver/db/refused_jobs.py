@@ -1,8 +1,8 @@
-"""SQL of jobs that Clipia refuses for now (402, 403): they hold up no other job.
+"""SQL of jobs that Clipia refuses for now (402, 403), so that they do not delay other jobs.
 
-A refusal is about one job's price or model. While there are such jobs, all that are due are of three classes:
-those whose caller and model have no refused job, other new ones, and the refused ones. Each class has a share
-of the submissions, and gives away what it does not use.
+A refusal is about the price or model of one job. While there are refused jobs, the due jobs have three
+classes: new jobs whose caller and model have no refused job, other new jobs, and refused jobs. Each class has
+a share of the submissions, and the others get the part that it does not use.
 """
 
 import uuid
@@ -18,23 +18,21 @@ from receiver.db import prices
 from receiver.db.clock import db_time
 from receiver.db.tables import in_state, is_refused, jobs
 
-SEVERAL: Final = 3
-"""Refusals of so many models and prices with no success between are about the account."""
+ACCOUNT_REFUSALS: Final = 3
+"""Refusals of this many models and prices, without a success between them, are about the account."""
+ROTATION: Final = ("sure", "newest", "sure", "oldest", "sure", "newest", "sure", "refused")
+"""The classes of the submissions, one after the other and again from the start.
 
-
-SHARES: Final = ("sure", "newest", "sure", "oldest", "sure", "newest", "sure", "refused")
-"""Whose turn it is, again and again.
-
-New jobs that may be refused go from both ends of their line. One that was just made may be a cheaper one, and
-would wait until all before it are refused; the oldest must not wait for as long as others are made after it.
+New jobs that may be refused are taken from both ends of their queue. The newest may be cheaper, and would
+wait until all older ones are refused; the oldest would wait for as long as new ones are added.
 """
-LAST_TRY_WAIT: Final = 300.0
-"""Seconds that a refused job's last try may be late, as while no generation more may be in flight."""
+LAST_ATTEMPT_WAIT_SECONDS: Final = 300.0
+"""The delay that a refused job's last attempt may have, for example while the in-flight limit is reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """Which of the due jobs are claimed, how many of them, and whether the newest first."""
+class Share:
+    """The part of the due jobs that one statement claims."""
 
     where: tuple[ColumnElement[bool], ...] = ()
     most: int
@@ -43,7 +41,7 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Expired:
-    """A refused job that ended because its time was over."""
+    """A refused job that ended because it was refused for too long."""
 
     id: uuid.UUID
     state: str
@@ -51,15 +49,15 @@ class Expired:
 
 
 def same_environment(account: str, table: FromClause = jobs) -> ColumnElement[bool]:
-    """Tell live from test: what was asked for under a test key must never be charged, nor the reverse."""
+    """Return the condition that a job is live or test as the account is: a test job must never be charged."""
     environment = account.partition("-")[0]
     return table.c.account.like(f"{environment}-%")
 
 
-async def turns(connection: AsyncConnection, account: str, *, limit: int, start: int) -> list[Turn]:
-    """Return how up to `limit` due jobs are claimed, if `start` of them were claimed before."""
+async def plan(connection: AsyncConnection, account: str, *, limit: int, start: int) -> list[Share]:
+    """Return the shares of up to `limit` due jobs; `start` jobs were claimed before."""
     if not await count(connection, account):
-        return [Turn(most=limit)]
+        return [Share(most=limit)]
     is_new = jobs.c.refused_at.is_(None)
     refused = jobs.alias()
     is_doubtful = tuple_(jobs.c.caller, jobs.c.model).in_(
@@ -75,17 +73,17 @@ async def turns(connection: AsyncConnection, account: str, *, limit: int, start:
         "oldest": (is_new, is_doubtful),
         "refused": (~is_new,),
     }
-    shares = Counter(SHARES[(start + place) % len(SHARES)] for place in range(limit))
+    shares = Counter(ROTATION[(start + place) % len(ROTATION)] for place in range(limit))
     shared = [
-        Turn(where=which[name], most=most, newest_first=name == "newest") for name, most in shares.items()
+        Share(where=which[name], most=most, newest_first=name == "newest") for name, most in shares.items()
     ]
-    # What a class does not use is the others'.
-    rest = [Turn(where=which[name], most=limit) for name in ("sure", "oldest", "refused")]
+    # The other classes get the rest of a share.
+    rest = [Share(where=which[name], most=limit) for name in ("sure", "oldest", "refused")]
     return shared + rest
 
 
 async def count(connection: AsyncConnection, account: str | None = None) -> int:
-    """Return how many jobs Clipia refuses for now: those of one account, or all of them."""
+    """Count the jobs that Clipia refuses for now: those of one account, or all of them."""
     statement = select(func.count()).select_from(jobs).where(is_refused)
     if account is not None:
         statement = statement.where(same_environment(account))
@@ -93,8 +91,8 @@ async def count(connection: AsyncConnection, account: str | None = None) -> int:
 
 
 async def release(connection: AsyncConnection, account: str) -> None:
-    """Make the refused jobs due: one of them was accepted, so something has changed."""
-    # Locked rows are skipped: two transactions that wait for each other's rows would be a deadlock.
+    """Make the refused jobs due, because Clipia has accepted one of them."""
+    # Locked rows are skipped, because two transactions that wait for each other's rows would deadlock.
     waiting = (
         select(jobs.c.id)
         .where(is_refused, same_environment(account), jobs.c.lease.is_(None))
@@ -109,20 +107,20 @@ async def release(connection: AsyncConnection, account: str) -> None:
 
 
 async def expire(connection: AsyncConnection, account: str, *, give_up_after: float) -> list[Expired]:
-    """End refused jobs whose time is over and whose last try does not come; return them."""
+    """End jobs that were refused for `give_up_after` seconds and whose last attempt is too late."""
     due = (
         select(jobs.c.id)
         .where(
             is_refused,
             same_environment(account),
             jobs.c.refused_at <= db_time(-give_up_after),
-            # A job that is being tried is due later than that.
-            jobs.c.next_attempt_at <= db_time(-LAST_TRY_WAIT),
+            # A job with an attempt under way is due later than that.
+            jobs.c.next_attempt_at <= db_time(-LAST_ATTEMPT_WAIT_SECONDS),
         )
         .with_for_update(skip_locked=True)
         .cte("due")
     )
-    # An earlier try that was not answered may have arrived.
+    # An earlier attempt without an answer may have reached Clipia.
     was_sent = jobs.c.sent_at.is_not(None)
     charged = {name: case((was_sent, jobs.c[name]), else_=0) for name in prices.split(charged=0)}
     statement = (
@@ -143,16 +141,16 @@ async def expire(connection: AsyncConnection, account: str, *, give_up_after: fl
 async def find_account_refusal(
     connection: AsyncConnection, account: str, *, accepted_at: float
 ) -> str | None:
-    """Return the last refusal if Clipia refuses several models and prices, and has accepted nothing since.
+    """Return the last refusal if Clipia seems to refuse the account and not single jobs.
 
-    `accepted_at` is the moment in unix seconds at which it last accepted a submission. Prices that are not
-    known count as one of their model.
+    `accepted_at` is the time of the last accepted submission in unix seconds. Unknown prices of a model count
+    as one price.
     """
     is_since = jobs.c.updated_at > datetime.fromtimestamp(accepted_at, UTC)
     since = and_(is_refused, same_environment(account), is_since)
     kinds = select(jobs.c.model, jobs.c.cost, jobs.c.cost_micros).where(since).distinct()
     found = (await connection.execute(kinds)).all()
-    if len(found) < SEVERAL or len({row.model for row in found}) < 2:
+    if len(found) < ACCOUNT_REFUSALS or len({row.model for row in found}) < 2:
         return None
     last = select(jobs.c.error).where(since).order_by(jobs.c.updated_at.desc()).limit(1)
     error: str | None = (await connection.execute(last)).scalar_one_or_none()

@@ -1,7 +1,7 @@
-"""A ledger as rows that another database takes: events with all that hangs on them, jobs, and replays.
+"""Export and import: events with the rows that refer to them, jobs and replays.
 
-What is known there already (by the keys that are unique for ever) is left as it is, so an import can be
-repeated, and can be interrupted. Leases stay behind: whoever held them works on the other database.
+The import skips a row if one of its unique keys is in the database already, so it can be interrupted and
+repeated. Leases are left out, because the workers that hold them work on the other database.
 """
 
 import base64
@@ -14,6 +14,7 @@ from typing import Any, Final
 from sqlalchemy import (
     JSON,
     Boolean,
+    Column,
     Double,
     LargeBinary,
     String,
@@ -42,6 +43,9 @@ from receiver.db.tables import (
 
 VERSION: Final = 1
 IDS: Final = 10_000
+"""Ids that one statement names."""
+_ATTEMPTS: Final = "tries"
+"""The key of the attempts in version 1."""
 CHILDREN: Final = {"receipts": receipts, "media": media, "deliveries": deliveries}
 
 _TYPES: Final[Mapping[type, type | tuple[type, ...]]] = {
@@ -50,17 +54,17 @@ _TYPES: Final[Mapping[type, type | tuple[type, ...]]] = {
     Boolean: bool,
     Double: (int, float),
 }
-"""What JSON has for a column; the others are whole numbers."""
-_LEFT_BEHIND: Final = {"seq", "event_seq", "lease"}
+"""Types in JSON by the type of the column; other columns have integers."""
+_LEFT_OUT: Final = {"seq", "event_seq", "lease"}
 
 Line = dict[str, Any]
-"""One JSON object: `type`, the row's columns, and what hangs on it."""
+"""One JSON object: `type`, the columns of the row, and lists of the rows that refer to it."""
 
 
 async def count(
     connection: AsyncConnection, *, since: datetime | None, until: datetime | None
 ) -> dict[str, int]:
-    """Return how many lines there will be, by their type."""
+    """Return the number of lines of an export, by their type."""
     found = {}
     for name, table, column in _TOP:
         statement = select(func.count()).select_from(table).where(*between(column, since, until))
@@ -77,7 +81,7 @@ async def read(
     since: datetime | None,
     until: datetime | None,
 ) -> tuple[list[Line], int]:
-    """Return the next lines of a type (`event`, `job`, `replay`) and the `after` of the page that follows."""
+    """Return the next lines of a type (`event`, `job`, `replay`) and the `after` of the next page."""
     _, table, column = next(each for each in _TOP if each[0] == kind)
     statement = (
         select(table)
@@ -90,16 +94,16 @@ async def read(
     if kind == "event":
         await _add_children(connection, lines, [row["seq"] for row in rows])
     elif kind == "job":
-        tries = await _tries(connection, [row["id"] for row in rows])
+        made = await _read_attempts(connection, [row["id"] for row in rows])
         for line, row in zip(lines, rows, strict=True):
-            line["tries"] = tries[row["id"]]
+            line[_ATTEMPTS] = made[row["id"]]
     return lines, rows[-1]["seq"] if rows else after
 
 
 async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[str]:
-    """Insert lines; return how many were new and how many known, such as `event new`.
+    """Insert lines; return the numbers of `event new`, `event known` and so on.
 
-    Raises AttributeError, KeyError, TypeError or ValueError for what no export has written.
+    Raises AttributeError, KeyError, TypeError or ValueError if a line is not from an export.
     """
     done: Counter[str] = Counter()
     for line in lines:
@@ -108,7 +112,7 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
             connection, line
         )
         done[f"{kind} {'new' if new else 'known'}"] += 1
-    # After all events, as whoever stores webhooks does: else each would wait for the other.
+    # After all events, in the order of the webhooks' transactions: in another order both would deadlock.
     for source in sorted({line["source"] for line in lines if line["type"] == "event"}):
         await sources.remember(connection, source)
     return done
@@ -117,16 +121,16 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
 async def _write_event(connection: AsyncConnection, line: Line) -> bool:
     values = _load(events, line)
     if values["id"] != event_id(values["source"], values["request_id"]):
-        raise ValueError("events.id is not that of this source and request_id")
+        raise ValueError("events.id does not belong to this source and request_id")
     seq = await insert_unless_taken(connection, events, values)
     if seq is None:
         return False
     for name, table in CHILDREN.items():
         for child in line[name]:
             await connection.execute(insert(table).values(event_seq=seq, **_load(table, child)))
-            await _write_tries(connection, child)
+            await _write_attempts(connection, child)
     if values["state"] == "fetching":
-        # An export reads an event before its files: the last one may have ended in between.
+        # The export reads an event before its files, and the last file may have finished in between.
         await outbox.release_held(connection, seq)
     return True
 
@@ -134,24 +138,24 @@ async def _write_event(connection: AsyncConnection, line: Line) -> bool:
 async def _write_job(connection: AsyncConnection, line: Line) -> bool:
     if await insert_unless_taken(connection, jobs, _load(jobs, line)) is None:
         return False
-    await _write_tries(connection, line)
+    await _write_attempts(connection, line)
     return True
 
 
 async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
     values = _load(replays, line)
     if values["state"] == "pending":
-        # Events have other numbers here: it starts over, and meets the deliveries that it has made.
+        # The events have other numbers here, so it starts again; it skips deliveries that it made before.
         highest = select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery()
         values |= {"after_seq": 0, "handled": 0, "until_seq": highest}
     return await insert_unless_taken(connection, replays, values) is not None
 
 
-async def _write_tries(connection: AsyncConnection, line: Line) -> None:
-    if tries := line.get("tries"):
-        # All with the same columns: a statement for many rows goes by those of the first.
+async def _write_attempts(connection: AsyncConnection, line: Line) -> None:
+    if made := line.get(_ATTEMPTS):
+        # An INSERT of many rows has the columns of the first one, so all rows get all columns.
         same = {"error": None, "work_id": uuid.UUID(line["id"])}
-        await connection.execute(insert(attempts), [same | _load(attempts, each) for each in tries])
+        await connection.execute(insert(attempts), [same | _load(attempts, each) for each in made])
 
 
 async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs: Sequence[int]) -> None:
@@ -167,15 +171,17 @@ async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs
             by_seq[row["event_seq"]][name].append(child)
             if "id" in child:
                 works.append(child)
-    tries = await _tries(connection, [uuid.UUID(work["id"]) for work in works])
+    made = await _read_attempts(connection, [uuid.UUID(work["id"]) for work in works])
     for work in works:
-        work["tries"] = tries[uuid.UUID(work["id"])]
+        work[_ATTEMPTS] = made[uuid.UUID(work["id"])]
 
 
-async def _tries(connection: AsyncConnection, work_ids: Collection[uuid.UUID]) -> dict[uuid.UUID, list[Line]]:
+async def _read_attempts(
+    connection: AsyncConnection, work_ids: Collection[uuid.UUID]
+) -> dict[uuid.UUID, list[Line]]:
     found: dict[uuid.UUID, list[Line]] = defaultdict(list)
     ids = list(work_ids)
-    # A statement has room for 32,767 values.
+    # A statement may have up to 32,767 parameters.
     for start in range(0, len(ids), IDS):
         some = attempts.c.work_id.in_(ids[start : start + IDS])
         statement = select(attempts).where(some).order_by(attempts.c.seq)
@@ -185,43 +191,44 @@ async def _tries(connection: AsyncConnection, work_ids: Collection[uuid.UUID]) -
 
 
 def _dump(table: Table, row: Mapping[Any, Any]) -> Line:
-    line: Line = {}
-    for column in table.c:
-        value = row[column.name]
-        if column.name in _LEFT_BEHIND or column is attempts.c.work_id:
-            continue
-        if isinstance(value, bytes):
-            value = base64.b64encode(value).decode("ascii")
-        elif isinstance(value, datetime):
-            value = value.isoformat()
-        elif isinstance(value, uuid.UUID):
-            value = str(value)
-        # SQLAlchemy's names are a kind of str that no JSON writer knows.
-        line[str(column.name)] = value
-    return line
+    # SQLAlchemy's names are a subclass of str that orjson rejects.
+    return {str(column.name): _to_json(row[column.name]) for column in _exported(table)}
 
 
 def _load(table: Table, line: Line) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for column in table.c:
+    for column in _exported(table):
         value = line.get(column.name)
-        if column.name in _LEFT_BEHIND or column is attempts.c.work_id:
-            continue
-        # An absent value is left to the column: a null in a JSON column would be JSON's own.
-        if value is None:
-            if not column.nullable and column.server_default is None:
-                raise KeyError(f"{table.name}.{column.name}")
-            continue
-        if isinstance(column.type, LargeBinary):
-            value = base64.b64decode(value, validate=True)
-        elif isinstance(column.type, UtcDateTime):
-            value = datetime.fromisoformat(value)
-        elif isinstance(column.type, PlainUuid):
-            value = uuid.UUID(value)
-        elif not isinstance(column.type, JSON) and not isinstance(value, _TYPES.get(type(column.type), int)):
-            raise TypeError(f"{table.name}.{column.name}: {type(value).__name__}")
-        values[column.name] = value
+        # NULL is left to the column: as a value of a JSON column it would be stored as the JSON null.
+        if value is not None:
+            values[column.name] = _from_json(column, value)
+        elif not column.nullable and column.server_default is None:
+            raise KeyError(f"{table.name}.{column.name}")
     return values
+
+
+def _exported(table: Table) -> list[Column[Any]]:
+    return [each for each in table.c if each.name not in _LEFT_OUT and each is not attempts.c.work_id]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode("ascii")
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return str(value) if isinstance(value, uuid.UUID) else value
+
+
+def _from_json(column: Column[Any], value: Any) -> Any:
+    if isinstance(column.type, LargeBinary):
+        return base64.b64decode(value, validate=True)
+    if isinstance(column.type, UtcDateTime):
+        return datetime.fromisoformat(value)
+    if isinstance(column.type, PlainUuid):
+        return uuid.UUID(value)
+    if not isinstance(column.type, JSON) and not isinstance(value, _TYPES.get(type(column.type), int)):
+        raise TypeError(f"{column.table.name}.{column.name}: {type(value).__name__}")
+    return value
 
 
 _TOP: Final = (

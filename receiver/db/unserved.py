@@ -1,30 +1,43 @@
-"""SQL of deliveries to a destination that is not configured any more: found, given up, moved or discarded."""
+"""SQL of deliveries to a destination that was removed from the settings: find, give up, move, discard."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, FromClause, Select, and_, case, exists, func, not_, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    FromClause,
+    Row,
+    Select,
+    and_,
+    case,
+    exists,
+    func,
+    not_,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import among
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.outbox import note
+from receiver.db.outbox import record_change
 from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
 
 NOT_CONFIGURED: Final = "destination not configured"
 
 _HALVES: Final = (is_live, is_replayed)
-"""Live and replayed deliveries have an index each."""
+"""Live and replayed deliveries, which have their own partial indexes."""
 
 _SERVES: Final = ("pending", "delivered")
-"""States of a delivery that needs no other one beside it."""
+"""States in which a delivery makes another one of the same event superfluous."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Taken:
-    """What became of deliveries to a destination."""
+    """How many deliveries were moved and discarded."""
 
     moved: int = 0
     discarded: int = 0
@@ -34,7 +47,7 @@ class Taken:
 
 
 async def find_destinations(connection: AsyncConnection) -> set[str]:
-    """Return the destinations that deliveries wait for; the cost does not grow with how many wait."""
+    """Return the destinations of pending deliveries, with one index lookup for each destination."""
     found: set[str] = set()
     for half in _HALVES:
         last = ""
@@ -51,7 +64,7 @@ async def find_destinations(connection: AsyncConnection) -> set[str]:
 
 
 async def count_waiting(connection: AsyncConnection, destination: str) -> int:
-    """Return how many deliveries wait for a destination."""
+    """Count the pending deliveries to a destination."""
     statement = select(func.count()).where(
         deliveries.c.destination == destination, in_state(deliveries, "pending")
     )
@@ -61,9 +74,9 @@ async def count_waiting(connection: AsyncConnection, destination: str) -> int:
 async def count_free(
     connection: AsyncConnection, destination: str, *, dead: bool, had_by: str | None = None
 ) -> int:
-    """Return how many deliveries `move` and `discard` would take.
+    """Count the deliveries that `move` and `discard` would change.
 
-    With `had_by`, only those of events that this other destination has got already, or is still tried with.
+    With `had_by`, count only events of which that destination has a pending or successful delivery.
     """
     statement = _free(destination, dead=dead)
     if had_by is not None:
@@ -74,9 +87,9 @@ async def count_free(
 
 
 async def count_under_way(connection: AsyncConnection, destination: str) -> tuple[int, float]:
-    """Return how many deliveries workers have claimed, and the seconds until the last claim ends.
+    """Count the deliveries that workers have claimed; return also the seconds until the last lease ends.
 
-    A worker that was killed has its claims until then.
+    The leases of a killed worker last until then.
     """
     statement = select(func.count(), seconds_since(func.max(deliveries.c.next_attempt_at))).where(
         deliveries.c.destination == destination, in_state(deliveries, "pending"), not_(_is_unclaimed())
@@ -86,10 +99,10 @@ async def count_under_way(connection: AsyncConnection, destination: str) -> tupl
 
 
 async def mark_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
-    """Begin the time of up to `limit` deliveries whose destination was not missed before; return how many.
+    """Record that the destination of up to `limit` deliveries is missing, and since when; return how many.
 
-    It is a time of its own: they may be older than it, because their destination's own time was longer. What
-    waits for its media is left: its time begins after that.
+    Their age does not count, because the removed destination may have had more time. A delivery that waits
+    for media is left out; its time starts when the media is stored.
     """
     unnoticed = _free(destination, dead=False).where(
         deliveries.c.error.is_distinct_from(NOT_CONFIGURED), deliveries.c.next_attempt_at.is_not(None)
@@ -98,7 +111,7 @@ async def mark_missing(connection: AsyncConnection, destination: str, *, limit: 
 
 
 async def clear_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
-    """Undo `miss` for up to `limit` deliveries, because the destination is back; return how many."""
+    """Undo `mark_missing` for up to `limit` deliveries of a destination that is back; return how many."""
     noticed = select(deliveries.c.id).where(
         deliveries.c.destination == destination,
         in_state(deliveries, "pending"),
@@ -108,7 +121,7 @@ async def clear_missing(connection: AsyncConnection, destination: str, *, limit:
 
 
 async def give_up(connection: AsyncConnection, destination: str, *, age: float, limit: int) -> int:
-    """End up to `limit` deliveries that were missed `age` seconds ago as dead letters; return how many."""
+    """Make dead letters of up to `limit` deliveries that were marked `age` seconds ago; return how many."""
     late = _free(destination, dead=False).where(
         deliveries.c.error == NOT_CONFIGURED,
         deliveries.c.restarted_at <= db_time(-age),
@@ -120,7 +133,7 @@ async def give_up(connection: AsyncConnection, destination: str, *, age: float, 
 
 
 async def discard(connection: AsyncConnection, destination: str, *, dead: bool, by: str, limit: int) -> Taken:
-    """End up to `limit` deliveries as canceled; with `dead` dead letters, too."""
+    """Cancel up to `limit` deliveries, and with `dead` also dead letters."""
     ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
     await _end(connection, ids, state="canceled", error=f"discarded by {by}")
     return Taken(discarded=len(ids))
@@ -129,60 +142,61 @@ async def discard(connection: AsyncConnection, destination: str, *, dead: bool, 
 async def move(
     connection: AsyncConnection, destination: str, *, to: str, waits: bool, dead: bool, by: str, limit: int
 ) -> Taken:
-    """Give up to `limit` deliveries to another destination, which has all the time for them that it gives.
+    """Move up to `limit` deliveries to another destination, with all its attempts and time.
 
-    Those of events that it has got already, or is still tried with, are discarded; live deliveries and those
-    of each replay are apart. `waits` is whether it waits for media. Raises IntegrityError if a replay has
-    given it one meanwhile.
+    If `to` has a pending or successful delivery of the event, this one is discarded instead. Live deliveries
+    and those of each replay are separate. `waits` tells whether the destination waits for media. Raises
+    IntegrityError if a replay adds a delivery of the event at the same time.
     """
     ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
+    twins = await _lock_twins(connection, ids, to=to)
+    served = [row.id for row in twins if row.state in _SERVES]
+    await _end(connection, served, state="canceled", error=f"{to} has this event already; moved by {by}")
+    moved = list(set(ids) - set(served))
+    # An event has one delivery to a destination, and `outbox.release_held` finds it by the destination. So
+    # the twin that failed is renamed, the moved delivery takes its place, and the twin takes the old one.
+    ended = [row.twin_id for row in twins if row.state not in _SERVES]
+    await _rename(connection, ended, to="")
+    held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
+    due = db_time(0.0)
+    values = {
+        "destination": to,
+        "next_attempt_at": case((held, None), else_=due) if waits else due,
+        **dict.fromkeys(("lease", "error", "finished_at")),
+        **dict.fromkeys(("attempts", "lost"), 0),
+        "state": "pending",
+        "restarted_at": due,
+    }
+    await connection.execute(update(deliveries).where(_chosen()).values(values), {"ids": moved})
+    await record_change(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
+    await _rename(connection, ended, to=destination)
+    replaced = f"the delivery from {destination} took its place; moved by {by}"
+    await _end(connection, ended, state="canceled", error=replaced)
+    return Taken(moved=len(moved), discarded=len(served))
+
+
+async def _lock_twins(
+    connection: AsyncConnection, ids: Collection[UUID], *, to: str
+) -> Sequence[Row[Any, Any, Any]]:
+    """Lock the deliveries of the same events to `to`, because `deliveries retry` may restart a dead one."""
     twin, is_twin = _twin(to)
-    # Locked, because `deliveries retry` may take up a dead one at this moment.
     pairs = (
         select(deliveries.c.id, twin.c.id.label("twin_id"), twin.c.state)
         .where(_chosen(), is_twin)
         .order_by(twin.c.id)
         .with_for_update(of=twin)
     )
-    twins = (await connection.execute(pairs, {"ids": ids})).all()
-    served = [row.id for row in twins if row.state in _SERVES]
-    await _end(connection, served, state="canceled", error=f"{to} has this event already; moved by {by}")
-    moved = list(set(ids) - set(served))
-    # An event has one delivery to a destination. The one that sent nothing changes places with the moved one,
-    # which is the one that `outbox.release_held` finds if it is held.
-    ended = [row.twin_id for row in twins if row.state not in _SERVES]
-    await connection.execute(update(deliveries).where(_chosen()).values(destination=""), {"ids": ended})
-    held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
-    due = db_time(0.0)
-    await connection.execute(
-        update(deliveries)
-        .where(_chosen())
-        .values(
-            destination=to,
-            state="pending",
-            attempts=0,
-            lost=0,
-            lease=None,
-            error=None,
-            finished_at=None,
-            next_attempt_at=case((held, None), else_=due) if waits else due,
-            restarted_at=due,
-        ),
-        {"ids": moved},
-    )
-    await note(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
-    await connection.execute(
-        update(deliveries).where(_chosen()).values(destination=destination), {"ids": ended}
-    )
-    replaced = f"the delivery from {destination} took its place; moved by {by}"
-    await _end(connection, ended, state="canceled", error=replaced)
-    return Taken(moved=len(moved), discarded=len(served))
+    return (await connection.execute(pairs, {"ids": ids})).all()
+
+
+async def _rename(connection: AsyncConnection, ids: Collection[UUID], *, to: str) -> None:
+    await connection.execute(update(deliveries).where(_chosen()).values(destination=to), {"ids": ids})
 
 
 async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
-    """Let replays that are not through send to `to` in place of a destination, or nothing; return how many.
+    """Replace a destination of unfinished replays by `to`, or remove it; return how many.
 
-    One that has no destination left is canceled.
+    A replay without a destination is canceled.
     """
     rows = await connection.execute(
         select(replays.c.id, replays.c.destinations).where(in_state(replays, "pending")).with_for_update()
@@ -193,13 +207,13 @@ async def redirect_replays(connection: AsyncConnection, destination: str, *, to:
         left = list(dict.fromkeys(name for name in names if name is not None))
         ended: dict[str, Any] = {"state": "canceled", "next_attempt_at": None, "finished_at": db_time(0.0)}
         values = {"destinations": left} if left else ended
-        # Without its lease a step that is under way cannot record what it has done for the old list.
+        # Without the lease a step that is under way cannot record its result for the old list.
         await connection.execute(update(replays).where(replays.c.id == row.id).values(lease=None, **values))
     return len(changed)
 
 
 def _free(destination: str, *, dead: bool) -> Select[Any]:
-    """Select deliveries that no worker is at work on."""
+    """Select deliveries that no worker has claimed."""
     is_free: ColumnElement[bool] = and_(in_state(deliveries, "pending"), _is_unclaimed())
     if dead:
         is_free = or_(is_free, in_state(deliveries, "dead"))
@@ -227,7 +241,7 @@ def _chosen() -> ColumnElement[bool]:
 
 
 def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
-    """Return deliveries once more, and the condition that one is to `to` and of the same event."""
+    """Return an alias of deliveries, and the condition that a row is to `to` and of the same event."""
     twin = deliveries.alias()
     same_replay = or_(twin.c.replay_id == deliveries.c.replay_id, and_(twin.c.replay_id.is_(None), is_live))
     is_twin = and_(twin.c.event_seq == deliveries.c.event_seq, twin.c.destination == to, same_replay)
@@ -241,4 +255,4 @@ async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str
         .values(state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0)),
         {"ids": ids},
     )
-    await note(connection, ids, outcome="failed", error=error)
+    await record_change(connection, ids, outcome="failed", error=error)

@@ -1,13 +1,13 @@
-"""RECEIVER_DATABASE_URL: a path of SQLite's, or libpq's URL as the arguments of the driver for PostgreSQL.
+"""Reads RECEIVER_DATABASE_URL: the path of an SQLite file, or a URL of libpq for PostgreSQL.
 
-The parameters are libpq's (PostgreSQL's documentation, section 34.1.2), because every provider's copy button
-writes them. A parameter without a counterpart is refused by its name: the driver would send it to the server
-as a setting, and to drop it silently might make the connection unsafe.
+Hosted databases show their URL with parameters of libpq (PostgreSQL's documentation, section 34.1.2), which
+are translated to arguments of asyncpg. A parameter without a counterpart is an error: asyncpg would send it
+to the server as a setting, and without it the connection might be less safe than the user asked for.
 """
 
 import re
 import ssl
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,7 +28,7 @@ _POSTGRESQL: Final = re.compile(
 )
 
 _ALIASES: Final = {"ssl": "sslmode", "database": "dbname"}
-"""Spellings of the driver for Python that were taken before."""
+"""Spellings of asyncpg that earlier releases took."""
 _PLACE: Final = ("host", "port", "user", "password", "dbname")
 _FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _KEPT: Final = (
@@ -42,7 +42,7 @@ _KEPT: Final = (
     "ssl_min_protocol_version",
     "target_session_attrs",
 )
-"""The driver knows them by the same name, in the URL only."""
+"""Parameters that asyncpg has under the same name, but only in a URL."""
 _WITHOUT_EFFECT: Final = {
     "fallback_application_name",
     "gssdelegation",
@@ -71,16 +71,16 @@ _SERVER_SETTINGS: Final = ("application_name", "options")
 
 @dataclass(frozen=True, kw_only=True)
 class PostgresqlUrl:
-    """What the driver's `connect` is called with."""
+    """The arguments of asyncpg's `connect`."""
 
     arguments: dict[str, Any]
     server_settings: dict[str, str]
     connect_timeout: float | None
-    """Seconds, if the URL says so."""
+    """Seconds; None if the URL does not set it."""
 
 
 def parse_url(url: str) -> URL | PostgresqlUrl:
-    """Return an SQLite URL for SQLAlchemy's asynchronous engine, or the arguments of PostgreSQL's driver.
+    """Return a URL for an SQLite engine, or the arguments for a PostgreSQL session.
 
     Raises SettingsError, which names a parameter and never shows its value.
     """
@@ -97,7 +97,7 @@ def _parse_sqlite(url: str) -> URL:
     except (ArgumentError, ValueError):
         raise SettingsError(_HOW) from None
     if not parsed.database or ":memory:" in parsed.database or "mode=memory" in url:
-        raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose acked events")
+        raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose accepted events")
     return parsed.set(drivername="sqlite+aiosqlite")
 
 
@@ -106,53 +106,51 @@ def _parse_postgresql(rest: str) -> PostgresqlUrl:
     if match is None:
         raise SettingsError(f"{_HOW}; in a user name or password write @ as %40, : as %3A and / as %2F")
     parameters = _read_query(match["query"] or "")
-    hosts, ports = _split_hosts(match["hosts"])
-    hosts = hosts or [host.strip() for host in parameters.get("host", "").split(",") if host.strip()]
-    if ports is None and "port" in parameters:
-        ports = [_port(port) for port in parameters["port"].split(",")]
-    if ports is not None and len(ports) not in {1, len(hosts) or 1}:
-        raise SettingsError(f"{_NAME}: write one port, or one for each host")
     _check_safety(parameters)
-    kept: dict[str, str] = {name: parameters[name] for name in _KEPT if name in parameters}
-    if len(hosts) > 1:
-        # One of several servers is a standby, which takes no writes.
-        kept.setdefault("target_session_attrs", "read-write")
-    arguments: dict[str, Any] = {
-        "host": hosts or None,
-        "port": ports,
-        "user": unquote(match["user"] or "") or parameters.get("user"),
-        "password": unquote(match["password"] or "") or parameters.get("password"),
-        "database": unquote(match["database"] or "") or parameters.get("dbname"),
-    }
-    if kept.get("sslrootcert") == "system":
-        arguments["ssl"] = _system_context(kept)
-        kept = {name: value for name, value in kept.items() if not name.startswith("ssl")}
-    arguments["dsn"] = f"postgresql://?{urlencode(kept)}" if kept else "postgresql://"
-    settings = {"application_name": APPLICATION}
-    settings |= {name: parameters[name] for name in _SERVER_SETTINGS if name in parameters}
-    timeout = _number("connect_timeout", parameters.get("connect_timeout", "0"))
+    hosts, ports = _read_hosts(match["hosts"], parameters)
+    arguments: dict[str, Any] = {"host": hosts or None, "port": ports, **_login(match, parameters)}
+    # One of several servers is a standby, which takes no writes.
+    defaults = {"target_session_attrs": "read-write"} if len(hosts) > 1 else {}
+    arguments |= _url_arguments(defaults | _pick(parameters, _KEPT))
+    timeout = float(_number("connect_timeout", parameters.get("connect_timeout", "0")))
     return PostgresqlUrl(
         arguments={name: value for name, value in arguments.items() if value is not None},
-        server_settings=settings,
-        connect_timeout=float(timeout) if timeout > 0 else None,
+        server_settings={"application_name": APPLICATION} | _pick(parameters, _SERVER_SETTINGS),
+        connect_timeout=max(timeout, 0) or None,
     )
 
 
+def _login(match: re.Match[str], parameters: Mapping[str, str]) -> dict[str, str | None]:
+    names = (("user", "user"), ("password", "password"), ("database", "dbname"))
+    return {name: unquote(match[name] or "") or parameters.get(parameter) for name, parameter in names}
+
+
+def _url_arguments(parameters: Mapping[str, str]) -> dict[str, Any]:
+    """Return the arguments for parameters that asyncpg reads from a URL."""
+    if parameters.get("sslrootcert") != "system":
+        return {"dsn": f"postgresql://?{urlencode(parameters)}".removesuffix("?")}
+    # asyncpg does not know "system"; with a context of ours it ignores the other parameters of TLS.
+    rest = {name: value for name, value in parameters.items() if not name.startswith("ssl")}
+    return {"dsn": f"postgresql://?{urlencode(rest)}".removesuffix("?"), "ssl": _system_context(parameters)}
+
+
+def _pick(parameters: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    return {name: parameters[name] for name in names if name in parameters}
+
+
 def _read_query(query: str) -> dict[str, str]:
-    parameters: dict[str, str] = {}
-    # For libpq an empty value is none.
-    for name, value in parse_qsl(query):
-        parameters[_ALIASES.get(name, name)] = value
+    # Like libpq, this ignores a parameter with an empty value.
+    parameters = {_ALIASES.get(name, name): value for name, value in parse_qsl(query)}
     known = {*_PLACE, *_KEPT, *_VALUES, *_SERVER_SETTINGS, *_WITHOUT_EFFECT, "connect_timeout"}
     if unknown := sorted(parameters.keys() - known):
-        # What stands there may as well be the rest of a password.
+        # The name may be a piece of a password with an unquoted character.
         names = ", ".join(repr(shown_key(name)) for name in unknown)
         raise SettingsError(
             f"{_NAME}: cannot use the parameter {names}; leave it out "
             "(docs/database.md lists those that can be used)"
         )
     for name, allowed in _VALUES.items():
-        if name in parameters and parameters[name].lower() not in {each.lower() for each in allowed}:
+        if parameters.get(name, allowed[0]).lower() not in {each.lower() for each in allowed}:
             raise SettingsError(f"{_NAME}: {name} has to be {' or '.join(allowed)}")
     for name in _FILES:
         if name in parameters and (name, parameters[name]) != ("sslrootcert", "system"):
@@ -160,11 +158,23 @@ def _read_query(query: str) -> dict[str, str]:
     return parameters
 
 
+def _read_hosts(text: str, parameters: Mapping[str, str]) -> tuple[list[str], list[int] | None]:
+    """Return hosts and ports of the URL or, if it has none, of the parameters."""
+    hosts, ports = _split_hosts(text)
+    if not hosts:
+        hosts = [host.strip() for host in parameters.get("host", "").split(",") if host.strip()]
+    if ports is None and "port" in parameters:
+        ports = [_port(port) for port in parameters["port"].split(",")]
+    if ports is not None and len(ports) not in {1, len(hosts) or 1}:
+        raise SettingsError(f"{_NAME}: write one port, or one for each host")
+    return hosts, ports
+
+
 def _split_hosts(text: str) -> tuple[list[str], list[int] | None]:
-    """Return hosts and their ports; no ports if none is written."""
+    """Return hosts and their ports; None if no host has a port."""
     hosts, ports = [], []
     for part in text.split(",") if text else ():
-        # An address of IPv6 is in brackets, because it has colons of its own.
+        # An IPv6 address has colons, so it is in brackets.
         match = re.fullmatch(r"(\[[^\]]*\]|[^:\[\]]*)(?::([^:]*))?", part)
         if match is None:
             raise SettingsError(_HOW)
@@ -193,9 +203,7 @@ def _require_file(name: str, path: str) -> None:
         with Path(path).open("rb"):
             pass
     except OSError as error:
-        raise SettingsError(
-            f"{_NAME}: the file that {name} names cannot be read ({type(error).__name__})"
-        ) from None
+        raise SettingsError(f"{_NAME}: cannot read the file of {name} ({type(error).__name__})") from None
 
 
 def _check_safety(parameters: Mapping[str, str]) -> None:
@@ -203,12 +211,12 @@ def _check_safety(parameters: Mapping[str, str]) -> None:
     system = parameters.get("sslrootcert") == "system"
     if system and mode not in {None, "verify-full"}:
         raise SettingsError(f"{_NAME}: sslrootcert=system needs sslmode=verify-full")
-    # The driver binds no channels. A certificate that was verified for this host keeps others out as well.
+    # asyncpg has no channel binding. A certificate that is verified for the host also stops another server.
     if parameters.get("channel_binding") == "require" and not (system or mode == "verify-full"):
         raise SettingsError(
-            f"{_NAME}: the driver cannot do channel_binding=require; write "
+            f"{_NAME}: the driver does not support channel_binding=require; write "
             "sslmode=verify-full&sslrootcert=system instead (or the provider's certificate as sslrootcert), "
-            "which keeps strangers out as well"
+            "which protects against another server as well"
         )
 
 
@@ -226,7 +234,5 @@ def _system_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
                 parameters["sslcert"], parameters.get("sslkey"), parameters.get("sslpassword")
             )
         except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"{_NAME}: sslcert and sslkey do not make a certificate ({type(error).__name__})"
-            ) from None
+            raise SettingsError(f"{_NAME}: cannot load sslcert and sslkey ({type(error).__name__})") from None
     return context

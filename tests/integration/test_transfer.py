@@ -671,7 +671,7 @@ async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -
     works = {row["work_id"] for row in await here.rows(attempts)}
     assert works
     async with here.database.read() as connection:
-        found = await transfer._tries(connection, [*(uuid.uuid4() for _ in range(40_000)), *works])
+        found = await transfer._read_attempts(connection, [*(uuid.uuid4() for _ in range(40_000)), *works])
     assert found.keys() == works
 
 
