@@ -1,1 +1,1 @@
-"""Everything that is SQL: engine, tables, inbox, outbox, leases, migrations."""
+"""The database layer: engines, tables and all SQL."""

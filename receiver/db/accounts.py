@@ -1,4 +1,4 @@
-"""SQL of the limits that all processes share."""
+"""SQL of the quota of a Clipia account, which all processes share."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,9 +13,9 @@ from receiver.db.tables import accounts
 
 
 async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]:
-    """Return an account's limits, locked until the transaction ends, and the present moment.
+    """Return the quota of an account, locked until the transaction ends, and the current time.
 
-    Lock it last: whoever holds it waits for no other row.
+    Lock it last: to avoid deadlocks, a transaction with this lock waits for no other row.
     """
     columns = [column for column in accounts.c if column.name != "id"]
     statement = select(*columns, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
@@ -31,7 +31,7 @@ async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]
 
 
 async def save(connection: AsyncConnection, account: str, quota: Quota) -> None:
-    """Store the limits of an account that is locked."""
+    """Store the quota of a locked account."""
     await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(quota)))
 
 
@@ -41,7 +41,7 @@ async def learn(
     headers: RateHeaders,
     change: Callable[[Quota, float], Quota] = lambda quota, _now: quota,
 ) -> None:
-    """Keep what an answer says about an account's limits: its headers, and what `change` makes of it."""
+    """Update the quota of an account after an answer: from its headers, and then with `change`."""
     quota, now = await lock(connection, account)
     learned = change(quota.after_headers(headers, now), now)
     if learned != quota:
@@ -49,7 +49,7 @@ async def learn(
 
 
 async def read(connection: AsyncConnection, account: str) -> Quota:
-    """Return an account's limits as they are, for people and for metrics."""
+    """Return the quota of an account without a lock, for display and metrics."""
     columns = [column for column in accounts.c if column.name != "id"]
     row = (
         (await connection.execute(select(*columns).where(accounts.c.id == account))).mappings().one_or_none()

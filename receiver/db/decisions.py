@@ -1,4 +1,4 @@
-"""SQL of what people decide about jobs: to submit one again, or to end it."""
+"""SQL of the operator's decisions about jobs: to submit one again, or to cancel it."""
 
 import uuid
 from datetime import UTC, datetime
@@ -13,7 +13,7 @@ from receiver.db.tables import jobs
 
 
 async def find_request(connection: AsyncConnection, job_id: uuid.UUID) -> bytes | None:
-    """Return the bytes that were frozen for a job."""
+    """Return the request of a job, as it was frozen when the job was made."""
     found: bytes | None = (
         await connection.execute(select(jobs.c.request).where(jobs.c.id == job_id))
     ).scalar_one_or_none()
@@ -30,9 +30,9 @@ async def resubmit(
     path_token: str,
     by: str,
 ) -> bool:
-    """Make a job that ended without a result due again, under a new key; False if it did not end so.
+    """Make a job that ended without a result due again, with a new key; False if it is in another state.
 
-    The person who asked for it, and its `request_id` until then, go on record among the tries.
+    `by` and the former `request_id` go on record among the attempts.
     """
     was = (
         await connection.execute(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
@@ -70,10 +70,10 @@ async def resubmit(
 
 
 async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, by: str) -> str | None:
-    """End a job and return its new state; None if it has ended already or is being submitted right now.
+    """End a job and return its new state; None if it has ended already or an attempt is under way.
 
-    It is canceled if it was never sent, or if it was unsure. Otherwise there may be a generation that is paid
-    for, and it becomes unsure: its event still ends it. What was decided goes on record among the tries.
+    The job is `canceled` if it was never sent, or if it was unsure. Otherwise there may be a paid generation,
+    so the job becomes `unsure` and its event can still finish it. `by` goes on record among the attempts.
     """
     is_canceled = or_(jobs.c.state == "unsure", (jobs.c.state == "pending") & jobs.c.sent_at.is_(None))
     is_free = or_(jobs.c.lease.is_(None), jobs.c.next_attempt_at <= statement_time())

@@ -1,4 +1,4 @@
-"""SQL of the freeze: while its row is there, no new job is taken and none is submitted."""
+"""SQL of the freeze: while its row exists, no job is accepted or submitted."""
 
 import uuid
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ _NAME: Final = "jobs"
 
 @dataclass(frozen=True, kw_only=True)
 class Freeze:
-    """Who has frozen submissions, why, and since when."""
+    """The freeze of submissions: its author, reason and time."""
 
     by: str
     reason: str
@@ -35,11 +35,11 @@ async def find(connection: AsyncConnection) -> Freeze | None:
 
 
 async def require_none(connection: AsyncConnection) -> None:
-    """Raise ClipiaUnavailable if submissions are frozen; the transaction forgets the new job then."""
+    """Raise ClipiaUnavailable if submissions are frozen, which rolls back the new job."""
     if await find(connection) is not None:
         raise ClipiaUnavailable(
-            "submissions are frozen, and this key is a new one: nothing was sent; try again with the same "
-            "key after `receiver jobs thaw`",
+            "submissions are frozen and this key is new, so no job was made; try again with the same key "
+            "after `receiver jobs thaw`",
             reason="submissions_frozen",
             may_have_arrived=False,
             retry_after=60.0,
@@ -47,7 +47,7 @@ async def require_none(connection: AsyncConnection) -> None:
 
 
 async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored: bool) -> None:
-    """Freeze submissions; a freeze that is there already stays, and can only become one after a restore."""
+    """Freeze submissions; an existing freeze stays, unless it has to become one after a restore."""
     statement = insert_for(connection.dialect.name, freezes).values(
         name=_NAME, by=by, reason=reason, restored=restored, frozen_at=db_time(0.0)
     )
@@ -59,11 +59,12 @@ async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored:
 
 
 async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> list[uuid.UUID] | None:
-    """End the freeze; return the jobs that become `unsure` by it, or None if there is no freeze.
+    """End the freeze; return the jobs that become `unsure`, or None if there is no freeze.
 
-    After a restore a job that the dump has as pending may have been sent since, and nobody knows when: not
-    before it was made. If that is more than `key_holds` seconds ago, Clipia may have forgotten its key. A
-    younger one counts as sent when it was made: a first try that is dated now would be repeated for too long.
+    If the database was restored, a pending job of the dump may have been sent at any time after it was made.
+    If it was made more than `key_holds` seconds ago, Clipia may have forgotten its key, so it becomes unsure.
+    A younger job counts as sent when it was made: with the current time, its attempts would go on for longer
+    than the key holds.
     """
     found = await find(connection)
     if found is None:

@@ -1,4 +1,4 @@
-"""Masks secrets in the errors that are on record: releases before this one could quote them."""
+"""Masks secrets in stored errors, which earlier releases could quote."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ _TEXTS: Final[tuple[tuple[Column[Any], Column[Any]], ...]] = (
     (replays.c.seq, replays.c.error),
     (accounts.c.id, accounts.c.pause),
 )
-"""Primary key and text of each table that keeps what went wrong."""
+"""The primary key and the error column of each table that has one."""
 
 
 async def mask_errors(database: Database) -> Counter[str]:
-    """Mask what looks like a secret, or is one of this process, in all errors; return how many by table.
+    """Mask this process's secrets, and texts that look like one, in all errors; count the rows by table.
 
-    Page by page, each in short transactions, so that it may run beside the service. Running it again finds
-    nothing. Raises DatabaseUnavailable.
+    It works in pages with short transactions, so that it may run beside the service. Raises
+    DatabaseUnavailable.
     """
     masked = Counter[str]()
     for key, column in _TEXTS:
@@ -57,7 +57,7 @@ async def _mask_page(
     changed = 0
     async with database.write() as connection:
         for identity, before, after in changes:
-            # A worker may have written another error meanwhile.
+            # A worker may have changed the error meanwhile.
             same = key == identity, column == before
             done = await connection.execute(update(column.table).where(*same).values({column: after}))
             changed += done.rowcount
@@ -65,7 +65,7 @@ async def _mask_page(
 
 
 def mask_error(text: str) -> str:
-    """Return an error without secrets: one text, or an error in the words of an API, which is JSON."""
+    """Return an error without secrets; it is a plain text or the JSON of an API error."""
     try:
         content = orjson.loads(text)
     except orjson.JSONDecodeError:

@@ -8,7 +8,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.causes import cause
+from receiver.db.error_texts import cause
 from receiver.db.sessions import ISOLATION, Sessions, opening_session
 from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, is_lost, sqlstate, unavailable
 from receiver.errors import DatabaseUnavailable

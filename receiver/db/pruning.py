@@ -1,4 +1,4 @@
-"""SQL of retention: finding what is old and settled, and deleting it with all that hangs on it."""
+"""SQL of retention: find old, finished events and delete them with the rows that refer to them."""
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -29,11 +29,11 @@ from receiver.db.sources import find_event_ids
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 
 _ENDED: Final = ("completed", "failed", "canceled")
-"""States of a job for which nothing is left to do."""
+"""Final states of a job."""
 
 
 class FoundEvent(NamedTuple):
-    """An event that somebody means."""
+    """An event of an id or `request_id`."""
 
     seq: int
     id: UUID
@@ -48,7 +48,7 @@ class StoredFile(NamedTuple):
 
 
 async def moment_ago(connection: AsyncConnection, *, seconds: float) -> datetime:
-    """Return the moment that is so many seconds ago, by the database's clock."""
+    """Return a past time by the database's clock."""
     found: datetime = (await connection.execute(select(db_time(-seconds)))).scalar_one()
     return found
 
@@ -56,10 +56,10 @@ async def moment_ago(connection: AsyncConnection, *, seconds: float) -> datetime
 async def find_old(
     connection: AsyncConnection, *, after: int, before: datetime, limit: int, files: int
 ) -> tuple[list[int], int]:
-    """Return which of the next events by `seq` were received before a moment, and the last `seq` of them all.
+    """Read a page of events by `seq`; return those received before a time, and the last `seq` of the page.
 
-    A page is of rows and not of numbers, which have gaps: a stretch that was pruned costs nothing. It ends
-    before an old event with which its old ones would have more than `files` files, unless that is the first.
+    The page has `limit` rows and not a range of numbers, because pruning leaves large gaps. It ends earlier
+    if its old events would have more than `files` files, but it has at least one of them.
     """
     is_old = (events.c.received_at < before).label("is_old")
     statement = select(events.c.seq, is_old).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
@@ -75,13 +75,13 @@ async def find_old(
 
 
 async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool) -> Sequence[int]:
-    """Lock events until the transaction ends, and return which; what somebody else is at work on is skipped.
+    """Lock events until the transaction ends and return them; events that are locked already are skipped.
 
-    Nothing can be added to a locked event: whatever refers to it has to lock it, too.
+    No row that refers to a locked event can be added, because its foreign key has to lock the event too.
     """
     locked = (await connection.execute(_LOCK, _list(seqs))).scalars().all()
     if dead_letters:
-        # These by themselves: somebody may restart one, and that does not touch its event.
+        # `deliveries retry` may restart a dead letter, and does not lock its event.
         await connection.execute(_LOCK_DEAD, _list(locked))
     return locked
 
@@ -89,25 +89,25 @@ async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_lette
 async def select_finished(
     connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool
 ) -> Sequence[int]:
-    """Return those events that nothing is left to do for; with `dead_letters` a delivery may be given up.
+    """Return the finished events; with `dead_letters` an event with a dead letter is finished too.
 
-    To be asked once they are locked, as a statement of its own: it sees what was committed until then.
+    It is a statement of its own after the lock, so that it sees all rows that were committed before the lock.
     """
-    left = _left_to_do(dead_letters=dead_letters).values()
-    statement = select(events.c.seq).where(_among(events.c.seq), *(~each for each in left))
+    open_work = _open_work(dead_letters=dead_letters).values()
+    statement = select(events.c.seq).where(_among(events.c.seq), *(~each for each in open_work))
     return (await connection.execute(statement, _list(seqs))).scalars().all()
 
 
 async def list_unfinished(connection: AsyncConnection, seq: int) -> list[str]:
-    """Return why an event is not settled, in words; with dead letters it may be."""
-    left = _left_to_do(dead_letters=True)
-    statement = select(*(each.label(f"c{number}") for number, each in enumerate(left.values())))
+    """Return the reasons for which an event is not finished; dead letters are no reason."""
+    open_work = _open_work(dead_letters=True)
+    statement = select(*(each.label(f"c{number}") for number, each in enumerate(open_work.values())))
     rows = (await connection.execute(statement.where(events.c.seq == seq))).all()
-    return [words for row in rows for words, is_left in zip(left, row, strict=True) if is_left]
+    return [reason for row in rows for reason, is_open in zip(open_work, row, strict=True) if is_open]
 
 
-def _left_to_do(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
-    """Return the conditions under which something is left to do for an event, each with its words."""
+def _open_work(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
+    """Return the reasons for which an event is not finished, and their conditions."""
     ended = ("delivered", "canceled", "dead") if dead_letters else ("delivered", "canceled")
     open_job = jobs.c.source == events.c.source, jobs.c.state.not_in(_ENDED)
     return {
@@ -117,7 +117,7 @@ def _left_to_do(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
             deliveries.c.event_seq == events.c.seq, deliveries.c.state.not_in(ended)
         ),
         "its job is open": exists().where(jobs.c.request_id == events.c.request_id, *open_job),
-        "the job whose callback it came on is open": exists().where(jobs.c.id == events.c.job_id, *open_job),
+        "the job of its callback path is open": exists().where(jobs.c.id == events.c.job_id, *open_job),
         "a replay has yet to reach it": exists().where(
             replays.c.state == "pending",
             replays.c.after_seq < events.c.seq,
@@ -127,13 +127,13 @@ def _left_to_do(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
 
 
 async def delete_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Delete events with their receipts, files' records, deliveries and every try at those."""
+    """Delete events with their receipts, deliveries, records of files, and attempts."""
     for statement in _DELETE:
         await connection.execute(statement, _list(seqs))
 
 
 async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEvent]:
-    """Return the events of an id or a `request_id`: one of each source that has it."""
+    """Return the events of an id or `request_id`, which may have one event in each source."""
     ids = (await find_event_ids(connection, [key]))[key]
     columns = (events.c.seq, events.c.id, events.c.request_id)
     rows = (await connection.execute(select(*columns).where(events.c.id.in_(ids)))).all()
@@ -144,28 +144,28 @@ async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEv
 
 
 async def erase_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Leave of events what a late delivery is compared with, and which files are still to be deleted."""
+    """Keep of events only the hash of the body and the records of files that have to be deleted."""
     for statement in _ERASE:
         await connection.execute(statement, _list(seqs))
 
 
 async def erase_jobs(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Delete what the caller and Clipia said of the jobs of events; the jobs have ended."""
+    """Delete the texts of the caller and of Clipia from the jobs of events; the jobs have ended."""
     of_events = select(events.c.source, events.c.request_id).where(_among(events.c.seq))
     statement = (
         update(jobs)
         .where(tuple_(jobs.c.source, jobs.c.request_id).in_(of_events))
-        # Clipia's words may quote the input.
+        # Clipia's messages may quote the input.
         .values(request=NO_INPUT, metadata={}, error=None, warnings=None)
         .returning(jobs.c.id)
     )
     ids = (await connection.execute(statement, _list(seqs))).scalars().all()
-    tries = update(attempts).where(among(attempts.c.work_id, "ids"), attempts.c.outcome != "resubmitted")
-    await connection.execute(tries.values(error=None), {"ids": ids})
+    texts = update(attempts).where(among(attempts.c.work_id, "ids"), attempts.c.outcome != "resubmitted")
+    await connection.execute(texts.values(error=None), {"ids": ids})
 
 
 async def list_files(connection: AsyncConnection, seqs: Collection[int]) -> Sequence[StoredFile]:
-    """Return the files of events that are, or may be, in a storage."""
+    """Return the files of events that may have an object in a storage."""
     rows = await connection.execute(_FILES, _list(seqs))
     return [StoredFile(*row) for row in rows]
 
@@ -183,7 +183,7 @@ async def last_job(connection: AsyncConnection) -> int:
 async def find_inputs(
     connection: AsyncConnection, *, after: int, until: int, before: datetime, limit: int
 ) -> Sequence[int]:
-    """Return the `seq` of the next jobs that have their input and ended before a moment."""
+    """Return the `seq` of the next jobs that have an input and ended before a time."""
     statement = (
         select(jobs.c.seq)
         .where(jobs.c.seq > after, jobs.c.seq <= until, *_has_old_input(before))
@@ -194,7 +194,7 @@ async def find_inputs(
 
 
 async def delete_inputs(connection: AsyncConnection, seqs: Collection[int], *, before: datetime) -> None:
-    """Delete the inputs of jobs, unless one was submitted again meanwhile."""
+    """Delete the inputs of jobs that were not submitted again meanwhile."""
     statement = update(jobs).where(among(jobs.c.seq, "seqs"), *_has_old_input(before))
     await connection.execute(statement.values(request=NO_INPUT), {"seqs": seqs})
 
@@ -205,10 +205,10 @@ def _has_old_input(before: datetime) -> tuple[ColumnElement[bool], ...]:
 
 
 def _among(column: Column[Any]) -> ColumnElement[bool]:
-    """Return whether a `seq` is one of a list.
+    """Return the condition that a `seq` is in a list.
 
-    The range adds nothing but what PostgreSQL's planner goes by: one stretch of an index. A list alone may be
-    reckoned to cost more than reading the whole table.
+    The range is redundant and there for PostgreSQL's planner, which may estimate that a list alone costs more
+    than a sequential scan.
     """
     return and_(column.between(bindparam("first"), bindparam("last")), among(column, "seqs"))
 
@@ -237,7 +237,7 @@ _DELETE: Final = (
     *(delete(table).where(_among(table.c.event_seq)) for table in (deliveries, media, receipts)),
     delete(events).where(_among(events.c.seq)),
 )
-# What a file's record names is kept until the file is deleted: a run that is killed in between goes on there.
+# The key of an object is kept until the object is deleted, so that a run after a crash can delete it.
 _OF_STORED: Final = and_(_among(media.c.event_seq), media.c.storage_key.is_not(None))
 _FILES: Final = select(media.c.storage_key, media.c.uri).where(_OF_STORED)
 _ERASE: Final = (

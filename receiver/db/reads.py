@@ -308,7 +308,7 @@ async def job_costs(
         return func.coalesce(func.sum(case((and_(live, *when), value), else_=0)), 0)
 
     totals = []
-    for rest in ("", prices.REST):
+    for rest in ("", prices.MICROS_SUFFIX):
         cost, charged = func.coalesce(jobs.c["cost" + rest], 0), jobs.c["charged" + rest]
         totals += [
             total(cost, held).label(f"reserved{rest}"),

@@ -20,15 +20,15 @@ from receiver.db.views import ReplayDetails, ReplayHead
 
 PAGE: Final = 1000
 SPAN: Final = 20_000
-"""Events that one statement goes through at most: a long history makes many of them and none that is slow."""
+"""Events that one statement reads at most: a long history takes more statements, not longer ones."""
 
-# What has not been through the fan-out is on its way anyway, and what was not recognized is no message.
+# An event before its fan-out is forwarded anyway, and an unrecognized one has no message.
 _ELIGIBLE = events.c.state.in_(("fetching", "ready"))
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownReplay:
-    """The replay that was there first."""
+    """A stored replay that a new order is compared with."""
 
     id: uuid.UUID
     fingerprint: str
@@ -49,7 +49,7 @@ async def insert_order(connection: AsyncConnection, order: NewReplay, scope: Sco
 
 
 async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownReplay | None:
-    """Return the replay of a caller's key."""
+    """Return the replay of an Idempotency-Key of a caller."""
     statement = select(replays.c.id, replays.c.fingerprint).where(
         replays.c.caller == caller, replays.c.idempotency_key == idempotency_key
     )
@@ -58,7 +58,7 @@ async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -
 
 
 async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope:
-    """Return what a selection may reach of the events that are there now."""
+    """Return the range of the stored events that may match a selection."""
     if not selection.ids:
         last = (await connection.execute(select(func.max(events.c.seq)))).scalar_one()
         return Scope(after_seq=0, until_seq=last or 0)
@@ -67,12 +67,12 @@ async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope
 
 
 async def find_unknown(connection: AsyncConnection, selection: Selection) -> list[str]:
-    """Return those of a selection's ids that no event has."""
+    """Return the ids of a selection that have no event."""
     return [key for key, seqs in (await selection.find_seqs(connection)).items() if not seqs]
 
 
 async def count(connection: AsyncConnection, selection: Selection, scope: Scope) -> int:
-    """Return how many events a replay would go through."""
+    """Count the events of a replay."""
     total = 0
     conditions = await selection.conditions(connection)
     for start in range(scope.after_seq, scope.until_seq, SPAN):
@@ -98,9 +98,9 @@ async def select_events(
     ordered_at: datetime | None = None,
     limit: int = PAGE,
 ) -> tuple[Sequence[ReplayedEvent], int]:
-    """Return the next events of a selection by `seq`, and the `seq` up to which they were looked for.
+    """Return the next events of a selection by `seq`, and the `seq` up to which the table was read.
 
-    Those that went through their fan-out after `ordered_at` are left out: they were on their way then.
+    Events with a fan-out after `ordered_at` are left out, because they were forwarded then.
     """
     until = min(scope.after_seq + SPAN, scope.until_seq)
     where: list[ColumnElement[bool]] = [
@@ -137,13 +137,13 @@ _OF_FILE: Final = ("size", "sha256", "content_type", "storage_key", "uri", "warn
 async def restart_media(
     connection: AsyncConnection, media_ids: Collection[uuid.UUID], *, intact: Collection[uuid.UUID] = ()
 ) -> list[int]:
-    """Have files downloaded again, and their events wait for them; return the event's `seq` of each file.
+    """Make files pending again, and their events `fetching`; return the event's `seq` of each file.
 
-    The records of those that are `intact` are kept until the download succeeds: if it fails, they hold again.
+    A file that is `intact` keeps its record until the download succeeds, and if it fails the record stays.
     """
     seqs = await _restart_media(connection, media_ids, **dict.fromkeys(_OF_FILE))
     if intact:
-        # The same body again is what the server has, even if something contradicts it.
+        # If the server sends the stored body again, it is accepted in spite of a doubt.
         seqs += await _restart_media(connection, intact, seen_sha256=media.c.sha256)
     await connection.execute(
         update(events).where(events.c.seq.in_(set(seqs)), events.c.state == "ready").values(state="fetching")
@@ -152,10 +152,10 @@ async def restart_media(
 
 
 async def add_media(connection: AsyncConnection, files: Sequence[tuple[int, NewMedia]]) -> list[int]:
-    """Add files that were not listed, each with its event's `seq`; return that of each to be downloaded."""
+    """Add files, each with its event's `seq`; return the `seq` of each that has to be downloaded."""
     if not files:
         return []
-    # One may have been erased since its files were looked for.
+    # An event may have been erased since its files were listed.
     there = select(events.c.seq).where(events.c.seq.in_({seq for seq, _ in files}), _ELIGIBLE)
     seqs = set(await connection.scalars(there.order_by(events.c.seq).with_for_update()))
     added = [(seq, file) for seq, file in files if seq in seqs]
@@ -166,7 +166,7 @@ async def add_media(connection: AsyncConnection, files: Sequence[tuple[int, NewM
 
 
 async def change_urls(connection: AsyncConnection, urls: Mapping[uuid.UUID, str]) -> None:
-    """Give files other URLs, by their ids."""
+    """Change the URLs of files, by their ids."""
     for media_id, url in urls.items():
         await connection.execute(update(media).where(media.c.id == media_id).values(url=url))
 
@@ -174,7 +174,7 @@ async def change_urls(connection: AsyncConnection, urls: Mapping[uuid.UUID, str]
 async def _restart_media(
     connection: AsyncConnection, media_ids: Collection[uuid.UUID], **values: Any
 ) -> list[int]:
-    # One parameter for all of them: 100 events may have more files than a statement may have parameters.
+    # An array is one parameter: 100 events may have more files than a statement may have parameters.
     restarted = await connection.execute(
         update(media)
         .where(among(media.c.id, "ids"), media.c.state != "pending")
@@ -198,7 +198,7 @@ async def _restart_media(
 async def advance(
     connection: AsyncConnection, held: Claim, *, after_seq: int, handled: int, delay: float
 ) -> bool:
-    """Record that a step is done with the events up to `after_seq`; False where the lease is lost."""
+    """Record that a step has handled the events up to `after_seq`; False if the lease is lost."""
     return await leases.retry(
         connection,
         replays,
@@ -214,7 +214,7 @@ async def advance(
 async def add_counts(
     connection: AsyncConnection, replay_id: uuid.UUID, *, ordered: int, downloads: int
 ) -> None:
-    """Count what a step has ordered."""
+    """Add the deliveries and downloads of a step to the counts of a replay."""
     await connection.execute(
         update(replays)
         .where(replays.c.id == replay_id)
@@ -223,20 +223,20 @@ async def add_counts(
 
 
 async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destinations: Collection[str]) -> int:
-    """Return how many deliveries of a replay the fastest of its destinations has still to do."""
+    """Return the number of pending deliveries of a replay at its fastest destination."""
     counts = []
     for name in destinations:
         mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.destination == name)
         pending = select(func.count()).where(mine, in_state(deliveries, "pending"))
         count = int((await connection.execute(pending)).scalar_one())
-        # One that was ordered nothing so far, because of its filter, says nothing.
+        # A destination without deliveries so far, because of its filter, does not count.
         if count or (await connection.execute(select(exists().where(mine)))).scalar_one():
             counts.append(count)
     return min(counts, default=0)
 
 
 async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
-    """Stop a replay that still orders or whose deliveries still wait. False where it has ended already."""
+    """Cancel a replay that is pending or has pending deliveries. Return False if it has ended."""
     waits = exists().where(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
     unfinished = or_(replays.c.state == "pending", and_(replays.c.state == "completed", waits))
     stopped = await connection.execute(
@@ -248,7 +248,7 @@ async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
 
 
 async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
-    """Cancel up to `limit` deliveries of a replay that nobody holds; return how many."""
+    """Cancel up to `limit` deliveries of a replay that no worker has claimed; return how many."""
     waits = select(deliveries.c.id).where(
         deliveries.c.replay_id == replay_id,
         deliveries.c.state == "pending",
@@ -263,7 +263,7 @@ async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, lim
 
 
 async def canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
-    """Return those replays that were canceled."""
+    """Return the canceled ones of some replays."""
     if not replay_ids:
         return set()
     statement = select(replays.c.id).where(replays.c.id.in_(replay_ids), replays.c.state == "canceled")

@@ -1,4 +1,4 @@
-"""What this service needs of a database: confirmed commits are durable, and any text can be stored."""
+"""Checks of the database: commits are durable, each text can be stored, and the user has the rights."""
 
 from collections.abc import Callable, Collection
 from typing import Any, Final
@@ -12,12 +12,12 @@ from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
 
 _STORAGE: Final = ("fsync", "full_page_writes")
-"""Settings that some storage does without: it confirms a write once it is durable, and never tears a page."""
+"""Settings that may be off on a storage that confirms durable writes only and never tears a page."""
 _RIGHTS: Final = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 
 async def require_usable(database: Database, *, durable_without: Collection[str] = ()) -> None:
-    """Raise SettingsError if the database would lose commits that it has confirmed, or not take every text.
+    """Raise SettingsError if the database may lose committed data or cannot store each text.
 
     `durable_without` names settings of PostgreSQL that may be off. Raises DatabaseUnavailable.
     """
@@ -30,37 +30,36 @@ async def require_usable(database: Database, *, durable_without: Collection[str]
 
 async def _require_usable_postgresql(connection: AsyncConnection, durable_without: Collection[str]) -> None:
     names = (*_STORAGE, "synchronous_commit", "server_encoding")
-    # One statement, because a readiness probe asks, too.
+    # One statement, because each readiness probe runs it.
     query = ", ".join(f"current_setting('{name}')" for name in names)
     row = (await connection.execute(text(f"SELECT {query}"))).one()
     values = dict(zip(names, row, strict=True))
     if values["server_encoding"] != "UTF8":
         raise SettingsError(
-            f"the database's encoding is {values['server_encoding']}, which cannot hold every text: create "
-            "one with CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0, and name it in "
-            "RECEIVER_DATABASE_URL"
+            f"the database's encoding is {values['server_encoding']}, which cannot store each text: create a "
+            "database with CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0 and set "
+            "RECEIVER_DATABASE_URL to it"
         )
-    # Every value of synchronous_commit but `off` flushes here before it confirms.
+    # With each value but `off` the server flushes the write-ahead log before it confirms a commit.
     if values["synchronous_commit"] == "off":
         raise SettingsError(
-            "PostgreSQL runs with synchronous_commit = off: it would confirm events that a crash then loses. "
-            "Set synchronous_commit = on, such as with ALTER ROLE name SET synchronous_commit = on, and "
-            "connect anew."
+            "PostgreSQL runs with synchronous_commit = off: a crash would lose events that were accepted. "
+            "Run ALTER ROLE name SET synchronous_commit = on, and start the receiver again."
         )
     off = [name for name in _STORAGE if values[name] == "off" and name not in durable_without]
     if off:
         raise SettingsError(
-            f"PostgreSQL runs with {' and '.join(f'{name} = off' for name in off)}: it would confirm events "
-            f"that a power cut then loses. Set {' and '.join(f'{name} = on' for name in off)} in "
-            "postgresql.conf and reload. If the storage is durable without, which is for the provider of a "
-            f"hosted database to say, set RECEIVER_DURABLE_WITHOUT={','.join((*durable_without, *off))}."
+            f"PostgreSQL runs with {' and '.join(f'{name} = off' for name in off)}: a power cut would lose "
+            f"events that were accepted. Set {' and '.join(f'{name} = on' for name in off)} in "
+            "postgresql.conf and reload. If the provider of a hosted database says that storage is durable "
+            f"without it, set RECEIVER_DURABLE_WITHOUT={','.join((*durable_without, *off))}."
         )
 
 
 async def require_rights(database: Database) -> None:
-    """Raise SettingsError if the user lacks a right on a table or a sequence of the service's.
+    """Raise SettingsError if the user lacks a right on a table or sequence; SQLite has no rights.
 
-    Raises DatabaseUnavailable. SQLite knows no rights.
+    Raises DatabaseUnavailable.
     """
     if database.is_sqlite:
         return
@@ -89,7 +88,7 @@ _MISSING_RIGHTS: Final = text("""
     FROM unnest(CAST(:tables AS text[])) AS name
     JOIN pg_depend AS owned ON owned.refobjid = to_regclass(name) AND owned.deptype IN ('a', 'i')
     JOIN pg_class AS sequence ON sequence.oid = owned.objid
-    -- The planner may swap conditions, and the function raises an error for what is no sequence.
+    -- CASE, because the planner may swap conditions, and the function fails for a table.
     WHERE CASE WHEN sequence.relkind = 'S' THEN NOT has_sequence_privilege(sequence.oid, 'USAGE') END
     ORDER BY 1
 """)
@@ -104,6 +103,6 @@ async def _require_durable_sqlite(connection: AsyncConnection) -> None:
         value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
         if not holds(value):
             raise SettingsError(
-                f"SQLite refuses the durable setting for {name} (it reports {value!r}); "
+                f"SQLite does not accept the durable setting of {name} (it reports {value!r}); "
                 "is the database on a network filesystem? Use a local disk, or PostgreSQL."
             )

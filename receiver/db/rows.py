@@ -1,4 +1,4 @@
-"""Values that cross the border of the database layer, and the ids of rows."""
+"""Values that the database layer takes and returns, and the ids of rows."""
 
 import hashlib
 import secrets
@@ -12,10 +12,10 @@ from receiver.core.output_files import Kind, MediaRef, Variant
 from receiver.price import Credits
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
-"""Fixed for ever: an event keeps its id across databases, replays and re-imports."""
+"""It never changes, so an event has the same id in every database and after every import."""
 
 EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
-"""`erased`: a tombstone without a body, so that a late delivery of the event is still a duplicate."""
+"""`erased`: a tombstone without a body, so that a later request for the event is still a duplicate."""
 MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipped"]
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
@@ -31,10 +31,10 @@ def event_id(source: str, request_id: str) -> uuid.UUID:
 
 
 def new_id() -> uuid.UUID:
-    """Return a time-ordered id, a UUID v7 with 62 random bits: indexes grow at their end.
+    """Return a UUID v7, which begins with the time, so that an index grows at its end.
 
-    Its time has a precision of a quarter of a microsecond (RFC 9562, section 6.2, method 3), so that ids that
-    are made one after the other are in that order.
+    The time has a precision of a quarter of a microsecond (RFC 9562, section 6.2, method 3), so ids are in
+    the order in which a process makes them. 62 bits are random.
     """
     milliseconds, rest = divmod(time.time_ns(), 1_000_000)
     fraction = rest * 4096 // 1_000_000
@@ -49,21 +49,21 @@ def least_id(moment: datetime) -> uuid.UUID:
 
 
 def digest_token(token: str) -> str:
-    """Return the form in which the token of a callback's path is stored and compared.
+    """Return the SHA-256 of the token in a callback's path, which is stored in its place.
 
-    How long the comparison of two digests takes tells nothing about the token, so the database may compare
-    them; and nobody who sees a row can write the path.
+    The time that the database takes to compare two digests does not reveal the token, and the path cannot be
+    made from a row.
     """
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class NewEvent(NamedTuple):
-    """An event as ingest makes it. A tuple, like `Arrival`: groups of them are turned into columns."""
+    """An event as ingest makes it; a tuple, because groups of them are turned into columns."""
 
     id: uuid.UUID
     source: str
     request_id: str
-    """Clipia's id; `sha256:<hex of the body>` where the body could not be recognized."""
+    """Clipia's id; `sha256:<hex of the body>` if the body was not recognized."""
     origin: Literal["webhook", "poll"]
     state: EventState
     body: bytes
@@ -78,22 +78,22 @@ class NewEvent(NamedTuple):
     cost_micros: int = 0
     """Millionths of a credit beyond `cost`."""
     job_id: uuid.UUID | None = None
-    """The job that the callback's path named; the path is not signed."""
+    """The job in the callback's path, which is not signed."""
     path_token: str | None = None
     """The digest of the token in that path (`digest_token`)."""
 
     @property
     def first_outcome(self) -> Outcome:
-        """How the delivery that made the event is answered, and put on record."""
+        """The outcome of the request that made the event."""
         return "accepted" if self.state == "received" else "unrecognized"
 
 
 class Arrival(NamedTuple):
-    """One authentic inbound delivery, and the event that it is of."""
+    """One authentic request and its event."""
 
     event: NewEvent
     webhook_id: str | None
-    """X-Clipia-Webhook-Id: not signed, for the log only."""
+    """X-Clipia-Webhook-Id; it is not signed and only recorded."""
     secret_id: str
     signed_at: datetime
 
@@ -133,7 +133,7 @@ class MediaRow:
     kind: Kind
     url: str
     field: str | None
-    """Where in the event's output the URL stands; None for files of releases before 0010."""
+    """The path of the URL in the event's output; None for files of releases before 0010."""
     state: MediaState
     error: str | None
     size: int | None
@@ -155,7 +155,7 @@ class NewMedia:
     url: str
     field: str | None = None
     skipped: str | None = None
-    """Why it is not downloaded."""
+    """The reason for which it is not downloaded; None if it is."""
 
     @classmethod
     def of(cls, ref: MediaRef) -> Self:
@@ -172,7 +172,7 @@ class NewMedia:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One try at a row of work, as it is put on record."""
+    """One attempt at a row of work, as it is recorded."""
 
     number: int
     started_at: datetime
@@ -183,14 +183,14 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """A row of work that this process holds until its lease ends."""
+    """A row of work that this process has claimed until the lease ends."""
 
     id: uuid.UUID
     lease: uuid.UUID
     attempt: int
-    """Counts from 1; committed before the work starts, so that a crash is counted too."""
+    """Counts from 1. It is committed before the work starts, so a crash counts too."""
     lost: int
-    """Claims in a row, before this one, that ended without a recorded result."""
+    """Consecutive claims before this one that ended without a recorded result."""
     age: float
     """Seconds since the row was made or restarted, by the database's clock."""
 
@@ -215,23 +215,23 @@ class Backlog:
 
     rows: int
     oldest: float
-    """Age of the oldest in seconds; 0 where there is none."""
+    """Age of the oldest row in seconds; 0 without rows."""
 
 
 NO_INPUT: Final = b'{"input":null}'
-"""The request of a job whose input was deleted; releases that know nothing of that can read it, too."""
+"""The request of a job after its input was deleted; earlier releases can read it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
-    """A job as its caller asked for it, complete before anything is sent."""
+    """A job as its caller asked for it, before it is sent."""
 
     id: uuid.UUID
     caller: str
     idempotency_key: str
     """The caller's."""
     fingerprint: str
-    """SHA-256, in hex, of everything that must be the same where the key is."""
+    """SHA-256 (hex) of the parameters that have to be the same if the key is used again."""
     source: str
     model: str
     request: bytes
@@ -242,13 +242,13 @@ class NewJob:
     metadata: dict[str, str]
     max_cost: Credits | None
     cost: Credits | None
-    """Credits, where they were estimated."""
+    """The estimate; None if there is none."""
     account: str
-    """The Clipia account that it is made for; what is made for a test key never goes to a live one."""
+    """The Clipia account. A job of a test key is never sent to a live account."""
     path_token: str
     """The digest of the token in its callback's path (`digest_token`)."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
-    """Ours about the input: keys that the model's schema does not have."""
+    """Keys of the input that the model's schema does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,13 +262,13 @@ class Submission:
     source: str
     has_webhook: bool
     account: str | None
-    """The account that it was sent to before, where it may have arrived."""
+    """The account that an earlier attempt may have reached."""
     sent_for: float | None
-    """Seconds since the first try that may have arrived; None where there was none."""
+    """Seconds since the first attempt that may have reached Clipia; None if there was none."""
     refused_for: float | None
     """Seconds since Clipia first refused it for now (402, 403); None if it did not."""
     warnings: list[dict[str, Any]] | None
-    """Our own about the input."""
+    """Keys of the input that the model's schema does not have."""
     max_cost: Credits | None
 
 
@@ -281,11 +281,11 @@ class OpenRequest:
     request_id: str
     has_webhook: bool
     watched: bool
-    """Whether somebody waits for it right now."""
+    """Whether a caller waits for it now."""
     open_for: float
     """Seconds since Clipia accepted it."""
     error: str | None
-    """What was wrong with the answer to the last poll, as JSON."""
+    """The problem with the answer to the last poll, as JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,10 +304,9 @@ class NewReplay:
 
     id: uuid.UUID
     caller: str
-    """Who ordered it."""
     idempotency_key: str
     fingerprint: str
-    """SHA-256, in hex, of everything that must be the same where the key is."""
+    """SHA-256 (hex) of the parameters that have to be the same if the key is used again."""
     reason: str
     selection: dict[str, Any]
     destinations: list[str]

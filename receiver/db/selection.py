@@ -1,4 +1,4 @@
-"""Which events somebody means: for replays, exports and lists."""
+"""A selection of events for replays, exports and lists."""
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -23,15 +23,15 @@ def _in_utc(moment: datetime) -> datetime:
     try:
         return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
     except OverflowError:
-        raise ValueError("is beyond the calendar") from None
+        raise ValueError("is before the year 1 or after 9999 in UTC") from None
 
 
 _Moment = Annotated[datetime, AfterValidator(_in_utc)]
-"""One without a zone is UTC."""
+"""A time; without a zone it is UTC."""
 
 
 class Selection(BaseModel):
-    """Events that fit everything that is given; nothing given is all of them."""
+    """The events that match all given filters; without filters all events."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
@@ -45,10 +45,10 @@ class Selection(BaseModel):
     """A slug, or a glob such as `seedance-*`."""
     source: _Word | None = None
     caller: _Word | None = None
-    """Who submitted its job."""
+    """The caller that submitted its job."""
     destination: _Word | None = None
     delivery_state: Literal["pending", "delivered", "dead"] | None = None
-    """Events with a delivery in this state, to `destination` where that is given."""
+    """Events with a delivery in this state, and to `destination` if that is given."""
 
     async def conditions(self, connection: AsyncConnection) -> list[ColumnElement[bool]]:
         """Return the conditions on `events`."""
@@ -67,7 +67,7 @@ class Selection(BaseModel):
         return found
 
     async def find_seqs(self, connection: AsyncConnection) -> dict[str, list[int]]:
-        """Return the `seq`s of the events that each of `ids` names."""
+        """Return the `seq`s of the events of each of `ids`."""
         ids = await find_event_ids(connection, self.ids)
         rows = await connection.execute(select(events.c.id, events.c.seq).where(_is_among(ids)))
         seqs: dict[UUID, int] = {row.id: row.seq for row in rows}
@@ -75,7 +75,7 @@ class Selection(BaseModel):
 
 
 def _is_among(ids: Mapping[str, set[UUID]]) -> ColumnElement[bool]:
-    # As one parameter: a statement has not room for 10,000 ids of a few sources.
+    # An array is one parameter: 10,000 ids for each source are more parameters than a statement may have.
     return among(events.c.id, "ids").params(ids={id_ for found in ids.values() for id_ in found})
 
 
@@ -83,7 +83,7 @@ def _globbed(pattern: str, dialect: str) -> ColumnElement[bool]:
     if not set(pattern) & set("*?"):
         return events.c.model == pattern
     if dialect == "sqlite":
-        # Its LIKE takes A for a.
+        # LIKE of SQLite ignores case.
         return events.c.model.op("GLOB", is_comparison=True)(pattern.replace("[", "[[]"))
     escaped = "".join(_LIKE.get(character, character) for character in pattern)
     return events.c.model.like(escaped, escape="\\")

@@ -1,8 +1,7 @@
-"""Wake-ups that cross processes, by PostgreSQL's LISTEN and NOTIFY.
+"""Wake-ups between processes with PostgreSQL's LISTEN and NOTIFY.
 
-Nothing depends on them: work is found by polling, and a signal only shortens the wait for that. There are no
-signals behind a pooler. It lends a session to each transaction, so a LISTEN stays behind in a session of
-another client: it seems to succeed, and no signal ever arrives.
+Workers find work by polling, and a signal only shortens the wait. Behind a pooler there are no signals: the
+pooler assigns a session to each transaction, so a LISTEN succeeds, but in a session that other clients use.
 """
 
 import asyncio
@@ -12,17 +11,16 @@ from typing import Any, Final
 
 import structlog
 
-from receiver.db.causes import cause
 from receiver.db.database import Database
+from receiver.db.error_texts import cause
 from receiver.errors import DatabaseUnavailable
 
 CHANNEL: Final = "clipia_receiver"
-REST: Final = 0.02
-"""Seconds between signals at least: under load one does for many commits."""
-RECONNECT: Final = 5.0
-"""Seconds until a lost connection is opened anew."""
-CHECK: Final = 5.0
-"""Seconds between checks of a silent connection: after a failover its server gets no more signals."""
+SEND_INTERVAL_SECONDS: Final = 0.02
+"""The shortest time between two signals: under load one stands for many commits."""
+RECONNECT_SECONDS: Final = 5.0
+CHECK_SECONDS: Final = 5.0
+"""The time between checks of a connection: after a failover its server gets no more signals."""
 IS_READ_ONLY: Final = "SELECT current_setting('transaction_read_only')::bool"
 
 log = structlog.get_logger()
@@ -37,7 +35,7 @@ class Signals:
         self._sending: asyncio.Task[None] | None = None
 
     def send(self, lane: str) -> None:
-        """Signal soon; those of a moment go together."""
+        """Signal a lane soon, together with other lanes."""
         self._lanes.add(lane)
         if self._sending is None:
             self._sending = asyncio.create_task(self._send(), name="signals")
@@ -49,20 +47,20 @@ class Signals:
                 self._lanes.clear()
                 statement = "SELECT pg_notify($1, lane) FROM unnest($2::text[]) AS lane"
                 await self._database.fetch(statement, (CHANNEL, lanes))
-                await asyncio.sleep(REST)
+                await asyncio.sleep(SEND_INTERVAL_SECONDS)
         except DatabaseUnavailable as error:
             log.debug("workers not signalled", error=str(error))
         finally:
             self._sending = None
 
     async def close(self) -> None:
-        """Send what has not been sent."""
+        """Wait for signals that are not sent yet."""
         if self._sending is not None:
             await self._sending
 
 
 async def listen(database: Database, heard: Callable[[str], None]) -> None:
-    """Call `heard` with the name of each lane that is signalled, until canceled; return behind a pooler."""
+    """Call `heard` with the name of each signalled lane until canceled; return if there is a pooler."""
     while True:
         try:
             async with database.hold_driver() as driver:
@@ -72,9 +70,9 @@ async def listen(database: Database, heard: Callable[[str], None]) -> None:
                     )
                     return
                 await _listen(driver, heard)
-        except Exception as error:  # noqa: BLE001 - polling goes on without
+        except Exception as error:  # noqa: BLE001 - polling does not need signals
             log.debug("not listening for signals", error=cause(error))
-        await asyncio.sleep(RECONNECT)
+        await asyncio.sleep(RECONNECT_SECONDS)
 
 
 async def _listen(driver: Any, heard: Callable[[str], None]) -> None:
@@ -88,5 +86,5 @@ async def _listen(driver: Any, heard: Callable[[str], None]) -> None:
     await driver.add_listener(CHANNEL, hear)
     while not lost.is_set() and not await driver.fetchval(IS_READ_ONLY):
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CHECK):
+            async with asyncio.timeout(CHECK_SECONDS):
                 await lost.wait()

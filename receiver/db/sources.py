@@ -1,7 +1,7 @@
-"""By which ids somebody may mean an event.
+"""Finds events by `id` or `request_id`.
 
-An event's `id` is made of its source and its `request_id`. So nothing but `id` has to be unique, and finding
-a `request_id` takes the names of the sources, and no index of its own, which would cost every webhook a page.
+An event's `id` is a hash of its source and `request_id`. So a `request_id` is found by computing the ids for
+all sources. An index on `request_id` would be simpler, but each webhook would dirty one more B-tree page.
 """
 
 import contextlib
@@ -18,23 +18,23 @@ from receiver.db.tables import sources
 
 
 async def remember(connection: AsyncConnection, source: str) -> None:
-    """Note that there are events of a source; in the transaction that inserts one, after it."""
+    """Add a source; call it in the transaction that inserts its event, after the event."""
     await connection.execute(_REMEMBER[connection.dialect.name], {"name": source})
 
 
-# Made once: to make one takes as long as to run it.
+# Built once: building a statement takes as long as running it.
 _REMEMBER = {name: insert_for(name, sources).on_conflict_do_nothing() for name in DIALECTS}
 
 
 async def find_event_ids(connection: AsyncConnection, keys: Collection[str]) -> dict[str, set[UUID]]:
-    """Return the ids that the event of each key may have; a key is an event's id or Clipia's `request_id`."""
+    """Return the possible event ids for each key, which is an event's id or Clipia's `request_id`."""
     names = (await connection.execute(select(sources.c.name))).scalars().all()
     return {key: _event_ids(names, key) for key in keys}
 
 
 def _event_ids(names: Collection[str], key: str) -> set[UUID]:
     found = set()
-    # What is no Unicode is nobody's `request_id`.
+    # A text with lone surrogates is no `request_id`.
     with contextlib.suppress(UnicodeEncodeError):
         found = {event_id(name, key) for name in names}
     with contextlib.suppress(ValueError):

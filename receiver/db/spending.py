@@ -1,4 +1,4 @@
-"""SQL of what a caller's jobs cost in a day."""
+"""SQL of the credits that a caller spends in a day."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -11,18 +11,17 @@ from receiver.price import Credits
 
 
 async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
-    """Return the credits of a caller's open jobs, and of those that Clipia accepted on this UTC day.
+    """Return the charged, reserved or estimated credits of a caller's open jobs and of today's (UTC) jobs.
 
-    That is what was charged, reserved or estimated. A job that was not answered counts as of its first try.
-    Locks the caller's spending until the transaction ends: two jobs must not both see room for one. The sum
-    is a statement of its own after the lock, because a statement sees what was committed before it began, and
-    not what was committed while it waited.
+    A job without an answer counts on the day of its first attempt. The function locks the caller's spending
+    until the transaction ends, so that two jobs do not both use the last of the budget. The sum is a second
+    statement, because the snapshot of a statement that waits for a lock is older than the lock.
     """
     if connection.dialect.name == "postgresql":
         lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
         await connection.execute(lock, {"caller": caller})
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    # A key holds for less than a day, so nothing that was sent before is accepted today.
+    # A key holds for less than a day, so a job that was sent earlier cannot be accepted today.
     is_recent = and_(
         jobs.c.sent_at >= midnight - timedelta(days=1),
         func.coalesce(jobs.c.submitted_at, jobs.c.sent_at) >= midnight,
@@ -32,7 +31,7 @@ async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
         case((ended, charged), else_=cost).label(cost.name)
         for charged, cost in ((jobs.c.charged, jobs.c.cost), (jobs.c.charged_micros, jobs.c.cost_micros))
     ]
-    # One by one, because each has an index of its own.
+    # A union, because each condition has its own index.
     counted = union_all(
         *(
             select(*parts).where(jobs.c.caller == caller, which)

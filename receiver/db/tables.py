@@ -1,4 +1,4 @@
-"""The tables. Alembic's migrations make them; a test compares the two."""
+"""The tables. The migrations create them, and a test compares the two."""
 
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -34,7 +34,7 @@ from sqlalchemy.types import TypeDecorator
 
 
 class UtcDateTime(TypeDecorator[datetime]):
-    """A point in time. Naive datetimes are refused: they mean another moment on another machine."""
+    """A point in time. A naive datetime is an error, because it depends on the machine's time zone."""
 
     impl = DateTime(timezone=True)
     cache_ok = True
@@ -57,7 +57,7 @@ class UtcDateTime(TypeDecorator[datetime]):
 
 
 class PlainUuid(TypeDecorator[UUID]):
-    """A UUID that is exactly that: asyncpg's own subclass is one that no JSON writer knows."""
+    """A UUID of the standard class. asyncpg returns a subclass that orjson rejects."""
 
     impl = Uuid
     cache_ok = True
@@ -76,7 +76,7 @@ metadata = MetaData(
     }
 )
 
-# SQLite gives only a column of the exact type INTEGER its rowid.
+# In SQLite only a column of the exact type INTEGER is the rowid.
 _Sequence: Final = BigInteger().with_variant(Integer(), "sqlite")
 
 
@@ -85,14 +85,14 @@ def _event_reference() -> Column[int]:
 
 
 def _micros(name: str) -> Column[int]:
-    """Return the column of the millionths of a credit beyond the whole ones, which the column `name` has."""
+    """Return the column for the millionths of a credit; the column `name` has the whole credits."""
     return Column(f"{name}_micros", Integer, nullable=False, server_default=text("0"))
 
 
 def in_state(table: FromClause, state: str) -> ColumnElement[bool]:
-    """Return the condition that a row is in a state, in the words of the partial indexes.
+    """Return the condition that a row is in a state, with the same SQL text as in the partial indexes.
 
-    With the state as a parameter no plan that is made beforehand can use them.
+    If the state were a parameter, a generic plan could not use these indexes.
     """
     return table.c.state == text(f"'{state}'")
 
@@ -104,10 +104,10 @@ def _partial_index(
 
 
 def _work_columns() -> list[Column[Any]]:
-    """Columns of a row of work that is claimed by lease.
+    """Return the columns of a row of work that is claimed by lease.
 
-    A row is due when `next_attempt_at` is past; a claim pushes it to the lease's end, so an abandoned row
-    becomes due by itself. `lost` counts the claims in a row that ended without a recorded result.
+    A row is due if `next_attempt_at` is past. A claim moves it to the end of the lease, so an abandoned row
+    becomes due again. `lost` counts consecutive claims that ended without a recorded result.
     """
     return [
         Column("state", String(16), nullable=False),
@@ -124,7 +124,7 @@ def _work_columns() -> list[Column[Any]]:
 events = Table(
     "events",
     metadata,
-    # Rows and indexes grow at their end: joins and pages go by `seq`, never by the random `id`.
+    # Joins and pages use `seq`, which grows, so that rows and index entries are added at the end.
     Column("seq", _Sequence, primary_key=True),
     Column("id", PlainUuid, nullable=False),
     Column("source", String(63), nullable=False),
@@ -139,18 +139,21 @@ events = Table(
     Column("body", LargeBinary, nullable=False),
     Column("body_sha256", String(64), nullable=False),
     Column("received_at", UtcDateTime, nullable=False),
-    # The job that the callback's path named: it finds its job before anyone knows the job's request_id.
+    # The job in the callback's path; it finds the job if the job's request_id is not known yet.
     Column("job_id", PlainUuid),
-    # SHA-256 of the token that came with it.
+    # SHA-256 of the token in the callback's path.
     Column("path_token", String(64)),
-    # The only random key, for each is a page that nobody else changes; it is made of source and request_id.
+    # A hash of source and request_id. It is the only unique key with random values: each insert into the
+    # index of such a key dirties another B-tree page, which is written to the disk and to the write-ahead
+    # log.
     UniqueConstraint("id"),
     Index(None, "received_at", "seq"),
 )
 for _state in ("received", "unrecognized"):
     _partial_index(f"ix_events_{_state}", events.c.seq, where=in_state(events, _state))
 
-# Those of all events: with them a request_id says which `id` its event has.
+# One row for each source of events. An event's id is a hash of source and request_id, so the ids that a
+# request_id may have are computed from the names of all sources.
 sources = Table("sources", metadata, Column("name", String(63), primary_key=True))
 
 receipts = Table(
@@ -165,7 +168,8 @@ receipts = Table(
     Column("body_sha256", String(64), nullable=False),
     Column("outcome", String(16), nullable=False),
     Column("body", LargeBinary),
-    # Later deliveries with this outcome that have no row: a captured webhook can be sent for minutes.
+    # The number of later requests with this outcome: a captured webhook can be replayed for minutes, and the
+    # table must not grow with it.
     Column("repeated", Integer, nullable=False, server_default=text("0")),
     Index(None, "event_seq"),
 )
@@ -179,7 +183,7 @@ media = Table(
     Column("variant", String(16), nullable=False),
     Column("kind", String(16), nullable=False),
     Column("url", Text, nullable=False),
-    # Where in the event's output the URL stands.
+    # The path of the URL in the event's output.
     Column("field", Text),
     *_work_columns(),
     Column("size", BigInteger),
@@ -187,7 +191,7 @@ media = Table(
     Column("content_type", String(127)),
     Column("storage_key", Text),
     Column("uri", Text),
-    # What contradicts a stored file, and the SHA-256 of the last body that was refused for such a thing.
+    # A doubt about the stored file, and the SHA-256 of the last body that was rejected for such a doubt.
     Column("warning", Text),
     Column("seen_sha256", String(64)),
     Column("restarted_at", UtcDateTime),
@@ -217,7 +221,7 @@ _partial_index(
     where=is_replayed,
     unique=True,
 )
-# One each, so that a long replay is no obstacle on the way to what is live.
+# Two indexes: in a common one a search for live deliveries would pass all due ones of a long replay.
 for _name, _which in (("ix_deliveries_due", is_live), ("ix_deliveries_replays_due", is_replayed)):
     _partial_index(
         _name, deliveries.c.destination, deliveries.c.next_attempt_at, where=and_(_is_pending, _which)
@@ -247,7 +251,7 @@ jobs = Table(
     Column("fingerprint", String(64), nullable=False),
     Column("source", String(63), nullable=False),
     Column("model", Text, nullable=False),
-    # The bytes that go to Clipia, on every try the same; the input is in them and nowhere else.
+    # The bytes that are sent to Clipia, the same in each attempt. The input is stored in them only.
     Column("request", LargeBinary, nullable=False),
     Column("has_webhook", Boolean, nullable=False),
     Column("provider_key", PlainUuid, nullable=False),
@@ -255,10 +259,10 @@ jobs = Table(
     Column("max_cost", BigInteger),
     _micros("max_cost"),
     *_work_columns(),
-    # The Clipia account that the first try went to: its idempotency keys mean nothing to another one.
+    # The Clipia account of the first attempt; idempotency keys are valid for one account.
     Column("account", String(40)),
     Column("sent_at", UtcDateTime),
-    # Since when Clipia refuses it for now (402, 403).
+    # The first of the refusals for now (402, 403).
     Column("refused_at", UtcDateTime),
     Column("submitted_at", UtcDateTime),
     Column("updated_at", UtcDateTime, nullable=False),
@@ -270,7 +274,7 @@ jobs = Table(
     Column("charged", BigInteger),
     _micros("charged"),
     Column("warnings", JSON),
-    # SHA-256 of the token in the callback's path; jobs of releases before 0006 have none.
+    # SHA-256 of the token in the callback's path; None for jobs of releases before 0006.
     Column("path_token", String(64)),
     UniqueConstraint("id"),
     UniqueConstraint("caller", "idempotency_key"),
@@ -289,8 +293,8 @@ _partial_index("ix_jobs_refused", jobs.c.caller, jobs.c.model, where=is_refused)
 accounts = Table(
     "accounts",
     metadata,
-    # What Clipia lets one API key do, as far as it is known, and how much of that is used up. Moments are
-    # unix seconds of the database's clock: they are reckoned with, not read.
+    # The quota of one API key and its use, as far as they are known. Times are unix seconds of the database's
+    # clock, because they are used in calculations.
     Column("id", String(40), primary_key=True),
     Column("requests_per_minute", Integer, nullable=False),
     Column("submits_until", Double, nullable=False),
@@ -311,19 +315,17 @@ replays = Table(
     metadata,
     Column("seq", _Sequence, primary_key=True),
     Column("id", PlainUuid, nullable=False),
-    # Who ordered it, and why.
     Column("caller", String(63), nullable=False),
     Column("idempotency_key", String(255), nullable=False),
     Column("fingerprint", String(64), nullable=False),
     Column("reason", Text, nullable=False),
-    # Which events, and to which destinations.
     Column("selection", JSON, nullable=False),
     Column("destinations", JSON, nullable=False),
     Column("media", Boolean, nullable=False),
     Column("force", Boolean, nullable=False, server_default=false()),
     Column("rate", Double),
     Column("matched", Integer, nullable=False),
-    # It goes through the events by `seq`: those above `after_seq`, up to the last one of when it was ordered.
+    # The events that remain: above `after_seq`, and up to the last event at the time of the order.
     Column("after_seq", _Sequence, nullable=False),
     Column("until_seq", _Sequence, nullable=False),
     Column("handled", Integer, nullable=False, server_default=text("0")),
@@ -338,12 +340,12 @@ _partial_index("ix_replays_due", replays.c.next_attempt_at, where=in_state(repla
 workers = Table(
     "workers",
     metadata,
-    # One row per process that works; `id` is of its run. It writes `seen_at` every few seconds.
+    # One row for each run of a worker process, which updates `seen_at` every few seconds.
     Column("id", PlainUuid, primary_key=True),
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("lanes", JSON, nullable=False),
-    # The Clipia account that it submits to and polls; without CLIPIA_KEY there is none.
+    # The Clipia account that it submits to and polls; None without CLIPIA_KEY.
     Column("account", String(40)),
     Column("started_at", UtcDateTime, nullable=False),
     Column("seen_at", UtcDateTime, nullable=False),
@@ -352,11 +354,11 @@ workers = Table(
 freezes = Table(
     "freezes",
     metadata,
-    # While there is a row nothing new is submitted; there is one name, `jobs`.
+    # While the row `jobs` exists, no job is submitted.
     Column("name", String(16), primary_key=True),
     Column("by", Text, nullable=False),
     Column("reason", Text, nullable=False),
-    # Whether it is because the database was restored from a dump.
+    # Whether the reason is that the database was restored from a dump.
     Column("restored", Boolean, nullable=False),
     Column("frozen_at", UtcDateTime, nullable=False),
 )

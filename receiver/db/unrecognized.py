@@ -1,4 +1,4 @@
-"""SQL of events that were not recognized: finding them, and taking up those that this release can read."""
+"""SQL of unrecognized events: find them, and recognize those that this release can read."""
 
 import json
 from collections.abc import Collection, Sequence
@@ -19,13 +19,13 @@ _TAKEN: Final = ("id", "request_id", "state", "status", "model", "cost", "cost_m
 
 
 class Unrecognized(NamedTuple):
-    """An event that was not recognized when it came."""
+    """An event that was not recognized when its request came."""
 
     seq: int
     id: UUID
     source: str
     request_id: str
-    """`sha256:<hex of the body>`, unless only an older release's worker did not recognize it."""
+    """`sha256:<hex of the body>`, or Clipia's if a worker of an earlier release did not recognize it."""
     origin: Literal["webhook", "poll"]
     job_id: UUID | None
     body: bytes
@@ -33,7 +33,7 @@ class Unrecognized(NamedTuple):
 
 
 async def list_page(connection: AsyncConnection, *, after: int, limit: int) -> Sequence[Unrecognized]:
-    """Return the next of them by `seq`."""
+    """Return the next unrecognized events by `seq`."""
     statement = (
         select(*(events.c[name] for name in Unrecognized._fields))
         .where(_UNRECOGNIZED, events.c.seq > after)
@@ -44,15 +44,15 @@ async def list_page(connection: AsyncConnection, *, after: int, limit: int) -> S
 
 
 async def list_seqs(connection: AsyncConnection, *, limit: int) -> Sequence[int]:
-    """Return the `seq` of each, the newest first."""
+    """Return the `seq`s of unrecognized events, newest first."""
     statement = select(events.c.seq).where(_UNRECOGNIZED).order_by(events.c.seq.desc()).limit(limit)
     return (await connection.execute(statement)).scalars().all()
 
 
 async def find_seqs(connection: AsyncConnection, request_id: str) -> list[int]:
-    """Return the `seq` of those in whose body this release reads a `request_id`.
+    """Return the `seq`s of unrecognized events if this release reads the `request_id` in their body.
 
-    The database looks for its characters first, because there may be many bodies.
+    The database searches the bodies for the text first, because there may be many of them.
     """
     if not is_request_id(request_id):
         return []
@@ -63,7 +63,7 @@ async def find_seqs(connection: AsyncConnection, request_id: str) -> list[int]:
 
 
 def read_request_id(body: bytes) -> str | None:
-    """Return the `request_id` of a body; None if this release does not recognize it either."""
+    """Return the `request_id` of a body; None if this release does not recognize it."""
     try:
         return summarize(body).request_id
     except UnrecognizedBody:
@@ -78,15 +78,15 @@ def _contains(connection: AsyncConnection, text: bytes) -> ColumnElement[bool]:
 
 
 async def lock(connection: AsyncConnection, seq: int) -> bool:
-    """Lock one until the transaction ends; False if somebody else has it, or has taken it up."""
+    """Lock an event until the transaction ends; False if it is locked already or was recognized."""
     statement = select(events.c.seq).where(events.c.seq == seq, _UNRECOGNIZED)
     return (await connection.execute(statement.with_for_update(skip_locked=True))).first() is not None
 
 
 async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> None:
-    """Make one the event that it is now read as, which waits for its fan-out.
+    """Turn an unrecognized event into the recognized `event`, which waits for its fan-out.
 
-    Raises IntegrityError if that event has come meanwhile.
+    Raises IntegrityError if `event` was received meanwhile.
     """
     values = {name: getattr(event, name) for name in _TAKEN}
     await connection.execute(update(events).where(events.c.seq == seq).values(**values, reason=None))
@@ -95,7 +95,7 @@ async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> N
 async def merge(
     connection: AsyncConnection, seq: int, *, into: int, outcome: Literal["duplicate", "conflict"]
 ) -> None:
-    """Make the deliveries of one those of another event; a conflict keeps its body on its receipts."""
+    """Move the receipts of an event to another one and delete it; receipts of a conflict get its body."""
     values: dict[str, Any] = {"event_seq": into, "outcome": outcome}
     if outcome == "conflict":
         values["body"] = select(events.c.body).where(events.c.seq == seq).scalar_subquery()
@@ -104,6 +104,6 @@ async def merge(
 
 
 async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
-    """Return the bodies of those that are still unrecognized."""
+    """Return the bodies of the events that are still unrecognized."""
     statement = select(events.c.seq, events.c.body).where(events.c.seq.in_(seqs), _UNRECOGNIZED)
     return {row.seq: row.body for row in await connection.execute(statement)}

@@ -1,4 +1,4 @@
-"""SQL of presence: each process that works has a row, which it renews every few seconds."""
+"""SQL of presence: each worker process renews its row every few seconds."""
 
 import uuid
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from receiver.db.tables import workers
 RENEW_SECONDS: Final = 5.0
 """Seconds after which a process renews its row."""
 FRESH_SECONDS: Final = 30.0
-"""Seconds since its last renewal for which a process counts as running."""
+"""A process counts as running for this time after its last renewal."""
 KEPT_SECONDS: Final = 3600.0
-"""Seconds for which the row of a process that crashed is kept; other processes delete it after that."""
+"""After this time other processes delete the row of a process that crashed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerRun:
-    """One run of a process that works."""
+    """One run of a worker process."""
 
     id: uuid.UUID
     host: str
@@ -35,7 +35,7 @@ class WorkerRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SeenWorker(WorkerRun):
-    """A run as the database knows it."""
+    """A run on record."""
 
     age: float
     """Seconds since its last renewal, by the database's clock."""
@@ -47,7 +47,7 @@ class SeenWorker(WorkerRun):
 
 
 async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
-    """Record that a process is working now."""
+    """Record that a process is running now."""
     new = insert_for(connection.dialect.name, workers)
     statement = new.values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
     await connection.execute(
@@ -56,17 +56,17 @@ async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
 
 
 async def sweep(connection: AsyncConnection) -> None:
-    """Delete the rows of processes that have not been heard of for long."""
+    """Delete the rows of processes that have not renewed them for `KEPT_SECONDS`."""
     await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT_SECONDS)))
 
 
 async def leave(connection: AsyncConnection, run_id: uuid.UUID) -> None:
-    """Record that a process has stopped working."""
+    """Record that a process has stopped."""
     await connection.execute(delete(workers).where(workers.c.id == run_id))
 
 
 async def seen(connection: AsyncConnection) -> Sequence[SeenWorker]:
-    """Return the processes that work, and those that crashed lately; the one seen last comes first."""
+    """Return the processes that run or crashed lately, the latest renewal first."""
     columns = [workers.c[name] for name in WorkerRun.__dataclass_fields__]
     age = seconds_since(workers.c.seen_at).label("age")
     rows = (await connection.execute(select(*columns, age).order_by(age))).mappings()

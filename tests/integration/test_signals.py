@@ -116,7 +116,7 @@ async def test_a_lost_listener_comes_back(
     one: Database, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C3: a listener whose connection is ended listens again."""
-    monkeypatch.setattr(signals, "RECONNECT", 0.1)
+    monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     async with one.write() as connection:
         await connection.execute(
             text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = :last"),
@@ -134,8 +134,8 @@ async def test_a_listener_leaves_a_server_that_takes_no_writes(
     one: Database, heard: Heard, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """C3: after a failover nobody signals on the old server any more, whose sessions stay open."""
-    monkeypatch.setattr(signals, "CHECK", 0.1)
-    monkeypatch.setattr(signals, "RECONNECT", 0.1)
+    monkeypatch.setattr(signals, "CHECK_SECONDS", 0.1)
+    monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     listener = (
         f"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE query = $${signals.IS_READ_ONLY}$$"
     )

@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from support.certificates import make_certificate
 from support.servers import Postgres, free_port
 
-from receiver.db import causes as database_causes
+from receiver.db import error_texts as database_texts
 from receiver.db.database import Database
 from receiver.error_texts import cause
 from receiver.errors import DatabaseUnavailable
@@ -97,7 +97,7 @@ def test_an_unknown_failure_is_its_class_alone() -> None:
     [
         (
             lambda path: path.mkdir(),
-            "its file cannot be opened: see the folder and its rights (SQLITE_CANTOPEN)",
+            "cannot open its file: check the folder and its permissions (SQLITE_CANTOPEN)",
         ),
         (lambda path: path.write_bytes(b"x" * 4096), "the file is no SQLite database (SQLITE_NOTADB)"),
     ],
@@ -110,7 +110,7 @@ def test_sqlite_says_what_is_wrong_with_its_file(
     prepare(tmp_path / "receiver.db")
     with pytest.raises(sqlite3.Error) as caught, closing(sqlite3.connect(tmp_path / "receiver.db")) as opened:
         opened.execute("SELECT * FROM sqlite_master")
-    assert database_causes.cause(caught.value) == words
+    assert database_texts.cause(caught.value) == words
 
 
 async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -> None:
@@ -130,7 +130,7 @@ async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -
         rules.write_text(rules.with_suffix(".saved").read_text())
         postgres.sql("SELECT pg_reload_conf()")
     assert str(caught.value) == (
-        "the database is unavailable: PostgreSQL refuses the user or the password of RECEIVER_DATABASE_URL "
+        "the database is unavailable: PostgreSQL rejects the user or the password of RECEIVER_DATABASE_URL "
         "(InvalidPasswordError, SQLSTATE 28P01)"
     )
 

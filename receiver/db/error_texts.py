@@ -1,4 +1,4 @@
-"""Why a database failed, in our own words: a driver may quote a password, a statement or its values."""
+"""Error texts for failures of a database; a driver's own text may quote a password or the values."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -10,24 +10,24 @@ from receiver import error_texts
 # PostgreSQL's documentation, appendix A.
 _STATES: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "28P01": "PostgreSQL refuses the user or the password of RECEIVER_DATABASE_URL",
-        "28000": "PostgreSQL refuses the login: see pg_hba.conf and sslmode",
+        "28P01": "PostgreSQL rejects the user or the password of RECEIVER_DATABASE_URL",
+        "28000": "PostgreSQL rejects the login: see pg_hba.conf and sslmode",
         "3D000": "there is no such database",
-        "42501": "the user lacks a right: `receiver check` says which",
+        "42501": "the user lacks a right: `receiver check` names it",
         "42P01": "a table is missing: run `receiver migrate`",
         "42703": "a column is missing: run `receiver migrate`",
         "25006": "the server is read-only: is it a standby?",
         "53100": "the server's disk is full",
         "53200": "the server is out of memory",
         "53300": "the server has too many connections",
-        "55P03": "a lock was not given in time",
-        "57014": "the server has canceled the statement",
-        "57P01": "the server has ended the session",
-        "57P02": "the server has crashed",
-        "57P03": "the server starts or shuts down",
-        "57P05": "the server has closed the idle session",
-        "08P01": "the server or the pooler refuses what was sent: are user and database known to the pooler?",
-        "40001": "the transaction collided with another one",
+        "55P03": "a lock was not granted in time",
+        "57014": "the server canceled the statement",
+        "57P01": "the server ended the session",
+        "57P02": "the server crashed",
+        "57P03": "the server is starting or shutting down",
+        "57P05": "the server closed the idle session",
+        "08P01": "the server or the pooler rejects the connection: does the pooler know user and database?",
+        "40001": "the transaction conflicted with another one",
         "40P01": "the transaction was part of a deadlock",
     }
 )
@@ -36,7 +36,7 @@ _SQLITE: Final[Mapping[str, str]] = MappingProxyType(
     {
         "SQLITE_BUSY": "another process holds its lock",
         "SQLITE_LOCKED": "another connection holds its lock",
-        "SQLITE_CANTOPEN": "its file cannot be opened: see the folder and its rights",
+        "SQLITE_CANTOPEN": "cannot open its file: check the folder and its permissions",
         "SQLITE_READONLY": "its file is read-only",
         "SQLITE_PERM": "access to its file is denied",
         "SQLITE_FULL": "the disk is full",
@@ -49,15 +49,15 @@ _SQLITE: Final[Mapping[str, str]] = MappingProxyType(
 
 
 def cause(error: BaseException) -> str:
-    """Return what has happened, and the class of the exception."""
-    # SQLAlchemy puts an exception of its own around the driver's, which tells more.
+    """Return an error text with the class of the exception."""
+    # SQLAlchemy wraps the driver's exception, and that class is more precise.
     driver_error = error.__cause__ if getattr(error.__cause__, "sqlstate", None) else error
     name = type(driver_error).__name__
     state = str(getattr(error, "sqlstate", None) or "")
     if state.isalnum():
         return f"{_STATES.get(state, 'PostgreSQL reports an error')} ({name}, SQLSTATE {state})"
     if isinstance(error, sqlite3.Error):
-        # Extended codes go on after the primary one: SQLITE_IOERR_WRITE.
+        # An extended code starts with the primary one: SQLITE_IOERR_WRITE.
         symbol = str(getattr(error, "sqlite_errorname", "") or "")
         words = _SQLITE.get("_".join(symbol.split("_")[:2]))
         return f"{words} ({symbol})" if words else f"{name} {symbol}".strip()
