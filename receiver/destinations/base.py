@@ -1,6 +1,7 @@
 """The protocol of a destination, and code that several kinds share."""
 
 import abc
+import logging
 import re
 from typing import Final, Protocol, TypeVar
 
@@ -96,14 +97,21 @@ def closed_failure() -> PublishFailed:
     return PublishFailed("the destination is closed", reason="closed")
 
 
-def timeout_failure(shown: str, seconds: float) -> PublishFailed:
-    """Return the error of an attempt that got no answer in time."""
-    return PublishFailed(f"{shown} did not answer within {seconds:g} s", reason="timeout")
+def timeout_failure(shown: str, timeout: float | None) -> PublishFailed:
+    """Return the error of an attempt that got no answer in time; `timeout` is the destination's setting."""
+    return PublishFailed(f"{shown} did not answer within {attempt_timeout(timeout):g} s", reason="timeout")
 
 
 def copy_failure(failure: AnyFailure) -> AnyFailure:
     """Return the failure as a new exception, so that callers that share it have tracebacks of their own."""
     return type(failure)(str(failure), reason=failure.reason)
+
+
+def limit_log(library: str, level: int) -> None:
+    """Drop a library's log records below `level`, unless its log is configured."""
+    library_log = logging.getLogger(library)
+    if library_log.level == logging.NOTSET:
+        library_log.setLevel(level)
 
 
 class Broker(abc.ABC):

@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from receiver.batching import Batcher
-from receiver.destinations.base import (
-    Failure,
-    attempt_timeout,
-    closed_failure,
-    copy_failure,
-    timeout_failure,
-)
+from receiver.destinations.base import Failure, attempt_timeout, closed_failure, copy_failure, timeout_failure
 from receiver.errors import PublishFailed
 
 Message = TypeVar("Message")
@@ -65,7 +59,7 @@ class BatchPublisher(Generic[Message]):
             async with asyncio.timeout_at(deadline):
                 failure = await self._batcher.add(_Entry(message=message, size=size, deadline=deadline))
         except TimeoutError:
-            failure = timeout_failure(self._shown, self.timeout)
+            failure = timeout_failure(self._shown, self._timeout)
         if failure is not None:
             raise copy_failure(failure)
 
@@ -80,7 +74,7 @@ class BatchPublisher(Generic[Message]):
             async with asyncio.timeout_at(max(entry.deadline for entry in batch)):
                 return await self._send([entry.message for entry in batch])
         except TimeoutError:
-            failure = timeout_failure(self._shown, self.timeout)
+            failure = timeout_failure(self._shown, self._timeout)
         except Exception as error:  # noqa: BLE001 - a client library may fail to read an answer
             failure = PublishFailed(f"{self._shown}: {type(error).__name__}", reason="protocol")
         return [failure] * len(batch)

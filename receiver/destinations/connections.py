@@ -2,8 +2,7 @@
 
 import abc
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
 from receiver.destinations.base import (
@@ -76,23 +75,23 @@ class SharedConnection(Generic[ConnectionT]):
         if self._closed:
             raise closed_failure()
         connection: ConnectionT | None = None
-        with self._counted():
-            try:
-                async with asyncio.timeout_at(deadline or self.new_deadline()), self._slots:
-                    connection = await self._get()
-                    connection.users += 1
-                    return await work(connection)
-            except TimeoutError as error:
-                failure = (connection and await connection.explain_timeout()) or timeout_failure(
-                    self._shown, attempt_timeout(self._timeout)
-                )
-                self._retire_if_broken(connection, failure)
-                raise failure from error
-            except (PublishFailed, PublishRejected) as failure:
-                self._retire_if_broken(connection, failure)
-                raise
-            finally:
-                self._release(connection)
+        self._under_way += 1
+        try:
+            async with asyncio.timeout_at(deadline or self.new_deadline()), self._slots:
+                connection = await self._get()
+                connection.users += 1
+                return await work(connection)
+        except TimeoutError as error:
+            failure = (connection and await connection.explain_timeout()) or timeout_failure(
+                self._shown, self._timeout
+            )
+            self._retire_if_broken(connection, failure)
+            raise failure from error
+        except (PublishFailed, PublishRejected) as failure:
+            self._retire_if_broken(connection, failure)
+            raise
+        finally:
+            self._release(connection)
 
     def new_deadline(self) -> float:
         """Return the time, on the event loop's clock, by which a publish that begins now must be done."""
@@ -111,17 +110,6 @@ class SharedConnection(Generic[ConnectionT]):
             self._retire(self._current)
         if self._ending:
             await asyncio.wait(self._ending)
-
-    @contextlib.contextmanager
-    def _counted(self) -> Iterator[None]:
-        """Count a publish that is under way, which `close` waits for."""
-        self._under_way += 1
-        try:
-            yield
-        finally:
-            self._under_way -= 1
-            if not self._under_way:
-                self._idle.set()
 
     async def _get(self) -> ConnectionT:
         """Return the connection or open one; if that fails, all publishes that wait for it fail alike."""
@@ -159,6 +147,9 @@ class SharedConnection(Generic[ConnectionT]):
             connection.users -= 1
             if connection is not self._current:
                 self._end_if_unused(connection)
+        self._under_way -= 1
+        if not self._under_way:
+            self._idle.set()
 
     def _retire_if_broken(self, connection: ConnectionT | None, failure: Failure) -> None:
         if connection is not None and not connection.survives(failure):

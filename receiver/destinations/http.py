@@ -171,16 +171,15 @@ class HttpDestination:
         """Return the answer or the failure; asyncio would report a raised one that no caller awaits."""
         raw = RawAnswer()
         current.set(raw)
-        timeout = attempt_timeout(self._timeout)
-        failure = timeout_failure(self._origin, timeout)
-        scope.deadline = anyio.current_time() + timeout
+        failure = timeout_failure(self._origin, self._timeout)
+        scope.deadline = anyio.current_time() + attempt_timeout(self._timeout)
         with scope:
             try:
                 async with self._slots:
                     response = await self._transport.handle_async_request(request)
                     if raw.status is None:
                         failure = PublishFailed(
-                            f"{self._origin}: more bytes than one answer came back for an earlier event",
+                            f"{self._origin}: further bytes followed the answer to an earlier event",
                             reason="protocol",
                         )
                     await _finish(response, raw)

@@ -40,7 +40,7 @@ async def close_kafka_producer(producer: Any, *, seconds: float) -> None:
     if sender is not None:
         sender.cancel()
     for connection in list(producer.client._conns.values()):
-        # A polite end would wait until the broker has read everything, and a broker that hangs never does.
+        # A clean end would wait until the broker has read everything, and a broker that hangs never does.
         if connection._writer is not None:
             connection._writer.transport.abort()
         connection.close()

@@ -38,7 +38,7 @@ from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, step_timeout
+from receiver.destinations.base import Broker, Failure, limit_log, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.internals import close_kafka_producer, count_kafka_replicas
 from receiver.destinations.tls import open_tls
@@ -89,9 +89,7 @@ _ADVICE: Final[tuple[tuple[tuple[type[KafkaError], ...], str, str], ...]] = (
 
 # The receiver logs every failure itself. The library logs hundreds of lines per outage, and at DEBUG the
 # password.
-_library_log = logging.getLogger("aiokafka")
-if _library_log.level == logging.NOTSET:
-    _library_log.setLevel(logging.CRITICAL)
+limit_log("aiokafka", logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,7 @@ from yarl import URL
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.amqp_url import Address, Node, read_url
-from receiver.destinations.base import Broker, Failure, quoted, step_timeout
+from receiver.destinations.base import Broker, Failure, limit_log, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
@@ -68,9 +68,7 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
 )
 
 # The receiver logs every failure itself; the library adds a line for each node that is down.
-_library_log = logging.getLogger("aiormq")
-if _library_log.level == logging.NOTSET:
-    _library_log.setLevel(logging.CRITICAL)
+limit_log("aiormq", logging.CRITICAL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,7 +34,16 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.config_file import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, closed_failure, encode, quoted, step_timeout
+from receiver.destinations.base import (
+    Broker,
+    Failure,
+    closed_failure,
+    encode,
+    limit_log,
+    quoted,
+    step_timeout,
+    timeout_failure,
+)
 from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import split_url, usable_url
@@ -106,9 +115,7 @@ _NO_CREDENTIALS: Final = (
 )
 
 # At DEBUG it logs whole events and signed headers, with session tokens.
-_library_log = logging.getLogger("botocore")
-if _library_log.level == logging.NOTSET:
-    _library_log.setLevel(logging.WARNING)
+limit_log("botocore", logging.WARNING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +243,7 @@ class SqsDestination(Broker):
             reason, advice = _ADVICE.get(_code(error), ("refused", "the service rejects the request"))
             return PublishFailed(f"{url}: {quoted(_code(error), 64)}: {advice}", reason=reason)
         if isinstance(error, TimeoutError):
-            return PublishFailed(f"{url} did not answer within {self._batches.timeout:g} s", reason="timeout")
+            return timeout_failure(url, self._batches.timeout)
         if isinstance(error, _NO_CREDENTIALS):
             reason, advice = _AUTH
             return PublishFailed(f"{url}: {type(error).__name__}: {advice}", reason=reason)
@@ -285,11 +292,9 @@ def _code(error: ClientError) -> str:
 
 def _fifo_id(text: str) -> str:
     """Return the text if SQS takes it as a group or an id, or else its digest."""
-    return (
-        text
-        if _FIFO_ID.fullmatch(text)
-        else hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    )
+    if _FIFO_ID.fullmatch(text):
+        return text
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _parse(settings: DestinationSettings) -> _Queue:
