@@ -53,7 +53,7 @@ class Parts:
         return cls(
             storage=storage,
             rules=FileRules(
-                refuse=hosts.skip_reason,
+                skip_reason=hosts.skip_reason,
                 max_files=settings.media_max_files,
                 max_url_length=settings.media_max_url_length,
             ),

@@ -1,6 +1,6 @@
-"""The files of a generation: every URL in its output, which of them are fetched, and why the others are not.
+"""Lists the files of a generation: all URLs in its output, and which of them are downloaded; pure.
 
-Pure. Clipia documents `images`, `video`, `audio` and `audios`; other models put files elsewhere (`videos`,
+Clipia documents `images`, `video`, `audio` and `audios`. Some models put files elsewhere (`videos`,
 `model_3d`, previews of a presentation, a cover inside of `audio`), so the whole output is searched.
 """
 
@@ -11,42 +11,42 @@ from itertools import chain
 from typing import Any, Final, Literal, NamedTuple, TypeGuard
 
 Kind = Literal["image", "video", "audio", "file"]
-"""What a file was announced as; `file` is anything."""
+"""The announced kind of a file; `file` is any other."""
 Variant = Literal["original", "display"]
 
 MAX_FILES: Final = 512
-"""Files of one event that are fetched, unless a setting says otherwise."""
+"""Downloaded files per event, by default."""
 MAX_URL_LENGTH: Final = 8192
 MAX_SKIPPED: Final = 1536
-"""Files of one event that are listed without being fetched. The others are counted."""
+"""Files per event that are listed but not downloaded. If there are more, they are only counted."""
 
-_KNOWN: Final[tuple[tuple[str, Kind], ...]] = (
+_DOCUMENTED: Final[tuple[tuple[str, Kind], ...]] = (
     ("images", "image"),
     ("video", "video"),
     ("audio", "audio"),
     ("audios", "audio"),
 )
-_PLACES: Final = frozenset(name for name, _ in _KNOWN)
-_NAMES: Final = ("original_url", "url")
+_FILE_FIELDS: Final = frozenset(name for name, _ in _DOCUMENTED)
+_URL_KEYS: Final = ("original_url", "url")
 _WEB: Final = re.compile(r"https?://", re.IGNORECASE)
-# What text has around a URL: blanks of all kinds, a byte order mark, quotes and angle brackets.
+# Stripped from both ends of a URL: white space, a byte order mark, quotes and angle brackets.
 _AROUND: Final = " \t\r\n\v\f\u00a0\u200b\ufeff<>\"'`"
-# One more URL in the same text, as against one within a path or a query.
+# A second URL in the same text. A URL inside a path or a query does not match.
 _ANOTHER: Final = re.compile(r"[\s\ufeff<>\"'`(\[,;|]https?://", re.IGNORECASE)
 _GAP: Final = re.compile(r"[\s\ufeff<>\"`]")
-# A URL with a path within a text. It ends at blanks, quotes, angle brackets, a backslash, a bracket that it
-# did not open, and a comma that a blank or another URL follows.
+# A URL with a path inside a text. It ends at white space, quotes, angle brackets, a backslash, an unmatched
+# closing bracket, and at a comma if white space or another URL follows.
 _EMBEDDED: Final = re.compile(
     r"https?://[^\s\ufeff<>\"'`()\[\]\\,;|/?#]+/"
     r"(?:[^\s\ufeff<>\"'`()\[\]\\,;|]|\([^\s\ufeff<>\"'`()\[\]\\]*\)|[,;|](?!\s|https?://|\Z))+",
     re.IGNORECASE,
 )
-# What may end a URL in the text of HTML that is escaped.
+# Entities that end a URL in escaped HTML.
 _ENTITY: Final = re.compile(r"&(?:quot|apos|lt|gt|nbsp|#3[49]);", re.IGNORECASE)
 _HOST_ONLY: Final = re.compile(r"https?://[^/]*/?", re.IGNORECASE)
 _PUNCTUATION: Final = ".,:;!?*}"
 _OTHER_ORIGIN: Final = frozenset({"host", "scheme", "port"})
-# Extensions of files that are never text, of the kind `file`.
+# Extensions of the kind `file` that are never text.
 BINARY: Final = {
     *("avi", "flv", "m2ts", "m4v", "mkv", "mpeg", "mpg", "wmv", "3gp", "3gpp"),
     *("aif", "aiff", "m4b", "mid", "midi", "opus", "wma"),
@@ -57,7 +57,7 @@ BINARY: Final = {
     *("npy", "npz", "onnx", "parquet", "safetensors", "wasm"),
     *("otf", "ttf", "woff", "woff2"),
 }
-# An undocumented file is announced by the extension in its URL, or by the name that it stands under.
+# An undocumented file has the kind of its extension, or else of the key above it.
 _EXTENSION: Final = re.compile(r"/[^/?#]*\.([a-z0-9]{2,12})\s*(?:[?#]|\Z)", re.IGNORECASE)
 _KIND_OF: Final[dict[str, Kind]] = {
     **dict.fromkeys(("png", "jpg", "jpeg", "gif", "webp", "avif"), "image"),
@@ -70,33 +70,33 @@ _KIND_OF: Final[dict[str, Kind]] = {
 
 
 class Skip(NamedTuple):
-    """Why a file is not fetched."""
+    """The reason why a file is not downloaded."""
 
     reason: str
-    """A short fixed word, fit for a metric's label."""
-    words: str
+    """A short fixed word: the label of a metric."""
+    message: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileRules:
-    """Which files of an event are fetched."""
+    """Decides which files of an event are downloaded."""
 
-    refuse: Callable[[str], Skip | None] = lambda _url: None
-    """Says why a URL must not be requested; None if it may be."""
+    skip_reason: Callable[[str], Skip | None] = lambda _url: None
+    """Returns the reason if a URL must not be requested, else None."""
     max_files: int = MAX_FILES
     max_url_length: int = MAX_URL_LENGTH
 
 
 @dataclass(frozen=True, kw_only=True)
 class MediaRef:
-    """One file; (`position`, `variant`) is unique within its event, and so is `field`."""
+    """One file. Within an event (`position`, `variant`) is unique, and `field` is too."""
 
-    position: int  # counts the listed files from 0; the two variants of one share it
+    position: int  # counts the listed files from 0; both variants of a file have the same
     kind: Kind
     variant: Variant
-    url: str  # of one that is too long, the beginning
-    # Where in `output` the URL stands: "images[0].original_url", "/model_3d/glb"; "/text#1" is the second URL
-    # within a text, and "/files/x#key0" the first one within a key.
+    url: str  # cut if it is too long
+    # The place of the URL in `output`: "images[0].original_url" or "/model_3d/glb". "/text#1" is the second
+    # URL inside a text, "/files/x#key0" the first one inside a key.
     field: str
     skip: Skip | None = None
 
@@ -107,14 +107,14 @@ class Listing:
 
     files: tuple[MediaRef, ...]
     left_out: int
-    """URLs beyond `MAX_SKIPPED`, which are not listed."""
+    """Number of URLs beyond `MAX_SKIPPED`."""
 
 
 def list_files(output: Any, rules: FileRules) -> Listing:
-    """Return every file of an output, in an order that no order of keys changes.
+    """Return all files of an output. The order does not depend on the order of keys.
 
-    What is documented comes first, and is listed even if it is no URL; elsewhere each text that is an http or
-    https URL as a whole is a file. In other texts and in keys of objects the URLs with an allowed origin are.
+    Documented files come first, and are listed even if their text is not a URL. Elsewhere a text is a file if
+    the whole of it is an http or https URL. Inside other texts and keys, URLs of allowed origins are files.
     """
     collector = _Collector(rules)
     for file in chain(_documented(output), _others(output)):
@@ -123,19 +123,19 @@ def list_files(output: Any, rules: FileRules) -> Listing:
 
 
 def extension_of(url: str) -> str:
-    """Return the extension of a URL's path, without the dot and in small letters; empty if it has none."""
+    """Return the extension of a URL's path in lower case and without the dot; empty if it has none."""
     extension = _EXTENSION.search(url)
     return extension[1].lower() if extension else ""
 
 
 def rules_text_out(url: str, field: str | None) -> bool:
-    """Whether a file of the kind `file` is announced as one that is never text.
+    """Tell whether a file of the kind `file` cannot be text.
 
-    That does the extension in its URL; without one, the name that it stands under, such as `pptx_url`.
+    The extension of its URL decides. If there is none, the key above it does, such as `pptx_url`.
     """
     extension = extension_of(url)
     names = [name for name in re.split(r"[/.\[\]#]+", field or "") if name and not name.isdigit()]
-    name = next((name for name in reversed(names) if name not in _NAMES), "")
+    name = next((name for name in reversed(names) if name not in _URL_KEYS), "")
     return extension in BINARY or (not extension and not BINARY.isdisjoint(name.lower().split("_")))
 
 
@@ -172,22 +172,22 @@ class _Collector:
     def _skip(self, url: str) -> Skip | None:
         most = self._rules.max_url_length
         if not _WEB.match(url):
-            return Skip("scheme", "it is no http or https URL")
+            return Skip("scheme", "it is not an http or https URL")
         if len(url) > most:
             return Skip("length", f"the URL has {len(url)} characters, more than {most}")
-        if skip := self._rules.refuse(url):
+        if skip := self._rules.skip_reason(url):
             return skip
         if self._fetched >= self._rules.max_files:
             return Skip("count", f"the event has more than {self._rules.max_files} files")
         return None
 
     def listing(self) -> Listing:
-        """Return what was added; the last file that is skipped tells of those that are not listed."""
+        """Return the files that were added. The last skipped one also reports how many are not listed."""
         if self._left_out:
             at = max(number for number, ref in enumerate(self._files) if ref.skip)
             skip = self._files[at].skip or Skip("count", "")
-            words = f"{skip.words}; {self._left_out} further URLs are not listed"
-            self._files[at] = replace(self._files[at], skip=skip._replace(words=words))
+            message = f"{skip.message}; {self._left_out} further URLs are not listed"
+            self._files[at] = replace(self._files[at], skip=skip._replace(message=message))
         return Listing(files=tuple(self._files), left_out=self._left_out)
 
 
@@ -196,59 +196,79 @@ class _File(NamedTuple):
     urls: list[tuple[str, str]]
     """The field and the URL of each variant."""
     is_link: bool = False
-    """Whether it is from a text, which may link to anything: of foreign origins nothing is a file."""
+    """Whether it was found inside a text. A text may link to any page, so foreign origins are ignored."""
 
 
 def _documented(output: Any) -> Iterator[_File]:
-    """Yield what stands where files are documented, with the fields' usual names.
+    """Yield the files in the documented fields.
 
-    A list where one object is documented, or the reverse, is read as what it is, and a text as the URL.
+    If a field holds a list instead of one object, or the reverse, or just the URL, it is read all the same.
     """
-    for name, kind in _KNOWN:
-        value = output.get(name) if isinstance(output, dict) else None
-        entries = (
-            [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
-            if isinstance(value, list)
-            else [(name, value)]
-        )
-        for path, entry in entries:
-            if isinstance(entry, dict):
-                places = [(f"{path}.{key}", text) for key in _NAMES if _is_text(text := entry.get(key))]
-            else:
-                places = [(path, entry)] if _is_text(entry) else []
-            several = {place: found for place, text in places if (found := _several(place, text))}
-            yield _File(kind, [(place, _one(text) or text) for place, text in places if place not in several])
-            for each in chain.from_iterable(several.values()):
-                yield _File(kind, [each])
+    for name, kind in _DOCUMENTED if isinstance(output, dict) else ():
+        for field, entry in _entries(name, output.get(name)):
+            texts = _url_texts(f"{field}.", entry) if isinstance(entry, dict) else [(field, entry)]
+            yield from _documented_files(kind, [(place, text) for place, text in texts if _is_text(text)])
+
+
+def _entries(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, list):
+        return [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+    return [(name, value)]
+
+
+def _documented_files(kind: Kind, texts: list[tuple[str, str]]) -> Iterator[_File]:
+    several = {place: found for place, text in texts if (found := _several(place, text))}
+    yield _File(kind, [(place, _one(text) or text) for place, text in texts if place not in several])
+    for url in chain.from_iterable(several.values()):
+        yield _File(kind, [url])
 
 
 def _others(output: Any) -> Iterator[_File]:
-    """Yield every URL with its JSON pointer; one object's `original_url` and `url` are one file."""
+    """Yield all URLs, each with its JSON pointer."""
+    # Not recursive: output may be nested more deeply than Python can recurse.
     waiting: list[tuple[str, str, Any]] = [("", "", output)]
     while waiting:
         pointer, name, value = waiting.pop()
         if isinstance(value, list):
             waiting += [(f"{pointer}/{index}", name, each) for index, each in enumerate(value)][::-1]
         elif isinstance(value, dict):
-            texts = [(f"{pointer}/{key}", text) for key in _NAMES if _is_text(text := value.get(key))]
-            pair = [(place, url) for place, text in texts if (url := _one(text))]
-            if pair:
-                yield _File(_kind(pair[0][1], name), pair)
-            for each in chain.from_iterable(_several(place, text) for place, text in texts):
-                yield _File(_kind(each[1], name), [each])
-            members = [
-                (f"{pointer}/{_escape(key)}", name if key in _NAMES else key, each)
-                for key, each in sorted(value.items())
-                if key not in _NAMES or not _is_text(each)
-            ]
-            for key in sorted(value):
-                yield from _links(f"{pointer}/{_escape(key)}#key", name, key)
-            waiting += members[::-1]
+            yield from _files_of_object(pointer, name, value)
+            waiting += _members(pointer, name, value)[::-1]
         elif _is_text(value):
-            url = _one(value, is_place=name in _PLACES)
-            yield from (
-                [_File(_kind(url, name), [(pointer, url)])] if url else _links(f"{pointer}#", name, value)
-            )
+            yield from _files_of_text(pointer, name, value)
+
+
+def _files_of_object(pointer: str, name: str, value: dict[str, Any]) -> Iterator[_File]:
+    """Yield the object's own URLs and those inside its keys; `original_url` and `url` are one file."""
+    texts = _url_texts(f"{pointer}/", value)
+    variants = [(place, url) for place, text in texts if (url := _one(text))]
+    if variants:
+        yield _File(_kind(variants[0][1], name), variants)
+    for each in chain.from_iterable(_several(place, text) for place, text in texts):
+        yield _File(_kind(each[1], name), [each])
+    for key in sorted(value):
+        yield from _links(f"{pointer}/{_escape(key)}#key", name, key)
+
+
+def _members(pointer: str, name: str, value: dict[str, Any]) -> list[tuple[str, str, Any]]:
+    """Return the other members of an object, by key."""
+    return [
+        (f"{pointer}/{_escape(key)}", name if key in _URL_KEYS else key, each)
+        for key, each in sorted(value.items())
+        if key not in _URL_KEYS or not _is_text(each)
+    ]
+
+
+def _files_of_text(pointer: str, name: str, text: str) -> Iterator[_File]:
+    url = _one(text, is_file_field=name in _FILE_FIELDS)
+    if url:
+        yield _File(_kind(url, name), [(pointer, url)])
+    else:
+        yield from _links(f"{pointer}#", name, text)
+
+
+def _url_texts(prefix: str, value: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(f"{prefix}{key}", text) for key in _URL_KEYS if _is_text(text := value.get(key))]
 
 
 def _links(field: str, name: str, text: str) -> Iterator[_File]:
@@ -256,11 +276,11 @@ def _links(field: str, name: str, text: str) -> Iterator[_File]:
         yield _File(_kind(each[1], name), [each], is_link=True)
 
 
-def _one(text: str, *, is_place: bool = True) -> str | None:
-    """Return the URL that a text is as a whole, without what is around it; None if it is none, or several.
+def _one(text: str, *, is_file_field: bool = True) -> str | None:
+    """Return the URL if a text is exactly one, stripped; else None.
 
-    Blanks belong to a URL in a place for one, and elsewhere if only its end has an extension. They never do
-    behind the extension of a file: that is a caption.
+    A URL may contain white space if it is in a field for files, or if its end has an extension. If white
+    space follows the extension of a file, the rest is a caption, and the text is not a URL.
     """
     url = text.strip(_AROUND)
     if not _WEB.match(url) or _ANOTHER.search(url):
@@ -270,16 +290,16 @@ def _one(text: str, *, is_place: bool = True) -> str | None:
         return url
     start = extension_of(url[: gap.start()])
     is_caption = start in BINARY or start in _KIND_OF
-    return url if not is_caption and (is_place or extension_of(url)) else None
+    return url if not is_caption and (is_file_field or extension_of(url)) else None
 
 
 def _several(place: str, text: str) -> list[tuple[str, str]]:
-    """Return the URLs of a text that should be one, and is not."""
+    """Return the URLs inside a text, unless the text is itself one."""
     return [] if _one(text) else _within(f"{place}#", text)
 
 
 def _within(field: str, text: str) -> list[tuple[str, str]]:
-    """Return the URLs within a text, each with a field that starts with `field`."""
+    """Return the URLs inside a text. Their fields are `field` and a number."""
     if "://" not in text:
         return []
     found = (_ENTITY.split(each[0], 1)[0].replace("&amp;", "&") for each in _EMBEDDED.finditer(text))

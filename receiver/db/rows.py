@@ -166,7 +166,7 @@ class NewMedia:
             kind=ref.kind,
             url=ref.url,
             field=ref.field,
-            skipped=None if ref.skip is None else ref.skip.words,
+            skipped=None if ref.skip is None else ref.skip.message,
         )
 
 

@@ -32,7 +32,7 @@ async def cdn() -> AsyncIterator[str]:
 async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[World]:
     """All parts but the web, with one destination and the rules of a running service."""
     async with opened(database, tmp_path / "media", cdn) as made:
-        made.rules = FileRules(refuse=MediaHosts.parse([cdn]).skip_reason)
+        made.rules = FileRules(skip_reason=MediaHosts.parse([cdn]).skip_reason)
         made.add_destination("main")
         yield made
 
@@ -90,7 +90,7 @@ async def test_skipped_files_are_reported(world: World, cdn: str) -> None:
     expected = [
         ("images[0].url", "original", "stored", None),
         ("images[1].url", "original", "skipped", "https://example.com:443 is not in RECEIVER_MEDIA_HOSTS"),
-        ("images[2]", "original", "skipped", "it is no http or https URL"),
+        ("images[2]", "original", "skipped", "it is not an http or https URL"),
         (
             "video.original_url",
             "original",
@@ -127,7 +127,7 @@ async def test_an_event_with_skipped_files_only_is_delivered_without_waiting(wor
 
 async def test_the_limits_of_the_settings_hold(world: World, cdn: str) -> None:
     """B10: as many files are fetched as the settings allow."""
-    world.rules = FileRules(refuse=world.rules.refuse, max_files=1)
+    world.rules = FileRules(skip_reason=world.rules.skip_reason, max_files=1)
     files = await deliver(world, {"images": [f"{cdn}/1", f"{cdn}/2"]})
     assert [(file["state"], file["error"]) for file in files] == [
         ("stored", None),

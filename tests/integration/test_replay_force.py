@@ -189,7 +189,7 @@ async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
     long = "/" + "x" * 300
     async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
         world.add_destination("main")
-        foreign = FileRules(refuse=MediaHosts.parse(["media.clipia.ai"]).skip_reason, max_url_length=256)
+        foreign = FileRules(skip_reason=MediaHosts.parse(["media.clipia.ai"]).skip_reason, max_url_length=256)
         world.rules = foreign
         await world.add(with_files(server.origin, "r-1", "/a.png", long))
         await world.fan_out()
@@ -198,7 +198,7 @@ async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
         await world.change(media, media.c.position == 0, field=None)
         assert await replay(world, force=True) == 0
         assert await world.states(media) == {"skipped": 2}
-        world.rules = FileRules(refuse=MediaHosts.parse([server.origin]).skip_reason)
+        world.rules = FileRules(skip_reason=MediaHosts.parse([server.origin]).skip_reason)
         assert await replay(world) == 2
         await run_downloads(world)
         assert await world.states(media) == {"stored": 2}
@@ -210,7 +210,7 @@ async def test_files_that_releases_before_left_out_are_added(database: Database,
     cdn = Cdn(response(PNG))
     async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
         world.add_destination("main")
-        world.rules = FileRules(refuse=MediaHosts.parse([server.origin]).skip_reason)
+        world.rules = FileRules(skip_reason=MediaHosts.parse([server.origin]).skip_reason)
         output = {
             "images": [{"url": f"{server.origin}/{name}"} for name in ("moved.png", "same.png")],
             "cover": {"original_url": f"{server.origin}/c1.png", "url": f"{server.origin}/c2.png"},

@@ -496,12 +496,12 @@ async def test_fresh_urls_are_listed_by_the_rules_of_the_event(world: World, cli
     await world.add(await generate(client, PAIR))
     await world.fan_out()
     event, file = await read_event(world)
-    skip = Skip(reason="host_not_allowed", words="It is not allowed.")
+    skip = Skip(reason="host_not_allowed", message="It is not allowed.")
     for rules, found in (
         (FileRules(), True),
         (FileRules(max_url_length=len(file.url) - 1), False),
         (FileRules(max_files=0), False),
-        (FileRules(refuse=lambda _url: skip), False),
+        (FileRules(skip_reason=lambda _url: skip), False),
     ):
         await world.change(account_rows, polls_until=0.0)
         fresh = FreshUrls(world.database, client, rules=rules)

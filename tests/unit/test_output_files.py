@@ -8,7 +8,7 @@ from receiver.core.output_files import MAX_SKIPPED, FileRules, Listing, list_fil
 from receiver.media import MediaHosts
 
 CDN = "https://media.clipia.ai"
-RULES = FileRules(refuse=MediaHosts.parse(["media.clipia.ai"]).skip_reason)
+RULES = FileRules(skip_reason=MediaHosts.parse(["media.clipia.ai"]).skip_reason)
 
 
 def at(*names: str) -> list[str]:
@@ -193,7 +193,7 @@ def test_what_is_not_fetched_has_a_reason(url: str, reason: str | None, place: s
     (ref,) = list_files({place: [{"url": url}]}, RULES).files
     assert (ref.skip and ref.skip.reason) == reason
     assert ref.url == url.strip()[:8192]
-    assert ref.skip is None or "secret" not in ref.skip.words
+    assert ref.skip is None or "secret" not in ref.skip.message
 
 
 TEXTS: list[tuple[Any, list[tuple[str, str]]]] = [
@@ -275,7 +275,7 @@ def test_a_long_original_leaves_the_display_rendering_what_it_is() -> None:
     """B10: an original that is not fetched is listed as such, and `url` does not take its place."""
     output = {"video": {"original_url": f"{CDN}/" + "x" * 9000, "url": f"{CDN}/v.mp4"}}
     original, display = list_files(output, RULES).files
-    assert (original.variant, original.skip and original.skip.words) == (
+    assert (original.variant, original.skip and original.skip.message) == (
         "original",
         "the URL has 9024 characters, more than 8192",
     )
@@ -293,7 +293,7 @@ def test_at_most_512_files(count: int, skipped: int, left_out: int) -> None:
     assert [ref.position for ref in listing.files] == list(range(count - left_out))
     assert [ref.skip is not None for ref in listing.files] == [n >= 512 for n in range(count - left_out)]
     assert listing.left_out == left_out
-    words = [ref.skip.words for ref in listing.files if ref.skip]
+    words = [ref.skip.message for ref in listing.files if ref.skip]
     assert words[:-1] == ["the event has more than 512 files"] * max(0, skipped - 1)
     last = "; 16 further URLs are not listed" if left_out else ""
     assert words[-1:] == [f"the event has more than 512 files{last}"] * bool(words)
