@@ -10,6 +10,7 @@ from rich.text import Text
 from receiver.cli.submit import describe_error
 from receiver.cli.submitting import Input, Strict, read_input, with_submitter
 from receiver.cli.terminal import Json, amount, print_json, print_line, wide
+from receiver.clipia.client import Estimate
 from receiver.submitter import Submitter
 
 _FACTS = (
@@ -30,7 +31,7 @@ def models(
 
     async def run(submitter: Submitter) -> Any:
         catalogue = submitter.catalogue
-        return await catalogue.models() if slug is None else await catalogue.model(slug, fresh=0.0)
+        return await catalogue.models() if slug is None else await catalogue.model(slug, max_age=0.0)
 
     found = with_submitter(run)
     if json:
@@ -50,7 +51,7 @@ def estimate(
     """Tell what a job would cost; nothing is queued."""
     parameters = read_input(given)
 
-    async def run(submitter: Submitter) -> dict[str, Any]:
+    async def run(submitter: Submitter) -> Estimate:
         return await submitter.catalogue.estimate_checked(model, parameters, strict=strict)
 
     answer = with_submitter(run)

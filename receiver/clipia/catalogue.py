@@ -1,4 +1,4 @@
-"""Clipia's models, prices and account, asked for within the limits and remembered for a while."""
+"""Clipia's models, prices and account: cached, and requested within the account's quota."""
 
 import asyncio
 import hashlib
@@ -9,26 +9,29 @@ from typing import Any, Final, TypeVar
 
 import structlog
 
-from receiver.clipia.client import Call, ClipiaClient
+from receiver.clipia.client import Call, ClipiaClient, Estimate
 from receiver.clipia.job_request import encode, join_warnings
-from receiver.core.input_schema import Misfit, check_input
+from receiver.core.input_schema import InputProblem, check_input
+from receiver.core.quota import Quota
 from receiver.db import accounts
 from receiver.db.database import Database
 from receiver.errors import ClipiaUnavailable, RequestError
 from receiver.settings import InputCheck
 
 MODEL_CACHE_SECONDS: Final = 600.0
-"""Seconds for which models are remembered; an older one serves while Clipia is away."""
+"""A cached model is used for this long, and while Clipia is unavailable for longer."""
 RECHECK_AGE_SECONDS: Final = 60.0
-"""Age in seconds from which a model is asked for again before an input is refused: it may take it by now."""
+"""If an input is invalid for a cached model older than this, the model is requested again: it may have
+changed.
+"""
 PRICE_CACHE_SECONDS: Final = 60.0
-"""Seconds for which an estimate is remembered."""
+"""An estimate is used for this long."""
 FAILURE_CACHE_SECONDS: Final = 30.0
-"""Seconds after a question that was not answered in which it is not asked again."""
+"""After a failed request, wait this long before the next one."""
 MAX_QUOTA_WAIT_SECONDS: Final = 5.0
-"""Seconds that a question waits for its turn within the limits."""
+"""A request waits at most this long for the quota."""
 CHECK_TIMEOUT_SECONDS: Final = 5.0
-"""Seconds that a submission waits for the catalogue."""
+"""A submission waits at most this long for a model."""
 MAX_CACHE_ENTRIES: Final = 1000
 
 T = TypeVar("T")
@@ -36,68 +39,71 @@ T = TypeVar("T")
 log = structlog.get_logger()
 
 
-class _Memory:
-    """Answers by their question. Whoever asks what somebody asks already waits for that answer."""
+class _Cache:
+    """Answers of Clipia by key. Concurrent callers of one key share one request."""
 
     def __init__(self) -> None:
         self._answers: dict[str, tuple[float, Any]] = {}
         self._failures: dict[str, tuple[float, ClipiaUnavailable]] = {}
-        self._asking: dict[str, asyncio.Task[Any]] = {}
+        self._requests: dict[str, asyncio.Task[Any]] = {}
 
-    async def recall(
-        self, question: str, ask: Callable[[], Awaitable[T]], *, fresh: float, or_older: bool = True
+    async def get(
+        self, key: str, request: Callable[[], Awaitable[T]], *, max_age: float, or_older: bool = True
     ) -> T:
-        """Return an answer that is not older than `fresh` seconds.
+        """Return the answer for a key, requested again if it is older than `max_age` seconds.
 
-        While Clipia is away it may be `or_older`.
+        If the request fails, an older answer is returned, unless `or_older` is false.
         """
-        asked_at, older = self._answers.get(question, (float("-inf"), None))
-        if time.monotonic() - asked_at < fresh:
-            known: T = older
-            return known
-        task = self._asking.get(question)
+        answered_at, cached = self._answers.get(key, (float("-inf"), None))
+        if time.monotonic() - answered_at < max_age:
+            fresh: T = cached
+            return fresh
+        task = self._requests.get(key)
         if task is None:
-            task = asyncio.create_task(self._ask(question, ask), name="question to Clipia")
-            self._asking[question] = task
-            task.add_done_callback(partial(self._asked, question))
+            task = asyncio.create_task(self._request(key, request), name="request to Clipia")
+            self._requests[key] = task
+            task.add_done_callback(partial(self._finish, key))
         try:
-            # Shielded: the answer is the others', too, and worth remembering for nobody.
+            # If this caller is cancelled, the request goes on: others wait for it, and the answer is cached.
             answer: T = await asyncio.shield(task)
         except ClipiaUnavailable:
-            if not or_older or question not in self._answers:
+            if not or_older or key not in self._answers:
                 raise
-            stale: T = older
-            return stale
+            older: T = cached
+            return older
         return answer
 
-    def _asked(self, question: str, task: asyncio.Task[Any]) -> None:
-        del self._asking[question]
+    def _finish(self, key: str, task: asyncio.Task[Any]) -> None:
+        del self._requests[key]
         if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not report what nobody waited for
+            # If all callers were cancelled, asyncio would log an exception that was never retrieved.
+            task.exception()
 
-    async def _ask(self, question: str, ask: Callable[[], Awaitable[T]]) -> T:
-        failed_at, failure = self._failures.get(question, (float("-inf"), None))
+    async def _request(self, key: str, request: Callable[[], Awaitable[T]]) -> T:
+        failed_at, failure = self._failures.get(key, (float("-inf"), None))
         if failure is not None and time.monotonic() - failed_at < FAILURE_CACHE_SECONDS:
-            raise _again(failure, after=time.monotonic() - failed_at)
+            raise _copy(failure, after=time.monotonic() - failed_at)
         try:
-            answer = await ask()
+            answer = await request()
         except ClipiaUnavailable as error:
-            # A copy: the error holds on to its traceback, and that to the whole input.
-            self._remember(self._failures, question, _again(error, after=0.0))
+            # The error itself would keep its traceback in memory, and the whole input with it.
+            _store(self._failures, key, _copy(error, after=0.0))
             raise
-        self._failures.pop(question, None)
-        self._remember(self._answers, question, answer)
+        self._failures.pop(key, None)
+        _store(self._answers, key, answer)
         return answer
 
-    def _remember(self, where: dict[str, tuple[float, Any]], question: str, value: Any) -> None:
-        where.pop(question, None)
-        where[question] = (time.monotonic(), value)
-        if len(where) > MAX_CACHE_ENTRIES:
-            del where[next(iter(where))]
+
+def _store(entries: dict[str, tuple[float, T]], key: str, value: T) -> None:
+    """Add an entry as the newest, and drop the oldest one if there are too many."""
+    entries.pop(key, None)
+    entries[key] = (time.monotonic(), value)
+    if len(entries) > MAX_CACHE_ENTRIES:
+        del entries[next(iter(entries))]
 
 
-def _again(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
-    """Return the same error, `after` seconds later."""
+def _copy(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
+    """Return a copy of an error, as it stands `after` seconds later."""
     return type(error)(
         str(error),
         reason=error.reason,
@@ -108,107 +114,102 @@ def _again(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
 
 
 class Catalogue:
-    """What Clipia offers. Every method raises RequestError, ClipiaUnavailable and DatabaseUnavailable."""
+    """Clipia's offer. All methods raise RequestError, ClipiaUnavailable and DatabaseUnavailable."""
 
     def __init__(self, database: Database, client: ClipiaClient, *, input_check: InputCheck = "on") -> None:
         self._database = database
         self._client = client
         self._input_check = input_check
-        self._memory = _Memory()
+        self._cache = _Cache()
 
     async def models(self) -> list[dict[str, Any]]:
-        """Return the list of models."""
-        return await self._memory.recall(
-            "models", partial(self._ask, self._client.models), fresh=MODEL_CACHE_SECONDS
-        )
+        """Return all models, each as in Clipia's answer."""
+        request = partial(self._call, self._client.models)
+        return await self._cache.get("models", request, max_age=MODEL_CACHE_SECONDS)
 
-    async def model(self, slug: str, *, fresh: float = MODEL_CACHE_SECONDS) -> dict[str, Any]:
-        """Return one model with its `input_schema`, not older than `fresh` seconds if Clipia answers."""
-        _refuse_path(slug)
-        ask = partial(self._ask, partial(self._client.model, slug))
-        return await self._memory.recall(f"model {slug}", ask, fresh=fresh)
+    async def model(self, slug: str, *, max_age: float = MODEL_CACHE_SECONDS) -> dict[str, Any]:
+        """Return one model with its `input_schema`; older than `max_age` only if Clipia is unavailable."""
+        _check_slug(slug)
+        request = partial(self._call, partial(self._client.model, slug))
+        return await self._cache.get(f"model {slug}", request, max_age=max_age)
 
     async def check(
         self, slug: str, given: Mapping[str, Any], *, strict: bool | None = None
     ) -> list[dict[str, Any]]:
-        """Return warnings of keys that the model's schema does not have; Clipia takes them all the same.
+        """Return a warning for each key that is not in the model's schema. Clipia accepts these keys.
 
-        Raises RequestError for a model that does not exist and for an input that it would refuse; if `strict`
-        (None: as the settings say), for those keys, too. While Clipia is away an unknown model passes.
+        Raises RequestError if the model does not exist or the input is invalid, and for unknown keys if
+        `strict` (None: the setting decides). If Clipia is unavailable and the model is not cached, any input
+        passes.
         """
         strict = self._input_check == "strict" if strict is None else strict
         if self._input_check == "off" and not strict:
             return []
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_SECONDS):
-                misfits = await self._misfits(slug, given, fresh=MODEL_CACHE_SECONDS)
-                if misfits:
-                    misfits = await self._misfits(slug, given, fresh=RECHECK_AGE_SECONDS)
+                problems = await self._find_problems(slug, given)
         except (ClipiaUnavailable, TimeoutError) as error:
             log.warning("input not checked", model=slug, reason=getattr(error, "reason", "timeout"))
             return []
-        if any(strict or not misfit.unknown for misfit in misfits):
-            # All of them: a key that is not known may be the one that is missing, with a typo.
-            message = " ".join(misfit.message for misfit in misfits[:5])
+        if any(strict or not problem.unknown for problem in problems):
+            # Unknown keys too: one of them may be the missing parameter with a typo.
+            message = " ".join(problem.message for problem in problems[:5])
             raise RequestError(message, code="model_input_invalid")
         return [
-            {"code": "unknown_parameter", "parameter": misfit.parameter, "message": misfit.message}
-            for misfit in misfits
+            {"code": "unknown_parameter", "parameter": problem.parameter, "message": problem.message}
+            for problem in problems
         ]
 
     async def estimate_checked(
         self, slug: str, given: Mapping[str, Any], *, strict: bool | None = None
-    ) -> dict[str, Any]:
-        """Return the price of an input that `check` lets pass, with the warnings of both."""
+    ) -> Estimate:
+        """Return the price of an input that passes `check`, with the warnings of both."""
         ours = await self.check(slug, given, strict=strict)
         answer = await self.estimate(slug, given)
-        clipias = answer.get("warnings")
-        return answer | {"warnings": join_warnings(ours, clipias if isinstance(clipias, list) else [])}
+        warnings = answer.get("warnings")
+        return {**answer, "warnings": join_warnings(ours, warnings if isinstance(warnings, list) else [])}
 
-    async def estimate(self, slug: str, given: Mapping[str, Any], *, or_older: bool = True) -> dict[str, Any]:
-        """Return `{"credits", "warnings"}`, the price of an input.
-
-        While Clipia is away it may be an older one if `or_older`.
-        """
-        _refuse_path(slug)
-        # Its digest: an input may have a megabyte, and a thousand of them are remembered.
-        question = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"
-        ask = partial(self._ask, partial(self._client.estimate, slug, given))
-        return await self._memory.recall(question, ask, fresh=PRICE_CACHE_SECONDS, or_older=or_older)
+    async def estimate(self, slug: str, given: Mapping[str, Any], *, or_older: bool = True) -> Estimate:
+        """Return the price of an input. If Clipia is unavailable, it may be `or_older`."""
+        _check_slug(slug)
+        # A digest, because an input may have a megabyte, and the cache holds a thousand.
+        key = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"
+        request = partial(self._call, partial(self._client.estimate, slug, given))
+        return await self._cache.get(key, request, max_age=PRICE_CACHE_SECONDS, or_older=or_older)
 
     async def balance(self) -> dict[str, Any]:
-        """Return the account as it is now."""
-        return await self._ask(self._client.balance)
+        """Return the account, which is never cached."""
+        return await self._call(self._client.balance)
 
-    async def _misfits(self, slug: str, given: Mapping[str, Any], *, fresh: float) -> tuple[Misfit, ...]:
-        model = await self.model(slug, fresh=fresh)
-        return check_input(model.get("input_schema"), given)
+    async def _find_problems(self, slug: str, given: Mapping[str, Any]) -> tuple[InputProblem, ...]:
+        problems: tuple[InputProblem, ...] = ()
+        for max_age in (MODEL_CACHE_SECONDS, RECHECK_AGE_SECONDS):
+            model = await self.model(slug, max_age=max_age)
+            problems = check_input(model.get("input_schema"), given)
+            if not problems:
+                break
+        return problems
 
-    async def _ask(self, ask: Callable[..., Awaitable[T]]) -> T:
-        """Make one call when it is its turn, and keep what the answer says about the limits."""
+    async def _call(self, method: Callable[..., Awaitable[T]]) -> T:
+        """Call Clipia once the quota allows it, and update the quota from the answer."""
         account = self._client.account
-        await self._take_turn(account)
+        await self._wait_for_quota(account)
         call = Call()
         throttled: ClipiaUnavailable | None = None
+
+        def change(quota: Quota, now: float) -> Quota:
+            return quota.after_rate_limit(now, retry_after=throttled.retry_after) if throttled else quota
+
         try:
-            return await ask(call=call)
+            return await method(call=call)
         except ClipiaUnavailable as error:
             throttled = error if error.reason == "rate_limit_exceeded" else None
             raise
         finally:
             async with self._database.write() as connection:
-                await accounts.learn(
-                    connection,
-                    account,
-                    call.headers,
-                    lambda quota, now: (
-                        quota
-                        if throttled is None
-                        else quota.after_rate_limit(now, retry_after=throttled.retry_after)
-                    ),
-                )
+                await accounts.learn(connection, account, call.headers, change)
 
-    async def _take_turn(self, account: str) -> None:
+    async def _wait_for_quota(self, account: str) -> None:
         deadline = time.monotonic() + MAX_QUOTA_WAIT_SECONDS
         while True:
             async with self._database.write() as connection:
@@ -219,7 +220,7 @@ class Catalogue:
                     return
             if time.monotonic() + wait > deadline:
                 raise ClipiaUnavailable(
-                    "the share of Clipia's requests that questions have is used up for now",
+                    "the quota for catalogue requests to Clipia is used up for now",
                     reason="rate_limit_exceeded",
                     status=429,
                     may_have_arrived=False,
@@ -228,7 +229,7 @@ class Catalogue:
             await asyncio.sleep(wait)
 
 
-def _refuse_path(slug: str) -> None:
-    # It becomes a part of a path, where dots at its start would lead elsewhere.
+def _check_slug(slug: str) -> None:
+    # A slug becomes a segment of the path; dots at its start could lead to another path.
     if slug.startswith("."):
         raise RequestError(f"There is no model {slug[:64]!r}.", code="model_not_found")

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NotRequired, TypedDict, cast
 from urllib.parse import unquote
 from uuid import UUID
 
@@ -77,6 +77,13 @@ class Accepted:
     cost: Credits | None
     warnings: list[dict[str, Any]]
     """Keys of the input that the model ignores: `code`, `parameter`, `message`."""
+
+
+class Estimate(TypedDict):
+    """Clipia's answer with the price of an input."""
+
+    credits: Credits
+    warnings: NotRequired[Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,14 +225,14 @@ class ClipiaClient:
         async with _translated(call):
             return dict[str, Any](await self._sdk.models.get(slug))
 
-    async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> dict[str, Any]:
-        """Return `{"credits", "warnings"}` for an input; nothing is queued."""
+    async def estimate(self, slug: str, given: Mapping[str, Any], *, call: Call) -> Estimate:
+        """Return the price of an input; no job is queued."""
         async with _translated(call):
             answer = await self._sdk.models.estimate(slug, dict(given))
             credits_ = read_credits(answer.credits)
             if credits_ is None:
                 raise TypeError("credits")
-            return answer.data | {"credits": credits_}
+            return cast("Estimate", answer.data | {"credits": credits_})
 
     async def balance(self, *, call: Call) -> dict[str, Any]:
         """Return the account: `account_id`, `balance`, `usage_30d`."""

@@ -1,4 +1,4 @@
-"""Clipia's error answers: whether they are about the account, the job, or something in between."""
+"""Clipia's error answers as exceptions: about the account, about the job, or from a proxy in between."""
 
 from typing import Final
 
@@ -12,26 +12,16 @@ from receiver.masking import mask
 
 _FOR_NOW: Final = (402, 403)
 _NOT_READ: Final = (407, 408, 421, 423, 425, 499)
-"""Statuses which say that a request was not read, or not yet: nothing of its content,
-whether Clipia or a proxy says so.
-"""
+"""With these statuses, Clipia or a proxy says that it did not read the request, or not yet."""
 
 
 def translate(error: ClipiaApiError) -> Exception:
-    """Return the exception of ours that an error answer is."""
-    # Not the SDK's attributes, in which null is the text "None".
-    said, status = (error.body or {}).get("error"), error.status
-    code, type_, message = (_member(said, *each) for each in (("code", 64), ("type", 64), ("message", 1000)))
-    message, reason = message or code or f"HTTP {status}", code or f"http_{status}"
-    # Without both, an error comes from something in between, such as a firewall, and says nothing about the
-    # job or the account.
-    is_clipias = bool(code or type_)
-    if is_clipias and status == httpx.codes.UNAUTHORIZED:
-        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
-    type_ = type_ or "invalid_request_error"
-    if is_clipias and status in _FOR_NOW:
-        return RefusedForNow(message, reason=reason, status=status, type_=type_)
-    # Retry-After is somebody else's data; a day is as good as never.
+    """Return our exception for an error answer."""
+    status = error.status
+    code, type_ = _text(error, "code", 64), _text(error, "type", 64)
+    reason = code or f"http_{status}"
+    message = _text(error, "message", 1000) or code or f"HTTP {status}"
+    # A day is as good as never. Without a limit, an absurd Retry-After would hold up the account for years.
     wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER)
     if status == httpx.codes.TOO_MANY_REQUESTS:
         return ClipiaUnavailable(
@@ -41,21 +31,37 @@ def translate(error: ClipiaApiError) -> Exception:
             may_have_arrived=False,
             retry_after=wait,
         )
-    # A conflict without a code may be an earlier call that is still being worked on.
+    # If an answer has neither, a proxy or a firewall sent it, and it tells nothing about the account or the
+    # job.
+    is_clipias = bool(code or type_)
+    refusal = _refusal(message, code=code, type_=type_, status=status) if is_clipias else None
+    return refusal or ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
+
+
+def _refusal(message: str, *, code: str, type_: str, status: int) -> Exception | None:
+    """Return the exception if Clipia refuses the account or the job; None if the same job may pass later."""
+    reason = code or f"http_{status}"
+    if status == httpx.codes.UNAUTHORIZED:
+        return AccountRefused(message, reason=reason, status=status, may_have_arrived=False)
+    type_ = type_ or "invalid_request_error"
+    if status in _FOR_NOW:
+        return RefusedForNow(message, reason=reason, status=status, type_=type_)
+    # If a conflict has no code, an earlier call with the same key may still be in progress.
     is_in_progress = code == "request_in_progress" or (status == httpx.codes.CONFLICT and not code)
-    may_pass = is_in_progress or status in _NOT_READ or status >= httpx.codes.INTERNAL_SERVER_ERROR
-    if is_clipias and not may_pass:
-        return RefusedByClipia(message, code=reason, status=status, type_=type_)
-    return ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)
+    if is_in_progress or status in _NOT_READ or status >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return None
+    return RefusedByClipia(message, code=reason, status=status, type_=type_)
 
 
-def _member(said: object, name: str, limit: int) -> str:
-    """Return a text in the `error` object of an answer; empty if it is none."""
-    value = said.get(name) if isinstance(said, dict) else None
+def _text(error: ClipiaApiError, name: str, limit: int) -> str:
+    """Return a text of the answer's `error` object; empty if it has none."""
+    # Not error.code and error.type, which are the text "None" if the answer has null.
+    details = (error.body or {}).get("error")
+    value = details.get(name) if isinstance(details, dict) else None
     return quoted(value.strip(), limit) if isinstance(value, str) else ""
 
 
 def quoted(text: str, limit: int) -> str:
-    """Return words of Clipia's, cut, and without the secrets that it may have repeated."""
-    # Masked before the cut, which could leave half of a secret.
+    """Return a text of Clipia's, cut to `limit` characters and without secrets."""
+    # Masked before it is cut: half of a secret would not be found.
     return clean_text(mask(text[: 10 * limit])[:limit])

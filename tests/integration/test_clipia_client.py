@@ -662,7 +662,7 @@ async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox:
     known = await models.model(MODEL)
     await sandbox.switch(error_rate=1.0)
     assert await models.model(MODEL) is known
-    assert await models.model(MODEL, fresh=0.0) is known
+    assert await models.model(MODEL, max_age=0.0) is known
     with pytest.raises(ClipiaUnavailable):
         await models.model("suno-music")
 

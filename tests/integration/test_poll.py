@@ -1123,7 +1123,7 @@ async def working(world: World, *, key: str) -> AsyncIterator[Submitter]:
     wakeups = Wakeups()
     submitter = world.submitter(key=key, public_url=await world.serve_callback(), wake=wakeups.wake)
     # A model whose schema is unknown: Clipia warns where the check would have refused.
-    submitter.catalogue._memory._answers[f"model {MODEL}"] = (time.monotonic(), {"slug": MODEL})
+    submitter.catalogue._cache._answers[f"model {MODEL}"] = (time.monotonic(), {"slug": MODEL})
     assert submitter.lane is not None
     lanes: list[Lane] = [submitter.lane, world.poll_lane(submitter), world.delivery_lane(wake=wakeups.wake)]
     async with running(Worker(world.fan_out(wake=wakeups.wake), lanes, wakeups)):

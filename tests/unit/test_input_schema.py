@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from receiver.core.input_schema import MAX_MISFITS, Misfit, check_input
+from receiver.core.input_schema import MAX_PROBLEMS, InputProblem, check_input
 from receiver.sandbox.answers import Problem
 from receiver.sandbox.catalogue import MODELS, Model, Parameter
 
@@ -47,7 +47,7 @@ def check_one(facts: object, value: object) -> list[str]:
     listed = with_options(facts) | {"name": "p"} if isinstance(facts, Mapping) else facts
     results = [check_input(schema, {"p": value}) for schema in ({"p": facts}, {"parameters": [listed]})]
     assert results[0] == results[1]
-    return [misfit.message for misfit in results[0]]
+    return [problem.message for problem in results[0]]
 
 
 @both_shapes
@@ -120,14 +120,16 @@ def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
         (
             "title",
             dt.date(2026, 1, 1),
-            "must be a string with a length from 2 to 3, not of Python's type date",
+            "must be a string with a length from 2 to 3, not a Python date",
         ),
     ],
 )
 def test_value_that_does_not_fit(schema: object, key: str, value: object, trouble: str) -> None:
     """A value that does not fit is refused in words that say what is wrong and what would be right."""
     message = f'Parameter "{key}" {trouble}.'
-    assert check_input(schema, {"prompt": "x"} | {key: value}) == (Misfit(parameter=key, message=message),)
+    assert check_input(schema, {"prompt": "x"} | {key: value}) == (
+        InputProblem(parameter=key, message=message),
+    )
 
 
 @both_shapes
@@ -135,7 +137,7 @@ def test_null_for_a_required_parameter_is_missing(schema: object) -> None:
     """A required parameter that is null or absent is missing, and is told of once."""
     wanted = 'Parameter "prompt" is required: a string with a length from 1 to 10.'
     for nothing in ({}, {"prompt": None}):
-        assert check_input(schema, nothing) == (Misfit(parameter="prompt", message=wanted),)
+        assert check_input(schema, nothing) == (InputProblem(parameter="prompt", message=wanted),)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +166,9 @@ def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
     """A typo gets the name that was probably meant and all that the model takes."""
     declared = ", ".join(f'"{name}"' for name in PARAMETERS)
     takes = f"It takes {declared}."
-    assert [misfit.message for misfit in check_input(schema, {"prompt": "x", "duraton": 4, "zzz": None})] == [
+    assert [
+        problem.message for problem in check_input(schema, {"prompt": "x", "duraton": 4, "zzz": None})
+    ] == [
         f'Parameter "duraton" is not known to this model; did you mean "duration"? {takes}',
         f'Parameter "zzz" is not known to this model. {takes}',
     ]
@@ -174,30 +178,30 @@ def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
 def test_an_unknown_key_is_told_apart(schema: object) -> None:
     """Only what the schema does not have is `unknown`: Clipia takes that, and refuses the rest."""
     found = check_input(schema, {"title": 1, "nope": 1, "count": 9})
-    assert [misfit.parameter for misfit in found if misfit.unknown] == ["nope"]
-    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "title", "count"]
+    assert [problem.parameter for problem in found if problem.unknown] == ["nope"]
+    assert [problem.parameter for problem in found if not problem.unknown] == ["prompt", "title", "count"]
 
 
 def test_unknown_keys_hide_no_mistake() -> None:
     """However many keys are unknown, what does not fit is found behind them."""
     schema = {"prompt": {"type": "string", "required": True}, "count": {"type": "integer", "max": 4}}
-    unknown = {f"key{number}": 1 for number in range(3 * MAX_MISFITS)}
+    unknown = {f"key{number}": 1 for number in range(3 * MAX_PROBLEMS)}
     found = check_input(schema, unknown | {"count": 9})
-    assert [misfit.parameter for misfit in found if not misfit.unknown] == ["prompt", "count"]
-    assert len(found) == MAX_MISFITS
+    assert [problem.parameter for problem in found if not problem.unknown] == ["prompt", "count"]
+    assert len(found) == MAX_PROBLEMS
 
 
 @both_shapes
 def test_order_is_missing_first_then_as_given(schema: object) -> None:
     """What is missing comes first, then the trouble with what was given, in its own order."""
     found = check_input(schema, {"title": 1, "nope": 1, "audio": 1, "count": 9})
-    assert [misfit.parameter for misfit in found] == ["prompt", "title", "nope", "audio", "count"]
+    assert [problem.parameter for problem in found] == ["prompt", "title", "nope", "audio", "count"]
 
 
 def test_missing_parameters_come_in_the_order_of_the_schema() -> None:
     """Several missing parameters are told of as the schema lists them."""
     schema = {name: {"type": "string", "required": True} for name in ("b", "a", "c")}
-    assert [misfit.parameter for misfit in check_input(schema, {"a": ""})] == ["b", "c"]
+    assert [problem.parameter for problem in check_input(schema, {"a": ""})] == ["b", "c"]
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_default_always_fits(facts: dict[str, Any], value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("facts", "fits", "misfit"),
+    ("facts", "fits", "problem"),
     [
         ({"type": " String "}, "x", 1),
         ({"type": "INT"}, 1, 1.5),
@@ -300,10 +304,10 @@ def test_default_always_fits(facts: dict[str, Any], value: object) -> None:
         ({"type": "number", "min": 5, "enum": [4]}, 4, 6),
     ],
 )
-def test_spellings(facts: dict[str, Any], fits: object, misfit: object) -> None:
+def test_spellings(facts: dict[str, Any], fits: object, problem: object) -> None:
     """Plausible spellings are understood: the type in other words or left out, other bounds."""
     assert check_one(facts, fits) == []
-    assert len(check_one(facts, misfit)) == 1
+    assert len(check_one(facts, problem)) == 1
 
 
 @pytest.mark.parametrize(
@@ -338,7 +342,7 @@ def test_map_may_have_a_parameter_called_parameters() -> None:
     schema = {"parameters": {"type": "object", "required": True}, "prompt": {"type": "string"}}
     assert check_input(schema, {"parameters": {}, "prompt": "x"}) == ()
     found = check_input(schema, {"prompt": 1, "promt": "x"})
-    assert [misfit.parameter for misfit in found] == ["parameters", "prompt", "promt"]
+    assert [problem.parameter for problem in found] == ["parameters", "prompt", "promt"]
 
 
 def test_two_descriptions_of_one_name_are_not_enforced() -> None:
@@ -346,7 +350,7 @@ def test_two_descriptions_of_one_name_are_not_enforced() -> None:
     one, other = ({"name": "p", "type": word, "required": True} for word in ("string", "integer"))
     schema = {"parameters": [one, other]}
     assert check_input(schema, {}) == check_input(schema, {"p": []}) == ()
-    assert [misfit.parameter for misfit in check_input(schema, {"q": 1})] == ["q"]
+    assert [problem.parameter for problem in check_input(schema, {"q": 1})] == ["q"]
 
 
 @pytest.mark.parametrize(
@@ -372,8 +376,8 @@ def test_group_may_declare_more(groups: object, *, refused: bool) -> None:
 def test_known_part_of_an_incomplete_schema_is_enforced() -> None:
     """One unreadable entry takes back the refusal of unknown keys, and nothing else."""
     schema = {"parameters": [{"name": "prompt", "type": "string", "required": True}, None]}
-    assert [misfit.parameter for misfit in check_input(schema, {"seed": 1})] == ["prompt"]
-    assert [misfit.parameter for misfit in check_input(schema, {"prompt": 1})] == ["prompt"]
+    assert [problem.parameter for problem in check_input(schema, {"seed": 1})] == ["prompt"]
+    assert [problem.parameter for problem in check_input(schema, {"prompt": 1})] == ["prompt"]
 
 
 def test_messages_are_bounded_and_quote_no_long_value() -> None:
@@ -387,10 +391,10 @@ def test_messages_are_bounded_and_quote_no_long_value() -> None:
     }
     given_ = {"text": secret, "number": 10**5_000, "style": [secret, secret[1:]], secret[1:]: 1}
     found = check_input(schema, given_)
-    assert [misfit.parameter for misfit in found] == [secret, *given_]
-    assert all(len(misfit.message) < LONGEST_MESSAGE for misfit in found)
+    assert [problem.parameter for problem in found] == [secret, *given_]
+    assert all(len(problem.message) < LONGEST_MESSAGE for problem in found)
     cut = '"' + "s" * 39 + "…"
-    assert [misfit.message for misfit in found] == [
+    assert [problem.message for problem in found] == [
         f"Parameter {cut} is required: a string with a length of at least ….",
         'Parameter "text" must be a string with a length of at most 9, not a string of 20000 characters.',
         'Parameter "number" must be an integer of at most 9, not ….',
@@ -427,8 +431,8 @@ def test_messages_hold_no_control_characters() -> None:
 def test_number_of_misfits_is_bounded() -> None:
     """However many keys are wrong, the answer stays readable."""
     schema = {"prompt": {"type": "string"}}
-    assert len(check_input(schema, {f"k{n}": n for n in range(MAX_MISFITS)})) == MAX_MISFITS
-    assert len(check_input(schema, {f"k{n}": n for n in range(10_000)})) == MAX_MISFITS
+    assert len(check_input(schema, {f"k{n}": n for n in range(MAX_PROBLEMS)})) == MAX_PROBLEMS
+    assert len(check_input(schema, {f"k{n}": n for n in range(10_000)})) == MAX_PROBLEMS
 
 
 def test_deep_values_are_no_trouble() -> None:
@@ -443,7 +447,7 @@ def test_deep_values_are_no_trouble() -> None:
         "d": {"type": "string", "default": deep},
     }
     found = check_input(schema, {"a": deep, "b": deep, "c": deep, "d": deep, "e": deep})
-    assert [misfit.parameter for misfit in found] == ["c", "d", "e"]
+    assert [problem.parameter for problem in found] == ["c", "d", "e"]
 
 
 def sandbox_values(parameter: Parameter) -> st.SearchStrategy[Any]:
@@ -540,12 +544,12 @@ def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
     """Whatever the schema and the input, the answer is a bounded list that is the same each time."""
     found = check_input(schema, given_)
     assert found == check_input(schema, given_)
-    assert len(found) <= MAX_MISFITS
-    for misfit in found:
-        assert len(misfit.message) < LONGEST_MESSAGE
-        assert misfit.message.isprintable()
-        assert misfit.message.startswith("Parameter ")
-    missing = [" is required: " in misfit.message for misfit in found]
+    assert len(found) <= MAX_PROBLEMS
+    for problem in found:
+        assert len(problem.message) < LONGEST_MESSAGE
+        assert problem.message.isprintable()
+        assert problem.message.startswith("Parameter ")
+    missing = [" is required: " in problem.message for problem in found]
     assert missing == sorted(missing, reverse=True)
     if not isinstance(schema, Mapping):
         assert found == ()
@@ -555,4 +559,4 @@ def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
 def test_null_is_at_most_missing_and_a_value_never(facts: dict[str, Any], value: object) -> None:
     """However a parameter is described, null is refused only as missing, and a value never as that."""
     words_of_refusal = " is required: " if value is None else " must be "
-    assert all(words_of_refusal in misfit.message for misfit in check_input({"p": facts}, {"p": value}))
+    assert all(words_of_refusal in problem.message for problem in check_input({"p": facts}, {"p": value}))
