@@ -67,7 +67,7 @@ class Cursor:
         self._advance(size)
 
     def find(self, pattern: re.Pattern[bytes], *, overlap: int) -> Wait[bytes]:
-        """Skip to the end of the next match and return it; a part may end `overlap` bytes into a match."""
+        """Skip to the end of the next match and return it; a part may end after `overlap` bytes of one."""
         while (match := pattern.search(self._data, self._at)) is None:
             self._advance(max(0, len(self._data) - self._at - overlap))
             yield
@@ -113,7 +113,7 @@ class Follower:
 
 
 def unchecked(cursor: Cursor) -> Wait[None]:
-    """Walk a file of a format without lengths: it may never end too early."""
+    """Accept any end: the format does not contain a length."""
     yield from cursor.skip(0)
 
 

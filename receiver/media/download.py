@@ -83,7 +83,7 @@ class StoredFile:
     is_media: bool
     """False for a page or a text that the host sent in place of the file."""
     warning: str | None
-    """A contradiction in the file, which was stored all the same: the host sends it again and again."""
+    """The doubt about the file, if it was stored in spite of one."""
 
 
 class Downloader:
@@ -125,9 +125,7 @@ class Downloader:
         except MediaUnavailable:
             pass
         await self.close()
-        raise SettingsError(
-            "The installed httpcore bypasses the media guard: install the versions that are pinned"
-        )
+        raise SettingsError("The installed httpcore bypasses the media guard: install the pinned versions")
 
     async def save(
         self,

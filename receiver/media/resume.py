@@ -103,7 +103,7 @@ class _Version:
 
 
 def _is_old(headers: httpx.Headers) -> bool:
-    """Return whether Last-Modified is a minute before Date: then no other version shares it (RFC 9110)."""
+    """Return whether Last-Modified is old enough that no other version shares it (RFC 9110)."""
     try:
         sent, changed = (parsedate_to_datetime(headers.get(name, "")) for name in ("date", "last-modified"))
         age = (sent - changed).total_seconds()

@@ -1,13 +1,15 @@
 """Digests that a response states about its body."""
 
 import base64
+import contextlib
 import hashlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from receiver.errors import MediaBlocked
+from receiver.errors import MediaBlocked, MediaDoubtful
 from receiver.media.containers import unchecked
 from receiver.media.digests import stated_digests
 from receiver.media.inspection import Inspection
@@ -76,6 +78,36 @@ def test_a_body_that_matches_passes() -> None:
     inspection = inspect(stated={"md5": MD5, "sha256": SHA256, "sha512": SHA512})
     assert inspection.find_doubt() is None
     assert (inspection.size, inspection.sha256) == (len(BODY), SHA256.hex())
+
+
+@pytest.mark.parametrize(
+    ("stated", "seen_sha256", "keep_doubtful", "passes"),
+    [
+        (MD5, None, False, True),
+        (bytes(16), None, False, False),
+        (bytes(16), SHA512.hex(), False, False),
+        (bytes(16), SHA256.hex(), False, True),
+        (bytes(16), None, True, True),
+    ],
+)
+async def test_a_body_in_doubt_passes_if_it_was_seen_before(
+    *, stated: bytes, seen_sha256: str | None, keep_doubtful: bool, passes: bool
+) -> None:
+    """D9: a body in doubt is rejected, unless the attempt before had the same one or it must be kept."""
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield BODY[5:]
+
+    inspection = Inspection(
+        max_bytes=1000,
+        stated={"md5": stated},
+        walk=unchecked,
+        seen_sha256=seen_sha256,
+        keep_doubtful=keep_doubtful,
+    )
+    with contextlib.nullcontext() if passes else pytest.raises(MediaDoubtful, match="md5"):
+        assert [part async for part in inspection.stream(BODY[:5], parts())] == [BODY[:5], BODY[5:]]
+    assert (inspection.warning is not None) == (passes and stated != MD5)
 
 
 @pytest.mark.parametrize("name", ["md5", "sha256", "sha512"])

@@ -59,7 +59,7 @@ class Storage(Protocol):
         """
 
     async def sweep(self) -> int:
-        """Remove the rests of writes that were interrupted more than a day ago; return their number."""
+        """Remove unfinished files that are more than a day old; return their number."""
 
     async def close(self) -> None:
         """Close the connections."""
@@ -124,7 +124,7 @@ async def probe(storage: Storage) -> str | None:
     try:
         await storage.delete(key)
     except StorageUnavailable as error:
-        # The service stores files without the permission to delete them: so this is a warning, and no error.
+        # No error: the service needs no permission to delete files.
         warning = f"the probe {storage.uri(key)} stays, because it cannot be deleted: {error}"
     if found != content:
         raise StorageUnavailable("A file that was just written reads back with other bytes", reason="error")

@@ -20,9 +20,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _INCOMING = ".incoming"
-_BLOCK = 1024 * 1024
+_BLOCK_BYTES = 1024 * 1024
 _ABANDONED_SECONDS = 24 * 60 * 60
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class LocalStorage:
@@ -42,7 +42,7 @@ class LocalStorage:
         part = _Part(self._root)
         try:
             await self._run(part.open)
-            async for block in blocks(chunks, _BLOCK):
+            async for block in blocks(chunks, _BLOCK_BYTES):
                 await self._run(part.write, block)
             await self._run(part.publish, path)
         except BaseException:
@@ -56,7 +56,7 @@ class LocalStorage:
         if file is None:
             raise FileNotFoundError(key)
         with file:
-            while block := await self._run(file.read, _BLOCK):
+            while block := await self._run(file.read, _BLOCK_BYTES):
                 yield block
 
     async def stat(self, key: str) -> int | None:
@@ -92,7 +92,7 @@ class LocalStorage:
         try:
             return await run_to_end(asyncio.to_thread(work, *args, **kwargs))
         except OSError as error:
-            is_full = error.errno in _FULL
+            is_full = error.errno in _FULL_ERRORS
             advice = "free some space" if is_full else "make it a folder that this user can write to"
             raise StorageUnavailable(
                 f"Cannot use {self._root}: {error.strerror}; {advice}, or change RECEIVER_STORAGE_URL",

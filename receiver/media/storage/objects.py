@@ -164,10 +164,7 @@ class ObjectStorage:
             await source.aclose()
 
     async def open(self, key: str) -> AsyncIterator[bytes]:
-        """Iterate over a file; if the connection breaks, continue with a new one.
-
-        Each connection must bring a MiB or more, or the second break in a row raises.
-        """
+        """Iterate over a file. If a connection breaks after a MiB or more, continue with a new one."""
         path = require_key(key)
         position = 0
         first = found = await self._get(path, position)
