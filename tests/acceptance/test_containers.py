@@ -78,7 +78,7 @@ def test_a_process_that_was_killed_is_not_healthy(tmp_path: Path, temporary: Pat
     receiver.kill()
     assert heartbeat_file(temporary, "serve").is_file()
     status, said = check_health()
-    assert (status, said[:38]) == (1, "no `receiver serve` or `receiver worker")
+    assert (status, said[:40]) == (1, "no `receiver serve` or `receiver worker`")
     assert not list(temporary.glob("clipia-receiver-*/*"))
 
 
@@ -118,7 +118,7 @@ def test_the_health_check_imports_next_to_nothing(temporary: Path) -> None:
         timeout=60,
         check=False,
     )
-    assert done.stdout.startswith("neither")
+    assert done.stdout.startswith("no `receiver serve`")
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     assert "receiver.heartbeat" in imported
     assert not imported & {"sqlalchemy", "typer", "uvicorn", "receiver.cli", "asyncio"}
