@@ -1,4 +1,4 @@
-"""Ingest: verify the signature → parse → store once. The answer may be sent when it returns, not before."""
+"""Ingest: verify the signature, parse the body, store the event once. The answer is sent only after that."""
 
 import hashlib
 from collections import defaultdict
@@ -21,23 +21,23 @@ from receiver.db.rows import Arrival, NewEvent, Outcome, event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.metrics import SECRETS_USED, WEBHOOKS
 
-LARGEST_GROUP: Final = 256
-"""The most deliveries that share a transaction."""
-HEAVIEST_GROUP: Final = 1024 * 1024
-"""The most bytes of bodies that share a transaction: the driver copies all of them, more than once."""
+MAX_BATCH_WEBHOOKS: Final = 256
+"""The most webhooks in one transaction."""
+MAX_BATCH_BYTES: Final = 1024 * 1024
+"""The most bytes of bodies in one transaction: the driver copies all of them several times."""
 
 log = structlog.get_logger()
 
 
 class Received(NamedTuple):
-    """What became of one authentic delivery."""
+    """The result of one authentic request."""
 
     event_id: UUID
     outcome: Outcome
 
 
 class Ingest:
-    """The use case behind the callback."""
+    """Verifies and stores webhooks; used by the callback."""
 
     def __init__(
         self,
@@ -48,17 +48,17 @@ class Ingest:
         clock: Callable[[], float],
         on_accepted: Callable[[], None],
     ) -> None:
-        """`secrets` are those of each source, `tolerance` in seconds, `clock` tells unix seconds.
+        """`secrets` are given by source; `tolerance` is in seconds, and `clock` returns unix seconds.
 
-        `on_accepted` is called after a new event is committed; losing the call loses nothing.
+        `on_accepted` is called after a new event was committed. It only saves time: workers also poll.
         """
         self._database = database
         self._secrets = secrets
         self._tolerance = tolerance
         self._clock = clock
         self._on_accepted = on_accepted
-        self._first = _grouped(self._store)
-        self._again = _grouped(self._compare)
+        self._new = _batcher(self._store)
+        self._repeated = _batcher(self._record_repeats)
         self._verified = {
             (source, secret.id): SECRETS_USED.labels(source, secret.id)
             for source, known in secrets.items()
@@ -66,7 +66,7 @@ class Ingest:
         }
 
     def has_source(self, source: str) -> bool:
-        """Tell whether there is such a source."""
+        """Return whether the source is configured."""
         return source in self._secrets
 
     async def receive(
@@ -79,16 +79,15 @@ class Ingest:
         job_id: UUID | None = None,
         path_token: str | None = None,
     ) -> Received:
-        """Verify and store one delivery; when this returns, it is committed durably.
+        """Verify and store one request; it is durably committed when this returns.
 
-        `signatures` are the values of all X-Clipia-Signature fields, `body` the raw bytes; `webhook_id` is
-        not signed and only put on record; `job_id` and `path_token`, from the path, are not signed either and
-        only help to find the job whose `request_id` is not known yet.
+        `signatures` are the values of all X-Clipia-Signature fields, and `body` is the raw body. The rest is
+        not signed: `webhook_id` is only recorded, and `job_id` and `path_token`, from the path, only help to
+        find the job if its `request_id` is not known yet.
 
-        Raises SignatureError where the signature or its age does not hold, and DatabaseUnavailable where the
-        event could not be stored: it may or may not be stored then, and sending it again is safe. It waits
-        for the database without a limit of its own: the caller's deadline covers the body, too. Cancelling
-        it means the same as DatabaseUnavailable.
+        Raises SignatureError if the signature is invalid or too old. Raises DatabaseUnavailable if the event
+        may not have been stored; sending it again is safe. Cancelling the call has the same meaning. There is
+        no timeout: the caller sets one for the body and the database together.
         """
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
@@ -103,16 +102,16 @@ class Ingest:
         arrival = Arrival(
             event, webhook_id, verified.secret_id, datetime.fromtimestamp(verified.timestamp, UTC)
         )
-        outcome = await self._first.add(arrival) or await self._again.add(arrival)
+        outcome = await self._new.add(arrival) or await self._repeated.add(arrival)
         if outcome is None:
-            # Pruned since it was found to be there. The next delivery starts afresh.
-            raise DatabaseUnavailable("the event vanished while it was looked up", reason="race")
+            # The event was pruned between the two transactions. The next request stores it as a new one.
+            raise DatabaseUnavailable("the event was pruned while its webhook was recorded", reason="race")
         return Received(event.id, outcome)
 
     async def record_result(self, source: str, body: bytes) -> Received:
-        """Store a result that was asked for, in the place of the webhook that did not bring it.
+        """Store a polled result in place of a webhook that did not come.
 
-        `body` is what the webhook would have carried. Raises DatabaseUnavailable.
+        `body` is the body that the webhook would have had. Raises DatabaseUnavailable.
         """
         event = make_event(
             source, body, received_at=datetime.fromtimestamp(self._clock(), UTC), origin="poll"
@@ -126,8 +125,8 @@ class Ingest:
         return Received(event_id=event.id, outcome=outcome)
 
     async def _store(self, group: Sequence[Arrival]) -> list[Outcome | None]:
-        """Store what is new, and return how it is answered; None where the event was there already."""
-        # Of two deliveries of one event in a group the second is a repetition like any other.
+        """Store new events; return their outcomes, and None for each event that was stored before."""
+        # If an event is twice in a group, only its first request is new.
         new = {arrival.event.id: arrival for arrival in reversed(group)}
         known = await arrivals.insert_new(self._database, [*new.values()])
         outcomes: list[Outcome | None] = [
@@ -141,19 +140,18 @@ class Ingest:
             self._on_accepted()
         return outcomes
 
-    async def _compare(self, group: Sequence[Arrival]) -> list[Outcome | None]:
-        """Put deliveries of events that are there already on record, and return how they are answered.
-
-        None is for one whose event is there no more.
-        """
-        outcomes = await self._database.run_transaction(partial(_record_again, group=group), is_webhook=True)
+    async def _record_repeats(self, group: Sequence[Arrival]) -> list[Outcome | None]:
+        """Record requests whose events are stored; return their outcomes, None if the event was pruned."""
+        outcomes = await self._database.run_transaction(
+            partial(_insert_repeats, group=group), is_webhook=True
+        )
         self._report(group, outcomes)
         return outcomes
 
     def _report(self, group: Sequence[Arrival], outcomes: Sequence[Outcome | None]) -> None:
-        """Count and log those that have an outcome.
+        """Count and log the outcomes.
 
-        A line tells of all that were stored together: one for each would cost more than storing it.
+        There is one log record per source and outcome: one per webhook would cost more than storing it.
         """
         lots: dict[tuple[str, Outcome], list[str]] = defaultdict(list)
         for (event, webhook_id, *_), outcome in zip(group, outcomes, strict=True):
@@ -162,7 +160,7 @@ class Ingest:
             lots[event.source, outcome].append(event.request_id)
             if outcome in {"conflict", "unrecognized"}:
                 log.warning(
-                    "webhook kept and not forwarded",
+                    "webhook stored but not forwarded",
                     source=event.source,
                     outcome=outcome,
                     event_id=str(event.id),
@@ -175,58 +173,55 @@ class Ingest:
             log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
 
 
-def _grouped(
+def _batcher(
     write: Callable[[Sequence[Arrival]], Awaitable[Sequence[Outcome | None]]],
 ) -> Batcher[Arrival, Outcome | None]:
     return Batcher(
         write,
-        max_items=LARGEST_GROUP,
+        max_items=MAX_BATCH_WEBHOOKS,
         weigh=lambda arrival: len(arrival.event.body),
-        max_bytes=HEAVIEST_GROUP,
+        max_bytes=MAX_BATCH_BYTES,
         shared_errors=DatabaseUnavailable,
     )
 
 
-async def _record_again(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:
+async def _insert_repeats(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:
     found = await inbox.find_events(connection, {event.id for event, *_ in group})
-    known = [found.get(event.id) for event, *_ in group]
-    others = {
-        one.seq
-        for one, (event, *_) in zip(known, group, strict=True)
-        if one is not None and one.body_sha256 != event.body_sha256
+    stored = [(arrival, found.get(arrival.event.id)) for arrival in group]
+    unequal = {
+        known.seq
+        for (event, *_), known in stored
+        if known is not None and known.body_sha256 != event.body_sha256
     }
-    bodies = await inbox.load_bodies(connection, others) if others else {}
-    outcomes: list[Outcome | None] = [
-        None
-        if one is None
-        else "unrecognized"
-        if event.state == "unrecognized"
-        else compare(one, event, bodies)
-        for one, (event, *_) in zip(known, group, strict=True)
+    bodies = await inbox.load_bodies(connection, unequal) if unequal else {}
+    outcomes = [
+        None if known is None else _repeat_outcome(known, event, bodies) for (event, *_), known in stored
     ]
-    await inbox.record_receipts(
-        connection,
-        [
-            (one.seq, arrival, outcome)
-            for one, arrival, outcome in zip(known, group, outcomes, strict=True)
-            if one is not None and outcome is not None
-        ],
-    )
+    receipts = [
+        (known.seq, arrival, outcome)
+        for (arrival, known), outcome in zip(stored, outcomes, strict=True)
+        if known is not None and outcome is not None
+    ]
+    await inbox.record_receipts(connection, receipts)
     return outcomes
+
+
+def _repeat_outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:
+    return "unrecognized" if event.state == "unrecognized" else compare(known, event, bodies)
 
 
 def compare(
     known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]
 ) -> Literal["duplicate", "conflict"]:
-    """Tell whether another delivery of an event that is there already says the same.
+    """Return whether a repeated webhook agrees with its stored event.
 
-    `bodies` are those of known events, by `seq`, that are not the same bytes.
+    `bodies` has the stored bodies that are not the same bytes, by `seq`.
     """
-    # A conflict would keep the body on its receipt, and with it what was erased.
+    # The receipt of a conflict stores the body; that would bring the content of an erased event back.
     if known.body_sha256 == event.body_sha256 or known.state == "erased":
         return "duplicate"
     if known.origin == "poll":
-        # We wrote that body ourselves, and need not have hit Clipia's words.
+        # The polled body was written by us, so its other fields may differ from Clipia's.
         same = known.status == event.status
     else:
         same = same_json(bodies[known.seq], event.body)
@@ -242,10 +237,10 @@ def make_event(
     job_id: UUID | None = None,
     path_token: str | None = None,
 ) -> NewEvent:
-    """Make the event of an authentic webhook body.
+    """Make the event of an authentic body.
 
-    A body that is no usable event is kept under its own digest and never under the `request_id` that it may
-    name: it must not take the place of the real result, which may still come.
+    An unrecognized body gets its digest as `request_id`, even if it contains a `request_id`: it must not take
+    the place of the real result, which may still come.
     """
     sha256 = hashlib.sha256(body).hexdigest()
     try:

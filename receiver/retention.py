@@ -1,20 +1,22 @@
-"""Retention: what was settled long ago is deleted, and one event is erased when a person asks for that.
+"""Retention: old, finished events are pruned, and a single event is erased on request.
 
-A run goes through the events by `seq`, a batch at a time, and each batch is a short transaction: a run that
-ends in the middle has deleted whole events, and the next one goes on where it has stopped. Then it deletes
-the inputs of jobs that ended long ago.
+A run goes through the events by `seq`, a batch at a time, and each batch is a short transaction. If a run is
+killed, it has deleted whole events, and the next run continues there. At its end a run deletes the inputs of
+jobs that ended long ago.
 
-Files are deleted outside of any transaction, after their events were made tombstones and before the records
-of the files go: a run that is killed in between leaves no file that no record names.
+Files are deleted outside of transactions: after their events became tombstones, and before their records are
+deleted. So each file has a record until it is deleted, even if a run is killed in between.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final
+from typing import Final, NamedTuple
 from uuid import UUID
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import pruning
 from receiver.db.database import Database
@@ -22,57 +24,63 @@ from receiver.db.pruning import StoredFile
 from receiver.errors import RequestError
 from receiver.media import Storage
 
-SHORTEST: Final = timedelta(days=30)
-"""Deduplication reaches as far back as events are kept: Clipia's tries and ours have to fit in."""
-BATCH: Final = 500
-"""Events that one transaction looks at, and jobs whose inputs it deletes."""
-FILES: Final = 10_000
-"""Files of old events that one transaction deletes at most, unless they are of one event.
-
-Each statement has a time limit, and on SQLite every webhook waits for the transaction.
-"""
-SPAN: Final = 20_000
-"""Jobs that one statement goes through at most."""
-AT_ONCE: Final = 8
+MIN_AGE: Final = timedelta(days=30)
+"""Deduplication works for as long as events are kept, so all attempts of Clipia's and ours must fit in."""
+CONCURRENT_DELETIONS: Final = 8
 """Files that are deleted from the storage at the same time."""
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The size of one transaction: a statement has a time limit, and on SQLite webhooks wait for it."""
+
+    events: int = 500
+    """Events, and jobs whose inputs are deleted."""
+    files: int = 10_000
+    """Files of old events; a single event may have more."""
+    jobs: int = 20_000
+    """Jobs that one statement searches for old inputs."""
+
+
+LIMITS: Final = Limits()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """How far a run has come."""
+    """The progress of a run; after a dry run the numbers say what a run would delete."""
 
     before: datetime
-    """Events that were received before this moment are old, by the database's clock."""
+    """Events received before this moment are old, by the database's clock."""
     events: int = 0
-    """Old ones that were deleted, or would be."""
+    """Old events that were deleted."""
     kept: int = 0
-    """Old ones that are not: something is left to do for them, or somebody is at work on them."""
+    """Old events that were kept: they are unfinished, or locked by other work."""
     files: int = 0
-    """Their files that were deleted from the storage, or would be."""
+    """Files that were deleted from the storage."""
     files_elsewhere: int = 0
-    """Their files that are not in the storage of the settings, and stay."""
+    """Files of deleted events that are not in the configured storage, and are kept."""
     jobs: int = 0
-    """Jobs that ended before that moment and whose input was deleted, or would be."""
+    """Jobs that ended before that moment, and whose inputs were deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Erased:
-    """What was erased of one event."""
+    """The result of erasing one event."""
 
     id: UUID
     request_id: str
     files: int
     """Files that were deleted from the storage."""
     files_elsewhere: list[str]
-    """Where files are that are not in the storage of the settings, and stay."""
+    """The URIs of files that are not in the configured storage, and are kept."""
 
 
 async def begin(database: Database, *, older_than: timedelta) -> Pruned:
-    """Begin a run. Raises DatabaseUnavailable, and RequestError for an age below SHORTEST."""
-    if older_than < SHORTEST:
+    """Begin a run. Raises DatabaseUnavailable, and RequestError if `older_than` is below MIN_AGE."""
+    if older_than < MIN_AGE:
         raise RequestError(
-            f"events are kept for {SHORTEST.days} days at least: a webhook that comes again after its event "
-            "was deleted is taken for a new one, and forwarded again",
+            f"events must be kept for at least {MIN_AGE.days} days: if a webhook is repeated after its event "
+            "was deleted, it is forwarded a second time",
             code="invalid_request",
         )
     async with database.read() as connection:
@@ -86,80 +94,130 @@ async def prune(
     dead_letters: bool = False,
     dry_run: bool = False,
     storage: Storage | None = None,
+    limits: Limits = LIMITS,
 ) -> AsyncIterator[Pruned]:
-    """Delete old events that nothing is left to do for; yield after each batch how far the run has come.
+    """Delete old events that are finished, then old inputs of jobs; yield the progress after each batch.
 
-    An event with a dead letter is kept unless `dead_letters`; files are deleted from `storage` if there is
-    one. The part of the events ends with the first batch that has no old event in it. Raises
-    DatabaseUnavailable and StorageUnavailable.
+    An event with a dead letter is kept unless `dead_letters`. Files are deleted if a `storage` is given.
+    Raises DatabaseUnavailable and StorageUnavailable.
     """
-    after = 0
-    while True:
-        began = time.monotonic()
-        files: list[StoredFile] = []
-        async with database.read() if dry_run else database.write() as connection:
-            old, after = await pruning.find_old(
-                connection, after=after, before=done.before, limit=BATCH, files=FILES
+    pruner = _EventPruner(database, storage, dead_letters=dead_letters, dry_run=dry_run, limits=limits)
+    async for progress in pruner.run(done):
+        yield (done := progress)
+    async for progress in _prune_jobs(database, done, dry_run=dry_run, limits=limits):
+        yield progress
+
+
+class _Batch(NamedTuple):
+    old: Sequence[int]
+    """The old events, by `seq`."""
+    finished: Sequence[int]
+    """Those of them that can be deleted."""
+    files: Sequence[StoredFile]
+    """The files of the finished events, if there is a storage to delete them from."""
+    last: int
+    """The last `seq` that was searched."""
+
+
+class _EventPruner:
+    def __init__(
+        self,
+        database: Database,
+        storage: Storage | None,
+        *,
+        dead_letters: bool,
+        dry_run: bool,
+        limits: Limits,
+    ) -> None:
+        self._database = database
+        self._storage = storage
+        self._dead_letters = dead_letters
+        self._dry_run = dry_run
+        self._limits = limits
+
+    async def run(self, done: Pruned) -> AsyncIterator[Pruned]:
+        """Yield the progress after each batch, and end with the first batch without an old event."""
+        after, is_last = 0, False
+        while not is_last:
+            began = time.monotonic()
+            batch = await self._take_batch(after, done.before)
+            after, is_last = batch.last, not batch.old
+            ours, elsewhere = ([], []) if self._storage is None else _sort(self._storage, batch.files)
+            deleted = len(batch.finished)
+            if self._storage is not None and batch.files and not self._dry_run:
+                await _delete(self._storage, ours)
+                deleted = await self._delete_tombstones(batch.finished)
+            done = replace(
+                done,
+                events=done.events + deleted,
+                kept=done.kept + len(batch.old) - deleted,
+                files=done.files + len(ours),
+                files_elsewhere=done.files_elsewhere + len(elsewhere),
             )
-            found = old if dry_run else await pruning.lock(connection, old, dead_letters=dead_letters)
-            settled = await pruning.select_finished(connection, found, dead_letters=dead_letters)
-            if storage is not None:
-                files = [*await pruning.list_files(connection, settled)]
-            if not dry_run:
-                await (pruning.erase_events if files else pruning.delete_events)(connection, settled)
-        ours, elsewhere = ([], []) if storage is None else _sort(storage, files)
-        if storage is not None and files and not dry_run:
-            await _delete(storage, ours)
-            async with database.write() as connection:
-                # One that a webhook has locked stays a tombstone until the next run.
-                settled = await pruning.lock(connection, settled, dead_letters=dead_letters)
-                await pruning.delete_events(connection, settled)
-        done = replace(
-            done,
-            events=done.events + len(settled),
-            kept=done.kept + len(old) - len(settled),
-            files=done.files + len(ours),
-            files_elsewhere=done.files_elsewhere + len(elsewhere),
-        )
-        if not dry_run:
-            # Half of the time belongs to live traffic.
-            await asyncio.sleep(time.monotonic() - began)
-        yield done
-        if not old:
-            break
-    async for further in _prune_jobs(database, done, dry_run=dry_run):
-        yield further
+            if not self._dry_run:
+                await _rest(began)
+            yield done
+
+    async def _take_batch(self, after: int, before: datetime) -> _Batch:
+        """Find the next old events; delete the finished ones, or make them tombstones if they have files."""
+        async with self._database.read() if self._dry_run else self._database.write() as connection:
+            old, last = await pruning.find_old(
+                connection, after=after, before=before, limit=self._limits.events, files=self._limits.files
+            )
+            locked = old if self._dry_run else await self._lock(connection, old)
+            finished = await pruning.select_finished(connection, locked, dead_letters=self._dead_letters)
+            files = [] if self._storage is None else await pruning.list_files(connection, finished)
+            if not self._dry_run:
+                await (pruning.erase_events if files else pruning.delete_events)(connection, finished)
+        return _Batch(old, finished, files, last)
+
+    async def _delete_tombstones(self, seqs: Sequence[int]) -> int:
+        """Delete tombstones, and return how many; one that a webhook has locked is left for the next run."""
+        async with self._database.write() as connection:
+            locked = await self._lock(connection, seqs)
+            await pruning.delete_events(connection, locked)
+        return len(locked)
+
+    async def _lock(self, connection: AsyncConnection, seqs: Sequence[int]) -> Sequence[int]:
+        return await pruning.lock(connection, seqs, dead_letters=self._dead_letters)
 
 
-async def _prune_jobs(database: Database, done: Pruned, *, dry_run: bool) -> AsyncIterator[Pruned]:
-    """Delete the inputs of jobs that ended long ago; keys, prices and results stay."""
+async def _rest(began: float) -> None:
+    """Sleep for as long as the work took, to leave half of the time to live traffic."""
+    await asyncio.sleep(time.monotonic() - began)
+
+
+async def _prune_jobs(
+    database: Database, done: Pruned, *, dry_run: bool, limits: Limits
+) -> AsyncIterator[Pruned]:
+    """Delete the inputs of jobs that ended long ago; keys, prices and results are kept."""
     async with database.read() as connection:
         last = await pruning.last_job(connection)
     after = 0
     while after < last:
         began = time.monotonic()
-        until = min(after + SPAN, last)
+        until = min(after + limits.jobs, last)
         async with database.read() as connection:
             found = await pruning.find_inputs(
-                connection, after=after, until=until, before=done.before, limit=BATCH
+                connection, after=after, until=until, before=done.before, limit=limits.events
             )
         if found and not dry_run:
             async with database.write() as connection:
                 await pruning.delete_inputs(connection, found, before=done.before)
-        after = found[-1] if len(found) == BATCH else until
+        after = found[-1] if len(found) == limits.events else until
         if not dry_run:
-            await asyncio.sleep(time.monotonic() - began)
+            await _rest(began)
         done = replace(done, jobs=done.jobs + len(found))
         yield done
 
 
 async def erase(database: Database, storage: Storage, key: str) -> Erased | None:
-    """Erase an event, which is meant by its id or its `request_id`; return None if there is none.
+    """Erase an event by its id or its `request_id`; return None if there is none.
 
-    Its body, its deliveries, its files, and the input and the metadata of its job are deleted. A tombstone
-    stays, so that a late delivery is still a duplicate. After a failure the same call goes on.
+    Its body, its deliveries, its files, and the input and the metadata of its job are deleted. A tombstone is
+    kept, so that a late webhook is still a duplicate. After a failure the same call can be repeated.
 
-    Raises RequestError if work is left for the event, or if several sources have this `request_id`;
+    Raises RequestError if the event is unfinished, or if several sources have this `request_id`;
     DatabaseUnavailable and StorageUnavailable.
     """
     async with database.write() as connection:
@@ -168,13 +226,13 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
             return None
         if len(found) > 1:
             raise RequestError(
-                "events of several sources have this request_id: name one by its id",
+                "events of several sources have this request_id: give the id of one of them",
                 code="ambiguous",
             )
         event = found[0]
         locked = await pruning.lock(connection, [event.seq], dead_letters=True)
         if not await pruning.select_finished(connection, locked, dead_letters=True):
-            left = await pruning.list_unfinished(connection, event.seq) or ["something else is at work on it"]
+            left = await pruning.list_unfinished(connection, event.seq) or ["other work has locked it"]
             raise RequestError(f"the event cannot be erased yet: {', '.join(left)}", code="not_settled")
         files = await pruning.list_files(connection, locked)
         await pruning.erase_events(connection, locked)
@@ -192,7 +250,7 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
 
 
 def _sort(storage: Storage, files: Collection[StoredFile]) -> tuple[list[StoredFile], list[StoredFile]]:
-    """Return which files are in this storage, and which in another one, where an earlier setting put them."""
+    """Return the files in this storage, and those in a storage of earlier settings."""
     ours: list[StoredFile] = []
     elsewhere: list[StoredFile] = []
     for file in files:
@@ -201,9 +259,9 @@ def _sort(storage: Storage, files: Collection[StoredFile]) -> tuple[list[StoredF
 
 
 async def _delete(storage: Storage, files: list[StoredFile]) -> None:
-    for start in range(0, len(files), AT_ONCE):
-        some = (storage.delete(file.key) for file in files[start : start + AT_ONCE])
-        # To its end, whichever fails: what is under way is not left behind.
+    for start in range(0, len(files), CONCURRENT_DELETIONS):
+        some = (storage.delete(file.key) for file in files[start : start + CONCURRENT_DELETIONS])
+        # `return_exceptions` waits for all deletions, even if one fails.
         for result in await asyncio.gather(*some, return_exceptions=True):
             if isinstance(result, BaseException):
                 raise result

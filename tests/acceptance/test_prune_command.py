@@ -212,7 +212,7 @@ def test_kill_9_leaves_no_half_event(receiver: Receiver) -> None:
     assert counts == whole(counts["events"])
 
     async def go_on(database: Database) -> int:
-        begun = await retention.begin(database, older_than=retention.SHORTEST)
+        begun = await retention.begin(database, older_than=retention.MIN_AGE)
         return [done.events async for done in retention.prune(database, begun)][-1]
 
     assert receiver.use(go_on) == counts["events"]

@@ -27,7 +27,7 @@ from receiver.db.views import EventDetails
 from receiver.errors import RequestError, StorageUnavailable
 from receiver.ingest import Ingest
 from receiver.media import Storage, open_storage
-from receiver.retention import Erased, Pruned
+from receiver.retention import Erased, Limits, Pruned
 from receiver.submitter import Submitter
 
 
@@ -167,7 +167,7 @@ async def test_a_run_that_fails_leaves_no_file_that_is_not_on_record(world: Worl
 # --- inputs of jobs ---
 
 
-async def test_ended_jobs_lose_their_input(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_ended_jobs_lose_their_input(world: World) -> None:
     """G9: key, price, model and metadata of a job that ended long ago stay, its input goes."""
     names = [f"{age}-{state}" for age in ("old", "young") for state in get_args(JobState)]
     for name in names:
@@ -177,18 +177,17 @@ async def test_ended_jobs_lose_their_input(world: World, monkeypatch: pytest.Mon
         values = {"request": b'{"input":{"prompt":"a private cat"}}', "cost": 12, "charged": 12}
         await world.change(jobs, jobs.c.id == job_id, state=state, finished_at=ended_at, **values)
     before = await world.rows(jobs)
-    monkeypatch.setattr(retention, "BATCH", 2)
-    monkeypatch.setattr(retention, "SPAN", 5)
-    counted = await prune(world, dry_run=True)
+    limits = Limits(events=2, jobs=5)
+    counted = await prune(world, limits=limits, dry_run=True)
     assert await world.rows(jobs) == before
-    assert counted.jobs == (await prune(world)).jobs == 3
+    assert counted.jobs == (await prune(world, limits=limits)).jobs == 3
     ended = {"old-completed", "old-failed", "old-canceled"}
     assert [row | {"request": b""} for row in await world.rows(jobs)] == [
         row | {"request": b""} for row in before
     ]
     emptied = [row["idempotency_key"] for row in await world.rows(jobs) if row["request"] == NO_INPUT]
     assert set(emptied) == ended
-    assert (await prune(world)).jobs == 0
+    assert (await prune(world, limits=limits)).jobs == 0
 
 
 async def test_a_job_without_its_input(world: World) -> None:
@@ -401,7 +400,7 @@ async def test_one_request_id_of_two_sources(world: World, ingest: Ingest) -> No
         await deliver(ingest, PRIVATE, source=source)
     await world.fan_out()
     await world.change(deliveries, state="delivered")
-    with pytest.raises(RequestError, match="name one by its id") as caught:
+    with pytest.raises(RequestError, match="give the id of one") as caught:
         await erase(world, "r-1")
     assert status_of(caught.value) == 409
     assert await erase(world, str(event_id("staging", "r-1"))) is not None
@@ -419,6 +418,6 @@ async def test_an_event_that_somebody_works_on_is_refused(database: Database, wo
     async with database.write() as connection:
         await connection.execute(select(events.c.seq).with_for_update())
         async with asyncio.timeout(20):
-            with pytest.raises(RequestError, match="something else is at work on it"):
+            with pytest.raises(RequestError, match="other work has locked it"):
                 await erase(world, "r-1")
     assert await erase(world, "r-1") is not None

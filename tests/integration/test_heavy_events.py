@@ -22,6 +22,7 @@ from receiver.db.tables import deliveries, events, media
 from receiver.errors import DatabaseUnavailable
 from receiver.lanes import fan_out as fan_out_module
 from receiver.lanes.fan_out import FanOut
+from receiver.retention import Limits
 
 CDN = "https://media.clipia.ai"
 
@@ -202,7 +203,7 @@ async def test_more_files_than_a_statement_may_have_parameters(world: World) -> 
     assert await world.states(events) == {"ready": 1, "fetching": 1}
 
 
-async def test_pruning_is_bounded_by_files(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pruning_is_bounded_by_files(world: World) -> None:
     """C13: events with many files are deleted a few at a time, and no event is passed over."""
     for number, count in enumerate((3, 3, 9, 0, 1, 1)):
         await world.add(files(f"r-{number}", count))
@@ -211,9 +212,9 @@ async def test_pruning_is_bounded_by_files(world: World, monkeypatch: pytest.Mon
     await world.change(deliveries, state="delivered")
     await world.change(events, events.c.request_id != "r-3", received_at=db_time(-100 * 86_400.0))
     await world.change(events, state="ready")
-    monkeypatch.setattr(retention, "FILES", 6)
+    limits = Limits(files=6)
     begun = await retention.begin(world.database, older_than=timedelta(days=90))
-    counts = [done.events async for done in retention.prune(world.database, begun)]
+    counts = [done.events async for done in retention.prune(world.database, begun, limits=limits)]
     assert counts == [2, 3, 5, 5]
     assert [row["request_id"] for row in await world.rows(events)] == ["r-3"]
     assert not await world.rows(media)

@@ -25,7 +25,7 @@ from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMe
 from receiver.db.tables import deliveries, events, jobs, media, receipts, replays
 from receiver.errors import DatabaseUnavailable, RequestError
 from receiver.ingest import Ingest, make_event
-from receiver.retention import Pruned
+from receiver.retention import Limits, Pruned
 
 
 @pytest.fixture
@@ -214,19 +214,19 @@ async def test_the_event_of_an_open_job_stays(world: World) -> None:
     assert len(await world.rows(jobs)) == 2 * len(states) + 1
 
 
-async def test_a_dry_run_says_what_the_run_does(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_dry_run_says_what_the_run_does(world: World) -> None:
     """`dry_run` counts the same, over as many batches, and deletes nothing."""
     await add_old(world, *(f"r-{number}" for number in range(12)))
     await set_delivery(world, "r-1", "dead")
     await set_delivery(world, "r-2", "pending")
     before = await count_rows(world.database)
-    monkeypatch.setattr(retention, "BATCH", 5)
-    counted = [await prune(world, dry_run=True, dead_letters=each) for each in (False, True)]
+    limits = Limits(events=5)
+    counted = [await prune(world, limits=limits, dry_run=True, dead_letters=each) for each in (False, True)]
     assert await count_rows(world.database) == before
     assert [(each.events, each.kept) for each in counted] == [(10, 2), (11, 1)]
-    done = await prune(world)
+    done = await prune(world, limits=limits)
     assert (done.events, done.kept) == (10, 2)
-    done = await prune(world, dead_letters=True)
+    done = await prune(world, limits=limits, dead_letters=True)
     assert (done.events, done.kept) == (1, 1)
 
 
@@ -246,7 +246,7 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
         # Many pages of numbers after the others.
         far = make_event("clipia", plain("far"), received_at=datetime.now(UTC))
         await connection.execute(insert(events).values(**far._asdict() | {"seq": 10_000, "state": "ready"}))
-    monkeypatch.setattr(retention, "BATCH", 3)
+    limits = Limits(events=3)
     pages: list[int] = []
     find = pruning.find_old
 
@@ -256,14 +256,14 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
         return old, after
 
     monkeypatch.setattr(pruning, "find_old", seen)
-    done = await prune(world)
+    done = await prune(world, limits=limits)
     assert (done.events, done.kept) == (4, 3)
     assert pages == [3, 2, 2, 0]
     # An old one among young ones, as an import may have brought it, goes when its neighbours do.
     assert await left(world) == {*stay, *young, "r-15", "far"}
     pages.clear()
     await age(world, *young, "far", days=100)
-    assert (await prune(world, dead_letters=True)).events == 17
+    assert (await prune(world, limits=limits, dead_letters=True)).events == 17
     assert await left(world) == set()
     assert pages == [3, 3, 3, 3, 3, 2, 0]
 
@@ -271,7 +271,7 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
 async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """C13: it rests after each batch for as long as the batch took."""
     await add_old(world, *(f"r-{number}" for number in range(4)))
-    monkeypatch.setattr(retention, "BATCH", 2)
+    limits = Limits(events=2)
     rests: list[float] = []
     sleep, delete_events = asyncio.sleep, pruning.delete_events
 
@@ -284,7 +284,7 @@ async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(pruning, "delete_events", slow)
     monkeypatch.setattr(asyncio, "sleep", rest)
-    await prune(world)
+    await prune(world, limits=limits)
     assert len(rests) == 3
     assert min(rests) >= 0.05
 
@@ -324,25 +324,23 @@ async def test_what_comes_again_after_all_is_a_new_event(world: World) -> None:
     assert await world.states(deliveries) == {"pending": 1}
 
 
-async def test_two_runs_at_once_do_no_harm(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_two_runs_at_once_do_no_harm(world: World) -> None:
     """C13: each event is deleted and counted once, by whichever run comes to it first."""
     await fill(world.database, 60)
-    monkeypatch.setattr(retention, "BATCH", 7)
+    limits = Limits(events=7)
     other = Database(world.database.url)
     async with opened(other, world.folder) as elsewhere:
-        runs = await asyncio.gather(*(prune(each) for each in (world, elsewhere)))
+        runs = await asyncio.gather(*(prune(each, limits=limits) for each in (world, elsewhere)))
     await other.close()
     assert sum(run.events for run in runs) == 60
     assert await count_rows(world.database) == whole(0)
 
 
-async def test_repeats_that_come_meanwhile_are_answered(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_repeats_that_come_meanwhile_are_answered(world: World) -> None:
     """C16: a delivery of an event that is pruned is a repeat, a new one, or sent again; never lost."""
     names = [f"r-{number}" for number in range(40)]
     await add_old(world, *names)
-    monkeypatch.setattr(retention, "BATCH", 5)
+    limits = Limits(events=5)
     ingest = ingest_of(world)
     answers: Counter[str] = Counter()
 
@@ -351,7 +349,7 @@ async def test_repeats_that_come_meanwhile_are_answered(
             answers[await deliver(ingest, name)] += 1
             await asyncio.sleep(0.01)
 
-    pruning_ = asyncio.create_task(prune(world))
+    pruning_ = asyncio.create_task(prune(world, limits=limits))
     await asyncio.gather(*map(keep_sending, names))
     done = await pruning_
     assert done.events > 0

@@ -275,7 +275,7 @@ async def test_discarded_deliveries_keep_no_event(world: World) -> None:
     assert await discard(world, "gone") == Taken(discarded=2)
     async with world.database.read() as connection:
         assert sorted(await pruning.select_finished(connection, seqs, dead_letters=False)) == seqs
-    assert retention.SHORTEST.days == 30
+    assert retention.MIN_AGE.days == 30
 
 
 async def test_a_worker_that_holds_one_keeps_it(world: World) -> None:
