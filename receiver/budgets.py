@@ -1,4 +1,4 @@
-"""What a job may cost: its own `max_cost`, and its caller's budget of the day."""
+"""Limits to the price of a job: its own `max_cost`, and its caller's budget of the day."""
 
 import asyncio
 from collections.abc import Mapping
@@ -20,9 +20,9 @@ from receiver.errors import (
 from receiver.price import Credits, total
 
 DEFAULT_CALLER: Final = "*"
-"""The budget of callers that have none of their own."""
+"""The budget with this name is for callers without one of their own."""
 PRICE_TIMEOUT_SECONDS: Final = 15.0
-"""Seconds that a try waits for a price: the lease must still be held when the submission is sent."""
+"""An attempt waits at most this long for a price: it must send the submission before its lease expires."""
 
 
 class Budgets:
@@ -32,7 +32,7 @@ class Budgets:
         self._budgets = budgets
 
     async def price(self, request: JobRequest, caller: str, catalogue: Catalogue) -> Credits | None:
-        """Return the price if there is a limit to it. Raises RequestError for one above `max_cost`."""
+        """Return the price if it is limited, else None. Raises RequestError if it is above `max_cost`."""
         if request.max_cost is None and self._of(caller) is None:
             return None
         estimate = await catalogue.estimate(request.model, request.input)
@@ -40,8 +40,8 @@ class Budgets:
         _require_at_most(request.max_cost, price)
         return price
 
-    async def hold(self, connection: AsyncConnection, job: NewJob) -> None:
-        """Raise RequestError if a job of this transaction exceeds the rest of its caller's budget."""
+    async def require_within(self, connection: AsyncConnection, job: NewJob) -> None:
+        """Raise RequestError if a job that this transaction inserts exceeds its caller's budget."""
         budget = self._of(job.caller)
         if budget is None:
             return
@@ -49,8 +49,8 @@ class Budgets:
         if spent > budget:
             before = total((spent, -(job.cost or 0)))
             raise RequestError(
-                f"the job costs {job.cost} credits; of today's {budget} for {job.caller!r} "
-                f"{before} are spent or reserved (a new day begins at 00:00 UTC)",
+                f"the job costs {job.cost} credits, but {before} of today's {budget} for {job.caller!r} "
+                "are already spent or reserved (a new day begins at 00:00 UTC)",
                 code="budget_exceeded",
                 type_="billing_error",
             )
@@ -69,9 +69,9 @@ def _require_at_most(max_cost: Credits | None, price: Credits) -> None:
 
 
 async def require_price(submission: Submission, catalogue: Catalogue, *, age: float) -> None:
-    """Raise RequestError if a job that was made `age` seconds ago costs more than its `max_cost` by now.
+    """Raise RequestError if the price of a job, made `age` seconds ago, has risen above its `max_cost`.
 
-    Raises ClipiaUnavailable if the price cannot be known.
+    Raises ClipiaUnavailable if the price is not available.
     """
     if submission.max_cost is None or age < PRICE_CACHE_SECONDS:
         return
@@ -82,9 +82,9 @@ async def require_price(submission: Submission, catalogue: Catalogue, *, age: fl
     except (AccountRefused, RefusedForNow):
         raise
     except (ClipiaUnavailable, DatabaseUnavailable, TimeoutError) as error:
-        # Without the status: a 429 of a question is no reason to hold up submissions.
+        # Without the status: if a price request gets 429, submissions may still be within the quota.
         raise ClipiaUnavailable(
-            f"the price, which max_cost limits, is not known: {str(error) or 'no answer in time'}",
+            f"the price is not known, and the job has a max_cost: {str(error) or 'no answer in time'}",
             reason="price_unknown",
             may_have_arrived=False,
             retry_after=getattr(error, "retry_after", None),

@@ -1,7 +1,7 @@
 """Credits: prices and budgets, exact to a millionth; pure.
 
-Clipia's prices are whole numbers so far, and JSON may write one as 12 or as 12.0. A fraction is kept: without
-it a job may be free, and rounded it is another price than Clipia's.
+Clipia's prices are whole numbers so far; JSON may have 12 or 12.0. Fractions are kept: if they were cut off,
+a job could be free, and if they were rounded, the price would differ from Clipia's.
 """
 
 from collections.abc import Iterable
@@ -9,16 +9,16 @@ from decimal import Decimal
 from typing import Final
 
 Credits = int | float
-"""An int if it is a whole number, so that it is written as 12 and never as 12.0."""
+"""An int if it is a whole number, so that JSON has 12 and never 12.0."""
 MICROS: Final = 1_000_000
 MAX_CREDITS: Final = 10**12
-"""A larger number is no price."""
+"""A larger number is not a price."""
 
 
 def read_credits(value: object) -> Credits | None:
-    """Return a number of credits, rounded to millionths; None for what is none.
+    """Return a number of credits, rounded to millionths.
 
-    That is what is no number, a negative one, NaN, infinity, and one beyond `MAX_CREDITS`.
+    Return None if the value is not a number from 0 to `MAX_CREDITS`, or if it is NaN.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_CREDITS:
         return None
@@ -29,7 +29,7 @@ def to_micros(value: Credits) -> int:
     """Return credits as millionths."""
     if isinstance(value, int):
         return value * MICROS
-    # As it is written: 12.1 is a little less than that in binary.
+    # The decimal digits, because 12.1 is a little less than that in binary.
     return int((Decimal(repr(value)) * MICROS).to_integral_value())
 
 
@@ -40,5 +40,5 @@ def from_micros(micros: int) -> Credits:
 
 
 def total(values: Iterable[Credits]) -> Credits:
-    """Return an exact sum: in binary 0.1 and 0.2 are more than 0.3."""
+    """Return the exact sum; as floats, 0.1 + 0.2 would be more than 0.3."""
     return from_micros(sum(map(to_micros, values)))

@@ -1,8 +1,9 @@
-"""A circuit per destination: after failures in a row it is left alone but for probes; pure.
+"""A circuit breaker per destination; pure.
 
-A destination that is down gets one delivery at a time, at growing intervals, in place of all that are due.
-When one comes through, the number under way doubles with each further success until it is back at its full
-width: a destination that has just come back is not overrun by what has waited for it.
+After several failures in a row the circuit opens: in place of all due deliveries, the destination gets one
+probe at a time, at growing intervals. If a probe succeeds, the circuit is half-open: the limit of deliveries
+in flight doubles with each success until it is back at its full value. Otherwise the backlog would hit a
+destination that has just come back all at once.
 """
 
 from typing import Final
@@ -10,17 +11,17 @@ from typing import Final
 FAILURES_TO_OPEN: Final = 5
 """Failures in a row that open the circuit."""
 FIRST_PROBE_SECONDS: Final = 1.0
+"""Time from the opening to the first probe; it doubles with each failed probe."""
 MAX_PROBE_SECONDS: Final = 60.0
-"""Bounds of the seconds between probes."""
 
 
 class CircuitBreaker:
-    """The state of one destination, as one process sees it. `now` is in seconds of a monotonic clock."""
+    """The state of one destination in one process. `now` is in seconds of a monotonic clock."""
 
-    def __init__(self, width: int) -> None:
-        """`width` is how many deliveries may be under way at once."""
-        self._width = width
-        self._allowed = width
+    def __init__(self, concurrency: int) -> None:
+        """`concurrency` is the limit of deliveries in flight if the circuit is closed."""
+        self._concurrency = concurrency
+        self._limit = concurrency
         self._failures = 0
         self._probes = 0
         self._opened_at = 0.0
@@ -28,39 +29,38 @@ class CircuitBreaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether only probes are let through."""
-        return self._allowed == 0
+        """Whether only probes may be sent."""
+        return self._limit == 0
 
     def available(self, now: float, *, under_way: int) -> int:
-        """Return how many more deliveries may be started."""
+        """Return how many more deliveries may start while `under_way` are in flight."""
         if self.is_open:
             return 1 if now >= self._probe_at and not under_way else 0
-        return max(0, self._allowed - under_way)
+        return max(0, self._limit - under_way)
 
     def succeeded(self) -> None:
-        """Count a delivery that the destination has dealt with, a refusal of its own included."""
+        """Record an answer of the destination, even if it rejected the message."""
         self._failures = self._probes = 0
-        self._allowed = min(self._width, max(1, self._allowed * 2))
+        self._limit = min(self._concurrency, max(1, self._limit * 2))
 
     def failed(self, now: float, *, started: float, retry_after: float = 0.0) -> bool:
-        """Count a failure of a delivery that began at `started`; True where it opens the circuit.
+        """Record a failed delivery that began at `started`. Return True if it opens the circuit.
 
-        `retry_after` is how many seconds the destination asks to be left alone for.
-
-        What was under way when the circuit opened fails along with it, and says nothing of a probe.
+        The destination asked for a pause of `retry_after` seconds. Deliveries that were in flight when the
+        circuit opened are ignored if they fail: they are not probes.
         """
         if self.is_open and started <= self._opened_at:
             return False
         self._failures += 1
-        if self._allowed == self._width and self._failures < FAILURES_TO_OPEN:
+        if self._limit == self._concurrency and self._failures < FAILURES_TO_OPEN:
             return False
         opens = not self.is_open
         self.open(now, retry_after=retry_after)
         return opens
 
     def open(self, now: float, *, retry_after: float = 0.0) -> None:
-        """Let only probes through from now on."""
-        self._allowed = 0
+        """Allow only probes from now on."""
+        self._limit = 0
         self._opened_at = now
         pause = max(FIRST_PROBE_SECONDS * 2.0 ** min(self._probes, 16), retry_after)
         self._probe_at = now + min(MAX_PROBE_SECONDS, pause)

@@ -1,4 +1,4 @@
-"""Stored event → the CloudEvent that destinations get; pure."""
+"""Builds the CloudEvent that destinations receive from a stored event; pure."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,33 +19,33 @@ TYPES: Final = {
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardedFile:
-    """One file of an event, as destinations see it."""
+    """One file of an event in the message."""
 
     url: str
-    """Where Clipia serves it; how long is not known."""
+    """Clipia's URL; it is not known how long it is valid."""
     field: str | None
-    """Where in `output` the URL stands."""
+    """The place of the URL in `output`."""
     kind: str
     variant: str
     state: str
     uri: str | None
-    """Where our storage has it; None until it is stored."""
+    """The place in our storage; None until the file is stored."""
     sha256: str | None
     size: int | None
     """Bytes."""
     content_type: str | None
     error: str | None
     warning: str | None
-    """What contradicts a stored file, although it is what Clipia's CDN has."""
+    """A contradiction, such as a wrong size, in a file that Clipia's CDN sends again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardedJob:
-    """The job that an event is the result of, where it was submitted through this service."""
+    """The job of an event, if it was submitted through this service."""
 
     id: str
     idempotency_key: str
-    """The caller's key, not the one sent to Clipia."""
+    """The caller's key, not the one that was sent to Clipia."""
     metadata: Mapping[str, str]
 
 
@@ -67,11 +67,11 @@ def build(
     attempt: int,
     replay_id: UUID | None = None,
 ) -> CloudEvent:
-    """Make the message of one delivery (CloudEvents 1.0).
+    """Build the message of one delivery (CloudEvents 1.0).
 
-    `id` is the event's and the same on every try and replay; `deliveryid` is this delivery's; `replayid` is
-    there where a replay ordered it; `attempt` counts from 1. `altered` are JSON pointers into `data`, to the
-    places that could not be forwarded as they were signed.
+    `id` is the event's id, the same in all attempts and replays. `deliveryid` is the delivery's; `replayid`
+    is present if a replay ordered the delivery; `attempt` counts from 1. `altered` has JSON pointers into
+    `data`: these values differ from the signed body, because they could not be forwarded as they are.
     """
     return CloudEvent(
         attributes={

@@ -1,14 +1,16 @@
-"""What a Clipia account lets us do, and how much of it is used up; pure.
+"""The quota of a Clipia account and its use; pure.
 
-Clipia limits the requests per minute and the generations in flight of a key. One row of the database holds
-what is known of them and what all processes together have used, so that they keep within the limits as one.
+Clipia limits the requests per minute and the generations in flight of a key. One row of the database has
+these limits and their use by all processes, so that together they stay within the limits.
 
-Requests are spaced by the generic cell rate algorithm: a part of a minute's requests at once, and a steady
-rate from there. In no 60 seconds do both together exceed the limit, however Clipia's own minutes fall.
-Submissions, polls and questions (models, prices, the account) have a share each: none can starve another.
+Requests are spaced by the generic cell rate algorithm: a part of a minute's requests may be sent at once, the
+rest at a steady rate. In any 60 seconds both together stay within the limit, whenever Clipia's minutes begin.
+Submissions, polls and queries (models, prices, the account) have a share each, so that none can starve
+another.
 
-The limit of generations in flight is nowhere to be read. It is found like a window in TCP: one more for each
-submission that is accepted while the window is full, an eighth less when Clipia refuses, one more at times.
+Clipia does not tell the in-flight limit. It is searched like a congestion window in TCP: it grows by one if a
+submission is accepted while the window is full, and shrinks by an eighth if Clipia refuses. After that it
+grows by one at long intervals.
 """
 
 import math
@@ -20,42 +22,42 @@ CallKind = Literal["submit", "poll", "query"]
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A part of the requests per minute: what of it may be spent at once, and what is spent evenly."""
+    """Parts of the requests per minute: `burst` may be used at once, `steady` evenly over the minute."""
 
     burst: float
     steady: float
 
 
 SHARES: Final[dict[CallKind, Share]] = {
-    # Margins beside them are for calls that bunch up on their way.
+    # The rest is a margin for calls that arrive closer together than they were sent.
     "submit": Share(burst=0.035, steady=0.63),
     "poll": Share(burst=0.01, steady=0.18),
-    # A person asks for a few things at once, and then for nothing.
+    # People send a few queries at once, and then none.
     "query": Share(burst=0.05, steady=0.05),
 }
 LOW_WATER: Final = 0.02
-"""The part of the limit that must remain; else somebody is using the key, too: wait for the next minute."""
+"""If less than this part of the limit remains, others use the key too: wait for the next minute."""
 FIRST_RATE: Final = 60
-"""Requests per minute that are assumed until an answer says how many there are."""
+"""Assumed requests per minute, until an answer has the real limit."""
 FIRST_IN_FLIGHT: Final = 4
 RAISE_AFTER_SECONDS: Final = 120.0
-"""Seconds after a refusal until one more generation in flight is tried."""
+"""Time after a refusal until the in-flight limit is raised by one."""
 REFUSED_SHARE: Final = 0.1
-"""The part of the requests per minute that jobs have which Clipia refuses for now (402, 403)."""
+"""The part of the requests per minute for jobs that Clipia refuses for now (402, 403)."""
 MAX_RESET_SECONDS: Final = 120.0
-"""Seconds that a minute may still last: whatever an answer says, the account is not blocked for longer."""
+"""If an answer says that its minute lasts longer than this, the account still waits no longer."""
 DEFAULT_WAIT_SECONDS: Final = 5.0
-"""Seconds to wait after a 429 that does not say for how long."""
+"""Pause after a 429 without Retry-After."""
 FIRST_PROBE_SECONDS: Final = 5.0
+"""Time until a paused account is probed by a single submission; it doubles with each refused probe."""
 MAX_PROBE_SECONDS: Final = 300.0
-"""Bounds of the seconds between the single submissions that find out whether a paused account works again."""
 PROBE_TIMEOUT_SECONDS: Final = 35.0
-"""Seconds that a probe has for its answer before there is another one: more than a call may take."""
+"""Time after a probe until the next one, if it gets no answer; longer than a call can take."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RateHeaders:
-    """The `RateLimit-*` fields of an answer; None where it had none."""
+    """The `RateLimit-*` headers of an answer, None if absent."""
 
     limit: int | None = None
     """Requests per minute."""
@@ -66,53 +68,53 @@ class RateHeaders:
 
 @dataclass(frozen=True, kw_only=True)
 class Quota:
-    """The state of one account. Moments are unix seconds of the database's clock, and 0 is never."""
+    """The state of one account. Times are in unix seconds of the database's clock; 0 is never."""
 
     requests_per_minute: int = FIRST_RATE
     submits_until: float = 0.0
-    """When the submissions so far would have been sent at the steady rate."""
+    """The time at which all submissions so far would have been sent at the steady rate."""
     polls_until: float = 0.0
     asks_until: float = 0.0
     calls_after: float = 0.0
-    """No call before this moment."""
+    """No calls before this time."""
     submits_after: float = 0.0
     in_flight_limit: int = FIRST_IN_FLIGHT
     in_flight_refused_at: float = 0.0
     paused_at: float = 0.0
-    """Since when Clipia refuses the account (401)."""
+    """The time since which Clipia refuses the account (401)."""
     probes: int = 0
-    """Submissions that it has refused since."""
+    """Refused submissions since then."""
     pause: str | None = None
-    """What it said, as JSON."""
+    """Clipia's error, as JSON."""
     accepted_at: float = 0.0
-    """When it last accepted a submission."""
+    """The time of the last accepted submission."""
 
     def allowed_submissions(self, now: float, *, in_flight: int) -> int:
         """Return how many submissions may be sent now."""
         if now < self.submits_after:
             return 0
-        room = min(self._calls("submit", now), self.in_flight_limit - in_flight)
-        return max(0, min(room, 1) if self.paused_at else room)
+        free = min(self._calls("submit", now), self.in_flight_limit - in_flight)
+        return max(0, min(free, 1) if self.paused_at else free)
 
     def allowed_polls(self, now: float) -> int:
         """Return how many polls may be sent now."""
         return self._calls("poll", now)
 
     def query_delay(self, now: float) -> float:
-        """Return the seconds until a question may be sent, 0 where that is now."""
+        """Return the seconds until a query may be sent, 0 if it may be sent now."""
         if self._calls("query", now):
             return 0.0
         ahead = self.asks_until - now - (self._burst("query") - 1) * self._interval("query")
         return max(self.calls_after - now, ahead, 0.001)
 
     def after_calls(self, kind: CallKind, count: int, now: float) -> "Quota":
-        """Return the state after `count` calls were sent; more than there was room for delays later ones."""
+        """Return the state after `count` calls. If they were more than allowed, later calls are delayed."""
         until = max(self._until(kind), now) + count * self._interval(kind)
         if kind == "query":
             return replace(self, asks_until=until)
         if kind == "poll":
             return replace(self, polls_until=until)
-        # The answer to a probe decides; until then there is no other one.
+        # One probe at a time: wait for its answer.
         after = max(self.submits_after, now + PROBE_TIMEOUT_SECONDS) if self.paused_at else self.submits_after
         return replace(self, submits_until=until, submits_after=after)
 
@@ -129,10 +131,10 @@ class Quota:
         return quota
 
     def after_accepted(self, now: float, *, in_flight: int) -> "Quota":
-        """Return the state after Clipia accepted a submission; it is counted in `in_flight`."""
+        """Return the state after Clipia accepted a submission, which `in_flight` includes."""
         quota = replace(self.unpaused(now), accepted_at=now)
         if not self.in_flight_refused_at:
-            # Only a window that is used says anything about the limit.
+            # If the window was not full, the limit was not tested.
             if in_flight >= self.in_flight_limit:
                 quota = replace(quota, in_flight_limit=self.in_flight_limit + 1)
         elif in_flight >= self.in_flight_limit and now - self.in_flight_refused_at >= RAISE_AFTER_SECONDS:
@@ -140,15 +142,15 @@ class Quota:
         return quota
 
     def unpaused(self, now: float) -> "Quota":
-        """Return the state after Clipia looked at a submission, whatever it said of it."""
+        """Return the state after Clipia processed a submission: the account is no longer refused."""
         if not self.paused_at:
             return self
         return replace(self, paused_at=0.0, probes=0, pause=None, submits_after=now)
 
     def retry_interval(self, refused: int) -> float:
-        """Return the least seconds between two tries of a job while Clipia refuses that many jobs for now.
+        """Return the minimum seconds between two attempts at a job if Clipia refuses `refused` jobs for now.
 
-        All of them together use no more than `REFUSED_SHARE` of the requests.
+        Together these jobs use at most `REFUSED_SHARE` of the requests.
         """
         return refused * 60.0 / (self.requests_per_minute * REFUSED_SHARE)
 
@@ -158,9 +160,9 @@ class Quota:
         return replace(self, calls_after=max(self.calls_after, now + wait))
 
     def after_concurrency_limit(self, now: float, *, sent_at: float, retry_after: float | None) -> "Quota":
-        """Return the state after `concurrency_limit_exceeded` for a submission of the moment `sent_at`.
+        """Return the state after `concurrency_limit_exceeded` for a submission that was sent at `sent_at`.
 
-        Refusals of one burst count once.
+        All refusals of one burst shrink the window once.
         """
         wait = DEFAULT_WAIT_SECONDS if retry_after is None else retry_after
         quota = replace(self, submits_after=max(self.submits_after, now + wait))
@@ -170,10 +172,10 @@ class Quota:
         return replace(quota, in_flight_limit=fewer, in_flight_refused_at=now)
 
     def after_account_refused(self, now: float, *, sent_at: float, pause: str) -> "Quota":
-        """Return the state after 401 for a submission of the moment `sent_at`.
+        """Return the state after 401 for a submission that was sent at `sent_at`: the account is paused.
 
-        One submission at a time finds out when it is over. What was under way when the pause began says
-        nothing of that.
+        During a pause one submission at a time is a probe. Submissions that were in flight when the pause
+        began are not probes.
         """
         if self.paused_at and sent_at <= self.paused_at:
             return self
@@ -191,7 +193,7 @@ class Quota:
             return 0
         interval = self._interval(kind)
         ahead = max(self._until(kind) - now, 0.0)
-        # A hair's breadth more, so that rounding cannot hold back a call that is due.
+        # A tiny surplus: without it a rounding error could hold back a due call.
         return max(0, math.floor((self._burst(kind) * interval - ahead) / interval + 1e-6))
 
     def _burst(self, kind: CallKind) -> int:

@@ -1,33 +1,33 @@
-"""How many tries a destination's `rate` allows at a time: a token bucket; pure."""
+"""A token bucket for the rate limit of a destination; pure."""
 
 from typing import Final
 
-BURST: Final = 0.05
-"""Seconds whose tries may begin together: many at once cost the database less than one by one."""
+BURST_SECONDS: Final = 0.05
+"""Attempts of this much time may begin together: for the database, one claim of many rows is cheaper."""
 _ROUNDING: Final = 1e-6
 
 
 class TokenBucket:
-    """Allows `rate` tries per second. `now` is in seconds of a monotonic clock."""
+    """Allows `rate` attempts per second. `now` is in seconds of a monotonic clock."""
 
     def __init__(self, rate: float) -> None:
         self._rate = rate
-        self._size = self._tokens = max(1.0, rate * BURST)
-        # A quarter of the bucket, so that a fast lane does not claim row by row.
+        self._size = self._tokens = max(1.0, rate * BURST_SECONDS)
+        # A quarter of the bucket. If single tokens were given out, a fast lane would claim row by row.
         self._least = max(1.0, self._size / 4)
         self._filled_at: float | None = None
 
     def available(self, now: float) -> int:
-        """Return how many tries may begin now."""
+        """Return how many attempts may begin now."""
         self._fill(now)
         return int(self._tokens + _ROUNDING) if self._tokens + _ROUNDING >= self._least else 0
 
     def take(self, count: int) -> None:
-        """Count tries that begin."""
+        """Take the tokens of `count` attempts; the balance may become negative."""
         self._tokens -= count
 
     def wait(self, now: float) -> float:
-        """Return the seconds until more tries may begin, 0 if they may now."""
+        """Return the seconds until the next attempts may begin, 0 if they may begin now."""
         self._fill(now)
         return max(0.0, (self._least - self._tokens) / self._rate)
 

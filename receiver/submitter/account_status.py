@@ -1,4 +1,4 @@
-"""How a Clipia account stands: whether jobs are accepted, and which are not."""
+"""The status of a Clipia account: whether it is paused, and how many jobs Clipia refuses."""
 
 from dataclasses import dataclass
 
@@ -10,25 +10,25 @@ from receiver.db import accounts, freezes, refused_jobs
 
 @dataclass(frozen=True, kw_only=True)
 class AccountStatus:
-    """What is known of an account."""
+    """The status of one account."""
 
     quota: Quota
     pause: str | None
-    """What Clipia said when it refused the account, as JSON; None if it does not."""
+    """Clipia's error as JSON if it refuses the account, else None."""
     refused_jobs: int
-    """Jobs that Clipia refuses for now (402, 403), each for itself."""
+    """Jobs that Clipia refuses for now (402, 403)."""
     frozen: bool
 
     @property
     def paused(self) -> bool:
-        """Whether no job is accepted."""
+        """Whether no jobs are submitted."""
         return self.pause is not None or self.frozen
 
 
 async def read_account_status(connection: AsyncConnection, account: str) -> AccountStatus:
-    """Read how an account stands.
+    """Read the status of an account.
 
-    It counts as refused after a 401, and while Clipia refuses several models and prices and accepts none.
+    It counts as refused after a 401, and also if Clipia refuses several models and prices and accepts none.
     """
     quota = await accounts.read(connection, account)
     pause = quota.pause if quota.paused_at else None

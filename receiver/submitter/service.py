@@ -354,7 +354,7 @@ class Submitter:
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
         """In the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
-        await self._budgets.hold(connection, job)
+        await self._budgets.require_within(connection, job)
         if self.lane is None or not await jobs.is_next(connection, job.account, job.id):
             return []
         return await self.lane.claim_in(connection, limit=1, job_id=job.id)

@@ -119,7 +119,7 @@ async def test_a_budget_is_held_to_the_fraction(odd_world: World, odd: OddClipia
         await submitter.submit(MODEL, PROMPT, caller="shop")
     refused = await refusal(submitter.submit(MODEL, PROMPT, caller="shop"))
     assert refused.code == "budget_exceeded"
-    assert "costs 0.1 credits; of today's 0.8 for 'shop' 0.8 are" in str(refused)
+    assert "costs 0.1 credits, but 0.8 of today's 0.8 for 'shop' are already spent" in str(refused)
 
 
 async def test_a_limit_is_held_to_the_fraction(odd_world: World, odd: OddClipia) -> None:

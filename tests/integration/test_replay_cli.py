@@ -243,7 +243,7 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
     await commands.world.add(plain("new"))
     yes, no = (await commands.run("route", "r-1")).splitlines()
     assert yes.split() == ["yes", "main"]
-    assert no.split(maxsplit=1) == ["no", "failures: status is 'OK', wanted is 'ERROR'"]
+    assert no.split(maxsplit=1) == ["no", "failures: status is 'OK', the filter allows 'ERROR'"]
     assert await commands.json("route", str(event_id("clipia", "e-1"))) == [
         {"destination": "main", "refused": None},
         {"destination": "failures", "refused": None},
@@ -266,8 +266,8 @@ async def test_route_knows_the_job(commands: Commands) -> None:
     verdicts = [(await commands.json("route", key))[0]["refused"] for key in ("gold", "tin", "stranger")]
     assert verdicts == [
         None,
-        "metadata.tier is 'tin', wanted is 'gold'",
-        "caller is absent, wanted is 'shop'",
+        "metadata.tier is 'tin', the filter allows 'gold'",
+        "caller is absent, the filter allows 'shop'",
     ]
 
 

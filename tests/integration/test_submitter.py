@@ -1071,7 +1071,7 @@ async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
             assert (await submitter.submit(MODEL, PROMPT, caller=caller)).state == "submitted"
         error = await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="last", caller=caller))
         assert (status_of(error), error.code, error.type) == (402, "budget_exceeded", "billing_error")
-        assert f"of today's {jobs_each * 12} for '{caller}' {jobs_each * 12} are spent" in str(error)
+        assert f"but {jobs_each * 12} of today's {jobs_each * 12} for '{caller}' are" in str(error)
     assert len(await sandbox.submits()) == len(await world.rows(jobs)) == 4
 
 

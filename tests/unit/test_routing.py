@@ -61,17 +61,21 @@ def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict
 @pytest.mark.parametrize(
     ("wanted", "changes", "said"),
     [
-        ({"status": "ERROR"}, {}, "status is 'OK', wanted is 'ERROR'"),
-        ({"source": ["a", "b"]}, {}, "source is 'clipia', wanted is 'a' or 'b'"),
-        ({"caller": "blog"}, {}, "caller is 'shop', wanted is 'blog'"),
-        ({"caller": "shop"}, STRANGER, "caller is absent, wanted is 'shop'"),
-        ({"model": "nano-*"}, {}, "model is 'seedance-2', wanted is 'nano-*'"),
-        ({"model": "seedance"}, {}, "model is 'seedance-2', wanted is 'seedance'"),
-        ({"model": "Seedance-*"}, {}, "model is 'seedance-2', wanted is 'Seedance-*'"),
-        ({"model": "seedance-*"}, {"model": None}, "model is absent, wanted is 'seedance-*'"),
-        ({"metadata": {"tier": "gold"}}, STRANGER, "metadata.tier is absent, wanted is 'gold'"),
-        ({"metadata": {"tier": ["iron", "tin"]}}, {}, "metadata.tier is 'gold', wanted is 'iron' or 'tin'"),
-        ({"metadata": {"order": "7", "absent": "x"}}, {}, "metadata.absent is absent, wanted is 'x'"),
+        ({"status": "ERROR"}, {}, "status is 'OK', the filter allows 'ERROR'"),
+        ({"source": ["a", "b"]}, {}, "source is 'clipia', the filter allows 'a' or 'b'"),
+        ({"caller": "blog"}, {}, "caller is 'shop', the filter allows 'blog'"),
+        ({"caller": "shop"}, STRANGER, "caller is absent, the filter allows 'shop'"),
+        ({"model": "nano-*"}, {}, "model is 'seedance-2', the filter allows 'nano-*'"),
+        ({"model": "seedance"}, {}, "model is 'seedance-2', the filter allows 'seedance'"),
+        ({"model": "Seedance-*"}, {}, "model is 'seedance-2', the filter allows 'Seedance-*'"),
+        ({"model": "seedance-*"}, {"model": None}, "model is absent, the filter allows 'seedance-*'"),
+        ({"metadata": {"tier": "gold"}}, STRANGER, "metadata.tier is absent, the filter allows 'gold'"),
+        (
+            {"metadata": {"tier": ["iron", "tin"]}},
+            {},
+            "metadata.tier is 'gold', the filter allows 'iron' or 'tin'",
+        ),
+        ({"metadata": {"order": "7", "absent": "x"}}, {}, "metadata.absent is absent, the filter allows 'x'"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from receiver.core.token_bucket import BURST, TokenBucket
+from receiver.core.token_bucket import BURST_SECONDS, TokenBucket
 
 NOW = 5_000.0
 
@@ -47,4 +47,4 @@ def test_no_stretch_of_time_exceeds_the_rate(rate: float, steps: list[tuple[floa
         total = 0
         for at, count in begun[first:]:
             total += count
-            assert total <= max(1.0, rate * BURST) + (at - start) * rate + 0.01
+            assert total <= max(1.0, rate * BURST_SECONDS) + (at - start) * rate + 0.01
