@@ -37,7 +37,7 @@ class Database(sqlite3.Connection):
             note("offered", parameters[0])
         return super().execute(sql, parameters)
 
-    def __exit__(self, *error: Any) -> Any:  # noqa: PYI036 - what the base class takes
+    def __exit__(self, *error: Any) -> Any:  # noqa: PYI036 - passed on to the base class
         super().__exit__(*error)
         die_if_asked("after the commit")
 

@@ -127,7 +127,7 @@ def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
         main()
     except SystemExit:
         return ""
-    except BaseException:  # noqa: BLE001 - a traceback is what is looked for
+    except BaseException:  # noqa: BLE001 - the test needs every traceback
         return traceback.format_exc()
     return ""
 

@@ -148,13 +148,13 @@ def cut_points(size: int, *, count: int) -> list[int]:
     return sorted({0, 1, 10, 16, *range(0, size, max(1, size // count)), size - 2, size - 1})
 
 
-async def refuse_all(
+async def fail_all(
     answers: list[bytes], root: Path, *, kind: Kind = "image", reasons: tuple[str, ...] = ("truncated",)
 ) -> None:
     """Download once per answer, and expect one of the reasons and an empty storage each time."""
     queue = iter(answers)
 
-    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(next(queue))
 
     patient = replace(QUICK, header_seconds=10, idle_seconds=10)
@@ -174,7 +174,7 @@ async def test_a_broken_connection_stores_no_file(framing: str, tmp_path: Path) 
     """D9: if the connection is cut, at any of a hundred places, no truncated file is stored."""
     whole = response(PNG) if framing == "length" else in_chunks(PNG)
     body = whole.index(b"\r\n\r\n") + 4
-    await refuse_all([whole[: body + cut] for cut in cut_points(len(whole) - body, count=100)], tmp_path)
+    await fail_all([whole[: body + cut] for cut in cut_points(len(whole) - body, count=100)], tmp_path)
 
 
 @pytest.mark.parametrize("content_type", SAMPLES)
@@ -187,13 +187,13 @@ async def test_a_file_that_was_cut_before_it_was_sent_is_not_stored(
     # The first letters of some signatures, or an empty body, are taken for a text.
     reasons = ("truncated", "page")
     answers = [response(sample.data[:cut]) for cut in cuts]
-    await refuse_all(answers, tmp_path, kind=sample.kind, reasons=reasons)
+    await fail_all(answers, tmp_path, kind=sample.kind, reasons=reasons)
 
 
 async def test_without_framing_the_container_decides(tmp_path: Path) -> None:
     """D9: without a length or chunks a file is stored only if its container ends at the end of the answer."""
     cuts = cut_points(len(PNG), count=25)
-    await refuse_all(
+    await fail_all(
         [response(PNG[:cut], length=None) for cut in cuts], tmp_path, reasons=("truncated", "page")
     )
     for data in (PNG + b"x", b"\x0a\x0b\x0c\x00" * 50):
@@ -356,7 +356,7 @@ async def test_redirects_in_a_circle_end(tmp_path: Path) -> None:
     """D4: after more than four redirects the file is unavailable, which may pass."""
     asked = 0
 
-    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
         nonlocal asked
         asked += 1
         writer.write(response(b"", "Location: /x", status="302 Found"))
@@ -416,7 +416,7 @@ class CountingDial(httpcore.AsyncNetworkBackend):
 async def test_an_endless_file_ends_at_the_limit(tmp_path: Path) -> None:
     """D7: at most one read beyond the limit is taken from the network, and no file is stored."""
 
-    async def endless(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+    async def endless(_request: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(response(b"", "Transfer-Encoding: chunked", length=None))
         # Finite: without the limit, the file ends and is rejected for another reason.
         for _ in range(200):
@@ -467,7 +467,7 @@ async def test_other_codings_are_no_compression(encoding: str, tmp_path: Path) -
 def pausing(*pieces: bytes, pause: float = 0.1) -> Answer:
     """Send the pieces with pauses between them, and then no more."""
 
-    async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:  # noqa: ARG001
+    async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
         for piece in pieces:
             writer.write(piece)
             await asyncio.sleep(pause)
@@ -669,7 +669,7 @@ async def test_a_cancelled_download_leaves_no_file(tmp_path: Path) -> None:
         downloader(server.origin, storage=local_storage(tmp_path), limits=DownloadLimits()) as opened,
     ):
         task = asyncio.create_task(opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image"))
-        while not stored_files(tmp_path):  # noqa: ASYNC110 - a folder tells nobody that it changes
+        while not stored_files(tmp_path):  # noqa: ASYNC110 - a folder sends no event
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

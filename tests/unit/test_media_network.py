@@ -160,7 +160,7 @@ async def test_a_name_without_addresses_is_unavailable() -> None:
 async def test_a_slow_resolver_runs_out_of_time() -> None:
     """D7: resolving counts against the time to connect."""
 
-    async def hang(host: str, port: int) -> list[str]:  # noqa: ARG001
+    async def hang(_host: str, _port: int) -> list[str]:
         await asyncio.Event().wait()
         return []
 
