@@ -29,7 +29,7 @@ from receiver.api.endpoints import (
     read_time,
     reject_unknown,
 )
-from receiver.core.lenient_json import present
+from receiver.core.lenient_json import display_fields
 from receiver.core.request_checks import read_cursor, read_id_cursor
 from receiver.db import outbox, reads
 from receiver.db.database import Database
@@ -172,7 +172,11 @@ async def load_event(database: Database, request: Request, find: EventFinder[Eve
 def readable(event: EventDetails) -> dict[str, Any]:
     """Return an event of `reads.show_event` for JSON: its body decoded, those of receipts as base64."""
     rest = {name: value for name, value in event.items() if name != "body"}
-    return rest | present(event["body"]) | {"receipts": [_with_text_body(row) for row in event["receipts"]]}
+    return (
+        rest
+        | display_fields(event["body"])
+        | {"receipts": [_with_text_body(row) for row in event["receipts"]]}
+    )
 
 
 def _with_text_body(receipt: Receipt) -> dict[str, Any]:

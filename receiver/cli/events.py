@@ -32,7 +32,7 @@ from receiver.cli.terminal import (
     stdout,
     wide,
 )
-from receiver.core.lenient_json import present
+from receiver.core.lenient_json import display_fields
 from receiver.db import reads, transfer
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
@@ -121,7 +121,7 @@ def show(
         {**each, "body": None if each["body"] is None else base64.b64encode(each["body"]).decode("ascii")}
         for each in event["receipts"]
     ]
-    print_json(shown | present(event["body"]))
+    print_json(shown | display_fields(event["body"]))
 
 
 @events.command()

@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from receiver.core.lenient_json import read_whole
+from receiver.core.lenient_json import clean_body
 from receiver.errors import ReceiverError, UnrecognizedBody
 from receiver.logs import configure_logging
 from receiver.submitter import Submitter
@@ -56,7 +56,7 @@ def read_input(text: str) -> dict[str, Any]:
         except OSError as error:
             raise ReceiverError(f"--input: {name} cannot be read: {error.strerror}") from None
     try:
-        value, altered = read_whole(content)
+        value, altered = clean_body(content)
     except UnrecognizedBody:
         raise ReceiverError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
     if altered:

@@ -25,7 +25,7 @@ import orjson
 from clipia import AsyncClipia, ClipiaApiError
 
 from receiver.clipia.errors import quoted, translate
-from receiver.core.lenient_json import REPLACEMENT, read_whole
+from receiver.core.lenient_json import REPLACEMENT, clean_body
 from receiver.core.payload import MAX_ID_LENGTH, is_request_id
 from receiver.core.quota import RateHeaders
 from receiver.core.retry import longest_wait
@@ -299,7 +299,7 @@ def _readable(response: httpx.Response, content: bytes) -> httpx.Response:
     The SDK reads it with `json.loads`, which refuses some of it and lets pass what no database stores.
     """
     try:
-        content = orjson.dumps(read_whole(content)[0])
+        content = orjson.dumps(clean_body(content)[0])
     except UnrecognizedBody:
         content = b""
     fields = [

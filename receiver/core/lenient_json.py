@@ -1,15 +1,15 @@
-"""JSON as somebody else wrote it, read as far as it can be, and a copy of it that every reader takes; pure.
+"""Reads imperfect JSON, and makes a clean copy of it that all readers accept; pure.
 
-What comes in is authentic and cannot be had in better words, so no character is a reason to refuse the whole:
-not half an emoji, NaN, a number of 30 digits, a name that stands twice, nesting without end, a byte order
-mark, or bytes that are no UTF-8. Databases, brokers and consumers do refuse them. `Cleaner` makes the copy
-for those, and lists as JSON pointers (RFC 6901) the places where it differs from the original:
+A webhook is authentic, and Clipia will not send a better one. So a single bad character does not invalidate
+the whole body: half an emoji, NaN, a number of 30 digits, a duplicate name, endless nesting, a byte order
+mark, or bytes that are not UTF-8. Databases, brokers and consumers reject these. `Cleaner` makes the copy for
+them, and lists the changed places as JSON pointers (RFC 6901):
 
-- Integers from -2^63 to 2^64-1 stay exact; one beyond becomes the text of its digits.
+- Integers from -2^63 to 2^64-1 are exact; a larger one becomes the text of its digits.
 - NaN, Infinity, and numbers beyond the range of a double become null.
-- NUL, half of a surrogate pair, and bytes that are no UTF-8 become U+FFFD.
-- Of a name that stands twice in one object the last value stays.
-- A list or object inside `MAX_DEPTH` others becomes its JSON text, which is not looked into.
+- NUL, half of a surrogate pair, and bytes that are not UTF-8 become U+FFFD.
+- If an object has a name twice, its last value is kept.
+- A list or object inside `MAX_DEPTH` others becomes its JSON text, unparsed.
 """
 
 import base64
@@ -26,61 +26,61 @@ import orjson
 from receiver.errors import UnrecognizedBody
 
 MAX_DEPTH: Final = 64
-"""Lists and objects in each other, the outermost included."""
+"""Nested lists and objects, the outermost included."""
 MAX_ALTERED: Final = 100
-"""Places that a `Cleaner` lists. If there are more, the last one is the empty pointer: to the whole."""
+"""Changed places in a list. If there are more, the last pointer is empty: it means the whole document."""
 MAX_POINTER: Final = 255
-"""Characters of a pointer; a longer one is cut to the pointer of what the place is in."""
+"""Characters of a pointer. If it is longer, it is cut to the pointer of an enclosing value."""
 REPLACEMENT: Final = "\ufffd"
 
 _LEAST, _GREATEST = -(2**63), 2**64 - 1
 _MOST_DIGITS: Final = len(str(_LEAST))
-_HALF: Final = "\ud800"
+_SURROGATE: Final = "\ud800"
 _UNSTORABLE: Final = re.compile("[\x00\ud800-\udfff]")
 _ESCAPED: Final = re.compile(r"\\u(?:0000|[dD][89a-fA-F])")
-# Possessive, so that no text makes it try again: it stays linear.
+# Possessive quantifiers do not backtrack, so that the time stays linear.
 _TO_BRACKETS: Final = re.compile(r'(?:[^"\[\]{}]++|"(?:[^"\\]++|\\.)*+")*+([\[{]++|[\]}]++)', re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class _StandIn:
-    """The value for a number that no reader takes; `text` is how it was written."""
+    """A replaced number: the value of the copy, and the original text."""
 
     value: str | None
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class _Doubled:
-    """The values of a name that stands in one object more than once."""
+class _Repeated:
+    """The values of a duplicate name in one object."""
 
     values: list[Any]
 
 
 class Document(NamedTuple):
-    """A body that is JSON. Its values may hold stand-ins: only a `Cleaner` returns what can be used."""
+    """A parsed body. Its values may contain stand-ins; a `Cleaner` returns the usable ones."""
 
     value: Any
     plain: bool
     """Whether the value is its own clean copy."""
     folded: frozenset[str] = frozenset()
-    """Texts of what is nested too deeply."""
+    """Texts of values that are nested too deeply."""
 
     def members(self) -> dict[str, Any]:
         """Return the members of the outermost object.
 
-        Raises UnrecognizedBody if it is none, or if a name stands twice in it with different values: then
-        nobody can say which of them was meant.
+        Raises UnrecognizedBody if the body is not an object, or if a name has two different values in it:
+        either could be the right one.
         """
         if not isinstance(self.value, dict):
             raise UnrecognizedBody("not_object")
         if self.plain:
             return self.value
-        return {name: _only(value) for name, value in self.value.items()}
+        return {name: _one_value(value) for name, value in self.value.items()}
 
 
 def decode(raw: bytes) -> Document:
-    """Read a body. Raises UnrecognizedBody with the reason `not_json`, and nothing else."""
+    """Parse a body. Raises UnrecognizedBody with the reason `not_json`, and no other exception."""
     value = _decode_plain(raw)
     return Document(value, plain=True) if value is not _NOT_PLAIN else _decode_leniently(raw)
 
@@ -89,10 +89,10 @@ _NOT_PLAIN: Final = object()
 
 
 def _decode_plain(raw: bytes) -> Any:
-    """Decode what is written as most encoders write it, at a third of the cost; else return `_NOT_PLAIN`.
+    """Decode a body in the usual format at a third of the cost; else return `_NOT_PLAIN`.
 
-    Whatever comes out of orjson as the same bytes has nothing in it that `_decode_leniently` reads otherwise:
-    no name twice, no number that is rounded, no text that is repaired.
+    If orjson encodes its result to the same bytes, the body had no duplicate name, rounded number or repaired
+    text, and `_decode_leniently` would return the same value.
     """
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH or b"\\u" in raw:
         return _NOT_PLAIN
@@ -105,7 +105,7 @@ def _decode_plain(raw: bytes) -> Any:
 
 
 def _decode_leniently(raw: bytes) -> Document:
-    # Not json.loads, which guesses the encoding of bytes: UTF-16 and UTF-32 are no JSON here.
+    # json.loads(raw) would guess the encoding; UTF-16 and UTF-32 are not valid JSON here.
     text = raw.removeprefix(codecs.BOM_UTF8).decode("utf-8", _MARK)
     folded: frozenset[str] = frozenset()
     if text.count("[") + text.count("{") > MAX_DEPTH:
@@ -122,15 +122,15 @@ def _decode_leniently(raw: bytes) -> Document:
 
 
 def _may_be_unstorable(text: str) -> bool:
-    """Tell whether a string in a text of JSON may need mending; without looking at each if it cannot."""
-    # Apart from each other: looking for one character takes a tenth of what a pattern takes.
-    return "\0" in text or _HALF in text or ("\\u" in text and _ESCAPED.search(text) is not None)
+    """Tell whether a string in a JSON text may have to be replaced; a text without any skips the copy."""
+    # Three searches: finding a single character takes a tenth of the time of a pattern.
+    return "\0" in text or _SURROGATE in text or ("\\u" in text and _ESCAPED.search(text) is not None)
 
 
 def _mark(error: UnicodeError) -> tuple[str, int]:
-    """Put half a character in the place of bytes that are no UTF-8: UTF-8 itself cannot hold one."""
+    """Decode bytes that are not UTF-8 as half a surrogate pair, which valid UTF-8 cannot contain."""
     if isinstance(error, UnicodeDecodeError):
-        return _HALF, error.end
+        return _SURROGATE, error.end
     raise error
 
 
@@ -138,15 +138,15 @@ _MARK: Final = "receiver.core.lenient_json"
 codecs.register_error(_MARK, _mark)
 
 
-# One for each thread, because it has state; to make one takes as long as to read a small body.
+# One reader per thread, because it has state. A new one per body would double the time of a small body.
 _local: Final = threading.local()
 
 
 class _Reader:
-    """A decoder of the standard library that makes stand-ins and notes whether it has made any.
+    """A decoder of the standard library that makes stand-ins, and remembers if it made any.
 
-    Not orjson: it refuses what is mended here, keeps the last of doubled names without a word, and makes a
-    float of 2**64.
+    orjson cannot do this: it rejects these values, silently keeps the last of duplicate names, and reads
+    2**64 as a float.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ class _Reader:
             parse_int=self._integer,
             parse_float=self._real,
             parse_constant=self._constant,
-            strict=False,  # control characters inside strings are no reason to refuse the rest
+            strict=False,  # allow control characters in strings
         ).decode
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,12 +167,12 @@ class _Reader:
             for name, value in pairs:
                 grouped.setdefault(name, []).append(value)
             result = {
-                name: values[0] if len(values) == 1 else _Doubled(values) for name, values in grouped.items()
+                name: values[0] if len(values) == 1 else _Repeated(values) for name, values in grouped.items()
             }
         return result
 
     def _integer(self, text: str) -> int | _StandIn:
-        # The length first: int() refuses thousands of digits.
+        # The length first, because int() raises for thousands of digits.
         if len(text) <= _MOST_DIGITS and _LEAST <= (number := int(text)) <= _GREATEST:
             return number
         self.made_stand_ins = True
@@ -188,9 +188,9 @@ class _Reader:
 
 
 def _fold(text: str) -> tuple[str, frozenset[str]]:
-    """Replace what is nested too deeply by strings that hold its text; return those texts, too.
+    """Replace values that are nested too deeply by strings with their text; return these texts, too.
 
-    A decoder that calls itself cannot read it. Raises UnrecognizedBody if brackets stay open.
+    The decoder is recursive and could not read them. Raises UnrecognizedBody if brackets are not closed.
     """
     parts: list[str] = []
     folded: set[str] = set()
@@ -215,8 +215,8 @@ def _fold(text: str) -> tuple[str, frozenset[str]]:
     return "".join(parts) + text[copied:], frozenset(folded)
 
 
-def _only(value: Any) -> Any:
-    if not isinstance(value, _Doubled):
+def _one_value(value: Any) -> Any:
+    if not isinstance(value, _Repeated):
         return value
     first, *others = value.values
     if not all(equal(first, other) for other in others):
@@ -225,7 +225,7 @@ def _only(value: Any) -> Any:
 
 
 class Cleaner:
-    """Makes clean copies of a document's values, and lists where they differ from the original."""
+    """Makes clean copies of a document's values, and lists the changed places."""
 
     def __init__(self, document: Document) -> None:
         self._document = document
@@ -234,13 +234,13 @@ class Cleaner:
 
     @property
     def altered(self) -> tuple[str, ...]:
-        """Pointers to the places that differ, at most `MAX_ALTERED`."""
+        """Pointers to the changed places, at most `MAX_ALTERED`."""
         return tuple(self._altered)
 
     def clean(self, value: Any, *place: str, depth: int) -> Any:
-        """Return the clean copy of a value, which is inside `depth` objects and lists of the document.
+        """Return the clean copy of a value that is inside `depth` objects and lists of the document.
 
-        `place` says where the copy will stand; pointers begin with it.
+        All pointers begin with `place`, the path of the copy in the message.
         """
         if self._document.plain:
             return value
@@ -248,7 +248,7 @@ class Cleaner:
         return self._clean(value, depth)
 
     def note(self, *place: str) -> None:
-        """List a place that the caller itself has changed."""
+        """List a place that the caller has changed."""
         self._path = [*place]
         self._note()
 
@@ -266,7 +266,7 @@ class Cleaner:
                 result.append(self._clean(item, depth + 1))
                 self._path.pop()
             return result
-        if isinstance(value, _Doubled):
+        if isinstance(value, _Repeated):
             self._note()
             return self._clean(value.values[-1], depth)
         if isinstance(value, _StandIn):
@@ -279,7 +279,7 @@ class Cleaner:
         changed: set[str] = set()
         for key, item in value.items():
             name = clean_text(key)
-            if name != key or name in named:  # two may differ only in characters that are replaced
+            if name != key or name in named:  # two names may differ only in replaced characters
                 changed.add(name)
             named[name] = item
         result: dict[str, Any] = {}
@@ -302,7 +302,7 @@ class Cleaner:
             return
         pointer = ""
         for name in self._path:
-            # Before it is written: a name may have as many characters as the body.
+            # Checked before the name is escaped, because it may be as long as the body.
             if len(pointer) + len(name) >= MAX_POINTER:
                 break
             pointer += "/" + name.replace("~", "~0").replace("/", "~1")
@@ -312,14 +312,15 @@ class Cleaner:
 
 
 def clean_text(text: str) -> str:
-    """Return a text in which every NUL and every half of a surrogate pair is U+FFFD."""
+    """Return a text with U+FFFD in place of each NUL and each half of a surrogate pair."""
     return _UNSTORABLE.sub(REPLACEMENT, text)
 
 
 def same_json(a: bytes, b: bytes) -> bool:
-    """Tell whether two bodies are equal as JSON values: 1 equals 1.0 but not true; order of names is nothing.
+    """Tell whether two bodies are equal as JSON values.
 
-    What is mended in one has to be mended in the other. What is no JSON is equal only to the same bytes.
+    1 equals 1.0 but not true, and the order of names is ignored. Both must be altered at the same places. If
+    one is not JSON, only the same bytes are equal.
     """
     if a == b:
         return True
@@ -331,20 +332,20 @@ def same_json(a: bytes, b: bytes) -> bool:
     return set(altered_in_one) == set(altered_in_other) and equal(one, other)
 
 
-def read_whole(raw: bytes) -> tuple[Any, tuple[str, ...]]:
-    """Return the clean copy of a whole body, and pointers to where it differs. Raises UnrecognizedBody."""
+def clean_body(raw: bytes) -> tuple[Any, tuple[str, ...]]:
+    """Return the clean copy of a body, and pointers to the changed places. Raises UnrecognizedBody."""
     return _clean_whole(decode(raw))
 
 
-def present(raw: bytes) -> dict[str, Any]:
-    """Return what people are shown of a body: `body`, and if that is not all of it, what it says exactly.
+def display_fields(raw: bytes) -> dict[str, Any]:
+    """Return the fields that show a body: `body` is the clean copy.
 
-    If the copy differs, `altered` says where, and `body_base64` has the exact bytes; if the body cannot be
-    read, there are only those.
+    If the copy differs from the body, `altered` has the places and `body_base64` the exact bytes. If the body
+    is not JSON, only `body_base64` is present.
     """
     exact = {"body_base64": base64.b64encode(raw).decode("ascii")}
     try:
-        copy, altered = read_whole(raw)
+        copy, altered = clean_body(raw)
     except UnrecognizedBody:
         return exact
     return {"body": copy} | ({"altered": altered} | exact if altered else {})

@@ -1,9 +1,9 @@
-"""Verified bytes into a `Generation`; pure.
+"""Parses the verified body of a webhook into a `Generation`; pure.
 
-An authentic body is an event if one `request_id` and one known status can be read from it: it stands for a
-result that was paid for, and refusing it would lose that. The rest may be written in any way that
-`lenient_json` can read, and have any shape. Unknown fields are kept. The raw bytes are stored as they were
-signed; what cannot be forwarded as it is, is changed in the copy that is read from them.
+An authentic body is an event if it has one `request_id` and one known status. It is the result of a paid
+generation, and if it were rejected, the result would be lost. All other fields may have any form, and unknown
+fields are kept. The raw bytes are stored as they were signed; values that cannot be forwarded are changed
+only in the copy that is parsed from them.
 """
 
 import codecs
@@ -25,33 +25,33 @@ CANCELED: Final = "CANCELED"
 MAX_MODEL_LENGTH: Final = 255
 MAX_ID_LENGTH: Final = 255
 
-# What an event has for a `request_id` if none can be read.
+# The `request_id` of an event without a readable one.
 _OWN_ID = re.compile("sha256:[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """One generation result, as far as it could be read."""
+    """The readable part of one generation result."""
 
     request_id: str
     status: Literal["OK", "ERROR"]
     model: str | None
     cost: Credits | None
-    output: Any  # as parsed, unknown fields included; None where absent
-    error: Any  # likewise
+    output: Any  # as parsed, with unknown fields; None if absent
+    error: Any  # the same
 
     def list_files(self, rules: FileRules) -> Listing:
-        """Return its files; the output of a failed generation is no result, and has none."""
+        """Return its files; a failed generation has none."""
         return list_files(self.output if self.status == "OK" else None, rules)
 
     @property
     def canceled(self) -> bool:
-        """Whether it was canceled, as `result_body` says it."""
+        """Whether its error is the one of `result_body` for a canceled generation."""
         return isinstance(self.error, dict) and self.error.get("code") == CANCELED
 
 
 class Summary(NamedTuple):
-    """What is stored of a generation beside its raw body."""
+    """The fields of a generation that are stored beside its raw body."""
 
     request_id: str
     status: Literal["OK", "ERROR"]
@@ -60,36 +60,36 @@ class Summary(NamedTuple):
 
 
 def summarize(raw: bytes) -> Summary:
-    """Read of the body of a webhook what ingest stores; raises as `parse` does, for the same bodies."""
+    """Read the fields that ingest stores. Raises UnrecognizedBody for the same bodies as `parse`."""
     return _Body(raw).summary
 
 
 def parse(raw: bytes) -> Generation:
-    """Read the body of a webhook. Raises `UnrecognizedBody`, and nothing else."""
+    """Parse the body of a webhook. Raises UnrecognizedBody, and no other exception."""
     body = _Body(raw)
     output, error = body.output, body.error
     return Generation(**body.summary._asdict(), output=output, error=error)
 
 
 class Content(NamedTuple):
-    """What is forwarded of a generation, beside its files."""
+    """The fields of a generation that are forwarded, except for its files."""
 
     model: str | None
     cost: Credits | None
     output: Any
     error: Any
     altered: tuple[str, ...]
-    """JSON pointers to the places that are not as in the body, into an object with the fields above."""
+    """JSON pointers to values that differ from the body, into an object with the fields above."""
 
 
 def reread(raw: bytes) -> Content:
-    """Read the body of a stored event again; raises as `parse` does."""
+    """Parse the body of a stored event for a message. Raises UnrecognizedBody."""
     body = _Body(raw)
     return Content(body.summary.model, body.summary.cost, body.output, body.error, body.cleaner.altered)
 
 
 class _Body:
-    """The fields of a body, each made fit to be stored and forwarded."""
+    """The fields of a body, as clean copies."""
 
     def __init__(self, raw: bytes) -> None:
         document = decode(raw)
@@ -108,17 +108,17 @@ class _Body:
         )
 
     def _read(self, name: str, read: Callable[[Any], T | None]) -> T | None:
-        """Return one of the payload's fields, and list it if it is not as it was."""
+        """Return a field of the payload, and list it as altered if it was changed."""
         given = self._payload.get(name)
         if given is None:
             return None
-        value, mended = given, False
+        value, altered = given, False
         if not self._document.plain:
             cleaner = Cleaner(self._document)
             value = cleaner.clean(given, depth=2)
-            mended = bool(cleaner.altered)
+            altered = bool(cleaner.altered)
         found = read(value)
-        if found != value or mended:
+        if found != value or altered:
             self.cleaner.note(name)
         return found
 
@@ -130,17 +130,17 @@ class _Body:
     def error(self) -> Any:
         error, depth = self._members.get("error"), 1
         if error is None and self.summary.status == "ERROR":
-            # A polled result stands in the payload as a whole.
+            # In a polled result the payload is the whole answer, with its error.
             error, depth = self._payload.get("error"), 2
         return self.cleaner.clean(error, "error", depth=depth)
 
 
 def result_body(request_id: str, status: Literal["COMPLETED", "FAILED", "CANCELED"], result: bytes) -> bytes:
-    """Return a polled result as the body of the webhook that did not come.
+    """Return a polled result in the form of the missing webhook.
 
-    `result` is the answer of `GET /v1/requests/{id}` as it came: it becomes the payload as a whole, so that
-    what is read from it is read, and if need be changed, as in a webhook. A cancellation, of which Clipia's
-    webhooks know nothing, is an ERROR with the code `CANCELED`. Raises UnrecognizedBody if it is not JSON.
+    `result` is the answer of `GET /v1/requests/{id}`, byte for byte. It becomes the payload, so that it is
+    parsed in the same way as a webhook. If the generation was canceled, for which Clipia has no webhook, the
+    body is an ERROR with the code `CANCELED`. Raises UnrecognizedBody if the result is not JSON.
     """
     answer = decode(result).value
     content: dict[str, Any] = {"request_id": request_id, "status": "OK" if status == "COMPLETED" else "ERROR"}
@@ -153,9 +153,9 @@ def result_body(request_id: str, status: Literal["COMPLETED", "FAILED", "CANCELE
 
 
 def is_request_id(value: object) -> TypeGuard[str]:
-    """Tell whether this may be an id of Clipia's: 1 to 255 printable characters without white space.
+    """Tell whether a value may be an id of Clipia's: 1 to 255 printable characters without white space.
 
-    U+FFFD is what remains of another character: two ids must not become one.
+    U+FFFD is not allowed: it replaced another character, so that two different ids could look the same.
     """
     return (
         isinstance(value, str)
