@@ -43,6 +43,7 @@ from ingest import CONNECTIONS, MOST, spread
 from load import family, result, run_wrk, served
 from support.servers import Postgres
 
+from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.db import arrivals, inbox, jobs, migrate, outbox, reads
 from receiver.db.database import Database
@@ -52,9 +53,9 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
-from receiver.lanes.base import Target
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
+from receiver.lanes.targets import Target
 
 FORWARDED = 1000
 """Events of a round that go on to their delivery."""
@@ -199,8 +200,8 @@ def worker(database: Database) -> tuple[FanOut, DeliveryLane]:
         waits_for_media=True,
         retry=RetryPolicy(),
     )
-    fan_out = FanOut(database, [target], wake=lambda _lane: None)
-    return fan_out, DeliveryLane(database, target, wake=lambda _lane: None, concurrency=BATCH)
+    fan_out = FanOut(database, [target], wake=wake_no_lane)
+    return fan_out, DeliveryLane(database, target, wake=wake_no_lane, concurrency=BATCH)
 
 
 async def work(store: Store) -> dict[str, float]:

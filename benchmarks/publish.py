@@ -37,9 +37,9 @@ from receiver.db.rows import DeliveryClaim, StoredEvent, new_id
 from receiver.db.tables import deliveries, events, in_state, is_live
 from receiver.destinations import Destination
 from receiver.ingest import make_event
-from receiver.lanes.base import Target
 from receiver.lanes.delivery import DeliveryLane, build_message
 from receiver.lanes.fan_out import FanOut
+from receiver.lanes.targets import Target
 from receiver.lanes.worker import Wakeups, Worker
 from receiver.logs import configure_logging
 from receiver.process import collect_garbage_less

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from receiver.background import running
+from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
 from receiver.core.signature import Secret
@@ -20,16 +21,19 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_for_work, started
 from receiver.errors import StorageUnavailable
 from receiver.ingest import Ingest
-from receiver.lanes.base import FAN_OUT_LANE, Target
+from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
+from receiver.lanes.fresh_urls import FreshUrls
 from receiver.lanes.media import MediaLane
-from receiver.lanes.poll import FreshUrls, PollLane
+from receiver.lanes.poll import PollLane
 from receiver.lanes.presence import present
+from receiver.lanes.replay import ReplayLane
+from receiver.lanes.targets import Target
 from receiver.lanes.unserved import giving_up
-from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.lanes.worker import Wakeups, Worker
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
-from receiver.replays import ReplayLane, Replays
+from receiver.replays import Replays
 from receiver.settings import Settings
 from receiver.submitter import Submitter
 
@@ -193,9 +197,7 @@ def make_target(settings: DestinationSettings, destination: Destination, *, is_d
     )
 
 
-def make_replays(
-    settings: Settings, database: Database, *, wake: Callable[[str], None] = lambda _lane: None
-) -> Replays:
+def make_replays(settings: Settings, database: Database, *, wake: Wake = wake_no_lane) -> Replays:
     """Make the service that orders replays to the destinations of the settings."""
     filters = {each.name: each.filter for each in settings.all_destinations}
     return Replays(database, filters, wake=wake)

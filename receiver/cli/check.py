@@ -15,10 +15,10 @@ from receiver.cli.submit import describe_error
 from receiver.cli.terminal import amount, moment, stdout
 from receiver.cli.waiting import find_missing, name_of
 from receiver.clipia.client import Call, open_client
+from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
 from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
 from receiver.db.database import Database
-from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
@@ -26,7 +26,6 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.error_texts import error_text
 from receiver.errors import SettingsError
-from receiver.lanes.base import FAN_OUT_LANE, destination_lane
 from receiver.lanes.unserved import FATE
 from receiver.media import MediaHosts, open_storage, open_tls
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables

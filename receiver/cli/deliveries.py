@@ -18,6 +18,7 @@ from sqlalchemy.exc import IntegrityError
 from receiver.cli.database import with_database
 from receiver.cli.terminal import Json, moment, print_json, stderr, stdout, user_name, wide
 from receiver.cli.waiting import name_of
+from receiver.core.lane_names import destination_lane
 from receiver.db import outbox, reads, unserved, workers
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -26,7 +27,6 @@ from receiver.db.rows import DeliveryState
 from receiver.db.unserved import Taken
 from receiver.db.views import ListedDelivery
 from receiver.errors import ReceiverError
-from receiver.lanes.base import destination_lane
 from receiver.settings import Settings
 
 BATCH = 1000

@@ -28,7 +28,7 @@ from receiver.core.retry import KEY_VALID_SECONDS
 from receiver.db import freezes
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.lanes.base import error_text
+from receiver.lanes.attempts import error_json
 from receiver.settings import Settings
 from receiver.submitter import Job, JobEvent, JobPage, Submitter
 
@@ -215,7 +215,7 @@ def thaw() -> None:
 
     After a restore, jobs that may have been sent too long ago become unsure: a person decides about them.
     """
-    text = error_text("restored", "The database was restored: this job may have been sent since the dump.")
+    text = error_json("restored", "The database was restored: this job may have been sent since the dump.")
 
     async def run(_settings: Settings, database: Database) -> list[UUID] | None:
         async with database.write() as connection:

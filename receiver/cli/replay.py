@@ -24,14 +24,14 @@ from receiver.cli.terminal import (
     wide,
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.core.lane_names import REPLAY_LANE, destination_lane
 from receiver.core.request_checks import first_problem
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
 from receiver.errors import ReceiverError
-from receiver.lanes.base import destination_lane
 from receiver.process import make_replays
-from receiver.replays import REPLAY_LANE, ReplayRequest, Replays
+from receiver.replays import ReplayRequest, Replays
 from receiver.settings import Settings
 
 LOOK: Final = 0.5

@@ -11,7 +11,7 @@ from receiver.core.routing import mismatch
 from receiver.db import inbox, job_events, reads
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.lanes.base import facts_of
+from receiver.lanes.targets import facts_of
 from receiver.settings import Settings
 
 

@@ -12,10 +12,9 @@ from rich.text import Text
 from receiver.cli.submitting import Input, Strict, read_input, read_pair, with_submitter
 from receiver.cli.terminal import Json, amount, print_json, print_line, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE
 from receiver.db import freezes, workers
-from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
 from receiver.errors import ReceiverError
-from receiver.lanes.base import FAN_OUT_LANE, MEDIA_LANE
 from receiver.submitter import Job, JobFile, Submitter
 
 CALLER: Final = "cli"

@@ -7,9 +7,8 @@ from typing import Annotated, Final
 
 import typer
 
-from receiver.db.jobs import POLL_LANE, SUBMIT_LANE
+from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.db.workers import SeenWorker
-from receiver.lanes.base import destination_lane
 
 NOBODY_WORKS: Final = 3
 """Exit status of a command that has stopped waiting because no worker does what it waits for."""

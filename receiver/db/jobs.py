@@ -20,6 +20,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE
 from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.refused_jobs import Share, same_environment
@@ -30,8 +31,6 @@ from receiver.price import Credits
 
 IN_FLIGHT_SECONDS: Final = 3600.0
 """A generation without a known end counts as in flight for this time."""
-SUBMIT_LANE: Final = "submit"
-POLL_LANE: Final = "poll"
 
 
 @dataclass(frozen=True, kw_only=True)

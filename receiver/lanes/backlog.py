@@ -1,12 +1,12 @@
-"""What waits and what failed, counted for `/metrics`."""
+"""Numbers of unfinished and failed rows, for `/metrics`."""
 
 from collections.abc import Sequence
 
+from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, destination_lane
 from receiver.db import inbox, jobs, outbox, refused_jobs
 from receiver.db.database import Database
 from receiver.db.rows import Backlog
 from receiver.destination_settings import DestinationSettings
-from receiver.lanes.base import FAN_OUT_LANE, MEDIA_LANE, destination_lane
 
 
 async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
@@ -26,12 +26,12 @@ async def read_backlog(database: Database, destinations: Sequence[DestinationSet
 async def count_dead_letters(
     database: Database, destinations: Sequence[DestinationSettings]
 ) -> dict[str, int]:
-    """Return how many dead letters each destination has. Raises DatabaseUnavailable."""
+    """Return the number of dead letters by destination. Raises DatabaseUnavailable."""
     async with database.read() as connection:
         return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
 
 
 async def count_refused_jobs(database: Database) -> int:
-    """Return how many jobs Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
+    """Return the number of jobs that Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
     async with database.read() as connection:
         return await refused_jobs.count(connection)

@@ -1,91 +1,123 @@
-"""The fan-out: what follows from an event, its files and its deliveries."""
+"""The fan-out: adds the files and the deliveries of an event."""
 
 import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.lane_names import MEDIA_LANE, SUBMIT_LANE, Wake, destination_lane
 from receiver.core.output_files import FileRules, Listing
 from receiver.core.payload import Generation, parse
 from receiver.core.retry import GIVE_UP_SECONDS
-from receiver.core.routing import RoutingFacts, mismatch
-from receiver.db import inbox, job_events, jobs, outbox
+from receiver.core.routing import RoutingFacts
+from receiver.db import inbox, job_events, outbox
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
-from receiver.lanes.base import MEDIA_LANE, Target, describe, destination_lane, facts_of
+from receiver.lanes.attempts import stored_text
+from receiver.lanes.targets import Routes, Target, facts_of, matching
 from receiver.metrics import MEDIA_SKIPPED
 
-FAN_OUT_LIMIT: Final = 200
-"""Events that are fanned out together at most."""
-LOT_BYTES: Final = 1024 * 1024
-"""Bytes that the bodies of those have together at most, unless it is one event.
+MAX_EVENTS: Final = 200
+"""Events in one batch."""
+MAX_BATCH_BYTES: Final = 1024 * 1024
+"""Bytes of the bodies in one batch, unless the batch is a single event.
 
-They are read while the transaction is open: PostgreSQL ends one that is idle for long, and on SQLite every
-webhook waits for it.
+The bodies are parsed while the transaction is open: PostgreSQL ends a transaction that is idle for too long,
+and on SQLite all webhooks wait for it.
 """
-FAILED_REST: Final = 60.0
-"""Seconds for which events whose fan-out failed rest if they are many."""
-FAILED_FOR: Final = 3600.0
-"""Seconds for which the fan-out of an event must have failed before it is set aside, however old it is.
+REST_SECONDS: Final = 60.0
+"""How long failed events are left out of batches if there are many of them."""
+MIN_FAILING_SECONDS: Final = 3600.0
+"""How long the fan-out of an event must have failed before the event is set aside, even if it is old.
 
-An outage of days leaves old events behind, and their first failure may be the database's.
+After an outage of days the oldest events are old, and their first failure may be the database's.
 """
+
 log = structlog.get_logger()
-
-
-_AddWork = Callable[[AsyncConnection, Sequence[StoredEvent]], Awaitable[set[str] | None]]
-
 
 _ANY_HOST: Final = FileRules()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Added:
+    """The result of a fan-out."""
+
+    lanes: set[str] = field(default_factory=set)
+    """The lanes that have work now."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """The URLs that are not downloaded, by reason."""
+    failed: int = 0
+    """Events without a result."""
+
+
+_AddWork = Callable[[AsyncConnection, Sequence[StoredEvent]], Awaitable[_Added]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """The rows that follow from a batch of events."""
+
+    files: list[tuple[int, NewMedia]] = field(default_factory=list)
+    routes: Routes = field(default_factory=Routes)
+    states: dict[EventState, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """The `seq` of the events by their next state."""
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
 class FanOut:
-    """Moves events out of `received`: their files and their deliveries in the same transaction."""
+    """Moves events out of `received`, with their files and their deliveries in the same transaction."""
 
     def __init__(
         self,
         database: Database,
         targets: Collection[Target],
         *,
-        wake: Callable[[str], None],
+        wake: Wake,
         rules: FileRules = _ANY_HOST,
+        max_batch_bytes: int = MAX_BATCH_BYTES,
+        rest_seconds: float = REST_SECONDS,
+        min_failing_seconds: float = MIN_FAILING_SECONDS,
     ) -> None:
-        """`rules` say which files are fetched."""
+        """`rules` say which files are downloaded."""
         self._database = database
         self._targets = targets
         self._wake = wake
         self._rules = rules
-        self._skipped = Counter[str]()
-        self._most = FAN_OUT_LIMIT
+        self._max_batch_bytes = max_batch_bytes
+        self._rest_seconds = rest_seconds
+        self._min_failing_seconds = min_failing_seconds
+        self._max_events = MAX_EVENTS
         self._taken = 0
         self._failed: dict[int, tuple[float, float]] = {}
-        """By `seq` of an event: when its fan-out failed first, and until when it rests."""
-        self.left_behind = False
-        """Whether there may be more events than the last run took."""
+        """By `seq` of an event: the time of its first failure, and the end of its rest."""
+        self.may_have_more = False
+        """Whether the last batch left events behind."""
 
-    async def run(self, *, limit: int = FAN_OUT_LIMIT) -> int:
+    async def run(self, *, limit: int = MAX_EVENTS) -> int:
         """Fan out up to `limit` events and return how many. Raises DatabaseUnavailable.
 
-        If the database does not manage a lot, the next one has half as many events: the oldest events are
-        always the same, and the same lot would fail for ever.
+        If a batch fails because the database is too slow, the next one has half as many events. The oldest
+        events come first, so without that the same batch would fail each time.
         """
-        limit = min(limit, self._most)
+        limit = min(limit, self._max_events)
         self._taken = 0
         try:
-            found = await self._run_lot(limit)
+            found = await self._run_batch(limit)
         except DatabaseUnavailable:
-            self._most = max(1, (self._taken or limit) // 2)
+            self._max_events = max(1, (self._taken or limit) // 2)
             raise
-        self._most = FAN_OUT_LIMIT
+        self._max_events = MAX_EVENTS
         return found
 
-    async def _run_lot(self, limit: int) -> int:
-        """Fan out a lot; if that fails, each event by itself, so that a bad one holds up no other."""
+    async def _run_batch(self, limit: int) -> int:
+        """Fan out a batch; if that fails, each event in a savepoint, so that a bad one blocks no other."""
         try:
             return await self._run(limit, self._add_work)
         except DatabaseUnavailable:
@@ -94,99 +126,101 @@ class FanOut:
             found = await self._run(limit, self._add_work_singly)
             if not found:
                 raise
-            log.warning("fan-out went event by event", error=describe(error), count=found)
+            log.warning("fan-out went event by event", error=stored_text(error), count=found)
             return found
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
-        async def work(connection: AsyncConnection) -> tuple[int, bool, set[str] | None]:
-            events, more = await inbox.lock_received(
-                connection, limit=limit, size=LOT_BYTES, without=self._resting(limit)
-            )
-            self._taken = len(events)
-            self._skipped.clear()
-            return len(events), more, await add_work(connection, events) if events else None
-
-        count, self.left_behind, lanes = await self._database.run_transaction(work)
-        for lane in lanes or ():
+        count, self.may_have_more, added = await self._database.run_transaction(
+            partial(self._take, limit=limit, add_work=add_work)
+        )
+        for lane in added.lanes:
             self._wake(lane)
-        for reason, number in self._skipped.items():
+        for reason, number in added.skipped.items():
             MEDIA_SKIPPED.labels(reason).inc(number)
-        return 0 if lanes is None else count
+        return 0 if added.failed == count else count
 
-    async def _add_work_singly(
-        self, connection: AsyncConnection, events: Sequence[StoredEvent]
-    ) -> set[str] | None:
-        """Add what follows from each event that can be done; None where that is none of them.
+    async def _take(
+        self, connection: AsyncConnection, *, limit: int, add_work: _AddWork
+    ) -> tuple[int, bool, _Added]:
+        """Lock a batch and fan it out; return its size, and whether it left events behind."""
+        events, more = await inbox.lock_received(
+            connection, limit=limit, size=self._max_batch_bytes, without=self._resting(limit)
+        )
+        self._taken = len(events)
+        return len(events), more, await add_work(connection, events) if events else _Added()
 
-        One that fails is among the oldest for ever, and enough of them would be every lot. So many of them
-        rest, and in the end each is set aside as `unrecognized`: `receiver events recover` takes it up again.
+    async def _add_work_singly(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
+        """Fan out each event in a savepoint of its own.
+
+        An event that fails stays among the oldest, and enough of them would fill each batch. If they are
+        many, they rest. After three days each is set aside as `unrecognized`, and `receiver events recover`
+        takes it up again.
         """
-        lanes: set[str] = set()
-        failed = 0
+        lanes, skipped, failed = set[str](), Counter[str](), 0
         for event in events:
             try:
                 async with connection.begin_nested():
-                    lanes |= await self._add_work(connection, [event])
+                    added = await self._add_work(connection, [event])
             except Exception:
                 failed += 1
                 log.exception("event not fanned out", event_id=str(event.id))
-                now = time.monotonic()
-                first, _ = self._failed.get(event.seq, (now, now))
-                self._failed[event.seq] = (first, now + FAILED_REST)
-                age = (datetime.now(UTC) - event.received_at).total_seconds()
-                if age >= GIVE_UP_SECONDS and now - first >= FAILED_FOR:
-                    await inbox.set_state(connection, [event.seq], "unrecognized", reason="fan_out")
-        return lanes if failed < len(events) else None
+                await self._note_failure(connection, event)
+            else:
+                lanes |= added.lanes
+                skipped += added.skipped
+        return _Added(lanes=lanes, skipped=skipped, failed=failed)
+
+    async def _note_failure(self, connection: AsyncConnection, event: StoredEvent) -> None:
+        """Let an event rest, or set it aside if it is old and has failed for long."""
+        now = time.monotonic()
+        first, _ = self._failed.get(event.seq, (now, now))
+        self._failed[event.seq] = (first, now + self._rest_seconds)
+        age = (datetime.now(UTC) - event.received_at).total_seconds()
+        if age >= GIVE_UP_SECONDS and now - first >= self._min_failing_seconds:
+            await inbox.set_state(connection, [event.seq], "unrecognized", reason="fan_out")
 
     def _resting(self, limit: int) -> Collection[int]:
-        """Return events that failed lately, once there are so many that they could be a whole lot."""
+        """Return the events that failed lately, if they could fill half of a batch."""
         now = time.monotonic()
-        # One whose rest is long over has been fanned out since, here or by another worker.
-        self._failed = {seq: each for seq, each in self._failed.items() if each[1] + FAILED_REST > now}
+        # If the rest of an event ended long ago, it has been fanned out since, here or by another worker.
+        self._failed = {seq: each for seq, each in self._failed.items() if each[1] + self._rest_seconds > now}
         resting = [seq for seq, (_, until) in self._failed.items() if until > now]
         return resting if 2 * len(resting) >= limit else ()
 
-    async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> set[str]:
-        """Add what follows from the events; return the lanes that have work now."""
-        lanes: set[str] = set()
-        parsed = [(event, _read(event)) for event in events]
+    async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
+        """Add the files and the deliveries of the events, and finish their jobs."""
+        parsed = [(event, _parse(event)) for event in events]
         recognized = [(event, generation) for event, generation in parsed if generation is not None]
-        if await self._settle_jobs(connection, recognized):
-            lanes.add(jobs.SUBMIT_LANE)
-        facts = await self._facts(connection, recognized)
-        files: list[tuple[int, NewMedia]] = []
-        due: list[tuple[int, str]] = []
-        held: list[tuple[int, str]] = []
-        states: dict[EventState, list[int]] = defaultdict(list)
-        skipped = Counter[str]()
+        has_jobs = await self._finish_jobs(connection, recognized)
+        plan = self._plan(recognized, await self._load_facts(connection, recognized))
+        plan.states["unrecognized"] = [event.seq for event, generation in parsed if generation is None]
+        await _insert(connection, plan)
+        lanes = {destination_lane(name) for _, name in plan.routes.due}
+        if has_jobs:
+            lanes.add(SUBMIT_LANE)
+        if plan.states["fetching"]:
+            lanes.add(MEDIA_LANE)
+        return _Added(lanes=lanes, skipped=plan.skipped)
+
+    def _plan(
+        self, recognized: Sequence[tuple[StoredEvent, Generation]], facts: Sequence[RoutingFacts]
+    ) -> _Plan:
+        plan = _Plan()
         for (event, generation), each in zip(recognized, facts, strict=True):
             listing = generation.list_files(self._rules)
-            skipped += _count_skipped(event, listing)
-            files += [(event.seq, NewMedia.of(ref)) for ref in listing.files]
+            plan.skipped.update(_count_skipped(event, listing))
+            plan.files.extend((event.seq, NewMedia.of(ref)) for ref in listing.files)
             is_fetching = any(ref.skip is None for ref in listing.files)
-            states["fetching" if is_fetching else "ready"].append(event.seq)
-            for target in self._targets:
-                if mismatch(target.filter, each) is None:
-                    waits = is_fetching and target.waits_for_media
-                    (held if waits else due).append((event.seq, target.name))
-        states["unrecognized"] = [event.seq for event, generation in parsed if generation is None]
-        await outbox.insert_media(connection, files)
-        await outbox.insert_deliveries(connection, due, due=True)
-        await outbox.insert_deliveries(connection, held, due=False)
-        for state, seqs in states.items():
-            if seqs:
-                await inbox.set_state(connection, seqs, state)
-        if states["fetching"]:
-            lanes.add(MEDIA_LANE)
-        self._skipped += skipped
-        return lanes | {destination_lane(name) for _, name in due}
+            plan.states["fetching" if is_fetching else "ready"].append(event.seq)
+            plan.routes.add(event.seq, matching(self._targets, each), is_fetching=is_fetching)
+        return plan
 
-    async def _settle_jobs(
+    async def _finish_jobs(
         self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
     ) -> bool:
-        """Bring the events' jobs to their last state; return whether there were any."""
+        """Finish the jobs of the events; return whether there were any."""
         seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
-        settled = [
+        finished = [
             await job_events.finish_job(
                 connection,
                 event.source,
@@ -197,32 +231,38 @@ class FanOut:
             for event, generation in recognized
             if event.seq in seqs
         ]
-        return any(settled)
+        return any(finished)
 
-    async def _facts(
+    async def _load_facts(
         self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
     ) -> list[RoutingFacts]:
-        """Return what the filters look at, for each event."""
+        """Return the facts that filters compare, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
-        refs = (
-            await job_events.load_refs(connection, [event.seq for event, _ in recognized])
-            if needs_job
-            else {}
-        )
+        seqs = [event.seq for event, _ in recognized] if needs_job else []
+        refs = await job_events.load_refs(connection, seqs) if seqs else {}
         return [facts_of(event, generation.model, refs.get(event.seq)) for event, generation in recognized]
 
 
-def _read(event: StoredEvent) -> Generation | None:
+async def _insert(connection: AsyncConnection, plan: _Plan) -> None:
+    await outbox.insert_media(connection, plan.files)
+    await outbox.insert_deliveries(connection, plan.routes.due, due=True)
+    await outbox.insert_deliveries(connection, plan.routes.held, due=False)
+    for state, seqs in plan.states.items():
+        if seqs:
+            await inbox.set_state(connection, seqs, state)
+
+
+def _parse(event: StoredEvent) -> Generation | None:
     try:
         return parse(event.body)
     except UnrecognizedBody as error:
-        # It was recognized when it came in: this release reads more strictly than the one that stored it.
+        # The release that stored the event recognized it; this one parses more strictly.
         log.error("event not recognized", event_id=str(event.id), reason=error.reason)
         return None
 
 
 def _count_skipped(event: StoredEvent, listing: Listing) -> Counter[str]:
-    """Count the URLs of an event that are not fetched, by the reason, and say so in the log."""
+    """Count the URLs of an event that are not downloaded, by reason, and log them."""
     skipped = Counter(ref.skip.reason for ref in listing.files if ref.skip is not None)
     if listing.left_out:
         skipped["not_listed"] = listing.left_out

@@ -1,16 +1,18 @@
-"""Downloads of events' files, as work that is claimed by lease."""
+"""Downloads of events' files."""
 
 import hashlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 from uuid import UUID
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.core.lane_names import MEDIA_LANE, Wake, destination_lane
 from receiver.core.retry import DAY, MEDIA_DOUBTFUL, media_policy
 from receiver.db import inbox, leases, outbox
 from receiver.db.database import Database
@@ -24,37 +26,53 @@ from receiver.errors import (
     StorageUnavailable,
     TransientError,
 )
-from receiver.lanes.base import (
-    LEASE,
-    MAX_LOST,
-    MEDIA_LANE,
-    Record,
-    Work,
-    WorkLane,
-    describe,
-    destination_lane,
+from receiver.lanes.attempts import (
+    StartedAttempt,
+    crash_error,
     jitter,
     log_failure,
     start_attempt,
+    stored_text,
 )
+from receiver.lanes.base import LEASE_SECONDS, TableLane, Work
 from receiver.media import Downloader, StoredFile
 from receiver.metrics import MEDIA_BYTES, MEDIA_FILES
 
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
+"""Returns the present URL of a file, None if Clipia has none. Raises TransientError if it cannot tell now."""
 
-FRESH_URLS: Final = 3
-"""Tries at a file after which Clipia is no longer asked whether it has moved."""
-ASK_AGAIN: Final = 15.0
-"""Seconds until Clipia is asked again where a file is, if it could not be asked."""
-ASK_FOR: Final = 3 * DAY
-"""Age of a download, in seconds, from which that is no reason to wait any more."""
-STORAGE_PAUSE: Final = 15.0
-"""Seconds without new downloads after our storage refused a file that it had not refused before."""
+MAX_FRESH_URLS: Final = 3
+"""Attempts at a file after which Clipia is no longer asked for a fresh URL."""
+FRESH_URL_PAUSE_SECONDS: Final = 15.0
+"""Shortest time until Clipia is asked again for a fresh URL, if it could not answer."""
+FRESH_URL_PATIENCE_SECONDS: Final = 3 * DAY
+"""Age of a download from which it no longer waits for an answer about a fresh URL."""
+STORAGE_PAUSE_SECONDS: Final = 15.0
+"""Pause of all downloads after the storage fails for a file for the first time."""
 
 log = structlog.get_logger()
 
 
-class MediaLane(WorkLane):
+@dataclass(frozen=True, kw_only=True)
+class _Download:
+    """A claimed file and the attempt at it."""
+
+    claim: EventClaim
+    event: StoredEvent
+    row: MediaRow
+    attempt: StartedAttempt
+
+    @property
+    def ids(self) -> dict[str, Any]:
+        """The fields of its log lines."""
+        return {
+            "event_id": str(self.event.id),
+            "request_id": self.event.request_id,
+            "variant": self.row.variant,
+        }
+
+
+class MediaLane(TableLane):
     """Downloads the files of events."""
 
     def __init__(
@@ -62,41 +80,49 @@ class MediaLane(WorkLane):
         database: Database,
         downloader: Downloader,
         *,
-        wake: Callable[[str], None],
+        wake: Wake,
         fresh_url: FreshUrl | None = None,
         concurrency: int = 8,
+        lease_seconds: float = LEASE_SECONDS,
+        storage_pause_seconds: float = STORAGE_PAUSE_SECONDS,
     ) -> None:
-        """`fresh_url` tells where Clipia has a file now, for one that is no longer where it was."""
-        super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
+        """`fresh_url` is called for a file that its URL no longer has."""
+        super().__init__(
+            database,
+            media,
+            name=MEDIA_LANE,
+            concurrency=concurrency,
+            wake=wake,
+            lease_seconds=lease_seconds,
+        )
         self._downloader = downloader
         self._fresh_url = fresh_url
+        self._storage_pause_seconds = storage_pause_seconds
         self._paused_until = 0.0
-        self._refused = set[UUID]()
+        self._unstorable = set[UUID]()
+        """The files that the storage has failed for."""
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim files that are due. Raises DatabaseUnavailable."""
         if time.monotonic() < self._paused_until:
             return []
+        return await self._database.run_transaction(partial(self._claim, limit=limit))
 
-        async def work(connection: AsyncConnection) -> list[Work]:
-            claims = await leases.claim_media(connection, limit=limit, lease=LEASE)
-            if not claims:
-                return []
-            seqs = {claim.event_seq for claim in claims}
-            events = await inbox.load_events(connection, seqs)
-            rows = await outbox.load_files(connection, {claim.id for claim in claims})
-            return [
-                Work(claim=claim, run=partial(self._save, claim, events[claim.event_seq], rows[claim.id]))
-                for claim in claims
-            ]
-
-        return await self._database.run_transaction(work)
+    async def _claim(self, connection: AsyncConnection, *, limit: int) -> list[Work]:
+        claims = await leases.claim_media(connection, limit=limit, lease=self.lease_seconds)
+        if not claims:
+            return []
+        events = await inbox.load_events(connection, {claim.event_seq for claim in claims})
+        rows = await outbox.load_files(connection, {claim.id for claim in claims})
+        return [
+            Work(claim=claim, run=partial(self._save, claim, events[claim.event_seq], rows[claim.id]))
+            for claim in claims
+        ]
 
     async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
-        attempt = start_attempt(claim)
-        if claim.lost >= MAX_LOST:
-            failed = attempt("failed", f"its download ended {claim.lost} workers")
-            await self._give_up(claim, failed, row, "gone")
+        this = _Download(claim=claim, event=event, row=row, attempt=start_attempt(claim))
+        if crashed := crash_error(claim, "downloading this file"):
+            await self._give_up(this, crashed, state="gone")
             return
         try:
             stored = await self._downloader.save(
@@ -105,24 +131,24 @@ class MediaLane(WorkLane):
                 field=row.field,
                 stem=storage_stem(event, row),
                 seen_sha256=row.seen_sha256,
-                # What is intact gives way to nothing that is in doubt.
+                # A doubtful file is kept in the end, but it does not replace an intact one.
                 keep_doubtful=claim.age >= MEDIA_DOUBTFUL.give_up_after and row.storage_key is None,
             )
-        except Exception as error:  # noqa: BLE001 - whatever happened belongs to this row, not to its lane
-            await self._failed(claim, attempt, event, row, error)
+        except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
+            await self._failed(this, error)
             return
-        await self._stored(claim, attempt, event, row, stored)
+        await self._stored(this, stored)
 
-    async def _stored(
-        self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, stored: StoredFile
-    ) -> None:
-        self._refused.discard(claim.id)
-        refused = None if stored.is_media else f"the host sends a page or a text in place of the {row.kind}"
+    async def _stored(self, this: _Download, stored: StoredFile) -> None:
+        self._unstorable.discard(this.claim.id)
+        error = (
+            None if stored.is_media else f"the host sends a page or a text in place of the {this.row.kind}"
+        )
         if await self._finish(
-            claim,
-            attempt("failed", refused) if refused else attempt("succeeded"),
-            state="not_media" if refused else "stored",
-            error=refused,
+            this,
+            this.attempt.end("failed" if error else "succeeded", error),
+            state="not_media" if error else "stored",
+            error=error,
             warning=stored.warning,
             size=stored.size,
             sha256=stored.sha256,
@@ -130,109 +156,115 @@ class MediaLane(WorkLane):
             storage_key=stored.key,
             uri=stored.uri,
         ):
-            MEDIA_FILES.labels("not_media" if refused else "flagged" if stored.warning else "stored").inc()
+            MEDIA_FILES.labels("not_media" if error else "flagged" if stored.warning else "stored").inc()
             MEDIA_BYTES.inc(stored.size)
             log.log(
-                logging.WARNING if refused or stored.warning else logging.INFO,
+                logging.WARNING if error or stored.warning else logging.INFO,
                 "media stored",
-                refused=refused,
+                error=error,
                 warning=stored.warning,
-                event_id=str(event.id),
-                request_id=event.request_id,
-                variant=row.variant,
                 uri=stored.uri,
                 size=stored.size,
                 sha256=stored.sha256,
                 content_type=stored.content_type,
+                **this.ids,
             )
 
-    async def _failed(
-        self, claim: EventClaim, attempt: Record, event: StoredEvent, row: MediaRow, error: Exception
-    ) -> None:
-        is_absent = isinstance(error, (MediaMissing, NotMedia))
-        if is_absent and claim.attempt <= FRESH_URLS and self._fresh_url is not None:
-            try:
-                url = await self._fresh_url(event, row)
-            except TransientError as unknown:
-                if claim.age < ASK_FOR:
-                    await self._ask_again(claim, attempt("retry", f"{describe(error)}; {unknown}"), unknown)
-                    return
-                url = None
-            if url not in (None, row.url):
-                log.info("media moved", work_id=str(claim.id), request_id=event.request_id)
-                await self._put_back(claim, attempt("retry", describe(error)), delay=1.0, url=url)
-                return
-        message = describe(error)
+    async def _failed(self, this: _Download, error: Exception) -> None:
+        """Record a failed attempt: with a fresh URL, with the time of the next one, or as the last one."""
+        is_missing = isinstance(error, (MediaMissing, NotMedia))
+        if is_missing and await self._follow(this, error):
+            return
         if isinstance(error, StorageUnavailable):
-            # A file that the storage refuses again and again is no reason to keep the others waiting.
-            if claim.id not in self._refused:
-                self._paused_until = time.monotonic() + STORAGE_PAUSE
-            self._refused.add(claim.id)
-        delay = media_policy(error).next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
-        ids = {"event_id": str(event.id), "request_id": event.request_id, "variant": row.variant}
-        log_failure("media not stored", claim, error, message, delay=delay, **ids)
+            self._pause(this.claim)
+        attempt = this.claim.attempt
+        delay = media_policy(error).next_delay(error, attempt=attempt, age=this.claim.age, jitter=jitter())
+        work_id = str(this.claim.id)
+        log_failure("media not stored", error, work_id=work_id, attempt=attempt, retry_in=delay, **this.ids)
+        text = stored_text(error)
         if delay is None:
-            state = "blocked" if isinstance(error, MediaBlocked) else "gone"
-            await self._give_up(claim, attempt("failed", message), row, state)
-        elif await self._put_back(
-            claim,
-            attempt("retry", message),
-            delay=delay,
-            seen_sha256=error.sha256 if isinstance(error, MediaDoubtful) else row.seen_sha256,
-        ):
+            await self._give_up(this, text, state="blocked" if isinstance(error, MediaBlocked) else "gone")
+            return
+        seen = error.sha256 if isinstance(error, MediaDoubtful) else this.row.seen_sha256
+        if await self._put_back(this, text, delay=delay, seen_sha256=seen):
             MEDIA_FILES.labels("retry").inc()
 
-    async def _ask_again(self, claim: EventClaim, attempt: Attempt, unknown: TransientError) -> None:
-        """Put a file back whose present URL cannot be asked for now; the try counts for nothing."""
-        delay = max(ASK_AGAIN, unknown.retry_after or 0.0) * (1.0 + jitter())
-        log.info("fresh URL not to be had yet", work_id=str(claim.id), reason=unknown.reason, retry_in=delay)
-        await self._put_back(claim, attempt, delay=delay, attempts=media.c.attempts - 1)
+    async def _follow(self, this: _Download, error: Exception) -> bool:
+        """Put a file back under its fresh URL, or until Clipia can tell it; False if there is none."""
+        if self._fresh_url is None or this.claim.attempt > MAX_FRESH_URLS:
+            return False
+        try:
+            url = await self._fresh_url(this.event, this.row)
+        except TransientError as unknown:
+            if this.claim.age >= FRESH_URL_PATIENCE_SECONDS:
+                return False
+            delay = max(FRESH_URL_PAUSE_SECONDS, unknown.retry_after or 0.0) * (1.0 + jitter())
+            log.info(
+                "fresh URL not known yet", work_id=str(this.claim.id), reason=unknown.reason, retry_in=delay
+            )
+            # The attempt does not count, because the file's present URL was not tried.
+            uncounted = media.c.attempts - 1
+            await self._put_back(this, f"{stored_text(error)}; {unknown}", delay=delay, attempts=uncounted)
+            return True
+        if url in (None, this.row.url):
+            return False
+        log.info("media moved", work_id=str(this.claim.id), request_id=this.event.request_id)
+        await self._put_back(this, stored_text(error), delay=1.0, url=url)
+        return True
 
-    async def _give_up(self, claim: EventClaim, attempt: Attempt, row: MediaRow, state: str) -> None:
-        if row.storage_key is not None:
-            # It was intact before somebody wanted it again, and it still is.
-            warning = f"not downloaded again: {attempt.error}"
-            if await self._finish(claim, attempt, state="stored", warning=warning):
+    def _pause(self, claim: EventClaim) -> None:
+        """Pause downloads after the storage failed, but only once for each file.
+
+        A file that the storage refuses each time, such as one that is too large, must not block the others.
+        """
+        if claim.id not in self._unstorable:
+            self._paused_until = time.monotonic() + self._storage_pause_seconds
+        self._unstorable.add(claim.id)
+
+    async def _give_up(self, this: _Download, error: str, *, state: str) -> None:
+        attempt = this.attempt.end("failed", error)
+        if this.row.storage_key is not None:
+            # A replay ordered the download again; the stored file is still intact.
+            if await self._finish(this, attempt, state="stored", warning=f"not downloaded again: {error}"):
                 MEDIA_FILES.labels("flagged").inc()
-        elif await self._finish(claim, attempt, state=state, error=attempt.error):
+        elif await self._finish(this, attempt, state=state, error=error):
             MEDIA_FILES.labels(state).inc()
 
     async def _finish(
-        self, claim: EventClaim, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
+        self, this: _Download, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
     ) -> bool:
         """Record the last result of a file; False if its lease was lost meanwhile."""
-        names: list[str] = []
 
-        async def write(connection: AsyncConnection) -> bool:
-            held = await leases.finish(connection, media, claim, state=state, error=error, **values)
-            if held:
-                await leases.record_attempt(connection, claim.id, attempt)
-                # With the event's last file the deliveries that waited for it become due.
-                names[:] = await outbox.release_held(connection, claim.event_seq)
-            return held
+        async def write(connection: AsyncConnection) -> list[str] | Literal[False]:
+            if not await leases.finish(connection, media, this.claim, state=state, error=error, **values):
+                return False
+            await leases.record_attempt(connection, this.claim.id, attempt)
+            # With the event's last file, its held deliveries become due.
+            return list(await outbox.release_held(connection, this.claim.event_seq))
 
-        held = await self._record(claim, write)
-        for name in names:
+        destinations = await self._record(this.claim, write)
+        for name in destinations or ():
             self._wake(destination_lane(name))
-        return held
+        return destinations is not False
 
-    async def _put_back(self, claim: EventClaim, attempt: Attempt, *, delay: float, **values: Any) -> bool:
-        """Record a failed try and when the next one is due; False if the lease was lost meanwhile."""
+    async def _put_back(self, this: _Download, error: str, *, delay: float, **values: Any) -> bool:
+        """Record a failed attempt and when the next one is due; False if the lease was lost meanwhile."""
+        attempt = this.attempt.end("retry", error)
 
         async def write(connection: AsyncConnection) -> bool:
-            held = await leases.retry(connection, media, claim, delay=delay, error=attempt.error, **values)
+            held = await leases.retry(connection, media, this.claim, delay=delay, error=error, **values)
             if held:
-                await leases.record_attempt(connection, claim.id, attempt)
+                await leases.record_attempt(connection, this.claim.id, attempt)
             return held
 
-        return await self._record(claim, write)
+        return await self._record(this.claim, write)
 
 
 def storage_stem(event: StoredEvent, row: MediaRow) -> str:
     """Return the storage key of a file without its extension.
 
-    It is ours, never the URL's or the payload's, and always the same: a download that is repeated after a
-    crash meets its own file.
+    It is made from a hash, never from the URL or the payload, and it is always the same: a download that is
+    repeated after a crash replaces its own file.
     """
     digest = hashlib.sha256(f"{event.source}\n{event.request_id}".encode()).hexdigest()
     return f"{digest[:2]}/{digest}/{row.position:02d}-{row.variant}"

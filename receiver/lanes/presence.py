@@ -1,4 +1,4 @@
-"""A process that works says so in the database, in a row that it renews every few seconds."""
+"""Presence: a process that runs a worker has a row in the database, and renews it every few seconds."""
 
 import asyncio
 import contextlib
@@ -9,21 +9,18 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
-import structlog
-
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
+from receiver.lanes.attempts import logged_failures
 
-STOP_WAIT: Final = 2.0
-"""Seconds that the last word to the database may take."""
-
-log = structlog.get_logger()
+STOP_SECONDS: Final = 2.0
+"""How long the deletion of the row may take at shutdown."""
 
 
 @asynccontextmanager
 async def present(database: Database, lanes: Sequence[str], *, account: str | None) -> AsyncIterator[None]:
-    """Say inside the block that this process works on `lanes`, and at its end that it does no more."""
+    """Record inside the block that this process works on `lanes`."""
     run = workers.WorkerRun(
         id=uuid.uuid4(),
         host=socket.gethostname()[:255],
@@ -37,9 +34,9 @@ async def present(database: Database, lanes: Sequence[str], *, account: str | No
         yield
     finally:
         stopping.set()
-        # Without this the row is stale in half a minute anyway: no reason to wait for a slow database.
+        # The row is stale in half a minute anyway, so a slow database does not delay the shutdown.
         with contextlib.suppress(DatabaseUnavailable, TimeoutError):
-            async with asyncio.timeout(STOP_WAIT):
+            async with asyncio.timeout(STOP_SECONDS):
                 await task
                 async with database.write() as connection:
                     await workers.leave(connection, run.id)
@@ -47,15 +44,10 @@ async def present(database: Database, lanes: Sequence[str], *, account: str | No
 
 async def _renew(database: Database, run: workers.WorkerRun, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
-        try:
+        with logged_failures("presence not recorded"):
             async with database.write() as connection:
                 await workers.sweep(connection)
                 await workers.renew(connection, run)
-        except Exception as error:
-            expected = isinstance(error, DatabaseUnavailable)
-            log.warning(
-                "presence not recorded", error=type(error).__name__, exc_info=None if expected else error
-            )
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(workers.RENEW_SECONDS):
                 await stopping.wait()

@@ -1,4 +1,4 @@
-"""Which files a replay has downloaded again."""
+"""The files that a replay downloads again."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ from receiver.media.verify import verify
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """Files that are to be downloaded again, by their ids."""
+    """Files to download again, by their ids."""
 
     files: list[uuid.UUID] = field(default_factory=list)
     intact: list[uuid.UUID] = field(default_factory=list)
-    """Files that are what they should be, and are wanted again all the same."""
+    """Intact files, which are downloaded again because the order says `force`."""
     urls: dict[uuid.UUID, str] = field(default_factory=dict)
     """The URLs of files that were skipped and no longer are."""
     added: list[tuple[int, NewMedia]] = field(default_factory=list)
     """Files that were never listed, each with its event's `seq`."""
     events: set[int] = field(default_factory=set)
-    """The `seq` of the events that have files to download."""
+    """The `seq` of the events with files to download."""
 
 
 async def find_wanted(
@@ -37,44 +37,47 @@ async def find_wanted(
     force: bool,
     rules: FileRules | None,
 ) -> Wanted:
-    """Return what is missing, changed or no media, and with `force` what is intact, too.
+    """Return the files that are missing, changed or no media, and with `force` the intact ones too.
 
-    Files that were skipped are wanted if `rules` no longer skip them, and files that releases before 0010 did
-    not list are added. Raises StorageUnavailable.
+    Skipped files are wanted if `rules` no longer skip them, and files are added that releases before 0010 did
+    not list. Raises StorageUnavailable.
     """
     wanted = Wanted()
-    for seq, rows in files.items():
-        for row in rows:
-            if row.state not in {"skipped", "pending"}:
-                intact = await _is_intact(storage, row)
-                if force or not intact:
-                    (wanted.intact if intact else wanted.files).append(row.id)
-                    wanted.events.add(seq)
+    for seq, row in ((seq, row) for seq, rows in files.items() for row in rows):
+        if row.state not in {"skipped", "pending"}:
+            is_intact = await _is_intact(storage, row)
+            if force or not is_intact:
+                (wanted.intact if is_intact else wanted.files).append(row.id)
+                wanted.events.add(seq)
     if rules is not None:
-        unclear = [seq for seq, rows in files.items() if not rows or any(map(_is_unclear, rows))]
-        async with database.read() as connection:
-            for seq in unclear:
-                # One after the other: a hundred bodies take a lot of memory.
-                for event in (await inbox.load_events(connection, [seq])).values():
-                    _list_anew(wanted, event, files[seq], rules)
+        await _add_unskipped(wanted, database, files, rules)
     return wanted
 
 
+async def _add_unskipped(
+    wanted: Wanted, database: Database, files: Mapping[int, Sequence[MediaRow]], rules: FileRules
+) -> None:
+    unclear = [seq for seq, rows in files.items() if not rows or any(map(_is_unclear, rows))]
+    async with database.read() as connection:
+        for seq in unclear:
+            # One at a time: the bodies of a hundred events would need a lot of memory.
+            for event in (await inbox.load_events(connection, [seq])).values():
+                _list_again(wanted, event, files[seq], rules)
+
+
 def _is_unclear(row: MediaRow) -> bool:
-    """Whether only the event's output tells what is to be done."""
-    # Releases before 0010 did not record the field, nor did they look for files everywhere.
+    """Return whether the event's output has to be parsed again for a file."""
+    # Releases before 0010 did not record the field, and did not search all of the output for files.
     return row.state == "skipped" or row.field is None
 
 
-def _list_anew(wanted: Wanted, event: StoredEvent, rows: Sequence[MediaRow], rules: FileRules) -> None:
-    """Add the files of an event that are not skipped any more, and those that have no row."""
+def _list_again(wanted: Wanted, event: StoredEvent, rows: Sequence[MediaRow], rules: FileRules) -> None:
+    """Add the files of an event that are no longer skipped, and those without a row."""
     try:
         refs = parse(event.body).list_files(rules).files
     except UnrecognizedBody:
         return
-    urls = {name: ref.url for ref in refs if ref.skip is None for name in (ref.field, ref.url)}
-    skipped = [row for row in rows if row.state == "skipped"]
-    found = {row.id: url for row in skipped if (url := urls.get(row.field or row.url))}
+    found = _unskipped(refs, rows)
     added = _unlisted(refs, rows) if not rows or any(row.field is None for row in rows) else []
     wanted.urls.update(found)
     wanted.files.extend(found)
@@ -83,20 +86,31 @@ def _list_anew(wanted: Wanted, event: StoredEvent, rows: Sequence[MediaRow], rul
         wanted.events.add(event.seq)
 
 
+def _unskipped(refs: Sequence[MediaRef], rows: Sequence[MediaRow]) -> dict[uuid.UUID, str]:
+    """Return the URLs of skipped rows that the rules no longer skip."""
+    urls = {name: ref.url for ref in refs if ref.skip is None for name in (ref.field, ref.url)}
+    skipped = [row for row in rows if row.state == "skipped"]
+    return {row.id: url for row in skipped if (url := urls.get(row.field or row.url))}
+
+
 def _unlisted(refs: Sequence[MediaRef], rows: Sequence[MediaRow]) -> list[NewMedia]:
-    """Return the files that have no row, behind the others: the storage's keys contain the position."""
+    """Return the files without a row. They get positions after the others, which the storage keys contain."""
+    new = _without_row(refs, rows)
+    first = 1 + max((row.position for row in rows), default=-1)
+    positions = {position: first + n for n, position in enumerate(sorted({ref.position for ref in new}))}
+    return [NewMedia.of(replace(ref, position=positions[ref.position])) for ref in new]
+
+
+def _without_row(refs: Sequence[MediaRef], rows: Sequence[MediaRow]) -> list[MediaRef]:
     known = {row.field for row in rows} | {row.url for row in rows}
     present = {ref.url for ref in refs}
-    # Clipia has named another URL since: such a row without a field is found by its place.
+    # If Clipia has given a file another URL since, a row without a field is matched by its position.
     moved = {(row.position, row.variant) for row in rows if row.field is None and row.url not in present}
-    new = [
+    return [
         ref
         for ref in refs
         if known.isdisjoint({ref.field, ref.url}) and (ref.position, ref.variant) not in moved
     ]
-    behind = 1 + max((row.position for row in rows), default=-1)
-    positions = {position: behind + n for n, position in enumerate(sorted({ref.position for ref in new}))}
-    return [NewMedia.of(replace(ref, position=positions[ref.position])) for ref in new]
 
 
 async def _is_intact(storage: Storage, row: MediaRow) -> bool:
@@ -111,6 +125,6 @@ async def _is_intact(storage: Storage, row: MediaRow) -> bool:
         size=row.size,
         sha256=row.sha256,
     )
-    # An unreadable file may be readable later, and the CDN may not have it any more: it is sent as it is
-    # on record, and the order goes on.
+    # A file that cannot be read now may be readable later, and the CDN may have deleted it. Its event is sent
+    # as recorded, so that the replay goes on.
     return found in {"intact", "unreadable"}

@@ -1,92 +1,85 @@
-"""The worker: claim loops over lanes, lease renewal, and a drain that counts no attempt."""
+"""The worker: claim loops over the lanes, lease renewal, and a drain that does not count attempts."""
 
 import asyncio
 import contextlib
-import random
 import time
-from collections.abc import Callable, Collection, Sequence
-from typing import Final, Protocol
-from uuid import UUID
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import structlog
 
+from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
-from receiver.lanes.base import FAN_OUT_LANE, LEASE, Work, describe
+from receiver.lanes.attempts import jitter, log_failure, logged_failures
+from receiver.lanes.base import Lane, Work
 from receiver.lanes.fan_out import FanOut
-
-POLL: Final = 0.5
-"""Seconds between looks for work that no signal announced: other processes' and what becomes due."""
-PACE: Final = 0.02
-"""Seconds between two looks for events to fan out at least, unless there was as much as is done at once.
-
-Those of a moment go together: one by one each costs its worker and its database several milliseconds.
-"""
-GATHER: Final = 0.01
-"""Seconds that a busy lane waits for half of its places to come free: one that claimed for every place would
-claim one row at a time."""
-OUTAGE_PAUSE: Final = 2.0
-"""Seconds between tries while the database is away."""
-DRAIN: Final = 25.0
-"""Seconds that work under way has to finish at shutdown; what has not is given back."""
 
 log = structlog.get_logger()
 
 
-class Lane(Protocol):
-    """A kind of work, claimed by lease."""
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """How long the loops of a worker wait."""
 
-    name: str
-    concurrency: int
-    left_behind: bool
-    """Whether there may be more that is due than the last claim took."""
+    poll_seconds: float = 0.5
+    """Pause before the next claim if no signal arrives. Rows that become due are not signalled."""
+    pace_seconds: float = 0.02
+    """Shortest time between two rounds of the fan-out, unless the last one left events behind.
 
-    async def claim(self, limit: int) -> Sequence[Work]:
-        """Claim up to `limit` rows that are due."""
-        ...
+    If each event had a round of its own, its transaction would cost the worker and the database several
+    milliseconds. Events that arrive within this time share one.
+    """
+    gather_seconds: float = 0.01
+    """How long a busy lane waits for half of its places to become free. If it claimed for each free place
+    at once, it would claim one row at a time."""
+    outage_pause_seconds: float = 2.0
+    """Pause after a claim that failed, because the database is unavailable or by a bug."""
+    drain_seconds: float = 25.0
+    """Time for the work under way to finish at shutdown. Claims that are left are given back."""
 
-    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
-        """Extend leases; return the ids that are still ours."""
-        ...
 
-    async def release(self, claims: Collection[Claim]) -> None:
-        """Give claims back untried."""
-        ...
+DEFAULT_TIMING: Final = Timing()
 
 
 class Wakeups:
-    """A signal per lane that shortens its wait; losing one costs no more than that wait."""
+    """A signal for each lane, which ends its wait early. If a signal is lost, the lane polls later."""
 
-    def __init__(self, elsewhere: Callable[[str], None] = lambda _lane: None) -> None:
-        """`elsewhere` is told of lanes that nobody waits for here: their worker is another process."""
+    def __init__(self, elsewhere: Wake = wake_no_lane) -> None:
+        """`elsewhere` is called for lanes that do not wait in this process."""
         self._events: dict[str, asyncio.Event] = {}
         self._elsewhere = elsewhere
 
     def wake(self, lane: str) -> None:
-        """Tell a lane that there is work."""
+        """Signal that a lane may have work."""
         if event := self._events.get(lane):
             event.set()
         else:
             self._elsewhere(lane)
 
-    async def wait(self, lane: str, *, timeout: float) -> None:  # noqa: ASYNC109 - returns, never raises
-        """Wait for a wake-up of the lane, or until the time is over."""
+    async def wait(self, lane: str, *, seconds: float) -> None:
+        """Return at the lane's next signal, or after `seconds`."""
         event = self._events.setdefault(lane, asyncio.Event())
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                await event.wait()
+        await _wait(event, seconds)
         event.clear()
 
 
 class Worker:
-    """Runs the fan-out and every lane until it is told to stop."""
+    """Runs the fan-out and the lanes until it is stopped."""
 
     def __init__(
-        self, fan_out: FanOut, lanes: Sequence[Lane], wakeups: Wakeups, *, drain: float = DRAIN
+        self,
+        fan_out: FanOut,
+        lanes: Sequence[Lane],
+        wakeups: Wakeups,
+        *,
+        timing: Timing = DEFAULT_TIMING,
     ) -> None:
         self._fan_out = fan_out
-        self._lanes = [_LaneRunner(lane, wakeups, drain=drain) for lane in lanes]
+        self._lanes = [_LaneRunner(lane, wakeups, timing) for lane in lanes]
         self._wakeups = wakeups
+        self._timing = timing
         self._stopping = asyncio.Event()
 
     @property
@@ -95,13 +88,13 @@ class Worker:
         return [FAN_OUT_LANE, *(runner.name for runner in self._lanes)]
 
     def stop(self) -> None:
-        """Stop claiming and finish what is held; `run` returns when that is done."""
+        """Stop claiming and finish the work under way; `run` returns when that is done."""
         self._stopping.set()
         for name in self.lanes:
             self._wakeups.wake(name)
 
     async def run(self) -> None:
-        """Work until `stop` is called. What fails unexpectedly is logged with its traceback and goes on."""
+        """Work until `stop` is called. An unexpected error is logged with its traceback, and work goes on."""
         log.info("worker started", lanes=[runner.name for runner in self._lanes])
         async with asyncio.TaskGroup() as group:
             group.create_task(self._run_fan_out(), name=FAN_OUT_LANE)
@@ -114,62 +107,56 @@ class Worker:
             began = time.monotonic()
             try:
                 await self._fan_out.run()
-            except Exception as error:  # noqa: BLE001 - a loop that ended would leave acked events behind
-                await _sit_out(error, FAN_OUT_LANE, self._stopping)
+            except Exception as error:  # noqa: BLE001 - if the loop ended, acknowledged events would stay behind
+                await _sit_out(error, FAN_OUT_LANE, self._stopping, self._timing)
                 continue
-            if not self._fan_out.left_behind:
-                await self._wakeups.wait(FAN_OUT_LANE, timeout=_jittered(POLL))
-                await asyncio.sleep(began + PACE - time.monotonic())
+            if not self._fan_out.may_have_more:
+                await self._wakeups.wait(FAN_OUT_LANE, seconds=_jittered(self._timing.poll_seconds))
+                await asyncio.sleep(began + self._timing.pace_seconds - time.monotonic())
 
 
 class _LaneRunner:
     """Claims and runs the work of one lane."""
 
-    def __init__(self, lane: Lane, wakeups: Wakeups, *, drain: float) -> None:
+    def __init__(self, lane: Lane, wakeups: Wakeups, timing: Timing) -> None:
         self.name = lane.name
         self._lane = lane
         self._wakeups = wakeups
-        self._drain = drain
-        self._held: dict[asyncio.Task[None], Claim] = {}
+        self._timing = timing
+        self._held = dict[asyncio.Task[None], Claim]()
         self._half_free = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
-        """Claim and work until told to stop, then drain."""
+        """Claim and work until `stopping` is set, then drain."""
         renewal = asyncio.create_task(self._renew(), name=f"{self.name} renewal")
         try:
             while not stopping.is_set():
-                await self._turn(stopping)
-            await self._drain_held()
+                await self._run_round(stopping)
+            await self._drain()
         finally:
             renewal.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await renewal
 
-    async def _turn(self, stopping: asyncio.Event) -> None:
-        room = self._lane.concurrency - len(self._held)
-        if room > 0:
+    async def _run_round(self, stopping: asyncio.Event) -> None:
+        """Claim for the free places, and wait unless all of them were filled."""
+        free = self._lane.concurrency - len(self._held)
+        if free > 0:
             try:
-                works = await self._lane.claim(room)
+                works = await self._lane.claim(free)
             except Exception as error:  # noqa: BLE001 - as above
-                await _sit_out(error, self.name, stopping)
+                await _sit_out(error, self.name, stopping, self._timing)
                 return
             for work in works:
                 task = asyncio.create_task(self._perform(work), name=f"{self.name} {work.claim.id}")
                 self._held[task] = work.claim
                 task.add_done_callback(self._finished)
-            if works:
-                await self._gather()
-            if len(works) == room:
+            if works and not self._is_half_free():
+                self._half_free.clear()
+                await _wait(self._half_free, self._timing.gather_seconds)
+            if len(works) == free:
                 return
-        await self._wakeups.wait(self.name, timeout=_jittered(POLL))
-
-    async def _gather(self) -> None:
-        if self._is_half_free():
-            return
-        self._half_free.clear()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GATHER):
-                await self._half_free.wait()
+        await self._wakeups.wait(self.name, seconds=_jittered(self._timing.poll_seconds))
 
     def _is_half_free(self) -> bool:
         return 2 * len(self._held) <= self._lane.concurrency
@@ -178,61 +165,54 @@ class _LaneRunner:
         try:
             await work.run()
         except Exception:
-            # Lanes handle what they expect. The lease ends by itself and the row is tried again.
+            # Lanes handle the errors that they expect. The lease expires, and then the row is tried again.
             log.exception("work failed unexpectedly", lane=self.name, work_id=str(work.claim.id))
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         del self._held[task]
         if self._is_half_free():
             self._half_free.set()
-        if self._lane.left_behind:
+        if self._lane.may_have_more:
             self._wakeups.wake(self.name)
 
     async def _renew(self) -> None:
         while True:
-            await asyncio.sleep(LEASE / 3)
+            await asyncio.sleep(self._lane.lease_seconds / 3)
             held = dict(self._held)
             if not held:
                 continue
-            try:
-                ours = await self._lane.renew(held.values())
-            except Exception as error:  # noqa: BLE001 - as above
-                _log_failure("leases not renewed", error, self.name)
-                continue
-            for task, claim in held.items():
-                if claim.id not in ours and task in self._held:
-                    log.warning("lease lost, work dropped", lane=self.name, work_id=str(claim.id))
-                    task.cancel()
+            with logged_failures("leases not renewed", lane=self.name):
+                renewed = await self._lane.renew(held.values())
+                for task, claim in held.items():
+                    if claim.id not in renewed and task in self._held:
+                        log.warning("lease lost, work dropped", lane=self.name, work_id=str(claim.id))
+                        task.cancel()
 
-    async def _drain_held(self) -> None:
+    async def _drain(self) -> None:
         if not self._held:
             return
-        _, late = await asyncio.wait(self._held, timeout=self._drain)
+        _, late = await asyncio.wait(self._held, timeout=self._timing.drain_seconds)
+        if not late:
+            return
         claims = [self._held[task] for task in late]
         for task in late:
             task.cancel()
-        if not late:
-            return
         await asyncio.wait(late)
-        try:
+        with logged_failures("claims not given back", lane=self.name):
             await self._lane.release(claims)
-        except Exception as error:  # noqa: BLE001 - shutting down; the leases end by themselves
-            _log_failure("claims not given back", error, self.name)
-        else:
             log.info("claims given back", lane=self.name, count=len(claims))
 
 
-def _log_failure(message: str, error: Exception, lane: str) -> None:
-    expected = isinstance(error, DatabaseUnavailable)
-    log.warning(message, lane=lane, error=describe(error), exc_info=None if expected else error)
+async def _sit_out(error: Exception, lane: str, stopping: asyncio.Event, timing: Timing) -> None:
+    log_failure("no work claimed", error, expected=DatabaseUnavailable, lane=lane)
+    await _wait(stopping, _jittered(timing.outage_pause_seconds))
 
 
-async def _sit_out(error: Exception, lane: str, stopping: asyncio.Event) -> None:
-    _log_failure("no work claimed", error, lane)
+async def _wait(event: asyncio.Event, seconds: float) -> None:
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(_jittered(OUTAGE_PAUSE)):
-            await stopping.wait()
+        async with asyncio.timeout(seconds):
+            await event.wait()
 
 
 def _jittered(seconds: float) -> float:
-    return seconds * random.uniform(0.8, 1.2)  # noqa: S311 - spreads load
+    return seconds * (0.8 + 0.4 * jitter())

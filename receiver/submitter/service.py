@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self
@@ -15,15 +15,16 @@ from receiver.budgets import Budgets
 from receiver.clipia.catalogue import Catalogue
 from receiver.clipia.client import CALL_TIMEOUT_SECONDS, ClipiaClient, open_client
 from receiver.clipia.job_request import JobRequest, refreeze
+from receiver.core.lane_names import SUBMIT_LANE, Wake, wake_no_lane
 from receiver.core.request_checks import check_caller, check_key, read_cursor
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
 from receiver.db import decisions, freezes, jobs, migrate, reads
 from receiver.db.database import Database
-from receiver.db.jobs import SUBMIT_LANE
 from receiver.db.rows import CostGroup, JobState, NewJob
 from receiver.db.views import JobCosts
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
-from receiver.lanes.base import Work, error_text
+from receiver.lanes.attempts import error_json
+from receiver.lanes.base import Work
 from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
 from receiver.price import Credits, read_credits, total
@@ -55,7 +56,7 @@ class Submitter:
         poll_after: float = 60.0,
         refused_give_up_after: float = REFUSED_GIVE_UP_SECONDS,
         input_check: InputCheck = "on",
-        wake: Callable[[str], None] = lambda _lane: None,
+        wake: Wake = wake_no_lane,
     ) -> None:
         """Take over `client`, which `close` closes; without one jobs can be looked at but not submitted.
 
@@ -98,9 +99,7 @@ class Submitter:
             await database.close()
 
     @classmethod
-    def configured(
-        cls, settings: Settings, database: Database, *, wake: Callable[[str], None] = lambda _lane: None
-    ) -> Self:
+    def configured(cls, settings: Settings, database: Database, *, wake: Wake = wake_no_lane) -> Self:
         """Make a submitter as the settings say. Raises SettingsError."""
         return cls(
             database,
@@ -303,7 +302,7 @@ class Submitter:
         A job that was never sent, or that is unsure already, is `canceled`. If Clipia may have it, it is
         `unsure`, and its event still ends it. Raises RequestError for one that has ended or is at Clipia.
         """
-        text = error_text("canceled", f"Canceled by {by}.")
+        text = error_json("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
             state = await decisions.cancel(connection, job_id, error=text, by=by)
         job = await self._get_decided(job_id)

@@ -10,6 +10,7 @@ from structlog.testing import capture_logs
 from support.events import World, opened, plain, with_files
 
 from receiver import recovery
+from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import outbox
@@ -19,7 +20,7 @@ from receiver.db.selection import Selection
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.destination_settings import FilterSettings
 from receiver.errors import StorageUnavailable
-from receiver.lanes import fan_out as fan_out_module
+from receiver.lanes import targets
 from receiver.lanes.fan_out import FanOut
 
 CDN = "https://media.clipia.ai"
@@ -36,23 +37,22 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the fan-out of events of the model `bad` fail, as a mistake of ours would."""
 
-    def look(wanted: FilterSettings, facts: RoutingFacts) -> str | None:
+    def fail_for_bad(wanted: FilterSettings, facts: RoutingFacts) -> str | None:
         if facts.model == "bad":
             raise KeyError("a mistake")
         return mismatch(wanted, facts)
 
-    monkeypatch.setattr(fan_out_module, "mismatch", look)
+    monkeypatch.setattr(targets, "mismatch", fail_for_bad)
 
 
 @pytest.mark.usefixtures("bad_model")
-async def test_events_that_fail_hold_up_no_others(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_events_that_fail_hold_up_no_others(world: World) -> None:
     """E7: enough events for a whole lot whose fan-out fails rest, and younger ones go out meanwhile."""
-    monkeypatch.setattr(fan_out_module, "FAILED_REST", 3600.0)
     world.add_destination("main")
     for number in range(6):
         await world.add(plain(f"bad-{number}", model="bad"))
     await world.add(plain("good"))
-    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    fan_out = FanOut(world.database, world.targets, wake=wake_no_lane, rest_seconds=3600.0)
     for _ in range(2):
         with pytest.raises(KeyError):
             await fan_out.run(limit=3)
@@ -60,8 +60,7 @@ async def test_events_that_fail_hold_up_no_others(world: World, monkeypatch: pyt
     assert await fan_out.run(limit=3) == 0, "those that rest are not tried again"
     assert await world.sent_to() == {("good", "main")}
     assert await world.states(events) == {"received": 6, "ready": 1}
-    monkeypatch.setattr(fan_out_module, "FAILED_REST", -1.0)
-    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    fan_out = FanOut(world.database, world.targets, wake=wake_no_lane, rest_seconds=-1.0)
     for _ in range(2):
         with pytest.raises(KeyError):
             await fan_out.run(limit=6)
@@ -75,12 +74,12 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
     long_ago = datetime.now(UTC) - timedelta(seconds=GIVE_UP_SECONDS + 1)
     await world.change(events, events.c.request_id == "old", received_at=long_ago)
     with monkeypatch.context() as patch:
-        patch.setattr(fan_out_module, "mismatch", lambda *_: 1 / 0)
-        fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+        patch.setattr(targets, "mismatch", lambda *_: 1 / 0)
+        fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
         assert await world.states(events) == {"received": 2}, "the first failure ends nothing"
-        patch.setattr(fan_out_module, "FAILED_FOR", 0.0)
+        fan_out._min_failing_seconds = 0.0
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
     found = {row["request_id"]: (row["state"], row["reason"]) for row in await world.rows(events)}

@@ -8,6 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from structlog.testing import capture_logs
 from support import events as support_events
 from support.payloads import body, failure
 
+from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
@@ -29,13 +31,12 @@ from receiver.db.rows import Claim, StoredEvent
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
 from receiver.ingest import make_event
-from receiver.lanes import media as media_lane
-from receiver.lanes import worker
-from receiver.lanes.base import Target
+from receiver.lanes.base import LEASE_SECONDS, Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
-from receiver.lanes.media import MediaLane
-from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.lanes.media import STORAGE_PAUSE_SECONDS, MediaLane
+from receiver.lanes.targets import Target
+from receiver.lanes.worker import Timing, Wakeups, Worker
 from receiver.media import Downloader, MediaHosts, open_storage
 from receiver.sandbox import SandboxOptions, create_app, running
 
@@ -81,6 +82,9 @@ class World:
     def __init__(self, database: Database, folder: Path, media_host: str) -> None:
         self.database = database
         self.recorder = Recorder()
+        self.timing = Timing()
+        self.lease_seconds = LEASE_SECONDS
+        self.storage_pause_seconds = STORAGE_PAUSE_SECONDS
         self.targets = [self.target("main", self.recorder)]
         self.storage = open_storage(f"file:{folder}")
         self.downloader = Downloader(hosts=MediaHosts.parse([media_host]), storage=self.storage)
@@ -93,10 +97,20 @@ class World:
         """Make a worker over everything."""
         wakeups = Wakeups()
         lanes: list[Lane] = [
-            MediaLane(self.database, self.downloader, wake=wakeups.wake),
-            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
+            MediaLane(
+                self.database,
+                self.downloader,
+                wake=wakeups.wake,
+                lease_seconds=self.lease_seconds,
+                storage_pause_seconds=self.storage_pause_seconds,
+            ),
+            *(
+                DeliveryLane(self.database, target, wake=wakeups.wake, lease_seconds=self.lease_seconds)
+                for target in self.targets
+            ),
         ]
-        return Worker(FanOut(self.database, self.targets, wake=wakeups.wake), lanes, wakeups, drain=drain)
+        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake)
+        return Worker(fan_out, lanes, wakeups, timing=replace(self.timing, drain_seconds=drain))
 
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
@@ -361,7 +375,7 @@ async def test_work_that_kills_its_workers_is_given_up(world: World, cdn: str, t
     expected = "dead" if table is deliveries else "gone"
     async with world.working():
         (row,) = await world.until(table, expected)
-    assert "ended 5 workers" in row["error"]
+    assert "gave up: 5 workers crashed while" in row["error"]
     assert world.recorder.published == []
 
 
@@ -389,11 +403,9 @@ async def test_a_blocked_file_does_not_hold_the_event(world: World) -> None:
     assert file["attempts"] == 1
 
 
-async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(
-    world: World, cdn: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World, cdn: str) -> None:
     """D16: no space is nobody's fault: downloads pause, however old they are, and resume by themselves."""
-    monkeypatch.setattr(media_lane, "STORAGE_PAUSE", 0.3)
+    world.storage_pause_seconds = 0.3
     save = world.downloader.save
     calls: list[float] = []
 
@@ -450,10 +462,9 @@ async def test_shutdown_gives_back_what_cannot_finish(world: World) -> None:
     assert world.recorder.published[0].get_extension("attempt") == 1
 
 
-async def test_long_work_keeps_its_lease(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_work_keeps_its_lease(world: World) -> None:
     """E9: work that takes longer than a lease is renewed; two workers do it once."""
-    monkeypatch.setattr(media_lane, "LEASE", 0.6)
-    monkeypatch.setattr(worker, "LEASE", 0.6)
+    world.lease_seconds = 0.6
     calls = 0
 
     async def slow() -> None:
@@ -468,10 +479,9 @@ async def test_long_work_keeps_its_lease(world: World, monkeypatch: pytest.Monke
     assert calls == 1
 
 
-async def test_a_lost_lease_drops_the_work(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_lost_lease_drops_the_work(world: World) -> None:
     """E10: a worker that finds its lease taken stops that work and records nothing."""
-    monkeypatch.setattr(media_lane, "LEASE", 0.6)
-    monkeypatch.setattr(worker, "LEASE", 0.6)
+    world.lease_seconds = 0.6
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def until_cancelled() -> None:
@@ -528,7 +538,7 @@ async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: py
         return await insert(*arguments, **options)
 
     monkeypatch.setattr(outbox, "insert_deliveries", break_off)
-    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)
     await world.add(with_image(cdn))
     with pytest.raises(DatabaseUnavailable):
         await fan_out.run()
@@ -543,16 +553,14 @@ async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.M
     """E7: an event that cannot be fanned out stays where it is; those before and behind it go on."""
     add_work = FanOut._add_work
 
-    async def break_on_bad(
-        self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]
-    ) -> set[str]:
-        lanes = await add_work(self, connection, found)
+    async def break_on_bad(self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]) -> Any:
+        added = await add_work(self, connection, found)
         if any(event.request_id == "bad" for event in found):
             raise RuntimeError("bug")
-        return lanes
+        return added
 
     monkeypatch.setattr(FanOut, "_add_work", break_on_bad)
-    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)
     for name in ("r-1", "bad", "r-2"):
         await world.add(plain(name))
     assert await fan_out.run() == 3
@@ -616,7 +624,7 @@ async def test_several_workers_share_the_work(world: World) -> None:
 
 async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
-    monkeypatch.setattr(worker, "OUTAGE_PAUSE", 0.05)
+    world.timing = Timing(outage_pause_seconds=0.05)
     claim, lock = leases.claim_media, inbox.lock_received
     broken = {"claim", "lock"}
 
@@ -644,7 +652,7 @@ async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
     """B10: of 600 files 512 are fetched; the others are told of with a reason, and hold up no delivery."""
     images = [{"url": f"{cdn}/sandbox/sample-image.png?{number}"} for number in range(600)]
     await world.add(body("r-1", payload={"model": "m", "output": {"images": images}, "cost": 1}))
-    fan_out = FanOut(world.database, world.targets, wake=lambda _lane: None)
+    fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)
     assert await fan_out.run() == 1
     rows = await world.rows(media)
     assert Counter(row["state"] for row in rows) == {"pending": 512, "skipped": 88}

@@ -13,7 +13,7 @@ from receiver.core.routing import mismatch
 from receiver.db import inbox, job_events
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, jobs, media
-from receiver.lanes.base import facts_of
+from receiver.lanes.targets import facts_of
 from receiver.sandbox import SandboxOptions, create_app, running
 
 

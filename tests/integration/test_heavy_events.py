@@ -14,13 +14,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from support.events import World, opened, plain, with_files
 
 from receiver import retention
+from receiver.core.lane_names import wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.db import inbox, outbox, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.errors import DatabaseUnavailable
-from receiver.lanes import fan_out as fan_out_module
 from receiver.lanes.fan_out import FanOut
 from receiver.retention import Limits
 
@@ -51,9 +51,9 @@ def statements(start: str) -> Iterator[list[Any]]:
         event.remove(Engine, "before_cursor_execute", note)
 
 
-def fan_out_of(world: World) -> FanOut:
+def fan_out_of(world: World, **options: Any) -> FanOut:
     """Return a fan-out that runs when the test says so."""
-    return FanOut(world.database, world.targets, wake=lambda _lane: None, rules=world.rules)
+    return FanOut(world.database, world.targets, wake=wake_no_lane, rules=world.rules, **options)
 
 
 def files(request_id: str, count: int) -> bytes:
@@ -74,15 +74,14 @@ async def test_a_lot_is_bounded_by_the_bytes_of_its_bodies(
     contents = [files(name, 40 if name == "large" else 4) for name in names]
     for content in contents:
         await world.add(content)
-    monkeypatch.setattr(fan_out_module, "LOT_BYTES", 2 * len(contents[0]))
     monkeypatch.setattr(inbox, "SMALL_BODY_BYTES", 0)
-    fan_out = fan_out_of(world)
+    fan_out = fan_out_of(world, max_batch_bytes=2 * len(contents[0]))
     lots = []
     for _ in range(len(names)):
         before = await received(world)
         count = await fan_out.run()
         assert before[count:] == await received(world)
-        lots.append((count, fan_out.left_behind))
+        lots.append((count, fan_out.may_have_more))
     assert lots == [(2, True), (1, True), (1, True), (1, False), (0, False)]
     assert await world.states(media) == {"pending": 56}
     assert await world.states(deliveries) == {"pending": 5}

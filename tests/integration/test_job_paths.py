@@ -33,7 +33,8 @@ from receiver.app import create_app
 from receiver.db import job_events, reads, transfer
 from receiver.db.clock import db_time
 from receiver.db.tables import events, jobs
-from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.lanes.base import Lane
+from receiver.lanes.worker import Wakeups, Worker
 from receiver.sandbox import running as serving
 from receiver.settings import Settings
 from receiver.submitter import Job, Submitter

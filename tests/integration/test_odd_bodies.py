@@ -16,7 +16,7 @@ from support.payloads import SECRET, signed
 from receiver.app import create_app
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media, receipts
-from receiver.lanes.base import Target
+from receiver.lanes.targets import Target
 from receiver.sandbox import SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import Settings

@@ -47,7 +47,8 @@ from receiver.db.clock import db_time
 from receiver.db.tables import accounts, deliveries, events, jobs, media, receipts
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable
 from receiver.ingest import make_event
-from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.lanes.base import Lane
+from receiver.lanes.worker import Wakeups, Worker
 from receiver.metrics import POLLS
 from receiver.sandbox import WITHOUT_LIMITS
 from receiver.submitter import Job, Submitter, waiting

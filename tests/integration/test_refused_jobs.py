@@ -27,7 +27,7 @@ from receiver.core import retry
 from receiver.core.quota import REFUSED_SHARE
 from receiver.db.clock import db_time
 from receiver.db.tables import accounts, jobs
-from receiver.lanes import submit
+from receiver.lanes import submit_records
 from receiver.submitter import Job, Submitter
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -341,7 +341,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     await odd_world.set(jobs, where=jobs.c.id != job.id, next_attempt_at=db_time(HOUR))
     await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_VALID_SECONDS))
     ahead = [0.0]
-    monkeypatch.setattr(submit, "clock", lambda: clock() + ahead[0])
+    monkeypatch.setattr(submit_records, "clock", lambda: clock() + ahead[0])
 
     async def take_long(_request: Request) -> None:
         ahead[0] = HOUR

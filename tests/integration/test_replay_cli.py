@@ -185,9 +185,10 @@ async def test_replays_are_listed_and_shown(commands: Commands) -> None:
 async def test_a_failed_replay_says_why(commands: Commands) -> None:
     """E8: its error is shown, and how many files were downloaded again."""
     order = await commands.world.order(media=True)
-    await commands.world.change(replays, state="failed", error="its steps ended 5 workers", downloads=7)
+    error = "gave up: 5 workers crashed while carrying out this replay"
+    await commands.world.change(replays, state="failed", error=error, downloads=7)
     shown = await commands.run("replays", "show", str(order["id"]))
-    assert "its steps ended 5 workers" in shown
+    assert error in shown
     assert "7 files downloaded again" in shown
 
 

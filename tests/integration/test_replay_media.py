@@ -12,7 +12,6 @@ from sqlalchemy import select
 from support.events import World, opened, plain, until, with_files
 from support.servers import free_port
 
-from receiver import replays
 from receiver.clipia.client import Call, ClipiaClient
 from receiver.core.output_files import FileRules, Skip
 from receiver.core.payload import result_body
@@ -23,8 +22,9 @@ from receiver.db.rows import MediaRow, StoredEvent
 from receiver.db.tables import accounts as account_rows
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, StorageUnavailable
-from receiver.lanes.media import FRESH_URLS
-from receiver.lanes.poll import FreshUrls
+from receiver.lanes.fresh_urls import FreshUrls
+from receiver.lanes.media import MAX_FRESH_URLS
+from receiver.lanes.replay import ReplayPace
 from receiver.media.verify import verify
 from receiver.sandbox import SandboxOptions, create_app, running
 
@@ -274,7 +274,7 @@ async def test_a_storage_that_is_away_holds_a_replay_up(
     world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D16: files that cannot be read just now are not taken for damaged."""
-    monkeypatch.setattr(replays, "PAUSE", 0.0)
+    world.replay_pace = ReplayPace(failure_pause_seconds=0.0)
     world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
     order = await world.order(media=True)
@@ -446,7 +446,7 @@ async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
     world.fresh_url = elsewhere
     await world.add(with_files(clipia, "r-1", ABSENT))
     async with world.working():
-        for number in range(1, FRESH_URLS + 2):
+        for number in range(1, MAX_FRESH_URLS + 2):
 
             async def is_tried(tries: int = number) -> bool:
                 (*_, row) = await world.rows(media) or [{"attempts": 0, "lease": None}]
@@ -454,7 +454,10 @@ async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
 
             await until(is_tried)
             await world.change(media, next_attempt_at=db_time(0.0))
-    assert asked == [f"{clipia}{ABSENT}", *(f"{clipia}/works/absent-{n}.txt" for n in range(1, FRESH_URLS))]
+    assert asked == [
+        f"{clipia}{ABSENT}",
+        *(f"{clipia}/works/absent-{n}.txt" for n in range(1, MAX_FRESH_URLS)),
+    ]
     outcomes = {row["outcome"] for row in await world.rows(attempts)}
     assert outcomes == {"retry"}
 

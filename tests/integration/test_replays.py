@@ -17,8 +17,8 @@ from support.events import World, opened, plain, until
 from support.payloads import failure
 from support.servers import Postgres
 
-from receiver import replays as replays_module
 from receiver.api.answers import status_of
+from receiver.core.lane_names import wake_no_lane
 from receiver.db import job_events, leases, migrate, outbox
 from receiver.db import replays as replay_rows
 from receiver.db.clock import db_time, seconds_since
@@ -27,10 +27,11 @@ from receiver.db.rows import event_id
 from receiver.db.selection import Selection
 from receiver.db.tables import deliveries, events, replays
 from receiver.errors import DatabaseUnavailable, PublishFailed, RequestError
-from receiver.lanes import delivery
-from receiver.lanes.base import MAX_LOST, Work
+from receiver.lanes.attempts import MAX_CRASHES
+from receiver.lanes.base import Work
 from receiver.lanes.delivery import DeliveryLane
-from receiver.replays import ReplayLane, ReplayRequest
+from receiver.lanes.replay import ReplayLane, ReplayPace
+from receiver.replays import ReplayRequest
 
 
 @pytest.fixture
@@ -329,9 +330,9 @@ async def test_a_key_used_many_times_at_once_is_one_replay(world: World) -> None
     assert len(await world.rows(replays)) == 1
 
 
-async def test_several_workers_make_each_delivery_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_several_workers_make_each_delivery_once(world: World) -> None:
     """E15: three workers carry out two replays of 150 events: no double and no gap."""
-    monkeypatch.setattr(replays_module, "STEP", 20)
+    world.replay_pace = ReplayPace(step_events=20)
     main, other = world.add_destination("main"), world.add_destination("other", status="OK")
     await world.add_history(*(plain(f"r-{number}") for number in range(150)))
     orders = [await world.order(to=["main"]), await world.order()]
@@ -367,11 +368,9 @@ async def run_to_the_end(lane: ReplayLane, *, steps: int = 50) -> int:
     return steps
 
 
-async def test_a_step_whose_lease_is_lost_changes_nothing(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_step_whose_lease_is_lost_changes_nothing(world: World) -> None:
     """E10: a worker that slept through its lease wakes up in mid-replay: no double, no gap."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
+    world.replay_pace = ReplayPace(step_events=10)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(35)))
     order = await world.order()
@@ -398,9 +397,9 @@ async def test_a_step_whose_lease_is_lost_changes_nothing(
     assert (shown["state"], shown["handled"], shown["ordered"]) == ("completed", 35, 35)
 
 
-async def test_a_crash_between_steps_is_resumed(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_crash_between_steps_is_resumed(world: World) -> None:
     """E12: claims whose process died are claimed again when their lease is over, and go on where it was."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
+    world.replay_pace = ReplayPace(step_events=10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(45)))
     order = await world.order()
@@ -438,8 +437,7 @@ async def test_a_step_that_breaks_off_leaves_nothing_of_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: progress and deliveries are one transaction; a step that fails in it is done again as a whole."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
-    monkeypatch.setattr(replays_module, "TROUBLE_PAUSE", 0.0)
+    world.replay_pace = ReplayPace(step_events=10, failure_pause_seconds=0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(25)))
     order = await world.order()
@@ -468,23 +466,20 @@ async def test_a_replay_that_kills_its_workers_is_given_up(world: World) -> None
     world.add_destination("main")
     await world.add_history(plain("r-1"))
     order = await world.order()
-    for _ in range(MAX_LOST):
+    for _ in range(MAX_CRASHES):
         await take(world.replay_lane())
         await lose_lease(world)
     await run_to_the_end(world.replay_lane())
     shown = await world.replays.show(order["id"])
     assert shown is not None
-    assert (shown["state"], shown["error"]) == ("failed", f"its steps ended {MAX_LOST} workers")
+    error = f"gave up: {MAX_CRASHES} workers crashed while carrying out this replay"
+    assert (shown["state"], shown["error"]) == ("failed", error)
     assert shown["deliveries"] == {}
 
 
-async def test_a_replay_waits_while_too_much_of_it_waits(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_replay_waits_while_too_much_of_it_waits(world: World) -> None:
     """E12: beyond `MOST_WAITING` unfinished deliveries it adds none, and goes on when they are done."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
-    monkeypatch.setattr(replays_module, "MOST_WAITING", 25)
-    monkeypatch.setattr(replays_module, "PAUSE", 0.0)
+    world.replay_pace = ReplayPace(step_events=10, max_waiting=25, pause_seconds=0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(60)))
     order = await world.order()
@@ -502,9 +497,9 @@ async def test_a_replay_waits_while_too_much_of_it_waits(
     assert (shown["state"], shown["handled"]) == ("completed", 60)
 
 
-async def test_a_rate_is_kept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_rate_is_kept(world: World) -> None:
     """E12: each step is as long as it may be, and the next one is due when its events' time is over."""
-    monkeypatch.setattr(replays_module, "STEP", 20)
+    world.replay_pace = ReplayPace(step_events=20)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(50)))
     lane = world.replay_lane()
@@ -582,11 +577,9 @@ async def test_a_replay_ends_with_the_events_of_its_order(world: World) -> None:
     assert main.subjects == ["old"]
 
 
-async def test_who_lacks_a_destination_leaves_the_replay_to_others(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_who_lacks_a_destination_leaves_the_replay_to_others(world: World) -> None:
     """E12: a worker with an older configuration passes nobody over; the order says what is the matter."""
-    monkeypatch.setattr(replays_module, "TROUBLE_PAUSE", 0.05)
+    world.replay_pace = ReplayPace(failure_pause_seconds=0.05)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(3)))
     older = world.replay_lane()
@@ -604,13 +597,9 @@ async def test_who_lacks_a_destination_leaves_the_replay_to_others(
     assert (len(new.published), done["error"]) == (3, None)
 
 
-async def test_a_dead_destination_holds_up_no_other_of_the_replay(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_dead_destination_holds_up_no_other_of_the_replay(world: World) -> None:
     """E6: a replay to two destinations goes on for the one that takes it while the other one is down."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
-    monkeypatch.setattr(replays_module, "MOST_WAITING", 20)
-    monkeypatch.setattr(replays_module, "PAUSE", 0.05)
+    world.replay_pace = ReplayPace(step_events=10, max_waiting=20, pause_seconds=0.05)
     dead, fine = world.add_destination("dead"), world.add_destination("fine")
 
     def fail(_event: CloudEvent) -> None:
@@ -631,7 +620,7 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: trouble inside a step holds the replay up and ends neither it nor the lane."""
-    monkeypatch.setattr(replays_module, "PAUSE", 0.05)
+    world.replay_pace = ReplayPace(failure_pause_seconds=0.05)
     main = world.add_destination("main")
     await world.add_history(plain("r-1"))
     waiting = replay_rows.waiting
@@ -649,9 +638,9 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
     assert main.subjects == ["r-1"]
 
 
-async def test_canceling_stops_what_was_not_sent(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_canceling_stops_what_was_not_sent(world: World) -> None:
     """E12: no further step and no waiting delivery; what is under way ends, the live ones are untouched."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
+    world.replay_pace = ReplayPace(step_events=10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(40)))
     await world.add(plain("live"))
@@ -704,11 +693,9 @@ async def test_canceling_a_finished_order_drops_what_still_waits(world: World) -
     assert shown["state"] == "canceled"
 
 
-async def test_what_is_under_way_is_not_tried_again_once_canceled(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_what_is_under_way_is_not_tried_again_once_canceled(world: World) -> None:
     """E12: deliveries that were claimed when their replay was canceled end with their try; in batches."""
-    monkeypatch.setattr(replays_module, "BATCH", 3)
+    world.max_canceled = 3
     main = world.add_destination("main")
 
     def fail(_event: CloudEvent) -> None:
@@ -778,13 +765,13 @@ async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
     await world.fan_out()
     lane = world.delivery_lane()
     works = await lane.claim(2)
-    assert lane.left_behind, "as many as were asked for"
+    assert lane.may_have_more, "as many as were asked for"
     works += await lane.claim(2)
-    assert (len(works), lane.left_behind) == (3, False)
+    assert (len(works), lane.may_have_more) == (3, False)
     await world.order()
     await run_to_the_end(world.replay_lane())
     works += await lane.claim(29)
-    assert (len(works), lane.left_behind) == (6, True), "replays have a share of the places"
+    assert (len(works), lane.may_have_more) == (6, True), "replays have a share of the places"
     for work in works:
         await work.run()
 
@@ -799,17 +786,16 @@ async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
         await work.run()
     await world.change(deliveries, deliveries.c.state == "pending", next_attempt_at=db_time(0.0))
     assert await lane.claim(20) == []
-    assert lane.left_behind, "the circuit lets nothing through"
+    assert lane.may_have_more, "the circuit lets nothing through"
 
 
 async def test_live_deliveries_do_not_wait_for_a_look_for_replays(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E12: whether there are replays is asked now and then beside live ones, and at once without any."""
-    monkeypatch.setattr(delivery, "MAX_REST", 3600.0)
     world.add_destination("main")
     await world.add_history(plain("old"))
-    lane = world.delivery_lane()
+    lane = DeliveryLane(world.database, world.targets[0], wake=wake_no_lane, max_rest_seconds=3600.0)
     asked: list[bool] = []
     claim = leases.claim_deliveries
 
@@ -871,15 +857,16 @@ async def test_a_claim_that_was_rolled_back_takes_no_share(
     }
 
 
-async def test_replays_rest_beside_live_traffic(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_replays_rest_beside_live_traffic(world: World) -> None:
     """E12: after a batch of replayed deliveries the lane is free for live ones for a while."""
-    monkeypatch.setattr(delivery, "MAX_REST", 3600.0)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"old-{number}") for number in range(30)))
     await world.order()
     await run_to_the_end(world.replay_lane())
     woken: list[str] = []
-    lane = DeliveryLane(world.database, world.targets[0], wake=woken.append, concurrency=16)
+    lane = DeliveryLane(
+        world.database, world.targets[0], wake=woken.append, concurrency=16, max_rest_seconds=3600.0
+    )
     for _ in range(2):
         for work in await lane.claim(16):
             await work.run()

@@ -12,10 +12,10 @@ from support.payloads import SECRET, body, signed
 from support.servers import PgBouncer, Postgres
 
 from receiver.app import create_app
+from receiver.core.lane_names import FAN_OUT_LANE
 from receiver.db import signals
 from receiver.db.database import Database
 from receiver.db.signals import Signals, listen
-from receiver.lanes.base import FAN_OUT_LANE
 from receiver.lanes.worker import Wakeups
 from receiver.settings import Settings
 
@@ -90,7 +90,7 @@ async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) 
     """Where a lane waits in this process, its wake-up stays here."""
     sender = Signals(one)
     wakeups = Wakeups(sender.send)
-    waiting = asyncio.create_task(wakeups.wait("fanout", timeout=SOON))
+    waiting = asyncio.create_task(wakeups.wait("fanout", seconds=SOON))
     await asyncio.sleep(0)
     wakeups.wake("fanout")
     await asyncio.wait_for(waiting, SOON / 2)

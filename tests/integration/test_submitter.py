@@ -760,7 +760,7 @@ async def test_the_last_try_is_the_last(
     now = client_module.clock
 
     async def answer_late(_request: Request) -> None:
-        monkeypatch.setattr("receiver.lanes.submit.clock", lambda: now() + 200.0)
+        monkeypatch.setattr("receiver.lanes.submit_records.clock", lambda: now() + 200.0)
 
     odd.on_submit = answer_late
     await odd_world.retry(submitter)

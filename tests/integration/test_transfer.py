@@ -17,7 +17,6 @@ from support.events import World, opened, plain, with_files
 from support.payloads import body, failure
 from support.servers import Postgres
 
-from receiver import replays as replays_module
 from receiver.db import inbox, leases, outbox, reads, statements, transfer
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -25,6 +24,7 @@ from receiver.db.rows import Arrival, Attempt, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
 from receiver.ingest import make_event
+from receiver.lanes.replay import ReplayPace
 
 commands: Any = import_module("receiver.cli.events")
 """Not by `import`: the package has the group of commands under this name."""
@@ -410,12 +410,10 @@ async def test_an_event_whose_files_ended_during_the_export_is_settled(pair: tup
         await there.until_states(deliveries, delivered=2)
 
 
-async def test_a_pending_replay_goes_on_without_doubles(
-    pair: tuple[World, World], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_pending_replay_goes_on_without_doubles(pair: tuple[World, World]) -> None:
     """E12: what it has ordered is not ordered again, what it has sent is not sent again, the rest follows."""
-    monkeypatch.setattr(replays_module, "STEP", 10)
     here, there = pair
+    here.replay_pace = there.replay_pace = ReplayPace(step_events=10)
     await here.add_history(*(plain(f"r-{number}") for number in range(35)))
     order = await here.order(to=["main"])
     lane = here.replay_lane()

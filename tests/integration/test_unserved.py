@@ -9,6 +9,7 @@ from structlog.testing import capture_logs
 from support.events import World, opened, plain, until, with_files
 
 from receiver import retention
+from receiver.core.lane_names import destination_lane
 from receiver.core.retry import DAY, GIVE_UP_SECONDS
 from receiver.db import pruning, replays, unserved
 from receiver.db.clock import db_time
@@ -16,9 +17,8 @@ from receiver.db.database import Database
 from receiver.db.tables import attempts, deliveries, events, workers
 from receiver.db.tables import replays as orders
 from receiver.db.unserved import NOT_CONFIGURED, Taken
-from receiver.lanes.base import destination_lane
-from receiver.lanes.unserved import giving_up, look
-from receiver.replays import MOST_TROUBLE
+from receiver.lanes.replay import MAX_FAILED_STEPS
+from receiver.lanes.unserved import check, giving_up
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ async def test_what_waits_in_vain_is_told_once(world: World) -> None:
     seen: set[str] = set()
     with capture_logs() as logs:
         for _ in range(2):
-            await look(world.database, ["kept"], seen=seen)
+            await check(world.database, ["kept"], seen=seen)
     assert [(entry["log_level"], entry["destination"], entry["count"]) for entry in logs] == [
         ("warning", "gone", 3),
         ("warning", "renamed", 3),
@@ -70,7 +70,7 @@ async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) 
     """E4: after three days, and not before, the delivery is dead, with the reason on record."""
     await leave(world, "gone")
     young, old = await world.rows(deliveries)
-    await look(world.database, ["other"], seen=set())
+    await check(world.database, ["other"], seen=set())
     await world.change(
         deliveries,
         deliveries.c.id == old["id"],
@@ -82,7 +82,7 @@ async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) 
         deliveries, deliveries.c.id == young["id"], restarted_at=db_time(-GIVE_UP_SECONDS + 60)
     )
     with capture_logs() as logs:
-        await look(world.database, ["other"], seen={"gone"})
+        await check(world.database, ["other"], seen={"gone"})
     found = {row["id"]: row for row in await world.rows(deliveries)}
     assert (found[young["id"]]["state"], found[young["id"]]["error"]) == ("pending", NOT_CONFIGURED)
     assert (found[old["id"]]["state"], found[old["id"]]["error"]) == ("dead", NOT_CONFIGURED)
@@ -99,46 +99,46 @@ async def test_an_old_delivery_has_three_days_from_when_it_is_missed(world: Worl
     one, other = await world.rows(deliveries)
     await world.change(deliveries, created_at=db_time(-5 * DAY))
     await world.change(deliveries, deliveries.c.id == other["id"], restarted_at=db_time(-4 * DAY), error="x")
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
     await world.change(deliveries, deliveries.c.id == one["id"], restarted_at=db_time(-GIVE_UP_SECONDS - 1))
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 1, "dead": 1}
 
 
 async def test_a_destination_that_was_back_is_missed_anew(world: World) -> None:
     """E4: what could not be tried while it was back has three days again after it is gone once more."""
     await leave(world, "gone", count=1)
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1))
-    await look(world.database, ["gone"], seen=set())
-    await look(world.database, [], seen=set())
+    await check(world.database, ["gone"], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 1}
 
 
 async def test_its_next_try_is_not_waited_for(world: World) -> None:
     """E4: there will be none, so a delivery that is old enough is dead although its next try is not due."""
     await leave(world, "gone", count=1)
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1), next_attempt_at=db_time(600.0))
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"dead": 1}
 
 
 async def test_what_another_worker_delivers_is_left(world: World) -> None:
     """E4: a process with newer settings may have the destination: old deliveries are its own to give up."""
     await leave(world, "new")
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-30 * DAY))
     run = {"id": uuid.uuid4(), "host": "h", "pid": 1, "lanes": [destination_lane("new")]}
     async with world.database.write() as connection:
         await connection.execute(
             workers.insert().values(**run, started_at=db_time(0.0), seen_at=db_time(0.0))
         )
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
     await world.change(workers, seen_at=db_time(-60.0))
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"dead": 2}
 
 
@@ -156,7 +156,7 @@ async def test_a_held_or_claimed_delivery_is_not_given_up(world: World) -> None:
         lease=uuid.uuid4(),
     )
     await world.change(deliveries, created_at=db_time(-30 * DAY))
-    await look(world.database, [], seen=set())
+    await check(world.database, [], seen=set())
     assert await world.states(deliveries) == {"pending": 2}
 
 
@@ -307,7 +307,7 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
     assert await step() == ("pending", f"SettingsError: {held_up}")
     await world.change(orders, created_at=db_time(-30 * DAY))
     assert (await step())[0] == "pending", "it may have gone on until now"
-    await world.change(orders, attempts=MOST_TROUBLE)
+    await world.change(orders, attempts=MAX_FAILED_STEPS)
     async with world.database.write() as connection:
         await connection.execute(
             workers.insert().values(**run, started_at=db_time(0.0), seen_at=db_time(0.0))
@@ -322,7 +322,7 @@ async def test_a_replay_that_goes_on_has_its_time_again(world: World) -> None:
     world.add_destination("kept")
     await world.add_history(plain("r-1"))
     await world.order(to=["kept"])
-    await world.change(orders, created_at=db_time(-30 * DAY), attempts=MOST_TROUBLE)
+    await world.change(orders, created_at=db_time(-30 * DAY), attempts=MAX_FAILED_STEPS)
     for work in await world.replay_lane().claim(1):
         await work.run()
     (row,) = await world.rows(orders)

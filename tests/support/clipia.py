@@ -16,6 +16,7 @@ from sqlalchemy import Table, select, update
 
 from receiver.app import create_app as create_receiver
 from receiver.clipia.client import ClipiaClient
+from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.core.signature import Secret
 from receiver.db.clock import db_time
@@ -25,11 +26,11 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import RequestError
 from receiver.ingest import Ingest
-from receiver.lanes.base import Target
+from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.poll import PollLane
-from receiver.lanes.worker import Lane
+from receiver.lanes.targets import Target
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, running
 from receiver.settings import Settings
 from receiver.submitter import Job, Submitter
@@ -267,14 +268,14 @@ class World:
             await ingest.record_result(source, body)
 
         return PollLane(
-            self.database, submitter.client, store=store, wake=lambda _lane: None, poll_after=poll_after
+            self.database, submitter.client, store=store, wake=wake_no_lane, poll_after=poll_after
         )
 
-    def fan_out(self, *, wake: Callable[[str], None] = lambda _lane: None) -> FanOut:
+    def fan_out(self, *, wake: Wake = wake_no_lane) -> FanOut:
         """Make the fan-out to one destination."""
         return FanOut(self.database, [self._target], wake=wake)
 
-    def delivery_lane(self, *, wake: Callable[[str], None] = lambda _lane: None) -> DeliveryLane:
+    def delivery_lane(self, *, wake: Wake = wake_no_lane) -> DeliveryLane:
         """Make the lane of the only destination."""
         return DeliveryLane(self.database, self._target, wake=wake)
 

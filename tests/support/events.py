@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import ColumnElement, Table, select, update
 
+from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
 from receiver.db import inbox, jobs, tables
@@ -23,13 +24,15 @@ from receiver.db.tables import deliveries, events
 from receiver.db.views import ReplayCounts, ReplayDetails
 from receiver.destination_settings import FilterSettings
 from receiver.ingest import make_event
-from receiver.lanes.base import Target
+from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.media import FreshUrl, MediaLane
-from receiver.lanes.worker import Lane, Wakeups, Worker
+from receiver.lanes.replay import ReplayLane, ReplayPace
+from receiver.lanes.targets import Target
+from receiver.lanes.worker import Timing, Wakeups, Worker
 from receiver.media import Downloader, MediaHosts, open_storage
-from receiver.replays import ReplayLane, ReplayRequest, Replays
+from receiver.replays import MAX_CANCELED, ReplayRequest, Replays
 from support.payloads import body
 
 SECONDS = 20.0
@@ -108,6 +111,8 @@ class World:
         self.recorders: dict[str, Recorder] = {}
         self.fresh_url: FreshUrl | None = None
         self.rules = FileRules()
+        self.replay_pace = ReplayPace()
+        self.max_canceled = MAX_CANCELED
         self.folder = folder
         self.storage = open_storage(f"file:{folder}")
         self.downloader = Downloader(
@@ -132,21 +137,25 @@ class World:
     @property
     def replays(self) -> Replays:
         """What orders replays to the destinations of now."""
-        return Replays(self.database, {target.name: target.filter for target in self.targets})
+        filters = {target.name: target.filter for target in self.targets}
+        return Replays(self.database, filters, max_canceled=self.max_canceled)
 
-    def replay_lane(self) -> ReplayLane:
+    def replay_lane(self, wake: Wake = wake_no_lane) -> ReplayLane:
         """Return a lane that carries out replays when the test says so."""
         return ReplayLane(
-            self.database, self.targets, self.storage, wake=lambda _lane: None, rules=self.rules
+            self.database,
+            self.targets,
+            self.storage,
+            wake=wake,
+            rules=self.rules,
+            pace=self.replay_pace,
         )
 
     def delivery_lane(self, index: int = 0, *, concurrency: int = 32) -> DeliveryLane:
         """Return a destination's lane that delivers when the test says so."""
-        return DeliveryLane(
-            self.database, self.targets[index], wake=lambda _lane: None, concurrency=concurrency
-        )
+        return DeliveryLane(self.database, self.targets[index], wake=wake_no_lane, concurrency=concurrency)
 
-    def media_lane(self, wake: Callable[[str], None] = lambda _lane: None) -> MediaLane:
+    def media_lane(self, wake: Wake = wake_no_lane) -> MediaLane:
         """Return a lane that downloads when the test says so."""
         return MediaLane(self.database, self.downloader, wake=wake, fresh_url=self.fresh_url)
 
@@ -156,10 +165,10 @@ class World:
         lanes: list[Lane] = [
             self.media_lane(wakeups.wake),
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
-            ReplayLane(self.database, self.targets, self.storage, wake=wakeups.wake, rules=self.rules),
+            self.replay_lane(wakeups.wake),
         ]
         fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
-        return Worker(fan_out, lanes, wakeups, drain=drain)
+        return Worker(fan_out, lanes, wakeups, timing=Timing(drain_seconds=drain))
 
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
@@ -183,7 +192,7 @@ class World:
 
     async def fan_out(self) -> None:
         """Move every event out of `received`."""
-        fan_out = FanOut(self.database, self.targets, wake=lambda _lane: None, rules=self.rules)
+        fan_out = FanOut(self.database, self.targets, wake=wake_no_lane, rules=self.rules)
         while await fan_out.run(limit=1000):
             pass
 

@@ -16,7 +16,7 @@ import structlog
 from receiver.cli.serve import make_app
 from receiver.destinations.base import quoted
 from receiver.errors import PublishFailed
-from receiver.lanes.base import describe
+from receiver.lanes.attempts import stored_text
 from receiver.logs import _exceptions, _mask_event, _mask_quoted
 from receiver.masking import MASK, register_secret
 from receiver.settings import Settings
@@ -90,8 +90,8 @@ def test_fields_that_quote_are_masked() -> None:
 
 def test_an_unexpected_error_goes_on_record_by_its_class() -> None:
     """G8: rows are shown to callers; a library's text stays in the log."""
-    assert describe(ValueError(SECRET)) == "ValueError, see the log"
-    assert describe(PublishFailed("our own words", reason="x")) == "PublishFailed: our own words"
+    assert stored_text(ValueError(SECRET)) == "ValueError, see the log"
+    assert stored_text(PublishFailed("our own words", reason="x")) == "PublishFailed: our own words"
 
 
 def test_a_process_that_was_spawned_masks_all_secrets(

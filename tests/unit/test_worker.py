@@ -10,14 +10,15 @@ from uuid import UUID
 
 from support.events import running
 
+from receiver.core.lane_names import FAN_OUT_LANE
 from receiver.db.rows import Claim
-from receiver.lanes.base import FAN_OUT_LANE, Work
+from receiver.lanes.base import LEASE_SECONDS, Work
 from receiver.lanes.fan_out import FanOut
-from receiver.lanes.worker import PACE, POLL, Wakeups, Worker
+from receiver.lanes.worker import DEFAULT_TIMING, Wakeups, Worker
 
 MANY = 200
 """Events that are a reason to look again."""
-SOON = 0.6 * POLL
+SOON = 0.6 * DEFAULT_TIMING.poll_seconds
 """Seconds in which nobody looks for work who was not told of it."""
 
 
@@ -27,13 +28,13 @@ class Events:
     def __init__(self, find: Callable[[], int] = lambda: 0) -> None:
         self.find = find
         self.looks = 0
-        self.left_behind = False
+        self.may_have_more = False
 
     async def run(self) -> int:
         """Look once."""
         self.looks += 1
         found = self.find()
-        self.left_behind = found >= MANY
+        self.may_have_more = found >= MANY
         return found
 
 
@@ -42,9 +43,10 @@ class Places:
 
     name = "places"
     concurrency = 8
+    lease_seconds = LEASE_SECONDS
 
-    def __init__(self, *, left_behind: bool) -> None:
-        self.left_behind = left_behind
+    def __init__(self, *, may_have_more: bool) -> None:
+        self.may_have_more = may_have_more
         self.claims = 0
 
     async def claim(self, limit: int) -> Sequence[Work]:
@@ -78,14 +80,14 @@ async def test_events_that_trickle_in_are_fanned_out_together() -> None:
         while time.monotonic() - began < SOON:
             wakeups.wake(FAN_OUT_LANE)
             await asyncio.sleep(0.001)
-    assert 2 < found.looks <= (time.monotonic() - began) / PACE + 2
+    assert 2 < found.looks <= (time.monotonic() - began) / DEFAULT_TIMING.pace_seconds + 2
 
 
 async def test_the_first_event_does_not_wait() -> None:
     """Who has nothing to do looks as soon as it is told."""
     found = Events()
     async with working(found) as wakeups:
-        await asyncio.sleep(5 * PACE)
+        await asyncio.sleep(5 * DEFAULT_TIMING.pace_seconds)
         assert found.looks == 1
         wakeups.wake(FAN_OUT_LANE)
         # Turns of the loop, and no time.
@@ -105,7 +107,7 @@ async def test_a_backlog_is_fanned_out_without_a_break() -> None:
 
 async def test_a_lane_that_has_left_nothing_is_not_claimed_from_again() -> None:
     """The end of the work itself is no news of more, but for a lane that could not take all."""
-    took_all, left_some = Places(left_behind=False), Places(left_behind=True)
+    took_all, left_some = Places(may_have_more=False), Places(may_have_more=True)
     left_some.name = "others"
     async with working(Events(), took_all, left_some):
         await asyncio.sleep(SOON)

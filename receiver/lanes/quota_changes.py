@@ -1,4 +1,4 @@
-"""What Clipia's answer to a submission says of the account's limits; pure."""
+"""How Clipia's answer to a submission changes the account's quota; pure."""
 
 from collections.abc import Callable
 
@@ -6,24 +6,29 @@ from receiver.core.quota import Quota
 from receiver.db.jobs import InFlight
 from receiver.errors import AccountRefused, ClipiaUnavailable
 
-Change = Callable[[Quota, float, InFlight], Quota]
-"""Returns what is known of an account's limits after an answer."""
+QuotaChange = Callable[[Quota, float, InFlight], Quota]
+"""Returns the quota after an answer, from the quota before, the time and the generations in flight."""
 
 
 def unchanged(quota: Quota, _now: float, _used: InFlight) -> Quota:
-    """Learn nothing from what is no answer."""
+    """Return the quota as it is: the job was not sent."""
     return quota
 
 
-def looked_at(quota: Quota, now: float, _used: InFlight) -> Quota:
-    """Go on after Clipia looked at a submission, whatever it said of it."""
+def after_refused(quota: Quota, now: float, _used: InFlight) -> Quota:
+    """Return the quota after Clipia refused the job, which shows that it accepts the account."""
     return quota.unpaused(now)
+
+
+def after_accepted(quota: Quota, now: float, used: InFlight) -> Quota:
+    """Return the quota after Clipia accepted the job."""
+    return quota.after_accepted(now, in_flight=used.accepted)
 
 
 def after_failure(
     error: ClipiaUnavailable, sent_at: float, text: str, quota: Quota, now: float, _used: InFlight
 ) -> Quota:
-    """Learn from a try that has to be made again."""
+    """Return the quota after an attempt that has to be repeated."""
     if isinstance(error, AccountRefused):
         return quota.after_account_refused(now, sent_at=sent_at, pause=text)
     if error.reason == "concurrency_limit_exceeded":

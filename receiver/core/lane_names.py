@@ -1,0 +1,22 @@
+"""Names of the lanes, as signals, presence and metrics use them."""
+
+from collections.abc import Callable
+from typing import Final
+
+FAN_OUT_LANE: Final = "fanout"
+MEDIA_LANE: Final = "media"
+REPLAY_LANE: Final = "replay"
+SUBMIT_LANE: Final = "submit"
+POLL_LANE: Final = "poll"
+
+Wake = Callable[[str], None]
+"""Tells a lane, by its name, that it may have work."""
+
+
+def destination_lane(name: str) -> str:
+    """Return the name of a destination's lane."""
+    return f"destination:{name}"
+
+
+def wake_no_lane(_lane: str) -> None:
+    """Do not wake the lane: it finds its work when it polls."""
