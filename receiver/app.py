@@ -122,7 +122,7 @@ def _internal_routes(
         dead=lambda: count_dead_letters(database, settings.all_destinations),
         paused=submitter.paused,
         refused=lambda: count_refused_jobs(database),
-        unrecognized=recovery.Count(database),
+        unrecognized=recovery.RecoverableCounter(database),
         tokens=tokens,
         multiprocess=multiprocess,
     )

@@ -1,7 +1,7 @@
-"""Events that were not recognized when they came and that this release can read: counted, and taken up.
+"""Recovery of unrecognized events that this release can read.
 
-A release that is less strict than the one that stored them reads more. Nothing is taken up by itself: it
-would be forwarded long after it came, and an operator decides that.
+A newer release may read bodies that an older one could not. They are counted, but not recovered
+automatically: the events would be forwarded long after they came, and the operator decides that.
 """
 
 from collections.abc import AsyncIterator
@@ -19,12 +19,12 @@ from receiver.db.rows import NewEvent
 from receiver.db.unrecognized import Unrecognized
 from receiver.ingest import compare, make_event
 
-PAGE: Final = 20
-"""Events that are looked at together."""
-MOST_COUNTED: Final = 10_000
-"""Events that are counted at most, the newest."""
-MOST_READ: Final = 500
-"""Bodies that one count reads at most; the others' turn comes with the next counts."""
+PAGE_EVENTS: Final = 20
+"""Events that are read together."""
+MAX_COUNTED_EVENTS: Final = 10_000
+"""Only the newest events are counted."""
+MAX_READ_BODIES: Final = 500
+"""Bodies that one count reads; the next counts read the others."""
 
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
 
@@ -33,29 +33,29 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, kw_only=True)
 class Recovered:
-    """What becomes of one event."""
+    """The result for one event."""
 
     was: UUID
-    """The id that it had until now."""
+    """The id before the recovery."""
     event_id: UUID
-    """The id of the event that it is, or is another delivery of."""
+    """The id of the recovered event, or of the stored event that it repeats."""
     request_id: str
     outcome: Outcome
-    """`accepted` waits for its fan-out now; `unrecognized` stays as it is."""
+    """`accepted`: the event waits for its fan-out. `unrecognized`: nothing was changed."""
     reason: str | None
 
 
 async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator[Recovered]:
-    """Take up every event that can be read now, oldest first; yield what becomes of each.
+    """Recover every unrecognized event that can be read, oldest first, and yield the results.
 
-    An event that has come meanwhile stands: what is recovered is one more delivery of it, a duplicate or a
-    conflict. Any number of runs may go on at once, and one may end anywhere. Raises DatabaseUnavailable.
+    If the event has come again meanwhile, the recovered one becomes a repeated receipt of it: a duplicate or
+    a conflict. Concurrent runs are safe, and a run may be killed at any point. Raises DatabaseUnavailable.
     """
     after = 0
     planned: dict[UUID, NewEvent] = {}
     while True:
         async with database.read() as connection:
-            page = await unrecognized.list_page(connection, after=after, limit=PAGE)
+            page = await unrecognized.list_page(connection, after=after, limit=PAGE_EVENTS)
         for old in page:
             event = make_event(
                 old.source, old.body, received_at=old.received_at, origin=old.origin, job_id=old.job_id
@@ -83,7 +83,7 @@ async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator
 async def _plan(
     database: Database, old: Unrecognized, event: NewEvent, planned: dict[UUID, NewEvent]
 ) -> Outcome:
-    """Return what `_recover` would, after the events that are planned already."""
+    """Return the outcome that `_recover` would have, after the events that are already planned."""
     async with database.read() as connection:
         known = (await inbox.find_events(connection, {event.id})).get(event.id)
         if known is not None and known.seq != old.seq:
@@ -97,15 +97,15 @@ async def _plan(
 
 
 async def _recover(database: Database, old: Unrecognized, event: NewEvent) -> Outcome | None:
-    """Take up one event; return None if somebody else has."""
+    """Recover one event; return None if another run has recovered it."""
     try:
         outcome = await _take_up(database, old, event)
     except IntegrityError:
-        # A webhook has brought the event since it was looked for: now it is found.
+        # A webhook has stored the event since the query; the second attempt finds it.
         outcome = await _take_up(database, old, event)
     if outcome is not None:
         log.warning(
-            "unrecognized event taken up",
+            "unrecognized event recovered",
             was=str(old.id),
             event_id=str(event.id),
             request_id=event.request_id,
@@ -131,26 +131,26 @@ async def _repeat(
     connection: AsyncConnection, known: inbox.KnownEvent, event: NewEvent
 ) -> Literal["duplicate", "conflict"]:
     if event.origin == "poll":
-        return "duplicate"  # as it is for a result that was asked for and had come already
+        return "duplicate"  # `record_result` has no conflicts either
     return compare(known, event, await inbox.load_bodies(connection, [known.seq]))
 
 
-class Count:
-    """Counts unrecognized events, and remembers which of them this release can read."""
+class RecoverableCounter:
+    """Counts unrecognized events, and caches which of them this release can read."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._readable: dict[int, bool] = {}
 
     async def __call__(self) -> dict[bool, int]:
-        """Return how many can be recovered (True) and how many cannot. Raises DatabaseUnavailable."""
+        """Return the number of recoverable events (True) and of the others. Raises DatabaseUnavailable."""
         async with self._database.read() as connection:
-            seqs = await unrecognized.list_seqs(connection, limit=MOST_COUNTED)
+            seqs = await unrecognized.list_seqs(connection, limit=MAX_COUNTED_EVENTS)
         self._readable = {seq: self._readable[seq] for seq in seqs if seq in self._readable}
-        new = [seq for seq in seqs if seq not in self._readable][:MOST_READ]
-        for start in range(0, len(new), PAGE):
+        new = [seq for seq in seqs if seq not in self._readable][:MAX_READ_BODIES]
+        for start in range(0, len(new), PAGE_EVENTS):
             async with self._database.read() as connection:
-                bodies = await unrecognized.load_bodies(connection, new[start : start + PAGE])
+                bodies = await unrecognized.load_bodies(connection, new[start : start + PAGE_EVENTS])
             self._readable |= {
                 seq: unrecognized.read_request_id(body) is not None for seq, body in bodies.items()
             }

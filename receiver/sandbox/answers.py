@@ -36,9 +36,9 @@ CODES: Final[Mapping[str, tuple[int, str]]] = MappingProxyType(
 
 
 class Problem(ReceiverError):
-    """A request that is answered with an error.
+    """Answers a request with an error.
 
-    `code` is one of `CODES`, or another word together with its own `status`; `headers` go with the answer.
+    `code` is one of `CODES`; any other code needs a `status`. `headers` are added to the answer.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Problem(ReceiverError):
         self.headers = headers
 
     def response(self) -> Response:
-        """Render the answer."""
+        """Return the answer."""
         error = {"type": self.type, "code": self.code, "message": str(self)}
         return json_response({"error": error}, status=self.status, headers=self.headers)
 
@@ -62,7 +62,7 @@ def json_response(content: Any, *, status: int = 200, headers: Mapping[str, str]
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """Return the request's JSON object; raises `Problem` for anything else."""
+    """Return the request's JSON object. Raises `Problem` if the body is anything else."""
     try:
         content = orjson.loads(await request.body())
     except orjson.JSONDecodeError as error:
@@ -73,7 +73,7 @@ async def read_object(request: Request) -> dict[str, Any]:
 
 
 def read_input(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the `input` of a submit or an estimate; raises `Problem` where it is no object."""
+    """Return the `input` of a submission or an estimate. Raises `Problem` if it is no object."""
     given = content.get("input")
     if not isinstance(given, dict):
         raise Problem("invalid_request", 'The body must have an "input" that is an object.')
@@ -87,5 +87,5 @@ def retry_after(seconds: float, *, now: float, as_date: bool = False) -> dict[st
 
 
 def timestamp(moment: float, *, timespec: str = "seconds") -> str:
-    """Return unix seconds as ISO 8601 in UTC; Clipia's have no fractions."""
+    """Return unix seconds as ISO 8601 in UTC; Clipia's have whole seconds."""
     return datetime.fromtimestamp(moment, UTC).isoformat(timespec=timespec).replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""Clipia's API v1 as it is documented: the routes, the catalogue and the account."""
+"""The routes of Clipia's documented API v1; the endpoints of the catalogue and the account."""
 
 import uuid
 
@@ -7,7 +7,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from receiver.sandbox.answers import Problem, json_response, read_input, read_object
-from receiver.sandbox.catalogue import describe, find_model, listing
+from receiver.sandbox.catalogue import find_model, listing, model_details
 from receiver.sandbox.gate import Gate
 from receiver.sandbox.generations import Generations
 from receiver.sandbox.sandbox import Sandbox
@@ -15,7 +15,7 @@ from receiver.sandbox.webhooks import WebhookSender
 
 
 def routes(sandbox: Sandbox, sender: WebhookSender) -> list[BaseRoute]:
-    """Return the routes under ``/v1``; a path or method that is not documented is a 404 like any other."""
+    """Return the routes under ``/v1``; an undocumented path or method is answered 404."""
     gate = Gate(sandbox)
     generations = Generations(sandbox, gate, sender)
 
@@ -33,14 +33,14 @@ def routes(sandbox: Sandbox, sender: WebhookSender) -> list[BaseRoute]:
     methods = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
     return [
         Route("/v1/models", gate.guard(_models), methods=["GET"]),
-        # A path: a slug with a slash is one of no model, and its own error says so.
+        # `path` also accepts a slug with a slash, so that the error is `model_not_found`.
         Route("/v1/models/{slug:path}/estimate", gate.guard(_estimate), methods=["POST"]),
         Route("/v1/models/{slug:path}", gate.guard(_model), methods=["GET"]),
         Route("/v1/models/{slug:path}", generations.submit, methods=["POST"]),
         Route("/v1/requests/{id}/status", gate.guard(generations.status), methods=["GET"]),
         Route("/v1/requests/{id}", gate.guard(generations.result), methods=["GET"]),
         Route("/v1/account", gate.guard(account), methods=["GET"]),
-        Route("/v1/{path:path}", gate.guard(_nothing), methods=methods),
+        Route("/v1/{path:path}", gate.guard(_no_route), methods=methods),
     ]
 
 
@@ -49,7 +49,7 @@ async def _models(_request: Request, _api_key: str) -> Response:
 
 
 async def _model(request: Request, _api_key: str) -> Response:
-    return json_response(describe(request.path_params["slug"]))
+    return json_response(model_details(request.path_params["slug"]))
 
 
 async def _estimate(request: Request, _api_key: str) -> Response:
@@ -59,5 +59,5 @@ async def _estimate(request: Request, _api_key: str) -> Response:
     return json_response({"credits": model.price(given), "warnings": model.warnings(given)})
 
 
-async def _nothing(request: Request, _api_key: str) -> Response:
+async def _no_route(request: Request, _api_key: str) -> Response:
     raise Problem("not_found", f"There is no {request.method} {request.url.path}.")

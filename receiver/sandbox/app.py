@@ -25,9 +25,9 @@ def create_app(
 ) -> Starlette:
     """Make a local Clipia: its API, its CDN and the control API on one origin.
 
-    Webhooks are signed with `secret`; without one a secret is made. Either way it is `app.state.secret`.
-    `clock` returns unix seconds; a test may turn it to make jobs progress and idempotency keys expire. At the
-    end of its lifespan the application cancels what is still to be sent; all else works without a lifespan.
+    Webhooks are signed with `secret`, or with a random one; it is in `app.state.secret`. `clock` returns unix
+    seconds; a test may change it to make jobs progress and idempotency keys expire. The end of the lifespan
+    cancels the webhooks that are not sent yet; everything else works without a lifespan.
     """
     sandbox = Sandbox(
         options or SandboxOptions(), secret=secret or f"whsec_{secrets.token_urlsafe(32)}", clock=clock

@@ -1,4 +1,4 @@
-"""The sandbox's models: what they take, what they cost and what they give."""
+"""The sandbox's models: their parameters, prices and outputs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,9 +8,9 @@ from typing import Any, Final
 from receiver.sandbox.answers import Problem
 
 FileUrl = Callable[[int, str], str]
-"""Makes the URL of a generation's file from its number (from 1) and its extension."""
+"""Makes the URL of a generation's file from its number (the first is 1) and its extension."""
 Price = Callable[[Mapping[str, Any]], int]
-"""Computes the credits that a checked input costs."""
+"""Computes the price of a valid input, in credits."""
 _Factors = Mapping[str, Mapping[Any, float]]
 
 _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
@@ -23,7 +23,7 @@ _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """One key of a model's input. `options` are the only values allowed, bounds are inclusive."""
+    """One key of a model's input. If `options` are given, other values are invalid; bounds are inclusive."""
 
     name: str
     type: str = "string"
@@ -34,16 +34,16 @@ class Parameter:
     maximum: float | None = None
 
     def check(self, value: object) -> None:
-        """Raise `Problem` where `value` does not fit; a string is bounded by its length."""
+        """Raise `Problem` if `value` is invalid; the bounds of a string are for its length."""
         if not isinstance(value, _TYPES[self.type]) or isinstance(value, bool) is not (
             self.type == "boolean"
         ):
-            raise _misfit(self.name, f"must be of type {self.type}")
+            raise _invalid(self.name, f"must be of type {self.type}")
         if self.options and value not in self.options:
-            raise _misfit(self.name, f"must be one of {', '.join(map(str, self.options))}")
+            raise _invalid(self.name, f"must be one of {', '.join(map(str, self.options))}")
         size = len(value) if isinstance(value, str) else value
         if isinstance(size, int | float) and not self._low <= size <= self._high:
-            raise _misfit(self.name, f"must be from {self._low:g} to {self._high:g}")
+            raise _invalid(self.name, f"must be from {self._low:g} to {self._high:g}")
 
     @property
     def _low(self) -> float:
@@ -53,25 +53,25 @@ class Parameter:
     def _high(self) -> float:
         return math.inf if self.maximum is None else self.maximum
 
-    def facts(self) -> dict[str, Any]:
-        """Return what both schema shapes say about it, without what does not apply."""
+    def attributes(self) -> dict[str, Any]:
+        """Return the attributes that are in both shapes of `input_schema`."""
         lowest, highest = ("minLength", "maxLength") if self.type == "string" else ("min", "max")
-        facts = {
+        attributes = {
             "type": self.type,
             "required": self.required,
             "default": self.default,
             lowest: self.minimum,
             highest: self.maximum,
         }
-        return {key: value for key, value in facts.items() if value is not None}
+        return {key: value for key, value in attributes.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """One model of the catalogue.
 
-    `pricing` is the catalogue's word on the price, and `price` computes it from a checked input. A live
-    generation has `files` files. `schema_is_map` chooses the older shape of `input_schema`; both are in use.
+    `pricing` is the price in the catalogue, and `price` computes it for a valid input. A live generation has
+    `files` files. `schema_is_map` chooses the older shape of `input_schema`; Clipia uses both.
     """
 
     slug: str
@@ -86,12 +86,12 @@ class Model:
     schema_is_map: bool = False
 
     def check(self, given: Mapping[str, Any]) -> None:
-        """Raise `Problem` where the input does not fit this model."""
+        """Raise `Problem` if the input is invalid for this model."""
         for parameter in self.parameters:
             if parameter.name in given:
                 parameter.check(given[parameter.name])
             elif parameter.required:
-                raise _misfit(parameter.name, "is required")
+                raise _invalid(parameter.name, "is required")
 
     def warnings(self, given: Mapping[str, Any]) -> list[dict[str, str]]:
         """Return a warning for every key of the input that this model ignores."""
@@ -101,7 +101,7 @@ class Model:
     def output(self, given: Mapping[str, Any], file_url: FileUrl, *, live: bool) -> dict[str, Any]:
         """Return the `output` of a finished generation.
 
-        A test key gets one sample image, without an `original_url`, whatever number was asked for.
+        A test key always gets one sample image, without an `original_url`.
         """
         numbers = range(1, self.files(given) + 1)
         match self.type:
@@ -117,7 +117,7 @@ class Model:
                 tracks = [{"url": file_url(number, "mp3"), "format": "mp3"} for number in numbers]
                 return {"audio": tracks[0], "audios": tracks}
 
-    def listed(self) -> dict[str, Any]:
+    def list_entry(self) -> dict[str, Any]:
         """Return the model's entry in the list."""
         entry = {
             "slug": self.slug,
@@ -128,15 +128,16 @@ class Model:
         }
         return entry if self.text_limits is None else entry | {"text_limits": dict(self.text_limits)}
 
-    def described(self) -> dict[str, Any]:
-        """Return the model by itself, with its `input_schema`."""
+    def details(self) -> dict[str, Any]:
+        """Return the list entry and the `input_schema`."""
         schema = _as_map(self.parameters) if self.schema_is_map else {"parameters": _as_list(self.parameters)}
-        return self.listed() | {"input_schema": schema}
+        return self.list_entry() | {"input_schema": schema}
 
 
 def _as_map(parameters: tuple[Parameter, ...]) -> dict[str, Any]:
     return {
-        parameter.name: parameter.facts() | ({"enum": list(parameter.options)} if parameter.options else {})
+        parameter.name: parameter.attributes()
+        | ({"enum": list(parameter.options)} if parameter.options else {})
         for parameter in parameters
     }
 
@@ -144,7 +145,7 @@ def _as_map(parameters: tuple[Parameter, ...]) -> dict[str, Any]:
 def _as_list(parameters: tuple[Parameter, ...]) -> list[dict[str, Any]]:
     return [
         {"name": parameter.name}
-        | parameter.facts()
+        | parameter.attributes()
         | (
             {"options": [{"value": o, "label": str(o)} for o in parameter.options]}
             if parameter.options
@@ -168,7 +169,7 @@ def _warning(key: str, slug: str, declared: list[str]) -> dict[str, str]:
     }
 
 
-def _misfit(name: str, trouble: str) -> Problem:
+def _invalid(name: str, trouble: str) -> Problem:
     return Problem("model_input_invalid", f'Parameter "{name}" {trouble}.')
 
 
@@ -181,7 +182,7 @@ def _per_image(given: Mapping[str, Any]) -> int:
 
 
 def _multiplied(credits_: int, *parameters: Parameter, by: _Factors) -> Price:
-    """Make a price that each parameter's value, or its default, multiplies."""
+    """Return a price function: `credits_` times the factor of each parameter's value or default."""
     defaults = {parameter.name: parameter.default for parameter in parameters}
 
     def price(given: Mapping[str, Any]) -> int:
@@ -205,7 +206,7 @@ _LONGEST_SPEECH: Final = 20_000
 MODELS: Final[Mapping[str, Model]] = {
     model.slug: model
     for model in (
-        # The entries in the list of this one and the next, and the schema of the next, are as documented.
+        # The list entries of this model and the next, and the next one's schema, are copied from the docs.
         Model(
             slug="nano-banana-2",
             name="Nano Banana 2",
@@ -265,7 +266,7 @@ MODELS: Final[Mapping[str, Model]] = {
                 "billing_unit": "second",
                 "note": "varies with the video's length",
             },
-            # The sandbox takes every video for one of ten seconds.
+            # Every video is taken to last ten seconds.
             price=lambda given: 10 * int(given.get("scale", 2)),
         ),
         Model(
@@ -316,11 +317,11 @@ TEXT_MODELS: Final[Mapping[str, Mapping[str, Any]]] = {
         "pricing": {"prompt": "0.00000499875", "completion": "0.00003"},
     }
 }
-"""Text models by id. The list mixes them in, with an `id` and prices in USD per token in place of `slug`."""
+"""Text models by id. In the list they have an `id` in place of a `slug`, and prices in USD per token."""
 
 
 def find_model(slug: str) -> Model:
-    """Return a model that can be submitted to; raises `Problem` if there is none."""
+    """Return a media model. Raises `Problem` if there is none."""
     try:
         return MODELS[slug]
     except KeyError:
@@ -329,9 +330,9 @@ def find_model(slug: str) -> Model:
 
 def listing() -> list[dict[str, Any]]:
     """Return the entries of the list of models."""
-    return [*(model.listed() for model in MODELS.values()), *map(dict, TEXT_MODELS.values())]
+    return [*(model.list_entry() for model in MODELS.values()), *map(dict, TEXT_MODELS.values())]
 
 
-def describe(name: str) -> dict[str, Any]:
-    """Return one model by its slug, or a text model by its id; raises `Problem` if there is none."""
-    return dict(TEXT_MODELS[name]) if name in TEXT_MODELS else find_model(name).described()
+def model_details(name: str) -> dict[str, Any]:
+    """Return a media model by its slug, or a text model by its id. Raises `Problem` if there is none."""
+    return dict(TEXT_MODELS[name]) if name in TEXT_MODELS else find_model(name).details()

@@ -1,4 +1,4 @@
-"""The sandbox's CDN: real samples under any name, and videos of any size."""
+"""The sandbox's CDN: real sample files under any name, and videos of any size."""
 
 import asyncio
 import struct
@@ -12,12 +12,12 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.sandbox.answers import Problem
-from receiver.sandbox.options import SMALLEST_VIDEO
+from receiver.sandbox.options import SMALLEST_VIDEO_BYTES
 from receiver.sandbox.sandbox import Sandbox
 
 SAMPLES: Final = Path(__file__).with_name("samples")
 TYPES: Final = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4", ".mp3": "audio/mpeg"}
-LARGEST_VIDEO: Final = 2**40
+LARGEST_VIDEO_BYTES: Final = 2**40
 CHUNK: Final = bytes(262_144)
 
 Serve = Callable[[Request], Response]
@@ -26,21 +26,21 @@ Serve = Callable[[Request], Response]
 def routes(sandbox: Sandbox) -> list[BaseRoute]:
     """Return the routes of the CDN."""
 
-    def disturbed(serve: Serve) -> Callable[[Request], Awaitable[Response]]:
+    def with_faults(serve: Serve) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
             await asyncio.sleep(sandbox.options.media_latency)
             if sandbox.hit("media_missing_rate"):
                 raise Problem("not_found", "There is no such file.")
             response = serve(request)
             cut = request.method == "GET" and sandbox.hit("media_truncate_rate")
-            return Truncated(response) if cut else response
+            return TruncatedResponse(response) if cut else response
 
         return endpoint
 
     return [
-        Route("/works/blob/{size:int}.mp4", disturbed(_blob)),
-        Route("/works/{name}", disturbed(_sample)),
-        Route("/sandbox/{name}", disturbed(_sample)),
+        Route("/works/blob/{size:int}.mp4", with_faults(_blob)),
+        Route("/works/{name}", with_faults(_sample)),
+        Route("/sandbox/{name}", with_faults(_sample)),
     ]
 
 
@@ -51,15 +51,15 @@ def _sample(request: Request) -> Response:
     media_type = TYPES[name.suffix]
     stem = media_type.partition("/")[0]
     if stem == "audio":
-        # A generation's second track differs from its first, or mixing them up would go unnoticed.
+        # The second track differs from the first, so that a mix-up of the two is noticed.
         stem += "-2" if name.stem.endswith("-2") else "-1"
     return FileResponse(SAMPLES / f"{stem}{name.suffix}", media_type=media_type)
 
 
 def _blob(request: Request) -> Response:
     size = request.path_params["size"]
-    if not SMALLEST_VIDEO <= size <= LARGEST_VIDEO:
-        raise Problem("not_found", f"A video has from {SMALLEST_VIDEO} to {LARGEST_VIDEO} bytes.")
+    if not SMALLEST_VIDEO_BYTES <= size <= LARGEST_VIDEO_BYTES:
+        raise Problem("not_found", f"A video has from {SMALLEST_VIDEO_BYTES} to {LARGEST_VIDEO_BYTES} bytes.")
     headers = {"Content-Length": str(size)}
     if request.method == "HEAD":
         return Response(headers=headers, media_type="video/mp4")
@@ -67,7 +67,7 @@ def _blob(request: Request) -> Response:
 
 
 async def _padded_video(size: int) -> AsyncIterator[bytes]:
-    """Yield the sample video followed by one `free` box, which players skip, so that it has `size` bytes."""
+    """Yield the sample video, padded to `size` bytes with a `free` box, which players skip."""
     sample = (SAMPLES / "video.mp4").read_bytes()
     padding = size - len(sample)
     # The box's size field is 32 bits wide; 1 says that 64 bits follow the type.
@@ -83,10 +83,10 @@ class _Cut(Exception):
     pass
 
 
-class Truncated(Response):
-    """Another response with its right Content-Length, of which only the first half is sent.
+class TruncatedResponse(Response):
+    """Sends another response's Content-Length, but only the first half of its body.
 
-    The server cuts the connection of an application that ends in mid-body.
+    The server cuts the connection if an application returns before the end of the body.
     """
 
     def __init__(self, whole: Response) -> None:

@@ -1,4 +1,4 @@
-"""The sandbox's control API under ``/_sandbox``: switches, what happened, and things done by hand."""
+"""The sandbox's control API under ``/_sandbox``: its switches and records, and actions by hand."""
 
 from dataclasses import asdict
 from http import HTTPStatus
@@ -10,13 +10,13 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.errors import SettingsError
 from receiver.sandbox.answers import Problem, json_response, read_object, timestamp
-from receiver.sandbox.records import Attempt, Generation, Submit
+from receiver.sandbox.records import Attempt, Generation, Submission
 from receiver.sandbox.sandbox import Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
 
 class Control:
-    """The endpoints under ``/_sandbox``; no key is needed and no fault strikes here."""
+    """The endpoints under ``/_sandbox``; they need no key and have no faults."""
 
     def __init__(self, sandbox: Sandbox, sender: WebhookSender) -> None:
         self._sandbox = sandbox
@@ -49,7 +49,7 @@ class Control:
         return json_response(
             {
                 "requests": [self._shown(generation) for generation in records.generations.values()],
-                "submits": [_shown_submit(submit) for submit in records.submits],
+                "submits": [_shown_submission(each) for each in records.submits],
                 "idempotency_keys": records.keys(),
             }
         )
@@ -61,7 +61,7 @@ class Control:
         generation = self._find(request)
         now = self._sandbox.clock()
         if generation.at(now).terminal:
-            raise _refused(f"The request is {generation.at(now).status} already.")
+            raise _invalid_state(f"The request is already {generation.at(now).status}.")
         generation.canceled_at = now
         return json_response(self._shown(generation))
 
@@ -70,9 +70,9 @@ class Control:
         conflicting = await _read_conflicting(request)
         status = generation.at(self._sandbox.clock()).status
         if generation.webhook_url is None:
-            raise _refused("The request was submitted without a webhook_url.")
+            raise _invalid_state("The request was submitted without a webhook_url.")
         if status not in ("COMPLETED", "FAILED"):
-            raise _refused(f"The request is {status}; a webhook tells of COMPLETED and FAILED only.")
+            raise _invalid_state(f"The request is {status}; only COMPLETED and FAILED have a webhook.")
         return json_response(_shown_attempt(await self._sender.send_now(generation, conflicting=conflicting)))
 
     async def _reset(self, _request: Request) -> Response:
@@ -112,7 +112,7 @@ def _moment(at: float) -> str:
 
 
 async def _read_conflicting(request: Request) -> bool:
-    """Return the only field of the optional body of a webhook sent by hand."""
+    """Return the field `conflicting` of the optional body."""
     content = await read_object(request) if await request.body() else {}
     conflicting = content.pop("conflicting", False)
     if content or not isinstance(conflicting, bool):
@@ -120,19 +120,19 @@ async def _read_conflicting(request: Request) -> bool:
     return conflicting
 
 
-def _refused(message: str) -> Problem:
+def _invalid_state(message: str) -> Problem:
     return Problem("invalid_state", message, status=HTTPStatus.CONFLICT)
 
 
-def _shown_submit(submit: Submit) -> dict[str, Any]:
+def _shown_submission(submission: Submission) -> dict[str, Any]:
     return {
-        "at": _moment(submit.at),
-        "model": submit.model,
-        "idempotency_key": submit.idempotency_key,
-        "status": submit.status,
-        "request_id": submit.request_id,
-        "body": submit.body.decode(errors="replace"),
-        "body_sha256": submit.body_sha256,
+        "at": _moment(submission.at),
+        "model": submission.model,
+        "idempotency_key": submission.idempotency_key,
+        "status": submission.status,
+        "request_id": submission.request_id,
+        "body": submission.body.decode(errors="replace"),
+        "body_sha256": submission.body_sha256,
     }
 
 

@@ -1,4 +1,4 @@
-"""Submit, status and result: ``POST /v1/models/{slug}`` and ``GET /v1/requests/{id}[/status]``."""
+"""Submission, status and result: ``POST /v1/models/{slug}`` and ``GET /v1/requests/{id}[/status]``."""
 
 import asyncio
 import hashlib
@@ -15,7 +15,7 @@ from starlette.responses import Response
 from receiver.sandbox.answers import Problem, json_response, read_input, read_object, retry_after, timestamp
 from receiver.sandbox.catalogue import FileUrl, Model, find_model
 from receiver.sandbox.gate import Gate
-from receiver.sandbox.records import FAILURE, Generation, Submit
+from receiver.sandbox.records import FAILURE, Generation, Submission
 from receiver.sandbox.sandbox import Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Generations:
-    """The part of the API that starts generations and tells how they are doing."""
+    """The endpoints that start generations and return their state and result."""
 
     def __init__(self, sandbox: Sandbox, gate: Gate, sender: WebhookSender) -> None:
         self._sandbox = sandbox
@@ -34,16 +34,16 @@ class Generations:
         self._sender = sender
 
     async def submit(self, request: Request) -> Response:
-        """Take a submit through the gate; it is recorded whatever becomes of it."""
-        submit = Submit(
+        """Check and carry out a submission; it is recorded even if it is refused."""
+        submission = Submission(
             at=self._sandbox.clock(),
             model=request.path_params["slug"],
             idempotency_key=request.headers.get("Idempotency-Key"),
             body=await request.body(),
         )
-        self._sandbox.records.submits.append(submit)
-        response = await self._gate.answer(request, partial(self._take, submit))
-        submit.status = response.status_code
+        self._sandbox.records.submits.append(submission)
+        response = await self._gate.answer(request, partial(self._accept, submission))
+        submission.status = response.status_code
         return response
 
     async def status(self, request: Request, api_key: str) -> Response:
@@ -61,7 +61,7 @@ class Generations:
         )
 
     async def result(self, request: Request, api_key: str) -> Response:
-        """Answer with the result, or with 202 while there is none."""
+        """Answer with the result, or with 202 before the generation has ended."""
         generation = self._find(request, api_key)
         progress = generation.at(self._sandbox.clock())
         result: dict[str, Any] = {
@@ -80,37 +80,39 @@ class Generations:
             result["error"] = FAILURE
         return json_response(result)
 
-    async def _take(self, submit: Submit, request: Request, api_key: str) -> Response:
+    async def _accept(self, submission: Submission, request: Request, api_key: str) -> Response:
         options = self._sandbox.options
         if options.refuse_submits:
-            raise self._gate.refusal(options.refuse_submits, "refuse_submits")
-        key = submit.idempotency_key
+            raise self._gate.ordered_error(options.refuse_submits, "refuse_submits")
+        key = submission.idempotency_key
         if key is not None and not 0 < len(key) <= LONGEST_KEY:
             raise Problem("invalid_request", f"Idempotency-Key must have from 1 to {LONGEST_KEY} characters.")
         content = await read_object(request)
-        fingerprint = _fingerprint(submit.model, content)
+        fingerprint = _fingerprint(submission.model, content)
         with self._sandbox.records.use_key(api_key, key, fingerprint, self._sandbox.clock()) as use:
             if use.generation is None:
-                use.generation = self._generate(submit, content, api_key, _origin(request))
-                await self._announce(use.generation)
+                use.generation = self._generate(submission, content, api_key, _origin(request))
+                await self._send_webhook(use.generation)
             use.generation.submits += 1
-            submit.request_id = use.generation.request_id
-            # While the key is held: `request_in_progress` is about calls that are slow to answer.
+            submission.request_id = use.generation.request_id
+            # The key is in use during the delay, so that a second call gets `request_in_progress`.
             await asyncio.sleep(options.latency)
         if self._sandbox.hit("lost_answer_rate"):
-            raise Problem("service_unavailable", "The switch lost_answer_rate struck.", status=504)
+            raise Problem("service_unavailable", "Ordered by the switch lost_answer_rate.", status=504)
         return json_response(_submitted(use.generation))
 
-    def _generate(self, submit: Submit, content: dict[str, Any], api_key: str, origin: str) -> Generation:
+    def _generate(
+        self, submission: Submission, content: dict[str, Any], api_key: str, origin: str
+    ) -> Generation:
         options, now = self._sandbox.options, self._sandbox.clock()
-        model = find_model(submit.model)
+        model = find_model(submission.model)
         given = read_input(content)
         model.check(given)
         webhook_url = _webhook_url(content)
         cost = model.price(given)
         live = api_key.startswith("clipia_live_")
         if live:
-            self._afford(api_key, cost, now)
+            self._check_account(api_key, cost, now)
         request_id = str(uuid.uuid4())
         file_url = self._file_url(model, origin, request_id=request_id if live else None)
         generation = Generation(
@@ -124,8 +126,8 @@ class Generations:
             fails=self._sandbox.hit("fail_rate"),
             origin=origin,
             webhook_url=webhook_url,
-            idempotency_key=submit.idempotency_key,
-            body=submit.body,
+            idempotency_key=submission.idempotency_key,
+            body=submission.body,
             created_at=now,
             duration=options.duration if live and not options.webhook_first else 0.0,
         )
@@ -133,8 +135,8 @@ class Generations:
         log.info("generation submitted", request_id=request_id, model=model.slug, live=live, cost=cost)
         return generation
 
-    def _afford(self, api_key: str, cost: int, now: float) -> None:
-        """Raise `Problem` where a live generation would exceed the account's credits or places."""
+    def _check_account(self, api_key: str, cost: int, now: float) -> None:
+        """Raise `Problem` if a live generation would exceed the account's credits or concurrency limit."""
         options, account = self._sandbox.options, self._sandbox.records.account(api_key)
         balance = options.credits - account.spent(now)
         if cost > balance:
@@ -144,11 +146,11 @@ class Generations:
             wait = min(generation.ended_at() for generation in running) - now
             raise Problem(
                 "concurrency_limit_exceeded",
-                f"{len(running)} generations are in flight already.",
+                f"{len(running)} generations are already in flight.",
                 headers=retry_after(wait, now=now, as_date=options.retry_after_date),
             )
 
-    async def _announce(self, generation: Generation) -> None:
+    async def _send_webhook(self, generation: Generation) -> None:
         if generation.webhook_url is None:
             return
         sending = self._sender.start(generation)
@@ -156,7 +158,7 @@ class Generations:
             await asyncio.wait({sending}, timeout=self._sandbox.options.webhook_timeout)
 
     def _file_url(self, model: Model, origin: str, *, request_id: str | None) -> FileUrl:
-        """Return the maker of file URLs; without a request id they are the fixed ones of a test key."""
+        """Return a function that makes file URLs: fixed ones for test keys, which have no `request_id`."""
         video_bytes = self._sandbox.options.video_bytes
 
         def file_url(number: int, extension: str) -> str:
@@ -180,7 +182,7 @@ def _submitted(generation: Generation) -> dict[str, Any]:
     url = f"{generation.origin}/v1/requests/{generation.request_id}"
     return {
         "request_id": generation.request_id,
-        # The same on every repeat, as if the first answer was kept.
+        # The same in each answer with this idempotency key, as if the first answer was stored.
         "status": "IN_QUEUE" if generation.live else generation.at(generation.created_at).status,
         "queue_position": 0,
         "status_url": f"{url}/status",
@@ -198,7 +200,7 @@ def _fingerprint(model: str, content: dict[str, Any]) -> bytes:
     try:
         canonical = orjson.dumps([model, content], option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError:
-        # Its reader takes deeper nesting than its writer.
+        # orjson reads deeper nesting than it writes.
         raise Problem("invalid_request", "The body is nested too deeply.") from None
     return hashlib.sha256(canonical).digest()
 
@@ -214,7 +216,7 @@ def _webhook_url(content: dict[str, Any]) -> str | None:
 
 
 def _may_be_called(url: str) -> bool:
-    # Parsed by the library that will connect: another one may see another host in it.
+    # httpx parses it, because httpx will connect: another parser may find another host.
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL:

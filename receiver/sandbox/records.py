@@ -1,8 +1,7 @@
-"""What the sandbox remembers: generations, accounts, idempotency keys and every submit it was sent.
+"""The sandbox's memory: generations, accounts, idempotency keys and all submissions.
 
-A generation's state is not stored but follows from the time, so nothing has to run for a job to make progress
-and a test can turn the clock. Nothing is ever dropped: memory grows by a few KB per generation until the
-sandbox ends or is reset.
+A generation's state is computed from the time, so a job makes progress without a task, and a test can change
+the clock. Memory grows by a few KB per generation until the sandbox ends or is reset.
 """
 
 import hashlib
@@ -15,11 +14,11 @@ from typing import Any, Final
 
 from receiver.sandbox.answers import Problem, retry_after
 
-KEY_LIFETIME: Final = 24 * 3600.0
-WINDOW: Final = 60.0
-USAGE_PERIOD: Final = 30 * 24 * 3600.0
+KEY_LIFETIME_SECONDS: Final = 24 * 3600.0
+RATE_WINDOW_SECONDS: Final = 60.0
+USAGE_SECONDS: Final = 30 * 24 * 3600.0
 QUEUE_SHARE: Final = 0.25
-"""The part of a generation's duration that it waits in the queue."""
+"""The share of a generation's duration in the queue."""
 QUEUE_LENGTH: Final = 3
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "CANCELED"})
 FAILURE: Final = {"code": "GENERATION_FAILED", "message": "The model could not produce a result."}
@@ -27,11 +26,11 @@ FAILURE: Final = {"code": "GENERATION_FAILED", "message": "The model could not p
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One try at sending a webhook.
+    """One attempt to send a webhook.
 
-    `kind` is `result`, `duplicate`, `conflict` or `manual`; `number` counts the tries of one webhook from 1;
-    `at` is in unix seconds and `seconds` is how long it took. `status_code` is None where no answer came:
-    `error` says why.
+    `kind` is `result`, `duplicate`, `conflict` or `manual`; `number` counts the attempts of a webhook from 1.
+    `at` is the start in unix seconds, and `seconds` is the duration. If there was no answer, `status_code` is
+    None and `error` has the reason.
     """
 
     kind: str
@@ -44,31 +43,31 @@ class Attempt:
 
     @property
     def accepted(self) -> bool:
-        """Whether the receiver said 2xx."""
+        """Whether the receiver answered 2xx."""
         return self.status_code is not None and self.status_code // 100 == 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """A generation's state at one moment; `progress` is in per cent."""
+    """A generation's state at one moment; `progress` is a percentage."""
 
     status: str
     queue_position: int | None = None
-    """None unless it waits in the queue."""
+    """None outside of the queue."""
     progress: int = 100
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the state is final."""
         return self.status in TERMINAL
 
 
 @dataclass(kw_only=True, eq=False)
 class Generation:
-    """One generation; only what has a default changes after it was submitted.
+    """One generation; only fields with a default change after the submission.
 
-    Times are in unix seconds. `body` is the submit's body as received; `cost` is the price, charged or not;
-    `submits` counts the calls that were led to it.
+    Times are in unix seconds. `body` is the submission's raw body. `cost` is the price, charged or not.
+    `submits` counts the submissions with its idempotency key.
     """
 
     request_id: str
@@ -94,7 +93,7 @@ class Generation:
         """Return its state at `now`."""
         if self.canceled_at is not None:
             return Progress(status="CANCELED", progress=0)
-        # An instant generation stays done when the clock is set back.
+        # A generation without a duration stays ended if the clock is set back.
         if not self.duration or now >= self.ended_at():
             return Progress(status="FAILED" if self.fails else "COMPLETED")
         done = (now - self.created_at) / self.duration
@@ -108,41 +107,41 @@ class Generation:
         return self.created_at + self.duration if self.canceled_at is None else self.canceled_at
 
     def due(self, now: float) -> int:
-        """Return the credits of the account that it holds at `now`: reserved, charged, or refunded (0)."""
+        """Return its credits at `now`: reserved or charged, and 0 if refunded."""
         return self.cost if self.live and self.at(now).status not in ("FAILED", "CANCELED") else 0
 
 
 class Account:
-    """What one API key has used."""
+    """The generations and calls of one API key."""
 
     def __init__(self) -> None:
         self.generations: list[Generation] = []
         self._running: list[Generation] = []
-        self._settled = 0
+        self._charged = 0
         self._window_start = -math.inf
         self._calls = 0
 
     def add(self, generation: Generation) -> None:
-        """Take on a new generation."""
+        """Add a new generation."""
         self.generations.append(generation)
         self._running.append(generation)
 
     def spent(self, now: float) -> int:
         """Return the credits reserved and charged so far."""
         running = self.running(now)
-        return self._settled + sum(generation.due(now) for generation in running)
+        return self._charged + sum(generation.due(now) for generation in running)
 
     def running(self, now: float) -> list[Generation]:
-        """Return the generations in flight; those that have ended since the last call are settled."""
+        """Return the generations in flight, and charge those that ended since the last call."""
         ended = [generation for generation in self._running if generation.at(now).terminal]
         if ended:
-            self._settled += sum(generation.due(now) for generation in ended)
+            self._charged += sum(generation.due(now) for generation in ended)
             self._running = [generation for generation in self._running if not generation.at(now).terminal]
         return self._running
 
     def usage(self, now: float) -> dict[str, int]:
         """Return the requests and credits of the last 30 days."""
-        recent = [g for g in self.generations if g.created_at > now - USAGE_PERIOD]
+        recent = [g for g in self.generations if g.created_at > now - USAGE_SECONDS]
         return {
             "requests": len(recent),
             "credits_spent": sum(g.due(now) for g in recent if g.at(now).terminal),
@@ -151,12 +150,12 @@ class Account:
     def count_call(self, now: float, limit: int) -> dict[str, str]:
         """Count an API call; return the RateLimit headers of its answer.
 
-        Raises `Problem` where the call is over `limit` in the present minute.
+        Raises `Problem` if there were more than `limit` calls in the current minute.
         """
-        if now >= self._window_start + WINDOW:
+        if now >= self._window_start + RATE_WINDOW_SECONDS:
             self._window_start, self._calls = now, 0
         self._calls += 1
-        reset = self._window_start + WINDOW - now
+        reset = self._window_start + RATE_WINDOW_SECONDS - now
         headers = {
             "RateLimit-Limit": str(limit),
             "RateLimit-Remaining": str(max(0, limit - self._calls)),
@@ -169,8 +168,8 @@ class Account:
 
 
 @dataclass(kw_only=True, eq=False)
-class Submit:
-    """One POST to a model, refused or not; `status` stays None until it is answered."""
+class Submission:
+    """One POST to a model, refused or not; `status` is None until the answer."""
 
     at: float
     model: str
@@ -181,13 +180,13 @@ class Submit:
 
     @property
     def body_sha256(self) -> str:
-        """The checksum of the body as received, in hex."""
+        """The SHA-256 of the raw body, in hex."""
         return hashlib.sha256(self.body).hexdigest()
 
 
 @dataclass(kw_only=True, eq=False)
 class KeyUse:
-    """One use of an idempotency key: the first call makes the generation, later ones find it."""
+    """The use of an idempotency key: the first call makes the generation, and later calls find it."""
 
     fingerprint: bytes
     created_at: float
@@ -196,25 +195,25 @@ class KeyUse:
 
 
 class Records:
-    """Everything that happened since the sandbox was started or reset."""
+    """All records since the sandbox was started or reset."""
 
     def __init__(self) -> None:
         self.generations: dict[str, Generation] = {}
-        self.submits: list[Submit] = []
+        self.submits: list[Submission] = []
         self._accounts: dict[str, Account] = {}
         self._key_uses: dict[tuple[str, str], KeyUse] = {}
 
     def account(self, api_key: str) -> Account:
-        """Return the account of a key, a new one at first sight."""
+        """Return the account of a key; it is made at the first call."""
         return self._accounts.setdefault(api_key, Account())
 
     def add(self, generation: Generation) -> None:
-        """Record a new generation."""
+        """Add a new generation."""
         self.generations[generation.request_id] = generation
         self.account(generation.api_key).add(generation)
 
     def find(self, request_id: str) -> Generation:
-        """Return a generation; raises `Problem` where there is none."""
+        """Return a generation. Raises `Problem` if there is none."""
         try:
             return self.generations[request_id]
         except KeyError:
@@ -222,18 +221,18 @@ class Records:
 
     @contextmanager
     def use_key(self, api_key: str, key: str | None, fingerprint: bytes, now: float) -> Iterator[KeyUse]:
-        """Hold an idempotency key while its submit is processed.
+        """Lock an idempotency key while its submission is processed.
 
-        The use has a generation already where the key has been used with the same parameters. A submit
-        that makes none leaves the key unused. Raises `Problem` for other parameters or while another call
-        holds it.
+        If the key was used before with the same parameters, the use has the generation. If the block makes
+        no generation, the key stays unused. Raises `Problem` if the parameters differ, or if another call
+        has locked the key.
         """
         use = KeyUse(fingerprint=fingerprint, created_at=now)
         if key is None:
             yield use
             return
         known = self._key_uses.get((api_key, key))
-        if known is not None and now - known.created_at < KEY_LIFETIME:
+        if known is not None and now - known.created_at < KEY_LIFETIME_SECONDS:
             if known.fingerprint != fingerprint:
                 raise Problem("idempotency_key_reuse", "This Idempotency-Key was used with other parameters.")
             if known.in_progress:
@@ -251,7 +250,7 @@ class Records:
                 del self._key_uses[api_key, key]
 
     def keys(self) -> dict[str, dict[str, int]]:
-        """Return for every idempotency key how many submits carried it and how many generations it made."""
+        """Return the number of submissions and of generations for each idempotency key."""
         submits = Counter(s.idempotency_key for s in self.submits if s.idempotency_key is not None)
         made = Counter(g.idempotency_key for g in self.generations.values())
         return {key: {"submits": count, "generations": made[key]} for key, count in submits.items()}

@@ -1,4 +1,4 @@
-"""The state that the sandbox's parts share."""
+"""One local Clipia: its switches, its dice and its records, for all endpoints."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -11,7 +11,7 @@ Clock = Callable[[], float]
 
 
 class Sandbox:
-    """Switches, dice and memory of one local Clipia; `secret` signs its webhooks."""
+    """The state of one local Clipia; `secret` signs its webhooks."""
 
     def __init__(self, options: SandboxOptions, *, secret: str, clock: Clock) -> None:
         self.secret: Final = secret
@@ -20,20 +20,20 @@ class Sandbox:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything and go back to the switches that it was started with."""
+        """Delete all records and restore the first switches."""
         self.options = self._start
         self.dice = Dice(self.options.seed)
         self.records = Records()
 
     def change(self, changes: Mapping[str, Any]) -> None:
-        """Set some switches; a seed starts the dice afresh.
+        """Set some switches; a new seed restarts the dice.
 
-        Raises `SettingsError`, and then changes nothing.
+        Raises `SettingsError` without changing any switch.
         """
         self.options = self.options.changed(changes)
         if "seed" in changes:
             self.dice = Dice(self.options.seed)
 
     def hit(self, switch: str) -> bool:
-        """Throw the dice for a switch with a rate."""
+        """Return whether a switch with a rate strikes now."""
         return self.dice.hit(switch, getattr(self.options, switch))

@@ -1,4 +1,4 @@
-"""The sandbox inside another program, such as the demo or a test."""
+"""Runs the sandbox inside another program, such as the demo or a test."""
 
 import asyncio
 import socket
@@ -11,16 +11,16 @@ from starlette.applications import Starlette
 
 @asynccontextmanager
 async def running(app: Starlette, *, host: str = "127.0.0.1", port: int = 0) -> AsyncIterator[str]:
-    """Serve the sandbox in the running event loop and give its base URL; port 0 is any free one.
+    """Serve the sandbox in the running event loop, and yield its base URL; port 0 chooses a free port.
 
-    Raises `OSError` where the port cannot be had.
+    Raises `OSError` if the port cannot be bound.
     """
     config = uvicorn.Config(
         app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=1
     )
     server = _Server(config)
     with socket.create_server((host, port)) as listener:
-        # asyncio sets it only for sockets that were made with their protocol; else each answer takes 40 ms.
+        # Without this option each answer takes 40 ms. asyncio sets it only for sockets that it made itself.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         serving = asyncio.create_task(server.serve(sockets=[listener]), name="sandbox")
         try:
@@ -35,5 +35,5 @@ async def running(app: Starlette, *, host: str = "127.0.0.1", port: int = 0) -> 
 class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        # SIGTERM is for the program around it, which ends the sandbox in its own order.
+        # The surrounding program handles signals and stops the sandbox itself.
         yield

@@ -1,4 +1,4 @@
-"""Webhooks: signed, tried up to six times, and as unreliable as the switches say."""
+"""Sends signed webhooks, with up to six attempts and the faults that the switches order."""
 
 import asyncio
 import ssl
@@ -22,37 +22,37 @@ log = structlog.get_logger()
 
 
 class WebhookSender:
-    """Sends each generation's webhook in a task of its own; `stop` ends them all."""
+    """Sends each generation's webhook in its own task."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._sandbox = sandbox
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self, generation: Generation) -> asyncio.Task[None]:
-        """Send the webhook when the generation has ended; the task is done when nothing is left to send."""
-        task = asyncio.create_task(self._accompany(generation), name=f"webhook of {generation.request_id}")
+        """Return a task that sends the webhooks of a generation, from its end to the last attempt."""
+        task = asyncio.create_task(self._send_all(generation), name=f"webhook of {generation.request_id}")
         self._tasks.add(task)
-        task.add_done_callback(self._finished)
+        task.add_done_callback(self._forget)
         return task
 
     async def stop(self) -> None:
-        """Cancel everything that is waiting or being sent."""
+        """Cancel all tasks."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def send_now(self, generation: Generation, *, conflicting: bool) -> Attempt:
-        """Send a finished generation's webhook once, whatever the switches say."""
+        """Send the webhook of an ended generation once; the switches do not apply."""
         body = orjson.dumps(contradiction(generation) if conflicting else event(generation))
         async with self._client() as client:
-            return await self._try(
+            return await self._attempt(
                 client, generation, body, kind="manual", webhook_id=str(uuid.uuid4()), number=1
             )
 
-    async def _accompany(self, generation: Generation) -> None:
-        # A sleep does not follow the clock when that is set, so look again; there is nobody to set an event.
-        while (wait := generation.ended_at() - self._sandbox.clock()) > 0:  # noqa: ASYNC110
+    async def _send_all(self, generation: Generation) -> None:
+        # The end is checked again after each sleep, because a test may change the clock meanwhile.
+        while (wait := generation.ended_at() - self._sandbox.clock()) > 0:  # noqa: ASYNC110 - a clock has no event
             await asyncio.sleep(wait)
         if generation.canceled_at is not None:
             return
@@ -69,20 +69,20 @@ class WebhookSender:
             await self._deliver(generation, orjson.dumps(contradiction(generation)), kind="conflict")
 
     async def _deliver(self, generation: Generation, body: bytes, *, kind: str) -> bool:
-        """Try until the receiver accepts or the tries are used up; say whether it did."""
+        """Send until the receiver accepts or no attempt is left; return whether it accepted."""
         webhook_id = str(uuid.uuid4())
         async with self._client() as client:
             for number in range(1, self._sandbox.options.webhook_attempts + 1):
                 if number > 1:
                     await asyncio.sleep(self._sandbox.options.webhook_backoff * 2 ** (number - 2))
-                attempt = await self._try(
+                attempt = await self._attempt(
                     client, generation, body, kind=kind, webhook_id=webhook_id, number=number
                 )
                 if attempt.accepted:
                     return True
         return False
 
-    async def _try(
+    async def _attempt(
         self,
         client: httpx.AsyncClient,
         generation: Generation,
@@ -126,7 +126,7 @@ class WebhookSender:
         }
         limit = self._sandbox.options.webhook_timeout
         try:
-            # Over the whole exchange: httpx's own timeouts start again with every byte.
+            # One timeout for the whole exchange: httpx's own timeouts start again with each byte.
             async with (
                 asyncio.timeout(limit),
                 client.stream("POST", url, content=body, headers=headers) as response,
@@ -139,25 +139,25 @@ class WebhookSender:
 
     @cached_property
     def _tls(self) -> ssl.SSLContext:
-        # Loading the certificates is slow: once, not per webhook, and not where nothing is sent.
+        # Loading the certificates is slow, so it is done once, and only if a webhook is sent.
         return ssl.create_default_context()
 
     def _client(self) -> httpx.AsyncClient:
         return httpx.AsyncClient(verify=self._tls, timeout=None, trust_env=False)  # noqa: S113 - `_post` has the limit
 
-    def _finished(self, task: asyncio.Task[None]) -> None:
+    def _forget(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
-            log.error("webhook task died", task=task.get_name(), exc_info=error)
+            log.error("webhook task failed", task=task.get_name(), exc_info=error)
 
 
 def event(generation: Generation) -> dict[str, Any]:
-    """Return the webhook's content for a generation that has completed or failed."""
+    """Return the body of the webhook of a completed or failed generation."""
     return _error_event(generation) if generation.fails else _ok_event(generation)
 
 
 def contradiction(generation: Generation) -> dict[str, Any]:
-    """Return a webhook's content that says the opposite of `event`."""
+    """Return a body that contradicts `event`: ERROR in place of OK, or the reverse."""
     return _ok_event(generation) if generation.fails else _error_event(generation)
 
 

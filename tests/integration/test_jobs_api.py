@@ -439,7 +439,7 @@ async def test_a_refusal_of_clipia_is_passed_on(local: Site) -> None:
         await local.switch(refuse_submits=code)
         first, again = await local.submit(code), await local.submit(code)
         assert problem(first) == (status, "invalid_request_error", code)
-        assert first.json()["error"]["message"] == "The switch refuse_submits struck."
+        assert first.json()["error"]["message"] == "Ordered by the switch refuse_submits."
         assert (again.status_code, again.json()) == (first.status_code, first.json())
         job = (await local.alice.get(f"/v1/jobs/{first.json()['job_id']}")).json()
         assert (job["state"], job["charged"], job["error"]["code"]) == ("failed", 0, code)

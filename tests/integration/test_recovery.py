@@ -23,7 +23,7 @@ from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, event_id
 from receiver.db.tables import deliveries, events, receipts
 from receiver.ingest import make_event
-from receiver.recovery import Count, recover
+from receiver.recovery import RecoverableCounter, recover
 from receiver.settings import Settings
 
 CAME = datetime.now(UTC) - timedelta(days=3)
@@ -253,7 +253,7 @@ async def test_they_are_counted(world: World, monkeypatch: pytest.MonkeyPatch) -
     for number in range(25):
         await keep(world, odd(f"r-{number}"))
     await keep(world, b"no JSON")
-    count = Count(world.database)
+    count = RecoverableCounter(world.database)
     assert await count() == {True: 25, False: 1}
     monkeypatch.setattr(unrecognized, "read_request_id", lambda _body: pytest.fail("read again"))
     assert await count() == {True: 25, False: 1}

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from receiver.cli import catalogue
-from receiver.sandbox.catalogue import describe, listing
+from receiver.sandbox.catalogue import listing, model_details
 
 
 def shown(capsys: pytest.CaptureFixture[str], model: Any) -> str:
@@ -47,18 +47,18 @@ def test_price_in_the_list(capsys: pytest.CaptureFixture[str], pricing: Any, pri
 
 def test_one_model_with_its_price(capsys: pytest.CaptureFixture[str]) -> None:
     """One model shows its units, factors, limits of text and parameters."""
-    lines = shown(capsys, describe("gemini-3-1-flash-tts")).splitlines()
+    lines = shown(capsys, model_details("gemini-3-1-flash-tts")).splitlines()
     assert lines[:3] == [
         "gemini-3-1-flash-tts: Gemini 3.1 Flash TTS (audio)",
         "5 credits per 1000 characters",
         "text of 1 to 20000 characters",
     ]
     assert lines[3] == "  prompt: type string, required True, minLength 1, maxLength 20000"
-    assert "40 credits varies with duration/resolution" in shown(capsys, describe("seedance-2-fast-i2v"))
-    factors = shown(capsys, describe("seedance-2-fast-t2v")).splitlines()[2]
+    assert "40 credits varies with duration/resolution" in shown(capsys, model_details("seedance-2-fast-i2v"))
+    factors = shown(capsys, model_details("seedance-2-fast-t2v")).splitlines()[2]
     assert factors == "  duration: 4 costs 1 times as much, 8 costs 2 times as much, 12 costs 3 times as much"
-    assert "receiver estimate video-upscale --input" in shown(capsys, describe("video-upscale"))
-    assert "0.00000499875 USD per prompt token" in shown(capsys, describe("gpt-5.6-sol"))
+    assert "receiver estimate video-upscale --input" in shown(capsys, model_details("video-upscale"))
+    assert "0.00000499875 USD per prompt token" in shown(capsys, model_details("gpt-5.6-sol"))
 
 
 @pytest.mark.parametrize("schema", [None, [], "odd", {"parameters": ["odd"]}, {"prompt": "odd"}])

@@ -497,7 +497,7 @@ def sandbox_accepts(model: Model, given_: dict[str, Any]) -> bool:
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_agrees_with_the_sandbox(model: Model) -> None:
     """An input is let through exactly where the sandbox takes it without a warning."""
-    schema = model.described()["input_schema"]
+    schema = model.details()["input_schema"]
     seen = set()
 
     @given(sandbox_inputs(model))

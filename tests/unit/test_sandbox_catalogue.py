@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from receiver.sandbox.answers import Problem
-from receiver.sandbox.catalogue import MODELS, TEXT_MODELS, describe, find_model, listing
+from receiver.sandbox.catalogue import MODELS, TEXT_MODELS, find_model, listing, model_details
 
 
 def file_url(number: int, extension: str) -> str:
@@ -133,7 +133,7 @@ def test_documented_models() -> None:
         "capabilities": ["text-to-image", "image-to-image"],
         "pricing": {"credits": 12},
     }
-    assert describe("seedance-2-fast-i2v") == {
+    assert model_details("seedance-2-fast-i2v") == {
         "slug": "seedance-2-fast-i2v",
         "type": "video",
         "name": "Seedance 2 Fast",
@@ -171,7 +171,7 @@ def test_prices_as_the_sdk_types_them() -> None:
 
 def test_text_model_is_read_by_its_id() -> None:
     """A text model is described as it is listed, but nothing can be submitted to it."""
-    assert describe("gpt-5.6-sol") == TEXT_MODELS["gpt-5.6-sol"]
+    assert model_details("gpt-5.6-sol") == TEXT_MODELS["gpt-5.6-sol"]
     with pytest.raises(Problem) as caught:
         find_model("gpt-5.6-sol")
     assert caught.value.code == "model_not_found"
@@ -179,11 +179,11 @@ def test_text_model_is_read_by_its_id() -> None:
 
 def test_both_shapes_of_input_schema() -> None:
     """Older models describe their input as a map with `enum`, newer ones as a list with `options`."""
-    older = find_model("nano-banana-2").described()["input_schema"]
+    older = find_model("nano-banana-2").details()["input_schema"]
     ratios = ["1:1", "16:9", "9:16"]
     assert older["aspect_ratio"] == {"type": "string", "enum": ratios, "default": "1:1", "required": False}
     assert older["prompt"] == {"type": "string", "required": True, "minLength": 1, "maxLength": 4000}
-    newer = find_model("seedance-2-fast-t2v").described()["input_schema"]["parameters"]
+    newer = find_model("seedance-2-fast-t2v").details()["input_schema"]["parameters"]
     assert newer[1] == {
         "name": "duration",
         "type": "number",

@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from receiver.sandbox import SandboxOptions, create_app
 from receiver.sandbox.cdn import SAMPLES
-from receiver.sandbox.options import SMALLEST_VIDEO
+from receiver.sandbox.options import SMALLEST_VIDEO_BYTES
 
 FILES = {
     "/works/0a1b-1.png": ("image.png", "image/png"),
@@ -96,7 +96,7 @@ def test_samples_have_their_formats_marks() -> None:
     assert b"mdat" in kinds
     assert all(track.startswith(b"ID3") for track in tracks)
     assert tracks[0] != tracks[1]
-    assert len(mp4) + 16 <= SMALLEST_VIDEO
+    assert len(mp4) + 16 <= SMALLEST_VIDEO_BYTES
     assert 100_000 < sum(file.stat().st_size for file in SAMPLES.iterdir()) < 500_000
 
 
@@ -108,7 +108,7 @@ def test_samples_are_the_ones_that_were_tried() -> None:
     assert {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files} == given
 
 
-@pytest.mark.parametrize("size", [SMALLEST_VIDEO, 262_144 + 46_421 + 16, 1_000_001])
+@pytest.mark.parametrize("size", [SMALLEST_VIDEO_BYTES, 262_144 + 46_421 + 16, 1_000_001])
 async def test_video_of_any_size(cdn: httpx.AsyncClient, size: int) -> None:
     """A video of a given size has that size to the byte and is the sample with padding that players skip."""
     answer = await cdn.get(f"/works/blob/{size}.mp4")
@@ -135,7 +135,7 @@ async def test_head_of_a_huge_video() -> None:
     assert (head.status_code, head.headers["Content-Length"]) == (200, str(2**40))
 
 
-@pytest.mark.parametrize("size", [SMALLEST_VIDEO - 1, 2**40 + 1])
+@pytest.mark.parametrize("size", [SMALLEST_VIDEO_BYTES - 1, 2**40 + 1])
 async def test_video_size_has_limits(cdn: httpx.AsyncClient, size: int) -> None:
     """A video that is too small for the sample or absurdly large is 404 and says what the limits are."""
     answer = await cdn.get(f"/works/blob/{size}.mp4")

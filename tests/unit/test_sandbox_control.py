@@ -114,7 +114,7 @@ async def test_cancel(api: httpx.AsyncClient) -> None:
     assert (await api.get("/v1/account")).json()["balance"]["credits"] == SandboxOptions().credits
     again = await api.post(f"/_sandbox/requests/{request_id}/cancel")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "invalid_state")
-    assert again.json()["error"]["message"] == "The request is CANCELED already."
+    assert again.json()["error"]["message"] == "The request is already CANCELED."
     assert (await api.post("/_sandbox/requests/unknown/cancel")).status_code == 404
 
 
@@ -134,8 +134,8 @@ async def test_webhook_by_hand_needs_one_to_send(api: httpx.AsyncClient) -> None
         messages.append(answer.json()["error"]["message"].replace("IN_PROGRESS", "IN_QUEUE"))
     assert messages == [
         "The request was submitted without a webhook_url.",
-        "The request is IN_QUEUE; a webhook tells of COMPLETED and FAILED only.",
-        "The request is CANCELED; a webhook tells of COMPLETED and FAILED only.",
+        "The request is IN_QUEUE; only COMPLETED and FAILED have a webhook.",
+        "The request is CANCELED; only COMPLETED and FAILED have a webhook.",
     ]
 
 
