@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
 from typing import Final, Protocol
@@ -21,38 +20,27 @@ __all__ = ["Destination", "open_destination", "open_for_work", "started"]
 START_SECONDS: Final = 5.0
 """Seconds that a process waits for its destinations before it takes webhooks."""
 
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Kind:
-    """A module of this package and its class; the package `extra` installs the client library."""
-
-    module: str
-    name: str
-    extra: str | None = None
-
-
-_AMQP: Final = _Kind(module="rabbitmq", name="RabbitmqDestination", extra="rabbitmq")
-_REDIS: Final = _Kind(module="redis", name="RedisDestination", extra="redis")
-_HTTP: Final = _Kind(module="http", name="HttpDestination")
-_NATS: Final = _Kind(module="nats", name="NatsDestination", extra="nats")
-_KINDS: Final[Mapping[str, _Kind]] = MappingProxyType(
+_KINDS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
     {
-        "file": _Kind(module="file", name="FileDestination"),
-        "http": _HTTP,
-        "https": _HTTP,
-        "amqp": _AMQP,
-        "amqps": _AMQP,
-        "redis": _REDIS,
-        "rediss": _REDIS,
-        "nats": _NATS,
-        "tls": _NATS,
-        "kafka": _Kind(module="kafka", name="KafkaDestination", extra="kafka"),
-        "sqs": _Kind(module="sqs", name="SqsDestination", extra="sqs"),
-        "memory": _Kind(module="memory", name="MemoryDestination"),
+        "file": ("file", "FileDestination"),
+        "http": ("http", "HttpDestination"),
+        "https": ("http", "HttpDestination"),
+        "amqp": ("rabbitmq", "RabbitmqDestination"),
+        "amqps": ("rabbitmq", "RabbitmqDestination"),
+        "redis": ("redis", "RedisDestination"),
+        "rediss": ("redis", "RedisDestination"),
+        "nats": ("nats", "NatsDestination"),
+        "tls": ("nats", "NatsDestination"),
+        "kafka": ("kafka", "KafkaDestination"),
+        "sqs": ("sqs", "SqsDestination"),
+        "memory": ("memory", "MemoryDestination"),
     }
 )
+"""For each scheme a module of this package and its class."""
+_EXTRAS: Final = frozenset({"rabbitmq", "redis", "nats", "kafka", "sqs"})
+"""Modules that need a client library; the package's extra of the same name installs it."""
+
+log = structlog.get_logger()
 
 
 class _Opened(Destination, Protocol):
@@ -72,23 +60,23 @@ def open_destination(settings: DestinationSettings) -> Destination:
 def _load_kind(settings: DestinationSettings) -> type[_Opened]:
     """Return the class of the kind of destination that the URL's scheme names. Raises SettingsError."""
     scheme, colon, _ = settings.url.get_secret_value().partition(":")
-    kind = _KINDS.get(scheme.lower()) if colon else None
-    if kind is None:
+    if not colon or scheme.lower() not in _KINDS:
         known = ", ".join(f"{name}:" for name in _KINDS)
         raise SettingsError(
             f"destination {settings.name!r}: the scheme of the URL is unknown; known are {known}"
         )
+    module_name, class_name = _KINDS[scheme.lower()]
     try:
         # Import it only now: the client libraries of all brokers together take seconds.
-        module = import_module(f"receiver.destinations.{kind.module}")
+        module = import_module(f"receiver.destinations.{module_name}")
     except ModuleNotFoundError as error:
-        if kind.extra is None:
+        if module_name not in _EXTRAS:
             raise
         raise SettingsError(
             f"destination {settings.name!r}: {scheme}: needs the package {error.name}; "
-            f"install it with: pip install 'clipia-receiver[{kind.extra}]'"
+            f"install it with: pip install 'clipia-receiver[{module_name}]'"
         ) from None
-    found: type[_Opened] = getattr(module, kind.name)
+    found: type[_Opened] = getattr(module, class_name)
     return found
 
 

@@ -169,8 +169,8 @@ class RedisDestination(Broker):
             return Redis(host=host, port=port, **options)
         timeout = step_timeout(SENTINEL_SECONDS, settings.timeout)
         login = {"username": address.sentinel_user, "password": address.sentinel_password}
-        asking = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
-        self._sentinels = Sentinel(hosts, sentinel_kwargs=asking, **options)
+        sentinel_options = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
+        self._sentinels = Sentinel(hosts, sentinel_kwargs=sentinel_options, **options)
         client: Redis = self._sentinels.master_for(address.primary)
         return client
 
@@ -251,7 +251,9 @@ class RedisDestination(Broker):
             return PublishFailed(f"{shown} rejects the login: {quoted(error)}", reason="auth")
         if isinstance(error, ResponseError):
             text = _OUR_COMMAND.split(str(error), maxsplit=1)[0]
-            return PublishFailed(f"{shown} rejects it: {mask(code)} {quoted(text)}", reason="refused")
+            return PublishFailed(
+                f"{shown} rejects the command: {mask(code)} {quoted(text)}", reason="refused"
+            )
         reason, text = "connection", f": {cause(error)}"
         if isinstance(error, MasterNotFoundError):
             reason, text = "no_primary", ": no sentinel answers with a primary"

@@ -1,4 +1,4 @@
-"""The connection that publishes share: opened once, replaced when it is broken, closed when it is unused."""
+"""The connection that publishes share: opened once, replaced if it breaks, closed when it is unused."""
 
 import asyncio
 import gc
@@ -14,7 +14,7 @@ from receiver.errors import PublishFailed
 
 
 class Broker:
-    """The other side, which opens at once and works until told otherwise."""
+    """A broker that opens at once and works, unless a test sets a failure."""
 
     def __init__(self) -> None:
         self.made: list[Link] = []
@@ -23,13 +23,13 @@ class Broker:
         self.failure: PublishFailed | None = None
 
     def make(self) -> "Link":
-        """Make a connection."""
+        """Make a connection and remember it."""
         self.made.append(Link(self))
         return self.made[-1]
 
 
 class Link(Connection):
-    """One connection to that side."""
+    """One connection to the broker."""
 
     def __init__(self, broker: Broker) -> None:
         self.broker = broker
@@ -43,17 +43,17 @@ class Link(Connection):
         return not self.lost
 
     async def open(self) -> None:
-        """Wait until the broker opens, and fail as it says."""
+        """Wait until the broker opens, and raise its failure."""
         await self.broker.opens.wait()
         if self.broker.failure is not None:
             raise self.broker.failure
 
     async def close(self) -> None:
-        """Count."""
+        """Count the calls."""
         self.closed += 1
 
     def survives(self, failure: Failure) -> bool:
-        """Survive what is no trouble of the connection."""
+        """Survive only failures that are called harmless."""
         return failure.reason == "harmless"
 
     async def wait(self) -> "Link":
@@ -62,20 +62,20 @@ class Link(Connection):
         return self
 
     async def fail(self, reason: str) -> None:
-        """Fail, after all who have begun have a connection."""
+        """Fail, once all publishes that have begun have a connection."""
         await asyncio.sleep(0)
         raise PublishFailed("as asked for", reason=reason)
 
 
 @pytest.fixture
 def broker() -> Broker:
-    """A broker."""
+    """A broker that opens."""
     return Broker()
 
 
 @pytest.fixture
 async def shared(broker: Broker) -> AsyncIterator[SharedConnection[Link]]:
-    """Its shared connection; no test may leave an error that nobody has taken."""
+    """The broker's shared connection; a test fails if it leaves an exception that no caller awaits."""
     reports: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reports.append(context))
     opened = SharedConnection(broker.make, shown="broker", max_users=10)
@@ -87,14 +87,14 @@ async def shared(broker: Broker) -> AsyncIterator[SharedConnection[Link]]:
 
 
 async def failure_of(task: "asyncio.Task[Any]") -> PublishFailed:
-    """Return what the task fails with."""
+    """Return the failure of the task."""
     with pytest.raises(PublishFailed) as caught:
         await task
     return caught.value
 
 
 async def test_opened_once(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E5: many who need a connection at once open one, though the first of them is cancelled."""
+    """E5: many publishes that need a connection at once open one, even if the first of them is cancelled."""
     broker.opens.clear()
     tasks = [asyncio.create_task(shared.run(Link.wait)) for _ in range(5)]
     await asyncio.sleep(0)
@@ -108,7 +108,7 @@ async def test_opened_once(broker: Broker, shared: SharedConnection[Link]) -> No
 
 
 async def test_failure_to_open_is_shared(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E4: all who wait for a connection that cannot be opened fail, each with an error of its own."""
+    """E4: if a connection cannot be opened, each publish that waits for it fails with an error of its own."""
     broker.failure = PublishFailed("refused", reason="auth")
     tasks = [asyncio.create_task(shared.run(Link.wait)) for _ in range(3)]
     failures = [await failure_of(task) for task in tasks]
@@ -117,8 +117,8 @@ async def test_failure_to_open_is_shared(broker: Broker, shared: SharedConnectio
     assert len(broker.made) == 1
 
 
-async def test_failure_to_open_that_nobody_waits_for(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E16: where all who waited were cancelled, the failure is no report of a bug."""
+async def test_failure_to_open_after_cancellation(broker: Broker, shared: SharedConnection[Link]) -> None:
+    """E16: if all publishes that wait for a connection are cancelled, asyncio does not report its failure."""
     broker.failure = PublishFailed("refused", reason="auth")
     broker.opens.clear()
     task = asyncio.create_task(shared.run(Link.wait))
@@ -133,7 +133,7 @@ async def test_failure_to_open_that_nobody_waits_for(broker: Broker, shared: Sha
 
 
 async def test_broken_connection_is_replaced(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E4: after a failure that it does not survive nobody gets the connection; who has it keeps it."""
+    """E4: a connection that does not survive a failure gets no new users; its present ones keep it."""
     old = asyncio.create_task(shared.run(Link.wait))
     harmless = asyncio.create_task(shared.run(lambda link: link.fail("harmless")))
     assert (await failure_of(harmless)).reason == "harmless"
@@ -152,7 +152,7 @@ async def test_broken_connection_is_replaced(broker: Broker, shared: SharedConne
 
 
 async def test_connection_that_fails_at_once(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E4: a connection that its first user finds broken is closed once, though others have it, too."""
+    """E4: a connection that fails for several users at once is closed once."""
 
     async def fail(_link: Link) -> None:
         raise PublishFailed("at once", reason="fatal")
@@ -174,7 +174,7 @@ async def test_lost_connection_is_replaced(shared: SharedConnection[Link]) -> No
 async def test_slow_work_ends(
     broker: Broker, shared: SharedConnection[Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E4: what takes too long fails, and the next gets another connection."""
+    """E4: a publish that takes too long fails, and the next one gets another connection."""
     monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.05)
     for _ in range(2):
         failure = await failure_of(asyncio.create_task(shared.run(Link.wait)))
@@ -183,7 +183,7 @@ async def test_slow_work_ends(
 
 
 async def test_close_waits(broker: Broker, shared: SharedConnection[Link]) -> None:
-    """E16: closing lets what is under way end, takes nothing new, and may be called again."""
+    """E16: closing lets publishes under way end, rejects new ones, and may be called again."""
     working = asyncio.create_task(shared.run(Link.wait))
     for _ in range(3):
         await asyncio.sleep(0)

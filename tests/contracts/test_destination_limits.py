@@ -1,4 +1,4 @@
-"""Settings that every kind of destination heeds: the timeout, and TLS with authorities and a certificate."""
+"""Settings that every kind of destination supports: the timeout, and TLS with a certificate."""
 
 import asyncio
 import fcntl
@@ -40,7 +40,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", SILENT)
 async def test_timeout(kind: str) -> None:
-    """E4: a try at a server that never answers ends after the destination's own timeout, for every kind."""
+    """E4: for every kind, an attempt at a server that never answers ends after the destination's timeout."""
     held: list[asyncio.StreamWriter] = []
 
     async def keep(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -59,7 +59,7 @@ async def test_timeout(kind: str) -> None:
 
 
 async def test_timeout_of_a_file(tmp_path: Path) -> None:
-    """E4: a file whose lock another process holds is a failed try after the destination's own timeout."""
+    """E4: if another process holds the file's lock, an attempt fails after the destination's own timeout."""
     path = tmp_path / "events.jsonl"
     destination = open_url(f"file:{path}", timeout=0.1)
     with path.open("a") as other:
@@ -71,7 +71,7 @@ async def test_timeout_of_a_file(tmp_path: Path) -> None:
 
 
 class Fronts:
-    """A server of each kind behind TLS that lets nobody in without its client certificate."""
+    """A server of each kind behind TLS that requires a client certificate."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.server = make_certificate(folder / "server.pem")
@@ -82,11 +82,11 @@ class Fronts:
         self._context.verify_mode = ssl.CERT_REQUIRED
 
     def url(self, kind: str) -> str:
-        """Start the server, if it is not there, and return its URL."""
+        """Start the server, if it is not running, and return its URL."""
         return {"amqps": self._amqps, "rediss": self._rediss, "tls": self._tls, "sqs": self._sqs}[kind]()
 
     def before(self, port: int) -> int:
-        """Return the port behind which a server stands."""
+        """Return the port of the server behind TLS."""
         return self._stack.enter_context(Switch(port, tls=self._context)).port
 
     def _amqps(self) -> str:
@@ -117,7 +117,7 @@ def fronts(tmp_path: Path) -> Iterator[Fronts]:
 
 
 async def outcome(destination: Destination) -> str:
-    """Publish an event and return "delivered" or the failure."""
+    """Publish an event and return "delivered" or the text of the failure."""
     try:
         await destination.publish(make_event())
     except PublishFailed as failure:
@@ -129,7 +129,7 @@ async def outcome(destination: Destination) -> str:
 
 @pytest.mark.parametrize("kind", ["amqps", "rediss", "tls", "sqs"])
 async def test_tls_of_one_s_own(fronts: Fronts, kind: str) -> None:
-    """E14: a private authority and a client certificate let an event through, and neither alone does."""
+    """E14: an event gets through with a private authority and a client certificate, but not with only one."""
     url, ca, certificate = fronts.url(kind), str(fronts.server), str(fronts.client)
     assert await outcome(open_url(url, tls={"ca": ca, "certificate": certificate})) == "delivered"
     assert await outcome(open_url(url, tls={"ca": ca})) != "delivered"
@@ -137,7 +137,7 @@ async def test_tls_of_one_s_own(fronts: Fronts, kind: str) -> None:
 
 
 async def test_tls_over_http(tmp_path: Path) -> None:
-    """E14: over HTTPS a private authority and a client certificate let an event through, neither alone."""
+    """E14: over HTTPS, too, an event needs both a private authority and a client certificate."""
     server, client = make_certificate(tmp_path / "server.pem"), make_certificate(tmp_path / "client.pem")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=client)
     context.load_cert_chain(server)
@@ -151,9 +151,9 @@ async def test_tls_over_http(tmp_path: Path) -> None:
 
 
 async def test_tls_of_kafka(fronts: Fronts, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E14: a broker behind TLS answers who trusts it and has a client certificate, and nobody else.
+    """E14: a broker behind TLS answers clients that trust it and have a certificate, and no others.
 
-    The brokers of the mock cluster advertise addresses without TLS, so that no event can follow.
+    The brokers of the mock cluster advertise addresses without TLS, so the test ends before an event.
     """
     monkeypatch.setattr(kafka_module, "START_SECONDS", 0.5)
     with Kafka() as cluster:
@@ -167,7 +167,7 @@ async def test_tls_of_kafka(fronts: Fronts, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("asked", ["by the scheme", "by the table"])
 async def test_tls_is_not_dropped(tmp_path: Path, asked: str) -> None:
-    """G8: a NATS server that offers no TLS gets no password where the URL or `tls` asks for TLS."""
+    """G8: a NATS server that offers no TLS gets no password if the URL or `tls` asks for TLS."""
     heard = bytearray()
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -188,8 +188,8 @@ async def test_tls_is_not_dropped(tmp_path: Path, asked: str) -> None:
     assert not heard
 
 
-async def test_tls_is_used_where_it_is_only_offered(tmp_path: Path) -> None:
-    """G8: a NATS server that takes clients without TLS, too, is talked to over TLS if the URL says `tls:`."""
+async def test_tls_is_used_if_it_is_offered(tmp_path: Path) -> None:
+    """G8: if the URL says `tls:`, TLS is used even with a NATS server that also takes clients without it."""
     certificate = make_certificate(tmp_path / "server.pem")
     tls = f'tls {{ cert_file: "{certificate}", key_file: "{certificate}" }}\nallow_non_tls: true'
     with Nats(tls) as server:

@@ -1,4 +1,4 @@
-"""What every kind of destination promises."""
+"""The contract of every kind of destination."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 @pytest.fixture(params=ALL_KINDS)
 async def kind(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Kind]:
-    """Each kind with its other side."""
+    """Each kind, with its server or file."""
     async with ALL_KINDS[request.param](tmp_path) as running:
         yield running
 
@@ -33,12 +33,12 @@ async def destination(kind: Kind) -> AsyncIterator[Destination]:
 
 
 async def ids_received(kind: Kind) -> list[str]:
-    """Return the delivery ids that are there, in order of their names."""
+    """Return the delivery ids that have arrived, sorted."""
     return sorted(event["deliveryid"] for event in await kind.received())
 
 
 async def test_confirmed_is_there(kind: Kind, destination: Destination) -> None:
-    """E1: when publish returns, the event can be read on the other side."""
+    """E1: when publish returns, the event can be read at the destination."""
     for count in range(1, 4):
         event = make_event({"number": count})
         await destination.publish(event)
@@ -48,7 +48,7 @@ async def test_confirmed_is_there(kind: Kind, destination: Destination) -> None:
 
 
 async def test_attributes_arrive_unchanged(kind: Kind, destination: Destination) -> None:
-    """E3: the ids that consumers deduplicate by, and all other attributes, arrive as they were given."""
+    """E3: the ids for deduplication, and all other attributes, arrive unchanged."""
     await destination.publish(
         make_event(
             {"cost": 12},
@@ -89,7 +89,7 @@ async def test_attributes_arrive_unchanged(kind: Kind, destination: Destination)
 async def test_content_arrives_unchanged(
     kind: Kind, destination: Destination, data: dict[str, object]
 ) -> None:
-    """E1: any text and a message of a quarter megabyte arrive as they are, and what follows, too."""
+    """E1: any text and a message of a quarter megabyte arrive unchanged, and so does the next event."""
     await destination.publish(make_event(data))
     await destination.publish(make_event({"last": True}))
     assert [event["data"] for event in await kind.received()] == [data, {"last": True}]
@@ -97,7 +97,7 @@ async def test_content_arrives_unchanged(
 
 @pytest.mark.parametrize("subject", ["r-é/😀:4", "../../x", "a%00'\"\\;=,", "😀" * 255], ids=ascii)
 async def test_any_request_id_arrives_unchanged(kind: Kind, destination: Destination, subject: str) -> None:
-    """B10, E3: a request_id is any 1 to 255 printable characters, in headers and keys of brokers, too."""
+    """B10, E3: a request_id is any 1 to 255 printable characters, also in headers and keys of brokers."""
     altered = {"seed": 2**64 - 1, "altered": ["/output/a~1b", "/output/\ufffd"]}
     await destination.publish(make_event(altered, subject=subject))
     (event,) = await kind.received()
@@ -112,7 +112,7 @@ async def test_concurrent_publishes_arrive_once(kind: Kind, destination: Destina
 
 
 async def test_two_publishers_share_a_place(kind: Kind, destination: Destination) -> None:
-    """E1: what two workers publish at once all arrives whole, each event exactly once."""
+    """E1: events that two workers publish at once all arrive whole, each exactly once."""
     other = kind.open()
     await other.start()
     events = [make_event({"fill": "x" * number * 100}) for number in range(100)]
@@ -124,7 +124,7 @@ async def test_two_publishers_share_a_place(kind: Kind, destination: Destination
 
 
 async def test_broken_place_is_a_transient_failure(kind: Kind, destination: Destination) -> None:
-    """E4: while the place is broken publish says so; once it is mended the same destination works again."""
+    """E4: while the destination is down publish fails; once it is up again the same object works again."""
     first, lost, last = (make_event() for _ in range(3))
     await destination.publish(first)
     await kind.break_down()
@@ -139,7 +139,7 @@ async def test_broken_place_is_a_transient_failure(kind: Kind, destination: Dest
 
 
 async def test_many_publishes_fail_together(kind: Kind, destination: Destination) -> None:
-    """E4: each of many publishes that a broken place fails gets its own error."""
+    """E4: if many publishes fail together, each gets an error of its own."""
     await kind.break_down()
     results = await asyncio.gather(
         *(destination.publish(make_event()) for _ in range(50)), return_exceptions=True
@@ -150,7 +150,7 @@ async def test_many_publishes_fail_together(kind: Kind, destination: Destination
 
 
 async def test_start_at_a_broken_place(kind: Kind) -> None:
-    """E4: a destination that is opened while its place is broken works once that is mended."""
+    """E4: a destination that is down when it is opened works once it is up."""
     await kind.break_down()
     destination = kind.open()
     try:
@@ -164,7 +164,7 @@ async def test_start_at_a_broken_place(kind: Kind) -> None:
 
 
 async def test_check_tells_whether_the_place_can_be_reached(kind: Kind, destination: Destination) -> None:
-    """E1: the check sends no event, passes where publishing would work and says what is wrong where not."""
+    """E1: the check sends no event, passes if publishing would work, and names the problem if not."""
     await destination.check()
     await kind.break_down()
     with pytest.raises((PublishFailed, SettingsError)) as caught:
@@ -176,7 +176,7 @@ async def test_check_tells_whether_the_place_can_be_reached(kind: Kind, destinat
 
 
 async def test_event_that_is_no_json_is_rejected(kind: Kind, destination: Destination) -> None:
-    """E7: an event that cannot be written is refused for good and does not hurt its neighbours."""
+    """E7: an event that cannot be written is rejected and does not affect others."""
     poison = make_event({"set": {1, 2}})
     good = [make_event() for _ in range(3)]
     results = await asyncio.gather(
@@ -187,7 +187,7 @@ async def test_event_that_is_no_json_is_rejected(kind: Kind, destination: Destin
 
 
 async def test_cancelled_publish_does_not_take_others_with_it(kind: Kind, destination: Destination) -> None:
-    """E16: when one publish is cancelled at any moment, those beside it are confirmed and there."""
+    """E16: if a publish is cancelled at any moment, the others are confirmed and arrive."""
     for pauses in range(4):
         tasks = [asyncio.create_task(destination.publish(make_event())) for _ in range(6)]
         for _ in range(pauses):
@@ -201,7 +201,7 @@ async def test_cancelled_publish_does_not_take_others_with_it(kind: Kind, destin
 
 
 async def publish_and_cancel(destination: Destination, *, pauses: int) -> None:
-    """Cancel some publishes after as many turns of the event loop."""
+    """Cancel some publishes after as many iterations of the event loop."""
     tasks = [asyncio.create_task(destination.publish(make_event())) for _ in range(4)]
     for _ in range(pauses):
         await asyncio.sleep(0)
@@ -211,7 +211,7 @@ async def publish_and_cancel(destination: Destination, *, pauses: int) -> None:
 
 
 async def test_cancelled_publish_fails_silently(kind: Kind, destination: Destination) -> None:
-    """E16: a failure that comes after all who waited for it were cancelled is not reported as a bug."""
+    """E16: if all publishes that wait are cancelled, asyncio does not report their failure."""
     reports: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: reports.append(context))
     await kind.break_down()
@@ -224,7 +224,7 @@ async def test_cancelled_publish_fails_silently(kind: Kind, destination: Destina
 
 
 async def test_close(kind: Kind) -> None:
-    """E16: closing twice is fine, keeps what was confirmed, and ends publishing."""
+    """E16: closing twice is fine; confirmed events stay, and publishing fails."""
     destination = kind.open()
     await destination.start()
     await destination.publish(make_event())
@@ -236,7 +236,7 @@ async def test_close(kind: Kind) -> None:
 
 
 async def test_close_while_publishing(kind: Kind) -> None:
-    """E16: a publish that closing overtakes either fails or is there; none is confirmed and lost."""
+    """E16: a publish during the close either fails or arrives; no confirmed event is lost."""
     destination = kind.open()
     await destination.start()
     events = [make_event() for _ in range(20)]
@@ -254,7 +254,7 @@ async def test_close_while_publishing(kind: Kind) -> None:
 
 
 async def test_close_without_start(kind: Kind) -> None:
-    """E16: a destination that was opened and never started can be closed."""
+    """E16: a destination that was opened but never started can be closed."""
     destination = kind.open()
     await destination.close()
     with pytest.raises(PublishFailed):

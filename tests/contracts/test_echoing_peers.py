@@ -1,4 +1,4 @@
-"""Brokers that repeat what they were sent, and brokers that refuse a login: no message shows a secret."""
+"""Brokers that repeat the bytes they get, and brokers that reject a login: no message shows a secret."""
 
 import asyncio
 
@@ -14,15 +14,15 @@ from receiver.media import open_storage
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Credentials of the kinds that read them from the environment."""
+    """Credentials for the kinds that read them from the environment."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIAIOSFODNN7EXAMPLE")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", PASSWORD)
     monkeypatch.setenv("AWS_SESSION_TOKEN", TOKEN)
 
 
 @pytest.mark.parametrize("peer", PEERS)
-async def test_what_a_peer_repeats_is_masked(peer: str) -> None:
-    """G8: a broker that refuses, repeats what it was sent, babbles or hangs up brings no secret to light."""
+async def test_repeated_secrets_are_masked(peer: str) -> None:
+    """G8: if a broker rejects a login, repeats it, answers garbage or hangs up, no secret is shown."""
     url, talk = PEERS[peer]
     async with listening(talk) as port:
         destination = open_destination(
@@ -34,7 +34,7 @@ async def test_what_a_peer_repeats_is_masked(peer: str) -> None:
 
 
 async def failure(destination: Destination) -> str:
-    """Return what the check says."""
+    """Return the text of the check's failure."""
     try:
         with pytest.raises(PublishFailed) as caught:
             async with asyncio.timeout(60):
@@ -44,8 +44,8 @@ async def failure(destination: Destination) -> str:
     return str(caught.value)
 
 
-async def test_what_s3_repeats_stays_behind() -> None:
-    """G8: S3 repeats what was signed, session token and all; of its words only status and code are told."""
+async def test_text_of_s3_is_left_out() -> None:
+    """G8: S3 repeats the signed headers with the session token; only its status and code are shown."""
     async with listening(s3_repeats) as port:
         storage = open_storage(f"s3://bucket?endpoint=http://127.0.0.1:{port}&region=x")
         with pytest.raises(StorageUnavailable) as caught:

@@ -1,4 +1,4 @@
-"""The Kafka destination: what a record holds, and what it makes of what brokers do."""
+"""The Kafka destination: the content of a record, and the reaction to each failure of a broker."""
 
 import asyncio
 import json
@@ -64,7 +64,7 @@ async def read(kafka: Kafka, topic: str = TOPIC) -> list[Record]:
 
 
 async def ids_received(kafka: Kafka) -> list[str]:
-    """Return the delivery ids that are there, in order."""
+    """Return the delivery ids that have arrived, in order."""
     return [record.headers["ce_deliveryid"].decode() for record in await read(kafka)]
 
 
@@ -91,7 +91,7 @@ def open_transports(destination: Destination) -> list[asyncio.WriteTransport]:
 
 
 def unread_bytes(transports: list[asyncio.WriteTransport]) -> int:
-    """Return how much of what was written has not left this process."""
+    """Return the number of bytes that have not left this process."""
     return sum(transport.get_write_buffer_size() for transport in transports)
 
 
@@ -130,13 +130,13 @@ async def test_events_of_a_request_share_a_partition(kafka: Kafka) -> None:
 
 
 async def test_publishes_share_requests(kafka: Kafka, destination: Destination) -> None:
-    """E1: publishes that wait at once go together, not one round trip each."""
+    """E1: publishes that wait at once share a request."""
     assert await publish_all(destination, 64) == [None] * 64
     assert kafka.count_requests(PRODUCE) <= 8
 
 
 async def test_record_that_is_too_large(kafka: Kafka, destination: Destination) -> None:
-    """E7: a record above the topic's limit is refused for good; those beside it get through."""
+    """E7: a record above the topic's limit is rejected; the others arrive."""
     kafka.fail_requests(PRODUCE, MESSAGE_TOO_LARGE, OUT_OF_ORDER_SEQUENCE)
     outcomes = await asyncio.gather(
         destination.publish(make_event(LARGE)), publish_all(destination, 20), return_exceptions=True
@@ -149,7 +149,7 @@ async def test_record_that_is_too_large(kafka: Kafka, destination: Destination) 
 
 
 async def test_small_record_is_not_blamed_for_its_batch(kafka: Kafka, destination: Destination) -> None:
-    """E7: where the topic's limit is below a batch nobody knows whose fault it was: tried again."""
+    """E7: if the topic's limit is below a batch, it is unknown which record is too large: all may retry."""
     kafka.fail_requests(PRODUCE, MESSAGE_TOO_LARGE)
     error = await failure(destination)
     assert (error.reason, "max.message.bytes" in str(error)) == ("too_large", True)
@@ -158,7 +158,7 @@ async def test_small_record_is_not_blamed_for_its_batch(kafka: Kafka, destinatio
 
 @pytest.mark.usefixtures("impatient")
 async def test_unknown_topic(kafka: Kafka) -> None:
-    """E1: without its topic nothing is delivered, and the message says to create it; then it works."""
+    """E1: without its topic no event is delivered, and the message says to create it; then it works."""
     kafka.fail_topic("later", UNKNOWN_TOPIC)
     destination = open_url(f"kafka://{kafka.address}/later")
     with capture_logs() as logs:
@@ -177,7 +177,7 @@ async def test_unknown_topic(kafka: Kafka) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_topic_that_vanishes(kafka: Kafka, destination: Destination) -> None:
-    """E1: the check does not rely on what was true before."""
+    """E1: the check does not rely on cached metadata."""
     await destination.publish(make_event())
     kafka.fail_topic(TOPIC, UNKNOWN_TOPIC)
     with pytest.raises(PublishFailed) as caught:
@@ -187,7 +187,7 @@ async def test_topic_that_vanishes(kafka: Kafka, destination: Destination) -> No
 
 @pytest.mark.usefixtures("impatient")
 async def test_missing_permissions(kafka: Kafka, destination: Destination) -> None:
-    """E1: what the user lacks is named, and granting it is enough."""
+    """E1: a missing permission is named, and granting it is enough."""
     kafka.fail_requests(PRODUCE, TOPIC_AUTHORIZATION_FAILED)
     error = await failure(destination)
     assert (error.reason, "Write" in str(error)) == ("permission", True)
@@ -202,7 +202,7 @@ async def test_missing_permissions(kafka: Kafka, destination: Destination) -> No
 
 
 async def test_leader_change(kafka: Kafka, destination: Destination) -> None:
-    """E4: while the leader changes again and again, every event arrives, and arrives once."""
+    """E4: while the leader changes again and again, every event arrives exactly once."""
     events = [make_event() for _ in range(60)]
     tasks = []
     for number, event in enumerate(events):
@@ -230,7 +230,7 @@ async def test_partition_without_leader(kafka: Kafka, destination: Destination) 
 
 
 async def test_passing_trouble_is_waited_out(kafka: Kafka, destination: Destination) -> None:
-    """E4: what Kafka says to try again is tried again at once, and arrives once."""
+    """E4: errors that Kafka declares retriable are retried at once, and the event arrives once."""
     kafka.fail_requests(PRODUCE, NOT_ENOUGH_REPLICAS, REQUEST_TIMED_OUT, NOT_LEADER)
     await destination.publish(make_event())
     assert len(await read(kafka)) == 1
@@ -238,7 +238,7 @@ async def test_passing_trouble_is_waited_out(kafka: Kafka, destination: Destinat
 
 @pytest.mark.parametrize("error", [OUT_OF_ORDER_SEQUENCE, UNKNOWN_PRODUCER_ID, INVALID_PRODUCER_EPOCH])
 async def test_producer_out_of_step_is_replaced(kafka: Kafka, destination: Destination, error: int) -> None:
-    """E7: where the broker counts otherwise than the producer, a new one sends the event again."""
+    """E7: if broker and producer disagree about the sequence number, a new producer sends the event again."""
     await destination.publish(make_event())
     kafka.fail_requests(PRODUCE, error)
     assert await publish_all(destination, 10) == [None] * 10
@@ -247,7 +247,7 @@ async def test_producer_out_of_step_is_replaced(kafka: Kafka, destination: Desti
 
 
 async def test_producer_that_stays_out_of_step(kafka: Kafka, destination: Destination) -> None:
-    """E7: the event is not sent again for ever."""
+    """E7: the event is not sent again without end."""
     kafka.fail_requests(PRODUCE, OUT_OF_ORDER_SEQUENCE, OUT_OF_ORDER_SEQUENCE)
     assert (await failure(destination)).reason == "out_of_step"
     await destination.publish(make_event())
@@ -255,7 +255,7 @@ async def test_producer_that_stays_out_of_step(kafka: Kafka, destination: Destin
 
 
 async def test_failed_batch_ends_its_producer(kafka: Kafka, destination: Destination) -> None:
-    """E7: a refused batch leaves a hole in the producer's count, so the next event goes through a new one."""
+    """E7: a rejected batch leaves a gap in the sequence numbers, so the next event uses a new producer."""
     await destination.publish(make_event())
     kafka.fail_requests(PRODUCE, CORRUPT_MESSAGE)
     await failure(destination)
@@ -267,7 +267,7 @@ async def test_failed_batch_ends_its_producer(kafka: Kafka, destination: Destina
 
 @pytest.mark.usefixtures("impatient")
 async def test_frozen_brokers(kafka: Kafka, destination: Destination) -> None:
-    """E4: when every broker hangs each publish fails in time; what was confirmed is there afterwards."""
+    """E4: if every broker hangs each publish fails in time; confirmed events are there afterwards."""
     first, last = make_event(), make_event()
     await destination.publish(first)
     kafka.freeze()
@@ -285,7 +285,7 @@ async def test_frozen_brokers(kafka: Kafka, destination: Destination) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_start_and_close_at_frozen_brokers(kafka: Kafka) -> None:
-    """E16: starting and closing are bounded, and leave nothing behind."""
+    """E16: starting and closing are bounded, and leave no task and no socket."""
     kafka.freeze()
     began = time.monotonic()
     destination = open_url(f"kafka://{kafka.address}/{TOPIC}")
@@ -301,7 +301,7 @@ async def test_start_and_close_at_frozen_brokers(kafka: Kafka) -> None:
 
 
 async def test_close_while_connecting(kafka: Kafka) -> None:
-    """E16: an attempt to connect that nobody waits for any more ends with the destination."""
+    """E16: if all publishes that wait for a connection are cancelled, it ends with the destination."""
     kafka.freeze()
     destination = open_url(f"kafka://{kafka.address}/{TOPIC}")
     assert isinstance(destination, KafkaDestination)
@@ -316,10 +316,10 @@ async def test_close_while_connecting(kafka: Kafka) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_close_cuts_what_a_frozen_broker_does_not_read(
+async def test_close_cuts_a_frozen_broker_off(
     kafka: Kafka, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E16: closing does not wait until a hanging broker has read what was written to it."""
+    """E16: closing does not wait until a hanging broker has read all bytes."""
     monkeypatch.setattr(kafka_module, "CLOSE_SECONDS", 20.0)
     await destination.publish(make_event())
     kafka.freeze()
@@ -336,8 +336,8 @@ async def test_close_cuts_what_a_frozen_broker_does_not_read(
 
 
 @pytest.mark.usefixtures("impatient")
-async def test_nothing_is_kept_for_later(kafka: Kafka, destination: Destination) -> None:
-    """E4: what was reported as failed while the brokers were away is not sent once they are back."""
+async def test_failed_events_are_not_sent_later(kafka: Kafka, destination: Destination) -> None:
+    """E4: an event that failed while the brokers were down is not sent once they are up again."""
     first, last = make_event(), make_event()
     await destination.publish(first)
     kafka.stop_brokers()
@@ -353,7 +353,7 @@ async def test_nothing_is_kept_for_later(kafka: Kafka, destination: Destination)
 
 @pytest.mark.usefixtures("impatient")
 async def test_cluster_that_moved(kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E4: brokers that come back at other addresses are found through those in the URL."""
+    """E4: if brokers restart at other addresses, they are found through those in the URL."""
     with await asyncio.to_thread(Kafka) as other:
         other.create_topic(TOPIC)
         address = {"now": kafka.address}
@@ -373,7 +373,7 @@ async def test_cluster_that_moved(kafka: Kafka, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_cancelled_publishes_do_not_break_the_count(kafka: Kafka, destination: Destination) -> None:
-    """E16: when publishes are cancelled at any moment, the others go on through the same producer."""
+    """E16: if publishes are cancelled at any moment, the others go on through the same producer."""
     kept: list[asyncio.Task[None]] = []
     for pauses in range(40):
         tasks = [
@@ -408,7 +408,7 @@ async def test_one_attempt_to_connect_at_a_time() -> None:
 
 
 async def test_any_broker_of_the_url_will_do(kafka: Kafka) -> None:
-    """E4: brokers of the URL that are away do not matter while one answers."""
+    """E4: brokers of the URL may be down as long as one answers."""
     destination = open_url(f"kafka://127.0.0.1:1,{kafka.address.split(',')[0]},127.0.0.1:2/{TOPIC}")
     await destination.publish(make_event())
     await destination.close()
@@ -417,7 +417,7 @@ async def test_any_broker_of_the_url_will_do(kafka: Kafka) -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_cluster_that_is_not_ready(kafka: Kafka) -> None:
-    """E4: a cluster that answers and gives no producer its id is waited for, for so long."""
+    """E4: if a cluster answers but assigns no producer id, the start ends after its timeout."""
     destination = open_url(f"kafka://{kafka.address}/{TOPIC}")
     kafka.fail_requests(INIT_PRODUCER_ID, *[COORDINATOR_NOT_AVAILABLE] * 50)
     error = await failure(destination)
@@ -427,7 +427,7 @@ async def test_cluster_that_is_not_ready(kafka: Kafka) -> None:
 
 
 async def test_server_that_is_no_broker() -> None:
-    """G8: something else at the address is told from a broker."""
+    """G8: a server that is not a broker is reported as such."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read(100)
@@ -441,7 +441,7 @@ async def test_server_that_is_no_broker() -> None:
 
 
 async def test_one_replica_is_warned_of(kafka: Kafka) -> None:
-    """E2: a topic that one broker alone keeps is nothing to rely on."""
+    """E2: if a topic has only one replica the check warns."""
     kafka.create_topic("lonely", replicas=1)
     warnings = {}
     for topic in (TOPIC, "lonely"):
@@ -455,7 +455,7 @@ async def test_one_replica_is_warned_of(kafka: Kafka) -> None:
 
 
 class SaslBroker:
-    """As much of a broker as a login needs; it refuses every password."""
+    """The part of a broker that a login needs; it rejects every password."""
 
     def __init__(self) -> None:
         self.mechanisms: list[bytes] = []
@@ -483,8 +483,8 @@ class SaslBroker:
         return struct.pack(">hh", SASL_AUTHENTICATION_FAILED, 5) + b"wrong" + struct.pack(">i", 0)
 
 
-async def test_refused_login(caplog: pytest.LogCaptureFixture) -> None:
-    """G8: a refused login says so; the password is in no message and no log, however chatty."""
+async def test_rejected_login(caplog: pytest.LogCaptureFixture) -> None:
+    """G8: a rejected login is reported; the password is in no message and no log, at any level."""
     caplog.set_level(logging.DEBUG)
     broker = SaslBroker()
     async with await asyncio.start_server(broker.serve, "127.0.0.1", 0) as server:
@@ -518,7 +518,7 @@ async def test_mechanism(mechanism: str, said: bytes) -> None:
 async def test_certificates_are_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, trusted: bool
 ) -> None:
-    """E14: with security=sasl_ssl nobody gets the login whose certificate is not trusted."""
+    """E14: with security=sasl_ssl a server gets no login if its certificate is not trusted."""
     certificate = make_certificate(tmp_path / "server.pem")
     if trusted:
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -546,7 +546,7 @@ async def test_certificates_are_checked(
     ],
 )
 async def test_usable_url(url: str) -> None:
-    """G8: a URL that may work is taken, and what is shown of it holds no password."""
+    """G8: a URL that may work is accepted, and its shown form holds no password."""
     destination = open_url(url)
     assert isinstance(destination, KafkaDestination)
     assert CANARY not in f"{vars(destination)} {destination!r}"
@@ -588,7 +588,7 @@ async def test_usable_url(url: str) -> None:
     ],
 )
 def test_unusable_url(url: str) -> None:
-    """G8: a URL that cannot work is refused with an example of a right one, and is not quoted."""
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     assert "'test'" in str(caught.value)
@@ -597,7 +597,7 @@ def test_unusable_url(url: str) -> None:
 
 
 async def test_text_that_is_no_unicode_is_rejected(destination: Destination) -> None:
-    """E7: an attribute that no header can hold is refused for good."""
+    """E7: an attribute that no header can hold is rejected."""
     with pytest.raises(PublishRejected) as caught:
         await destination.publish(make_event(subject="\ud800"))
     assert caught.value.reason == "encoding"

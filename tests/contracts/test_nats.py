@@ -1,4 +1,4 @@
-"""The NATS destination: what a message holds, what each refusal means, and what it survives."""
+"""The NATS destination: the content of a message, the meaning of each error, and recovery."""
 
 import asyncio
 import contextlib
@@ -35,7 +35,7 @@ SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "nats.OPEN_SECONDS": 0.9, "nats.
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Nats]:
-    """One server for the tests that only use it."""
+    """One server for the tests that do not stop or change it."""
     with Nats("max_payload: 400000") as server:
         yield server
 
@@ -70,7 +70,7 @@ async def destination(shared: Nats, name: str) -> AsyncIterator[Destination]:
 
 
 async def until_outcome(destination: Destination, expected: str) -> None:
-    """Publish events until one has this outcome: a server may hang up before its words have arrived."""
+    """Publish events until one has this outcome: a server may hang up before its error has arrived."""
     deadline = time.monotonic() + 10
     while (found := await outcome(destination)) != expected:
         assert time.monotonic() < deadline, found
@@ -126,7 +126,7 @@ async def test_message(shared: Nats, destination: Destination, name: str) -> Non
 
 
 async def test_repeated_delivery_is_stored_once(shared: Nats, destination: Destination, name: str) -> None:
-    """E3: a second try at a delivery counts as delivered and adds nothing; a replay gets through."""
+    """E3: a second attempt at a delivery counts as delivered and adds no message; a replay gets through."""
     first = make_event(id="event-1", deliveryid="delivery-1", attempt=1)
     again = make_event(id="event-1", deliveryid="delivery-1", attempt=2)
     replay = make_event(id="event-1", deliveryid="delivery-2", attempt=1)
@@ -137,7 +137,7 @@ async def test_repeated_delivery_is_stored_once(shared: Nats, destination: Desti
 
 
 async def test_a_purge_forgets_no_message_id(admin: Client, destination: Destination, name: str) -> None:
-    """E2: within the dedup window a try after a purge is acknowledged as a duplicate, and nothing is kept."""
+    """E2: after a purge, an attempt within the dedup window is acknowledged as a duplicate and not stored."""
     event = make_event()
     await destination.publish(event)
     await admin.jsm().purge_stream(name)
@@ -146,9 +146,9 @@ async def test_a_purge_forgets_no_message_id(admin: Client, destination: Destina
 
 
 async def test_missing_stream_is_made(admin: Client, shared: Nats, name: str) -> None:
-    """E1: a stream that is named and missing is made in files for the subject, by several at once, too."""
+    """E1: if the named stream is missing it is made with file storage, even if several make it at once."""
     destinations = [open_url(shared.url(f"subject={name}&stream={name}")) for _ in range(4)]
-    # The server shows a stream to the others a moment before it listens.
+    # The server shows a stream to the other clients a moment before it listens.
     await asyncio.gather(*(until_outcome(each, "delivered") for each in destinations))
     for each in destinations:
         await each.close()
@@ -159,14 +159,14 @@ async def test_missing_stream_is_made(admin: Client, shared: Nats, name: str) ->
 async def test_stream_that_is_there_stays_as_it_is(
     admin: Client, destination: Destination, name: str
 ) -> None:
-    """E1: a stream of the operator's is used and not changed."""
+    """E1: a stream of the operator is used and not changed."""
     made = await admin.jsm().add_stream(name=name, subjects=[name, f"{name}.*"], max_age=3600)
     assert await outcome(destination) == "delivered"
     assert (await admin.jsm().stream_info(name)).config == made.config
 
 
 async def test_stream_of_somebody_else(admin: Client, shared: Nats, name: str) -> None:
-    """E1: without a stream in the URL the subject's own one takes the event; there must be one."""
+    """E1: without a stream in the URL any stream may take the event, but one must."""
     destination = open_url(shared.url(f"subject={name}.done"))
     assert await outcome(destination) == "no_stream"
     with pytest.raises(PublishFailed, match=f"no stream takes the subject {name}.done: make one") as caught:
@@ -180,7 +180,7 @@ async def test_stream_of_somebody_else(admin: Client, shared: Nats, name: str) -
 
 
 async def test_deleted_stream_is_made_again(admin: Client, destination: Destination, name: str) -> None:
-    """E1: when the stream is deleted, publish fails and the next one makes it again."""
+    """E1: if the stream is deleted one publish fails and the next one makes it again."""
     assert await outcome(destination) == "delivered"
     await admin.jsm().delete_stream(name)
     assert [await outcome(destination) for _ in range(2)] == ["no_stream", "delivered"]
@@ -188,7 +188,7 @@ async def test_deleted_stream_is_made_again(admin: Client, destination: Destinat
 
 
 async def test_subject_of_another_stream(admin: Client, shared: Nats, name: str) -> None:
-    """E1: an event is never stored in another stream than the URL's, be that missing or there."""
+    """E1: an event is never stored in another stream than the URL's, whether that exists or not."""
     other = f"{name}-other"
     await admin.jsm().add_stream(name=other, subjects=[name])
     destination = open_url(shared.url(f"subject={name}&stream={name}"))
@@ -201,7 +201,7 @@ async def test_subject_of_another_stream(admin: Client, shared: Nats, name: str)
 
 @pytest.mark.parametrize("query", ["subject=events", "subject=events&stream=EVENTS"])
 async def test_server_without_jetstream(query: str) -> None:
-    """E1: a server without JetStream confirms nothing and is told by the check."""
+    """E1: a server without JetStream confirms no event, and the check reports it."""
     with Nats(jetstream=False) as server:
         destination = open_url(server.url(query))
         assert await outcome(destination) in {"no_stream", "no_jetstream"}
@@ -210,7 +210,7 @@ async def test_server_without_jetstream(query: str) -> None:
 
 
 async def test_full_stream(admin: Client, destination: Destination, name: str) -> None:
-    """E1: a full stream that takes nothing new is a failure until there is room again."""
+    """E1: a full stream that rejects new messages is a failure until it has space again."""
     manager = admin.jsm()
     await manager.add_stream(name=name, subjects=[name], max_msgs=2, discard=DiscardPolicy.NEW)
     outcomes = await asyncio.gather(*(outcome(destination) for _ in range(4)))
@@ -220,7 +220,7 @@ async def test_full_stream(admin: Client, destination: Destination, name: str) -
 
 
 async def test_stream_that_limits_sizes(admin: Client, destination: Destination, name: str) -> None:
-    """E7: a message that the stream refuses for its size is refused for good, alone."""
+    """E7: a message that the stream rejects for its size is rejected alone."""
     await admin.jsm().add_stream(name=name, subjects=[name], max_msg_size=5_000)
     outcomes = await asyncio.gather(
         *(outcome(destination, {"fill": "x" * size}) for size in (10, 10_000, 20))
@@ -231,7 +231,7 @@ async def test_stream_that_limits_sizes(admin: Client, destination: Destination,
 
 
 async def test_server_that_limits_sizes(shared: Nats, destination: Destination, name: str) -> None:
-    """E7: the limit counts the headers, too; what exceeds it does not cost others their connection."""
+    """E7: the limit counts the headers, too; a message above it does not end the connection of the others."""
     await destination.publish(make_event({"first": True}))
     assert isinstance(destination, NatsDestination)
     connection = destination._connections._current
@@ -249,7 +249,7 @@ async def test_server_that_limits_sizes(shared: Nats, destination: Destination, 
 async def test_size_is_counted_to_the_byte(
     shared: Nats, destination: Destination, name: str, short: int
 ) -> None:
-    """E7: a message of just the allowed size is sent, one of a byte more is not."""
+    """E7: a message of exactly the limit is sent; one byte more is rejected."""
     await destination.publish(make_event(deliveryid="d", id="e", subject="s"))
     [(headers, _)] = await read_messages(shared, name)
     wire = "NATS/1.0\r\n" + "".join(f"{key}: {value}\r\n" for key, value in headers.items()) + "\r\n"
@@ -264,7 +264,7 @@ async def test_size_is_counted_to_the_byte(
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_server_that_lowers_its_limit() -> None:
-    """E7: a limit that is lowered while connected costs one connection; then it is known."""
+    """E7: if the limit is lowered while connected, it costs one connection; then it is known."""
     with Nats("max_payload: 400000") as server:
         destination = open_url(server.url("subject=events&stream=EVENTS"))
         data = {"fill": "x" * 100_000}
@@ -281,7 +281,7 @@ async def test_server_that_lowers_its_limit() -> None:
 
 @pytest.mark.usefixtures("impatient")
 async def test_stream_without_acknowledgements(admin: Client, destination: Destination, name: str) -> None:
-    """E1: a stream that acknowledges nothing delivers nothing, and the check says why."""
+    """E1: a stream without acknowledgements delivers no event, and the check says why."""
     await admin.jsm().add_stream(name=name, subjects=[name], no_ack=True)
     assert (await outcome(destination), await verdict(destination)) == ("timeout", "no_ack")
 
@@ -302,7 +302,7 @@ async def test_stream_without_acknowledgements(admin: Client, destination: Desti
     ],
 )
 async def test_answer_of_somebody_else(admin: Client, shared: Nats, name: str, answer: bytes) -> None:
-    """E1: nothing but a stream's acknowledgement confirms, whoever else answers on the subject."""
+    """E1: only a stream's acknowledgement confirms, even if another client answers on the subject."""
 
     async def respond(message: Msg) -> None:
         await message.respond(answer)
@@ -316,7 +316,7 @@ async def test_answer_of_somebody_else(admin: Client, shared: Nats, name: str, a
 
 @pytest.mark.usefixtures("impatient")
 async def test_listener_is_no_stream(admin: Client, shared: Nats, name: str) -> None:
-    """E1: an event that somebody heard and no stream has stored is not delivered."""
+    """E1: an event that a subscriber received but no stream has stored is not delivered."""
     heard = await admin.subscribe(name)
     await admin.flush()
     destination = open_url(shared.url(f"subject={name}"))
@@ -339,7 +339,7 @@ async def test_publishes_are_in_flight_together(server: Nats) -> None:
 
 
 async def test_publishes_in_flight_are_bounded(server: Nats, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E6: however many are called for, only so many events are in flight; all arrive."""
+    """E6: the number of events in flight is limited, however many publishes run; all arrive."""
     monkeypatch.setattr(nats_module, "MAX_IN_FLIGHT", 5)
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     await destination.check()
@@ -369,8 +369,8 @@ async def test_restart_while_idle(server: Nats) -> None:
 
 
 @pytest.mark.usefixtures("no_stray_failures")
-async def test_nothing_confirmed_is_lost_in_crashes(server: Nats) -> None:
-    """E1: whatever publish has confirmed is there after the server was killed and started again."""
+async def test_confirmed_events_survive_crashes(server: Nats) -> None:
+    """E1: every confirmed event is there after the server was killed and restarted."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     confirmed: set[str] = set()
     stop = asyncio.Event()
@@ -404,7 +404,7 @@ async def test_nothing_confirmed_is_lost_in_crashes(server: Nats) -> None:
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_lost_connection_ends_the_wait(server: Nats) -> None:
-    """E4: when the server dies, what waits for it fails at once, each publish with its own error."""
+    """E4: if the server dies, all publishes that wait fail at once, each with its own error."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     await destination.check()
     server.freeze()
@@ -422,7 +422,7 @@ async def test_lost_connection_ends_the_wait(server: Nats) -> None:
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
 @pytest.mark.parametrize("size", [10, 1_000_000], ids=["small", "larger than all buffers"])
 async def test_frozen_server(server: Nats, size: int) -> None:
-    """E4: a server that does not answer fails every publish in time; thawed, the same destination works."""
+    """E4: if a server hangs every publish fails in time; once it answers, the same destination works."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     assert await outcome(destination) == "delivered"
     server.freeze()
@@ -440,7 +440,7 @@ async def test_frozen_server(server: Nats, size: int) -> None:
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
 @pytest.mark.parametrize("size", [10, 1_000_000], ids=["small", "larger than all buffers"])
 async def test_start_and_close_at_a_frozen_server(server: Nats, size: int) -> None:
-    """E16: neither start nor close waits for a server that does not answer; no task and no socket stays."""
+    """E16: neither start nor close waits for a server that hangs; they leave no task and no socket."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     await destination.publish(make_event())
     server.freeze()
@@ -463,7 +463,7 @@ async def test_start_and_close_at_a_frozen_server(server: Nats, size: int) -> No
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_close_while_connecting(server: Nats) -> None:
-    """E16: an attempt to connect that nobody waits for any more ends with the destination."""
+    """E16: if all publishes that wait for a connection are cancelled, it ends with the destination."""
     server.freeze()
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     publish = asyncio.create_task(destination.publish(make_event()))
@@ -484,7 +484,7 @@ async def test_close_while_connecting(server: Nats) -> None:
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_failed_event_is_not_sent_later(server: Nats) -> None:
-    """E1: nothing is kept while there is no connection: what failed then does not arrive afterwards."""
+    """E1: events that failed while disconnected do not arrive later."""
     destination = open_url(server.url("subject=events&stream=EVENTS"))
     await destination.publish(make_event({"number": 0}))
     await asyncio.to_thread(server.crash)
@@ -517,7 +517,7 @@ PERMISSIONS = """
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
 @pytest.mark.parametrize("stream", ["", "&stream=EVENTS"])
 async def test_permissions(publish: str, subscribe: str, outcomes: tuple[str, str], stream: str) -> None:
-    """E1: a user who may publish can; one who may not is told so, and what is missing is logged."""
+    """E1: a user with the permission can publish; without it the failure says so, and the log says more."""
     with Nats(PERMISSIONS.replace("%s", publish, 1).replace("%s", subscribe, 1)) as server:
         client = await nats.connect(f"nats://admin:admin@127.0.0.1:{server.port}")
         await client.jsm().add_stream(name="EVENTS", subjects=["events"])
@@ -543,7 +543,7 @@ async def test_permissions(publish: str, subscribe: str, outcomes: tuple[str, st
     ids=["password", "token", "nothing"],
 )
 async def test_login(config: str, right: str, wrong: str) -> None:
-    """E1: wrong credentials are told by publish and check, and are in no message, log or repr."""
+    """E1: publish and check report wrong credentials, and no message, log or repr shows them."""
     with Nats(config) as server:
         destination = open_url(server.url("subject=events&stream=EVENTS", login=wrong))
         with capture_logs() as logs:
@@ -558,8 +558,8 @@ async def test_login(config: str, right: str, wrong: str) -> None:
 
 
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
-async def test_user_who_is_expelled(capfd: pytest.CaptureFixture[str]) -> None:
-    """E4: a connection that the server ends with an error is made anew; that is logged, not printed."""
+async def test_expelled_user(capfd: pytest.CaptureFixture[str]) -> None:
+    """E4: a connection that the server ends with an error is replaced; that is logged, not printed."""
     allowed, denied = (f"authorization {{ user: u, password: {word} }}" for word in ("p", "q"))
     with Nats(allowed) as server:
         destination = open_url(server.url("subject=events&stream=EVENTS", login="u:p@"))
@@ -573,7 +573,7 @@ async def test_user_who_is_expelled(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_other_server_of_a_cluster(server: Nats) -> None:
-    """E4: of several servers in the URL one that is there is found."""
+    """E4: if the URL names several servers, one that is up is found."""
     destination = open_url(
         f"nats://127.0.0.1:{free_port()},127.0.0.1:{server.port}?subject=events&stream=EVENTS"
     )
@@ -586,7 +586,7 @@ async def test_other_server_of_a_cluster(server: Nats) -> None:
 
 @pytest.mark.usefixtures("no_stray_failures")
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E1: where the server asks for TLS its certificate is checked; an unknown one gets no event."""
+    """E1: if the server requires TLS its certificate is checked; an untrusted one gets no event."""
     path = make_certificate(tmp_path / "server.pem")
     with Nats(f"tls {{ cert_file: '{path}', key_file: '{path}' }}") as server:
         destination = open_url(server.url("subject=events&stream=EVENTS"))
@@ -614,7 +614,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
 async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noqa: FBT001 - a parameter
-    """E4: what is no NATS server is a failure, not a crash."""
+    """E4: a server that does not speak NATS is a failure, not a crash."""
     writers: list[asyncio.StreamWriter] = []
 
     def greet(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -655,7 +655,7 @@ async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noq
 async def test_check_warns_of_losses(
     admin: Client, destination: Destination, name: str, settings: dict[str, Any], problem: str
 ) -> None:
-    """E2: a stream whose acknowledgements are not durable is warned of; the check stores nothing."""
+    """E2: the check warns if a stream's acknowledgements are not durable, and stores no message."""
     await admin.jsm().add_stream(name=name, subjects=[name], **settings)
     with capture_logs() as logs:
         await destination.check()
@@ -682,7 +682,7 @@ async def test_check_warns_of_losses(
 async def test_limits_are_warned_of_exactly_if_they_drop(
     admin: Client, destination: Destination, name: str, settings: dict[str, Any], *, kept: bool
 ) -> None:
-    """E2: a limit beyond which more is acknowledged than kept is warned of, one that refuses is not."""
+    """E2: the check warns of a limit that drops acknowledged messages, not of one that rejects new ones."""
     await admin.jsm().add_stream(name=name, subjects=[name], **settings)
     with capture_logs() as logs:
         await destination.check()
@@ -696,7 +696,7 @@ async def test_limits_are_warned_of_exactly_if_they_drop(
 async def test_retention_by_days_is_told_and_not_warned_of(
     admin: Client, destination: Destination, name: str
 ) -> None:
-    """E2: that a stream deletes events after days is information, for most streams do."""
+    """E2: a stream that deletes events after days is only worth information, because most streams do."""
     await admin.jsm().add_stream(name=name, subjects=[name], max_age=7 * 86_400)
     with capture_logs() as logs:
         await destination.check()
@@ -707,7 +707,7 @@ async def test_retention_by_days_is_told_and_not_warned_of(
 
 
 async def test_a_consumer_is_found_among_hundreds(admin: Client, destination: Destination, name: str) -> None:
-    """E2: the server names consumers by pages; one on the last page takes the subject, too."""
+    """E2: the server lists consumers by pages; a consumer on the last page counts, too."""
     streams = admin.jsm()
     await streams.add_stream(name=name, subjects=[name, f"{name}.*"], retention=RetentionPolicy.INTEREST)
     filters = [f"{name}.other"] * 260 + [name]
@@ -735,7 +735,7 @@ async def test_a_consumer_is_found_among_hundreds(admin: Client, destination: De
 async def test_interest_is_that_of_a_consumer_of_the_subject(
     admin: Client, destination: Destination, name: str, patterns: list[str], *, is_kept: bool
 ) -> None:
-    """E2: a stream with the retention `interest` is warned of exactly if it keeps nothing of the subject."""
+    """E2: the check warns of the retention `interest` exactly if no consumer takes the subject."""
     streams = admin.jsm()
     await streams.add_stream(name=name, subjects=[name, f"{name}.*"], retention=RetentionPolicy.INTEREST)
     for number, pattern in enumerate(patterns):
@@ -755,7 +755,7 @@ def test_replicated_stream_is_not_warned_of() -> None:
 
 
 async def test_ids_that_are_no_text(destination: Destination) -> None:
-    """E7: an event whose ids cannot be written is refused for good."""
+    """E7: an event is rejected if its ids cannot be written."""
     with pytest.raises(PublishRejected) as caught:
         await destination.publish(make_event(deliveryid="\ud800"))
     assert caught.value.reason == "encoding"
@@ -800,7 +800,7 @@ async def test_ids_that_are_no_text(destination: Destination) -> None:
     ],
 )
 def test_unusable_url(url: str) -> None:
-    """G8: a URL that cannot be used is refused with an example of a right one, and is not quoted."""
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     assert "'test'" in str(caught.value)

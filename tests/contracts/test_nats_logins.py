@@ -58,7 +58,7 @@ class Key:
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """A server whose accounts an operator makes."""
+    """A server that trusts an operator's accounts."""
 
     server: Nats
     account: Key
@@ -92,7 +92,7 @@ def operator() -> Iterator[Operator]:
 
 
 async def outcome(url: str) -> str:
-    """Publish an event and return "delivered" or the failure."""
+    """Publish an event and return "delivered" or the text of the failure."""
     destination = open_url(url)
     try:
         await destination.publish(make_event())
@@ -104,7 +104,7 @@ async def outcome(url: str) -> str:
 
 
 async def test_credentials(operator: Operator, tmp_path: Path) -> None:
-    """E14: a `.creds` file logs in, another account's user does not, and neither secret shows."""
+    """E14: a `.creds` file logs in, a user of another account does not, and no secret is shown."""
     path = operator.write_credentials(tmp_path / "user.creds")
     assert await outcome(operator.server.url(f"{PLACE}&creds={path}")) == "delivered"
     content = path.read_text().split()
@@ -118,7 +118,7 @@ async def test_credentials(operator: Operator, tmp_path: Path) -> None:
 
 
 async def test_credentials_that_are_replaced(operator: Operator, tmp_path: Path) -> None:
-    """E14: each connection reads the file anew; one that is away for a moment is a failed try."""
+    """E14: each connection reads the file again; if it is missing for a moment the attempt fails."""
     path = tmp_path / "user.creds"
     destination = open_url(operator.server.url(f"{PLACE}&creds={path}"))
     await destination.start()
@@ -141,7 +141,7 @@ async def test_nkey(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["creds", "nkey"])
 async def test_files_of_something_else(tmp_path: Path, name: str) -> None:
-    """G8: a file without a login, or with a typing error, is told without quoting it or its path."""
+    """G8: a file without a login, or with a typing error, is reported without its content and path."""
     path, seed = tmp_path / "s3cr3t", Key(USER).seed
     for content in ("", "eyJx.y.z", seed[:-1] + ("A" if seed[-1] != "A" else "Q"), Key(ACCOUNT).seed):
         path.write_text(content)
@@ -154,7 +154,7 @@ async def test_files_of_something_else(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("query", ["creds=a&nkey=b", "creds=", "nkey="])
 async def test_one_login_at_most(query: str) -> None:
-    """G8: two logins, or a file without a name, are a mistake in the URL."""
+    """G8: two logins, or an empty file name, are a mistake in the URL."""
     with pytest.raises(SettingsError, match="with creds=file or nkey=file in place of user and password"):
         open_url(f"nats://127.0.0.1?{PLACE}&{query}")
     with pytest.raises(SettingsError):

@@ -1,4 +1,4 @@
-"""The RabbitMQ destination: what is sent, what counts as delivered, and what it survives."""
+"""The RabbitMQ destination: the message, the condition for a delivery, and recovery."""
 
 import asyncio
 import gc
@@ -42,7 +42,7 @@ def server() -> RabbitMq:
 
 @pytest.fixture(autouse=True)
 async def reports() -> AsyncIterator[list[dict[str, Any]]]:
-    """No test may leave an error that nobody has taken."""
+    """A test fails if it leaves an exception that no caller awaits."""
     found: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
     yield found
@@ -59,7 +59,7 @@ async def channel(server: RabbitMq) -> AsyncIterator[AbstractChannel]:
 
 @pytest.fixture
 async def relay(server: RabbitMq) -> AsyncIterator[Relay]:
-    """A way to the server that can be cut."""
+    """A relay to the server that can be cut."""
     async with Relay(server.port) as running:
         yield running
 
@@ -74,7 +74,7 @@ async def queue(channel: AbstractChannel) -> AsyncIterator[str]:
 
 @pytest.fixture
 async def exchange(channel: AbstractChannel) -> AsyncIterator[str]:
-    """An exchange of this test's own, to which nothing is bound."""
+    """An exchange of this test's own, with no binding."""
     declared = await channel.declare_exchange(f"exchange-{uuid4()}", ExchangeType.TOPIC, durable=True)
     yield declared.name
     await channel.exchange_delete(declared.name)
@@ -90,14 +90,14 @@ async def destination(relay: Relay, server: RabbitMq, queue: str) -> AsyncIterat
 
 
 def delivery_id(event: CloudEvent) -> str:
-    """Return what a message's id must be."""
+    """Return the expected id of a message."""
     return str(event.get_extension("deliveryid"))
 
 
 async def publish_all(
     destination: Destination, events: Iterable[CloudEvent]
 ) -> tuple[set[str], list[BaseException]]:
-    """Publish at once; return the ids of what was confirmed, and the errors."""
+    """Publish at once; return the ids of confirmed events, and the errors."""
     events = list(events)
     results = await asyncio.gather(*map(destination.publish, events), return_exceptions=True)
     confirmed = {delivery_id(event) for event, result in zip(events, results, strict=True) if result is None}
@@ -110,12 +110,12 @@ async def ids_in(channel: AbstractChannel, queue: str) -> list[str | None]:
 
 
 def reasons_of(errors: Iterable[BaseException]) -> set[str]:
-    """Return the reasons of failures; nothing else may be among them."""
+    """Return the reasons of failures; all errors must be PublishFailed."""
     return {error.reason if isinstance(error, PublishFailed) else repr(error) for error in errors}
 
 
 async def failure_of(action: Awaitable[None]) -> PublishFailed:
-    """Return what the action fails with."""
+    """Return the failure of the action."""
     with pytest.raises(PublishFailed) as caught:
         await action
     assert PASSWORD not in str(caught.value)
@@ -124,7 +124,7 @@ async def failure_of(action: Awaitable[None]) -> PublishFailed:
 
 
 async def until_published(destination: Destination, *, seconds: float = 10) -> None:
-    """Publish until it works, as the lane does."""
+    """Publish until it works, as a lane does."""
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -166,7 +166,7 @@ async def test_message(destination: Destination, channel: AbstractChannel, queue
 async def test_event_without_delivery_id(
     destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
-    """E3: there is always a message id to deduplicate by."""
+    """E3: every message has an id to deduplicate by."""
     event = make_event()
     del event.get_attributes()["deliveryid"]
     await destination.publish(event)
@@ -176,7 +176,7 @@ async def test_event_without_delivery_id(
 async def test_declared_queue_is_durable_and_replicated(
     destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
-    """E1: a queue that we declare is a durable quorum queue."""
+    """E1: a declared queue is a durable quorum queue."""
     await destination.check()
     await channel.declare_queue(queue, durable=True, arguments=QUORUM)
     with pytest.raises(ChannelPreconditionFailed):
@@ -198,10 +198,10 @@ async def test_declared_queue_is_bound(
 
 
 @pytest.mark.parametrize("to", ["exchange", "queue"])
-async def test_nothing_is_declared_without_queue(
+async def test_no_declaration_without_queue(
     server: RabbitMq, channel: AbstractChannel, queue: str, exchange: str, to: str
 ) -> None:
-    """E1: an exchange or a queue that is there can be published to, and one that is not is not made."""
+    """E1: an existing exchange or queue can be published to; a missing one is not created."""
     query = f"?exchange={exchange}&routing_key=key" if to == "exchange" else f"?routing_key={queue}"
     destination = open_url(server.url(query))
     for _ in range(2):
@@ -225,7 +225,7 @@ async def test_nothing_is_declared_without_queue(
     ],
 )
 async def test_missing_place(server: RabbitMq, queue: str, query: str, word: str) -> None:
-    """E1: check and publish name the exchange or queue that is not there, and start goes on all the same."""
+    """E1: check and publish name a missing exchange or queue, and start does not fail."""
     destination = open_url(server.url(query.format(queue=queue)))
     with capture_logs() as logs:
         await destination.start()
@@ -238,7 +238,7 @@ async def test_missing_place(server: RabbitMq, queue: str, query: str, word: str
 
 
 async def test_unroutable_messages_are_not_delivered(server: RabbitMq, exchange: str) -> None:
-    """E1: a message that no queue takes is acknowledged all the same; it does not count as delivered."""
+    """E1: RabbitMQ acknowledges a message even if no queue takes it; that does not count as delivered."""
     destination = open_url(server.url(f"?exchange={exchange}&routing_key=key"))
     await destination.check()
     confirmed, errors = await publish_all(destination, (make_event() for _ in range(100)))
@@ -250,7 +250,7 @@ async def test_unroutable_messages_are_not_delivered(server: RabbitMq, exchange:
 
 
 async def test_same_delivery_twice_at_once(server: RabbitMq, exchange: str) -> None:
-    """E1: no return is mistaken for that of another publish with the same id."""
+    """E1: a returned message is not mistaken for that of another publish with the same id."""
     destination = open_url(server.url(f"?exchange={exchange}&routing_key=key"))
     for _ in range(5):
         events = [make_event(deliveryid="the-same") for _ in range(4)]
@@ -261,7 +261,7 @@ async def test_same_delivery_twice_at_once(server: RabbitMq, exchange: str) -> N
 
 
 async def test_cancelled_unroutable_publish(server: RabbitMq, exchange: str) -> None:
-    """E16: the return of a message whose publish was cancelled neither hurts nor confirms another."""
+    """E16: if a publish is cancelled, its returned message neither fails nor confirms another one."""
     destination = open_url(server.url(f"?exchange={exchange}&routing_key=key"))
     for pauses in range(12):
         tasks = [asyncio.create_task(destination.publish(make_event())) for _ in range(6)]
@@ -296,7 +296,7 @@ async def test_publish_that_is_cancelled_as_it_returns(
 async def test_deleted_queue_is_declared_again(
     destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
-    """E4: when somebody deletes our queue one publish fails, and the next makes it anew."""
+    """E4: if our queue is deleted one publish fails, and the next declares it again."""
     await destination.publish(make_event())
     await channel.queue_delete(queue)
     assert (await failure_of(destination.publish(make_event()))).reason == "unroutable"
@@ -308,7 +308,7 @@ async def test_deleted_queue_is_declared_again(
 async def test_exchange_deleted_in_the_middle(
     server: RabbitMq, channel: AbstractChannel, queue: str, exchange: str
 ) -> None:
-    """E1: an error that ends the channel fails all that is under way; it confirms and hangs nothing."""
+    """E1: an error that ends the channel fails all publishes under way; none is confirmed and none hangs."""
     declared = await channel.declare_queue(queue, durable=True)
     await declared.bind(exchange, "key")
     destination = open_url(server.url(f"?exchange={exchange}&routing_key=key"))
@@ -329,7 +329,7 @@ async def test_exchange_deleted_in_the_middle(
 
 
 async def test_other_queue_is_used_as_it_is(server: RabbitMq, channel: AbstractChannel, queue: str) -> None:
-    """E2: a queue that exists with other arguments is used, with a warning that says how it differs."""
+    """E2: a queue that exists with other arguments is used, with a warning about the difference."""
     await channel.declare_queue(queue, durable=False)
     destination = open_url(server.url(f"?queue={queue}"))
     with capture_logs() as logs:
@@ -345,7 +345,7 @@ async def test_other_queue_is_used_as_it_is(server: RabbitMq, channel: AbstractC
 
 @pytest.mark.parametrize("kind", ["classic", "quorum"])
 async def test_full_queue(server: RabbitMq, channel: AbstractChannel, queue: str, kind: str) -> None:
-    """E1: what a full queue refuses fails, what it took is there, and with room again it all works."""
+    """E1: messages that a full queue rejects fail, the others are there, and with space again all work."""
     limits: Any = {"x-queue-type": kind, "x-max-length": 5, "x-overflow": "reject-publish"}
     await channel.declare_queue(queue, durable=True, arguments=limits)
     destination = open_url(server.url(f"?queue={queue}"))
@@ -364,7 +364,7 @@ async def test_full_queue(server: RabbitMq, channel: AbstractChannel, queue: str
 async def test_each_try_adds_a_copy_to_the_queues_beside_a_full_one(
     server: RabbitMq, channel: AbstractChannel, exchange: str
 ) -> None:
-    """E1: behind an exchange with one full queue no try is confirmed, and the others get each of them."""
+    """E1: if one queue of an exchange is full no attempt is confirmed, though the other queues get each."""
     limits: Any = {"x-queue-type": "classic", "x-max-length": 1, "x-overflow": "reject-publish"}
     full = await channel.declare_queue(arguments=limits, exclusive=True)
     beside = await channel.declare_queue(exclusive=True)
@@ -382,10 +382,10 @@ async def test_each_try_adds_a_copy_to_the_queues_beside_a_full_one(
 @pytest.mark.parametrize(
     "arguments", [{"x-message-ttl": 0}, {"x-max-length": 1}, {"x-max-length": 1, "x-overflow": "drop-head"}]
 )
-async def test_what_a_queue_drops_is_confirmed(
+async def test_dropping_queue_confirms(
     server: RabbitMq, channel: AbstractChannel, queue: str, arguments: dict[str, Any]
 ) -> None:
-    """E2: a queue that drops messages confirms them, so its arguments are warned of."""
+    """E2: a queue that drops messages confirms them, so the check warns of its arguments."""
     await channel.declare_queue(queue, durable=True, arguments={"x-queue-type": "quorum"} | arguments)
     destination = open_url(server.url(f"?queue={queue}"))
     with capture_logs() as logs:
@@ -398,7 +398,7 @@ async def test_what_a_queue_drops_is_confirmed(
 
 
 async def test_too_large_message(destination: Destination, channel: AbstractChannel, queue: str) -> None:
-    """E7: a message over RabbitMQ's limit is refused for good; those beside it are not blamed for it."""
+    """E7: a message over RabbitMQ's limit is rejected; the others are not."""
     await destination.publish(make_event())
     poison = make_event({"fill": "x" * MAX_MESSAGE_SIZE})
     good = [make_event({"fill": "x" * 1000}) for _ in range(40)]
@@ -426,7 +426,7 @@ async def test_too_large_message(destination: Destination, channel: AbstractChan
 async def test_attributes_that_amqp_cannot_hold(
     relay: Relay, destination: Destination, attributes: dict[str, Any], reason: str
 ) -> None:
-    """E7: an event whose attributes fit no header is refused for good, and the connection stays."""
+    """E7: an event whose attributes fit no header is rejected, and the connection stays."""
     results = await asyncio.gather(
         *map(destination.publish, (make_event(), make_event(**attributes), make_event())),
         return_exceptions=True,
@@ -439,7 +439,7 @@ async def test_attributes_that_amqp_cannot_hold(
 async def test_long_subject_is_no_property(
     destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
-    """E3: what is too long for a property is in the headers alone."""
+    """E3: a value that is too long for a property is in the headers alone."""
     event = make_event(subject="é" * 200, deliveryid="d" * 256)
     await destination.publish(event)
     (message,) = await drain(channel, queue)
@@ -451,7 +451,7 @@ async def test_long_subject_is_no_property(
 async def test_connection_lost_in_the_middle(
     relay: Relay, destination: Destination, channel: AbstractChannel, queue: str, allowance: int
 ) -> None:
-    """E1, E4: a cut connection fails what is under way, and the next publish has a new one."""
+    """E1, E4: a cut connection fails the publishes under way, and the next one opens a new connection."""
     relay.allowance = allowance
     confirmed, errors = await publish_all(
         destination, (make_event({"fill": "x" * 1000}) for _ in range(MAX_IN_FLIGHT))
@@ -467,7 +467,7 @@ async def test_connection_lost_in_the_middle(
 async def test_lost_confirm_is_no_delivery(
     relay: Relay, destination: Destination, channel: AbstractChannel, queue: str
 ) -> None:
-    """E1: a message that arrived and whose confirm did not is a failure in time, and then a duplicate."""
+    """E1: if a message arrives but not its confirm, the publish fails in time; the next one adds a copy."""
     await destination.publish(make_event())
     await drain(channel, queue)
     relay.answers.clear()
@@ -484,7 +484,7 @@ async def test_lost_confirm_is_no_delivery(
 async def test_timeout_does_not_hurt_younger_publishes(
     relay: Relay, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E1: publishes that began later keep the connection of one whose time is up until theirs is."""
+    """E1: a publish that times out does not end the connection for younger publishes."""
     await destination.publish(make_event())
     relay.answers.clear()
     monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.3)
@@ -525,7 +525,7 @@ async def test_memory_alarm(
 
 @pytest.mark.usefixtures("impatient")
 async def test_frozen_server(server: RabbitMq, destination: Destination, queue: str) -> None:
-    """E4: a server that stands still makes all calls fail or end in time; later all works again."""
+    """E4: while the server is stopped all calls fail or end in time; later all works again."""
     await destination.publish(make_event())
     other = open_url(server.url(f"?queue={queue}"))
     server.freeze()
@@ -550,7 +550,7 @@ async def test_frozen_server(server: RabbitMq, destination: Destination, queue: 
 async def test_heartbeats(
     server: RabbitMq, relay: Relay, queue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E4: a connection that falls silent is given up before its publishes time out; none seems cancelled."""
+    """E4: a silent connection is closed before its publishes time out; none looks cancelled."""
     monkeypatch.setattr(rabbitmq_module, "HEARTBEAT_SECONDS", 2)
     monkeypatch.setattr(Connection, "HEARTBEAT_GRACE_MULTIPLIER", 0.3)
     destination = open_url(server.url(f"?queue={queue}", port=relay.port))
@@ -568,7 +568,7 @@ async def test_heartbeats(
 async def test_close_at_a_frozen_server(
     server: RabbitMq, queue: str, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
-    """E16: closing ends in time though nobody reads what was sent, and fails what is under way."""
+    """E16: closing ends in time even if the server does not read, and fails the publishes under way."""
     others = asyncio.all_tasks()
     monkeypatch.setenv("SSL_CERT_FILE", str(server.certificate))
     port = server.tls_port if scheme == "amqps" else server.port
@@ -593,7 +593,7 @@ async def test_close_at_a_frozen_server(
 
 
 async def test_killed_server(server: RabbitMq) -> None:
-    """E1, E4: after a kill the server has all that it confirmed, and the destination goes on."""
+    """E1, E4: after a kill the server has all confirmed messages, and the destination goes on."""
     queue = f"events-{uuid4()}"
     destination = open_url(server.url(f"?queue={queue}"))
     confirmed: set[str] = set()
@@ -627,7 +627,7 @@ async def test_killed_server(server: RabbitMq) -> None:
 
 
 async def test_wrong_credentials(server: RabbitMq, queue: str) -> None:
-    """G8: a wrong password or virtual host is told apart, and never quoted."""
+    """G8: a wrong password and a wrong virtual host have different reasons, and are never quoted."""
     wrong = server.url(f"?queue={queue}").replace(quote(PASSWORD, safe=""), f"{CANARY}-wrong")
     elsewhere = server.url(f"nowhere?queue={queue}")
     for url, reason in ((wrong, "auth"), (elsewhere, "refused")):
@@ -638,7 +638,7 @@ async def test_wrong_credentials(server: RabbitMq, queue: str) -> None:
 
 
 async def test_missing_permissions(server: RabbitMq, queue: str, exchange: str) -> None:
-    """G8: a user who may not declare or publish is told so by RabbitMQ's own words."""
+    """G8: a user without permission to declare or publish gets RabbitMQ's own error."""
     server.add_user("writer", "secret", configure="^$", write="^amq[.]fanout$", read="^$")
     for query in (f"?queue={queue}", f"?exchange={exchange}"):
         destination = open_url(f"amqp://writer:secret@127.0.0.1:{server.port}/{query}")
@@ -649,7 +649,7 @@ async def test_missing_permissions(server: RabbitMq, queue: str, exchange: str) 
 
 
 async def test_tls(server: RabbitMq, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """G8: amqps checks the certificate against the trusted ones and works with one that is."""
+    """G8: amqps checks the server's certificate against the trusted authorities."""
     url = server.url(f"?queue={queue}", port=server.tls_port).replace("amqp:", "amqps:")
     distrustful = open_url(url)
     assert (await failure_of(distrustful.publish(make_event()))).reason == "connection"
@@ -705,8 +705,8 @@ async def test_password_is_not_shown(
         f"amqps://user:{CANARY}@host/?queue=a&no_verify_ssl=1",
     ],
 )
-def test_unusable_url_is_refused(url: str) -> None:
-    """G8: a URL that can never work is refused at once with an example of a right one, and is not quoted."""
+def test_unusable_url_is_rejected(url: str) -> None:
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     assert "'test'" in str(caught.value)

@@ -29,7 +29,7 @@ def url_of(server: RabbitMq, queue: str, *ports: int) -> str:
 
 
 async def test_the_next_node_takes_over(server: RabbitMq) -> None:
-    """E4: when the node that we talk to dies, the next event goes to another one, and nothing is lost."""
+    """E4: if the connected node dies, the next event goes to another one, and no event is lost."""
     queue = f"events-{uuid4()}"
     async with Relay(server.port) as first, Relay(server.port) as second:
         destination = open_url(url_of(server, queue, first.port, second.port))
@@ -42,7 +42,7 @@ async def test_the_next_node_takes_over(server: RabbitMq) -> None:
                 try:
                     await destination.publish(events[1])
                 except PublishFailed:
-                    # The event that meets the broken connection is tried again, as the outbox does.
+                    # The event on the broken connection is tried again, as the outbox does.
                     await asyncio.sleep(0.05)
                 else:
                     break
@@ -56,7 +56,7 @@ async def test_the_next_node_takes_over(server: RabbitMq) -> None:
 
 
 async def test_nodes_that_are_down_or_silent(server: RabbitMq, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E4: a node that is down and one that says nothing leave time for the one that works."""
+    """E4: a node that is down and one that does not answer leave time for the one that works."""
     monkeypatch.setattr(rabbitmq_module, "OPEN_SECONDS", 6.0)
     queue = f"events-{uuid4()}"
     left = asyncio.Event()
@@ -95,7 +95,7 @@ async def test_each_node_s_failure_is_told(caplog: pytest.LogCaptureFixture) -> 
 
 
 async def test_a_node_that_will_not_do_keeps_no_connection(server: RabbitMq) -> None:
-    """E16: the connection to a node that logs us in, but has not the queue, is closed before the next one."""
+    """E16: if a node accepts the login but lacks the queue, its connection is closed before the next one."""
     async with Relay(server.port) as first, Relay(server.port) as second:
         url = url_of(server, "q", first.port, second.port).replace("queue=q", f"routing_key={uuid4()}")
         destination = open_url(url)

@@ -1,4 +1,4 @@
-"""The Redis destination: what an entry holds, what each refusal means, and what it survives."""
+"""The Redis destination: the content of an entry, the meaning of each error, and recovery."""
 
 import asyncio
 import contextlib
@@ -31,7 +31,7 @@ SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0, "redis.ROUND_TRIP_SECONDS": 0.4,
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Redis]:
-    """One server for the tests that leave it as they found it."""
+    """One server for the tests that undo their changes."""
     with Redis() as server:
         yield server
 
@@ -51,7 +51,7 @@ def stream() -> str:
 
 @pytest.fixture
 def admin(shared: Redis) -> Iterator[redis.Redis]:
-    """An independent client of the shared server; what it configures is undone."""
+    """An independent client of the shared server; its configuration is undone."""
     with redis.Redis(port=shared.port) as client:
         yield client
         client.replicaof("NO", "ONE")
@@ -97,7 +97,7 @@ async def test_database_of_the_url(shared: Redis, stream: str) -> None:
 
 
 async def test_maxlen_trims_roughly(shared: Redis, stream: str) -> None:
-    """E1: with maxlen old entries go, some more may stay; the newest are there."""
+    """E1: with maxlen the stream is trimmed, roughly; the newest entries are there."""
     destination = open_url(shared.url(f"stream={stream}&maxlen=200"))
     events = [make_event({"number": number}) for number in range(1000)]
     await asyncio.gather(*(destination.publish(event) for event in events))
@@ -107,7 +107,7 @@ async def test_maxlen_trims_roughly(shared: Redis, stream: str) -> None:
     assert kept == list(range(1000 - len(kept), 1000))
 
 
-async def test_without_maxlen_nothing_is_trimmed(
+async def test_without_maxlen_the_stream_is_not_trimmed(
     shared: Redis, destination: Destination, stream: str
 ) -> None:
     """E1: without maxlen the stream keeps every entry."""
@@ -116,7 +116,7 @@ async def test_without_maxlen_nothing_is_trimmed(
 
 
 async def test_publishes_travel_together(admin: redis.Redis, destination: Destination, stream: str) -> None:
-    """E6: what is published at once takes a few round trips, in the order of the calls."""
+    """E6: events that are published at once take a few round trips, in the order of the calls."""
     await destination.publish(make_event({"number": -1}))
 
     def reads() -> int:
@@ -130,7 +130,7 @@ async def test_publishes_travel_together(admin: redis.Redis, destination: Destin
 
 
 async def test_batches_are_bounded(shared: Redis, stream: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E6: however much waits, one round trip carries only so many entries and bytes; all arrive."""
+    """E6: one round trip carries a limited number of entries and bytes, however many wait; all arrive."""
     sizes: list[int] = []
     execute = Pipeline.execute
 
@@ -152,7 +152,7 @@ async def test_batches_are_bounded(shared: Redis, stream: str, monkeypatch: pyte
 async def test_each_entry_has_a_reply_of_its_own(
     admin: redis.Redis, destination: Destination, stream: str
 ) -> None:
-    """E1: when the server takes one entry of a pipeline and refuses the next, only the latter fails."""
+    """E1: if the server takes one entry of a pipeline and rejects the next, only the latter fails."""
     admin.xadd(stream, {"last": "but one"}, id="18446744073709551615-18446744073709551614")
     outcomes = await asyncio.gather(*(outcome(destination) for _ in range(3)))
     assert outcomes == ["delivered", "refused", "refused"]
@@ -165,7 +165,7 @@ def set_user(admin: redis.Redis, user: str, *rules: str) -> None:
 
 
 def break_disk(admin: redis.Redis, shared: Redis) -> None:
-    """Let a snapshot fail, after which the server takes no more writes."""
+    """Let a snapshot fail; then the server rejects writes."""
     (shared.directory / "dump.rdb").mkdir(exist_ok=True)
     admin.config_set("save", "3600 1")
     admin.bgsave()
@@ -190,7 +190,7 @@ def break_disk(admin: redis.Redis, shared: Redis) -> None:
     ],
     ids=["READONLY", "MASTERDOWN", "OOM", "NOREPLICAS", "MISCONF"],
 )
-async def test_refusing_server(
+async def test_rejecting_server(
     shared: Redis,
     admin: redis.Redis,
     destination: Destination,
@@ -199,7 +199,7 @@ async def test_refusing_server(
     reason: str,
     hint: str,
 ) -> None:
-    """E1: a server that takes no writes fails publish and check alike, with what to do; mended, both work."""
+    """E1: if a server rejects writes publish and check say how to repair it; once repaired, both work."""
     for name, value in settings.items():
         if name == "replicaof":
             admin.replicaof("127.0.0.1", str(free_port()))
@@ -222,7 +222,7 @@ async def test_refusing_server(
 
 
 async def test_name_of_a_replica_is_looked_up_again(admin: redis.Redis, destination: Destination) -> None:
-    """E4: after a failover the name may mean another server: a read-only one is not kept connected."""
+    """E4: after a failover the name may mean another server: the connection to a read-only one is closed."""
     await destination.publish(make_event())
     admin.replicaof("127.0.0.1", str(free_port()))
     before = admin.info("stats")["total_connections_received"]
@@ -231,7 +231,7 @@ async def test_name_of_a_replica_is_looked_up_again(admin: redis.Redis, destinat
 
 
 async def test_key_of_another_type(admin: redis.Redis, destination: Destination, stream: str) -> None:
-    """E1: a key that holds something else is told, and left as it is."""
+    """E1: a key with a value of another type is reported, and left unchanged."""
     admin.set(stream, "precious")
     assert await outcome(destination) == "wrong_type"
     assert await verdict(destination) == "wrong_type"
@@ -248,10 +248,10 @@ async def test_key_of_another_type(admin: redis.Redis, destination: Destination,
     ],
     ids=["wrong password", "no XADD", "other keys", "disabled"],
 )
-async def test_refused_user(
+async def test_rejected_user(
     shared: Redis, admin: redis.Redis, stream: str, rules: list[str], login: str, reason: str
 ) -> None:
-    """E1: a user who may not write is told so by publish and check; the password is in no message."""
+    """E1: publish and check report a user without the permission; the password is in no message."""
     set_user(admin, "writer", *rules)
     destination = open_url(shared.url(f"stream={stream}", login=login))
     assert await outcome(destination) == reason
@@ -267,7 +267,7 @@ async def test_refused_user(
 async def test_a_database_takes_the_right_to_select_it(
     shared: Redis, admin: redis.Redis, stream: str
 ) -> None:
-    """E1: a user who may XADD but not SELECT is told so, and not that XADD is what is missing."""
+    """E1: a user who may XADD but not SELECT is told to get SELECT, not XADD."""
     set_user(admin, "writer", "on", f">{CANARY}", "~*", "+xadd", "+type")
     destination = open_url(shared.url(f"stream={stream}", login=f"writer:{CANARY}@").replace("/0?", "/3?"))
     for action in (destination.check(), destination.publish(make_event())):
@@ -282,7 +282,7 @@ async def test_a_database_takes_the_right_to_select_it(
 
 
 async def test_missing_password() -> None:
-    """E1: a server that asks for a password says so where the URL has none."""
+    """E1: if a server requires a password and the URL has none, the failure says so."""
     with Redis("--requirepass", CANARY) as server:
         destination = open_url(server.url("stream=events"))
         assert await outcome(destination) == "auth"
@@ -293,7 +293,7 @@ async def test_missing_password() -> None:
         await admitted.close()
 
 
-async def test_user_who_may_only_add(shared: Redis, admin: redis.Redis, stream: str) -> None:
+async def test_user_with_xadd_only(shared: Redis, admin: redis.Redis, stream: str) -> None:
     """E1: a user with no right but XADD, and with any password, passes the check and publishes."""
     set_user(admin, "adder", "on", ">p@ss:w/rd%", "~*", "+xadd")
     destination = open_url(shared.url(f"stream={stream}", login="adder:p%40ss%3Aw%2Frd%25@"))
@@ -316,7 +316,7 @@ async def test_check_leaves_no_trace(admin: redis.Redis, destination: Destinatio
 
 
 async def test_check_sees_a_server_without_the_command() -> None:
-    """E4: the check fails if the server takes no XADD, and neither message repeats what was sent."""
+    """E4: the check fails if the server rejects XADD, and no message repeats the command."""
     with Redis("--rename-command", "XADD", "") as server:
         destination = open_url(server.url("stream=events"))
         event = make_event({"prompt": CANARY}, id=CANARY)
@@ -338,8 +338,8 @@ REPEATING = [
 
 
 @pytest.mark.parametrize("line", REPEATING)
-async def test_a_refusal_that_repeats_the_event_is_cut(line: str) -> None:
-    """E4: other servers and proxies repeat the command in words of their own; the event is left out."""
+async def test_an_error_that_repeats_the_event_is_cut(line: str) -> None:
+    """E4: other servers and proxies repeat the command in another form; the event is left out."""
 
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
@@ -375,7 +375,7 @@ async def test_a_refusal_that_repeats_the_event_is_cut(line: str) -> None:
 async def test_check_warns_of_losses(
     admin: redis.Redis, destination: Destination, settings: dict[str, str], problem: str | None
 ) -> None:
-    """E2: a server whose replies are not durable is warned of, with the setting that mends it."""
+    """E2: the check warns if a server's replies are not durable, and names the setting to change."""
     for name, value in settings.items():
         admin.config_set(name, value)
     with capture_logs() as logs:
@@ -398,8 +398,8 @@ async def test_restart_while_idle(server: Redis) -> None:
 
 
 @pytest.mark.usefixtures("no_stray_failures")
-async def test_nothing_confirmed_is_lost_in_crashes(server: Redis) -> None:
-    """E1: whatever publish has confirmed is there after the server was killed and started again."""
+async def test_confirmed_events_survive_crashes(server: Redis) -> None:
+    """E1: every confirmed event is there after the server was killed and restarted."""
     destination = open_url(server.url("stream=events"))
     confirmed: set[str] = set()
     stop = asyncio.Event()
@@ -434,7 +434,7 @@ async def test_nothing_confirmed_is_lost_in_crashes(server: Redis) -> None:
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
 @pytest.mark.parametrize("size", [10, 2_000_000], ids=["small", "larger than all buffers"])
 async def test_frozen_server(server: Redis, size: int) -> None:
-    """E4: a server that does not answer fails every publish in time; thawed, the same destination works."""
+    """E4: if a server hangs every publish fails in time; once it answers, the same destination works."""
     destination = open_url(server.url("stream=events"))
     assert await outcome(destination) == "delivered"
     server.freeze()
@@ -469,7 +469,7 @@ async def test_start_and_close_at_a_frozen_server(server: Redis) -> None:
 
 
 async def test_given_up_before_its_turn(server: Redis) -> None:
-    """E16: an event whose publisher has gone before it was sent is not sent any more."""
+    """E16: an event whose publish was cancelled before its batch is not sent."""
     destination = open_url(server.url("stream=events"))
     assert isinstance(destination, redis_module.RedisDestination)
     await destination.publish(make_event({"number": 0}))
@@ -490,7 +490,7 @@ async def test_given_up_before_its_turn(server: Redis) -> None:
 async def answer_all(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answer: bytes | None, seen: list[bytes]
 ) -> None:
-    """Answer every command with the same bytes, or hang up where there are none."""
+    """Answer every command with the same bytes, or hang up if there are none."""
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         while head := await reader.readline():
             parts = []
@@ -521,7 +521,7 @@ async def answer_all(
     ],
 )
 async def test_strange_replies(answer: bytes | None, reason: str) -> None:
-    """E1: nothing but an entry's id confirms, and an event is sent only once per publish."""
+    """E1: only the id of an entry confirms, and an event is sent only once per publish."""
     seen: list[bytes] = []
     serving: list[asyncio.Task[None]] = []
 
@@ -539,7 +539,7 @@ async def test_strange_replies(answer: bytes | None, reason: str) -> None:
 
 
 async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E1: rediss: checks the certificate; a server whose certificate nobody vouches for gets no event."""
+    """E1: rediss: checks the certificate; a server with an untrusted one gets no event."""
     certificate = make_certificate(tmp_path / "server.pem")
     with Redis(tls=certificate) as server:
         distrustful = open_url(server.url("stream=events"))
@@ -552,7 +552,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_ids_that_are_no_text(destination: Destination) -> None:
-    """E7: an event whose ids cannot be written is refused for good."""
+    """E7: an event is rejected if its ids cannot be written."""
     with pytest.raises(PublishRejected) as caught:
         await destination.publish(make_event(deliveryid="\ud800"))
     assert caught.value.reason == "encoding"
@@ -592,7 +592,7 @@ async def test_ids_that_are_no_text(destination: Destination) -> None:
 )
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
 def test_unusable_url(scheme: str, rest: str) -> None:
-    """G8: a URL that cannot be used is refused with an example of a right one, and is not quoted."""
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(f"{scheme}:{rest}")
     assert "'test'" in str(caught.value)

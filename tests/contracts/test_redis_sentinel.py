@@ -1,4 +1,4 @@
-"""Redis behind sentinels: the primary of the moment gets the events."""
+"""Redis behind sentinels: the current primary gets the events."""
 
 import asyncio
 import contextlib
@@ -48,13 +48,13 @@ def pair() -> Iterator[Pair]:
 
 
 def replication(server: Redis) -> str:
-    """Return what a server says of its role and its replicas."""
+    """Return a server's role and the number of its replicas."""
     with redis.Redis(port=server.port, password=PASSWORD) as client:
         return str(client.info("replication")).replace("'state': 'online'", "state=online")
 
 
 def until_says(server: Redis, expected: str) -> None:
-    """Wait until a server says so of its replication."""
+    """Wait until a server has this role and number of replicas."""
     deadline = time.monotonic() + 30
     while expected not in replication(server):
         assert time.monotonic() < deadline, replication(server)
@@ -71,7 +71,7 @@ def ids(server: Redis) -> set[str]:
 async def until_delivered(destination: Destination, server: Redis) -> None:
     """Publish events until a server has one that was confirmed.
 
-    While sentinels change the roles the old primary confirms what is then lost with its role.
+    While sentinels change the roles the old primary confirms entries that are lost with its role.
     """
     async with asyncio.timeout(30):
         while True:
@@ -100,7 +100,7 @@ async def test_failover(pair: Pair, cause: str) -> None:
 
 
 async def test_sentinels_that_are_away(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E4: a primary that works gets events while no sentinel answers."""
+    """E4: if no sentinel answers, a primary that works still gets events."""
     monkeypatch.setattr(redis_module, "PRIMARY_SECONDS", 0.0)
     destination = open_url(pair.url())
     await destination.publish(make_event())
@@ -110,8 +110,8 @@ async def test_sentinels_that_are_away(pair: Pair, monkeypatch: pytest.MonkeyPat
     assert len(ids(pair.servers[0])) == 2
 
 
-async def test_what_sentinels_refuse(pair: Pair) -> None:
-    """G8: an unknown name or a wrong password of the sentinel is told, and no password shows."""
+async def test_errors_of_sentinels(pair: Pair) -> None:
+    """G8: an unknown name or a wrong password of the sentinel is reported, and no password is shown."""
     for url in (pair.url(name="other"), pair.url(password="wr0ng-canary")):
         destination = open_url(url)
         with pytest.raises(PublishFailed, match="no sentinel answers with a primary") as caught:
@@ -131,7 +131,7 @@ async def test_what_sentinels_refuse(pair: Pair) -> None:
     ],
 )
 def test_unusable_url(url: str) -> None:
-    """G8: several hosts without a primary's name, or a name that is missing, are a mistake in the URL."""
+    """G8: several hosts without a primary's name, or an empty name, are a mistake in the URL."""
     with pytest.raises(SettingsError, match="host:26379/0\\?stream=name&sentinel=primary") as caught:
         open_url(url)
     assert "canary" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The SQS destination: what a message holds, how batches form, and what each answer means."""
+"""The SQS destination: the content of a message, the batches, and the meaning of each answer."""
 
 import asyncio
 import json
@@ -29,13 +29,13 @@ CANARY = "s3cr3t-canary"
 QUEUE = "events"
 Entry = dict[str, Any]
 Outcome = tuple[str, str] | None
-"""A code and a text by which one entry is refused."""
+"""The code and the text of a rejected entry."""
 SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 1.0}
 
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give the clients credentials, and none of the machine's."""
+    """Give the clients credentials of the test's own."""
     for name, value in aws_environment().items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_SESSION_TOKEN", CANARY)
@@ -54,7 +54,7 @@ def queue() -> str:
 
 
 class Service(HttpSink):
-    """A server that answers SQS requests as it is told, with moto's tolerance for credentials."""
+    """A server that answers SQS requests as a test sets it, and accepts any credentials, like moto."""
 
     def __init__(self) -> None:
         super().__init__(self.serve)
@@ -109,7 +109,7 @@ SILENCE = ("", "")
 
 @pytest.fixture
 async def service() -> AsyncIterator[Service]:
-    """A server that takes everything until told otherwise."""
+    """A server that accepts every entry, unless a test sets an error."""
     running = Service()
     async with running:
         yield running
@@ -117,7 +117,7 @@ async def service() -> AsyncIterator[Service]:
 
 @pytest.fixture
 async def destination(service: Service) -> AsyncIterator[Destination]:
-    """A destination at that server, which has answered it before."""
+    """A destination at that server that has already connected."""
     opened = at(service)
     await opened.check()
     service.requests.clear()
@@ -141,7 +141,7 @@ async def failure(destination: Destination, **data: object) -> PublishFailed:
 
 
 def kind_of(entry: Entry) -> str:
-    """Return what `make_event` was given as its kind."""
+    """Return the kind that `make_event` got."""
     kind: str = json.loads(entry["MessageBody"])["data"]["kind"]
     return kind
 
@@ -158,8 +158,8 @@ async def test_message(server: Sqs, queue: str) -> None:
     assert attributes == {"id": event.get_id(), "deliveryid": event.get_extension("deliveryid")}
 
 
-def test_body_has_only_what_sqs_takes() -> None:
-    """E7: whatever text an event holds, its body has no character that SQS refuses."""
+def test_body_has_only_valid_characters() -> None:
+    """E7: an event may hold any text: its body has no character that SQS rejects."""
     text = "".join(map(chr, range(0x300))) + "\u2028\ud800\udfff\ufffe\uffff\U0010ffff"
     body = encode(make_event({text: text}, subject=text)).decode()
     assert all(" " <= character <= "\ud7ff" for character in body)
@@ -175,7 +175,7 @@ async def test_request_is_signed_for_the_region(service: Service, destination: D
 
 
 async def test_fifo_queue(server: Sqs, queue: str) -> None:
-    """E12: in a FIFO queue a second try of a delivery is dropped, and a replay of the event gets through."""
+    """E12: in a FIFO queue a second attempt at a delivery is dropped, and a replay gets through."""
     destination = open_url(await asyncio.to_thread(server.create_queue, f"{queue}.fifo"))
     event = make_event(id="event-1", subject="request-1", deliveryid="delivery-1")
     await destination.publish(event)
@@ -189,7 +189,7 @@ async def test_fifo_queue(server: Sqs, queue: str) -> None:
 
 
 async def test_fifo_ids_fit(service: Service) -> None:
-    """E7: whatever the request's id is, the message has a group, the same for the same request."""
+    """E7: with any request id the message has a group, the same for the same request."""
     destination = at(service, "events.fifo")
     for subject in ("request 1", "request 1", "Zürich", "x" * 129, "\ud800"):
         await destination.publish(make_event(subject=subject))
@@ -205,13 +205,13 @@ async def test_fifo_ids_fit(service: Service) -> None:
 
 
 async def test_standard_queue_has_no_groups(service: Service, destination: Destination) -> None:
-    """E7: what only a FIFO queue takes is sent to none else."""
+    """E7: fields that only a FIFO queue takes are sent to no other queue."""
     await destination.publish(make_event())
     assert set(service.batches[0][0]) == {"Id", "MessageBody", "MessageAttributes"}
 
 
 async def test_event_without_delivery_id(service: Service, destination: Destination) -> None:
-    """E3: there is always an id to deduplicate by."""
+    """E3: every message has an id to deduplicate by."""
     event = make_event()
     del event.get_attributes()["deliveryid"]
     await destination.publish(event)
@@ -219,7 +219,7 @@ async def test_event_without_delivery_id(service: Service, destination: Destinat
 
 
 async def test_batches_of_ten(service: Service, destination: Destination) -> None:
-    """E1: publishes that come at once go in batches of ten, several of them in flight at a time."""
+    """E1: publishes that run at once go in batches of ten, several of them in flight."""
     service.gate.clear()
     publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(200)]
     await until(lambda: service.under_way == MAX_BATCHES)
@@ -231,7 +231,7 @@ async def test_batches_of_ten(service: Service, destination: Destination) -> Non
 
 
 async def test_batches_are_small_enough(service: Service, destination: Destination) -> None:
-    """E1: a batch holds so many bytes in all; a message that is larger goes alone."""
+    """E1: a batch holds a limited number of bytes; a message that is larger goes alone."""
     sizes = [100_000, 100_000, 100_000, 10, 1_000_000, 10, 10]
     await asyncio.gather(*(destination.publish(make_event({"fill": "x" * size})) for size in sizes))
     lengths = [[len(entry["MessageBody"]) for entry in batch] for batch in service.batches]
@@ -239,10 +239,10 @@ async def test_batches_are_small_enough(service: Service, destination: Destinati
     assert all(len(batch) == 1 or sum(batch) <= MAX_BATCH_BYTES for batch in lengths)
 
 
-# The client advises against requests of more than 1 MiB, at which SQS still takes them.
+# The client advises against requests of more than 1 MiB; SQS still takes a message of that size.
 @pytest.mark.filterwarnings("ignore:Sending a large body directly:ResourceWarning")
 async def test_largest_message(server: Sqs, queue: str) -> None:
-    """E7: a message of exactly the service's size arrives; one byte more is refused for good, unsent."""
+    """E7: a message of exactly the service's limit arrives; one byte more is rejected, unsent."""
     destination = open_url(await asyncio.to_thread(server.create_queue, queue))
     spare = (
         MAX_MESSAGE_BYTES
@@ -259,7 +259,7 @@ async def test_largest_message(server: Sqs, queue: str) -> None:
 
 
 async def test_message_above_the_queues_own_limit(server: Sqs, queue: str) -> None:
-    """E7: a message that the queue does not take is refused for good; those in its batch arrive."""
+    """E7: a message that the queue rejects is rejected; the others of its batch arrive."""
     url = await asyncio.to_thread(server.create_queue, queue, MaximumMessageSize="2048")
     destination = open_url(url)
     with capture_logs() as logs:
@@ -276,7 +276,7 @@ async def test_message_above_the_queues_own_limit(server: Sqs, queue: str) -> No
 
 
 async def test_partial_failure(service: Service, destination: Destination) -> None:
-    """E1: each publish of a batch gets its own result, and silence about it is no confirmation."""
+    """E1: each publish of a batch gets its own result; a missing result is not a confirmation."""
     outcomes: dict[str, Outcome] = {
         "good": None,
         "text": ("InvalidMessageContents", "bad text"),
@@ -311,7 +311,7 @@ async def test_partial_failure(service: Service, destination: Destination) -> No
 
 
 async def test_one_message_spoils_no_batch(service: Service, destination: Destination) -> None:
-    """E7: where the service refuses a batch because of one message, the others are sent without it."""
+    """E7: if the service rejects a batch because of one message, the others are sent without it."""
     service.error = "BatchRequestTooLong"
     service.gate.clear()
     publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(3)]
@@ -336,10 +336,10 @@ async def test_one_message_spoils_no_batch(service: Service, destination: Destin
         ("InvalidParameterValue", "refused", "InvalidParameterValue"),
     ],
 )
-async def test_refused_requests(
+async def test_rejected_requests(
     service: Service, destination: Destination, code: str, reason: str, advice: str
 ) -> None:
-    """E4: what the service says is told with what to do, and not in its own words; then it works again."""
+    """E4: an error of the service is reported with advice, without its own text; then it works again."""
     service.error = code
     error = await failure(destination)
     assert (error.reason, error.retry_after) == (reason, None)
@@ -353,7 +353,7 @@ async def test_refused_requests(
 
 
 async def test_queue_that_comes_later(server: Sqs, queue: str) -> None:
-    """E1: without its queue nothing is delivered, and the message says to create it; then it works."""
+    """E1: without its queue no event is delivered, and the message says to create it; then it works."""
     destination = open_url(server.url(queue))
     with capture_logs() as logs:
         await destination.start()
@@ -368,7 +368,7 @@ async def test_queue_that_comes_later(server: Sqs, queue: str) -> None:
 
 
 async def test_credentials_that_come_later(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E4: without credentials the message says where they belong; once they are there it works."""
+    """E4: without credentials the message says how to set them; once they are there it works."""
     destination = at(service)
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
@@ -386,7 +386,7 @@ async def test_credentials_that_come_later(service: Service, monkeypatch: pytest
     "answer", [b"", b"HTTP/1.1 200 X\r\ncontent-length: 100\r\n\r\n{}", b"SSH-2.0-x\r\n"]
 )
 async def test_broken_answer(service: Service, destination: Destination, answer: bytes) -> None:
-    """E1: an answer that is missing, cut or none confirms nothing."""
+    """E1: a missing, truncated or invalid answer confirms no event."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(answer)
@@ -401,7 +401,7 @@ async def test_broken_answer(service: Service, destination: Destination, answer:
 
 @pytest.mark.parametrize("body", [b"{}", b"[]", b"<html>", b'{"Successful": [{"Id": "1"}]}', b""])
 async def test_answer_without_meaning(service: Service, destination: Destination, body: bytes) -> None:
-    """E1: a 200 that does not name the message confirms nothing, and fails it at once."""
+    """E1: a 200 that does not name the message does not confirm it, and fails it at once."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
@@ -412,7 +412,7 @@ async def test_answer_without_meaning(service: Service, destination: Destination
 
 
 async def test_dead_connection_is_no_failure(service: Service, destination: Destination) -> None:
-    """E4: a connection that the service closed while it was idle is replaced unnoticed."""
+    """E4: a connection that the service has closed while it was idle is replaced without a failure."""
     await destination.publish(make_event())
     await service.stop()
     await service.start()
@@ -422,7 +422,7 @@ async def test_dead_connection_is_no_failure(service: Service, destination: Dest
 
 @pytest.mark.usefixtures("destination", "impatient")
 async def test_service_that_hangs(service: Service, destination: Destination) -> None:
-    """E4: when the service hangs each publish fails in time, and afterwards the same destination works."""
+    """E4: if the service hangs each publish fails in time, and afterwards the same destination works."""
     service.gate.clear()
     began = time.monotonic()
     outcomes = await asyncio.gather(
@@ -440,7 +440,7 @@ async def test_service_that_hangs(service: Service, destination: Destination) ->
 
 @pytest.mark.usefixtures("destination", "impatient")
 async def test_close_while_the_service_hangs(service: Service, destination: Destination) -> None:
-    """E16: closing is bounded, and leaves nothing behind."""
+    """E16: closing is bounded, and leaves no task."""
     service.gate.clear()
     publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(200)]
     await until(lambda: service.under_way > 0)
@@ -457,7 +457,7 @@ async def test_close_while_the_service_hangs(service: Service, destination: Dest
 async def test_no_publish_is_left_behind(
     service: Service, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E1: who publishes in the very moment when the last sender ends is served, too."""
+    """E1: a publish in the very moment in which the last sender ends is sent, too."""
     assert isinstance(destination, SqsDestination)
     monkeypatch.setattr(destination._batches._batcher, "_max_in_flight", 1)
     for _ in range(5):
@@ -487,7 +487,7 @@ async def test_cancelled_publish_is_not_sent(
 async def test_secrets_stay_out_of_logs(
     service: Service, destination: Destination, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """G8: neither a session token nor a key is in a log, however chatty, or in what is shown."""
+    """G8: neither a session token nor a key is in a log, at any level, or in a shown text."""
     caplog.set_level(logging.DEBUG)
     await destination.publish(make_event())
     assert service.requests[0].headers["x-amz-security-token"] == CANARY
@@ -497,7 +497,7 @@ async def test_secrets_stay_out_of_logs(
 
 
 def urls() -> Iterator[tuple[str, str, str]]:
-    """Yield URLs that may work, with the queue's own URL and the region that follow from them."""
+    """Yield URLs that may work, each with its queue URL and its region."""
     path = "/123456789012/events"
     for host, region in {
         "sqs.eu-central-1.amazonaws.com": "eu-central-1",
@@ -521,7 +521,7 @@ def urls() -> Iterator[tuple[str, str, str]]:
 
 @pytest.mark.parametrize(("url", "queue_url", "region"), list(urls()))
 async def test_usable_url(url: str, queue_url: str, region: str) -> None:
-    """G8: the queue's own URL says where it is."""
+    """G8: the URL of the queue names its endpoint and its region."""
     destination = open_url(url)
     assert isinstance(destination, SqsDestination)
     assert (destination._queue.url, destination._queue.region) == (queue_url, region)
@@ -556,7 +556,7 @@ async def test_usable_url(url: str, queue_url: str, region: str) -> None:
     ],
 )
 def test_unusable_url(url: str) -> None:
-    """G8: a URL that cannot work is refused with an example of a right one, and is not quoted."""
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     assert "'test'" in str(caught.value)
@@ -582,7 +582,7 @@ def test_unusable_url(url: str) -> None:
 async def test_other_services(
     service: Service, monkeypatch: pytest.MonkeyPatch, place: str, region: str
 ) -> None:
-    """E14: queue URLs are taken as each service writes them, at its host or at the environment's endpoint."""
+    """E14: queue URLs are accepted as each service writes them, at its host or the environment's endpoint."""
     monkeypatch.setenv("AWS_REGION", "us-east-2")
     path = place.partition("?")[0].partition("/")[2]
     destination = open_url(f"sqs://{place}")
@@ -599,7 +599,7 @@ async def test_other_services(
 
 
 async def test_endpoint_of_the_environment(server: Sqs, queue: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E14: with `AWS_ENDPOINT_URL` the URL of a queue at Amazon leads to a server of one's own."""
+    """E14: with `AWS_ENDPOINT_URL` the URL of a queue at Amazon leads to another server."""
     url = (await asyncio.to_thread(server.create_queue, queue)).partition("?")[0]
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.address)
     destination = open_url(url)
@@ -637,7 +637,7 @@ async def test_which_endpoint(
     "value", ["localhost:9324", f"http://u:{CANARY}@host", f"http://host?key={CANARY}", "http://["]
 )
 def test_unusable_endpoint_of_the_environment(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """G8: an endpoint in the environment that is none is named by its variable, and not quoted."""
+    """G8: an invalid endpoint in the environment is reported by its variable, and not quoted."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", value)
     with pytest.raises(SettingsError, match="AWS_ENDPOINT_URL: write https://host") as caught:
         open_url("sqs://sqs.eu-west-1.amazonaws.com/123456789012/events")

@@ -1,4 +1,4 @@
-"""What every storage promises: each test runs on a local folder, and on servers for S3, Google and Azure.
+"""The contract of every storage: each test runs on a local folder, and on servers for S3, Google and Azure.
 
 The server for Google knows neither its signatures nor its conditions; Azurite checks both of Azure's.
 """
@@ -18,7 +18,7 @@ from receiver.media import Storage, open_storage
 
 MIB = 1024 * 1024
 SMALL = bytes(range(256)) * 4
-# More than one part of a multipart upload, and no multiple of anything.
+# More than one part of a multipart upload, and not a multiple of a block.
 LARGE = (bytes(range(251)) * 50_000)[: 11 * MIB + 12_345]
 
 
@@ -63,13 +63,13 @@ async def storage(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 @pytest.fixture
 def leftovers(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], int]:
-    """Count what a failed write has left: unfinished files, open uploads."""
+    """Count the leftovers of failed writes: unfinished files, open uploads."""
     kind = request.node.callspec.params["storage"]
     if kind in {"s3", "gs"}:
         bucket: Bucket = request.getfixturevalue("bucket")
         return bucket.open_uploads
     if kind == "az":
-        # Azure has no uploads to abort: it forgets blocks that no list of blocks names.
+        # Azure has no uploads to abort: it drops blocks that no list of blocks names.
         container: Container = request.getfixturevalue("container")
         return lambda: len(container.list_keys())
     return lambda: len(list((tmp_path / "media" / ".incoming").glob("*")))
@@ -86,7 +86,7 @@ async def read(storage: Storage, key: str) -> bytes:
 
 
 @pytest.mark.parametrize("data", [b"", b"x", SMALL, LARGE], ids=["empty", "byte", "small", "large"])
-async def test_what_was_put_can_be_read(storage: Storage, data: bytes) -> None:
+async def test_a_stored_file_can_be_read(storage: Storage, data: bytes) -> None:
     """D10: a stored file has every byte, and its size is known."""
     await storage.put("aa/0-image.png", chunked(data, 65_536))
     assert await read(storage, "aa/0-image.png") == data
@@ -94,7 +94,7 @@ async def test_what_was_put_can_be_read(storage: Storage, data: bytes) -> None:
 
 
 async def test_blocks_are_read_bounded(storage: Storage) -> None:
-    """D10: a large file is handed out in blocks of plain bytes, not at once."""
+    """D10: a large file is returned in blocks of plain bytes, not at once."""
     await storage.put("aa/1-video.mp4", chunked(LARGE, 65_536))
     blocks = [block async for block in storage.open("aa/1-video.mp4")]
     assert all(type(block) is bytes for block in blocks)
@@ -103,7 +103,7 @@ async def test_blocks_are_read_bounded(storage: Storage) -> None:
 
 
 async def test_reading_can_stop_early(storage: Storage) -> None:
-    """D10: whoever stops reading leaves nothing open."""
+    """D10: if a reader stops early no file and no connection stays open."""
     await storage.put("aa/2-video.mp4", chunked(LARGE, 65_536))
     async with aclosing(storage.open("aa/2-video.mp4")) as blocks:  # type: ignore[type-var]  # both are generators
         first = await anext(blocks)
@@ -118,7 +118,7 @@ async def test_putting_again_replaces(storage: Storage) -> None:
 
 
 async def test_racing_writers_leave_one_whole_file(storage: Storage) -> None:
-    """D11: two workers that store the same file at once do not mix their bytes."""
+    """D11: if two workers store the same file at once, their bytes are not mixed."""
     contents = [bytes([number]) * MIB for number in range(4)]
     await asyncio.gather(*(storage.put("ac/0-image.png", chunked(data, 65_536)) for data in contents))
     assert await read(storage, "ac/0-image.png") in contents
@@ -128,10 +128,10 @@ async def test_racing_writers_leave_one_whole_file(storage: Storage) -> None:
 @pytest.mark.parametrize(
     "error", [MediaUnavailable("cut", reason="truncated"), OSError("foreign"), ValueError("x")]
 )
-async def test_a_failing_source_leaves_nothing(
+async def test_a_failing_source_leaves_no_file(
     storage: Storage, leftovers: Callable[[], int], size: int, error: Exception
 ) -> None:
-    """D10: the source's own error comes out as it is, and there is neither a file nor a part of one."""
+    """D10: an error of the source is raised unchanged, and no file and no part of it stays."""
     before = leftovers()
 
     async def source() -> AsyncIterator[bytes]:
@@ -147,7 +147,7 @@ async def test_a_failing_source_leaves_nothing(
 
 
 async def test_a_failing_source_leaves_the_old_file(storage: Storage) -> None:
-    """D10: a replacement that fails leaves what was there."""
+    """D10: if a replacement fails, the old file stays."""
     await storage.put("ae/0-image.png", chunked(SMALL))
 
     async def source() -> AsyncIterator[bytes]:
@@ -160,10 +160,10 @@ async def test_a_failing_source_leaves_the_old_file(storage: Storage) -> None:
 
 
 @pytest.mark.parametrize("size", [0, MIB, len(LARGE)])
-async def test_a_cancelled_write_leaves_nothing(
+async def test_a_cancelled_write_leaves_no_file(
     storage: Storage, leftovers: Callable[[], int], size: int
 ) -> None:
-    """D10: a worker that is stopped in the middle of a file takes its part with it."""
+    """D10: if a write is cancelled in the middle of a file, its part is removed."""
     before = leftovers()
     waiting = asyncio.Event()
     ended: list[bool] = []
@@ -189,7 +189,7 @@ async def test_a_cancelled_write_leaves_nothing(
 
 
 async def test_a_missing_file_is_said_to_be_missing(storage: Storage) -> None:
-    """D10: no such file: FileNotFoundError when read, None when asked for its size, nothing when deleted."""
+    """D10: for a missing file reading raises FileNotFoundError, its size is None, and deleting it passes."""
     assert await storage.stat("ag/0-image.png") is None
     with pytest.raises(FileNotFoundError):
         await read(storage, "ag/0-image.png")
@@ -235,7 +235,7 @@ async def test_a_deleted_file_is_gone(storage: Storage) -> None:
     ],
 )
 async def test_a_key_cannot_leave_the_storage(storage: Storage, key: str, tmp_path: Path) -> None:
-    """D12: a key that is not plainly ours is refused by every method, before anything is touched."""
+    """D12: every method rejects an invalid key before it reads or writes."""
     with pytest.raises(ValueError, match="Not a storage key"):
         await storage.put(key, chunked(SMALL))
     with pytest.raises(ValueError, match="Not a storage key"):
@@ -249,8 +249,8 @@ async def test_a_key_cannot_leave_the_storage(storage: Storage, key: str, tmp_pa
     assert files_below(tmp_path) == []
 
 
-async def test_the_uri_says_where_the_file_is(storage: Storage, tmp_path: Path) -> None:
-    """D11: the URI names the storage and the key, and nothing secret."""
+async def test_the_uri_names_the_file(storage: Storage, tmp_path: Path) -> None:
+    """D11: the URI names the storage and the key, and no secret."""
     assert storage.uri("ai/0-image.png") in {
         f"file://{tmp_path}/media/ai/0-image.png",
         "s3://files/some/prefix/ai/0-image.png",
@@ -263,7 +263,7 @@ async def test_the_uri_says_where_the_file_is(storage: Storage, tmp_path: Path) 
 async def test_a_link_shows_the_file(storage: Storage, data: bytes, request: pytest.FixtureRequest) -> None:
     """D14: a link needs no credentials and has the file's type, so that a browser shows the picture.
 
-    What a link to Google is signed with is checked elsewhere: the server here knows no signatures.
+    The signature of a link to Google has a test of its own: the server here checks no signatures.
     """
     await storage.put("ak/0-image.png", chunked(data, 65_536), content_type="image/png")
     kind = request.node.callspec.params["storage"]
@@ -288,7 +288,7 @@ async def test_a_link_shows_the_file(storage: Storage, data: bytes, request: pyt
 async def test_a_link_holds_for_a_week_at_most(
     storage: Storage, seconds: int, request: pytest.FixtureRequest
 ) -> None:
-    """D14: a longer link would be refused by the server that it leads to."""
+    """D14: the server would reject a link that lives longer."""
     if request.node.callspec.params["storage"] == "file":
         assert await storage.link("al/0-image.png", seconds=seconds) is None
         return
@@ -309,7 +309,7 @@ async def test_a_missing_bucket_is_no_missing_file(
         await storage.check()
 
 
-async def test_the_check_leaves_nothing_behind(
+async def test_the_check_leaves_no_file(
     storage: Storage, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """D16: the check really writes, reads and deletes."""
@@ -321,8 +321,8 @@ async def test_the_check_leaves_nothing_behind(
         assert not [key for key in server.list_keys() if "probe" in key]
 
 
-async def test_the_check_reads_back_what_it_wrote(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D16: a storage that takes files and gives back others, or none, is reported."""
+async def test_the_check_compares_the_bytes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D16: the check fails if a storage returns other bytes than it was given, or none."""
 
     async def other(key: str) -> AsyncIterator[bytes]:  # noqa: ARG001
         yield b"something else"
@@ -337,8 +337,8 @@ async def test_the_check_reads_back_what_it_wrote(storage: Storage, monkeypatch:
             await storage.check()
 
 
-async def test_a_sweep_spares_what_is_in_use(storage: Storage) -> None:
-    """D10: the janitor touches neither finished files nor writes in progress."""
+async def test_a_sweep_spares_files_in_use(storage: Storage) -> None:
+    """D10: the cleanup deletes neither finished files nor writes in progress."""
     started, go_on = asyncio.Event(), asyncio.Event()
 
     async def source() -> AsyncIterator[bytes]:

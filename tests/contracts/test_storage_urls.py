@@ -1,4 +1,4 @@
-"""`RECEIVER_STORAGE_URL`, and what is special to each storage."""
+"""`RECEIVER_STORAGE_URL`, and the behaviour that is special to each storage."""
 
 import asyncio
 import hashlib
@@ -33,7 +33,7 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "very-secre
 
 @pytest.fixture
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set what an S3 client needs."""
+    """Set the environment of an S3 client."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
 
@@ -88,7 +88,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     ],
 )
 def test_nonsense_stops_the_start(url: str) -> None:
-    """D16: a URL that names no storage is refused, with the setting's name and without its secrets."""
+    """D16: an invalid URL is rejected, with the setting's name and without its secrets."""
     with pytest.raises(SettingsError, match="RECEIVER_STORAGE_URL") as caught:
         open_storage(url)
     assert "secret@" not in str(caught.value)
@@ -97,7 +97,7 @@ def test_nonsense_stops_the_start(url: str) -> None:
 def test_a_relative_folder_is_below_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D12: `file:data/media` is relative to where the service was started, and stays there."""
+    """D12: `file:data/media` is relative to the working directory at the start, and stays there."""
     monkeypatch.chdir(tmp_path)
     storage = open_storage("file:data/my%20media")
     monkeypatch.chdir("/")
@@ -105,15 +105,15 @@ def test_a_relative_folder_is_below_the_working_directory(
     assert open_storage("file:///srv/media").uri("a.png") == "file:///srv/media/a.png"
 
 
-def test_opening_a_folder_touches_nothing(tmp_path: Path) -> None:
-    """D16: the folder is made by the first write, not by reading the settings."""
+def test_opening_does_not_make_the_folder(tmp_path: Path) -> None:
+    """D16: the first write makes the folder; reading the settings does not."""
     open_storage(f"file:{tmp_path}/media")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("scheme", "extra"), [("s3", "s3"), ("gs", "gcs"), ("az", "azure")])
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, extra: str) -> None:
-    """D16: without obstore the message says what to install."""
+    """D16: without obstore the message names the package to install."""
     monkeypatch.setitem(sys.modules, "obstore", None)
     monkeypatch.delitem(sys.modules, "receiver.media.storage.objects", raising=False)
     with pytest.raises(SettingsError, match=rf"clipia-receiver\[{extra}\]"):
@@ -122,14 +122,14 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, scheme: str, 
 
 @pytest.mark.usefixtures("credentials")
 def test_a_bucket_needs_no_options() -> None:
-    """D16: on AWS itself the endpoint and region come from elsewhere."""
+    """D16: on AWS itself the endpoint and region come from the environment."""
     assert open_storage("s3://bucket").uri("a.png") == "s3://bucket/a.png"
 
 
 @pytest.mark.usefixtures("credentials")
 @pytest.mark.parametrize("path", ["/storage/v1/s3", "/storage/v1/s3/"])
 async def test_an_endpoint_may_have_a_path(path: str) -> None:
-    """D16: services that have S3 below a path are reached there."""
+    """D16: a service with S3 below a path is reached there."""
     facts = ("Last-Modified: Sat, 21 Nov 2026 00:00:00 GMT", 'ETag: "x"', "Connection: close")
     async with site(response(b"", *facts)) as server:
         storage = open_storage(f"s3://files/prefix?endpoint={server.origin}{path}&region=us-east-1")
@@ -151,7 +151,7 @@ async def test_an_endpoint_may_have_a_path(path: str) -> None:
 def test_credentials_that_are_none_stop_the_start(
     url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """D16: credentials that no client takes are told at start, and never quoted."""
+    """D16: credentials that no client accepts are reported at start, and never quoted."""
     (tmp_path / "key.json").write_text('{"private_key": "very-secret"}')
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "key.json"))
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "very-secret")
@@ -161,7 +161,7 @@ def test_credentials_that_are_none_stop_the_start(
 
 
 async def test_a_link_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
-    """D12: a link planted in the folder is not followed out of it, neither to write nor to read."""
+    """D12: a symbolic link in the folder is not followed out of it, neither to write nor to read."""
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.txt").write_text("secret")
@@ -180,7 +180,7 @@ async def test_a_link_cannot_lead_out_of_the_folder(tmp_path: Path) -> None:
 
 
 async def test_the_janitor_removes_abandoned_parts(tmp_path: Path) -> None:
-    """D10: what a crash left in the middle of a write is removed after a day, not earlier."""
+    """D10: an unfinished file of a crash is removed after a day, not earlier."""
     storage = LocalStorage(tmp_path)
     assert await storage.sweep() == 0
     incoming = tmp_path / ".incoming"
@@ -194,7 +194,7 @@ async def test_the_janitor_removes_abandoned_parts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["file/media", "file"])
-async def test_a_folder_that_cannot_be_used_says_what_to_do(tmp_path: Path, path: str) -> None:
+async def test_an_unusable_folder_is_explained(tmp_path: Path, path: str) -> None:
     """D16: the message of the check names the folder and the setting."""
     (tmp_path / "file").write_bytes(b"not a folder")
     with pytest.raises(StorageUnavailable, match="RECEIVER_STORAGE_URL") as caught:
@@ -203,8 +203,8 @@ async def test_a_folder_that_cannot_be_used_says_what_to_do(tmp_path: Path, path
     assert str(tmp_path) in str(caught.value)
 
 
-async def test_a_file_where_a_folder_should_be_is_an_error(tmp_path: Path) -> None:
-    """D16: a key below another file cannot be stored; the other file stays as it is."""
+async def test_a_file_in_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    """D16: a key below another file cannot be stored; the other file stays unchanged."""
     storage = LocalStorage(tmp_path)
     await storage.put("a", chunked(b"a"))
     with pytest.raises(StorageUnavailable):
@@ -220,7 +220,7 @@ async def test_a_folder_has_no_size(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("credentials")
-async def test_a_bucket_that_is_not_there_says_what_to_check(bucket: Bucket) -> None:
+async def test_a_missing_bucket_is_explained(bucket: Bucket) -> None:
     """D16: a missing bucket fails every way of writing, and the message keeps the secret out."""
     storage = open_storage(f"s3://missing/x?endpoint={bucket.endpoint}&region=us-east-1")
     with pytest.raises(StorageUnavailable, match="RECEIVER_STORAGE_URL") as caught:
@@ -233,8 +233,8 @@ async def test_a_bucket_that_is_not_there_says_what_to_check(bucket: Bucket) -> 
 
 
 @pytest.mark.usefixtures("credentials")
-async def test_a_refusing_server_makes_every_method_unavailable() -> None:
-    """D16: an answer that is no success is a condition to wait for, whatever was asked."""
+async def test_a_rejecting_server_makes_every_method_unavailable() -> None:
+    """D16: any status but success makes the storage unavailable, for every method."""
     answer = b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     async with site(answer) as server:
         storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
@@ -259,7 +259,7 @@ async def test_a_read_that_breaks_off_is_noticed() -> None:
 
 @pytest.mark.usefixtures("credentials")
 async def test_uploads_carry_a_checksum(bucket: Bucket) -> None:
-    """D10: the server is told the SHA-256 of what it should have got."""
+    """D10: the server gets the SHA-256 of the bytes, to compare."""
     seen: list[bytes] = []
 
     async def answer(request: bytes, writer: object) -> None:  # noqa: ARG001
@@ -275,7 +275,7 @@ async def test_uploads_carry_a_checksum(bucket: Bucket) -> None:
 
 @pytest.mark.usefixtures("credentials")
 async def test_checksums_can_be_switched_off() -> None:
-    """D10: services that refuse S3's checksum headers get none with `checksum=none`, in parts neither."""
+    """D10: `checksum=none`, for services that reject S3's checksum headers, sends none, in parts neither."""
     async with site(response(b"", "Connection: close", status="403 Forbidden")) as server:
         storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1&checksum=none")
         for size in (100, 6_000_000):
@@ -287,7 +287,7 @@ async def test_checksums_can_be_switched_off() -> None:
 
 @pytest.mark.usefixtures("credentials")
 async def test_credentials_need_no_right_to_delete(tmp_path: Path) -> None:
-    """D16: if only the probe's removal is refused, the check passes with a warning that names the probe."""
+    """D16: if only the removal of the probe fails, the check passes with a warning that names the probe."""
     content = b""
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -323,7 +323,7 @@ async def test_credentials_need_no_right_to_delete(tmp_path: Path) -> None:
 def open_bucket(
     origin: str, *, answer_seconds: float = objects.ANSWER_SECONDS, retries: "RetryConfig" = objects.RETRIES
 ) -> objects.ObjectStorage:
-    """Open a bucket of a local server, with the times of a test."""
+    """Open a bucket of a local server, with short timeouts."""
     options = {"endpoint": origin, "region": "us-east-1"}
     store = objects.open_store("s3", "files", "", options, credentials="", retries=retries)
     return objects.ObjectStorage(store, base="s3://files/", credentials="", answer_seconds=answer_seconds)
@@ -363,7 +363,7 @@ async def test_a_file_may_take_long_but_not_stall() -> None:
 @pytest.mark.usefixtures("credentials")
 @pytest.mark.parametrize("flaw", ["none", "replaced", "no progress", "short", "no tag", "odd date"])
 async def test_a_read_goes_on_behind_a_break(flaw: str) -> None:
-    """D9: a connection that breaks within a large file is replaced, unless the file is another one then."""
+    """D9: if a connection breaks within a large file it is replaced, unless the file has changed."""
     data = bytes(range(250)) * 20_000
     calls = 0
 
@@ -387,7 +387,7 @@ async def test_a_read_goes_on_behind_a_break(flaw: str) -> None:
         await writer.drain()
 
     async with site(answer) as server, asyncio.timeout(60):
-        # The client itself resumes a read in its first half a minute only. Without retries it never does.
+        # The client itself resumes a read only in its first half a minute, and never without retries.
         storage = open_bucket(server.origin, retries={"max_retries": 0})
 
         async def read() -> bytes:
@@ -404,14 +404,14 @@ async def test_a_read_goes_on_behind_a_break(flaw: str) -> None:
 @pytest.mark.usefixtures("credentials")
 @pytest.mark.parametrize("date", ["Sat, 01 Jan 0000 00:00:00 GMT", "Fri, 31 Dec 9999 23:59:59 -1200"])
 async def test_a_date_that_is_none_makes_no_file_unreadable(date: str) -> None:
-    """D16: what a server says of an object, beside its bytes, fails no read."""
+    """D16: invalid metadata of an object fail no read of its bytes."""
     async with site(response(b"x" * 100, f"Last-Modified: {date}", 'ETag: "x"')) as server:
         storage = open_storage(f"s3://files?endpoint={server.origin}&region=us-east-1")
         assert b"".join([block async for block in storage.open("a.mp4")]) == b"x" * 100
 
 
 class PanicException(BaseException):
-    """What a panic of the client's Rust code is raised as."""
+    """The exception for a panic of the client's Rust code."""
 
 
 @pytest.mark.usefixtures("credentials")
@@ -446,7 +446,7 @@ async def test_a_panic_of_the_client_is_a_failure_of_the_storage(monkeypatch: py
 
 
 async def test_a_sas_token_signs_no_links(monkeypatch: pytest.MonkeyPatch) -> None:
-    """D14: links to Azure take the account's key, and whoever has only a SAS token is told so."""
+    """D14: links to Azure need the account's key; with a SAS token alone the error says so."""
     monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", "sv=2024&sig=s3cret%3D")
     storage = open_storage("az://files?account=acc")
     with pytest.raises(StorageUnavailable, match="a SAS token signs no links; that takes the") as caught:
@@ -478,7 +478,7 @@ async def test_a_link_to_google_is_signed(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.usefixtures("credentials")
 async def test_a_part_that_fails_ends_the_upload() -> None:
-    """D10: when the server refuses a part, the upload is aborted there and the source is read no further."""
+    """D10: if the server rejects a part, the upload is aborted and the source is read no further."""
     started = "<InitiateMultipartUploadResult><UploadId>u1</UploadId></InitiateMultipartUploadResult>"
 
     async def answer(request: bytes, writer: asyncio.StreamWriter) -> None:
@@ -490,7 +490,7 @@ async def test_a_part_that_fails_ends_the_upload() -> None:
             writer.write(response(b"", 'ETag: "x"', "Connection: close"))
 
     async def endless() -> AsyncGenerator[bytes, None]:
-        # Bounded: 100 MB are stored if the refused part does not end it.
+        # Bounded: 100 MB are stored if the rejected part does not end it.
         for _ in range(100):
             yield bytes(1_000_000)
 
@@ -504,7 +504,7 @@ async def test_a_part_that_fails_ends_the_upload() -> None:
 
 
 async def test_a_stopped_upload_reads_no_further() -> None:
-    """D10: when the caller was cancelled while the server was busy, the next read ends the upload."""
+    """D10: if the caller was cancelled while the server was busy, the next read ends the upload."""
     source = objects._Source(chunked(b"x" * 100))
     assert len(await source.peek(10)) == 100
     source.stop()

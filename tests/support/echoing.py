@@ -1,4 +1,4 @@
-"""Servers that repeat what they were sent, and refuse it; and a look for secrets in what comes of it."""
+"""Servers that reject a login or a request and repeat it, and a search for secrets in the results."""
 
 import asyncio
 import base64
@@ -32,7 +32,7 @@ async def listening(talk: Talk, *, seconds: float = 10) -> AsyncIterator[int]:
 
 
 async def redis_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Answer each command with an error that has the whole command in it."""
+    """Answer each command with an error that contains the whole command."""
     while data := await reader.read(4096):
         said = data.decode(errors="replace").replace("\r\n", " ")
         commands = len(re.findall(rb"\*[0-9]+\r\n", data))
@@ -40,7 +40,7 @@ async def redis_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWrit
 
 
 async def nats_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Refuse the login with the login in the refusal."""
+    """Reject the login with an error that contains it."""
     writer.write(b'INFO {"server_id":"x","version":"2.9.0","max_payload":1048576,"auth_required":true}\r\n')
     login = (await reader.readline()).decode().strip().replace("'", "")
     writer.write(f"-ERR 'Not welcome: {login}'\r\n".encode())
@@ -48,7 +48,7 @@ async def nats_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWrite
 
 
 async def amqp_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Refuse the login with the password, plain and in base64, in the refusal."""
+    """Reject the login with an error that contains the password, plain and in base64."""
 
     def method(channel: int, content: bytes) -> bytes:
         return b"\x01" + channel.to_bytes(2, "big") + len(content).to_bytes(4, "big") + content + b"\xce"
@@ -108,7 +108,7 @@ PEERS: dict[str, tuple[str, Talk]] = {
 
 
 async def s3_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Refuse as S3 does, which repeats what was signed."""
+    """Reject the request like S3, which repeats the signed headers."""
     head = await reader.readuntil(b"\r\n\r\n")
     body = b"<Error><Code>SignatureDoesNotMatch</Code><StringToSign>" + head + b"</StringToSign></Error>"
     writer.write(b"HTTP/1.1 403 Forbidden\r\nconnection: close\r\n")
@@ -117,7 +117,7 @@ async def s3_repeats(reader: asyncio.StreamReader, writer: asyncio.StreamWriter)
 
 
 def assert_hidden(text: str, *secrets: str) -> None:
-    """See that no half of a secret is in a text, encoded or not."""
+    """Assert that a text contains no half of a secret, encoded or not."""
     for secret in secrets or (PASSWORD, TOKEN):
         for form in _forms(secret):
             assert form[:10] not in text, f"{form[:10]} in {text[:20_000]}"
@@ -129,5 +129,5 @@ def _forms(secret: str) -> Iterator[str]:
     yield quote(secret, safe="")
     for before in (b"", b"user:", b"\0user\0"):
         encoded = base64.b64encode(before + secret.encode()).decode().rstrip("=")
-        # What stands before the secret is no secret, and shares a character with it.
+        # The text before the secret is not secret, but shares a character with it.
         yield encoded[-(-len(before) * 4 // 3) + 1 : -2]

@@ -1,6 +1,6 @@
 """Destinations for the contract suite: how to open each kind, read what arrived, break it and mend it.
 
-A new kind of destination gets a subclass of `Kind` and an entry in `kinds`; the suite needs no change.
+A new kind of destination gets a subclass of `Kind` and an entry in `kinds.py`; the suite needs no change.
 """
 
 import abc
@@ -24,7 +24,7 @@ from receiver.errors import PublishFailed, PublishRejected
 
 
 def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> CloudEvent:
-    """Make a message as the pipeline does."""
+    """Make a message as the delivery lane does."""
     return CloudEvent(
         attributes={
             "id": str(uuid4()),
@@ -72,7 +72,7 @@ async def verdict(destination: Destination) -> str:
 
 
 class Kind(abc.ABC):
-    """One kind of destination with a real other side."""
+    """One kind of destination, with a real server or file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -87,19 +87,19 @@ class Kind(abc.ABC):
 
     @abc.abstractmethod
     def open(self) -> Destination:
-        """Open one more destination at the same place."""
+        """Open one more destination with the same address."""
 
     @abc.abstractmethod
     async def received(self) -> list[dict[str, Any]]:
-        """Return what is there, as the consumer sees it, in structured JSON."""
+        """Return the events that have arrived, as the consumer sees them, in structured JSON."""
 
     @abc.abstractmethod
     async def break_down(self) -> None:
-        """Make the place refuse or vanish."""
+        """Make publishing fail."""
 
     @abc.abstractmethod
     async def mend(self) -> None:
-        """Undo `break_down`; nothing that was confirmed may be gone."""
+        """Undo `break_down`; confirmed events must still be there."""
 
 
 class FileKind(Kind):
@@ -107,7 +107,7 @@ class FileKind(Kind):
 
     @property
     def path(self) -> Path:
-        """Where the events go; the folders are the destination's to make."""
+        """The file; the destination makes its folders."""
         return self.folder / "a" / "b" / "events.jsonl"
 
     def open(self) -> Destination:
@@ -152,7 +152,7 @@ async def answer_ok(_request: Received, writer: asyncio.StreamWriter) -> None:
 
 
 class HttpSink:
-    """A real HTTP server that remembers requests and answers as it is told."""
+    """A real HTTP server that records requests and answers as a test sets it."""
 
     def __init__(self, answer: Answer = answer_ok) -> None:
         self.answer = answer
@@ -166,12 +166,12 @@ class HttpSink:
 
     @property
     def open_connections(self) -> int:
-        """How many connections are open now."""
+        """The number of open connections."""
         return len(self._serving)
 
     @property
     def url(self) -> str:
-        """Where events are posted to."""
+        """The URL that events are posted to."""
         return f"{'https' if self._ssl else 'http'}://127.0.0.1:{self.port}/events"
 
     async def start(self, *, ssl: Any = None) -> Self:
@@ -257,7 +257,7 @@ class HttpKind(Kind):
 
 
 class MemoryKind(Kind):
-    """The list in memory, told to fail while it is broken."""
+    """The list in memory; it raises a failure while it is broken."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

@@ -17,7 +17,7 @@ from support.servers_kafka_sqs import CREDENTIALS, Kafka, Record, Sqs
 
 TOPIC: Final = "events"
 PATIENCE: Final = 3.0
-"""Seconds that a publish may take while nothing answers; what works here takes milliseconds."""
+"""Seconds that a publish may take if no broker answers; otherwise it takes milliseconds."""
 
 
 class KafkaKind(Kind):
@@ -81,7 +81,7 @@ class SqsKind(Kind):
         return open_url(self.url)
 
     async def received(self) -> list[dict[str, Any]]:
-        """Take what is new from the queue, and return all that was ever taken."""
+        """Take the new messages from the queue, and return all that were ever taken."""
         self._messages += await asyncio.to_thread(self.sqs.receive, self.queue)
         return [json.loads(message["Body"]) for message in self._messages]
 
@@ -110,7 +110,7 @@ def decode(record: Record) -> dict[str, Any]:
 
 
 def aws_environment() -> dict[str, str]:
-    """Return an environment in which AWS clients find our credentials and look nowhere else."""
+    """Return an environment in which AWS clients find only these credentials."""
     nowhere = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
     return {**CREDENTIALS, **nowhere, "AWS_EC2_METADATA_DISABLED": "true"}
 

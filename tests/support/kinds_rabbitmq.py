@@ -22,7 +22,7 @@ from support.servers_rabbitmq import RabbitMq
 
 @functools.cache
 def rabbitmq_server() -> RabbitMq:
-    """Return the server of this test session, started where it is first needed."""
+    """Return the server of this test session, and start it if necessary."""
     server = RabbitMq().__enter__()
     atexit.register(server.__exit__, None, None, None)
     return server
@@ -38,7 +38,7 @@ class Relay:
         self.allowance: int | None = None
         """Bytes to pass on before all connections are cut."""
         self.answers = asyncio.Event()
-        """Cleared, it keeps back what the server says."""
+        """If it is cleared, the server's answers are held back."""
         self.answers.set()
         self._server: asyncio.Server | None = None
         self._serving: set[asyncio.Task[Any]] = set()
@@ -122,7 +122,7 @@ async def drain(channel: AbstractChannel, queue: str) -> list[AbstractIncomingMe
 
 
 def to_structured(message: AbstractIncomingMessage) -> dict[str, Any]:
-    """Return what a consumer makes of a message, in structured JSON."""
+    """Return a message as a consumer reads it, in structured JSON."""
     event = from_amqp_event(
         AMQPMessage(
             properties={"content-type": message.content_type},
@@ -135,7 +135,7 @@ def to_structured(message: AbstractIncomingMessage) -> dict[str, Any]:
 
 
 class RabbitmqKind(Kind):
-    """A queue that the destination declares; the way to the server is cut while it is broken."""
+    """A queue that the destination declares; its relay is cut while it is broken."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -157,7 +157,7 @@ class RabbitmqKind(Kind):
 
     @property
     def url(self) -> str:
-        """Where events are published."""
+        """The URL that events are published to."""
         return self.server.url(f"?queue={self.queue}", port=self.relay.port)
 
     def open(self) -> Destination:
@@ -165,7 +165,7 @@ class RabbitmqKind(Kind):
         return open_url(self.url)
 
     async def received(self) -> list[dict[str, Any]]:
-        """Take what is new out of the queue."""
+        """Take the new messages from the queue."""
         async with open_channel(self.server) as channel:
             await channel.declare_queue(self.queue, durable=True, arguments={"x-queue-type": "quorum"})
             self._read += [to_structured(message) for message in await drain(channel, self.queue)]

@@ -1,4 +1,4 @@
-"""The kinds `redis` and `nats` for the contract suite, and how tests read what these brokers hold."""
+"""The kinds `redis` and `nats` for the contract suite, and functions that read these brokers."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ SUBJECT: Final = "clipia.events"
 
 
 def read_redis(server: Redis, stream: str = STREAM) -> list[dict[str, Any]]:
-    """Return the events of a stream, oldest first; the fields for deduplication must fit."""
+    """Return the events of a stream, oldest first; the fields for deduplication must match."""
     with redis.Redis(port=server.port) as client:
         entries: Any = client.xrange(stream)
     events = []

@@ -19,7 +19,7 @@ from support.servers import end, free_port, wait_for_port
 # The newest one that runs on the Node.js of Debian 12.
 AZURITE: Final = "azurite@3.35.0"
 ACCOUNT: Final = "devstoreaccount1"
-# Known to everybody: the emulator has it built in.
+# Public knowledge: the key is built into the emulator.
 KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 VERSION: Final = "2021-08-06"
 
@@ -33,7 +33,7 @@ class Container:
 
     @property
     def url(self) -> str:
-        """What to put into RECEIVER_STORAGE_URL."""
+        """The value of RECEIVER_STORAGE_URL."""
         return f"az://{self.name}/some/prefix?endpoint={self.endpoint}&account={ACCOUNT}"
 
     def request(self, method: str, query: Mapping[str, str]) -> httpx.Response:

@@ -1,4 +1,4 @@
-"""Kafka and SQS for tests, each in a process of its own: it can be frozen, and its faults are made to order.
+"""Kafka and SQS for tests, each in a process of its own: it can be frozen, and it fails on command.
 
 Kafka is librdkafka's mock cluster: real sockets and the real protocol, its log in memory. SQS is moto's
 server. Run as a program, with the name of one of them, this file is that process and obeys lines of JSON.
@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, kind: str, *, package: str) -> None:
         if importlib.util.find_spec(package) is None:
-            from support.servers import missing  # noqa: PLC0415 - what it needs takes long to import for the process
+            from support.servers import missing  # noqa: PLC0415 - its imports take long for the process
 
             missing(package, "pip install --group dev")
         self.process = subprocess.Popen(
@@ -49,12 +49,12 @@ class Process:
         return self._answer()
 
     def freeze(self) -> None:
-        """Stop the process: its sockets stay open and nothing answers."""
+        """Stop the process: its sockets stay open and do not answer."""
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         self.process.send_signal(signal.SIGCONT)
 
     def stop(self) -> None:
@@ -88,7 +88,7 @@ class Record:
 
 
 class Kafka(Process):
-    """A cluster of three brokers; `address` is what a client starts from."""
+    """A cluster of three brokers; a client starts from `address`."""
 
     def __init__(self) -> None:
         super().__init__("kafka", package="confluent_kafka")
@@ -102,7 +102,7 @@ class Kafka(Process):
         self.command("set_leader", topic, partition, -1 if broker is None else broker)
 
     def fail_topic(self, topic: str, error: int) -> None:
-        """Answer whatever asks for a topic with an error of Kafka's protocol; 0 ends it."""
+        """Answer requests about a topic with an error of Kafka's protocol; 0 ends it."""
         self.command("fail_topic", topic, error)
 
     def fail_requests(self, api: int, *errors: int) -> None:
@@ -124,7 +124,7 @@ class Kafka(Process):
         return int(self.command("count_requests", api))
 
     def read(self, topic: str) -> list[Record]:
-        """Read a topic from its beginning with a client that is not the one under test; blocking."""
+        """Read a topic from its beginning with an independent client; blocking."""
         import confluent_kafka  # noqa: PLC0415 - not needed where Kafka is not
 
         consumer = confluent_kafka.Consumer(
@@ -168,7 +168,7 @@ class Sqs(Process):
 
     @functools.cached_property
     def client(self) -> Any:
-        """A client that is not the one under test; blocking."""
+        """An independent client; blocking."""
         import boto3  # type: ignore[import-untyped]  # noqa: PLC0415
 
         return boto3.client(
@@ -191,7 +191,7 @@ class Sqs(Process):
         return f"sqs://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{name}?endpoint={self.address}"
 
     def receive(self, name: str) -> list[dict[str, Any]]:
-        """Take all messages from a queue, in the order in which they come; blocking."""
+        """Take all messages from a queue, in the order of their arrival; blocking."""
         queue = f"{self.address}/{ACCOUNT}/{name}"
         messages: list[dict[str, Any]] = []
         while found := self.client.receive_message(
@@ -241,7 +241,7 @@ class _MockCluster:
         assert handle.value, error.value
         self._cluster = pointer(library.rd_kafka_handle_mock_cluster(handle))
         library.rd_kafka_mock_start_request_tracking(self._cluster)
-        # Of consumers: a group's first member need not wait for others.
+        # For consumers: a group's first member need not wait for others.
         library.rd_kafka_mock_group_initial_rebalance_delay_ms(self._cluster, ctypes.c_int32(0))
         self.address: str = library.rd_kafka_mock_cluster_bootstraps(self._cluster).decode()
 
@@ -303,7 +303,7 @@ class _MotoServer:
 
 
 def main() -> None:
-    """Run a server, say where it listens, and obey until nobody is left to command."""
+    """Run a server, print its address, and obey until the input ends."""
     server: _MockCluster | _MotoServer = _MockCluster() if sys.argv[1] == "kafka" else _MotoServer()
     _answer(server.address)
     for line in sys.stdin:

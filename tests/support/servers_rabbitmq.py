@@ -22,7 +22,7 @@ MAX_MESSAGE_SIZE = 1024 * 1024
 
 
 class RabbitMq:
-    """A RabbitMQ node with one user, `/` for its virtual host, and an epmd that is nobody else's."""
+    """A RabbitMQ node with one user, `/` for its virtual host, and an epmd of its own."""
 
     def __init__(self) -> None:
         if not SERVER.exists() or not shutil.which("erl_call"):
@@ -69,7 +69,7 @@ class RabbitMq:
             "LC_ALL": "C.UTF-8",
             "ERL_EPMD_ADDRESS": "127.0.0.1",
             "ERL_EPMD_PORT": str(self.epmd_port),
-            # For every Erlang that the start script runs.
+            # For every Erlang process that the start script runs.
             "ERL_AFLAGS": "-kernel inet_dist_use_interface {127,0,0,1} -start_epmd false",
             # Lets the script become the server instead of waiting for it.
             "RUNNING_UNDER_SYSTEMD": "true",
@@ -96,7 +96,7 @@ class RabbitMq:
             time.sleep(0.05)
 
     def evaluate(self, expression: str) -> str:
-        """Evaluate an Erlang expression in the server and return what it gives."""
+        """Evaluate an Erlang expression in the server and return its value."""
         command = ["erl_call", "-c", self.cookie, "-n", self.node, "-e"]
         return subprocess.run(
             command,
@@ -109,15 +109,15 @@ class RabbitMq:
         ).stdout
 
     def stop(self) -> None:
-        """Stop the server politely."""
+        """Stop the server in an orderly way."""
         assert self.process is not None
         end(self.process, seconds=60)
 
     def remember_queues(self) -> None:
-        """Let the server write down which quorum queues there are.
+        """Let the server flush its list of quorum queues to the disk.
 
-        It does so by itself only after some seconds, and killed before that, it forgets a new queue with all
-        that it has confirmed.
+        It does so by itself only after some seconds. If it is killed before, it forgets a new queue with all
+        confirmed messages.
         """
         self.evaluate("[dets:sync(Table) || Table <- dets:all()]")
 
@@ -133,12 +133,12 @@ class RabbitMq:
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Let it continue."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     def set_alarm(self, *, on: bool) -> None:
-        """Raise or clear the memory alarm, which blocks those who publish."""
+        """Raise or clear the memory alarm, which blocks publishers."""
         alarm = f"{{resource_limit, memory, '{self.node}'}}"
         self.evaluate(
             f"rabbit_alarm:set_alarm({{{alarm}, []}})" if on else f"rabbit_alarm:clear_alarm({alarm})"
@@ -151,7 +151,7 @@ class RabbitMq:
         self.evaluate(f"rabbit_auth_backend_internal:set_permissions({values})")
 
     def url(self, query: str = "", *, port: int | None = None) -> str:
-        """Return the URL of the server, or of what stands before it."""
+        """Return the URL of the server, or of a relay before it."""
         return f"amqp://{USER}:{quote(PASSWORD, safe='')}@127.0.0.1:{port or self.port}/{query}"
 
     def __exit__(

@@ -16,7 +16,7 @@ from typing import Final, Self
 from support.servers import end, free_port, missing, wait_for_port
 
 SECONDS: Final = 30.0
-"""For a server to start or stop."""
+"""Seconds for a server to start or stop."""
 
 
 class Broker(abc.ABC):
@@ -37,7 +37,7 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     def is_ready(self) -> bool:
-        """Tell whether the server that listens also works."""
+        """Return whether a server that listens also works."""
 
     def start(self) -> None:
         """Start the server and wait until it works."""
@@ -52,7 +52,7 @@ class Broker(abc.ABC):
             time.sleep(0.02)
 
     def ask(self, request: bytes, *, answers: int = 1) -> bytes:
-        """Send bytes on a connection of its own and return what comes back first, nothing in silence."""
+        """Send bytes on a new connection and return the first answer, or b"" if there is none."""
         found = b""
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
             connection.sendall(request)
@@ -64,7 +64,7 @@ class Broker(abc.ABC):
         return found
 
     def log(self) -> str:
-        """Return what the server has written."""
+        """Return the server's log."""
         return (self.directory / "log").read_text(errors="replace")
 
     def stop(self) -> None:
@@ -79,7 +79,7 @@ class Broker(abc.ABC):
         self.process.wait(SECONDS)
 
     def freeze(self) -> None:
-        """Stop every thread of the server: connections stay open, and nothing answers."""
+        """Stop every thread of the server: connections stay open without an answer."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
@@ -119,7 +119,7 @@ class Redis(Broker):
         return [*ports, *place, "--appendonly", "yes", "--appendfsync", "always", *self.options]
 
     def is_ready(self) -> bool:
-        """Tell whether the data is loaded."""
+        """Return whether the data is loaded."""
         return self.tls is not None or not self.ask(b"PING\r\n").startswith(b"-LOADING")
 
     def url(self, query: str, *, login: str = "") -> str:
@@ -144,11 +144,11 @@ class RedisSentinel(Broker):
         return [str(self.directory / "sentinel.conf"), "--sentinel"]
 
     def is_ready(self) -> bool:
-        """Tell whether it knows a replica to promote."""
+        """Return whether it knows a replica to promote."""
         return b"slaves=1" in self.command("INFO", "sentinel")
 
     def fail_over(self) -> None:
-        """Make the replica the primary, once enough is known of it."""
+        """Make the replica the primary, once the sentinel can."""
         deadline = time.monotonic() + SECONDS
         while self.command("SENTINEL", "FAILOVER", "main").count(b"+OK") < 2:
             assert time.monotonic() < deadline, self.log()
@@ -173,7 +173,7 @@ class Nats(Broker):
         return ["-a", "127.0.0.1", "-p", str(self.port), "-c", str(self._write_config())]
 
     def is_ready(self) -> bool:
-        """Tell whether the server introduces itself."""
+        """Return whether the server sends its greeting."""
         return self.ask(b"").startswith(b"INFO")
 
     def reload(self, config: str) -> None:
@@ -184,7 +184,7 @@ class Nats(Broker):
         self.process.send_signal(signal.SIGHUP)
 
     def _write_config(self) -> Path:
-        # Not as an option: a reload would switch off what the file does not have.
+        # Not as an option: a reload would switch off features that the file does not have.
         storage = f'jetstream {{ store_dir: "{self.directory}/data" }}' if self.jetstream else ""
         path = self.directory / "nats.conf"
         path.write_text(f"{self.config}\n{storage}\n")

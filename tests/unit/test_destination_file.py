@@ -58,7 +58,7 @@ TESTS = str(Path(__file__).parents[1])
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """Where the events go."""
+    """The path of the destination's file."""
     return tmp_path / "events.jsonl"
 
 
@@ -90,7 +90,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 class Disk:
-    """Watches writes and flushes of events, and can hold the flushes up or fail them."""
+    """Watches writes and flushes of events, and can hold the flushes back or fail them."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[tuple[str, str]] = []
@@ -103,13 +103,13 @@ class Disk:
         monkeypatch.setattr(os, "write", self.write)
 
     def write(self, descriptor: int, data: Any) -> int:
-        """Write and take note."""
+        """Write and record it."""
         written = self._write(descriptor, data)
         self._note("write", descriptor)
         return written
 
     def fsync(self, descriptor: int) -> None:
-        """Flush, as told, and take note."""
+        """Flush or fail, as the test has set it, and record it."""
         assert self.go.wait(10)
         if self.error is not None:
             raise self.error
@@ -125,7 +125,7 @@ class Disk:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    """Watch the disk."""
+    """Watch writes and flushes."""
     return Disk(monkeypatch)
 
 
@@ -156,7 +156,7 @@ async def test_url_names_the_file(tmp_path: Path, url: str, expected: str) -> No
 
 
 async def test_file_and_folders_are_flushed_before_the_first_event(tmp_path: Path, disk: Disk) -> None:
-    """E1: the names of new folders and of a new file are on the disk before anything is confirmed."""
+    """E1: the names of new folders and of a new file are on the disk before an event is confirmed."""
     destination = await started(tmp_path / "a" / "b" / "events.jsonl")
     assert disk.calls == [("fsync", tmp_path.name), ("fsync", "a"), ("fsync", "b")]
     await destination.publish(make_event())
@@ -197,7 +197,7 @@ async def test_events_that_wait_share_one_flush(path: Path, disk: Disk) -> None:
 
 
 async def test_failed_flush_is_no_confirmation(path: Path, disk: Disk) -> None:
-    """C8: where the flush fails the event is taken back, and a later one goes through a new descriptor."""
+    """C8: if the flush fails the event is removed again, and a later one uses a new descriptor."""
     destination = await started(path)
     await destination.publish(make_event())
     before = path.read_bytes()
@@ -211,13 +211,13 @@ async def test_failed_flush_is_no_confirmation(path: Path, disk: Disk) -> None:
     disk.calls.clear()
     await destination.publish(make_event())
     await destination.close()
-    # A descriptor that has failed a flush may report the next one as good without writing the data.
+    # After a failed flush a descriptor may report the next one as good without writing the data.
     assert ("fsync", path.parent.name) in disk.calls
     assert len(read(path)) == 2
 
 
 async def test_short_write_is_taken_back(path: Path) -> None:
-    """D16: a write that the file size limit cuts short leaves no part behind; later events go through."""
+    """D16: if the file size limit cuts a write short no part stays; later events get through."""
     destination = await started(path)
     first, second, third = (
         make_event({"fill": "x" * 200_000}),
@@ -250,7 +250,7 @@ WHOLE = b'{"deliveryid": "whole"}\n'
 )
 @pytest.mark.parametrize("before", [b"", WHOLE, WHOLE * 1000], ids=["alone", "after one", "after many"])
 async def test_torn_line_is_cut_off_at_start(path: Path, before: bytes, torn: bytes) -> None:
-    """E3: what a crash left of a line is gone after the start, and nothing else is."""
+    """E3: the start removes the torn line of a crash, and no whole line."""
     path.write_bytes(before + torn)
     with capture_logs() as logs:
         destination = await started(path)
@@ -262,7 +262,7 @@ async def test_torn_line_is_cut_off_at_start(path: Path, before: bytes, torn: by
 
 
 async def test_torn_line_of_another_process_is_cut_off_before_an_append(path: Path) -> None:
-    """E3: a line that another process tore while we run does not spoil ours."""
+    """E3: if another process tears a line while this one runs, the next line is whole."""
     destination = await started(path)
     await destination.publish(make_event())
     whole = path.read_bytes()
@@ -275,7 +275,7 @@ async def test_torn_line_of_another_process_is_cut_off_before_an_append(path: Pa
 
 
 async def test_whole_lines_are_left_alone(path: Path) -> None:
-    """E3: a file that ends with a whole line is not touched at start, whatever is in it."""
+    """E3: the start does not change a file that ends with a whole line, whatever its content."""
     path.write_bytes(b"# not ours\n\n" + WHOLE)
     with capture_logs() as logs:
         destination = await started(path)
@@ -285,7 +285,7 @@ async def test_whole_lines_are_left_alone(path: Path) -> None:
 
 
 async def test_foreign_file_is_not_cut(path: Path) -> None:
-    """A file that ends like no file of events, such as a database, is refused and stays as it is."""
+    """A file of another kind, such as a database, is rejected and stays unchanged."""
     content = b"SQLite format 3\0\n" + b"\1" * 5000
     path.write_bytes(content)
     destination = open_url(f"file:{path}")
@@ -318,8 +318,8 @@ def make_loop(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [make_folder, make_pipe, make_link, make_loop])
-async def test_path_that_is_no_file_is_refused(path: Path, make: Callable[[Path], None]) -> None:
-    """What a restart cannot mend is a SettingsError at start that names the path."""
+async def test_path_that_is_no_file_is_rejected(path: Path, make: Callable[[Path], None]) -> None:
+    """A mistake that a restart cannot repair is a SettingsError at start that names the path."""
     make(path)
     destination = open_url(f"file:{path}")
     with pytest.raises(SettingsError) as caught:
@@ -329,8 +329,8 @@ async def test_path_that_is_no_file_is_refused(path: Path, make: Callable[[Path]
     await destination.close()
 
 
-async def test_path_below_a_file_is_refused(path: Path) -> None:
-    """A folder that cannot be made is a SettingsError, too."""
+async def test_path_below_a_file_is_rejected(path: Path) -> None:
+    """If a folder cannot be made, that is a SettingsError, too."""
     path.write_bytes(b"")
     destination = open_url(f"file:{path}/events.jsonl")
     with pytest.raises(SettingsError):
@@ -340,7 +340,7 @@ async def test_path_below_a_file_is_refused(path: Path) -> None:
 
 @pytest.mark.parametrize("compressed", [True, False])
 async def test_rotation_is_noticed(path: Path, *, compressed: bool) -> None:
-    """A file that log rotation renamed or removed is not written to any more; a new one takes its place."""
+    """If log rotation has renamed or removed the file, a new one is made and written."""
     destination = await started(path)
     events = [make_event() for _ in range(4)]
     await destination.publish(events[0])
@@ -360,7 +360,7 @@ async def test_rotation_is_noticed(path: Path, *, compressed: bool) -> None:
 
 
 async def test_truncated_file_is_appended_to_from_its_start(path: Path) -> None:
-    """A file that was emptied from outside gets no hole of zeros."""
+    """If the file was truncated from outside, no zeros fill the gap."""
     destination = await started(path)
     await destination.publish(make_event())
     os.truncate(path, 0)
@@ -370,12 +370,12 @@ async def test_truncated_file_is_appended_to_from_its_start(path: Path) -> None:
 
 
 def count_descriptors() -> int:
-    """Return how many descriptors this process has open."""
+    """Return the number of open descriptors of this process."""
     return len(list(Path("/proc/self/fd").iterdir()))
 
 
-async def test_close_waits_for_what_is_to_be_written(path: Path) -> None:
-    """E16: an event that was handed over before the close is written before it, not after."""
+async def test_close_waits_for_the_last_write(path: Path) -> None:
+    """E16: an event that was passed before the close is written before it, not after."""
     await (await started(path)).close()
     before = count_descriptors()
     destination = open_url(f"file:{path}")
@@ -388,7 +388,7 @@ async def test_close_waits_for_what_is_to_be_written(path: Path) -> None:
 
 
 async def test_descriptors_are_not_lost(path: Path) -> None:
-    """Rotations and failures leave no open descriptor behind."""
+    """Rotations and failures leave no open descriptor."""
     before = count_descriptors()
     destination = await started(path)
     for _ in range(20):
@@ -405,7 +405,7 @@ async def test_descriptors_are_not_lost(path: Path) -> None:
 
 
 async def test_lock_of_another_process_is_waited_for(path: Path) -> None:
-    """Several processes may append: nothing is written while another one holds the lock."""
+    """Several processes may append: while one holds the lock the others wait."""
     destination = await started(path)
     with locked(path):
         publishing = asyncio.create_task(destination.publish(make_event()))
@@ -418,7 +418,7 @@ async def test_lock_of_another_process_is_waited_for(path: Path) -> None:
 
 
 async def test_lock_is_not_waited_for_for_ever(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E6: a process that was stopped while it held the lock costs a failure, not a worker that hangs."""
+    """E6: if a process is stopped while it holds the lock, the publish fails instead of hanging."""
     monkeypatch.setattr(file_module, "LOCK_TIMEOUT_SECONDS", 0.05)
     path.touch()
     with locked(path):
@@ -434,7 +434,7 @@ async def test_lock_is_not_waited_for_for_ever(path: Path, monkeypatch: pytest.M
 
 
 async def test_unlocked_between_appends(path: Path) -> None:
-    """A destination that has nothing to write holds no lock, also after a failure."""
+    """A destination that is idle holds no lock, also after a failure."""
     destination = await started(path)
     await destination.publish(make_event())
     with path.open("ab") as other:
@@ -448,12 +448,12 @@ async def test_unlocked_between_appends(path: Path) -> None:
 
 
 def append(path: Path, count: str, *more: str) -> subprocess.Popen[bytes]:
-    """Run a process that appends events and prints the ids of those that were confirmed."""
+    """Run a process that appends events and prints the ids of confirmed ones."""
     return subprocess.Popen(
         [sys.executable, "-c", APPENDER, f"file:{path}", count, TESTS, *more],
         stdout=subprocess.PIPE,
         bufsize=0,
-        # Measuring coverage would only slow down what is killed before it can report.
+        # Measuring coverage would only slow down a process that is killed before it reports.
         env={name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},
     )
 
@@ -465,7 +465,7 @@ def confirmed_by(process: subprocess.Popen[bytes]) -> list[str]:
 
 
 async def test_processes_share_a_file(path: Path) -> None:
-    """E1: lines that three processes append at once are all whole, and each is there once."""
+    """E1: if three processes append at once every line is whole and there exactly once."""
     processes = [append(path, "60") for _ in range(3)]
     confirmed = [each for process in processes for each in confirmed_by(process)]
     assert len(confirmed) == 180
@@ -473,7 +473,7 @@ async def test_processes_share_a_file(path: Path) -> None:
 
 
 async def test_kill_in_the_middle_of_a_write(path: Path) -> None:
-    """E3: a process killed after half a write leaves a torn line, which the next start cuts off."""
+    """E3: a process killed in the middle of a write leaves a torn line, which the next start removes."""
     destination = await started(path)
     event = make_event()
     await destination.publish(event)

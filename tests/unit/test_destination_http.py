@@ -1,4 +1,4 @@
-"""The HTTP destination: what is sent, what each answer means, and what it survives."""
+"""The HTTP destination: the request, the meaning of each answer, and recovery."""
 
 import asyncio
 import base64
@@ -34,7 +34,7 @@ SHORT_DEADLINES = {"base.TIMEOUT_SECONDS": 0.3}
 
 @pytest.fixture
 async def sink() -> AsyncIterator[HttpSink]:
-    """A server that answers 200 until told otherwise."""
+    """A server that answers 200, unless a test sets another answer."""
     async with HttpSink() as running:
         yield running
 
@@ -49,7 +49,7 @@ async def destination(sink: HttpSink) -> AsyncIterator[Destination]:
 
 
 async def test_binary_mode_has_the_attributes_in_headers(sink: HttpSink) -> None:
-    """E14: where it is asked for, the CloudEvents library reads the same event from headers and body."""
+    """E14: in binary mode the CloudEvents library reads the same event from headers and body."""
     settings = DestinationSettings(
         name="test", url=SecretStr(sink.url), secret=SecretStr(SECRET), binary=True
     )
@@ -114,7 +114,7 @@ async def test_signature_verifies_with_the_reference_library(sink: HttpSink) -> 
 
 
 async def test_event_without_delivery_id_is_signed_with_its_own(sink: HttpSink) -> None:
-    """E14: there is always a message id to deduplicate by."""
+    """E14: every message has an id to deduplicate by."""
     destination = open_url(sink.url, secret=SECRET)
     event = make_event()
     del event.get_attributes()["deliveryid"]
@@ -150,8 +150,8 @@ async def test_secret_with_and_without_padding(sink: HttpSink, size: int) -> Non
         f"WHSEC_{base64.b64encode(b'x' * 32).decode()}",
     ],
 )
-def test_bad_secret_is_refused(secret: str) -> None:
-    """E14: a secret that is not whsec_ and base64 of enough bytes is refused at once, and is not quoted."""
+def test_bad_secret_is_rejected(secret: str) -> None:
+    """E14: a secret must be whsec_ and base64 of enough bytes; another one is rejected and not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url("https://example.com", secret=secret)
     assert "whsec_" in str(caught.value)
@@ -194,7 +194,7 @@ DURING_A_DEPLOY = [
 
 @pytest.mark.parametrize("code", [*DURING_A_DEPLOY, 431, 451, 499, 500, 501, 502, 503, 504, 507, 599])
 async def test_status_about_the_destination(sink: HttpSink, destination: Destination, code: int) -> None:
-    """E4: a status that says nothing of the message is tried again: a deploy or a proxy may answer so."""
+    """E4: a status that is not about the message is retried: a deploy or a proxy may answer so."""
     sink.answer = status(code)
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event())
@@ -204,7 +204,7 @@ async def test_status_about_the_destination(sink: HttpSink, destination: Destina
 
 @pytest.mark.parametrize("code", ABOUT_THE_MESSAGE)
 async def test_status_about_the_message(sink: HttpSink, destination: Destination, code: int) -> None:
-    """E4: a status that refuses this message ends the delivery."""
+    """E4: a status that rejects this message ends the delivery."""
     sink.answer = status(code)
     with pytest.raises(PublishRejected) as caught:
         await destination.publish(make_event())
@@ -214,7 +214,7 @@ async def test_status_about_the_message(sink: HttpSink, destination: Destination
 
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
 async def test_redirect_is_not_followed(sink: HttpSink, destination: Destination, code: int) -> None:
-    """E13: a redirect is a failure that says what to do; nothing is sent where it points."""
+    """E13: a redirect is a failure that advises the final URL; no event is sent to its target."""
     async with HttpSink() as elsewhere:
         sink.answer = status(code, f"location: {elsewhere.url}?{CANARY}\r\n")
         with pytest.raises(PublishFailed, match="redirects are not followed") as caught:
@@ -225,7 +225,7 @@ async def test_redirect_is_not_followed(sink: HttpSink, destination: Destination
 
 @pytest.mark.parametrize("code", [301, 404, 408, 421, 429, 500, 503])
 async def test_retry_after_in_seconds(sink: HttpSink, destination: Destination, code: int) -> None:
-    """E5: the delay that an answer asks for is handed on, with whatever status it comes."""
+    """E5: the delay that an answer asks for is passed on, with any status."""
     sink.answer = status(code, "retry-after: 7\r\n")
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event())
@@ -233,7 +233,7 @@ async def test_retry_after_in_seconds(sink: HttpSink, destination: Destination, 
 
 
 async def test_retry_after_as_a_date(sink: HttpSink, destination: Destination) -> None:
-    """E5: a date is turned into the seconds until then."""
+    """E5: a date is converted into the seconds until then."""
     sink.answer = status(503, f"retry-after: {format_datetime(datetime.now(UTC) + timedelta(hours=1))}\r\n")
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event())
@@ -256,7 +256,7 @@ async def test_retry_after_as_a_date(sink: HttpSink, destination: Destination) -
 async def test_retry_after_in_odd_heads(
     sink: HttpSink, destination: Destination, headers: str, expected: float | None
 ) -> None:
-    """E5: a date beyond all bounds says nothing, and neither repetition nor odd headers hide a delay."""
+    """E5: a date too far ahead is ignored, and neither repetition nor odd headers hide a delay."""
     sink.answer = status(503, headers)
     with pytest.raises(PublishFailed, match="answered 503") as caught:
         await destination.publish(make_event())
@@ -264,7 +264,7 @@ async def test_retry_after_in_odd_heads(
 
 
 async def drip(writer: asyncio.StreamWriter, head: bytes) -> None:
-    """Send a byte at a time until the client has had enough."""
+    """Send a byte at a time until the client closes the connection."""
     writer.write(head)
     while not writer.is_closing():
         writer.write(b"a")
@@ -274,7 +274,7 @@ async def drip(writer: asyncio.StreamWriter, head: bytes) -> None:
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK", b"HTTP/1.1 100 Continue\r\nX: "])
 @pytest.mark.usefixtures("impatient")
 async def test_dripping_answer_is_cut_off(sink: HttpSink, destination: Destination, head: bytes) -> None:
-    """D7: the deadline is for the whole exchange: no byte that comes in time extends it."""
+    """D7: the deadline is for the whole exchange; bytes that arrive in time do not extend it."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         await drip(writer, head)
@@ -311,7 +311,7 @@ async def test_status_confirms_however_slow_the_rest(
 
 @pytest.mark.usefixtures("impatient")
 async def test_silent_server_times_out(sink: HttpSink, destination: Destination) -> None:
-    """E6: a server that takes the request and says nothing is given up on."""
+    """E6: if a server takes the request and does not answer, the publish fails in time."""
     sink.answer = raw(b"")
     with pytest.raises(PublishFailed, match=r"did not answer within 0\.3 s") as caught:
         await destination.publish(make_event())
@@ -335,7 +335,7 @@ async def test_connections_survive_timeouts(
 
 
 async def test_connections_survive_cancellation(sink: HttpSink, destination: Destination) -> None:
-    """E16: publishes that are cancelled at any moment leave neither connections nor places behind."""
+    """E16: publishes that are cancelled at any moment leak neither connections nor slots."""
     choose = random.Random()
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
@@ -356,7 +356,7 @@ async def test_connections_survive_cancellation(sink: HttpSink, destination: Des
 
 
 async def test_cancelled_publish_is_given_up(sink: HttpSink, destination: Destination) -> None:
-    """E16: a publish that is cancelled at shutdown does not hold up the close until the server answers."""
+    """E16: a publish that is cancelled at shutdown does not delay the close until the server answers."""
     sink.answer = raw(b"")
     publishing = asyncio.create_task(destination.publish(make_event()))
     async with asyncio.timeout(5):
@@ -367,7 +367,9 @@ async def test_cancelled_publish_is_given_up(sink: HttpSink, destination: Destin
 
 
 @pytest.mark.parametrize("length", [0, 5])
-async def test_refusals_leave_no_connections(sink: HttpSink, destination: Destination, length: int) -> None:
+async def test_error_answers_leave_no_connections(
+    sink: HttpSink, destination: Destination, length: int
+) -> None:
     """E5: an answer that is not read to its end does not keep its connection."""
     sink.answer = raw(b"HTTP/1.1 500 No\r\ncontent-length: %d\r\n\r\n" % length + b"x" * length)
     for _ in range(30):
@@ -379,7 +381,7 @@ async def test_refusals_leave_no_connections(sink: HttpSink, destination: Destin
 
 
 async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destination) -> None:
-    """D7: an answer without end confirms once the limit is read, and no more of it is taken."""
+    """D7: an endless answer confirms once the limit is read, and no more of it is read."""
     sent = 0
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
@@ -393,12 +395,12 @@ async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destina
 
     sink.answer = respond
     await destination.publish(make_event())
-    # What is above the limit sits in the buffers of the two sockets.
+    # Bytes above the limit are in the buffers of the two sockets.
     assert MAX_ANSWER_BYTES < sent < MAX_ANSWER_BYTES + 16 * 1024 * 1024
 
 
 async def test_compressed_answer_is_not_inflated(sink: HttpSink, destination: Destination) -> None:
-    """D8: no compression is asked for, and what claims to be compressed is not unpacked."""
+    """D8: no compression is requested, and a compressed answer is not unpacked."""
     sink.answer = raw(b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 7\r\n\r\nnot zip")
     await destination.publish(make_event())
     assert sink.requests[0].headers["accept-encoding"] == "identity"
@@ -420,7 +422,7 @@ async def test_compressed_answer_is_not_inflated(sink: HttpSink, destination: De
 async def test_broken_answer_is_no_confirmation(
     sink: HttpSink, destination: Destination, answer: bytes
 ) -> None:
-    """E1: an answer without a whole status line confirms nothing, and is not quoted."""
+    """E1: an answer without a whole status line does not confirm, and is not quoted."""
     sink.answer = raw(answer, close=True)
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event())
@@ -453,7 +455,7 @@ ODD_RESTS = {
 async def test_status_line_confirms(
     sink: HttpSink, destination: Destination, line: bytes, rest: bytes
 ) -> None:
-    """E1: once its status line says 2xx the event has arrived, whatever is wrong with the rest."""
+    """E1: once its status line says 2xx the event has arrived, even if the rest is invalid."""
     sink.answer = raw(line + rest, close=True)
     await destination.publish(make_event())
     sink.answer = status(200)
@@ -464,10 +466,10 @@ async def test_status_line_confirms(
 @pytest.mark.parametrize(
     ("code", "outcome"), [(503, PublishFailed), (404, PublishFailed), (422, PublishRejected)]
 )
-async def test_status_line_refuses(
+async def test_status_line_rejects(
     sink: HttpSink, destination: Destination, code: int, outcome: type[Exception]
 ) -> None:
-    """E4: a status counts with odd headers as it does without."""
+    """E4: a status counts with invalid headers as it does without."""
     sink.answer = raw(b"HTTP/1.1 %d No\r\nX Trace: 1\r\n\r\n" % code)
     with pytest.raises(outcome, match=f"answered {code}"):
         await destination.publish(make_event())
@@ -489,7 +491,7 @@ async def test_status_line_refuses(
 async def test_status_line_of_any_spelling_counts(
     sink: HttpSink, destination: Destination, line: str
 ) -> None:
-    """E1: a status that is plain to see counts, whatever version and white space stand before it."""
+    """E1: a recognizable status counts, with any version and white space before it."""
     for code in (200, 503, 204):
         sink.answer = raw(line.format(code).encode() + b"\r\ncontent-length: 0\r\n\r\n")
         if code == 503:
@@ -501,8 +503,8 @@ async def test_status_line_of_any_spelling_counts(
 
 
 @pytest.mark.parametrize("close", [True, False])
-async def test_what_is_no_answer_is_told_so(sink: HttpSink, destination: Destination, *, close: bool) -> None:
-    """E1: bytes that are no answer of HTTP fail at once, with words that are true of them."""
+async def test_invalid_answers_are_reported(sink: HttpSink, destination: Destination, *, close: bool) -> None:
+    """E1: bytes that are not an HTTP answer fail at once, with a message that is true of them."""
     for answer in (b"220 ready\r\n", b"ICY 200 OK\r\n\r\n", b"HTTP/1.1 OK\r\n\r\n", b"\x15\x03\x01\x00"):
         sink.answer = raw(answer, close=close)
         with pytest.raises(PublishFailed, match="no final status line in the answer") as caught:
@@ -525,7 +527,7 @@ ANNOUNCEMENTS = {
 async def test_announcements_hide_no_answer(
     sink: HttpSink, destination: Destination, announcement: bytes, *, pause: bool
 ) -> None:
-    """E1: the answer after 1xx counts, however odd or long these are and however they are cut."""
+    """E1: the answer after 1xx counts, even if those are invalid, long or split."""
     cuts = [b"HTTP/1.1 204 No Content\r\n\r\n", b"HTTP/1.1 503 No\r\ncontent-length: 0\r\n\r\n"]
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
@@ -568,7 +570,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 async def test_bytes_after_an_answer_cost_its_connection_only(
     sink: HttpSink, destination: Destination, answer: bytes, connections: int, size: int
 ) -> None:
-    """E1: each event is confirmed, and a connection is used again exactly if nothing came after an answer."""
+    """E1: each event is confirmed, and a connection is used again exactly if no byte followed an answer."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         for start in range(0, len(answer), size):
@@ -598,7 +600,7 @@ FORGED = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n"
 async def test_bytes_after_an_answer_confirm_no_other_event(
     sink: HttpSink, destination: Destination, answer: bytes
 ) -> None:
-    """E1: bytes after an answer, such as the body of a 204, are not taken for the next answer."""
+    """E1: bytes after an answer, such as the body of a 204, are not read as the next answer."""
     sink.answer = raw(answer + FORGED)
     await destination.publish(make_event())
     sink.answer = status(503)
@@ -608,7 +610,7 @@ async def test_bytes_after_an_answer_confirm_no_other_event(
 
 
 async def test_line_end_after_a_body_is_no_answer(sink: HttpSink, destination: Destination) -> None:
-    """E1: a line end that comes late, after a body, hides neither a confirmation nor a refusal."""
+    """E1: a line end that arrives late, after a body, hides neither a confirmation nor a rejection."""
     await destination.publish(make_event())
     sink.answer = raw(b"\r\nHTTP/1.1 204 No Content\r\n\r\n")
     await destination.publish(make_event())
@@ -619,7 +621,7 @@ async def test_line_end_after_a_body_is_no_answer(sink: HttpSink, destination: D
 
 
 async def test_announced_body_of_a_204_costs_the_connection(sink: HttpSink, destination: Destination) -> None:
-    """E1: after a 204 that announces a body another connection is used, for the body may come late."""
+    """E1: if a 204 announces a body the next event uses another connection: the body may arrive late."""
     sink.answer = raw(b"HTTP/1.1 204 No Content\r\ncontent-length: 5\r\n\r\n")
     await destination.publish(make_event())
     await destination.publish(make_event())
@@ -627,7 +629,7 @@ async def test_announced_body_of_a_204_costs_the_connection(sink: HttpSink, dest
 
 
 async def test_left_over_chunks_confirm_no_other_event(sink: HttpSink, destination: Destination) -> None:
-    """E1: an answer that was there before its request is none, and hides not the one that comes."""
+    """E1: an answer that arrived before its request does not count, and does not hide the right one."""
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n"
     sink.answer = raw(chunked + FORGED)
     await destination.publish(make_event())
@@ -658,7 +660,7 @@ async def test_connections_are_bounded(sink: HttpSink, destination: Destination)
 
 
 async def test_cookies_are_not_kept(sink: HttpSink, destination: Destination) -> None:
-    """D5: what a server sets is not sent back."""
+    """D5: a server's cookies are not sent back."""
     sink.answer = status(204, "set-cookie: session=1\r\n")
     for _ in range(2):
         await destination.publish(make_event())
@@ -668,7 +670,7 @@ async def test_cookies_are_not_kept(sink: HttpSink, destination: Destination) ->
 async def test_environment_is_not_trusted(
     sink: HttpSink, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """D5: proxies and password files of the environment get nothing."""
+    """D5: proxies and password files of the environment are ignored."""
     netrc = tmp_path / "netrc"
     netrc.write_text(f"machine 127.0.0.1 login user password {CANARY}\n")
     netrc.chmod(0o600)
@@ -684,7 +686,7 @@ async def test_environment_is_not_trusted(
 
 
 async def test_credentials_move_to_the_header(sink: HttpSink) -> None:
-    """G8: a user and password in the URL travel as Basic authorization, decoded, and not in the target."""
+    """G8: a user and password in the URL are sent as Basic authorization, decoded, and not in the target."""
     url = sink.url.replace("http://", "http://us%40er:p%C3%A4ss%3A@") + "?a=b"
     destination = open_url(url)
     await destination.publish(make_event())
@@ -722,8 +724,8 @@ async def test_no_secret_reaches_errors_or_logs(sink: HttpSink, caplog: pytest.L
         assert secret not in "\n".join(texts + ours)
 
 
-async def test_refused_connection_says_why(destination: Destination, sink: HttpSink) -> None:
-    """E4: a server that is not there is a transient failure that names the server."""
+async def test_refused_connection_is_explained(destination: Destination, sink: HttpSink) -> None:
+    """E4: a server that is down is a transient failure that names the server."""
     await sink.stop()
     with pytest.raises(PublishFailed, match=rf"http://127\.0\.0\.1:{sink.port}: ConnectError") as caught:
         await destination.publish(make_event())
@@ -770,7 +772,7 @@ async def test_check_asks_for_options(
 
 
 async def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E14: a server that cannot prove who it is gets nothing; SSL_CERT_FILE names a private authority."""
+    """E14: a server without a trusted certificate gets no event; SSL_CERT_FILE names a private authority."""
     certificate = make_certificate(tmp_path / "server.pem")
     context: Any = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
@@ -789,7 +791,7 @@ async def test_certificates_are_verified(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 async def test_headers_of_one_s_own(sink: HttpSink) -> None:
-    """E14: a destination's headers go with every request, the check's, too, and may replace ours."""
+    """E14: a destination's headers are in every request, the check's, too, and may replace ours."""
     headers = {"Authorization": f"Bearer {CANARY}", "X-Team": "video", "User-Agent": "ours/1"}
     destination = open_url(sink.url, headers=headers)
     await destination.check()

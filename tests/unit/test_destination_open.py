@@ -1,4 +1,4 @@
-"""Destination URLs: which are known, which are refused, and what the refusal may say."""
+"""Destination URLs: the known schemes, the invalid URLs, and the text of their errors."""
 
 import asyncio
 import ssl
@@ -47,7 +47,7 @@ CANARY = "s3cr3t-canary"
     ],
 )
 async def test_scheme_chooses_the_kind(url: str, kind: type) -> None:
-    """The URL's scheme, in any case, says what kind of destination it is."""
+    """The URL's scheme, in any case, names the kind of destination."""
     destination = open_url(url)
     assert type(destination) is kind
     await destination.close()
@@ -64,7 +64,7 @@ async def test_scheme_chooses_the_kind(url: str, kind: type) -> None:
     ],
 )
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, url: str, extra: str) -> None:
-    """A destination whose client is not installed is one clear error, with what to install."""
+    """If the client library of a kind is not installed, one clear error names the package to install."""
     client = {
         "rabbitmq": "aiormq",
         "nats": "nats",
@@ -87,7 +87,7 @@ class Missing:
         self.name = name
 
     def find_spec(self, name: str, *_: object) -> None:
-        """Find everything but that package elsewhere."""
+        """Find every package but that one."""
         if name.partition(".")[0] == self.name:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -95,8 +95,8 @@ class Missing:
 @pytest.mark.parametrize(
     "url", ["", "events.jsonl", f"gopher://u:{CANARY}@host", CANARY, f"://{CANARY}", "file"]
 )
-def test_unknown_scheme_is_refused(url: str) -> None:
-    """A URL without a known scheme is refused with the list of known ones, and is not quoted."""
+def test_unknown_scheme_is_rejected(url: str) -> None:
+    """A URL without a known scheme is rejected with the list of known ones, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     message = str(caught.value)
@@ -126,8 +126,8 @@ def test_unknown_scheme_is_refused(url: str) -> None:
         f"https://ho st/{CANARY}",
     ],
 )
-def test_unusable_url_is_refused(url: str) -> None:
-    """G8: a URL that cannot be used is refused with an example of a right one, and is not quoted."""
+def test_unusable_url_is_rejected(url: str) -> None:
+    """G8: an invalid URL is rejected with a valid example, and is not quoted."""
     with pytest.raises(SettingsError) as caught:
         open_url(url)
     assert "'test'" in str(caught.value)
@@ -136,7 +136,7 @@ def test_unusable_url_is_refused(url: str) -> None:
 
 
 async def test_memory_destination_warns() -> None:
-    """A memory destination, which keeps nothing, does not start unnoticed."""
+    """A memory destination warns at start that it keeps no events."""
     with capture_logs() as logs:
         await open_url("memory:").start()
     assert [(entry["log_level"], entry["destination"]) for entry in logs] == [("warning", "test")]
@@ -157,12 +157,12 @@ class Slow(MemoryDestination):
         await asyncio.Event().wait()
 
     async def close(self) -> None:
-        """Note that it was closed."""
+        """Record that it was closed."""
         self.is_closed = True
 
 
-async def test_a_destination_that_does_not_start_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """E4: one that fails to start, for whatever reason, or takes too long is down, and the others work."""
+async def test_a_destination_that_does_not_start_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4: if one fails to start for any reason, or takes too long, it is down, and the others work."""
     monkeypatch.setattr(destinations, "START_SECONDS", 0.05)
     made: dict[str, Destination] = {
         "hangs": Slow(None),
@@ -181,7 +181,7 @@ async def test_a_destination_that_does_not_start_holds_up_nothing(monkeypatch: p
 
 
 async def test_a_certificate_that_comes_later_is_used(tmp_path: Path) -> None:
-    """E4: a destination whose files cannot be read keeps no process from starting, and mends by itself."""
+    """E4: if a destination's files cannot be read the process starts, and it works once they can be."""
     certificate = make_certificate(tmp_path / "server.pem")
     tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     tls.load_cert_chain(certificate)
@@ -205,7 +205,7 @@ async def test_a_certificate_that_comes_later_is_used(tmp_path: Path) -> None:
 
 
 def test_encoding_is_one_line() -> None:
-    """A message is one line whatever text it holds: the file's lines and their repair rely on it."""
+    """A message is one line with any text in it: the file's lines and their repair rely on it."""
     encoded = encode(make_event({"text": "a\nb\r\u2028\u0085\x0b"}))
     assert encoded.splitlines() == [encoded]
     assert encoded.startswith(b"{")
@@ -213,7 +213,7 @@ def test_encoding_is_one_line() -> None:
 
 @pytest.mark.parametrize("value", [{1, 2}, b"bytes", 1 + 2j, "deep"])
 def test_unencodable_event_is_rejected_for_good(value: object) -> None:
-    """E7: an event that JSON cannot hold is not tried again."""
+    """E7: an event that JSON cannot express is rejected."""
     if value == "deep":
         value = {}
         for _ in range(100_000):

@@ -1,4 +1,4 @@
-"""The `[[destinations]]` tables: what they take, what they refuse, and that no secret in them shows."""
+"""The `[[destinations]]` tables: valid and invalid values, and the secrets in them."""
 
 import base64
 import json
@@ -42,14 +42,14 @@ def load(table: str) -> Settings:
 
 
 def forms(secret: str) -> Iterator[str]:
-    """Return how a peer might repeat a secret."""
+    """Return the forms in which a peer might repeat a secret."""
     yield secret
     yield json.dumps(f"Bearer {secret}")
     yield base64.b64encode(f"x:{secret}".encode()).decode()
 
 
 def test_a_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G8: all of a destination's settings are read, and the secrets among them show nowhere."""
+    """G8: all of a destination's settings are read, and no secret among them is shown."""
     secrets = {name: f"{CANARY}-{name}-5f2c" for name in ("NEW", "OLD", "TOKEN", "KEY")}
     for name, value in secrets.items():
         monkeypatch.setenv(name, f" {value}\n")
@@ -87,7 +87,7 @@ def test_a_process_that_got_its_settings_masks_headers_too(monkeypatch: pytest.M
     assert value not in mask(f"X-Key: {value}")
 
 
-def test_headers_are_masked_whatever_else_is_wrong() -> None:
+def test_headers_are_masked_beside_other_mistakes() -> None:
     """G8: a header's value is masked even if another setting of its table is a mistake."""
     value = "eLsEwHeRe-5d20b7c1a9"
     table = f"[[destinations]]\nname = 'a'\nurl = 'https://x'\ntimeout = 0\nheaders = {{ X-Key = '{value}' }}"
@@ -135,7 +135,7 @@ def test_an_at_sign_outside_of_the_login_is_no_user(url: str) -> None:
     ],
 )
 def test_words_in_headers_stay_words(monkeypatch: pytest.MonkeyPatch, header: str, words: str) -> None:
-    """G8: a header whose value is no secret masks no message that holds the same words."""
+    """G8: if a header's value is not a secret, no message that holds the same words is masked."""
     monkeypatch.setattr(masking, "_pieces", set())
     monkeypatch.setattr(masking, "_short", set())
     monkeypatch.setenv("WORDS", "orders.internal.example.com")
@@ -159,7 +159,7 @@ def test_words_in_headers_stay_words(monkeypatch: pytest.MonkeyPatch, header: st
     ],
 )
 def test_secrets_in_headers_are_masked(monkeypatch: pytest.MonkeyPatch, header: str, secret: str) -> None:
-    """G8: what a variable gives, the header's name tells or looks random is masked, in each process."""
+    """G8: a header is masked if a variable sets it, its name suggests a secret or it looks random."""
     monkeypatch.setattr(masking, "_pieces", set())
     monkeypatch.setattr(masking, "_short", set())
     monkeypatch.setenv("WORDS", "some-plain-words")
@@ -174,7 +174,7 @@ def test_secrets_in_headers_are_masked(monkeypatch: pytest.MonkeyPatch, header: 
 
 
 def test_a_password_in_a_basic_header_is_masked() -> None:
-    """G8: the password that stands in a header in base64 is masked in plain text, too."""
+    """G8: a password that a header holds in base64 is masked in plain text, too."""
     login = base64.b64encode(b"user:pAsSwOrD-93c1e7").decode()
     load(f"[[destinations]]\nname = 'a'\nurl = 'https://x'\nheaders = {{ Authorization = 'Basic {login}' }}")
     assert "93c1e7" not in mask("the password pAsSwOrD-93c1e7 is wrong")
@@ -213,7 +213,7 @@ def test_a_password_in_a_basic_header_is_masked() -> None:
     ],
 )
 def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, url: str, line: str, said: str) -> None:
-    """G8: a setting that cannot be meant is an error that names it."""
+    """G8: an impossible setting is an error that names it."""
     monkeypatch.setenv("EMPTY", " ")
     monkeypatch.setenv("SPLIT", f"{CANARY}\r\nX-Other: 1")
     with pytest.raises(SettingsError, match=said) as caught:
@@ -222,7 +222,7 @@ def test_mistakes_are_named(monkeypatch: pytest.MonkeyPatch, url: str, line: str
 
 
 def encrypted_key(path: Path) -> Path:
-    """Write a key that asks for a passphrase."""
+    """Write a key with a passphrase."""
     path.write_bytes(
         ec.generate_private_key(ec.SECP256R1()).private_bytes(
             serialization.Encoding.PEM,
@@ -246,7 +246,7 @@ URLS = {
 
 @pytest.mark.parametrize("kind", URLS)
 def test_files_that_cannot_be_used_are_named(tmp_path: Path, kind: str) -> None:
-    """G8: each kind of destination refuses files that it cannot use, by the setting and not by their path."""
+    """G8: each kind of destination rejects unusable files, and names their setting and not their path."""
     good = make_certificate(tmp_path / "good.pem")
     other = make_certificate(tmp_path / "other.pem")
     cases: list[tuple[dict[str, Any], str]] = [
@@ -271,7 +271,7 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_client_key_is_masked(tmp_path: Path) -> None:
-    """G8: no line of a client certificate's key shows where somebody repeats it."""
+    """G8: if a peer repeats a line of a client certificate's key, it is masked."""
     path = make_certificate(tmp_path / "client.pem")
     open_url(URLS["https"], tls={"certificate": str(path)})
     for line in path.read_text().partition("-----END PRIVATE")[0].splitlines()[1:]:
