@@ -45,7 +45,7 @@ class Brokers:
             "rabbitmq": self.rabbitmq.url(f"?queue={QUEUE}"),
             "redis": self.redis.url(f"stream={STREAM}"),
             "nats": self.nats.url(f"subject={SUBJECT}&stream={NATS_STREAM}"),
-            "nobody": self.rabbitmq.url("?exchange=amq.direct&routing_key=nobody"),
+            "unrouted": self.rabbitmq.url("?exchange=amq.direct&routing_key=unrouted"),
             "file": f"file:{folder / 'events.jsonl'}",
         }
         return "".join(
@@ -82,7 +82,7 @@ class Load:
 
     def __init__(self, url: str) -> None:
         self.acked: set[str] = set()
-        self.refused: list[int] = []
+        self.rejected: list[int] = []
         self._address = url.removeprefix("http://")
         self._stop = threading.Event()
 
@@ -100,7 +100,7 @@ class Load:
             if response.status == 200:
                 self.acked.add(request_id)
             else:
-                self.refused.append(response.status)
+                self.rejected.append(response.status)
         connection.close()
 
     def stop(self) -> None:
@@ -170,9 +170,9 @@ def test_broken_brokers_lose_no_event_and_delay_no_other_destination(
             load.stop()
         for client in clients:
             client.result()
-        assert load.refused == []
+        assert load.rejected == []
 
-        pending = "SELECT count(*) FROM deliveries WHERE state = 'pending' AND destination <> 'nobody'"
+        pending = "SELECT count(*) FROM deliveries WHERE state = 'pending' AND destination <> 'unrouted'"
         wait_until(lambda: rows(postgres, database, pending) == [["0"]], seconds=180)
     found = brokers.read()
     found["file"] = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -181,7 +181,7 @@ def test_broken_brokers_lose_no_event_and_delay_no_other_destination(
         assert load.acked == {event["subject"] for event in events}, name
         marked = {id_ for destination, _, id_ in states if destination == name}
         assert marked == {event["deliveryid"] for event in events}, name
-    assert {state for destination, state, _ in states if destination == "nobody"} == {"pending"}
+    assert {state for destination, state, _ in states if destination == "unrouted"} == {"pending"}
 
     slowest = (
         "SELECT max(extract(epoch FROM finished_at - created_at)) FROM deliveries WHERE destination = 'file'"

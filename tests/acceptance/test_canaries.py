@@ -114,10 +114,10 @@ def test_no_command_shows_a_mistyped_secret(
         quoted = (f'"{value}"', f"{value}\n") if kind == "as it is" else ()
         for typed in (value, *quoted):
             monkeypatch.setenv(name, typed)
-            told = run(["check"], monkeypatch) + run(["account"], monkeypatch)
+            printed = run(["check"], monkeypatch) + run(["account"], monkeypatch)
             out, err = capsys.readouterr()
-            assert "Traceback" not in told + out + err, (kind, told[-3000:], out, err)
-            assert_hidden(told + out + err, CANARY)
+            assert "Traceback" not in printed + out + err, (kind, printed[-3000:], out, err)
+            assert_hidden(printed + out + err, CANARY)
 
 
 def run(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -104,10 +104,10 @@ async def read_stream(server: Nats) -> list[dict[str, Any]]:
     return found
 
 
-def wait_until(look: Callable[[], Any], *, seconds: float) -> None:
+def wait_until(condition: Callable[[], Any], *, seconds: float) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + seconds
-    while not look():
+    while not condition():
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(0.1)
 

@@ -88,10 +88,10 @@ def test_a_repeat_after_a_restore_is_not_paid_for_twice(
             assert int(refused.headers["retry-after"]) > 0
             assert refused.headers["idempotency-key"] == "after the dump"
             assert "frozen" in command("check")
-            told = run_command(
+            result = run_command(
                 *("submit", IMAGE[0], "-i", '{"prompt": "x"}'), settings=receiver.settings, cwd=tmp_path
             )
-            assert (told.returncode, b"frozen" in told.stderr) == (1, True)
+            assert (result.returncode, b"frozen" in result.stderr) == (1, True)
             assert len(sandbox.requests()["requests"]) == 2, "the repeat was paid for again"
             command("jobs", "thaw")
             assert submit(receiver, "a new key").status_code == 201

@@ -354,15 +354,15 @@ async def test_a_redirect_gets_no_way_around_the_guard(tmp_path: Path) -> None:
 
 async def test_redirects_in_a_circle_end(tmp_path: Path) -> None:
     """D4: after more than four redirects the file is unavailable, which may pass."""
-    asked = 0
+    requests = 0
 
     async def answer(_request: bytes, writer: asyncio.StreamWriter) -> None:
-        nonlocal asked
-        asked += 1
+        nonlocal requests
+        requests += 1
         writer.write(response(b"", "Location: /x", status="302 Found"))
 
     assert (await failure_of(answer, tmp_path)).reason == "redirect"
-    assert asked == 5
+    assert requests == 5
 
 
 async def test_the_environment_has_no_effect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

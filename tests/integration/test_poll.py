@@ -72,21 +72,21 @@ async def test_without_a_webhook_a_job_is_polled_from_the_start(world: World, sa
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
     job = await submitter.submit(MODEL, PROMPT)
-    assert await world.rests() == pytest.approx(2.0, abs=0.1)
+    assert await world.retry_delay() == pytest.approx(2.0, abs=0.1)
     for ahead, progress, waits in ((0.0, 0, 3.0), (0.5 * DURATION, 33, 4.5), (0.9 * DURATION, 86, 6.75)):
         sandbox.ahead = ahead
         await world.make_due()
-        assert await world.turn(poll) == 1
+        assert await world.run_lane(poll) == 1
         shown = await show(submitter, job)
         assert (shown.state, shown.error) == ("submitted", None)
         assert progress <= (shown.progress or 0) <= progress + 10
-        assert await world.rests() == pytest.approx(waits, abs=0.1)
+        assert await world.retry_delay() == pytest.approx(waits, abs=0.1)
     sandbox.end_all()
     await world.make_due()
-    assert await world.turn(poll) == 1
+    assert await world.run_lane(poll) == 1
     shown = await show(submitter, job)
     assert (shown.state, shown.progress, shown.charged) == ("completed", 100, PRICE)
-    assert await world.turn(poll) == 0
+    assert await world.run_lane(poll) == 0
 
 
 async def test_a_webhook_is_given_its_time(world: World, sandbox: Sandbox) -> None:
@@ -94,12 +94,12 @@ async def test_a_webhook_is_given_its_time(world: World, sandbox: Sandbox) -> No
     submitter = world.submitter(public_url="https://hooks.example.com", poll_after=90.0)
     poll = world.poll_lane(submitter, poll_after=90.0)
     await submitter.submit(MODEL, PROMPT)
-    assert await world.rests() == pytest.approx(90.0, abs=0.1)
-    assert await world.turn(poll) == 0
+    assert await world.retry_delay() == pytest.approx(90.0, abs=0.1)
+    assert await world.run_lane(poll) == 0
     for waits in (135.0, 202.5, 300.0, 300.0):
         await world.make_due()
-        assert await world.turn(poll) == 1
-        assert await world.rests() == pytest.approx(waits, abs=0.1)
+        assert await world.run_lane(poll) == 1
+        assert await world.retry_delay() == pytest.approx(waits, abs=0.1)
     assert len(await sandbox.submits()) == 1
 
 
@@ -122,7 +122,7 @@ async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, end
         await sandbox.cancel(request_id)
     sandbox.end_all()
     await world.make_due()
-    assert await world.turn(world.poll_lane(submitter)) == 1
+    assert await world.run_lane(world.poll_lane(submitter)) == 1
     await world.forward()
 
     state, charged, said, status = ENDINGS[ending]
@@ -159,7 +159,7 @@ async def test_a_webhook_that_contradicts_a_poll_changes_nothing(world: World, s
     job = await submitter.submit(MODEL, PROMPT)
     sandbox.end_all()
     await world.make_due()
-    await world.turn(world.poll_lane(submitter))
+    await world.run_lane(world.poll_lane(submitter))
     await world.forward()
     assert await sandbox.send_webhook(str(job.request_id), conflicting=True) == 200
     await world.forward()
@@ -180,7 +180,7 @@ async def test_a_job_that_its_webhook_ended_is_not_polled(world: World, sandbox:
     assert (done.state, done.charged, done.progress) == ("completed", PRICE, 100)
     assert done.event is not None
     assert done.event.origin == "webhook"
-    assert await world.turn(world.poll_lane(submitter)) == 0
+    assert await world.run_lane(world.poll_lane(submitter)) == 0
 
 
 async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
@@ -190,7 +190,7 @@ async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
     sandbox.end_all()
     poll = world.poll_lane(submitter)
     await world.make_due()
-    assert await world.turn(poll) == 1
+    assert await world.run_lane(poll) == 1
     await world.forward()
     done = await show(submitter, job)
     assert done.event is not None
@@ -199,7 +199,7 @@ async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
     begun = await retention.begin(world.database, older_than=timedelta(days=90))
     assert [each.events async for each in retention.prune(world.database, begun)][-1] == 1
     await world.set(jobs, next_attempt_at=db_time(-1.0))
-    assert await world.turn(poll) == 0
+    assert await world.run_lane(poll) == 0
     await world.set(jobs, next_attempt_at=None)
     shown = await show(submitter, job)
     assert shown == replace(done, event=None)
@@ -225,7 +225,7 @@ async def test_webhook_and_poll_at_once_are_one_event(world: World, sandbox: San
     sandbox.end_all()
     await world.make_due()
     results: list[Any] = await asyncio.gather(
-        *(sandbox.send_webhook(str(job.request_id)) for job in made), world.turn(poll)
+        *(sandbox.send_webhook(str(job.request_id)) for job in made), world.run_lane(poll)
     )
     await world.forward()
     assert results == [200] * 8 + [8]
@@ -245,7 +245,7 @@ async def test_a_poll_that_is_late_takes_nothing_back(world: World, sandbox: San
     job = await submitter.submit(MODEL, PROMPT)
     await sandbox.switch(latency=0.3)
     await world.make_due()
-    polling = asyncio.create_task(world.turn(world.poll_lane(submitter)))
+    polling = asyncio.create_task(world.run_lane(world.poll_lane(submitter)))
 
     async def claimed() -> bool:
         return (await world.job())["lease"] is not None
@@ -280,7 +280,7 @@ async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia)
     for name, said in NO_STATUS.items():
         odd.others = lambda _request, said=said: said  # type: ignore[misc]
         await odd_world.make_due()
-        assert await odd_world.turn(poll) == 1, name
+        assert await odd_world.run_lane(poll) == 1, name
         shown = await show(submitter, job)
         assert (shown.state, shown.error is not None) == ("submitted", True), name
         assert shown.next_attempt_at is not None, name
@@ -295,7 +295,7 @@ async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia)
     ):
         odd.others = lambda request, pair=(status, result): pair[not request.path.endswith("/status")]  # type: ignore[misc]
         await odd_world.make_due()
-        assert await odd_world.turn(poll) == 1
+        assert await odd_world.run_lane(poll) == 1
         assert (await show(submitter, job)).state == state
     # The result said nothing of a cost: it is what was reserved.
     assert (await show(submitter, job)).charged == PRICE
@@ -316,11 +316,11 @@ async def test_a_throttled_poll_waits(world: World, sandbox: Sandbox) -> None:
     assert max(rests).total_seconds() > 300
     await sandbox.switch(throttle_rate=0.0)
     await world.set(jobs, next_attempt_at=db_time(-1.0), lease=None)
-    assert await world.turn(poll) == 0
+    assert await world.run_lane(poll) == 0
     job = await submitter.submit(MODEL, PROMPT)
     assert job.state == "pending"
     await world.make_due()
-    assert await world.turn(poll) == 2
+    assert await world.run_lane(poll) == 2
 
 
 async def test_polls_keep_to_their_share(world: World, sandbox: Sandbox) -> None:
@@ -351,7 +351,7 @@ async def test_a_poll_learns_the_rate(world: World, sandbox: Sandbox) -> None:
     await submitter.submit(MODEL, PROMPT)
     await sandbox.switch(rate_limit=300)
     await world.make_due()
-    await world.turn(world.poll_lane(submitter))
+    await world.run_lane(world.poll_lane(submitter))
     (account,) = await world.rows(accounts)
     assert account["requests_per_minute"] == 300
 
@@ -363,14 +363,14 @@ async def test_somebody_who_waits_has_it_asked_for_more_often(world: World, sand
     job = await submitter.submit(MODEL, PROMPT)
     waiting = asyncio.create_task(submitter.wait(job.id, seconds=SECONDS))
     await eventually(lambda: world.watched(job.id))
-    assert await world.rests() < 59.0
+    assert await world.retry_delay() < 59.0
     for _ in range(2):
         await world.make_due()
-        await world.turn(poll)
-        assert await world.rests() == pytest.approx(3.0, abs=0.1)
+        await world.run_lane(poll)
+        assert await world.retry_delay() == pytest.approx(3.0, abs=0.1)
     sandbox.end_all()
     await world.make_due()
-    await world.turn(poll)
+    await world.run_lane(poll)
     await world.set(events, state="ready")
     done = await waiting
     assert done is not None
@@ -388,13 +388,13 @@ async def test_a_result_that_is_unreadable_ends_no_job(odd_world: World, odd: Od
     odd.others = lambda request: answer(content=status if request.path.endswith("/status") else cut)
     for _ in range(2):
         await odd_world.make_due()
-        assert await odd_world.turn(poll) == 1
+        assert await odd_world.run_lane(poll) == 1
     shown = await show(submitter, job)
     assert (shown.state, shown.charged, error_code(shown)) == ("submitted", None, "unreadable")
     assert await odd_world.rows(events) == []
     await odd_world.make_due()
     await odd_world.set(jobs, submitted_at=db_time(-25 * HOUR))
-    assert await odd_world.turn(poll) == 1
+    assert await odd_world.run_lane(poll) == 1
     shown = await show(submitter, job)
     assert (shown.state, error_code(shown), shown.next_attempt_at) == ("unsure", "unreadable", None)
 
@@ -410,11 +410,11 @@ async def test_a_job_that_clipia_does_not_know_is_given_up(odd_world: World, odd
     for hours, state in ((23, "submitted"), (25, "unsure")):
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-hours * HOUR))
-        assert await odd_world.turn(poll) == 1
+        assert await odd_world.run_lane(poll) == 1
         shown = await show(submitter, job)
         assert (shown.state, error_code(shown), shown.request_id) == (state, "not_found", "r-1")
     await odd_world.make_due()
-    assert await odd_world.turn(poll) == 0
+    assert await odd_world.run_lane(poll) == 0
     await post(f"{callback}/clipia/webhook/clipia/{job.id}", body("r-1"))
     await odd_world.forward()
     assert (await show(submitter, job)).state == "completed"
@@ -450,7 +450,7 @@ async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddCl
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-hours * HOUR))
         with capture_logs() as log:
-            assert await odd_world.turn(poll) == 1
+            assert await odd_world.run_lane(poll) == 1
         logged += sum(entry["event"] == "job not understood" for entry in log)
         given_up += [entry["log_level"] for entry in log if entry["event"] == "job given up"]
         shown = await show(submitter, job)
@@ -461,7 +461,7 @@ async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddCl
     assert given_up == ["error"]
     assert logged == (0 if outcome == "failed" else 1), "at the first sight, and not at every poll"
     await odd_world.make_due()
-    assert await odd_world.turn(poll) == 0
+    assert await odd_world.run_lane(poll) == 0
 
 
 SILENCE = {
@@ -486,10 +486,10 @@ async def test_polls_of_a_refused_account_or_an_outage_end(
     for days, state in ((2, "submitted"), (6, "submitted"), (8, "unsure")):
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-24 * days * HOUR))
-        assert await odd_world.turn(poll) == 1
+        assert await odd_world.run_lane(poll) == 1
         assert (await show(submitter, job)).state == state
     await odd_world.make_due()
-    assert await odd_world.turn(poll) == 0
+    assert await odd_world.run_lane(poll) == 0
 
 
 async def test_a_failure_after_days_at_rest_ends_no_job(odd_world: World, odd: OddClipia) -> None:
@@ -500,7 +500,7 @@ async def test_a_failure_after_days_at_rest_ends_no_job(odd_world: World, odd: O
     odd.others = lambda _request: refused(503, "service_unavailable")
     await odd_world.make_due()
     await odd_world.set(jobs, submitted_at=db_time(-9 * 24 * HOUR))
-    assert await odd_world.turn(odd_world.poll_lane(submitter)) == 1
+    assert await odd_world.run_lane(odd_world.poll_lane(submitter)) == 1
     assert (await show(submitter, job)).state == "submitted"
 
 
@@ -514,7 +514,7 @@ async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, 
         content = {"request_id": "r-1", "status": status, "progress": 40}
         odd.others = lambda _request, content=content: answer(content=content)  # type: ignore[misc]
         await odd_world.make_due()
-        await odd_world.turn(poll)
+        await odd_world.run_lane(poll)
         shown = await show(submitter, job)
         assert (shown.state, error_code(shown), shown.progress) == ("submitted", code, 40)
 
@@ -528,13 +528,13 @@ async def test_a_job_without_a_result_shows_no_progress(world: World, sandbox: S
     job = await submitter.submit(MODEL, PROMPT)
     sandbox.ahead = 0.5 * DURATION
     await world.make_due()
-    await world.turn(poll)
+    await world.run_lane(poll)
     assert (await show(submitter, job)).progress
     if ending == "CANCELED":
         await sandbox.cancel(str(job.request_id))
     sandbox.end_all()
     await world.make_due()
-    await world.turn(poll)
+    await world.run_lane(poll)
     shown = await show(submitter, job)
     assert (shown.state, shown.progress) == (ending.lower(), None)
 
@@ -549,7 +549,7 @@ async def test_a_request_id_of_other_characters_finds_its_result(odd_world: Worl
     done = {"request_id": request_id, "status": "COMPLETED", "cost": PRICE, "output": {}}
     odd.others = lambda _request: answer(content=done)
     await odd_world.make_due()
-    assert await odd_world.turn(odd_world.poll_lane(submitter)) == 1
+    assert await odd_world.run_lane(odd_world.poll_lane(submitter)) == 1
     await odd_world.forward()
     shown = await show(submitter, job)
     assert (shown.state, shown.charged) == ("completed", PRICE)
@@ -582,7 +582,7 @@ async def test_who_lost_the_lease_gives_up_nothing(odd_world: World, odd: OddCli
     odd.others = lambda _request: refused(404, "not_found")
     await odd_world.make_due()
     await odd_world.set(jobs, submitted_at=db_time(-25 * HOUR))
-    assert await odd_world.turn(odd_world.poll_lane(submitter)) == 1
+    assert await odd_world.run_lane(odd_world.poll_lane(submitter)) == 1
     row = await odd_world.job()
     assert (row["state"], row["lease"], row["error"]) == ("submitted", lease, None)
 
@@ -601,7 +601,7 @@ async def test_an_outage_of_days_gives_up_no_job(odd_world: World, odd: OddClipi
         odd.others = lambda _request, said=said: said  # type: ignore[misc]
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-72 * HOUR))
-        assert await odd_world.turn(poll) == 1
+        assert await odd_world.run_lane(poll) == 1
         assert (await odd_world.job())["state"] == "submitted"
 
 
@@ -613,7 +613,7 @@ async def test_words_in_a_result_are_cleaned(odd_world: World, odd: OddClipia) -
     content = {"request_id": "r-1", "status": "COMPLETED", "output": {"text": "a\x00b\ud800"}}
     odd.others = lambda _request: answer(content=content)
     await odd_world.make_due()
-    await odd_world.turn(odd_world.poll_lane(submitter))
+    await odd_world.run_lane(odd_world.poll_lane(submitter))
     await odd_world.forward()
     assert (await show(submitter, job)).state == "completed"
     assert [data["altered"] for data in messages(odd_world)] == [["/output/text"]]
@@ -640,7 +640,7 @@ async def test_what_was_charged_is_what_the_end_says(odd_world: World, odd: OddC
     job = await submitter.submit(MODEL, PROMPT)
     odd.others = lambda _request: answer(content={"request_id": "r-1", "status": "COMPLETED", "cost": 10})
     await odd_world.make_due()
-    await odd_world.turn(odd_world.poll_lane(submitter))
+    await odd_world.run_lane(odd_world.poll_lane(submitter))
     done = await show(submitter, job)
     assert (done.cost, done.charged) == (PRICE, 10)
     (total,) = await submitter.costs(by="caller")
@@ -791,7 +791,7 @@ async def test_a_test_key_is_done_at_once(world: World) -> None:
     submitter = world.submitter(key=TEST)
     job = await submitter.submit(MODEL, PROMPT)
     await world.make_due()
-    assert await world.turn(world.poll_lane(submitter)) == 1
+    assert await world.run_lane(world.poll_lane(submitter)) == 1
     await world.forward()
     done = await show(submitter, job)
     assert (done.state, done.cost, done.charged) == ("completed", PRICE, 0)
@@ -937,7 +937,7 @@ async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox:
     # Whoever waits changes when the job is due, too.
     while not waiting.done():
         await world.make_due()
-        await world.turn(world.poll_lane(submitter))
+        await world.run_lane(world.poll_lane(submitter))
         await world.forward()
         await asyncio.sleep(0.05)
     done = await waiting
@@ -956,7 +956,7 @@ async def test_waiting_includes_the_files(world: World, sandbox: Sandbox) -> Non
     job = await submitter.submit(MODEL, PROMPT)
     sandbox.end_all()
     await world.make_due()
-    await world.turn(world.poll_lane(submitter))
+    await world.run_lane(world.poll_lane(submitter))
     await world.forward()
     began = time.monotonic()
     waited = await submitter.wait(job.id, seconds=0.3)
@@ -994,7 +994,7 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
     for job in made:
         await sandbox.cancel(str(job.request_id))
     await world.make_due()
-    await world.turn(world.poll_lane(submitter))
+    await world.run_lane(world.poll_lane(submitter))
     await world.forward()
     done = await asyncio.gather(*waiting)
     assert [job.state for job in done if job is not None] == ["canceled"] * 30
@@ -1039,7 +1039,7 @@ async def test_the_ledger_adds_up(world: World, sandbox: Sandbox) -> None:
     await sandbox.cancel(str(canceled.request_id))
     sandbox.end_all()
     await world.make_due()
-    assert await world.turn(poll) == 3
+    assert await world.run_lane(poll) == 3
     await sandbox.switch(duration=HOUR)
     open_ = await submitter.submit(MODEL, PROMPT, caller="blog")
     await sandbox.switch(refuse_submits="invalid_request")
@@ -1104,7 +1104,7 @@ async def test_a_test_key_spends_nothing(world: World) -> None:
     job = await submitter.submit(MODEL, PROMPT)
     assert (job.state, job.cost) == ("submitted", PRICE)
     await world.make_due()
-    await world.turn(world.poll_lane(submitter))
+    await world.run_lane(world.poll_lane(submitter))
     assert (await show(submitter, job)).charged == 0
     (row,) = await submitter.costs(by="caller")
     assert row == {"caller": "local", "jobs": 1, "reserved": 0, "charged": 0, "refunded": 0}

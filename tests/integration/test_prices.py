@@ -56,7 +56,7 @@ async def test_a_price_is_one_number(
         await post(f"{callback}/clipia/webhook", json.dumps(said).encode())
     else:
         await odd_world.make_due()
-        await odd_world.turn(odd_world.poll_lane(submitter))
+        await odd_world.run_lane(odd_world.poll_lane(submitter))
     await odd_world.forward()
     done = await show(submitter, job)
     assert (done.state, json.dumps(done.cost), json.dumps(done.charged)) == ("completed", shown, shown)
@@ -152,7 +152,7 @@ async def test_the_account_is_compared_to_the_fraction(odd_world: World, odd: Od
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
     await odd_world.make_due()
-    await odd_world.turn(odd_world.poll_lane(submitter))
+    await odd_world.run_lane(odd_world.poll_lane(submitter))
     account = await submitter.account()
     assert (account["ledger_30d"]["charged"], account["difference_30d"]) == (0.05, 100.2)
     assert account["balance"] == {"credits": 7.5}
@@ -165,7 +165,7 @@ async def test_fractions_move_to_another_database(odd_world: World, odd: OddClip
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT, max_cost=13.5)
     await odd_world.make_due()
-    await odd_world.turn(odd_world.poll_lane(submitter))
+    await odd_world.run_lane(odd_world.poll_lane(submitter))
     lines: list[dict[str, Any]] = []
     async with odd_world.database.read() as connection:
         for kind in ("event", "job"):

@@ -139,7 +139,7 @@ async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) ->
     await odd_world.set(accounts, in_flight_limit=1000)
     await submit_untried(odd_world, submitter, *[(DEAR, FOUR_SECONDS)] * 16)
     await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
-    assert await odd_world.turn(submitter.lane) == 16
+    assert await odd_world.run_lane(submitter.lane) == 16
 
 
 @pytest.mark.parametrize("was_sent", [False, True])
@@ -155,7 +155,7 @@ async def test_a_refused_job_ends_although_the_account_has_no_room(
     for late, state in ((10.0, "pending"), (310.0, "unsure" if was_sent else "failed")):
         await world.set(jobs, next_attempt_at=db_time(-late))
         await world.set(jobs, where=jobs.c.id == job.id, **overdue)
-        assert await world.turn(submitter.lane) == 0
+        assert await world.run_lane(submitter.lane) == 0
         assert (await show(submitter, job)).state == state
     ended = await show(submitter, job)
     assert (error_code(ended), ended.charged) == ("insufficient_credits", None if was_sent else 0)
@@ -169,11 +169,11 @@ async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: Wor
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     await submit_dear(submitter, 1)
-    assert 4.9 <= await world.rests() <= 10.1
+    assert 4.9 <= await world.retry_delay() <= 10.1
     for refused_for, least, most in ((20.0, 19.0, 41.0), (100.0, 99.0, 202.0), (9 * HOUR, 149.0, 301.0)):
         await world.set(jobs, refused_at=db_time(-refused_for))
         assert await world.retry(submitter) == 1
-        assert least <= await world.rests() <= most
+        assert least <= await world.retry_delay() <= most
     row = await world.job()
     assert (row["sent_at"], row["state"]) == (None, "pending")
     assert json_code(row) == "insufficient_credits"
@@ -200,10 +200,10 @@ async def test_a_top_up_resumes_all_that_were_refused(world: World, sandbox: San
     await world.set(accounts, in_flight_limit=50)
     # A new job that is accepted says nothing of those.
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
-    assert await world.turn(submitter.lane) == 0
+    assert await world.run_lane(submitter.lane) == 0
     await world.set(jobs, where=jobs.c.id == dear[3].id, next_attempt_at=db_time(-1.0))
-    assert await world.turn(submitter.lane) == 1
-    assert await world.turn(submitter.lane) == 4
+    assert await world.run_lane(submitter.lane) == 1
+    assert await world.run_lane(submitter.lane) == 4
     assert await states(world, DEAR) == ["submitted"] * 5
     assert [row["refused_at"] for row in await world.rows(jobs)] == [None] * 6
     assert (await submitter.account())["limits"]["refused_jobs"] == 0
@@ -238,7 +238,7 @@ async def test_the_last_try_is_at_the_end(world: World, sandbox: Sandbox) -> Non
     await submitter.submit(MODEL, PROMPT)
     await world.set(jobs, refused_at=db_time(-90.0))
     assert await world.retry(submitter) == 1
-    assert await world.rests() == pytest.approx(10.0, abs=1.0)
+    assert await world.retry_delay() == pytest.approx(10.0, abs=1.0)
 
 
 async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> None:
@@ -310,7 +310,7 @@ async def test_a_probe_that_clipia_looks_at_ends_the_pause(
     odd.script = [VERDICTS[name], accepted("r-1")]
     assert await odd_world.retry(submitter) == 1
     assert not await submitter.paused()
-    assert await odd_world.turn(submitter.lane) == 1
+    assert await odd_world.run_lane(submitter.lane) == 1
     assert await states(odd_world, MODEL) == ["submitted"]
 
 
@@ -324,7 +324,7 @@ async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: Od
     assert await odd_world.retry(submitter) == 1
     assert await submitter.paused()
     await odd_world.set(jobs, next_attempt_at=db_time(-1.0))
-    assert await odd_world.turn(submitter.lane) == 0
+    assert await odd_world.run_lane(submitter.lane) == 0
 
 
 async def test_a_job_that_ends_without_an_answer_ends_no_pause(
@@ -347,7 +347,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
         ahead[0] = HOUR
 
     odd.on_submit, odd.script = take_long, [refused(503, "service_unavailable")]
-    assert await odd_world.turn(submitter.lane) == 1
+    assert await odd_world.run_lane(submitter.lane) == 1
     assert (await show(submitter, job)).state == "unsure"
     assert await submitter.paused()
 
@@ -433,7 +433,7 @@ async def test_a_job_that_clipia_may_have_becomes_unsure(world: World, sandbox: 
         done = await submitter.cancel(job.id, by="ops")
         assert (done.state, done.charged, error_code(done)) == ("unsure", None, "canceled")
     assert await world.retry(submitter) == 0
-    assert await world.turn(world.poll_lane(submitter)) == 0
+    assert await world.run_lane(world.poll_lane(submitter)) == 0
     # A person has looked whether it is there.
     done = await submitter.cancel(sent.id, by="ops")
     assert (done.state, done.charged) == ("canceled", 0)

@@ -463,7 +463,7 @@ async def test_retry_after_holds_the_account_back(
     await sandbox.switch(refuse_submits=code, retry_after=400, retry_after_date=as_date)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
-    assert 300 < await world.rests() <= 401
+    assert 300 < await world.retry_delay() <= 401
     (account,) = await world.rows(accounts)
     held = account["calls_after" if code == "rate_limit_exceeded" else "submits_after"]
     assert 300 < held - time.time() <= 401
@@ -471,10 +471,10 @@ async def test_retry_after_holds_the_account_back(
     other = await submitter.submit(MODEL, PROMPT)
     assert other.state == "pending"
     await world.set(jobs, next_attempt_at=db_time(-1.0))
-    assert await world.turn(submitter.lane) == 0
+    assert await world.run_lane(submitter.lane) == 0
     assert len(await sandbox.submits()) == 1
     await world.make_due()
-    assert await world.turn(submitter.lane) >= 1
+    assert await world.run_lane(submitter.lane) >= 1
     assert len(await sandbox.generations()) >= 1
 
 
@@ -572,7 +572,7 @@ async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: S
     await world.set(accounts, submits_after=time.time() + HOUR)
     for _ in range(3):
         assert (await submitter.submit(MODEL, PROMPT)).state == "pending"
-    assert await world.turn(submitter.lane) == 0
+    assert await world.run_lane(submitter.lane) == 0
     assert len(await sandbox.submits()) == 1
     paused = (await submitter.account())["limits"]["paused"]
     assert (paused["code"], paused["status"]) == (code, CODES[code][0])
@@ -600,7 +600,7 @@ async def test_an_account_that_is_refused_never_had_the_job(world: World, sandbo
     await submitter.submit(MODEL, PROMPT)
     row = await world.job()
     assert row["sent_at"] is None
-    assert 4.9 < await world.rests() < 10.1
+    assert 4.9 < await world.retry_delay() < 10.1
     await world.set(jobs, created_at=db_time(-30 * 24 * HOUR))
     await sandbox.switch(refuse_submits="")
     await world.retry(submitter)
@@ -796,7 +796,7 @@ async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> 
     moved = odd_world.submitter(public_url=PUBLIC)
     again = await moved.resubmit(job.id, by="alice")
     assert (again.state, again.error) == ("pending", None)
-    assert await odd_world.turn(submitter.lane) == 1
+    assert await odd_world.run_lane(submitter.lane) == 1
     done = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
     assert (done.id, done.state, done.request_id) == (job.id, "submitted", "r-2")
     assert [each.outcome for each in done.attempts] == ["failed", "resubmitted", "succeeded"]
@@ -825,7 +825,7 @@ async def test_what_ended_without_a_result_may_be_submitted_anew(
     again = await submitter.resubmit(job.id, by="alice")
     assert (again.state, again.request_id, again.charged, again.progress) == ("pending", None, None, None)
     assert (again.submitted_at, again.finished_at, again.error) == (None, None, None)
-    assert await world.turn(submitter.lane) == 1
+    assert await world.run_lane(submitter.lane) == 1
     first, second = await sandbox.generations()
     done = await show(submitter, job)
     assert done.request_id == second["request_id"] != first["request_id"]
@@ -847,7 +847,7 @@ async def test_a_result_of_the_first_life_does_not_end_the_second(odd_world: Wor
         assert len(odd_world.destination.events) == 1
 
     odd.on_submit = finish_the_old_one
-    assert await odd_world.turn(submitter.lane) == 1
+    assert await odd_world.run_lane(submitter.lane) == 1
     new_url = json.loads(odd.posts[1].body)["webhook_url"]
     assert path_token(new_url) != path_token(old_url)
     done = await show(submitter, job)
@@ -899,7 +899,7 @@ async def test_another_account_gets_what_never_arrived(world: World, sandbox: Sa
     await sandbox.switch(refuse_submits="")
     another = world.submitter(key="clipia_live_another")
     await world.set(jobs, next_attempt_at=db_time(-1.0))
-    assert await world.turn(another.lane) == 1
+    assert await world.run_lane(another.lane) == 1
     row = await world.job()
     assert (row["state"], row["account"]) == ("submitted", another.client.account)
 
@@ -912,13 +912,13 @@ async def test_live_and_test_do_not_mix(world: World, sandbox: Sandbox) -> None:
     await test.submit(MODEL, PROMPT)
     await sandbox.switch(refuse_submits="")
     await world.make_due()
-    assert await world.turn(test.lane) == 1
+    assert await world.run_lane(test.lane) == 1
     assert [row["state"] for row in await world.rows(jobs)] == ["pending", "submitted"]
     await world.make_due()
-    assert await world.turn(live.lane) == 1
+    assert await world.run_lane(live.lane) == 1
     assert [each["mode"] for each in await sandbox.generations()] == ["test", "live"]
     await world.make_due()
-    assert await world.turn(world.poll_lane(test)) == 1
+    assert await world.run_lane(world.poll_lane(test)) == 1
     assert [row["state"] for row in await world.rows(jobs)] == ["submitted", "completed"]
 
 
@@ -1005,7 +1005,7 @@ async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: O
     other = odd_world.submitter()
     await odd_world.set(jobs, where=jobs.c.id == free.id, state="canceled", next_attempt_at=None)
     await age(odd_world, 61.0)
-    assert await odd_world.turn(other.lane) == 1
+    assert await odd_world.run_lane(other.lane) == 1
     shown = await show(submitter, held)
     assert (shown.state, error_code(shown), shown.charged) == ("failed", "max_cost_exceeded", 0)
     assert "costs 40 credits, more than its max_cost of 20" in str(shown.error)
@@ -1030,7 +1030,7 @@ async def test_max_cost_after_a_try_that_may_have_arrived(odd_world: World, odd:
     job = await submitter.submit(MODEL, PROMPT, max_cost=12)
     price[0] = 40
     await age(odd_world, 61.0)
-    assert await odd_world.turn(odd_world.submitter().lane) == 1
+    assert await odd_world.run_lane(odd_world.submitter().lane) == 1
     shown = await show(submitter, job)
     assert (shown.state, error_code(shown), shown.charged) == ("unsure", "max_cost_exceeded", None)
     assert len(odd.posts) == 1
@@ -1049,7 +1049,7 @@ async def test_a_job_waits_for_a_price_that_is_not_known(
     odd.others = lambda _request: refused(429, "rate_limit_exceeded", Retry_After="100")
     await age(odd_world, 61.0)
     # The answer of before is too old to go by.
-    assert await odd_world.turn(submitter.lane) == 1
+    assert await odd_world.run_lane(submitter.lane) == 1
     row = await odd_world.job()
     assert (row["state"], row["sent_at"], json.loads(row["error"])["code"]) == (
         "pending",
@@ -1059,7 +1059,7 @@ async def test_a_job_waits_for_a_price_that_is_not_known(
     assert len(odd.posts) == 1
     odd.others = lambda _request: answer(content={"credits": 12})
     await age(odd_world, 61.0)
-    assert await odd_world.turn(odd_world.submitter().lane) == 1
+    assert await odd_world.run_lane(odd_world.submitter().lane) == 1
     assert (await show(submitter, job)).state == "submitted"
 
 

@@ -284,10 +284,10 @@ class World:
         while await self.fan_out().run():
             pass
         lane = self.delivery_lane()
-        while await self.turn(lane):
+        while await self.run_lane(lane):
             pass
 
-    async def turn(self, lane: Lane | None) -> int:
+    async def run_lane(self, lane: Lane | None) -> int:
         """Claim the due work of a lane, do it, and return its number."""
         assert lane is not None
         works = await lane.claim(lane.concurrency)
@@ -297,15 +297,15 @@ class World:
     async def make_due(self) -> None:
         """End every wait: of open jobs, and of the accounts."""
         await self.set(jobs, where=jobs.c.next_attempt_at.is_not(None), next_attempt_at=db_time(-1.0))
-        nothing = dict.fromkeys(
+        no_pauses = dict.fromkeys(
             ("submits_until", "polls_until", "asks_until", "calls_after", "submits_after"), 0.0
         )
-        await self.set(accounts, **nothing)
+        await self.set(accounts, **no_pauses)
 
     async def retry(self, submitter: Submitter) -> int:
         """End every wait and run a submitter's lane once; return how many jobs it attempted."""
         await self.make_due()
-        return await self.turn(submitter.lane)
+        return await self.run_lane(submitter.lane)
 
     async def set(self, table: Table, *, where: Any = None, **values: Any) -> None:
         """Change rows of a table; all of them if no condition is given."""
@@ -325,7 +325,7 @@ class World:
         (row,) = await self.rows(jobs)
         return row
 
-    async def rests(self) -> float:
+    async def retry_delay(self) -> float:
         """Return the seconds between the last result of the only job and its next attempt."""
         row = await self.job()
         rest: timedelta = row["next_attempt_at"] - row["updated_at"]
@@ -369,10 +369,10 @@ def error_code(job: Job) -> str | None:
     return None if job.error is None else job.error["code"]
 
 
-async def eventually(look: Callable[[], Awaitable[object]]) -> None:
+async def eventually(condition: Callable[[], Awaitable[object]]) -> None:
     """Wait until a condition holds."""
     deadline = time.monotonic() + SECONDS
-    while not await look():
+    while not await condition():
         assert time.monotonic() < deadline, "it does not come"
         await asyncio.sleep(0.01)
 

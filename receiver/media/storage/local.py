@@ -31,13 +31,7 @@ class LocalStorage:
     def __init__(self, root: Path) -> None:
         self._root = root.resolve()
 
-    async def put(
-        self,
-        key: str,
-        chunks: AsyncIterator[bytes],
-        *,
-        content_type: str = ANY_TYPE,
-    ) -> None:
+    async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
         path = self._path(key)
         part = _Part(self._root)
         try:
