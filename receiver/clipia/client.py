@@ -1,8 +1,9 @@
 """The Clipia API through its official SDK.
 
-The SDK makes the requests and reads the answers. Two things that it does not do happen in its transport: a
-submission is sent as the bytes that were frozen when the job was made, and the `RateLimit-*` fields of its
-answer are kept. Retries are not its business (`max_retries=0`): they are rows of work, and outlive a process.
+The SDK makes the requests and parses the answers. Its transport is ours, for two reasons: a submission is
+sent as the bytes that were frozen when the job was made, and the `RateLimit-*` headers of the answer are
+needed. The SDK does not retry (`max_retries=0`): retries are rows in the database, so that they survive a
+crash.
 """
 
 import asyncio
@@ -36,11 +37,11 @@ from receiver.price import Credits, read_credits
 from receiver.settings import Settings
 
 CALL_TIMEOUT_SECONDS: Final = 30.0
-"""Seconds that a whole call may take; well below a lease."""
+"""A whole call may take this long; it must be well below the duration of a lease."""
 TERMINAL_STATUSES: Final = ("COMPLETED", "FAILED", "CANCELED")
 OPEN_STATUSES: Final = ("IN_QUEUE", "IN_PROGRESS")
 UNUSABLE_ID: Final = "request_id_unusable"
-"""The code of the refusal that ends a job which Clipia accepted under an id that cannot be stored."""
+"""The error code of a job that Clipia accepted with a request id that cannot be stored."""
 
 _SENDABLE: Final = re.compile(r"[!-~]+")
 _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.ProxyError)
@@ -48,23 +49,23 @@ _NEVER_ARRIVED: Final = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTim
 
 @dataclass(kw_only=True)
 class Call:
-    """One call: the bytes to send in place of the SDK's, and what the answer said about limits."""
+    """One call: the request's bytes in place of the SDK's, and data of the answer that the SDK drops."""
 
     body: bytes | None = None
     may_have_left: bool = False
     """Whether a byte of the request may have left this process."""
     not_after: float = math.inf
-    """The moment of `clock` after which it is not sent any more."""
+    """The time of `boot_clock` after which it must not be sent."""
     headers: RateHeaders = field(default_factory=RateHeaders)
     answer: bytes = b""
-    """The body of the answer as it came."""
+    """The body of the answer, byte for byte."""
 
-    async def follow(self, event: str, info: Mapping[str, Any]) -> None:
-        """Note how far the request has got; httpcore calls this with each step."""
+    async def trace(self, event: str, info: Mapping[str, Any]) -> None:
+        """Record the progress of the request; httpcore calls this at each step."""
         if event.endswith("send_request_headers.started"):
-            # A proxy is asked for a tunnel first, which tells it nothing of the request.
+            # A CONNECT to the proxy comes first. It does not contain any of the request.
             self.may_have_left |= info["request"].method != b"CONNECT"
-        # A header that cannot be written is found before the first byte is.
+        # h11 raises for an invalid header before it sends the first byte.
         elif event.endswith("send_request_headers.failed"):
             self.may_have_left &= not isinstance(info["exception"], httpcore.LocalProtocolError)
 
@@ -76,7 +77,7 @@ class Accepted:
     request_id: str
     cost: Credits | None
     warnings: list[dict[str, Any]]
-    """Keys of the input that the model ignores: `code`, `parameter`, `message`."""
+    """One for each key of the input that the model ignores: `code`, `parameter`, `message`."""
 
 
 class Estimate(TypedDict):
@@ -88,26 +89,26 @@ class Estimate(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """How a generation is doing."""
+    """The state of a generation."""
 
     status: str
-    """One of `OPEN_STATUSES` or `TERMINAL_STATUSES`; another word is Clipia's own, masked and cut."""
+    """One of `OPEN_STATUSES` or `TERMINAL_STATUSES`, or an unknown word, masked and cut."""
     progress: int | None
-    """Per cent."""
+    """Percent."""
 
     @property
     def terminal(self) -> bool:
-        """Whether nothing will change any more."""
+        """Whether the status is final."""
         return self.status in TERMINAL_STATUSES
 
     @property
     def known(self) -> bool:
-        """Whether the documentation names this status."""
+        """Whether Clipia documents this status."""
         return self.status in OPEN_STATUSES or self.terminal
 
 
-def clock() -> float:
-    """Return seconds that go on while the machine sleeps, where the system can tell them."""
+def boot_clock() -> float:
+    """Return seconds of a monotonic clock that, if the system has one, counts while the machine sleeps."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
@@ -120,26 +121,26 @@ class _Transport(httpx.AsyncBaseTransport):
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         call = _call.get()
-        if clock() > call.not_after:
-            raise httpx.ConnectTimeout("it is too late to send this", request=request)
+        if boot_clock() > call.not_after:
+            raise httpx.ConnectTimeout("the deadline for sending this has passed", request=request)
         if call.body is not None:
             headers = {name: value for name, value in request.headers.items() if name != "content-length"}
             request = httpx.Request(
                 request.method, request.url, headers=headers, content=call.body, extensions=request.extensions
             )
-        request.extensions = {**request.extensions, "trace": call.follow}
+        request.extensions = {**request.extensions, "trace": call.trace}
         response = await self._inner.handle_async_request(request)
         call.headers = _rate_headers(response.headers)
-        _count_down(response.headers)
+        _normalize_retry_after(response.headers)
         call.answer = await response.aread()
-        return _readable(response, call.answer)
+        return _with_clean_body(response, call.answer)
 
     async def aclose(self) -> None:
         await self._inner.aclose()
 
 
 def open_client(settings: Settings) -> "ClipiaClient | None":
-    """Return the client of the account that the settings name; None without CLIPIA_KEY."""
+    """Return the client of the configured account; None without CLIPIA_KEY."""
     if settings.clipia_key is None:
         return None
     proxy = settings.clipia_proxy.get_secret_value() if settings.clipia_proxy else None
@@ -149,19 +150,19 @@ def open_client(settings: Settings) -> "ClipiaClient | None":
 
 
 class ClipiaClient:
-    """Calls of one account. Every method raises RequestError or ClipiaUnavailable.
+    """The API for one account. All methods raise RequestError and ClipiaUnavailable.
 
-    Each takes a `Call`, whose `headers` are set once an answer came, errors included.
+    Each takes a `Call`. Its `headers` are set after any answer, even an error.
     """
 
     def __init__(self, key: str, *, base_url: str, proxy: str | None = None) -> None:
-        """Raise SettingsError for a base URL over which a key must not travel, and for no key at all.
+        """Raise SettingsError if the key is invalid, or if the base URL would send it unencrypted.
 
-        Plain http, which is for this machine only, goes past the `proxy`.
+        Plain http is allowed for this machine only, and does not use the `proxy`.
         """
         register_secret(key)
         if not _SENDABLE.fullmatch(key):
-            raise SettingsError("CLIPIA_KEY: write the key as it is, in ASCII and without white space")
+            raise SettingsError("CLIPIA_KEY: write the key in ASCII and without white space")
         try:
             self._sdk = AsyncClipia(
                 key,
@@ -178,14 +179,14 @@ class ClipiaClient:
         environment = "test" if key.startswith("clipia_test_") else "live"
         digest = hashlib.sha256(f"{self._sdk.base_url}\n{key}".encode()).hexdigest()
         self.account: Final = f"{environment}-{digest[:16]}"
-        """Stands for the key and the API that it belongs to; tells nothing of the key."""
+        """An id for the key and its API; the key cannot be derived from it."""
 
     async def close(self) -> None:
         """Close its connections."""
         await self._sdk.close()
 
     async def submit(self, model: str, body: bytes, *, key: UUID, call: Call) -> Accepted:
-        """Submit a generation: `body` as it is, under the idempotency key `key`."""
+        """Submit a generation: exactly the bytes of `body`, with the idempotency key `key`."""
         call.body = body
         async with _translated(call):
             answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
@@ -194,28 +195,28 @@ class ClipiaClient:
             return Accepted(
                 request_id=answer.request_id,
                 cost=read_credits(answer.cost),
-                warnings=_masked(_objects(answer.data.get("warnings"))),
+                warnings=_mask_values(_objects(answer.data.get("warnings"))),
             )
 
     async def status(self, request_id: str, *, call: Call) -> Status:
-        """Ask how a generation is doing."""
-        _refuse_path(request_id)
+        """Return the state of a generation."""
+        _check_id(request_id)
         async with _translated(call):
             answer = await self._sdk.status(request_id)
             status: Any = answer.status
             if not isinstance(status, str):
                 raise TypeError("status")
-            return Status(status=quoted(status, 64), progress=_per_cent(answer.progress))
+            return Status(status=quoted(status, 64), progress=_percent(answer.progress))
 
     async def result(self, request_id: str, *, call: Call) -> bytes | None:
-        """Return the JSON object of a finished generation as it came, or None while there is none."""
-        _refuse_path(request_id)
+        """Return the answer for a finished generation, byte for byte; None if it is not finished."""
+        _check_id(request_id)
         async with _translated(call):
             answer = await self._sdk.result(request_id)
             return None if answer.pending else call.answer
 
     async def models(self, *, call: Call) -> list[dict[str, Any]]:
-        """Return the catalogue."""
+        """Return all models."""
         async with _translated(call):
             listing: Any = await self._sdk.models.list()
             return _objects(listing["data"])
@@ -242,7 +243,7 @@ class ClipiaClient:
 
 @asynccontextmanager
 async def _translated(call: Call) -> AsyncIterator[None]:
-    """Bind the call to the transport, bound its time, and turn what goes wrong into our own errors."""
+    """Bind the call to the transport, limit its time, and translate exceptions into ours."""
     token = _call.set(call)
     try:
         async with asyncio.timeout(CALL_TIMEOUT_SECONDS):
@@ -257,7 +258,7 @@ async def _translated(call: Call) -> AsyncIterator[None]:
         raise _unanswered(error, call) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ClipiaUnavailable(
-            f"the answer is not one of Clipia's ({type(error).__name__})",
+            f"the answer is not in Clipia's format ({type(error).__name__})",
             reason="unreadable",
             may_have_arrived=call.may_have_left,
         ) from error
@@ -266,12 +267,12 @@ async def _translated(call: Call) -> AsyncIterator[None]:
 
 
 def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
-    # The library's text may quote a header, and with it the key.
+    # httpx's own text may contain a header, and with it the key.
     if call.may_have_left:
         return ClipiaUnavailable(f"no answer from Clipia: {cause(error)}", reason="no_answer")
     if isinstance(error, httpx.RemoteProtocolError):
-        # Only a proxy, asked for a tunnel, answers before anything is sent.
-        words = "the proxy of CLIPIA_PROXY has hung up, or its answer is no HTTP"
+        # The request was not sent, so this is a proxy's answer to CONNECT.
+        words = "the proxy of CLIPIA_PROXY closed the connection, or its answer is not HTTP"
         return ClipiaUnavailable(
             f"Clipia cannot be reached: {words}", reason="unreachable", may_have_arrived=False
         )
@@ -280,23 +281,24 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
             f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
         )
     return ClipiaUnavailable(
-        f"nothing was sent to Clipia: the request cannot be written ({type(error).__name__})",
+        f"the request is invalid and was not sent to Clipia ({type(error).__name__})",
         reason="not_sent",
         may_have_arrived=False,
     )
 
 
-def _masked(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _mask_values(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {name: mask(value) if isinstance(value, str) else value for name, value in each.items()}
         for each in warnings
     ]
 
 
-def _readable(response: httpx.Response, content: bytes) -> httpx.Response:
-    """Return an answer with the clean copy that is made of a webhook, too, or empty if it is not JSON.
+def _with_clean_body(response: httpx.Response, content: bytes) -> httpx.Response:
+    """Return an answer with a clean copy of its body, or an empty body if it is not JSON.
 
-    The SDK reads it with `json.loads`, which refuses some of it and lets pass what no database stores.
+    The SDK parses it with `json.loads`, which rejects imperfect JSON and accepts values that databases cannot
+    store.
     """
     try:
         content = orjson.dumps(clean_body(content)[0])
@@ -317,29 +319,29 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 
 def _unusable_id(request_id: object) -> Exception:
-    """Return why an accepted submission has no usable id."""
+    """Return the exception for an accepted submission without a usable id."""
     if (
         not isinstance(request_id, str)
         or not 0 < len(request_id) <= MAX_ID_LENGTH
         or REPLACEMENT in request_id
     ):
         return TypeError("request_id")
-    # Clipia would give the same answer to every other try.
+    # Permanent: another attempt would get the same answer.
     return RefusedByClipia(
-        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that finds no result.",
+        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that cannot be queried.",
         code=UNUSABLE_ID,
         status=502,
     )
 
 
-def _refuse_path(request_id: str) -> None:
-    """Raise RequestError for an id with `.` or `..` between slashes: some servers resolve decoded paths."""
+def _check_id(request_id: str) -> None:
+    """Raise RequestError if the id has a segment `.` or `..`: some servers resolve these after decoding."""
     parts = re.split(r"[/\\]", unquote(unquote(request_id)))
     if any(part.strip() in (".", "..") for part in parts):
-        raise RequestError("The id cannot be asked for.", code="not_found")
+        raise RequestError("The id cannot be queried.", code="not_found")
 
 
-def _per_cent(value: Any) -> int | None:
+def _percent(value: Any) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return int(min(max(value, 0), 100))
@@ -350,8 +352,8 @@ def _rate_headers(headers: httpx.Headers) -> RateHeaders:
     return RateHeaders(**{name: _number(headers.get(f"ratelimit-{name}")) for name in names})
 
 
-def _count_down(headers: httpx.Headers) -> None:
-    """Replace a Retry-After that is a date by its seconds: for an absurd one the SDK raises OverflowError."""
+def _normalize_retry_after(headers: httpx.Headers) -> None:
+    """Replace a date in Retry-After by its seconds: if it is absurd, the SDK raises OverflowError."""
     values = headers.get_list("retry-after")
     if len(" ".join(values).split()) > 1:
         wait = longest_wait(values, now=datetime.fromtimestamp(time.time(), UTC))

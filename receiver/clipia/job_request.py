@@ -1,4 +1,4 @@
-"""What a caller asks for: checked, and frozen into the bytes that go to Clipia. Pure but for random ids."""
+"""A caller's job, validated and frozen into the bytes for Clipia; pure except for random ids."""
 
 import hashlib
 import secrets
@@ -16,25 +16,25 @@ from receiver.price import MAX_CREDITS, Credits, read_credits
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE
 
 MAX_REQUEST_BYTES = 1024 * 1024
-"""Bytes of a request to Clipia."""
+"""A longer request to Clipia is rejected before it is sent."""
 
 MAX_METADATA = 32
 
-# What no database stores: NUL. Lone surrogates are no strings to pydantic anyway.
+# Databases cannot store NUL. Lone surrogates are already rejected by pydantic.
 _LINE = r"^[^\x00-\x1f\x7f]+$"
 _TEXT = r"^[^\x00]*$"
 
 
 class JobRequest(BaseModel):
-    """A job as its caller asks for it."""
+    """A job as its caller submits it."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    # It becomes a part of a path, where dots at its start would lead elsewhere.
+    # It becomes a segment of a path; dots at its start could lead to another path.
     model: Annotated[
         str, Field(min_length=1, max_length=255, pattern=r"^[^.\x00-\x1f\x7f][^\x00-\x1f\x7f]*$")
     ]
-    """The slug of one of Clipia's models."""
+    """The slug of a model."""
     input: dict[str, Any]
     """The model's parameters."""
     metadata: Annotated[
@@ -44,20 +44,20 @@ class JobRequest(BaseModel):
         ],
         Field(max_length=MAX_METADATA),
     ] = {}
-    """The caller's own words, returned with the job and with the forwarded message."""
+    """Texts of the caller, returned with the job and in the message."""
     max_cost: Annotated[Credits, Field(ge=0, le=MAX_CREDITS), AfterValidator(read_credits)] | None = None
-    """Credits that the job may cost at most."""
+    """The maximum price in credits."""
     strict: bool | None = None
-    """Whether keys are refused that the model's schema does not have; None is as the settings say."""
+    """Whether unknown keys of the input are invalid; None: the setting decides."""
 
     @classmethod
     def read(cls, values: object) -> "JobRequest":
-        """Raise RequestError, which says what is wrong, for anything that is not a job."""
+        """Validate a job. Raises RequestError, which names the invalid field."""
         try:
             request = cls.model_validate(values)
         except ValidationError as error:
             raise invalid_request(error) from None
-        encode([[[[request.input]]]])  # it has to fit into lists and messages, whose depth is bounded
+        encode([[[[request.input]]]])  # messages nest it four levels deeper, and the depth is limited
         return request
 
     def freeze(
@@ -70,9 +70,9 @@ class JobRequest(BaseModel):
         cost: Credits | None = None,
         warnings: list[dict[str, Any]] | None = None,
     ) -> NewJob:
-        """Make the row of a new job, with the request as it will be sent on every try.
+        """Make the row of a new job. All attempts will send the same bytes.
 
-        Raises RequestError where the input cannot be sent.
+        Raises RequestError if the input cannot be sent.
         """
         job_id, token = new_id(), new_token()
         return NewJob(
@@ -94,43 +94,45 @@ class JobRequest(BaseModel):
         )
 
     def fingerprint(self) -> str:
-        """Return what must be the same where a key is used again: all that the job is, whatever its order."""
+        """Return a hash of the job: if a key is used again, it must be equal; key order is ignored."""
         content = self.model_dump(exclude_defaults=True, exclude={"strict"})
         return hashlib.sha256(encode(content)).hexdigest()
 
 
 def new_token() -> str:
-    """Return an unguessable token (192 bits) for a callback's path."""
+    """Return a random token (192 bits) for the path of the callback."""
     return secrets.token_urlsafe(24)
 
 
 def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, public_url: str | None) -> bytes:
-    """Return the bytes that are sent to Clipia. Raises RequestError where there are none or too many."""
+    """Return the bytes for Clipia. Raises RequestError if the input is not JSON or too long."""
     content: dict[str, Any] = {"input": given}
     if public_url is not None:
-        # The path names the job, so that its event finds it even before the answer to the submission. The
-        # path is not signed, so the token proves that it is Clipia who uses it: the job's id is no secret.
-        # Both are one segment, which the release before takes for an unknown job and not for a wrong path.
+        # The path has the job's id, because the webhook may arrive before the answer to the submission. The
+        # path is not signed and the id is not secret, so the token proves that the request is from Clipia.
+        # Both are one segment: older releases take it for an unknown job, and two segments would be a wrong
+        # path.
         content["webhook_url"] = f"{public_url}{CALLBACK_PATH}/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > MAX_REQUEST_BYTES:
         raise RequestTooLarge(
-            f"input: takes {len(request)} bytes; {MAX_REQUEST_BYTES} are the limit (pass files by URL)",
+            f"input: {len(request)} bytes are more than the limit of {MAX_REQUEST_BYTES} (pass files by URL)",
             code="invalid_request",
         )
     return request
 
 
 def refreeze(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple[bytes, str]:
-    """Return the bytes with which a job is submitted anew, and the digest of their token.
+    """Return the bytes for submitting a job again, and the digest of their token.
 
-    A new key is a new request: it goes to where the callback is now, and with a new token the webhook of the
-    old request does not end the job. Raises RequestError as `encode_request` does, and for a deleted input.
+    The request has a new key, the current address of the callback and a new token, so that the webhook of the
+    old request cannot end the job. Raises RequestError as `encode_request` does, and if the input was
+    deleted.
     """
     given = read_input(request)
     if given is None:
         raise RequestError(
-            "the job's input was deleted, so the job cannot be submitted again",
+            "the job cannot be submitted again, because its input was deleted",
             code="not_resubmittable",
         )
     token = new_token()
@@ -138,23 +140,23 @@ def refreeze(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple
 
 
 def read_input(request: bytes) -> dict[str, Any] | None:
-    """Return the input in the bytes that are sent to Clipia; None if it was deleted (`NO_INPUT`)."""
+    """Return the input of a frozen request; None if it was deleted (`NO_INPUT`)."""
     found: dict[str, Any] | None = orjson.loads(request)["input"]
     return found
 
 
 def join_warnings(ours: list[dict[str, Any]], clipias: list[Any]) -> list[Any]:
-    """Return the warnings about an input; Clipia's words about a parameter stand in place of ours."""
-    told = [each.get("parameter") for each in clipias if isinstance(each, dict)]
-    return [*(each for each in ours if each["parameter"] not in told), *clipias]
+    """Return all warnings about an input. If both have one for a parameter, Clipia's is used."""
+    known = [each.get("parameter") for each in clipias if isinstance(each, dict)]
+    return [*(each for each in ours if each["parameter"] not in known), *clipias]
 
 
 def encode(value: Any) -> bytes:
-    """Return JSON, the same for the same content. Raises RequestError for other values and deep nesting."""
+    """Return canonical JSON. Raises RequestError if a value is not JSON or nested too deeply."""
     try:
         return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
     except (orjson.JSONEncodeError, RecursionError):
         raise RequestError(
-            "input: is not JSON: write objects, lists, text, numbers to 64 bits, true, false and null",
+            "input: not JSON; write objects, lists, text, numbers of up to 64 bits, true, false and null",
             code="invalid_request",
         ) from None

@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.budgets import require_price
 from receiver.clipia.catalogue import Catalogue
-from receiver.clipia.client import CALL_TIMEOUT_SECONDS, UNUSABLE_ID, Accepted, Call, ClipiaClient, clock
+from receiver.clipia.client import CALL_TIMEOUT_SECONDS, UNUSABLE_ID, Accepted, Call, ClipiaClient, boot_clock
 from receiver.core.lane_names import FAN_OUT_LANE, SUBMIT_LANE, Wake
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWERED
 from receiver.db import accounts, freezes, jobs, refused_jobs, tables
@@ -107,7 +107,7 @@ class SubmitLane(TableLane):
         if claimed:
             self._claimed += 0 if job_id else len(claimed)
             await accounts.save(connection, account, quota.after_calls("submit", len(claimed), now))
-        claimed_at = clock()
+        claimed_at = boot_clock()
         return [
             Work(claim=claim, run=partial(self._submit, claim, submission, claimed_at, now))
             for claim, submission in claimed

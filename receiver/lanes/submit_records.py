@@ -7,7 +7,7 @@ from typing import Literal
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.clipia.client import Accepted, Call, clock
+from receiver.clipia.client import Accepted, Call, boot_clock
 from receiver.clipia.job_request import join_warnings
 from receiver.core.payload import parse
 from receiver.core.retry import poll_delay, refused_delay
@@ -36,7 +36,7 @@ class SubmitAttempt:
 
     def sent_for(self) -> float:
         """Return the seconds since the first attempt that may have arrived, such as this one."""
-        return (self.submission.sent_for or 0.0) + clock() - self.claimed_at
+        return (self.submission.sent_for or 0.0) + boot_clock() - self.claimed_at
 
 
 async def record_accepted(

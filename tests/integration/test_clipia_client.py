@@ -432,9 +432,7 @@ async def test_a_request_that_cannot_be_written_is_not_sent(odd: OddClipia, clie
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
     assert (caught.value.reason, caught.value.may_have_arrived) == ("not_sent", False)
-    assert str(caught.value) == (
-        "nothing was sent to Clipia: the request cannot be written (LocalProtocolError)"
-    )
+    assert str(caught.value) == ("the request is invalid and was not sent to Clipia (LocalProtocolError)")
     assert odd.posts == []
 
 

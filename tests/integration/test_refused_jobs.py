@@ -22,7 +22,7 @@ from support.clipia import (
 )
 
 from receiver.api.answers import status_of
-from receiver.clipia.client import clock
+from receiver.clipia.client import boot_clock
 from receiver.core import retry
 from receiver.core.quota import REFUSED_SHARE
 from receiver.db.clock import db_time
@@ -341,7 +341,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     await odd_world.set(jobs, where=jobs.c.id != job.id, next_attempt_at=db_time(HOUR))
     await odd_world.set(jobs, where=jobs.c.id == job.id, sent_at=db_time(60.0 - retry.KEY_VALID_SECONDS))
     ahead = [0.0]
-    monkeypatch.setattr(submit_records, "clock", lambda: clock() + ahead[0])
+    monkeypatch.setattr(submit_records, "boot_clock", lambda: boot_clock() + ahead[0])
 
     async def take_long(_request: Request) -> None:
         ahead[0] = HOUR

@@ -646,9 +646,9 @@ async def test_a_process_that_slept_sends_nothing(
     await odd_world.make_due()
     assert submitter.lane is not None
     (work,) = await submitter.lane.claim(1)
-    now = client_module.clock
+    now = client_module.boot_clock
     with monkeypatch.context() as patched:
-        patched.setattr(client_module, "clock", lambda: now() + 31.0)
+        patched.setattr(client_module, "boot_clock", lambda: now() + 31.0)
         await work.run()
     assert len(odd.posts) == 1
     row = await odd_world.job()
@@ -757,10 +757,10 @@ async def test_the_last_try_is_the_last(
     odd.script = [refused(503, "service_unavailable")]
     await submitter.submit(MODEL, PROMPT)
     await odd_world.set(jobs, sent_at=db_time(100.0 - SUBMIT_UNANSWERED.give_up_after))
-    now = client_module.clock
+    now = client_module.boot_clock
 
     async def answer_late(_request: Request) -> None:
-        monkeypatch.setattr("receiver.lanes.submit_records.clock", lambda: now() + 200.0)
+        monkeypatch.setattr("receiver.lanes.submit_records.boot_clock", lambda: now() + 200.0)
 
     odd.on_submit = answer_late
     await odd_world.retry(submitter)
