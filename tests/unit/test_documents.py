@@ -14,6 +14,7 @@ from receiver import metrics
 from receiver.cli import app
 from receiver.config_file import variable_name
 from receiver.destination_settings import DestinationSettings
+from receiver.destinations import _KINDS
 from receiver.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,14 @@ def test_the_readme_has_every_setting(name: str) -> None:
 def test_the_page_of_destinations_has_every_option(name: str) -> None:
     """Each key of a `[[destinations]]` table is in an example or a table."""
     assert re.search(rf"^{name} = |`{name}`|`{name} =", text_of("docs/destinations.md"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("scheme", _KINDS)
+def test_the_page_of_destinations_has_every_scheme(scheme: str) -> None:
+    """Each scheme has a row that says when an event counts as delivered, and so does its form with TLS."""
+    page = text_of("docs/destinations.md")
+    (rows,) = re.findall(r"\| URL \| Delivered means \|\n(.*?)\n\n", page, re.DOTALL)
+    assert re.search(rf"`{scheme}(\(s\))?:|`{scheme.removesuffix('s')}\(s\):", rows)
 
 
 @pytest.mark.parametrize("name", sorted(commands(typer.main.get_command(app))))
