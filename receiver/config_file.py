@@ -60,10 +60,12 @@ def read_environment(
     Fields in `lists` are lists separated by commas. Raises SettingsError.
     """
     given = {name.upper(): value for name, value in environ.items() if value}
-    if f"{PREFIX}DESTINATIONS" in given:
-        _reject_table("DESTINATIONS", advice=f", or set {PREFIX}DESTINATION_URL")
-    if f"{PREFIX}SOURCES" in given:
-        _reject_table("SOURCES")
+    for table, advice in (("DESTINATIONS", f", or set {PREFIX}DESTINATION_URL"), ("SOURCES", "")):
+        if f"{PREFIX}{table}" in given:
+            raise SettingsError(
+                f"{PREFIX}{table} is not read from the environment: write [[{table.lower()}]] tables in "
+                f"{DEFAULT_CONFIG}{advice}"
+            )
     found = {field: name for name, field in variables.items() if name in given}
     for name in found.values():
         register_setting(name, given[name])
@@ -71,13 +73,6 @@ def read_environment(
         field: _cleaned_list(given[name], name) if field in lists else cleaned(given[name], name)
         for field, name in found.items()
     }
-
-
-def _reject_table(table: str, *, advice: str = "") -> None:
-    raise SettingsError(
-        f"{PREFIX}{table} is not read from the environment: write [[{table.lower()}]] tables in "
-        f"{DEFAULT_CONFIG}{advice}"
-    )
 
 
 def read_file(environ: Mapping[str, str]) -> Values:

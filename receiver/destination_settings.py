@@ -155,14 +155,12 @@ class DestinationSettings(Table):
     def _fits_the_url(self) -> Self:
         url = self.url.get_secret_value()
         over_http = url.lower().startswith(("http:", "https:"))
-        if not over_http and (self.secret is not None or self.binary or self.headers or self.proxy):
+        if not over_http and any((self.secret is not None, self.binary, self.headers, self.proxy)):
             raise ValueError("secret, headers, binary and proxy are for http: and https: alone")
         if self.tls is not None and not url.lower().startswith(_OVER_TLS):
             raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
         if _USER.match(url) and any(name.lower() == "authorization" for name in self.headers):
-            raise ValueError(
-                "the URL contains a user and there is a header Authorization: remove one of them"
-            )
+            raise ValueError("the URL contains a user, and there is a header Authorization: remove either")
         return self
 
     @model_validator(mode="after")

@@ -187,26 +187,33 @@ def _batcher(
 
 async def _insert_repeats(connection: AsyncConnection, group: Sequence[Arrival]) -> list[Outcome | None]:
     found = await inbox.find_events(connection, {event.id for event, *_ in group})
-    stored = [(arrival, found.get(arrival.event.id)) for arrival in group]
-    unequal = {
-        known.seq
-        for (event, *_), known in stored
-        if known is not None and known.body_sha256 != event.body_sha256
-    }
-    bodies = await inbox.load_bodies(connection, unequal) if unequal else {}
+    stored = [found.get(event.id) for event, *_ in group]
+    bodies = await _load_unequal_bodies(connection, group, stored)
     outcomes = [
-        None if known is None else _repeat_outcome(known, event, bodies) for (event, *_), known in stored
+        _repeat_outcome(known, event, bodies) for known, (event, *_) in zip(stored, group, strict=True)
     ]
     receipts = [
         (known.seq, arrival, outcome)
-        for (arrival, known), outcome in zip(stored, outcomes, strict=True)
+        for known, arrival, outcome in zip(stored, group, outcomes, strict=True)
         if known is not None and outcome is not None
     ]
     await inbox.record_receipts(connection, receipts)
     return outcomes
 
 
-def _repeat_outcome(known: inbox.KnownEvent, event: NewEvent, bodies: Mapping[int, bytes]) -> Outcome:
+async def _load_unequal_bodies(
+    connection: AsyncConnection, group: Sequence[Arrival], stored: Sequence[inbox.KnownEvent | None]
+) -> dict[int, bytes]:
+    pairs = zip(stored, group, strict=True)
+    seqs = {known.seq for known, (event, *_) in pairs if known and known.body_sha256 != event.body_sha256}
+    return await inbox.load_bodies(connection, seqs) if seqs else {}
+
+
+def _repeat_outcome(
+    known: inbox.KnownEvent | None, event: NewEvent, bodies: Mapping[int, bytes]
+) -> Outcome | None:
+    if known is None:
+        return None
     return "unrecognized" if event.state == "unrecognized" else compare(known, event, bodies)
 
 

@@ -13,10 +13,8 @@ import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final, NamedTuple
+from typing import Final
 from uuid import UUID
-
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import pruning
 from receiver.db.database import Database
@@ -101,114 +99,94 @@ async def prune(
     An event with a dead letter is kept unless `dead_letters`. Files are deleted if a `storage` is given.
     Raises DatabaseUnavailable and StorageUnavailable.
     """
-    pruner = _EventPruner(database, storage, dead_letters=dead_letters, dry_run=dry_run, limits=limits)
-    async for progress in pruner.run(done):
+    run = _Run(database, storage, dead_letters, dry_run, limits)
+    async for progress in run.prune_events(done):
         yield (done := progress)
-    async for progress in _prune_jobs(database, done, dry_run=dry_run, limits=limits):
+    async for progress in run.prune_inputs(done):
         yield progress
 
 
-class _Batch(NamedTuple):
-    old: Sequence[int]
-    """The old events, by `seq`."""
-    finished: Sequence[int]
-    """Those of them that can be deleted."""
-    files: Sequence[StoredFile]
-    """The files of the finished events, if there is a storage to delete them from."""
-    last: int
-    """The last `seq` that was searched."""
+@dataclass(frozen=True)
+class _Run:
+    database: Database
+    storage: Storage | None
+    dead_letters: bool
+    dry_run: bool
+    limits: Limits
 
-
-class _EventPruner:
-    def __init__(
-        self,
-        database: Database,
-        storage: Storage | None,
-        *,
-        dead_letters: bool,
-        dry_run: bool,
-        limits: Limits,
-    ) -> None:
-        self._database = database
-        self._storage = storage
-        self._dead_letters = dead_letters
-        self._dry_run = dry_run
-        self._limits = limits
-
-    async def run(self, done: Pruned) -> AsyncIterator[Pruned]:
-        """Yield the progress after each batch, and end with the first batch without an old event."""
+    async def prune_events(self, done: Pruned) -> AsyncIterator[Pruned]:
+        """Delete finished events. The first batch without an old event is the last."""
         after, is_last = 0, False
         while not is_last:
             began = time.monotonic()
-            batch = await self._take_batch(after, done.before)
-            after, is_last = batch.last, not batch.old
-            ours, elsewhere = ([], []) if self._storage is None else _sort(self._storage, batch.files)
-            deleted = len(batch.finished)
-            if self._storage is not None and batch.files and not self._dry_run:
-                await _delete(self._storage, ours)
-                deleted = await self._delete_tombstones(batch.finished)
+            old, finished, files, after = await self._take_batch(after, done.before)
+            is_last = not old
+            ours, elsewhere = ([], []) if self.storage is None else _sort(self.storage, files)
+            deleted = len(finished)
+            if self.storage is not None and files and not self.dry_run:
+                await _delete(self.storage, ours)
+                deleted = await self._delete_tombstones(finished)
             done = replace(
                 done,
                 events=done.events + deleted,
-                kept=done.kept + len(batch.old) - deleted,
+                kept=done.kept + len(old) - deleted,
                 files=done.files + len(ours),
                 files_elsewhere=done.files_elsewhere + len(elsewhere),
             )
-            if not self._dry_run:
-                await _rest(began)
+            await self._rest(began)
             yield done
 
-    async def _take_batch(self, after: int, before: datetime) -> _Batch:
-        """Find the next old events; delete the finished ones, or make them tombstones if they have files."""
-        async with self._database.read() if self._dry_run else self._database.write() as connection:
+    async def _take_batch(
+        self, after: int, before: datetime
+    ) -> tuple[Sequence[int], Sequence[int], Sequence[StoredFile], int]:
+        """Delete the next finished events; if they have files in the storage, make them tombstones.
+
+        Returns all old events of the batch, the finished ones, their files, and the last `seq` searched.
+        """
+        async with self.database.read() if self.dry_run else self.database.write() as connection:
             old, last = await pruning.find_old(
-                connection, after=after, before=before, limit=self._limits.events, files=self._limits.files
+                connection, after=after, before=before, limit=self.limits.events, files=self.limits.files
             )
-            locked = old if self._dry_run else await self._lock(connection, old)
-            finished = await pruning.select_finished(connection, locked, dead_letters=self._dead_letters)
-            files = [] if self._storage is None else await pruning.list_files(connection, finished)
-            if not self._dry_run:
+            found: Sequence[int] = old
+            if not self.dry_run:
+                found = await pruning.lock(connection, old, dead_letters=self.dead_letters)
+            finished = await pruning.select_finished(connection, found, dead_letters=self.dead_letters)
+            files = [] if self.storage is None else await pruning.list_files(connection, finished)
+            if not self.dry_run:
                 await (pruning.erase_events if files else pruning.delete_events)(connection, finished)
-        return _Batch(old, finished, files, last)
+        return old, finished, files, last
 
     async def _delete_tombstones(self, seqs: Sequence[int]) -> int:
         """Delete tombstones, and return how many; one that a webhook has locked is left for the next run."""
-        async with self._database.write() as connection:
-            locked = await self._lock(connection, seqs)
+        async with self.database.write() as connection:
+            locked = await pruning.lock(connection, seqs, dead_letters=self.dead_letters)
             await pruning.delete_events(connection, locked)
         return len(locked)
 
-    async def _lock(self, connection: AsyncConnection, seqs: Sequence[int]) -> Sequence[int]:
-        return await pruning.lock(connection, seqs, dead_letters=self._dead_letters)
+    async def prune_inputs(self, done: Pruned) -> AsyncIterator[Pruned]:
+        """Delete the inputs of jobs that ended long ago; keys, prices and results are kept."""
+        async with self.database.read() as connection:
+            last = await pruning.last_job(connection)
+        after, limit = 0, self.limits.events
+        while after < last:
+            began = time.monotonic()
+            until = min(after + self.limits.jobs, last)
+            async with self.database.read() as connection:
+                found = await pruning.find_inputs(
+                    connection, after=after, until=until, before=done.before, limit=limit
+                )
+            if found and not self.dry_run:
+                async with self.database.write() as connection:
+                    await pruning.delete_inputs(connection, found, before=done.before)
+            after = found[-1] if len(found) == limit else until
+            await self._rest(began)
+            done = replace(done, jobs=done.jobs + len(found))
+            yield done
 
-
-async def _rest(began: float) -> None:
-    """Sleep for as long as the work took, to leave half of the time to live traffic."""
-    await asyncio.sleep(time.monotonic() - began)
-
-
-async def _prune_jobs(
-    database: Database, done: Pruned, *, dry_run: bool, limits: Limits
-) -> AsyncIterator[Pruned]:
-    """Delete the inputs of jobs that ended long ago; keys, prices and results are kept."""
-    async with database.read() as connection:
-        last = await pruning.last_job(connection)
-    after = 0
-    while after < last:
-        began = time.monotonic()
-        until = min(after + limits.jobs, last)
-        async with database.read() as connection:
-            found = await pruning.find_inputs(
-                connection, after=after, until=until, before=done.before, limit=limits.events
-            )
-        if found and not dry_run:
-            async with database.write() as connection:
-                await pruning.delete_inputs(connection, found, before=done.before)
-        after = found[-1] if len(found) == limits.events else until
-        if not dry_run:
-            await _rest(began)
-        done = replace(done, jobs=done.jobs + len(found))
-        yield done
+    async def _rest(self, began: float) -> None:
+        """Sleep for as long as the batch took, to leave half of the time to live traffic."""
+        if not self.dry_run:
+            await asyncio.sleep(time.monotonic() - began)
 
 
 async def erase(database: Database, storage: Storage, key: str) -> Erased | None:

@@ -137,9 +137,7 @@ async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
     minute = 60.0 / DAY
     for name, days in (("older", 30 + minute), ("younger", 30 - minute)):
         await add_old(world, name, days=days)
-    with pytest.raises(
-        RequestError, match=r"30 days at least: .* is taken for a new one, and forwarded again"
-    ):
+    with pytest.raises(RequestError, match=r"at least 30 days: .* it is forwarded a second time"):
         await prune(world, days=30 - minute)
     assert await left(world) == {"older", "younger"}
     done = await prune(world, days=30)
