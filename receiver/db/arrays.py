@@ -1,4 +1,4 @@
-"""Lists in statements: one parameter whatever their length, so that a statement is made and planned once."""
+"""Lists as one parameter, so that a statement is built and planned once for lists of any length."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ DIALECTS: Final = ("sqlite", "postgresql")
 
 
 class _ListOf(TypeDecorator[Collection[Any]]):
-    """Values of a column's type: an array on PostgreSQL, and text that is JSON on SQLite."""
+    """A list of values of a column's type: an array on PostgreSQL, and JSON text on SQLite."""
 
     impl = Text
     cache_ok = True
@@ -39,12 +39,12 @@ class _ListOf(TypeDecorator[Collection[Any]]):
         self.item: Final = item
 
     def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Return the type that the driver is given."""
+        """Return the type of the parameter for the driver."""
         kind: TypeEngine[Any] = ARRAY(self.item) if dialect.name == "postgresql" else Text()
         return dialect.type_descriptor(kind)
 
     def process_bind_param(self, value: Collection[Any] | None, dialect: Dialect) -> Any:
-        """Write the values; SQLite has UUIDs as their hexadecimal digits."""
+        """Return the values for the driver; in SQLite a UUID is stored as hexadecimal digits."""
         values = list(value or ())
         if dialect.name == "postgresql":
             return values
@@ -52,7 +52,7 @@ class _ListOf(TypeDecorator[Collection[Any]]):
 
 
 class among(FunctionElement[bool]):
-    """Whether a column's value is one of a list, which is the parameter `name`."""
+    """Whether a column's value is in the list that is the parameter `name`."""
 
     type = Boolean()
     inherit_cache = True
@@ -61,7 +61,7 @@ class among(FunctionElement[bool]):
         super().__init__(column, bindparam(name, type_=_ListOf(column.type)))
 
     def self_group(self, against: Any = None) -> "among":
-        """Stand in a condition as it is; SQLite uses no index for what is compared with 1 to be true."""
+        """Return the element itself: SQLAlchemy would write `… = 1`, for which SQLite uses no index."""
         return self
 
 
@@ -81,7 +81,7 @@ class Rows:
     """Any number of rows as parameters of one statement."""
 
     def __init__(self, *columns: Column[Any]) -> None:
-        """`columns` are those of a table that the values are for."""
+        """Take the columns of a table, which name and type the values."""
         self.columns: Final = columns
         self._writers: Final = [
             (column.name, column.type.dialect_impl(_SQLITE).bind_processor(_SQLITE) or _unchanged)
@@ -89,7 +89,7 @@ class Rows:
         ]
 
     def select(self, dialect_name: str, *others: ColumnElement[Any]) -> Select[Any]:
-        """Return the rows, with `others` at the end of each."""
+        """Return a SELECT of the rows, with `others` as last columns."""
         if dialect_name == "postgresql":
             arrays = [bindparam(column.name, type_=ARRAY(column.type)) for column in self.columns]
             rows = func.unnest(*arrays).table_valued(*(column.name for column in self.columns))
@@ -99,11 +99,11 @@ class Rows:
             func.json_extract(each.c.value, literal_column(f"'$[{number}]'"))
             for number in range(len(self.columns))
         )
-        # Without a WHERE SQLite would take ON CONFLICT for the condition of a join.
+        # Without a WHERE SQLite would parse ON CONFLICT as a join condition.
         return select(*values, *others).select_from(each).where(true())
 
     def parameters(self, dialect_name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Return the parameters of a statement with `select`; each of the `rows` has all columns."""
+        """Return the parameters of a statement with `select`; each of `rows` has all columns."""
         if dialect_name == "postgresql":
             return {column.name: [row[column.name] for row in rows] for column in self.columns}
         return {"rows": json.dumps([[write(row[name]) for name, write in self._writers] for row in rows])}

@@ -1,8 +1,8 @@
-"""SQL of the hot path: a group of inbound deliveries becomes events and receipts in one statement.
+"""SQL of the hot path: one statement turns a group of requests into events and receipts.
 
-Its values go to the driver as they are: SQLAlchemy's handling of each of them takes as long as SQLite itself.
-On PostgreSQL there is an array for each column, so that the statement is parsed and planned once, whatever
-the size of the group.
+The values go to the driver directly, because SQLAlchemy's processing of each value takes as long as SQLite
+itself. On PostgreSQL each column is an array parameter, so the statement is planned once for groups of any
+size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,12 +29,12 @@ _IN_VIEW: Final = (*_OF_EVENT, *_OF_RECEIPT, "outcome")
 async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
     """Insert the events that are new, each with its first receipt; return the ids of the others.
 
-    The arrivals are of different events. They are inserted in one order by every process: two that insert the
-    same events at once would else wait for each other in a circle.
+    The arrivals are of different events. They are sorted, because two processes that insert the same events
+    in different orders would deadlock.
 
-    One statement decides who was first, because a SELECT before it would let two deliveries both find
-    nothing. An insert that meets the uncommitted row of another transaction waits for it: the event is not
-    new after that commit, and new after its rollback.
+    The INSERT itself finds the duplicates: with a SELECT before it, two transactions could both find no row.
+    An INSERT that meets the uncommitted row of another transaction waits for it. After a commit the event is
+    known, and after a rollback it is new.
 
     Raises DatabaseUnavailable.
     """
@@ -46,13 +46,13 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
 
 
 async def probe(database: Database) -> None:
-    """Insert an event as webhooks are inserted, roll that back, and commit a row of another table.
+    """Insert an event as `insert_new` does, roll back, and commit a row of another table.
 
-    The insert shows whether a webhook could be stored now, the commit whether a commit succeeds. Raises
-    DatabaseUnavailable, and what `insert_new` raises.
+    The INSERT checks whether a webhook can be stored now, and the second row checks the commit. Raises
+    DatabaseUnavailable.
     """
     now = datetime.now(UTC)
-    # Each has names of its own: it waits for no other process that probes or hangs while it does.
+    # A unique name: the INSERT does not wait for the uncommitted row of another process's probe.
     name = f"probe-{uuid4().hex}"
     event = NewEvent(
         id=event_id(name, name),
@@ -73,12 +73,12 @@ async def probe(database: Database) -> None:
 
 
 def _in_rows(arrivals: Sequence[Arrival]) -> list[Any]:
-    """Return SQLite's values: the rows of `_VIEW`, one after the other."""
+    """Return the values for SQLite: the rows of `_VIEW`, one after the other."""
     return [_sqlite_value(value) for arrival in arrivals for value in _in_view(arrival)]
 
 
 def _in_columns(arrivals: Sequence[Arrival]) -> tuple[Any, ...]:
-    """Return PostgreSQL's values: one sequence for each field."""
+    """Return the values for PostgreSQL: one sequence for each field."""
     of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
     _, *of_receipt = zip(*arrivals, strict=True)
     return (*of_event, *of_receipt, tuple(arrival.event.first_outcome for arrival in arrivals))
@@ -90,12 +90,12 @@ _COMMIT: Final = """
 
 
 def _insert_columns() -> str:
-    """Return PostgreSQL's statement; its parameters are an array for each field, in their order."""
+    """Return the statement for PostgreSQL; its parameters are one array for each field."""
     fields = {name: events.c[name] for name in _OF_EVENT}
     fields |= {name: receipts.c[name] for name in (*_OF_RECEIPT, "outcome")}
     dialect = postgresql.dialect()
     arrays = [
-        # A cast to a text of limited length would cut what is longer, where an insert refuses it.
+        # A cast to VARCHAR(n) would truncate a longer text; the INSERT raises an error instead.
         f"${number}::{'text' if isinstance(column.type, String) else column.type.compile(dialect)}[]"
         for number, column in enumerate(fields.values(), 1)
     ]
@@ -120,8 +120,8 @@ _INSERT: Final = _insert_columns()
 
 
 def _try_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> None:
-    """Do what `probe` does on SQLite."""
-    _known_ids(connection)  # before the transaction, which would take the view along when it is rolled back
+    """Insert and roll back, and commit a row of another table, as `probe` does."""
+    _known_ids(connection)  # before the transaction, because the rollback would remove the view
     cursor = connection.cursor()
     cursor.execute("BEGIN IMMEDIATE")
     try:
@@ -140,11 +140,11 @@ def _known_ids(connection: PoolProxiedConnection) -> list[str]:
 
 
 def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
-    """Insert on SQLite; `values` are those of the rows of `_VIEW`, one after the other."""
+    """Insert on SQLite; `values` are the rows of `_VIEW`, one after the other."""
     known = _known_ids(connection)
     known.clear()
     rows = len(values) // len(_IN_VIEW)
-    # SQLite has to parse few different statements when their sizes are powers of two.
+    # Padded to a power of two, so that SQLite parses few different statements.
     size = 1 << (rows - 1).bit_length()
     padding = [None] * ((size - rows) * len(_IN_VIEW))
     connection.cursor().execute(_insert_into_view(size), [*values, *padding])
@@ -152,11 +152,11 @@ def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> se
 
 
 def _make_view(connection: PoolProxiedConnection) -> list[str]:
-    """Make a view of this connection's that takes arrivals; return the list that gets the ids of known ones.
+    """Create the temporary view that takes arrivals; return the list that gets the ids of known events.
 
-    With a trigger on a view a group is one statement, which is a transaction by itself. The thread leaves the
-    interpreter to the event loop while a statement runs, and may wait longer than that to get it back: a busy
-    loop lets go of it only for moments, too short to wake up in.
+    A trigger on the view writes all tables, so a group is one statement and one transaction. Several
+    statements would be simpler. But the thread releases the GIL during each statement, and a busy event loop
+    gives it back so briefly that each further statement waits longer for the GIL than it runs.
     """
     known: list[str] = []
     driver: Any = connection.driver_connection
@@ -171,7 +171,7 @@ def _new(names: Sequence[str]) -> str:
 
 
 _MAKE_VIEW: Final = (
-    # A statement with triggers keeps its rows in a temporary table first, and not everybody has a /tmp.
+    # SQLite first copies the rows of a statement with triggers to a temporary table; /tmp may be read-only.
     "PRAGMA temp_store=MEMORY",
     f"CREATE TEMP VIEW IF NOT EXISTS {_VIEW} AS SELECT {', '.join(f'NULL AS {name}' for name in _IN_VIEW)}",
     f"""
@@ -199,7 +199,7 @@ def _insert_into_view(rows: int) -> str:
 
 
 def _sqlite_value(value: Any) -> Any:
-    """Return a value in the form in which the tables' types write it to SQLite."""
+    """Return a value as the column types of the tables write it to SQLite."""
     if isinstance(value, UUID):
         return value.hex
     if isinstance(value, datetime):

@@ -1,7 +1,7 @@
 """The database's clock in SQL.
 
-Leases and due times are set and compared by the database, so that a machine whose clock is wrong neither
-steals work nor sits on it.
+The database sets and compares leases and due times, so that a machine with a wrong clock neither steals work
+of others nor delays it.
 """
 
 from typing import Any
@@ -24,21 +24,22 @@ class db_time(FunctionElement[Any]):
 
 @compiles(db_time, "postgresql")
 def _postgresql(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
-    # clock_timestamp, not now(): a transaction that waited for a lock must not start leases in the past.
+    # now() is the start of the transaction: if it waited for a lock, a lease would start in the past.
     return f"clock_timestamp() + make_interval(secs => {compiler.process(element.clauses, **kw)})"
 
 
 @compiles(db_time, "sqlite")
 def _sqlite(element: db_time, compiler: SQLCompiler, **kw: Any) -> str:
-    # The same text form as the driver's datetimes, six digits of fraction: values are compared as text.
+    # The text form of the driver's datetimes, with six digits of fraction: values are compared as text.
     seconds = compiler.process(element.clauses, **kw)
     return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', printf('%+.3f seconds', {seconds}))"
 
 
 class statement_time(FunctionElement[Any]):
-    """The database's time when the statement began, which an index can be searched for: `statement_time()`.
+    """The database's time at the start of the statement: `statement_time()`.
 
-    For one that goes on while the statement runs PostgreSQL would look at every row.
+    It is constant, so PostgreSQL can use it for an index scan. `db_time` changes while the statement runs, so
+    PostgreSQL would compare it with each row.
     """
 
     type = UtcDateTime()

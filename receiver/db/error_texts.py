@@ -12,7 +12,7 @@ _STATES: Final[Mapping[str, str]] = MappingProxyType(
     {
         "28P01": "PostgreSQL rejects the user or the password of RECEIVER_DATABASE_URL",
         "28000": "PostgreSQL rejects the login: see pg_hba.conf and sslmode",
-        "3D000": "there is no such database",
+        "3D000": "the database does not exist",
         "42501": "the user lacks a right: `receiver check` names it",
         "42P01": "a table is missing: run `receiver migrate`",
         "42703": "a column is missing: run `receiver migrate`",

@@ -1,4 +1,4 @@
-"""The schema's version: what the database has, what this code needs, and the way there."""
+"""Migrations: the schema's revision, the revision that this release needs, and the upgrade."""
 
 import asyncio
 import random
@@ -24,17 +24,17 @@ from receiver.errors import DatabaseUnavailable, SettingsError
 _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
 _CHECKOUT: Final = Path(__file__).parent.parent.parent / "migrations"
 LOCK_ID: Final = 0x_C11F_1A
-"""PostgreSQL advisory lock that serializes migrations."""
+"""The PostgreSQL advisory lock that serializes migrations."""
 ATTEMPTS: Final = 5
-"""Times that a migration is tried if it collides with a process that works."""
+"""Attempts at a migration if it conflicts with a worker."""
 _COLLISIONS: Final = {"40P01", "55P03"}
-"""SQLSTATEs: a deadlock, and a lock that was not given in time."""
+"""SQLSTATEs of a deadlock and of a lock that was not granted in time."""
 
 log = structlog.get_logger()
 
 
 def head() -> str:
-    """Return the revision that this code needs."""
+    """Return the revision that this release needs."""
     revision = _scripts().get_current_head()
     if revision is None:
         raise SettingsError("the migrations are missing from this installation; reinstall the package")
@@ -54,10 +54,10 @@ async def _read(database: Database) -> Version | None:
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:
-    """Bring the schema to `revision`, in one transaction and under a lock: any number may run at once.
+    """Migrate the schema to `revision` in one transaction and under a lock, so that several may run at once.
 
-    A newer schema that serves this release is left as it is. Raises SettingsError, which says what to do, and
-    DatabaseUnavailable.
+    A newer schema on which this release can run is left unchanged. Raises SettingsError, which tells what to
+    do, and DatabaseUnavailable.
     """
     for left in reversed(range(ATTEMPTS)):
         try:
@@ -66,20 +66,20 @@ async def upgrade(database: Database, revision: str = "head") -> None:
             state = sqlstate(getattr(error.__cause__, "orig", None) or error)
             if state not in _COLLISIONS or not left:
                 raise
-            log.warning("the migration collided with other work and is tried again", sqlstate=state)
+            log.warning("the migration conflicted with other transactions and is tried again", sqlstate=state)
         else:
             return
         await asyncio.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - no secret
 
 
 async def apply(database: Database, change: Callable[[Config], None]) -> None:
-    """Run a command of Alembic's as `upgrade` does."""
+    """Run an Alembic command, as `upgrade` does."""
 
     def run(connection: Connection) -> None:
         known = _known()
         found = version.read(connection, known)
         if found is not None and found.revision not in known:
-            _require_served(found, known)
+            _require_runnable(found, known)
             return
         if found is None or found.revision != head():
             _require_right_to_create(connection)
@@ -93,39 +93,39 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
 
     async with database.migrate() as connection:
         if not database.is_sqlite:
-            # Another migration may take minutes; the limit is for the locks that webhooks wait behind.
+            # Another migration may take minutes. The limit is for table locks, behind which webhooks queue.
             await connection.execute(text("SET LOCAL lock_timeout = 0"))
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
             await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
         try:
             await connection.run_sync(run)
         except DBAPIError as error:
-            if (refusal := _refusal(error)) is not None:
-                raise refusal from error
+            if (advice := _advice(error)) is not None:
+                raise advice from error
             raise
         if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
-            raise RuntimeError("the migration would leave rows that refer to nothing")
+            raise RuntimeError("the migration would break foreign keys")
 
 
 async def prepare(database: Database, *, durable_without: Collection[str] = ()) -> None:
-    """Check what a process relies on before it starts; bring an SQLite schema up to date.
+    """Check the database before a process starts; upgrade an SQLite schema.
 
-    Raises SettingsError, which says what to do, and DatabaseUnavailable.
+    Raises SettingsError, which tells what to do, and DatabaseUnavailable.
     """
     await require_usable(database, durable_without=durable_without)
-    # One machine's own file has nobody else to migrate it; a shared database is migrated on purpose.
+    # An SQLite file belongs to this machine alone; the operator migrates a shared database.
     if database.is_sqlite:
         await upgrade(database)
     await require_current(database)
 
 
 async def require_current(database: Database) -> None:
-    """Raise SettingsError if this code cannot run on the schema, because it is too old or too new."""
+    """Raise SettingsError if this release cannot run on the schema, because it is too old or too new."""
     found, known = await _read(database), _known()
     if found is None:
         raise SettingsError("the database has no tables yet: run `receiver migrate`")
     if found.revision not in known:
-        _require_served(found, known)
+        _require_runnable(found, known)
         log.info("the schema is newer than this release, which can run on it", schema=found.revision)
     elif found.revision != head():
         raise SettingsError(
@@ -133,8 +133,8 @@ async def require_current(database: Database) -> None:
         )
 
 
-def _refusal(error: DBAPIError) -> SettingsError | None:
-    """Return the sentence for a migration that the database does not allow, or None for another failure."""
+def _advice(error: DBAPIError) -> SettingsError | None:
+    """Return an error that tells how to make the migration possible, or None for another failure."""
     state = getattr(error.orig, "sqlstate", None)
     if state == "42501":
         return SettingsError(
@@ -142,17 +142,17 @@ def _refusal(error: DBAPIError) -> SettingsError | None:
         )
     if state == "42P07" or (state is None and str(error.orig).endswith("already exists")):
         return SettingsError(
-            "a table or an index of another application has the name of one that this release needs: give "
-            "the receiver a database or a schema of its own"
+            "a table or an index of another application has a name that this release needs: give the "
+            "receiver its own database or schema"
         )
     return None
 
 
-def _require_served(found: Version, known: Collection[str]) -> None:
+def _require_runnable(found: Version, known: Collection[str]) -> None:
     if found.serves not in known:
         raise SettingsError(
-            f"the database's schema ({found.revision}) is newer than this release ({head()}) and cannot be "
-            "used by it: deploy the newer release"
+            f"the database's schema ({found.revision}) is too new for this release ({head()}): deploy the "
+            "newer release"
         )
 
 
@@ -174,7 +174,7 @@ def _require_right_to_create(connection: Connection) -> None:
 
 
 def _oldest_served(revision: str) -> str:
-    """Return the oldest revision whose release can run on the schema of `revision`."""
+    """Return the oldest revision that can run on the schema of `revision`."""
     for script in _scripts().walk_revisions("base", revision):
         if not getattr(script.module, "release_before_runs", False):
             return script.revision

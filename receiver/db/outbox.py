@@ -34,7 +34,7 @@ T = TypeVar("T")
 ROWS_AT_ONCE: Final = 2000
 """Files that one statement inserts at most, because each statement has a time limit."""
 EVENTS_AT_ONCE: Final = 32
-"""Events whose files one statement reads at most, for the same reason."""
+"""Events for which one statement reads the files at most, because it has a time limit."""
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:

@@ -1,8 +1,8 @@
 """SQL of jobs that Clipia refuses for now (402, 403), so that they do not delay other jobs.
 
 A refusal is about the price or model of one job. While there are refused jobs, the due jobs have three
-classes: new jobs whose caller and model have no refused job, other new jobs, and refused jobs. Each class has
-a share of the submissions, and the others get the part that it does not use.
+classes: new jobs if their caller and model have no refused job, other new jobs, and refused jobs. Each class
+has a share of the submissions, and the others get the part that it does not use.
 """
 
 import uuid
@@ -107,7 +107,7 @@ async def release(connection: AsyncConnection, account: str) -> None:
 
 
 async def expire(connection: AsyncConnection, account: str, *, give_up_after: float) -> list[Expired]:
-    """End jobs that were refused for `give_up_after` seconds and whose last attempt is too late."""
+    """End jobs that were refused for `give_up_after` seconds, if their last attempt is too late."""
     due = (
         select(jobs.c.id)
         .where(

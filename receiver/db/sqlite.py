@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
-    """Return an engine whose commits are durable; `begin` is the statement that opens a transaction."""
+    """Return an engine with durable commits; `begin` is the statement that opens a transaction."""
     if url.database:
         try:
             Path(url.database).parent.mkdir(parents=True, exist_ok=True)

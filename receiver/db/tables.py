@@ -191,7 +191,7 @@ media = Table(
     Column("content_type", String(127)),
     Column("storage_key", Text),
     Column("uri", Text),
-    # A doubt about the stored file, and the SHA-256 of the last body that was rejected for such a doubt.
+    # A doubt about the stored file, and the SHA-256 of the last body that was rejected for a doubt.
     Column("warning", Text),
     Column("seen_sha256", String(64)),
     Column("restarted_at", UtcDateTime),

@@ -129,7 +129,7 @@ def _url_arguments(parameters: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments for parameters that asyncpg reads from a URL."""
     if parameters.get("sslrootcert") != "system":
         return {"dsn": f"postgresql://?{urlencode(parameters)}".removesuffix("?")}
-    # asyncpg does not know "system"; with a context of ours it ignores the other parameters of TLS.
+    # asyncpg does not know "system"; with a context it ignores the other parameters of TLS.
     rest = {name: value for name, value in parameters.items() if not name.startswith("ssl")}
     return {"dsn": f"postgresql://?{urlencode(rest)}".removesuffix("?"), "ssl": _system_context(parameters)}
 

@@ -1,8 +1,8 @@
-"""The row in which a database keeps its schema's version.
+"""The version table: the schema's revision, and the oldest revision that can run on the schema.
 
-The table has a name of our own, because another application of the same schema may use Alembic, too, whose
-own name for it is `alembic_version`. Earlier releases used that one. Beside the revision stands which
-releases the schema serves: a release that is older than a migration cannot know.
+An older release cannot know whether it can run on a newer schema, so the newer release records that.
+Alembic's own table is `alembic_version`, which earlier releases used. The table has another name now, because
+another application in the same schema may use Alembic too.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from receiver.errors import SettingsError
 VERSION_TABLE: Final = "clipia_receiver_version"
 _FORMER: Final = "alembic_version"
 _FIRST_TABLES: Final = frozenset({"attempts", "deliveries", "events", "media", "probes", "receipts"})
-"""The tables of the first migration. With a revision of ours they show that a version is ours."""
+"""The tables of the first migration. With a known revision they show that a version table is ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +24,11 @@ class Version:
 
     revision: str
     serves: str | None = None
-    """The oldest revision whose release can run on the schema; None if only that of `revision` itself can."""
+    """The oldest revision that can run on the schema; None if only `revision` itself can."""
 
 
 def read(connection: Connection, known: frozenset[str]) -> Version | None:
-    """Return the schema's version, or None if it was never migrated; `known` are our revisions."""
+    """Return the schema's version, or None without one; `known` are the revisions of this release."""
     names = _tables(connection)
     if VERSION_TABLE in names:
         row = connection.execute(text(f"SELECT version_num, serves FROM {VERSION_TABLE}")).one_or_none()
@@ -38,9 +38,10 @@ def read(connection: Connection, known: frozenset[str]) -> Version | None:
 
 
 def prepare(connection: Connection, known: frozenset[str], created: frozenset[str]) -> None:
-    """Make the table, or take over the one of an earlier release; `created` are the tables of the migrations.
+    """Create the version table, or take over the one of an earlier release.
 
-    Raises SettingsError if a table of another application is in the way, and touches nothing then.
+    `created` are the tables of the migrations. Raises SettingsError without a change if another application
+    has a table of one of these names.
     """
     names = _tables(connection)
     if VERSION_TABLE in names:
@@ -48,16 +49,16 @@ def prepare(connection: Connection, known: frozenset[str], created: frozenset[st
     if _former(connection, names, known) is not None:
         connection.execute(text(f"ALTER TABLE {_FORMER} RENAME TO {VERSION_TABLE}"))
         if connection.dialect.name == "postgresql":
-            # Its index has this name, too, and would be in the way of another application's table.
+            # The index has the same name as the constraint, and would block another application's table.
             rename = f"RENAME CONSTRAINT {_FORMER}_pkc TO {VERSION_TABLE}_pkc"
             connection.execute(text(f"ALTER TABLE {VERSION_TABLE} {rename}"))
         connection.execute(text(f"ALTER TABLE {VERSION_TABLE} ADD COLUMN serves VARCHAR(32)"))
         return
     if taken := sorted(created & frozenset(inspect(connection).get_table_names(_schema(connection)))):
         raise SettingsError(
-            f"the database has {'a table' if len(taken) == 1 else 'tables'} of another application with the "
-            f"name of ours ({', '.join(taken)}): give the receiver a database of its own, or on PostgreSQL a "
-            "schema of its own (CREATE SCHEMA receiver; ALTER ROLE name SET search_path = receiver)"
+            f"another application has tables with the names that the receiver needs ({', '.join(taken)}): "
+            "give the receiver its own database, or on PostgreSQL its own schema "
+            "(CREATE SCHEMA receiver; ALTER ROLE name SET search_path = receiver)"
         )
     columns = (
         f"version_num VARCHAR(32) CONSTRAINT {VERSION_TABLE}_pkc PRIMARY KEY NOT NULL, serves VARCHAR(32)"
@@ -66,17 +67,17 @@ def prepare(connection: Connection, known: frozenset[str], created: frozenset[st
 
 
 def record(connection: Connection, serves: str) -> None:
-    """Note the oldest revision whose release can run on the schema."""
+    """Record the oldest revision that can run on the schema."""
     connection.execute(text(f"UPDATE {VERSION_TABLE} SET serves = :serves"), {"serves": serves})
 
 
 def _tables(connection: Connection) -> frozenset[str]:
-    """Return the names of the tables that a statement finds without naming their schema."""
+    """Return the names of the tables that a statement finds without a schema name."""
     return frozenset(inspect(connection).get_table_names())
 
 
 def _schema(connection: Connection) -> str | None:
-    """Return the schema in which tables are created; on SQLite there is one."""
+    """Return the schema in which tables are created; SQLite has one only."""
     if connection.dialect.name == "sqlite":
         return None
     name: str = connection.execute(text("SELECT current_schema()")).scalar_one()
@@ -84,8 +85,8 @@ def _schema(connection: Connection) -> str | None:
 
 
 def _former(connection: Connection, names: frozenset[str], known: frozenset[str]) -> str | None:
-    """Return the revision in the version table of an earlier release, if that is what the table is."""
-    # Other applications count their revisions from 0001, too.
+    """Return the revision in the version table of an earlier release, if there is one."""
+    # Other applications may number their revisions from 0001 too, so the tables are compared as well.
     if _FORMER not in names or not names >= _FIRST_TABLES:
         return None
     revisions = connection.execute(text(f"SELECT version_num FROM {_FORMER}")).scalars().all()

@@ -113,7 +113,10 @@ async def test_a_table_of_another_application_is_left_alone(
     before = await tables(database)
     result = run_command("migrate", settings={"RECEIVER_DATABASE_URL": empty_url}, cwd=tmp_path)
     assert result.returncode == 2
-    assert f"a table of another application with the name of ours ({name})".encode() in result.stderr
+    assert (
+        f"another application has tables with the names that the receiver needs ({name})".encode()
+        in result.stderr
+    )
     assert result.stderr.count(b"\n") == 1
     assert await tables(database) == before
     await database.close()
@@ -229,7 +232,7 @@ async def test_an_older_process_is_refused_by_a_newer_schema_that_serves_it_no_m
         result = run_command(command, settings=settings, cwd=tmp_path)
         said = (result.stdout if command == "check" else result.stderr).decode()
         assert result.returncode == (1 if command == "check" else 2), said
-        assert "is newer than this release" in said
+        assert "is too new for this release" in said
         assert "deploy the newer release" in said
         assert "Traceback" not in said + result.stderr.decode()
     assert await tables(database) == before
