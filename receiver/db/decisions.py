@@ -82,11 +82,11 @@ async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, 
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.state.in_(("pending", "submitted", "unsure")), is_free)
         .values(
-            **dict.fromkeys(("progress", "lease", "next_attempt_at")),
+            **leases.ENDED,
             **ended,
+            progress=None,
             state=case((is_canceled, "canceled"), else_="unsure"),
             error=error,
-            finished_at=db_time(0.0),
             updated_at=db_time(0.0),
         )
         .returning(jobs.c.state)

@@ -9,6 +9,7 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time
+from receiver.db.leases import ENDED
 from receiver.db.statements import insert_for
 from receiver.db.tables import freezes, in_state, jobs
 from receiver.errors import ClipiaUnavailable
@@ -82,9 +83,7 @@ async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> 
         .values(
             state="unsure",
             error=error,
-            lease=None,
-            next_attempt_at=None,
-            finished_at=db_time(0.0),
+            **ENDED,
             updated_at=db_time(0.0),
         )
         .returning(jobs.c.id)

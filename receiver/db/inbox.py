@@ -12,7 +12,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events, sources
 from receiver.db.arrays import among
-from receiver.db.clock import db_time, seconds_since
+from receiver.db.clock import db_time
+from receiver.db.leases import read_backlog
 from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
@@ -198,6 +199,4 @@ async def set_state(
 
 async def backlog(connection: AsyncConnection) -> Backlog:
     """Return the backlog of the fan-out."""
-    oldest = seconds_since(func.min(events.c.received_at))
-    row = (await connection.execute(select(func.count(), oldest).where(in_state(events, "received")))).one()
-    return Backlog(rows=row[0], oldest=row[1] or 0.0)
+    return await read_backlog(connection, events.c.received_at, "received")

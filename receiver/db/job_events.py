@@ -12,6 +12,7 @@ from receiver.core.payload import Generation
 from receiver.db import prices
 from receiver.db.arrays import among
 from receiver.db.clock import db_time
+from receiver.db.leases import ENDED
 from receiver.db.rows import JobRef, event_id
 from receiver.db.tables import events, in_state, jobs
 
@@ -122,9 +123,7 @@ def _final_values(generation: Generation) -> dict[str, Any]:
         "request_id": generation.request_id,
         "progress": 100 if done else None,
         "error": None if error is None else orjson.dumps(error).decode(),
-        "lease": None,
-        "next_attempt_at": None,
-        "finished_at": db_time(0.0),
+        **ENDED,
         "updated_at": db_time(0.0),
     }
 

@@ -363,10 +363,5 @@ async def count_unserved(connection: AsyncConnection, account: str | None) -> in
 
 async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     """Return the backlogs of the lanes that submit and poll."""
-    found = {}
-    # Two statements, because each state has its own partial index.
-    for lane, state in ((SUBMIT_LANE, "pending"), (POLL_LANE, "submitted")):
-        oldest = seconds_since(func.min(jobs.c.created_at))
-        row = (await connection.execute(select(func.count(), oldest).where(in_state(jobs, state)))).one()
-        found[lane] = Backlog(rows=row[0], oldest=row[1] or 0.0)
-    return found
+    lanes = ((SUBMIT_LANE, "pending"), (POLL_LANE, "submitted"))
+    return {lane: await leases.read_backlog(connection, jobs.c.created_at, state) for lane, state in lanes}

@@ -8,7 +8,7 @@ dropped.
 
 import uuid
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
 
@@ -34,10 +34,18 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.rows import Attempt, Claim, DeliveryClaim, EventClaim, new_id
+from receiver.db.rows import Attempt, Backlog, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media
 
-_ENDED: Final = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
+ENDED: Final[Mapping[str, Any]] = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
+"""Columns of a row in a final state."""
+RESTARTED: Final[Mapping[str, Any]] = {
+    "state": "pending",
+    **dict.fromkeys(("lease", "error", "finished_at")),
+    **dict.fromkeys(("attempts", "lost"), 0),
+    **dict.fromkeys(("next_attempt_at", "restarted_at"), db_time(0.0)),
+}
+"""Columns of a row that starts again, with all attempts and all its time."""
 
 
 def _claim_statement(
@@ -195,7 +203,7 @@ async def finish(
     result = await connection.execute(
         update(table)
         .where(table.c.id == held.id, table.c.lease == held.lease)
-        .values(state=state, error=error, **_ENDED, **values)
+        .values(state=state, error=error, **ENDED, **values)
     )
     return result.rowcount == 1
 
@@ -228,6 +236,13 @@ _ATTEMPT_ROWS: Final = Rows(*(column for column in attempts.c if column.name != 
 _INSERT_ATTEMPTS: Final = {
     name: insert(attempts).from_select(_ATTEMPT_ROWS.columns, _ATTEMPT_ROWS.select(name)) for name in DIALECTS
 }
+
+
+async def read_backlog(connection: AsyncConnection, made_at: Column[Any], state: str) -> Backlog:
+    """Count the rows of a table in a state; the column `made_at` tells the age of the oldest one."""
+    oldest = seconds_since(func.min(made_at))
+    row = (await connection.execute(select(func.count(), oldest).where(in_state(made_at.table, state)))).one()
+    return Backlog(rows=row[0], oldest=row[1] or 0.0)
 
 
 def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
@@ -271,5 +286,5 @@ def _release(table: Table) -> Update:
 
 @cache
 def _finish(table: Table) -> ReturningUpdate[Any]:
-    values: dict[str, Any] = {"state": bindparam("new_state"), "error": bindparam("new_error"), **_ENDED}
+    values: dict[str, Any] = {"state": bindparam("new_state"), "error": bindparam("new_error"), **ENDED}
     return update(table).where(_held(table)).values(values).returning(table.c.id)

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.leases import record_attempts, work_values
+from receiver.db.leases import ENDED, RESTARTED, read_backlog, record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
 from receiver.db.statements import between, equal, insert_for
 from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
@@ -193,15 +193,7 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
         await connection.execute(
             update(deliveries)
             .where(deliveries.c.id.in_(chosen), deliveries.c.state == "dead")
-            .values(
-                state="pending",
-                attempts=0,
-                lost=0,
-                error=None,
-                finished_at=None,
-                next_attempt_at=db_time(0.0),
-                restarted_at=db_time(0.0),
-            )
+            .values(RESTARTED)
             .returning(deliveries.c.id, deliveries.c.destination)
         )
     ).all()
@@ -222,9 +214,7 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
             # A file that was to be downloaded again still has its stored object.
             state=case((media.c.storage_key.is_not(None), "stored"), else_="gone"),
             error=case((media.c.storage_key.is_(None), reason)),
-            lease=None,
-            next_attempt_at=None,
-            finished_at=db_time(0.0),
+            **ENDED,
         )
         .returning(media.c.id)
     )
@@ -250,9 +240,7 @@ async def record_change(
 
 async def media_backlog(connection: AsyncConnection) -> Backlog:
     """Return the backlog of downloads."""
-    oldest = seconds_since(func.min(media.c.created_at))
-    row = (await connection.execute(select(func.count(), oldest).where(in_state(media, "pending")))).one()
-    return Backlog(rows=row[0], oldest=row[1] or 0.0)
+    return await read_backlog(connection, media.c.created_at, "pending")
 
 
 async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices
 from receiver.db.clock import db_time
+from receiver.db.leases import ENDED
 from receiver.db.tables import in_state, is_refused, jobs
 
 ACCOUNT_REFUSALS: Final = 3
@@ -127,10 +128,9 @@ async def expire(connection: AsyncConnection, account: str, *, give_up_after: fl
         update(jobs)
         .where(jobs.c.id.in_(select(due.c.id)))
         .values(
-            **dict.fromkeys(("lease", "next_attempt_at")),
+            **ENDED,
             **charged,
             state=case((was_sent, "unsure"), else_="failed"),
-            finished_at=db_time(0.0),
             updated_at=db_time(0.0),
         )
         .returning(jobs.c.id, jobs.c.state, jobs.c.error)

@@ -179,14 +179,7 @@ async def _restart_media(
         update(media)
         .where(among(media.c.id, "ids"), media.c.state != "pending")
         .values(
-            state="pending",
-            attempts=0,
-            lost=0,
-            lease=None,
-            error=None,
-            finished_at=None,
-            next_attempt_at=db_time(0.0),
-            restarted_at=db_time(0.0),
+            **leases.RESTARTED,
             **values,
         )
         .returning(media.c.event_seq),
@@ -240,9 +233,7 @@ async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
     waits = exists().where(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
     unfinished = or_(replays.c.state == "pending", and_(replays.c.state == "completed", waits))
     stopped = await connection.execute(
-        update(replays)
-        .where(replays.c.id == replay_id, unfinished)
-        .values(state="canceled", lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+        update(replays).where(replays.c.id == replay_id, unfinished).values(state="canceled", **leases.ENDED)
     )
     return bool(stopped.rowcount)
 
@@ -257,7 +248,7 @@ async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, lim
     dropped = await connection.execute(
         update(deliveries)
         .where(deliveries.c.id.in_(waits.limit(limit).with_for_update(skip_locked=True)))
-        .values(state="canceled", lease=None, next_attempt_at=None, finished_at=db_time(0.0))
+        .values(state="canceled", **leases.ENDED)
     )
     return dropped.rowcount
 

@@ -23,6 +23,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import among
 from receiver.db.clock import db_time, seconds_since, statement_time
+from receiver.db.leases import ENDED, RESTARTED
 from receiver.db.outbox import record_change
 from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
 
@@ -160,12 +161,9 @@ async def move(
     held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
     due = db_time(0.0)
     values = {
+        **RESTARTED,
         "destination": to,
         "next_attempt_at": case((held, None), else_=due) if waits else due,
-        **dict.fromkeys(("lease", "error", "finished_at")),
-        **dict.fromkeys(("attempts", "lost"), 0),
-        "state": "pending",
-        "restarted_at": due,
     }
     await connection.execute(update(deliveries).where(_chosen()).values(values), {"ids": moved})
     await record_change(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
@@ -205,10 +203,11 @@ async def redirect_replays(connection: AsyncConnection, destination: str, *, to:
     for row in changed:
         names = (to if name == destination else name for name in row.destinations)
         left = list(dict.fromkeys(name for name in names if name is not None))
-        ended: dict[str, Any] = {"state": "canceled", "next_attempt_at": None, "finished_at": db_time(0.0)}
-        values = {"destinations": left} if left else ended
+        values = {"destinations": left} if left else {"state": "canceled", **ENDED}
         # Without the lease a step that is under way cannot record its result for the old list.
-        await connection.execute(update(replays).where(replays.c.id == row.id).values(lease=None, **values))
+        await connection.execute(
+            update(replays).where(replays.c.id == row.id).values({"lease": None, **values})
+        )
     return len(changed)
 
 
@@ -250,9 +249,7 @@ def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
 
 async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str, error: str) -> None:
     await connection.execute(
-        update(deliveries)
-        .where(_chosen())
-        .values(state=state, error=error, lease=None, next_attempt_at=None, finished_at=db_time(0.0)),
+        update(deliveries).where(_chosen()).values(state=state, error=error, **ENDED),
         {"ids": ids},
     )
     await record_change(connection, ids, outcome="failed", error=error)

@@ -138,7 +138,7 @@ async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -
 async def test_a_database_that_is_not_there_is_called_so(postgres: Postgres) -> None:
     """PostgreSQL's SQLSTATEs have words."""
     database = Database(f"postgresql://postgres@127.0.0.1:{postgres.port}/canary_base")
-    with pytest.raises(DatabaseUnavailable, match=r"there is no such database \(.*SQLSTATE 3D000\)"):
+    with pytest.raises(DatabaseUnavailable, match=r"the database does not exist \(.*SQLSTATE 3D000\)"):
         async with database.read():
             pass
     await database.close()
