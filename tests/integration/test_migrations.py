@@ -25,7 +25,7 @@ from receiver.ingest import make_event
 
 
 async def test_no_drift(database: Database) -> None:
-    """What Alembic would still change is nothing."""
+    """Alembic finds no difference between the migrated schema and the code."""
 
     def compare(connection: Connection) -> list[object]:
         context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
@@ -36,7 +36,7 @@ async def test_no_drift(database: Database) -> None:
 
 
 async def test_partial_indexes_are_partial(database: Database) -> None:
-    """C13: work is found through partial indexes, whose conditions autogenerate does not compare."""
+    """C13: the partial indexes have the conditions of the code, which autogenerate does not compare."""
     conditions = {"ix_events_received": "received", "ix_media_due": "pending", "ix_deliveries_due": "pending"}
 
     async def definition(connection: AsyncConnection, name: str) -> str:
@@ -53,7 +53,7 @@ async def test_partial_indexes_are_partial(database: Database) -> None:
 
 
 async def test_an_old_ledger_is_found_again(database: Database) -> None:
-    """C1: where `request_id` had an index, the sources of what is there are noted, and nothing is lost."""
+    """C1: if the schema has an index on `request_id`, the migration adds the sources of all stored events."""
     wanted = {(source, f"r-{number}") for source in ("clipia", "staging") for number in range(3)}
     async with database.write() as connection:
         for source, request_id in sorted(wanted):
@@ -77,7 +77,7 @@ async def test_an_old_ledger_is_found_again(database: Database) -> None:
                 assert shown["id"] == row["id"]
         shown = await reads.show_event(connection, "r-1")
         assert shown is not None
-        # Of two sources' events with one request_id it is the newest.
+        # If events of two sources have one request_id, it is the newest.
         assert (shown["source"], len(shown["receipts"])) == ("staging", 1)
         ids = await Selection(ids=("r-1", "r-7")).find_seqs(connection)
         assert {key: len(seqs) for key, seqs in ids.items()} == {"r-1": 2, "r-7": 0}
@@ -86,14 +86,14 @@ async def test_an_old_ledger_is_found_again(database: Database) -> None:
 
 
 async def test_upgrading_again_changes_nothing(database: Database) -> None:
-    """`migrate` is safe to run at any time."""
+    """If the schema is current, `migrate` makes no change."""
     await migrate.upgrade(database)
     assert await migrate.current(database) == migrate.head()
     await migrate.require_current(database)
 
 
 async def test_a_migration_waits_for_another_one(postgres: Postgres) -> None:
-    """C15: a migration that takes longer than a lock may elsewhere is waited for."""
+    """C15: `migrate` waits for another migration, even if that takes longer than the lock timeout."""
     database = Database(postgres.url())
     async with asyncio.timeout(60):
         async with database.migrate() as connection:
@@ -107,7 +107,7 @@ async def test_a_migration_waits_for_another_one(postgres: Postgres) -> None:
 
 
 async def test_a_migration_that_collides_is_tried_again(postgres: Postgres) -> None:
-    """C15: a worker that holds a table for longer than the migration waits does not end the migration."""
+    """C15: if a worker locks a table for longer than the lock timeout, the migration is tried again."""
     database = Database(postgres.url())
     async with asyncio.timeout(60):
         await migrate.upgrade(database, "0005")
@@ -122,7 +122,7 @@ async def test_a_migration_that_collides_is_tried_again(postgres: Postgres) -> N
 
 
 async def test_an_unreachable_database_is_unavailable() -> None:
-    """C3: nobody listens: DatabaseUnavailable, whatever the driver raises."""
+    """C3: if no server listens, each method raises DatabaseUnavailable."""
     database = Database("postgresql://nobody@127.0.0.1:1/x")
     with pytest.raises(DatabaseUnavailable, match="unavailable"):
         await migrate.upgrade(database)
@@ -132,7 +132,7 @@ async def test_an_unreachable_database_is_unavailable() -> None:
 
 
 async def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
-    """C7: every connection has WAL, synchronous=FULL and foreign keys; a folder that is missing is made."""
+    """C7: every connection has WAL, synchronous=FULL and foreign keys; a missing folder is created."""
     database = Database(f"sqlite:///{tmp_path / 'new' / 'folder' / 'receiver.db'}")
     await require_usable(database)
     for transaction in (database.write, database.read):
@@ -147,7 +147,7 @@ async def test_sqlite_is_opened_durably(tmp_path: Path) -> None:
 
 
 async def test_sqlite_updates_are_not_lost(database: Database) -> None:
-    """C14: transactions that read and then write are serialized; without BEGIN IMMEDIATE updates get lost."""
+    """C14: transactions that read and then write are serialized by BEGIN IMMEDIATE, so no update is lost."""
     async with database.write() as connection:
         await connection.exec_driver_sql("CREATE TABLE counter (value INTEGER NOT NULL)")
         await connection.exec_driver_sql("INSERT INTO counter VALUES (0)")

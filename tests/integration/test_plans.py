@@ -1,4 +1,4 @@
-"""What is done for every event, and what is shown and measured, costs the same however much there is."""
+"""The work for each event, the pages and the metrics cost the same if the tables are large."""
 
 import sqlite3
 import time
@@ -25,15 +25,15 @@ from receiver.lanes.backlog import count_dead_letters, read_backlog
 
 HISTORY = 20_000
 ROWS_AT_MOST = 2_000
-"""Rows that a few events, or a few pages, may have PostgreSQL read."""
+"""Rows that PostgreSQL may read for a few events or pages."""
 STEPS = 100
 STEPS_AT_MOST = 40_000
-"""Steps of SQLite's machine that they may take; for a row of a table it takes two or more."""
+"""Steps of SQLite's virtual machine that they may take; a row of a table takes two or more."""
 
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, one destination, and a long history."""
+    """All parts without HTTP, one destination, and a long history."""
     await fill(database, HISTORY)
     await fill_jobs(database)
     async with opened(database, tmp_path / "media") as made:
@@ -43,7 +43,7 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 
 @asynccontextmanager
 async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[None]:
-    """Check how much the database has to go through for what is done in the block."""
+    """Check how many rows the database reads for the work in the block."""
     if database.is_sqlite:
         steps = 0
 
@@ -68,7 +68,7 @@ async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[N
     postgres.sql("ANALYZE", database=name)
 
     async def rows_read() -> int:
-        # Sessions report what they have done when they end, if not before. A pooler keeps them.
+        # A session reports its statistics at its end at the latest. A pooler keeps sessions open.
         await database.close()
         postgres.sql(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = '{name}'")
         counted = "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::bigint FROM pg_stat_user_tables"
@@ -80,7 +80,7 @@ async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[N
 
 
 async def receive(world: World, contents: Sequence[bytes]) -> list[str]:
-    """Deliver webhooks; return how they were answered."""
+    """Send webhooks and return their outcomes."""
     ingest = Ingest(
         world.database,
         secrets={"clipia": [Secret.from_text(SECRET)]},
@@ -101,7 +101,7 @@ async def receive(world: World, contents: Sequence[bytes]) -> list[str]:
 
 
 async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
-    """C13: from the webhook to the record of its delivery; its neighbours' downloads; jobs and replays."""
+    """C13: the way from a webhook to its delivery, downloads, jobs and replays reads few rows."""
     async with little_read(world.database, postgres):
         contents = [
             plain("new-1"),
@@ -131,7 +131,7 @@ async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
 
 
 async def test_what_waits_for_another_try(world: World, postgres: Postgres) -> None:
-    """C13: a destination that was away for long is no obstacle on the way to what is due."""
+    """C13: if one destination was away for long, claims of due rows still read few rows."""
     await world.change(deliveries, destination="main", state="pending", next_attempt_at=db_time(3600.0))
     async with little_read(world.database, postgres):
         await receive(world, [plain("new-1")])
@@ -142,7 +142,7 @@ async def test_what_waits_for_another_try(world: World, postgres: Postgres) -> N
 
 
 async def test_what_is_shown(world: World, postgres: Postgres) -> None:
-    """C13: pages of lists, one event by either of its ids, and the numbers behind `/metrics`."""
+    """C13: pages of lists, one event by either of its ids, and the values of `/metrics` read few rows."""
     just_now, long_ago = datetime.now(UTC), datetime.now(UTC) - timedelta(days=200)
     async with little_read(world.database, postgres):
         async with world.database.read() as connection:

@@ -1,4 +1,4 @@
-"""Behind pgbouncer: it is detected, nothing relies on a session, and no statement is another client's."""
+"""pgbouncer is detected, and behind it the service uses no session state and no prepared statements."""
 
 import asyncio
 import uuid
@@ -17,7 +17,7 @@ SOON = 20.0
 
 @pytest.fixture(scope="module", params=["transaction", "session"])
 def pooler(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[PgBouncer]:
-    """A pgbouncer in each mode. In session mode a connection takes a session, so it has the default size."""
+    """A pgbouncer in each mode; in session mode each connection needs a session of the pool."""
     size = 2 if request.param == "transaction" else 20
     with PgBouncer(postgres, mode=request.param, pool_size=size) as running:
         yield running
@@ -25,7 +25,7 @@ def pooler(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[PgBou
 
 @pytest.fixture
 async def behind(pooler: PgBouncer) -> AsyncIterator[list[Database]]:
-    """Two processes' connections to one database behind the pooler."""
+    """The connections of two processes to one database behind the pooler."""
     url = pooler.url(template="migrated")
     opened = [Database(url), Database(url)]
     yield opened
@@ -34,13 +34,13 @@ async def behind(pooler: PgBouncer) -> AsyncIterator[list[Database]]:
 
 
 async def ask(database: Database, statement: str) -> object:
-    """Run one statement that reads; return its one value."""
+    """Run a query and return its only value."""
     async with database.read() as connection:
         return (await connection.execute(text(statement))).scalar_one()
 
 
 async def test_a_pooler_is_told_from_a_server(behind: list[Database], postgres: Postgres) -> None:
-    """The pooler is detected in both modes; without one statements are prepared by name, and stay so."""
+    """The pooler is detected in both modes; if there is none, statements are prepared by name and kept."""
     assert await ask(behind[0], "SELECT count(*) FROM pg_prepared_statements WHERE name <> ''") == 0
     assert behind[0].is_pooled
     direct = Database(postgres.url())
@@ -64,7 +64,7 @@ async def test_limits_hold_and_stay_with_the_transaction(behind: list[Database],
 
 
 async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
-    """Two processes with many statements at once on two sessions: each gets the answer to its question."""
+    """If two processes run many statements at once on two sessions, each gets its own results."""
 
     async def transactions(database: Database, number: int) -> None:
         for step in range(15):
@@ -86,12 +86,12 @@ async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
             *(transactions(database, number) for database in behind for number in range(4)),
             *(statements(database) for database in behind),
         )
-    # A statement that is missing in a session is taken for a lost session, and is prepared in a new one.
+    # A missing prepared statement counts as a lost session, and is prepared in a new one.
     assert [database._sessions._generation for database in behind] == [0, 0]
 
 
 async def test_idle_connections_are_given_back(behind: list[Database], pooler: PgBouncer) -> None:
-    """After many transactions at once few connections stay open, so that other processes get a session."""
+    """After many concurrent transactions few connections stay open, so other processes get a session."""
     database = behind[0]
     together = asyncio.Barrier(8)
 
@@ -103,13 +103,13 @@ async def test_idle_connections_are_given_back(behind: list[Database], pooler: P
 
     async with asyncio.timeout(3 * SOON):
         await asyncio.gather(*(hold() for _ in range(8)))
-        # The pooler hears of closed connections a moment later.
+        # The pooler notices closed connections a moment later.
         while pooler.clients(database.url.rpartition("/")[2]) > IDLE_BEHIND_POOLER:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
 
 
 async def test_migrations_may_run_at_once_behind_a_pooler(pooler: PgBouncer) -> None:
-    """C15: several deployments that migrate at the same moment wait for each other, on two sessions."""
+    """C15: if several deployments migrate at once on two sessions, they wait for each other."""
     url = pooler.url()
     databases = [Database(url) for _ in range(4)]
     async with asyncio.timeout(3 * SOON):
@@ -120,7 +120,7 @@ async def test_migrations_may_run_at_once_behind_a_pooler(pooler: PgBouncer) -> 
 
 
 async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, postgres: Postgres) -> None:
-    """C3: the address leads to the server first and to a pooler later, and back: nothing is restarted."""
+    """C3: if the address changes from the server to a pooler and back, the process goes on."""
     url = postgres.url(template="migrated")
     end = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{url.rpartition('/')[2]}'"
     with Switch(postgres.port) as switch:
@@ -132,6 +132,6 @@ async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, pos
                 assert await ask(database, "SELECT 1") == 1
                 assert await database.fetch("SELECT 1", ())
             assert database.is_pooled is is_pooled
-            # An open connection to the pooler outlives the server's session.
+            # A connection to the pooler stays open if the server's session ends.
             database._sessions.distrust({"generation": database._sessions._generation})
         await database.close()

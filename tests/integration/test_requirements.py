@@ -1,4 +1,4 @@
-"""A database that cannot do its work is found out before a webhook meets it, and the probe leaves nothing."""
+"""An unusable database is detected before a webhook arrives, and the probe leaves no event."""
 
 import asyncio
 import sqlite3
@@ -26,7 +26,7 @@ from receiver.settings import Settings
 
 
 class Restricted:
-    """A migrated database, and a role of its own that has the documented rights."""
+    """A migrated database, and a role with the documented rights."""
 
     def __init__(self, server: Postgres) -> None:
         self._server = server
@@ -45,7 +45,7 @@ class Restricted:
             self._server.sql(statement.replace("ROLE_NAME", self.role), database=self.name)
 
     async def ready(self) -> int:
-        """Return the status that /readyz answers."""
+        """Return the status of /readyz."""
         settings = Settings.load(database_url=self.url, clipia_webhook_secret=SECRET)
         app = create_app(settings, worker=False)
         async with (
@@ -57,12 +57,12 @@ class Restricted:
 
 @pytest.fixture
 def restricted(postgres: Postgres) -> Restricted:
-    """A database with a role that may do what the service needs and no more."""
+    """A database with a role that has only the rights that the service needs."""
     return Restricted(postgres)
 
 
 async def count(database: Database) -> list[int]:
-    """Return how many events, receipts, sources and probes there are."""
+    """Count the events, receipts, sources and probes."""
     async with database.read() as connection:
         return [
             (await connection.execute(select(func.count()).select_from(table))).scalar_one()
@@ -71,7 +71,7 @@ async def count(database: Database) -> list[int]:
 
 
 async def test_a_role_that_may_not_connect_is_told_so(restricted: Restricted) -> None:
-    """C3: a right that is taken away is the database's condition, and no mistake in its URL."""
+    """C3: if a right is revoked, the database is unavailable and the URL is not blamed."""
     restricted.sql(f"REVOKE CONNECT ON DATABASE {restricted.name} FROM PUBLIC")
     database = Database(restricted.url)
     with pytest.raises(DatabaseUnavailable, match="lacks a right"):
@@ -92,7 +92,7 @@ async def test_a_probe_leaves_nothing(database: Database) -> None:
 
 
 async def test_probes_wait_for_no_other(postgres: Postgres) -> None:
-    """G13: a process that hangs in its probe makes no other one unready."""
+    """G13: if a process hangs in its probe, the others stay ready."""
     url = postgres.url(template="migrated")
     hanging, other = Database(url), Database(url)
     async with hanging.write() as connection:
@@ -128,14 +128,14 @@ async def test_probes_wait_for_no_other(postgres: Postgres) -> None:
     ],
 )
 async def test_what_webhooks_need_is_what_readiness_needs(restricted: Restricted, damage: str) -> None:
-    """G13: /readyz answers 200 with the documented rights, and 503 if a webhook could not be inserted."""
+    """G13: /readyz answers 200 with the documented rights, and 503 if a webhook could not be stored."""
     assert await restricted.ready() == 200
     restricted.sql(damage)
     assert await restricted.ready() == 503
 
 
 async def test_a_missing_right_is_no_mistake_of_ours(restricted: Restricted) -> None:
-    """C3: without a right the database is unavailable on each way to it, which is answered 503."""
+    """C3: if a right is missing, each method raises DatabaseUnavailable, which is answered 503."""
     restricted.sql(
         "REVOKE ALL ON SEQUENCE events_seq_seq FROM ROLE_NAME", "REVOKE ALL ON probes FROM ROLE_NAME"
     )
@@ -150,7 +150,7 @@ async def test_a_missing_right_is_no_mistake_of_ours(restricted: Restricted) -> 
 
 
 async def test_missing_rights_are_named(restricted: Restricted) -> None:
-    """Each missing right is named, those of the worker among them, with the statements that grant it."""
+    """The error names each missing right, including the worker's, and the statements that grant it."""
     database = Database(restricted.url)
     await require_rights(database)
     restricted.sql(
@@ -168,7 +168,7 @@ async def test_missing_rights_are_named(restricted: Restricted) -> None:
 
 @pytest.fixture(params=["LATIN1", "SQL_ASCII"])
 async def odd_encoding(request: pytest.FixtureRequest, postgres: Postgres) -> AsyncIterator[Database]:
-    """A database that cannot hold every text."""
+    """A database with an encoding other than UTF8."""
     name = f"encoding_{request.param}_{uuid.uuid4().hex[:8]}".lower()
     postgres.sql(
         f"CREATE DATABASE {name} ENCODING '{request.param}' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
@@ -179,7 +179,7 @@ async def odd_encoding(request: pytest.FixtureRequest, postgres: Postgres) -> As
 
 
 async def test_an_encoding_that_cannot_hold_every_text_is_refused(odd_encoding: Database) -> None:
-    """B9: a name in Cyrillic would be a 503 for ever; the sentence says how to make another database."""
+    """B9: the error tells how to make a database with UTF8; another one cannot store a Cyrillic name."""
     with pytest.raises(SettingsError, match=r"encoding is .* CREATE DATABASE name ENCODING 'UTF8'"):
         await require_usable(odd_encoding)
     with pytest.raises(SettingsError, match="encoding"):
@@ -187,7 +187,7 @@ async def test_an_encoding_that_cannot_hold_every_text_is_refused(odd_encoding: 
 
 
 async def test_sqlite_holds_every_text_in_each_encoding(tmp_path: Path) -> None:
-    """B9: SQLite's own encodings hold the same texts: a file in UTF-16 takes a webhook like any other."""
+    """B9: all encodings of SQLite store the same texts: a file in UTF-16 takes each webhook."""
     path = tmp_path / "wide.db"
     with closing(sqlite3.connect(path)) as made:
         made.execute("PRAGMA encoding = 'UTF-16le'")
@@ -207,7 +207,7 @@ async def test_sqlite_holds_every_text_in_each_encoding(tmp_path: Path) -> None:
 
 
 async def test_storage_that_is_durable_without_a_flush_is_taken_by_name(postgres: Postgres) -> None:
-    """C7: fsync and full_page_writes may be off if a setting names them, and the refusal says which."""
+    """C7: fsync and full_page_writes may be off if a setting names them; otherwise the error names them."""
     database = Database(postgres.url(template="migrated"))
     try:
         for name in ("fsync", "full_page_writes"):
@@ -225,7 +225,7 @@ async def test_storage_that_is_durable_without_a_flush_is_taken_by_name(postgres
         postgres.sql(f"ALTER DATABASE {name} SET synchronous_commit = off")
         await database.close()
         database = Database(database.url)
-        # No storage makes up for it: PostgreSQL itself confirms before it writes.
+        # It is always an error, because PostgreSQL confirms a commit before it writes.
         with pytest.raises(SettingsError, match="synchronous_commit = off"):
             await require_usable(database, durable_without=["fsync", "full_page_writes"])
     finally:

@@ -1,4 +1,4 @@
-"""Wake-ups across processes: who is signalled, and that nothing depends on it."""
+"""Wake-ups between processes, and the polling that works without them."""
 
 import asyncio
 import contextlib
@@ -23,19 +23,19 @@ SOON = 10.0
 
 
 class Heard:
-    """The lanes that a listener was told of."""
+    """The lanes that a listener has heard."""
 
     def __init__(self) -> None:
         self.lanes: list[str] = []
         self._news = asyncio.Event()
 
     def __call__(self, lane: str) -> None:
-        """Note a lane."""
+        """Add a lane."""
         self.lanes.append(lane)
         self._news.set()
 
     async def until(self, *lanes: str) -> None:
-        """Wait until the lanes were signalled."""
+        """Wait until the lanes are signalled."""
         async with asyncio.timeout(SOON):
             while not set(lanes) <= set(self.lanes):
                 await self._news.wait()
@@ -44,7 +44,7 @@ class Heard:
 
 @pytest.fixture
 async def one(postgres: Postgres) -> AsyncIterator[Database]:
-    """The database, as a process without a worker has it."""
+    """The database of a process without a worker."""
     opened = Database(postgres.url(template="migrated"))
     yield opened
     await opened.close()
@@ -52,7 +52,7 @@ async def one(postgres: Postgres) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def heard(one: Database) -> AsyncIterator[Heard]:
-    """A listener, as a worker in another process has it."""
+    """A listener of a worker in another process."""
     other, heard = Database(one.url), Heard()
     task = asyncio.create_task(listen(other, heard))
     await listening(one)
@@ -64,7 +64,7 @@ async def heard(one: Database) -> AsyncIterator[Heard]:
 
 
 async def listening(database: Database) -> None:
-    """Wait until somebody listens."""
+    """Wait until a session listens."""
     query = text("SELECT count(*) FROM pg_stat_activity WHERE query = :last").bindparams(
         last=signals.IS_READ_ONLY
     )
@@ -77,7 +77,7 @@ async def listening(database: Database) -> None:
 
 
 async def test_lanes_are_signalled_across_processes(one: Database, heard: Heard) -> None:
-    """Who has no worker tells those who have one, whatever the lane is called."""
+    """A process without a worker signals the processes with one, for lanes of all names."""
     sender = Signals(one)
     wakeups = Wakeups(sender.send)
     wakeups.wake("fanout")
@@ -87,7 +87,7 @@ async def test_lanes_are_signalled_across_processes(one: Database, heard: Heard)
 
 
 async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) -> None:
-    """Where a lane waits in this process, its wake-up stays here."""
+    """If the lane runs in this process, no signal is sent."""
     sender = Signals(one)
     wakeups = Wakeups(sender.send)
     waiting = asyncio.create_task(wakeups.wait("fanout", seconds=SOON))
@@ -101,7 +101,7 @@ async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) 
 
 
 async def test_one_signal_does_for_many_commits(one: Database, heard: Heard) -> None:
-    """Under load a lane is signalled at intervals, and the last time after the last commit."""
+    """Under load a lane is signalled at intervals, and once more after the last commit."""
     sender = Signals(one)
     for _ in range(200):
         sender.send("fanout")
@@ -115,7 +115,7 @@ async def test_one_signal_does_for_many_commits(one: Database, heard: Heard) -> 
 async def test_a_lost_listener_comes_back(
     one: Database, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C3: a listener whose connection is ended listens again."""
+    """C3: if the server closes the connection, the listener opens a new one."""
     monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     async with one.write() as connection:
         await connection.execute(
@@ -133,7 +133,7 @@ async def test_a_lost_listener_comes_back(
 async def test_a_listener_leaves_a_server_that_takes_no_writes(
     one: Database, heard: Heard, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C3: after a failover nobody signals on the old server any more, whose sessions stay open."""
+    """C3: after a failover the listener leaves the old server, although its sessions stay open."""
     monkeypatch.setattr(signals, "CHECK_SECONDS", 0.1)
     monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     listener = (
@@ -145,7 +145,7 @@ async def test_a_listener_leaves_a_server_that_takes_no_writes(
     postgres.sql("SELECT pg_reload_conf()")
     try:
         async with asyncio.timeout(SOON):
-            # The check in the fixture's listener is 5 s away at most.
+            # The next check of the fixture's listener is 5 s away at most.
             while postgres.sql(listener).stdout == before:  # noqa: ASYNC110 - the server has no event for it
                 await asyncio.sleep(0.1)
     finally:
@@ -160,7 +160,7 @@ async def test_a_listener_leaves_a_server_that_takes_no_writes(
 
 
 async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
-    """Behind a pooler no signal would arrive: nobody listens, and the log says so once."""
+    """If there is a pooler, no process listens, and the log tells so once."""
     database = Database(pgbouncer.url(template="migrated"))
     with capture_logs() as logs:
         async with asyncio.timeout(SOON):
@@ -171,7 +171,7 @@ async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
 
 
 async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
-    """C3: while the database is away signals are dropped, and later ones are sent."""
+    """C3: if the database is away, signals are dropped; later ones are sent."""
     database = Database("postgresql://nobody@127.0.0.1:1/x")
     sender = Signals(database)
     sender.send("fanout")
@@ -182,7 +182,7 @@ async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
 
 
 async def test_a_web_process_signals_what_it_stores(one: Database, heard: Heard) -> None:
-    """A webhook that is acked by a process without a worker wakes the fan-out of the one that has it."""
+    """If a process without a worker accepts a webhook, it wakes the fan-out of another process."""
     settings = Settings.load(
         database_url=one.url,
         clipia_webhook_secret=SECRET,

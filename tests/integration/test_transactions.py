@@ -1,4 +1,4 @@
-"""The two ways of opening a transaction that writes do the same, on both databases."""
+"""`write` and `run_transaction` do the same on both databases."""
 
 import asyncio
 import contextlib
@@ -16,25 +16,25 @@ from receiver.db.tables import probes
 
 
 async def count(database: Database) -> int:
-    """Return how many rows are committed."""
+    """Count the committed rows."""
     async with database.read() as connection:
         return int((await connection.execute(select(func.count()).select_from(probes))).scalar_one())
 
 
 async def add(connection: AsyncConnection, name: str = "one") -> str:
-    """Add a row; a name can be taken once."""
+    """Add a row; its name is unique."""
     await connection.execute(insert(probes).values(name=name, at=db_time(0.0)))
     return name
 
 
 async def test_what_was_done_at_once_is_there(database: Database) -> None:
-    """The transaction is committed when the result is returned."""
+    """The transaction is committed before the result is returned."""
     assert await database.run_transaction(add) == "one"
     assert await count(database) == 1
 
 
 async def test_what_fails_leaves_nothing(database: Database) -> None:
-    """A transaction that raises is rolled back whole, and the error comes through as it is."""
+    """If the work raises, the transaction is rolled back and the error is raised unchanged."""
 
     async def twice(connection: AsyncConnection) -> None:
         await add(connection, "two")
@@ -48,7 +48,7 @@ async def test_what_fails_leaves_nothing(database: Database) -> None:
 
 
 async def test_a_part_may_fail(database: Database) -> None:
-    """What is done in a savepoint is undone by itself."""
+    """If the work in a savepoint fails, only that is rolled back."""
 
     async def work(connection: AsyncConnection) -> None:
         await add(connection, "kept")
@@ -62,7 +62,7 @@ async def test_a_part_may_fail(database: Database) -> None:
 
 
 async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) -> None:
-    """C14: many of both at once: each sees what those before it have committed, and none is refused."""
+    """C14: if many of both run at once, each sees the commits before it, and none fails."""
     if not database.is_sqlite:
         return
 
@@ -82,7 +82,7 @@ async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) ->
 
 
 async def test_nothing_but_the_connection_is_waited_for_on_sqlite(database: Database) -> None:
-    """The thread of SQLite has no event loop: what would want one is told so, and nothing is committed."""
+    """If the work awaits an object of the event loop in SQLite's thread, it fails and is rolled back."""
     if not database.is_sqlite:
         return
 
@@ -97,7 +97,7 @@ async def test_nothing_but_the_connection_is_waited_for_on_sqlite(database: Data
 
 
 async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> None:
-    """C13: the worker's transactions do not line up before it; and webhooks do not keep them out for ever."""
+    """C13: a webhook waits for one transaction of a worker, and webhooks do not lock the worker out."""
     if not database.is_sqlite:
         return
     order: list[str] = []

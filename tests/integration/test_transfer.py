@@ -1,4 +1,4 @@
-"""Ledgers that move from one database to another, with nothing lost and nothing sent twice."""
+"""Export and import move all rows to another database, and no event is sent twice."""
 
 import asyncio
 import uuid
@@ -27,16 +27,16 @@ from receiver.ingest import make_event
 from receiver.lanes.replay import ReplayPace
 
 commands: Any = import_module("receiver.cli.events")
-"""Not by `import`: the package has the group of commands under this name."""
+"""Not imported by name: `receiver.cli.events` is also the group of commands in its package."""
 MOVED = {"after_seq", "until_seq", "handled"}
-"""What is another one for a replay that goes on elsewhere."""
+"""Columns of a replay that change if it continues in another database."""
 ODD = b"\xff\xfe\x00 not text \x00"
 
 Line = dict[str, Any]
 
 
 class Databases:
-    """Makes fresh databases, and worlds over them."""
+    """Creates databases and a `World` for each."""
 
     def __init__(self, template: Path, server: Postgres, folder: Path, stack: AsyncExitStack) -> None:
         self._template = template
@@ -46,7 +46,7 @@ class Databases:
         self._count = 0
 
     async def world(self, kind: str) -> World:
-        """Return a world over a fresh database of a kind, with two destinations."""
+        """Return a world with a new database of a kind and two destinations."""
         self._count += 1
         if kind == "sqlite":
             path = self._folder / f"{self._count}.db"
@@ -64,21 +64,21 @@ class Databases:
 
 @pytest.fixture
 async def databases(migrated_sqlite: Path, postgres: Postgres, tmp_path: Path) -> AsyncIterator[Databases]:
-    """A source of databases."""
+    """A factory of databases."""
     async with AsyncExitStack() as stack:
         yield Databases(migrated_sqlite, postgres, tmp_path, stack)
 
 
 @pytest.fixture(params=["sqlite to postgresql", "postgresql to sqlite"])
 async def pair(request: pytest.FixtureRequest, databases: Databases) -> tuple[World, World]:
-    """A database to move from and one to move to."""
+    """The database of the export and the one of the import."""
     kinds: list[str] = request.param.split(" to ")
     here, there = [await databases.world(kind) for kind in kinds]
     return here, there
 
 
 async def export(world: World, *, limit: int = 7) -> list[bytes]:
-    """Return a ledger as the lines of an export."""
+    """Return the lines of an export."""
     lines: list[bytes] = []
     for kind in transfer.KINDS:
         after = 0
@@ -100,7 +100,7 @@ async def load(world: World, lines: Sequence[bytes]) -> Counter[str]:
 
 
 def comparable(lines: Sequence[bytes]) -> list[Line]:
-    """Return lines without what a replay that goes on elsewhere does not keep."""
+    """Return lines without the columns that change if a replay continues in another database."""
     found: list[Line] = [orjson.loads(line) for line in lines]
     for line in found:
         if line["type"] == "replay" and line["state"] == "pending":
@@ -110,7 +110,7 @@ def comparable(lines: Sequence[bytes]) -> list[Line]:
 
 
 async def count_rows(world: World) -> dict[str, int]:
-    """Return how many rows each table has."""
+    """Count the rows of each table."""
     found = {}
     for table in (events, receipts, media, deliveries, attempts, jobs, replays):
         async with world.database.read() as connection:
@@ -121,7 +121,7 @@ async def count_rows(world: World) -> dict[str, int]:
 
 
 async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | None = None) -> None:
-    """Put an inbound delivery of an event on record."""
+    """Record a receipt of an event."""
     async with world.database.write() as connection:
         event = make_event("clipia", content or b"{}", received_at=datetime.now(UTC))
         arrival = Arrival(event, None if content else "wh-1", "0123456789abcdef", datetime.now(UTC))
@@ -129,7 +129,7 @@ async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | Non
 
 
 async def fill(world: World) -> None:
-    """Store events, jobs and replays in every state there is."""
+    """Store events, jobs and replays in all states."""
     await world.add_history(plain("delivered"), plain("дом-1", model="größer"), failure("failed"))
     for state in ("dead", "canceled"):
         await world.add_history(plain(state))
@@ -173,7 +173,7 @@ async def fill(world: World) -> None:
 
 
 async def fill_jobs(world: World) -> None:
-    """Store jobs in every state."""
+    """Store jobs in all states."""
     values: dict[str, dict[str, Any]] = {
         "pending": {"lease": uuid.uuid4(), "sent_at": db_time(-5.0), "account": "live-1"},
         "submitted": {"request_id": "open", "warnings": [{"code": "x", "message": "ü"}], "progress": 40},
@@ -188,7 +188,7 @@ async def fill_jobs(world: World) -> None:
 
 
 async def fill_replays(world: World) -> None:
-    """Store replays in every state, none of them due, and deliveries of the last one."""
+    """Store replays in all states, none of them due, and deliveries of the last one."""
     selection = {"status": "OK", "since": "2026-01-01T00:00:00+02:00"}
     seqs = [row["seq"] for row in await world.rows(events)]
     for state in ("completed", "canceled", "failed", "pending"):
@@ -209,7 +209,7 @@ async def fill_replays(world: World) -> None:
 
 
 async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: Databases) -> None:
-    """Every column of every row in every state, line by line, and all the way back."""
+    """The import has each column of each row in each state, and so has an import back."""
     here, there = pair
     await fill(here)
     lines = await export(here)
@@ -233,7 +233,7 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
 
 @pytest.mark.parametrize("errors", [(None, "answered 503"), ("answered 503", None), (None, None)])
 async def test_tries_keep_their_errors(pair: tuple[World, World], errors: tuple[str | None, ...]) -> None:
-    """E12: a delivery whose tries ended differently arrives with all of them."""
+    """E12: if the attempts of a delivery had different outcomes, the import has all of them."""
     here, there = pair
     await here.add_history(plain("r-1"))
     (delivery, *_) = await here.rows(deliveries)
@@ -248,7 +248,7 @@ async def test_tries_keep_their_errors(pair: tuple[World, World], errors: tuple[
 
 
 async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:
-    """What an export leaves behind is named: numbers of rows, and leases, whose holders work elsewhere."""
+    """An export has all columns but the numbers of rows and the leases."""
     here, _ = pair
     await fill(here)
     lines: list[Line] = [orjson.loads(line) for line in await export(here)]
@@ -272,7 +272,7 @@ async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:
 
 
 async def test_importing_again_changes_nothing(pair: tuple[World, World]) -> None:
-    """An import can be repeated: what is there is known, also when it has gone on meanwhile."""
+    """If an import is repeated, all rows are known, even if they have changed meanwhile."""
     here, there = pair
     await fill(here)
     lines = await export(here)
@@ -287,7 +287,7 @@ async def test_importing_again_changes_nothing(pair: tuple[World, World]) -> Non
 
 
 async def test_an_interrupted_import_is_continued(pair: tuple[World, World]) -> None:
-    """A batch arrives as a whole or not at all; the next try takes the rest."""
+    """If a batch fails, it is rolled back, and the next import takes the rest."""
     here, there = pair
     await fill(here)
     lines = await export(here)
@@ -308,7 +308,7 @@ async def test_an_interrupted_import_is_continued(pair: tuple[World, World]) -> 
 
 
 async def test_two_imports_at_once_are_one(pair: tuple[World, World]) -> None:
-    """Whoever comes second finds everything known."""
+    """If two imports run at once, each row is inserted by one of them."""
     here, there = pair
     await fill(here)
     lines = await export(here)
@@ -327,7 +327,7 @@ async def test_two_imports_at_once_are_one(pair: tuple[World, World]) -> None:
 async def test_an_import_keeps_no_webhook_waiting(
     databases: Databases, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C13: while a source that is new is imported, its webhooks are stored; no lock is held for longer."""
+    """C13: while an import adds a source, webhooks of the source are stored without a wait."""
     world = await databases.world("postgresql")
     insert_new, stored = statements.insert_unless_taken, 0
 
@@ -349,7 +349,7 @@ async def test_an_import_keeps_no_webhook_waiting(
 
 
 async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> None:
-    """An event that the new database has received itself is not overwritten, nor sent by what is imported."""
+    """If the new database has received an event, the import neither changes nor sends it."""
     here, there = pair
     await here.add_history(plain("both"), plain("old"))
     await there.add(plain("both"))
@@ -360,7 +360,7 @@ async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> 
 
 
 async def test_what_was_pending_is_delivered_once_and_nothing_else(pair: tuple[World, World]) -> None:
-    """E12: the new database's workers send what the old one's had not, and never what was delivered."""
+    """E12: the new workers send the pending deliveries and no finished one."""
     here, there = pair
     await here.add_history(*(plain(f"old-{number}") for number in range(5)))
     for number in range(6):
@@ -381,7 +381,7 @@ async def test_what_was_pending_is_delivered_once_and_nothing_else(pair: tuple[W
 
 
 async def test_a_claim_of_the_old_workers_is_not_carried_over(pair: tuple[World, World]) -> None:
-    """E10: a row that was under way is due when its lease would have ended, and its try is counted."""
+    """E10: if a row was claimed, it is due at the end of its lease, and the attempt is counted."""
     here, there = pair
     await here.add(plain("r-1"))
     await here.fan_out()
@@ -398,7 +398,7 @@ async def test_a_claim_of_the_old_workers_is_not_carried_over(pair: tuple[World,
 
 
 async def test_an_event_whose_files_ended_during_the_export_is_settled(pair: tuple[World, World]) -> None:
-    """E12: its line says `fetching` and its files are stored: it is ready there, and its delivery is due."""
+    """E12: if a `fetching` event has stored files, the import makes it ready and its delivery due."""
     here, there = pair
     await here.add(with_files("https://media.clipia.ai", "r-1", "/a.png"))
     await here.fan_out()
@@ -411,7 +411,7 @@ async def test_an_event_whose_files_ended_during_the_export_is_settled(pair: tup
 
 
 async def test_a_pending_replay_goes_on_without_doubles(pair: tuple[World, World]) -> None:
-    """E12: what it has ordered is not ordered again, what it has sent is not sent again, the rest follows."""
+    """E12: a replay that continues there orders and sends only the events that it has not handled yet."""
     here, there = pair
     here.replay_pace = there.replay_pace = ReplayPace(step_events=10)
     await here.add_history(*(plain(f"r-{number}") for number in range(35)))
@@ -433,7 +433,7 @@ async def test_a_pending_replay_goes_on_without_doubles(pair: tuple[World, World
 
 
 async def test_an_imported_replay_leaves_later_events_alone(pair: tuple[World, World]) -> None:
-    """E12: what the new database received after the order was delivered live, and is no part of it."""
+    """E12: an event that the new database received after the order is delivered live and not replayed."""
     here, there = pair
     await here.add_history(plain("old"))
     order = await here.order(to=["main"])
@@ -447,14 +447,14 @@ async def test_an_imported_replay_leaves_later_events_alone(pair: tuple[World, W
 
 
 def ledger_lines(file: Path) -> list[bytes]:
-    """Return the lines of an export that stand for something in the ledger."""
+    """Return the lines of an export without its head and its end."""
     lines = file.read_bytes().splitlines()
     return [line for line in lines if orjson.loads(line)["type"] in transfer.KINDS]
 
 
 @pytest.fixture
 def commanded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands run in this process, and leave its logging alone."""
+    """Commands run in this process and do not configure logging."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
     monkeypatch.setattr(commands, "BATCH", 4)
 
@@ -470,7 +470,7 @@ async def run_import(world: World, file: Path) -> None:
 
 
 async def run_on(world: World, command: Callable[..., None], *arguments: Any) -> None:
-    """Run a command in a thread, because it brings an event loop of its own."""
+    """Run a command in a thread, because it runs its own event loop."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RECEIVER_DATABASE_URL", world.database.url)
         await asyncio.to_thread(command, *arguments)
@@ -480,7 +480,7 @@ async def run_on(world: World, command: Callable[..., None], *arguments: Any) ->
 async def test_the_commands_move_a_ledger(
     pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Export and import in batches of four; both say how much it was, and a repeated import that it knew."""
+    """In batches of four, both print the number of rows, and a repeated import prints that they are known."""
     here, there = pair
     await fill(here)
     await run_export(here, tmp_path / "ledger")
@@ -498,7 +498,7 @@ async def test_the_commands_move_a_ledger(
 
 @pytest.mark.usefixtures("commanded")
 async def test_an_export_can_be_cut_to_a_time(pair: tuple[World, World], tmp_path: Path) -> None:
-    """`--since` and `--until` go by when something came in or was made; together they miss nothing."""
+    """`--since` and `--until` bound the time of receipt or creation, and two such exports have all rows."""
     here, there = pair
     await here.add_history(*(plain(f"r-{number}") for number in range(6)))
     cut = datetime(2026, 3, 1, 12)  # noqa: DTZ001 - as the command line gives it, and means UTC
@@ -517,7 +517,7 @@ async def test_an_export_can_be_cut_to_a_time(pair: tuple[World, World], tmp_pat
 
 @pytest.mark.usefixtures("commanded")
 async def test_an_export_that_was_cut_off_is_an_error(pair: tuple[World, World], tmp_path: Path) -> None:
-    """A file that ends in mid-line: the error says so, what came before is there, and the rest can follow."""
+    """If a file ends within a line, the error tells so; the lines before are imported."""
     here, there = pair
     await fill(here)
     await run_export(here, tmp_path / "whole")
@@ -536,7 +536,7 @@ async def test_an_export_that_was_cut_off_is_an_error(pair: tuple[World, World],
 
 @pytest.mark.usefixtures("commanded")
 async def test_an_export_without_its_end_is_an_error(pair: tuple[World, World], tmp_path: Path) -> None:
-    """A file that lacks its last lines, as a full disk leaves it, does not pass for a whole ledger."""
+    """If the last lines of a file are missing, as after a full disk, the import reports it."""
     here, there = pair
     await here.add_history(plain("r-1"), plain("r-2"))
     await run_export(here, tmp_path / "whole")
@@ -576,7 +576,7 @@ GARBAGE: list[dict[str, Any]] = [
     ),
     EVENT | {"id": "no id"},
     EVENT | {"id": 7},
-    # It would be a second event of its `request_id`.
+    # It would be a second event with the `request_id`.
     EVENT | {"id": "7c9e6679-7425-40de-944b-e07fc1f90ae7"},
     EVENT | {"id": None},
     EVENT | {"body": "no base64!"},
@@ -600,7 +600,7 @@ GARBAGE: list[dict[str, Any]] = [
 async def test_what_no_export_has_written_is_one_clear_error(
     databases: Databases, tmp_path: Path, kind: str
 ) -> None:
-    """Lines of other programs, or damaged ones: the error names where, and nothing of the batch is there."""
+    """If a line is damaged or of another program, the error names its batch, which is rolled back."""
     world = await databases.world(kind)
     wrong: list[tuple[Line, str]] = []
     head = {"type": "ledger", "version": transfer.VERSION}
@@ -641,7 +641,7 @@ async def test_what_no_export_has_written_is_one_clear_error(
 async def test_files_that_are_no_export_are_refused(
     databases: Databases, tmp_path: Path, content: bytes, said: str
 ) -> None:
-    """A file of another kind or version says so, and changes nothing."""
+    """If a file has another kind or version, the error tells so and the database is unchanged."""
     world = await databases.world("sqlite")
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ReceiverError, match=said):
@@ -651,7 +651,7 @@ async def test_files_that_are_no_export_are_refused(
 
 @pytest.mark.usefixtures("commanded")
 async def test_files_that_cannot_be_used_are_named(databases: Databases, tmp_path: Path) -> None:
-    """No export overwrites a file; a missing folder or file is one clear error."""
+    """An export does not overwrite a file; if a folder or file is missing, the error names it."""
     world = await databases.world("sqlite")
     (tmp_path / "mine").write_text("precious")
     for file, said in ((tmp_path / "mine", "exists"), (tmp_path / "absent" / "x", "No such")):
@@ -663,7 +663,7 @@ async def test_files_that_cannot_be_used_are_named(databases: Databases, tmp_pat
 
 
 async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -> None:
-    """After a hundred replays a page of an export has more rows on it than a statement has places."""
+    """After a hundred replays a page of an export has more rows than a statement may have parameters."""
     here, _ = pair
     await fill(here)
     works = {row["work_id"] for row in await here.rows(attempts)}
@@ -677,7 +677,7 @@ async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -
 async def test_an_empty_ledger_moves_too(
     pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing in it is no error, and is said."""
+    """If an export is empty, the import tells so and succeeds."""
     here, there = pair
     await run_export(here, tmp_path / "empty")
     assert "0 events, 0 jobs, 0 replays exported" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Real servers for tests, on free loopback ports, each in a folder of its own."""
+"""Real servers for tests, on free loopback ports, each in its own folder."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ SERVERS_REQUIRED = os.environ.get("CI") == "true" or bool(os.environ.get("RECEIV
 
 
 def free_port() -> int:
-    """Return a TCP port of 127.0.0.1 that nothing listens on."""
+    """Return a free TCP port of 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -31,7 +31,7 @@ def free_port() -> int:
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], *, seconds: float = 30) -> None:
-    """Wait until something listens on the port; fail at once where the process has ended."""
+    """Wait until the process listens on the port; fail at once if it has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -45,7 +45,7 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], *, seconds: float
 
 
 def missing(what: str, how: str) -> None:
-    """Skip the test for want of a server, or fail where servers are required (CI)."""
+    """Skip the test if a server is missing, or fail if servers are required (CI)."""
     message = f"{what} is not installed: {how}"
     if SERVERS_REQUIRED:
         pytest.fail(message)
@@ -53,9 +53,9 @@ def missing(what: str, how: str) -> None:
 
 
 def require(*programs: str) -> None:
-    """Skip the test, or fail in CI, unless these programs are there; they are named as their Debian packages.
+    """Skip the test, or fail in CI, if a program is missing; the error names its Debian package.
 
-    For what a process of the test's needs: its own skip would be an exit status.
+    It is for programs that a process of the test starts: a skip in that process would be an exit status.
     """
     for program in programs:
         if program == "postgresql":
@@ -65,7 +65,7 @@ def require(*programs: str) -> None:
 
 
 def end(process: subprocess.Popen[bytes], *, seconds: float = 15) -> int:
-    """Stop a process that a test started: SIGTERM, and SIGKILL where that does not help."""
+    """Stop a process that a test started: with SIGTERM, and with SIGKILL if it goes on."""
     if process.poll() is None:
         process.send_signal(signal.SIGCONT)
         process.terminate()
@@ -81,7 +81,7 @@ class Postgres:
 
     def __init__(self) -> None:
         self.bin = self.find()
-        # Not below pytest's folders: those are closed to the user that the server runs as.
+        # Not below pytest's folders, because the user of the server cannot read them.
         self.directory = Path(tempfile.mkdtemp(prefix="receiver-postgres-"))
         self.data = self.directory / "data"
         self.port = free_port()
@@ -99,7 +99,7 @@ class Postgres:
         return Path(found).parent
 
     def _command(self, *arguments: str) -> list[str]:
-        # PostgreSQL refuses to run as root.
+        # PostgreSQL does not run as root.
         prefix = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
         return [*prefix, *arguments]
 
@@ -132,7 +132,7 @@ class Postgres:
 
     @property
     def postmaster(self) -> int:
-        """The process id of the server."""
+        """The process id of the postmaster."""
         return int((self.data / "postmaster.pid").read_text().splitlines()[0])
 
     def processes(self) -> list[psutil.Process]:
@@ -149,12 +149,12 @@ class Postgres:
     def crash(self) -> None:
         """Kill every server process at once."""
         assert self.process is not None
-        # Else a connection that comes meanwhile gets a process that outlives the others.
+        # First stop the postmaster: otherwise it may start a process for a new connection meanwhile.
         psutil.Process(self.postmaster).suspend()
         for process in self.processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        # runuser stops itself along with a server that a test has stopped.
+        # If a test suspends the server, runuser suspends itself too.
         self.process.send_signal(signal.SIGCONT)
         self.process.wait(30)
         (self.data / "postmaster.pid").unlink(missing_ok=True)
@@ -187,13 +187,13 @@ class Postgres:
         """Create a database and return its URL."""
         self.databases += 1
         name = f"test_{self.databases}"
-        # file_copy waits for the disk, wal_log writes everything twice.
+        # file_copy waits for the disk, and wal_log writes the data twice.
         strategy = "file_copy" if self.directory.is_relative_to("/dev/shm") else "wal_log"
         self.sql(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY {strategy}")
         return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
 
     def drop(self, url: str) -> None:
-        """Remove a database that `url()` made, whether it is in use or not."""
+        """Remove a database that `url()` made, even if it is in use."""
         self.sql(f"DROP DATABASE {url.rpartition('/')[2]} WITH (FORCE)")
 
     def __exit__(
@@ -205,7 +205,7 @@ class Postgres:
 
 
 class Standby(Postgres):
-    """A streaming replica of a cluster, which takes no writes until it is promoted."""
+    """A streaming replica of a cluster, read-only until it is promoted."""
 
     def __init__(self, primary: Postgres) -> None:
         super().__init__()
@@ -245,7 +245,7 @@ class PgBouncer:
             f"auth_type = trust\nauth_file = {users}\nadmin_users = postgres\n"
             f"logfile = {self.directory / 'log'}\n"
             f"pool_mode = {self.mode}\ndefault_pool_size = {self.pool_size}\n"
-            # Each test has a database of its own: their sessions must not use up what the server has.
+            # Each test has its own database, and all their sessions must not reach the server's limit.
             "server_idle_timeout = 5\n"
         )
         prefix = []
@@ -260,11 +260,11 @@ class PgBouncer:
         return self
 
     def url(self, *, template: str = "template1") -> str:
-        """Create a database in the cluster and return its URL by way of pgbouncer."""
+        """Create a database in the cluster and return its URL through pgbouncer."""
         return self.through(self._server.url(template=template))
 
     def clients(self, database: str) -> int:
-        """Return how many connections clients have open to a database."""
+        """Count the open connections of clients to a database."""
         place = ["-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-d", "pgbouncer"]
         command = [str(self._server.bin / "psql"), *place, "-Atc", "SHOW CLIENTS"]
         rows = subprocess.run(
@@ -273,21 +273,21 @@ class PgBouncer:
         return [row.split("|")[2] for row in rows].count(database)
 
     def through(self, url: str) -> str:
-        """Return the URL by way of pgbouncer of a database in the cluster."""
+        """Return the URL through pgbouncer of a database in the cluster."""
         return url.replace(f":{self._server.port}/", f":{self.port}/")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # runuser hands SIGTERM on, which ends pgbouncer at once.
+        # runuser forwards SIGTERM, which ends pgbouncer at once.
         end(self.process)
         shutil.rmtree(self.directory)
 
 
 class Switch:
-    """A TCP address that leads to one port and later to another; open connections stay where they are.
+    """A TCP address that leads to one port and later to another; open connections are not moved.
 
-    With `tls` it is the server's end of TLS.
+    With `tls` it terminates TLS.
     """
 
     def __init__(self, port: int, *, tls: ssl.SSLContext | None = None) -> None:

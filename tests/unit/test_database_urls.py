@@ -1,4 +1,4 @@
-"""RECEIVER_DATABASE_URL: how libpq's parameters are translated, and which are refused by their names."""
+"""RECEIVER_DATABASE_URL: the translation of libpq's parameters, and the errors for other ones."""
 
 import ssl
 from pathlib import Path
@@ -14,14 +14,14 @@ from receiver.errors import SettingsError
 
 
 def postgresql(url: str) -> PostgresqlUrl:
-    """Return the arguments of a URL of PostgreSQL's."""
+    """Return the arguments of a PostgreSQL URL."""
     parsed = parse_url(url)
     assert isinstance(parsed, PostgresqlUrl)
     return parsed
 
 
 def passed_on(url: str) -> dict[str, str]:
-    """Return the parameters that the driver gets to read itself."""
+    """Return the parameters that the driver reads from a URL."""
     dsn = postgresql(url).arguments["dsn"]
     return {name: values[0] for name, values in parse_qs(dsn.partition("?")[2]).items()}
 
@@ -30,13 +30,13 @@ def passed_on(url: str) -> dict[str, str]:
     "url", ["", "mysql://x", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true", "x"]
 )
 def test_unusable_urls_are_refused(url: str) -> None:
-    """A database that cannot keep an ack, or of an unknown kind, is refused with what to write."""
+    """If the database is in memory or of an unknown kind, the error tells how to write the URL."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"):
         parse_url(url)
 
 
 def test_a_file_of_sqlite_is_taken() -> None:
-    """A path becomes the URL of SQLAlchemy's asynchronous driver."""
+    """A path becomes a URL of SQLAlchemy's asynchronous driver."""
     parsed = parse_url("sqlite:///a.db")
     assert isinstance(parsed, URL)
     assert parsed.render_as_string() == "sqlite+aiosqlite:///a.db"
@@ -74,7 +74,7 @@ def test_places_are_read_as_libpq_does(url: str, expected: dict[str, Any]) -> No
 
 
 def test_parameters_of_the_driver_are_passed_on(tmp_path: Path) -> None:
-    """TLS, password file, service and the kind of server are the driver's to read."""
+    """The driver reads the parameters for TLS, password file, service and the kind of server."""
     certificate = make_certificate(tmp_path / "own certificate.pem")
     expected = {
         "sslmode": "verify-ca",
@@ -92,12 +92,12 @@ def test_parameters_of_the_driver_are_passed_on(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("ssl", "require"), ("sslmode", "require")])
 def test_both_spellings_of_the_mode_are_taken(name: str, value: str) -> None:
-    """`ssl` was taken before, and means the same."""
+    """`ssl`, which earlier releases took, means `sslmode`."""
     assert passed_on(f"postgresql://h/d?{name}={value}") == {"sslmode": value}
 
 
 def test_settings_go_to_the_server() -> None:
-    """`application_name` and `options` are the server's to read; the name has a default."""
+    """`application_name` and `options` become settings of the server; the name has a default."""
     assert postgresql("postgresql://h").server_settings == {"application_name": "clipia-receiver"}
     url = "postgresql://h?application_name=shop&options=-c%20search_path%3Dapp"
     assert postgresql(url).server_settings == {"application_name": "shop", "options": "-c search_path=app"}
@@ -105,7 +105,7 @@ def test_settings_go_to_the_server() -> None:
 
 @pytest.mark.parametrize(("text", "seconds"), [("10", 10.0), ("0", None), ("-1", None), ("", None)])
 def test_connect_timeout_is_in_seconds(text: str, seconds: float | None) -> None:
-    """None, an empty value, zero and less leave the default."""
+    """If the value is missing, empty, zero or negative, the default stays."""
     assert postgresql(f"postgresql://h?connect_timeout={text}").connect_timeout == seconds
 
 
@@ -122,7 +122,7 @@ def test_connect_timeout_is_in_seconds(text: str, seconds: float | None) -> None
     ],
 )
 def test_parameters_without_effect_are_dropped(query: str) -> None:
-    """What changes nothing here, or has no value, is taken and not passed on."""
+    """A parameter is ignored if it has no effect on the driver or no value."""
     parsed = postgresql(f"postgresql://h/d?{query}")
     assert parsed.arguments == {"dsn": "postgresql://", "host": ["h"], "database": "d"}
 
@@ -132,7 +132,7 @@ def test_parameters_without_effect_are_dropped(query: str) -> None:
     ["hostaddr", "require_auth", "requirepeer", "replication", "pgbouncer", "statement_cache_size", "x"],
 )
 def test_other_parameters_are_refused_by_their_name(name: str) -> None:
-    """A parameter without a counterpart is named, and its value is not shown."""
+    """If a parameter has no counterpart, the error names it and does not show its value."""
     with pytest.raises(SettingsError, match=f"RECEIVER_DATABASE_URL.*'{name}'") as caught:
         parse_url(f"postgresql://u:canary@h/d?sslmode=require&{name}=canary")
     assert "canary" not in str(caught.value)
@@ -159,7 +159,7 @@ def test_other_parameters_are_refused_by_their_name(name: str) -> None:
     ],
 )
 def test_values_that_cannot_be_used_are_refused(query: str) -> None:
-    """A value that the driver cannot do, or a missing file, is refused at once, and is not shown."""
+    """If the driver does not support a value, or a file is missing, the error does not show it."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL") as caught:
         parse_url(f"postgresql://u:canary@h/d?{query}")
     assert "canary" not in str(caught.value)
@@ -167,7 +167,7 @@ def test_values_that_cannot_be_used_are_refused(query: str) -> None:
 
 @pytest.mark.parametrize("url", ["postgresql://u:p@w@h/d", "postgresql://h:p:1/d", "postgresql://[::1/d"])
 def test_a_url_that_cannot_be_split_is_refused(url: str) -> None:
-    """An @ in a password has to be written as %40."""
+    """If a password has an @ that is not written as %40, the error tells so."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"):
         parse_url(url)
 
@@ -183,7 +183,7 @@ def test_the_store_of_the_system_verifies_the_server(mode: str) -> None:
 
 
 def test_the_store_of_the_system_goes_with_a_certificate(tmp_path: Path) -> None:
-    """A client's certificate and the oldest version of TLS hold with the system's store, too."""
+    """A client certificate and the oldest TLS version are also used with the system's store."""
     certificate = make_certificate(tmp_path / "client.pem")
     query = f"sslrootcert=system&sslcert={certificate}&ssl_min_protocol_version=TLSv1.3"
     context = postgresql(f"postgresql://h/d?{query}").arguments["ssl"]
@@ -195,6 +195,6 @@ def test_the_store_of_the_system_goes_with_a_certificate(tmp_path: Path) -> None
 
 
 def test_one_of_several_hosts_has_to_take_writes() -> None:
-    """With several hosts the standby among them is passed over, unless the URL says otherwise."""
+    """If there are several hosts, a standby is skipped unless the URL sets another target."""
     assert passed_on("postgresql://a,b/d") == {"target_session_attrs": "read-write"}
     assert passed_on("postgresql://a,b/d?target_session_attrs=any") == {"target_session_attrs": "any"}
