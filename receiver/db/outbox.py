@@ -109,10 +109,12 @@ _FILES: Final = (
 )
 
 
-async def load_media(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, list[MediaRow]]:
+async def load_media(
+    connection: AsyncConnection, event_seqs: Collection[int], *, at_once: int = EVENTS_AT_ONCE
+) -> dict[int, list[MediaRow]]:
     """Return the files of events, by the event's `seq`, in their order."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
-    for seqs in _slices(sorted(event_seqs), EVENTS_AT_ONCE):
+    for seqs in _slices(sorted(event_seqs), at_once):
         for row in (await connection.execute(_FILES, {"seqs": seqs})).mappings():
             values = dict(row)
             found[values.pop("event_seq")].append(MediaRow(**values))

@@ -59,7 +59,13 @@ class Signals:
             await self._sending
 
 
-async def listen(database: Database, heard: Callable[[str], None]) -> None:
+async def listen(
+    database: Database,
+    heard: Callable[[str], None],
+    *,
+    reconnect: float = RECONNECT_SECONDS,
+    check: float = CHECK_SECONDS,
+) -> None:
     """Call `heard` with the name of each signalled lane until canceled; return if there is a pooler."""
     while True:
         try:
@@ -69,13 +75,13 @@ async def listen(database: Database, heard: Callable[[str], None]) -> None:
                         "no signals between processes behind a connection pooler: work is found by polling"
                     )
                     return
-                await _listen(driver, heard)
+                await _listen(driver, heard, check)
         except Exception as error:  # noqa: BLE001 - polling does not need signals
             log.debug("not listening for signals", error=cause(error))
-        await asyncio.sleep(RECONNECT_SECONDS)
+        await asyncio.sleep(reconnect)
 
 
-async def _listen(driver: Any, heard: Callable[[str], None]) -> None:
+async def _listen(driver: Any, heard: Callable[[str], None], check: float) -> None:
     """Listen on a connection until it is lost or its server takes no writes."""
 
     def hear(_connection: object, _pid: object, _channel: object, lane: object) -> None:
@@ -86,5 +92,5 @@ async def _listen(driver: Any, heard: Callable[[str], None]) -> None:
     await driver.add_listener(CHANNEL, hear)
     while not lost.is_set() and not await driver.fetchval(IS_READ_ONLY):
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(CHECK_SECONDS):
+            async with asyncio.timeout(check):
                 await lost.wait()

@@ -145,16 +145,15 @@ async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.Monke
     assert await world.states(media) == {"pending": 24, "skipped": 26}
 
 
-async def test_files_are_read_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_files_are_read_in_slices(world: World) -> None:
     """C13: a claim reads the files of a few events at a time."""
-    monkeypatch.setattr(outbox, "EVENTS_AT_ONCE", 2)
     world.rules = FileRules(max_files=2)
     for number in range(5):
         await world.add(files(f"r-{number}", 4))
     await world.fan_out()
     with statements("SELECT media.event_seq") as asked:
         async with world.database.read() as connection:
-            found = await outbox.load_media(connection, [5, 3, 1, 2, 4])
+            found = await outbox.load_media(connection, [5, 3, 1, 2, 4], at_once=2)
     assert len(asked) == 3
     assert {seq: [row.position for row in rows] for seq, rows in found.items()} == {
         seq: [0, 1, 2, 3] for seq in range(1, 6)

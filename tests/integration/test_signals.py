@@ -54,7 +54,7 @@ async def one(postgres: Postgres) -> AsyncIterator[Database]:
 async def heard(one: Database) -> AsyncIterator[Heard]:
     """A listener of a worker in another process."""
     other, heard = Database(one.url), Heard()
-    task = asyncio.create_task(listen(other, heard))
+    task = asyncio.create_task(listen(other, heard, reconnect=0.1, check=0.1))
     await listening(one)
     yield heard
     task.cancel()
@@ -112,11 +112,8 @@ async def test_one_signal_does_for_many_commits(one: Database, heard: Heard) -> 
     assert heard.lanes.count("fanout") < 20
 
 
-async def test_a_lost_listener_comes_back(
-    one: Database, heard: Heard, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lost_listener_comes_back(one: Database, heard: Heard) -> None:
     """C3: if the server closes the connection, the listener opens a new one."""
-    monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     async with one.write() as connection:
         await connection.execute(
             text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query = :last"),
@@ -131,11 +128,9 @@ async def test_a_lost_listener_comes_back(
 
 
 async def test_a_listener_leaves_a_server_that_takes_no_writes(
-    one: Database, heard: Heard, postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+    one: Database, heard: Heard, postgres: Postgres
 ) -> None:
     """C3: after a failover the listener leaves the old server, although its sessions stay open."""
-    monkeypatch.setattr(signals, "CHECK_SECONDS", 0.1)
-    monkeypatch.setattr(signals, "RECONNECT_SECONDS", 0.1)
     listener = (
         f"SELECT string_agg(pid::text, ' ') FROM pg_stat_activity WHERE query = $${signals.IS_READ_ONLY}$$"
     )
@@ -145,7 +140,6 @@ async def test_a_listener_leaves_a_server_that_takes_no_writes(
     postgres.sql("SELECT pg_reload_conf()")
     try:
         async with asyncio.timeout(SOON):
-            # The next check of the fixture's listener is 5 s away at most.
             while postgres.sql(listener).stdout == before:  # noqa: ASYNC110 - the server has no event for it
                 await asyncio.sleep(0.1)
     finally:
