@@ -28,11 +28,11 @@ from receiver.db.views import (
     EventDetails,
     EventSummary,
     EventWithBody,
+    FileToVerify,
     JobCosts,
     JobDetails,
     ListedDelivery,
     Receipt,
-    StoredFile,
 )
 
 Row = dict[str, Any]
@@ -204,7 +204,7 @@ async def count_stored(connection: AsyncConnection, *, since: datetime | None) -
 
 async def list_stored(
     connection: AsyncConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
-) -> list[StoredFile]:
+) -> list[FileToVerify]:
     """Return the files that `count_stored` counts, ordered by id."""
     where = _stored(since)
     if after is not None:
@@ -218,7 +218,7 @@ async def list_stored(
         .order_by(media.c.id)
         .limit(limit)
     )
-    return cast("list[StoredFile]", await _rows(connection, statement))
+    return cast("list[FileToVerify]", await _rows(connection, statement))
 
 
 def _stored(since: datetime | None) -> list[ColumnElement[bool]]:

@@ -19,6 +19,7 @@ EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
 MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipped"]
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
+Origin = Literal["webhook", "poll"]
 Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
 AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted", "canceled"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
@@ -64,7 +65,7 @@ class NewEvent(NamedTuple):
     source: str
     request_id: str
     """Clipia's id; `sha256:<hex of the body>` if the body was not recognized."""
-    origin: Literal["webhook", "poll"]
+    origin: Origin
     state: EventState
     body: bytes
     """The request body exactly as it was signed."""

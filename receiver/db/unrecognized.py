@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, LargeBinary, bindparam, delete, func, or_,
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.payload import is_request_id, summarize
-from receiver.db.rows import NewEvent
+from receiver.db.rows import NewEvent, Origin
 from receiver.db.tables import events, in_state, receipts
 from receiver.errors import UnrecognizedBody
 
@@ -26,7 +26,7 @@ class Unrecognized(NamedTuple):
     source: str
     request_id: str
     """`sha256:<hex of the body>`, or Clipia's if a worker of an earlier release did not recognize it."""
-    origin: Literal["webhook", "poll"]
+    origin: Origin
     job_id: UUID | None
     body: bytes
     received_at: datetime

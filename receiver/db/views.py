@@ -15,6 +15,7 @@ from receiver.db.rows import (
     EventStatus,
     JobState,
     MediaState,
+    Origin,
     Outcome,
 )
 from receiver.price import Credits
@@ -27,7 +28,7 @@ class EventHead(TypedDict):
     id: UUID
     source: str
     request_id: str
-    origin: Literal["webhook", "poll"]
+    origin: Origin
     state: EventState
     reason: str | None
     status: EventStatus | None
@@ -151,7 +152,7 @@ class ListedDelivery(Delivery):
     model: str | None
 
 
-class StoredFile(TypedDict):
+class FileToVerify(TypedDict):
     """A file as its check needs it."""
 
     id: UUID

@@ -52,7 +52,7 @@ async def test_partial_indexes_are_partial(database: Database) -> None:
             assert f"'{state}'" in (await definition(connection, name)).split("WHERE")[1]
 
 
-async def test_an_old_ledger_is_found_again(database: Database) -> None:
+async def test_events_of_an_older_schema_are_found(database: Database) -> None:
     """C1: if the schema has an index on `request_id`, the migration adds the sources of all stored events."""
     wanted = {(source, f"r-{number}") for source in ("clipia", "staging") for number in range(3)}
     async with database.write() as connection:

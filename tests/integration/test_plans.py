@@ -130,7 +130,7 @@ async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
             assert not await replays.claim(connection, limit=1, lease=60.0)
 
 
-async def test_what_waits_for_another_try(world: World, postgres: Postgres) -> None:
+async def test_rows_that_wait_for_another_attempt(world: World, postgres: Postgres) -> None:
     """C13: if one destination was away for long, claims of due rows still read few rows."""
     await world.change(deliveries, destination="main", state="pending", next_attempt_at=db_time(3600.0))
     async with little_read(world.database, postgres):
@@ -141,7 +141,7 @@ async def test_what_waits_for_another_try(world: World, postgres: Postgres) -> N
     assert world.recorders["main"].subjects == ["new-1"]
 
 
-async def test_what_is_shown(world: World, postgres: Postgres) -> None:
+async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
     """C13: pages of lists, one event by either of its ids, and the values of `/metrics` read few rows."""
     just_now, long_ago = datetime.now(UTC), datetime.now(UTC) - timedelta(days=200)
     async with little_read(world.database, postgres):

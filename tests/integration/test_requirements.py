@@ -80,7 +80,7 @@ async def test_a_role_that_may_not_connect_is_told_so(restricted: Restricted) ->
     await database.close()
 
 
-async def test_a_probe_leaves_nothing(database: Database) -> None:
+async def test_a_probe_leaves_no_event(database: Database) -> None:
     """G13: a probe inserts an event, a receipt and a source, rolls them back, and commits its own row."""
     for _ in range(3):
         await arrivals.probe(database)
@@ -127,7 +127,7 @@ async def test_probes_wait_for_no_other(postgres: Postgres) -> None:
         "ALTER ROLE ROLE_NAME SET default_transaction_read_only = on",
     ],
 )
-async def test_what_webhooks_need_is_what_readiness_needs(restricted: Restricted, damage: str) -> None:
+async def test_readiness_needs_the_rights_of_webhooks(restricted: Restricted, damage: str) -> None:
     """G13: /readyz answers 200 with the documented rights, and 503 if a webhook could not be stored."""
     assert await restricted.ready() == 200
     restricted.sql(damage)
@@ -178,7 +178,7 @@ async def odd_encoding(request: pytest.FixtureRequest, postgres: Postgres) -> As
     await database.close()
 
 
-async def test_an_encoding_that_cannot_hold_every_text_is_refused(odd_encoding: Database) -> None:
+async def test_another_encoding_is_an_error(odd_encoding: Database) -> None:
     """B9: the error tells how to make a database with UTF8; another one cannot store a Cyrillic name."""
     with pytest.raises(SettingsError, match=r"encoding is .* CREATE DATABASE name ENCODING 'UTF8'"):
         await require_usable(odd_encoding)

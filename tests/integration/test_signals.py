@@ -164,7 +164,7 @@ async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
     assert "pooler" in logs[0]["event"]
 
 
-async def test_a_signal_that_cannot_be_sent_harms_nobody() -> None:
+async def test_a_signal_that_cannot_be_sent_is_dropped() -> None:
     """C3: if the database is away, signals are dropped; later ones are sent."""
     database = Database("postgresql://nobody@127.0.0.1:1/x")
     sender = Signals(database)

@@ -27,13 +27,13 @@ async def add(connection: AsyncConnection, name: str = "one") -> str:
     return name
 
 
-async def test_what_was_done_at_once_is_there(database: Database) -> None:
+async def test_a_transaction_is_committed(database: Database) -> None:
     """The transaction is committed before the result is returned."""
     assert await database.run_transaction(add) == "one"
     assert await count(database) == 1
 
 
-async def test_what_fails_leaves_nothing(database: Database) -> None:
+async def test_a_failed_transaction_is_rolled_back(database: Database) -> None:
     """If the work raises, the transaction is rolled back and the error is raised unchanged."""
 
     async def twice(connection: AsyncConnection) -> None:
@@ -81,7 +81,7 @@ async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) ->
     assert await count(database) == 100
 
 
-async def test_nothing_but_the_connection_is_waited_for_on_sqlite(database: Database) -> None:
+async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> None:
     """If the work awaits an object of the event loop in SQLite's thread, it fails and is rolled back."""
     if not database.is_sqlite:
         return

@@ -208,7 +208,7 @@ async def fill_replays(world: World) -> None:
             await outbox.insert_deliveries(connection, [(seqs[1], "main")], due=False, replay_id=order["id"])
 
 
-async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: Databases) -> None:
+async def test_all_rows_are_moved_unchanged(pair: tuple[World, World], databases: Databases) -> None:
     """The import has each column of each row in each state, and so has an import back."""
     here, there = pair
     await fill(here)
@@ -232,7 +232,7 @@ async def test_a_ledger_arrives_as_it_was(pair: tuple[World, World], databases: 
 
 
 @pytest.mark.parametrize("errors", [(None, "answered 503"), ("answered 503", None), (None, None)])
-async def test_tries_keep_their_errors(pair: tuple[World, World], errors: tuple[str | None, ...]) -> None:
+async def test_attempts_keep_their_errors(pair: tuple[World, World], errors: tuple[str | None, ...]) -> None:
     """E12: if the attempts of a delivery had different outcomes, the import has all of them."""
     here, there = pair
     await here.add_history(plain("r-1"))
@@ -271,7 +271,7 @@ async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:
         assert {row["state"] for row in await here.rows(table)} == {line["state"] for line in by_table[name]}
 
 
-async def test_importing_again_changes_nothing(pair: tuple[World, World]) -> None:
+async def test_a_repeated_import_makes_no_change(pair: tuple[World, World]) -> None:
     """If an import is repeated, all rows are known, even if they have changed meanwhile."""
     here, there = pair
     await fill(here)
@@ -348,7 +348,7 @@ async def test_an_import_keeps_no_webhook_waiting(
     assert (await count_rows(world))["events"] == 6
 
 
-async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> None:
+async def test_a_known_event_is_not_changed(pair: tuple[World, World]) -> None:
     """If the new database has received an event, the import neither changes nor sends it."""
     here, there = pair
     await here.add_history(plain("both"), plain("old"))
@@ -359,7 +359,7 @@ async def test_what_is_known_there_stays_as_it_is(pair: tuple[World, World]) -> 
     assert len(await there.rows(deliveries)) == 2
 
 
-async def test_what_was_pending_is_delivered_once_and_nothing_else(pair: tuple[World, World]) -> None:
+async def test_only_pending_deliveries_are_sent(pair: tuple[World, World]) -> None:
     """E12: the new workers send the pending deliveries and no finished one."""
     here, there = pair
     await here.add_history(*(plain(f"old-{number}") for number in range(5)))
@@ -397,7 +397,7 @@ async def test_a_claim_of_the_old_workers_is_not_carried_over(pair: tuple[World,
     assert (work.claim.attempt, work.claim.id) == (2, old["id"])
 
 
-async def test_an_event_whose_files_ended_during_the_export_is_settled(pair: tuple[World, World]) -> None:
+async def test_an_event_with_files_stored_during_the_export_is_ready(pair: tuple[World, World]) -> None:
     """E12: if a `fetching` event has stored files, the import makes it ready and its delivery due."""
     here, there = pair
     await here.add(with_files("https://media.clipia.ai", "r-1", "/a.png"))
@@ -446,7 +446,7 @@ async def test_an_imported_replay_leaves_later_events_alone(pair: tuple[World, W
     assert there.recorders["main"].subjects == ["live", "old"]
 
 
-def ledger_lines(file: Path) -> list[bytes]:
+def row_lines(file: Path) -> list[bytes]:
     """Return the lines of an export without its head and its end."""
     lines = file.read_bytes().splitlines()
     return [line for line in lines if orjson.loads(line)["type"] in transfer.KINDS]
@@ -477,7 +477,7 @@ async def run_on(world: World, command: Callable[..., None], *arguments: Any) ->
 
 
 @pytest.mark.usefixtures("commanded")
-async def test_the_commands_move_a_ledger(
+async def test_the_commands_move_all_rows(
     pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In batches of four, both print the number of rows, and a repeated import prints that they are known."""
@@ -487,7 +487,7 @@ async def test_the_commands_move_a_ledger(
     assert "12 events, 6 jobs, 4 replays exported" in capsys.readouterr().err
     head, *_ = (tmp_path / "ledger").read_bytes().splitlines()
     assert orjson.loads(head) == {"type": "ledger", "version": transfer.VERSION}
-    lines = ledger_lines(tmp_path / "ledger")
+    lines = row_lines(tmp_path / "ledger")
     assert lines == await export(here)
     await run_import(there, tmp_path / "ledger")
     assert "12 event new, 6 job new, 4 replay new" in capsys.readouterr().err
@@ -531,7 +531,7 @@ async def test_an_export_that_was_cut_off_is_an_error(pair: tuple[World, World],
     assert 0 < imported < 12
     assert imported % 4 == 0, "whole batches"
     await run_import(there, tmp_path / "whole")
-    assert comparable(await export(there)) == comparable(ledger_lines(tmp_path / "whole"))
+    assert comparable(await export(there)) == comparable(row_lines(tmp_path / "whole"))
 
 
 @pytest.mark.usefixtures("commanded")
@@ -597,7 +597,7 @@ GARBAGE: list[dict[str, Any]] = [
 
 @pytest.mark.usefixtures("commanded")
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_what_no_export_has_written_is_one_clear_error(
+async def test_lines_of_another_program_are_one_clear_error(
     databases: Databases, tmp_path: Path, kind: str
 ) -> None:
     """If a line is damaged or of another program, the error names its batch, which is rolled back."""
@@ -638,7 +638,7 @@ async def test_what_no_export_has_written_is_one_clear_error(
         (b'{"type": "ledger", "version": 1}\n{"type": "event"', "cut off"),
     ],
 )
-async def test_files_that_are_no_export_are_refused(
+async def test_files_of_another_kind_are_errors(
     databases: Databases, tmp_path: Path, content: bytes, said: str
 ) -> None:
     """If a file has another kind or version, the error tells so and the database is unchanged."""
@@ -674,7 +674,7 @@ async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -
 
 
 @pytest.mark.usefixtures("commanded")
-async def test_an_empty_ledger_moves_too(
+async def test_an_empty_database_is_exported_and_imported(
     pair: tuple[World, World], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """If an export is empty, the import tells so and succeeds."""

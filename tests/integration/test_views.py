@@ -68,7 +68,7 @@ async def test_rows_of_stored_files_have_the_keys_of_their_view(world: World) ->
     await world.change(media, state="stored")
     async with world.database.read() as connection:
         (stored,) = await reads.list_stored(connection, limit=10, after=None, since=None)
-    check(stored, views.StoredFile)
+    check(stored, views.FileToVerify)
 
 
 async def test_rows_of_jobs_and_replays_have_the_keys_of_their_views(world: World) -> None:

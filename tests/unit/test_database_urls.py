@@ -29,7 +29,7 @@ def passed_on(url: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     "url", ["", "mysql://x", "sqlite://", "sqlite:///:memory:", "sqlite:///file:x?mode=memory&uri=true", "x"]
 )
-def test_unusable_urls_are_refused(url: str) -> None:
+def test_unusable_urls_are_errors(url: str) -> None:
     """If the database is in memory or of an unknown kind, the error tells how to write the URL."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"):
         parse_url(url)
@@ -131,7 +131,7 @@ def test_parameters_without_effect_are_dropped(query: str) -> None:
     "name",
     ["hostaddr", "require_auth", "requirepeer", "replication", "pgbouncer", "statement_cache_size", "x"],
 )
-def test_other_parameters_are_refused_by_their_name(name: str) -> None:
+def test_other_parameters_are_named_in_the_error(name: str) -> None:
     """If a parameter has no counterpart, the error names it and does not show its value."""
     with pytest.raises(SettingsError, match=f"RECEIVER_DATABASE_URL.*'{name}'") as caught:
         parse_url(f"postgresql://u:canary@h/d?sslmode=require&{name}=canary")
@@ -158,7 +158,7 @@ def test_other_parameters_are_refused_by_their_name(name: str) -> None:
         "sslrootcert=system&sslmode=require",
     ],
 )
-def test_values_that_cannot_be_used_are_refused(query: str) -> None:
+def test_unusable_values_are_errors(query: str) -> None:
     """If the driver does not support a value, or a file is missing, the error does not show it."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL") as caught:
         parse_url(f"postgresql://u:canary@h/d?{query}")
@@ -166,7 +166,7 @@ def test_values_that_cannot_be_used_are_refused(query: str) -> None:
 
 
 @pytest.mark.parametrize("url", ["postgresql://u:p@w@h/d", "postgresql://h:p:1/d", "postgresql://[::1/d"])
-def test_a_url_that_cannot_be_split_is_refused(url: str) -> None:
+def test_a_url_that_cannot_be_split_is_an_error(url: str) -> None:
     """If a password has an @ that is not written as %40, the error tells so."""
     with pytest.raises(SettingsError, match="RECEIVER_DATABASE_URL"):
         parse_url(url)
