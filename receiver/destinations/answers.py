@@ -21,7 +21,6 @@ _STATUS_LINE: Final = re.compile(
     rb"[\r\n]*(HTTP/[0-9](?:\.[0-9])?[ \t]+([1-9][0-9]{2})(?![0-9])[^\n]*\n)", re.IGNORECASE
 )
 """More lenient than h11: it also takes two spaces before the status, or no text after it."""
-_LINE_ENDS: Final = re.compile(rb"[\r\n]*")
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _FOLD: Final = re.compile(rb"\r?\n[ \t]+")
 _LENGTH: Final = re.compile(r"([0-9]{1,20})(?:\s*,\s*\1)*", re.ASCII)
@@ -99,7 +98,7 @@ class RawAnswer:
             if line is None:
                 # Some servers send a line end after the body, beyond its length; it arrives before the next
                 # answer.
-                del self._recorded[: _LINE_ENDS.match(self._recorded).end()]  # type: ignore[union-attr] # it fits all
+                self._recorded = self._recorded.lstrip(b"\r\n")
                 is_possible = b"HTTP/".startswith(self._recorded[:5].upper()) and b"\n" not in self._recorded
                 return not is_possible or len(self._recorded) > MAX_HEAD_BYTES
             status = int(line[2])

@@ -613,7 +613,7 @@ async def test_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["silence", "SSH", "half a greeting", "long greeting", "greeting", "greeting and goodbye"],
 )
 @pytest.mark.usefixtures("impatient", "no_stray_failures")
-async def test_other_kind_of_server(line: bytes, hangs_up: bool) -> None:  # noqa: FBT001 - a parameter
+async def test_other_kind_of_server(line: bytes, *, hangs_up: bool) -> None:
     """E4: a server that does not speak NATS is a failure, not a crash."""
     writers: list[asyncio.StreamWriter] = []
 

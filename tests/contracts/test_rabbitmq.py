@@ -153,13 +153,16 @@ async def test_message(destination: Destination, channel: AbstractChannel, queue
         "cloudEvents_deliveryid": "delivery-1",
         "cloudEvents_attempt": 300,
     }
-    assert message.content_type == "application/json"
-    assert message.delivery_mode == 2
-    assert message.message_id == "delivery-1"
-    assert message.correlation_id == "request-1"
-    assert message.type == "ai.clipia.generation.completed"
-    assert message.timestamp == datetime(2026, 11, 20, 12, 30, 15, tzinfo=UTC)
-    assert message.app_id == "clipia-receiver"
+    properties = {
+        "content_type": "application/json",
+        "delivery_mode": 2,
+        "message_id": "delivery-1",
+        "correlation_id": "request-1",
+        "type": "ai.clipia.generation.completed",
+        "timestamp": datetime(2026, 11, 20, 12, 30, 15, tzinfo=UTC),
+        "app_id": "clipia-receiver",
+    }
+    assert {name: getattr(message, name) for name in properties} == properties
     assert (message.exchange, message.routing_key) == ("", queue)
 
 

@@ -324,7 +324,7 @@ async def test_the_check_leaves_no_file(
 async def test_the_check_compares_the_bytes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """D16: the check fails if a storage returns other bytes than it was given, or none."""
 
-    async def other(key: str) -> AsyncIterator[bytes]:  # noqa: ARG001
+    async def other(_key: str) -> AsyncIterator[bytes]:
         yield b"something else"
 
     async def nothing(key: str) -> AsyncIterator[bytes]:

@@ -262,7 +262,7 @@ async def test_uploads_carry_a_checksum(bucket: Bucket) -> None:
     """D10: the server gets the SHA-256 of the bytes, to compare."""
     seen: list[bytes] = []
 
-    async def answer(request: bytes, writer: object) -> None:  # noqa: ARG001
+    async def answer(request: bytes, _writer: object) -> None:
         seen.append(request)
 
     async with site(answer) as server:

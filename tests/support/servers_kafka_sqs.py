@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, kind: str, *, package: str) -> None:
         if importlib.util.find_spec(package) is None:
-            from support.servers import missing  # noqa: PLC0415 - its imports take long for the process
+            from support.servers import missing
 
             missing(package, "pip install --group dev")
         self.process = subprocess.Popen(
@@ -125,7 +125,7 @@ class Kafka(Process):
 
     def read(self, topic: str) -> list[Record]:
         """Read a topic from its beginning with an independent client; blocking."""
-        import confluent_kafka  # noqa: PLC0415 - not needed where Kafka is not
+        import confluent_kafka
 
         consumer = confluent_kafka.Consumer(
             {"bootstrap.servers": self.address, "group.id": "test", "enable.auto.commit": False}
@@ -138,7 +138,7 @@ class Kafka(Process):
 
     @staticmethod
     def _read(consumer: Any, topic: str, number: int) -> list[Record]:
-        import confluent_kafka  # noqa: PLC0415
+        import confluent_kafka
 
         place = confluent_kafka.TopicPartition(topic, number, 0)
         _, end = consumer.get_watermark_offsets(place, timeout=READ_TIMEOUT)
@@ -169,7 +169,7 @@ class Sqs(Process):
     @functools.cached_property
     def client(self) -> Any:
         """An independent client; blocking."""
-        import boto3  # type: ignore[import-untyped]  # noqa: PLC0415
+        import boto3
 
         return boto3.client(
             "sqs",
@@ -223,7 +223,7 @@ class _MockCluster:
     """librdkafka's mock cluster through its C interface: the Python package shows too little of it."""
 
     def __init__(self) -> None:
-        import confluent_kafka.cimpl  # noqa: PLC0415
+        import confluent_kafka.cimpl
 
         self._library = library = ctypes.CDLL(confluent_kafka.cimpl.__file__)
         pointer = ctypes.c_void_p
@@ -285,7 +285,7 @@ class _MockCluster:
 
 class _MotoServer:
     def __init__(self) -> None:
-        from moto.server import ThreadedMotoServer  # noqa: PLC0415
+        from moto.server import ThreadedMotoServer
 
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._make = ThreadedMotoServer

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
-from support.kinds_base import make_event, open_url
+from support.kinds_base import make_event, open_url, until
 
 from receiver.destinations import Destination
 from receiver.destinations import file as file_module
@@ -129,13 +129,6 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-async def settle(condition: Callable[[], bool]) -> None:
-    """Let the loop run until the condition holds."""
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - the condition is a thread's
-            await asyncio.sleep(0.005)
-
-
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
@@ -170,7 +163,7 @@ async def test_event_is_confirmed_after_the_flush(path: Path, disk: Disk) -> Non
     disk.calls.clear()
     disk.go.clear()
     publishing = asyncio.create_task(destination.publish(make_event()))
-    await settle(lambda: bool(disk.calls))
+    await until(lambda: bool(disk.calls))
     await asyncio.sleep(0.05)
     assert disk.calls == [("write", "events.jsonl")]
     assert not publishing.done()
@@ -186,7 +179,7 @@ async def test_events_that_wait_share_one_flush(path: Path, disk: Disk) -> None:
     disk.calls.clear()
     disk.go.clear()
     first = asyncio.create_task(destination.publish(make_event()))
-    await settle(lambda: bool(disk.calls))
+    await until(lambda: bool(disk.calls))
     rest = [asyncio.create_task(destination.publish(make_event())) for _ in range(50)]
     await asyncio.sleep(0.01)
     disk.go.set()

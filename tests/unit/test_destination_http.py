@@ -18,7 +18,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
-from support.kinds_base import Answer, HttpSink, Received, make_event, open_url
+from support.kinds_base import Answer, HttpSink, Received, make_event, open_url, until
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, base, open_destination
@@ -350,19 +350,16 @@ async def test_connections_survive_cancellation(sink: HttpSink, destination: Des
             choose.choice(tasks).cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     await destination.publish(make_event())
-    async with asyncio.timeout(5):
-        while sink.open_connections > http_module.MAX_IDLE_CONNECTIONS:  # noqa: ASYNC110 - they end one by one
-            await asyncio.sleep(0.01)
+    await until(lambda: sink.open_connections <= http_module.MAX_IDLE_CONNECTIONS)
 
 
 async def test_cancelled_publish_is_given_up(sink: HttpSink, destination: Destination) -> None:
     """E16: a publish that is cancelled at shutdown does not delay the close until the server answers."""
     sink.answer = raw(b"")
     publishing = asyncio.create_task(destination.publish(make_event()))
+    await until(lambda: bool(sink.requests))
+    publishing.cancel()
     async with asyncio.timeout(5):
-        while not sink.requests:  # noqa: ASYNC110 - the request is on its way
-            await asyncio.sleep(0.01)
-        publishing.cancel()
         await destination.close()
 
 
@@ -375,9 +372,7 @@ async def test_error_answers_leave_no_connections(
     for _ in range(30):
         with pytest.raises(PublishFailed):
             await destination.publish(make_event())
-    async with asyncio.timeout(5):
-        while sink.open_connections > 1:  # noqa: ASYNC110 - the server learns of it later
-            await asyncio.sleep(0.01)
+    await until(lambda: sink.open_connections <= 1)
 
 
 async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destination) -> None:
@@ -826,9 +821,7 @@ async def test_connections_are_as_many_as_the_concurrency(sink: HttpSink) -> Non
     sink.answer = wait
     destination = open_url(sink.url, concurrency=40)
     publishes = [asyncio.create_task(destination.publish(make_event())) for _ in range(50)]
-    async with asyncio.timeout(10):
-        while sink.open_connections < 40:  # noqa: ASYNC110 - the server sets no event
-            await asyncio.sleep(0.01)
+    await until(lambda: sink.open_connections == 40)
     gate.set()
     await asyncio.gather(*publishes)
     await destination.close()
