@@ -9,8 +9,10 @@ import pytest
 import typer.main
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
+from starlette.routing import Route
 
 from receiver import metrics
+from receiver.app import create_app
 from receiver.cli import app
 from receiver.config_file import variable_name
 from receiver.destination_settings import DestinationSettings
@@ -27,6 +29,11 @@ _PATH = re.compile(r"`((?:receiver|tests|docs|migrations|benchmarks)/(?!.*NAME)[
 def text_of(*pages: str) -> str:
     """Return the text of pages."""
     return "\n".join((ROOT / page).read_text(encoding="utf-8") for page in pages)
+
+
+def all_text() -> str:
+    """Return the text of all pages."""
+    return text_of(*(str(page.relative_to(ROOT)) for page in PAGES))
 
 
 def anchors(page: Path) -> set[str]:
@@ -96,10 +103,18 @@ def test_the_readme_has_every_command(name: str) -> None:
     assert any(re.search(rf"`(receiver )?(\w+ )?{command}\b", row) for row in rows), name
 
 
+def test_the_documents_have_every_route() -> None:
+    """Each path of `/v1` is in a table of calls."""
+    app = create_app(Settings.load(clipia_webhook_secret="whsec_test"), worker=False)
+    paths = {route.path for route in app.routes if isinstance(route, Route) and route.path.startswith("/v1/")}
+    text = all_text()
+    assert [path for path in sorted(paths) if not re.search(rf"[`\s]{re.escape(path)}`", text)] == []
+
+
 @pytest.mark.parametrize(
     "name",
     sorted(shown_name(each) for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)),
 )
 def test_the_documents_have_every_metric(name: str) -> None:
     """The README has the table of those to watch, and other pages the rest."""
-    assert f"`{name}" in text_of(*(str(page.relative_to(ROOT)) for page in PAGES))
+    assert f"`{name}" in all_text()
