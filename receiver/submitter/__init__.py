@@ -1,4 +1,4 @@
-"""Submit jobs to Clipia: once each, whatever crashes in between.
+"""Submits jobs to Clipia, each exactly once even if processes crash.
 
 ::
 
@@ -9,8 +9,8 @@
         job = await submitter.wait(job.id, seconds=120)
         print(job.state, [file.uri for file in job.event.media])
 
-It works on the service's own database, with the service's settings; `receiver worker` or `receiver serve`
-goes on with what the submitting process could not finish. `SyncSubmitter` is for code without an event loop.
+It uses the database and the settings of the service. If the submitting process cannot finish a submission,
+`receiver worker` or `receiver serve` does. `SyncSubmitter` is for code without an event loop.
 """
 
 from receiver.submitter.job import Job, JobAttempt, JobDelivery, JobEvent, JobFile, JobPage

@@ -1,4 +1,4 @@
-"""A job as its caller sees it."""
+"""The job that callers get."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,24 +21,24 @@ class JobFile:
     kind: str
     variant: str
     url: str
-    """Where Clipia serves it."""
+    """Clipia's URL."""
     field: str | None
-    """Where in the event's output the URL stands."""
+    """The place of the URL in the event's output."""
     state: str
     uri: str | None
-    """Where our storage has it; None until it is stored."""
+    """The place in our storage; None until the file is stored."""
     size: int | None
     """Bytes."""
     sha256: str | None
     content_type: str | None
     error: str | None
     warning: str | None
-    """What contradicts a stored file, although it is what Clipia's CDN has."""
+    """A contradiction, such as a wrong size, in a file that Clipia's CDN sends again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobDelivery:
-    """The forward of a job's event to one destination."""
+    """The delivery of a job's event to one destination."""
 
     id: UUID
     destination: str
@@ -50,13 +50,13 @@ class JobDelivery:
 
 @dataclass(frozen=True, kw_only=True)
 class JobEvent:
-    """The event that is a job's result."""
+    """The event with the result of a job."""
 
     id: UUID
     status: str
     state: str
     origin: str
-    """`webhook`, or `poll` where the webhook did not come."""
+    """`webhook`, or `poll` if the webhook did not arrive."""
     received_at: datetime
     media: tuple[JobFile, ...]
     """Empty in lists."""
@@ -65,7 +65,7 @@ class JobEvent:
 
 @dataclass(frozen=True, kw_only=True)
 class JobAttempt:
-    """One try at submitting a job."""
+    """One attempt at submitting a job."""
 
     number: int
     started_at: datetime
@@ -76,7 +76,7 @@ class JobAttempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One logical generation that a caller asked for. Credits are exact to a millionth."""
+    """One generation that a caller submitted. Credits are exact to a millionth."""
 
     id: UUID
     state: JobState
@@ -84,20 +84,20 @@ class Job:
     idempotency_key: str
     model: str
     input: dict[str, Any] | None
-    """None after it was deleted: `receiver prune`, `receiver events erase`."""
+    """None if `receiver prune` or `receiver events erase` deleted it."""
     metadata: dict[str, str]
     max_cost: Credits | None
     request_id: str | None
     progress: int | None
-    """Per cent, where it is known."""
+    """Percent, None if not known."""
     cost: Credits | None
-    """The price: estimated before Clipia accepted the job, and what Clipia reserved from then on."""
+    """The price: an estimate until Clipia accepts the job, then the reserved credits."""
     charged: Credits | None
-    """What it cost in the end; None while that is open."""
+    """The final price; None until it is known."""
     warnings: list[dict[str, Any]]
-    """Parameters that Clipia ignores."""
+    """One for each parameter that Clipia ignores."""
     error: dict[str, Any] | None
-    """`{"code", "message", ...}`: why it failed, or why the last try to submit it did."""
+    """`{"code", "message", ...}` of the job if it failed, or of the last failed attempt to submit it."""
     created_at: datetime
     submitted_at: datetime | None
     updated_at: datetime
@@ -105,15 +105,15 @@ class Job:
     next_attempt_at: datetime | None
     event: JobEvent | None
     attempts: tuple[JobAttempt, ...]
-    """Tries at submitting it; empty in lists."""
+    """Attempts at submitting it; empty in lists."""
     has_webhook: bool = False
-    """Whether Clipia was given a callback for it."""
+    """Whether the request to Clipia has a callback URL."""
     new: bool = False
-    """Whether this very call made it."""
+    """Whether this call created the job."""
 
     @property
     def ended(self) -> bool:
-        """Whether it has ended and its files are settled."""
+        """Whether the job and its files are finished."""
         busy = self.event is not None and self.event.state in ("received", "fetching")
         return self.state not in ("pending", "submitted") and not busy
 
@@ -148,7 +148,7 @@ class Job:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return what the API shows."""
+        """Return the fields that the API shows."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_SHOWN}
 
 
@@ -161,11 +161,11 @@ class JobPage:
 
     jobs: Sequence[Job]
     next: str | None
-    """The cursor of the page after; None where this is the last one."""
+    """The cursor of the next page; None if this is the last one."""
 
 
 def read_error(text: str | None) -> dict[str, Any] | None:
-    """Return an error as an object; it was stored as JSON of Clipia's, or as plain words."""
+    """Return an error as an object. It is stored as JSON, or as plain text by older releases."""
     if text is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The submitter: reserve the key, submit, record; and look at what became of jobs."""
+"""The submitter: it reserves the idempotency key, submits the job, records the answer, and reads jobs."""
 
 import asyncio
 import time
@@ -34,17 +34,17 @@ from receiver.submitter.job import Job, JobPage, read_error
 from receiver.submitter.waiting import JobWaiter
 
 ANSWER_TIMEOUT_SECONDS: Final = CALL_TIMEOUT_SECONDS + 5.0
-"""Seconds for which `submit` waits for Clipia; the submission goes on after that."""
+"""`submit` waits this long for Clipia. After that, the submission continues in the background."""
 MAX_CONCURRENT_READS: Final = 3
-"""Looks at single jobs at once: waiters that wake up together queue here, not for connections."""
+"""Concurrent reads of single jobs: many callers that wake up together must not take all connections."""
 
-_NO_KEY: Final = "CLIPIA_KEY is not set: nothing can be submitted without Clipia's API key"
+_NO_KEY: Final = "CLIPIA_KEY is not set: jobs cannot be submitted without Clipia's API key"
 
 log = structlog.get_logger()
 
 
 class Submitter:
-    """Issues jobs; safe to use from any number of processes and tasks at once."""
+    """Submits jobs; many processes and tasks may use one database at the same time."""
 
     def __init__(
         self,
@@ -58,9 +58,9 @@ class Submitter:
         input_check: InputCheck = "on",
         wake: Wake = wake_no_lane,
     ) -> None:
-        """Take over `client`, which `close` closes; without one jobs can be looked at but not submitted.
+        """Take over `client` (`close` closes it). Without a client, jobs can be read but not submitted.
 
-        `public_url` is where Clipia reaches the callback; without it jobs have no webhook and are polled.
+        `public_url` is the public base URL of the callback; without it, jobs have no webhook and are polled.
         `budgets` are credits per caller and UTC day. The times are in seconds.
         """
         self.database: Final = database
@@ -81,9 +81,9 @@ class Submitter:
     @classmethod
     @asynccontextmanager
     async def open(cls, settings: Settings | None = None) -> AsyncIterator[Self]:
-        """Open a submitter on the service's database, with the service's settings unless others are given.
+        """Open a submitter on the service's database; without `settings`, those of the service are used.
 
-        Its logs go to `logging`. Raises SettingsError, which says what to set, and DatabaseUnavailable.
+        Its logs go to `logging`. Raises SettingsError, which names the setting, and DatabaseUnavailable.
         """
         configure_library_logging()
         settings = settings or Settings.load()
@@ -100,7 +100,7 @@ class Submitter:
 
     @classmethod
     def configured(cls, settings: Settings, database: Database, *, wake: Wake = wake_no_lane) -> Self:
-        """Make a submitter as the settings say. Raises SettingsError."""
+        """Make a submitter from settings. Raises SettingsError."""
         return cls(
             database,
             open_client(settings),
@@ -113,7 +113,7 @@ class Submitter:
         )
 
     async def close(self) -> None:
-        """Let submissions under way end, and close the connections to Clipia."""
+        """Wait for the submissions in flight, and close the connections to Clipia."""
         if self._running:
             await asyncio.wait(self._running, timeout=CALL_TIMEOUT_SECONDS)
         await self._waiting.close()
@@ -122,7 +122,7 @@ class Submitter:
 
     @property
     def client(self) -> ClipiaClient:
-        """The API; raises SettingsError if no key is set."""
+        """The client; raises SettingsError if no key is set."""
         if self._client is None:
             raise SettingsError(_NO_KEY)
         return self._client
@@ -145,17 +145,17 @@ class Submitter:
         strict: bool | None = None,
         caller: str = "local",
     ) -> Job:
-        """Issue a job, or return the one that this caller's key already stands for.
+        """Submit a job, or return the existing job if this caller has used the key before.
 
-        When this returns, the job is committed, and will be submitted exactly once whatever happens; its
-        state is `pending` where Clipia could not take it yet. Without a key one is made, and a call that is
-        repeated makes another job. `strict` refuses keys of the input that the model's schema does not have,
-        which else pass with a warning; None is as the settings say.
+        When this returns, the job is committed and will be submitted exactly once. If Clipia could not accept
+        it yet, its state is `pending`. Without a key, a random one is used, and a repeated call creates
+        another job. If `strict` is true, unknown keys of the input are invalid; otherwise they cause a
+        warning. None: the setting decides.
 
-        Raises RequestError if the input does not fit a model, the price exceeds `max_cost` (credits) or the
-        caller's budget, the key stands for other parameters (409, `idempotency_key_reuse`), or Clipia refused
-        the job for good. Raises ClipiaUnavailable where a price has to be known and Clipia cannot be asked,
-        and DatabaseUnavailable: call again with the same key then.
+        Raises RequestError if the input is invalid for the model, the price exceeds `max_cost` (credits) or
+        the caller's budget, the key was used with other parameters (409, `idempotency_key_reuse`), or Clipia
+        refused the job for good. Raises ClipiaUnavailable if the price is needed and Clipia does not answer,
+        and DatabaseUnavailable; call it again with the same key then.
         """
         values = {
             "model": model,
@@ -167,7 +167,7 @@ class Submitter:
         return await self.issue(JobRequest.read(values), key=idempotency_key, caller=caller)
 
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
-        """Issue a job that has been read already; else as `submit`."""
+        """Submit a validated job; the rest is the same as in `submit`."""
         check_caller(caller)
         fingerprint = request.fingerprint()
         if key is not None:
@@ -200,19 +200,19 @@ class Submitter:
         return await self._show_or_raise(job.id, new=True)
 
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
-        """Return a job with its event, or None; where a `caller` is given only if it is that caller's."""
+        """Return a job with its event, or None. With a `caller`, only a job of this caller is returned."""
         async with self._reads, self.database.read() as connection:
             row = await reads.show_job(connection, job_id, caller=caller)
         return None if row is None else Job.of(row)
 
     async def find(self, request_id: str) -> Job | None:
-        """Return the job that Clipia knows under a `request_id`, or None."""
+        """Return the job with this `request_id` of Clipia's, or None."""
         async with self.database.read() as connection:
             job_id = await jobs.find_by_request(connection, DEFAULT_SOURCE, request_id)
         return None if job_id is None else await self.get(job_id)
 
     async def wait(self, job_id: UUID, *, seconds: float, caller: str | None = None) -> Job | None:
-        """Return a job once it has ended and its files are settled, or as it is after `seconds`."""
+        """Return a job when it and its files are finished, or in its present state after `seconds`."""
         deadline = time.monotonic() + seconds
         job = await self.get(job_id, caller=caller)
         if job is None or job.ended or seconds <= 0:
@@ -232,7 +232,7 @@ class Submitter:
         until: datetime | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> JobPage:
-        """Return jobs, newest first; `metadata` are keys and the values that they must have."""
+        """Return jobs, newest first; `metadata` filters by exact values."""
         before = read_cursor(cursor)
         async with self.database.read() as connection:
             rows = await reads.list_jobs(
@@ -259,19 +259,19 @@ class Submitter:
         since: datetime | None = None,
         until: datetime | None = None,
     ) -> list[JobCosts]:
-        """Return `{by, jobs, reserved, charged, refunded}` in credits by caller, model or UTC day."""
+        """Return credits by caller, model or UTC day."""
         async with self.database.read() as connection:
             return await reads.job_costs(connection, by=by, caller=caller, since=since, until=until)
 
     async def account(self) -> dict[str, Any]:
-        """Return Clipia's account, and what our own ledger says of the same 30 days.
+        """Return Clipia's account, and our own sums for the same 30 days.
 
-        `difference_30d` are the credits that Clipia charged and the ledger does not know of: jobs of others
-        who use the account, or a mistake.
+        `difference_30d` are the credits that Clipia charged minus those of our jobs. If it is not 0, others
+        use the account too, or there is an error.
         """
         account = await self.catalogue.balance()
         rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
-        standing = await self.standing()
+        status = await self.status()
         totals = {
             name: total(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
         }
@@ -280,27 +280,28 @@ class Submitter:
             "ledger_30d": totals,
             "difference_30d": None if spent is None else total((spent, -totals["charged"])),
             "limits": {
-                "requests_per_minute": standing.quota.requests_per_minute,
-                "in_flight": standing.quota.in_flight_limit,
-                "paused": read_error(standing.pause),
-                "refused_jobs": standing.refused_jobs,
+                "requests_per_minute": status.quota.requests_per_minute,
+                "in_flight": status.quota.in_flight_limit,
+                "paused": read_error(status.pause),
+                "refused_jobs": status.refused_jobs,
             },
         }
 
-    async def standing(self) -> AccountStatus:
-        """Return how the account stands; raises SettingsError if no key is set."""
+    async def status(self) -> AccountStatus:
+        """Return the status of the account; raises SettingsError if no key is set."""
         async with self.database.read() as connection:
             return await read_account_status(connection, self.client.account)
 
     async def paused(self) -> bool:
-        """Tell whether no job is accepted: Clipia refuses the account, or submissions are frozen."""
-        return self._client is not None and (await self.standing()).paused
+        """Tell whether no jobs are submitted: Clipia refuses the account, or submissions are frozen."""
+        return self._client is not None and (await self.status()).paused
 
     async def cancel(self, job_id: UUID, *, by: str) -> Job:
-        """End a job as a person decided; Clipia has no cancel, and is told nothing.
+        """End a job for an operator. Clipia has no way to cancel a generation.
 
-        A job that was never sent, or that is unsure already, is `canceled`. If Clipia may have it, it is
-        `unsure`, and its event still ends it. Raises RequestError for one that has ended or is at Clipia.
+        If the job was never sent, or is already `unsure`, it becomes `canceled`. If Clipia may have it, it
+        becomes `unsure`, and an event can still finish it. Raises RequestError if the job has ended or is
+        being sent.
         """
         text = error_json("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
@@ -308,17 +309,16 @@ class Submitter:
         job = await self._get_decided(job_id)
         if state is None:
             raise RequestError(
-                f"the job is {job.state}; one that has ended, or is at Clipia just now, cannot be canceled",
+                f"the job is {job.state}; a job that has ended, or is being sent, cannot be canceled",
                 code="not_cancelable",
             )
-        log.warning("job canceled by a person", job_id=str(job_id), by=by, state=state)
+        log.warning("job canceled by an operator", job_id=str(job_id), by=by, state=state)
         return job
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
-        """Submit a job that ended without a result once more, under a new key: it may be paid for twice.
+        """Submit a job without a result again, with a new key. It may be paid for twice.
 
-        That is for a person to decide; nothing here does it by itself. Raises RequestError if the job is in
-        another state.
+        Only an operator can order this. Raises RequestError if the state of the job does not allow it.
         """
         account = self.client.account
         done = False
@@ -338,11 +338,11 @@ class Submitter:
         job = await self._get_decided(job_id)
         if not done:
             raise RequestError(
-                f"the job is {job.state}; only one that is unsure, failed or canceled can be submitted again",
+                f"the job is {job.state}; only unsure, failed or canceled jobs can be submitted again",
                 code="not_resubmittable",
             )
         self._wake(SUBMIT_LANE)
-        log.warning("job submitted anew by a person", job_id=str(job_id), by=by)
+        log.warning("job submitted again by an operator", job_id=str(job_id), by=by)
         return job
 
     async def _get_decided(self, job_id: UUID) -> Job:
@@ -352,14 +352,14 @@ class Submitter:
         return job
 
     async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
-        """In the transaction that inserts a job: hold it against the budget, and claim it if it is next."""
+        """Check the budget and, if the job is next, claim it; in the transaction that inserts the job."""
         await self._budgets.require_within(connection, job)
         if self.lane is None or not await jobs.is_next(connection, job.account, job.id):
             return []
         return await self.lane.claim_in(connection, limit=1, job_id=job.id)
 
     async def _finish(self, work: Work) -> None:
-        """Run a submission to its end, however long its caller stays to see it."""
+        """Run a submission to its end, even if its caller is cancelled."""
         task = asyncio.ensure_future(work.run())
         self._running.add(task)
         task.add_done_callback(self._running.discard)
@@ -377,11 +377,11 @@ class Submitter:
         return await self._show_or_raise(known.id)
 
     async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
-        """Return a job; raise RequestError where Clipia never accepted it and never will."""
+        """Return a job. Raises RequestError if Clipia refused it for good."""
         async with self.database.read() as connection:
             row = await reads.show_job(connection, job_id)
         if row is None:
-            raise ClipiaUnavailable("the job vanished while it was looked up", reason="race")
+            raise ClipiaUnavailable("the job vanished while it was read", reason="race")
         job = Job.of(row, new=new)
         if job.state == "failed" and job.request_id is None:
             error = job.error or {}

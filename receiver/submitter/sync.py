@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -15,7 +16,7 @@ from receiver.submitter.service import Submitter
 
 
 class SyncSubmitter:
-    """A `Submitter` in an event loop of its own, in a thread.
+    """A `Submitter` with its own event loop, in a thread.
 
     ::
 
@@ -24,7 +25,7 @@ class SyncSubmitter:
     """
 
     def __init__(self, settings: Settings | None = None) -> None:
-        """Take the service's settings unless others are given."""
+        """Without `settings`, those of the service are used."""
         self._settings = settings
         self._stack = ExitStack()
 
@@ -54,37 +55,27 @@ class SyncSubmitter:
         strict: bool | None = None,
         caller: str = "local",
     ) -> Job:
-        """As `Submitter.submit`."""
-
-        async def run() -> Job:
-            return await self._submitter.submit(
-                model,
-                input,
-                idempotency_key=idempotency_key,
-                metadata=metadata,
-                max_cost=max_cost,
-                strict=strict,
-                caller=caller,
-            )
-
-        return self._portal.call(run)
+        """Call `Submitter.submit`."""
+        call = partial(
+            self._submitter.submit,
+            model,
+            input,
+            idempotency_key=idempotency_key,
+            metadata=metadata,
+            max_cost=max_cost,
+            strict=strict,
+            caller=caller,
+        )
+        return self._portal.call(call)
 
     def get(self, job_id: UUID) -> Job | None:
-        """As `Submitter.get`."""
+        """Call `Submitter.get`."""
         return self._portal.call(self._submitter.get, job_id)
 
     def wait(self, job_id: UUID, *, seconds: float) -> Job | None:
-        """As `Submitter.wait`."""
-
-        async def run() -> Job | None:
-            return await self._submitter.wait(job_id, seconds=seconds)
-
-        return self._portal.call(run)
+        """Call `Submitter.wait`."""
+        return self._portal.call(partial(self._submitter.wait, job_id, seconds=seconds))
 
     def list_jobs(self, **filters: Any) -> JobPage:
-        """As `Submitter.list_jobs`."""
-
-        async def run() -> JobPage:
-            return await self._submitter.list_jobs(**filters)
-
-        return self._portal.call(run)
+        """Call `Submitter.list_jobs`."""
+        return self._portal.call(partial(self._submitter.list_jobs, **filters))

@@ -14,28 +14,28 @@ from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
 
 POLL_SECONDS: Final = 0.5
-"""Seconds between looks at the jobs that are waited for."""
+"""Time between two queries for the jobs that callers wait for."""
 WATCH_SECONDS: Final = 15.0
-"""Seconds for which a job counts as watched; renewed while somebody waits."""
+"""A job counts as watched for this long; extended while a caller waits for it."""
 
 log = structlog.get_logger()
 
 
 class JobWaiter:
-    """Tells its waiters when their jobs have ended."""
+    """Wakes callers as soon as their jobs are finished."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._waiters: Counter[UUID] = Counter()
-        self._ended: dict[UUID, asyncio.Event] = {}
+        self._finished: dict[UUID, asyncio.Event] = {}
         self._task: asyncio.Task[None] | None = None
 
     async def wait(self, job_id: UUID, *, seconds: float) -> None:
-        """Wait until a job has ended and its files are settled, or until the time is over."""
-        event = self._ended.setdefault(job_id, asyncio.Event())
+        """Wait until a job and its files are finished, but at most `seconds`."""
+        event = self._finished.setdefault(job_id, asyncio.Event())
         self._waiters[job_id] += 1
         if self._task is None:
-            self._task = asyncio.create_task(self._look(), name="job waiting")
+            self._task = asyncio.create_task(self._poll(), name="job waiting")
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
@@ -43,40 +43,40 @@ class JobWaiter:
         finally:
             self._waiters[job_id] -= 1
             if not self._waiters[job_id]:
-                del self._waiters[job_id], self._ended[job_id]
+                del self._waiters[job_id], self._finished[job_id]
 
     async def close(self) -> None:
-        """Stop looking."""
+        """Stop polling."""
         if (task := self._task) is not None:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
-    async def _look(self) -> None:
+    async def _poll(self) -> None:
         watched_at: dict[UUID, float] = {}
         try:
-            while self._ended:
+            while self._finished:
                 try:
-                    watched_at = await self._look_once(watched_at)
+                    watched_at = await self._poll_once(watched_at)
                 except DatabaseUnavailable as error:
-                    log.warning("jobs not looked at", error=str(error))
+                    log.warning("waiting jobs not polled", error=str(error))
                 except Exception:
-                    # A loop that ended would leave everybody waiting for the whole of their time.
-                    log.exception("jobs not looked at")
+                    # If the loop ended here, all callers would wait for their whole timeout.
+                    log.exception("waiting jobs not polled")
                 await asyncio.sleep(POLL_SECONDS)
         finally:
             self._task = None
 
-    async def _look_once(self, watched_at: dict[UUID, float]) -> dict[UUID, float]:
-        """Wake those whose job has ended, and keep the others watched; return since when they are."""
+    async def _poll_once(self, watched_at: dict[UUID, float]) -> dict[UUID, float]:
+        """Wake the callers of finished jobs and watch the other jobs; return since when each is watched."""
         now = time.monotonic()
-        waited_for = set(self._ended)
+        waited_for = set(self._finished)
         new = {job_id for job_id in waited_for if now - watched_at.get(job_id, -1e9) > WATCH_SECONDS / 2}
         async with self._database.read() as connection:
-            ended = await job_events.find_finished(connection, waited_for)
-        if unwatched := new - ended:
+            finished = await job_events.find_finished(connection, waited_for)
+        if unwatched := new - finished:
             async with self._database.write() as connection:
                 await jobs.watch(connection, unwatched, seconds=WATCH_SECONDS)
-        for job_id in ended & self._ended.keys():
-            self._ended[job_id].set()
+        for job_id in finished & self._finished.keys():
+            self._finished[job_id].set()
         return {job_id: now if job_id in new else watched_at[job_id] for job_id in waited_for}

@@ -1029,7 +1029,7 @@ async def test_a_database_that_fails_ends_no_wait(
             # A session that is only ended is replaced, which nobody notices.
             postgres.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             postgres.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
-            await until(lambda: logged(logs, "jobs not looked at"))
+            await until(lambda: logged(logs, "waiting jobs not polled"))
             postgres.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
         postgres.sql("UPDATE jobs SET state = 'canceled'", database=name)
         response = await waiting
