@@ -416,7 +416,7 @@ def main() -> None:
     with (
         Postgres() as postgres,
         tempfile.TemporaryDirectory() as folder,
-        mock.patch("receiver.lanes.base.delivery.log"),
+        mock.patch("receiver.lanes.delivery.log"),
     ):
         bench = Bench(postgres, Path(folder))
         for kind, count in (("postgresql", options.events), ("sqlite", options.sqlite_events)):

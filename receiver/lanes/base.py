@@ -59,6 +59,7 @@ class TableLane(Lane):
     """A lane over the rows of one table. Its results outlive an outage of the database."""
 
     may_have_more = True
+    lease_seconds = LEASE_SECONDS
 
     def __init__(
         self,
@@ -68,11 +69,9 @@ class TableLane(Lane):
         name: str,
         concurrency: int,
         wake: Wake,
-        lease_seconds: float = LEASE_SECONDS,
     ) -> None:
         self.name = name
         self.concurrency = concurrency
-        self.lease_seconds = lease_seconds
         self._database = database
         self._table = table
         self._wake = wake

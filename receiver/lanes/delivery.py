@@ -33,7 +33,7 @@ from receiver.lanes.attempts import (
     start_attempt,
     stored_text,
 )
-from receiver.lanes.base import LEASE_SECONDS, TableLane, Work
+from receiver.lanes.base import TableLane, Work
 from receiver.lanes.targets import Target
 from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
@@ -41,6 +41,16 @@ MAX_RESULTS: Final = 200
 """Results in one transaction."""
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Delivery:
+    """A claimed delivery and the parts of its message."""
+
+    claim: DeliveryClaim
+    event: StoredEvent
+    files: Sequence[MediaRow]
+    job: JobRef | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,19 +74,12 @@ class DeliveryLane(TableLane):
         *,
         wake: Wake,
         concurrency: int | None = None,
-        lease_seconds: float = LEASE_SECONDS,
         max_rest_seconds: float = MAX_REST_SECONDS,
     ) -> None:
         """`concurrency` defaults to the target's, and that to the destination's own."""
         concurrency = concurrency or target.concurrency or target.destination.concurrency
-        super().__init__(
-            database,
-            deliveries,
-            name=destination_lane(target.name),
-            concurrency=concurrency,
-            wake=wake,
-            lease_seconds=lease_seconds,
-        )
+        name = destination_lane(target.name)
+        super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
         self._circuit = CircuitBreaker(concurrency)
         self._bucket = TokenBucket(target.rate) if target.rate else None
@@ -138,21 +141,13 @@ class DeliveryLane(TableLane):
         refs = await job_events.load_refs(connection, seqs)
         replay_ids = {claim.id: claim.replay_id for claim in claims if claim.replay_id is not None}
         canceled = await replays.canceled(connection, set(replay_ids.values()))
-        return [
-            Work(claim=claim, run=partial(self._drop, claim, events[claim.event_seq]))
-            if claim.replay_id in canceled
-            else Work(
-                claim=claim,
-                run=partial(
-                    self._publish,
-                    claim,
-                    events[claim.event_seq],
-                    files.get(claim.event_seq, ()),
-                    refs.get(claim.event_seq),
-                ),
-            )
-            for claim in claims
-        ], list(replay_ids)
+        works = []
+        for claim in claims:
+            seq = claim.event_seq
+            this = _Delivery(claim=claim, event=events[seq], files=files.get(seq, ()), job=refs.get(seq))
+            run = self._drop if claim.replay_id in canceled else self._publish
+            works.append(Work(claim=claim, run=partial(run, this)))
+        return works, list(replay_ids)
 
     async def _claim_rows(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
         """Claim live deliveries first, and then as many of replays as the throttle allows."""
@@ -167,44 +162,39 @@ class DeliveryLane(TableLane):
             self._throttle.found_none(now)
         return claims + replayed
 
-    async def _publish(
-        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
-    ) -> None:
+    async def _publish(self, this: _Delivery) -> None:
         try:
-            await self._attempt(claim, event, files, job)
+            await self._attempt(this)
         finally:
-            if claim.replay_id is not None:
-                rest = self._throttle.end(claim.id, time.monotonic())
+            if this.claim.replay_id is not None:
+                rest = self._throttle.end(this.claim.id, time.monotonic())
                 if rest is not None:
                     asyncio.get_running_loop().call_later(rest, self._wake, self.name)
 
-    async def _drop(self, claim: DeliveryClaim, event: StoredEvent) -> None:
+    async def _drop(self, this: _Delivery) -> None:
         """End a delivery because its replay was canceled."""
-        self._throttle.drop(claim.id)
-        attempt = start_attempt(claim).end("failed", "its replay was canceled")
-        await self._finish(Result(claim=claim, event=event, attempt=attempt, state="canceled"))
+        self._throttle.drop(this.claim.id)
+        attempt = start_attempt(this.claim).end("failed", "its replay was canceled")
+        await self._finish(this, attempt, state="canceled")
 
-    async def _attempt(
-        self, claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
-    ) -> None:
-        attempt = start_attempt(claim)
-        if crashed := crash_error(claim, "delivering this event"):
-            await self._give_up(claim, attempt.end("failed", crashed), event)
+    async def _attempt(self, this: _Delivery) -> None:
+        attempt = start_attempt(this.claim)
+        if crashed := crash_error(this.claim, "delivering this event"):
+            await self._give_up(this, attempt.end("failed", crashed))
             return
         try:
-            message = build_message(event, files, job, claim)
+            message = build_message(this.event, this.files, this.job, this.claim)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
-            await self._failed(claim, attempt, event, error)
+            await self._failed(this, attempt, error)
             return
         try:
             await self._target.destination.publish(message)
         except Exception as error:  # noqa: BLE001 - likewise
             self._note(error, attempt.began)
-            await self._failed(claim, attempt, event, error)
+            await self._failed(this, attempt, error)
             return
         self._note(None, attempt.began)
-        result = Result(claim=claim, event=event, attempt=attempt.end("succeeded"), state="delivered")
-        await self._finish(result)
+        await self._finish(this, attempt.end("succeeded"), state="delivered")
 
     def _note(self, error: Exception | None, started: float) -> None:
         """Count a result in the circuit breaker. A destination that rejects one message is healthy."""
@@ -219,25 +209,25 @@ class DeliveryLane(TableLane):
         if self._circuit.is_open != was_open:
             CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
 
-    async def _failed(
-        self, claim: DeliveryClaim, attempt: StartedAttempt, event: StoredEvent, error: Exception
-    ) -> None:
-        text = stored_text(error)
+    async def _failed(self, this: _Delivery, attempt: StartedAttempt, error: Exception) -> None:
+        claim, text = this.claim, stored_text(error)
         delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
         if delay is None:
-            await self._give_up(claim, attempt.end("failed", text), event)
+            await self._give_up(this, attempt.end("failed", text))
             return
-        ids = self._ids(claim, event)
-        log_failure("not delivered", error, work_id=str(claim.id), retry_in=delay, **ids)
-        await self._finish(Result(claim=claim, event=event, attempt=attempt.end("retry", text), delay=delay))
+        log_failure("not delivered", error, work_id=str(claim.id), retry_in=delay, **self._ids(this))
+        await self._finish(this, attempt.end("retry", text), delay=delay)
 
-    async def _give_up(self, claim: DeliveryClaim, attempt: Attempt, event: StoredEvent) -> None:
-        if await self._finish(Result(claim=claim, event=event, attempt=attempt, state="dead")):
-            log.error("dead letter", error=attempt.error, **self._ids(claim, event))
+    async def _give_up(self, this: _Delivery, attempt: Attempt) -> None:
+        if await self._finish(this, attempt, state="dead"):
+            log.error("dead letter", error=attempt.error, **self._ids(this))
 
-    async def _finish(self, result: Result) -> bool:
+    async def _finish(
+        self, this: _Delivery, attempt: Attempt, *, state: str | None = None, delay: float = 0.0
+    ) -> bool:
         """Record a result; False if the lease was lost meanwhile."""
-        return await self._until_recorded(result.claim, lambda: self._results.add(result))
+        result = Result(claim=this.claim, event=this.event, attempt=attempt, state=state, delay=delay)
+        return await self._until_recorded(this.claim, lambda: self._results.add(result))
 
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return for each whether its lease was still held."""
@@ -252,13 +242,13 @@ class DeliveryLane(TableLane):
         if delivered := [each.event.request_id for each in results if each.state == "delivered"]:
             log.info("events delivered", destination=self._target.name, request_ids=delivered)
 
-    def _ids(self, claim: DeliveryClaim, event: StoredEvent) -> dict[str, Any]:
+    def _ids(self, this: _Delivery) -> dict[str, Any]:
         return {
             "destination": self._target.name,
-            "event_id": str(event.id),
-            "request_id": event.request_id,
-            "delivery_id": str(claim.id),
-            "attempt": claim.attempt,
+            "event_id": str(this.event.id),
+            "request_id": this.event.request_id,
+            "delivery_id": str(this.claim.id),
+            "attempt": this.claim.attempt,
         }
 
 

@@ -34,7 +34,7 @@ from receiver.lanes.attempts import (
     start_attempt,
     stored_text,
 )
-from receiver.lanes.base import LEASE_SECONDS, TableLane, Work
+from receiver.lanes.base import TableLane, Work
 from receiver.media import Downloader, StoredFile
 from receiver.metrics import MEDIA_BYTES, MEDIA_FILES
 
@@ -83,18 +83,10 @@ class MediaLane(TableLane):
         wake: Wake,
         fresh_url: FreshUrl | None = None,
         concurrency: int = 8,
-        lease_seconds: float = LEASE_SECONDS,
         storage_pause_seconds: float = STORAGE_PAUSE_SECONDS,
     ) -> None:
         """`fresh_url` is called for a file that its URL no longer has."""
-        super().__init__(
-            database,
-            media,
-            name=MEDIA_LANE,
-            concurrency=concurrency,
-            wake=wake,
-            lease_seconds=lease_seconds,
-        )
+        super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
         self._downloader = downloader
         self._fresh_url = fresh_url
         self._storage_pause_seconds = storage_pause_seconds

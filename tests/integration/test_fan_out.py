@@ -101,14 +101,12 @@ class World:
                 self.database,
                 self.downloader,
                 wake=wakeups.wake,
-                lease_seconds=self.lease_seconds,
                 storage_pause_seconds=self.storage_pause_seconds,
             ),
-            *(
-                DeliveryLane(self.database, target, wake=wakeups.wake, lease_seconds=self.lease_seconds)
-                for target in self.targets
-            ),
+            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
         ]
+        for lane in lanes:
+            lane.lease_seconds = self.lease_seconds
         fan_out = FanOut(self.database, self.targets, wake=wakeups.wake)
         return Worker(fan_out, lanes, wakeups, timing=replace(self.timing, drain_seconds=drain))
 
