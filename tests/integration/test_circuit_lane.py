@@ -1,4 +1,4 @@
-"""Destinations that are down, on both databases: they are left alone, the others notice nothing."""
+"""Circuit breakers of the delivery lanes, on both databases: a destination that is down delays no other."""
 
 import asyncio
 import random
@@ -27,38 +27,38 @@ from receiver.lanes.attempts import start_attempt
 from receiver.lanes.delivery import Result
 
 WIDTH = 32
-"""Deliveries that a lane has under way at most."""
+"""In-flight limit of the lanes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Try:
-    """One publish as the destination saw it begin."""
+class Publish:
+    """The start of one publish."""
 
     at: float
     under_way: int
-    """Others that were not answered yet."""
+    """Other publishes that were under way."""
     succeeded_before: int
     failed_before: int
 
 
 class Switchable:
-    """A destination that can be switched off, and watches who comes."""
+    """A destination that can be switched off, and records the publishes that reach it."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.is_up = False
         self.recorder = recorder
-        self.tries: list[Try] = []
+        self.publishes: list[Publish] = []
         self.failed = 0
         recorder.behave = self._answer
 
     @property
-    def probes(self) -> list[Try]:
-        """The tries that began when it had failed often enough."""
-        return [tried for tried in self.tries if tried.failed_before >= circuit_breaker.FAILURES_TO_OPEN]
+    def probes(self) -> list[Publish]:
+        """The attempts that began after the circuit breaker had opened."""
+        return [tried for tried in self.publishes if tried.failed_before >= circuit_breaker.FAILURES_TO_OPEN]
 
     async def _answer(self, _event: CloudEvent) -> None:
-        self.tries.append(
-            Try(
+        self.publishes.append(
+            Publish(
                 at=time.monotonic(),
                 under_way=self.recorder.under_way - 1,
                 succeeded_before=len(self.recorder.published),
@@ -74,26 +74,26 @@ class Switchable:
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web."""
+    """Return a world without a web server."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
 @pytest.fixture
 def quick_probes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probes come ten times as fast as they would."""
+    """Make probes ten times as frequent."""
     monkeypatch.setattr(circuit_breaker, "FIRST_PROBE_SECONDS", 0.1)
     monkeypatch.setattr(circuit_breaker, "MAX_PROBE_SECONDS", 0.4)
 
 
 def is_shown_open(name: str) -> bool:
-    """Return what the metrics say of a destination's circuit."""
+    """Return whether the metrics show the circuit breaker as open."""
     return REGISTRY.get_sample_value("receiver_circuit_open", {"destination": name}) == 1.0
 
 
 @pytest.mark.usefixtures("quick_probes")
 async def test_a_dead_destination_gets_probes_only(world: World) -> None:
-    """E4, E6: after the failures of its first batch a dead destination is probed, one at a time."""
+    """E4, E6: after the failures of the first batch a dead destination is probed, one attempt at a time."""
     fine = world.add_destination("fine")
     dead = Switchable(world.add_destination("dead"))
     for number in range(100):
@@ -108,16 +108,16 @@ async def test_a_dead_destination_gets_probes_only(world: World) -> None:
         assert is_shown_open("dead")
     assert not is_shown_open("fine")
     assert sorted(fine.subjects) == sorted(f"r-{number}" for number in range(100))
-    assert max(tried.under_way for tried in dead.tries) < WIDTH
+    assert max(tried.under_way for tried in dead.publishes) < WIDTH
     assert {tried.under_way for tried in dead.probes} == {0}
     pauses = [after.at - before.at for before, after in pairwise(dead.probes)]
-    assert min(pauses) >= 0.2, "the second pause is twice the first one"
+    assert min(pauses) >= 0.2, "the second pause must be twice the first one"
     assert await world.states(deliveries, deliveries.c.destination == "dead") == {"pending": 100}
 
 
 @pytest.mark.usefixtures("quick_probes")
 async def test_recovery_ramps_up_and_drains(world: World) -> None:
-    """E5: once a probe comes through, the number under way doubles, and all that waited is delivered."""
+    """E5: with each probe that succeeds the number under way doubles, and the backlog is delivered."""
     back = Switchable(world.add_destination("back"))
     for number in range(150):
         await world.add(plain(f"r-{number}"))
@@ -127,20 +127,22 @@ async def test_recovery_ramps_up_and_drains(world: World) -> None:
             return bool(back.probes)
 
         await until(probed)
-        down = len(back.tries)
+        down = len(back.publishes)
         back.is_up = True
         await world.until_states(deliveries, delivered=150)
     assert not is_shown_open("back")
     assert len(set(back.recorder.subjects)) == len(back.recorder.subjects) == 150
-    for tried in back.tries[down:]:
+    for tried in back.publishes[down:]:
         ramp = 2 ** max(0, tried.succeeded_before - 1)
         assert tried.under_way + 1 <= min(WIDTH, ramp), tried
-    assert max(tried.under_way for tried in back.tries[down:]) >= WIDTH // 4, "it does get wider again"
+    assert max(tried.under_way for tried in back.publishes[down:]) >= WIDTH // 4, (
+        "the number under way must grow again"
+    )
 
 
 @pytest.mark.usefixtures("quick_probes")
 async def test_a_second_outage_is_met_like_the_first(world: World) -> None:
-    """E4: down, back, down and back again: nothing is lost, and each outage opens the circuit anew."""
+    """E4: two outages in a row lose no event, and each of them opens the circuit breaker."""
     shaky = Switchable(world.add_destination("shaky"))
     shaky.is_up = True
     for outage in range(2):
@@ -160,7 +162,7 @@ async def test_a_second_outage_is_met_like_the_first(world: World) -> None:
 
 
 async def test_a_few_failures_slow_nothing_down(world: World) -> None:
-    """E7: deliveries that fail here and there are retried, and leave the circuit closed."""
+    """E7: occasional failures are retried, and the circuit breaker stays closed."""
     mixed = world.add_destination("mixed")
     seen: set[str] = set()
 
@@ -180,8 +182,8 @@ async def test_a_few_failures_slow_nothing_down(world: World) -> None:
     assert len(await world.rows(attempts, attempts.c.outcome == "retry")) == 6
 
 
-async def test_refusing_messages_is_no_outage(world: World) -> None:
-    """E7: a destination that rejects one message after the other is alive: all are dead letters at once."""
+async def test_rejected_messages_are_no_outage(world: World) -> None:
+    """E7: a destination that rejects each message is healthy: all become dead letters at once."""
     strict = world.add_destination("strict")
 
     def reject(_event: CloudEvent) -> None:
@@ -198,7 +200,7 @@ async def test_refusing_messages_is_no_outage(world: World) -> None:
 
 
 async def test_a_bug_in_a_destination_opens_no_circuit(world: World) -> None:
-    """E7: an unexpected exception is put on record and tried again, at the destination's full width."""
+    """E7: an unexpected exception is recorded and retried, with all places of the destination."""
     buggy = world.add_destination("buggy", retry=RetryPolicy(initial=0.1, cap=0.1))
 
     def break_early(event: CloudEvent) -> None:
@@ -216,15 +218,15 @@ async def test_a_bug_in_a_destination_opens_no_circuit(world: World) -> None:
 
 @pytest.mark.usefixtures("quick_probes")
 async def test_a_dead_destination_loses_nothing_by_restarts(world: World) -> None:
-    """E4, E16: a new process knows nothing of the outage, finds out by itself, and drops nothing."""
+    """E4, E16: a new process does not know of the outage, opens its circuit breaker, and drops no event."""
     dead = Switchable(world.add_destination("dead"))
     for number in range(50):
         await world.add(plain(f"r-{number}"))
     for restart in range(1, 3):
         async with world.working():
 
-            async def has_tried(tries: int = restart * 5) -> bool:
-                return len(dead.tries) >= tries
+            async def has_tried(count: int = restart * 5) -> bool:
+                return len(dead.publishes) >= count
 
             await until(has_tried)
     rows = await world.rows(deliveries)
@@ -235,8 +237,8 @@ async def test_a_dead_destination_loses_nothing_by_restarts(world: World) -> Non
         await world.until_states(deliveries, delivered=50)
 
 
-async def test_a_lane_without_room_asks_for_nothing(world: World) -> None:
-    """E4: while the circuit is open the lane claims no row: tries and due times stay as they are."""
+async def test_a_lane_claims_no_row_while_its_circuit_is_open(world: World) -> None:
+    """E4: while the circuit breaker is open, the lane claims no row: attempts and due times stay the same."""
     dead = Switchable(world.add_destination("dead", retry=RetryPolicy(initial=0.001, cap=0.001)))
     for number in range(10):
         await world.add(plain(f"r-{number}"))
@@ -246,7 +248,7 @@ async def test_a_lane_without_room_asks_for_nothing(world: World) -> None:
     assert len(works) == 5
     for work in works:
         await work.run()
-    assert len(dead.tries) == 5
+    assert len(dead.publishes) == 5
     before = await world.rows(deliveries)
     assert await lane.claim(5) == []
     assert await world.rows(deliveries) == before
@@ -254,7 +256,7 @@ async def test_a_lane_without_room_asks_for_nothing(world: World) -> None:
 
 @pytest.mark.parametrize("width", [1, 3])
 async def test_one_lane_takes_no_more_than_its_width(world: World, width: int) -> None:
-    """E5: what is under way is part of the width, whatever the lane is asked for."""
+    """E5: deliveries under way count against the in-flight limit, even if the lane is asked for more."""
     world.add_destination("narrow")
     for number in range(10):
         await world.add(plain(f"r-{number}"))
@@ -269,7 +271,7 @@ async def test_one_lane_takes_no_more_than_its_width(world: World, width: int) -
 
 @pytest.mark.parametrize("error", [None, PublishFailed("x", reason="x"), PublishRejected("x", reason="x")])
 async def test_a_result_that_comes_too_late_changes_nothing(world: World, error: Exception | None) -> None:
-    """E10: success, failure or refusal: a worker whose lease was lost meanwhile records none of them."""
+    """E10: if the lease was lost meanwhile, a worker records neither success nor failure nor rejection."""
     main = world.add_destination("main")
 
     def behave(_event: CloudEvent) -> None:
@@ -292,7 +294,7 @@ async def test_a_result_that_comes_too_late_changes_nothing(world: World, error:
 
 
 async def test_errors_of_no_known_kind_open_the_circuit_too(world: World) -> None:
-    """E6: a client's own error is a failure like any other; one message that cannot be made is none."""
+    """E6: a client library's own error counts as a failure; a message that cannot be built does not."""
     main = world.add_destination("odd")
 
     def reset(_event: CloudEvent) -> None:
@@ -311,7 +313,7 @@ async def test_errors_of_no_known_kind_open_the_circuit_too(world: World) -> Non
 
 
 async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> None:
-    """E9: leases are renewed while a group of results is recorded, of which no order is known."""
+    """E9: leases are renewed while a batch is recorded; the order of its rows leads to no deadlock."""
     main = world.add_destination("main")
 
     def fail(event: CloudEvent) -> None:
@@ -341,7 +343,7 @@ async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> 
         by_chance.shuffle(results)
         by_chance.shuffle(claims)
         recording = asyncio.create_task(lane._write(results))
-        # In the middle of it.
+        # Let the recording begin first.
         await asyncio.sleep(0.03)
         await lane.renew(claims)
         held = await recording

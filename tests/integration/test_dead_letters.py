@@ -1,4 +1,4 @@
-"""Dead letters: restarted by hand, on both databases."""
+"""Dead letters that the operator restarts, on both databases."""
 
 import asyncio
 import uuid
@@ -23,13 +23,13 @@ from receiver.errors import PublishFailed, PublishRejected
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, without destinations."""
+    """Return a world without a web server and without destinations."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
 async def test_a_dead_letter_is_delivered_after_all(world: World) -> None:
-    """E4: the same delivery id, its tries counted anew, the old ones and who asked on record."""
+    """E4: the delivery id stays, the attempts start over, and the old ones and the operator are on record."""
     main = world.add_destination("main")
 
     def reject(_event: CloudEvent) -> None:
@@ -46,8 +46,8 @@ async def test_a_dead_letter_is_delivered_after_all(world: World) -> None:
     (message,) = main.published
     assert message.get_extension("deliveryid") == str(dead["id"])
     assert message.get_extension("attempt") == 1
-    tries = [(row["number"], row["outcome"], row["error"]) for row in await world.rows(attempts)]
-    assert tries == [
+    recorded = [(row["number"], row["outcome"], row["error"]) for row in await world.rows(attempts)]
+    assert recorded == [
         (1, "failed", "PublishRejected: 422 from the destination"),
         (0, "restarted", "by ops"),
         (1, "succeeded", None),
@@ -57,7 +57,7 @@ async def test_a_dead_letter_is_delivered_after_all(world: World) -> None:
 
 
 async def test_a_restarted_dead_letter_has_all_its_time_again(world: World) -> None:
-    """E4: its age starts over: one from ten days ago is not given up at the first failure."""
+    """E4: its age starts over: a dead letter from ten days ago is not given up at the first failure."""
     main = world.add_destination("main", retry=RetryPolicy(initial=0.02, cap=0.02, give_up_after=3 * DAY))
     await kill(world, "r-1")
 
@@ -69,8 +69,8 @@ async def test_a_restarted_dead_letter_has_all_its_time_again(world: World) -> N
     await restart(world)
     async with world.working():
         await world.until_states(deliveries, delivered=1)
-    tries = [row["outcome"] for row in await world.rows(attempts)]
-    assert tries == ["restarted", "retry", "retry", "succeeded"]
+    recorded = [row["outcome"] for row in await world.rows(attempts)]
+    assert recorded == ["restarted", "retry", "retry", "succeeded"]
     await world.change(
         deliveries, state="pending", restarted_at=db_time(-4 * DAY), next_attempt_at=db_time(0.0), attempts=0
     )
@@ -79,7 +79,7 @@ async def test_a_restarted_dead_letter_has_all_its_time_again(world: World) -> N
 
 
 async def test_dead_letters_are_restarted_by_filter(world: World) -> None:
-    """E4: by id, by destination, by when they were given up, and never more than those that fit."""
+    """E4: the filters are id, destination and the time of giving up; no other dead letter is restarted."""
     world.add_destination("main")
     world.add_destination("other")
     ids = await kill(world, "r-1", "r-2", "r-3")
@@ -108,7 +108,7 @@ async def test_dead_letters_are_restarted_by_filter(world: World) -> None:
 
 
 async def test_dead_letters_are_restarted_in_batches(world: World) -> None:
-    """E5: no more than the limit at once, the oldest first, until none is left."""
+    """E5: one call restarts no more than the limit, the oldest first, until none is left."""
     world.add_destination("main")
     ids = await kill(world, *(f"r-{number}" for number in range(5)))
     counts = []
@@ -120,7 +120,7 @@ async def test_dead_letters_are_restarted_in_batches(world: World) -> None:
 
 
 async def test_a_dead_letter_restarted_many_times_at_once_is_restarted_once(world: World) -> None:
-    """E15: five people at the same moment: one restart on record, one delivery."""
+    """E15: if five operators restart it at once, there is one restart on record and one delivery."""
     main = world.add_destination("main")
     await kill(world, "r-1", "r-2")
     done = await asyncio.gather(*(restart(world) for _ in range(5)))
@@ -131,8 +131,8 @@ async def test_a_dead_letter_restarted_many_times_at_once_is_restarted_once(worl
     assert sorted(main.subjects) == ["r-1", "r-2"]
 
 
-async def test_what_is_not_dead_is_left_alone(world: World) -> None:
-    """E15: a delivery that is pending, under way, delivered or canceled is no dead letter."""
+async def test_other_deliveries_are_not_restarted(world: World) -> None:
+    """E15: a delivery that is pending, under way, delivered or canceled is not restarted."""
     world.add_destination("main")
     await world.add_history(plain("done"))
     await world.add_history(plain("canceled"))
@@ -193,8 +193,8 @@ async def restart(world: World, *, limit: int = 1000, **which: Any) -> dict[str,
         return await outbox.restart(connection, DeadLetters(**which), by="ops", limit=limit)
 
 
-async def test_what_waited_for_its_media_has_all_its_time(world: World) -> None:
-    """E4: a delivery that was held for three days is not given up for its first failure."""
+async def test_a_held_delivery_has_all_its_time(world: World) -> None:
+    """E4: a delivery that was held for three days is not given up at its first failure."""
     main = world.add_destination("main")
 
     def fail(_event: CloudEvent) -> None:

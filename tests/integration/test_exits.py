@@ -1,4 +1,4 @@
-"""No row waits for ever: what cannot go on is set aside, or ended by a command; on both databases."""
+"""No row waits forever: if work cannot go on, it is set aside, or a command ends it; on both databases."""
 
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
@@ -28,14 +28,14 @@ CDN = "https://media.clipia.ai"
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web."""
+    """Return a world without a web server."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
 @pytest.fixture
 def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the fan-out of events of the model `bad` fail, as a mistake of ours would."""
+    """Make the fan-out of events of the model `bad` fail like a bug."""
 
     def fail_for_bad(wanted: FilterSettings, facts: RoutingFacts) -> str | None:
         if facts.model == "bad":
@@ -47,7 +47,7 @@ def bad_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("bad_model")
 async def test_events_that_fail_hold_up_no_others(world: World) -> None:
-    """E7: enough events for a whole lot whose fan-out fails rest, and younger ones go out meanwhile."""
+    """E7: if failing events could fill a batch, they rest, and younger events are fanned out meanwhile."""
     world.add_destination("main")
     for number in range(6):
         await world.add(plain(f"bad-{number}", model="bad"))
@@ -57,7 +57,7 @@ async def test_events_that_fail_hold_up_no_others(world: World) -> None:
         with pytest.raises(KeyError):
             await fan_out.run(limit=3)
     assert await fan_out.run(limit=3) == 1
-    assert await fan_out.run(limit=3) == 0, "those that rest are not tried again"
+    assert await fan_out.run(limit=3) == 0, "resting events must not be tried again"
     assert await world.sent_to() == {("good", "main")}
     assert await world.states(events) == {"received": 6, "ready": 1}
     fan_out = FanOut(world.database, world.targets, wake=wake_no_lane, rest_seconds=-1.0)
@@ -78,7 +78,7 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
         fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
-        assert await world.states(events) == {"received": 2}, "the first failure ends nothing"
+        assert await world.states(events) == {"received": 2}, "the first failure must not set an event aside"
         fan_out._min_failing_seconds = 0.0
         with pytest.raises(ZeroDivisionError):
             await fan_out.run()
@@ -91,7 +91,7 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
 
 
 async def test_downloads_can_be_given_up(world: World) -> None:
-    """E8: files that cannot be stored end as `gone`, the message goes out, and a late result is refused."""
+    """E8: files that cannot be stored end as `gone`, the message is sent, a late result is not recorded."""
     main = world.add_destination("main")
     await world.add(with_files(CDN, "r-1", "/a.png", "/b.png"))
     await world.add(with_files(CDN, "r-2", "/c.png"))
@@ -118,12 +118,12 @@ async def test_downloads_can_be_given_up(world: World) -> None:
 
 
 async def full(**_: Any) -> Any:
-    """Refuse every file."""
+    """Fail like a storage that is full."""
     raise StorageUnavailable("too large for this storage", reason="full")
 
 
-async def test_a_file_that_is_always_refused_holds_up_no_other(world: World) -> None:
-    """D16: the storage's first refusal of a file pauses downloads; the same again does not."""
+async def test_a_file_that_cannot_be_stored_delays_no_other(world: World) -> None:
+    """D16: if the storage refuses a file, downloads pause; the same refusal again does not pause them."""
     world.add_destination("main")
     await world.add(with_files(CDN, "r-1", "/a.png"))
     await world.fan_out()

@@ -1,4 +1,4 @@
-"""From the stored event to the confirmed message, on both databases, with a real CDN beside it."""
+"""From the stored event to the confirmed message, on both databases, with files from a real CDN."""
 
 import asyncio
 import itertools
@@ -46,7 +46,7 @@ DELIVERED = {"destination": "main", "outcome": "delivered"}
 
 
 class Recorder:
-    """A destination inside the test: remembers what was published, and does what it is told to."""
+    """A destination inside the test, which records what is published and can be made to fail."""
 
     concurrency = 32
 
@@ -55,16 +55,16 @@ class Recorder:
         self.behave: Callable[[CloudEvent], Any] = lambda _event: None
 
     async def start(self) -> None:
-        """Nothing to open."""
+        """Do no work: there is no connection."""
 
     async def check(self) -> None:
-        """Always there."""
+        """Pass."""
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do no work: there is no connection."""
 
     async def publish(self, event: CloudEvent) -> None:
-        """Confirm, unless told otherwise."""
+        """Confirm, unless `behave` says otherwise."""
         outcome = self.behave(event)
         if outcome is not None:
             await outcome
@@ -77,7 +77,7 @@ class Recorder:
 
 
 class World:
-    """A database, a storage folder, destinations, and workers over them."""
+    """A database, a storage folder, destinations, and workers for them."""
 
     def __init__(self, database: Database, folder: Path, media_host: str) -> None:
         self.database = database
@@ -90,11 +90,11 @@ class World:
         self.downloader = Downloader(hosts=MediaHosts.parse([media_host]), storage=self.storage)
 
     def target(self, name: str, destination: Any, *, waits_for_media: bool = True) -> Target:
-        """Describe one destination."""
+        """Return a destination's target."""
         return Target(name=name, destination=destination, waits_for_media=waits_for_media, retry=RETRY)
 
     def worker(self, *, drain: float = 5.0) -> Worker:
-        """Make a worker over everything."""
+        """Return a worker with the media lane and the delivery lanes."""
         wakeups = Wakeups()
         lanes: list[Lane] = [
             MediaLane(
@@ -137,7 +137,7 @@ class World:
             await asyncio.sleep(0.02)
 
     async def until_tried(self, table: Table) -> dict[str, Any]:
-        """Wait until the only row of a table has a failed try on record."""
+        """Wait until the only row of a table has a failed attempt on record."""
         deadline = time.monotonic() + SECONDS
         while True:
             rows = await self.rows(table)
@@ -154,14 +154,14 @@ class World:
 
 @pytest.fixture
 async def cdn() -> AsyncIterator[str]:
-    """A CDN with real files."""
+    """Run a CDN with real files."""
     async with running(create_app(SandboxOptions())) as url:
         yield url
 
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[World]:
-    """Everything but the web, with one destination."""
+    """Return a world without a web server, with one destination."""
     made = World(database, tmp_path / "media", cdn)
     await made.downloader.start()
     yield made
@@ -181,7 +181,7 @@ def plain(request_id: str) -> bytes:
 
 
 async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
-    """The file is saved, then the message is confirmed, with what a consumer needs in it."""
+    """The file is stored, then the message is confirmed, with all fields that a consumer needs."""
     await world.add(with_image(cdn))
     async with world.working():
         (delivery,) = await world.until(deliveries, "delivered")
@@ -226,7 +226,7 @@ async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
 
 
 async def test_a_failure_is_forwarded_as_failed(world: World) -> None:
-    """An ERROR event has no files and goes out at once, with Clipia's error."""
+    """An ERROR event has no files and is sent at once, with Clipia's error."""
     await world.add(failure("r-1"))
     async with world.working():
         await world.until(deliveries, "delivered")
@@ -238,7 +238,7 @@ async def test_a_failure_is_forwarded_as_failed(world: World) -> None:
 
 
 async def test_an_unrecognized_event_is_not_forwarded(world: World) -> None:
-    """B11: nobody knows what it means, so nobody is told; it stays in the ledger."""
+    """B11: an unrecognized event is sent to no destination, but stays in the database."""
     await world.add(b"strange")
     await world.add(plain("r-1"))
     async with world.working():
@@ -247,8 +247,8 @@ async def test_an_unrecognized_event_is_not_forwarded(world: World) -> None:
     assert sorted(row["state"] for row in await world.rows(events)) == ["ready", "unrecognized"]
 
 
-async def test_a_destination_may_be_told_before_the_media(world: World, cdn: str) -> None:
-    """`when = "received"` does not wait for the file; the default does."""
+async def test_a_destination_may_get_the_message_before_the_media(world: World, cdn: str) -> None:
+    """A destination with `when = "received"` does not wait for the file; the default does."""
     early = Recorder()
     world.targets.append(world.target("early", early, waits_for_media=False))
     downloading = asyncio.Event()
@@ -272,7 +272,7 @@ async def test_a_destination_may_be_told_before_the_media(world: World, cdn: str
 
 
 async def test_a_dead_destination_delays_no_other(world: World) -> None:
-    """E6: one destination never answers; the others get everything all the same."""
+    """E6: if one destination never answers, the others get all events nevertheless."""
     stuck = Recorder()
     stuck.behave = lambda _event: asyncio.sleep(3600)
     world.targets.append(world.target("stuck", stuck))
@@ -285,29 +285,29 @@ async def test_a_dead_destination_delays_no_other(world: World) -> None:
 
 
 async def test_a_transient_failure_is_tried_again(world: World) -> None:
-    """E4: each try is on record, and the message keeps its id while the attempt counts up."""
+    """E4: each attempt is on record, and the message keeps its id while the attempt number grows."""
     seen: list[CloudEvent] = []
 
-    def refuse_twice(event: CloudEvent) -> None:
+    def fail_twice(event: CloudEvent) -> None:
         seen.append(event)
         if len(seen) < 3:
             raise PublishFailed("503 from the destination", reason="status")
 
-    world.recorder.behave = refuse_twice
+    world.recorder.behave = fail_twice
     await world.add(plain("r-1"))
     async with world.working():
         (delivery,) = await world.until(deliveries, "delivered")
     assert [event.get_extension("attempt") for event in seen] == [1, 2, 3]
     assert len({event.get_id() for event in seen}) == 1
     assert len({event.get_extension("deliveryid") for event in seen}) == 1
-    tries = [(row["number"], row["outcome"], row["error"]) for row in await world.rows(attempts)]
+    recorded = [(row["number"], row["outcome"], row["error"]) for row in await world.rows(attempts)]
     said = "PublishFailed: 503 from the destination"
-    assert tries == [(1, "retry", said), (2, "retry", said), (3, "succeeded", None)]
+    assert recorded == [(1, "retry", said), (2, "retry", said), (3, "succeeded", None)]
     assert delivery["error"] is None
 
 
 async def test_a_rejected_message_is_a_dead_letter(world: World) -> None:
-    """E7: what the destination refuses for good is dead with its reason, and its neighbours go on."""
+    """E7: a rejected message becomes a dead letter with the reason, and the other messages go on."""
 
     def reject_one(event: CloudEvent) -> None:
         if event.get_subject() == "poison":
@@ -325,7 +325,7 @@ async def test_a_rejected_message_is_a_dead_letter(world: World) -> None:
 
 
 async def test_the_schedule_ends_in_a_dead_letter(world: World) -> None:
-    """E4: after three days of failures the delivery is dead, not forgotten."""
+    """E4: after three days of failures the delivery becomes a dead letter."""
 
     def fail(_event: CloudEvent) -> None:
         raise PublishFailed("still down", reason="connect")
@@ -339,14 +339,14 @@ async def test_the_schedule_ends_in_a_dead_letter(world: World) -> None:
 
 
 async def test_a_bug_in_a_destination_harms_only_its_message(world: World) -> None:
-    """E7: an unexpected exception is put on record and retried; the lane lives."""
-    tries = 0
+    """E7: an unexpected exception is recorded and retried, and the lane goes on."""
+    publishes = 0
 
     def break_once(event: CloudEvent) -> None:
-        nonlocal tries
+        nonlocal publishes
         if event.get_subject() == "odd":
-            tries += 1
-            if tries == 1:
+            publishes += 1
+            if publishes == 1:
                 raise ZeroDivisionError("bug")
 
     world.recorder.behave = break_once
@@ -354,20 +354,20 @@ async def test_a_bug_in_a_destination_harms_only_its_message(world: World) -> No
         await world.add(plain(request_id))
     async with world.working():
         await world.until(deliveries, "delivered", "delivered")
-    assert tries == 2
+    assert publishes == 2
     assert "ZeroDivisionError, see the log" in {row["error"] for row in await world.rows(attempts)}
 
 
 @pytest.mark.parametrize("table", [deliveries, media], ids=["delivery", "download"])
 async def test_work_that_kills_its_workers_is_given_up(world: World, cdn: str, table: Table) -> None:
-    """E8: a row that ended five workers in a row is not run a sixth time."""
+    """E8: a row that crashed five workers in a row is not tried a sixth time."""
     await world.add(with_image(cdn))
     async with world.working():
         await world.until(deliveries, "delivered")
     await world.set(
         table, state="pending", lost=5, attempts=5, next_attempt_at=db_time(0.0), finished_at=None
     )
-    # A file that is stored stays so, whatever becomes of another try.
+    # A stored file stays, even if another attempt at it fails.
     await world.set(media, storage_key=None)
     world.recorder.published.clear()
     expected = "dead" if table is deliveries else "gone"
@@ -378,7 +378,7 @@ async def test_work_that_kills_its_workers_is_given_up(world: World, cdn: str, t
 
 
 async def test_a_missing_file_ends_as_gone_and_the_event_goes_on(world: World, cdn: str) -> None:
-    """D15: a 404 is tried again for an hour, then given up; the message says so."""
+    """D15: a 404 is retried for an hour, then the file is given up, and the message says so."""
     await world.add(with_image(cdn, path="/absent.png"))
     async with world.working():
         file = await world.until_tried(media)
@@ -393,8 +393,8 @@ async def test_a_missing_file_ends_as_gone_and_the_event_goes_on(world: World, c
 
 
 async def test_a_blocked_file_does_not_hold_the_event(world: World) -> None:
-    """D1: a URL that the guard refuses is never fetched; the event is forwarded without its file."""
-    await world.add(body("r-1"))  # media.clipia.ai is not on this test's list
+    """D1: if the guard blocks a URL, it is never fetched; the event is forwarded without its file."""
+    await world.add(body("r-1"))  # this test does not allow media.clipia.ai
     async with world.working():
         (file,) = await world.until(media, "blocked")
         await world.until(deliveries, "delivered")
@@ -402,7 +402,7 @@ async def test_a_blocked_file_does_not_hold_the_event(world: World) -> None:
 
 
 async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World, cdn: str) -> None:
-    """D16: no space is nobody's fault: downloads pause, however old they are, and resume by themselves."""
+    """D16: if the disk is full, downloads of any age pause, are not given up, and resume by themselves."""
     world.storage_pause_seconds = 0.3
     save = world.downloader.save
     calls: list[float] = []
@@ -423,8 +423,8 @@ async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World
     assert calls[1] - calls[0] >= 0.3
 
 
-async def test_shutdown_finishes_what_is_held(world: World) -> None:
-    """E16: on stop nothing new is claimed, and work under way is finished and recorded."""
+async def test_shutdown_finishes_work_under_way(world: World) -> None:
+    """E16: after a stop no row is claimed, and work under way is finished and recorded."""
     started = asyncio.Event()
 
     async def slow() -> None:
@@ -439,8 +439,8 @@ async def test_shutdown_finishes_what_is_held(world: World) -> None:
     assert delivery["state"] == "delivered"
 
 
-async def test_shutdown_gives_back_what_cannot_finish(world: World) -> None:
-    """E16: work that outlasts the drain is released: due at once, no attempt counted, none on record."""
+async def test_shutdown_releases_unfinished_work(world: World) -> None:
+    """E16: work that outlasts the drain is released: due at once, with no attempt counted or recorded."""
     started = asyncio.Event()
 
     async def endless() -> None:
@@ -461,7 +461,7 @@ async def test_shutdown_gives_back_what_cannot_finish(world: World) -> None:
 
 
 async def test_long_work_keeps_its_lease(world: World) -> None:
-    """E9: work that takes longer than a lease is renewed; two workers do it once."""
+    """E9: if work takes longer than a lease, the lease is renewed; two workers do it once."""
     world.lease_seconds = 0.6
     calls = 0
 
@@ -478,7 +478,7 @@ async def test_long_work_keeps_its_lease(world: World) -> None:
 
 
 async def test_a_lost_lease_drops_the_work(world: World) -> None:
-    """E10: a worker that finds its lease taken stops that work and records nothing."""
+    """E10: a worker that finds its lease taken stops that work and records no result."""
     world.lease_seconds = 0.6
     started, cancelled = asyncio.Event(), asyncio.Event()
 
@@ -502,7 +502,7 @@ async def test_a_lost_lease_drops_the_work(world: World) -> None:
 async def test_a_result_is_recorded_when_the_database_is_back(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E3: a confirmed message whose result could not be written is not published once more for that."""
+    """E3: if a confirmed message's result cannot be written at first, the message is not published again."""
     finish_all = leases.finish_all
     failures = 2
 
@@ -523,7 +523,7 @@ async def test_a_result_is_recorded_when_the_database_is_back(
 
 
 async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C12: a fan-out that breaks off half-way leaves no row of it, and is done again as a whole."""
+    """C12: a fan-out that fails half-way adds no row, and is repeated as a whole."""
     world.targets.append(world.target("second", Recorder()))
     insert = outbox.insert_deliveries
     calls = 0
@@ -548,7 +548,7 @@ async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: py
 
 
 async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E7: an event that cannot be fanned out stays where it is; those before and behind it go on."""
+    """E7: an event that cannot be fanned out stays as it is; the events before and after it go on."""
     add_work = FanOut._add_work
 
     async def break_on_bad(self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]) -> Any:
@@ -576,7 +576,7 @@ async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.M
 
 
 async def test_a_busy_lane_claims_many_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C13: places that come free one by one are not each filled by a claim of its own."""
+    """C13: if places become free one at a time, the lane does not make a claim for each of them."""
     claims: list[int] = []
     claim = leases.claim_deliveries
 
@@ -598,7 +598,7 @@ async def test_a_busy_lane_claims_many_at_a_time(world: World, monkeypatch: pyte
 
 
 async def test_deliveries_are_logged_together(world: World) -> None:
-    """A line tells of all that were recorded together; each is counted."""
+    """One log line has all deliveries that were recorded together; each is counted."""
     before = REGISTRY.get_sample_value("receiver_deliveries_total", DELIVERED) or 0
     for number in range(20):
         await world.add(plain(f"r-{number}"))
@@ -621,7 +621,7 @@ async def test_several_workers_share_the_work(world: World) -> None:
 
 
 async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bug in claiming or in the fan-out is logged and tried again; acked events are not left behind."""
+    """A bug in a claim or in the fan-out is logged and retried; no acknowledged event stays behind."""
     world.timing = Timing(outage_pause_seconds=0.05)
     claim, lock = leases.claim_media, inbox.lock_received
     broken = {"claim", "lock"}
@@ -647,7 +647,7 @@ async def test_a_lane_outlives_an_unexpected_error(world: World, monkeypatch: py
 
 
 async def test_more_files_than_are_fetched(world: World, cdn: str) -> None:
-    """B10: of 600 files 512 are fetched; the others are told of with a reason, and hold up no delivery."""
+    """B10: of 600 files 512 are downloaded; the others have a reason, and delay no delivery."""
     images = [{"url": f"{cdn}/sandbox/sample-image.png?{number}"} for number in range(600)]
     await world.add(body("r-1", payload={"model": "m", "output": {"images": images}, "cost": 1}))
     fan_out = FanOut(world.database, world.targets, wake=wake_no_lane)

@@ -1,4 +1,4 @@
-"""Filters at work: the fan-out makes a delivery where a destination's filter lets the event through."""
+"""Filters in the fan-out: it adds a delivery if the event passes the destination's filter."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -19,13 +19,13 @@ from receiver.sandbox import SandboxOptions, create_app, running
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web."""
+    """Return a world without a web server."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
-async def test_each_destination_gets_what_its_filter_lets_through(world: World) -> None:
-    """Filters on status, model and source; a destination without one gets everything."""
+async def test_each_destination_gets_the_events_that_pass_its_filter(world: World) -> None:
+    """Filters on status, model and source; a destination without a filter gets all events."""
     filters: dict[str, dict[str, Any]] = {
         "all": {},
         "done": {"status": "OK"},
@@ -52,7 +52,7 @@ async def test_each_destination_gets_what_its_filter_lets_through(world: World) 
 
 
 async def test_the_message_goes_where_the_filters_say(world: World) -> None:
-    """What a worker really publishes to each destination is what its filter let through."""
+    """A worker publishes to each destination exactly the events that pass its filter."""
     done = world.add_destination("done", status="OK")
     failed = world.add_destination("failed", status="ERROR")
     for number in range(20):
@@ -65,7 +65,7 @@ async def test_the_message_goes_where_the_filters_say(world: World) -> None:
 
 
 async def test_filters_on_the_job(world: World) -> None:
-    """Caller and metadata are the job's; an event whose job is not ours fits no such filter."""
+    """Caller and metadata are the job's; an event without a job of this receiver passes no filter on them."""
     add_job_filters(world)
     await world.add_job("gold", request_id="gold", metadata={"tier": "gold"})
     await world.add_job("tin", request_id="tin", metadata={"tier": "tin", "gold": "tier"})
@@ -82,7 +82,7 @@ async def test_filters_on_the_job(world: World) -> None:
 
 
 async def test_a_webhook_may_be_faster_than_the_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An event waits for the answer that says whose it is; without one its path decides, for filters too."""
+    """An event waits for the answer that names its job; if none comes, its path decides, for filters too."""
     add_job_filters(world)
     early = await world.add_job("early", metadata={"tier": "gold"})
     await world.add(plain("early"), job_id=early, token="early")
@@ -96,7 +96,7 @@ async def test_a_webhook_may_be_faster_than_the_answer(world: World, monkeypatch
 
 
 async def test_a_path_that_names_a_wrong_job_routes_nothing(world: World) -> None:
-    """The unsigned id in the callback's path counts for nothing unless it fits a job of the source."""
+    """The unsigned id in the callback's path is ignored if it fits no job of the source."""
     add_job_filters(world)
     foreign = await world.add_job("foreign", source="staging", metadata={"tier": "gold"})
     known = await world.add_job("known", request_id="known", metadata={"tier": "gold"})
@@ -111,8 +111,8 @@ async def test_a_path_that_names_a_wrong_job_routes_nothing(world: World) -> Non
     assert await world.sent_to() == {(f"forged-{number}", "all") for number in range(len(paths))}
 
 
-async def test_an_event_for_nobody_is_kept_with_its_files(world: World, tmp_path: Path) -> None:
-    """No filter fits: nothing is sent, and the event, its files saved, can still be replayed elsewhere."""
+async def test_an_event_without_a_destination_is_kept_with_its_files(world: World, tmp_path: Path) -> None:
+    """If an event passes no filter, its files are stored, it is not sent, and a replay can send it later."""
     async with running(create_app(SandboxOptions())) as cdn, opened(world.database, tmp_path, cdn) as other:
         other.add_destination("failed", status="ERROR")
         await other.add(with_files(cdn, "r-1", "/sandbox/sample-image.png"))
@@ -122,8 +122,8 @@ async def test_an_event_for_nobody_is_kept_with_its_files(world: World, tmp_path
     assert await other.rows(deliveries) == []
 
 
-async def test_the_fan_out_does_what_the_filters_say(world: World) -> None:
-    """For every event and destination there is a delivery exactly where `receiver route` would say yes."""
+async def test_the_fan_out_agrees_with_the_filters(world: World) -> None:
+    """For each event and destination there is a delivery if, and only if, `receiver route` says yes."""
     add_job_filters(world)
     world.add_destination("done", status="OK", model=["m", "nano-*"])
     world.add_destination("others", caller=["blog", "shop"], metadata={"tier": ["tin", "gold"]})

@@ -1,4 +1,4 @@
-"""Events with large bodies and thousands of files: a transaction takes only as much as fits into its time."""
+"""Events with large bodies and thousands of files: each transaction stays within its time limit."""
 
 import contextlib
 import uuid
@@ -29,7 +29,7 @@ CDN = "https://media.clipia.ai"
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, with one destination."""
+    """Return a world without a web server, with one destination."""
     async with opened(database, tmp_path / "media") as made:
         made.add_destination("main")
         yield made
@@ -37,7 +37,7 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 
 @contextmanager
 def statements(start: str) -> Iterator[list[Any]]:
-    """Collect the parameters of the statements in the block that begin so."""
+    """Collect the parameters of the statements in the block that have this beginning."""
     found: list[Any] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_rest: Any) -> None:
@@ -52,12 +52,12 @@ def statements(start: str) -> Iterator[list[Any]]:
 
 
 def fan_out_of(world: World, **options: Any) -> FanOut:
-    """Return a fan-out that runs when the test says so."""
+    """Return a fan-out that the test runs by itself."""
     return FanOut(world.database, world.targets, wake=wake_no_lane, rules=world.rules, **options)
 
 
 def files(request_id: str, count: int) -> bytes:
-    """Return the body of an event with so many files."""
+    """Return the body of an event with `count` files."""
     return with_files(CDN, request_id, *(f"/{request_id}-{number}.png" for number in range(count)))
 
 
@@ -66,29 +66,29 @@ async def received(world: World) -> list[str]:
     return [row["request_id"] for row in await world.rows(events, events.c.state == "received")]
 
 
-async def test_a_lot_is_bounded_by_the_bytes_of_its_bodies(
+async def test_a_batch_is_limited_by_the_bytes_of_its_bodies(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C13: reading a lot's bodies must not outlast the transaction; one that is too large goes by itself."""
+    """C13: the bytes of a batch are limited, as its transaction stays open; a large event goes alone."""
     names = ["r-0", "r-1", "r-2", "large", "r-3"]
     contents = [files(name, 40 if name == "large" else 4) for name in names]
     for content in contents:
         await world.add(content)
     monkeypatch.setattr(inbox, "SMALL_BODY_BYTES", 0)
     fan_out = fan_out_of(world, max_batch_bytes=2 * len(contents[0]))
-    lots = []
+    batches = []
     for _ in range(len(names)):
         before = await received(world)
         count = await fan_out.run()
         assert before[count:] == await received(world)
-        lots.append((count, fan_out.may_have_more))
-    assert lots == [(2, True), (1, True), (1, True), (1, False), (0, False)]
+        batches.append((count, fan_out.may_have_more))
+    assert batches == [(2, True), (1, True), (1, True), (1, False), (0, False)]
     assert await world.states(media) == {"pending": 56}
     assert await world.states(deliveries) == {"pending": 5}
 
 
 async def test_small_bodies_are_read_with_their_events(world: World) -> None:
-    """C13: for a lot of ordinary events there is one statement; a large body costs one more, and is whole."""
+    """C13: a batch of ordinary events needs one statement; a large body needs one more, and is complete."""
     for number in range(3):
         await world.add(plain(f"r-{number}"))
     with statements("SELECT events.seq, events.body") as bodies:
@@ -102,10 +102,8 @@ async def test_small_bodies_are_read_with_their_events(world: World) -> None:
     assert await world.states(media) == {"pending": 300}
 
 
-async def test_a_lot_that_the_database_does_not_manage_is_halved(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """C13: the oldest events come first in every lot; after a success it is as large as before."""
+async def test_a_batch_that_is_too_slow_is_halved(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: if the database is too slow for a batch, the next one has half as many events."""
     insert = outbox.insert_deliveries
     sizes: list[int] = []
 
@@ -134,7 +132,7 @@ async def test_a_lot_that_the_database_does_not_manage_is_halved(
 
 
 async def test_files_are_added_in_slices(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C13: no statement adds more files than it has time for, of whichever state."""
+    """C13: one statement adds a limited number of files, in any state."""
     monkeypatch.setattr(outbox, "ROWS_AT_ONCE", 10)
     world.rules = FileRules(max_files=12)
     for name in ("r-1", "r-2"):
@@ -151,19 +149,17 @@ async def test_files_are_read_in_slices(world: World) -> None:
     for number in range(5):
         await world.add(files(f"r-{number}", 4))
     await world.fan_out()
-    with statements("SELECT media.event_seq") as asked:
+    with statements("SELECT media.event_seq") as queries:
         async with world.database.read() as connection:
             found = await outbox.load_media(connection, [5, 3, 1, 2, 4], at_once=2)
-    assert len(asked) == 3
+    assert len(queries) == 3
     assert {seq: [row.position for row in rows] for seq, rows in found.items()} == {
         seq: [0, 1, 2, 3] for seq in range(1, 6)
     }
 
 
-async def test_a_claim_that_the_database_does_not_manage_is_halved(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """C13: the same deliveries come first in every claim; after a success it asks for as many as before."""
+async def test_a_claim_that_is_too_slow_is_halved(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C13: if the database is too slow for a claim, the next one has half as many rows."""
     load = outbox.load_media
     sizes: list[int] = []
 
@@ -202,7 +198,7 @@ async def test_more_files_than_a_statement_may_have_parameters(world: World) -> 
 
 
 async def test_pruning_is_bounded_by_files(world: World) -> None:
-    """C13: events with many files are deleted a few at a time, and no event is passed over."""
+    """C13: events with many files are deleted a few at a time, and no event is left out."""
     for number, count in enumerate((3, 3, 9, 0, 1, 1)):
         await world.add(files(f"r-{number}", count))
     await world.fan_out()

@@ -1,4 +1,4 @@
-"""Every transaction is READ COMMITTED, whatever default the role or the database has on PostgreSQL."""
+"""Each transaction is READ COMMITTED, even if the role or the database has another default on PostgreSQL."""
 
 import asyncio
 import time
@@ -22,7 +22,7 @@ LEVELS = ("read uncommitted", "repeatable read", "serializable")
 
 @pytest.fixture(params=LEVELS)
 def odd_url(request: pytest.FixtureRequest, postgres: Postgres) -> str:
-    """The URL of a database in which sessions of our role begin with another isolation level."""
+    """Return the URL of a database with another isolation level for the sessions of our role."""
     url = postgres.url(template="migrated")
     name = url.rpartition("/")[2]
     postgres.sql(
@@ -33,7 +33,7 @@ def odd_url(request: pytest.FixtureRequest, postgres: Postgres) -> str:
 
 @pytest.fixture
 async def databases(odd_url: str) -> AsyncIterator[list[Database]]:
-    """Connections to it, as four processes would have them."""
+    """Return four connections to it, one for each process."""
     opened = [Database(odd_url) for _ in range(4)]
     yield opened
     for database in opened:
@@ -41,7 +41,7 @@ async def databases(odd_url: str) -> AsyncIterator[list[Database]]:
 
 
 async def test_transactions_are_read_committed(databases: list[Database]) -> None:
-    """Each way to the database pins the level, and none changes the session for a pooler's other clients."""
+    """Each way to the database sets the level, and none changes the session for other clients of a pooler."""
     database = databases[0]
     for transaction in (database.write, database.read):
         async with transaction() as connection:
@@ -52,7 +52,7 @@ async def test_transactions_are_read_committed(databases: list[Database]) -> Non
 
 
 async def test_webhooks_are_stored_in_spite_of_the_default(databases: list[Database]) -> None:
-    """C1: the same webhooks at four processes at once: each is accepted once, and none is turned away."""
+    """C1: if four processes get the same webhooks at once, each is accepted once, and none is rejected."""
     secrets = {"clipia": [Secret.from_text(SECRET)]}
     ingests = [
         Ingest(database, secrets=secrets, tolerance=300, clock=time.time, on_accepted=lambda: None)
@@ -76,10 +76,10 @@ async def test_webhooks_are_stored_in_spite_of_the_default(databases: list[Datab
             assert (await connection.execute(select(func.count()).select_from(table))).scalar_one() == rows
 
 
-# The sandbox that the module shares listens on the module's loop.
+# The sandbox of the module runs on the module's event loop.
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_budget_is_kept_in_spite_of_the_default(odd_url: str, sandbox: Sandbox) -> None:
-    """F12: a job waits for the caller's other jobs first and counts them then: budgets are not overspent."""
+    """F12: a job locks the caller's other jobs before it counts them, so that a budget is not overspent."""
     async with World(odd_url, sandbox.url) as world:
         submitters = [world.submitter(budgets={"shop": 12}) for _ in range(2)]
         made = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""A destination's own concurrency and rate, as its lane keeps them."""
+"""A destination's own concurrency and rate limit in its lane."""
 
 import asyncio
 import time
@@ -16,7 +16,7 @@ from receiver.db.tables import deliveries
 
 @pytest.fixture
 async def world(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, on SQLite: no statement differs."""
+    """Return a world without a web server, on SQLite: the statements do not differ."""
     path = tmp_path / "receiver.db"
     path.write_bytes(migrated_sqlite.read_bytes())
     database = Database(f"sqlite:///{path}")
@@ -51,7 +51,7 @@ async def test_concurrency(world: World) -> None:
 
 
 async def test_rate(world: World) -> None:
-    """E5: a destination with a rate gets all its events, and in no time more of them than the rate allows."""
+    """E5: a destination with a rate limit gets all its events, and never more than the rate allows."""
     slow = world.add_destination("slow")
     world.targets[0] = replace(world.targets[0], rate=20.0)
     begun: list[float] = []
@@ -64,5 +64,5 @@ async def test_rate(world: World) -> None:
         await world.add(plain(f"r-{number}"))
     async with world.working():
         await world.until_states(deliveries, delivered=12)
-    # 11 pauses of 50 ms; a machine that is busy when the first one begins takes a little from them.
+    # There are 11 pauses of 50 ms; if the machine is busy at the first one, it is a little shorter.
     assert begun[-1] - begun[0] > 0.4

@@ -38,7 +38,7 @@ async def add_event(database: Database, request_id: str = "r1") -> int:
 
 
 async def add_deliveries(database: Database, count: int, *, due: bool = True) -> None:
-    """Add `count` deliveries to the destination `d`, each of an event of its own."""
+    """Add `count` deliveries to the destination `d`, each for an event of its own."""
     for index in range(count):
         seq = await add_event(database, f"r{index}")
         async with database.write() as connection:
@@ -52,7 +52,7 @@ async def claim(database: Database, *, limit: int = 10, lease: float = LEASE) ->
 
 
 async def test_a_row_is_claimed_once(database: Database) -> None:
-    """E9: while a lease holds, nobody else gets the row; the try is counted at the claim (E8)."""
+    """E9: while a lease holds, no other worker gets the row; the attempt is counted at the claim (E8)."""
     await add_deliveries(database, 1)
     (held,) = await claim(database)
     assert held.attempt == 1
@@ -61,7 +61,7 @@ async def test_a_row_is_claimed_once(database: Database) -> None:
 
 
 async def test_concurrent_claims_share_the_rows(database: Database) -> None:
-    """C13: many claimers at once get every row exactly once."""
+    """C13: if many workers claim at once, each row is claimed exactly once."""
     await add_deliveries(database, 40)
     claims = await asyncio.gather(*(claim(database, limit=7) for _ in range(8)))
     ids = [held.id for batch in claims for held in batch]
@@ -69,7 +69,7 @@ async def test_concurrent_claims_share_the_rows(database: Database) -> None:
 
 
 async def test_a_claim_takes_no_more_than_its_limit(database: Database) -> None:
-    """C13: the limit holds, and the oldest due rows come first."""
+    """C13: the limit holds, and the rows that were due first come first."""
     await add_deliveries(database, 5)
     first = await claim(database, limit=2)
     rest = await claim(database, limit=10)
@@ -77,8 +77,8 @@ async def test_a_claim_takes_no_more_than_its_limit(database: Database) -> None:
     assert len(rest) == 3
 
 
-async def test_an_expired_lease_makes_the_row_due_and_counts_it_as_lost(database: Database) -> None:
-    """E8, E9: a worker that died gives its row to the next one, and the death is counted."""
+async def test_an_expired_lease_makes_the_row_due_and_counts_a_crash(database: Database) -> None:
+    """E8, E9: if a worker crashes, the next one gets its row, and the crash is counted."""
     await add_deliveries(database, 1)
     (first,) = await claim(database, lease=-1)
     (second,) = await claim(database, lease=-1)
@@ -88,8 +88,8 @@ async def test_an_expired_lease_makes_the_row_due_and_counts_it_as_lost(database
     assert third.lease != second.lease
 
 
-async def test_a_result_of_a_lost_lease_is_refused(database: Database) -> None:
-    """E10: a worker that slept longer than its lease changes nothing when it wakes."""
+async def test_a_result_of_a_lost_lease_is_not_recorded(database: Database) -> None:
+    """E10: if a worker sleeps longer than its lease, its result changes no row."""
     await add_deliveries(database, 1)
     (zombie,) = await claim(database, lease=-1)
     (owner,) = await claim(database)
@@ -104,8 +104,8 @@ async def test_a_result_of_a_lost_lease_is_refused(database: Database) -> None:
         assert not await leases.finish(connection, deliveries, owner, state="dead")
 
 
-async def test_a_released_row_is_due_and_its_try_not_counted(database: Database) -> None:
-    """E16: shutdown is not failure."""
+async def test_a_released_row_is_due_and_its_attempt_not_counted(database: Database) -> None:
+    """E16: a shutdown is not a failure."""
     await add_deliveries(database, 1)
     held = await claim(database)
     async with database.write() as connection:
@@ -115,7 +115,7 @@ async def test_a_released_row_is_due_and_its_try_not_counted(database: Database)
 
 
 async def test_a_retry_waits_for_its_delay(database: Database) -> None:
-    """E4: a row that was put back is due after its delay, and a recorded failure is no lost lease."""
+    """E4: a row that was put back is due after its delay, and a recorded failure is no crash."""
     await add_deliveries(database, 1)
     (held,) = await claim(database)
     async with database.write() as connection:
@@ -138,13 +138,13 @@ async def test_renewal_extends_the_lease(database: Database) -> None:
 
 
 async def test_a_held_delivery_is_not_claimed(database: Database) -> None:
-    """A delivery that waits for media is not due before the media is settled."""
+    """A delivery that waits for media is not due before the files are stored."""
     await add_deliveries(database, 1, due=False)
     assert await claim(database) == []
 
 
 async def test_attempts_are_put_on_record(database: Database) -> None:
-    """Every try leaves its number, time, outcome and error."""
+    """Each attempt has its number, time, outcome and error on record."""
     attempt = Attempt(
         number=3,
         started_at=datetime.now(UTC),
@@ -165,7 +165,7 @@ async def test_attempts_are_put_on_record(database: Database) -> None:
 
 @pytest.mark.parametrize("files", [2, 8])
 async def test_files_that_finish_at_once_release_the_deliveries(database: Database, files: int) -> None:
-    """C12: whichever of the last files ends last, the held deliveries become due; none stays held."""
+    """C12: if the last two files finish at the same moment, the held deliveries become due nevertheless."""
     for round_ in range(10):
         seq = await add_event(database, f"race{round_}")
         async with database.write() as connection:
@@ -191,10 +191,10 @@ async def test_files_that_finish_at_once_release_the_deliveries(database: Databa
         assert len(await claim(database)) == 1
 
 
-async def test_the_database_clock_decides_what_is_due(
+async def test_due_times_are_those_of_the_database_clock(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E11: a process whose own clock is an hour off neither claims early nor sits on work."""
+    """E11: a process with a clock that is an hour off neither claims early nor delays work."""
     await add_deliveries(database, 1)
     await claim(database, lease=30)
     monkeypatch.setattr("time.time", lambda: 4e9)

@@ -1,4 +1,4 @@
-"""What becomes of jobs, on both databases: they end by webhook or poll, and the ledger knows of it."""
+"""How jobs end, on both databases: by webhook or by poll; and their costs."""
 
 import asyncio
 import json
@@ -59,8 +59,8 @@ HOUR = 3600.0
 
 
 @pytest.fixture
-def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have those who wait look at their jobs ten times as often."""
+def frequent_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make waiting callers check their jobs ten times as often."""
     monkeypatch.setattr(waiting, "POLL_SECONDS", 0.05)
 
 
@@ -68,7 +68,7 @@ def look_often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_without_a_webhook_a_job_is_polled_from_the_start(world: World, sandbox: Sandbox) -> None:
-    """F10: nobody will call, so it is asked for soon, and its progress is kept."""
+    """F10: a job without a webhook is polled from the start, and its progress is stored."""
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
     job = await submitter.submit(MODEL, PROMPT)
@@ -90,7 +90,7 @@ async def test_without_a_webhook_a_job_is_polled_from_the_start(world: World, sa
 
 
 async def test_a_webhook_is_given_its_time(world: World, sandbox: Sandbox) -> None:
-    """F10: with a webhook a job is asked for only when that is overdue, and then less and less often."""
+    """F10: a job with a webhook is polled only if that is overdue, and then less and less often."""
     submitter = world.submitter(public_url="https://hooks.example.com", poll_after=90.0)
     poll = world.poll_lane(submitter, poll_after=90.0)
     await submitter.submit(MODEL, PROMPT)
@@ -112,7 +112,7 @@ ENDINGS = {
 
 @pytest.mark.parametrize("ending", ENDINGS)
 async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, ending: str) -> None:
-    """F10: what a poll finds goes through the inbox, and the webhook that comes after all is a duplicate."""
+    """F10: a polled result is stored like a webhook's, and the webhook that comes later is a duplicate."""
     await sandbox.switch(webhook_loss_rate=1.0, fail_rate=1.0 if ending == "FAILED" else 0.0)
     callback = await world.serve_callback()
     submitter = world.submitter(public_url=callback)
@@ -139,8 +139,8 @@ async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, end
     assert (data["request_id"], data["status"]) == (request_id, status)
     assert data["job"] == {"id": str(job.id), "idempotency_key": "k", "metadata": {"order": "1"}}
 
-    settled = await show(submitter, job)
-    if ending == "CANCELED":  # the sandbox has no webhook for it, and Clipia perhaps neither
+    finished = await show(submitter, job)
+    if ending == "CANCELED":  # the sandbox sends no webhook for it, and Clipia may not either
         await post(f"{callback}/clipia/webhook/clipia/{job.id}", failure(request_id))
     else:
         assert await sandbox.send_webhook(request_id) == 200
@@ -149,11 +149,11 @@ async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, end
     assert receipt["outcome"] == "duplicate"
     assert len(await world.rows(events)) == len(await world.rows(deliveries)) == 1
     assert len(world.destination.events) == 1
-    assert await show(submitter, job) == settled
+    assert await show(submitter, job) == finished
 
 
 async def test_a_webhook_that_contradicts_a_poll_changes_nothing(world: World, sandbox: Sandbox) -> None:
-    """F10: the first result stands; the other one is kept as a conflict, and forwarded to nobody."""
+    """F10: the first result stands; a different one is kept as a conflict and not forwarded."""
     await sandbox.switch(webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
@@ -170,7 +170,7 @@ async def test_a_webhook_that_contradicts_a_poll_changes_nothing(world: World, s
 
 
 async def test_a_job_that_its_webhook_ended_is_not_polled(world: World, sandbox: Sandbox) -> None:
-    """F10: polls are for what stays open."""
+    """F10: only open jobs are polled."""
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
     sandbox.end_all()
@@ -184,7 +184,7 @@ async def test_a_job_that_its_webhook_ended_is_not_polled(world: World, sandbox:
 
 
 async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
-    """C16: once its event is pruned a job is shown without it; nobody asks for it again, or pays again."""
+    """C16: if its event is pruned, a job is shown without it, and is neither polled nor submitted again."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
     sandbox.end_all()
@@ -209,7 +209,7 @@ async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
     again = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
     assert (again.id, again.new) == (job.id, False)
     assert len(await sandbox.submits()) == 1
-    # A webhook that comes now is a new event, is forwarded again, and leaves the job as it has ended.
+    # A webhook that comes now is a new event, is forwarded again, and does not change the job.
     await post(f"{await world.serve_callback()}/clipia/webhook", failure(str(job.request_id)))
     await world.forward()
     assert len(world.destination.events) == 2
@@ -217,7 +217,7 @@ async def test_a_job_outlives_its_event(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_webhook_and_poll_at_once_are_one_event(world: World, sandbox: Sandbox) -> None:
-    """F11: whichever comes first, each job ends once, and each result is forwarded once."""
+    """F11: if webhook and poll come at once, each job ends once, and each result is forwarded once."""
     await sandbox.switch(webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     poll = world.poll_lane(submitter)
@@ -239,7 +239,7 @@ async def test_webhook_and_poll_at_once_are_one_event(world: World, sandbox: San
 
 
 async def test_a_poll_that_is_late_takes_nothing_back(world: World, sandbox: Sandbox) -> None:
-    """F11: a webhook that ends the job while Clipia is asked stays the last word."""
+    """F11: if a webhook ends the job during a poll, the poll's result does not change it."""
     callback = await world.serve_callback()
     submitter = world.submitter(public_url=callback)
     job = await submitter.submit(MODEL, PROMPT)
@@ -272,7 +272,7 @@ NO_STATUS = {
 
 
 async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia) -> None:
-    """F10: whatever Clipia says to a poll, the job stays open until there is an end."""
+    """F10: after any error of a poll the job stays open and is polled again."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -297,13 +297,13 @@ async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia)
         await odd_world.make_due()
         assert await odd_world.run_lane(poll) == 1
         assert (await show(submitter, job)).state == state
-    # The result said nothing of a cost: it is what was reserved.
+    # The result has no cost, so the reserved credits are charged.
     assert (await show(submitter, job)).charged == PRICE
     assert (await show(submitter, job)).error is None
 
 
 async def test_a_throttled_poll_waits(world: World, sandbox: Sandbox) -> None:
-    """F7: Retry-After holds back the job and every other call of the account."""
+    """F7: Retry-After delays the job and all other calls of the account."""
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
     for _ in range(2):
@@ -324,7 +324,7 @@ async def test_a_throttled_poll_waits(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_polls_keep_to_their_share(world: World, sandbox: Sandbox) -> None:
-    """F7, F10: however many jobs are overdue, a fifth of the calls is theirs; an end takes two of them."""
+    """F7, F10: polls use at most a fifth of the rate limit, however many jobs are overdue."""
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
     for _ in range(4):
@@ -346,7 +346,7 @@ async def test_polls_keep_to_their_share(world: World, sandbox: Sandbox) -> None
 
 
 async def test_a_poll_learns_the_rate(world: World, sandbox: Sandbox) -> None:
-    """F7: what an answer to a poll says of the limits counts for everything."""
+    """F7: the rate limit in the answer to a poll counts for all calls."""
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
     await sandbox.switch(rate_limit=300)
@@ -356,8 +356,8 @@ async def test_a_poll_learns_the_rate(world: World, sandbox: Sandbox) -> None:
     assert account["requests_per_minute"] == 300
 
 
-async def test_somebody_who_waits_has_it_asked_for_more_often(world: World, sandbox: Sandbox) -> None:
-    """While a caller waits, a job is polled every three seconds, webhook or not."""
+async def test_a_job_is_polled_more_often_while_a_caller_waits(world: World, sandbox: Sandbox) -> None:
+    """While a caller waits for a job, it is polled every three seconds, with or without a webhook."""
     submitter = world.submitter(public_url="https://hooks.example.com")
     poll = world.poll_lane(submitter)
     job = await submitter.submit(MODEL, PROMPT)
@@ -378,7 +378,7 @@ async def test_somebody_who_waits_has_it_asked_for_more_often(world: World, sand
 
 
 async def test_a_result_that_is_unreadable_ends_no_job(odd_world: World, odd: OddClipia) -> None:
-    """B9, F10: the job says why it is still open; for a day."""
+    """B9, F10: if a result is unreadable, the job shows the reason and stays open for a day."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -400,7 +400,7 @@ async def test_a_result_that_is_unreadable_ends_no_job(odd_world: World, odd: Od
 
 
 async def test_a_job_that_clipia_does_not_know_is_given_up(odd_world: World, odd: OddClipia) -> None:
-    """F10: after a day of `not_found` a person has to look; a webhook that comes after all still counts."""
+    """F10: after a day of `not_found` the operator has to decide; a webhook that comes later still counts."""
     odd.script = [accepted("r-1")]
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
@@ -435,8 +435,8 @@ WORDS = {
 
 
 @pytest.mark.parametrize("code", NOT_UNDERSTOOD)
-async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddClipia, code: str) -> None:
-    """F10: an undocumented status, a result that does not come, a refusal: unsure after a day."""
+async def test_a_job_with_an_unknown_status_is_given_up(odd_world: World, odd: OddClipia, code: str) -> None:
+    """F10: after a day of an undocumented status, no result or a refusal, the job is unsure."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -459,7 +459,7 @@ async def test_what_no_poll_understands_is_given_up(odd_world: World, odd: OddCl
         assert WORDS[code] in shown.error["message"]
     assert counter.get() == before + 3
     assert given_up == ["error"]
-    assert logged == (0 if outcome == "failed" else 1), "at the first sight, and not at every poll"
+    assert logged == (0 if outcome == "failed" else 1), "only the first one is logged"
     await odd_world.make_due()
     assert await odd_world.run_lane(poll) == 0
 
@@ -477,7 +477,7 @@ SILENCE = {
 async def test_polls_of_a_refused_account_or_an_outage_end(
     odd_world: World, odd: OddClipia, name: str
 ) -> None:
-    """F10: what is not about the job ends it after a week."""
+    """F10: an error that is not about the job ends it after a week."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -493,7 +493,7 @@ async def test_polls_of_a_refused_account_or_an_outage_end(
 
 
 async def test_a_failure_after_days_at_rest_ends_no_job(odd_world: World, odd: OddClipia) -> None:
-    """F10: the first poll of a worker that starts again after a week may meet a short outage."""
+    """F10: if a worker was stopped for a week, a short outage at its first poll ends no job."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -505,7 +505,7 @@ async def test_a_failure_after_days_at_rest_ends_no_job(odd_world: World, odd: O
 
 
 async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, odd: OddClipia) -> None:
-    """F10: an odd answer in between leaves no error on a job that goes on."""
+    """F10: an unknown status leaves no error on a job that goes on."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -521,7 +521,7 @@ async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, 
 
 @pytest.mark.parametrize("ending", ["FAILED", "CANCELED"])
 async def test_a_job_without_a_result_shows_no_progress(world: World, sandbox: Sandbox, ending: str) -> None:
-    """How far a generation was says nothing once it has failed."""
+    """A failed job shows no progress."""
     await sandbox.switch(fail_rate=1.0)
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
@@ -540,7 +540,7 @@ async def test_a_job_without_a_result_shows_no_progress(world: World, sandbox: S
 
 
 async def test_a_request_id_of_other_characters_finds_its_result(odd_world: World, odd: OddClipia) -> None:
-    """F5, F10: what Clipia accepted under an unusual id is submitted once, and polled by that id."""
+    """F5, F10: a job with an unusual request_id is submitted once, and polled by that id."""
     request_id = "req/7%2F?#ü"
     odd.script = [accepted(request_id)]
     submitter = odd_world.submitter()
@@ -556,8 +556,8 @@ async def test_a_request_id_of_other_characters_finds_its_result(odd_world: Worl
     assert len(odd.posts) == 1
 
 
-async def test_a_request_id_that_cannot_be_kept_is_no_endless_try(odd_world: World, odd: OddClipia) -> None:
-    """F5: Clipia took the job, and its answer will be the same each time: a person has to look, at once."""
+async def test_a_request_id_that_cannot_be_stored_ends_the_job(odd_world: World, odd: OddClipia) -> None:
+    """F5: if the request_id of an accepted job cannot be stored, the operator has to decide, at once."""
     odd.script = [accepted("req 7")]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -568,8 +568,8 @@ async def test_a_request_id_that_cannot_be_kept_is_no_endless_try(odd_world: Wor
     assert len(odd.posts) == 1
 
 
-async def test_who_lost_the_lease_gives_up_nothing(odd_world: World, odd: OddClipia) -> None:
-    """F11: a poll that was overtaken leaves the job to whoever holds it now."""
+async def test_a_poll_that_lost_its_lease_gives_up_no_job(odd_world: World, odd: OddClipia) -> None:
+    """F11: a poll whose lease was lost does not give up the job."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -588,7 +588,7 @@ async def test_who_lost_the_lease_gives_up_nothing(odd_world: World, odd: OddCli
 
 
 async def test_an_outage_of_days_gives_up_no_job(odd_world: World, odd: OddClipia) -> None:
-    """F10: only what Clipia surely does not know is given up, never what it cannot tell."""
+    """F10: a job is given up only if Clipia does not know it, not if Clipia does not answer."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     poll = odd_world.poll_lane(submitter)
@@ -606,7 +606,7 @@ async def test_an_outage_of_days_gives_up_no_job(odd_world: World, odd: OddClipi
 
 
 async def test_words_in_a_result_are_cleaned(odd_world: World, odd: OddClipia) -> None:
-    """B9: a NUL or half an emoji in a polled result costs nobody the result."""
+    """B9: a NUL or half an emoji in a polled result does not make it unusable."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -621,7 +621,7 @@ async def test_words_in_a_result_are_cleaned(odd_world: World, odd: OddClipia) -
 
 
 async def test_an_error_in_plain_words_is_shown(world: World) -> None:
-    """B10: a failure whose error is no object is shown as one."""
+    """B10: an error that is a plain text is shown as an error."""
     callback = await world.serve_callback()
     submitter = world.submitter(public_url=callback)
     job = await submitter.submit(MODEL, PROMPT)
@@ -633,8 +633,8 @@ async def test_an_error_in_plain_words_is_shown(world: World) -> None:
     assert failed.error == {"code": "generation_failed", "message": "no cats today"}
 
 
-async def test_what_was_charged_is_what_the_end_says(odd_world: World, odd: OddClipia) -> None:
-    """F13: a final cost that differs from the reserved one shows in the ledger."""
+async def test_the_final_cost_is_charged(odd_world: World, odd: OddClipia) -> None:
+    """F13: a final cost that differs from the reserved one is the one that is charged."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -654,7 +654,7 @@ async def test_what_was_charged_is_what_the_end_says(odd_world: World, odd: OddC
 async def test_a_webhook_may_be_faster_than_the_answer(
     world: World, sandbox: Sandbox, *, fails: bool
 ) -> None:
-    """C10: stored before anybody knows its request_id, it ends the job as soon as the answer comes."""
+    """C10: an event that is stored before its request_id is known ends the job when the answer comes."""
     await sandbox.switch(webhook_first=True, fail_rate=float(fails))
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -673,7 +673,7 @@ async def test_a_webhook_may_be_faster_than_the_answer(
 async def test_a_job_may_end_before_its_answer(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch, *, fails: bool
 ) -> None:
-    """C10: without an answer the path finds the job, and a late answer adds what only it knows."""
+    """C10: without an answer the path finds the job, and a late answer adds its own fields."""
     monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     ended: list[Job] = []
     content = failure("r-1") if fails else body("r-1", payload={"model": MODEL, "output": {}, "cost": None})
@@ -720,7 +720,7 @@ async def test_an_event_without_a_path_finds_its_job(odd_world: World, odd: OddC
 
 
 async def test_a_path_that_names_another_job_is_not_believed(world: World, sandbox: Sandbox) -> None:
-    """A15, C10: the path is not signed: where the request_id is known it decides alone."""
+    """A15, C10: the path is not signed: if the request_id is known, it alone decides."""
     callback = await world.serve_callback()
     submitter = world.submitter(public_url=callback)
     mine = await submitter.submit(MODEL, PROMPT)
@@ -732,8 +732,8 @@ async def test_a_path_that_names_another_job_is_not_believed(world: World, sandb
     assert (await show(submitter, other)).state == "pending"
 
 
-async def test_an_event_of_nobody_is_an_event(world: World) -> None:
-    """C11: a result that no job of ours asked for is forwarded as one without a job."""
+async def test_an_event_without_a_job_is_an_event(world: World) -> None:
+    """C11: a result that no job of this receiver asked for is forwarded as an event without a job."""
     callback = await world.serve_callback()
     submitter = world.submitter(public_url=callback)
     job = await submitter.submit(MODEL, PROMPT)
@@ -748,7 +748,7 @@ async def test_an_event_of_nobody_is_an_event(world: World) -> None:
 async def test_an_event_that_is_read_more_strictly_now_leaves_the_job_open(
     odd_world: World, odd: OddClipia
 ) -> None:
-    """C10: what a newer release cannot read does not end a job; the poll goes on."""
+    """C10: if a newer release cannot parse an event, its job stays open and is polled."""
 
     async def store(_request: Request) -> None:
         event = make_event("clipia", body("r-1"), received_at=datetime.now(UTC))
@@ -764,7 +764,7 @@ async def test_an_event_that_is_read_more_strictly_now_leaves_the_job_open(
 
 @pytest.mark.parametrize(("key", "count"), [(LIVE, 50), (TEST, 20)], ids=["live", "test"])
 async def test_webhooks_race_their_answers(world: World, sandbox: Sandbox, key: str, count: int) -> None:
-    """C10, F11: whichever is first, each job ends, and nothing that the answer said is lost."""
+    """C10, F11: in either order of webhook and answer each job ends, and no field of the answer is lost."""
     await sandbox.switch(duration=0.0, latency=0.01)
     async with working(world, key=key) as submitter:
         made = await asyncio.gather(*(submitter.submit(MODEL, PROMPT | {"sead": n}) for n in range(count)))
@@ -804,7 +804,7 @@ async def test_a_test_key_is_done_at_once(world: World) -> None:
 
 
 async def test_a_job_is_found(world: World) -> None:
-    """F8: by its id, by Clipia's, and by its owner only where one is asked for."""
+    """F8: a job is found by its id or by Clipia's; if a caller is given, only that caller's."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT, caller="shop")
     assert job.request_id is not None
@@ -843,7 +843,7 @@ async def test_another_caller_s_job_takes_the_same_statements_as_none(world: Wor
 
 @contextmanager
 def statements() -> Iterator[list[str]]:
-    """Collect the statements that SQLAlchemy sends inside the block, but for those that open connections."""
+    """Collect the statements that SQLAlchemy sends inside the block, except those that open connections."""
     found: list[str] = []
 
     def collect(_connection: object, _cursor: object, statement: str, *_: object) -> None:
@@ -905,7 +905,7 @@ async def test_jobs_are_filtered(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_metadata_may_have_any_name(world: World) -> None:
-    """A filter means the name as it is written, whatever a database takes it for."""
+    """A metadata filter matches the literal name, even if the database has a special meaning for it."""
     submitter = world.submitter()
     names = ["a.b", "$[0]", "0", "a'b", "%", "ключ", 'a"b', "a\\b"]
     made = {name: (await submitter.submit(MODEL, PROMPT, metadata={name: f"ä{name}"})).id for name in names}
@@ -921,7 +921,7 @@ async def test_metadata_may_have_any_name(world: World) -> None:
 
 @pytest.mark.usefixtures("look_often")
 async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox: Sandbox) -> None:
-    """Whoever waits gets the job as it is: ended, or when the seconds are over."""
+    """A waiting caller gets the job when it has ended, or when the seconds are over."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
     began = time.monotonic()
@@ -934,7 +934,7 @@ async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox:
     waiting = asyncio.create_task(submitter.wait(job.id, seconds=SECONDS))
     await eventually(lambda: world.watched(job.id))
     await sandbox.cancel(str(job.request_id))
-    # Whoever waits changes when the job is due, too.
+    # Waiting changes when the job is due, too.
     while not waiting.done():
         await world.make_due()
         await world.run_lane(world.poll_lane(submitter))
@@ -951,7 +951,7 @@ async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox:
 
 @pytest.mark.usefixtures("look_often")
 async def test_waiting_includes_the_files(world: World, sandbox: Sandbox) -> None:
-    """A job has not ended while its files are under way."""
+    """A job has not ended while its files are being downloaded."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
     sandbox.end_all()
@@ -974,7 +974,7 @@ async def test_waiting_includes_the_files(world: World, sandbox: Sandbox) -> Non
 
 @pytest.mark.usefixtures("look_often")
 async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
-    """Waiters share one look at the database and hold no connection of it."""
+    """All waiting callers share one query, and hold no connection meanwhile."""
     submitter = world.submitter()
     made = [await submitter.submit(MODEL, PROMPT) for _ in range(3)]
     waiting: list[asyncio.Task[Job | None]] = []
@@ -986,7 +986,7 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
         waiting += [asyncio.create_task(submitter.wait(job.id, seconds=SECONDS)) for job in made]
         await eventually(all_wait)
     async with AsyncExitStack() as stack:
-        # The pooler of the tests has room for two transactions.
+        # The pooler of the tests allows two transactions at once.
         for _ in range(1 if world.database.is_pooled else 4):
             await stack.enter_async_context(world.database.read())
     async with world.database.write() as connection:
@@ -1003,7 +1003,7 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("error", [DatabaseUnavailable("away", reason="database"), ZeroDivisionError("bug")])
 @pytest.mark.usefixtures("look_often")
 async def test_waiting_outlives_an_outage(world: World, error: Exception) -> None:
-    """A database that is away for a moment, or a bug, ends nobody's wait."""
+    """If the database is away for a moment, or a bug occurs, callers go on waiting."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
     waiting = asyncio.create_task(submitter.wait(job.id, seconds=SECONDS))
@@ -1027,7 +1027,7 @@ async def test_waiting_outlives_an_outage(world: World, error: Exception) -> Non
 # --- the ledger ---
 
 
-async def test_the_ledger_adds_up(world: World, sandbox: Sandbox) -> None:
+async def test_the_costs_add_up(world: World, sandbox: Sandbox) -> None:
     """F13: each credit is reserved, then charged or refunded, by caller, model and day, as at Clipia."""
     submitter = world.submitter()
     poll = world.poll_lane(submitter)
@@ -1072,7 +1072,7 @@ async def test_the_ledger_adds_up(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_costs_are_of_a_time(world: World) -> None:
-    """F13: days are UTC days, and the limits of time include their start and not their end."""
+    """F13: days are UTC days, and a range of time includes its start but not its end."""
     submitter = world.submitter()
     made = [await submitter.submit(MODEL, PROMPT) for _ in range(3)]
     midnight = datetime(2026, 3, 1, tzinfo=UTC)
@@ -1087,8 +1087,8 @@ async def test_costs_are_of_a_time(world: World) -> None:
     assert await submitter.costs(by="caller", since=midnight + timedelta(days=1)) == []
 
 
-async def test_what_others_spend_shows(odd_world: World, odd: OddClipia) -> None:
-    """F13: a difference between Clipia's account and the ledger is named."""
+async def test_charges_of_other_clients_show(odd_world: World, odd: OddClipia) -> None:
+    """F13: a difference between the charges at Clipia and those of the jobs is shown."""
     submitter = odd_world.submitter()
     odd.others = lambda _request: answer(content={"account_id": "a", "usage_30d": {"credits_spent": 30}})
     assert (await submitter.account())["difference_30d"] == 30
@@ -1099,7 +1099,7 @@ async def test_what_others_spend_shows(odd_world: World, odd: OddClipia) -> None
 
 
 async def test_a_test_key_spends_nothing(world: World) -> None:
-    """F13: jobs of a test key have a price and cost nothing."""
+    """F13: jobs of a test key have a price, but are not charged."""
     submitter = world.submitter(key=TEST)
     job = await submitter.submit(MODEL, PROMPT)
     assert (job.state, job.cost) == ("submitted", PRICE)
@@ -1114,7 +1114,7 @@ async def test_a_test_key_spends_nothing(world: World) -> None:
 
 
 def messages(world: World) -> list[Any]:
-    """Return the data of what was delivered."""
+    """Return the data of the messages that were delivered."""
     return [message.get_data() for message in world.destination.events]
 
 
@@ -1123,7 +1123,7 @@ async def working(world: World, *, key: str) -> AsyncIterator[Submitter]:
     """Run a worker with the lanes of jobs and of one destination inside the block."""
     wakeups = Wakeups()
     submitter = world.submitter(key=key, public_url=await world.serve_callback(), wake=wakeups.wake)
-    # A model whose schema is unknown: Clipia warns where the check would have refused.
+    # The schema of this model is unknown, so the check passes and Clipia warns.
     submitter.catalogue._cache._answers[f"model {MODEL}"] = (time.monotonic(), {"slug": MODEL})
     assert submitter.lane is not None
     lanes: list[Lane] = [submitter.lane, world.poll_lane(submitter), world.delivery_lane(wake=wakeups.wake)]

@@ -1,4 +1,4 @@
-"""The lanes that run are in the database, on both kinds of it."""
+"""Presence of workers, on both databases."""
 
 import asyncio
 import os
@@ -20,19 +20,19 @@ SECONDS = 30.0
 
 
 async def seen(database: Database) -> list[workers.SeenWorker]:
-    """Return what the database says."""
+    """Return the workers that the database has."""
     async with database.read() as connection:
         return list(await workers.seen(connection))
 
 
 async def age(database: Database, *, seconds: float) -> None:
-    """Let every row be so many seconds old."""
+    """Make each row `seconds` old."""
     async with database.write() as connection:
         await connection.execute(update(table).values(seen_at=db_time(-seconds)))
 
 
 async def until_seen(database: Database, count: int) -> list[workers.SeenWorker]:
-    """Wait until so many processes are running."""
+    """Wait until `count` processes are running."""
     deadline = time.monotonic() + SECONDS
     while True:
         running = [run for run in await seen(database) if run.is_running]
@@ -56,7 +56,7 @@ async def test_a_worker_is_seen_while_it_works(database: Database) -> None:
 
 
 async def test_a_row_is_renewed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker whose row is old, or was deleted by others, is seen again after its next renewal."""
+    """If a worker's row is old, or was deleted by others, the next renewal restores it."""
     monkeypatch.setattr(workers, "RENEW_SECONDS", 0.05)
     async with present(database, ["fanout"], account=None):
         (first,) = await until_seen(database, 1)
@@ -67,7 +67,7 @@ async def test_a_row_is_renewed(database: Database, monkeypatch: pytest.MonkeyPa
 
 
 async def test_a_crashed_worker_is_forgotten(database: Database) -> None:
-    """A row that nobody renews is not running after half a minute, and others delete it after an hour."""
+    """A row that is not renewed counts as stopped after half a minute, and is deleted after an hour."""
     crashed = workers.WorkerRun(id=uuid.uuid4(), host="gone", pid=1, lanes=["poll"], account=None)
     async with database.write() as connection:
         await workers.renew(connection, crashed)
@@ -82,7 +82,7 @@ async def test_a_crashed_worker_is_forgotten(database: Database) -> None:
 
 
 async def test_a_database_that_is_away_stops_no_worker() -> None:
-    """A row that cannot be written is logged and tried again; the work inside goes on and ends."""
+    """If a row cannot be written, that is logged and tried again; the work inside the block goes on."""
     database = Database("postgresql://nobody@127.0.0.1:1/x")
     done = False
     async with present(database, ["fanout"], account=None):

@@ -1,4 +1,4 @@
-"""What the commands of replays, deliveries, routes and stored files say, on both databases."""
+"""Output of the commands for replays, deliveries, routes and stored files, on both databases."""
 
 import asyncio
 import hashlib
@@ -35,7 +35,7 @@ TWO = (
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """What a command printed, and its exit status."""
+    """The output of a command and its exit status."""
 
     status: int
     out: str
@@ -43,7 +43,7 @@ class Said:
 
 
 class Commands:
-    """Runs commands in this process, on a world's database."""
+    """Runs commands in this process, on the database of a world."""
 
     def __init__(
         self, world: World, cdn: str, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
@@ -54,7 +54,7 @@ class Commands:
         self._patch = patch
 
     async def try_(self, *arguments: str) -> Said:
-        """Run a command, in a thread, because it brings an event loop of its own."""
+        """Run a command in a thread, because it starts an event loop of its own."""
         self._patch.setattr(sys, "argv", ["receiver", *arguments])
         self._capsys.readouterr()
         status = await asyncio.to_thread(self._main)
@@ -70,17 +70,17 @@ class Commands:
         return 0
 
     async def run(self, *arguments: str) -> str:
-        """Run a command that succeeds; return what it prints."""
+        """Run a command that succeeds; return its output."""
         said = await self.try_(*arguments)
         assert said.status == 0, said
         return said.out
 
     async def json(self, *arguments: str) -> Any:
-        """Run a command that succeeds with --json; return what it prints."""
+        """Run a command that succeeds with --json; return its output."""
         return json.loads(await self.run(*arguments, "--json"))
 
     async def error(self, *arguments: str, status: int = 1) -> str:
-        """Run a command that fails; return what it says."""
+        """Run a command that fails; return its error."""
         said = await self.try_(*arguments)
         assert said.status == status, said
         return said.err
@@ -88,7 +88,7 @@ class Commands:
 
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands leave this process's logging alone, and no log gets between their lines."""
+    """Keep the logging of this process as it is, and log lines out of the commands' output."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
     with capture_logs():
         yield
@@ -103,7 +103,7 @@ async def commands(
     monkeypatch: pytest.MonkeyPatch,
     quiet: None,  # noqa: ARG001 - a fixture
 ) -> AsyncIterator[Commands]:
-    """Commands of a receiver with two destinations, one of them filtered."""
+    """Return the commands of a receiver with two destinations; one of them has a filter."""
     (tmp_path / "receiver.toml").write_text(TWO)
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
@@ -117,7 +117,7 @@ async def commands(
 
 
 async def test_dry_runs_count_by_destination(commands: Commands) -> None:
-    """E12: for people and for programs, with every filter that a replay has."""
+    """E12: dry runs count by destination, as text and as JSON, with each filter of a replay."""
     world = commands.world
     await world.add_job("job", request_id="r-1")
     await world.add_history(plain("r-1"), plain("r-2", model="seedance-2"), failure("e-1"))
@@ -143,7 +143,7 @@ async def test_dry_runs_count_by_destination(commands: Commands) -> None:
 
 
 async def test_an_order_is_watched_to_its_end(commands: Commands) -> None:
-    """E12: it prints what became of it, in words or as JSON; --no-wait returns at once."""
+    """E12: the command prints a replay's result as text or as JSON; with --no-wait it returns at once."""
     world = commands.world
     await world.add_history(plain("r-1"), plain("r-2"), failure("e-1"))
     order = await commands.json("replay", "--all", "--no-wait", "--rate", "50", "--key", "k", "--reason", "x")
@@ -162,7 +162,7 @@ async def test_an_order_is_watched_to_its_end(commands: Commands) -> None:
 
 
 async def test_replays_are_listed_and_shown(commands: Commands) -> None:
-    """E12: who, when, why and how far, newest first; somebody's words are no markup."""
+    """E12: caller, time, reason and progress, newest first; markup in a reason is printed as it is."""
     assert (await commands.run("replays", "list")).strip() == "No replays."
     await commands.world.add_history(plain("r-1"))
     orders = [await commands.world.order(reason=f"[red]{n}", caller=f"caller-{n}") for n in range(3)]
@@ -183,7 +183,7 @@ async def test_replays_are_listed_and_shown(commands: Commands) -> None:
 
 
 async def test_a_failed_replay_says_why(commands: Commands) -> None:
-    """E8: its error is shown, and how many files were downloaded again."""
+    """E8: the error of a replay is shown, and the number of files that were downloaded again."""
     order = await commands.world.order(media=True)
     error = "gave up: 5 workers crashed while carrying out this replay"
     await commands.world.change(replays, state="failed", error=error, downloads=7)
@@ -192,8 +192,8 @@ async def test_a_failed_replay_says_why(commands: Commands) -> None:
     assert "7 files downloaded again" in shown
 
 
-async def test_what_is_wrong_with_an_order_is_said_at_once(commands: Commands) -> None:
-    """E12: no filter, a bad one, an unknown destination or a key of another order: nothing is ordered."""
+async def test_an_invalid_order_is_one_clear_error(commands: Commands) -> None:
+    """E12: without a filter, with an invalid one or an unknown destination, the command orders no replay."""
     await commands.world.add_history(plain("r-1"))
     for arguments in ([], ["--to", "main"], ["--reason", "x"], ["--media"], ["--dry-run"]):
         assert "say which events" in await commands.error("replay", *arguments)
@@ -216,13 +216,13 @@ async def test_what_is_wrong_with_an_order_is_said_at_once(commands: Commands) -
 
 
 async def test_a_bad_id_is_named_as_one(commands: Commands) -> None:
-    """E12: an empty id, or one that is too long, is told to be an id."""
+    """E12: if an id is empty or too long, the error names the id."""
     for bad in ("", "x" * 256):
         assert re.match("error: (the )?ids?: ", await commands.error("replay", "r-1", bad))
 
 
 async def test_a_bad_key_is_one_clear_error(commands: Commands) -> None:
-    """F8: a key that no database takes is refused before anything is ordered."""
+    """F8: a key that the database cannot store is rejected before a replay is ordered."""
     await commands.world.add_history(plain("r-1"))
     for key in ("x" * 256, "a\nb"):
         assert "key" in (await commands.error("replay", "--all", "--key", key, "--no-wait")).lower()
@@ -230,7 +230,7 @@ async def test_a_bad_key_is_one_clear_error(commands: Commands) -> None:
 
 
 async def test_without_destinations_there_is_nothing_to_replay(commands: Commands) -> None:
-    """E12: the error says that none is configured; `route` says so, too."""
+    """E12: if no destination is configured, the error says so; `route` says so too."""
     await commands.world.add_history(plain("r-1"))
     Path("receiver.toml").write_text("")
     assert "no destination is configured" in await commands.error("replay", "--all")
@@ -238,7 +238,7 @@ async def test_without_destinations_there_is_nothing_to_replay(commands: Command
 
 
 async def test_route_shows_every_verdict(commands: Commands) -> None:
-    """`receiver route` says where an event goes, and which filter keeps it from the others."""
+    """`receiver route` shows the destinations of an event, and the filters that exclude the others."""
     await commands.world.add_history(plain("r-1"), failure("e-1"))
     await commands.world.add(b"odd")
     await commands.world.add(plain("new"))
@@ -256,7 +256,7 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
 
 
 async def test_route_knows_the_job(commands: Commands) -> None:
-    """A filter on caller or metadata is decided by the event's job, as in the fan-out."""
+    """A filter on caller or metadata uses the event's job, as in the fan-out."""
     Path("receiver.toml").write_text(
         '[[destinations]]\nname = "gold"\nurl = "file:x"\n'
         'filter = { caller = "shop", metadata = { tier = "gold" } }\n'
@@ -311,7 +311,7 @@ async def test_deliveries_are_listed_with_their_reasons(commands: Commands) -> N
 
 
 async def test_dead_letters_are_retried(commands: Commands) -> None:
-    """E4, E15: by id, by filter or all of them; what does not fit is said, and is exit status 1."""
+    """E4, E15: by id, by filter or all of them; if an id is no dead letter, the exit status is 1."""
     ids = await kill(commands.world, 6)
     assert await commands.run("deliveries", "retry", ids[0], ids[1]) == "main: 2 restarted\n"
     assert "No dead letter fits" in await commands.error("deliveries", "retry", ids[0])
@@ -337,26 +337,26 @@ async def test_dead_letters_are_retried(commands: Commands) -> None:
 async def test_retrying_everything_comes_to_an_end(
     commands: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E4: in batches, each dead letter once, also where the destination refuses them again at once."""
+    """E4: in batches, each dead letter once, even if the destination rejects them again at once."""
     await kill(commands.world, 7)
     monkeypatch.setattr(import_module("receiver.cli.deliveries"), "BATCH", 3)
     restart = outbox.restart
     batches = 0
 
-    async def refused_at_once(connection: Any, *arguments: Any, **options: Any) -> dict[str, int]:
+    async def rejected_at_once(connection: Any, *arguments: Any, **options: Any) -> dict[str, int]:
         nonlocal batches
         batches += 1
-        assert batches < 6, "it goes round in circles"
+        assert batches < 6, "the command must end"
         done = await restart(connection, *arguments, **options)
         again = deliveries.update().where(deliveries.c.state == "pending")
         await connection.execute(again.values(state="dead", finished_at=db_time(0.0)))
         return done
 
-    monkeypatch.setattr(outbox, "restart", refused_at_once)
+    monkeypatch.setattr(outbox, "restart", rejected_at_once)
     assert await commands.run("deliveries", "retry", "--all") == "main: 7 restarted\n"
 
 
-async def test_flagged_files_and_pages_are_told_of(commands: Commands) -> None:
+async def test_flagged_files_and_pages_are_listed(commands: Commands) -> None:
     """D11: a file with a warning is intact and listed; a page in place of a file is damaged."""
     world = commands.world
     for number in range(3):
@@ -386,7 +386,7 @@ async def test_flagged_files_and_pages_are_told_of(commands: Commands) -> None:
 
 
 async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D11: every stored file is read; what is damaged is listed, with what to do, as exit status 1."""
+    """D11: each stored file is read; a damaged one is listed with advice, and the exit status is 1."""
     monkeypatch.setattr(import_module("receiver.cli.media"), "PAGE", 2)
     assert await commands.run("media", "verify") == "0 intact, 0 damaged\n"
     world = commands.world
@@ -433,7 +433,7 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
 
 
 async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D14: each stored file of an event gets a link for so many hours; nothing is asked of the bucket."""
+    """D14: each stored file of an event gets a link for some hours, without a request to the bucket."""
     world = commands.world
     await world.add(with_files(commands.cdn, "r-1", "/sandbox/1.png", "/sandbox/2.png"))
     async with world.working():

@@ -1,4 +1,4 @@
-"""Replays that download again what is no media, what is intact, and what was skipped."""
+"""Replays that download files again that are no media, are intact or were skipped."""
 
 import asyncio
 import hashlib
@@ -26,7 +26,7 @@ from receiver.media import MediaHosts
 from receiver.media.verify import verify
 from receiver.replays import ReplayRequest
 
-# Nothing here differs between the databases.
+# The databases do not differ here.
 pytestmark = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 
 PAGE = response(b"<html><body>Please wait</body></html>")
@@ -34,7 +34,7 @@ OTHER = SAMPLES["image/gif"].data
 
 
 class Cdn:
-    """Answers each request with what `answer` is at that time."""
+    """Answers each request with the current `answer`."""
 
     def __init__(self, answer: bytes) -> None:
         self.answer = answer
@@ -48,7 +48,7 @@ class Cdn:
 
 @asynccontextmanager
 async def fetched(database: Database, folder: Path, cdn: Cdn) -> AsyncIterator[World]:
-    """Have an event with one image, and that image fetched."""
+    """Add an event with one image, and download the image."""
     async with site(cdn.respond) as server, opened(database, folder, server.origin) as world:
         world.add_destination("main")
         await world.add(with_files(server.origin, "r-1", "/a.png"))
@@ -58,7 +58,7 @@ async def fetched(database: Database, folder: Path, cdn: Cdn) -> AsyncIterator[W
 
 
 async def run_downloads(world: World) -> dict[str, Any]:
-    """Make a try at every file that is due, and return the first one's row."""
+    """Try each file that is due, and return the row of the first one."""
     await world.change(media, media.c.state == "pending", next_attempt_at=db_time(0.0))
     for work in await world.media_lane().claim(10):
         await work.run()
@@ -75,7 +75,7 @@ async def replay(world: World, **values: Any) -> int:
 
 
 async def finding(world: World, row: dict[str, Any]) -> str:
-    """Return what `media verify` finds."""
+    """Return the result of `media verify`."""
     expected = {name: row[name] for name in ("kind", "url", "field", "size", "sha256")}
     return await verify(world.storage, row["storage_key"], **expected)
 
@@ -92,7 +92,7 @@ async def finding(world: World, row: dict[str, Any]) -> str:
 async def test_pages_are_downloaded_again(
     state: str, kind: str, name: str, field: str | None, database: Database, tmp_path: Path
 ) -> None:
-    """D15: a page that was kept, by this release or as a file by one before, is found and replaced."""
+    """D15: a page that was stored, by this release as such or by an earlier one as a file, is replaced."""
     cdn = Cdn(PAGE)
     async with fetched(database, tmp_path, cdn) as world:
         (row,) = await world.rows(media)
@@ -110,7 +110,7 @@ async def test_pages_are_downloaded_again(
 
 
 async def test_intact_files_are_downloaded_again_with_force_only(database: Database, tmp_path: Path) -> None:
-    """D11: a file that is what it should be is fetched anew if somebody insists, and then replaced."""
+    """D11: an intact file is downloaded again only with `force`, and is replaced then."""
     cdn = Cdn(response(PNG))
     async with fetched(database, tmp_path, cdn) as world:
         before = (await world.rows(media))[0]
@@ -134,7 +134,7 @@ async def test_intact_files_are_downloaded_again_with_force_only(database: Datab
 async def test_an_intact_file_outlives_a_download_that_fails(
     answer: bytes, database: Database, tmp_path: Path
 ) -> None:
-    """D11: if the CDN has it no more, a page comes or only a doubtful body, the file that is there stays."""
+    """D11: if the CDN has deleted an intact file, or sends a page or a doubtful body, the file stays."""
     cdn = Cdn(response(PNG))
     async with fetched(database, tmp_path / "media", cdn) as world:
         before = (await world.rows(media))[0]
@@ -153,7 +153,7 @@ async def test_an_intact_file_outlives_a_download_that_fails(
 
 
 async def test_giving_up_a_download_leaves_an_intact_file(database: Database, tmp_path: Path) -> None:
-    """D11: `receiver media give-up` ends the download of a file that was wanted again, and not the file."""
+    """D11: `receiver media give-up` ends the new download of an intact file, but keeps the file."""
     cdn = Cdn(response(PNG))
     async with fetched(database, tmp_path, cdn) as world:
         (before,) = await world.rows(media)
@@ -166,7 +166,7 @@ async def test_giving_up_a_download_leaves_an_intact_file(database: Database, tm
 
 
 async def test_a_flagged_file_that_comes_again_needs_one_download(database: Database, tmp_path: Path) -> None:
-    """D9: what is stored was seen already: the same blemish again is not asked for a second time."""
+    """D9: a flagged file with the same warning again is stored at the first attempt."""
     cdn = Cdn(response(OTHER[:-1]))
     async with fetched(database, tmp_path, cdn) as world:
         row = await run_downloads(world)
@@ -184,7 +184,7 @@ async def test_a_flagged_file_that_comes_again_needs_one_download(database: Data
 async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
     database: Database, tmp_path: Path
 ) -> None:
-    """B10: a replay with `media` fetches what was skipped only if it would not be skipped any more."""
+    """B10: a replay with `media` downloads skipped files only if the settings no longer skip them."""
     cdn = Cdn(response(PNG))
     long = "/" + "x" * 300
     async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
@@ -206,7 +206,7 @@ async def test_skipped_files_are_downloaded_once_the_settings_allow_it(
 
 
 async def test_files_that_releases_before_left_out_are_added(database: Database, tmp_path: Path) -> None:
-    """B10: a replay with `media` lists an old event's output anew, once, and leaves alone what was listed."""
+    """B10: a replay with `media` adds unlisted files of an old event once, and keeps the listed ones."""
     cdn = Cdn(response(PNG))
     async with site(cdn.respond) as server, opened(database, tmp_path, server.origin) as world:
         world.add_destination("main")
@@ -221,7 +221,7 @@ async def test_files_that_releases_before_left_out_are_added(database: Database,
         await world.add(body("r-3", payload={"output": {"text": "no file"}}))
         await world.fan_out()
         await run_downloads(world)
-        # As a release before 0010 would have it, after Clipia had named another URL for the first file.
+        # As in a release before 0010, after Clipia had given the first file another URL.
         async with world.database.write() as connection:
             await connection.execute(delete(media).where(media.c.field.startswith("/")))
         await world.change(media, field=None)
@@ -248,7 +248,7 @@ async def test_files_that_releases_before_left_out_are_added(database: Database,
 
 
 async def test_an_erased_event_gets_no_files(database: Database, tmp_path: Path) -> None:
-    """C16: an event that was erased after its output was read stays without files."""
+    """C16: if an event is erased after its output was read, no files are added to it."""
     async with opened(database, tmp_path, "https://media.clipia.ai") as world:
         await world.add(with_files("https://media.clipia.ai", "r-1"))
         await world.change(events, state="erased")
@@ -259,7 +259,7 @@ async def test_an_erased_event_gets_no_files(database: Database, tmp_path: Path)
 
 
 def test_force_needs_media(database_url: str) -> None:  # noqa: ARG001 - the module's parameter
-    """E12: `force` alone would do nothing, and is refused."""
+    """E12: `force` without `media` would have no effect, and is rejected."""
     with pytest.raises(ValidationError, match="force needs media"):
         ReplayRequest(all=True, force=True)
 
@@ -267,7 +267,7 @@ def test_force_needs_media(database_url: str) -> None:  # noqa: ARG001 - the mod
 async def test_an_orders_fingerprint_is_that_of_the_release_before(
     database: Database, tmp_path: Path
 ) -> None:
-    """E12: a key that stands for an order of the release before stands for the same one now."""
+    """E12: if an order was made by the previous release, its key has the same fingerprint now."""
     async with opened(database, tmp_path) as world:
         world.add_destination("main")
         await world.order(key="k")

@@ -1,4 +1,4 @@
-"""Replays with `media`: what is missing or damaged is downloaded again, from where Clipia has it now."""
+"""Replays with `media`: missing or damaged files are downloaded again, from their present URLs."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -32,34 +32,34 @@ IMAGE = "/sandbox/sample-image.png"
 PICTURE = "/sandbox/another.webp"
 ABSENT = "/works/absent.txt"
 SPEECH, PAIR = "gemini-3-1-flash-tts", "nano-banana-2"
-"""A model whose results have one file, and one with two: an original, and what is made of it for display."""
+"""Models with one file in their result, and with two: an original and a display version."""
 PROMPT = b'{"input":{"prompt":"a cat"}}'
 
 
 @pytest.fixture
 async def clipia() -> AsyncIterator[str]:
-    """A sandbox: Clipia's API and its CDN."""
+    """Run a sandbox, with Clipia's API and its CDN."""
     async with running(create_app(SandboxOptions(duration=0.05))) as url:
         yield url
 
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path, clipia: str) -> AsyncIterator[World]:
-    """Everything but the web, without destinations."""
+    """Return a world without a web server and without destinations."""
     async with opened(database, tmp_path / "media", clipia) as made:
         yield made
 
 
 @pytest.fixture
 async def client(clipia: str) -> AsyncIterator[ClipiaClient]:
-    """The API of the sandbox."""
+    """Return a client for the API of the sandbox."""
     opened_client = ClipiaClient("clipia_live_x", base_url=clipia)
     yield opened_client
     await opened_client.close()
 
 
 def path_of(row: dict[str, Any]) -> Path:
-    """Return where a file is stored."""
+    """Return the path of a stored file."""
     return Path(row["uri"].removeprefix("file://"))
 
 
@@ -85,7 +85,7 @@ def files_in(message: CloudEvent) -> list[dict[str, Any]]:
 
 
 async def test_missing_and_changed_files_are_downloaded_again(world: World, clipia: str) -> None:
-    """D11: what is gone, cut off or overwritten comes again; what is intact is not touched."""
+    """D11: missing, truncated and overwritten files are downloaded again; intact ones are not."""
     main = world.add_destination("main")
     contents = [with_files(clipia, f"r-{number}", IMAGE, PICTURE) for number in range(4)]
     rows = await store(world, *contents, plain("without"))
@@ -94,7 +94,7 @@ async def test_missing_and_changed_files_are_downloaded_again(world: World, clip
     missing.unlink()
     changed.write_bytes(bytes(changed.stat().st_size))
     short.write_bytes(short.read_bytes()[:-1])
-    tries = len(await world.rows(attempts))
+    before = len(await world.rows(attempts))
     order = await world.order(media=True)
     async with world.working():
         done = await world.until_replayed(order)
@@ -104,14 +104,14 @@ async def test_missing_and_changed_files_are_downloaded_again(world: World, clip
     assert [row["state"] for row in again] == ["stored"] * 8
     assert [row["restarted_at"] is not None for row in again] == [index in (0, 2, 5) for index in range(8)]
     assert [row["attempts"] for row in again] == [1] * 8
-    assert len(await world.rows(attempts)) == tries + 3 + 5
+    assert len(await world.rows(attempts)) == before + 3 + 5
     assert await world.states(events) == {"ready": 5}
     for message in main.replayed(order["id"]):
         assert {file["state"] for file in files_in(message)} <= {"stored"}
 
 
-async def test_live_deliveries_wait_for_what_is_downloaded_again(world: World, clipia: str) -> None:
-    """D11: a live delivery that is due and not yet under way is not sent with half its files either."""
+async def test_live_deliveries_wait_for_files_that_are_downloaded_again(world: World, clipia: str) -> None:
+    """D11: a live delivery that is due and not under way waits for the files too."""
     main = world.add_destination("main")
     early = world.add_destination("early", waits_for_media=False)
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
@@ -133,8 +133,8 @@ async def test_live_deliveries_wait_for_what_is_downloaded_again(world: World, c
     assert [[file["state"] for file in files_in(message)] for message in main.published] == [["stored"]] * 2
 
 
-async def test_without_media_no_file_is_looked_at(world: World, clipia: str) -> None:
-    """D11: a plain replay sends what is on record and downloads nothing."""
+async def test_without_media_no_file_is_verified(world: World, clipia: str) -> None:
+    """D11: a plain replay sends the recorded files and downloads none."""
     main = world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
     path_of(row).unlink()
@@ -146,8 +146,8 @@ async def test_without_media_no_file_is_looked_at(world: World, clipia: str) -> 
     assert len(main.replayed(order["id"])) == 1
 
 
-async def test_deliveries_wait_for_what_is_downloaded_again(world: World, clipia: str) -> None:
-    """D11: who waits for media gets the message once the file is there; who does not, at once."""
+async def test_deliveries_wait_for_files_that_are_downloaded_again(world: World, clipia: str) -> None:
+    """D11: a destination that waits for media gets the message after the file; another one, at once."""
     late, early = world.add_destination("late"), world.add_destination("early", waits_for_media=False)
     rows = await store(world, with_files(clipia, "r-1", IMAGE), with_files(clipia, "r-2", PICTURE))
     path_of(rows[0]).unlink()
@@ -176,7 +176,7 @@ async def test_deliveries_wait_for_what_is_downloaded_again(world: World, clipia
 
 
 async def test_a_replay_of_an_event_in_fetching_waits_with_it(world: World, clipia: str) -> None:
-    """D11: files that were never stored yet are not ordered twice; the replay's delivery waits for them."""
+    """D11: a replay of an event that is still fetching waits for its files and does not order them again."""
     main = world.add_destination("main")
     await world.add(with_files(clipia, "r-1", IMAGE))
     await world.fan_out()
@@ -192,10 +192,10 @@ async def test_a_replay_of_an_event_in_fetching_waits_with_it(world: World, clip
     assert [files_in(message)[0]["state"] for message in main.published] == ["stored", "stored"]
 
 
-async def test_files_that_settle_in_mid_step_hold_nothing_back(
+async def test_a_file_that_is_stored_in_mid_step_holds_no_delivery(
     world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D11: the last file is stored between a step's look and its commit: its delivery is due all the same."""
+    """D11: if the last file is stored between a step's plan and its commit, the delivery is due."""
     world.add_destination("main")
     await world.add(with_files(clipia, "r-1", IMAGE))
     await world.fan_out()
@@ -220,7 +220,7 @@ async def test_files_that_settle_in_mid_step_hold_nothing_back(
 
 @pytest.mark.parametrize("state", ["gone", "blocked"])
 async def test_files_that_were_given_up_get_another_chance(world: World, clipia: str, state: str) -> None:
-    """D15: what was gone or blocked is tried again from the start, and stored where it is there now."""
+    """D15: a file that was gone or blocked is tried from the start, and stored if the URL has it now."""
     main = world.add_destination("main")
     await store(world, with_files(clipia, "r-1", IMAGE))
     await world.change(
@@ -236,7 +236,7 @@ async def test_files_that_were_given_up_get_another_chance(world: World, clipia:
 
 
 async def test_a_restarted_download_has_all_its_time_again(world: World, clipia: str) -> None:
-    """D15: its hour starts over: an old file that is still missing is not given up at its first try."""
+    """D15: its hour starts over: an old file that is still missing is not given up at the first attempt."""
     world.add_destination("main")
     await store(world, with_files(clipia, "r-1", IMAGE))
     await world.change(media, state="gone", url=clipia + ABSENT, created_at=db_time(-90_000.0), attempts=9)
@@ -252,8 +252,8 @@ async def test_a_restarted_download_has_all_its_time_again(world: World, clipia:
     assert row["state"] == "pending"
 
 
-async def test_a_file_that_is_not_to_be_had_again_is_told_as_such(world: World, clipia: str) -> None:
-    """D15: lost here and gone there: the message goes out, says so, and names no file that is not there."""
+async def test_a_file_that_is_lost_for_good_is_reported(world: World, clipia: str) -> None:
+    """D15: if a lost file is gone at the CDN too, the message says so and names no stored file."""
     main = world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
     path_of(row).unlink()
@@ -273,7 +273,7 @@ async def test_a_file_that_is_not_to_be_had_again_is_told_as_such(world: World, 
 async def test_a_storage_that_is_away_holds_a_replay_up(
     world: World, clipia: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D16: files that cannot be read just now are not taken for damaged."""
+    """D16: files that cannot be read now do not count as damaged."""
     world.replay_pace = ReplayPace(failure_pause_seconds=0.0)
     world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
@@ -300,9 +300,9 @@ async def test_a_storage_that_is_away_holds_a_replay_up(
 
 
 async def test_an_unreadable_file_holds_no_replay_up(world: World, clipia: str) -> None:
-    """D16: a file that alone cannot be read is sent as it is on record, and its order goes on.
+    """D16: if a single file cannot be read, its event is sent as recorded, and the replay goes on.
 
-    It is not downloaded again: its record would be lost if the CDN has the file no more.
+    It is not downloaded again: if the CDN has deleted it, its record would be lost.
     """
     main = world.add_destination("main")
     contents = [with_files(clipia, f"r-{number}", IMAGE) for number in range(3)]
@@ -323,8 +323,8 @@ async def test_an_unreadable_file_holds_no_replay_up(world: World, clipia: str) 
     assert missing.is_file()
 
 
-async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
-    """D11: intact, missing, or changed, be it by its length or by its content."""
+async def test_verify_reports_each_damage(world: World, clipia: str) -> None:
+    """D11: intact, missing, or changed in length or content."""
     world.add_destination("main")
     (row,) = await store(world, with_files(clipia, "r-1", IMAGE))
     path, content = path_of(row), path_of(row).read_bytes()
@@ -342,7 +342,7 @@ async def test_verify_tells_what_is_wrong(world: World, clipia: str) -> None:
 
 
 async def generate(client: ClipiaClient, model: str = SPEECH) -> bytes:
-    """Have the sandbox generate something; return the body of its webhook."""
+    """Generate a result in the sandbox; return the body of its webhook."""
     accepted = await client.submit(model, PROMPT, key=uuid.uuid4(), call=Call())
 
     async def finished() -> bytes | None:
@@ -353,7 +353,7 @@ async def generate(client: ClipiaClient, model: str = SPEECH) -> bytes:
 
 
 async def move_files(world: World, clipia: str) -> list[dict[str, Any]]:
-    """Lose the stored files, and let their URLs be those of before they moved; return the rows of before."""
+    """Delete the stored files, and give them their URLs of before they moved; return the rows of before."""
     rows = await world.rows(media)
     for row in rows:
         path_of(row).unlink()
@@ -364,7 +364,7 @@ async def move_files(world: World, clipia: str) -> list[dict[str, Any]]:
 async def test_a_file_that_moved_is_found_through_a_fresh_url(
     world: World, clipia: str, client: ClipiaClient
 ) -> None:
-    """D15: its URL answers 404: Clipia is asked where it is now, and it is stored from there."""
+    """D15: if its URL answers 404, Clipia is asked for the present one, and the file is stored from there."""
     main = world.add_destination("main")
     world.fresh_url = FreshUrls(world.database, client).find
     await store(world, await generate(client))
@@ -380,13 +380,13 @@ async def test_a_file_that_moved_is_found_through_a_fresh_url(
     assert [(file["url"], file["state"]) for file in files_in(message)] == [(before["url"], "stored")]
     async with world.database.read() as connection:
         account = (await connection.execute(select(account_rows))).mappings().one()
-    assert account["polls_until"] > 0, "the call is taken out of the account's share"
+    assert account["polls_until"] > 0, "the call counts against the account's share"
 
 
 async def test_all_files_of_a_result_that_moved_are_found(
     world: World, clipia: str, client: ClipiaClient
 ) -> None:
-    """D15: one answer tells of every file: the second one need not wait for another call's turn."""
+    """D15: one answer has the URLs of all files, so that the second file needs no call."""
     world.add_destination("main")
     world.fresh_url = FreshUrls(world.database, client).find
     await store(world, await generate(client, PAIR))
@@ -406,7 +406,7 @@ async def test_all_files_of_a_result_that_moved_are_found(
 async def test_a_live_download_finds_its_fresh_url_too(
     world: World, clipia: str, client: ClipiaClient
 ) -> None:
-    """D15: an event that came in late, when its file had moved already, gets it all the same."""
+    """D15: if the file of a late event has moved already, it is downloaded from its present URL."""
     world.add_destination("main")
     world.fresh_url = FreshUrls(world.database, client).find
     await world.add(await generate(client))
@@ -419,12 +419,12 @@ async def test_a_live_download_finds_its_fresh_url_too(
 
 @pytest.mark.parametrize("path", [IMAGE, ABSENT])
 async def test_a_download_that_comes_too_late_changes_nothing(world: World, clipia: str, path: str) -> None:
-    """E10: a worker whose lease was lost meanwhile records neither the file nor its failure."""
+    """E10: if its lease was lost meanwhile, a worker records neither the file nor its failure."""
     world.add_destination("main")
     await world.add(with_files(clipia, "r-1", path))
     await world.fan_out()
-    for tries in (0, 5):
-        await world.change(media, attempts=tries, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+    for count in (0, 5):
+        await world.change(media, attempts=count, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
         (late,) = await world.media_lane().claim(1)
         await world.change(media, lease=uuid.uuid4())
         before = await world.rows(media)
@@ -434,27 +434,27 @@ async def test_a_download_that_comes_too_late_changes_nothing(world: World, clip
     assert await world.states(events) == {"fetching": 1}
 
 
-async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
-    """D15: a file that is not at its fresh URL either is asked for three times, then given up like others."""
+async def test_fresh_urls_are_asked_for_three_times(world: World, clipia: str) -> None:
+    """D15: if a file is missing from its fresh URLs too, it is given up after three of them."""
     world.add_destination("main")
-    asked: list[str] = []
+    calls: list[str] = []
 
     async def elsewhere(_event: StoredEvent, row: MediaRow) -> str | None:
-        asked.append(row.url)
-        return f"{clipia}/works/absent-{len(asked)}.txt"
+        calls.append(row.url)
+        return f"{clipia}/works/absent-{len(calls)}.txt"
 
     world.fresh_url = elsewhere
     await world.add(with_files(clipia, "r-1", ABSENT))
     async with world.working():
         for number in range(1, MAX_FRESH_URLS + 2):
 
-            async def is_tried(tries: int = number) -> bool:
+            async def is_tried(count: int = number) -> bool:
                 (*_, row) = await world.rows(media) or [{"attempts": 0, "lease": None}]
-                return row["attempts"] >= tries and row["lease"] is None
+                return row["attempts"] >= count and row["lease"] is None
 
             await until(is_tried)
             await world.change(media, next_attempt_at=db_time(0.0))
-    assert asked == [
+    assert calls == [
         f"{clipia}{ABSENT}",
         *(f"{clipia}/works/absent-{n}.txt" for n in range(1, MAX_FRESH_URLS)),
     ]
@@ -463,7 +463,7 @@ async def test_nobody_is_asked_for_ever(world: World, clipia: str) -> None:
 
 
 async def test_the_same_url_again_is_no_news(world: World, clipia: str) -> None:
-    """D15: where Clipia names the old URL, the file is missing like any other, with the schedule for that."""
+    """D15: if Clipia names the old URL, the file is missing like any other, with the same schedule."""
     world.add_destination("main")
 
     async def the_same(_event: StoredEvent, row: MediaRow) -> str | None:
@@ -495,7 +495,7 @@ async def read_event(world: World) -> tuple[StoredEvent, MediaRow]:
 
 
 async def test_fresh_urls_are_listed_by_the_rules_of_the_event(world: World, client: ClipiaClient) -> None:
-    """D15: the service's limits hold for a fresh URL as they do for that of the event."""
+    """D15: the limits of the service apply to a fresh URL as to that of the event."""
     await world.add(await generate(client, PAIR))
     await world.fan_out()
     event, file = await read_event(world)
@@ -509,17 +509,17 @@ async def test_fresh_urls_are_listed_by_the_rules_of_the_event(world: World, cli
         await world.change(account_rows, polls_until=0.0)
         fresh = FreshUrls(world.database, client, rules=rules)
         assert await fresh.find(event, file) == (file.url if found else None)
-    # A release before did not record the field.
+    # Releases before 0010 did not record the field.
     unnamed = {name: getattr(file, name) for name in MediaRow.__dataclass_fields__} | {"field": None}
     await world.change(account_rows, polls_until=0.0)
     fresh = FreshUrls(world.database, client, rules=FileRules(max_files=1))
     assert await fresh.find(event, MediaRow(**unnamed)) == file.url
 
 
-async def test_what_clipia_does_not_know_stays_unknown(
+async def test_without_an_answer_there_is_no_fresh_url(
     world: World, clipia: str, client: ClipiaClient
 ) -> None:
-    """D15: no request or result, or another source: no fresh URL; no answer or call left: none for now."""
+    """D15: without a request or a result there is no fresh URL; without an answer there is none yet."""
     fresh = FreshUrls(world.database, client)
     await world.add(await generate(client))
     await world.fan_out()
@@ -535,7 +535,7 @@ async def test_what_clipia_does_not_know_stays_unknown(
 
     assert await find(1) == file.url
     assert await find(2, MediaRow(**(row | {"field": "images[7].url"}))) is None
-    # Releases before did not record the field: it is where the event has the URL.
+    # Releases before 0010 did not record the field: it is found by the event's URL.
     assert await find(2, MediaRow(**(row | {"field": None, "position": 7}))) == file.url
     assert await find(2, MediaRow(**(row | {"field": None, "url": f"{clipia}/elsewhere"}))) is None
     assert await find(3, source="staging") is None
@@ -555,15 +555,15 @@ async def test_what_clipia_does_not_know_stays_unknown(
         await fresh.find(event, file)
 
 
-async def test_a_fresh_url_that_cannot_be_asked_for_yet_costs_no_try(world: World, clipia: str) -> None:
-    """D15: while no call is left for it, a file is not given up; when one is, it is found."""
+async def test_a_wait_for_a_fresh_url_counts_no_attempt(world: World, clipia: str) -> None:
+    """D15: if no call is left to ask for a fresh URL, the file waits for one without losing attempts."""
     world.add_destination("main")
-    asked = 0
+    calls = 0
 
     async def busy(_event: StoredEvent, _row: MediaRow) -> str:
-        nonlocal asked
-        asked += 1
-        if asked <= 5:
+        nonlocal calls
+        calls += 1
+        if calls <= 5:
             raise ClipiaUnavailable("no call is left for now", reason="budget", may_have_arrived=False)
         return f"{clipia}{IMAGE}"
 
@@ -577,20 +577,20 @@ async def test_a_fresh_url_that_cannot_be_asked_for_yet_costs_no_try(world: Worl
             await work.run()
     assert await world.states(media) == {"stored": 1}
     (row,) = await world.rows(media)
-    assert (row["attempts"], asked) == (2, 6)
+    assert (row["attempts"], calls) == (2, 6)
     absent = {"url": f"{clipia}{ABSENT}", "storage_key": None}
     await world.change(media, state="pending", created_at=db_time(-3 * 86_400.0), **absent)
-    asked = 0
+    calls = 0
     await world.change(media, next_attempt_at=db_time(0.0), attempts=2)
     (work,) = await lane.claim(1)
     await work.run()
-    assert await world.states(media) == {"gone": 1}, "not for ever"
+    assert await world.states(media) == {"gone": 1}, "the file is given up in the end"
 
 
 async def test_a_database_that_is_away_costs_a_download_no_result(
     world: World, clipia: str, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E3: the limits cannot be read just now: the download's failure is put on record without a fresh URL."""
+    """E3: if the quota cannot be read, a failed download is recorded without a fresh URL."""
     world.add_destination("main")
     world.fresh_url = FreshUrls(world.database, client).find
 

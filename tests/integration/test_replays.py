@@ -1,4 +1,4 @@
-"""Replays and restarted dead letters, from the order to the message, on both databases."""
+"""Replays from the order to the message, on both databases."""
 
 import asyncio
 import uuid
@@ -36,13 +36,13 @@ from receiver.replays import ReplayRequest
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, without destinations."""
+    """Return a world without a web server and without destinations."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
 async def test_an_order_sends_stored_events_again(world: World) -> None:
-    """E12: the same event ids, new delivery ids and the replay's id in every message, and who and why."""
+    """E12: messages have the same event ids, new delivery ids and the replay's id; the caller is recorded."""
     first, second = world.add_destination("first"), world.add_destination("second")
     for number in range(3):
         await world.add(plain(f"r-{number}"))
@@ -78,7 +78,7 @@ async def test_an_order_sends_stored_events_again(world: World) -> None:
 
 
 async def test_two_orders_are_two_replays(world: World) -> None:
-    """E12: without a key each order stands for itself; every event arrives once more for each."""
+    """E12: without a key each order is a replay of its own, and sends each event again."""
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(5)))
     orders = [await world.order() for _ in range(2)]
@@ -93,7 +93,7 @@ async def test_two_orders_are_two_replays(world: World) -> None:
 
 
 async def seed_selections(world: World) -> datetime:
-    """Store events that differ in all that a selection asks for; return a moment between them."""
+    """Store events that differ in each field of a selection; return a moment between them."""
     world.add_destination("main")
     world.add_destination("seedance", model="seedance-*")
     await world.add(plain("image", model="nano-banana-2"))
@@ -126,7 +126,7 @@ async def seed_selections(world: World) -> datetime:
 
 
 async def test_a_selection_is_all_its_conditions(world: World) -> None:
-    """E12: each field, and several together; what is not through the fan-out is never part of a replay."""
+    """E12: each field, and several together; events before their fan-out are never part of a replay."""
     between = await seed_selections(world)
     everything = {"image", "video", "pro", "odd", "staging", "broken"}
     known = str(event_id("clipia", "video"))
@@ -175,7 +175,7 @@ async def test_a_selection_is_all_its_conditions(world: World) -> None:
 
 
 async def test_globs_mean_the_same_on_every_database(world: World) -> None:
-    """E12: models are told apart by case, as in the filters of destinations, on SQLite, too."""
+    """E12: globs of models are case-sensitive, as in the filters of destinations, on SQLite too."""
     await seed_selections(world)
     counts = [
         (await world.dry_run(selection={"model": glob}))["events"]
@@ -185,7 +185,7 @@ async def test_globs_mean_the_same_on_every_database(world: World) -> None:
 
 
 async def test_a_page_follows_another(world: World) -> None:
-    """Events come by `seq`, from the one behind `after_seq` up to `until_seq`, in pages."""
+    """Events come in pages by `seq`, after `after_seq` and up to `until_seq`."""
     await world.add_history(*(plain(f"r-{number}") for number in range(7)))
     seqs = [row["seq"] for row in await world.rows(events)]
     async with world.database.read() as connection:
@@ -201,7 +201,7 @@ async def test_a_page_follows_another(world: World) -> None:
 
 
 async def test_a_long_history_is_gone_through_in_spans(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E12: no statement looks at more events than so many, even where none of them is wanted."""
+    """E12: each statement scans a limited number of events, even if none of them matches."""
     monkeypatch.setattr(replay_rows, "SPAN", 5)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}", model=f"m{number % 9}") for number in range(23)))
@@ -215,11 +215,11 @@ async def test_a_long_history_is_gone_through_in_spans(world: World, monkeypatch
     assert sorted(main.subjects) == ["r-17", "r-8"]
     (last,) = (await world.rows(events))[-1:]
     order = await world.order(selection={"ids": [last["request_id"], str(last["id"])]})
-    assert await run_to_the_end(world.replay_lane()) == 2, "ids are found at once"
+    assert await run_to_the_end(world.replay_lane()) == 2, "ids need no scan"
 
 
 async def test_a_replay_to_one_destination_leaves_the_others_alone(world: World) -> None:
-    """E12: `to` names who gets it; one that was added later is filled from history."""
+    """E12: `to` selects the destinations; a destination that was added later gets the history."""
     old = world.add_destination("old")
     await world.add_history(*(plain(f"r-{number}") for number in range(4)))
     new = world.add_destination("new")
@@ -232,8 +232,8 @@ async def test_a_replay_to_one_destination_leaves_the_others_alone(world: World)
     assert old.published == []
 
 
-async def test_orders_that_cannot_be_carried_out_are_refused(world: World) -> None:
-    """E12: a destination that is not there, or none at all, is an error, and nothing is on record."""
+async def test_orders_that_cannot_be_carried_out_are_rejected(world: World) -> None:
+    """E12: an unknown destination, or no destination, is an error, and no order is stored."""
     with pytest.raises(RequestError, match="no destination is configured") as caught:
         await world.order()
     assert (status_of(caught.value), caught.value.code) == (400, "invalid_request")
@@ -247,8 +247,8 @@ async def test_orders_that_cannot_be_carried_out_are_refused(world: World) -> No
     assert await world.rows(replays) == []
 
 
-async def test_a_dry_run_counts_what_then_happens(world: World) -> None:
-    """E12: filters hold for replays, and the numbers by destination are those of the real thing."""
+async def test_a_dry_run_has_the_numbers_of_the_replay(world: World) -> None:
+    """E12: filters apply to replays, and a dry run has the numbers of the replay that follows."""
     recorders = {
         "all": world.add_destination("all"),
         "seedance": world.add_destination("seedance", model="seedance-*", waits_for_media=False),
@@ -278,7 +278,7 @@ async def test_a_dry_run_counts_what_then_happens(world: World) -> None:
 
 
 async def test_a_dry_run_goes_through_all_pages(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E12: more events than fit a page are all counted."""
+    """E12: a dry run counts all pages."""
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(25)))
     select_events = replay_rows.select_events
@@ -295,7 +295,7 @@ async def test_a_dry_run_goes_through_all_pages(world: World, monkeypatch: pytes
 
 
 async def test_a_key_stands_for_one_order(world: World) -> None:
-    """E12: the same order twice starts nothing new; another order under its key is a conflict."""
+    """E12: the same order under the same key adds no replay; a different order is a conflict."""
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(3)))
     order = await world.order(key="monday", selection={"status": "OK"}, rate=500, reason="disk")
@@ -322,7 +322,7 @@ async def test_a_key_stands_for_one_order(world: World) -> None:
 
 
 async def test_a_key_used_many_times_at_once_is_one_replay(world: World) -> None:
-    """E12: eight callers of one key at the same moment get the same replay."""
+    """E12: eight concurrent orders with one key get the same replay."""
     world.add_destination("main")
     await world.add_history(plain("r-1"))
     orders = await asyncio.gather(*(world.order(key="k", selection={}) for _ in range(8)))
@@ -331,7 +331,7 @@ async def test_a_key_used_many_times_at_once_is_one_replay(world: World) -> None
 
 
 async def test_several_workers_make_each_delivery_once(world: World) -> None:
-    """E15: three workers carry out two replays of 150 events: no double and no gap."""
+    """E15: three workers carry out two replays of 150 events without a double or a gap."""
     world.replay_pace = ReplayPace(step_events=20)
     main, other = world.add_destination("main"), world.add_destination("other", status="OK")
     await world.add_history(*(plain(f"r-{number}") for number in range(150)))
@@ -353,12 +353,12 @@ async def take(lane: ReplayLane) -> Work:
 
 
 async def lose_lease(world: World) -> None:
-    """Let the lease of whoever holds the replay be over."""
+    """Make the lease of the replay expire."""
     await world.change(replays, replays.c.state == "pending", next_attempt_at=db_time(0.0))
 
 
 async def run_to_the_end(lane: ReplayLane, *, steps: int = 50) -> int:
-    """Carry out a replay until it is due no more; return the steps that it took."""
+    """Carry out a replay until it is no longer due; return the number of steps."""
     for step in range(steps):
         works = await lane.claim(2)
         if not works:
@@ -369,7 +369,7 @@ async def run_to_the_end(lane: ReplayLane, *, steps: int = 50) -> int:
 
 
 async def test_a_step_whose_lease_is_lost_changes_nothing(world: World) -> None:
-    """E10: a worker that slept through its lease wakes up in mid-replay: no double, no gap."""
+    """E10: if a worker sleeps through its lease in mid-replay, there is no double and no gap."""
     world.replay_pace = ReplayPace(step_events=10)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(35)))
@@ -398,7 +398,7 @@ async def test_a_step_whose_lease_is_lost_changes_nothing(world: World) -> None:
 
 
 async def test_a_crash_between_steps_is_resumed(world: World) -> None:
-    """E12: claims whose process died are claimed again when their lease is over, and go on where it was."""
+    """E12: if the process dies, the replay is claimed again after its lease, and goes on from there."""
     world.replay_pace = ReplayPace(step_events=10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(45)))
@@ -416,7 +416,7 @@ async def test_a_crash_between_steps_is_resumed(world: World) -> None:
 
 
 async def test_a_step_that_is_given_back_is_due_at_once(world: World) -> None:
-    """E16: at shutdown a step that was not done is released: no try counted, and the next worker takes it."""
+    """E16: at shutdown a step that was not done is released, without an attempt, to another worker."""
     world.add_destination("main")
     await world.add_history(plain("r-1"))
     await world.order()
@@ -436,7 +436,7 @@ async def test_a_step_that_is_given_back_is_due_at_once(world: World) -> None:
 async def test_a_step_that_breaks_off_leaves_nothing_of_itself(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E12: progress and deliveries are one transaction; a step that fails in it is done again as a whole."""
+    """E12: progress and deliveries are one transaction; if it fails, the whole step is repeated."""
     world.replay_pace = ReplayPace(step_events=10, failure_pause_seconds=0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(25)))
@@ -462,7 +462,7 @@ async def test_a_step_that_breaks_off_leaves_nothing_of_itself(
 
 
 async def test_a_replay_that_kills_its_workers_is_given_up(world: World) -> None:
-    """E8: an order whose steps ended five workers in a row fails, with the reason."""
+    """E8: if the steps of a replay crashed five workers in a row, it fails with the reason."""
     world.add_destination("main")
     await world.add_history(plain("r-1"))
     order = await world.order()
@@ -478,7 +478,7 @@ async def test_a_replay_that_kills_its_workers_is_given_up(world: World) -> None
 
 
 async def test_a_replay_waits_while_too_much_of_it_waits(world: World) -> None:
-    """E12: beyond `MOST_WAITING` unfinished deliveries it adds none, and goes on when they are done."""
+    """E12: above `max_waiting` unfinished deliveries a replay adds none, until some are done."""
     world.replay_pace = ReplayPace(step_events=10, max_waiting=25, pause_seconds=0.0)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(60)))
@@ -498,7 +498,7 @@ async def test_a_replay_waits_while_too_much_of_it_waits(world: World) -> None:
 
 
 async def test_a_rate_is_kept(world: World) -> None:
-    """E12: each step is as long as it may be, and the next one is due when its events' time is over."""
+    """E12: a step has the events of one second at most, and the next one is due when their time is over."""
     world.replay_pace = ReplayPace(step_events=20)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(50)))
@@ -521,7 +521,7 @@ async def test_a_rate_is_kept(world: World) -> None:
 
 
 async def test_a_rate_holds_to_the_end(world: World) -> None:
-    """E12: 30 events at 20 a second take a second at least, whoever carries it out."""
+    """E12: 30 events at 20 a second take a second at least, for any number of workers."""
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(30)))
     loop = asyncio.get_running_loop()
@@ -535,7 +535,7 @@ async def test_a_rate_holds_to_the_end(world: World) -> None:
 
 
 async def test_events_still_received_are_left_to_live_traffic(world: World) -> None:
-    """E12: what has not been through the fan-out goes out by itself, once, and not by the replay, too."""
+    """E12: an event before its fan-out is sent once, as a live event, and not by the replay too."""
     main = world.add_destination("main")
     await world.add_history(plain("old"))
     await world.add(plain("new"))
@@ -552,7 +552,7 @@ async def test_events_still_received_are_left_to_live_traffic(world: World) -> N
 
 
 async def test_an_event_on_its_way_is_sent_once(world: World) -> None:
-    """E12: what waited for its fan-out at the order goes out once, whichever of the two is faster."""
+    """E12: an event that is fanned out during the replay is sent once, in either order."""
     main = world.add_destination("main")
     await world.add_history(plain("old"))
     await world.add(plain("new"))
@@ -566,7 +566,7 @@ async def test_an_event_on_its_way_is_sent_once(world: World) -> None:
 
 
 async def test_a_replay_ends_with_the_events_of_its_order(world: World) -> None:
-    """E12: what comes in after the order is no part of it, so it comes to an end under live traffic."""
+    """E12: later events are not part of a replay, so that it ends under live traffic."""
     main = world.add_destination("main")
     await world.add_history(plain("old"))
     order = await world.order()
@@ -577,8 +577,8 @@ async def test_a_replay_ends_with_the_events_of_its_order(world: World) -> None:
     assert main.subjects == ["old"]
 
 
-async def test_who_lacks_a_destination_leaves_the_replay_to_others(world: World) -> None:
-    """E12: a worker with an older configuration passes nobody over; the order says what is the matter."""
+async def test_a_worker_without_the_destination_leaves_the_replay_to_others(world: World) -> None:
+    """E12: a worker with older settings leaves the order to others, and the order shows the reason."""
     world.replay_pace = ReplayPace(failure_pause_seconds=0.05)
     world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(3)))
@@ -598,7 +598,7 @@ async def test_who_lacks_a_destination_leaves_the_replay_to_others(world: World)
 
 
 async def test_a_dead_destination_holds_up_no_other_of_the_replay(world: World) -> None:
-    """E6: a replay to two destinations goes on for the one that takes it while the other one is down."""
+    """E6: if one of two destinations is down, the replay goes on for the other one."""
     world.replay_pace = ReplayPace(step_events=10, max_waiting=20, pause_seconds=0.05)
     dead, fine = world.add_destination("dead"), world.add_destination("fine")
 
@@ -619,27 +619,27 @@ async def test_a_dead_destination_holds_up_no_other_of_the_replay(world: World) 
 async def test_a_failed_step_is_tried_again_by_the_worker(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E12: trouble inside a step holds the replay up and ends neither it nor the lane."""
+    """E12: an error in a step delays the replay, but ends neither the replay nor the lane."""
     world.replay_pace = ReplayPace(failure_pause_seconds=0.05)
     main = world.add_destination("main")
     await world.add_history(plain("r-1"))
     waiting = replay_rows.waiting
-    troubles: list[Exception] = [RuntimeError("a bug"), DatabaseUnavailable("away", reason="database")]
+    errors: list[Exception] = [RuntimeError("a bug"), DatabaseUnavailable("away", reason="database")]
 
-    async def trouble(*arguments: Any) -> int:
-        if troubles:
-            raise troubles.pop()
+    async def fail(*arguments: Any) -> int:
+        if errors:
+            raise errors.pop()
         return await waiting(*arguments)
 
-    monkeypatch.setattr(replay_rows, "waiting", trouble)
+    monkeypatch.setattr(replay_rows, "waiting", fail)
     order = await world.order()
     async with world.working():
         await world.until_replayed(order)
     assert main.subjects == ["r-1"]
 
 
-async def test_canceling_stops_what_was_not_sent(world: World) -> None:
-    """E12: no further step and no waiting delivery; what is under way ends, the live ones are untouched."""
+async def test_canceling_stops_waiting_deliveries(world: World) -> None:
+    """E12: no step and no waiting delivery follows; deliveries under way end, and live ones are untouched."""
     world.replay_pace = ReplayPace(step_events=10)
     main = world.add_destination("main")
     await world.add_history(*(plain(f"r-{number}") for number in range(40)))
@@ -669,8 +669,8 @@ async def test_canceling_stops_what_was_not_sent(world: World) -> None:
     assert not await world.replays.cancel(uuid.uuid4(), by="ops")
 
 
-async def test_canceling_a_finished_order_drops_what_still_waits(world: World) -> None:
-    """E12: an order whose events are all handled can be stopped for as long as deliveries of it wait."""
+async def test_canceling_a_finished_order_drops_waiting_deliveries(world: World) -> None:
+    """E12: if all events of an order are handled, it can be canceled while deliveries of it wait."""
     main = world.add_destination("main")
 
     def fail(_event: CloudEvent) -> None:
@@ -686,15 +686,15 @@ async def test_canceling_a_finished_order_drops_what_still_waits(world: World) -
     await work.run()
     mine = deliveries.c.replay_id == order["id"]
     assert await world.states(deliveries, mine) == {"canceled": 3, "pending": 1}
-    assert await world.replays.cancel(order["id"], by="ops"), "the one that was under way and failed"
+    assert await world.replays.cancel(order["id"], by="ops"), "the delivery that was under way has failed"
     assert await world.states(deliveries, mine) == {"canceled": 4}
     shown = await world.replays.show(order["id"])
     assert shown is not None
     assert shown["state"] == "canceled"
 
 
-async def test_what_is_under_way_is_not_tried_again_once_canceled(world: World) -> None:
-    """E12: deliveries that were claimed when their replay was canceled end with their try; in batches."""
+async def test_deliveries_of_a_canceled_replay_are_not_retried(world: World) -> None:
+    """E12: deliveries that were claimed when their replay was canceled are not retried; in batches."""
     world.max_canceled = 3
     main = world.add_destination("main")
 
@@ -722,7 +722,7 @@ async def test_what_is_under_way_is_not_tried_again_once_canceled(world: World) 
 
 
 async def test_replays_are_listed_newest_first(world: World) -> None:
-    """E12: every order is on record with who and why, in pages."""
+    """E12: each order is listed with its caller and reason, in pages."""
     world.add_destination("main")
     orders = [await world.order(reason=f"reason {number}", caller=f"c{number}") for number in range(5)]
     first = await world.replays.list_orders(limit=3)
@@ -733,7 +733,7 @@ async def test_replays_are_listed_newest_first(world: World) -> None:
 
 
 async def test_live_deliveries_go_before_replayed_ones(world: World) -> None:
-    """E12: a lane takes what is live first, and of replays a quarter of its width at most."""
+    """E12: a lane claims live deliveries first, and replayed ones for a quarter of its places."""
     world.add_destination("main")
     await world.add_history(*(plain(f"old-{number}") for number in range(60)))
     await world.order()
@@ -758,14 +758,14 @@ async def test_live_deliveries_go_before_replayed_ones(world: World) -> None:
 
 
 async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
-    """After a claim that took all there is, the end of its work is no reason to look again."""
+    """After a claim that took all due rows, the end of their work is no reason to claim again."""
     main = world.add_destination("main")
     for number in range(3):
         await world.add(plain(f"r-{number}"))
     await world.fan_out()
     lane = world.delivery_lane()
     works = await lane.claim(2)
-    assert lane.may_have_more, "as many as were asked for"
+    assert lane.may_have_more, "the claim took as many as its limit"
     works += await lane.claim(2)
     assert (len(works), lane.may_have_more) == (3, False)
     await world.order()
@@ -775,10 +775,10 @@ async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
     for work in works:
         await work.run()
 
-    def refuse(_event: CloudEvent) -> None:
+    def reject(_event: CloudEvent) -> None:
         raise PublishFailed("down", reason="connect")
 
-    main.behave = refuse
+    main.behave = reject
     for number in range(10):
         await world.add(plain(f"s-{number}"))
     await world.fan_out()
@@ -786,21 +786,21 @@ async def test_a_lane_knows_whether_it_took_all(world: World) -> None:
         await work.run()
     await world.change(deliveries, deliveries.c.state == "pending", next_attempt_at=db_time(0.0))
     assert await lane.claim(20) == []
-    assert lane.may_have_more, "the circuit lets nothing through"
+    assert lane.may_have_more, "the circuit breaker lets no delivery through"
 
 
-async def test_live_deliveries_do_not_wait_for_a_look_for_replays(
+async def test_replays_are_claimed_only_now_and_then_beside_live_deliveries(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E12: whether there are replays is asked now and then beside live ones, and at once without any."""
+    """E12: beside live deliveries a lane claims replays only now and then; without them, at once."""
     world.add_destination("main")
     await world.add_history(plain("old"))
     lane = DeliveryLane(world.database, world.targets[0], wake=wake_no_lane, max_rest_seconds=3600.0)
-    asked: list[bool] = []
+    claims: list[bool] = []
     claim = leases.claim_deliveries
 
     async def ask(*arguments: Any, **options: Any) -> Any:
-        asked.append(options["replayed"])
+        claims.append(options["replayed"])
         return await claim(*arguments, **options)
 
     monkeypatch.setattr(leases, "claim_deliveries", ask)
@@ -811,13 +811,13 @@ async def test_live_deliveries_do_not_wait_for_a_look_for_replays(
             await world.order()
             await run_to_the_end(world.replay_lane())
         assert len(await lane.claim(8)) == 1
-    assert asked == [False, True, False, False]
-    assert await lane.claim(8), "nothing live, but a replay"
+    assert claims == [False, True, False, False]
+    assert await lane.claim(8), "there is no live delivery, but a replay"
 
 
 @pytest.mark.parametrize("width", [1, 3])
 async def test_the_narrowest_lane_replays_too(world: World, width: int) -> None:
-    """E12: one place at least is there for replays, while nothing live waits."""
+    """E12: replays have at least one place while no live delivery waits."""
     world.add_destination("main")
     await world.add_history(plain("old-1"), plain("old-2"))
     await world.order()
@@ -831,7 +831,7 @@ async def test_the_narrowest_lane_replays_too(world: World, width: int) -> None:
 async def test_a_claim_that_was_rolled_back_takes_no_share(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """E3, E12: a database that goes away in mid-claim costs replays none of their places."""
+    """E3, E12: if the database goes away during a claim, replays lose none of their places."""
     world.add_destination("main")
     await world.add_history(*(plain(f"old-{number}") for number in range(30)))
     order = await world.order()
@@ -858,7 +858,7 @@ async def test_a_claim_that_was_rolled_back_takes_no_share(
 
 
 async def test_replays_rest_beside_live_traffic(world: World) -> None:
-    """E12: after a batch of replayed deliveries the lane is free for live ones for a while."""
+    """E12: after a replayed delivery, the lane is free for live ones for a while."""
     main = world.add_destination("main")
     await world.add_history(*(plain(f"old-{number}") for number in range(30)))
     await world.order()
@@ -870,7 +870,7 @@ async def test_replays_rest_beside_live_traffic(world: World) -> None:
     for _ in range(2):
         for work in await lane.claim(16):
             await work.run()
-    assert len(main.published) == 8, "no rest while nothing live comes"
+    assert len(main.published) == 8, "no rest without live traffic"
     main.behave = lambda event: asyncio.sleep(0.2 if event.get_extension("replayid") else 0)
     await world.add(plain("new"))
     await world.fan_out()
@@ -886,8 +886,8 @@ async def test_replays_rest_beside_live_traffic(world: World) -> None:
     assert len(await lane.claim(16)) == 4
 
 
-async def test_a_full_replay_backlog_leaves_room_for_live_traffic(world: World) -> None:
-    """E12: while a slow destination works on a replay, each live event goes out before the replay is done."""
+async def test_a_full_replay_backlog_leaves_places_for_live_traffic(world: World) -> None:
+    """E12: if a destination is slow, live events are still sent before a replay is done."""
     slow = world.add_destination("slow")
     slow.behave = lambda event: asyncio.sleep(0.4 if event.get_extension("replayid") else 0)
     await world.add_history(*(plain(f"old-{number}") for number in range(80)))
@@ -904,11 +904,11 @@ async def test_a_full_replay_backlog_leaves_room_for_live_traffic(world: World) 
         await world.until_states(deliveries, delivered=170)
     live = [index for index, subject in enumerate(slow.subjects) if subject.startswith("new")]
     assert len(live) == 10
-    assert max(live) < 70, "they did not queue behind the replay"
+    assert max(live) < 70, "live events must not queue behind the replay"
 
 
 async def test_an_event_has_one_live_delivery_per_destination(world: World) -> None:
-    """E15: a second one, or a second one of the same replay, is refused by the database itself."""
+    """E15: the database rejects a second live delivery, or a second one of the same replay."""
     world.add_destination("main")
     await world.add_history(plain("r-1"))
     order = await world.order()
@@ -943,8 +943,8 @@ async def test_an_event_has_one_live_delivery_per_destination(world: World) -> N
         ({"selection": {"modle": "x"}}, "modle"),
     ],
 )
-def test_bad_orders_are_refused(values: dict[str, Any], field: str) -> None:
-    """E12: what an order may say is bounded, and a field that nobody knows is an error."""
+def test_invalid_orders_are_rejected(values: dict[str, Any], field: str) -> None:
+    """E12: the fields of an order are limited, and an unknown field is an error."""
     with pytest.raises(ValueError, match=field):
         ReplayRequest.model_validate(values)
 
@@ -953,7 +953,7 @@ def test_bad_orders_are_refused(values: dict[str, Any], field: str) -> None:
 async def test_the_migration_keeps_deliveries(
     request: pytest.FixtureRequest, tmp_path: Path, kind: str
 ) -> None:
-    """E15: rows of before go through the upgrade; the way back drops those of replays, and no others."""
+    """E15: existing rows survive the upgrade; the downgrade drops those of replays, and no others."""
     url = f"sqlite:///{tmp_path / 'old.db'}"
     if kind == "postgresql":
         server: Postgres = request.getfixturevalue("postgres")

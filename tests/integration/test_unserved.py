@@ -1,4 +1,4 @@
-"""Deliveries whose destination was removed or renamed, on both databases: none waits for ever."""
+"""Deliveries to a destination that was removed or renamed, on both databases: none waits forever."""
 
 import uuid
 from collections.abc import AsyncIterator
@@ -23,13 +23,13 @@ from receiver.lanes.unserved import check, giving_up
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web."""
+    """Return a world without a web server."""
     async with opened(database, tmp_path / "media") as made:
         yield made
 
 
 async def leave(world: World, *names: str, count: int = 2) -> None:
-    """Store events with deliveries to destinations that are not there afterwards."""
+    """Store events with deliveries to destinations that are removed then."""
     for name in names:
         world.add_destination(name)
     for number in range(count):
@@ -38,8 +38,8 @@ async def leave(world: World, *names: str, count: int = 2) -> None:
     world.targets = [target for target in world.targets if target.name not in names]
 
 
-async def test_what_waits_in_vain_is_told_once(world: World) -> None:
-    """E4: the log names each destination that deliveries wait for in vain, and says how many."""
+async def test_a_missing_destination_is_logged_once(world: World) -> None:
+    """E4: each missing destination with waiting deliveries is logged once, with their number."""
     world.add_destination("kept")
     await leave(world, "gone", "renamed", count=3)
     seen: set[str] = set()
@@ -53,16 +53,16 @@ async def test_what_waits_in_vain_is_told_once(world: World) -> None:
     assert await world.states(deliveries) == {"pending": 9}
 
 
-async def test_a_worker_looks_at_its_start(world: World) -> None:
-    """E4: it is told when a process starts to work, not after a minute."""
+async def test_a_worker_checks_at_its_start(world: World) -> None:
+    """E4: it is logged when a process starts, not only half a minute later."""
     await leave(world, "gone")
     with capture_logs() as logs:
         async with giving_up(world.database, []):
 
-            async def told() -> bool:
+            async def is_logged() -> bool:
                 return bool(logs)
 
-            await until(told)
+            await until(is_logged)
     assert [entry["destination"] for entry in logs] == ["gone"]
 
 
@@ -94,7 +94,7 @@ async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) 
 
 
 async def test_an_old_delivery_has_three_days_from_when_it_is_missed(world: World) -> None:
-    """E4: its destination's own time may have been longer; a restart does not begin the three days anew."""
+    """E4: even an old delivery has three days; a restart of the worker does not begin them again."""
     await leave(world, "gone")
     one, other = await world.rows(deliveries)
     await world.change(deliveries, created_at=db_time(-5 * DAY))
@@ -107,7 +107,7 @@ async def test_an_old_delivery_has_three_days_from_when_it_is_missed(world: Worl
 
 
 async def test_a_destination_that_was_back_is_missed_anew(world: World) -> None:
-    """E4: what could not be tried while it was back has three days again after it is gone once more."""
+    """E4: if the destination was back in between, the three days begin again after it is gone."""
     await leave(world, "gone", count=1)
     await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1))
@@ -116,8 +116,8 @@ async def test_a_destination_that_was_back_is_missed_anew(world: World) -> None:
     assert await world.states(deliveries) == {"pending": 1}
 
 
-async def test_its_next_try_is_not_waited_for(world: World) -> None:
-    """E4: there will be none, so a delivery that is old enough is dead although its next try is not due."""
+async def test_its_next_attempt_is_not_waited_for(world: World) -> None:
+    """E4: an old delivery is dead even if its next attempt is not due, because there will be none."""
     await leave(world, "gone", count=1)
     await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-GIVE_UP_SECONDS - 1), next_attempt_at=db_time(600.0))
@@ -125,8 +125,8 @@ async def test_its_next_try_is_not_waited_for(world: World) -> None:
     assert await world.states(deliveries) == {"dead": 1}
 
 
-async def test_what_another_worker_delivers_is_left(world: World) -> None:
-    """E4: a process with newer settings may have the destination: old deliveries are its own to give up."""
+async def test_deliveries_of_another_worker_are_left(world: World) -> None:
+    """E4: if another process, with newer settings, has the destination, its deliveries are left to it."""
     await leave(world, "new")
     await check(world.database, [], seen=set())
     await world.change(deliveries, restarted_at=db_time(-30 * DAY))
@@ -143,7 +143,7 @@ async def test_what_another_worker_delivers_is_left(world: World) -> None:
 
 
 async def test_a_held_or_claimed_delivery_is_not_given_up(world: World) -> None:
-    """E4: one that waits for its media has its time after that; one that is under way is its worker's."""
+    """E4: a delivery that waits for its media gets its time after that; one under way is its worker's."""
     world.add_destination("gone")
     await world.add(with_files("https://media.clipia.ai", "r-1", "/a.png"))
     await world.add(plain("r-2"))
@@ -161,7 +161,7 @@ async def test_a_held_or_claimed_delivery_is_not_given_up(world: World) -> None:
 
 
 async def test_deliveries_are_moved(world: World) -> None:
-    """E4: the other destination gets what waited, with all its tries, and each event once."""
+    """E4: the other destination gets the waiting deliveries with all their attempts, each event once."""
     await leave(world, "old", count=3)
     new = world.add_destination("new")
     await world.add(plain("r-3"))
@@ -179,7 +179,7 @@ async def test_deliveries_are_moved(world: World) -> None:
 
 
 async def test_an_event_that_the_other_one_has_is_not_sent_twice(world: World) -> None:
-    """E1: moved live deliveries meet those that are there; a replay's are apart, as ever."""
+    """E1: if the other destination has a live delivery of the event already, it is not sent twice."""
     world.add_destination("old")
     new = world.add_destination("new")
     await world.add(plain("r-0"))
@@ -202,7 +202,7 @@ async def test_an_event_that_the_other_one_has_is_not_sent_twice(world: World) -
 
 @pytest.mark.parametrize("ended", ["canceled", "dead"])
 async def test_an_event_that_the_other_one_never_got_is_moved(world: World, ended: str) -> None:
-    """E1: a delivery that was discarded or given up sent nothing: the moved one takes its place."""
+    """E1: if the other destination's delivery was discarded or given up, the moved one replaces it."""
     world.add_destination("old")
     new = world.add_destination("new")
     await world.add(plain("r-0"))
@@ -225,7 +225,7 @@ async def test_an_event_that_the_other_one_never_got_is_moved(world: World, ende
 
 
 async def test_an_event_that_the_other_one_has_delivered_is_not_sent_twice(world: World) -> None:
-    """E1: a delivered one counts as well as one that is still tried."""
+    """E1: a delivered delivery counts like one that is still tried."""
     world.add_destination("old")
     world.add_destination("new")
     await world.add(plain("r-0"))
@@ -239,7 +239,7 @@ async def test_an_event_that_the_other_one_has_delivered_is_not_sent_twice(world
 
 
 async def test_held_deliveries_stay_held_for_a_destination_that_waits(world: World) -> None:
-    """E8: moved to one that waits for media they wait on; to one that does not they are due."""
+    """E8: moved to a destination that waits for media they stay held; to another one they become due."""
     for waits, due in ((True, False), (False, True)):
         world.add_destination("old")
         await world.add(with_files("https://media.clipia.ai", f"r-{waits}", "/a.png"))
@@ -250,8 +250,8 @@ async def test_held_deliveries_stay_held_for_a_destination_that_waits(world: Wor
         assert (row["state"], row["next_attempt_at"] is not None) == ("pending", due)
 
 
-async def test_dead_letters_are_moved_and_discarded_if_that_is_asked_for(world: World) -> None:
-    """E4: without `dead` they stay; with it they are delivered by the other one, or over for good."""
+async def test_dead_letters_are_moved_and_discarded_with_dead_only(world: World) -> None:
+    """E4: without `dead` dead letters stay; with it they are delivered by the other one, or canceled."""
     await leave(world, "old", count=2)
     await world.change(deliveries, state="dead", next_attempt_at=None, finished_at=db_time(0.0), attempts=9)
     assert await move(world, "old", "new") == Taken()
@@ -266,7 +266,7 @@ async def test_dead_letters_are_moved_and_discarded_if_that_is_asked_for(world: 
 
 
 async def test_discarded_deliveries_keep_no_event(world: World) -> None:
-    """E4: after they are discarded their events are settled, so that they can be pruned."""
+    """E4: discarded deliveries no longer keep their events from being pruned."""
     await leave(world, "gone")
     await world.change(events, received_at=db_time(-40 * DAY))
     seqs = [row["seq"] for row in await world.rows(events)]
@@ -279,17 +279,17 @@ async def test_discarded_deliveries_keep_no_event(world: World) -> None:
 
 
 async def test_a_worker_that_holds_one_keeps_it(world: World) -> None:
-    """E3: what is under way is neither moved nor discarded; its result counts."""
+    """E3: a delivery under way is neither moved nor discarded, and its result counts."""
     await leave(world, "old", count=1)
     await world.change(deliveries, lease=uuid.uuid4(), next_attempt_at=db_time(60.0))
     assert await move(world, "old", "new", dead=True) == Taken()
     assert await discard(world, "old", dead=True) == Taken()
     await world.change(deliveries, next_attempt_at=db_time(-1.0))
-    assert await discard(world, "old") == Taken(discarded=1), "a dead worker's lease has ended"
+    assert await discard(world, "old") == Taken(discarded=1), "the lease of a crashed worker has expired"
 
 
 async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
-    """E15: it fails after three days of trouble, unless another worker has the destination; else it waits."""
+    """E15: a replay to a missing destination fails after three days, unless another worker has it."""
     world.add_destination("gone")
     await world.add_history(plain("r-1"))
     await world.order(to=["gone"])
@@ -306,7 +306,7 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
     held_up = "this worker has no destination 'gone': restart it, or cancel"
     assert await step() == ("pending", f"SettingsError: {held_up}")
     await world.change(orders, created_at=db_time(-30 * DAY))
-    assert (await step())[0] == "pending", "it may have gone on until now"
+    assert (await step())[0] == "pending", "the replay may have made steps until now"
     await world.change(orders, attempts=MAX_FAILED_STEPS)
     async with world.database.write() as connection:
         await connection.execute(
@@ -318,7 +318,7 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
 
 
 async def test_a_replay_that_goes_on_has_its_time_again(world: World) -> None:
-    """E15: the three days of trouble are three days in a row: a step that is done, or waits, ends them."""
+    """E15: only three days of failures in a row end a replay; a step that succeeds or waits resets them."""
     world.add_destination("kept")
     await world.add_history(plain("r-1"))
     await world.order(to=["kept"])
@@ -336,7 +336,7 @@ async def test_a_replay_that_goes_on_has_its_time_again(world: World) -> None:
 async def test_a_replay_follows_a_moved_destination(
     world: World, to: str | None, left: list[str], state: str
 ) -> None:
-    """E15: a replay that is not through goes to the other destination, or to one fewer."""
+    """E15: an unfinished replay goes to the other destination, or to one fewer."""
     for name in ("kept", "old"):
         world.add_destination(name)
     await world.add_history(plain("r-1"))
@@ -349,7 +349,7 @@ async def test_a_replay_follows_a_moved_destination(
 
 
 async def test_a_replay_with_no_destination_left_is_canceled(world: World) -> None:
-    """E15: discarding what a destination was to get ends a replay that was for it alone."""
+    """E15: if its only destination is discarded, a replay is canceled."""
     world.add_destination("old")
     await world.add_history(plain("r-1"))
     await world.order(to=["old"])
@@ -360,7 +360,7 @@ async def test_a_replay_with_no_destination_left_is_canceled(world: World) -> No
 
 
 async def test_a_canceled_replay_leaves_nothing_to_a_dead_worker(world: World) -> None:
-    """E15: a delivery that its worker left behind is canceled with its replay: no lane may take it again."""
+    """E15: a delivery of a crashed worker is canceled with its replay, because no lane may claim it."""
     world.add_destination("gone")
     await world.add_history(plain("r-1"))
     order = await world.order(to=["gone"])

@@ -1,4 +1,4 @@
-"""Events, destinations and workers inside a test, over a real database, a real folder and a real CDN."""
+"""Events, destinations and workers inside a test, with a real database, folder and CDN."""
 
 import asyncio
 import time
@@ -42,16 +42,16 @@ T = TypeVar("T")
 
 
 async def until(look: Callable[[], Awaitable[T | None]], *, seconds: float = SECONDS) -> T:
-    """Look again and again until something is found."""
+    """Call `look` until it finds something."""
     deadline = time.monotonic() + seconds
     while not (found := await look()):
-        assert time.monotonic() < deadline, "it does not happen"
+        assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.02)
     return found
 
 
 class Recorder:
-    """A destination inside the test: remembers what was published, and does what it is told to."""
+    """A destination inside the test, which records what is published and can be made to fail."""
 
     concurrency = 32
 
@@ -61,16 +61,16 @@ class Recorder:
         self.under_way = 0
 
     async def start(self) -> None:
-        """Nothing to open."""
+        """Do no work: there is no connection."""
 
     async def check(self) -> None:
-        """Always there."""
+        """Pass."""
 
     async def close(self) -> None:
-        """Nothing to close."""
+        """Do no work: there is no connection."""
 
     async def publish(self, event: CloudEvent) -> None:
-        """Confirm, unless told otherwise."""
+        """Confirm, unless `behave` says otherwise."""
         self.under_way += 1
         try:
             outcome = self.behave(event)
@@ -86,7 +86,7 @@ class Recorder:
         return [str(event.get_subject()) for event in self.published]
 
     def replayed(self, replay_id: uuid.UUID) -> list[CloudEvent]:
-        """What was confirmed of one replay."""
+        """Return the confirmed messages of one replay."""
         return [event for event in self.published if event.get_extension("replayid") == str(replay_id)]
 
 
@@ -103,7 +103,7 @@ async def running(*workers: Worker) -> AsyncIterator[None]:
 
 
 class World:
-    """A database, a storage folder, destinations, and workers over them."""
+    """A database, a storage folder, destinations, and workers for them."""
 
     def __init__(self, database: Database, folder: Path, *media_hosts: str) -> None:
         self.database = database
@@ -136,12 +136,12 @@ class World:
 
     @property
     def replays(self) -> Replays:
-        """What orders replays to the destinations of now."""
+        """Return the replays of the destinations that are configured now."""
         filters = {target.name: target.filter for target in self.targets}
         return Replays(self.database, filters, max_canceled=self.max_canceled)
 
     def replay_lane(self, wake: Wake = wake_no_lane) -> ReplayLane:
-        """Return a lane that carries out replays when the test says so."""
+        """Return a replay lane that the test runs by itself."""
         return ReplayLane(
             self.database,
             self.targets,
@@ -152,15 +152,15 @@ class World:
         )
 
     def delivery_lane(self, index: int = 0, *, concurrency: int = 32) -> DeliveryLane:
-        """Return a destination's lane that delivers when the test says so."""
+        """Return a destination's lane that the test runs by itself."""
         return DeliveryLane(self.database, self.targets[index], wake=wake_no_lane, concurrency=concurrency)
 
     def media_lane(self, wake: Wake = wake_no_lane) -> MediaLane:
-        """Return a lane that downloads when the test says so."""
+        """Return a media lane that the test runs by itself."""
         return MediaLane(self.database, self.downloader, wake=wake, fresh_url=self.fresh_url)
 
     def worker(self, *, drain: float = 5.0) -> Worker:
-        """Make a worker over everything."""
+        """Return a worker with all lanes."""
         wakeups = Wakeups()
         lanes: list[Lane] = [
             self.media_lane(wakeups.wake),
@@ -184,20 +184,20 @@ class World:
         job_id: uuid.UUID | None = None,
         token: str | None = None,
     ) -> None:
-        """Store an event as ingest does; `job_id` and `token` are of the callback's path."""
+        """Store an event as ingest does; `job_id` and `token` are those of the callback's path."""
         digest = None if token is None else digest_token(token)
         event = make_event(source, content, received_at=datetime.now(UTC), job_id=job_id, path_token=digest)
         async with self.database.write() as connection:
             await inbox.insert_event(connection, event)
 
     async def fan_out(self) -> None:
-        """Move every event out of `received`."""
+        """Move all events out of `received`."""
         fan_out = FanOut(self.database, self.targets, wake=wake_no_lane, rules=self.rules)
         while await fan_out.run(limit=1000):
             pass
 
     async def add_history(self, *contents: bytes) -> None:
-        """Store events that went everywhere they were to go, some time ago."""
+        """Store events that were delivered to all their destinations a minute ago."""
         for content in contents:
             await self.add(content)
         await self.fan_out()
@@ -214,7 +214,7 @@ class World:
         request_id: str | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> uuid.UUID:
-        """Store a job, whose token is its name; one without a `request_id` is still being submitted."""
+        """Store a job with its name as its token; without a `request_id` it is still being submitted."""
         job = NewJob(
             id=new_id(),
             caller=caller,
@@ -239,15 +239,15 @@ class World:
         return job.id
 
     async def order(self, *, key: str | None = None, caller: str = "ops", **values: Any) -> ReplayDetails:
-        """Order a replay, of everything unless there is a selection."""
+        """Order a replay, of all events unless there is a selection."""
         return await self.replays.order(_request(values), key=key, caller=caller)
 
     async def dry_run(self, **values: Any) -> ReplayCounts:
-        """Ask what a replay would do."""
+        """Return the result of a dry run."""
         return await self.replays.dry_run(_request(values))
 
     async def until_replayed(self, order: Mapping[str, Any]) -> ReplayDetails:
-        """Wait until a replay has ended and none of its deliveries is left to do."""
+        """Wait until a replay has ended and none of its deliveries is pending."""
 
         async def look() -> ReplayDetails | None:
             found = await self.replays.show(order["id"])
@@ -258,7 +258,7 @@ class World:
         return await until(look)
 
     async def rows(self, table: Table, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
-        """Return rows of a table, in the order in which they were made."""
+        """Return the rows of a table, in the order of their insertion."""
         order = table.c.seq if "seq" in table.c else table.c.id
         async with self.database.read() as connection:
             found = await connection.execute(select(table).where(*where).order_by(order))
@@ -269,7 +269,7 @@ class World:
         return Counter(row["state"] for row in await self.rows(table, *where))
 
     async def until_states(self, table: Table, *where: ColumnElement[bool], **counts: int) -> None:
-        """Wait until so many rows of a table are in these states, and none in another."""
+        """Wait until the rows of a table have these states, and no others."""
 
         async def look() -> bool:
             return await self.states(table, *where) == counts
@@ -285,7 +285,7 @@ class World:
             await connection.execute(update(table).where(*where).values(**values))
 
     async def sent_to(self) -> set[tuple[str, str]]:
-        """Return (request id, destination) of every delivery, in whatever state."""
+        """Return (request id, destination) of each delivery, in any state."""
         statement = select(events.c.request_id, deliveries.c.destination).join(
             events, deliveries.c.event_seq == events.c.seq
         )

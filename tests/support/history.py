@@ -1,4 +1,4 @@
-"""A long history: many events that were settled long ago, and what is left of them."""
+"""A long history: many events that were delivered long ago."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -20,9 +20,9 @@ _SHA256: Final = "0" * 64
 
 
 async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
-    """Add events, each with a receipt, a file, a delivery and a try at either, all of so many days ago."""
+    """Add events, each with a receipt, a file, a delivery and an attempt at either, `days` old."""
     old = datetime.now(UTC) - timedelta(days=days)
-    # Time-ordered, as ids are.
+    # The ids are ordered by time, as real ones are.
     file, delivery = (
         _ID[database.dialect_name].format(start=f"{round(old.timestamp() * 1000) + kind:012x}")
         for kind in range(2)
@@ -78,7 +78,7 @@ async def fill_jobs(database: Database) -> None:
 
 
 async def count_rows(database: Database) -> dict[str, int]:
-    """Count what there is of events and of all that hangs on them."""
+    """Count the events and the rows that refer to them."""
     async with database.read() as connection:
         return {
             table.name: (await connection.execute(select(func.count()).select_from(table))).scalar_one()
@@ -87,5 +87,5 @@ async def count_rows(database: Database) -> dict[str, int]:
 
 
 def whole(count: int) -> dict[str, int]:
-    """Return how many rows so many of these events are."""
+    """Return the number of rows of `count` such events."""
     return dict.fromkeys(("events", "receipts", "media", "deliveries"), count) | {"attempts": 2 * count}

@@ -1,4 +1,4 @@
-"""Jobs among real processes: a sandbox, receivers that submit to it, callers, and a proxy in between."""
+"""Jobs between real processes: a sandbox, receivers that submit to it, callers, and a proxy."""
 
 import asyncio
 import contextlib
@@ -56,7 +56,7 @@ class Sandbox:
         with (self._folder / "sandbox.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "receiver", "sandbox", "--port", str(self.port), *self._options],
-                # Coverage would make it the slowest part of every test.
+                # With coverage it would be the slowest part of each test.
                 env={name: value for name, value in environment.items() if not name.startswith("COVERAGE_")},
                 cwd=self._folder,
                 stdout=log,
@@ -72,7 +72,7 @@ class Sandbox:
         end(self._process)
 
     def requests(self) -> dict[str, Any]:
-        """Return everything that happened: `requests`, `submits`, `idempotency_keys`."""
+        """Return the record of the sandbox: `requests`, `submits`, `idempotency_keys`."""
         return self._json("GET", "/_sandbox/requests")
 
     def change(self, **options: object) -> None:
@@ -80,7 +80,7 @@ class Sandbox:
         self._json("PATCH", "/_sandbox/options", json=options)
 
     def cancel(self, request_id: str) -> bool:
-        """Cancel a generation; False where it has ended already."""
+        """Cancel a generation; False if it has ended already."""
         response = self._control.post(f"/_sandbox/requests/{request_id}/cancel")
         assert response.status_code in (200, 409), response.text
         return response.status_code == 200
@@ -90,7 +90,7 @@ class Sandbox:
         return self._json("POST", f"/_sandbox/requests/{request_id}/webhook")
 
     def credits_spent(self, key: str) -> int:
-        """Return what an account was charged."""
+        """Return the credits that an account was charged."""
         account = self._json("GET", "/v1/account", headers={"X-Api-Key": key})
         return int(account["usage_30d"]["credits_spent"])
 
@@ -104,7 +104,7 @@ class Sandbox:
 def job_receiver(
     folder: Path, sandbox: Sandbox, *, api: str | None = None, key: str = LIVE_KEY, **settings: str
 ) -> ReceiverProcess:
-    """Return a receiver that submits to the sandbox, through `api` where that is given.
+    """Return a receiver that submits to the sandbox, through `api` if it is given.
 
     It forwards to `events.jsonl` in its folder.
     """
@@ -128,7 +128,7 @@ def job_receiver(
 
 
 def forwarded(*folders: Path) -> list[dict[str, Any]]:
-    """Return the messages that receivers of these folders have forwarded."""
+    """Return the messages that the receivers of these folders have forwarded."""
     paths = [folder / "events.jsonl" for folder in folders]
     return [orjson.loads(line) for path in paths if path.exists() for line in path.read_bytes().splitlines()]
 
@@ -163,7 +163,7 @@ class Caller:
         self._client.close()
 
     def submit(self, key: str, job: tuple[str, Mapping[str, Any]] = IMAGE) -> Answer | None:
-        """Submit a job; None where no answer came. As told, it is sent again after a 503."""
+        """Submit a job; None if there is no answer. After a 503 it is sent again."""
         model, given = job
         content = {"model": model, "input": given, "metadata": {"of": key}}
         deadline = time.monotonic() + 60
@@ -175,7 +175,7 @@ class Caller:
             if response.status_code != 503 or time.monotonic() > deadline:
                 break
             time.sleep(0.5)
-        # What is no JSON is no answer of the API's, and its status says so.
+        # If the answer is no JSON, it is not the API's, but its status is enough.
         found = response.json() if "json" in response.headers.get("content-type", "") else {}
         return Answer(status=response.status_code, job=found)
 
@@ -194,7 +194,7 @@ class Caller:
 
 @dataclass(frozen=True, kw_only=True)
 class JobRow:
-    """What the database has of one job."""
+    """The row of a job in the database."""
 
     id: str
     idempotency_key: str
@@ -206,7 +206,7 @@ class JobRow:
 
 
 def run(url: str, work: Callable[[Database], Awaitable[T]]) -> T:
-    """Do something with a database."""
+    """Run a coroutine with a database."""
 
     async def opened() -> T:
         database = Database(url)
@@ -228,7 +228,7 @@ async def read_jobs(database: Database) -> list[JobRow]:
 
 
 async def read_outcomes(database: Database) -> dict[str, list[str]]:
-    """Return what became of each webhook that came, by `request_id`."""
+    """Return the outcomes of all webhooks, by `request_id`."""
     statement = (
         select(events.c.request_id, receipts.c.outcome)
         .join(receipts, receipts.c.event_seq == events.c.seq)
@@ -252,7 +252,7 @@ def wait_until_none(url: str, *states: str, seconds: float = 60) -> None:
 
 
 def wait_until_done(url: str, *, seconds: float = 60) -> list[JobRow]:
-    """Wait until every job has ended and every event was forwarded; return the jobs."""
+    """Wait until each job has ended and each event was forwarded; return the jobs."""
 
     async def wait(database: Database) -> list[JobRow]:
         deadline = time.monotonic() + seconds
@@ -285,7 +285,7 @@ async def _until_empty(database: Database, statement: Any, *, seconds: float) ->
 
 
 def end_leases(url: str) -> None:
-    """Let the leases of killed processes end now; they would in a minute."""
+    """Make the leases of killed processes expire now; otherwise they would in a minute."""
 
     async def work(database: Database) -> None:
         async with database.write() as connection:
@@ -298,7 +298,7 @@ def end_leases(url: str) -> None:
 
 
 def assert_paid_once(sandbox: Sandbox, rows: Sequence[JobRow]) -> dict[str, dict[str, Any]]:
-    """Check that each job led to one generation, under one key and with the same bytes on every try.
+    """Check that each job has one generation, under one key and with the same bytes at each attempt.
 
     Return the generations by the job's id.
     """
@@ -327,7 +327,7 @@ def _job_of(body: str) -> str:
 
 @dataclass(kw_only=True, eq=False)
 class Call:
-    """One request that came to a proxy; `at` is of the monotonic clock."""
+    """A request that came to a proxy; `at` is of the monotonic clock."""
 
     method: str
     path: str
@@ -338,7 +338,7 @@ class Call:
 
 
 class Link:
-    """One request on its way through a proxy."""
+    """A request on its way through a proxy."""
 
     def __init__(self, call: Call, client: socket.socket, upstream: tuple[str, int]) -> None:
         self.call = call
@@ -353,7 +353,7 @@ class Link:
         self._upstream.sendall(self.call.content[:count])
 
     def receive(self) -> bytes:
-        """Read the answer to what was sent."""
+        """Read the answer to the bytes that were sent."""
         assert self._upstream is not None
         with self._upstream.makefile("rb") as stream:
             head, body = _read_message(stream)
@@ -361,17 +361,17 @@ class Link:
         return head + body
 
     def deliver(self, answer: bytes) -> None:
-        """Give an answer, or some of it, to the client, which may be gone."""
+        """Send the answer, or part of it, to the client, which may have disconnected."""
         with contextlib.suppress(OSError):
             self._client.sendall(answer)
 
     def relay(self) -> None:
-        """Do all three."""
+        """Send, receive and deliver."""
         self.send()
         self.deliver(self.receive())
 
     def cut(self, *, reset: bool = False) -> None:
-        """End the client's connection after this call; with `reset` not as TCP would have it."""
+        """Close the client's connection after this call; with `reset` by a TCP reset."""
         if reset:
             self._client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.open = False
@@ -383,7 +383,7 @@ class Link:
 
 
 class Proxy(socketserver.ThreadingTCPServer):
-    """Stands between a receiver and the sandbox, keeps a list of all calls, and may do worse than relay."""
+    """A proxy between a receiver and the sandbox, which records all calls and can break them."""
 
     request_queue_size = 128
     daemon_threads = True
@@ -394,11 +394,11 @@ class Proxy(socketserver.ThreadingTCPServer):
         self.upstream = ("127.0.0.1", sandbox.port)
         self.calls: list[Call] = []
         self.handle_call: Callable[[Link], None] = Link.relay
-        """What happens to a call."""
+        """Handles each call."""
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
 
     def shutdown_request(self, request: Any) -> None:
-        """Close a connection; the library's would send a FIN before every RST."""
+        """Close a connection without the FIN that the library would send before each RST."""
         self.close_request(request)
 
     def __enter__(self) -> Self:
@@ -436,7 +436,7 @@ def _read_call(stream: BufferedIOBase, *, host: str) -> Call | None:
         return None
     method, target, _ = head.decode("latin-1").split(" ", 2)
     key = re.search(rb"(?im)^idempotency-key: *(\S+)", head)
-    # The sandbox makes the URLs of its files from the host that it was called by.
+    # The sandbox makes the URLs of its files from the host in the request.
     content = re.sub(rb"(?im)^host:[^\r]*", f"Host: {host}".encode(), head) + body
     return Call(
         method=method, path=urlsplit(target).path, key=key[1].decode() if key else None, content=content
@@ -444,7 +444,7 @@ def _read_call(stream: BufferedIOBase, *, host: str) -> Call | None:
 
 
 def _read_message(stream: BufferedIOBase) -> tuple[bytes, bytes]:
-    """Read one HTTP message with a Content-Length; empty where the connection has ended."""
+    """Read one HTTP message with a Content-Length; empty if the connection was closed."""
     head = b""
     while not head.endswith(b"\r\n\r\n"):
         line = stream.readline()

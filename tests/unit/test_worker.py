@@ -1,4 +1,4 @@
-"""When the worker looks for work, and when it lets the database be."""
+"""When the worker claims, and when it leaves the database alone."""
 
 import asyncio
 import time
@@ -17,29 +17,29 @@ from receiver.lanes.fan_out import FanOut
 from receiver.lanes.worker import DEFAULT_TIMING, Wakeups, Worker
 
 MANY = 200
-"""Events that are a reason to look again."""
+"""Events that fill a batch."""
 SOON = 0.6 * DEFAULT_TIMING.poll_seconds
-"""Seconds in which nobody looks for work who was not told of it."""
+"""Seconds in which a lane does not claim unless it is woken."""
 
 
 class Events:
-    """A fan-out that finds what it is told to."""
+    """A fan-out that finds as many events as `find` says."""
 
     def __init__(self, find: Callable[[], int] = lambda: 0) -> None:
         self.find = find
-        self.looks = 0
+        self.runs = 0
         self.may_have_more = False
 
     async def run(self) -> int:
-        """Look once."""
-        self.looks += 1
+        """Count the run."""
+        self.runs += 1
         found = self.find()
         self.may_have_more = found >= MANY
         return found
 
 
 class Places:
-    """A lane that has two pieces of work, and may have left some behind."""
+    """A lane with two pieces of work, which may have left more behind."""
 
     name = "places"
     concurrency = 8
@@ -62,7 +62,7 @@ class Places:
         return {claim.id for claim in claims}
 
     async def release(self, claims: Collection[Claim]) -> None:
-        """Nobody else wants them."""
+        """Do no work: no other worker claims them."""
 
 
 @asynccontextmanager
@@ -74,30 +74,30 @@ async def working(found: Events, *lanes: Places) -> AsyncIterator[Wakeups]:
 
 
 async def test_events_that_trickle_in_are_fanned_out_together() -> None:
-    """One by one they would cost a transaction each; a busy worker looks fifty times a second at most."""
+    """Events that arrive one by one share batches: the fan-out runs 50 times a second at most."""
     found, began = Events(lambda: 1), time.monotonic()
     async with working(found) as wakeups:
         while time.monotonic() - began < SOON:
             wakeups.wake(FAN_OUT_LANE)
             await asyncio.sleep(0.001)
-    assert 2 < found.looks <= (time.monotonic() - began) / DEFAULT_TIMING.pace_seconds + 2
+    assert 2 < found.runs <= (time.monotonic() - began) / DEFAULT_TIMING.pace_seconds + 2
 
 
 async def test_the_first_event_does_not_wait() -> None:
-    """Who has nothing to do looks as soon as it is told."""
+    """An idle worker runs the fan-out as soon as it is woken."""
     found = Events()
     async with working(found) as wakeups:
         await asyncio.sleep(5 * DEFAULT_TIMING.pace_seconds)
-        assert found.looks == 1
+        assert found.runs == 1
         wakeups.wake(FAN_OUT_LANE)
-        # Turns of the loop, and no time.
+        # Rounds of the event loop, but no time.
         for _ in range(20):
             await asyncio.sleep(0)
-        assert found.looks == 2
+        assert found.runs == 2
 
 
 async def test_a_backlog_is_fanned_out_without_a_break() -> None:
-    """As long as a lot leaves events behind, the worker does not wait to be told of more."""
+    """If a batch leaves events behind, the worker runs the next one at once."""
     left = [MANY] * 5
     found = Events(lambda: left.pop() if left else 0)
     async with working(found):
@@ -106,7 +106,7 @@ async def test_a_backlog_is_fanned_out_without_a_break() -> None:
 
 
 async def test_a_lane_that_has_left_nothing_is_not_claimed_from_again() -> None:
-    """The end of the work itself is no news of more, but for a lane that could not take all."""
+    """The end of work is a reason to claim again only if the lane could not take all due rows."""
     took_all, left_some = Places(may_have_more=False), Places(may_have_more=True)
     left_some.name = "others"
     async with working(Events(), took_all, left_some):
