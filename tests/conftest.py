@@ -28,7 +28,7 @@ DATABASES = os.environ.get("RECEIVER_TEST_DATABASES", "sqlite,postgresql,pgbounc
 hypothesis_settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis_settings.load_profile("default")
 
-# By default structlog draws each traceback with all variables, which takes a second for one of SQLAlchemy's.
+# By default structlog prints each traceback with all variables, which takes a second for SQLAlchemy's.
 structlog.configure(
     processors=[
         *structlog.get_config()["processors"][:-1],
@@ -37,7 +37,7 @@ structlog.configure(
 )
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # So a shell starts what is to run in the background, and all processes of the tests would ignore it, too.
+    # A shell ignores SIGINT for background commands, and all processes of the tests would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -48,14 +48,14 @@ def scrubbed_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         if name.startswith(("RECEIVER_", "CLIPIA_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
-    # Nor do secrets of one test mask the words of another.
+    # The secrets of one test must not mask the words of another.
     monkeypatch.setattr(masking, "_pieces", set())
     monkeypatch.setattr(masking, "_short", set())
 
 
 @pytest.fixture(autouse=True)
 def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test that would leave this machine fails instead."""
+    """A test fails if it opens a connection to another machine."""
     connect = socket.socket.connect
 
     def guarded(self: socket.socket, address: Any) -> None:
@@ -68,7 +68,7 @@ def loopback_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[Postgres]:
-    """A PostgreSQL server of the test session's own."""
+    """A PostgreSQL server of this test session."""
     with Postgres() as server:
         server.sql("CREATE DATABASE migrated")
         _migrate(f"postgresql://postgres@127.0.0.1:{server.port}/migrated")
@@ -77,14 +77,14 @@ def postgres() -> Iterator[Postgres]:
 
 @pytest.fixture(scope="session")
 def pgbouncer(postgres: Postgres) -> Iterator[PgBouncer]:
-    """A pooler before the session's server, which lends a session to each transaction."""
+    """A pooler in front of the session's server, which lends a session to each transaction."""
     with PgBouncer(postgres) as pooler:
         yield pooler
 
 
 @pytest.fixture(scope="session")
 def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An SQLite file that the migrations made, to be copied."""
+    """An SQLite file with the current schema, to be copied."""
     path = tmp_path_factory.mktemp("sqlite") / "receiver.db"
     _migrate(f"sqlite:///{path}")
     return path
@@ -96,7 +96,8 @@ def _migrate(url: str) -> None:
         await migrate.upgrade(database)
         await database.close()
 
-    # In a thread: where the first test to need a database is asynchronous, a loop runs in this one.
+    # The migrations run in a thread: if the first test is asynchronous, this thread has a running event
+    # loop.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, upgrade()).result()
 
@@ -117,7 +118,7 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
     else:
         pgbouncer: PgBouncer = request.getfixturevalue("pgbouncer")
         yield pgbouncer.through(direct)
-    # A thousand of them fill a disk, and their removal at the end takes minutes.
+    # A thousand databases would fill the disk, and removing them at the end would take minutes.
     postgres.drop(direct)
 
 
@@ -131,7 +132,7 @@ async def database(database_url: str) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def no_stray_failures() -> AsyncIterator[None]:
-    """Fail the test if the event loop is told of a failure that no caller took."""
+    """Fail the test if the event loop reports an exception that no caller handled."""
     found: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _loop, context: found.append(context))
     yield

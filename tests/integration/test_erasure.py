@@ -1,4 +1,4 @@
-"""Files and inputs are deleted with what is old, and one event is erased, on both databases."""
+"""Files and inputs are pruned with old events, and one event is erased, on both databases."""
 
 import asyncio
 import time
@@ -33,7 +33,7 @@ from receiver.submitter import Submitter
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, with one destination."""
+    """All but the web process, with one destination."""
     async with opened(database, tmp_path / "media") as made:
         made.add_destination("main")
         yield made
@@ -41,13 +41,13 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.fixture
 def ingest(database: Database) -> Ingest:
-    """The use case behind the callback."""
+    """The ingest, as a process has it."""
     secrets = {"clipia": [Secret.from_text(SECRET)], "staging": [Secret.from_text(SECRET)]}
     return Ingest(database, secrets=secrets, tolerance=300, clock=time.time, on_accepted=lambda: None)
 
 
 class Unreliable:
-    """A storage that fails to delete for as long as it is told to."""
+    """A storage with deletions that fail while `fails` is set."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -73,13 +73,13 @@ async def erase(world: World, key: str) -> Erased | None:
 
 
 async def deliver(ingest: Ingest, content: bytes, *, source: str = "clipia") -> str:
-    """Deliver a webhook; return how it was answered."""
+    """Send a webhook; return its outcome."""
     signature = signed(content)["X-Clipia-Signature"].encode()
     return (await ingest.receive(source, signatures=[signature], body=content)).outcome
 
 
 async def add_file(world: World, name: str) -> str:
-    """Give an event a stored file; return its key."""
+    """Add a stored file to an event; return its key."""
     key = f"{name}/00-original.png"
 
     async def content() -> AsyncIterator[bytes]:
@@ -99,19 +99,19 @@ async def add_file(world: World, name: str) -> str:
 
 
 async def add_old(world: World, *names: str) -> list[str]:
-    """Store events that went everywhere 100 days ago, each with a file; return the files' keys."""
+    """Store events of 100 days ago, each delivered and with a file; return the files' keys."""
     await world.add_history(*map(plain, names))
     await world.change(events, events.c.request_id.in_(names), received_at=db_time(-100 * DAY))
     return [await add_file(world, name) for name in names]
 
 
 async def stored(world: World, *keys: str) -> set[str]:
-    """Return which of these files are there."""
+    """Return the keys of existing files."""
     return {key for key in keys if await world.storage.stat(key) is not None}
 
 
 async def show(world: World, key: str) -> EventDetails:
-    """Return an event as it is shown."""
+    """Return an event as the API shows it."""
     async with world.database.read() as connection:
         found = await reads.show_event(connection, key)
     assert found is not None
@@ -123,7 +123,7 @@ async def show(world: World, key: str) -> EventDetails:
 
 @pytest.mark.parametrize("asked", [True, False])
 async def test_files_go_with_their_events_where_that_is_asked_for(world: World, *, asked: bool) -> None:
-    """C16: with a storage the files of what is deleted go, and those of what stays do not."""
+    """C16: if a storage is given, the files of pruned events are deleted, and those of kept events stay."""
     keys = await add_old(world, "r-1", "r-2", "r-3")
     seq = select(events.c.seq).where(events.c.request_id == "r-3").scalar_subquery()
     await world.change(deliveries, deliveries.c.event_seq == seq, state="pending")
@@ -139,7 +139,7 @@ async def test_files_go_with_their_events_where_that_is_asked_for(world: World, 
 
 
 async def test_files_in_another_storage_are_counted_and_stay(world: World, tmp_path: Path) -> None:
-    """C16: what an earlier setting put elsewhere is not looked for here, whatever is there under its key."""
+    """C16: files of an earlier storage are kept, and so is another file under the same key."""
     (key,) = await add_old(world, "r-1")
     elsewhere = open_storage(f"file:{tmp_path / 'elsewhere'}")
     done = await prune(world, storage=elsewhere)
@@ -148,7 +148,7 @@ async def test_files_in_another_storage_are_counted_and_stay(world: World, tmp_p
 
 
 async def test_a_run_that_fails_leaves_no_file_that_is_not_on_record(world: World) -> None:
-    """C13: a file whose event could not be deleted with it is deleted by the next run."""
+    """C13: if a file cannot be deleted, its record is kept, and the next run deletes the file."""
     keys = await add_old(world, "r-1", "r-2", "r-3")
     unreliable: Any = Unreliable(world.storage)
     with pytest.raises(StorageUnavailable):
@@ -168,7 +168,7 @@ async def test_a_run_that_fails_leaves_no_file_that_is_not_on_record(world: Worl
 
 
 async def test_ended_jobs_lose_their_input(world: World) -> None:
-    """G9: key, price, model and metadata of a job that ended long ago stay, its input goes."""
+    """G9: a job that ended long ago keeps its key, price, model and metadata, and loses its input."""
     names = [f"{age}-{state}" for age in ("old", "young") for state in get_args(JobState)]
     for name in names:
         job_id = await world.add_job(name, request_id=name, metadata={"order": name})
@@ -191,7 +191,7 @@ async def test_ended_jobs_lose_their_input(world: World) -> None:
 
 
 async def test_a_job_without_its_input(world: World) -> None:
-    """G9: it is shown without an input, and is not submitted again: that would be another generation."""
+    """G9: a job without its input is shown, but not submitted again: that would be another generation."""
     job_id = await world.add_job("k", request_id="r-1")
     await world.change(
         jobs, state="failed", finished_at=db_time(-91 * DAY), request=b'{"input":{"prompt":"x"}}'
@@ -218,7 +218,7 @@ async def test_a_job_without_its_input(world: World) -> None:
 async def test_a_job_that_is_submitted_again_meanwhile_keeps_its_input(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C16: between the look at a page of jobs and the deletion one may become open again."""
+    """C16: if a job of the page is open again before the deletion, it keeps its input."""
     job_id = await world.add_job("k", request_id="r-1")
     await world.change(jobs, state="failed", finished_at=db_time(-91 * DAY))
     delete_inputs = pruning.delete_inputs
@@ -240,7 +240,7 @@ OTHER = body("r-1", payload={"model": "m", "output": {"text": "another private w
 
 
 async def add_private(world: World, ingest: Ingest) -> str:
-    """Store an event with everything that may hang on one; return the key of its file."""
+    """Store an event with rows in all tables; return the key of its file."""
     job_id = await world.add_job("k", request_id="r-1", metadata={"customer": "a private name"})
     said = {"error": '{"code":"x","message":"a private wish"}', "warnings": [{"message": "a private key"}]}
     request = b'{"input":{"prompt":"a private wish"}}'
@@ -259,14 +259,14 @@ async def add_private(world: World, ingest: Ingest) -> str:
 
 
 async def everything(world: World) -> str:
-    """Return all that the database has, as text."""
+    """Return the whole database as text."""
     tables = (events, receipts, media, deliveries, attempts, jobs)
     return repr([await world.rows(table) for table in tables])
 
 
 @pytest.mark.parametrize("by", ["request_id", "id"])
 async def test_an_erased_event_leaves_a_tombstone(world: World, ingest: Ingest, by: str) -> None:
-    """G9: nothing of its content is left, and every late delivery of it is a duplicate that is not kept."""
+    """G9: the content of an erased event is deleted, and each late webhook is a duplicate without a body."""
     key = await add_private(world, ingest)
     await world.add_history(plain("r-2"))
     other = await show(world, "r-2")
@@ -290,7 +290,7 @@ async def test_an_erased_event_leaves_a_tombstone(world: World, ingest: Ingest, 
 
 
 async def test_an_erased_event_goes_nowhere(world: World, ingest: Ingest) -> None:
-    """G9: a replay of everything leaves it out, and an import of its export is a tombstone again."""
+    """G9: a replay of all events leaves an erased one out, and its export is imported as a tombstone."""
     await add_private(world, ingest)
     await erase(world, "r-1")
     assert (await world.dry_run(selection={}))["events"] == 0
@@ -304,7 +304,7 @@ async def test_an_erased_event_goes_nowhere(world: World, ingest: Ingest) -> Non
 
 
 async def test_a_tombstone_is_pruned_when_it_is_old(world: World, ingest: Ingest) -> None:
-    """C16: a tombstone is kept for as long as any event."""
+    """C16: a tombstone is kept for as long as an event."""
     await add_private(world, ingest)
     await erase(world, "r-1")
     assert (await prune(world)).events == 0
@@ -325,7 +325,7 @@ async def test_a_tombstone_is_pruned_when_it_is_old(world: World, ingest: Ingest
 async def test_an_event_is_not_erased_while_something_is_left_to_do(
     world: World, ingest: Ingest, left: str, words: str
 ) -> None:
-    """G9: it is refused with the reason, and nothing is changed."""
+    """G9: an unfinished event is rejected with the reason, and unchanged."""
     key = await add_private(world, ingest)
     match left:
         case "fan-out":
@@ -347,7 +347,7 @@ async def test_an_event_is_not_erased_while_something_is_left_to_do(
 
 
 async def test_a_dead_letter_is_given_up(world: World, ingest: Ingest) -> None:
-    """G9: a delivery that waits for a person is no reason to keep what has to be erased."""
+    """G9: a dead letter does not prevent the erasure."""
     await add_private(world, ingest)
     await world.change(deliveries, state="dead")
     assert await erase(world, "r-1") is not None
@@ -355,7 +355,7 @@ async def test_a_dead_letter_is_given_up(world: World, ingest: Ingest) -> None:
 
 
 async def test_erasing_goes_on_after_a_failure(world: World, ingest: Ingest) -> None:
-    """G9: while the storage is away the event is erased and the file on record; the same call ends it."""
+    """G9: if the storage is down, the event is erased and the file recorded; the same call completes it."""
     await world.add_history(plain("r-2"))
     key = await add_file(world, "r-2")
     unreliable: Any = Unreliable(world.storage)
@@ -375,7 +375,7 @@ async def test_erasing_goes_on_after_a_failure(world: World, ingest: Ingest) -> 
 
 
 async def test_files_elsewhere_are_named(world: World, tmp_path: Path) -> None:
-    """G9: a file that is not in the storage of the settings is named, so that a person can delete it."""
+    """G9: a file outside of the configured storage is named, so that the operator can delete it."""
     await world.add_history(plain("r-1"))
     key = await add_file(world, "r-1")
     elsewhere = open_storage(f"file:{tmp_path / 'elsewhere'}")
@@ -385,7 +385,7 @@ async def test_files_elsewhere_are_named(world: World, tmp_path: Path) -> None:
 
 
 async def test_an_unrecognized_event_is_erased(world: World, ingest: Ingest) -> None:
-    """G9: what is no event has a body, too; when it comes again it is not kept again."""
+    """G9: the body of an unrecognized event is erased, too, and is not stored when it comes again."""
     odd = b'{"a private word": true}'
     assert await deliver(ingest, odd) == "unrecognized"
     (row,) = await world.rows(events)
@@ -395,7 +395,7 @@ async def test_an_unrecognized_event_is_erased(world: World, ingest: Ingest) -> 
 
 
 async def test_one_request_id_of_two_sources(world: World, ingest: Ingest) -> None:
-    """G9: it is not guessed which event is meant; the id says it."""
+    """G9: an ambiguous request_id is rejected; an id is not ambiguous."""
     for source in ("clipia", "staging"):
         await deliver(ingest, PRIVATE, source=source)
     await world.fan_out()
@@ -413,7 +413,7 @@ async def test_one_request_id_of_two_sources(world: World, ingest: Ingest) -> No
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_an_event_that_somebody_works_on_is_refused(database: Database, world: World) -> None:
-    """G9: while another transaction has the event, erasing it waits for nothing and says so."""
+    """G9: if another transaction has locked the event, the erasure is rejected without waiting."""
     await world.add_history(plain("r-1"))
     async with database.write() as connection:
         await connection.execute(select(events.c.seq).with_for_update())

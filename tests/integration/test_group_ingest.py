@@ -1,4 +1,4 @@
-"""Webhooks that are stored together, on both databases: who is new, who is not, and who pays for it."""
+"""Webhooks that are stored in one transaction, on both databases: new ones, repeats and errors."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, UTC)
 
 
 def arrival(content: bytes, **changes: Any) -> Arrival:
-    """Return a delivery as ingest makes it."""
+    """Return an arrival as ingest makes it."""
     return Arrival(
         make_event("clipia", content, received_at=NOW)._replace(**changes), "wh-1", "0123abcd", NOW
     )
@@ -45,7 +45,7 @@ def make_ingest(database: Database) -> Ingest:
 
 
 async def deliver(ingest: Ingest, contents: Sequence[bytes]) -> list[Received | BaseException]:
-    """Deliver bodies at once; the first is a group of its own, and the others share the next."""
+    """Send bodies concurrently; the first is a group of its own, and the others share the next."""
     return await asyncio.gather(
         *(
             ingest.receive(
@@ -60,12 +60,12 @@ async def deliver(ingest: Ingest, contents: Sequence[bytes]) -> list[Received | 
 
 
 def outcomes(results: Sequence[Received | BaseException]) -> list[str]:
-    """Return what became of deliveries, by name."""
+    """Return the outcomes by name."""
     return [each.outcome if isinstance(each, Received) else type(each).__name__ for each in results]
 
 
 async def count(database: Database) -> tuple[int, int]:
-    """Return how many events and receipts there are."""
+    """Return the numbers of events and receipts."""
     async with database.read() as connection:
         found = [
             (await connection.execute(select(func.count()).select_from(table))).scalar_one()
@@ -75,7 +75,7 @@ async def count(database: Database) -> tuple[int, int]:
 
 
 async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """However many wait, they are inserted by one call, each with its receipt."""
+    """All waiting webhooks are inserted by one call, each with its receipt."""
     groups: list[int] = []
     insert = arrivals.insert_new
 
@@ -98,7 +98,7 @@ async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytes
 
 
 async def test_the_same_event_twice_in_a_group(database: Database) -> None:
-    """C6: of equal deliveries in one group one is new; of different bodies the first stands."""
+    """C6: of equal webhooks in one group one is new; if the bodies differ, the first is stored."""
     other = body("r-1", payload={"model": "another"})
     strange = b"not json"
     results = await deliver(
@@ -125,7 +125,7 @@ async def test_the_same_event_twice_in_a_group(database: Database) -> None:
 
 
 async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row that the database refuses is answered as not stored; its neighbours are stored and acked."""
+    """If the database refuses a row, its webhook is not acked; the rest of the group is stored and acked."""
     good, insert = "gut", arrivals.insert_new
 
     async def spoiled(one: Database, group: Sequence[Arrival]) -> Any:
@@ -146,7 +146,7 @@ async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.Mon
 
 
 async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An event that is pruned between the two looks is sent again; those who share its group are answered."""
+    """If an event is pruned before its repeat is recorded, only that webhook must be sent again."""
     ingest = make_ingest(database)
     names = ("r-1", "r-2", "r-3")
     assert outcomes(await deliver(ingest, [body(each) for each in names])) == ["accepted"] * 3
@@ -164,7 +164,7 @@ async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: py
 
 
 async def test_one_that_is_gone_is_new_again(database: Database) -> None:
-    """What an earlier group found to be there says nothing about a later one."""
+    """An event that was stored for an earlier group may be pruned; the next group inserts it again."""
     one = arrival(body("r-1"))
     assert await arrivals.insert_new(database, [one]) == set()
     assert await arrivals.insert_new(database, [one, arrival(body("r-2"))]) == {one.event.id}
@@ -176,7 +176,7 @@ async def test_one_that_is_gone_is_new_again(database: Database) -> None:
 
 
 async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
-    """The short way writes the same values, in the same form, as the tables' own types."""
+    """The raw statement writes the same values as the types of the tables."""
     content = body("r-1")
     short = arrival(content, job_id=make_event("x", b"", received_at=NOW).id)
     await arrivals.insert_new(database, [short])
@@ -204,13 +204,13 @@ async def on_postgresql(postgres: Postgres) -> AsyncIterator[Database]:
 
 
 async def test_groups_that_overlap_do_not_deadlock(on_postgresql: Database) -> None:
-    """C6: two processes that insert the same events, in opposite orders and halfway at once: all is well."""
+    """C6: two processes may insert the same events in opposite orders at the same time."""
     database = on_postgresql
     other = Database(database.url)
     group = sorted((arrival(body(f"r-{number}")) for number in range(41)), key=lambda each: each.event.id.int)
     with contextlib.suppress(asyncio.CancelledError):
         async with database.write() as connection:
-            # Whatever the order, both come to this one when they have half of theirs, and wait.
+            # In either order both reach this event after half of theirs, and wait.
             await inbox.insert_event(connection, group[20].event)
             one = asyncio.create_task(arrivals.insert_new(database, group))
             two = asyncio.create_task(arrivals.insert_new(other, group[::-1]))
@@ -223,7 +223,7 @@ async def test_groups_that_overlap_do_not_deadlock(on_postgresql: Database) -> N
 
 
 async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
-    """A value that does not fit its column is an error on PostgreSQL; SQLite's columns have no length."""
+    """A value that is too long for its column is an error on PostgreSQL; SQLite's columns have no length."""
     database = on_postgresql
     with pytest.raises(Exception, match="too long"):
         await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 256)])
@@ -234,7 +234,7 @@ async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
 async def test_a_mistake_of_ours_is_no_outage(
     on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An error that is not the database's shows as itself, and only its own delivery fails for it."""
+    """An error other than the database's is raised as it is, and only for its own webhook."""
     database, fetch = on_postgresql, Database.fetch
 
     async def spoiled(one: Database, statement: str, arguments: Any) -> list[Any]:
@@ -249,7 +249,7 @@ async def test_a_mistake_of_ours_is_no_outage(
 
 @contextlib.asynccontextmanager
 async def between(port: int) -> AsyncIterator[tuple[int, list[asyncio.StreamWriter]]]:
-    """Stand before a server: yield a port that leads to it, and the clients that came by it."""
+    """Proxy a server: yield a port, and the clients that have connected to it."""
     clients: list[asyncio.StreamWriter] = []
     pumps: list[asyncio.Task[None]] = []
 
@@ -272,14 +272,14 @@ async def between(port: int) -> AsyncIterator[tuple[int, list[asyncio.StreamWrit
 
 
 def fatal() -> bytes:
-    """Return what PostgreSQL says before it ends a connection."""
+    """Return PostgreSQL's message before it ends a connection."""
     fields = b"SFATAL\0VFATAL\0C57P01\0Mterminating connection due to administrator command\0\0"
     return b"E" + (len(fields) + 4).to_bytes(4, "big") + fields
 
 
 @pytest.mark.parametrize("way", ["statement", "transaction"])
 async def test_a_connection_that_is_about_to_end(postgres: Postgres, way: str) -> None:
-    """C3: if the server ends the sessions in the very moment, the first statement runs in a new session."""
+    """C3: if the server ends the sessions at that moment, the first statement runs in a new session."""
     url = postgres.url(template="migrated")
     async with between(postgres.port) as (port, clients):
         database = Database(url.replace(f":{postgres.port}/", f":{port}/"))
@@ -300,7 +300,7 @@ async def test_a_connection_that_is_about_to_end(postgres: Postgres, way: str) -
 
 
 async def test_a_connection_that_has_ended(on_postgresql: Database) -> None:
-    """C3: a restart while nothing arrives costs nothing."""
+    """C3: a restart between two webhooks fails neither of them."""
     database = on_postgresql
     assert not await arrivals.insert_new(database, [arrival(body("r-1"))])
     async with database.write() as connection:
@@ -317,7 +317,7 @@ async def test_a_connection_that_has_ended(on_postgresql: Database) -> None:
 async def test_sessions_that_are_lost_again_and_again(
     on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C3: if each new session is lost at once, the database is unavailable, and nothing tries for ever."""
+    """C3: if each new session is lost, the database is unavailable, and the retries end."""
     monkeypatch.setattr(Sessions, "is_current", lambda _sessions, _info: False)
     for transaction in (on_postgresql.read, on_postgresql.write):
         with pytest.raises(DatabaseUnavailable):

@@ -1,4 +1,4 @@
-"""B7-B9: a signed body with odd characters is an event like any other, from the callback to destinations."""
+"""B7-B9: a signed body with odd characters is a normal event, from the callback to the destinations."""
 
 import json
 from collections.abc import AsyncIterator, Sequence
@@ -24,7 +24,7 @@ from receiver.settings import Settings
 SEED = 15860307465884635512
 
 ODD: dict[str, tuple[bytes, Any, list[str]]] = {
-    # What stands in the output, what is forwarded in its place, and what is said to differ.
+    # The output, its forwarded form, and the pointers to the differences.
     "B7 byte order mark": (b"1", 1, []),
     "B8 not UTF-8": (b'"caf\xe9"', "caf\ufffd", ["/output/odd"]),
     "B8 overlong": (b'"\xc0\xaf"', "\ufffd\ufffd", ["/output/odd"]),
@@ -92,7 +92,7 @@ async def post(database_url: str, contents: Sequence[bytes]) -> list[dict[str, A
 async def test_odd_bodies_are_events(
     world: World, database_url: str, cdn: str, kinds: dict[str, Kind]
 ) -> None:
-    """B7, B8, B9: accepted, kept byte for byte, media saved, and forwarded everywhere, with what differs."""
+    """B7, B8, B9: accepted, stored byte for byte, media saved, and forwarded with a list of differences."""
     bodies: dict[str, bytes] = {}
     for number, (name, (value, _, _)) in enumerate(ODD.items()):
         output = b'{"images":[{"url":"%b/sandbox/sample-image.png"}],"odd":%b}' % (cdn.encode(), value)
@@ -124,7 +124,7 @@ async def test_odd_bodies_are_events(
 async def test_odd_models_and_errors_are_kept(
     world: World, database_url: str, kinds: dict[str, Kind]
 ) -> None:
-    """B9: what goes into columns of text is mended, too, and a body without anything odd says nothing."""
+    """B9: text columns are repaired, too, and a body without odd characters has no list of differences."""
     bodies = [
         b'{"request_id":"r-1","status":"OK","payload":{"model":"m\\u0000\\ud83d","cost":12.0}}',
         b'{"request_id":"r-2","status":"ERROR","error":{"code":"X\\u0000","message":"\xff"}}',
@@ -149,7 +149,7 @@ async def test_odd_models_and_errors_are_kept(
 
 
 async def test_odd_bodies_conflict_only_if_they_differ(world: World, database_url: str) -> None:
-    """C9: the same odd result in another spelling is a duplicate, another result is a conflict."""
+    """C9: the same odd result in another spelling is a duplicate; another result is a conflict."""
     first = b'{"request_id":"r-1","status":"OK","payload":{"output":{"a":NaN,"b":"\\ud83d"}}}'
     same = b'{"status":"OK", "request_id":"r-1","payload":{"output":{"b":"\\uD83D", "a":NaN}}}'
     others = [

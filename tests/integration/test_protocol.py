@@ -26,7 +26,7 @@ from receiver.api.memory import CONNECTION_BYTES, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
 SECONDS = 15.0
-"""What an awaited end may take at most; every deadline in these tests is far below it."""
+"""The longest wait of these tests, in seconds; every deadline in them is much shorter."""
 MIB = 1024 * 1024
 HOST = b"Host: x\r\n"
 GET = b"GET /after HTTP/1.1\r\nHost: x\r\n\r\n"
@@ -41,7 +41,7 @@ class Impatient(DeadlineHttpToolsProtocol):
 
 
 class App:
-    """Answers when it has the whole body and remembers what it got; some paths misbehave."""
+    """Answers after the whole body and records each request; some paths misbehave."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, str, bytes]] = []
@@ -49,7 +49,7 @@ class App:
         self.release = threading.Event()
 
     def reset(self) -> None:
-        """Forget the requests; let slow answers wait again."""
+        """Delete the recorded requests; let slow answers wait again."""
         self.requests.clear()
         self.release.clear()
 
@@ -108,7 +108,7 @@ class Server:
             loop=loop,
             lifespan="off",
             log_level="critical",
-            timeout_keep_alive=3600,  # so that it cannot be what closes a connection
+            timeout_keep_alive=3600,  # so that it does not close a connection
             ssl_certfile=certificate,
         )
         self.uvicorn = uvicorn.Server(config)
@@ -129,14 +129,14 @@ class Server:
         self.listener.close()
 
     def connect(self) -> socket.socket:
-        """Open a connection whose reads fail rather than wait for ever."""
+        """Open a connection with reads that fail after a timeout."""
         connection = socket.create_connection(self.listener.getsockname(), timeout=SECONDS)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
     @property
     def connections(self) -> int:
-        """How many connections the server holds."""
+        """Return the number of the server's connections."""
         return len(self.uvicorn.server_state.connections)
 
     def exchange(self, raw: bytes) -> list[int]:
@@ -181,7 +181,7 @@ def statuses(received: bytes) -> list[int]:
 
 
 def is_cut(connection: socket.socket, drip: bytes) -> bool:
-    """Drip bytes until the other side cuts the connection; False if it never does."""
+    """Drip bytes until the other side closes the connection; return False if it never does."""
     deadline = time.monotonic() + SECONDS
     while time.monotonic() < deadline:
         try:
@@ -208,20 +208,20 @@ def impatient_server() -> Iterator[Server]:
 
 @pytest.fixture
 def shipped(shipped_server: Server) -> Server:
-    """Forget what the tests before have sent."""
+    """Delete the requests of earlier tests."""
     shipped_server.app.reset()
     return shipped_server
 
 
 @pytest.fixture
 def impatient(impatient_server: Server) -> Server:
-    """Forget what the tests before have sent."""
+    """Delete the requests of earlier tests."""
     impatient_server.app.reset()
     return impatient_server
 
 
 def post(headers: bytes, body: bytes = b"hi", *, version: bytes = b"1.1") -> bytes:
-    """Spell a request as the case wants it."""
+    """Return the bytes of a case's request."""
     return b"POST / HTTP/" + version + b"\r\n" + headers + b"\r\n" + body
 
 
@@ -319,7 +319,7 @@ ACCEPTED: dict[str, tuple[bytes, bytes]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_broken_request_is_refused(shipped: Server, case: str) -> None:
-    """B4: what RFC 9112 forbids gets one refusal, and nothing of it or after it reaches the application."""
+    """B4: a request that RFC 9112 forbids gets one error, and no part of it reaches the application."""
     status, raw = REFUSED[case]
     assert shipped.exchange(raw + GET) == [status]
     assert shipped.app.requests == []
@@ -327,7 +327,7 @@ def test_broken_request_is_refused(shipped: Server, case: str) -> None:
 
 @pytest.mark.parametrize("case", ACCEPTED)
 def test_valid_request_is_framed_exactly(shipped: Server, case: str) -> None:
-    """B4: a valid request arrives as one, with its exact body, and the next one is not lost."""
+    """B4: a valid request arrives as one, with its exact body, and so does the next one."""
     raw, body = ACCEPTED[case]
     last = GET.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
     assert shipped.exchange(raw + last) == [200, 200]
@@ -347,7 +347,7 @@ def test_framing_does_not_depend_on_segments(shipped: Server, size: int) -> None
 
 
 def test_large_body_in_many_segments(shipped: Server) -> None:
-    """A10: the limit of the headers does not bound a body."""
+    """A10: the limit of the headers does not limit a body."""
     body = b"a" * (256 * 1024)
     with shipped.connect() as connection:
         connection.sendall(post(HOST + b"Content-Length: %d\r\n" % len(body), b""))
@@ -358,7 +358,7 @@ def test_large_body_in_many_segments(shipped: Server) -> None:
 
 
 def test_limits_are_per_request(shipped: Server) -> None:
-    """A10: a connection that has carried many requests in pieces has as much room as a new one."""
+    """A10: after many requests in pieces a connection has the same limit as a new one."""
     with shipped.connect() as connection:
         for _ in range(40):
             for piece in (b"GET / HTTP/1.1\r\nHost: x\r\nX: a", b"a" * 1000, b"\r\n\r\n"):
@@ -378,13 +378,13 @@ def test_trailers_do_not_become_headers(shipped: Server) -> None:
 
 
 def test_refusal_does_not_pose_as_another_answer(shipped: Server) -> None:
-    """B4: the answer of a valid request is its own, even where garbage follows at once; then all ends."""
+    """B4: a valid request is answered even if garbage follows immediately; then the connection ends."""
     assert shipped.exchange(GET + b"GARBAGE\r\n\r\n" + GET) == [200]
     assert shipped.app.requests == [("GET", "/after", b"")]
 
 
 def watch_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that uvicorn's warnings are added to, as if there had been none before."""
+    """Return a list that collects uvicorn's warnings, with the limit of the log reset."""
     warnings: list[str] = []
     monkeypatch.setattr(logging.getLogger("uvicorn.error"), "warning", warnings.append)
     monkeypatch.setattr(DeadlineHttpToolsProtocol, "_invalid_logged_at", float("-inf"))
@@ -392,7 +392,7 @@ def watch_warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_flood_of_garbage_is_logged_once_a_second(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B4: each connection that sends no HTTP is refused; the log has a line a second, not one for each."""
+    """B4: each connection without HTTP is rejected; the log has one line per second."""
     warnings = watch_warnings(monkeypatch)
     began = time.monotonic()
     for _ in range(20):
@@ -401,7 +401,7 @@ def test_a_flood_of_garbage_is_logged_once_a_second(shipped: Server, monkeypatch
 
 
 def test_garbage_behind_a_slow_request_is_read_once(shipped: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B4: after a refusal nothing more is parsed, nor logged line by line, while an answer is still owed."""
+    """B4: after an error no more bytes are parsed or logged, even while an answer is pending."""
     warnings = watch_warnings(monkeypatch)
     with shipped.connect() as connection:
         connection.sendall(GET.replace(b"/after", b"/slow") + b"GARBAGE\r\n\r\n")
@@ -416,14 +416,14 @@ def test_garbage_behind_a_slow_request_is_read_once(shipped: Server, monkeypatch
 
 
 def test_broken_body_behind_another_request_is_cut(shipped: Server) -> None:
-    """B4: a broken body gets no refusal that would pose as the answer of an earlier request."""
+    """B4: a broken body gets no error that would pose as the answer of an earlier request."""
     with shipped.connect() as connection:
         connection.sendall(GET + CHUNKED + b"ZZ\r\n")
         assert read_to_end(connection) == b""
 
 
 def test_broken_body_under_a_running_answer_is_cut(shipped: Server) -> None:
-    """B4: a body that breaks when its answer has begun ends the connection without a second status line."""
+    """B4: if a body breaks after its answer has begun, the connection ends without a second status line."""
     with shipped.connect() as connection:
         connection.sendall(CHUNKED.replace(b"POST /", b"POST /stream"))
         assert statuses(connection.recv(65536)) == [200]
@@ -438,7 +438,7 @@ def section(size: int) -> bytes:
 
 
 def test_header_section_is_limited_exactly(shipped: Server) -> None:
-    """A10: 16 KiB of headers are served and one byte more is refused, also in the second request."""
+    """A10: 16 KiB of headers are served and one byte more is rejected, also in the second request."""
     limit = 16 * 1024
     with shipped.connect() as connection:
         for _ in range(2):
@@ -461,7 +461,7 @@ def test_header_section_is_limited_exactly(shipped: Server) -> None:
     ids=["value", "name", "many", "target", "trailers"],
 )
 def test_header_flood_is_refused(shipped: Server, raw: bytes) -> None:
-    """A10: however the headers grow, the answer is 431 and the application does not see the request."""
+    """A10: for headers over the limit in any form the answer is 431, and the application is not called."""
     assert shipped.exchange(raw) == [431]
     assert shipped.app.requests == []
 
@@ -478,13 +478,13 @@ def test_header_flood_is_refused(shipped: Server, raw: bytes) -> None:
     ids=["value", "name", "target", "chunk extension", "trailer"],
 )
 def test_endless_line_is_not_collected(shipped: Server, start: bytes) -> None:
-    """A10: a line without end is refused long before it costs memory."""
+    """A10: an endless line is rejected long before it costs memory."""
     before = psutil.Process().memory_info().rss
     with ExitStack() as stack:
         flood = [stack.enter_context(shipped.connect()) for _ in range(32)]
         refused = 0
         for connection in flood:
-            # Segments stay below the size of one read, so that none is judged as a whole.
+            # Segments are smaller than one read, so that no line is checked as a whole.
             connection.sendall(start)
             try:
                 for _ in range(256):
@@ -500,7 +500,7 @@ def test_endless_line_is_not_collected(shipped: Server, start: bytes) -> None:
 
 @pytest.mark.parametrize("sent", [b"", b"\r\n", b"POST / HTTP/1.1\r\nHo"])
 def test_silent_client_is_closed(impatient: Server, sent: bytes) -> None:
-    """B1: a connection whose headers do not come is closed, whatever part of them was sent."""
+    """B1: a connection with incomplete headers is closed, no matter how much of them was sent."""
     with impatient.connect() as connection:
         connection.sendall(sent)
         assert read_to_end(connection) == b""
@@ -519,7 +519,7 @@ def test_dripping_headers_do_not_move_the_deadline(impatient: Server, drip: byte
 
 @pytest.mark.parametrize("sent", [b"G", b"\r\n", GET[:-2]])
 def test_second_half_request_is_closed(impatient: Server, sent: bytes) -> None:
-    """B1: the deadline holds again from the first byte after an answered request."""
+    """B1: the deadline starts again at the first byte after an answered request."""
     with impatient.connect() as connection:
         connection.sendall(GET)
         read_answer(connection)
@@ -529,7 +529,7 @@ def test_second_half_request_is_closed(impatient: Server, sent: bytes) -> None:
 
 
 def test_idle_connection_is_left_to_the_keep_alive_timeout(impatient: Server) -> None:
-    """B1: a connection that idles between requests for longer than the header deadline still serves."""
+    """B1: a connection may idle between requests for longer than the header deadline."""
     with impatient.connect() as connection:
         for request in (GET, CHUNKED + b"0\r\n\r\n", GET):
             connection.sendall(request[:-2])
@@ -541,7 +541,7 @@ def test_idle_connection_is_left_to_the_keep_alive_timeout(impatient: Server) ->
 
 
 def test_slow_body_and_slow_answer_are_not_cut(impatient: Server) -> None:
-    """B1: the deadline is for headers; a slow body and a slow application are not its business."""
+    """B1: the deadline is for headers; a slow body and a slow application are allowed."""
     with impatient.connect() as connection:
         connection.sendall(b"POST /slow HTTP/1.1\r\n" + HOST + b"Content-Length: 2\r\n\r\n")
         for part in (b"h", b"i"):
@@ -554,7 +554,7 @@ def test_slow_body_and_slow_answer_are_not_cut(impatient: Server) -> None:
 
 
 def test_half_request_behind_a_slow_one_waits_for_its_answer(impatient: Server) -> None:
-    """B1: a pipelined half request does not cost the request before it its answer, and is closed after it."""
+    """B1: after a pipelined half request the request before it is answered, and the connection is closed."""
     with impatient.connect() as connection:
         connection.sendall(GET.replace(b"/after", b"/slow") + b"GET / HT")
         time.sleep(Impatient.HEADER_TIMEOUT * 2.5)
@@ -579,7 +579,7 @@ def test_genuine_requests_beside_attackers(impatient: Server) -> None:
 
 
 def test_stop_does_not_wait_for_half_open_connections() -> None:
-    """B1: a server that is told to stop closes connections without a request at once."""
+    """B1: at the stop of the server connections without a request are closed immediately."""
 
     class Patient(DeadlineHttpToolsProtocol):
         HEADER_TIMEOUT: ClassVar[float] = 3600
@@ -600,7 +600,7 @@ def test_stop_does_not_wait_for_half_open_connections() -> None:
     ],
 )
 def test_refusal_reaches_a_client_that_is_still_sending(shipped: Server, start: bytes, status: int) -> None:
-    """B3: a client that is not done sending can read the whole refusal; no reset overtakes it."""
+    """B3: a client that is still sending can read the whole error; no reset discards it."""
     with shipped.connect() as connection:
         connection.sendall(start)
         assert statuses(connection.recv(65536)) == [status]
@@ -629,7 +629,7 @@ def test_silent_body_after_the_answer_is_cut(impatient: Server) -> None:
 
 
 def test_refusal_explains_itself(shipped: Server) -> None:
-    """B4: a refusal is a complete answer in our error format that announces the close."""
+    """B4: an error is a complete answer in our error format that announces the close."""
     with shipped.connect() as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")
         head, _, body = read_to_end(connection).partition(b"\r\n\r\n")
@@ -643,7 +643,7 @@ def test_refusal_explains_itself(shipped: Server) -> None:
 
 
 def test_early_answer_over_tls(tmp_path: Path) -> None:
-    """B3: the whole refusal can be read over TLS, too, where no direction can be closed alone."""
+    """B3: the whole error can be read over TLS, too, which cannot close one direction alone."""
     client = ssl.create_default_context()
     client.check_hostname = False
     client.verify_mode = ssl.CERT_NONE
@@ -659,13 +659,13 @@ def test_early_answer_over_tls(tmp_path: Path) -> None:
         wait_until(lambda: server.connections == 0)
 
 
-# -- the memory that clients can make the server keep
+# -- the memory of requests and connections
 
 BODY = b"POST / HTTP/1.1\r\n" + HOST + b"Content-Length: %d\r\n\r\n"
 
 
 class Tight(DeadlineHttpToolsProtocol):
-    """The shipped class with a small budget; it lists its connections and requests that are in memory."""
+    """The shipped class with a small budget; it lists its connections and requests in memory."""
 
     LINGER_TIMEOUT: ClassVar[float] = 0.4
     alive: ClassVar[weakref.WeakSet[Any]]
@@ -682,7 +682,7 @@ class Tight(DeadlineHttpToolsProtocol):
 
 
 def make_tight() -> type[Tight]:
-    """Return the class with a budget of its own."""
+    """Return the class with its own budget."""
 
     class Own(Tight):
         budget: ClassVar[MemoryBudget] = MemoryBudget(MIB)
@@ -692,7 +692,7 @@ def make_tight() -> type[Tight]:
 
 
 def test_small_requests_get_through_beside_large_unfinished_ones() -> None:
-    """A10: bodies that never end keep no more than the budget, are refused with 503, and delay no other."""
+    """A10: endless bodies use no more than the budget, are answered 503, and delay no other request."""
     tight = make_tight()
     with ExitStack() as stack, Server(tight) as server:
         attackers = [stack.enter_context(server.connect()) for _ in range(30)]
@@ -722,7 +722,7 @@ def test_small_requests_get_through_beside_large_unfinished_ones() -> None:
     "sent", [b"", b"GET / HT", b"GET / HTTP/1.1\r\nX-A: " + b"a" * 4000], ids=["idle", "begun", "half a head"]
 )
 def test_connections_without_a_request_are_bounded(sent: bytes) -> None:
-    """A10: connections that only wait count, and the oldest of them make room for a new one."""
+    """A10: idle connections count, and the oldest of them are closed for a new one."""
     tight = make_tight()
     with ExitStack() as stack, Server(tight) as server:
         for _ in range(200):
@@ -733,14 +733,14 @@ def test_connections_without_a_request_are_bounded(sent: bytes) -> None:
 
 
 def test_chunks_count_for_more_than_their_content() -> None:
-    """A10: a body in tiny chunks, which is many small objects, is refused as the large one that it is."""
+    """A10: a body in tiny chunks, which is many small objects, is rejected as a large one."""
     with Server(make_tight()) as server, server.connect() as connection:
         connection.sendall(CHUNKED + b"1\r\na\r\n" * 4000)
         assert statuses(read_to_end(connection)) == [503]
 
 
 def test_pipelined_requests_are_bounded(shipped: Server) -> None:
-    """A10: of thousands of requests in one read only some are taken, and the last answer says so."""
+    """A10: of thousands of requests in one read only some are accepted, and the last answer is an error."""
     most = DeadlineHttpToolsProtocol.MAX_PIPELINED + 1
     with shipped.connect() as connection:
         connection.sendall(GET * 3000)
@@ -753,7 +753,7 @@ def test_pipelined_requests_are_bounded(shipped: Server) -> None:
 
 
 def test_the_number_of_headers_is_limited(shipped: Server) -> None:
-    """A10: 100 headers are served and one more is refused, also if they come one by one."""
+    """A10: 100 headers are served and one more is rejected, also if they come one by one."""
     lines = [b"X-%d: a\r\n" % number for number in range(99)]
     last = b"Connection: close\r\n\r\n"
     head = b"GET / HTTP/1.1\r\n" + HOST
@@ -783,7 +783,7 @@ LEFT_BEHIND: dict[str, bytes] = {
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
 @pytest.mark.parametrize("case", LEFT_BEHIND)
 def test_a_connection_leaves_no_cycle_behind(case: str, *, reset: bool) -> None:
-    """A10: whatever became of its requests, all of it is freed without the garbage collector."""
+    """A10: the memory of each request is freed without the garbage collector."""
     tight = make_tight()
     gc.collect()
     gc.disable()
@@ -806,7 +806,7 @@ def test_a_connection_leaves_no_cycle_behind(case: str, *, reset: bool) -> None:
 
 
 def test_a_connection_that_is_kept_alive_keeps_no_request() -> None:
-    """A10: between requests it counts as a connection and nothing more."""
+    """A10: between requests only the connection counts."""
     tight = make_tight()
     with Server(tight) as server, server.connect() as connection:
         for _ in range(3):
@@ -818,7 +818,7 @@ def test_a_connection_that_is_kept_alive_keeps_no_request() -> None:
 
 
 def test_a_head_that_has_begun_outlives_the_request_before(shipped: Server) -> None:
-    """A10: freeing a request that is answered does not touch the next one, of which a part has come."""
+    """A10: freeing an answered request does not change the next one, which has arrived in part."""
     with shipped.connect() as connection:
         connection.sendall(GET + b"POST /next HTTP/1.1\r\nHost: x\r\nContent-")
         read_answer(connection)

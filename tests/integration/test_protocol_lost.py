@@ -25,18 +25,18 @@ class Served:
     is_unfinished = False
 
     def shed(self) -> None:
-        """Fail: it is not unfinished."""
+        """Fail: the account is not unfinished."""
         raise AssertionError
 
 
 class Server:
-    """The protocol on a port, and an application whose requests end when the test says so."""
+    """The protocol on a port, and an application with requests that the test ends."""
 
     def __init__(self) -> None:
         self.state = ServerState()
         self.begun: list[str] = []
         self.told: list[str] = []
-        """What the application was told when it asked again after the body."""
+        """The messages that the application received after the body."""
         self.release = asyncio.Event()
         self.writers: list[asyncio.StreamWriter] = []
 
@@ -69,7 +69,7 @@ class Server:
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
 
     async def connect(self, sent: bytes) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open a connection and send something."""
+        """Open a connection and send bytes."""
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         self.writers.append(writer)
         writer.write(sent)
@@ -93,7 +93,7 @@ class Server:
 
 
 def run(test: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
-    """Run a test with a server on uvloop, whose closed transports raise if something is written to them."""
+    """Run a test with a server on uvloop; a write to a closed transport raises."""
 
     async def main() -> None:
         async with asyncio.timeout(SECONDS):
@@ -106,7 +106,7 @@ def run(test: Callable[[Server], Coroutine[Any, Any, None]]) -> None:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait for a condition; `run` bounds it."""
+    """Wait for a condition; `run` limits the time."""
     while not condition():  # noqa: ASYNC110 - the state of a protocol has no event
         await asyncio.sleep(0.005)
 
@@ -118,7 +118,7 @@ async def read_status(reader: asyncio.StreamReader) -> bytes:
 
 @pytest.mark.parametrize("room", [3000, 9000], ids=["the connection", "the body"])
 def test_a_lost_connection_is_not_shed_for_another(room: int) -> None:
-    """A10: what a lost connection still holds is no harm to others: the largest live one makes room."""
+    """A10: the memory of a lost connection does not block others: the largest live one is shed."""
 
     async def test(server: Server) -> None:
         _, lost = await server.connect(POST % (b"/asks", 900_000) + b"a" * 600_000)
@@ -141,7 +141,7 @@ def test_a_lost_connection_is_not_shed_for_another(room: int) -> None:
 
 @pytest.mark.parametrize("sent", [GET % b"/asks", GET % b"/asks" + GET % b"/"], ids=["one", "pipelined"])
 def test_each_request_of_a_lost_connection_is_told(sent: bytes) -> None:
-    """A10: with pipelining the request that is being served is the older one, and it writes nothing more."""
+    """A10: with pipelining the served request is the older one, and it writes no more."""
 
     async def test(server: Server) -> None:
         _, writer = await server.connect(sent)
@@ -162,7 +162,7 @@ def test_each_request_of_a_lost_connection_is_told(sent: bytes) -> None:
 @pytest.mark.parametrize("path", [b"/started", b"/answered", b"/late"])
 @pytest.mark.parametrize("is_lost", [False, True], ids=["open", "lost"])
 def test_an_application_that_fails_late_ends_its_connection(path: bytes, *, is_lost: bool) -> None:
-    """A10: after an answer has begun, and on a lost connection, an error closes and raises nothing."""
+    """A10: after an answer has begun, and on a lost connection, an error closes without an exception."""
 
     async def test(server: Server) -> None:
         reader, writer = await server.connect(GET % path + GET % b"/late" * is_lost)
@@ -183,7 +183,7 @@ def test_an_application_that_fails_late_ends_its_connection(path: bytes, *, is_l
 
 
 def test_pipelined_requests_do_not_use_up_the_budget() -> None:
-    """A10: requests that wait behind others take half of the budget at most, so that a webhook finds room."""
+    """A10: requests that wait behind others use at most half of the budget, so that a webhook is accepted."""
 
     async def test(server: Server) -> None:
         attackers = [await server.connect(GET % b"/late" * 17) for _ in range(20)]

@@ -45,7 +45,7 @@ PLAIN = {"post": (POST, "/plain", b"hi"), "get": (GET, "/get", b"")}
 
 
 class Wire(asyncio.Transport):
-    """A connection to the protocol whose reads are cut as the test wants them."""
+    """A connection to the protocol with reads as the test cuts them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,14 +70,14 @@ class Wire(asyncio.Transport):
         await send({"type": "http.response.body", "body": b""})
 
     async def feed(self, *reads: bytes, answers: int) -> None:
-        """Hand over the reads and wait for the answers, or for the end of the connection."""
+        """Feed the reads and wait for the answers, or for the end of the connection."""
         for read in reads:
             if read and not self.closed:
                 self.protocol.data_received(read)
         async with asyncio.timeout(SECONDS):
             while len(self.answers) < answers and not self.closed:  # noqa: ASYNC110 - the tasks need to be run
                 await asyncio.sleep(0)
-        # A request too many would come within the next steps of the loop.
+        # An extra request would be served within the next steps of the loop.
         for _ in range(10):
             await asyncio.sleep(0)
         self.protocol.connection_lost(None)
@@ -89,28 +89,28 @@ class Wire(asyncio.Transport):
             self.answers.append(int(data[9:12]))
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        """Know nothing of the peer."""
+        """Return no address of a peer."""
         return default
 
     def close(self) -> None:
-        """Note it."""
+        """Record the close."""
         self.closed = True
 
     abort = close
 
     def is_closing(self) -> bool:
-        """Tell whether it is closed."""
+        """Return whether the connection is closed."""
         return self.closed
 
     def can_write_eof(self) -> bool:
-        """Tell that it is like TLS here."""
+        """Return False, as for TLS."""
         return False
 
     def pause_reading(self) -> None:
-        """Read on: what the test feeds has arrived already."""
+        """Do nothing: the test's bytes have arrived already."""
 
     def resume_reading(self) -> None:
-        """Read on."""
+        """Do nothing."""
 
 
 async def exchange(reads: list[bytes], *, answers: int) -> tuple[list[int], list[tuple[str, bytes]]]:
@@ -138,7 +138,7 @@ async def test_an_offer_is_ignored_wherever_the_reads_are_cut(offer: str) -> Non
     "order", [*itertools.permutations(["length", "chunks", "no body", "post"])], ids="-".join
 )
 async def test_offers_are_pipelined_in_any_order(order: tuple[str, ...]) -> None:
-    """B4: offers and plain requests on one connection are each served once, in the order that they came."""
+    """B4: offers and plain requests on one connection are each served once, in their order."""
     known = OFFERS | PLAIN
     stream = b"".join(known[name][0] for name in order * 2)
     expected = ([200] * 8, [known[name][1:] for name in order * 2])
@@ -159,7 +159,7 @@ async def test_offers_are_pipelined_in_any_order(order: tuple[str, ...]) -> None
     ],
 )
 async def test_kinds_of_offers(version: bytes, headers: bytes, served: int) -> None:
-    """B4: what is offered, and how, changes nothing; `close` and HTTP/1.0 still end the connection."""
+    """B4: an offer has no effect in any form; `close` and HTTP/1.0 still end the connection."""
     raw = b"POST /offer HTTP/" + version + b"\r\nHost: x\r\n" + headers + b"\r\nhi" + GET
     answers, requests = await exchange([raw], answers=served)
     assert answers == [200] * served
@@ -182,7 +182,7 @@ async def test_kinds_of_offers(version: bytes, headers: bytes, served: int) -> N
 )
 @pytest.mark.parametrize("offer", [b"", b"Connection: Upgrade\r\nUpgrade: h2c\r\n", b"X: white \r\n"])
 async def test_an_offer_excuses_no_fault(headers: bytes, offer: bytes) -> None:
-    """B4: what RFC 9112 forbids is refused with an offer as without, and nothing behind it is served."""
+    """B4: a request that RFC 9112 forbids is rejected, with or without an offer; the rest is not served."""
     raw = b"POST / HTTP/1.1\r\nHost: x\r\n" + offer + headers + b"\r\n0\r\n\r\n" + SMUGGLED
     for reads in ([raw], [raw[at : at + 1] for at in range(len(raw))]):
         assert await exchange(reads, answers=1) == ([400], [])
@@ -190,7 +190,7 @@ async def test_an_offer_excuses_no_fault(headers: bytes, offer: bytes) -> None:
 
 @pytest.mark.parametrize("target", [b"x:443", b"/x"])
 async def test_connect_is_refused(target: bytes) -> None:
-    """B4: CONNECT asks for a tunnel, which is no offer: it is refused, and nothing behind it is served."""
+    """B4: CONNECT asks for a tunnel, which is no offer: it is rejected, and the rest is not served."""
     raw = (
         b"CONNECT "
         + target
@@ -205,7 +205,7 @@ WHITE_SPACE = [b" ", b"\t", b"  ", b" \t", b"\t ", b" \t \t "]
 
 @pytest.mark.parametrize("white", WHITE_SPACE)
 async def test_white_space_around_a_value_is_no_part_of_it(white: bytes) -> None:
-    """B4: values of headers are trimmed, those that frame the body among them, wherever the reads are cut."""
+    """B4: header values are trimmed, also those that frame the body, for every cut of the reads."""
     framing = (
         (b"Content-Length:" + white + b"2" + white + b"\r\n", b"hi", (b"content-length", b"2")),
         (
@@ -233,7 +233,7 @@ async def test_white_space_around_a_value_is_no_part_of_it(white: bytes) -> None
 
 
 async def test_expectation_with_white_space() -> None:
-    """B4: a client that waits for `100 Continue` gets it, too, if a space follows its header's value."""
+    """B4: a client that waits for `100 Continue` gets it, even if a space follows its header's value."""
     raw = b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue \r\nContent-Length: 2\r\n\r\n"
     wire = Wire()
     wire.protocol.data_received(raw)

@@ -1,4 +1,4 @@
-"""How many receipts an event keeps, and that each delivery is counted all the same."""
+"""The number of receipts per event, and the count of all repeats."""
 
 import asyncio
 from collections import Counter
@@ -18,7 +18,7 @@ from receiver.ingest import Ingest
 
 
 def open_ingest(database: Database) -> Ingest:
-    """Return what a web process stores webhooks with."""
+    """Return an ingest, as a web process has it."""
     return Ingest(
         database,
         secrets={"clipia": [Secret.from_text(SECRET)]},
@@ -29,7 +29,7 @@ def open_ingest(database: Database) -> Ingest:
 
 
 async def post(ingest: Ingest, content: bytes) -> str:
-    """Store a delivery; return its outcome."""
+    """Store a webhook; return its outcome."""
     header = signed(content, at=1_800_000_000)["X-Clipia-Signature"]
     received = await ingest.receive("clipia", signatures=[header.encode()], body=content)
     return received.outcome
@@ -42,7 +42,7 @@ async def rows(database: Database) -> Sequence[Any]:
 
 
 async def test_repetitions_are_kept_up_to_a_limit_and_counted_beyond_it(database: Database) -> None:
-    """A13: a webhook that somebody sends again and again costs no row each time, and is counted."""
+    """A13: a webhook that is repeated again and again adds no more rows, but is counted."""
     ingest = open_ingest(database)
     outcomes = [await post(ingest, body("r-1")) for _ in range(KEPT_RECEIPTS + 8)]
     assert outcomes == ["accepted", *["duplicate"] * (KEPT_RECEIPTS + 7)]
@@ -52,7 +52,7 @@ async def test_repetitions_are_kept_up_to_a_limit_and_counted_beyond_it(database
 
 
 async def test_a_group_of_repetitions_is_cut_to_the_limit(database: Database) -> None:
-    """A13: the limit holds for deliveries that share one transaction, too; another event has its own."""
+    """A13: the limit holds for repeats in one transaction, too; another event has its own."""
     ingest = open_ingest(database)
     await asyncio.gather(post(ingest, body("r-1")), post(ingest, body("r-2")))
     contents = [body("r-1")] * 60 + [body("r-2")] * 3
@@ -63,7 +63,7 @@ async def test_a_group_of_repetitions_is_cut_to_the_limit(database: Database) ->
 
 
 async def test_conflicts_keep_a_limited_number_of_bodies(database: Database) -> None:
-    """C9: conflicting bodies are kept up to the limit, beside any number of duplicates, and then counted."""
+    """C9: conflicting bodies are stored up to the limit, beside any number of duplicates; then counted."""
     ingest = open_ingest(database)
     await post(ingest, body("r-1"))
     for _ in range(KEPT_RECEIPTS + 2):
@@ -76,7 +76,7 @@ async def test_conflicts_keep_a_limited_number_of_bodies(database: Database) -> 
 
 
 async def test_processes_that_repeat_at_once_lose_no_count(database_url: str, database: Database) -> None:
-    """A13: four writers send two webhooks 50 times each; every delivery is on a row or counted on one."""
+    """A13: four writers send two webhooks 50 times each; every request has a row or is counted on one."""
     await asyncio.gather(*(post(open_ingest(database), body(name)) for name in ("r-1", "r-2")))
     writers = [Database(database_url) for _ in range(4)]
     try:
@@ -95,7 +95,7 @@ async def test_processes_that_repeat_at_once_lose_no_count(database_url: str, da
 
 
 async def test_an_event_is_shown_with_a_limited_number_of_receipts(database: Database) -> None:
-    """A database of before, with a row for each repetition, shows the first ones, the sum, and pages."""
+    """An older database, with a row for each repeat, shows the first ones, the sum, and pages."""
     await post(open_ingest(database), body("r-1"))
     (first,) = await rows(database)
     values = {name: value for name, value in first._mapping.items() if name not in ("seq", "outcome")}
@@ -116,7 +116,7 @@ async def test_an_event_is_shown_with_a_limited_number_of_receipts(database: Dat
 async def test_the_limit_counts_all_kept_rows(
     database: Database, monkeypatch: pytest.MonkeyPatch, limit: int
 ) -> None:
-    """The last kept row is the one that counts."""
+    """The count is on the last row."""
     monkeypatch.setattr(inbox, "KEPT_RECEIPTS", limit)
     ingest = open_ingest(database)
     for _ in range(limit + 5):

@@ -1,4 +1,4 @@
-"""Errors on record that hold a secret: `receiver check` masks them, on both databases."""
+"""`receiver check` masks secrets in recorded errors, on both databases."""
 
 import json
 
@@ -19,7 +19,7 @@ COUNT = 5
 
 
 async def leak(database: Database) -> None:
-    """Put errors with a key on record, as earlier releases did, beside some without."""
+    """Record errors with a key, as earlier releases did, and some without."""
     await fill(database, COUNT)
     await fill_jobs(database)
     as_json = json.dumps({"code": "no_answer", "message": LEAKED, "status": 503})
@@ -45,7 +45,7 @@ async def read(database: Database, table: Table, column: str = "error") -> list[
 async def test_secrets_in_recorded_errors_are_masked_once(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """G8: keys in errors are masked in every table; other errors stay, and a second run does nothing."""
+    """G8: keys in errors are masked in every table; other errors stay, and a second run changes none."""
     monkeypatch.setattr(masking, "PAGE", 2)
     await leak(database)
     assert await mask_errors(database) == {"jobs": COUNT, "attempts": 2 * COUNT, "media": 1, "accounts": 1}
@@ -63,7 +63,7 @@ async def test_secrets_in_recorded_errors_are_masked_once(
 
 
 async def test_check_masks_recorded_secrets_and_says_so(database: Database, database_url: str) -> None:
-    """G8: `receiver check` masks what earlier releases have recorded, says how many, and then is quiet."""
+    """G8: `receiver check` masks the errors of earlier releases and prints their number, but only once."""
     await leak(database)
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DATABASE_URL": database_url}
     first = run_command("check", settings=settings)
@@ -80,5 +80,5 @@ async def test_check_masks_recorded_secrets_and_says_so(database: Database, data
     ["", "x", "[1]", '"clipia"', '{"a": 1}', '{"message":  "spaces stay"}', "PublishFailed: é nothing"],
 )
 def test_other_errors_stay_as_they_are(text: str) -> None:
-    """G8: a text without a secret is not written anew."""
+    """G8: a text without a secret is not updated."""
     assert mask_error(text) == text

@@ -1,4 +1,4 @@
-"""C9, B9: events that an older release did not recognize are found, counted, and taken up once."""
+"""C9, B9: events that an older release did not recognize are found, counted, and recovered once."""
 
 import asyncio
 import hashlib
@@ -43,7 +43,7 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 
 
 async def keep(world: World, content: bytes, *, deliveries_: int = 1, origin: Any = "webhook") -> None:
-    """Store a body as the release before did: under its digest, with a receipt for each delivery."""
+    """Store a body as the release before did: under its digest, with its receipts."""
     sha256 = hashlib.sha256(content).hexdigest()
     event = NewEvent(
         id=event_id("clipia", f"sha256:{sha256}"),
@@ -74,14 +74,14 @@ async def facts(world: World) -> list[tuple[str, str]]:
 
 
 def test_a_body_that_is_not_recognized_keeps_its_path() -> None:
-    """C10: an event that a later release recognizes finds the job whose callback it came on."""
+    """C10: an unrecognized event keeps the job and the token of its callback's path."""
     job_id = uuid.uuid4()
     event = make_event("clipia", b"?", received_at=CAME, job_id=job_id, path_token="a" * 64)
     assert (event.state, event.job_id, event.path_token) == ("unrecognized", job_id, "a" * 64)
 
 
 async def test_it_is_taken_up_and_forwarded(world: World) -> None:
-    """B9: a body that can be read now becomes the event of its request_id and goes where a new one would."""
+    """B9: a body that can be read now becomes the event of its request_id and is forwarded like a new one."""
     await keep(world, odd("r-1"), deliveries_=2)
     await keep(world, b"no JSON")
     before = await facts(world)
@@ -104,7 +104,7 @@ async def test_it_is_taken_up_and_forwarded(world: World) -> None:
 
 
 async def test_a_second_run_changes_nothing(world: World) -> None:
-    """B9: what was taken up once is an event like any other, which no later run touches."""
+    """B9: a recovered event is a normal event, and later runs do not change it."""
     await keep(world, odd("r-1"))
     await run(world)
     await world.fan_out()
@@ -124,7 +124,7 @@ async def test_a_second_run_changes_nothing(world: World) -> None:
 )
 @pytest.mark.parametrize("first", ["event", "unrecognized"])
 async def test_there_is_one_event_per_request(world: World, came: bytes, outcome: str, first: str) -> None:
-    """C9: an event that has come meanwhile stands, and the old body is one more delivery of it."""
+    """C9: an event that has come meanwhile is kept, and the old body is a repeated receipt of it."""
     if first == "event":
         await world.add(came)
         await keep(world, odd("r-1"), deliveries_=2)
@@ -145,7 +145,7 @@ async def test_there_is_one_event_per_request(world: World, came: bytes, outcome
 
 
 async def test_several_bodies_of_one_request(world: World) -> None:
-    """C9: of several bodies the oldest stands, and a dry run says the same as the run."""
+    """C9: of several bodies the oldest is the event, and a dry run has the same results as the run."""
     for content in (odd("r-1"), odd("r-1") + b" ", odd("r-1", "Infinity"), odd("r-1", "1e400") + b" "):
         await keep(world, content)
     planned = await run(world, dry_run=True)
@@ -156,7 +156,7 @@ async def test_several_bodies_of_one_request(world: World) -> None:
 
 
 async def test_a_worker_of_an_older_release_did_not_recognize_it(world: World) -> None:
-    """B9: an event that is under its own request_id already is put back to its fan-out."""
+    """B9: an event that a worker did not recognize, under its own request_id, goes back to its fan-out."""
     await world.add(odd("r-1"))
     await world.change(events, state="unrecognized")
     assert await run(world) == [("r-1", "accepted")]
@@ -164,7 +164,7 @@ async def test_a_worker_of_an_older_release_did_not_recognize_it(world: World) -
 
 
 async def test_a_polled_result(world: World) -> None:
-    """B9: a result that was asked for has no receipts, and gives way to an event that came."""
+    """B9: a polled result is recovered without receipts; if the event has come, it is a duplicate."""
     await keep(world, odd("r-1"), deliveries_=0, origin="poll")
     await keep(world, odd("r-2"), deliveries_=0, origin="poll")
     await world.add(plain("r-2"))
@@ -173,7 +173,7 @@ async def test_a_polled_result(world: World) -> None:
 
 
 async def test_runs_at_once(world: World) -> None:
-    """C1: several runs beside webhooks of the same requests leave one event each, whose body stays."""
+    """C1: concurrent runs and webhooks of the same requests leave one event each, and its body stays."""
     ids = [f"r-{number}" for number in range(12)]
     for id_ in ids:
         await keep(world, odd(id_))
@@ -194,7 +194,7 @@ async def test_runs_at_once(world: World) -> None:
 
 
 async def test_a_webhook_in_between(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C1: a webhook that is stored between the look and the write is not overwritten, and no error."""
+    """C1: a webhook that is stored between the query and the write is not overwritten, and no error."""
     await keep(world, odd("r-1"))
     take_up = unrecognized.recognize
     came: list[bool] = []
@@ -213,7 +213,8 @@ async def test_a_webhook_in_between(world: World, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(unrecognized, "recognize", late)
     if world.database.is_sqlite:
-        # Nobody else can write meanwhile, so the transaction's own insert is undone with it.
+        # No other transaction can write meanwhile, so this one inserts the event, and its rollback
+        # removes it.
         assert await run(world) == [("r-1", "accepted")]
     else:
         assert await run(world) == [("r-1", "conflict")]
@@ -224,7 +225,7 @@ async def test_a_webhook_in_between(world: World, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("request_id", ["r-1", "é/😀", "a%_'b"])
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 async def test_it_is_found_by_its_request_id(world: World, request_id: str, *, ensure_ascii: bool) -> None:
-    """B9: what this release can read is found by its request_id, and says that it can be recovered."""
+    """B9: an event that this release can read is found by its request_id, and shown as recoverable."""
     content = json.dumps(
         {"request_id": request_id, "status": "OK", "x": float("nan")}, ensure_ascii=ensure_ascii
     )
@@ -249,7 +250,7 @@ async def test_it_is_found_by_its_request_id(world: World, request_id: str, *, e
 
 
 async def test_they_are_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B9: a gauge tells how many there are and how many can be recovered, and reads each body once."""
+    """B9: a gauge has the number of events and of recoverable ones, and reads each body once."""
     for number in range(25):
         await keep(world, odd(f"r-{number}"))
     await keep(world, b"no JSON")
@@ -263,7 +264,7 @@ async def test_they_are_counted(world: World, monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_the_gauge_follows(world: World, database_url: str) -> None:
-    """B9: /metrics has both counts, so that an alert can be set on them."""
+    """B9: /metrics has both counts, for alerts."""
     await keep(world, odd("r-1"))
     await keep(world, b"no JSON")
     app = create_app(Settings.load(database_url=database_url, clipia_webhook_secret="whsec_x"), worker=False)
@@ -282,7 +283,7 @@ async def test_the_gauge_follows(world: World, database_url: str) -> None:
 async def test_the_command(
     world: World, database_url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B9: a dry run shows what would be done; the run does it; the next one finds nothing to do."""
+    """B9: a dry run shows the results; the run has the same ones; the next run finds no event."""
     await keep(world, odd("r-1"))
     await keep(world, odd("r-2"))
     await world.add(plain("r-2"))
@@ -308,7 +309,7 @@ async def test_the_command(
     assert (out, err) == (lines, f"1 events to take up; {rest}")
     assert await facts(world) == before
     out, err = await command("recover")
-    assert set(lines.splitlines()) <= set(out.splitlines())  # the log stands between them here
+    assert set(lines.splitlines()) <= set(out.splitlines())  # the log is printed between them
     assert f"1 events taken up; {rest}" in err
     found = json.loads((await command("recover", "--json"))[0])
     assert [each["outcome"] for each in found] == ["unrecognized"]

@@ -1,4 +1,4 @@
-"""Old events are deleted, and nothing that somebody still waits for, on both databases."""
+"""Old events are pruned, except unfinished ones, on both databases."""
 
 import asyncio
 import time
@@ -30,7 +30,7 @@ from receiver.retention import Limits, Pruned
 
 @pytest.fixture
 async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
-    """Everything but the web, with one destination."""
+    """All but the web process, with one destination."""
     async with opened(database, tmp_path / "media") as made:
         made.add_destination("main")
         yield made
@@ -38,7 +38,7 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 
 @pytest.fixture
 async def on_postgresql(postgres: Postgres, tmp_path: Path) -> AsyncIterator[World]:
-    """The same on PostgreSQL, for what SQLite's one writer rules out."""
+    """The same on PostgreSQL, for tests that need several writers."""
     database = Database(postgres.url(template="migrated"))
     async with opened(database, tmp_path / "media") as made:
         made.add_destination("main")
@@ -53,13 +53,13 @@ async def prune(world: World, *, days: float = 90.0, **options: Any) -> Pruned:
 
 
 async def add_old(world: World, *names: str, days: float = 100.0) -> None:
-    """Store events that went everywhere so many days ago."""
+    """Store events of so many days ago, delivered everywhere."""
     await world.add_history(*map(plain, names))
     await age(world, *names, days=days)
 
 
 async def age(world: World, *names: str, days: float) -> None:
-    """Have events been received so many days ago."""
+    """Set the age of events, in days."""
     await world.change(events, events.c.request_id.in_(names), received_at=db_time(-days * DAY))
 
 
@@ -69,13 +69,13 @@ async def change(world: World, name: str, **values: Any) -> None:
 
 
 async def set_delivery(world: World, name: str, state: str) -> None:
-    """Put the delivery of an event into a state."""
+    """Set the state of an event's delivery."""
     seq = select(events.c.seq).where(events.c.request_id == name).scalar_subquery()
     await world.change(deliveries, deliveries.c.event_seq == seq, state=state)
 
 
 async def add_file(world: World, name: str, state: str) -> None:
-    """Give an event a file in a state."""
+    """Add a file in a state to an event."""
     async with world.database.write() as connection:
         found = select(events.c.seq).where(events.c.request_id == name)
         seq = (await connection.execute(found)).scalar_one()
@@ -85,18 +85,18 @@ async def add_file(world: World, name: str, state: str) -> None:
 
 
 async def left(world: World) -> set[str]:
-    """Return the events that are there."""
+    """Return the names of the remaining events."""
     return {row["request_id"] for row in await world.rows(events)}
 
 
 def ingest_of(world: World) -> Ingest:
-    """Return the use case behind the callback, as a process has it."""
+    """Return the ingest, as a process has it."""
     secrets = {"clipia": [Secret.from_text(SECRET)]}
     return Ingest(world.database, secrets=secrets, tolerance=300, clock=time.time, on_accepted=lambda: None)
 
 
 async def deliver(ingest: Ingest, name: str) -> str:
-    """Deliver an event's webhook; return how it was answered."""
+    """Send an event's webhook; return its outcome."""
     content = plain(name)
     signature = signed(content)["X-Clipia-Signature"].encode()
     try:
@@ -105,11 +105,11 @@ async def deliver(ingest: Ingest, name: str) -> str:
         return error.reason
 
 
-# --- what goes, and what stays ---
+# --- pruned and kept events ---
 
 
 async def test_old_events_go_with_all_that_hangs_on_them(world: World) -> None:
-    """C13: receipts, files, deliveries and tries go with their event; its neighbours keep theirs."""
+    """C13: receipts, files, deliveries and attempts are deleted with their event; others keep theirs."""
     ingest = ingest_of(world)
     for name in ("old", "young"):
         assert [await deliver(ingest, name) for _ in range(3)] == ["accepted", "duplicate", "duplicate"]
@@ -133,7 +133,7 @@ async def test_old_events_go_with_all_that_hangs_on_them(world: World) -> None:
 
 
 async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
-    """C16: the shortest age is 30 days, to the moment; less is refused with the reason."""
+    """C16: the minimum age is exactly 30 days; a shorter one is rejected with the reason."""
     minute = 60.0 / DAY
     for name, days in (("older", 30 + minute), ("younger", 30 - minute)):
         await add_old(world, name, days=days)
@@ -146,7 +146,7 @@ async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
 
 
 async def test_what_is_not_settled_stays(world: World) -> None:
-    """C16: an event that is on its way, a file or a delivery that is pending, and a dead letter."""
+    """C16: unfinished events are kept: on their way, with a pending file or delivery, or a dead letter."""
     of_event = [f"event-{state}" for state in get_args(EventState)]
     of_file = [f"file-{state}" for state in ("pending", "stored", "gone", "blocked")]
     of_delivery = [f"delivery-{state}" for state in get_args(DeliveryState)]
@@ -164,7 +164,7 @@ async def test_what_is_not_settled_stays(world: World) -> None:
 
 
 async def test_dead_letters_go_where_that_is_asked_for(world: World) -> None:
-    """C16: with `dead_letters` a delivery that was given up keeps nothing; one that is pending still does."""
+    """C16: with `dead_letters` an event with a dead letter is pruned; one with a pending delivery is kept."""
     world.add_destination("other")
     await add_old(world, "dead", "dead-and-pending", "dead-and-fetching")
     await world.change(deliveries, deliveries.c.destination == "main", state="dead")
@@ -179,7 +179,7 @@ async def test_dead_letters_go_where_that_is_asked_for(world: World) -> None:
 
 
 async def test_what_a_replay_has_yet_to_reach_stays(world: World) -> None:
-    """C16: a replay keeps what is above its position, up to its end; one that has ended keeps nothing."""
+    """C16: a pending replay keeps the events from its position to its end; an ended one keeps none."""
     names = [f"r-{number}" for number in range(1, 9)]
     await add_old(world, *names)
     seqs = [row["seq"] for row in await world.rows(events)]
@@ -195,7 +195,7 @@ async def test_what_a_replay_has_yet_to_reach_stays(world: World) -> None:
 
 
 async def test_the_event_of_an_open_job_stays(world: World) -> None:
-    """C16: found by its request_id or by the callback's path, and within its source."""
+    """C16: an open job keeps its event, found by request_id or by the callback's path, within its source."""
     states = get_args(JobState)
     names = [f"{way}-{state}" for way in ("request", "path") for state in states]
     await add_old(world, *names, "stranger")
@@ -213,7 +213,7 @@ async def test_the_event_of_an_open_job_stays(world: World) -> None:
 
 
 async def test_a_dry_run_says_what_the_run_does(world: World) -> None:
-    """`dry_run` counts the same, over as many batches, and deletes nothing."""
+    """`dry_run` has the same counts, over as many batches, and deletes no event."""
     await add_old(world, *(f"r-{number}" for number in range(12)))
     await set_delivery(world, "r-1", "dead")
     await set_delivery(world, "r-2", "pending")
@@ -228,20 +228,20 @@ async def test_a_dry_run_says_what_the_run_does(world: World) -> None:
     assert (done.events, done.kept) == (1, 1)
 
 
-# --- how it goes through them ---
+# --- batches ---
 
 
 async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C13: in pages of rows, whatever gaps there are, up to the first page with nothing old in it."""
+    """C13: pages consist of rows, not of numbers with gaps; a page without an old event is the last."""
     await add_old(world, *(f"r-{number:02}" for number in range(20)))
     young = {f"r-{number:02}" for number in (5, 7, *range(9, 15), *range(16, 20))}
     await age(world, *young, days=1)
-    # A whole page that stays is no reason to end.
+    # A whole page of kept events is not the end.
     stay = {"r-00", "r-01", "r-02"}
     for name in stay:
         await set_delivery(world, name, "dead")
     async with world.database.write() as connection:
-        # Many pages of numbers after the others.
+        # Its number is many pages after the others.
         far = make_event("clipia", plain("far"), received_at=datetime.now(UTC))
         await connection.execute(insert(events).values(**far._asdict() | {"seq": 10_000, "state": "ready"}))
     limits = Limits(events=3)
@@ -257,7 +257,7 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
     done = await prune(world, limits=limits)
     assert (done.events, done.kept) == (4, 3)
     assert pages == [3, 2, 2, 0]
-    # An old one among young ones, as an import may have brought it, goes when its neighbours do.
+    # An old event among young ones, as an import may have added it, is pruned together with them.
     assert await left(world) == {*stay, *young, "r-15", "far"}
     pages.clear()
     await age(world, *young, "far", days=100)
@@ -267,7 +267,7 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
 
 
 async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C13: it rests after each batch for as long as the batch took."""
+    """C13: after each batch it sleeps for as long as the batch took."""
     await add_old(world, *(f"r-{number}" for number in range(4)))
     limits = Limits(events=2)
     rests: list[float] = []
@@ -288,7 +288,7 @@ async def test_live_traffic_has_its_share(world: World, monkeypatch: pytest.Monk
 
 
 async def test_it_reads_no_whole_table(on_postgresql: World, postgres: Postgres) -> None:
-    """C13: among 20,000 events each statement goes by an index, and what checks the foreign keys, too."""
+    """C13: among 20,000 events each statement uses an index, and so do the checks of the foreign keys."""
     database, name = on_postgresql.database, on_postgresql.database.url.rpartition("/")[2]
     await fill(database, 20_000)
     await fill_jobs(database)
@@ -297,7 +297,7 @@ async def test_it_reads_no_whole_table(on_postgresql: World, postgres: Postgres)
     postgres.sql("ANALYZE", database=name)
 
     async def scans() -> str:
-        # Connections report what they have done when they end, if not before.
+        # PostgreSQL counts the scans of a connection when it ends.
         await database.close()
         tables = ", ".join(f"'{table}'" for table in (*whole(0), "jobs"))
         counted = f"SELECT relname, seq_scan FROM pg_stat_user_tables WHERE relname IN ({tables})"
@@ -308,11 +308,11 @@ async def test_it_reads_no_whole_table(on_postgresql: World, postgres: Postgres)
     assert await scans() == before
 
 
-# --- meanwhile ---
+# --- concurrent work ---
 
 
 async def test_what_comes_again_after_all_is_a_new_event(world: World) -> None:
-    """C16: why there is a shortest age: what was pruned is not known any more, and is forwarded again."""
+    """C16: the reason for a minimum age: a repeat of a pruned event is new, and is forwarded again."""
     await add_old(world, "r-1")
     ingest = ingest_of(world)
     assert await deliver(ingest, "r-1") == "duplicate"
@@ -323,7 +323,7 @@ async def test_what_comes_again_after_all_is_a_new_event(world: World) -> None:
 
 
 async def test_two_runs_at_once_do_no_harm(world: World) -> None:
-    """C13: each event is deleted and counted once, by whichever run comes to it first."""
+    """C13: with two runs each event is deleted and counted once."""
     await fill(world.database, 60)
     limits = Limits(events=7)
     other = Database(world.database.url)
@@ -335,7 +335,7 @@ async def test_two_runs_at_once_do_no_harm(world: World) -> None:
 
 
 async def test_repeats_that_come_meanwhile_are_answered(world: World) -> None:
-    """C16: a delivery of an event that is pruned is a repeat, a new one, or sent again; never lost."""
+    """C16: a webhook of an event that is being pruned is a repeat, new, or sent again; it is never lost."""
     names = [f"r-{number}" for number in range(40)]
     await add_old(world, *names)
     limits = Limits(events=5)
@@ -352,7 +352,7 @@ async def test_repeats_that_come_meanwhile_are_answered(world: World) -> None:
     done = await pruning_
     assert done.events > 0
     assert done.events + done.kept == len(names)
-    # Those that were answered 503 come again.
+    # The webhooks that were answered 503 come again.
     again = Counter([await deliver(ingest, name) for name in names])
     assert again["accepted"] + again["duplicate"] == len(names)
     assert answers.keys() <= {"accepted", "duplicate", "race"}
@@ -364,7 +364,7 @@ async def test_repeats_that_come_meanwhile_are_answered(world: World) -> None:
 
 
 async def test_a_repeat_keeps_its_event(on_postgresql: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C16: from the moment that a repeat has found its event no run deletes it; the repeat is on record."""
+    """C16: once a repeat has found its event, no run deletes the event, and the receipt is recorded."""
     world = on_postgresql
     await add_old(world, "r-1", "r-2")
     load = inbox.record_receipts
@@ -383,7 +383,7 @@ async def test_a_repeat_keeps_its_event(on_postgresql: World, monkeypatch: pytes
 async def test_what_was_added_before_the_lock_is_seen(
     on_postgresql: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C16: between the page and the lock a delivery may be added: it is looked for after the lock."""
+    """C16: a delivery that is added between the page and the lock is found: the query follows the lock."""
     world = on_postgresql
     await add_old(world, "r-1", "r-2")
     (seq, _) = [row["seq"] for row in await world.rows(events)]
@@ -400,7 +400,7 @@ async def test_what_was_added_before_the_lock_is_seen(
 
 
 async def test_nothing_is_added_after_the_lock(on_postgresql: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C16: what would be added to a locked event waits, and then finds that there is none."""
+    """C16: a row that refers to a locked event waits, and then finds no event."""
     world = on_postgresql
     await add_old(world, "r-1")
     (seq,) = [row["seq"] for row in await world.rows(events)]
@@ -425,7 +425,7 @@ async def test_nothing_is_added_after_the_lock(on_postgresql: World, monkeypatch
 
 
 async def test_a_dead_letter_that_is_restarted_meanwhile_stays(on_postgresql: World) -> None:
-    """C16: a run with `dead_letters` waits for whoever restarts one, and sees then that it is pending."""
+    """C16: a run with `dead_letters` waits for a concurrent restart, and then sees a pending delivery."""
     world = on_postgresql
     await add_old(world, "r-1", "r-2")
     for name in ("r-1", "r-2"):

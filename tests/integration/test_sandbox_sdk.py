@@ -35,7 +35,7 @@ IMAGE = {"prompt": "a cat"}
 
 @module
 async def servers() -> AsyncIterator[tuple[str, "Inbox"]]:
-    """Give the base URL of a running sandbox, and a running receiver of webhooks."""
+    """The base URL of a running sandbox, and a running receiver of webhooks."""
     inbox = Inbox()
     options = SandboxOptions(duration=0.3, retry_after=0, **WITHOUT_LIMITS)
     async with running(create_app(options, secret=SECRET)) as url, running(inbox.app) as inbox_url:
@@ -45,7 +45,7 @@ async def servers() -> AsyncIterator[tuple[str, "Inbox"]]:
 
 @each
 async def url(servers: tuple[str, "Inbox"]) -> str:
-    """Give the base URL of the sandbox as it is after its start: generations take 0.3 s."""
+    """The base URL of the sandbox after its start, with generations of 0.3 s."""
     async with httpx.AsyncClient(base_url=servers[0]) as control:
         await control.post("/_sandbox/reset")
     return servers[0]
@@ -53,19 +53,19 @@ async def url(servers: tuple[str, "Inbox"]) -> str:
 
 @each
 async def live(url: str) -> AsyncIterator[AsyncClipia]:
-    """Give an asynchronous client with a live key."""
+    """An asynchronous client with a live key."""
     async with AsyncClipia(LIVE, base_url=url, retry_delay=0.01) as client:
         yield client
 
 
 @each
 async def inbox(servers: tuple[str, "Inbox"]) -> "Inbox":
-    """Give the receiver of webhooks."""
+    """The receiver of webhooks."""
     return servers[1]
 
 
 class Inbox:
-    """Keeps every webhook that arrives, as received."""
+    """Stores every webhook as it was received."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -89,7 +89,7 @@ async def switch(url: str, **changes: Any) -> None:
 
 
 async def blocking(url: str, key: str, call: Callable[[Clipia], T]) -> T:
-    """Run something with the blocking client."""
+    """Run a function with the blocking client."""
 
     def run() -> T:
         with Clipia(key, base_url=url, retry_delay=0.01) as client:
@@ -134,7 +134,7 @@ async def test_blocking_client_goes_the_whole_way(url: str) -> None:
 
 
 async def test_async_client_goes_the_whole_way(live: AsyncClipia, url: str) -> None:
-    """`AsyncClipia` does the same, and the files that it is given can be downloaded."""
+    """`AsyncClipia` does the same, and the files of its outputs can be downloaded."""
     before = (await live.account.get())["balance"]["credits"]
     listed = (await live.models.list())["data"]
     for model in listed:
@@ -165,7 +165,7 @@ async def test_async_client_goes_the_whole_way(live: AsyncClipia, url: str) -> N
 
 
 async def test_test_key_answers_at_once(url: str) -> None:
-    """With a test key both clients get a finished generation from submit, free of charge."""
+    """With a test key both clients get a finished generation from the submission, free of charge."""
 
     def at_once(client: Clipia) -> int:
         assert client.submit("nano-banana-2", IMAGE).status == "COMPLETED"
@@ -194,7 +194,7 @@ async def test_failed_generation(live: AsyncClipia, url: str) -> None:
 
 
 async def test_canceled_generation(live: AsyncClipia, url: str) -> None:
-    """A generation that is cancelled from outside ends `subscribe` too."""
+    """A generation that is canceled from outside ends `subscribe`, too."""
     await switch(url, duration=60)
 
     async def cancel(status: StatusResponse) -> None:
@@ -209,7 +209,7 @@ async def test_canceled_generation(live: AsyncClipia, url: str) -> None:
 @pytest.mark.parametrize("status", ["OK", "ERROR"])
 @pytest.mark.parametrize("key", [LIVE, TEST])
 async def test_webhook_passes_the_sdks_check(url: str, inbox: Inbox, key: str, status: str) -> None:
-    """A webhook passes `verify_signature` with the right secret only, and says what polling says."""
+    """A webhook passes `verify_signature` with the right secret only, and agrees with the poll."""
     await switch(url, fail_rate=float(status == "ERROR"))
     async with AsyncClipia(key, base_url=url) as client:
         job = await client.submit("nano-banana-2", IMAGE, webhook_url=inbox.url)
@@ -242,7 +242,7 @@ async def test_webhook_passes_the_sdks_check(url: str, inbox: Inbox, key: str, s
 async def test_errors_of_a_call(
     url: str, key: str, model: str, given: dict[str, Any], expected: tuple[int, str, str] | None
 ) -> None:
-    """What is wrong with a call becomes a `ClipiaApiError` with status, code and type, in both clients."""
+    """An invalid call is a `ClipiaApiError` with status, code and type, in both clients."""
     async with AsyncClipia(key, base_url=url) as client:
         if expected is None:
             assert (await client.submit(model, given)).warnings[0].parameter == "webhook_url"
@@ -258,7 +258,7 @@ async def test_errors_of_a_call(
 
 
 async def test_unknown_request_and_bad_webhook_url(live: AsyncClipia) -> None:
-    """The other documented mistakes have their codes too."""
+    """The other documented errors have their codes, too."""
     with pytest.raises(ClipiaApiError) as caught:
         await live.result(str(uuid.uuid4()))
     assert (caught.value.status, caught.value.code) == (404, "not_found")
@@ -268,7 +268,7 @@ async def test_unknown_request_and_bad_webhook_url(live: AsyncClipia) -> None:
 
 
 async def test_out_of_credits(live: AsyncClipia, url: str) -> None:
-    """F6: no credits left is 402 of the billing kind."""
+    """F6: no credits left is 402 of the billing type."""
     await switch(url, credits=11)
     with pytest.raises(ClipiaApiError) as caught:
         await live.submit("nano-banana-2", IMAGE)
@@ -280,7 +280,7 @@ async def test_out_of_credits(live: AsyncClipia, url: str) -> None:
 
 
 async def test_limits_carry_retry_after(live: AsyncClipia, url: str) -> None:
-    """F7: both 429 codes arrive with `retry_after`, from a date as well."""
+    """F7: both 429 codes have a `retry_after`, also from a date."""
     await switch(url, concurrency_limit=1, duration=40, rate_limit=3, retry_after_date=True)
     live.max_retries = 0
     await live.submit("nano-banana-2", IMAGE)
@@ -302,7 +302,7 @@ async def test_limits_carry_retry_after(live: AsyncClipia, url: str) -> None:
 
 
 async def test_retries_of_the_sdk_pay_once(live: AsyncClipia, url: str) -> None:
-    """F1: the SDK's own retries after lost answers lead to one generation and one charge."""
+    """F1: the SDK's own retries after lost answers make one generation and one charge."""
     live.max_retries = 50
     await switch(url, lost_answer_rate=0.4, throttle_rate=0.2, error_rate=0.2, seed=2)
     jobs = [await live.submit("nano-banana-2", IMAGE) for _ in range(10)]
@@ -327,7 +327,7 @@ async def test_key_reuse_is_an_error(live: AsyncClipia) -> None:
 
 
 async def test_subscribe_gives_up(url: str) -> None:
-    """A generation that takes longer than the caller waits is a `ClipiaTimeoutError` with its request id."""
+    """If a generation takes longer than the timeout, it is a `ClipiaTimeoutError` with its request id."""
     await switch(url, duration=60)
     with pytest.raises(ClipiaTimeoutError) as caught:
         await blocking(

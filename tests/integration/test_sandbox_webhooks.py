@@ -40,7 +40,7 @@ Answer = Callable[[int], Awaitable[Response]]
 
 
 async def until(check: Callable[[], Awaitable[T]]) -> T:
-    """Ask until the answer is a true one, and return it."""
+    """Poll until the result is true, and return it."""
     async with asyncio.timeout(10):
         while True:
             if answer := await check():
@@ -49,7 +49,7 @@ async def until(check: Callable[[], Awaitable[T]]) -> T:
 
 
 class Receiver:
-    """Notes every webhook; what it answers is up to the test, by the number of the call from 1."""
+    """Records every webhook; the test chooses the answer by the number of the call, from 1."""
 
     def __init__(self) -> None:
         self.url = ""
@@ -65,16 +65,16 @@ class Receiver:
         return Response(status_code=204)
 
     def forget(self) -> None:
-        """Drop what has arrived, and accept again."""
+        """Delete the recorded webhooks, and accept again."""
         self.calls: list[tuple[dict[str, str], bytes]] = []
         self.answer: Answer = self._ok
 
     def statuses(self) -> list[str]:
-        """Return the status that each webhook gave."""
+        """Return the status in each webhook."""
         return [json.loads(body)["status"] for _, body in self.calls]
 
     async def count(self, number: int) -> None:
-        """Wait until that many webhooks have arrived."""
+        """Wait until a number of webhooks have arrived."""
 
         async def arrived() -> bool:
             return len(self.calls) >= number
@@ -84,7 +84,7 @@ class Receiver:
 
 @module
 async def servers() -> AsyncIterator[tuple[str, Receiver]]:
-    """Give the base URL of a running sandbox, and a running receiver."""
+    """The base URL of a running sandbox, and a running receiver."""
     receiver = Receiver()
     async with running(create_app(FAST, secret=SECRET)) as url, running(receiver.app) as receiver_url:
         receiver.url = f"{receiver_url}/hook"
@@ -93,7 +93,7 @@ async def servers() -> AsyncIterator[tuple[str, Receiver]]:
 
 @each
 async def sandbox(servers: tuple[str, Receiver]) -> AsyncIterator[httpx.AsyncClient]:
-    """Give a client of the sandbox as it is after its start."""
+    """A client of the sandbox after its start."""
     async with httpx.AsyncClient(base_url=servers[0], headers=LIVE) as client:
         await client.post("/_sandbox/reset")
         yield client
@@ -101,7 +101,7 @@ async def sandbox(servers: tuple[str, Receiver]) -> AsyncIterator[httpx.AsyncCli
 
 @each
 async def receiver(servers: tuple[str, Receiver], sandbox: httpx.AsyncClient) -> Receiver:
-    """Give the receiver, which has seen nothing yet; the sandbox sends nothing any more from another test."""
+    """The receiver without webhooks; those of earlier tests are not sent any more."""
     assert not sandbox.is_closed
     servers[1].forget()
     return servers[1]
@@ -121,13 +121,13 @@ async def switch(sandbox: httpx.AsyncClient, **changes: Any) -> None:
 
 
 async def webhook(sandbox: httpx.AsyncClient, request_id: str) -> dict[str, Any]:
-    """Return what the sandbox says of a request's webhook."""
+    """Return the webhook of a request, as the control API shows it."""
     shown: dict[str, Any] = (await sandbox.get(f"/_sandbox/requests/{request_id}")).json()["webhook"]
     return shown
 
 
 async def attempts(sandbox: httpx.AsyncClient, request_id: str, number: int) -> list[dict[str, Any]]:
-    """Wait until that many attempts are on record, and return all of them."""
+    """Wait until a number of attempts are recorded, and return all of them."""
 
     async def made() -> list[dict[str, Any]]:
         so_far: list[dict[str, Any]] = (await webhook(sandbox, request_id))["attempts"]
@@ -136,11 +136,11 @@ async def attempts(sandbox: httpx.AsyncClient, request_id: str, number: int) -> 
     return await until(made)
 
 
-# Delivery
+# Attempts
 
 
 async def test_webhook_comes_when_the_generation_ends(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """A live generation's webhook comes after its end, once, and the attempt is on record."""
+    """A live generation's webhook is sent after its end, once, and the attempt is recorded."""
     request_id = await submit(sandbox, receiver.url)
     await receiver.count(1)
     assert (await sandbox.get(f"/v1/requests/{request_id}")).status_code == 200
@@ -160,7 +160,7 @@ async def test_webhook_comes_when_the_generation_ends(sandbox: httpx.AsyncClient
 
 
 async def test_six_tries_each_freshly_signed(receiver: Receiver) -> None:
-    """What is never accepted is tried six times: the same bytes, every time signed at the present time."""
+    """A webhook that is never accepted has six attempts: the same bytes, each signed at its own time."""
 
     async def refuse(_number: int) -> Response:
         moments[0] += 400
@@ -188,7 +188,7 @@ async def test_six_tries_each_freshly_signed(receiver: Receiver) -> None:
 
 
 async def test_another_secret_does_not_verify(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """The signature holds for the sandbox's secret and for no other one."""
+    """The signature is valid for the sandbox's secret only."""
     await submit(sandbox, receiver.url, TEST)
     await receiver.count(1)
     headers, body = receiver.calls[0]
@@ -199,7 +199,7 @@ async def test_another_secret_does_not_verify(sandbox: httpx.AsyncClient, receiv
 
 
 async def test_waits_double(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """The waits between tries start at `webhook_backoff` and double."""
+    """The waits between attempts start at `webhook_backoff` and double."""
     moments: list[float] = []
 
     async def refuse(_number: int) -> Response:
@@ -210,12 +210,12 @@ async def test_waits_double(sandbox: httpx.AsyncClient, receiver: Receiver) -> N
     await switch(sandbox, webhook_backoff=0.02)
     await attempts(sandbox, await submit(sandbox, receiver.url, TEST), 6)
     waits = [later - earlier for earlier, later in pairwise(moments)]
-    # A busy machine makes waits longer and never shorter.
+    # A busy machine makes waits longer, never shorter.
     assert [wait >= 0.95 * 0.02 * 2**number for number, wait in enumerate(waits)] == [True] * 5
 
 
 async def test_acceptance_ends_the_tries(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """The first 2xx is the last try; redirects and client errors are tried again and never followed."""
+    """The first 2xx ends the attempts; redirects, which are not followed, and client errors do not."""
 
     async def stumble(number: int) -> Response:
         answers = {
@@ -233,7 +233,7 @@ async def test_acceptance_ends_the_tries(sandbox: httpx.AsyncClient, receiver: R
 
 
 async def test_number_of_tries_is_a_switch(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """`webhook_attempts` bounds the tries."""
+    """`webhook_attempts` limits the attempts."""
 
     async def refuse(_number: int) -> Response:
         return Response(status_code=500)
@@ -246,7 +246,7 @@ async def test_number_of_tries_is_a_switch(sandbox: httpx.AsyncClient, receiver:
 
 
 async def test_slow_and_dead_receivers(sandbox: httpx.AsyncClient) -> None:
-    """An answer that drips past the limit and no connection at all are failed tries with a reason."""
+    """An answer that drips past the timeout, and a failed connection, are failed attempts with a reason."""
 
     async def drip(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n")
@@ -273,14 +273,14 @@ async def test_slow_and_dead_receivers(sandbox: httpx.AsyncClient) -> None:
 async def test_environment_proxy_is_not_used(
     sandbox: httpx.AsyncClient, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A proxy named by the environment does not come between sandbox and receiver."""
+    """A proxy of the environment is not used between sandbox and receiver."""
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
     monkeypatch.setenv("ALL_PROXY", "http://127.0.0.1:1")
     (attempt,) = await attempts(sandbox, await submit(sandbox, receiver.url), 1)
     assert attempt["status_code"] == 204
 
 
-# Misbehaviour
+# Faults
 
 
 async def test_lost_webhook(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
@@ -298,7 +298,7 @@ async def test_lost_webhook(sandbox: httpx.AsyncClient, receiver: Receiver) -> N
 
 
 async def test_webhook_sent_twice(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """A13: a duplicate has the same bytes and an id of its own."""
+    """A13: a duplicate has the same bytes and another id."""
     await switch(sandbox, webhook_duplicate_rate=1)
     made = await attempts(sandbox, await submit(sandbox, receiver.url), 2)
     assert [attempt["kind"] for attempt in made] == ["result", "duplicate"]
@@ -310,7 +310,7 @@ async def test_webhook_sent_twice(sandbox: httpx.AsyncClient, receiver: Receiver
 async def test_conflicting_webhook(
     sandbox: httpx.AsyncClient, receiver: Receiver, fail_rate: float, statuses: list[str]
 ) -> None:
-    """C9: a conflict is an authentic second webhook of the same request that says the opposite."""
+    """C9: a conflict is a second authentic webhook of the request, with the opposite status."""
     await switch(sandbox, webhook_conflict_rate=1, fail_rate=fail_rate)
     request_id = await submit(sandbox, receiver.url)
     made = await attempts(sandbox, request_id, 2)
@@ -325,7 +325,7 @@ async def test_conflicting_webhook(
 async def test_nothing_follows_a_webhook_that_was_not_accepted(
     sandbox: httpx.AsyncClient, receiver: Receiver
 ) -> None:
-    """Duplicates and conflicts are only sent where the result got through."""
+    """Duplicates and conflicts are sent only if the result was accepted."""
 
     async def refuse(_number: int) -> Response:
         return Response(status_code=500)
@@ -342,7 +342,7 @@ async def test_nothing_follows_a_webhook_that_was_not_accepted(
 async def test_webhook_before_the_answer(
     sandbox: httpx.AsyncClient, receiver: Receiver, headers: dict[str, str]
 ) -> None:
-    """C10: with `webhook_first` the submit is answered only when the receiver has dealt with the webhook."""
+    """C10: with `webhook_first` the submission is answered after the receiver has answered the webhook."""
     dealt_with = asyncio.Event()
 
     async def take_time(_number: int) -> Response:
@@ -360,7 +360,7 @@ async def test_webhook_before_the_answer(
 
 
 async def test_webhook_first_does_not_wait_for_ever(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """C10: the submit is answered after the time limit where the webhook cannot be delivered."""
+    """C10: if the webhook cannot be sent, the submission is answered after the timeout."""
 
     async def refuse(_number: int) -> Response:
         return Response(status_code=500)
@@ -372,7 +372,7 @@ async def test_webhook_first_does_not_wait_for_ever(sandbox: httpx.AsyncClient, 
 
 
 async def test_cancelled_generation_sends_nothing(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """F10: a cancelled generation has no webhook."""
+    """F10: a canceled generation has no webhook."""
     await switch(sandbox, duration=0.1)
     request_id = await submit(sandbox, receiver.url)
     await sandbox.post(f"/_sandbox/requests/{request_id}/cancel")
@@ -382,7 +382,7 @@ async def test_cancelled_generation_sends_nothing(sandbox: httpx.AsyncClient, re
 
 
 async def test_webhook_by_hand(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """A webhook can be sent by hand, also a lost or a conflicting one, and the answer is the attempt."""
+    """A webhook can be sent by hand, also a lost or a conflicting one; the answer is the attempt."""
     await switch(sandbox, webhook_loss_rate=1)
     request_id = await submit(sandbox, receiver.url, TEST)
     sent = [
@@ -400,7 +400,7 @@ async def test_webhook_by_hand(sandbox: httpx.AsyncClient, receiver: Receiver) -
 
 
 async def test_end_cancels_what_is_waiting(receiver: Receiver) -> None:
-    """The end of the lifespan cancels webhooks that wait for a generation or for another try."""
+    """The end of the lifespan cancels webhooks that wait for a generation or for another attempt."""
 
     async def refuse(_number: int) -> Response:
         return Response(status_code=500)
@@ -422,7 +422,7 @@ def webhook_tasks() -> list[str]:
 
 
 async def test_reset_cancels_what_is_waiting(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """After a reset nothing arrives from before it."""
+    """After a reset no earlier webhook arrives."""
     await switch(sandbox, duration=0.1)
     await submit(sandbox, receiver.url)
     await sandbox.post("/_sandbox/reset")
@@ -451,7 +451,7 @@ async def test_death_of_a_webhook_is_loud(
 
 
 async def test_logs_have_no_secrets(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
-    """G8: the log names requests, but no secret, key, URL or prompt."""
+    """G8: the log has request ids, but no secret, key, URL or prompt."""
     with capture_logs() as logs:
         await attempts(sandbox, await submit(sandbox, f"{receiver.url}?token=canary", TEST), 1)
     text = str(logs)
@@ -460,14 +460,14 @@ async def test_logs_have_no_secrets(sandbox: httpx.AsyncClient, receiver: Receiv
 
 
 async def test_taken_port_is_an_error() -> None:
-    """A port that somebody else listens on is an `OSError` at once."""
+    """A port in use is an `OSError` immediately."""
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         async with running(create_app(), port=taken.getsockname()[1]):
             pytest.fail("started on a taken port")
 
 
 async def test_signals_stay_with_the_program_around_it() -> None:
-    """Serving the sandbox inside a program leaves the program's signal handlers alone."""
+    """The sandbox does not change the signal handlers of the surrounding program."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     async with running(create_app()):
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
@@ -478,7 +478,7 @@ async def test_signals_stay_with_the_program_around_it() -> None:
 
 @pytest.mark.parametrize("path", ["/works/x-1.png", "/sandbox/sample-video.mp4", "/works/blob/3000000.mp4"])
 async def test_truncated_download(sandbox: httpx.AsyncClient, path: str) -> None:
-    """D9: a truncated download declares its whole length and breaks off half-way; the next one is whole."""
+    """D9: a truncated download declares its whole length and breaks in the middle; the next one is whole."""
     whole = await sandbox.get(path)
     await switch(sandbox, media_truncate_rate=1)
     received = bytearray()
@@ -498,7 +498,7 @@ async def test_truncated_download(sandbox: httpx.AsyncClient, path: str) -> None
 
 
 async def test_slow_download(sandbox: httpx.AsyncClient) -> None:
-    """`media_latency` holds downloads back and nothing else."""
+    """`media_latency` delays downloads only."""
     await switch(sandbox, media_latency=30)
     with pytest.raises(httpx.ReadTimeout):
         await sandbox.get("/works/x-1.png", timeout=0.1)
@@ -518,5 +518,5 @@ async def test_huge_video_in_constant_memory(sandbox: httpx.AsyncClient) -> None
 
 
 def resident() -> int:
-    """Return the memory that this process has in use, in bytes."""
+    """Return the memory in use by this process, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

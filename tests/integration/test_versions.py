@@ -1,4 +1,4 @@
-"""The schema's version: whose it is, and which releases may run on it."""
+"""The schema's version: its table, and the releases that may run on it."""
 
 import shutil
 import uuid
@@ -25,7 +25,7 @@ MIGRATIONS = Path(__file__).parents[2] / "migrations"
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of a database in which there is nothing yet."""
+    """The URL of an empty database."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'empty.db'}"
     server: Postgres = request.getfixturevalue("postgres")
@@ -64,7 +64,7 @@ async def make_former(database: Database) -> None:
 
 
 async def test_the_version_of_an_earlier_release_is_taken_over(database: Database) -> None:
-    """C15: the table gets our name, keeps its revision, and leaves Alembic's own name to others."""
+    """C15: the table is renamed and keeps its revision, and Alembic's own name is free for others."""
     await make_former(database)
     await migrate.require_current(database)
     await migrate.upgrade(database)
@@ -80,7 +80,7 @@ async def test_the_version_of_an_earlier_release_is_taken_over(database: Databas
 
 
 async def test_the_version_of_another_application_is_left_alone(empty_url: str) -> None:
-    """C15: `alembic_version` of another application that counts from 0001, too, is not taken for ours."""
+    """C15: `alembic_version` of another application, which also counts from 0001, is not taken for ours."""
     database = Database(empty_url)
     await run(
         database,
@@ -102,7 +102,7 @@ async def test_the_version_of_another_application_is_left_alone(empty_url: str) 
 async def test_a_table_of_another_application_is_left_alone(
     empty_url: str, name: str, tmp_path: Path
 ) -> None:
-    """C15: where a table of ours would collide, one sentence names it, and the schema stays as it was."""
+    """C15: if one of our tables would collide, one sentence names it, and the schema is unchanged."""
     database = Database(empty_url)
     await run(
         database,
@@ -123,7 +123,7 @@ async def test_a_table_of_another_application_is_left_alone(
 
 
 async def test_a_schema_of_ones_own_is_enough(postgres: Postgres) -> None:
-    """C15: the advice of that sentence works: a schema first in the search_path holds our tables."""
+    """C15: the advice of that sentence works: our tables go to a schema that is first in the search_path."""
     url = postgres.url()
     name = url.rpartition("/")[2]
     for statement in (
@@ -146,7 +146,7 @@ async def test_a_schema_of_ones_own_is_enough(postgres: Postgres) -> None:
 async def test_a_user_who_may_not_create_tables_is_told_so(
     postgres: Postgres, tmp_path: Path, *, is_new: bool
 ) -> None:
-    """C15: without the right to create tables, or to change another owner's: one sentence with the GRANT."""
+    """C15: without the right to create tables, or to change another owner's, one sentence has the GRANT."""
     url = postgres.url(template="template1" if is_new else "migrated")
     name, role = url.rpartition("/")[2], f"role_{uuid.uuid4().hex[:12]}"
     postgres.sql(f"CREATE ROLE {role} LOGIN")
@@ -166,7 +166,7 @@ async def test_a_user_who_may_not_create_tables_is_told_so(
 async def upgrade_to_the_future(
     database: Database, folder: Path, patch: pytest.MonkeyPatch, runs: Sequence[bool]
 ) -> None:
-    """Migrate as a later release would, whose migrations say whether the release before each `runs`."""
+    """Migrate as a later release would; `runs` says if the release before each migration may run after it."""
     shutil.copytree(MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
     before = migrate.head()
     for number, each in enumerate(runs, int(before) + 1):
@@ -224,7 +224,7 @@ async def test_an_older_process_is_refused_by_a_newer_schema_that_serves_it_no_m
     monkeypatch: pytest.MonkeyPatch,
     runs: Sequence[bool],
 ) -> None:
-    """C15: if one migration since does not serve it, each command ends with the same sentence."""
+    """C15: if one later migration does not allow it, each command ends with the same sentence."""
     await upgrade_to_the_future(database, tmp_path / "future", monkeypatch, runs)
     settings = {"RECEIVER_DATABASE_URL": database_url, "CLIPIA_WEBHOOK_SECRET": SECRET}
     before = await tables(database)
@@ -239,7 +239,7 @@ async def test_an_older_process_is_refused_by_a_newer_schema_that_serves_it_no_m
 
 
 async def test_the_releases_that_a_schema_serves_are_noted(database: Database) -> None:
-    """C15: the version row names the oldest revision that is served by each step since."""
+    """C15: the version row names the oldest revision that each later step allows."""
 
     async def serves(connection: AsyncConnection) -> str:
         query = text(f"SELECT version_num, serves FROM {VERSION_TABLE}")

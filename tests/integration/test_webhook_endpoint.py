@@ -1,4 +1,4 @@
-"""The callback over HTTP, on both databases: what is stored, and what is answered."""
+"""The callback over HTTP, on both databases: the stored rows and the answers."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ OTHER_SECRET = "whsec_other-0123456789abcdef"
 
 
 class Site:
-    """A receiver inside the test, without its worker, and a look into its database."""
+    """A receiver inside the test, without its worker, and access to its database."""
 
     def __init__(self, app: Starlette, database: Database) -> None:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
@@ -42,7 +42,7 @@ class Site:
     async def post(
         self, content: bytes, *, url: str = URL, headers: dict[str, str] | None = None, **sign: Any
     ) -> httpx.Response:
-        """Post a delivery, signed unless `headers` say otherwise."""
+        """Post a webhook; it is signed if no `headers` are given."""
         return await self.client.post(
             url, content=content, headers=signed(content, **sign) if headers is None else headers
         )
@@ -56,7 +56,7 @@ class Site:
             ]
 
     async def count(self, table: Table) -> int:
-        """Return how many rows a table has."""
+        """Return the number of rows of a table."""
         async with self.database.read() as connection:
             return int((await connection.execute(select(func.count()).select_from(table))).scalar_one())
 
@@ -114,7 +114,7 @@ async def test_a_failure_is_an_event_too(site: Site) -> None:
 
 
 async def test_each_delivery_leaves_a_receipt(site: Site) -> None:
-    """A12, A15: signed time, secret id and the unsigned webhook id are on record."""
+    """A12, A15: signed time, secret id and the unsigned webhook id are recorded."""
     content = body("r-3")
     now = int(time.time()) - 7
     headers = signed(content, at=now)
@@ -139,7 +139,7 @@ BAD_HEADERS = [
 
 
 async def test_every_refusal_looks_the_same(site: Site) -> None:
-    """A1: missing, malformed, wrong and stale signatures get one constant answer, and nothing is stored."""
+    """A1: missing, malformed, wrong and stale signatures get one constant answer, and no event is stored."""
     content = body()
     answers = []
     for value in BAD_HEADERS:
@@ -159,14 +159,14 @@ def _latin(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 async def test_refusals_are_counted_by_reason(site: Site) -> None:
-    """A9, G11: a provider that changes its format shows within minutes, and only in the metrics."""
+    """A9, G11: a changed format of the provider shows within minutes, in the metrics only."""
     before = metric("receiver_rejections_total", source="clipia", reason="format")
     await site.client.post(URL, content=b"{}", headers={"X-Clipia-Signature": f"t=1700000000,v1={'A' * 64}"})
     assert metric("receiver_rejections_total", source="clipia", reason="format") == before + 1
 
 
 async def test_two_signature_headers_are_ambiguous(site: Site) -> None:
-    """A8: duplicated header lines are refused, whether or not one of them holds."""
+    """A8: duplicated header lines are rejected, even if one of them is valid."""
     content = body()
     good = signed(content)["X-Clipia-Signature"]
     for other in (good, f"t=1700000000,v1={'0' * 64}"):
@@ -175,7 +175,7 @@ async def test_two_signature_headers_are_ambiguous(site: Site) -> None:
 
 
 async def test_one_signature_of_several_is_enough(site: Site) -> None:
-    """A7: while Clipia rotates, any v1 that matches counts."""
+    """A7: during a rotation of Clipia's, one matching v1 is enough."""
     content = body()
     t, good = signed(content)["X-Clipia-Signature"].split(",")
     for value in (f"{t},v1={'0' * 64},{good}", f"{t},{good},v1={'0' * 64}", f"{t},v0=x,{good}"):
@@ -184,7 +184,7 @@ async def test_one_signature_of_several_is_enough(site: Site) -> None:
 
 
 async def test_secrets_rotate_without_a_refusal(database_url: str, database: Database) -> None:
-    """A12: old only, both, new only: deliveries signed with either pass while both are configured."""
+    """A12: old only, both, new only: webhooks signed with either secret pass while both are configured."""
     for configured, accepted in (
         (SECRET, {SECRET}),
         (f"{OTHER_SECRET},{SECRET}", {SECRET, OTHER_SECRET}),
@@ -197,7 +197,7 @@ async def test_secrets_rotate_without_a_refusal(database_url: str, database: Dat
 
 
 async def test_the_same_bytes_a_hundred_times_are_one_event(site: Site) -> None:
-    """A13: a replay inside the tolerance is acked and changes nothing."""
+    """A13: a repeat inside the tolerance is acked and changes no event."""
     content = body("r-4")
     headers = signed(content)
     answers = await asyncio.gather(*(site.post(content, headers=headers) for _ in range(100)))
@@ -217,7 +217,7 @@ async def test_a_changed_request_id_breaks_the_signature(site: Site) -> None:
 
 @pytest.mark.parametrize("webhook_id", ["same", "", "x" * 400, "\x1b[31mred", None])
 async def test_unsigned_headers_change_nothing(site: Site, webhook_id: str | None) -> None:
-    """A15: whatever the unsigned headers say, status and dedup stay the same."""
+    """A15: unsigned headers have no effect on status and deduplication."""
     content = body("r-7")
     headers = signed(content)
     del headers["X-Clipia-Webhook-Id"]
@@ -232,7 +232,7 @@ async def test_unsigned_headers_change_nothing(site: Site, webhook_id: str | Non
 
 
 async def test_sources_do_not_touch_each_other(database_url: str, database: Database) -> None:
-    """A16, A17: one request_id from two sources is two events, and a secret opens its own source only."""
+    """A16, A17: one request_id from two sources is two events; a secret is valid for its own source only."""
     staging = {"name": "staging", "secret": OTHER_SECRET}
     async with make_site(database_url, database, sources=[staging]) as site:
         content = body("r-9")
@@ -247,7 +247,7 @@ async def test_sources_do_not_touch_each_other(database_url: str, database: Data
 
 
 async def test_the_path_is_no_credential(site: Site) -> None:
-    """A18: knowing a source's path opens nothing without its secret."""
+    """A18: the path of a source is of no use without its secret."""
     assert (await site.client.post(f"{URL}/clipia", content=body())).status_code == 401
 
 
@@ -255,7 +255,7 @@ async def test_the_path_is_no_credential(site: Site) -> None:
 
 
 async def test_a_large_body_is_refused_before_it_is_read(site: Site) -> None:
-    """B3: a declared length over the limit is answered 413 with not one byte read."""
+    """B3: a declared length over the limit is answered 413 before a byte is read."""
 
     async def endless() -> AsyncIterator[bytes]:
         pytest.fail("the body was read")
@@ -267,12 +267,12 @@ async def test_a_large_body_is_refused_before_it_is_read(site: Site) -> None:
 
 
 async def test_a_chunked_body_is_read_up_to_the_limit(site: Site) -> None:
-    """B3: an endless chunked body is cut off after the limit."""
+    """B3: an endless chunked body is cut after the limit."""
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
         nonlocal sent
-        # Bounded: without the limit, the answer is another one instead of none.
+        # With a timeout: without the limit there would be another answer, not an endless wait.
         for _ in range(64):
             sent += 65_536
             yield b"x" * 65_536
@@ -308,7 +308,7 @@ async def test_a_slow_body_is_given_up(site: Site, monkeypatch: pytest.MonkeyPat
 
 
 async def test_a_client_that_hangs_up_is_forgotten(site: Site) -> None:
-    """B5: a disconnect in mid-body stores nothing and answers nothing."""
+    """B5: after a disconnect in mid-body no event is stored and no answer sent."""
     # The fixture gave the client an ASGITransport; httpx declares the base class of transports.
     app = site.client._transport.app  # type: ignore[attr-defined]
     messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
@@ -338,7 +338,7 @@ async def test_a_client_that_hangs_up_is_forgotten(site: Site) -> None:
     ["gzip", "br", "gzip, gzip", "deflate", "X-GZIP", "identity, gzip", "utf-8,zstd", "compress;q=1", "dcb"],
 )
 async def test_an_encoded_body_is_refused_unread(site: Site, encoding: str) -> None:
-    """B6: nothing is inflated before it is verified, and what was signed is what must come."""
+    """B6: no body is inflated before it is verified; it must come as it was signed."""
     content = gzip.compress(body())
     response = await site.post(content, headers=signed(content) | {"Content-Encoding": encoding})
     assert response.status_code == 415
@@ -397,7 +397,7 @@ STRANGE = {
 
 @pytest.mark.parametrize("content", STRANGE.values(), ids=STRANGE)
 async def test_authentic_but_strange_is_kept(site: Site, content: bytes) -> None:
-    """B7-B11: a signed body that is no usable event is acked and kept as evidence, byte for byte."""
+    """B7-B11: a signed body that is no event is acked and kept as evidence, byte for byte."""
     first, again = await site.post(content), await site.post(content)
     assert (first.status_code, again.status_code) == (200, 200)
     assert first.json()["status"] == again.json()["status"] == "unrecognized"
@@ -423,7 +423,7 @@ ODD_SHAPES = {
 
 @pytest.mark.parametrize("shape", ODD_SHAPES.values(), ids=ODD_SHAPES)
 async def test_odd_shapes_are_events(site: Site, shape: dict[str, Any]) -> None:
-    """B10: with an id and a known status it is an event, whatever the payload looks like."""
+    """B10: with an id and a known status it is an event, even if the payload has an unknown form."""
     content = json.dumps({"request_id": "r-11", "status": "OK", **shape}).encode()
     assert (await site.post(content)).json()["status"] == "accepted"
     (event,) = await site.rows(events)
@@ -431,7 +431,7 @@ async def test_odd_shapes_are_events(site: Site, shape: dict[str, Any]) -> None:
 
 
 async def test_an_unknown_status_does_not_take_the_place_of_the_result(site: Site) -> None:
-    """B11: the result that comes after a status that we do not know is stored, not a conflict."""
+    """B11: the result that comes after an unknown status is stored, and is no conflict."""
     assert (await site.post(b'{"request_id":"r-12","status":"PENDING"}')).json()["status"] == "unrecognized"
     assert (await site.post(body("r-12"))).json()["status"] == "accepted"
     assert await site.count(events) == 2
@@ -439,7 +439,7 @@ async def test_an_unknown_status_does_not_take_the_place_of_the_result(site: Sit
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS"])
 async def test_other_methods_do_nothing(site: Site, method: str) -> None:
-    """B12: only POST; anything else is 405 without side effects."""
+    """B12: only POST; any other method is 405 without side effects."""
     response = await site.client.request(method, URL, headers=signed(b""))
     assert response.status_code == 405
     assert await site.count(events) == 0
@@ -449,12 +449,12 @@ async def test_other_methods_do_nothing(site: Site, method: str) -> None:
     "path", ["/clipia", "/", "/clipia/webhooks", "/clipia/webhook/a/b", "/x//clipia/webhook", "/clipia/"]
 )
 async def test_other_paths_do_not_redirect(site: Site, path: str) -> None:
-    """B12: a redirect counts as a failure with providers, so there is none."""
+    """B12: there is no redirect, because providers count one as a failure."""
     assert (await site.post(body(), url=path)).status_code == 404
 
 
 async def test_forwarded_headers_are_not_believed(site: Site) -> None:
-    """B13: what a client says of its own address changes nothing and is not kept."""
+    """B13: a client's claim of its own address has no effect and is not stored."""
     content = body()
     headers = signed(content) | {
         "X-Forwarded-For": "6.6.6.6",
@@ -465,11 +465,11 @@ async def test_forwarded_headers_are_not_believed(site: Site) -> None:
     assert "6.6.6.6" not in repr(await site.rows(events)) + repr(await site.rows(receipts))
 
 
-# -- dedup and conflicts
+# -- deduplication and conflicts
 
 
 async def test_another_body_for_the_same_request_is_a_conflict(site: Site) -> None:
-    """C9: the first body stands; the second is kept on its receipt and counted."""
+    """C9: the first body is kept; the second is stored on its receipt and counted."""
     first, second = body("r-13"), failure("r-13")
     before = metric("receiver_webhooks_total", source="clipia", outcome="conflict")
     assert (await site.post(first)).json()["status"] == "accepted"
@@ -483,7 +483,7 @@ async def test_another_body_for_the_same_request_is_a_conflict(site: Site) -> No
 
 
 async def test_the_same_json_in_other_bytes_is_a_duplicate(site: Site) -> None:
-    """C9: key order, spacing and escapes are no conflict."""
+    """C9: a body with other key order, spacing and escapes is no conflict."""
     content = body("r-14", note="é")
     reordered = json.dumps(dict(reversed(json.loads(content).items())), ensure_ascii=False, indent=2).encode()
     assert content != reordered
@@ -492,7 +492,7 @@ async def test_the_same_json_in_other_bytes_is_a_duplicate(site: Site) -> None:
 
 
 async def test_an_unrecognized_body_never_conflicts(site: Site) -> None:
-    """Two strange bodies are two pieces of evidence."""
+    """Two unrecognized bodies are two pieces of evidence."""
     await site.post(b"x")
     assert (await site.post(b"y")).json()["status"] == "unrecognized"
     assert await site.count(events) == 2
@@ -501,7 +501,7 @@ async def test_an_unrecognized_body_never_conflicts(site: Site) -> None:
 async def test_a_driver_that_hangs_is_answered_in_time(
     database_url: str, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C4: 503 in time even where the driver neither answers nor lets itself be cancelled."""
+    """C4: 503 in time, even if the driver neither answers nor can be cancelled."""
     monkeypatch.setattr(webhook, "BODY_SECONDS", 0.1)
     monkeypatch.setattr(webhook, "ANSWER_SECONDS", 0.3)
     released = asyncio.Event()
@@ -524,7 +524,7 @@ async def test_a_driver_that_hangs_is_answered_in_time(
 
 
 async def slow_body(content: bytes, *, seconds: float) -> AsyncIterator[bytes]:
-    """Yield a body in two parts with so much time between them."""
+    """Yield a body in two parts with a pause between them."""
     yield content[:10]
     await asyncio.sleep(seconds)
     yield content[10:]
@@ -534,7 +534,7 @@ async def slow_body(content: bytes, *, seconds: float) -> AsyncIterator[bytes]:
 async def test_one_deadline_for_body_store_and_repeat(
     site: Site, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
-    """C4: a slow body, a slow store and a slow repeat do not add up: the answer comes at the one deadline."""
+    """C4: a slow body, a slow store and a slow repeat do not add up: there is one deadline for the answer."""
     content = body("r-17")
     if slow == "repeat":
         await site.post(content)
@@ -563,7 +563,7 @@ async def test_one_deadline_for_body_store_and_repeat(
     released.set()
     await asyncio.sleep(0.1)
     assert (response.status_code, response.headers["retry-after"]) == (503, "5")
-    # At the old sums of several waits it would be 10 s.
+    # If each wait had its own timeout, the sum would be 10 s.
     assert 1.4 < took < 4
 
 
@@ -596,7 +596,7 @@ async def test_the_deadline_counts_from_the_head(site: Site, monkeypatch: pytest
 
 
 async def test_a_task_that_is_cancelled_from_outside_ends(site: Site) -> None:
-    """C4: only the deadline's own cancellation is an answer; that of a server that stops goes through."""
+    """C4: only the deadline's own cancellation is answered; that of a stopping server is raised."""
 
     async def receive() -> Any:
         await asyncio.sleep(30)
@@ -614,7 +614,7 @@ async def test_a_task_that_is_cancelled_from_outside_ends(site: Site) -> None:
 
 
 async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C3: whatever goes wrong while storing, the answer is 503 and Clipia tries again."""
+    """C3: after any error while storing, the answer is 503 and Clipia sends the webhook again."""
 
     async def break_down(*_arguments: Any) -> None:
         raise RuntimeError("bug")
@@ -625,5 +625,5 @@ async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_event_ids_never_change() -> None:
-    """The id of an event is part of the contract with consumers: it must survive every release."""
+    """The id of an event is part of the contract with consumers: it must be the same in every release."""
     assert str(event_id("clipia", "r-1")) == "8e4e5e6d-3274-5a32-9fdc-8803b0a2d779"

@@ -1,4 +1,4 @@
-"""Bearer tokens: what is kept of them, how they are compared, and what is refused."""
+"""Bearer tokens: their storage, their comparison, and rejected requests."""
 
 import hmac
 import pickle
@@ -25,7 +25,7 @@ TOKENS = Tokens(
 
 
 def headers(authorization: str) -> Headers:
-    """Return the headers of a request as they come from the wire: bytes, read as Latin-1."""
+    """Return the headers of a request as the server decodes them: bytes, read as Latin-1."""
     return Headers(raw=[(b"authorization", authorization.encode("latin-1"))])
 
 
@@ -40,14 +40,14 @@ def test_a_token_leads_to_its_caller() -> None:
 
 @given(st.text(st.characters(max_codepoint=255)), st.sampled_from(["", "Bearer ", "bearer ", "Basic "]))
 def test_no_other_text_is_a_token(text: str, scheme: str) -> None:
-    """G1: whatever bytes a header has, only a known token has a caller, and nothing raises."""
+    """G1: only a known token has a caller; no bytes in a header raise an exception."""
     found = TOKENS.caller(headers(scheme + text))
     assert found is None or text.strip() in (FIRST, LAST)
 
 
 @pytest.mark.parametrize("token", [FIRST, LAST, "token-of-nobody-0123456789", FIRST[:-1], "x"])
 def test_every_token_is_compared(monkeypatch: pytest.MonkeyPatch, token: str) -> None:
-    """G1: as many comparisons, of as many bytes, in constant time, whichever token is right or nearly so."""
+    """G1: the number and length of the comparisons do not depend on the token; each is constant-time."""
     compared: list[tuple[int, int]] = []
     compare = hmac.compare_digest
 
@@ -61,7 +61,7 @@ def test_every_token_is_compared(monkeypatch: pytest.MonkeyPatch, token: str) ->
 
 
 def test_tokens_are_not_kept() -> None:
-    """G1, G8: what stays in memory are digests, which open nothing."""
+    """G1, G8: memory has the tokens' digests only, which cannot be used as tokens."""
     kept = pickle.dumps(vars(TOKENS))
     assert b"first" in kept
     assert FIRST.encode() not in kept
@@ -69,7 +69,7 @@ def test_tokens_are_not_kept() -> None:
 
 
 def test_a_scope_has_to_be_there() -> None:
-    """G1: 401 without a caller, 403 without the scope; a scope contains no other one."""
+    """G1: 401 without a caller, 403 without the scope; a scope contains no other scope."""
     assert TOKENS.require(headers(f"Bearer {FIRST}"), "read").name == "first"
     with pytest.raises(RequestError) as nobody:
         TOKENS.require(headers("Bearer x"), "read")
@@ -89,7 +89,7 @@ def test_a_scope_has_to_be_there() -> None:
 
 
 def test_no_tokens_are_nobody() -> None:
-    """G1: without any token nobody is allowed, and the answer says what to set."""
+    """G1: if no token is configured, every request is rejected, and the answer names the setting."""
     empty = Tokens([])
     assert not empty
     assert TOKENS

@@ -1,4 +1,4 @@
-"""A test that would hang if the code were wrong fails instead."""
+"""If the code is wrong, a test must fail and not hang."""
 
 import ast
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def nodes() -> Iterator[tuple[str, ast.AST]]:
 
 
 def is_endless(loop: ast.AST) -> bool:
-    """Tell whether a loop has no end of its own: `while True`, or over `itertools.count()` and the like."""
+    """Return whether a loop has no end of its own: `while True`, or over `itertools.count()` and similar."""
     if isinstance(loop, ast.While):
         return isinstance(loop.test, ast.Constant) and not any(
             isinstance(each, ast.Break | ast.Return | ast.Assert | ast.Raise) for each in ast.walk(loop)
@@ -26,7 +26,7 @@ def is_endless(loop: ast.AST) -> bool:
 
 
 def test_no_body_is_sent_without_end() -> None:
-    """A server or a generator that sends for ever takes all memory if the limit under test is missing."""
+    """An endless sender would fill the memory if the limit under test is missing, so it must be bounded."""
     found = [
         place
         for place, node in nodes()
@@ -36,7 +36,7 @@ def test_no_body_is_sent_without_end() -> None:
 
 
 def writes(node: ast.AST) -> bool:
-    """Tell whether a node is a call that writes or sends."""
+    """Return whether a node is a call that writes or sends."""
     return (
         isinstance(node, ast.Call)
         and isinstance(node.func, ast.Attribute)
@@ -45,7 +45,7 @@ def writes(node: ast.AST) -> bool:
 
 
 def test_every_process_is_waited_for_with_a_limit() -> None:
-    """A command that hangs is ended, with its output in the error."""
+    """If a command hangs, it is killed, and its output is in the error."""
     found = [
         f"{place} {ast.unparse(node.func)}"
         for place, node in nodes()

@@ -1,4 +1,4 @@
-"""`receiver models`: how every kind of model and price is shown."""
+"""`receiver models`: the output for each kind of model and price."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from receiver.sandbox.catalogue import listing, model_details
 
 
 def shown(capsys: pytest.CaptureFixture[str], model: Any) -> str:
-    """Return what `receiver models SLUG` prints of a model."""
+    """Return the output of `receiver models SLUG`."""
     catalogue._print_model(model)
     return capsys.readouterr().out
 
@@ -40,13 +40,13 @@ def test_the_list_has_every_model_with_its_price(capsys: pytest.CaptureFixture[s
     ],
 )
 def test_price_in_the_list(capsys: pytest.CaptureFixture[str], pricing: Any, price: str) -> None:
-    """Whatever shape a price has, its model is listed with it."""
+    """A model is listed with its price, even if the price has an unknown shape."""
     catalogue._print_models([{"slug": "x", "type": "image", "name": "X", "pricing": pricing}])
     assert capsys.readouterr().out.splitlines()[1].split() == ["x", "image", *price.split(), "X"]
 
 
 def test_one_model_with_its_price(capsys: pytest.CaptureFixture[str]) -> None:
-    """One model shows its units, factors, limits of text and parameters."""
+    """One model is shown with its units, factors, text limits and parameters."""
     lines = shown(capsys, model_details("gemini-3-1-flash-tts")).splitlines()
     assert lines[:3] == [
         "gemini-3-1-flash-tts: Gemini 3.1 Flash TTS (audio)",
@@ -63,6 +63,6 @@ def test_one_model_with_its_price(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("schema", [None, [], "odd", {"parameters": ["odd"]}, {"prompt": "odd"}])
 def test_odd_schema(capsys: pytest.CaptureFixture[str], schema: Any) -> None:
-    """A schema of another shape does not keep a model from being shown."""
+    """A model is shown even if its input schema has an unknown shape."""
     model = {"slug": "x", "name": "X", "type": "image", "pricing": {"credits": 1}, "input_schema": schema}
     assert shown(capsys, model) == "x: X (image)\n1 credits\n"

@@ -1,4 +1,4 @@
-"""`receiver check` beside the log."""
+"""`receiver check` and the log."""
 
 from collections.abc import Iterator
 
@@ -11,14 +11,14 @@ from receiver.cli.check import problems_logged
 
 @pytest.fixture(params=["before", "inside"])
 def logger(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Loggers that keep their processors from their first line on, as the commands configure them."""
+    """Loggers that keep their processors from their first record on, as the commands configure them."""
     structlog.configure(cache_logger_on_first_use=True)
     yield request.param
     structlog.configure(cache_logger_on_first_use=False)
 
 
 def test_problems_are_collected_in_the_block_only(logger: str) -> None:
-    """Whether a logger has its first line before the block or inside, it is heard there and not later."""
+    """Records inside the block are captured, even of loggers that were used before; later records are not."""
     log = structlog.get_logger()
     if logger == "before":
         log.debug("first line")

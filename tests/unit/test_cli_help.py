@@ -1,4 +1,4 @@
-"""The help of every command can be read on a terminal of 80 columns."""
+"""The help of every command is readable on a terminal of 80 columns."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ COMMANDS = dict(commands(typer.main.get_command(app)))
 def test_help_shows_every_name_and_sentence_whole(
     path: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No name of an option or a command is cut off, and no help of one either."""
+    """No name and no help of an option or a command is cut off."""
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERMINAL_WIDTH", "80")
     shown = CliRunner().invoke(app, [*path, "--help"]).stdout

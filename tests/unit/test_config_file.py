@@ -1,4 +1,4 @@
-"""Settings as typed: white space, quotes, control characters, and errors that never show a value."""
+"""Settings as text: white space, quotes, control characters, and errors that never show a value."""
 
 import os
 from pathlib import Path
@@ -41,7 +41,7 @@ def write_config(content: str | bytes) -> None:
 
 
 def plain(settings: Settings) -> dict[str, object]:
-    """Return what the settings say, secrets included."""
+    """Return the settings with their secrets."""
     shown = settings.model_dump(mode="python")
     secrets = ("clipia_key", "clipia_webhook_secret", "database_url", "storage_url", "destination_url")
     values = {name: getattr(settings, name).get_secret_value() for name in secrets}
@@ -51,7 +51,7 @@ def plain(settings: Settings) -> dict[str, object]:
 
 @pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\n", "\t{}\n\n", "\ufeff{}", "{}\u00a0", "{}\u2028"])
 def test_white_space_around_a_variable_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch, around: str) -> None:
-    """Every variable is taken without the white space around it: `echo` ends a secret with a line feed."""
+    """White space around a variable is removed: `echo` ends a secret with a line feed."""
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     expected = plain(Settings.load())
@@ -63,7 +63,7 @@ def test_white_space_around_a_variable_is_no_part_of_it(monkeypatch: pytest.Monk
 def test_white_space_in_the_file_and_in_what_it_refers_to_is_no_part_of_a_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Values of receiver.toml and of the variables in its `${}` are stripped, too."""
+    """White space is removed from the values of receiver.toml, and from the variables in its `${}`."""
     monkeypatch.setenv("PASSWORD", f"{CANARY}\n")
     monkeypatch.setenv("SECRET", f" whsec_{CANARY}\n")
     write_config(
@@ -81,7 +81,7 @@ def test_white_space_in_the_file_and_in_what_it_refers_to_is_no_part_of_a_value(
 
 
 def test_entries_of_a_list_may_stand_in_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    """White space around each entry of a list is no part of it: a YAML block has one in each line."""
+    """White space around the entries of a list is removed: a YAML block has one entry per line."""
     monkeypatch.setenv("RECEIVER_API_TOKENS", f"a:{TOKEN},\n  b:{TOKEN}x:read,\n")
     monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "whsec_new,\nwhsec_old\n")
     monkeypatch.setenv("RECEIVER_MEDIA_HOSTS", "a.example,\n\tb.example\n")
@@ -132,7 +132,7 @@ def test_a_control_character_inside_is_an_error_that_names_the_variable(
     ],
 )
 def test_mistakes_in_the_file_are_named_and_not_shown(content: str, where: str) -> None:
-    """An error about receiver.toml says where, and shows neither a value nor a key that may be a secret."""
+    """An error about receiver.toml names the place, but neither a value nor a key that may be a secret."""
     write_config(content)
     with pytest.raises(SettingsError) as caught:
         Settings.load()
@@ -145,7 +145,7 @@ def test_mistakes_in_the_file_are_named_and_not_shown(content: str, where: str) 
 def test_quotes_that_were_kept_are_an_error_that_says_so(
     monkeypatch: pytest.MonkeyPatch, name: str, quote: str
 ) -> None:
-    """`docker --env-file` keeps quotes, which no value of ours has around it."""
+    """Quotes around a value are an error that names `docker --env-file`, which keeps them."""
     monkeypatch.setenv(name, f"{quote}{VARIABLES[name]}{quote}\n")
     with pytest.raises(SettingsError, match=rf"{name}: the quotes around.*--env-file") as caught:
         Settings.load()
@@ -204,7 +204,7 @@ def test_quotes_that_were_kept_are_an_error_that_says_so(
 def test_a_mistyped_variable_is_named_and_not_shown(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """A value that cannot be used is an error with the variable's name and without the value."""
+    """An invalid value is an error with the variable's name and without the value."""
     monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as caught:
         Settings.load()
@@ -213,7 +213,7 @@ def test_a_mistyped_variable_is_named_and_not_shown(
 
 
 def test_a_misspelt_token_is_told_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second of two entries is the one to be mended, and its number is all that is told of it."""
+    """If the second of two entries is invalid, the error has its number only."""
     monkeypatch.setenv("RECEIVER_API_TOKENS", f"ops:{TOKEN},{CANARY}{CANARY}")
     with pytest.raises(SettingsError, match="RECEIVER_API_TOKENS: entry 2") as caught:
         Settings.load()
@@ -221,35 +221,35 @@ def test_a_misspelt_token_is_told_by_its_place(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_media_host_with_a_password_is_told_by_its_place() -> None:
-    """An entry that is no host may be a URL with a password."""
+    """An entry that is no host is not shown: it may be a URL with a password."""
     with pytest.raises(SettingsError, match="RECEIVER_MEDIA_HOSTS: entry 2") as caught:
         MediaHosts.parse(["media.example.com", f"https://user:{CANARY}@media.example.com"])
     assert_hidden(str(caught.value))
 
 
 def test_a_byte_order_mark_in_the_file_is_skipped() -> None:
-    """Some editors put a byte order mark first."""
+    """A byte order mark, which some editors write, is ignored."""
     write_config(b'\xef\xbb\xbflog_level = "DEBUG"\n')
     assert Settings.load().log_level == "DEBUG"
 
 
 @pytest.mark.parametrize("content", ['log_level = "DEBUG"'.encode("utf-16"), b"log_level = '\xff'"])
 def test_a_file_that_is_not_utf_8_is_told_so(content: bytes) -> None:
-    """PowerShell writes UTF-16 unless told otherwise."""
+    """A file in UTF-16, which PowerShell writes by default, is an error."""
     write_config(content)
     with pytest.raises(SettingsError, match="not UTF-8"):
         Settings.load()
 
 
 def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compose files set what they do not have to the empty string."""
+    """An empty variable counts as unset: Compose files set missing ones to the empty string."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")
     assert Settings.load().clipia_key is None
 
 
 def test_variables_of_cloud_clients_are_stripped_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients of S3 and SQS read AWS_… themselves, and would sign with the line feed."""
+    """A line feed around AWS_… is removed: the clients of S3 and SQS read it and would sign with it."""
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "GOOGLE_SERVICE_ACCOUNT", "AZURE_STORAGE_KEY"):
         monkeypatch.setenv(name, f" {CANARY}\n")
     Settings.load()
@@ -261,7 +261,7 @@ def test_variables_of_cloud_clients_are_stripped_for_them(monkeypatch: pytest.Mo
 def test_a_control_character_in_a_cloud_variable_is_an_error_if_it_is_used(
     monkeypatch: pytest.MonkeyPatch, url: str
 ) -> None:
-    """A broken AWS_… variable is named if S3 or SQS is configured, and none of our business otherwise."""
+    """A broken AWS_… variable is an error if S3 or SQS is configured, and is ignored otherwise."""
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", f"{CANARY}\n{CANARY}")
     Settings.load()
     monkeypatch.setenv("RECEIVER_STORAGE_URL" if url.startswith("s3") else "RECEIVER_DESTINATION_URL", url)
@@ -271,7 +271,7 @@ def test_a_control_character_in_a_cloud_variable_is_an_error_if_it_is_used(
 
 
 def test_values_of_several_lines_are_left_to_cloud_clients() -> None:
-    """A service account's JSON and a key in PEM have lines."""
+    """A service account's JSON and a key in PEM may have several lines."""
     environ = {"GOOGLE_SERVICE_ACCOUNT_KEY": '{\n"private_key": "x"\n}\n', "PATH": " x "}
     strip_cloud_variables(environ)
     assert environ == {"GOOGLE_SERVICE_ACCOUNT_KEY": '{\n"private_key": "x"\n}', "PATH": " x "}
@@ -311,7 +311,7 @@ def test_of_cloud_variables_only_the_secrets_are_masked(name: str, value: str, s
 
 @pytest.mark.parametrize("variable", ["RECEIVER_DATABASE_URL", "RECEIVER_STORAGE_URL", "CLIPIA_KEY"])
 def test_a_secret_with_commas_is_masked_whole(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
-    """A comma separates values in lists only; in a password it is a character like the others."""
+    """A comma separates values in lists only; a password may contain commas."""
     secret = "hun,ter,222,xyz"
     url = {
         "RECEIVER_DATABASE_URL": f"postgresql://u:{secret}@h/d",
@@ -323,7 +323,7 @@ def test_a_secret_with_commas_is_masked_whole(monkeypatch: pytest.MonkeyPatch, v
 
 
 def assert_hidden(text: str) -> None:
-    """See that no recognizable part of the canary is in a text."""
+    """Assert that a text contains no recognizable part of the canary."""
     lowered = text.lower()
     for at in range(len(CANARY) - 5):
         assert CANARY[at : at + 6].lower() not in lowered

@@ -1,4 +1,4 @@
-"""Causes: real failures, told in our own words."""
+"""The texts of real errors."""
 
 import asyncio
 import shutil
@@ -38,7 +38,7 @@ async def _ping(port: int) -> None:
     ("call", "name"),
     [
         (lambda port: _dial("127.0.0.1", port), "ConnectionRefusedError"),
-        # Two addresses: Python then joins the texts and drops the numbers.
+        # If both addresses fail, Python joins the texts and drops the error numbers.
         (lambda port: _dial("localhost", port), None),
         (lambda port: _get(f"http://localhost:{port}"), "ConnectError"),
         (_ping, "ConnectionError"),
@@ -48,7 +48,7 @@ async def _ping(port: int) -> None:
 async def test_a_refused_connection_is_called_so(
     call: Callable[[int], Awaitable[None]], name: str | None
 ) -> None:
-    """Every client's refused connection is told as one, with the class of its exception."""
+    """A refused connection has the same text for every client, and the class of the client's exception."""
     with pytest.raises(Exception) as caught:  # noqa: PT011 - each client has its own
         await call(free_port())
     assert cause(caught.value).endswith(": connection refused: does a server listen there?")
@@ -56,14 +56,14 @@ async def test_a_refused_connection_is_called_so(
 
 
 async def test_a_name_that_is_not_found_is_called_so() -> None:
-    """A host name without an address is told as one."""
+    """A host name without an address has a text."""
     with pytest.raises(OSError) as caught:  # noqa: PT011
         await _dial("no-such-host.invalid", 443)
     assert cause(caught.value) == "gaierror: the host name was not found"
 
 
 async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
-    """A certificate that is not trusted is told as one, and not as some failed connection."""
+    """An untrusted certificate has its own text, which differs from other connection errors."""
     server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_side.load_cert_chain(make_certificate(tmp_path / "server.pem"))
     server = await asyncio.start_server(
@@ -79,13 +79,13 @@ async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
 
 
 def test_a_slow_answer_is_called_so() -> None:
-    """A timeout is told as one, whichever library's it is."""
+    """A timeout has the same text for every library."""
     assert cause(httpx.ReadTimeout("secret")) == "ReadTimeout: no answer in time"
     assert cause(TimeoutError("secret")) == "TimeoutError: no answer in time"
 
 
 def test_an_unknown_failure_is_its_class_alone() -> None:
-    """A library's text stays behind: it may quote a password."""
+    """An unknown error is shown by its class; the library's text, which may quote a password, is left out."""
     assert cause(httpx.LocalProtocolError("Illegal header value b'Bearer secret\\n'")) == "LocalProtocolError"
     circular = ValueError("secret")
     circular.__cause__ = circular
@@ -106,7 +106,7 @@ def test_an_unknown_failure_is_its_class_alone() -> None:
 def test_sqlite_says_what_is_wrong_with_its_file(
     tmp_path: Path, prepare: Callable[[Path], object], words: str
 ) -> None:
-    """SQLite's error codes have words."""
+    """SQLite's error codes have texts."""
     prepare(tmp_path / "receiver.db")
     with pytest.raises(sqlite3.Error) as caught, closing(sqlite3.connect(tmp_path / "receiver.db")) as opened:
         opened.execute("SELECT * FROM sqlite_master")
@@ -114,7 +114,7 @@ def test_sqlite_says_what_is_wrong_with_its_file(
 
 
 async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -> None:
-    """A wrong password of PostgreSQL is told as one, and neither user, database nor password is repeated."""
+    """A wrong password of PostgreSQL has a text without the user, the database and the password."""
     rules = postgres.data / "pg_hba.conf"
     shutil.copy(rules, rules.with_suffix(".saved"))
     postgres.sql("CREATE ROLE canary_user LOGIN PASSWORD 'right'")
@@ -136,7 +136,7 @@ async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -
 
 
 async def test_a_database_that_is_not_there_is_called_so(postgres: Postgres) -> None:
-    """PostgreSQL's SQLSTATEs have words."""
+    """PostgreSQL's SQLSTATEs have texts."""
     database = Database(f"postgresql://postgres@127.0.0.1:{postgres.port}/canary_base")
     with pytest.raises(DatabaseUnavailable, match=r"the database does not exist \(.*SQLSTATE 3D000\)"):
         async with database.read():

@@ -1,4 +1,4 @@
-"""The sentence that a failure ends in, and the name of a user who has none."""
+"""The error that a command prints, and the name of a user without an entry in /etc/passwd."""
 
 import getpass
 import os
@@ -28,7 +28,7 @@ from receiver.errors import DatabaseUnavailable, SettingsError
 def test_a_failure_is_one_sentence(
     capsys: pytest.CaptureFixture[str], error: Exception, expected: str, status: int
 ) -> None:
-    """Our own errors say what they say; others are told by class and number, with the file."""
+    """Our own errors print their message; others print their class, their number's meaning and the file."""
 
     def command() -> None:
         raise error
@@ -42,7 +42,7 @@ def test_a_failure_is_one_sentence(
 def test_no_text_of_a_library_is_shown(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A failure that nobody foresaw is named by its class, at every level and with all that it came from."""
+    """An unexpected error prints its class at every log level, and no text of an exception in its chain."""
     text = "a-key"
 
     def command() -> None:
@@ -60,7 +60,7 @@ def test_no_text_of_a_library_is_shown(
 
 @pytest.mark.parametrize("error", [KeyError("getpwuid(): uid not found: 54321"), OSError("no user")])
 def test_a_user_without_a_name_is_called_by_number(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """A container's user may have no entry in /etc/passwd: the record says `uid-…`."""
+    """If a container's user has no entry in /etc/passwd, the record says `uid-…`."""
 
     def unknown() -> str:
         raise error

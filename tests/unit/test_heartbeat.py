@@ -1,4 +1,4 @@
-"""The health check: where it asks a web process."""
+"""The health check: the addresses at which it requests a web process."""
 
 import http.server
 import socket
@@ -20,12 +20,12 @@ class Alive(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the library's signature
-        """Say nothing."""
+        """Log no request."""
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The only folder in which heartbeats are looked for."""
+    """The only folder of heartbeat files."""
     monkeypatch.setattr(heartbeat, "_folders", lambda: [tmp_path])
     return tmp_path
 
@@ -49,7 +49,7 @@ def test_any_address_is_asked_without_ipv6() -> None:
 
 @pytest.mark.usefixtures("folder")
 def test_a_process_that_hangs_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process on `::` that accepts and does not answer is asked at one address: time is short."""
+    """If a process on `::` accepts and does not answer, only one address is tried: time is short."""
     asked: list[str] = []
 
     def request(host: str, _port: int, _path: str) -> bytes:

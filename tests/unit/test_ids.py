@@ -15,6 +15,6 @@ def test_an_id_is_a_uuid_of_version_7() -> None:
 
 
 def test_ids_are_in_the_order_in_which_they_were_made() -> None:
-    """Rows of one insert are listed as they were inserted."""
+    """Rows of one insert are listed in the order of the insert."""
     ids = [new_id() for _ in range(1000)]
     assert ids == sorted(set(ids))

@@ -1,4 +1,4 @@
-"""What is installed is pinned with hashes, and every documented way installs it alike."""
+"""All installed packages are pinned with hashes, and every documented way installs the same ones."""
 
 import os
 import re
@@ -25,7 +25,7 @@ def pins(name: str) -> dict[str, Requirement]:
 
 
 def demanded(pin: Requirement) -> Iterator[Requirement]:
-    """Yield what an installed pin requires with its extras. A pin that this platform skips yields nothing."""
+    """Yield the requirements of an installed pin with its extras; a pin that this platform skips has none."""
     try:
         listed = requires(pin.name) or []
     except PackageNotFoundError:
@@ -38,7 +38,7 @@ def demanded(pin: Requirement) -> Iterator[Requirement]:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_every_extra_that_is_demanded_stands_in_its_pin(name: str) -> None:
-    """Pip before 23.3 takes a pin without the extra for another requirement: one without version and hash."""
+    """A pin names its extra: pip before 23.3 takes one without it for another requirement, without a hash."""
     pinned = pins(name)
     for pin in pinned.values():
         for wanted in demanded(pin):
@@ -49,14 +49,14 @@ def test_every_extra_that_is_demanded_stands_in_its_pin(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_every_pin_is_one_version_with_its_hashes(name: str) -> None:
-    """G12: a package that is not pinned by version and hash is never installed."""
+    """G12: a package is installed only if it is pinned by version and hash."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     for line in text.splitlines():
         assert re.match(r"[\w.\[\],-]+==\S+ .*--hash=sha256:[0-9a-f]{64}", line), line
 
 
 def test_the_locked_files_agree() -> None:
-    """A package has the same version wherever it is pinned: the files are installed into one environment."""
+    """A package has the same version in each file: they are installed into one environment."""
     development = pins("requirements-dev.txt")
     for name in LOCKS:
         for package, pin in pins(name).items():
@@ -64,7 +64,7 @@ def test_the_locked_files_agree() -> None:
 
 
 def pip_commands(name: str) -> list[list[str]]:
-    """Return the arguments of the pip commands in a file, without those that change nothing."""
+    """Return the arguments of the pip commands in a file, without those that have no effect."""
     text = (ROOT / name).read_text(encoding="utf-8").replace("\\\n", " ")
     text = text.replace("$(PIP_INSTALL)", "python -m pip install")
     text = re.sub(r"^PIP_INSTALL :=.*", "", text, flags=re.MULTILINE)
@@ -76,26 +76,26 @@ def pip_commands(name: str) -> list[list[str]]:
 
 
 def packaging_files() -> list[str]:
-    """Return the files of the repository that may install something."""
+    """Return the files of the repository that may install a package."""
     names = ["README.md", "Makefile", "Dockerfile", ".ci/run"]
     return names + [f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")]
 
 
 def test_make_and_the_readme_install_alike() -> None:
-    """A reader without make gets what make installs."""
+    """The commands for a reader without make install the same packages as make."""
     wanted = [
         ["install", "--require-hashes", "-r", "requirements-build.txt", "-r", "requirements.txt"],
         ["install", "--no-deps", "--no-build-isolation", "-e", "."],
         ["install", "--require-hashes", "-r", "requirements-dev.txt"],
     ]
     assert pip_commands("README.md") == wanted
-    # The last one of the Makefile is the tool that makes the pins.
+    # The last command of the Makefile installs the tool that makes the pins.
     assert pip_commands("Makefile") == [*wanted, ["install", "uv"]]
 
 
 @pytest.mark.parametrize("name", packaging_files())
 def test_nothing_is_installed_without_a_hash(name: str) -> None:
-    """G12: requirements come from a locked file, and what builds the package is installed from one, too."""
+    """G12: requirements come from a locked file, and so do the tools that build the package."""
     for _command, *arguments in pip_commands(name):
         if arguments == ["uv"] or any(each.startswith("clipia-receiver[") for each in arguments):
             continue  # the tool of `make lock`; a user's own project
@@ -109,7 +109,7 @@ def test_nothing_is_installed_without_a_hash(name: str) -> None:
 
 
 def test_the_readme_puts_the_command_on_the_path_before_it_is_used() -> None:
-    """A reader who follows the README from top to bottom can run each of its commands as it stands."""
+    """The commands of the README work as they are, from top to bottom."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shell = "\n".join(re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
     before, export, _ = shell.partition('export PATH="$PWD/.venv/bin:$PATH"')
@@ -119,7 +119,7 @@ def test_the_readme_puts_the_command_on_the_path_before_it_is_used() -> None:
 
 
 def test_the_image_copies_only_what_its_context_has() -> None:
-    """`.dockerignore` lets files through by name: a COPY of another fails, and no test builds the image."""
+    """Each file of a COPY is allowed by `.dockerignore`, because no test builds the image."""
     allowed = {
         line[1:]
         for line in (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
@@ -135,7 +135,7 @@ def test_the_image_copies_only_what_its_context_has() -> None:
     ("program", "version"), [("exit 1", "Python 3.10.13"), ("exit 1", ""), ("exit 127", "")]
 )
 def test_make_says_in_one_line_which_python_it_needs(tmp_path: Path, program: str, version: str) -> None:
-    """With Python 3.10, or without venv, or without Python there is one sentence and no word of pip's."""
+    """With Python 3.10, or without venv, or without Python, one sentence is printed and no word of pip's."""
     require("make")
     python = tmp_path / "python"
     python.write_text(f"#!/bin/sh\n[ \"$1\" = --version ] && echo '{version}' && exit 0\n{program}\n")

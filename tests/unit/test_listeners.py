@@ -1,4 +1,4 @@
-"""What `serve` binds, and how it says that it cannot."""
+"""The addresses of `serve`, and the errors if they cannot be bound."""
 
 import socket
 
@@ -10,7 +10,7 @@ from receiver.errors import SettingsError
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_all_addresses_of_a_host_share_one_port(host: str) -> None:
-    """With port 0 the system chooses one for all addresses; nothing listens before the application starts."""
+    """For port 0 the system chooses one port for all addresses; it is closed until the application starts."""
     listeners = bind(host, 0)
     try:
         (port,) = {listener.getsockname()[1] for listener in listeners}
@@ -33,14 +33,14 @@ def test_all_addresses_of_a_host_share_one_port(host: str) -> None:
     ],
 )
 def test_an_address_that_cannot_be_bound(host: str, reason: str) -> None:
-    """An address that is not of this machine, or none at all, is told in a sentence."""
+    """An address of another machine, or an invalid one, is an error of one sentence."""
     with pytest.raises(SettingsError) as error:
         bind(host, 0)
     assert str(error.value) == reason
 
 
 def test_a_port_that_is_taken() -> None:
-    """A port on which something listens is told by its number."""
+    """If a port is in use, the error has its number."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"port {port}: something listens there already"):

@@ -30,7 +30,7 @@ def logged(error: BaseException) -> str:
 
 
 def test_a_traceback_masks_the_words_of_libraries() -> None:
-    """G8: frames and classes are told, a library's text only masked and cut, along the whole chain."""
+    """G8: frames and classes are logged; a library's text is masked and cut, along the whole chain."""
     register_secret(SECRET)
 
     def refuse() -> None:
@@ -53,7 +53,7 @@ def test_a_traceback_masks_the_words_of_libraries() -> None:
 
 
 def test_a_group_s_members_are_in_its_traceback() -> None:
-    """G8: what failed in a task group is told, masked like everything else."""
+    """G8: errors of a task group are logged and masked, too."""
     register_secret(SECRET)
     text = logged(ExceptionGroup("two", [ValueError(SECRET), PublishFailed("our own words", reason="x")]))
     assert "ExceptionGroup: two" in text
@@ -62,7 +62,7 @@ def test_a_group_s_members_are_in_its_traceback() -> None:
 
 
 def test_an_endless_chain_ends() -> None:
-    """A circle of causes is cut."""
+    """A circular chain of causes is cut."""
     error = ValueError("a")
     error.__cause__ = ValueError("b")
     error.__cause__.__cause__ = error
@@ -70,14 +70,14 @@ def test_an_endless_chain_ends() -> None:
 
 
 def test_records_of_libraries_are_masked() -> None:
-    """G8: asyncio puts the exception's repr into its own message."""
+    """G8: asyncio puts the exception's repr into its own message, which is masked."""
     register_secret(SECRET)
     event: dict[str, Any] = {"event": f"Task exception was never retrieved: ValueError('{SECRET}')"}
     assert SECRET not in json.dumps(dict(_mask_event(logging.getLogger(), "error", event)))
 
 
 def test_fields_that_quote_are_masked() -> None:
-    """G8: a field that holds an error is masked once more."""
+    """G8: a field with an error is masked again."""
     register_secret(SECRET)
     event: dict[str, Any] = {"event": "x", "error": SECRET, "problem": SECRET, "count": 3}
     assert _mask_quoted(structlog.get_logger(), "error", event) == {
@@ -89,7 +89,7 @@ def test_fields_that_quote_are_masked() -> None:
 
 
 def test_an_unexpected_error_goes_on_record_by_its_class() -> None:
-    """G8: rows are shown to callers; a library's text stays in the log."""
+    """G8: rows are shown to callers, so a library's text is in the log only."""
     assert stored_text(ValueError(SECRET)) == "ValueError, see the log"
     assert stored_text(PublishFailed("our own words", reason="x")) == "PublishFailed: our own words"
 
@@ -97,7 +97,7 @@ def test_an_unexpected_error_goes_on_record_by_its_class() -> None:
 def test_a_process_that_was_spawned_masks_all_secrets(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """G8: a process of `serve --workers` gets settings from its parent, and masks the same secrets."""
+    """G8: a process of `serve --workers`, which gets its settings from its parent, masks the same secrets."""
     secrets = {name: sha256(name.encode()).hexdigest() for name in SPAWNED_SECRETS}
     config = "".join(
         f'[[destinations]]\nname = "{kind}"\nurl = "{url}"\n'
@@ -107,7 +107,7 @@ def test_a_process_that_was_spawned_masks_all_secrets(
     (tmp_path / "receiver.toml").write_text(config)
     for name, secret in secrets.items():
         monkeypatch.setenv(name, SPAWNED_SECRETS[name].format(secret))
-    # Each process adds its metrics to files of its own there.
+    # Each process writes its metrics to its own files in this folder.
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         said = pool.submit(quoted_by_app, Settings.load(), list(secrets.values())).result(timeout=120)
@@ -127,10 +127,10 @@ SPAWNED_SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "{}",
     "PGPASSWORD": "{}",
 }
-"""Variables, and how a secret stands in each."""
+"""Variables, and the spelling of a secret in each."""
 
 
 def quoted_by_app(settings: Settings, secrets: Sequence[str]) -> list[str]:
-    """Make the application as a web process does; return what it quotes of a peer that repeats secrets."""
+    """Make the application as a web process does; return quotes of a peer that repeats secrets."""
     make_app(settings, multiprocess=True, only="webhook", worker=False)
     return [quoted(f"refused {secret}") for secret in secrets]

@@ -1,4 +1,4 @@
-"""Logs: never in the way, never a terminal's command, never endless."""
+"""Logs: they never block the service, control a terminal, or fill the disk."""
 
 import logging
 import queue
@@ -22,7 +22,7 @@ def dropped() -> float:
 
 
 def test_a_full_queue_drops_and_counts() -> None:
-    """G10: a log that nobody reads costs records, not the service: writing never blocks."""
+    """G10: if the log has no reader, records are dropped, and the service goes on: logging never blocks."""
     records: queue.Queue[logging.LogRecord] = queue.Queue(2)
     handler = _DroppingQueueHandler(records)
     before = dropped()
@@ -33,7 +33,7 @@ def test_a_full_queue_drops_and_counts() -> None:
 
 
 def test_records_are_written_together_and_none_is_lost() -> None:
-    """G10: the thread that writes wakes up now and then, and writes what is there when the process ends."""
+    """G10: the writing thread wakes up rarely, and writes all records at the end of the process."""
 
     class Records(queue.Queue[logging.LogRecord]):
         waits = 0
@@ -63,13 +63,13 @@ def test_records_are_written_together_and_none_is_lost() -> None:
 
 
 def test_fields_are_cut() -> None:
-    """G7: what a provider or caller wrote cannot fill the disk with one record."""
+    """G7: a long text of a provider or a caller cannot fill the disk with one record."""
     event = _limit_fields(None, "info", {"event": "x", "error": "e" * 10_000, "count": 1})
     assert event == {"event": "x", "error": "e" * MAX_FIELD_CHARACTERS + "…", "count": 1}
 
 
 def test_terminals_get_no_control_characters() -> None:
-    """G7: escape sequences in a payload do nothing to whoever watches; our own tracebacks stay readable."""
+    """G7: escape sequences in a payload have no effect on a terminal; our own tracebacks stay readable."""
     event = _escape_controls(
         None, "info", {"error": "\x1b[31mred\r\nFAKE", "exception": "a\nb", "ok": "é ok"}
     )

@@ -1,4 +1,4 @@
-"""Masking: no recognizable part of a secret is left in what others have said."""
+"""Masking: a quoted text contains no recognizable part of a secret."""
 
 import base64
 import json
@@ -31,7 +31,7 @@ KEY = f"clipia_live_{SECRET}"
     ],
 )
 def test_a_secret_that_is_held_is_masked_in_every_form(said: str) -> None:
-    """A peer may repeat a secret whole, cut in two, escaped, percent-encoded or in base64."""
+    """A secret is masked if a peer repeats it whole, cut in two, escaped, percent-encoded or in base64."""
     register_secret(KEY)
     masked = mask(said)
     assert MASK in masked
@@ -43,14 +43,14 @@ def test_a_secret_that_is_held_is_masked_in_every_form(said: str) -> None:
     "said", ["x", "", "no such model", "Invalid key clipia_live_", "whsec_ is how it starts"]
 )
 def test_other_words_stay(said: str) -> None:
-    """What is no part of a secret is left as it was, and so is the way in which all keys start."""
+    """Text outside of a secret is kept, and so is the public start of all keys."""
     register_secret(KEY)
     assert mask(said) == said
 
 
 @given(before=st.text(), secret=st.text("abcdefgh0123", min_size=8, max_size=64), after=st.text())
 def test_what_stands_around_a_secret_stays(before: str, secret: str, after: str) -> None:
-    """Masking takes the secret out and leaves the rest."""
+    """The secret is masked, and the rest of the text is kept."""
     register_secret(secret)
     masked = mask(f"{before} {secret} {after}")
     assert secret not in masked
@@ -77,14 +77,14 @@ def test_what_stands_around_a_secret_stays(before: str, secret: str, after: str)
     ],
 )
 def test_the_password_of_a_url_is_masked(url: str, secret: str) -> None:
-    """A URL's password is a secret, the URL well-formed or not; its user and host are none."""
+    """The password of a URL is a secret, even if the URL is invalid; its user and host are not."""
     register_url(url)
     assert mask(f"Login refused: {secret}") == f"Login refused: {MASK}"
     assert mask("user host name") == "user host name"
 
 
 def test_names_in_a_url_are_no_secrets() -> None:
-    """Messages name queues and streams, which stand in a URL, too."""
+    """The names of queues and streams, which messages contain, are not masked, although URLs contain them."""
     register_url("amqp://user:hunter-22222@host/?exchange=the-exchange&routing_key=the-routing-key")
     register_url("https://hooks.example.com/in?to=somebody@example.com")
     assert mask("https://hooks.example.com/in is away") == "https://hooks.example.com/in is away"
@@ -107,7 +107,7 @@ def test_names_in_a_url_are_no_secrets() -> None:
     ],
 )
 def test_words_that_are_no_secret_stay(url: str) -> None:
-    """A user, a path, an option that is none, and a password that everybody knows are left as they are."""
+    """A user, a path, a harmless option and a default password are not masked."""
     register_url(url)
     words = (
         "the receiver is away; guest of shop-orders is true: nats://host, /run/receiver/passfile https://host"
@@ -116,7 +116,7 @@ def test_words_that_are_no_secret_stay(url: str) -> None:
 
 
 def test_a_login_in_a_header_is_masked() -> None:
-    """HTTP's basic authentication has user and password in base64."""
+    """HTTP's basic authentication, with user and password in base64, is masked."""
     register_url("https://user:hunter-22222@host")
     header = base64.b64encode(b"user:hunter-22222").decode()
     assert mask(f"you sent {header}") == f"you sent {MASK}"
@@ -134,11 +134,11 @@ def test_a_login_in_a_header_is_masked() -> None:
     ],
 )
 def test_what_looks_like_a_secret_is_masked_though_nobody_holds_it(said: str, masked: str) -> None:
-    """Rows may hold the key of before the last rotation."""
+    """The key before the last rotation is masked: rows may contain it."""
     assert mask(said) == masked
 
 
 def test_a_very_short_secret_is_masked_nowhere() -> None:
-    """A password of three characters stands in ordinary words."""
+    """A password of three characters is not masked: ordinary words contain it."""
     register_secret("abc")
     assert mask("abc abcdef") == "abc abcdef"

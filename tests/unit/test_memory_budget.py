@@ -1,4 +1,4 @@
-"""The budget of memory: who is shed when it is used up, and when memory goes back to the system."""
+"""The memory budget: the connections that are shed if it is used up, and the return of memory."""
 
 import asyncio
 
@@ -11,7 +11,7 @@ KIB = 1024
 
 
 class Client:
-    """A connection that is shed or not."""
+    """A connection that may be shed."""
 
     def __init__(self, budget: MemoryBudget, size: int = 0, *, is_unfinished: bool = True) -> None:
         self.budget = budget
@@ -22,19 +22,19 @@ class Client:
         budget.add(self, size)
 
     def shed(self) -> None:
-        """Free what is held."""
+        """Free the buffers."""
         self.is_shed = True
         self.is_unfinished = False
         self.budget.release(self, self.held)
 
 
 def shed(clients: list[Client]) -> list[int]:
-    """Return the positions of those that were shed."""
+    """Return the positions of the connections that were shed."""
     return [position for position, client in enumerate(clients) if client.is_shed]
 
 
 def test_the_largest_unfinished_request_is_shed_first() -> None:
-    """A10: small requests and those that are complete stay, however many large ones there are."""
+    """A10: small and complete requests are kept, no matter how many large ones there are."""
     budget = MemoryBudget(8 * MIB)
     clients = [Client(budget, size * KIB) for size in (1, 100, 700, 300, 5, 500)]
     served = Client(budget, 4 * MIB, is_unfinished=False)
@@ -45,7 +45,7 @@ def test_the_largest_unfinished_request_is_shed_first() -> None:
 
 
 def test_of_equal_requests_the_oldest_is_shed_first() -> None:
-    """A10: a webhook that takes milliseconds is spared for connections that wait."""
+    """A10: a webhook that takes milliseconds is kept, and waiting connections are shed."""
     budget = MemoryBudget(8 * MIB)
     clients = [Client(budget) for _ in range(8 * MIB // CONNECTION_BYTES)]
     assert shed(clients) == []
@@ -56,7 +56,7 @@ def test_of_equal_requests_the_oldest_is_shed_first() -> None:
 
 
 def test_the_last_quarter_is_for_small_requests() -> None:
-    """A10: bodies that wait for the database do not keep a small webhook out."""
+    """A10: bodies that wait for the database do not shed a small webhook."""
     budget = MemoryBudget(8 * MIB)
     for _ in range(6):
         Client(budget, MIB - CONNECTION_BYTES, is_unfinished=False)
@@ -68,7 +68,7 @@ def test_the_last_quarter_is_for_small_requests() -> None:
 
 
 def test_nothing_is_left_for_the_last_one() -> None:
-    """A10: if all others are being served, it is the newcomer who is refused, and only its body counts."""
+    """A10: if all others are being served, the new connection is rejected, and only its body counts."""
     budget = MemoryBudget(8 * MIB)
     for _ in range(9):
         Client(budget, MIB, is_unfinished=False)
@@ -81,7 +81,7 @@ def test_nothing_is_left_for_the_last_one() -> None:
 
 
 async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A10: once, when the burst has passed; small loads cause nothing."""
+    """A10: memory is returned once after a burst; small loads do not trigger it."""
     calls: list[None] = []
     monkeypatch.setattr(memory, "REST_SECONDS", 0.01)
     monkeypatch.setattr(memory, "give_memory_back", lambda: calls.append(None))
@@ -100,6 +100,6 @@ async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatc
 
 
 def test_giving_back_works_with_this_c_library() -> None:
-    """A10: what the allocator lacks is no error."""
+    """A10: an allocator without the function is no error."""
     memory.give_memory_back()
     memory.set_up_allocator()

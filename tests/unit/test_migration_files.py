@@ -1,4 +1,4 @@
-"""What every migration says of itself."""
+"""The attributes of every migration."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SCRIPTS = {script.revision: script for script in ScriptDirectory.from_config(con
 
 @pytest.mark.parametrize("revision", sorted(SCRIPTS))
 def test_each_migration_says_whether_the_release_before_can_run_on_it(revision: str) -> None:
-    """C15: `release_before_runs` is True or False: a rolled-back process is let in or refused by it."""
+    """C15: `release_before_runs` is True or False: a rolled-back process is accepted or rejected by it."""
     says = getattr(SCRIPTS[revision].module, "release_before_runs", None)
     assert says is True or says is False, (
         f"{SCRIPTS[revision].path}: set release_before_runs = True if processes of the release before can "
@@ -30,7 +30,7 @@ def test_each_migration_says_whether_the_release_before_can_run_on_it(revision: 
 
 
 def test_the_migrations_are_one_line_without_a_gap() -> None:
-    """Each migration follows the one whose number is one less, and nothing ran before the first."""
+    """Each migration follows the one with the number before it, and the first follows none."""
     numbers = sorted(SCRIPTS)
     assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
     for before, revision in zip([None, *numbers], numbers, strict=False):

@@ -1,4 +1,4 @@
-"""The sandbox's API v1: keys, limits, idempotency, progress, money and the faults that can be ordered."""
+"""The sandbox's API v1: keys, limits, idempotency, progress, money and the faults of the switches."""
 
 import asyncio
 import email.utils
@@ -21,7 +21,7 @@ DAY = 86_400.0
 
 
 class Clock:
-    """A clock that a test turns by hand."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1_790_000_000.0
@@ -33,19 +33,19 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Clock:
-    """Give the clock of the sandbox."""
+    """The clock of the sandbox."""
     return Clock()
 
 
 @pytest.fixture
 def app(clock: Clock) -> Starlette:
-    """Give a sandbox whose generations take 100 s of its clock."""
+    """A sandbox with generations of 100 s by its clock."""
     return create_app(SandboxOptions(duration=100, **WITHOUT_LIMITS), clock=clock)
 
 
 @pytest.fixture
 async def api(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
-    """Give a client with a live key."""
+    """A client with a live key."""
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(
         transport=transport, base_url="http://127.0.0.1:9000", headers=LIVE
@@ -73,7 +73,7 @@ async def switch(api: httpx.AsyncClient, **changes: Any) -> None:
 
 
 async def balance(api: httpx.AsyncClient, headers: dict[str, str] | None = None) -> int:
-    """Return the credits that are left."""
+    """Return the remaining credits."""
     credits_left: int = (await api.get("/v1/account", headers=headers)).json()["balance"]["credits"]
     return credits_left
 
@@ -99,7 +99,7 @@ def error(response: httpx.Response) -> tuple[int, str]:
     ],
 )
 async def test_key_is_taken_from_every_documented_header(app: Starlette, headers: dict[str, str]) -> None:
-    """A well-formed key passes as Bearer, as Key and in X-Api-Key."""
+    """A well-formed key is accepted as Bearer, as Key and in X-Api-Key."""
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as api:
         assert (await api.get("/v1/account", headers=headers)).status_code == 200
 
@@ -119,7 +119,7 @@ async def test_key_is_taken_from_every_documented_header(app: Starlette, headers
     ],
 )
 async def test_bad_key_is_refused(app: Starlette, headers: dict[str, str]) -> None:
-    """A missing or malformed key is 401 on every path, and still gets the rate limit's headers."""
+    """A missing or malformed key is 401 on every path, with the headers of the rate limit."""
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://x", headers=headers
     ) as api:
@@ -129,7 +129,7 @@ async def test_bad_key_is_refused(app: Starlette, headers: dict[str, str]) -> No
 
 
 async def test_rate_limit_counts_down_and_starts_again(api: httpx.AsyncClient, clock: Clock) -> None:
-    """Every answer tells what is left of the minute; the call over the limit is 429 until the next one."""
+    """Every answer has the calls left in this minute; a call over the limit is 429 until the next minute."""
     await switch(api, rate_limit=2)
     answers = []
     for path in ("/v1/account", "/v1/requests/unknown", "/v1/models"):
@@ -149,7 +149,7 @@ async def test_rate_limit_counts_down_and_starts_again(api: httpx.AsyncClient, c
 
 
 async def test_concurrency_limit(api: httpx.AsyncClient, clock: Clock) -> None:
-    """F7: more live generations than may be in flight are 429 until one ends; test keys have none."""
+    """F7: live generations over the limit are 429 until one ends; test keys have no limit."""
     await switch(api, concurrency_limit=2)
     assert [(await submit(api)).status_code for _ in range(2)] == [200, 200]
     clock.now += 9.5
@@ -162,7 +162,7 @@ async def test_concurrency_limit(api: httpx.AsyncClient, clock: Clock) -> None:
 
 
 async def test_limits_are_clipias_unless_lifted(clock: Clock) -> None:
-    """F7: without switches a key has 120 calls a minute and ten generations in flight."""
+    """F7: by default a key has 120 calls per minute and ten generations in flight."""
     transport = httpx.ASGITransport(create_app(clock=clock))
     async with httpx.AsyncClient(transport=transport, base_url="http://x", headers=LIVE) as api:
         answers = [await submit(api) for _ in range(11)]
@@ -176,18 +176,18 @@ async def test_limits_are_clipias_unless_lifted(clock: Clock) -> None:
 
 
 async def test_undocumented_paths_and_methods_are_not_found(api: httpx.AsyncClient) -> None:
-    """What is not documented is 404 in Clipia's shape, below /v1 and elsewhere."""
+    """An undocumented path is 404 in Clipia's shape, below /v1 and elsewhere."""
     assert error(await api.get("/v1/generations")) == (404, "not_found")
     assert error(await api.delete("/v1/account")) == (404, "not_found")
     assert error(await api.get("/elsewhere")) == (404, "not_found")
     assert error(await api.post("/_sandbox/options")) == (405, "invalid_request")
 
 
-# Submit
+# Submissions
 
 
 async def test_test_key_is_done_at_once(api: httpx.AsyncClient) -> None:
-    """With a test key the submit answers COMPLETED with the price, and a fixed sample is there already."""
+    """With a test key the submission is answered COMPLETED with its price, and a fixed sample is ready."""
     before = await balance(api, TEST)
     answer = (await submit(api, headers=TEST)).json()
     request_id = answer["request_id"]
@@ -253,7 +253,7 @@ async def test_live_key_goes_through_the_queue(api: httpx.AsyncClient, clock: Cl
 
 
 async def test_running_result_says_what_is_known(api: httpx.AsyncClient) -> None:
-    """The 202 answer carries the reserve and no output."""
+    """The 202 answer has the reserved price and no output."""
     job = (await submit(api)).json()
     assert (await api.get(job["response_url"])).json() == {
         "request_id": job["request_id"],
@@ -267,7 +267,7 @@ async def test_running_result_says_what_is_known(api: httpx.AsyncClient) -> None
 async def test_clock_set_back_does_not_reopen_an_instant_generation(
     api: httpx.AsyncClient, clock: Clock
 ) -> None:
-    """A test key's generation stays done when the clock is set back."""
+    """A test key's generation stays completed if the clock is set back."""
     job = (await submit(api, headers=TEST)).json()
     clock.now -= 3600
     assert (await api.get(job["status_url"], headers=TEST)).json()["status"] == "COMPLETED"
@@ -281,7 +281,7 @@ async def test_origin_follows_the_request(app: Starlette) -> None:
 
 
 async def test_requests_of_another_key_are_not_found(api: httpx.AsyncClient) -> None:
-    """A request is visible to the key that submitted it only."""
+    """A request is visible only to the key that submitted it."""
     job = (await submit(api)).json()
     for url in (job["status_url"], job["response_url"]):
         assert error(await api.get(url, headers={"Authorization": "Bearer clipia_live_two"})) == (
@@ -303,7 +303,7 @@ async def test_requests_of_another_key_are_not_found(api: httpx.AsyncClient) -> 
     ],
 )
 async def test_bad_submit(api: httpx.AsyncClient, body: Any, model: str, expected: tuple[int, str]) -> None:
-    """A submit that cannot be carried out has its documented code and makes no generation."""
+    """A refused submission has its documented code and makes no generation."""
     assert error(await submit(api, body, model=model)) == expected
     assert (await api.get("/_sandbox/requests")).json()["requests"] == []
 
@@ -355,7 +355,7 @@ async def test_good_webhook_url(app: Starlette, api: httpx.AsyncClient, url: str
 
 
 async def test_ignored_parameters_are_named(api: httpx.AsyncClient) -> None:
-    """Submit and estimate warn of the same ignored keys and go on."""
+    """Submission and estimate warn of the same ignored keys and are accepted."""
     body = {"input": {"prompt": "x", "promt": "y"}}
     job = (await submit(api, body)).json()
     estimate = (await api.post("/v1/models/nano-banana-2/estimate", json=body)).json()
@@ -367,7 +367,7 @@ async def test_ignored_parameters_are_named(api: httpx.AsyncClient) -> None:
 
 
 async def test_same_key_same_parameters(api: httpx.AsyncClient) -> None:
-    """F1: a repeat leads to the first request, with the same answer, one generation and one charge."""
+    """F1: a repeat finds the first request, with the same answer, one generation and one charge."""
     first = await submit(api, {"input": {"prompt": "x", "num_images": 1}}, key="k")
     again = await submit(api, {"input": {"num_images": 1, "prompt": "x"}}, key="k")
     assert (again.status_code, again.json()) == (200, first.json())
@@ -395,7 +395,7 @@ async def test_same_key_other_parameters(api: httpx.AsyncClient, body: Any, mode
 
 
 async def test_retry_while_the_first_is_in_progress(api: httpx.AsyncClient) -> None:
-    """F3: while the first call is being answered its key is 409; later it leads to the first request."""
+    """F3: until the first call is answered, its key is 409; after that it finds the first request."""
     await switch(api, latency=60)
     first = asyncio.create_task(submit(api, key="k"))
     await asyncio.sleep(0)
@@ -423,7 +423,7 @@ async def test_key_expires_after_24_hours(api: httpx.AsyncClient, clock: Clock) 
 
 
 async def test_refused_submit_leaves_the_key_free(api: httpx.AsyncClient) -> None:
-    """A submit that was refused made nothing, so that its key may be used again."""
+    """A refused submission makes no generation, so its key can be used again."""
     assert error(await submit(api, {"input": {}}, key="k")) == (400, "model_input_invalid")
     assert (await submit(api, key="k")).status_code == 200
 
@@ -437,7 +437,7 @@ async def test_keys_of_two_accounts_do_not_meet(api: httpx.AsyncClient) -> None:
 
 
 async def test_without_a_key_every_submit_is_new(api: httpx.AsyncClient) -> None:
-    """Calls without Idempotency-Key are never taken for repeats."""
+    """Calls without Idempotency-Key are never repeats."""
     assert (await submit(api)).json()["request_id"] != (await submit(api)).json()["request_id"]
 
 
@@ -452,7 +452,7 @@ async def test_bad_idempotency_key(api: httpx.AsyncClient, key: str) -> None:
 
 
 async def test_credits_are_reserved_charged_and_refunded(api: httpx.AsyncClient, clock: Clock) -> None:
-    """F13: the price is reserved on submit, kept on success and given back on failure."""
+    """F13: the price is reserved at the submission, charged on success and refunded on failure."""
     start = await balance(api)
     await submit(api)
     await switch(api, fail_rate=1)
@@ -467,7 +467,7 @@ async def test_credits_are_reserved_charged_and_refunded(api: httpx.AsyncClient,
 
 
 async def test_credits_run_out(api: httpx.AsyncClient, clock: Clock) -> None:
-    """F6: a live generation that costs more than is left is 402; test keys and topped-up accounts go on."""
+    """F6: a live generation that costs more than the balance is 402; test keys and top-ups are accepted."""
     await switch(api, credits=24, fail_rate=1)
     assert [(await submit(api)).status_code for _ in range(2)] == [200, 200]
     assert await balance(api) == 0
@@ -482,7 +482,7 @@ async def test_credits_run_out(api: httpx.AsyncClient, clock: Clock) -> None:
 
 
 async def test_usage_of_30_days(api: httpx.AsyncClient, clock: Clock) -> None:
-    """The account counts its own requests and charges of the last 30 days, without what is still running."""
+    """The account counts its requests and charges of the last 30 days, without running generations."""
     await submit(api)
     clock.now += 100
     await submit(api, headers=TEST)
@@ -500,7 +500,7 @@ async def test_usage_of_30_days(api: httpx.AsyncClient, clock: Clock) -> None:
 
 
 async def test_catalogue(api: httpx.AsyncClient) -> None:
-    """The list has every model with its price and mixes in a text model; one model adds its schema."""
+    """The list has every model with its price, including a text model; one model has its schema, too."""
     listed = (await api.get("/v1/models")).json()["data"]
     assert [model.get("slug") for model in listed][-1] is None
     assert listed[-1]["id"] == "gpt-5.6-sol"
@@ -518,14 +518,14 @@ async def test_catalogue(api: httpx.AsyncClient) -> None:
     "slug", ["no-such-model", "no/such/model", "no%2Fsuch%2Fmodel", "nano-banana-2%2F", "%2F"]
 )
 async def test_unknown_model_of_any_spelling(api: httpx.AsyncClient, slug: str) -> None:
-    """A slug of no model is `model_not_found` for every call, also one with a slash, encoded or not."""
+    """An unknown slug is `model_not_found` for every call, also with a slash, encoded or not."""
     assert error(await api.get(f"/v1/models/{slug}")) == (404, "model_not_found")
     assert error(await submit(api, model=slug)) == (404, "model_not_found")
     assert error(await api.post(f"/v1/models/{slug}/estimate", json=IMAGE)) == (404, "model_not_found")
 
 
 async def test_estimate_checks_the_input(api: httpx.AsyncClient) -> None:
-    """An estimate prices the input, refuses what submit would refuse, and queues nothing."""
+    """An estimate prices the input, refuses the same inputs as a submission, and starts no generation."""
     body = {"input": {"prompt": "x", "num_images": 4}}
     assert (await api.post("/v1/models/nano-banana-2/estimate", json=body)).json()["credits"] == 48
     assert error(await api.post("/v1/models/nano-banana-2/estimate", json={"input": {}})) == (
@@ -541,7 +541,7 @@ async def test_estimate_checks_the_input(api: httpx.AsyncClient) -> None:
 
 
 async def test_throttling_on_order(api: httpx.AsyncClient, clock: Clock) -> None:
-    """F7: `throttle_rate` answers 429 with Retry-After in seconds or as a date, and does nothing."""
+    """F7: `throttle_rate` answers 429 with Retry-After in seconds or as a date, without effect."""
     await switch(api, throttle_rate=1, retry_after=7)
     answer = await submit(api, key="k")
     assert error(answer) == (429, "rate_limit_exceeded")
@@ -555,7 +555,7 @@ async def test_throttling_on_order(api: httpx.AsyncClient, clock: Clock) -> None
 
 
 async def test_server_errors_on_order(api: httpx.AsyncClient) -> None:
-    """F5: `error_rate` answers with each of the documented 5xx in turn of chance, and does nothing."""
+    """F5: `error_rate` answers with each of the documented 5xx at random, without effect."""
     await switch(api, error_rate=1)
     seen = {error(await submit(api)) for _ in range(60)}
     assert seen == {
@@ -568,7 +568,7 @@ async def test_server_errors_on_order(api: httpx.AsyncClient) -> None:
 
 
 async def test_rates_are_shares(api: httpx.AsyncClient) -> None:
-    """A rate between 0 and 1 strikes some calls, and the same ones after setting the seed or a reset."""
+    """A rate between 0 and 1 strikes some calls, and the same ones after a reset or with the same seed."""
 
     async def run() -> list[bool]:
         return [(await api.get("/v1/models")).status_code < 500 for _ in range(40)]
@@ -603,7 +603,7 @@ async def test_lost_answer(api: httpx.AsyncClient) -> None:
 
 @pytest.mark.parametrize("code", CODES)
 async def test_every_documented_error_can_be_ordered(api: httpx.AsyncClient, code: str) -> None:
-    """F6: `refuse_submits` answers submits, and only submits, with any documented code."""
+    """F6: `refuse_submits` answers submissions, and only these, with any documented code."""
     await switch(api, refuse_submits=code)
     answer = await submit(api)
     assert error(answer) == (CODES[code][0], code)
@@ -625,13 +625,13 @@ async def test_latency_holds_answers_back(api: httpx.AsyncClient) -> None:
 
 
 async def test_failed_test_generation(api: httpx.AsyncClient) -> None:
-    """A test key's generation that is ordered to fail says so in the submit's answer already."""
+    """If a test key's generation fails by a switch, the answer to the submission has that state."""
     await switch(api, fail_rate=1)
     assert (await submit(api, headers=TEST)).json()["status"] == "FAILED"
 
 
 async def test_big_videos_on_order(api: httpx.AsyncClient) -> None:
-    """`video_bytes` makes the videos of new generations that large, and only those."""
+    """`video_bytes` sets the size of videos of new generations only."""
     await switch(api, video_bytes=100_000)
     urls = []
     for model in ("seedance-2-fast-t2v", "suno-music"):

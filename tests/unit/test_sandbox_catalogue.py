@@ -9,7 +9,7 @@ from receiver.sandbox.catalogue import MODELS, TEXT_MODELS, find_model, listing,
 
 
 def file_url(number: int, extension: str) -> str:
-    """Make URLs that show what they were made from."""
+    """Make URLs that show their arguments."""
     return f"{number}.{extension}"
 
 
@@ -33,7 +33,7 @@ def file_url(number: int, extension: str) -> str:
     ],
 )
 def test_price_follows_the_input(slug: str, given: dict[str, Any], price: int) -> None:
-    """The price is fixed by the input: images, seconds, resolution, started thousands of characters."""
+    """The input determines the price: images, seconds, resolution, started thousands of characters."""
     model = find_model(slug)
     model.check(given)
     assert model.price(given) == price
@@ -79,7 +79,7 @@ def test_price_follows_the_input(slug: str, given: dict[str, Any], price: int) -
     ],
 )
 def test_input_that_does_not_fit(slug: str, given: dict[str, Any], message: str) -> None:
-    """Input outside the model's schema is refused with a message that names the parameter."""
+    """An input outside the model's schema is invalid, and the message names the parameter."""
     with pytest.raises(Problem) as caught:
         find_model(slug).check(given)
     assert (caught.value.code, caught.value.status, str(caught.value)) == (
@@ -90,7 +90,7 @@ def test_input_that_does_not_fit(slug: str, given: dict[str, Any], message: str)
 
 
 def test_warnings_name_what_is_ignored() -> None:
-    """A key that another model knows is `unsupported`, others are `unknown`; both name the model."""
+    """A key of another model is `unsupported`, others are `unknown`; both warnings name the model."""
     warnings = find_model("nano-banana-2").warnings({"prompt": "x", "duration": 4, "aspect_ration": "1:1"})
     assert [(warning["code"], warning["parameter"]) for warning in warnings] == [
         ("unsupported_parameter", "duration"),
@@ -118,13 +118,13 @@ def test_output_by_kind() -> None:
 
 
 def test_a_test_key_gets_one_sample_image() -> None:
-    """A test key's output has one image with a `url` and no `original_url`, also if more were asked for."""
+    """A test key's output has one image with a `url` and no `original_url`, even if more were requested."""
     output = find_model("nano-banana-2").output({"prompt": "x", "num_images": 3}, file_url, live=False)
     assert output == {"images": [{"url": "1.png", "width": 1024, "height": 1024}]}
 
 
 def test_documented_models() -> None:
-    """The two models of the public documentation are as it has them, with prices and parameters."""
+    """The two models of the public documentation have its prices and parameters."""
     entries = {entry.get("slug"): entry for entry in listing()}
     assert entries["nano-banana-2"] == {
         "slug": "nano-banana-2",
@@ -155,7 +155,7 @@ def test_documented_models() -> None:
 
 
 def test_prices_as_the_sdk_types_them() -> None:
-    """The list has every kind of price that SDK 1.5.0 knows, and limits of the text of a speech model."""
+    """The list has every kind of price that SDK 1.5.0 knows, and text limits of a speech model."""
     entries = {entry.get("slug") or entry["id"]: entry for entry in listing()}
     assert entries["video-upscale"]["pricing"]["estimate_required"] is True
     assert "credits" not in entries["video-upscale"]["pricing"]
@@ -170,7 +170,7 @@ def test_prices_as_the_sdk_types_them() -> None:
 
 
 def test_text_model_is_read_by_its_id() -> None:
-    """A text model is described as it is listed, but nothing can be submitted to it."""
+    """A text model has the same attributes as in the list, but no job can be submitted to it."""
     assert model_details("gpt-5.6-sol") == TEXT_MODELS["gpt-5.6-sol"]
     with pytest.raises(Problem) as caught:
         find_model("gpt-5.6-sol")
@@ -178,7 +178,7 @@ def test_text_model_is_read_by_its_id() -> None:
 
 
 def test_both_shapes_of_input_schema() -> None:
-    """Older models describe their input as a map with `enum`, newer ones as a list with `options`."""
+    """Older models have a map with `enum` as their schema, newer ones a list with `options`."""
     older = find_model("nano-banana-2").details()["input_schema"]
     ratios = ["1:1", "16:9", "9:16"]
     assert older["aspect_ratio"] == {"type": "string", "enum": ratios, "default": "1:1", "required": False}
@@ -194,7 +194,7 @@ def test_both_shapes_of_input_schema() -> None:
 
 
 def test_unknown_model() -> None:
-    """A slug that is not in the catalogue is `model_not_found`."""
+    """An unknown slug is `model_not_found`."""
     with pytest.raises(Problem) as caught:
         find_model("nano-banana-1")
     assert (caught.value.code, caught.value.status) == ("model_not_found", 404)
@@ -202,7 +202,7 @@ def test_unknown_model() -> None:
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_every_default_is_allowed(model: Any) -> None:
-    """What a schema names as default passes its own check and costs as much as leaving it out."""
+    """A default of a schema is a valid value and costs as much as leaving it out."""
     needed = {parameter.name: "x" for parameter in model.parameters if parameter.required}
     defaults = {p.name: p.default for p in model.parameters if p.default is not None}
     model.check(needed | defaults)

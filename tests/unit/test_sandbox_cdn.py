@@ -1,4 +1,4 @@
-"""The sandbox's CDN: which file a name gives, and that the files are what they claim to be."""
+"""The sandbox's CDN: the file of each name, and its real format."""
 
 import hashlib
 import struct
@@ -29,14 +29,14 @@ FILES = {
 
 @pytest.fixture
 async def cdn() -> AsyncIterator[httpx.AsyncClient]:
-    """Give a client of the CDN."""
+    """A client of the CDN."""
     transport = httpx.ASGITransport(create_app(SandboxOptions()))
     async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:9000") as client:
         yield client
 
 
 def boxes(video: bytes) -> Iterator[tuple[bytes, int]]:
-    """Walk the top-level boxes of an MP4 file: type and size."""
+    """Yield type and size of the top-level boxes of an MP4 file."""
     at = 0
     while at < len(video):
         size, kind = struct.unpack_from(">I4s", video, at)
@@ -50,7 +50,7 @@ def boxes(video: bytes) -> Iterator[tuple[bytes, int]]:
 
 @pytest.mark.parametrize("path", FILES)
 async def test_get_head_and_range(cdn: httpx.AsyncClient, path: str) -> None:
-    """A file comes whole, as headers only, or in part, under its true type and length."""
+    """A file is served whole, as headers only, or in part, with its true type and length."""
     name, content_type = FILES[path]
     expected = (SAMPLES / name).read_bytes()
     whole, head = await cdn.get(path), await cdn.head(path)
@@ -85,7 +85,7 @@ async def test_unknown_files(cdn: httpx.AsyncClient, path: str) -> None:
 
 
 def test_samples_have_their_formats_marks() -> None:
-    """D9: every sample begins and ends as its format demands, and all together are a few hundred KB."""
+    """D9: every sample begins and ends as its format requires, and all together have a few hundred KB."""
     png, webp, mp4 = ((SAMPLES / name).read_bytes() for name in ("image.png", "image.webp", "video.mp4"))
     tracks = [(SAMPLES / f"audio-{number}.mp3").read_bytes() for number in (1, 2)]
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
@@ -101,7 +101,7 @@ def test_samples_have_their_formats_marks() -> None:
 
 
 def test_samples_are_the_ones_that_were_tried() -> None:
-    """Every sample is, byte for byte, the file whose checksum its page gives."""
+    """Every sample is, byte for byte, the file with the checksum of its source page."""
     lines = [line.split("  ") for line in (SAMPLES / "README.md").read_text().splitlines()[-6:-1]]
     given = {name: checksum for checksum, name in lines}
     files = [file for file in SAMPLES.iterdir() if file.suffix != ".md"]
@@ -110,7 +110,7 @@ def test_samples_are_the_ones_that_were_tried() -> None:
 
 @pytest.mark.parametrize("size", [SMALLEST_VIDEO_BYTES, 262_144 + 46_421 + 16, 1_000_001])
 async def test_video_of_any_size(cdn: httpx.AsyncClient, size: int) -> None:
-    """A video of a given size has that size to the byte and is the sample with padding that players skip."""
+    """A video of a given size has exactly that size: the sample with padding that players skip."""
     answer = await cdn.get(f"/works/blob/{size}.mp4")
     assert answer.headers["Content-Length"] == str(size) == str(len(answer.content))
     assert answer.headers["Content-Type"] == "video/mp4"
@@ -120,7 +120,7 @@ async def test_video_of_any_size(cdn: httpx.AsyncClient, size: int) -> None:
 
 
 async def test_head_of_a_huge_video() -> None:
-    """HEAD of a video larger than memory answers with its length, without making the body."""
+    """HEAD of a video larger than memory is answered with its length, without making the body."""
     sandbox = create_app()
 
     async def strict(scope: Scope, receive: Receive, send: Send) -> None:
@@ -137,7 +137,7 @@ async def test_head_of_a_huge_video() -> None:
 
 @pytest.mark.parametrize("size", [SMALLEST_VIDEO_BYTES - 1, 2**40 + 1])
 async def test_video_size_has_limits(cdn: httpx.AsyncClient, size: int) -> None:
-    """A video that is too small for the sample or absurdly large is 404 and says what the limits are."""
+    """A video that is too small for the sample, or too large, is 404 with the limits."""
     answer = await cdn.get(f"/works/blob/{size}.mp4")
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "A video has from 65536 to 1099511627776 bytes."

@@ -1,4 +1,4 @@
-"""The sandbox's control API: switches, what happened, and things done by hand."""
+"""The sandbox's control API: its switches and records, and actions by hand."""
 
 import hashlib
 from collections.abc import AsyncIterator
@@ -15,7 +15,7 @@ SECRET = "whsec_never_shown"
 
 @pytest.fixture
 async def api() -> AsyncIterator[httpx.AsyncClient]:
-    """Give a client with a live key of a sandbox that takes 0.2 s for a generation."""
+    """A client with a live key, for a sandbox with generations of 0.2 s."""
     app = create_app(SandboxOptions(duration=0.2, seed=5), secret=SECRET)
     transport = httpx.ASGITransport(app)
     async with (
@@ -33,13 +33,13 @@ async def submit(api: httpx.AsyncClient, **more: Any) -> str:
 
 
 async def happened(api: httpx.AsyncClient) -> dict[str, Any]:
-    """Return all that the sandbox remembers."""
+    """Return all records of the sandbox."""
     content: dict[str, Any] = (await api.get("/_sandbox/requests")).json()
     return content
 
 
 async def test_options_are_shown_and_changed(api: httpx.AsyncClient) -> None:
-    """PATCH sets what it names, answers like GET, and nothing else changes."""
+    """PATCH sets the given switches only, and answers like GET."""
     before = (await api.get("/_sandbox/options")).json()
     assert before == SandboxOptions(duration=0.2, seed=5).as_dict()
     changed = await api.patch("/_sandbox/options", json={"fail_rate": 0.5, "webhook_first": True})
@@ -58,7 +58,7 @@ async def test_options_are_shown_and_changed(api: httpx.AsyncClient) -> None:
     ],
 )
 async def test_bad_options_change_nothing(api: httpx.AsyncClient, body: bytes, message: str) -> None:
-    """A PATCH with anything wrong in it is refused as a whole, and says what is wrong."""
+    """A PATCH with one invalid switch changes none, and the error names it."""
     before = (await api.get("/_sandbox/options")).json()
     answer = await api.patch("/_sandbox/options", content=body)
     assert answer.status_code == 400
@@ -68,7 +68,7 @@ async def test_bad_options_change_nothing(api: httpx.AsyncClient, body: bytes, m
 
 
 async def test_submits_are_recorded_as_received(api: httpx.AsyncClient) -> None:
-    """F1: every POST is on record with its exact bytes and its key, also those that were refused."""
+    """F1: every POST is recorded with its exact bytes and its key, even if it was refused."""
     bodies = [b'{"input":  {"prompt":"\xc3\xa9"}}', b"\xff\x00", b'{"input":{"prompt":"\\u00e9"}}']
     for body in bodies:
         await api.post("/v1/models/nano-banana-2", content=body, headers={"Idempotency-Key": "k"})
@@ -90,7 +90,7 @@ async def test_submits_are_recorded_as_received(api: httpx.AsyncClient) -> None:
 
 
 async def test_one_request(api: httpx.AsyncClient) -> None:
-    """One generation is shown as in the list; one that does not exist is 404."""
+    """One generation has the same attributes as in the list; an unknown one is 404."""
     request_id = await submit(api)
     shown = (await api.get(f"/_sandbox/requests/{request_id}")).json()
     assert shown == (await happened(api))["requests"][0]
@@ -104,7 +104,7 @@ async def test_one_request(api: httpx.AsyncClient) -> None:
 
 
 async def test_cancel(api: httpx.AsyncClient) -> None:
-    """F10: a cancelled generation is CANCELED for good, costs nothing and cannot be cancelled again."""
+    """F10: a canceled generation stays CANCELED, costs 0 credits and cannot be canceled again."""
     request_id = await submit(api)
     answer = await api.post(f"/_sandbox/requests/{request_id}/cancel")
     assert (answer.status_code, answer.json()["status"]) == (200, "CANCELED")
@@ -119,7 +119,7 @@ async def test_cancel(api: httpx.AsyncClient) -> None:
 
 
 async def test_webhook_by_hand_needs_one_to_send(api: httpx.AsyncClient) -> None:
-    """Sending a webhook is refused for a request without URL and for one that has not completed or failed."""
+    """A webhook can be sent by hand only if the request has a URL and has completed or failed."""
     silent, running, cancelled = [
         await submit(api),
         await submit(api, webhook_url="http://127.0.0.1:1/"),
@@ -130,7 +130,7 @@ async def test_webhook_by_hand_needs_one_to_send(api: httpx.AsyncClient) -> None
     for request_id in (silent, running, cancelled):
         answer = await api.post(f"/_sandbox/requests/{request_id}/webhook")
         assert (answer.status_code, answer.json()["error"]["code"]) == (409, "invalid_state")
-        # On a busy machine its turn has come by now.
+        # On a busy machine the state may have changed by now.
         messages.append(answer.json()["error"]["message"].replace("IN_PROGRESS", "IN_QUEUE"))
     assert messages == [
         "The request was submitted without a webhook_url.",
@@ -141,14 +141,14 @@ async def test_webhook_by_hand_needs_one_to_send(api: httpx.AsyncClient) -> None
 
 @pytest.mark.parametrize("body", [b"[]", b"x", b'{"conflicting": 1}', b'{"conflict": true}'])
 async def test_webhook_by_hand_checks_its_body(api: httpx.AsyncClient, body: bytes) -> None:
-    """Anything but `conflicting` in the body is refused."""
+    """The body may have the field `conflicting` only."""
     request_id = await submit(api, webhook_url="http://127.0.0.1:1/")
     answer = await api.post(f"/_sandbox/requests/{request_id}/webhook", content=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
 
 
 async def test_reset(api: httpx.AsyncClient) -> None:
-    """A reset forgets requests, keys, money and run-time switches."""
+    """A reset deletes requests, keys, charges and changed switches."""
     await api.patch("/_sandbox/options", json={"duration": 9})
     await api.post("/v1/models/suno-music", json={"input": {"prompt": "x"}}, headers={"Idempotency-Key": "k"})
     assert (await api.post("/_sandbox/reset")).status_code == 204
@@ -158,7 +158,7 @@ async def test_reset(api: httpx.AsyncClient) -> None:
 
 
 async def test_secrets_are_not_shown(api: httpx.AsyncClient) -> None:
-    """G8: neither the signing secret nor an API key appears in what the control API shows."""
+    """G8: the control API shows neither the signing secret nor an API key."""
     await submit(api)
     for path in ("/_sandbox/options", "/_sandbox/requests"):
         text = (await api.get(path)).text
@@ -167,7 +167,7 @@ async def test_secrets_are_not_shown(api: httpx.AsyncClient) -> None:
 
 
 def test_secret_is_given_or_made() -> None:
-    """The signing secret is the given one or a fresh one, and can be read for printing."""
+    """The signing secret is the given one or a random one, and can be read."""
     assert create_app(secret=SECRET).state.secret == SECRET
     made = {create_app().state.secret for _ in range(3)}
     assert len(made) == 3

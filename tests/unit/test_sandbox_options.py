@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
 
 
 def test_defaults_never_misbehave() -> None:
-    """Without switches nothing fails, is late or is lost."""
+    """By default no call fails, is late or is lost."""
     options = SandboxOptions()
     assert {
         name: value for name, value in options.as_dict().items() if name.endswith("_rate") and value
@@ -52,7 +52,7 @@ def test_defaults_never_misbehave() -> None:
     ],
 )
 def test_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
-    """A switch out of bounds, of another type or of another name is refused with a message that names it."""
+    """A switch that is out of bounds, of another type or unknown is an error that names it."""
     with pytest.raises(SettingsError) as caught:
         SandboxOptions().changed(changes)
     assert str(caught.value) == message
@@ -70,21 +70,21 @@ def test_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
     ],
 )
 def test_change_keeps_the_rest(changes: dict[str, Any]) -> None:
-    """A change sets what it names and nothing else, and the original stays as it was."""
+    """A change sets the given switches only, and the original is unchanged."""
     options = SandboxOptions(seed=7)
     assert options.changed(changes).as_dict() == SandboxOptions(seed=7).as_dict() | changes
     assert options == SandboxOptions(seed=7)
 
 
 def test_dice_are_exact_at_the_ends() -> None:
-    """A rate of 0 never strikes and a rate of 1 always does."""
+    """A fault at rate 0 never strikes, and at rate 1 it always does."""
     dice = Dice(0)
     assert not any(dice.hit("fail_rate", 0) for _ in range(1000))
     assert all(dice.hit("fail_rate", 1.0) for _ in range(1000))
 
 
 def test_dice_repeat_with_their_seed() -> None:
-    """The same seed gives the same faults, another seed others, and half means about half."""
+    """The same seed gives the same faults, another seed gives others, and 0.5 is about half."""
     first, same, other = ([dice.hit("x", 0.5) for _ in range(400)] for dice in (Dice(1), Dice(1), Dice(2)))
     assert first == same
     assert first != other
@@ -92,7 +92,7 @@ def test_dice_repeat_with_their_seed() -> None:
 
 
 def test_one_switch_does_not_move_another() -> None:
-    """Throwing the dice for one switch leaves the faults of another where they were."""
+    """The dice of one switch do not change the faults of another."""
     alone, together = Dice(1), Dice(1)
     expected = [alone.hit("fail_rate", 0.5) for _ in range(100)]
     got = []
@@ -129,7 +129,7 @@ def test_page_lists_every_switch_with_its_default() -> None:
 def test_limits_on_the_command_line(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], limits: tuple[int, int]
 ) -> None:
-    """`receiver sandbox` has Clipia's limits; `--no-like-clipia` lifts those that are not given."""
+    """`receiver sandbox` has Clipia's limits; `--no-like-clipia` removes those that are not given."""
     made: list[SandboxOptions] = []
 
     def note(options: SandboxOptions, **_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Settings: where they come from, and what a wrong one says."""
+"""Settings: their sources, and the errors for invalid ones."""
 
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ def write_config(content: str) -> None:
 
 
 def test_defaults_need_no_configuration() -> None:
-    """On a laptop nothing but the secret has to be set."""
+    """On a laptop only the secret must be set."""
     settings = Settings.load()
     assert settings.database_url.get_secret_value() == "sqlite:///data/receiver.db"
     assert settings.storage_url.get_secret_value() == "file:data/media"
@@ -28,21 +28,21 @@ def test_defaults_need_no_configuration() -> None:
 
 
 def test_starting_without_a_secret_names_the_variable() -> None:
-    """A1: no secret is an error that says which variable to set."""
+    """A1: without a secret the error names the variable."""
     with pytest.raises(SettingsError, match="CLIPIA_WEBHOOK_SECRET"):
         Settings.load().require_sources()
 
 
 @pytest.mark.parametrize("value", [",", " , ", " "])
 def test_an_empty_secret_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A1: an empty secret would let anyone sign."""
+    """A1: an empty secret is an error, because anyone could sign with it."""
     monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", value)
     with pytest.raises(SettingsError, match="empty"):
         Settings.load().require_sources()
 
 
 def test_several_secrets_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A12: while rotating, several secrets count."""
+    """A12: during a rotation there are several secrets."""
     monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "new-secret, old-secret")
     (source,) = Settings.load().require_sources()
     assert (source.name, source.secrets) == ("clipia", ("new-secret", "old-secret"))
@@ -50,7 +50,7 @@ def test_several_secrets_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("value", ["0", "29", "901", "-300", "x", "1e9"])
 def test_tolerance_has_bounds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """A6: a tolerance that would switch the check off, or nearly, is an error at start."""
+    """A6: a tolerance that would almost switch the check off is an error at start."""
     monkeypatch.setenv("RECEIVER_SIGNATURE_TOLERANCE", value)
     with pytest.raises(SettingsError, match="RECEIVER_SIGNATURE_TOLERANCE"):
         Settings.load()
@@ -86,7 +86,7 @@ def test_destinations_come_from_tables_and_from_one_variable(monkeypatch: pytest
 
 
 def test_secrets_in_the_file_are_taken_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`${NAME}` keeps secrets out of receiver.toml; a missing one is named."""
+    """`${NAME}` keeps secrets out of receiver.toml; the error names a missing variable."""
     write_config('[[sources]]\nname = "staging"\nsecret = "${STAGING_SECRET}"\n')
     with pytest.raises(SettingsError, match="STAGING_SECRET"):
         Settings.load()
@@ -108,14 +108,14 @@ def test_secrets_in_the_file_are_taken_from_the_environment(monkeypatch: pytest.
     ],
 )
 def test_mistakes_in_the_file_are_named(content: str, said: str) -> None:
-    """Bad input gets a clear error that says where it is."""
+    """An error about the file names the place."""
     write_config(content)
     with pytest.raises(SettingsError, match=said):
         Settings.load()
 
 
 def test_a_named_file_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
-    """RECEIVER_CONFIG that names nothing is an error, not silently the defaults."""
+    """If RECEIVER_CONFIG names a missing file, that is an error, and the defaults are not used."""
     monkeypatch.setenv("RECEIVER_CONFIG", "absent.toml")
     with pytest.raises(SettingsError, match=r"absent\.toml"):
         Settings.load()
@@ -139,7 +139,7 @@ def test_secrets_show_in_neither_repr_nor_errors(monkeypatch: pytest.MonkeyPatch
 
 
 def test_tokens_have_names_and_scopes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """G1: name:token[:scope+scope]; without scopes a token may do everything."""
+    """G1: name:token[:scope+scope]; a token without scopes has all of them."""
     monkeypatch.setenv(
         "RECEIVER_API_TOKENS", f"grafana:{TOKEN}:read, ops:{TOKEN}x:read+operate, all:{TOKEN}y"
     )
@@ -149,7 +149,7 @@ def test_tokens_have_names_and_scopes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("value", [f"a:{TOKEN}:write", f"a:{TOKEN},a:{TOKEN}x", f":{TOKEN}", "a"])
 def test_bad_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    """G1: unknown scopes, doubled or missing names are errors at start."""
+    """G1: unknown scopes, and doubled or missing names, are errors at start."""
     monkeypatch.setenv("RECEIVER_API_TOKENS", value)
     with pytest.raises(SettingsError):
         Settings.load()
@@ -167,7 +167,7 @@ def test_bad_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> 
 def test_sandbox_and_live_do_not_mix(
     monkeypatch: pytest.MonkeyPatch, key: str, environment: str, *, allowed: bool
 ) -> None:
-    """A17: a sandbox key on a source that is declared live is a configuration error."""
+    """A17: a sandbox key is an error if the source is declared live."""
     write_config(f'[[sources]]\nname = "clipia"\nsecret = "s"\nenvironment = "{environment}"\n')
     monkeypatch.setenv("CLIPIA_KEY", key)
     if allowed:
@@ -178,7 +178,7 @@ def test_sandbox_and_live_do_not_mix(
 
 
 def test_the_variable_replaces_the_secret_of_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CLIPIA_WEBHOOK_SECRET and a table for the same source are one source, the variable wins."""
+    """CLIPIA_WEBHOOK_SECRET and a table of the same source are one source, and the variable wins."""
     write_config('[[sources]]\nname = "clipia"\nsecret = "file"\nenvironment = "live"\n')
     monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "variable")
     (source,) = Settings.load().require_sources()
@@ -186,13 +186,13 @@ def test_the_variable_replaces_the_secret_of_the_default_source(monkeypatch: pyt
 
 
 def test_unknown_variables_are_found() -> None:
-    """A misspelt variable is told, not ignored."""
+    """A misspelled variable is reported, not ignored."""
     names = {"RECEIVER_DATABSE_URL": "x", "RECEIVER_DATABASE_URL": "x", "RECEIVER_CONFIG": "x", "PATH": "x"}
     assert unknown_variables(names) == ["RECEIVER_DATABSE_URL"]
 
 
 def test_the_budget_of_memory_has_room_for_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A10: a budget that could not take some of the largest bodies is refused, and the message names both."""
+    """A10: if the memory budget is too small for the largest body, the error names both settings."""
     monkeypatch.setenv("RECEIVER_MAX_BODY_BYTES", str(4 * 2**20))
     monkeypatch.setenv("RECEIVER_MAX_BUFFERED_BYTES", str(16 * 2**20))
     Settings.load()
@@ -211,7 +211,7 @@ def test_the_budget_of_memory_has_room_for_large_bodies(monkeypatch: pytest.Monk
     ],
 )
 def test_budgets_have_fractions(given: Any, read: dict[str, float]) -> None:
-    """F12: a budget is a number of credits, with a fraction if need be."""
+    """F12: a budget is a number of credits, which may have a fraction."""
     assert repr(Settings.load(budgets=given).budgets) == repr(read)
 
 
@@ -222,6 +222,6 @@ def test_budgets_have_fractions(given: Any, read: dict[str, float]) -> None:
     ids=repr,
 )
 def test_what_is_no_budget_is_refused(given: Any) -> None:
-    """F12: what is no number of credits from 0 up is an error that names the setting."""
+    """F12: a budget that is no number of credits from 0 up is an error that names the setting."""
     with pytest.raises(SettingsError, match=r"(?i)budgets"):
         Settings.load(budgets=given)
