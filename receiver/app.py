@@ -141,7 +141,7 @@ def _internal_routes(
 class _App(Starlette):
     """Starlette with the callback in front of its middleware and router.
 
-    They would take 3 to 7 µs more of each webhook, as long as the check of its signature.
+    They would add 3 to 7 µs to the 100 µs of a webhook. A path with a source takes the long way.
 
     Extra slashes in the callback's path are ignored. On other paths they are not: a proxy in front may
     forbid a path, and another spelling of it must not get past the proxy's rule. The callback is public.

@@ -155,7 +155,7 @@ async def test_a_run_that_fails_leaves_no_file_that_is_not_on_record(world: Worl
         await prune(world, storage=unreliable)
     assert await stored(world, *keys) == {keys[1]}
     assert {row["state"] for row in await world.rows(events)} == {"erased"}
-    assert await world.order(selection={}) is not None, "a replay in between meets nothing"
+    assert await world.order(selection={}) is not None, "a replay in between finds no event"
     unreliable.fails = False
     await world.replays.cancel((await world.replays.list_orders(limit=1, before=None))[0]["id"], by="me")
     done = await prune(world, storage=unreliable)
@@ -371,7 +371,7 @@ async def test_erasing_goes_on_after_a_failure(world: World, ingest: Ingest) -> 
     assert erased is not None
     assert erased.files == 1
     assert (await stored(world, key), await world.rows(media)) == (set(), [])
-    assert await erase(world, "r-2") is not None, "once more does no harm"
+    assert await erase(world, "r-2") is not None, "a repeat is harmless"
 
 
 async def test_files_elsewhere_are_named(world: World, tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ async def test_one_request_id_of_two_sources(world: World, ingest: Ingest) -> No
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-async def test_an_event_that_somebody_works_on_is_refused(database: Database, world: World) -> None:
+async def test_an_event_that_other_work_has_locked_is_rejected(database: Database, world: World) -> None:
     """G9: if another transaction has locked the event, the erasure is rejected without waiting."""
     await world.add_history(plain("r-1"))
     async with database.write() as connection:

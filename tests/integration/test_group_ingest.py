@@ -222,7 +222,7 @@ async def test_groups_that_overlap_do_not_deadlock(on_postgresql: Database) -> N
     assert await count(database) == (41, 41)
 
 
-async def test_too_long_is_refused_and_not_cut(on_postgresql: Database) -> None:
+async def test_too_long_is_an_error_and_not_cut(on_postgresql: Database) -> None:
     """A value that is too long for its column is an error on PostgreSQL; SQLite's columns have no length."""
     database = on_postgresql
     with pytest.raises(Exception, match="too long"):

@@ -318,7 +318,7 @@ ACCEPTED: dict[str, tuple[bytes, bytes]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_broken_request_is_refused(shipped: Server, case: str) -> None:
+def test_broken_request_is_rejected(shipped: Server, case: str) -> None:
     """B4: a request that RFC 9112 forbids gets one error, and no part of it reaches the application."""
     status, raw = REFUSED[case]
     assert shipped.exchange(raw + GET) == [status]
@@ -377,7 +377,7 @@ def test_trailers_do_not_become_headers(shipped: Server) -> None:
     assert shipped.app.header_names == [b"host", b"transfer-encoding"]
 
 
-def test_refusal_does_not_pose_as_another_answer(shipped: Server) -> None:
+def test_error_does_not_pose_as_another_answer(shipped: Server) -> None:
     """B4: a valid request is answered even if garbage follows immediately; then the connection ends."""
     assert shipped.exchange(GET + b"GARBAGE\r\n\r\n" + GET) == [200]
     assert shipped.app.requests == [("GET", "/after", b"")]
@@ -460,7 +460,7 @@ def test_header_section_is_limited_exactly(shipped: Server) -> None:
     ],
     ids=["value", "name", "many", "target", "trailers"],
 )
-def test_header_flood_is_refused(shipped: Server, raw: bytes) -> None:
+def test_header_flood_is_rejected(shipped: Server, raw: bytes) -> None:
     """A10: for headers over the limit in any form the answer is 431, and the application is not called."""
     assert shipped.exchange(raw) == [431]
     assert shipped.app.requests == []
@@ -599,7 +599,7 @@ def test_stop_does_not_wait_for_half_open_connections() -> None:
         (b"GARBAGE\r\n\r\n", 400),
     ],
 )
-def test_refusal_reaches_a_client_that_is_still_sending(shipped: Server, start: bytes, status: int) -> None:
+def test_error_reaches_a_client_that_is_still_sending(shipped: Server, start: bytes, status: int) -> None:
     """B3: a client that is still sending can read the whole error; no reset discards it."""
     with shipped.connect() as connection:
         connection.sendall(start)
@@ -628,7 +628,7 @@ def test_silent_body_after_the_answer_is_cut(impatient: Server) -> None:
         wait_until(lambda: impatient.connections == 0)
 
 
-def test_refusal_explains_itself(shipped: Server) -> None:
+def test_error_explains_itself(shipped: Server) -> None:
     """B4: an error is a complete answer in our error format that announces the close."""
     with shipped.connect() as connection:
         connection.sendall(b"GARBAGE\r\n\r\n")

@@ -189,7 +189,7 @@ async def test_an_offer_excuses_no_fault(headers: bytes, offer: bytes) -> None:
 
 
 @pytest.mark.parametrize("target", [b"x:443", b"/x"])
-async def test_connect_is_refused(target: bytes) -> None:
+async def test_connect_is_rejected(target: bytes) -> None:
     """B4: CONNECT asks for a tunnel, which is no offer: it is rejected, and the rest is not served."""
     raw = (
         b"CONNECT "

@@ -62,7 +62,7 @@ async def test_secrets_in_recorded_errors_are_masked_once(
     assert await mask_errors(database) == {}
 
 
-async def test_check_masks_recorded_secrets_and_says_so(database: Database, database_url: str) -> None:
+async def test_check_masks_and_counts_recorded_secrets(database: Database, database_url: str) -> None:
     """G8: `receiver check` masks the errors of earlier releases and prints their number, but only once."""
     await leak(database)
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DATABASE_URL": database_url}

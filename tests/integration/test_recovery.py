@@ -80,7 +80,7 @@ def test_a_body_that_is_not_recognized_keeps_its_path() -> None:
     assert (event.state, event.job_id, event.path_token) == ("unrecognized", job_id, "a" * 64)
 
 
-async def test_it_is_taken_up_and_forwarded(world: World) -> None:
+async def test_it_is_recovered_and_forwarded(world: World) -> None:
     """B9: a body that can be read now becomes the event of its request_id and is forwarded like a new one."""
     await keep(world, odd("r-1"), deliveries_=2)
     await keep(world, b"no JSON")

@@ -145,7 +145,7 @@ async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
     assert await left(world) == {"younger"}
 
 
-async def test_what_is_not_settled_stays(world: World) -> None:
+async def test_unfinished_events_are_kept(world: World) -> None:
     """C16: unfinished events are kept: on their way, with a pending file or delivery, or a dead letter."""
     of_event = [f"event-{state}" for state in get_args(EventState)]
     of_file = [f"file-{state}" for state in ("pending", "stored", "gone", "blocked")]
@@ -212,7 +212,7 @@ async def test_the_event_of_an_open_job_stays(world: World) -> None:
     assert len(await world.rows(jobs)) == 2 * len(states) + 1
 
 
-async def test_a_dry_run_says_what_the_run_does(world: World) -> None:
+async def test_a_dry_run_has_the_counts_of_a_run(world: World) -> None:
     """`dry_run` has the same counts, over as many batches, and deletes no event."""
     await add_old(world, *(f"r-{number}" for number in range(12)))
     await set_delivery(world, "r-1", "dead")

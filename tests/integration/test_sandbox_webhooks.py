@@ -159,7 +159,7 @@ async def test_webhook_comes_when_the_generation_ends(sandbox: httpx.AsyncClient
     assert 0 <= attempt["seconds"] < 5
 
 
-async def test_six_tries_each_freshly_signed(receiver: Receiver) -> None:
+async def test_six_attempts_each_freshly_signed(receiver: Receiver) -> None:
     """A webhook that is never accepted has six attempts: the same bytes, each signed at its own time."""
 
     async def refuse(_number: int) -> Response:
@@ -214,7 +214,7 @@ async def test_waits_double(sandbox: httpx.AsyncClient, receiver: Receiver) -> N
     assert [wait >= 0.95 * 0.02 * 2**number for number, wait in enumerate(waits)] == [True] * 5
 
 
-async def test_acceptance_ends_the_tries(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
+async def test_acceptance_ends_the_attempts(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
     """The first 2xx ends the attempts; redirects, which are not followed, and client errors do not."""
 
     async def stumble(number: int) -> Response:
@@ -232,7 +232,7 @@ async def test_acceptance_ends_the_tries(sandbox: httpx.AsyncClient, receiver: R
     assert len(receiver.calls) == 3
 
 
-async def test_number_of_tries_is_a_switch(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
+async def test_number_of_attempts_is_a_switch(sandbox: httpx.AsyncClient, receiver: Receiver) -> None:
     """`webhook_attempts` limits the attempts."""
 
     async def refuse(_number: int) -> Response:

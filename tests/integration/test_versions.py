@@ -143,7 +143,7 @@ async def test_a_schema_of_ones_own_is_enough(postgres: Postgres) -> None:
 
 
 @pytest.mark.parametrize("is_new", [True, False])
-async def test_a_user_who_may_not_create_tables_is_told_so(
+async def test_a_user_without_the_right_to_create_tables(
     postgres: Postgres, tmp_path: Path, *, is_new: bool
 ) -> None:
     """C15: without the right to create tables, or to change another owner's, one sentence has the GRANT."""
@@ -217,7 +217,7 @@ async def test_an_older_process_runs_on_a_newer_schema_that_serves_it(
 
 
 @pytest.mark.parametrize("runs", [[True, False], [False, True]])
-async def test_an_older_process_is_refused_by_a_newer_schema_that_serves_it_no_more(
+async def test_an_older_process_is_rejected_by_a_newer_schema_that_serves_it_no_more(
     database: Database,
     database_url: str,
     tmp_path: Path,

@@ -138,7 +138,7 @@ BAD_HEADERS = [
 ]
 
 
-async def test_every_refusal_looks_the_same(site: Site) -> None:
+async def test_every_rejection_looks_the_same(site: Site) -> None:
     """A1: missing, malformed, wrong and stale signatures get one constant answer, and no event is stored."""
     content = body()
     answers = []
@@ -158,7 +158,7 @@ def _latin(headers: dict[str, str]) -> list[tuple[bytes, bytes]]:
     return [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
 
 
-async def test_refusals_are_counted_by_reason(site: Site) -> None:
+async def test_rejections_are_counted_by_reason(site: Site) -> None:
     """A9, G11: a changed format of the provider shows within minutes, in the metrics only."""
     before = metric("receiver_rejections_total", source="clipia", reason="format")
     await site.client.post(URL, content=b"{}", headers={"X-Clipia-Signature": f"t=1700000000,v1={'A' * 64}"})
@@ -183,7 +183,7 @@ async def test_one_signature_of_several_is_enough(site: Site) -> None:
         assert response.status_code == 200
 
 
-async def test_secrets_rotate_without_a_refusal(database_url: str, database: Database) -> None:
+async def test_secrets_rotate_without_a_rejection(database_url: str, database: Database) -> None:
     """A12: old only, both, new only: webhooks signed with either secret pass while both are configured."""
     for configured, accepted in (
         (SECRET, {SECRET}),
@@ -254,7 +254,7 @@ async def test_the_path_is_no_credential(site: Site) -> None:
 # -- the body
 
 
-async def test_a_large_body_is_refused_before_it_is_read(site: Site) -> None:
+async def test_a_large_body_is_rejected_before_it_is_read(site: Site) -> None:
     """B3: a declared length over the limit is answered 413 before a byte is read."""
 
     async def endless() -> AsyncIterator[bytes]:
@@ -337,7 +337,7 @@ async def test_a_client_that_hangs_up_is_forgotten(site: Site) -> None:
     "encoding",
     ["gzip", "br", "gzip, gzip", "deflate", "X-GZIP", "identity, gzip", "utf-8,zstd", "compress;q=1", "dcb"],
 )
-async def test_an_encoded_body_is_refused_unread(site: Site, encoding: str) -> None:
+async def test_an_encoded_body_is_rejected_unread(site: Site, encoding: str) -> None:
     """B6: no body is inflated before it is verified; it must come as it was signed."""
     content = gzip.compress(body())
     response = await site.post(content, headers=signed(content) | {"Content-Encoding": encoding})

@@ -88,7 +88,7 @@ def test_a_scope_has_to_be_there() -> None:
     assert "last" not in str(somebody.value)
 
 
-def test_no_tokens_are_nobody() -> None:
+def test_without_tokens_every_request_is_rejected() -> None:
     """G1: if no token is configured, every request is rejected, and the answer names the setting."""
     empty = Tokens([])
     assert not empty

@@ -142,9 +142,7 @@ def test_mistakes_in_the_file_are_named_and_not_shown(content: str, where: str) 
 
 @pytest.mark.parametrize("quote", ['"', "'", "`"])
 @pytest.mark.parametrize("name", VARIABLES)
-def test_quotes_that_were_kept_are_an_error_that_says_so(
-    monkeypatch: pytest.MonkeyPatch, name: str, quote: str
-) -> None:
+def test_quotes_that_were_kept_are_an_error(monkeypatch: pytest.MonkeyPatch, name: str, quote: str) -> None:
     """Quotes around a value are an error that names `docker --env-file`, which keeps them."""
     monkeypatch.setenv(name, f"{quote}{VARIABLES[name]}{quote}\n")
     with pytest.raises(SettingsError, match=rf"{name}: the quotes around.*--env-file") as caught:
@@ -212,7 +210,7 @@ def test_a_mistyped_variable_is_named_and_not_shown(
     assert_hidden(str(caught.value))
 
 
-def test_a_misspelt_token_is_told_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_invalid_token_is_named_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the second of two entries is invalid, the error has its number only."""
     monkeypatch.setenv("RECEIVER_API_TOKENS", f"ops:{TOKEN},{CANARY}{CANARY}")
     with pytest.raises(SettingsError, match="RECEIVER_API_TOKENS: entry 2") as caught:
@@ -220,7 +218,7 @@ def test_a_misspelt_token_is_told_by_its_place(monkeypatch: pytest.MonkeyPatch) 
     assert_hidden(str(caught.value))
 
 
-def test_a_media_host_with_a_password_is_told_by_its_place() -> None:
+def test_a_media_host_with_a_password_is_named_by_its_place() -> None:
     """An entry that is no host is not shown: it may be a URL with a password."""
     with pytest.raises(SettingsError, match="RECEIVER_MEDIA_HOSTS: entry 2") as caught:
         MediaHosts.parse(["media.example.com", f"https://user:{CANARY}@media.example.com"])
@@ -234,14 +232,14 @@ def test_a_byte_order_mark_in_the_file_is_skipped() -> None:
 
 
 @pytest.mark.parametrize("content", ['log_level = "DEBUG"'.encode("utf-16"), b"log_level = '\xff'"])
-def test_a_file_that_is_not_utf_8_is_told_so(content: bytes) -> None:
+def test_a_file_that_is_not_utf_8_is_an_error(content: bytes) -> None:
     """A file in UTF-16, which PowerShell writes by default, is an error."""
     write_config(content)
     with pytest.raises(SettingsError, match="not UTF-8"):
         Settings.load()
 
 
-def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty variable counts as unset: Compose files set missing ones to the empty string."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "")

@@ -45,7 +45,7 @@ async def _ping(port: int) -> None:
     ],
     ids=["asyncio", "two addresses", "httpx", "redis"],
 )
-async def test_a_refused_connection_is_called_so(
+async def test_a_refused_connection_has_a_text(
     call: Callable[[int], Awaitable[None]], name: str | None
 ) -> None:
     """A refused connection has the same text for every client, and the class of the client's exception."""
@@ -55,14 +55,14 @@ async def test_a_refused_connection_is_called_so(
     assert name is None or cause(caught.value).startswith(f"{name}: ")
 
 
-async def test_a_name_that_is_not_found_is_called_so() -> None:
+async def test_a_name_that_is_not_found_has_a_text() -> None:
     """A host name without an address has a text."""
     with pytest.raises(OSError) as caught:  # noqa: PT011
         await _dial("no-such-host.invalid", 443)
     assert cause(caught.value) == "gaierror: the host name was not found"
 
 
-async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
+async def test_an_untrusted_certificate_has_a_text(tmp_path: Path) -> None:
     """An untrusted certificate has its own text, which differs from other connection errors."""
     server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     server_side.load_cert_chain(make_certificate(tmp_path / "server.pem"))
@@ -78,13 +78,13 @@ async def test_an_untrusted_certificate_is_called_so(tmp_path: Path) -> None:
     )
 
 
-def test_a_slow_answer_is_called_so() -> None:
+def test_a_slow_answer_has_a_text() -> None:
     """A timeout has the same text for every library."""
     assert cause(httpx.ReadTimeout("secret")) == "ReadTimeout: no answer in time"
     assert cause(TimeoutError("secret")) == "TimeoutError: no answer in time"
 
 
-def test_an_unknown_failure_is_its_class_alone() -> None:
+def test_an_unknown_error_is_its_class_alone() -> None:
     """An unknown error is shown by its class; the library's text, which may quote a password, is left out."""
     assert cause(httpx.LocalProtocolError("Illegal header value b'Bearer secret\\n'")) == "LocalProtocolError"
     circular = ValueError("secret")
@@ -103,9 +103,7 @@ def test_an_unknown_failure_is_its_class_alone() -> None:
     ],
     ids=["folder", "other file"],
 )
-def test_sqlite_says_what_is_wrong_with_its_file(
-    tmp_path: Path, prepare: Callable[[Path], object], words: str
-) -> None:
+def test_sqlite_errors_have_texts(tmp_path: Path, prepare: Callable[[Path], object], words: str) -> None:
     """SQLite's error codes have texts."""
     prepare(tmp_path / "receiver.db")
     with pytest.raises(sqlite3.Error) as caught, closing(sqlite3.connect(tmp_path / "receiver.db")) as opened:
@@ -113,7 +111,7 @@ def test_sqlite_says_what_is_wrong_with_its_file(
     assert database_texts.cause(caught.value) == words
 
 
-async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -> None:
+async def test_a_wrong_password_of_postgresql_has_a_text(postgres: Postgres) -> None:
     """A wrong password of PostgreSQL has a text without the user, the database and the password."""
     rules = postgres.data / "pg_hba.conf"
     shutil.copy(rules, rules.with_suffix(".saved"))
@@ -135,7 +133,7 @@ async def test_postgresql_refusing_a_password_is_called_so(postgres: Postgres) -
     )
 
 
-async def test_a_database_that_is_not_there_is_called_so(postgres: Postgres) -> None:
+async def test_a_missing_database_has_a_text(postgres: Postgres) -> None:
     """PostgreSQL's SQLSTATEs have texts."""
     database = Database(f"postgresql://postgres@127.0.0.1:{postgres.port}/canary_base")
     with pytest.raises(DatabaseUnavailable, match=r"the database does not exist \(.*SQLSTATE 3D000\)"):

@@ -25,7 +25,7 @@ from receiver.errors import DatabaseUnavailable, SettingsError
         (ExceptionGroup("several", [SettingsError("write X")]), "write X", 1),
     ],
 )
-def test_a_failure_is_one_sentence(
+def test_an_error_is_one_sentence(
     capsys: pytest.CaptureFixture[str], error: Exception, expected: str, status: int
 ) -> None:
     """Our own errors print their message; others print their class, their number's meaning and the file."""

@@ -134,7 +134,7 @@ def test_the_image_copies_only_what_its_context_has() -> None:
 @pytest.mark.parametrize(
     ("program", "version"), [("exit 1", "Python 3.10.13"), ("exit 1", ""), ("exit 127", "")]
 )
-def test_make_says_in_one_line_which_python_it_needs(tmp_path: Path, program: str, version: str) -> None:
+def test_make_names_the_python_that_it_needs(tmp_path: Path, program: str, version: str) -> None:
     """With Python 3.10, or without venv, or without Python, one sentence is printed and no word of pip's."""
     require("make")
     python = tmp_path / "python"

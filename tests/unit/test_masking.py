@@ -133,7 +133,7 @@ def test_a_login_in_a_header_is_masked() -> None:
         ("see https://docs.example.com/a@b", "see https://docs.example.com/a@b"),
     ],
 )
-def test_what_looks_like_a_secret_is_masked_though_nobody_holds_it(said: str, masked: str) -> None:
+def test_an_unregistered_secret_is_masked_by_its_form(said: str, masked: str) -> None:
     """The key before the last rotation is masked: rows may contain it."""
     assert mask(said) == masked
 

@@ -20,7 +20,7 @@ SCRIPTS = {script.revision: script for script in ScriptDirectory.from_config(con
 
 
 @pytest.mark.parametrize("revision", sorted(SCRIPTS))
-def test_each_migration_says_whether_the_release_before_can_run_on_it(revision: str) -> None:
+def test_each_migration_declares_if_the_release_before_can_run_on_it(revision: str) -> None:
     """C15: `release_before_runs` is True or False: a rolled-back process is accepted or rejected by it."""
     says = getattr(SCRIPTS[revision].module, "release_before_runs", None)
     assert says is True or says is False, (

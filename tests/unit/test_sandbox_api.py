@@ -118,7 +118,7 @@ async def test_key_is_taken_from_every_documented_header(app: Starlette, headers
         {"X-Api-Key": "nonsense"},
     ],
 )
-async def test_bad_key_is_refused(app: Starlette, headers: dict[str, str]) -> None:
+async def test_bad_key_is_rejected(app: Starlette, headers: dict[str, str]) -> None:
     """A missing or malformed key is 401 on every path, with the headers of the rate limit."""
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(app), base_url="http://x", headers=headers
@@ -252,7 +252,7 @@ async def test_live_key_goes_through_the_queue(api: httpx.AsyncClient, clock: Cl
     assert content["completed_at"] == "2026-09-21T14:15:00Z"
 
 
-async def test_running_result_says_what_is_known(api: httpx.AsyncClient) -> None:
+async def test_running_result_has_the_reserved_price(api: httpx.AsyncClient) -> None:
     """The 202 answer has the reserved price and no output."""
     job = (await submit(api)).json()
     assert (await api.get(job["response_url"])).json() == {
@@ -422,7 +422,7 @@ async def test_key_expires_after_24_hours(api: httpx.AsyncClient, clock: Clock) 
     assert (await submit(api, {"input": {"prompt": "other"}}, key="k")).json()["request_id"] == second
 
 
-async def test_refused_submit_leaves_the_key_free(api: httpx.AsyncClient) -> None:
+async def test_refused_submission_leaves_the_key_free(api: httpx.AsyncClient) -> None:
     """A refused submission makes no generation, so its key can be used again."""
     assert error(await submit(api, {"input": {}}, key="k")) == (400, "model_input_invalid")
     assert (await submit(api, key="k")).status_code == 200
@@ -460,7 +460,7 @@ async def test_credits_are_reserved_charged_and_refunded(api: httpx.AsyncClient,
     assert await balance(api) == start - 42
     clock.now += 100
     assert await balance(api) == start - 12
-    assert await balance(api) == start - 12, "settled once"
+    assert await balance(api) == start - 12, "charged once"
     result = (await api.get(failed["response_url"])).json()
     assert (result["status"], result["cost"], result["output"]) == ("FAILED", 0, None)
     assert result["error"]["code"] == "GENERATION_FAILED"
@@ -616,7 +616,7 @@ async def test_latency_holds_answers_back(api: httpx.AsyncClient) -> None:
     await switch(api, latency=30)
     waiting = [asyncio.create_task(call) for call in (api.get("/v1/models"), submit(api), submit(api, {}))]
     done, pending = await asyncio.wait(waiting, timeout=0.1)
-    assert len(pending) == 2, "a submit that is refused is answered at once"
+    assert len(pending) == 2, "a refused submission is answered without delay"
     assert [error(task.result()) for task in done] == [(400, "invalid_request")]
     assert len((await api.get("/_sandbox/requests")).json()["requests"]) == 1
     for task in pending:

@@ -51,7 +51,7 @@ def test_defaults_never_misbehave() -> None:
         ({"fail_rat": 1}, f"unknown switch 'fail_rat'; there are: {', '.join(switches())}"),
     ],
 )
-def test_bad_value_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_invalid_value_is_an_error(changes: dict[str, Any], message: str) -> None:
     """A switch that is out of bounds, of another type or unknown is an error that names it."""
     with pytest.raises(SettingsError) as caught:
         SandboxOptions().changed(changes)
@@ -100,7 +100,7 @@ def test_one_switch_does_not_move_another() -> None:
         together.hit("error_rate", 0.5)
         got.append(together.hit("fail_rate", 0.5))
     assert got == expected
-    assert [together.hit("latency", 0.5) for _ in range(100)] != expected, "they do not strike in step either"
+    assert [together.hit("latency", 0.5) for _ in range(100)] != expected, "their faults do not coincide"
 
 
 def test_page_lists_every_switch_with_its_default() -> None:

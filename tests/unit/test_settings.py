@@ -34,7 +34,7 @@ def test_starting_without_a_secret_names_the_variable() -> None:
 
 
 @pytest.mark.parametrize("value", [",", " , ", " "])
-def test_an_empty_secret_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_an_empty_secret_is_an_error(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """A1: an empty secret is an error, because anyone could sign with it."""
     monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", value)
     with pytest.raises(SettingsError, match="empty"):
@@ -148,7 +148,7 @@ def test_tokens_have_names_and_scopes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("value", [f"a:{TOKEN}:write", f"a:{TOKEN},a:{TOKEN}x", f":{TOKEN}", "a"])
-def test_bad_tokens_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_invalid_tokens_are_errors(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """G1: unknown scopes, and doubled or missing names, are errors at start."""
     monkeypatch.setenv("RECEIVER_API_TOKENS", value)
     with pytest.raises(SettingsError):
@@ -221,7 +221,7 @@ def test_budgets_have_fractions(given: Any, read: dict[str, float]) -> None:
     + [{"shop": value} for value in (-0.5, float("nan"), float("inf"), 10**13, "x")],
     ids=repr,
 )
-def test_what_is_no_budget_is_refused(given: Any) -> None:
+def test_an_invalid_budget_is_an_error(given: Any) -> None:
     """F12: a budget that is no number of credits from 0 up is an error that names the setting."""
     with pytest.raises(SettingsError, match=r"(?i)budgets"):
         Settings.load(budgets=given)
