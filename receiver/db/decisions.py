@@ -7,7 +7,8 @@ from sqlalchemy import case, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, prices
-from receiver.db.clock import db_time, statement_time
+from receiver.db.clock import db_time
+from receiver.db.job_events import OPEN
 from receiver.db.rows import Attempt
 from receiver.db.tables import jobs
 
@@ -76,11 +77,10 @@ async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, 
     so the job becomes `unsure` and its event can still finish it. `by` goes on record among the attempts.
     """
     is_canceled = or_(jobs.c.state == "unsure", (jobs.c.state == "pending") & jobs.c.sent_at.is_(None))
-    is_free = or_(jobs.c.lease.is_(None), jobs.c.next_attempt_at <= statement_time())
     ended = {name: case((is_canceled, 0), else_=jobs.c[name]) for name in prices.split(charged=0)}
     statement = (
         update(jobs)
-        .where(jobs.c.id == job_id, jobs.c.state.in_(("pending", "submitted", "unsure")), is_free)
+        .where(jobs.c.id == job_id, jobs.c.state.in_(OPEN), leases.is_unclaimed(jobs))
         .values(
             **leases.ENDED,
             **ended,

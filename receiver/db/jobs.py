@@ -25,7 +25,7 @@ from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.refused_jobs import Share, same_environment
 from receiver.db.rows import Backlog, Claim, JobState, NewJob, OpenRequest, Submission
-from receiver.db.statements import insert_unless_taken
+from receiver.db.statements import count_rows, insert_unless_taken
 from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
@@ -113,11 +113,10 @@ async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
         jobs.c.next_attempt_at > statement_time(),
         jobs.c.account == account,
     )
-    counts = [
-        (await connection.execute(select(func.count()).select_from(jobs).where(which))).scalar_one()
-        for which in (accepted, under_way)
-    ]
-    return InFlight(accepted=counts[0], under_way=counts[1])
+    return InFlight(
+        accepted=await count_rows(connection, jobs, accepted),
+        under_way=await count_rows(connection, jobs, under_way),
+    )
 
 
 async def claim_to_submit(
@@ -351,14 +350,10 @@ async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, 
 
 async def count_unserved(connection: AsyncConnection, account: str | None) -> int:
     """Count the open jobs that this process does not serve: those of other accounts, or all without one."""
-    found = 0
+    others = () if account is None else (or_(jobs.c.account.is_(None), not_(same_environment(account))),)
     # Two statements, because each state has its own partial index.
-    for state in ("pending", "submitted"):
-        statement = select(func.count()).select_from(jobs).where(in_state(jobs, state))
-        if account is not None:
-            statement = statement.where(or_(jobs.c.account.is_(None), not_(same_environment(account))))
-        found += (await connection.execute(statement)).scalar_one()
-    return found
+    states = [in_state(jobs, state) for state in ("pending", "submitted")]
+    return sum([await count_rows(connection, jobs, state, *others) for state in states])
 
 
 async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:

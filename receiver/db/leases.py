@@ -26,6 +26,7 @@ from sqlalchemy import (
     case,
     func,
     insert,
+    or_,
     select,
     update,
 )
@@ -236,6 +237,11 @@ _ATTEMPT_ROWS: Final = Rows(*(column for column in attempts.c if column.name != 
 _INSERT_ATTEMPTS: Final = {
     name: insert(attempts).from_select(_ATTEMPT_ROWS.columns, _ATTEMPT_ROWS.select(name)) for name in DIALECTS
 }
+
+
+def is_unclaimed(table: Table) -> ColumnElement[bool]:
+    """Return the condition that no worker has a valid lease on a row."""
+    return or_(table.c.lease.is_(None), table.c.next_attempt_at <= statement_time())
 
 
 async def read_backlog(connection: AsyncConnection, made_at: Column[Any], state: str) -> Backlog:

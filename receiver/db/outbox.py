@@ -26,7 +26,7 @@ from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import ENDED, RESTARTED, read_backlog, record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
-from receiver.db.statements import between, equal, insert_for
+from receiver.db.statements import between, count_rows, equal, insert_for
 from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
 
 T = TypeVar("T")
@@ -228,8 +228,7 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
 
 async def count_pending_media(connection: AsyncConnection, event_seq: int) -> int:
     """Count the files of an event that are still to be downloaded."""
-    pending = select(func.count()).where(media.c.event_seq == event_seq, media.c.state == "pending")
-    return int((await connection.execute(pending)).scalar_one())
+    return await count_rows(connection, media, media.c.event_seq == event_seq, media.c.state == "pending")
 
 
 async def record_change(

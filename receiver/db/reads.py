@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import prices, unrecognized
 from receiver.db.rows import CostGroup, event_id, least_id
 from receiver.db.sources import find_event_ids
-from receiver.db.statements import between, equal
+from receiver.db.statements import between, count_rows, equal
 from receiver.db.tables import (
     attempts,
     deliveries,
@@ -198,8 +198,7 @@ async def list_deliveries(
 
 async def count_stored(connection: AsyncConnection, *, since: datetime | None) -> int:
     """Count the files that have an object in the storage, including pages that came in place of a file."""
-    statement = select(func.count()).select_from(media).where(*_stored(since))
-    return int((await connection.execute(statement)).scalar_one())
+    return await count_rows(connection, media, *_stored(since))
 
 
 async def list_stored(

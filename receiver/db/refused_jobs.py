@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
-from sqlalchemy import ColumnElement, FromClause, and_, case, func, select, tuple_, update
+from sqlalchemy import ColumnElement, FromClause, and_, case, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices
 from receiver.db.clock import db_time
 from receiver.db.leases import ENDED
+from receiver.db.statements import count_rows
 from receiver.db.tables import in_state, is_refused, jobs
 
 ACCOUNT_REFUSALS: Final = 3
@@ -85,10 +86,8 @@ async def plan(connection: AsyncConnection, account: str, *, limit: int, start: 
 
 async def count(connection: AsyncConnection, account: str | None = None) -> int:
     """Count the jobs that Clipia refuses for now: those of one account, or all of them."""
-    statement = select(func.count()).select_from(jobs).where(is_refused)
-    if account is not None:
-        statement = statement.where(same_environment(account))
-    return int((await connection.execute(statement)).scalar_one())
+    mine = () if account is None else (same_environment(account),)
+    return await count_rows(connection, jobs, is_refused, *mine)
 
 
 async def release(connection: AsyncConnection, account: str) -> None:

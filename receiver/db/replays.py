@@ -14,7 +14,7 @@ from receiver.db.arrays import among
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
-from receiver.db.statements import insert_unless_taken
+from receiver.db.statements import count_rows, insert_unless_taken
 from receiver.db.tables import deliveries, events, in_state, media, replays
 from receiver.db.views import ReplayDetails, ReplayHead
 
@@ -76,17 +76,8 @@ async def count(connection: AsyncConnection, selection: Selection, scope: Scope)
     total = 0
     conditions = await selection.conditions(connection)
     for start in range(scope.after_seq, scope.until_seq, SPAN):
-        statement = (
-            select(func.count())
-            .select_from(events)
-            .where(
-                _ELIGIBLE,
-                events.c.seq > start,
-                events.c.seq <= min(start + SPAN, scope.until_seq),
-                *conditions,
-            )
-        )
-        total += (await connection.execute(statement)).scalar_one()
+        span = events.c.seq > start, events.c.seq <= min(start + SPAN, scope.until_seq)
+        total += await count_rows(connection, events, _ELIGIBLE, *span, *conditions)
     return total
 
 
@@ -220,11 +211,10 @@ async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destination
     counts = []
     for name in destinations:
         mine = and_(deliveries.c.replay_id == replay_id, deliveries.c.destination == name)
-        pending = select(func.count()).where(mine, in_state(deliveries, "pending"))
-        count = int((await connection.execute(pending)).scalar_one())
+        pending = await count_rows(connection, deliveries, mine, in_state(deliveries, "pending"))
         # A destination without deliveries so far, because of its filter, does not count.
-        if count or (await connection.execute(select(exists().where(mine)))).scalar_one():
-            counts.append(count)
+        if pending or (await connection.execute(select(exists().where(mine)))).scalar_one():
+            counts.append(pending)
     return min(counts, default=0)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import ColumnElement, FromClause, Table
+from sqlalchemy import ColumnElement, FromClause, Table, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -22,6 +22,12 @@ def between(column: ColumnElement[Any], since: object, until: object) -> list[Co
     """Return the conditions for a value at or above `since` and below `until`; None is no bound."""
     bounds = (None if since is None else column >= since, None if until is None else column < until)
     return [bound for bound in bounds if bound is not None]
+
+
+async def count_rows(connection: AsyncConnection, table: FromClause, *where: ColumnElement[bool]) -> int:
+    """Count the rows of a table under conditions."""
+    statement = select(func.count()).select_from(table).where(*where)
+    return int((await connection.execute(statement)).scalar_one())
 
 
 async def insert_unless_taken(

@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import outbox, sources
 from receiver.db.rows import event_id
-from receiver.db.statements import between, insert_unless_taken
+from receiver.db.statements import between, count_rows, insert_unless_taken
 from receiver.db.tables import (
     PlainUuid,
     UtcDateTime,
@@ -65,11 +65,10 @@ async def count(
     connection: AsyncConnection, *, since: datetime | None, until: datetime | None
 ) -> dict[str, int]:
     """Return the number of lines of an export, by their type."""
-    found = {}
-    for name, table, column in _TOP:
-        statement = select(func.count()).select_from(table).where(*between(column, since, until))
-        found[name] = int((await connection.execute(statement)).scalar_one())
-    return found
+    return {
+        name: await count_rows(connection, table, *between(column, since, until))
+        for name, table, column in _TOP
+    }
 
 
 async def read(

@@ -22,9 +22,10 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import among
-from receiver.db.clock import db_time, seconds_since, statement_time
-from receiver.db.leases import ENDED, RESTARTED
+from receiver.db.clock import db_time, seconds_since
+from receiver.db.leases import ENDED, RESTARTED, is_unclaimed
 from receiver.db.outbox import record_change
+from receiver.db.statements import count_rows
 from receiver.db.tables import deliveries, in_state, is_live, is_replayed, replays
 
 NOT_CONFIGURED: Final = "destination not configured"
@@ -66,10 +67,8 @@ async def find_destinations(connection: AsyncConnection) -> set[str]:
 
 async def count_waiting(connection: AsyncConnection, destination: str) -> int:
     """Count the pending deliveries to a destination."""
-    statement = select(func.count()).where(
-        deliveries.c.destination == destination, in_state(deliveries, "pending")
-    )
-    return int((await connection.execute(statement)).scalar_one())
+    mine = deliveries.c.destination == destination
+    return await count_rows(connection, deliveries, mine, in_state(deliveries, "pending"))
 
 
 async def count_free(
@@ -83,8 +82,7 @@ async def count_free(
     if had_by is not None:
         twin, is_twin = _twin(had_by)
         statement = statement.where(exists().where(is_twin, twin.c.state.in_(_SERVES)))
-    counted = select(func.count()).select_from(statement.subquery())
-    return int((await connection.execute(counted)).scalar_one())
+    return await count_rows(connection, statement.subquery())
 
 
 async def count_under_way(connection: AsyncConnection, destination: str) -> tuple[int, float]:
@@ -93,7 +91,9 @@ async def count_under_way(connection: AsyncConnection, destination: str) -> tupl
     The leases of a killed worker last until then.
     """
     statement = select(func.count(), seconds_since(func.max(deliveries.c.next_attempt_at))).where(
-        deliveries.c.destination == destination, in_state(deliveries, "pending"), not_(_is_unclaimed())
+        deliveries.c.destination == destination,
+        in_state(deliveries, "pending"),
+        not_(is_unclaimed(deliveries)),
     )
     row = (await connection.execute(statement)).one()
     return row[0], -(row[1] or 0.0)
@@ -213,14 +213,10 @@ async def redirect_replays(connection: AsyncConnection, destination: str, *, to:
 
 def _free(destination: str, *, dead: bool) -> Select[Any]:
     """Select deliveries that no worker has claimed."""
-    is_free: ColumnElement[bool] = and_(in_state(deliveries, "pending"), _is_unclaimed())
+    is_free: ColumnElement[bool] = and_(in_state(deliveries, "pending"), is_unclaimed(deliveries))
     if dead:
         is_free = or_(is_free, in_state(deliveries, "dead"))
     return select(deliveries.c.id).where(deliveries.c.destination == destination, is_free)
-
-
-def _is_unclaimed() -> ColumnElement[bool]:
-    return or_(deliveries.c.lease.is_(None), deliveries.c.next_attempt_at <= statement_time())
 
 
 async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) -> Sequence[UUID]:
