@@ -160,7 +160,7 @@ class Replays:
         dropped = self._max_canceled
         while dropped >= self._max_canceled:
             async with self._database.write() as connection:
-                dropped = await replays.drop_waiting(connection, replay_id, limit=self._max_canceled)
+                dropped = await replays.cancel_deliveries(connection, replay_id, limit=self._max_canceled)
             canceled |= dropped > 0
         if canceled:
             log.warning("replay canceled", replay_id=str(replay_id), by=by)

@@ -115,7 +115,7 @@ class _Check:
             self._has_jobs = True
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
-                seen = await workers.seen(connection)
+                seen = await workers.find_runs(connection)
                 frozen = await freezes.find(connection)
             masked = await mask_errors(database)
             self._say(

@@ -211,7 +211,7 @@ async def _take(
     """Move or discard all of them, a batch at a time, and say what replays do from now on."""
     by = f"{user_name()} on the command line"
     async with database.read() as connection:
-        seen = await workers.seen(connection)
+        seen = await workers.find_runs(connection)
     for each in seen:
         if each.is_running and destination_lane(destination) in each.lanes:
             stderr.print(

@@ -277,7 +277,7 @@ async def _watch(
 async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
     """Return in words what is missing so that the replay goes on; None if nothing is."""
     async with database.read() as connection:
-        seen = await workers.seen(connection)
+        seen = await workers.find_runs(connection)
     if order["state"] == "pending":
         # A worker's step needs all destinations of the order.
         return find_missing(seen, [REPLAY_LANE, *map(destination_lane, order["destinations"])])

@@ -108,7 +108,7 @@ async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Jo
 async def _find_missing(submitter: Submitter, job: Job) -> str | None:
     """Return in words what is missing so that the job goes on; None if nothing is."""
     async with submitter.database.read() as connection:
-        seen = await workers.seen(connection)
+        seen = await workers.find_runs(connection)
         frozen = await freezes.find(connection)
     if job.event is not None:
         lane = FAN_OUT_LANE if job.event.state == "received" else MEDIA_LANE

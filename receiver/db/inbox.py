@@ -36,7 +36,7 @@ async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | No
     """Insert an event and return its `seq`, or None if its id, and so (source, request_id), is taken."""
     seq = await insert_unless_taken(connection, events, event._asdict())
     if seq is not None:
-        await sources.remember(connection, event.source)
+        await sources.add(connection, event.source)
     return seq
 
 

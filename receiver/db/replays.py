@@ -206,7 +206,9 @@ async def add_counts(
     )
 
 
-async def waiting(connection: AsyncConnection, replay_id: uuid.UUID, destinations: Collection[str]) -> int:
+async def count_waiting(
+    connection: AsyncConnection, replay_id: uuid.UUID, destinations: Collection[str]
+) -> int:
     """Return the number of pending deliveries of a replay at its fastest destination."""
     counts = []
     for name in destinations:
@@ -228,7 +230,7 @@ async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
     return bool(stopped.rowcount)
 
 
-async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
+async def cancel_deliveries(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
     """Cancel up to `limit` deliveries of a replay that no worker has claimed; return how many."""
     waits = select(deliveries.c.id).where(
         deliveries.c.replay_id == replay_id,
@@ -243,7 +245,7 @@ async def drop_waiting(connection: AsyncConnection, replay_id: uuid.UUID, *, lim
     return dropped.rowcount
 
 
-async def canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+async def find_canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
     """Return the canceled ones of some replays."""
     if not replay_ids:
         return set()

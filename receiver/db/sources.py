@@ -17,13 +17,13 @@ from receiver.db.statements import insert_for
 from receiver.db.tables import sources
 
 
-async def remember(connection: AsyncConnection, source: str) -> None:
+async def add(connection: AsyncConnection, source: str) -> None:
     """Add a source; call it in the transaction that inserts its event, after the event."""
-    await connection.execute(_REMEMBER[connection.dialect.name], {"name": source})
+    await connection.execute(_ADD[connection.dialect.name], {"name": source})
 
 
 # Built once: building a statement takes as long as running it.
-_REMEMBER = {name: insert_for(name, sources).on_conflict_do_nothing() for name in DIALECTS}
+_ADD = {name: insert_for(name, sources).on_conflict_do_nothing() for name in DIALECTS}
 
 
 async def find_event_ids(connection: AsyncConnection, keys: Collection[str]) -> dict[str, set[UUID]]:

@@ -113,7 +113,7 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
         done[f"{kind} {'new' if new else 'known'}"] += 1
     # After all events, in the order of the webhooks' transactions: in another order both would deadlock.
     for source in sorted({line["source"] for line in lines if line["type"] == "event"}):
-        await sources.remember(connection, source)
+        await sources.add(connection, source)
     return done
 
 

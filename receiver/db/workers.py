@@ -55,17 +55,17 @@ async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
     )
 
 
-async def sweep(connection: AsyncConnection) -> None:
+async def delete_stale(connection: AsyncConnection) -> None:
     """Delete the rows of processes that have not renewed them for `KEPT_SECONDS`."""
     await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT_SECONDS)))
 
 
-async def leave(connection: AsyncConnection, run_id: uuid.UUID) -> None:
+async def remove(connection: AsyncConnection, run_id: uuid.UUID) -> None:
     """Record that a process has stopped."""
     await connection.execute(delete(workers).where(workers.c.id == run_id))
 
 
-async def seen(connection: AsyncConnection) -> Sequence[SeenWorker]:
+async def find_runs(connection: AsyncConnection) -> Sequence[SeenWorker]:
     """Return the processes that run or crashed lately, the latest renewal first."""
     columns = [workers.c[name] for name in WorkerRun.__dataclass_fields__]
     age = seconds_since(workers.c.seen_at).label("age")

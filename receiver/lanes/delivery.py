@@ -140,7 +140,7 @@ class DeliveryLane(TableLane):
         files = await outbox.load_media(connection, seqs)
         refs = await job_events.load_refs(connection, seqs)
         replay_ids = {claim.id: claim.replay_id for claim in claims if claim.replay_id is not None}
-        canceled = await replays.canceled(connection, set(replay_ids.values()))
+        canceled = await replays.find_canceled(connection, set(replay_ids.values()))
         works = []
         for claim in claims:
             seq = claim.event_seq

@@ -39,14 +39,14 @@ async def present(database: Database, lanes: Sequence[str], *, account: str | No
             async with asyncio.timeout(STOP_SECONDS):
                 await task
                 async with database.write() as connection:
-                    await workers.leave(connection, run.id)
+                    await workers.remove(connection, run.id)
 
 
 async def _renew(database: Database, run: workers.WorkerRun, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
         with logged_failures("presence not recorded"):
             async with database.write() as connection:
-                await workers.sweep(connection)
+                await workers.delete_stale(connection)
                 await workers.renew(connection, run)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(workers.RENEW_SECONDS):

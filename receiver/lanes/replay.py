@@ -137,13 +137,13 @@ class ReplayLane(TableLane):
     async def _others_have(self, names: Collection[str]) -> bool:
         """Return whether another worker delivers to all of these destinations."""
         async with self._database.read() as connection:
-            seen = await workers.seen(connection)
+            seen = await workers.find_runs(connection)
         lanes = {destination_lane(name) for name in names}
         return any(each.is_running and lanes <= set(each.lanes) for each in seen)
 
     async def _is_crowded(self, order: ReplayOrder) -> bool:
         async with self._database.read() as connection:
-            waiting = await replays.waiting(connection, order.id, order.destinations)
+            waiting = await replays.count_waiting(connection, order.id, order.destinations)
         return waiting >= self._pace.max_waiting
 
     async def _plan(self, order: ReplayOrder) -> _Plan:

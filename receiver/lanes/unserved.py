@@ -52,7 +52,9 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
         names = await unserved.find_destinations(connection)
         missing = names - set(configured)
         waiting = {name: await unserved.count_waiting(connection, name) for name in sorted(missing - seen)}
-        served = {lane for each in await workers.seen(connection) if each.is_running for lane in each.lanes}
+        served = {
+            lane for each in await workers.find_runs(connection) if each.is_running for lane in each.lanes
+        }
     for name, count in waiting.items():
         log.warning(
             "deliveries wait for a destination that is not configured",

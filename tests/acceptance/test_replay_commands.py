@@ -87,7 +87,7 @@ class Service:
             rows.append(event._asdict() | {"state": state})
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
-            await sources.remember(connection, "clipia")
+            await sources.add(connection, "clipia")
             seqs = (await connection.execute(select(events.c.seq))).scalars().all()
             await connection.execute(
                 insert(deliveries).values(

@@ -22,7 +22,7 @@ SECONDS = 30.0
 async def seen(database: Database) -> list[workers.SeenWorker]:
     """Return the workers that the database has."""
     async with database.read() as connection:
-        return list(await workers.seen(connection))
+        return list(await workers.find_runs(connection))
 
 
 async def age(database: Database, *, seconds: float) -> None:

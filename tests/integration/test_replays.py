@@ -623,7 +623,7 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
     world.replay_pace = ReplayPace(failure_pause_seconds=0.05)
     main = world.add_destination("main")
     await world.add_history(plain("r-1"))
-    waiting = replay_rows.waiting
+    waiting = replay_rows.count_waiting
     errors: list[Exception] = [RuntimeError("a bug"), DatabaseUnavailable("away", reason="database")]
 
     async def fail(*arguments: Any) -> int:
@@ -631,7 +631,7 @@ async def test_a_failed_step_is_tried_again_by_the_worker(
             raise errors.pop()
         return await waiting(*arguments)
 
-    monkeypatch.setattr(replay_rows, "waiting", fail)
+    monkeypatch.setattr(replay_rows, "count_waiting", fail)
     order = await world.order()
     async with world.working():
         await world.until_replayed(order)

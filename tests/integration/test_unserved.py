@@ -369,7 +369,7 @@ async def test_a_canceled_replay_leaves_nothing_to_a_dead_worker(world: World) -
     mine = deliveries.c.replay_id == order["id"]
     await world.change(deliveries, mine, lease=uuid.uuid4(), next_attempt_at=db_time(-1.0))
     async with world.database.write() as connection:
-        assert await replays.drop_waiting(connection, order["id"], limit=10) == 1
+        assert await replays.cancel_deliveries(connection, order["id"], limit=10) == 1
     assert await world.states(deliveries, mine) == {"canceled": 1}
 
 

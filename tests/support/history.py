@@ -29,7 +29,7 @@ async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
     )
     async with database.write() as connection:
         await connection.execute(insert(events), [_event(f"r-{i}", old, i) for i in range(1, count + 1)])
-        await sources.remember(connection, "clipia")
+        await sources.add(connection, "clipia")
     work = "state, attempts, created_at"
     for statement in (
         f"""INSERT INTO receipts (event_seq, secret_id, signed_at, received_at, body_sha256, outcome)
