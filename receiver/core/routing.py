@@ -37,12 +37,7 @@ def mismatch(filter_: FilterSettings, facts: RoutingFacts) -> str | None:
 
 def filter_text(filter_: FilterSettings) -> str:
     """Return a filter as text: `status OK, model seedance-* or nano-*`; empty if all events match."""
-    lines = {
-        "status": filter_.status,
-        "model": filter_.model,
-        "source": filter_.source,
-        "caller": filter_.caller,
-    }
+    lines = {name: getattr(filter_, name) for name in ("status", "model", "source", "caller")}
     lines |= {f"metadata.{key}": allowed for key, allowed in filter_.metadata.items()}
     return ", ".join(f"{name} {' or '.join(allowed)}" for name, allowed in lines.items() if allowed)
 

@@ -1,4 +1,4 @@
-"""The circuit of a destination, with the time in the test's hands."""
+"""The circuit breaker of a destination; the tests set the time."""
 
 from typing import Literal
 
@@ -20,21 +20,21 @@ Step = Literal["start", "succeed", "fail", "wait"]
 
 
 def opened(width: int = WIDTH, *, now: float = NOW) -> CircuitBreaker:
-    """Return a circuit that has just opened."""
+    """Return a circuit breaker that has just opened."""
     circuit = CircuitBreaker(width)
     assert [circuit.failed(now, started=now - 1) for _ in range(FAILURES_TO_OPEN)][-1]
     return circuit
 
 
 def test_it_is_closed_at_first() -> None:
-    """Nothing is known against the destination, so its whole width is there."""
+    """A new circuit breaker is closed: it allows the full concurrency."""
     circuit = CircuitBreaker(WIDTH)
     assert not circuit.is_open
     assert [circuit.available(NOW, under_way=n) for n in (0, 30, 32, 33)] == [32, 2, 0, 0]
 
 
 def test_the_fifth_failure_in_a_row_opens_it() -> None:
-    """E4: five failures with no success between them open it, and only the fifth says so."""
+    """E4: five failures in a row open the circuit, and only the fifth call returns True."""
     circuit = CircuitBreaker(WIDTH)
     for _ in range(3):
         assert [circuit.failed(NOW, started=NOW - 1) for _ in range(4)] == [False] * 4
@@ -46,7 +46,7 @@ def test_the_fifth_failure_in_a_row_opens_it() -> None:
 
 
 def test_only_one_probe_at_a_time_is_let_through() -> None:
-    """E4: one delivery when it is time for it, and none beside another that is still under way."""
+    """E4: a probe is allowed if it is due and no other delivery is in flight."""
     circuit = opened()
     assert circuit.available(NOW + FIRST_PROBE_SECONDS - 0.01, under_way=0) == 0
     assert circuit.available(NOW + FIRST_PROBE_SECONDS, under_way=0) == 1
@@ -55,7 +55,7 @@ def test_only_one_probe_at_a_time_is_let_through() -> None:
 
 
 def test_a_probe_waits_as_long_as_the_destination_asks() -> None:
-    """E5: Retry-After puts off the next probe, but never beyond the longest pause."""
+    """E5: Retry-After delays the next probe, but not beyond the longest pause."""
     for asked, pause in ((0.0, FIRST_PROBE_SECONDS), (7.0, 7.0), (86_400.0, MAX_PROBE_SECONDS)):
         circuit = CircuitBreaker(WIDTH)
         for _ in range(FAILURES_TO_OPEN):
@@ -65,7 +65,7 @@ def test_a_probe_waits_as_long_as_the_destination_asks() -> None:
 
 
 def test_probes_come_at_growing_intervals() -> None:
-    """E4: each probe that fails doubles the pause, up to a minute, for as long as it takes."""
+    """E4: each failed probe doubles the pause, up to a minute, without end."""
     circuit, now = opened(), NOW
     pauses = []
     for _ in range(2000):
@@ -81,7 +81,7 @@ def test_probes_come_at_growing_intervals() -> None:
 
 
 def test_what_was_under_way_says_nothing_of_probes() -> None:
-    """E4: the failures of deliveries that began before it opened neither delay probes nor space them out."""
+    """E4: deliveries that began before the opening and fail neither delay probes nor double the pause."""
     circuit = opened()
     for late in range(27):
         assert not circuit.failed(NOW + 0.02 * late, started=NOW - 1)
@@ -91,7 +91,7 @@ def test_what_was_under_way_says_nothing_of_probes() -> None:
 
 
 def test_recovery_doubles_with_each_success() -> None:
-    """E5: a destination that is back gets one delivery, then two, then four, up to the whole width."""
+    """E5: if a destination is back, it gets one delivery, then two, then four, up to the full concurrency."""
     circuit = opened()
     widths = []
     for _ in range(7):
@@ -103,7 +103,7 @@ def test_recovery_doubles_with_each_success() -> None:
 
 @pytest.mark.parametrize("successes", [1, 3, 5])
 def test_a_failure_during_recovery_opens_it_at_once(successes: int) -> None:
-    """E5: a destination that stumbles while it comes back is left alone again, with short pauses first."""
+    """E5: if a destination fails again while half-open, the circuit opens, with short pauses first."""
     circuit = opened()
     for _ in range(6):
         circuit.failed(NOW + 5, started=NOW + 4)
@@ -115,7 +115,7 @@ def test_a_failure_during_recovery_opens_it_at_once(successes: int) -> None:
 
 
 def test_once_recovered_it_takes_five_failures_again() -> None:
-    """E4: at its full width it forgives what it forgave before."""
+    """E4: if the circuit is closed again, single failures do not open it."""
     circuit = opened()
     for _ in range(6):
         circuit.succeeded()
@@ -123,7 +123,7 @@ def test_once_recovered_it_takes_five_failures_again() -> None:
 
 
 def test_a_late_success_counts() -> None:
-    """A delivery that began before it opened and comes through shows that the destination is there."""
+    """If a delivery that began before the opening succeeds, the circuit closes too."""
     circuit = opened()
     circuit.succeeded()
     assert not circuit.is_open
@@ -131,7 +131,7 @@ def test_a_late_success_counts() -> None:
 
 
 def test_a_width_of_one_works() -> None:
-    """The narrowest lane opens, probes and recovers like the others."""
+    """A lane with a concurrency of one opens, probes and recovers like the others."""
     circuit = opened(1)
     assert circuit.available(NOW + FIRST_PROBE_SECONDS, under_way=0) == 1
     circuit.succeeded()
@@ -146,7 +146,7 @@ def test_a_width_of_one_works() -> None:
     ),
 )
 def test_never_more_is_under_way_than_allowed(width: int, steps: list[tuple[Step, float]]) -> None:
-    """E5: whatever happens in whatever order, starts stay within the width, the probes and the ramp."""
+    """E5: after any sequence of results, starts stay within the concurrency, the probes and the ramp."""
     circuit, now = CircuitBreaker(width), NOW
     under_way: list[float] = []
     since_it_opened: int | None = None

@@ -1,4 +1,4 @@
-"""Whatever we accept, the official SDK accepts: `verify` against `clipia.verify_signature`."""
+"""The official SDK accepts all that we accept: `verify` against `clipia.verify_signature`."""
 
 import hashlib
 import hmac
@@ -25,14 +25,14 @@ V1 = re.compile(rb"[ \t]*v1[ \t]*=")
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """A header value and a body, received at `now`."""
+    """A header value and a body that are received at `now`."""
 
     header: bytes
     body: bytes
     now: float = NOW
 
     def we_accept(self) -> bool:
-        """Tell our verdict."""
+        """Return our verdict."""
         try:
             verify([self.header], self.body, secrets=[SECRET], now=self.now, tolerance=TOLERANCE)
         except SignatureError:
@@ -40,18 +40,18 @@ class Delivery:
         return True
 
     def sdk_accepts(self) -> bool:
-        """Tell the SDK's verdict on the same header, which a server hands over as Latin-1."""
+        """Return the SDK's verdict on the same header, which a server passes as Latin-1."""
         headers = {"X-Clipia-Signature": self.header.decode("latin-1")}
         return clipia.verify_signature(KEY, headers, self.body, tolerance_seconds=TOLERANCE, now=self.now)
 
 
 def mac(t: bytes, body: bytes, key: bytes = SECRET.value) -> bytes:
-    """Compute a signature over any bytes, with neither side's code."""
+    """Compute a signature over any bytes without the code of either side."""
     return hmac.new(key, t + b"." + body, hashlib.sha256).hexdigest().encode()
 
 
 def with_one_v1(header: bytes) -> list[bytes]:
-    """Return the header once for each of its `v1`, without the others."""
+    """Return one header for each `v1`, without the other ones."""
     elements = header.split(b",")
     signatures = [element for element in elements if V1.match(element)]
     rest = [element for element in elements if not V1.match(element)]
@@ -59,7 +59,7 @@ def with_one_v1(header: bytes) -> list[bytes]:
 
 
 def is_utf8(body: bytes) -> bool:
-    """Tell whether the SDK can decode the body, which it does before it verifies."""
+    """Tell whether the SDK can decode the body; it does so before it verifies."""
     try:
         body.decode()
     except UnicodeDecodeError:
@@ -117,7 +117,7 @@ def mutated(draw: st.DrawFn, header: bytes) -> bytes:
 
 @st.composite
 def honest(draw: st.DrawFn, body: bytes) -> bytes:
-    """Draw a header of well-formed elements: it may be stale, signed by others too, or hold two times."""
+    """Draw a header of well-formed elements; it may be stale, have other signers, or have two times."""
     t = draw(TIMES)
     right, wrong = b"v1=" + mac(t, body), b"v1=" + b"0" * 64
     extras = [wrong, wrong, wrong, right, b"v0=" + right[3:], b"v2=x", b"kid=a=b", b"T=1", b"t=1790000007"]
@@ -158,7 +158,7 @@ def strange(draw: st.DrawFn, body: bytes) -> bytes:
 
 @st.composite
 def deliveries(draw: st.DrawFn) -> Delivery:
-    """Draw a delivery: honest, strange, or either with some damage to the header or another body."""
+    """Draw a request: a good one, a strange one, or one with damage to the header or another body."""
     body = draw(BODIES)
     header = draw(st.one_of(honest(body), honest(body), honest(body), strange(body)))
     damage = draw(st.sampled_from(["", "", "", "", "header", "header", "twice", "body"]))
@@ -172,7 +172,7 @@ def deliveries(draw: st.DrawFn) -> Delivery:
 
 
 def test_we_accept_nothing_that_the_sdk_refuses() -> None:
-    """A1, A3, A5, A8, A9, T22: but for several `v1` and bodies beyond UTF-8, our verdict is never milder."""
+    """A1, A3, A5, A8, A9, T22: except for several `v1` and bodies beyond UTF-8, we are at least as strict."""
     tally: Counter[str] = Counter()
 
     @given(delivery=deliveries())
@@ -186,7 +186,7 @@ def test_we_accept_nothing_that_the_sdk_refuses() -> None:
             assert mac(t, delivery.body) in delivery.header
             tally["not UTF-8"] += 1
         else:
-            # The SDK reads the last `v1` only: given the right one alone, it must agree.
+            # The SDK reads the last `v1` only. If it gets the right one alone, it must agree.
             alone = [
                 Delivery(header=header, body=delivery.body, now=delivery.now)
                 for header in with_one_v1(delivery.header)
@@ -196,7 +196,7 @@ def test_we_accept_nothing_that_the_sdk_refuses() -> None:
             tally["several v1"] += 1
 
     compare()
-    # A comparison in which nearly everything is refused would prove nothing.
+    # If nearly all requests were rejected, the comparison would prove too little.
     assert tally["both"] >= EXAMPLES / 10
     assert all(
         tally[kind] >= EXAMPLES / 200 for kind in ("neither", "only theirs", "several v1", "not UTF-8")
@@ -206,7 +206,7 @@ def test_we_accept_nothing_that_the_sdk_refuses() -> None:
 @given(body=st.text(max_size=200), time=st.integers(NOW - TOLERANCE, NOW + TOLERANCE))
 @settings(max_examples=500, deadline=None)
 def test_signatures_are_the_sdks(body: str, time: int) -> None:
-    """A1: what either side signs, both accept; the signatures are the same text."""
+    """A1: both sides accept each other's signatures, which are the same text."""
     raw = body.encode("utf-8", "replace")
     header = sign(SECRET.value, raw, timestamp=time)
     assert header == f"t={time},v1={_compute_signature(KEY, str(time), raw.decode())}"
@@ -232,7 +232,7 @@ GOOD = mac(b"1790000000", b"{}")
     ],
 )
 def test_where_we_are_stricter(header: bytes) -> None:
-    """A3, A8, A9, A10: second spellings of a valid header, which the SDK lets pass, are refused."""
+    """A3, A8, A9, A10: second spellings of a valid header are rejected, although the SDK accepts them."""
     delivery = Delivery(header=header, body=b"{}")
     assert delivery.sdk_accepts()
     assert not delivery.we_accept()
@@ -252,7 +252,7 @@ def test_where_we_are_stricter(header: bytes) -> None:
     ],
 )
 def test_where_we_are_as_mild(header: bytes) -> None:
-    """A7, A9: white space, empty and unknown elements change nothing, for the SDK and for us."""
+    """A7, A9: white space, empty and unknown elements are ignored by the SDK and by us."""
     delivery = Delivery(header=header, body=b"{}")
     assert delivery.sdk_accepts()
     assert delivery.we_accept()
@@ -266,7 +266,7 @@ def test_where_we_are_as_mild(header: bytes) -> None:
     ],
 )
 def test_where_we_are_milder(header: bytes, body: bytes) -> None:
-    """A7, B8: several `v1`, and a body that is not UTF-8, are all that we accept and the SDK does not."""
+    """A7, B8: only several `v1`, or a body that is not UTF-8, are accepted by us and not by the SDK."""
     delivery = Delivery(header=header, body=body)
     assert delivery.we_accept()
     assert not delivery.sdk_accepts()

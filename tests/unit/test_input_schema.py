@@ -1,4 +1,4 @@
-"""What is refused before it costs: tables for both shapes, the sandbox as oracle, and hostile schemas."""
+"""Inputs that are rejected before they cost: both forms, the sandbox as oracle, and hostile schemas."""
 
 import datetime as dt
 import math
@@ -43,7 +43,7 @@ both_shapes = pytest.mark.parametrize("schema", [AS_MAP, AS_LIST], ids=["map", "
 
 
 def check_one(facts: object, value: object) -> list[str]:
-    """Return what is wrong with a value of a parameter so described, the same in both shapes."""
+    """Return the problems of a value for this description, which are the same in both forms."""
     listed = with_options(facts) | {"name": "p"} if isinstance(facts, Mapping) else facts
     results = [check_input(schema, {"p": value}) for schema in ({"p": facts}, {"parameters": [listed]})]
     assert results[0] == results[1]
@@ -78,7 +78,7 @@ def check_one(facts: object, value: object) -> list[str]:
     ids=str,
 )
 def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
-    """What either shape allows passes: bounds are inclusive, 4.0 is an integer, null is not given."""
+    """Valid values pass in both forms: bounds are inclusive, 4.0 is an integer, null is not given."""
     assert check_input(schema, {"prompt": "x"} | given_) == ()
 
 
@@ -125,7 +125,7 @@ def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
     ],
 )
 def test_value_that_does_not_fit(schema: object, key: str, value: object, trouble: str) -> None:
-    """A value that does not fit is refused in words that say what is wrong and what would be right."""
+    """If a value is invalid, the message says why, and which values are valid."""
     message = f'Parameter "{key}" {trouble}.'
     assert check_input(schema, {"prompt": "x"} | {key: value}) == (
         InputProblem(parameter=key, message=message),
@@ -134,7 +134,7 @@ def test_value_that_does_not_fit(schema: object, key: str, value: object, troubl
 
 @both_shapes
 def test_null_for_a_required_parameter_is_missing(schema: object) -> None:
-    """A required parameter that is null or absent is missing, and is told of once."""
+    """If a required parameter is null or absent, it is reported once."""
     wanted = 'Parameter "prompt" is required: a string with a length from 1 to 10.'
     for nothing in ({}, {"prompt": None}):
         assert check_input(schema, nothing) == (InputProblem(parameter="prompt", message=wanted),)
@@ -157,13 +157,13 @@ def test_null_for_a_required_parameter_is_missing(schema: object) -> None:
     ],
 )
 def test_what_counts_as_missing(facts: dict[str, Any], *, missing: bool) -> None:
-    """Missing is what is required in so many words, has no default and may not be null."""
+    """A parameter is missing only if it is `required: true`, has no default and must not be null."""
     assert bool(check_one(facts, None)) is missing
 
 
 @both_shapes
 def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
-    """A typo gets the name that was probably meant and all that the model takes."""
+    """If a key has a typo, the message has the likely name and all names that the model accepts."""
     declared = ", ".join(f'"{name}"' for name in PARAMETERS)
     takes = f"It takes {declared}."
     assert [
@@ -176,14 +176,14 @@ def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
 
 @both_shapes
 def test_an_unknown_key_is_told_apart(schema: object) -> None:
-    """Only what the schema does not have is `unknown`: Clipia takes that, and refuses the rest."""
+    """Only keys that the schema does not have are `unknown`: Clipia accepts them, and refuses the rest."""
     found = check_input(schema, {"title": 1, "nope": 1, "count": 9})
     assert [problem.parameter for problem in found if problem.unknown] == ["nope"]
     assert [problem.parameter for problem in found if not problem.unknown] == ["prompt", "title", "count"]
 
 
 def test_unknown_keys_hide_no_mistake() -> None:
-    """However many keys are unknown, what does not fit is found behind them."""
+    """If there are too many unknown keys, invalid values are still reported."""
     schema = {"prompt": {"type": "string", "required": True}, "count": {"type": "integer", "max": 4}}
     unknown = {f"key{number}": 1 for number in range(3 * MAX_PROBLEMS)}
     found = check_input(schema, unknown | {"count": 9})
@@ -193,13 +193,13 @@ def test_unknown_keys_hide_no_mistake() -> None:
 
 @both_shapes
 def test_order_is_missing_first_then_as_given(schema: object) -> None:
-    """What is missing comes first, then the trouble with what was given, in its own order."""
+    """Missing parameters come first, then the problems of the input in its own order."""
     found = check_input(schema, {"title": 1, "nope": 1, "audio": 1, "count": 9})
     assert [problem.parameter for problem in found] == ["prompt", "title", "nope", "audio", "count"]
 
 
 def test_missing_parameters_come_in_the_order_of_the_schema() -> None:
-    """Several missing parameters are told of as the schema lists them."""
+    """If several parameters are missing, they are reported in the order of the schema."""
     schema = {name: {"type": "string", "required": True} for name in ("b", "a", "c")}
     assert [problem.parameter for problem in check_input(schema, {"a": ""})] == ["b", "c"]
 
@@ -228,7 +228,7 @@ def test_missing_parameters_come_in_the_order_of_the_schema() -> None:
     ids=str,
 )
 def test_unreadable_schema_refuses_nothing(schema: object) -> None:
-    """A schema of another shape, or unreadable in part, refuses no key that it may declare."""
+    """If a schema has another form, or is unreadable in part, unknown keys are accepted."""
     assert check_input(schema, {"prompt": "x"}) == ()
 
 
@@ -262,7 +262,7 @@ def test_unreadable_schema_refuses_nothing(schema: object) -> None:
     ids=str,
 )
 def test_what_is_not_understood_refuses_no_value(facts: dict[str, Any], value: object) -> None:
-    """An unknown type, contradictory options and odd bounds leave that parameter unchecked."""
+    """If the type is unknown, options contradict it or bounds are odd, the parameter is not checked."""
     assert check_input({"p": facts}, {"p": value}) == ()
     assert check_input({"parameters": [{"name": "p"} | facts]}, {"p": value}) == ()
 
@@ -276,7 +276,7 @@ def test_what_is_not_understood_refuses_no_value(facts: dict[str, Any], value: o
     ],
 )
 def test_default_always_fits(facts: dict[str, Any], value: object) -> None:
-    """A parameter's own default passes, whatever else its description says; another such value does not."""
+    """A parameter's own default is valid even if its description excludes it; other values are not."""
     assert check_one(facts, value) == []
     assert check_one({key: fact for key, fact in facts.items() if key != "default"}, value) != []
 
@@ -305,7 +305,7 @@ def test_default_always_fits(facts: dict[str, Any], value: object) -> None:
     ],
 )
 def test_spellings(facts: dict[str, Any], fits: object, problem: object) -> None:
-    """Plausible spellings are understood: the type in other words or left out, other bounds."""
+    """Plausible spellings are understood: other words for the type, no type, other names of bounds."""
     assert check_one(facts, fits) == []
     assert len(check_one(facts, problem)) == 1
 
@@ -323,13 +323,13 @@ def test_spellings(facts: dict[str, Any], fits: object, problem: object) -> None
     ],
 )
 def test_missing_one_is_told_what_would_be_right(facts: dict[str, Any], wanted: str | None) -> None:
-    """The message for a missing parameter describes its values as far as they are known."""
+    """The message for a missing parameter describes the valid values if they are known."""
     messages = check_one(facts | {"required": True}, None)
     assert messages == ([f'Parameter "p" is required: {wanted}.'] if wanted else [])
 
 
 def test_options_may_stand_beside_an_enum_that_says_nothing() -> None:
-    """The first of the two spellings that holds plain values decides."""
+    """If both spellings of options are present, the first one with plain values is used."""
     for enum in (None, [], [["a"]], "a"):
         schema = {"p": {"type": "string", "enum": enum, "options": [{"value": "b"}, "c"]}}
         assert check_input(schema, {"p": "b"}) == check_input(schema, {"p": "c"}) == ()
@@ -338,7 +338,7 @@ def test_options_may_stand_beside_an_enum_that_says_nothing() -> None:
 
 
 def test_map_may_have_a_parameter_called_parameters() -> None:
-    """The shape is told by what `parameters` holds: a list, or the description of a parameter so called."""
+    """The form depends on `parameters`: a list, or the description of a parameter with this name."""
     schema = {"parameters": {"type": "object", "required": True}, "prompt": {"type": "string"}}
     assert check_input(schema, {"parameters": {}, "prompt": "x"}) == ()
     found = check_input(schema, {"prompt": 1, "promt": "x"})
@@ -346,7 +346,7 @@ def test_map_may_have_a_parameter_called_parameters() -> None:
 
 
 def test_two_descriptions_of_one_name_are_not_enforced() -> None:
-    """Where two descriptions compete neither is enforced, but the name is known and others are not."""
+    """If a name has two descriptions, neither is enforced, but the name is known and others are not."""
     one, other = ({"name": "p", "type": word, "required": True} for word in ("string", "integer"))
     schema = {"parameters": [one, other]}
     assert check_input(schema, {}) == check_input(schema, {"p": []}) == ()
@@ -368,20 +368,20 @@ def test_two_descriptions_of_one_name_are_not_enforced() -> None:
     ],
 )
 def test_group_may_declare_more(groups: object, *, refused: bool) -> None:
-    """Groups that hold more than the listed parameters may declare them: then no key is unknown."""
+    """If groups have more than the listed parameters, no key is unknown, because they may declare it."""
     schema = {"parameters": [{"name": "prompt", "type": "string"}], "parameterGroups": groups}
     assert bool(check_input(schema, {"seed": 1})) is refused
 
 
 def test_known_part_of_an_incomplete_schema_is_enforced() -> None:
-    """One unreadable entry takes back the refusal of unknown keys, and nothing else."""
+    """If one entry is unreadable, unknown keys are accepted, and the other checks stay."""
     schema = {"parameters": [{"name": "prompt", "type": "string", "required": True}, None]}
     assert [problem.parameter for problem in check_input(schema, {"seed": 1})] == ["prompt"]
     assert [problem.parameter for problem in check_input(schema, {"prompt": 1})] == ["prompt"]
 
 
 def test_messages_are_bounded_and_quote_no_long_value() -> None:
-    """Twenty kilobytes in a value, a key or a schema make no long message, and neither do huge numbers."""
+    """If a value, a key or a schema has 20 kB, or a number is huge, the message is still short."""
     secret = "s" * 20_000
     schema = {
         "text": {"type": "string", "max": 9},
@@ -404,14 +404,14 @@ def test_messages_are_bounded_and_quote_no_long_value() -> None:
 
 
 def test_values_up_to_forty_characters_are_shown_whole() -> None:
-    """A value of 40 characters is quoted, one of 41 only measured."""
+    """A value of 40 characters is quoted; if it has 41, only its length is shown."""
     facts = {"type": "string", "max": 1}
     assert check_one(facts, "x" * 40)[0].endswith(f'not "{"x" * 40}".')
     assert check_one(facts, "x" * 41)[0].endswith("not a string of 41 characters.")
 
 
 def test_twelve_options_are_listed_whole() -> None:
-    """The list of allowed values is cut after twelve, and says so."""
+    """If the list of allowed values is longer than twelve, it is cut and ends in `…`."""
     twelve, more = ({"type": "integer", "enum": [*range(length)]} for length in (12, 14))
     assert check_one(twelve, 99) == [
         'Parameter "p" must be one of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, not 99.'
@@ -422,21 +422,21 @@ def test_twelve_options_are_listed_whole() -> None:
 
 
 def test_messages_hold_no_control_characters() -> None:
-    """Line ends, escapes and lone surrogates are written as JSON escapes, other scripts as they are."""
+    """Line ends, escapes and lone surrogates are JSON escapes in messages; other scripts are not escaped."""
     message = check_one({"type": "boolean"}, "\x1b[31m\n\ud800")[0]
     assert message == r'Parameter "p" must be a boolean, not "\u001b[31m\n\ud800".'
     assert check_one({"type": "boolean"}, "да")[0].endswith('not "да".')
 
 
 def test_number_of_misfits_is_bounded() -> None:
-    """However many keys are wrong, the answer stays readable."""
+    """If very many keys are wrong, the answer is still readable."""
     schema = {"prompt": {"type": "string"}}
     assert len(check_input(schema, {f"k{n}": n for n in range(MAX_PROBLEMS)})) == MAX_PROBLEMS
     assert len(check_input(schema, {f"k{n}": n for n in range(10_000)})) == MAX_PROBLEMS
 
 
 def test_deep_values_are_no_trouble() -> None:
-    """Nesting beyond the recursion limit is neither compared nor written."""
+    """If a value is nested beyond the recursion limit, it is neither compared nor written."""
     deep: Any = []
     for _ in range(100_000):
         deep = [deep]
@@ -451,7 +451,7 @@ def test_deep_values_are_no_trouble() -> None:
 
 
 def sandbox_values(parameter: Parameter) -> st.SearchStrategy[Any]:
-    """Generate values on, beside and far off what a parameter allows."""
+    """Generate values that are valid, nearly valid and invalid for a parameter."""
     edges = [edge + step for edge in (parameter.minimum, parameter.maximum) if edge for step in (-1, 0, 1)]
     values: list[Any] = [None, True, False, "", "x", [], {}, parameter.default]
     values += [-1, 0, 1, 2.5, math.nan, math.inf]
@@ -466,7 +466,7 @@ def sandbox_values(parameter: Parameter) -> st.SearchStrategy[Any]:
 
 
 def sandbox_inputs(model: Model) -> st.SearchStrategy[dict[str, Any]]:
-    """Generate inputs of any of the model's parameters, now and then with a key that is not one."""
+    """Generate inputs with any of the model's parameters, and sometimes an unknown key."""
     keys = {parameter.name: sandbox_values(parameter) for parameter in model.parameters}
     good = {p.name: st.just(p.options[0] if p.options else "x") for p in model.parameters if p.required}
     strange = st.sampled_from([{}] * 5 + [{"promt": "x"}, {"voice": "Kore"}, {"seed": 1}])
@@ -479,7 +479,7 @@ def sandbox_inputs(model: Model) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def sandbox_accepts(model: Model, given_: dict[str, Any]) -> bool:
-    """Ask the sandbox, which ignores no null and takes no 4.0 for 4: those two we take on purpose."""
+    """Ask the sandbox, which rejects null and 4.0 for an integer; we accept both."""
     plain = dict(given_)
     for parameter in model.parameters:
         value = plain.get(parameter.name)
@@ -496,7 +496,7 @@ def sandbox_accepts(model: Model, given_: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_agrees_with_the_sandbox(model: Model) -> None:
-    """An input is let through exactly where the sandbox takes it without a warning."""
+    """An input passes if and only if the sandbox accepts it without a warning."""
     schema = model.details()["input_schema"]
     seen = set()
 
@@ -541,7 +541,7 @@ schemas = (
 @given(schemas, st.dictionaries(words | st.text(max_size=100), json_values, max_size=6))
 @example({"p": {"type": "string", "min": math.inf}}, {"p": ""})
 def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
-    """Whatever the schema and the input, the answer is a bounded list that is the same each time."""
+    """For any schema and input the result is a list of limited length, and the same each time."""
     found = check_input(schema, given_)
     assert found == check_input(schema, given_)
     assert len(found) <= MAX_PROBLEMS
@@ -557,6 +557,6 @@ def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
 
 @given(st.dictionaries(words, json_values, max_size=6), json_values)
 def test_null_is_at_most_missing_and_a_value_never(facts: dict[str, Any], value: object) -> None:
-    """However a parameter is described, null is refused only as missing, and a value never as that."""
+    """For any description, null is reported only as missing, and a value never as missing."""
     words_of_refusal = " is required: " if value is None else " must be "
     assert all(words_of_refusal in problem.message for problem in check_input({"p": facts}, {"p": value}))

@@ -1,4 +1,4 @@
-"""Rows B7 to B9 and C9 of the fault catalogue: JSON in any spelling, its copy, and where that differs."""
+"""Rows B7 to B9 and C9 of the fault catalogue: JSON in any spelling, its clean copy, and changed places."""
 
 import json
 from typing import Any
@@ -70,14 +70,14 @@ BOM = b"\xef\xbb\xbf"
         (b'[[{"a":1,"b":2,"a":[NaN]}]]', [[{"a": [None], "b": 2}]], ("/0/0/a", "/0/0/a/0")),
         (b'{"\\ud800":1,"\\ud801":2}', {"\ufffd": 2}, ("/\ufffd",)),
         (b'{"a/b":NaN,"c~d":NaN,"~1":NaN}', dict.fromkeys(["a/b", "c~d", "~1"]), ("/a~1b", "/c~0d", "/~01")),
-        # around it
+        # around the document
         (BOM + b"{}", {}, ()),
         (BOM + b" \r\n\t[1]\n", [1], ()),
     ],
     ids=lambda value: ascii(value)[:40],
 )
 def test_a_copy_says_where_it_differs(written: bytes, read: Any, pointers: tuple[str, ...]) -> None:
-    """B7, B8, B9: what no reader takes is changed in the copy, each place is listed, and the rest is kept."""
+    """B7, B8, B9: values that readers reject are replaced in the copy and listed; the rest is unchanged."""
     copy, altered = clean_body(written)
     assert (repr(copy), altered) == (repr(read), pointers)
     assert orjson.loads(orjson.dumps(copy)) == copy
@@ -86,7 +86,7 @@ def test_a_copy_says_where_it_differs(written: bytes, read: Any, pointers: tuple
 @pytest.mark.parametrize("opening", ["[", '{"a":', '[{"a":'])
 @pytest.mark.parametrize("levels", [64, 65, 1000, 100_000])
 def test_nesting(opening: str, levels: int) -> None:
-    """B9: what is inside 64 lists and objects becomes its JSON text, at any depth and in linear time."""
+    """B9: if a value is inside 64 lists and objects, it becomes its JSON text, in linear time."""
     each = opening.count("[") + opening.count("{")
     closing = {"[": "]", '{"a":': "}", '[{"a":': "}]"}[opening]
     times = levels // each
@@ -105,7 +105,7 @@ def test_nesting(opening: str, levels: int) -> None:
 
 
 def test_what_is_nested_deeply_in_several_places() -> None:
-    """B9: each place is listed, and its neighbours are kept."""
+    """B9: each changed place is listed, and its neighbours are unchanged."""
     inner = '[NaN,"]\\ud83d",{"a":1,"a":2}]'
     raw = "[" * 63 + f'[1,{inner},2,{{"[":"{{"}},"[]",[],"\\"[["]' + "]" * 63
     copy, altered = clean_body(raw.encode())
@@ -117,14 +117,14 @@ def test_what_is_nested_deeply_in_several_places() -> None:
 
 
 def test_bytes_that_are_no_utf8_deep_inside() -> None:
-    """B8, B9: they are replaced in the text of what is nested too deeply, too."""
+    """B8, B9: bad characters are replaced in the text of a value that is nested too deeply, too."""
     copy, altered = clean_body(b"[" * 65 + b'"\xff\x00"' + b"]" * 65)
     assert "\ufffd\ufffd" in repr(copy)
     assert len(altered) == 1
 
 
 def test_the_list_of_places_is_bounded() -> None:
-    """B9: of many places the first are listed, and the pointer to the whole says that there are more."""
+    """B9: if there are too many places, the first ones are listed, and the last pointer is empty."""
     for places, expected in (
         (MAX_ALTERED - 1, MAX_ALTERED - 1),
         (MAX_ALTERED, MAX_ALTERED),
@@ -136,13 +136,13 @@ def test_the_list_of_places_is_bounded() -> None:
 
 
 def test_pointers_are_short() -> None:
-    """B9: a place behind long names is listed as what it is in, however many there are."""
+    """B9: if a pointer is too long, the enclosing value is listed, even with very many such places."""
     _, altered = clean_body(b'{"a":{"%b":[%b1]}}' % (b"k" * 100_000, b"NaN," * 30_000))
     assert altered == ("/a",)
 
 
 def test_a_part_of_a_document() -> None:
-    """B9: pointers begin where the caller says that the copy will stand; depth is that of the document."""
+    """B9: pointers begin with the place in the message; depth counts from the document."""
     document = decode(b'{"a":{"b":[1,NaN]}}')
     cleaner = Cleaner(document)
     assert cleaner.clean(document.members()["a"], "output", depth=1) == {"b": [1, None]}
@@ -151,7 +151,7 @@ def test_a_part_of_a_document() -> None:
 
 
 def test_what_people_are_shown() -> None:
-    """B8: a body is shown as its copy, and exactly too if that differs or there is none."""
+    """B8: a body is shown as its copy; if the copy differs or is missing, the exact bytes are shown too."""
     assert display_fields(b' {"a": 1}') == {"body": {"a": 1}}
     assert display_fields(b"[NaN]") == {"body": [None], "altered": ("/0",), "body_base64": "W05hTl0="}
     assert display_fields(b"\xff") == {"body_base64": "/w=="}
@@ -236,7 +236,7 @@ ODD = st.recursive(
 @given(raw=st.binary(max_size=200) | TOKENS | ODD)
 @settings(max_examples=4000, deadline=None)
 def test_any_bytes(raw: bytes) -> None:
-    """B7, B8, B9: any bytes are JSON or not; if they are, every writer takes the copy, which is plain."""
+    """B7, B8, B9: any bytes are JSON or not; if they are, all encoders accept the copy, which is plain."""
     assert same_json(raw, raw)
     try:
         copy, altered = clean_body(raw)
@@ -253,14 +253,14 @@ def test_any_bytes(raw: bytes) -> None:
 @given(raw=ODD)
 @settings(max_examples=500, deadline=None)
 def test_odd_json_is_json(raw: bytes) -> None:
-    """B8, B9: a value that is odd in any of these ways, anywhere, is read and never refused."""
+    """B8, B9: if any value is odd in one of these ways, the body is still read."""
     copy, altered = clean_body(BOM + raw)
     assert same_json(raw, b" " + raw)
     assert altered or orjson.loads(raw) == copy
 
 
 def resolve(value: Any, pointer: str) -> Any:
-    """Follow a JSON pointer; fail if it leads nowhere."""
+    """Follow a JSON pointer; fail if it points to no value."""
     for token in pointer.split("/")[1:]:
         name = token.replace("~1", "/").replace("~0", "~")
         value = value[int(name)] if isinstance(value, list) else value[name]
@@ -270,7 +270,7 @@ def resolve(value: Any, pointer: str) -> Any:
 @given(value=VALUES, indent=st.sampled_from([None, 1]), ensure_ascii=st.booleans())
 @settings(deadline=None)
 def test_what_is_plain_stays_as_it_is(*, value: Any, indent: int | None, ensure_ascii: bool) -> None:
-    """B9: what every reader takes is read to the type of each number, whichever way it is spelled."""
+    """B9: usual JSON is read exactly, with the type of each number, in any spelling."""
     copy, altered = clean_body(json.dumps(value, indent=indent, ensure_ascii=ensure_ascii).encode())
     assert (repr(copy), altered) == (repr(value), ())
 
@@ -296,7 +296,7 @@ def test_what_is_plain_stays_as_it_is(*, value: Any, indent: int | None, ensure_
         (b"\xff", b"\xff"),
         (b"NaN", b"NaN"),
         (b'{"a":1,"a":1}', b'{"a":1,"a":1}'),
-        # mended alike
+        # altered alike
         (b"NaN", b" NaN"),
         (b"{}", b"\xef\xbb\xbf{}"),
         (b'{"a":1,"a":1}', b'{"a":1, "a":1}'),
@@ -305,7 +305,7 @@ def test_what_is_plain_stays_as_it_is(*, value: Any, indent: int | None, ensure_
     ],
 )
 def test_same_json(a: bytes, b: bytes) -> None:
-    """C9: bodies that differ in order, space or spelling only are the same, and so no conflict."""
+    """C9: bodies that differ only in order, white space or spelling are equal, and no conflict."""
     assert same_json(a, b)
     assert same_json(b, a)
 
@@ -333,7 +333,7 @@ def test_same_json(a: bytes, b: bytes) -> None:
         (b'"a"', b'"A"'),
         ('"é"'.encode(), '"e\u0301"'.encode()),
         (b"9007199254740993", b"9007199254740992"),
-        # not JSON, so that only the same bytes are the same
+        # not JSON: only the same bytes are equal
         (b"", b" "),
         (b"\xff", b"\xfe"),
         (b'{"a":1,"a":1}', b'{"a":1}'),
@@ -347,7 +347,7 @@ def test_same_json(a: bytes, b: bytes) -> None:
     ],
 )
 def test_different_json(a: bytes, b: bytes) -> None:
-    """C9: bodies that differ as JSON are different: true is not 1, and what is no JSON is only itself."""
+    """C9: bodies with different JSON values differ: true is not 1; a body that is not JSON equals only itself."""
     assert not same_json(a, b)
     assert not same_json(b, a)
 
@@ -355,7 +355,7 @@ def test_different_json(a: bytes, b: bytes) -> None:
 @given(value=VALUES)
 @settings(deadline=None)
 def test_spelling_is_nothing(value: Any) -> None:
-    """Every JSON value is the same in another spelling, and another than the same inside a list."""
+    """Each JSON value equals itself in another spelling, and differs from itself inside a list."""
     compact, spaced = orjson.dumps(value), json.dumps(value, indent=2, sort_keys=True).encode()
     assert same_json(compact, spaced)
     assert not same_json(compact, b"[%b]" % spaced)
@@ -379,14 +379,14 @@ NESTED = "[" * 32 + "]" * 32
 @example(b"NaN")
 @settings(max_examples=1000)
 def test_the_short_way_is_no_other_way(raw: bytes) -> None:
-    """B8: what is read without looking twice is what the lenient reader reads, to the type of each number."""
+    """B8: if a body needs no second pass, the lenient reader returns the same, with all types of numbers."""
     value = lenient_json._decode_plain(raw)
     if value is not lenient_json._NOT_PLAIN:
         assert Document(value, plain=True) == _exactly(lenient_json._decode_leniently(raw))
 
 
 def _exactly(document: Document) -> Document:
-    """Return a document for comparison; fail if it has anything in it that was mended."""
+    """Return a document for comparison; fail if it has a replaced value."""
     assert document.plain
     return document
 
@@ -394,7 +394,7 @@ def _exactly(document: Document) -> Document:
 @given(value=VALUES)
 @settings(deadline=None)
 def test_both_ways_read_the_same_to_the_type(value: Any) -> None:
-    """B9: the short way and the lenient way give the same value, to the type of each number."""
+    """B9: the fast reader and the lenient one return the same value, with the type of each number."""
     raw = orjson.dumps(value)
     fast = lenient_json._decode_plain(raw)
     if fast is not lenient_json._NOT_PLAIN:

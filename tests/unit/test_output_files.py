@@ -1,4 +1,4 @@
-"""The files of an output: which there are, what they are called, and which are not fetched."""
+"""The files of an output: their order, their fields, and the reason if they are not downloaded."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def at(*names: str) -> list[str]:
 
 
 def with_urls(value: Any) -> Any:
-    """Write every text of one letter as a URL of the CDN."""
+    """Replace each text of one letter by a URL of the CDN."""
     if isinstance(value, dict):
         return {key: with_urls(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -26,7 +26,7 @@ def with_urls(value: Any) -> Any:
 
 
 def rows(output: Any) -> list[tuple[int, str, str, str, str]]:
-    """List the files of an output, a row each; the URL without its origin."""
+    """List the files of an output, one row each; URLs without their origin."""
     listing = list_files(output, RULES)
     assert listing.left_out == 0
     return [
@@ -64,7 +64,7 @@ DOCUMENTED: list[tuple[Any, list[tuple[int, str, str, str, str]]]] = [
             (3, "audio", "original", "s", "audios[0].url"),
         ],
     ),
-    # One URL under both names, and one shared by two files, is fetched once.
+    # If one URL has both names, or two files share it, it is downloaded once.
     ({"video": {"url": "v", "original_url": "v"}}, [(0, "video", "original", "v", "video.original_url")]),
     (
         {"images": [{"url": "a", "original_url": "A"}, {"url": "b", "original_url": "A"}]},
@@ -74,7 +74,7 @@ DOCUMENTED: list[tuple[Any, list[tuple[int, str, str, str, str]]]] = [
             (1, "image", "display", "b", "images[1].url"),
         ],
     ),
-    # Null is absence, and so is what is no text; alone, `url` is the best there is.
+    # Null and values that are not text count as absent; if `url` is alone, it is the best variant.
     ({"video": {"url": "v", "original_url": None}}, [(0, "video", "original", "v", "video.url")]),
     ({"video": {"url": "v", "original_url": 7}}, [(0, "video", "original", "v", "video.url")]),
     ({"video": {"url": "v", "original_url": ""}}, [(0, "video", "original", "v", "video.url")]),
@@ -144,7 +144,7 @@ ELSEWHERE: list[tuple[Any, list[tuple[int, str, str, str, str]]]] = [
 
 @pytest.mark.parametrize(("output", "expected"), [*DOCUMENTED, *ELSEWHERE])
 def test_every_url_is_a_file(output: Any, expected: list[tuple[int, str, str, str, str]]) -> None:
-    """B10: each distinct URL is listed once, the documented ones first, whatever the order of keys."""
+    """B10: each URL is listed once, the documented ones first, in an order that is independent of keys."""
     given = with_urls(output)
     assert rows(given) == expected
     if isinstance(given, dict):
@@ -164,12 +164,12 @@ def test_every_url_is_a_file(output: Any, expected: list[tuple[int, str, str, st
     ],
 )
 def test_an_extension_announces_a_kind(name: str, kind: str) -> None:
-    """B10: an undocumented file is announced by its URL's extension."""
+    """B10: an undocumented file has the kind of its URL's extension."""
     assert [row[1] for row in rows({"result": f"{CDN}/{name}"})] == [kind]
 
 
 def skips(output: Any, rules: FileRules = RULES) -> list[tuple[str, str | None]]:
-    """List the fields of an output, each with the reason why it is not fetched."""
+    """List the fields of an output, each with the reason if it is not downloaded."""
     return [(ref.field, ref.skip and ref.skip.reason) for ref in list_files(output, rules).files]
 
 
@@ -189,7 +189,7 @@ def skips(output: Any, rules: FileRules = RULES) -> list[tuple[str, str | None]]
 )
 @pytest.mark.parametrize("place", ["images", "elsewhere"])
 def test_what_is_not_fetched_has_a_reason(url: str, reason: str | None, place: str) -> None:
-    """B10: a URL that must not be requested is listed all the same, and no secret is told."""
+    """B10: if a URL must not be requested, it is listed all the same, without its secrets."""
     (ref,) = list_files({place: [{"url": url}]}, RULES).files
     assert (ref.skip and ref.skip.reason) == reason
     assert ref.url == url.strip()[:8192]
@@ -212,7 +212,7 @@ TEXTS: list[tuple[Any, list[tuple[str, str]]]] = [
     ("https://example.com/a.png {0}/b.png", [("#1", "b.png")]),
     ("https://example.com/a.png and http://media.clipia.ai/b.png", []),
     ("{0} and {0}/. are no files", []),
-    # Texts that are one URL, with or without something around it.
+    # Texts that are one URL, with or without characters around it.
     ("\ufeff{0}/a.png", [("", "a.png")]),
     ("\u00a0{0}/a.png\n", [("", "a.png")]),
     ("<{0}/a.png>", [("", "a.png")]),
@@ -224,7 +224,7 @@ TEXTS: list[tuple[Any, list[tuple[str, str]]]] = [
 
 @pytest.mark.parametrize(("text", "expected"), TEXTS)
 def test_urls_within_a_text_are_files(text: str, expected: list[tuple[str, str]]) -> None:
-    """B10: each URL of an allowed origin within a text is a file, and no text is one bogus URL."""
+    """B10: each URL of an allowed origin inside a text is a file, and no text is one bogus URL."""
     found = [(row[4], row[3]) for row in rows({"x": text.format(CDN)})]
     assert found == [(f"/x{field}", url) for field, url in expected]
 
@@ -232,7 +232,7 @@ def test_urls_within_a_text_are_files(text: str, expected: list[tuple[str, str]]
 @pytest.mark.parametrize(("text", "expected"), TEXTS[:5])
 @pytest.mark.parametrize("place", ["images[0]", "images[0].url", "/more/0/url"])
 def test_a_place_for_one_url_may_have_several(place: str, text: str, expected: list[tuple[str, str]]) -> None:
-    """B10: in a place for a URL each URL of a text is a file, too, and foreign ones are listed."""
+    """B10: if a field for a URL has a text with several, each is a file, and foreign ones are listed."""
     text = text.format(CDN) + " https://example.com/x"
     entry: Any = {"url": text} if "url" in place else text
     listing = list_files({"more" if place.startswith("/") else "images": [entry]}, RULES)
@@ -244,7 +244,7 @@ def test_a_place_for_one_url_may_have_several(place: str, text: str, expected: l
 
 
 def test_keys_are_searched() -> None:
-    """B10: a URL that is the key of an object is a file, and what stands under it is searched as ever."""
+    """B10: if a key of an object is a URL, it is a file, and its value is searched as usual."""
     output = {"files": {f"{CDN}/a.pptx": {"preview": f"{CDN}/b.png"}}, "https://example.com/": 1}
     assert rows(output) == [
         (0, "file", "original", "a.pptx", "/files/https:~1~1media.clipia.ai~1a.pptx#key0"),
@@ -253,7 +253,7 @@ def test_keys_are_searched() -> None:
 
 
 def test_blanks_belong_to_a_url_in_a_place_for_one() -> None:
-    """B10: where a URL belongs, one with blanks is one URL, with or without an extension."""
+    """B10: in a field for a URL, a URL with spaces is one URL, with or without an extension."""
     assert rows({"images": [f"{CDN}/a b", {"url": f"{CDN}/c d"}], "video": f"{CDN}/e f"}) == [
         (0, "image", "original", "a b", "images[0]"),
         (1, "image", "original", "c d", "images[1].url"),
@@ -262,7 +262,7 @@ def test_blanks_belong_to_a_url_in_a_place_for_one() -> None:
 
 
 def test_a_documented_place_without_a_url_is_listed() -> None:
-    """B10: where a file is documented, a text that is no URL is told of; elsewhere it is only a text."""
+    """B10: a text that is not a URL is reported if the field is documented, and ignored elsewhere."""
     output = {
         "images": ["/works/a.png", {"url": "data:image/png;base64,AAAA"}],
         "style": "oil",
@@ -272,7 +272,7 @@ def test_a_documented_place_without_a_url_is_listed() -> None:
 
 
 def test_a_long_original_leaves_the_display_rendering_what_it_is() -> None:
-    """B10: an original that is not fetched is listed as such, and `url` does not take its place."""
+    """B10: if an original is not downloaded, it is listed as skipped, and `url` does not replace it."""
     output = {"video": {"original_url": f"{CDN}/" + "x" * 9000, "url": f"{CDN}/v.mp4"}}
     original, display = list_files(output, RULES).files
     assert (original.variant, original.skip and original.skip.message) == (
@@ -287,7 +287,7 @@ def test_a_long_original_leaves_the_display_rendering_what_it_is() -> None:
     [(511, 0, 0), (512, 0, 0), (513, 1, 0), (2048, MAX_SKIPPED, 0), (2064, MAX_SKIPPED, 16)],
 )
 def test_at_most_512_files(count: int, skipped: int, left_out: int) -> None:
-    """B10: the first 512 files are fetched; the others are listed within bounds."""
+    """B10: the first 512 files are downloaded; the others are listed up to a limit."""
     listing = list_files({"images": [{"url": f"{CDN}/{n}"} for n in range(count)]}, RULES)
     assert [ref.url for ref in listing.files] == at(*map(str, range(count - left_out)))
     assert [ref.position for ref in listing.files] == list(range(count - left_out))
@@ -300,7 +300,7 @@ def test_at_most_512_files(count: int, skipped: int, left_out: int) -> None:
 
 
 def test_foreign_urls_take_no_files_place() -> None:
-    """B10: thousands of URLs of other hosts, and no URL at all, keep no file from being fetched."""
+    """B10: thousands of foreign URLs, or texts that are not URLs, do not prevent a download."""
     links = [f"https://example.com/{n}" for n in range(3000)]
     listing = list_files({"a": links, "z": [f"{CDN}/{n}" for n in range(513)]}, RULES)
     assert sum(ref.skip is None for ref in listing.files) == 512
@@ -308,21 +308,21 @@ def test_foreign_urls_take_no_files_place() -> None:
 
 
 def test_repeated_urls_are_listed_once() -> None:
-    """B10: a URL that was seen before counts neither as listed nor as left out, also beyond the limit."""
+    """B10: if a URL was seen before, it counts neither as listed nor as left out, even beyond the limit."""
     images = [{"url": f"{CDN}/{n}"} for n in range(2100)]
     listing = list_files({"images": images + images, "audios": images, "more": images}, RULES)
     assert (len(listing.files), listing.left_out) == (2048, 52)
 
 
 def test_originals_count_against_the_limit() -> None:
-    """B10: both variants of a file are downloads, so both count."""
+    """B10: if a file has two variants, both count as downloads."""
     images = [{"url": f"{CDN}/{n}", "original_url": f"{CDN}/o{n}"} for n in range(300)]
     listing = list_files({"images": images}, RULES)
     assert (sum(ref.skip is None for ref in listing.files), len(listing.files)) == (512, 600)
 
 
 def test_the_limits_are_settable() -> None:
-    """B10: how many files are fetched and how long a URL may be is up to the rules."""
+    """B10: the rules limit the number of downloads and the length of a URL."""
     rules = FileRules(max_files=1, max_url_length=30)
     output = {"a": at("1", "2"), "b": f"{CDN}/" + "x" * 30}
     assert skips(output, rules) == [("/a/0", None), ("/a/1", "count"), ("/b", "length")]
@@ -330,12 +330,12 @@ def test_the_limits_are_settable() -> None:
 
 @pytest.mark.parametrize("output", [None, {}, [], 0, True, "", "text", {"a": {"b": [1, None, "http:"]}}])
 def test_an_output_without_urls_has_no_files(output: Any) -> None:
-    """B10: what is no URL is no file."""
+    """B10: if a value is not a URL, it is not a file."""
     assert list_files(output, RULES) == Listing(files=(), left_out=0)
 
 
 def test_deep_nesting_is_followed() -> None:
-    """B10: an output that is nested deeper than Python calls functions is read all the same."""
+    """B10: an output is read even if it is nested more deeply than Python can recurse."""
     output: Any = f"{CDN}/a"
     for _ in range(5000):
         output = [output]

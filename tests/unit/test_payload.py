@@ -1,4 +1,4 @@
-"""Rows B7 to B11 of the fault catalogue: what a body must be, and what is read from one that is."""
+"""Rows B7 to B11 of the fault catalogue: valid bodies, and the values that are read from them."""
 
 import dataclasses
 import json
@@ -24,20 +24,20 @@ CDN = "https://media.clipia.ai/works"
 
 
 def ok(output: Any = None, **payload: Any) -> bytes:
-    """Encode a success, as Clipia sends it."""
+    """Encode a success as Clipia does."""
     payload = {"model": "flux-pro", "output": output, "cost": 12} | payload
     return json.dumps({"request_id": REQUEST_ID, "status": "OK", "payload": payload}).encode()
 
 
 def refusal(raw: bytes) -> str:
-    """Return the reason why a body is not a generation; fail if it is one."""
+    """Return the reason why a body is rejected; fail if it is not."""
     with pytest.raises(UnrecognizedBody) as refused:
         parse(raw)
     return refused.value.reason
 
 
 def with_value(value: str) -> bytes:
-    """Put raw JSON text into a field that nobody knows."""
+    """Put raw JSON text into an undocumented field."""
     return b'{"request_id":"r-1","status":"OK","extra":%b}' % value.encode()
 
 
@@ -45,7 +45,7 @@ def with_value(value: str) -> bytes:
 
 
 def test_success() -> None:
-    """A documented success is read in full."""
+    """A documented success is read completely."""
     output = {"images": [{"url": f"{CDN}/a.webp", "original_url": f"{CDN}/a.png", "width": 1, "height": 2}]}
     assert parse(ok(output)) == Generation(
         request_id=REQUEST_ID,
@@ -58,7 +58,7 @@ def test_success() -> None:
 
 
 def test_failure() -> None:
-    """A documented failure is read in full, and has no media."""
+    """A documented failure is read completely, and has no media."""
     error = {"code": "GENERATION_FAILED", "message": "no luck"}
     body = {"request_id": REQUEST_ID, "status": "ERROR", "error": error}
     assert parse(json.dumps(body).encode()) == Generation(
@@ -72,7 +72,7 @@ def test_failure() -> None:
 
 
 def test_failure_with_a_payload() -> None:
-    """The files of a failed generation are no result: its output is kept, but nothing is fetched."""
+    """If a generation failed, its output is kept, but no file is downloaded."""
     payload = {"model": "m", "cost": 0, "output": {"video": {"url": f"{CDN}/half.mp4"}, "images": ["x"]}}
     body = {"request_id": "r", "status": "ERROR", "payload": payload, "error": "broken"}
     generation = parse(json.dumps(body).encode())
@@ -82,7 +82,7 @@ def test_failure_with_a_payload() -> None:
 
 
 def test_unknown_fields_are_kept() -> None:
-    """B10: what we do not know in an output or an error comes through as it was sent."""
+    """B10: unknown fields of an output or an error are forwarded unchanged."""
     output = {"images": [{"url": "u", "seed": 7, "é": [None, True, 0.5]}], "later": {"deep": [{}]}}
     error = {"code": "X", "details": [1, {"a": "\u0001"}]}
     body = {"request_id": "r", "status": "OK", "payload": {"output": output, "new": 1}, "error": error}
@@ -96,20 +96,20 @@ def test_unknown_fields_are_kept() -> None:
 @pytest.mark.parametrize("payload", ["null", "[]", "{}", '"x"', "0", "true", "[{}]", "1.5"])
 @pytest.mark.parametrize("status", ["OK", "ERROR"])
 def test_strange_payloads(payload: str, status: str) -> None:
-    """B10: a payload that is no object gives an event with nothing in it."""
+    """B10: if the payload is not an object, the event has no fields."""
     generation = parse(b'{"request_id":"r","status":"%b","payload":%b}' % (status.encode(), payload.encode()))
     assert dataclasses.astuple(generation) == ("r", status, None, None, None, None)
 
 
 def test_no_payload_and_no_error() -> None:
-    """B10: an event may consist of its id and its status."""
+    """B10: an event may have only its id and its status."""
     assert parse(b'{"status":"OK","request_id":"r"}').output is None
     assert parse(b'{"status":"ERROR","request_id":"r"}').error is None
 
 
 @pytest.mark.parametrize("output", [None, [], {}, "x", 0, True, [{"url": "u"}], {"image": {"url": "u"}}])
 def test_strange_outputs(output: Any) -> None:
-    """B10: an output of unknown shape is kept as it is and lists nothing."""
+    """B10: if the form of an output is unknown, it is kept unchanged and lists no files."""
     generation = parse(ok(output))
     assert generation.output == output
     assert generation.list_files(FileRules()) == Listing(files=(), left_out=0)
@@ -117,7 +117,7 @@ def test_strange_outputs(output: Any) -> None:
 
 @pytest.mark.parametrize("error", [None, [], {}, "x", 0, True])
 def test_strange_errors(error: Any) -> None:
-    """B10: an error of any shape is kept as it is."""
+    """B10: an error of any form is kept unchanged."""
     assert parse(json.dumps({"request_id": "r", "status": "ERROR", "error": error}).encode()).error == error
 
 
@@ -142,7 +142,7 @@ def test_strange_errors(error: Any) -> None:
     ],
 )
 def test_cost(cost: Any, read: float | None) -> None:
-    """B10: a cost is a number of credits; what is negative, text, true or beyond all prices is none."""
+    """B10: a cost is a number of credits; if it is negative, text, true or too large, it is null."""
     found = parse(ok(cost=cost)).cost
     assert (found, type(found)) == (read, type(read))
 
@@ -169,7 +169,7 @@ def test_model(model: Any, read: str | None) -> None:
 )
 @pytest.mark.parametrize("ensure_ascii", [True, False])
 def test_request_ids(request_id: str, *, ensure_ascii: bool) -> None:
-    """B10: an id of 1 to 255 printable characters without white space is taken as it is."""
+    """B10: an id of 1 to 255 printable characters without white space is used unchanged."""
     raw = json.dumps({"request_id": request_id, "status": "OK"}, ensure_ascii=ensure_ascii).encode()
     assert parse(raw).request_id == request_id
 
@@ -196,17 +196,17 @@ def test_request_ids(request_id: str, *, ensure_ascii: bool) -> None:
     ids=ascii,
 )
 def test_wrong_request_ids(request_id: Any) -> None:
-    """B10: an id of another form or type, one that has to be mended, or one of ours is not used."""
+    """B10: if an id has another form or type, bad characters, or the form of our own ids, it is not used."""
     assert refusal(json.dumps({"request_id": request_id, "status": "OK"}).encode()) == "request_id"
 
 
 def test_bytes_that_are_no_utf8_in_an_id() -> None:
-    """B8, B10: two ids that differ only in bytes that are no UTF-8 must not become one."""
+    """B8, B10: two ids that differ only in bytes that are not UTF-8 must not become one."""
     assert refusal(b'{"request_id":"r\xff","status":"OK"}') == "request_id"
 
 
 def test_no_request_id() -> None:
-    """B10: a body without an id is no event."""
+    """B10: without an id, a body is not an event."""
     assert refusal(b'{"status":"OK","payload":{"request_id":"r"}}') == "request_id"
 
 
@@ -232,12 +232,12 @@ def test_no_request_id() -> None:
     ids=ascii,
 )
 def test_unknown_status(status: Any) -> None:
-    """B11: a status other than OK and ERROR is never guessed at."""
+    """B11: if the status is neither OK nor ERROR, it is not guessed."""
     assert refusal(json.dumps({"request_id": "r", "status": status}).encode()) == "status"
 
 
 def test_no_status() -> None:
-    """B11: a body without a status is no event."""
+    """B11: without a status, a body is not an event."""
     assert refusal(b'{"request_id":"r"}') == "status"
 
 
@@ -259,7 +259,7 @@ UNRECOGNIZED: list[tuple[str, bytes]] = [
     ("not_json", b"\x00"),
     ("not_json", b"\x00" + PLAIN.encode()),
     ("not_json", PLAIN.encode() + b"\x00"),
-    # Bytes that are no UTF-8 outside strings, row B8
+    # Bytes outside strings that are not UTF-8, row B8
     ("not_json", b"\xff"),
     ("not_json", b"\xff" + PLAIN.encode()),
     ("not_json", with_value("?").replace(b"?", b"\xc3")),
@@ -292,7 +292,7 @@ UNRECOGNIZED: list[tuple[str, bytes]] = [
     ("not_json", with_value("[" * 100_000 + "]" * 99_999)),
     ("not_json", with_value("[" * 100 + "]" * 101)),
     ("not_object", b"[" * 100_000 + b"]" * 100_000),
-    # A name that stands twice at the top, row B9
+    # A duplicate name in the outermost object, row B9
     ("duplicate_key", b'{"request_id":"a","request_id":"b","status":"OK"}'),
     ("duplicate_key", b'{"request_id":"a","status":"OK","status":"ERROR"}'),
     ("duplicate_key", b'{"request_id":"a","request_i\\u0064":"b","status":"OK"}'),
@@ -300,7 +300,7 @@ UNRECOGNIZED: list[tuple[str, bytes]] = [
     ("duplicate_key", b'{"request_id":"a","status":"OK","extra":1,"extra":true}'),
     ("duplicate_key", b'{"request_id":"a","status":"OK","extra":NaN,"extra":null}'),
     ("duplicate_key", b'{"request_id":"a","status":"OK","extra":{"a":1,"a":2},"extra":{"a":2}}'),
-    # Shape, row B10
+    # Form, row B10
     ("not_object", b"[]"),
     ("not_object", b"null"),
     ("not_object", b"true"),
@@ -314,12 +314,12 @@ UNRECOGNIZED: list[tuple[str, bytes]] = [
 
 @pytest.mark.parametrize(("reason", "raw"), UNRECOGNIZED, ids=lambda value: ascii(value[-40:]))
 def test_unrecognized(reason: str, raw: bytes) -> None:
-    """B7, B8, B9, B10: a body that cannot be used is refused with a fixed word and nothing else."""
+    """B7, B8, B9, B10: if a body cannot be used, the error has a fixed word and no details."""
     assert refusal(raw) == reason
 
 
 def test_reasons_are_complete() -> None:
-    """The vocabulary that metrics are labelled with is exactly what the table above shows."""
+    """The reasons are exactly those of the table above; metrics are labelled with them."""
     assert {reason for reason, _ in UNRECOGNIZED} == set(get_args(BodyReason))
 
 
@@ -332,12 +332,12 @@ def test_reasons_are_complete() -> None:
     ],
 )
 def test_the_same_twice(raw: bytes) -> None:
-    """B9: a name that stands twice at the top with the same value leaves no doubt."""
+    """B9: a duplicate name in the outermost object is accepted if both values are equal."""
     assert parse(raw).request_id == "a"
 
 
 def test_the_three_fields_matter() -> None:
-    """B7, B8, B9: what is odd elsewhere in a body is no reason to refuse it."""
+    """B7, B8, B9: an odd value elsewhere in a body does not invalidate it."""
     odd = b'"\xff\x00\t\\ud83d",NaN,-Infinity,1e400,18446744073709551616,{"a":1,"a":2},' + b"1" * 5000
     for value in (odd, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 50_000 + b"1" + b"}" * 50_000):
         generation = parse(b'\xef\xbb\xbf {"request_id":"r-1","status":"OK","extra":[%b]}\r\n' % value)
@@ -345,7 +345,7 @@ def test_the_three_fields_matter() -> None:
 
 
 def test_what_is_forwarded_is_mended_and_says_where() -> None:
-    """B8, B9: an output, an error and a model are made fit, and pointers into the message say where."""
+    """B8, B9: output, error and model are cleaned, and pointers into the message list the places."""
     raw = (
         b'{"request_id":"r-1","status":"OK","extra":NaN,"payload":{"model":"m\\u0000","cost":NaN,"new":NaN,'
         b'"output":{"images":[{"url":"u\\ud83d"}],"seed":15860307465884635512,"a/b~":1e400}},"error":"\xff"}'
@@ -376,12 +376,12 @@ def test_what_is_forwarded_is_mended_and_says_where() -> None:
     ],
 )
 def test_a_field_that_is_left_out_is_named(payload: Any, pointers: tuple[str, ...]) -> None:
-    """B10: a model or a cost that becomes null says so."""
+    """B10: if a model or a cost becomes null, it is listed."""
     assert payload_module.reread(ok(**payload)).altered == pointers
 
 
 def test_a_doubled_payload_name() -> None:
-    """B9: below the top the last of two values stands, and the message says where."""
+    """B9: below the outermost object the last of two values is used, and the place is listed."""
     payload = b'{"output":{"a":1},"output":{"a":2},"model":"a","model":"b"}'
     content = payload_module.reread(b'{"request_id":"r","status":"OK","payload":%b}' % payload)
     assert (content.output, content.model, content.altered) == ({"a": 2}, "b", ("/model", "/output"))
@@ -389,7 +389,7 @@ def test_a_doubled_payload_name() -> None:
 
 @pytest.mark.parametrize("levels", [62, 63])
 def test_depth_is_counted_from_the_body(levels: int) -> None:
-    """B9: 64 lists and objects in each other are kept, the body and its payload included."""
+    """B9: 64 nested lists and objects are kept, with the body and its payload included."""
     raw = b'{"request_id":"r","status":"OK","payload":{"output":%b}}' % (b"[" * levels + b"]" * levels)
     content = payload_module.reread(raw)
     assert content.altered == (() if levels == 62 else ("/output" + "/0" * 62,))
@@ -444,7 +444,7 @@ BODIES = st.fixed_dictionaries(
 
 
 def attempt(raw: bytes) -> Generation | None:
-    """Parse anything: a generation, or a known reason why not."""
+    """Parse anything: return a generation, or None if the reason is a known one."""
     try:
         return parse(raw)
     except UnrecognizedBody as refused:
@@ -459,7 +459,7 @@ def attempt(raw: bytes) -> Generation | None:
 )
 @settings(max_examples=5000, deadline=None)
 def test_any_bytes(raw: bytes) -> None:
-    """B7, B8, T22: no bytes whatever raise anything but the one error."""
+    """B7, B8, T22: for any bytes, only the one error is raised."""
     attempt(raw)
     assert same_json(raw, raw)
 
@@ -467,7 +467,7 @@ def test_any_bytes(raw: bytes) -> None:
 @given(value=VALUES)
 @settings(max_examples=750, deadline=None)
 def test_any_json(value: Any) -> None:
-    """B9, B10: no JSON value whatever raises anything but the one error."""
+    """B9, B10: for any JSON value, only the one error is raised."""
     attempt(json.dumps(value).encode())
 
 
@@ -500,7 +500,7 @@ INTACT = [
 @example(raw=INTACT[0], at=0, cut=0, put=b"")
 @example(raw=INTACT[1], at=0, cut=0, put=b"")
 def test_any_damage(raw: bytes, at: int, cut: int, put: bytes) -> None:
-    """B9, B10: whatever is accepted after damage a strict encoder can encode again, as the same value."""
+    """B9, B10: if a damaged body is accepted, a strict encoder can encode it to the same value."""
     generation = attempt(raw[:at] + put + raw[at + cut :])
     if generation is not None:
         for value in (generation.output, generation.error):
@@ -512,7 +512,7 @@ def test_any_damage(raw: bytes, at: int, cut: int, put: bytes) -> None:
 @given(body=BODIES)
 @settings(max_examples=750, deadline=None)
 def test_any_event(body: dict[str, Any]) -> None:
-    """B10: a body with an id and a known status is an event, whatever else it holds."""
+    """B10: a body with an id and a known status is an event, with any other content."""
     generation = parse(json.dumps(body).encode())
     assert generation == parse(json.dumps(body, ensure_ascii=False, indent=1).encode())
     assert (generation.request_id, generation.status) == (body["request_id"], body["status"])
@@ -529,7 +529,7 @@ def test_any_event(body: dict[str, Any]) -> None:
 
 
 def resolve(output: Any, field: str) -> Any:
-    """Follow a field such as "images[0].url" or "/a/0/b" through an output."""
+    """Follow a field such as "images[0].url" or "/a/0/b" in an output."""
     for step in _steps(field):
         output = output[int(step) if isinstance(output, list) else step]
     return output
@@ -563,7 +563,7 @@ RESULTS = st.builds(
 @example(value={"request_id": "r", "status": "ERROR", "error": {"a": "\U0001f600"}}, ascii_only=True)
 @settings(deadline=None)
 def test_a_stored_body_is_read_again_as_at_first(*, value: dict[str, Any], ascii_only: bool) -> None:
-    """What `parse` takes, `reread` reads as the same, to the type of each number."""
+    """`reread` returns the same values as `parse`, with the type of each number."""
     raw = json.dumps(value, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     try:
         first = parse(raw)
@@ -593,7 +593,7 @@ def test_a_stored_body_is_read_again_as_at_first(*, value: dict[str, Any], ascii
 def test_a_polled_result_is_read_as_a_webhook(
     value: str, status: Literal["COMPLETED", "FAILED", "CANCELED"]
 ) -> None:
-    """B9: the same result gives the same message, changed in the same places, whichever way it comes."""
+    """B9: a webhook and a polled result give the same message, altered at the same places."""
     payload = b'"model":"m\\ud83d","output":%b,"cost":12' % value.encode().replace(b"?", b"\xff")
     answer = b'\xef\xbb\xbf\r\n{"request_id":"r","status":"%b",%b,"created_at":"2026"}\n' % (
         status.encode(),
@@ -609,7 +609,7 @@ def test_a_polled_result_is_read_as_a_webhook(
 
 @pytest.mark.parametrize("error", ['{"code":"X","n":NaN}', '"no luck\\ud83d"', "[1e400]"])
 def test_a_polled_error_is_kept(error: str) -> None:
-    """B9: what Clipia says of a failure is forwarded, mended like an output."""
+    """B9: if a generation failed, Clipia's error is forwarded, and cleaned like an output."""
     polled = payload_module.reread(
         result_body("r", "FAILED", b'{"request_id":"r","status":"FAILED","error":%b}' % error.encode())
     )
@@ -619,6 +619,6 @@ def test_a_polled_error_is_kept(error: str) -> None:
 
 
 def test_what_clipia_sends_takes_the_short_way() -> None:
-    """The body of a usual webhook needs no second look."""
+    """A usual webhook is parsed in one pass."""
     body = orjson.dumps(json.loads(ok({"images": [{"url": "u"}], "seed": 15860307465884635512})))
     assert lenient_json._decode_plain(body) is not lenient_json._NOT_PLAIN

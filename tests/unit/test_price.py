@@ -1,4 +1,4 @@
-"""Credits: what is read as a price, and sums that are exact."""
+"""Credits: values that are prices, and exact sums."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from receiver.price import MAX_CREDITS, MICROS, from_micros, read_credits, to_mi
     ],
 )
 def test_a_price(value: Any, read: str) -> None:
-    """B10: 12.0 is 12, a fraction is kept to the millionth, and JSON writes them so."""
+    """B10: 12.0 is 12, a fraction is kept to the millionth, and JSON has the same digits."""
     assert json.dumps(read_credits(value)) == read
 
 
@@ -56,20 +56,20 @@ def test_a_price(value: Any, read: str) -> None:
     ids=repr,
 )
 def test_no_price(value: Any) -> None:
-    """B10: what is negative, endless, no number, or more than anything costs is no price."""
+    """B10: a value is not a price if it is negative, infinite, not a number, or too large."""
     assert read_credits(value) is None
 
 
 @given(st.integers(0, MAX_CREDITS * MICROS))
 def test_millionths_stay(micros: int) -> None:
-    """Every price that fits into a double is the same after it was stored."""
+    """If a price fits into a double, it is the same after it was stored."""
     price = from_micros(micros)
     if isinstance(price, int) or micros < 10**15:
         assert to_micros(price) == micros
 
 
 def test_sums_are_exact() -> None:
-    """Tenths add up to what people expect, and differences, too."""
+    """Sums and differences of tenths are exact."""
     assert total([0.1, 0.2]) == 0.3
     assert json.dumps(total([12.5, 12.5])) == "25"
     assert json.dumps(total([0.3, -0.1])) == "0.2"

@@ -1,4 +1,4 @@
-"""The shared limits of an account, with the time in the test's hands."""
+"""The shared quota of an account; the tests set the time."""
 
 from bisect import bisect_left
 from dataclasses import replace
@@ -21,7 +21,7 @@ NOW = 1_800_000_000.0
 
 
 def drain(kind: CallKind, rate: int, seconds: float) -> list[float]:
-    """Call as often as the limits allow for `seconds`; return when the calls were made."""
+    """Call as often as the quota allows for `seconds`; return the times of the calls."""
     quota, calls, now = Quota(requests_per_minute=rate, in_flight_limit=10**6), [], NOW
     while now < NOW + seconds:
         rooms = {
@@ -39,15 +39,15 @@ def drain(kind: CallKind, rate: int, seconds: float) -> list[float]:
 @pytest.mark.parametrize("rate", [1, 10, 60, 120, 6000])
 @pytest.mark.parametrize("kind", ["submit", "poll", "query"])
 def test_no_minute_exceeds_its_share(kind: CallKind, rate: int) -> None:
-    """F7: in no 60 seconds are there more calls than the share allows, but some get through."""
+    """F7: in any 60 seconds there are no more calls than the share allows, but some are made."""
     calls = drain(kind, rate, 300)
     most = max(bisect_left(calls, call + 60) - index for index, call in enumerate(calls))
-    # The first one and the last one of 60 seconds may both be a burst's.
+    # The first and the last one of 60 seconds may both belong to a burst.
     assert 1 <= most <= max(2, rate * (SHARES[kind].burst + SHARES[kind].steady) + 1)
 
 
 def test_the_shares_are_within_the_limit() -> None:
-    """F7: all of them together, bursts included, leave a margin."""
+    """F7: all shares together, bursts included, leave a margin."""
     assert sum(share.burst + share.steady for share in SHARES.values()) < 0.96
 
 
@@ -57,7 +57,7 @@ def test_the_share_is_used() -> None:
 
 
 def test_questions_wait_for_their_turn() -> None:
-    """F7: a few questions at once, then one by one; `query_delay` names the very moment of the next turn."""
+    """F7: a few queries at once, then one by one; `query_delay` is the exact time until the next one."""
     quota = Quota(requests_per_minute=60)
     for _ in range(3):
         assert quota.query_delay(NOW) == 0
@@ -71,19 +71,19 @@ def test_questions_wait_for_their_turn() -> None:
 
 
 def test_a_reset_is_bounded() -> None:
-    """F7: nonsense in RateLimit-Reset does not block the account for years."""
+    """F7: if RateLimit-Reset is absurd, the account is not blocked for years."""
     quota = Quota(requests_per_minute=600).after_headers(RateHeaders(remaining=0, reset=999_999_999), NOW)
     assert quota.allowed_polls(NOW + MAX_RESET_SECONDS) > 0
 
 
 def test_headers_teach_the_rate() -> None:
-    """F7: the limit is the one that answers name; one that is not named changes nothing."""
+    """F7: the limit is the one of the answers; if an answer has none, it stays the same."""
     assert Quota().after_headers(RateHeaders(limit=600), NOW).requests_per_minute == 600
     assert Quota().after_headers(RateHeaders(), NOW) == Quota()
 
 
 def test_somebody_else_uses_the_key() -> None:
-    """F7: when next to nothing remains of a minute, everybody waits for the next one."""
+    """F7: if too little of a minute's limit remains, all calls wait for the next minute."""
     quota = Quota(requests_per_minute=600).after_headers(RateHeaders(limit=600, remaining=11, reset=30), NOW)
     assert quota.allowed_submissions(NOW + 29, in_flight=0) == quota.allowed_polls(NOW + 29) == 0
     assert quota.allowed_submissions(NOW + 30, in_flight=0) > 0
@@ -96,20 +96,20 @@ def test_somebody_else_uses_the_key() -> None:
 
 
 def test_retry_after_is_kept() -> None:
-    """F7: after `rate_limit_exceeded` nothing is sent until the time named is over; never earlier again."""
+    """F7: after `rate_limit_exceeded` no calls are sent until the given time; it never becomes earlier."""
     quota = Quota().after_rate_limit(NOW, retry_after=20).after_rate_limit(NOW, retry_after=1)
     assert quota.allowed_polls(NOW + 19.9) == quota.allowed_submissions(NOW + 19.9, in_flight=0) == 0
     assert quota.allowed_polls(NOW + 20) == 1
 
 
 def test_the_window_grows_while_it_is_used() -> None:
-    """F7: one more generation in flight for each that is accepted with the window full, none otherwise."""
+    """F7: if a submission is accepted with a full window, the limit grows by one, otherwise not."""
     assert Quota().after_accepted(NOW, in_flight=FIRST_IN_FLIGHT).in_flight_limit == FIRST_IN_FLIGHT + 1
     assert Quota().after_accepted(NOW, in_flight=FIRST_IN_FLIGHT - 1).in_flight_limit == FIRST_IN_FLIGHT
 
 
 def test_a_refusal_narrows_the_window() -> None:
-    """F7: by an eighth or by one; refusals of the same burst count once; polls go on."""
+    """F7: the limit shrinks by an eighth or by one, once for each burst of refusals; polls go on."""
     quota = Quota(requests_per_minute=6000, in_flight_limit=11)
     once = quota.after_concurrency_limit(NOW, sent_at=NOW - 1, retry_after=2)
     assert once.in_flight_limit == 10
@@ -125,13 +125,13 @@ def test_a_refusal_narrows_the_window() -> None:
 
 
 def test_the_window_is_never_closed() -> None:
-    """F7: one generation may always be tried, or nobody would ever learn that there is room again."""
+    """F7: one generation is always allowed; otherwise the limit could never grow again."""
     quota = Quota(in_flight_limit=1).after_concurrency_limit(NOW, sent_at=NOW, retry_after=None)
     assert quota.allowed_submissions(NOW + 5, in_flight=0) == 1
 
 
 def test_a_window_that_was_set_is_tried_at_times() -> None:
-    """F7: one more is tried two minutes after the last refusal, and not before."""
+    """F7: the limit grows by one if two minutes have passed since the last refusal."""
     quota = Quota(in_flight_limit=10, in_flight_refused_at=NOW)
     assert quota.after_accepted(NOW + RAISE_AFTER_SECONDS - 1, in_flight=10).in_flight_limit == 10
     grown = quota.after_accepted(NOW + RAISE_AFTER_SECONDS, in_flight=10)
@@ -140,7 +140,7 @@ def test_a_window_that_was_set_is_tried_at_times() -> None:
 
 
 def test_a_refused_account_is_probed() -> None:
-    """F6: one submission at a time, ever less often, until one is accepted."""
+    """F6: one submission at a time, at growing intervals, until one is accepted."""
     quota = Quota(requests_per_minute=6000, in_flight_limit=50)
     waits, now, sent_at = [], NOW, NOW - 1
     for _ in range(9):
@@ -159,7 +159,7 @@ def test_a_refused_account_is_probed() -> None:
 
 
 def test_a_submission_that_clipia_looks_at_ends_the_pause() -> None:
-    """F6: whatever Clipia says of a job, it has taken the key; and only an acceptance is one."""
+    """F6: if Clipia refuses only the job, it has accepted the key; only an acceptance counts as one."""
     paused = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
     resumed = paused.unpaused(NOW + 5)
     assert (resumed.paused_at, resumed.pause, resumed.accepted_at) == (0.0, None, 0.0)
@@ -169,13 +169,13 @@ def test_a_submission_that_clipia_looks_at_ends_the_pause() -> None:
 
 
 def test_refused_jobs_share_a_tenth_of_the_requests() -> None:
-    """F7: the time between two tries of a job grows with the number of jobs that are refused."""
+    """F7: the time between two attempts at a job grows with the number of refused jobs."""
     quota = Quota(requests_per_minute=120)
     assert [quota.retry_interval(count) for count in (1, 12, 1000)] == pytest.approx([5, 60, 5000])
 
 
 def test_a_burst_of_refusals_is_one() -> None:
-    """F6: what was under way when the pause began makes it no longer."""
+    """F6: submissions that were in flight when the pause began do not extend it."""
     first = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
     quota = first
     for number in range(16):
@@ -184,7 +184,7 @@ def test_a_burst_of_refusals_is_one() -> None:
 
 
 def test_there_is_one_probe_at_a_time() -> None:
-    """F6: while a probe is not answered there is no other one, for as long as its call may take."""
+    """F6: if a probe is not answered, the next one waits as long as a call may take."""
     quota = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
     quota = quota.after_calls("submit", 1, NOW + 5)
     assert quota.allowed_submissions(NOW + 5 + PROBE_TIMEOUT_SECONDS - 1, in_flight=0) == 0

@@ -1,4 +1,4 @@
-"""The retry decision, as a table."""
+"""The retry policies, as a table."""
 
 import math
 from datetime import UTC, datetime
@@ -50,24 +50,24 @@ def test_delay_doubles_up_to_its_cap(attempt: int, age: float, jitter: float, ex
 
 
 def test_gives_up_when_the_schedule_ends() -> None:
-    """E4: the last try falls on the third day, and none comes after it."""
+    """E4: the last attempt is on the third day."""
     assert POLICY.next_delay(FAILED, attempt=500, age=3 * DAY - 10, jitter=0.9) == pytest.approx(10)
     assert POLICY.next_delay(FAILED, attempt=501, age=3 * DAY, jitter=0.9) is None
 
 
 def test_permanent_errors_are_not_retried() -> None:
-    """E7: what cannot succeed is given up at once."""
+    """E7: if an error is permanent, the work is given up at once."""
     for error in (PublishRejected("400", reason="status"), MediaBlocked("host", reason="host")):
         assert POLICY.next_delay(error, attempt=1, age=0, jitter=0.5) is None
 
 
 def test_unexpected_errors_are_retried() -> None:
-    """A bug of ours loses no work: the next release may succeed."""
+    """If we have a bug, no work is lost: the next release may succeed."""
     assert POLICY.next_delay(KeyError("x"), attempt=1, age=0, jitter=0.5) == 1.0
 
 
 def test_retry_after_is_a_lower_bound() -> None:
-    """E5: what the other side asks for is granted, also beyond the cap."""
+    """E5: if the other side asks for a longer delay, it gets one, even beyond the cap."""
     busy = PublishFailed("429", reason="status", retry_after=900.0)
     assert POLICY.next_delay(busy, attempt=1, age=0, jitter=0.5) == 900.0
     soon = PublishFailed("429", reason="status", retry_after=0.5)
@@ -75,7 +75,7 @@ def test_retry_after_is_a_lower_bound() -> None:
 
 
 def test_missing_media_is_tried_three_times_over_an_hour() -> None:
-    """D15: a 404 is given up after at least three tries and at least one hour."""
+    """D15: if a file is missing (404), it is given up after at least three attempts and one hour."""
     missing = MediaMissing("404", reason="status")
     assert media_policy(missing) is MEDIA_MISSING
     assert MEDIA_MISSING.next_delay(missing, attempt=2, age=4000, jitter=0.5) is not None
@@ -84,14 +84,14 @@ def test_missing_media_is_tried_three_times_over_an_hour() -> None:
 
 
 def test_trouble_with_our_own_storage_never_gives_a_file_up() -> None:
-    """D16: a full disk is retried every minute for as long as it takes."""
+    """D16: if the disk is full, downloads are retried every minute without end."""
     full = StorageUnavailable("no space", reason="full")
     assert media_policy(full) is STORAGE
     assert STORAGE.next_delay(full, attempt=10_000, age=30 * DAY, jitter=0.5) == 30.0
 
 
 def test_other_download_errors_have_three_days() -> None:
-    """D15: a CDN that is down is waited for."""
+    """D15: if the CDN is down, downloads are retried."""
     assert media_policy(MediaUnavailable("502", reason="status")) is MEDIA
 
 
@@ -104,7 +104,7 @@ def test_other_download_errors_have_three_days() -> None:
 def test_a_delay_never_passes_the_deadline(
     attempt: int, age: float, jitter: float, retry_after: float | None
 ) -> None:
-    """E4: whatever comes in, the delay is finite, not negative, and does not outlast the schedule."""
+    """E4: for any input, the delay is finite, not negative, and within the schedule."""
     error = PublishFailed("x", reason="x", retry_after=retry_after)
     delay = POLICY.next_delay(error, attempt=attempt, age=age, jitter=jitter)
     if delay is None:
@@ -130,7 +130,7 @@ REFUSED = [
 def test_a_refused_job_waits_about_as_long_again(
     refused_for: float, least: float, jitter: float, delay: float | None
 ) -> None:
-    """F6: from 5 s to 5 minutes, longer if there are many such jobs; the last try is at the very end."""
+    """F6: from 5 s to 5 minutes, longer if there are many refused jobs; the last attempt is at the end."""
     assert refused_delay(refused_for, least=least, give_up_after=DAY, jitter=jitter) == delay
 
 
@@ -162,7 +162,7 @@ def test_a_refused_job_waits_about_as_long_again(
     ],
 )
 def test_parse_retry_after(value: str, expected: float | None) -> None:
-    """E5: seconds and the three forms of an HTTP date, up to a day; any other value counts as no header."""
+    """E5: seconds and the three forms of an HTTP date, up to a day; an invalid value is ignored."""
     assert parse_retry_after(value, now=NOW) == expected
 
 
@@ -171,6 +171,6 @@ def test_parse_retry_after(value: str, expected: float | None) -> None:
     | st.from_regex(r"Mon, [0-9]{1,2} Jan [0-9]{1,30} 00:00:00 (GMT|[+-][0-9]{1,30})", fullmatch=True)
 )
 def test_parse_retry_after_takes_anything(value: str) -> None:
-    """E5: no header value raises or gives a negative delay or more than a day."""
+    """E5: for any header value the delay is from 0 to a day, or None."""
     seconds = parse_retry_after(value, now=NOW)
     assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER

@@ -1,4 +1,4 @@
-"""Filters: which events a destination gets, and what is said of the others."""
+"""Filters: the events that match, and the reason if an event does not."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def facts(**changes: Any) -> RoutingFacts:
 
 
 STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
-"""What is known of an event whose job is not ours."""
+"""The facts of an event if its job is not ours."""
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
     ],
 )
 def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict[str, Any]) -> None:
-    """One value or a list, globs for models, and a line that is not there fits all."""
+    """One value or a list, globs for models; if a line is absent, all events match."""
     assert mismatch(FilterSettings(**wanted), facts(**changes)) is None
 
 
@@ -81,7 +81,7 @@ def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict
 def test_what_does_not_fit_is_refused_with_the_reason(
     wanted: dict[str, Any], changes: dict[str, Any], said: str
 ) -> None:
-    """One line that does not fit is enough, and the reason names it, what is there and what is wanted."""
+    """If one line does not match, the event does not, and the reason has both values."""
     assert mismatch(FilterSettings(**wanted), facts(**changes)) == said
     others = {"status": ["OK", "ERROR"], "model": "*", "source": "clipia"}
     assert mismatch(FilterSettings(**(others | wanted)), facts(**changes)) == said
@@ -105,7 +105,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(
     metadata=st.dictionaries(st.sampled_from("kl"), st.sampled_from(WORDS)),
 )
 def test_a_filter_is_all_its_lines(wanted: dict[str, Any], **changes: Any) -> None:
-    """What each line alone lets through, all of them together let through, and nothing else."""
+    """An event matches all lines together if and only if it matches each of them."""
     alone = [mismatch(FilterSettings(**{name: value}), facts(**changes)) for name, value in wanted.items()]
     together = mismatch(FilterSettings(**wanted), facts(**changes))
     assert (together is None) == (not any(alone))
@@ -122,7 +122,7 @@ def test_a_filter_is_all_its_lines(wanted: dict[str, Any], **changes: Any) -> No
     ],
 )
 def test_only_callers_and_metadata_need_the_job(wanted: dict[str, Any], *, needs: bool) -> None:
-    """Looking for an event's job is left out where no filter asks for it."""
+    """If no filter needs an event's job, the query for it is skipped."""
     assert FilterSettings(**wanted).needs_job is needs
 
 
@@ -138,7 +138,7 @@ def test_only_callers_and_metadata_need_the_job(wanted: dict[str, Any], *, needs
     ],
 )
 def test_a_filter_is_put_in_words(wanted: dict[str, Any], said: str) -> None:
-    """What `receiver check` says of a destination."""
+    """The text of `receiver check` about a destination."""
     assert filter_text(FilterSettings(**wanted)) == said
 
 
@@ -149,7 +149,7 @@ def write_filter(content: str) -> None:
 
 
 def test_a_filter_is_read_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line takes one value or a list, `${NAME}` works in it, and no filter is one that fits all."""
+    """Each line has one value or a list, `${NAME}` is replaced, and without a filter all events match."""
     monkeypatch.setenv("CUSTOMER", "shop")
     write_filter(
         '[destinations.filter]\nstatus = "OK"\nmodel = ["seedance-*", "nano-banana-2"]\n'
@@ -182,7 +182,7 @@ def test_a_filter_is_read_from_the_file(monkeypatch: pytest.MonkeyPatch) -> None
     ],
 )
 def test_mistakes_in_a_filter_are_named(content: str, said: str) -> None:
-    """A filter that means nothing is an error at start: it would else let through too much or nothing."""
+    """If a filter is invalid, the start fails; otherwise it could match too much or too little."""
     write_filter(content)
     with pytest.raises(SettingsError, match=said):
         Settings.load()

@@ -25,7 +25,7 @@ BAD = b"0" * 64
 
 
 def mac(t: bytes = T, body: bytes = BODY, secret: Secret = SECRET) -> bytes:
-    """Compute a `v1` over any text of `t`, also one that `sign` would not write."""
+    """Compute a `v1` over any text of `t`, even one that `sign` would not write."""
     return hmac.new(secret.value, t + b"." + body, hashlib.sha256).hexdigest().encode()
 
 
@@ -40,7 +40,7 @@ def check(*headers: bytes, body: bytes = BODY, now: float = NOW, **changes: Any)
 
 
 def refusal(*headers: bytes, body: bytes = BODY, now: float = NOW, **changes: Any) -> str:
-    """Return the reason with which a request is refused; fail if it is not."""
+    """Return the reason why a request is rejected; fail if it is not."""
     with pytest.raises(SignatureError) as refused:
         check(*headers, body=body, now=now, **changes)
     return refused.value.reason
@@ -59,7 +59,7 @@ def test_what_is_signed_verifies() -> None:
 
 
 def test_order_of_elements_is_free() -> None:
-    """`v1` before `t` says the same."""
+    """`v1` may be before `t`."""
     assert check(b"v1=%b,t=%b" % (GOOD, T)).timestamp == NOW
 
 
@@ -81,26 +81,26 @@ def test_eleven_digits() -> None:
     ],
 )
 def test_reasons(reason: str, headers: list[bytes], now: float) -> None:
-    """A1: a missing or forged signature is refused, and every refusal has its fixed word."""
+    """A1: if a signature is missing or forged, the request is rejected with a fixed word."""
     assert refusal(*headers, now=now) == reason
 
 
 def test_reasons_are_complete() -> None:
-    """The vocabulary that metrics are labelled with is exactly what the table above shows."""
+    """The reasons are exactly those of the table above; metrics are labelled with them."""
     (table,) = [mark for mark in test_reasons.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
     assert tuple(row[0] for row in table.args[1]) == get_args(SignatureReason)
 
 
 @pytest.mark.parametrize("header", [None, b"", VALID])
 def test_no_secret_is_refused(header: bytes | None) -> None:
-    """A1: without a secret nothing can be verified, and the caller hears of it before anything else."""
+    """A1: without a secret no signature can be verified, and the caller gets an error."""
     with pytest.raises(ValueError, match="no signing secret"):
         check(*([] if header is None else [header]), secrets=[])
 
 
 @pytest.mark.parametrize("text", ["", " ", "\t\n", "\udcff"])
 def test_empty_secret_is_refused(text: str) -> None:
-    """A1: an empty secret would let in whoever signs with an empty key."""
+    """A1: if a secret were empty, anyone could sign with an empty key."""
     with pytest.raises(ValueError, match=r"empty|codec"):
         Secret.from_text(text)
     with pytest.raises(ValueError, match="empty"):
@@ -127,7 +127,7 @@ ODD_BODIES = [
 
 @pytest.mark.parametrize("body", ODD_BODIES)
 def test_the_exact_bytes_are_signed(body: bytes) -> None:
-    """A2: each odd body verifies under its own signature, and under no other body's."""
+    """A2: each odd body is valid with its own signature, and with no other body's."""
     header = b"t=%b,v1=%b" % (T, mac(body=body))
     assert check(header, body=body).timestamp == NOW
     for other in ODD_BODIES:
@@ -136,14 +136,14 @@ def test_the_exact_bytes_are_signed(body: bytes) -> None:
 
 
 def test_serialised_again_is_another_body() -> None:
-    """A2: the same JSON in another spelling does not verify."""
+    """A2: the same JSON in another spelling is rejected."""
     body = b'{ "request_id" : "r-1" }'
     header = b"t=%b,v1=%b" % (T, mac(body=body))
     assert refusal(header, body=json.dumps(json.loads(body)).encode()) == "mismatch"
 
 
 def test_every_bit_of_a_body_counts() -> None:
-    """A2: no single flipped bit, dropped byte or doubled byte of a body goes unnoticed."""
+    """A2: if a single bit is flipped, or a byte dropped or doubled, the body is rejected."""
     for at in range(len(BODY)):
         before, byte, after = BODY[:at], BODY[at], BODY[at + 1 :]
         changed = [before + bytes([byte ^ 1 << bit]) + after for bit in range(8)]
@@ -155,7 +155,7 @@ def test_every_bit_of_a_body_counts() -> None:
 @given(body=st.binary(min_size=1, max_size=400), data=st.data())
 @settings(deadline=None)
 def test_any_flipped_byte_is_noticed(body: bytes, data: st.DataObject) -> None:
-    """A2: a body with one byte changed does not verify, wherever and whatever it is."""
+    """A2: if any byte of a body is changed to any value, the body is rejected."""
     at = data.draw(st.integers(0, len(body) - 1))
     flip = data.draw(st.integers(1, 255))
     header = sign(SECRET.value, body, timestamp=NOW).encode()
@@ -164,19 +164,19 @@ def test_any_flipped_byte_is_noticed(body: bytes, data: st.DataObject) -> None:
 
 
 def test_another_request_id() -> None:
-    """A14: a captured signature does not cover the same body with another `request_id`."""
+    """A14: a captured signature is not valid for the same body with another `request_id`."""
     assert refusal(VALID, body=BODY.replace(b"r-1", b"r-2")) == "mismatch"
 
 
 def test_replay_is_accepted_by_the_signature() -> None:
-    """A13: the same bytes verify again within the tolerance; collapsing them is the inbox's work."""
+    """A13: the same bytes are valid again within the tolerance; the inbox finds the duplicate."""
     assert check(VALID, now=NOW + 1) == check(VALID, now=NOW + 299)
 
 
 # --- t ---
 
 SPELLINGS_OF_T = [
-    # not there, or not alone
+    # absent, or more than one
     b"",
     b"t",
     b"=",
@@ -254,13 +254,13 @@ SPELLINGS_OF_T = [
 
 
 def test_spellings_are_many() -> None:
-    """A3: the table below is as long as the catalogue asks for, and has no row twice."""
+    """A3: the table below is as long as the catalogue demands, without duplicates."""
     assert len(set(SPELLINGS_OF_T)) == len(SPELLINGS_OF_T) >= 40
 
 
 @pytest.mark.parametrize("t", SPELLINGS_OF_T, ids=lambda t: ascii(t[:24]))
 def test_spellings_of_t(t: bytes) -> None:
-    """A3: a `t` in any spelling but one is refused, first or last, whichever text was signed."""
+    """A3: if `t` has any other spelling, it is rejected, first or last, for any signed text."""
     for signed in (t, T):
         v1 = mac(signed)
         assert refusal(b"t=%b,v1=%b" % (t, v1)) == "format"
@@ -269,7 +269,7 @@ def test_spellings_of_t(t: bytes) -> None:
 
 @pytest.mark.parametrize("header", [b"v1=%b" % GOOD, b"T=%b,v1=%b" % (T, GOOD), b"ts=%b,v1=%b" % (T, GOOD)])
 def test_no_t(header: bytes) -> None:
-    """A3: a header without `t` is refused; another name is not `t`."""
+    """A3: if a header has no `t`, it is rejected; another name is not `t`."""
     assert refusal(header) == "format"
 
 
@@ -280,7 +280,7 @@ def test_no_t(header: bytes) -> None:
 @example(body=b"1790000000.1790000000.{}")
 @example(body=b"0.1")
 def test_boundary_shift(body: bytes) -> None:
-    """A4: of all splits of a signed string into `t` and body only the original one verifies."""
+    """A4: if a signed string is split into `t` and body in any other way, it is rejected."""
     signed = T + b"." + body
     v1 = hmac.digest(SECRET.value, signed, "sha256").hex().encode()
     accepted = [
@@ -302,19 +302,19 @@ def _is_accepted(header: bytes, body: bytes) -> bool:
 
 @pytest.mark.parametrize("late", [0, 1, 299, 299.999, 300])
 def test_within_the_tolerance(late: float) -> None:
-    """A5: a difference of up to 300 s is accepted, either way and bounds included."""
+    """A5: a difference of up to 300 s either way is accepted, bounds included."""
     assert check(VALID, now=NOW + late) == check(VALID, now=NOW - late)
 
 
 @pytest.mark.parametrize("late", [300.001, 301, 10_000, 2e9, math.inf])
 def test_outside_the_tolerance(late: float) -> None:
-    """A5: a signature that is too old or too far in the future is refused, and the two are told apart."""
+    """A5: if a signature is too old or too far in the future, it is rejected, with different reasons."""
     assert refusal(VALID, now=NOW + late) == "stale"
     assert refusal(VALID, now=NOW - late) == "future"
 
 
 def test_a_broken_clock() -> None:
-    """A5: a time that is no number is never fresh."""
+    """A5: if the time is NaN, no signature is fresh."""
     assert refusal(VALID, now=math.nan) == "future"
 
 
@@ -327,7 +327,7 @@ def test_no_tolerance_is_not_any_tolerance() -> None:
 
 @pytest.mark.parametrize("now", [NOW + 301, NOW - 301])
 def test_age_is_told_of_authentic_signatures_only(now: float) -> None:
-    """A forged header is a mismatch whatever time it names, so that `stale` is worth an alarm."""
+    """A forged header is a mismatch even if its time is stale, so that `stale` is worth an alert."""
     assert refusal(b"t=%b,v1=%b" % (T, BAD), now=now) == "mismatch"
 
 
@@ -346,14 +346,14 @@ def test_age_is_told_of_authentic_signatures_only(now: float) -> None:
     ],
 )
 def test_any_of_several_v1(elements: list[bytes]) -> None:
-    """A7: one of up to eight `v1` is enough, wherever it stands."""
+    """A7: one valid `v1` of up to eight is enough, at any place."""
     header = b",".join([b"t=" + T, *(b"v1=" + v1 for v1 in elements)])
     assert check(header).secret_id == SECRET.id
 
 
 @pytest.mark.parametrize("elements", [[GOOD] * 9, [BAD] * 8 + [GOOD], [GOOD] + [BAD] * 8, []])
 def test_too_many_or_no_v1(elements: list[bytes]) -> None:
-    """A7: nine `v1` are refused although one is right, and so is none."""
+    """A7: nine `v1` are rejected even if one is valid, and so is a header without any."""
     assert refusal(b",".join([b"t=" + T, *(b"v1=" + v1 for v1 in elements)])) == "format"
 
 
@@ -361,7 +361,7 @@ def test_too_many_or_no_v1(elements: list[bytes]) -> None:
     "scheme", [b"v0", b"v2", b"v10", b"v11", b"V1", b"v1a", b"xv1", b"tt", b"kid", b"a-b_c"]
 )
 def test_unknown_schemes(scheme: bytes) -> None:
-    """A7: a scheme that we do not know neither helps nor harms."""
+    """A7: if a header has an unknown scheme, it is ignored."""
     for value in (GOOD, BAD, b"", b"=", b"a=b==", b"!+-/~"):
         assert check(b"t=%b,v1=%b,%b=%b" % (T, GOOD, scheme, value)).timestamp == NOW
         assert check(b"%b=%b,t=%b,v1=%b" % (scheme, value, T, GOOD)).timestamp == NOW
@@ -391,7 +391,7 @@ def test_unknown_schemes(scheme: bytes) -> None:
     ],
 )
 def test_several_headers_or_t(headers: list[bytes]) -> None:
-    """A8: two fields, two fields joined by a proxy and two `t` are ambiguous, however equal they are."""
+    """A8: two fields, two fields joined by a proxy, and two `t` are ambiguous even if they are equal."""
     assert refusal(*headers) == "ambiguous"
 
 
@@ -425,14 +425,14 @@ def test_several_headers_or_t(headers: list[bytes]) -> None:
     ids=lambda v1: ascii(v1[-12:]),
 )
 def test_spellings_of_v1(v1: bytes) -> None:
-    """A9: a `v1` that is not 64 lower-case hex digits is refused as `format`, also beside a right one."""
+    """A9: if a `v1` is not 64 lower-case hex digits, the reason is `format`, even beside a valid one."""
     assert refusal(b"t=%b,v1=%b" % (T, v1)) == "format"
     assert refusal(b"v1=%b,t=%b" % (v1, T)) == "format"
     assert refusal(b"t=%b,v1=%b,v1=%b" % (T, GOOD, v1)) == "format"
 
 
 def test_every_digit_of_v1_counts() -> None:
-    """A1: a signature with a single wrong digit does not verify."""
+    """A1: if a single digit of a signature is wrong, it is rejected."""
     for at, digit in enumerate(GOOD):
         forged = GOOD[:at] + (b"1" if digit == ord("0") else b"0") + GOOD[at + 1 :]
         assert refusal(b"t=%b,v1=%b" % (T, forged)) == "mismatch"
@@ -465,7 +465,7 @@ def test_other_forms_of_the_header(header: bytes) -> None:
 
 @pytest.mark.parametrize("white", [b" ", b"\t", b"  ", b" \t "])
 def test_white_space_around_elements(white: bytes) -> None:
-    """A9: spaces and tabs around an element, a name or a value mean nothing, as in both official SDKs."""
+    """A9: spaces and tabs around an element, a name or a value are ignored, as in both official SDKs."""
     for place in (b",", b"t=", b"v1=", b"="):
         for spaced in (white + place, place + white, place.replace(b"=", white + b"=" + white)):
             assert check(VALID.replace(place, spaced)).timestamp == NOW
@@ -494,7 +494,7 @@ def test_white_space_around_elements(white: bytes) -> None:
     ids=ascii,
 )
 def test_unknown_and_empty_elements(other: bytes) -> None:
-    """A7: an element that is neither `t` nor `v1` means nothing, whatever its name, wherever it stands."""
+    """A7: if an element is neither `t` nor `v1`, it is ignored, with any name and at any place."""
     for elements in ([other, b"t=" + T, b"v1=" + GOOD], [b"t=" + T, other, b"v1=" + GOOD, other]):
         assert check(b",".join(elements)).timestamp == NOW
         assert refusal(b",".join(elements).replace(GOOD, BAD)) == "mismatch"
@@ -503,7 +503,7 @@ def test_unknown_and_empty_elements(other: bytes) -> None:
 
 @pytest.mark.parametrize("space", [b"\n", b"\x0b", b"\x0c", b"\r", b"\x1c", b"\x1f", b"\x85", b"\xa0"])
 def test_other_white_space_hides_no_element(space: bytes) -> None:
-    """A8, A9: a `t` or `v1` with white space that only other parsers strip is no unknown element."""
+    """A8, A9: if a `t` or `v1` has white space that only other parsers strip, it is not ignored."""
     for name in (b"t", b"v1"):
         for spelled in (space + name, name + space, b" " + space + name):
             reason = "ambiguous" if name.startswith(b"t") else "format"
@@ -517,12 +517,12 @@ def test_other_white_space_hides_no_element(space: bytes) -> None:
 )
 @settings(max_examples=500, deadline=None)
 def test_any_bytes_are_refused_with_a_reason(header: bytes) -> None:
-    """A9, T22: no header whatever makes `verify` raise anything but its own error."""
+    """A9, T22: for any header, `verify` raises only its own error."""
     assert refusal(header) in {"ambiguous", "format", "mismatch"}
 
 
 def test_length_of_the_header() -> None:
-    """A10: a header of 1 KiB is read, one byte more is not."""
+    """A10: a header of 1 KiB is accepted; if it has one byte more, it is rejected."""
     padded = VALID + b",x="
     longest = padded + b"a" * (1024 - len(padded))
     assert check(longest).timestamp == NOW
@@ -546,7 +546,7 @@ def equality_tests(source: str) -> list[str]:
 
 
 def test_no_early_comparison() -> None:
-    """A11: the module has no `==`, `!=`, `in` or value pattern at all, so none can meet a signature."""
+    """A11: the module has no `==`, `!=`, `in` or value pattern, so that none can compare a signature."""
     planted = "if a == b or a != b or a in b or a not in b: pass\nmatch a:\n  case b'x': pass"
     assert len(equality_tests(planted)) == 5
     source = inspect.getsource(signature)
@@ -561,7 +561,7 @@ def test_no_early_comparison() -> None:
 def test_every_pair_is_compared(
     signatures: list[bytes], secrets: list[Secret], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A11: each secret meets each `v1` in constant time, whether or not one has matched before."""
+    """A11: each secret is compared with each `v1` in constant time, even after a match."""
     pairs: list[tuple[bytes, bytes]] = []
 
     compare_digest = hmac.compare_digest
@@ -582,7 +582,7 @@ def test_every_pair_is_compared(
 
 
 def test_rotation() -> None:
-    """A12: while old and new secrets overlap both verify, and the one that did is named."""
+    """A12: if old and new secrets overlap, both are valid, and the result has the right one."""
     by_old, by_new = VALID, b"t=%b,v1=%b" % (T, mac(secret=OTHER))
     for secrets in ([SECRET, OTHER], [OTHER, SECRET]):
         assert check(by_old, secrets=secrets).secret_id == SECRET.id
@@ -592,7 +592,7 @@ def test_rotation() -> None:
 
 
 def test_both_secrets_in_one_header() -> None:
-    """A12: where the provider signs with both secrets, our first one is named."""
+    """A12: if the provider signs with both secrets, the result has our first one."""
     header = b"t=%b,v1=%b,v1=%b" % (T, GOOD, mac(secret=OTHER))
     assert check(header, secrets=[OTHER, SECRET]).secret_id == OTHER.id
     assert check(header, secrets=[SECRET, OTHER]).secret_id == SECRET.id
@@ -607,7 +607,7 @@ def test_ids_of_secrets() -> None:
 
 
 def test_secrets_stay_secret() -> None:
-    """A18: neither a secret's repr nor an error shows what it is made of."""
+    """A18: neither a secret's repr nor an error shows its value."""
     assert repr(SECRET) == f"Secret(id='{SECRET.id}')"
     with pytest.raises(SignatureError) as refused:
         check(b"t=%b,v1=%b" % (T, BAD))
@@ -615,6 +615,6 @@ def test_secrets_stay_secret() -> None:
 
 
 def test_secrets_are_compared_by_id() -> None:
-    """A11: `==` between secrets, in a list for instance, does not look at their values."""
+    """A11: `==` between secrets, in a list for example, does not compare their values."""
     assert Secret(id="one", value=b"a") == Secret(id="one", value=b"b")
     assert Secret(id="one", value=b"a") != Secret(id="two", value=b"a")

@@ -1,4 +1,4 @@
-"""What the commands that speak to Clipia read from their options."""
+"""The options of the commands that speak to Clipia."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from receiver.errors import ReceiverError
     ],
 )
 def test_an_input_is_read_exactly(text: str, tmp_path: Path) -> None:
-    """B9: an input from the command line or a file is what was written, integers of 64 bits included."""
+    """B9: an input from the command line or a file is exact, with integers of 64 bits."""
     file = tmp_path / "input.json"
     file.write_text(text, encoding="utf-8")
     assert read_input(text) == read_input(f"@{file}")
@@ -37,6 +37,6 @@ def test_an_input_is_read_exactly(text: str, tmp_path: Path) -> None:
     ids=ascii,
 )
 def test_an_input_is_never_changed(text: str, said: str) -> None:
-    """B9: what Clipia could only get in another form is refused, and the message says where it is."""
+    """B9: if Clipia could get a value only in another form, it is rejected, and the message has its place."""
     with pytest.raises(ReceiverError, match=said):
         read_input(text)

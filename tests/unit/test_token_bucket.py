@@ -1,4 +1,4 @@
-"""The rate of a destination, with the time in the test's hands."""
+"""The rate limit of a destination; the tests set the time."""
 
 import pytest
 from hypothesis import given
@@ -10,7 +10,7 @@ NOW = 5_000.0
 
 
 def test_a_try_may_begin_at_once_and_the_next_one_in_its_time() -> None:
-    """E5: at 4 a second a try begins every 0.25 s, and idle time is not saved up."""
+    """E5: at 4 per second an attempt begins every 0.25 s, and idle time is not saved up."""
     bucket = TokenBucket(4)
     assert bucket.available(NOW) == 1
     bucket.take(1)
@@ -22,7 +22,7 @@ def test_a_try_may_begin_at_once_and_the_next_one_in_its_time() -> None:
 
 @pytest.mark.parametrize(("rate", "chunk"), [(20, 1), (100, 1), (1000, 12), (0.1, 1)])
 def test_fast_lanes_claim_several_at_once(rate: float, chunk: int) -> None:
-    """E5: an empty bucket allows nothing until it is a quarter full: a fast lane claims no row by itself."""
+    """E5: an empty bucket allows no attempt until it is a quarter full, so that lanes claim many rows."""
     bucket = TokenBucket(rate)
     bucket.take(bucket.available(NOW))
     delay = bucket.wait(NOW)
@@ -35,7 +35,7 @@ def test_fast_lanes_claim_several_at_once(rate: float, chunk: int) -> None:
     steps=st.lists(st.tuples(st.floats(0, 1), st.integers(1, 100)), max_size=60),
 )
 def test_no_stretch_of_time_exceeds_the_rate(rate: float, steps: list[tuple[float, int]]) -> None:
-    """E5: whenever tries are asked for, no more begin than the rate and one burst allow."""
+    """E5: at any times, no more attempts begin than the rate and one burst allow."""
     bucket, now = TokenBucket(rate), NOW
     begun: list[tuple[float, int]] = []
     for pause, wanted in steps:
