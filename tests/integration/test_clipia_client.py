@@ -1,4 +1,4 @@
-"""Clipia's client against answers that no sandbox gives, and the catalogue over it on both databases."""
+"""Clipia's client with answers that the sandbox never sends, and the catalogue on both databases."""
 
 import asyncio
 import base64
@@ -82,14 +82,14 @@ LATER = [
 
 @pytest.fixture
 async def odd() -> AsyncIterator[OddClipia]:
-    """A Clipia that answers what the test says."""
+    """A Clipia with scripted answers."""
     async with OddClipia().listening() as listening:
         yield listening
 
 
 @pytest.fixture
 async def client(odd: OddClipia) -> AsyncIterator[ClipiaClient]:
-    """A client of it."""
+    """A client of the scripted Clipia."""
     opened = ClipiaClient(LIVE, base_url=odd.url)
     yield opened
     await opened.close()
@@ -111,18 +111,18 @@ async def world(database_url: str, sandbox: Sandbox) -> AsyncIterator[World]:
 
 @pytest.fixture
 async def odd_world(database_url: str, odd: OddClipia) -> AsyncIterator[World]:
-    """A database and a Clipia that answers what the test says."""
+    """A database and a Clipia with scripted answers."""
     async with World(database_url, odd.url) as made:
         yield made
 
 
 async def submit(client: ClipiaClient, call: Call | None = None) -> Accepted:
-    """Submit the same bytes under the same key."""
+    """Submit the same bytes with the same key."""
     return await client.submit(MODEL, BODY, key=KEY, call=call or Call())
 
 
 async def test_the_bytes_go_out_as_they_are(odd: OddClipia, client: ClipiaClient) -> None:
-    """F2: what was frozen is what Clipia reads, under our key, with the account's in the header."""
+    """F2: Clipia receives exactly the frozen bytes, with our key, and the account's key in the header."""
     odd.script = [accepted("r-1", warnings=[{"code": "unknown_parameter"}, "odd"])]
     assert await submit(client) == Accepted(
         request_id="r-1", cost=PRICE, warnings=[{"code": "unknown_parameter"}]
@@ -136,7 +136,7 @@ async def test_the_bytes_go_out_as_they_are(odd: OddClipia, client: ClipiaClient
 
 
 async def test_calls_at_once_keep_their_bytes_apart(odd: OddClipia, client: ClipiaClient) -> None:
-    """F2: the bytes belong to the call, however many are under way."""
+    """F2: each call sends its own bytes, even if many calls are in flight."""
     odd.script = [accepted()]
     bodies = {uuid.uuid4(): json.dumps({"input": {"seed": number}}).encode() for number in range(20)}
     await asyncio.gather(
@@ -148,7 +148,7 @@ async def test_calls_at_once_keep_their_bytes_apart(odd: OddClipia, client: Clip
 
 
 async def test_a_slug_stays_one_part_of_the_path(odd: OddClipia, client: ClipiaClient) -> None:
-    """A model's name is data: it leads to no other address."""
+    """If a model's name looks like a path, the request still goes to the same address."""
     odd.script = [accepted()]
     await client.submit("../account?x#y", BODY, key=KEY, call=Call())
     assert odd.posts[0].path == "/v1/models/..%2Faccount%3Fx%23y"
@@ -158,7 +158,7 @@ async def test_a_slug_stays_one_part_of_the_path(odd: OddClipia, client: ClipiaC
 async def test_what_clipia_refuses_is_refused(
     odd: OddClipia, client: ClipiaClient, status: int, code: str
 ) -> None:
-    """An error of the request is final, with Clipia's own words."""
+    """If the request is invalid, the error is permanent and has Clipia's own text."""
     odd.script = [refused(status, code, "The model takes no cats.")]
     with pytest.raises(RequestError, match=r"^The model takes no cats\.$") as caught:
         await submit(client)
@@ -166,7 +166,7 @@ async def test_what_clipia_refuses_is_refused(
 
 
 async def test_an_account_is_refused_apart(odd: OddClipia, client: ClipiaClient) -> None:
-    """F6: 401 is the account's trouble, and nothing arrived."""
+    """F6: 401 is about the account, and the submission did not arrive."""
     odd.script = [refused(401, "invalid_api_key")]
     with pytest.raises(AccountRefused) as caught:
         await submit(client)
@@ -176,7 +176,7 @@ async def test_an_account_is_refused_apart(odd: OddClipia, client: ClipiaClient)
 
 @pytest.mark.parametrize(("status", "code"), FOR_NOW)
 async def test_a_job_is_refused_for_now(odd: OddClipia, client: ClipiaClient, status: int, code: str) -> None:
-    """F6: 402 and 403 are about a price, a model or a scope; nothing arrived, and it is not the account."""
+    """F6: 402 and 403 are about a price, a model or a scope, not the account; the job did not arrive."""
     odd.script = [refused(status, code, "Not that one.")]
     with pytest.raises(RefusedForNow, match=r"^Not that one\.$") as caught:
         await submit(client)
@@ -204,7 +204,7 @@ NULLS: list[tuple[int, Any, type[Exception], str]] = [
 async def test_what_an_error_leaves_out_is_no_text(
     odd: OddClipia, client: ClipiaClient, status: int, error: Any, kind: type[Exception], reason: str
 ) -> None:
-    """F5: null, a number or nothing where Clipia's code, type or message should be is not the text "None"."""
+    """F5: if Clipia's code, type or message is null or a number, it is not the text "None"."""
     odd.script = [answer(status, {"error": error})]
     with pytest.raises(kind) as caught:
         await submit(client)
@@ -219,7 +219,7 @@ async def test_what_an_error_leaves_out_is_no_text(
 async def test_what_may_pass_later_is_transient(
     odd: OddClipia, client: ClipiaClient, status: int, code: str, *, may_have_arrived: bool
 ) -> None:
-    """F3, F5, F7: what is worth another try says whether this one may have been carried out."""
+    """F3, F5, F7: if another attempt may help, the error tells whether this one may have been carried out."""
     odd.script = [refused(status, code)]
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -245,7 +245,7 @@ async def test_what_may_pass_later_is_transient(
 async def test_a_proxys_error_is_not_clipias(
     odd: OddClipia, client: ClipiaClient, status: int, kind: type[Exception], reason: str
 ) -> None:
-    """F5: an error without Clipia's code comes from something in between and ends no job."""
+    """F5: an error without Clipia's code is from a proxy or a firewall, and ends no job."""
     odd.script = [answer(status, b"<html>Nope.</html>")]
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -273,7 +273,7 @@ RETRY_AFTER = [
 async def test_retry_after_is_read(
     odd: OddClipia, client: ClipiaClient, text: str, seconds: float | None, status: int
 ) -> None:
-    """F7: seconds are taken as they are, a day at most; what is no number says nothing."""
+    """F7: seconds count as they are, up to a day; if the value is not a number, it is ignored."""
     odd.script = [refused(status, "x", Retry_After=text)]
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -283,7 +283,7 @@ async def test_retry_after_is_read(
 async def test_retry_after_may_be_a_date(
     odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F7: a date counts from now, and one that is past means now."""
+    """F7: a date counts from now; if it is in the past, it is now."""
     now = 1_800_000_000.0
     monkeypatch.setattr("clipia._client.time.time", lambda: now)
     for ahead, seconds in ((90, 90.0), (-90, 0.0), (10**7, 86_400.0)):
@@ -313,7 +313,7 @@ UNREADABLE = {
 
 @pytest.mark.parametrize("name", UNREADABLE)
 async def test_an_answer_that_is_none_is_no_answer(odd: OddClipia, client: ClipiaClient, name: str) -> None:
-    """F5: 2xx without a usable request_id leaves it open whether there is a generation."""
+    """F5: if a 2xx has no usable request_id, it is unknown whether there is a generation."""
     odd.script = [UNREADABLE[name]]
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -328,12 +328,12 @@ ODD_IDS = ["req/7", "req:7", "req%7", "req%2F7", "req?7#x", "заказ-7", "../
 async def test_an_id_of_other_characters_is_one(
     odd: OddClipia, client: ClipiaClient, request_id: str
 ) -> None:
-    """F5: a submission that was accepted under an unusual id is accepted, and asked for by just that id."""
+    """F5: a submission with an unusual id is accepted, and queried with exactly that id."""
     odd.script = [accepted(request_id)]
     assert (await submit(client)).request_id == request_id
     odd.others = lambda _request: answer(content={"request_id": request_id, "status": "IN_QUEUE"})
     if request_id == "../account":
-        # A server that decodes the path before it resolves it would find another resource.
+        # If a server decodes the path before it resolves it, it finds another resource.
         assert (await refusal(client.status(request_id, call=Call()))).code == "not_found"
         assert odd.other_paths == []
         return
@@ -347,7 +347,7 @@ async def test_an_id_of_other_characters_is_one(
 async def test_an_accepted_id_that_cannot_be_kept_is_told_at_once(
     odd: OddClipia, client: ClipiaClient, request_id: str
 ) -> None:
-    """F5: Clipia would give the same id to every other try, so there is no use in one."""
+    """F5: an unusable id is final, because another attempt would get the same one."""
     odd.script = [accepted(request_id)]
     error = await refusal(submit(client))
     assert error.code == "request_id_unusable"
@@ -355,7 +355,7 @@ async def test_an_accepted_id_that_cannot_be_kept_is_told_at_once(
 
 
 async def test_a_status_that_is_no_text_is_unreadable(odd: OddClipia, client: ClipiaClient) -> None:
-    """F10: null is no status of the name "None"."""
+    """F10: if the status is null, it is not the text "None"."""
     odd.others = lambda _request: answer(content={"request_id": "r-1", "status": None})
     with pytest.raises(ClipiaUnavailable) as caught:
         await client.status("r-1", call=Call())
@@ -363,7 +363,7 @@ async def test_a_status_that_is_no_text_is_unreadable(odd: OddClipia, client: Cl
 
 
 async def test_warnings_of_another_shape_spoil_no_answer(odd: OddClipia, client: ClipiaClient) -> None:
-    """What is paid for is accepted, whatever stands where the warnings should be."""
+    """A paid submission is accepted even if its warnings are malformed."""
     strange: list[Any] = [None, [], {"code": "x"}, "x", 7, True]
     for warnings in strange:
         odd.script = [accepted("r-1", warnings=warnings)]
@@ -371,7 +371,7 @@ async def test_warnings_of_another_shape_spoil_no_answer(odd: OddClipia, client:
 
 
 async def test_an_answer_may_be_cut_anywhere(odd: OddClipia, client: ClipiaClient) -> None:
-    """F5: after any number of its bytes, a cut answer is an unknown outcome and never a result."""
+    """F5: if an answer is cut after any number of bytes, the outcome is unknown."""
     whole = accepted("r-1")
     for length in range(len(whole)):
         odd.script = [whole[:length]]
@@ -383,7 +383,7 @@ async def test_an_answer_may_be_cut_anywhere(odd: OddClipia, client: ClipiaClien
 
 
 async def test_a_call_has_a_deadline(odd: OddClipia, monkeypatch: pytest.MonkeyPatch) -> None:
-    """F5: an answer that does not come is given up, and may have been carried out."""
+    """F5: if an answer does not arrive, the call is given up, and may have been carried out."""
     monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.1)
     never = asyncio.Event()
 
@@ -401,7 +401,7 @@ async def test_a_call_has_a_deadline(odd: OddClipia, monkeypatch: pytest.MonkeyP
 async def test_a_drip_does_not_stretch_the_deadline(
     odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: a byte now and then keeps a connection alive but not a call."""
+    """F5: if single bytes arrive now and then, the connection stays alive, but the call times out."""
     monkeypatch.setattr(client_module, "CALL_TIMEOUT_SECONDS", 0.2)
     odd.script, odd.pause = [accepted()], 0.01
     with pytest.raises(ClipiaUnavailable) as caught:
@@ -410,7 +410,7 @@ async def test_a_drip_does_not_stretch_the_deadline(
 
 
 async def test_a_refused_connection_carried_nothing() -> None:
-    """F5: where nobody listens, nothing arrived."""
+    """F5: if the connection is refused, the submission did not arrive."""
     client = ClipiaClient(LIVE, base_url=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -420,14 +420,14 @@ async def test_a_refused_connection_carried_nothing() -> None:
 
 @pytest.mark.parametrize("end", ["\n", " ", "\t", "\0", "\u00e9", "\n\n"])
 def test_a_key_that_no_header_carries_is_refused_unseen(end: str) -> None:
-    """G8: the HTTP library would refuse the key and quote it; we refuse it first and name the setting."""
+    """G8: httpx would reject the key and quote it; we reject it first and name the setting."""
     with pytest.raises(SettingsError, match="CLIPIA_KEY") as caught:
         ClipiaClient(f"clipia_live_cAnArY8f3b61{end}x", base_url="https://api.clipia.ai")
     assert "cAnArY" not in str(caught.value)
 
 
 async def test_a_request_that_cannot_be_written_is_not_sent(odd: OddClipia, client: ClipiaClient) -> None:
-    """G8: a header that the HTTP library refuses carried nothing to Clipia, and its text stays behind."""
+    """G8: if httpx rejects a header, the request was not sent, and httpx's text is not shown."""
     client._sdk._http.headers["authorization"] = "Bearer cAnArY8f3b61\n"
     with pytest.raises(ClipiaUnavailable) as caught:
         await submit(client)
@@ -439,7 +439,7 @@ async def test_a_request_that_cannot_be_written_is_not_sent(odd: OddClipia, clie
 async def test_a_connection_that_is_not_made_in_time_carried_nothing(
     client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: a call that ends before its connection is made was not sent."""
+    """F5: if a call ends before it is connected, it was not sent."""
 
     async def hang(*_: object, **__: object) -> None:
         await asyncio.sleep(60)
@@ -453,7 +453,7 @@ async def test_a_connection_that_is_not_made_in_time_carried_nothing(
 
 @pytest.mark.parametrize("status", [400, 401, 429, 503])
 async def test_a_key_that_clipia_repeats_is_masked(odd: OddClipia, status: int) -> None:
-    """G8: an error of Clipia's that repeats the Authorization header, whole or in half, shows no key."""
+    """G8: if Clipia's error repeats the Authorization header, whole or in half, the key is masked."""
     key = "clipia_live_cAnArY8f3b61d2e9b7c4"
     encoded = base64.b64encode(key.encode()).decode()
     odd.script = [refused(status, key[12:], f"Bearer {key} is bad; {key[:24]}…; {'x' * 960}{key}; {encoded}")]
@@ -469,7 +469,7 @@ async def test_a_key_that_clipia_repeats_is_masked(odd: OddClipia, status: int) 
 
 
 async def test_a_key_in_a_warning_is_masked(odd: OddClipia, client: ClipiaClient) -> None:
-    """G8: warnings are kept on the job, and callers read them."""
+    """G8: warnings are stored with the job and shown to callers, so that they are masked."""
     odd.script = [accepted("r-1", warnings=[{"code": "x", "message": "sent with clipia_live_0123456789"}])]
     answer = await submit(client)
     assert answer.warnings == [{"code": "x", "message": "sent with clipia_live_[masked]"}]
@@ -478,7 +478,7 @@ async def test_a_key_in_a_warning_is_masked(odd: OddClipia, client: ClipiaClient
 async def test_no_proxy_of_the_environment_sees_the_key(
     odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The key goes to Clipia alone."""
+    """The key is sent only to Clipia."""
     proxy = f"http://127.0.0.1:{free_port()}"
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, proxy)
@@ -489,7 +489,7 @@ async def test_no_proxy_of_the_environment_sees_the_key(
 
 
 async def test_limits_are_read_from_every_answer(odd: OddClipia, client: ClipiaClient) -> None:
-    """F7: errors carry them too; what is no plain number says nothing."""
+    """F7: errors have these headers too; if a value is not a plain number, it is ignored."""
     odd.script = [refused(503, "x", RateLimit_Remaining=" 3 ", RateLimit_Reset="12")]
     call = Call()
     with pytest.raises(ClipiaUnavailable):
@@ -521,7 +521,7 @@ COSTS = [
 
 @pytest.mark.parametrize(("said", "read"), COSTS)
 async def test_credits_are_exact(odd: OddClipia, client: ClipiaClient, said: Any, read: float | None) -> None:
-    """F13: 12.0 is 12, a fraction is kept, and what is no number of credits is unknown."""
+    """F13: 12.0 is 12, a fraction is kept; if a cost is not a number of credits, it is unknown."""
     odd.script = [accepted(cost=said)]
     assert repr((await submit(client)).cost) == repr(read)
     odd.others = lambda _request: answer(content={"credits": said, "warnings": []})
@@ -540,7 +540,7 @@ async def test_credits_are_exact(odd: OddClipia, client: ClipiaClient, said: Any
 async def test_progress_is_a_percentage_or_unknown(
     odd: OddClipia, client: ClipiaClient, progress: Any, read: int | None
 ) -> None:
-    """A poll tells how far a generation is, where it does."""
+    """A poll has the progress of a generation, if Clipia sends it."""
     content = {"request_id": "r-1", "status": "IN_PROGRESS", "progress": progress}
     odd.others = lambda _request: answer(content=content)
     status = await client.status("r-1", call=Call())
@@ -548,7 +548,7 @@ async def test_progress_is_a_percentage_or_unknown(
 
 
 async def test_a_result_that_is_not_there_yet(odd: OddClipia, client: ClipiaClient) -> None:
-    """202 is no result, whatever its body says; 200 is, as it is."""
+    """202 is not a result, with any body; 200 is one, byte for byte."""
     content = {"request_id": "r-1", "status": "COMPLETED", "new": 1}
     odd.others = lambda _request: answer(202, content)
     assert await client.result("r-1", call=Call()) is None
@@ -575,7 +575,7 @@ async def test_a_result_that_is_not_there_yet(odd: OddClipia, client: ClipiaClie
 async def test_an_answer_is_read_whatever_is_in_it(
     odd: OddClipia, client: ClipiaClient, odd_value: bytes
 ) -> None:
-    """B9: no character of an answer makes it unreadable, and a result comes as its exact bytes."""
+    """B9: for any character in an answer, it can be read, and a result is returned byte for byte."""
     body = b'\xef\xbb\xbf{"request_id":"r-1","status":"COMPLETED","cost":1,"credits":12,"odd":%b}' % odd_value
     odd.others = lambda _request: answer(content=body)
     assert (await client.status("r-1", call=Call())).terminal
@@ -587,7 +587,7 @@ async def test_an_answer_is_read_whatever_is_in_it(
 
 
 async def test_the_catalogue_is_open_ended(odd: OddClipia, client: ClipiaClient) -> None:
-    """Entries that are none are left out, and everything else is kept as it is."""
+    """If an entry is not an object, it is dropped; all others are kept unchanged."""
     odd.others = lambda _request: answer(content={"data": [{"slug": "a", "new": 1}, {"id": "b"}, None, "c"]})
     assert await client.models(call=Call()) == [{"slug": "a", "new": 1}, {"id": "b"}]
     odd.others = lambda _request: answer(content={"models": []})
@@ -599,7 +599,7 @@ async def test_the_catalogue_is_open_ended(odd: OddClipia, client: ClipiaClient)
 
 
 async def test_an_account_stands_for_key_and_api(client: ClipiaClient, odd: OddClipia) -> None:
-    """What is kept per account changes with the key and the API, and tells nothing of the key."""
+    """The account's id depends on the key and the API, and does not reveal the key."""
     others = [
         ClipiaClient("clipia_live_other", base_url=odd.url),
         ClipiaClient(LIVE, base_url="https://api.clipia.ai"),
@@ -616,7 +616,7 @@ async def test_an_account_stands_for_key_and_api(client: ClipiaClient, odd: OddC
 
 @pytest.mark.parametrize("url", ["http://api.clipia.ai", "http://localhost.evil.example", "api.clipia.ai"])
 def test_a_key_never_travels_in_the_clear(url: str) -> None:
-    """Plain http is for this machine only; the message says what to write, and not the key."""
+    """Plain http is allowed for this machine only; the message has the setting, and not the key."""
     with pytest.raises(SettingsError, match="CLIPIA_BASE_URL: write https://") as caught:
         ClipiaClient(LIVE, base_url=url)
     assert LIVE not in str(caught.value)
@@ -626,7 +626,7 @@ def test_a_key_never_travels_in_the_clear(url: str) -> None:
 
 
 async def test_a_burst_asks_for_its_model_once(odd_world: World, odd: OddClipia) -> None:
-    """F7: jobs at once do not spend the account's calls on the same question."""
+    """F7: concurrent jobs of one model share one request for it."""
     odd.script = [accepted]
     submitter = odd_world.submitter()
     await asyncio.gather(*(submitter.submit(MODEL, PROMPT) for _ in range(16)))
@@ -636,7 +636,7 @@ async def test_a_burst_asks_for_its_model_once(odd_world: World, odd: OddClipia)
 async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A parameter that is new at Clipia is not refused for what was known an hour ago."""
+    """If a parameter is new at Clipia, it is accepted although the cached model does not have it."""
     schema: dict[str, Any] = {"prompt": {"type": "string"}}
     odd.others = lambda _request: answer(content={"slug": MODEL, "input_schema": schema})
     odd.script = [accepted]
@@ -655,7 +655,7 @@ async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
 
 
 async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox: Sandbox) -> None:
-    """F5: an old answer is better than none."""
+    """F5: if Clipia is unavailable, an old answer is used."""
     models = world.submitter().catalogue
     known = await models.model(MODEL)
     await sandbox.switch(error_rate=1.0)
@@ -666,7 +666,7 @@ async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox:
 
 
 async def test_the_catalogue_is_clipias(world: World) -> None:
-    """Models, prices and the account come from Clipia as they are."""
+    """Models, prices and the account are returned unchanged."""
     offered = world.submitter().catalogue
     assert {MODEL, "suno-music"} <= {each.get("slug") for each in await offered.models()}
     assert (await offered.model(MODEL))["input_schema"]["prompt"]["required"] is True
@@ -676,7 +676,7 @@ async def test_the_catalogue_is_clipias(world: World) -> None:
 
 
 async def test_questions_keep_within_the_limits_too(world: World, sandbox: Sandbox) -> None:
-    """F7: after a 429 nobody asks before the time that Clipia named, and nobody submits."""
+    """F7: after a 429 neither queries nor submissions are sent before Clipia's time."""
     submitter = world.submitter()
     await sandbox.switch(throttle_rate=1.0, retry_after=400)
     for _ in range(2):
@@ -693,7 +693,7 @@ async def test_questions_keep_within_the_limits_too(world: World, sandbox: Sandb
 
 
 async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia) -> None:
-    """F7: what an answer says of the limits is kept for every process, errors included."""
+    """F7: the limits in an answer, even an error, are stored for all processes."""
     odd.script = [refused(503, "x", RateLimit_Limit="300", RateLimit_Remaining="2", RateLimit_Reset="100")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -706,7 +706,7 @@ async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia
 async def test_a_price_is_asked_for_once_a_minute(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F7, F12: many jobs of one input cost one question; another input is another one."""
+    """F7, F12: many jobs with one input cause one price request; another input causes another one."""
     odd.script = [accepted]
     odd.others = lambda _request: answer(content={"slug": MODEL, "credits": PRICE})
     submitter = odd_world.submitter()
@@ -723,7 +723,7 @@ async def test_a_price_is_asked_for_once_a_minute(
 async def test_who_does_not_answer_is_left_alone_for_a_while(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F7: a Clipia that is away is not asked anew for every job."""
+    """F7: if Clipia is unavailable, not each job causes a request."""
     odd.others = lambda _request: refused(503, "service_unavailable")
     models = odd_world.submitter().catalogue
     for _ in range(3):
@@ -738,7 +738,7 @@ async def test_who_does_not_answer_is_left_alone_for_a_while(
 async def test_a_catalogue_that_is_slow_holds_up_no_job(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: the check of an input has its time; after that the job goes out unchecked."""
+    """F5: if the check of an input takes too long, the job is submitted unchecked."""
     monkeypatch.setattr(catalogue, "CHECK_TIMEOUT_SECONDS", 0.1)
     go_on = asyncio.Event()
 
@@ -748,14 +748,14 @@ async def test_a_catalogue_that_is_slow_holds_up_no_job(
     odd.on_question, odd.script = hold, [accepted]
     submitter = odd_world.submitter()
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
-    # The question goes on, and its answer serves whoever asks next.
+    # The request goes on, and its answer is used for the next job.
     go_on.set()
     assert await submitter.catalogue.model(MODEL) == {"slug": MODEL}
     assert len(odd.other_paths) == 1
 
 
 async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -> None:
-    """F7: the answer belongs to all who wait for it, and a failure that nobody waits for harms nobody."""
+    """F7: all callers share one answer; if they are all cancelled, its failure is not logged."""
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(_request: Request) -> None:
@@ -784,7 +784,7 @@ async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -
 
 
 async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -> None:
-    """F7: questions have a share of their own; what would wait too long is told when to come again."""
+    """F7: queries have their own share; if one would wait too long, the error has the time to retry."""
     models = odd_world.submitter().catalogue
     await models.balance()
     share = SHARES["query"]
@@ -805,7 +805,7 @@ async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -
 async def test_a_catalogue_has_a_size(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What callers ask for fills no memory: the oldest answers make room."""
+    """If callers use very many inputs, the oldest answers are dropped from the cache."""
     monkeypatch.setattr(catalogue, "MAX_CACHE_ENTRIES", 2)
     models = odd_world.submitter().catalogue
     for slug in ("a", "b", "c", "c", "b", "a"):

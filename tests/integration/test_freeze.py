@@ -1,4 +1,4 @@
-"""While submissions are frozen no new job is taken and none is submitted, on both databases."""
+"""While submissions are frozen, new jobs are rejected and none are submitted; on both databases."""
 
 import asyncio
 
@@ -22,7 +22,7 @@ async def freeze(world: World, *, restored: bool = False) -> None:
 
 
 async def thaw(world: World) -> list[str] | None:
-    """Thaw them and return the ids of jobs that are unsure by it."""
+    """Thaw them and return the ids of jobs that become unsure."""
     async with world.database.write() as connection:
         unsure = await freezes.thaw(
             connection, key_holds=KEY_VALID_SECONDS, error='{"code":"restored","message":"x"}'
@@ -31,7 +31,7 @@ async def thaw(world: World) -> list[str] | None:
 
 
 async def test_a_new_key_is_refused_and_a_known_one_answered(world: World, sandbox: Sandbox) -> None:
-    """F1: a new key leaves no job behind, so it is free afterwards; a known key has its job as ever."""
+    """F1: a new key creates no job and is free afterwards; a known key returns its job."""
     submitter = world.submitter()
     known = await submitter.submit(MODEL, PROMPT, idempotency_key="known")
     assert not await submitter.paused()
@@ -55,7 +55,7 @@ async def test_a_new_key_is_refused_and_a_known_one_answered(world: World, sandb
 
 
 async def test_pending_jobs_rest_and_accepted_ones_go_on(odd_world: World, odd: OddClipia) -> None:
-    """F1: nothing is sent while it is frozen; a webhook still ends its job."""
+    """F1: while submissions are frozen, none are sent; a webhook still ends its job."""
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [accepted("r-1"), refused(503, "service_unavailable"), accepted("r-2")]
@@ -72,20 +72,20 @@ async def test_pending_jobs_rest_and_accepted_ones_go_on(odd_world: World, odd: 
 
 
 async def test_after_a_restore_old_pending_jobs_are_unsure(odd_world: World, odd: OddClipia) -> None:
-    """F4: a pending job of the dump may have been sent since, perhaps right after it was made."""
+    """F4: if a dump has a pending job, it may have been sent since, perhaps just after it was made."""
     submitter = odd_world.submitter()
     odd.script = [refused(429, "rate_limit_exceeded")]
     old, young = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
     await odd_world.set(jobs, where=jobs.c.id == old.id, created_at=db_time(-KEY_VALID_SECONDS - 60))
     await odd_world.set(jobs, where=jobs.c.id == young.id, created_at=db_time(-KEY_VALID_SECONDS + 600))
     await freeze(odd_world)
-    assert await thaw(odd_world) == [], "without a restore it is known which jobs were sent"
+    assert await thaw(odd_world) == [], "without a restore the sent jobs are known"
     await freeze(odd_world)
     await freeze(odd_world, restored=True)
     odd.script = [accepted("r-1")]
     assert await thaw(odd_world) == [str(old.id)]
     (row,) = [row for row in await odd_world.rows(jobs) if row["id"] == young.id]
-    assert row["sent_at"] == row["created_at"], "its key may be in use since then, and holds no longer"
+    assert row["sent_at"] == row["created_at"], "its key may be used since then, and is no longer valid"
     assert await odd_world.retry(submitter) == 1
     assert (await show(submitter, young)).state == "submitted"
     shown = await show(submitter, old)
@@ -94,7 +94,7 @@ async def test_after_a_restore_old_pending_jobs_are_unsure(odd_world: World, odd
 
 
 async def test_a_freeze_races_submissions(world: World, sandbox: Sandbox) -> None:
-    """F1: each call of a race is a whole job or none: what was refused is nowhere on record."""
+    """F1: in a race, each call creates a whole job or no rows."""
     submitter = world.submitter()
     calls = [submitter.submit(MODEL, PROMPT, idempotency_key=str(number)) for number in range(4)]
     *made, _ = await asyncio.gather(*calls, freeze(world), return_exceptions=True)

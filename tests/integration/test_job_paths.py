@@ -1,4 +1,4 @@
-"""Whose webhook ends a job: its own path, its token, and the answer to its submission, on both databases."""
+"""A webhook ends a job by its path, its token, or the answer to its submission; on both databases."""
 
 import asyncio
 import json
@@ -45,13 +45,13 @@ Arrive = Callable[[str], Awaitable[None]]
 
 
 def own_url(request: Request) -> str:
-    """Return the callback of a submission."""
+    """Return the callback URL of a submission."""
     url: str = json.loads(request.body)["webhook_url"]
     return url
 
 
 def without_token(url: str) -> str:
-    """Return the path that a job had before it had a token: its id is no secret."""
+    """Return the path without a token, as in older releases: the id is not secret."""
     return re.sub(r"\.[^./]*$", "", url)
 
 
@@ -67,11 +67,11 @@ WAYS: dict[str, Callable[[str], str]] = {
     "half a token": lambda url: url[:-8],
     "a longer token": lambda url: url + "A",
 }
-"""Paths that people who know a job's id may write."""
+"""Paths that an attacker can write if he knows a job's id."""
 
 
 async def linked(world: World) -> dict[str, str | None]:
-    """Return the job that each event is shown with, and was forwarded with, by `request_id`."""
+    """Return the job that each event is shown and forwarded with, by `request_id`."""
     async with world.database.read() as connection:
         rows = await reads.list_events(connection, limit=100)
     data: list[Any] = [message.get_data() for message in world.destination.events]
@@ -88,14 +88,14 @@ async def linked(world: World) -> dict[str, str | None]:
 async def test_a_foreign_webhook_ends_no_job_without_its_token(
     odd_world: World, odd: OddClipia, way: str
 ) -> None:
-    """A15, C10: knowing a job's id is not enough to end it with another generation's result."""
+    """A15, C10: an attacker with a job's id cannot end it with another generation's result."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
     async def interfere(request: Request) -> None:
         await post(WAYS[way](own_url(request)), body("r-foreign"))
         await odd_world.forward()
         assert (await odd_world.job())["state"] == "pending"
-        assert len(odd_world.destination.events) == 1, "it waits for no answer of a job that it does not name"
+        assert len(odd_world.destination.events) == 1, "it does not name the job, so it must not wait"
 
     odd.on_submit, odd.script = interfere, [accepted("r-own")]
     job = await submitter.submit(MODEL, PROMPT)
@@ -128,7 +128,7 @@ async def test_the_answer_decides_whose_a_webhook_is(odd_world: World, odd: OddC
 
 
 async def test_the_retry_decides_after_a_lost_answer(odd_world: World, odd: OddClipia) -> None:
-    """F5, C10: after a try without an answer the next one, under the same key, says whose the event is."""
+    """F5, C10: if an attempt gets no answer, the next one, with the same key, decides about the event."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [refused(504, "service_unavailable"), accepted("r-own")]
     job = await submitter.submit(MODEL, PROMPT)
@@ -149,7 +149,7 @@ async def test_the_retry_decides_after_a_lost_answer(odd_world: World, odd: OddC
 async def test_a_late_answer_takes_a_foreign_result_back(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C10: if the path has decided because no answer came, an answer that does come decides after all."""
+    """C10: if the path has decided because there was no answer, a later answer still decides."""
     monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
@@ -173,7 +173,7 @@ async def test_a_late_answer_takes_a_foreign_result_back(
 async def test_a_late_answer_with_a_result_that_is_there_ends_the_job(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C10: both results may be there before the answer: the job ends with the one that it names."""
+    """C10: if both results arrive before the answer, the job ends with the one in the answer."""
     monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
@@ -188,7 +188,7 @@ async def test_a_late_answer_with_a_result_that_is_there_ends_the_job(
 
 
 async def test_a_job_that_has_its_request_takes_no_other(odd_world: World, odd: OddClipia) -> None:
-    """C10: once the answer is there, an event on the path with another request_id is an event of its own."""
+    """C10: after the answer, an event on the path with another request_id is separate."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [accepted("r-own")]
     job = await submitter.submit(MODEL, PROMPT)
@@ -203,7 +203,7 @@ async def test_a_job_that_has_its_request_takes_no_other(odd_world: World, odd: 
 
 
 async def make_unsure(world: World, odd: OddClipia, submitter: Submitter) -> Job:
-    """Return a job of which nobody knows what became, and that Clipia will not be asked for again."""
+    """Return a job in the state `unsure`, which is not submitted again."""
     odd.script = [refused(504, "service_unavailable"), refused(400, "invalid_request")]
     job = await submitter.submit(MODEL, PROMPT)
     assert await world.retry(submitter) == 1
@@ -214,7 +214,7 @@ async def make_unsure(world: World, odd: OddClipia, submitter: Submitter) -> Job
 
 @pytest.mark.parametrize("way", WAYS)
 async def test_a_foreign_webhook_settles_no_unsure_job(odd_world: World, odd: OddClipia, way: str) -> None:
-    """A15, F4: a job that is unsure is not ended by people who know its id."""
+    """A15, F4: if a job is unsure, an attacker with its id cannot end it."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     job = await make_unsure(odd_world, odd, submitter)
     await post(WAYS[way](own_url(odd.posts[0])), body("r-foreign"))
@@ -224,7 +224,7 @@ async def test_a_foreign_webhook_settles_no_unsure_job(odd_world: World, odd: Od
 
 
 async def test_the_token_settles_an_unsure_job(odd_world: World, odd: OddClipia) -> None:
-    """F4: nobody but Clipia knows the token, and no answer can be had: the event is the job's."""
+    """F4: if no answer is possible, the event on the path with the token belongs to the job."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     job = await make_unsure(odd_world, odd, submitter)
     await post(own_url(odd.posts[0]), body("r-own"))
@@ -238,7 +238,7 @@ async def test_the_token_settles_an_unsure_job(odd_world: World, odd: OddClipia)
 
 
 async def test_jobs_of_the_release_before_find_their_results(odd_world: World, odd: OddClipia) -> None:
-    """C10: a job without a token has its id alone for a path; answered, unanswered or unsure it ends."""
+    """C10: if a job has no token, its path is the id alone, and ends it, answered, unanswered or unsure."""
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [accepted("r-0"), refused(504, "service_unavailable"), refused(504, "service_unavailable")]
@@ -264,7 +264,7 @@ async def test_jobs_of_the_release_before_find_their_results(odd_world: World, o
 
 
 async def test_a_request_id_of_two_jobs_is_no_crash(odd_world: World, odd: OddClipia) -> None:
-    """C10, F5: if Clipia answers two jobs alike, the second is unsure and says why; nobody sees a 500."""
+    """C10, F5: if Clipia answers two jobs alike, the second is unsure with a reason, and never a 500."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()
     first = await submitter.submit(MODEL, PROMPT, idempotency_key="a")
@@ -279,8 +279,8 @@ async def test_a_request_id_of_two_jobs_is_no_crash(odd_world: World, odd: OddCl
 async def test_racing_answers_with_one_request_id_make_one_job_its_owner(
     odd_world: World, odd: OddClipia
 ) -> None:
-    """C10: four answers at once that name one request_id: one job has it, the others are unsure."""
-    everybody = asyncio.Barrier(4)  # as many as are in flight before the limit is known
+    """C10: if four concurrent answers have one request_id, one job gets it, and the others are unsure."""
+    everybody = asyncio.Barrier(4)  # the in-flight limit at the start
 
     async def together(_request: Request) -> None:
         await everybody.wait()
@@ -294,7 +294,7 @@ async def test_racing_answers_with_one_request_id_make_one_job_its_owner(
 
 
 async def test_the_api_answers_a_taken_request_id(odd: OddClipia, database_url: str) -> None:
-    """F5: over HTTP the second job is a 202 that says `unsure`, with the reason."""
+    """F5: over HTTP the second job is a 202 with the state `unsure` and the reason."""
     odd.script = [accepted("r-1")]
     settings = Settings.load(
         database_url=database_url,
@@ -318,7 +318,7 @@ async def test_the_api_answers_a_taken_request_id(odd: OddClipia, database_url: 
 async def test_a_request_that_a_path_gave_away_is_given_back(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """C10: a job that has another one's result by its path loses it to the job whose answer names it."""
+    """C10: if a job got another job's result by its path, it loses it to the job that the answer names."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [refused(504, "service_unavailable"), accepted("r-2"), accepted("r-1")]
     first = await submitter.submit(MODEL, PROMPT)
@@ -339,7 +339,7 @@ async def test_a_request_that_a_path_gave_away_is_given_back(
 
 
 async def test_foreign_webhooks_race_answers_and_results(odd_world: World, odd: OddClipia) -> None:
-    """C10, F11: 24 jobs get a foreign webhook and their own around the answer: each ends with its own."""
+    """C10, F11: 24 jobs get a foreign webhook and their own near the answer: each ends with its own."""
     callback = await odd_world.serve_callback()
     wakeups = Wakeups()
     submitter = odd_world.submitter(public_url=callback, wake=wakeups.wake)
@@ -358,7 +358,7 @@ async def test_foreign_webhooks_race_answers_and_results(odd_world: World, odd: 
             late.append(asyncio.create_task(mine))
         else:
             late.extend(map(asyncio.create_task, (foreign, mine)))
-        # This is what the request is answered next: nothing is awaited in between.
+        # The request gets this answer next, because there is no await in between.
         odd.script = [accepted(own[url])]
 
     odd.on_submit = interfere
@@ -386,7 +386,7 @@ async def test_foreign_webhooks_race_answers_and_results(odd_world: World, odd: 
 
 
 async def test_the_token_is_a_secret_of_each_job(odd_world: World, odd: OddClipia) -> None:
-    """A15: 128 bits or more, another one for each job, and in no answer, list, log or row of text."""
+    """A15: tokens have at least 128 bits, are unique, and are absent from answers, lists, logs and rows."""
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [accepted]
@@ -419,7 +419,7 @@ async def test_the_token_is_a_secret_of_each_job(odd_world: World, odd: OddClipi
 
 
 async def test_the_token_is_committed_before_the_first_call(odd_world: World, odd: OddClipia) -> None:
-    """F1: when Clipia gets the path, any process can tell that it is the job's."""
+    """F1: when Clipia receives the path, each process can already match it to the job."""
     found: list[bool] = []
 
     async def look(request: Request) -> None:
@@ -433,7 +433,7 @@ async def test_the_token_is_committed_before_the_first_call(odd_world: World, od
 
 
 async def test_an_event_waits_for_an_answer_for_a_while_only(odd_world: World, odd: OddClipia) -> None:
-    """C10: no event waits for ever: after a minute without an answer it is forwarded."""
+    """C10: if an event has waited for the answer for a minute, it is forwarded."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     odd.script = [refused(504, "service_unavailable")]
     job = await submitter.submit(MODEL, PROMPT)

@@ -1,4 +1,4 @@
-"""F12, F13, B10: a price with a fraction is the same number wherever it comes from and is shown."""
+"""F12, F13, B10: a price with a fraction is the same number at all places."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def priced(credits_: Any, result_cost: Any = None) -> Callable[[Request], bytes]
 
 
 def messages(world: World) -> list[Any]:
-    """Return the data of what was delivered."""
+    """Return the data of the delivered messages."""
     return [message.get_data() for message in world.destination.events]
 
 
@@ -44,7 +44,7 @@ PRICES = [(12, "12"), (12.0, "12"), (12.5, "12.5"), (0.1, "0.1"), (0, "0"), (12.
 async def test_a_price_is_one_number(
     odd_world: World, odd: OddClipia, price: float, shown: str, way: str
 ) -> None:
-    """F13, B10: estimate, reservation, event, message, charge and ledger say the same number."""
+    """F13, B10: estimate, reservation, event, message, charge and sums have the same number."""
     odd.script = [accepted("r-1", cost=price)]
     odd.others = priced(price, price)
     submitter = odd_world.submitter(budgets={"shop": 1000})
@@ -77,7 +77,7 @@ async def test_a_price_is_one_number(
     "cost", [-1, -0.5, 1e300, 10**30, "12", True, [], {}, float("nan"), float("inf")], ids=repr
 )
 async def test_what_is_no_price_spoils_nothing(odd_world: World, odd: OddClipia, cost: Any) -> None:
-    """B10: a cost that is none is null and named in the message; the job is charged what was reserved."""
+    """B10: if a cost is invalid, it is null and listed in the message; the reserved credits are charged."""
     odd.script = [accepted("r-1", cost=12.5)]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -92,7 +92,7 @@ async def test_what_is_no_price_spoils_nothing(odd_world: World, odd: OddClipia,
 
 
 async def test_the_event_knows_a_price_that_was_lost(odd_world: World, odd: OddClipia) -> None:
-    """F13: a job whose answer had no price learns it, with its fraction, from its event."""
+    """F13: if the answer had no price, the job gets it, with its fraction, from the event."""
     odd.script = [accepted("r-1", cost=None), accepted("r-2", cost=7.25)]
     submitter = odd_world.submitter()
     first, second = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
@@ -111,7 +111,7 @@ async def test_the_event_knows_a_price_that_was_lost(odd_world: World, odd: OddC
 
 
 async def test_a_budget_is_held_to_the_fraction(odd_world: World, odd: OddClipia) -> None:
-    """F12: eight jobs of 0.1 fit a budget of 0.8, and not one more; the refusal says what is left."""
+    """F12: eight jobs of 0.1 fit into a budget of 0.8; if there is one more, the error has the sum."""
     odd.script = [lambda: accepted(cost=0.1)]
     odd.others = priced(0.1)
     submitter = odd_world.submitter(budgets={"shop": 0.8})
@@ -123,7 +123,7 @@ async def test_a_budget_is_held_to_the_fraction(odd_world: World, odd: OddClipia
 
 
 async def test_a_limit_is_held_to_the_fraction(odd_world: World, odd: OddClipia) -> None:
-    """F12: a job of 12.5 is refused if it may cost 12.4, and taken if it may cost 12.5."""
+    """F12: a job of 12.5 is rejected if it may cost 12.4, and accepted if it may cost 12.5."""
     odd.script = [accepted(cost=12.5)]
     odd.others = priced(12.5)
     submitter = odd_world.submitter()
@@ -146,7 +146,7 @@ async def test_the_spelling_of_a_limit_is_no_other_parameter(odd_world: World, o
 
 
 async def test_the_account_is_compared_to_the_fraction(odd_world: World, odd: OddClipia) -> None:
-    """F13: what Clipia charged and we know nothing of is an exact difference."""
+    """F13: if Clipia charged more than our jobs cost, the difference is exact."""
     odd.script = [accepted("r-1", cost=0.1)]
     odd.others = priced(0.1, 0.05)
     submitter = odd_world.submitter()
@@ -159,7 +159,7 @@ async def test_the_account_is_compared_to_the_fraction(odd_world: World, odd: Od
 
 
 async def test_fractions_move_to_another_database(odd_world: World, odd: OddClipia, tmp_path: Path) -> None:
-    """F13: an export has the fractions of events and jobs, and one of a release before has none."""
+    """F13: an export has the fractions of events and jobs; an export of an older release has none."""
     odd.script = [accepted("r-1", cost=12.5)]
     odd.others = priced(12.5, 12.25)
     submitter = odd_world.submitter()
@@ -189,7 +189,7 @@ async def test_fractions_move_to_another_database(odd_world: World, odd: OddClip
 
 
 async def test_the_release_before_can_write(odd_world: World) -> None:
-    """C15: rows whose fractions nobody wrote have whole prices."""
+    """C15: if rows are from before fractions, they have whole prices."""
     async with odd_world.database.read() as connection:
         for table in (events, jobs):
             for column in table.c:

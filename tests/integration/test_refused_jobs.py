@@ -1,4 +1,4 @@
-"""Jobs that Clipia refuses for now, beside jobs that it takes, on both databases."""
+"""Jobs that Clipia refuses for now, beside jobs that it accepts, on both databases."""
 
 import time
 from typing import Any
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HOUR = 3600.0
 DEAR = "seedance-2-fast-t2v"
-"""A model of which eight seconds cost 80 credits."""
+"""A model with a price of 80 credits for eight seconds."""
 EIGHT_SECONDS = {"prompt": "a cat", "duration": 8}
 BALANCE = 50
 
@@ -45,7 +45,7 @@ async def submit_dear(submitter: Submitter, count: int) -> list[Job]:
 
 
 async def submit_untried(world: World, submitter: Submitter, *asked: tuple[str, dict[str, Any]]) -> None:
-    """Have jobs committed while the account has no call left, as in a burst."""
+    """Commit jobs while the account has no calls left, as in a burst."""
     for model, given in asked:
         await world.set(accounts, submits_after=time.time() + HOUR)
         job = await submitter.submit(model, given, caller="films")
@@ -58,7 +58,7 @@ async def states(world: World, model: str) -> list[str]:
 
 
 async def test_a_refused_job_holds_up_no_other(world: World, sandbox: Sandbox) -> None:
-    """F6: twelve jobs that the account cannot pay rest, each for itself; one that it can pay is taken."""
+    """F6: twelve jobs that the account cannot pay wait, each on its own; one that it can pay is accepted."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     dear = await submit_dear(submitter, 12)
@@ -69,7 +69,7 @@ async def test_a_refused_job_holds_up_no_other(world: World, sandbox: Sandbox) -
     cheap = await submitter.submit(MODEL, PROMPT)
     assert (cheap.state, cheap.cost) == ("submitted", PRICE)
 
-    # Not when the refused ones are due again, either.
+    # Even if the refused ones are due again.
     await world.set(jobs, where=jobs.c.state == "pending", next_attempt_at=db_time(-HOUR))
     cheap = await submitter.submit(MODEL, PROMPT)
     assert (cheap.state, cheap.cost) == ("submitted", PRICE)
@@ -83,13 +83,13 @@ CHEAP: list[tuple[str, dict[str, Any]]] = [(MODEL, PROMPT), (DEAR, {"prompt": "a
 async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
     world: World, sandbox: Sandbox, model: str, given: dict[str, Any]
 ) -> None:
-    """F6: after thirty jobs of a burst, of which none was tried yet, a payable one is the third at most."""
+    """F6: if a burst has thirty unpayable jobs without an attempt, a payable one is at most the third."""
     await sandbox.switch(credits=BALANCE, rate_limit=60)
     submitter = world.submitter()
     await submit_dear(submitter, 1)
     await submit_untried(world, submitter, *[(DEAR, EIGHT_SECONDS)] * 30, (model, given))
     before = len(await sandbox.submits())
-    # The one that was refused is due again as well.
+    # The refused one is due again as well.
     await world.retry(submitter)
     taken = [row for row in await world.rows(jobs) if row["state"] == "submitted"]
     assert [(row["model"], row["cost"]) for row in taken] == [(model, PRICE if model == MODEL else 40)]
@@ -97,11 +97,11 @@ async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
 
 
 FOUR_SECONDS = {"prompt": "a dog", "duration": 4}
-"""A cheaper input of the dear model."""
+"""A cheaper input of the expensive model."""
 
 
 async def test_every_class_of_jobs_has_a_share(odd_world: World, odd: OddClipia) -> None:
-    """F6: with room for one job at a time, no stream of others delays a payable job beyond some turns.
+    """F6: if there is one free place at a time, other jobs delay a payable job only by a few rounds.
 
     The others are jobs of other models, which the account can pay, and newer jobs of the same model.
     """
@@ -125,13 +125,13 @@ async def test_every_class_of_jobs_has_a_share(odd_world: World, odd: OddClipia)
     assert refused_turns == [7, 15, 23]
     assert [each for each in tried if each in waiting] == waiting[:3]
     assert [turn for turn, each in enumerate(tried) if each == "newest"] == [1, 5, 9, 13, 17, 21]
-    # All that are left are the others', in the order in which they came.
+    # The rest are the other jobs, in their order of arrival.
     assert len(await states(odd_world, MODEL)) == 24
     assert (await states(odd_world, MODEL))[:12] == ["submitted"] * 12
 
 
 async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) -> None:
-    """F6: nothing is kept free for jobs that there are not."""
+    """F6: no places are kept free for absent jobs."""
     odd.script = [refused(402, "insufficient_credits"), accepted]
     submitter = odd_world.submitter()
     await submit_dear(submitter, 1)
@@ -146,7 +146,7 @@ async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) ->
 async def test_a_refused_job_ends_although_the_account_has_no_room(
     world: World, sandbox: Sandbox, *, was_sent: bool
 ) -> None:
-    """F6: the end of a refused job needs no last try if there is no room for one; others stay."""
+    """F6: if there is no free place for a last attempt, a refused job still ends; others do not."""
     await sandbox.switch(refuse_submits="insufficient_credits")
     submitter = world.submitter()
     job, fresh = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
@@ -165,7 +165,7 @@ async def test_a_refused_job_ends_although_the_account_has_no_room(
 
 
 async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: World, sandbox: Sandbox) -> None:
-    """F6: a job waits about as long again as it has been refused, five minutes at most."""
+    """F6: a job waits about as long as it has been refused, at most five minutes."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     await submit_dear(submitter, 1)
@@ -180,7 +180,7 @@ async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: Wor
 
 
 async def test_many_refused_jobs_share_few_calls(world: World, sandbox: Sandbox) -> None:
-    """F7: all refused jobs together have a tenth of the requests: the more of them, the longer each rests."""
+    """F7: all refused jobs together have a tenth of the requests: if there are more, each waits longer."""
     await sandbox.switch(credits=BALANCE, rate_limit=60)
     submitter = world.submitter()
     jobs_ = [job.id for job in await submit_dear(submitter, 2)]
@@ -191,14 +191,14 @@ async def test_many_refused_jobs_share_few_calls(world: World, sandbox: Sandbox)
 
 
 async def test_a_top_up_resumes_all_that_were_refused(world: World, sandbox: Sandbox) -> None:
-    """F6: the first refused job that is accepted makes the others due."""
+    """F6: if a refused job is accepted, the other refused jobs are due at once."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     dear = await submit_dear(submitter, 5)
     await world.set(jobs, next_attempt_at=db_time(HOUR))
     await sandbox.switch(credits=10_000)
     await world.set(accounts, in_flight_limit=50)
-    # A new job that is accepted says nothing of those.
+    # If a new job is accepted, the refused ones are not due.
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
     assert await world.run_lane(submitter.lane) == 0
     await world.set(jobs, where=jobs.c.id == dear[3].id, next_attempt_at=db_time(-1.0))
@@ -211,7 +211,7 @@ async def test_a_top_up_resumes_all_that_were_refused(world: World, sandbox: San
 
 @pytest.mark.parametrize("code", ["insufficient_credits", "subscription_required", "insufficient_scope"])
 async def test_a_refused_job_ends(world: World, sandbox: Sandbox, code: str) -> None:
-    """F6: after a day a job fails in Clipia's words, costs nothing, and leaves the others as they are."""
+    """F6: after a day a job fails with Clipia's error, costs no credits, and does not affect the others."""
     await sandbox.switch(refuse_submits=code)
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -232,7 +232,7 @@ async def test_a_refused_job_ends(world: World, sandbox: Sandbox, code: str) -> 
 
 
 async def test_the_last_try_is_at_the_end(world: World, sandbox: Sandbox) -> None:
-    """F6: a job does not rest beyond its end, however many others are refused."""
+    """F6: even if many others are refused, a job does not wait beyond its end."""
     await sandbox.switch(refuse_submits="insufficient_credits")
     submitter = world.submitter(refused_give_up_after=100.0)
     await submitter.submit(MODEL, PROMPT)
@@ -242,7 +242,7 @@ async def test_the_last_try_is_at_the_end(world: World, sandbox: Sandbox) -> Non
 
 
 async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> None:
-    """F6: with a time of 0 the caller is told in Clipia's words, and a cheaper job is taken."""
+    """F6: with a limit of 0 the caller gets Clipia's error, and a cheaper job is accepted."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter(refused_give_up_after=0.0)
     error = await refusal(submitter.submit(DEAR, EIGHT_SECONDS))
@@ -252,7 +252,7 @@ async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> 
 
 
 async def test_a_refused_job_that_may_have_arrived_does_not_fail(world: World, sandbox: Sandbox) -> None:
-    """F4, F5: an earlier try may have been carried out: at the end it is unsure, and no caller pays again."""
+    """F4, F5: if an earlier attempt may have been carried out, the job ends as unsure and is not repeated."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter(refused_give_up_after=HOUR)
     job = await submitter.submit(MODEL, PROMPT)
@@ -265,7 +265,7 @@ async def test_a_refused_job_that_may_have_arrived_does_not_fail(world: World, s
 
 
 async def test_a_firewall_refuses_no_account(odd_world: World, odd: OddClipia) -> None:
-    """F5, F6: 401 to 403 without Clipia's error is something in between: retried, and nothing is paused."""
+    """F5, F6: 401 to 403 without Clipia's error are from a proxy: the job is retried, without a pause."""
     submitter = odd_world.submitter()
     for status in (401, 402, 403):
         odd.script = [answer(status, b"<html>Blocked.</html>"), accepted]
@@ -279,7 +279,7 @@ async def test_a_firewall_refuses_no_account(odd_world: World, odd: OddClipia) -
 
 
 async def test_a_new_job_is_the_probe_of_a_paused_account(odd_world: World, odd: OddClipia) -> None:
-    """F6: after a 401 the one submission that finds out is of a job that was not refused yet."""
+    """F6: after a 401, the probe is a job that was not refused yet."""
     odd.script = [refused(402, "insufficient_credits"), refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
     old = await submitter.submit(DEAR, EIGHT_SECONDS, caller="films")
@@ -302,7 +302,7 @@ VERDICTS = {
 async def test_a_probe_that_clipia_looks_at_ends_the_pause(
     odd_world: World, odd: OddClipia, name: str
 ) -> None:
-    """F6: a refusal of the probe itself shows that the account is not refused any more: the rest goes out."""
+    """F6: if only the probe's job is refused, the account is accepted again, and the rest is sent."""
     odd.script = [refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
     await submitter.submit(DEAR, EIGHT_SECONDS)
@@ -316,7 +316,7 @@ async def test_a_probe_that_clipia_looks_at_ends_the_pause(
 
 @pytest.mark.parametrize("said", [refused(503, "service_unavailable"), answer(403, b"<html>"), b""])
 async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: OddClipia, said: bytes) -> None:
-    """F6: an outage, a firewall or no answer says nothing of the account: the next probe comes later."""
+    """F6: an outage, a firewall or a timeout tells nothing about the account: the next probe is later."""
     odd.script = [refused(401, "invalid_api_key"), said]
     submitter = odd_world.submitter()
     for model in (MODEL, DEAR):
@@ -330,7 +330,7 @@ async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: Od
 async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F4, F6: a probe that is the last try of its job, and is not answered, says nothing of the account."""
+    """F4, F6: if a probe is the last attempt at its job and gets no answer, the account stays paused."""
     odd.script = [refused(503, "service_unavailable"), refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
     job = await submitter.submit(DEAR, PROMPT)
@@ -356,7 +356,7 @@ MODELS = (MODEL, DEAR, "suno-music")
 
 
 async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: World, odd: OddClipia) -> None:
-    """F6: several models and prices with no success between; a success, or the end of the jobs, ends it."""
+    """F6: a pause begins after several models and prices without a success, and ends with a success."""
     odd.script = [refused(402, "insufficient_credits", "Top up.")]
     submitter = odd_world.submitter()
     for _ in range(4):
@@ -369,7 +369,7 @@ async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: Wo
     assert standing.pause is not None
     assert "Top up." in standing.pause
 
-    # Even so, a job that the account can pay is taken at once.
+    # Even so, a job that the account can pay is accepted at once.
     odd.script = [accepted("r-1"), refused(402, "insufficient_credits")]
     assert (await submitter.submit(MODEL, PROMPT, caller="other")).state == "submitted"
     assert not await submitter.paused()
@@ -381,7 +381,7 @@ async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: Wo
 
 
 async def test_a_test_keys_refusals_are_not_the_live_accounts(odd_world: World, odd: OddClipia) -> None:
-    """A17: what Clipia refuses under a test key neither delays nor counts for the live one."""
+    """A17: refusals of a test key neither delay nor count for the live one."""
     odd.script = [refused(402, "insufficient_credits")]
     tests = odd_world.submitter(key="clipia_test_kit")
     for model in MODELS:
@@ -396,7 +396,7 @@ async def test_a_test_keys_refusals_are_not_the_live_accounts(odd_world: World, 
 
 
 async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: Sandbox) -> None:
-    """F6: nobody has to wait for the end of a job that Clipia refuses, or that waits for another key."""
+    """F6: an operator can cancel a job that Clipia refuses, or that waits for another key."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     (job,) = await submit_dear(submitter, 1)
@@ -422,7 +422,7 @@ async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: 
 
 
 async def test_a_job_that_clipia_may_have_becomes_unsure(world: World, sandbox: Sandbox) -> None:
-    """F5: Clipia has no cancel: a canceled job that may be running is unsure, and then its event ends it."""
+    """F5: Clipia has no cancel: a canceled job that may be running is unsure, and its event ends it."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     sent = await submitter.submit(MODEL, PROMPT)
@@ -434,13 +434,13 @@ async def test_a_job_that_clipia_may_have_becomes_unsure(world: World, sandbox: 
         assert (done.state, done.charged, error_code(done)) == ("unsure", None, "canceled")
     assert await world.retry(submitter) == 0
     assert await world.run_lane(world.poll_lane(submitter)) == 0
-    # A person has looked whether it is there.
+    # An operator has checked whether it exists.
     done = await submitter.cancel(sent.id, by="ops")
     assert (done.state, done.charged) == ("canceled", 0)
 
 
 async def test_a_job_that_is_at_clipia_just_now_is_not_canceled(world: World, sandbox: Sandbox) -> None:
-    """F1: the answer to a submission under way decides first; a claim that was lost is no obstacle."""
+    """F1: the answer to a submission in flight decides first; a lost claim does not prevent it."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
     (job,) = await submit_dear(submitter, 1)
@@ -455,5 +455,5 @@ async def test_a_job_that_is_at_clipia_just_now_is_not_canceled(world: World, sa
 
 
 def json_code(row: dict[str, Any]) -> Any:
-    """Return the code of the error on a row."""
+    """Return the code of a row's error."""
     return orjson.loads(row["error"])["code"]

@@ -347,7 +347,7 @@ def test_same_json(a: bytes, b: bytes) -> None:
     ],
 )
 def test_different_json(a: bytes, b: bytes) -> None:
-    """C9: bodies with different JSON values differ: true is not 1; a body that is not JSON equals only itself."""
+    """C9: bodies with different JSON values differ: true is not 1; a body without JSON equals only itself."""
     assert not same_json(a, b)
     assert not same_json(b, a)
 
