@@ -203,9 +203,9 @@ class DeliveryLane(TableLane):
         if error is None or isinstance(error, PublishRejected):
             self._circuit.succeeded()
             if was_open:
-                log.info("destination takes events again", destination=self._target.name)
+                log.info("circuit breaker closed", destination=self._target.name)
         elif self._circuit.failed(time.monotonic(), started=started, retry_after=after):
-            log.error("destination left alone", destination=self._target.name, error=stored_text(error))
+            log.error("circuit breaker opened", destination=self._target.name, error=stored_text(error))
         if self._circuit.is_open != was_open:
             CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
 

@@ -126,7 +126,7 @@ class FanOut:
             found = await self._run(limit, self._add_work_singly)
             if not found:
                 raise
-            log.warning("fan-out went event by event", error=stored_text(error), count=found)
+            log.warning("batch fanned out event by event", error=stored_text(error), count=found)
             return found
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:

@@ -112,7 +112,10 @@ class PollLane(TableLane):
         text = error_json(code, message)
         if request.error != text:
             log.warning(
-                "job not understood", job_id=str(claim.id), request_id=request.request_id, error=message
+                "job without a usable status",
+                job_id=str(claim.id),
+                request_id=request.request_id,
+                error=message,
             )
         if not await self._give_up(claim, request, text):
             await self._poll_later(claim, request, error=text, progress=status.progress)

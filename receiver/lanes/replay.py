@@ -5,7 +5,7 @@ between, no event is left out, and none is sent twice.
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -106,15 +106,7 @@ class ReplayLane(TableLane):
             await self._end(claim, state="completed")
             return
         if await self._is_crowded(order):
-            async with self._database.write() as connection:
-                await leases.retry(
-                    connection,
-                    tables.replays,
-                    claim,
-                    delay=self._pace.pause_seconds,
-                    error=None,
-                    attempts=0,
-                )
+            await self._database.run_transaction(_put_back(claim, delay=self._pace.pause_seconds))
             return
         plan = await self._plan(order)
         downloads = await self._apply(claim, order, plan)
@@ -218,18 +210,20 @@ class ReplayLane(TableLane):
         if claim.age >= GIVE_UP_SECONDS and claim.attempt >= MAX_FAILED_STEPS and not is_transient:
             await self._end(claim, state="failed", error=text)
             return
-        log.warning("replay held up", replay_id=str(claim.id), error=text)
-        put_back = partial(
-            leases.retry,
-            table=tables.replays,
-            held=claim,
-            delay=self._pace.failure_pause_seconds,
-            error=text,
-            attempts=claim.attempt - 1 if is_transient else claim.attempt,
-        )
-        await self._record(claim, put_back)
+        log.warning("replay's step failed", replay_id=str(claim.id), error=text)
+        attempts = claim.attempt - 1 if is_transient else claim.attempt
+        delay = self._pace.failure_pause_seconds
+        await self._record(claim, _put_back(claim, delay=delay, error=text, attempts=attempts))
 
     async def _end(self, claim: Claim, *, state: str, error: str | None = None) -> None:
         finish = partial(leases.finish, table=tables.replays, held=claim, state=state, error=error)
         if await self._record(claim, finish):
             log.info("replay ended", replay_id=str(claim.id), state=state)
+
+
+def _put_back(
+    claim: Claim, *, delay: float, error: str | None = None, attempts: int = 0
+) -> Callable[[AsyncConnection], Awaitable[bool]]:
+    return partial(
+        leases.retry, table=tables.replays, held=claim, delay=delay, error=error, attempts=attempts
+    )

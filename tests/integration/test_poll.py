@@ -451,7 +451,7 @@ async def test_a_job_with_an_unknown_status_is_given_up(odd_world: World, odd: O
         await odd_world.set(jobs, submitted_at=db_time(-hours * HOUR))
         with capture_logs() as log:
             assert await odd_world.run_lane(poll) == 1
-        logged += sum(entry["event"] == "job not understood" for entry in log)
+        logged += sum(entry["event"] == "job without a usable status" for entry in log)
         given_up += [entry["log_level"] for entry in log if entry["event"] == "job given up"]
         shown = await show(submitter, job)
         assert (shown.state, error_code(shown), shown.request_id) == (state, code, "r-1")

@@ -34,7 +34,7 @@ TWO = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class Output:
     """The output of a command and its exit status."""
 
     status: int
@@ -53,13 +53,13 @@ class Commands:
         self._capsys = capsys
         self._patch = patch
 
-    async def try_(self, *arguments: str) -> Said:
+    async def try_(self, *arguments: str) -> Output:
         """Run a command in a thread, because it starts an event loop of its own."""
         self._patch.setattr(sys, "argv", ["receiver", *arguments])
         self._capsys.readouterr()
         status = await asyncio.to_thread(self._main)
         captured = self._capsys.readouterr()
-        return Said(status=status, out=captured.out, err=" ".join(captured.err.split()))
+        return Output(status=status, out=captured.out, err=" ".join(captured.err.split()))
 
     @staticmethod
     def _main() -> int:
