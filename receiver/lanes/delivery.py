@@ -107,7 +107,7 @@ class DeliveryLane(TableLane):
         try:
             work, replay_ids = await self._database.run_transaction(partial(self._claim, limit=limit))
         except DatabaseUnavailable:
-            # A claim that takes too long is rolled back, and the next one begins with the same rows.
+            # A claim that takes too long is rolled back, and the next one gets the same rows: halve it.
             self._max_claims = max(1, limit // 2)
             raise
         self._max_claims = self.concurrency

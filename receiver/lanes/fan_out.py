@@ -21,7 +21,7 @@ from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.lanes.attempts import stored_text
-from receiver.lanes.targets import Routes, Target, facts_of, matching
+from receiver.lanes.targets import Routes, Target, facts_of
 from receiver.metrics import MEDIA_SKIPPED
 
 MAX_EVENTS: Final = 200
@@ -212,7 +212,7 @@ class FanOut:
             plan.files.extend((event.seq, NewMedia.of(ref)) for ref in listing.files)
             is_fetching = any(ref.skip is None for ref in listing.files)
             plan.states["fetching" if is_fetching else "ready"].append(event.seq)
-            plan.routes.add(event.seq, matching(self._targets, each), is_fetching=is_fetching)
+            plan.routes.add(event.seq, self._targets, each, is_fetching=is_fetching)
         return plan
 
     async def _finish_jobs(

@@ -24,7 +24,7 @@ from receiver.errors import SettingsError, TransientError
 from receiver.lanes.attempts import crash_error, stored_text
 from receiver.lanes.base import TableLane, Work
 from receiver.lanes.refetch import Wanted, find_wanted
-from receiver.lanes.targets import Routes, Target, load_facts, matching
+from receiver.lanes.targets import Routes, Target, load_facts
 from receiver.media import Storage
 
 FAILURE_PAUSE_SECONDS: Final = 5.0
@@ -161,7 +161,7 @@ class ReplayLane(TableLane):
         targets, routes = [self._targets[name] for name in order.destinations], Routes()
         for event, each in zip(page, facts, strict=True):
             is_fetching = event.state == "fetching" or event.seq in wanted.events
-            routes.add(event.seq, matching(targets, each), is_fetching=is_fetching)
+            routes.add(event.seq, targets, each, is_fetching=is_fetching)
         delay = 0.0 if order.rate is None else len(page) / order.rate
         return _Plan(reached=reached, handled=len(page), delay=delay, routes=routes, wanted=wanted)
 

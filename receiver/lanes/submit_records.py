@@ -29,7 +29,7 @@ class SubmitAttempt:
     claim: Claim
     submission: Submission
     claimed_at: float
-    """The time of the claim by the monotonic clock."""
+    """The time of the claim by `boot_clock`."""
     sent_at: float
     """The same by the database's clock."""
     attempt: StartedAttempt

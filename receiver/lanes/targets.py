@@ -1,6 +1,6 @@
 """Destinations as the lanes use them, and the routing of events to them."""
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -38,11 +38,12 @@ class Routes:
     held: list[tuple[int, str]] = field(default_factory=list)
     """Deliveries that wait until the event's files are stored."""
 
-    def add(self, seq: int, targets: Iterable[Target], *, is_fetching: bool) -> None:
-        """Add an event's delivery to each target."""
+    def add(self, seq: int, targets: Iterable[Target], facts: RoutingFacts, *, is_fetching: bool) -> None:
+        """Add an event's delivery to each target with a filter that the event passes."""
         for target in targets:
-            deliveries = self.held if is_fetching and target.waits_for_media else self.due
-            deliveries.append((seq, target.name))
+            if mismatch(target.filter, facts) is None:
+                deliveries = self.held if is_fetching and target.waits_for_media else self.due
+                deliveries.append((seq, target.name))
 
 
 def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> RoutingFacts:
@@ -54,11 +55,6 @@ def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef 
         caller=job.caller if job else None,
         metadata=job.metadata if job else {},
     )
-
-
-def matching(targets: Collection[Target], facts: RoutingFacts) -> Iterator[Target]:
-    """Iterate over the targets with a filter that an event passes."""
-    return (target for target in targets if mismatch(target.filter, facts) is None)
 
 
 async def load_facts(connection: AsyncConnection, events: Sequence[ReplayedEvent]) -> list[RoutingFacts]:
