@@ -1,4 +1,4 @@
-"""The commands. Each module holds one command or one group; this one puts them together."""
+"""The command line: each module has one command or one group of them."""
 
 from typing import Any
 
@@ -26,10 +26,10 @@ from receiver.cli.worker import worker
 
 
 class _Group(TyperGroup):
-    """A group whose help shows the whole first sentence of each command."""
+    """A group whose help has the whole first sentence of each command."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        # The library's cuts it off after one line.
+        # click's own method cuts each sentence off after one line.
         rows = [(name, self.commands[name].get_short_help_str(1000)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
             formatter.write_dl(rows)
@@ -38,10 +38,10 @@ class _Group(TyperGroup):
 app = typer.Typer(
     name="receiver",
     cls=_Group,
-    help="Durable receiver for the Clipia API's webhooks: verify, store once, save the media, forward.",
+    help="Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    # Rich cuts the names of long options off at 80 columns.
+    # Rich would cut off the names of long options at 80 columns.
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -82,9 +82,9 @@ def options(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
-    """Durable receiver for the Clipia API's webhooks: verify, store once, save the media, forward."""
+    """Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it."""
 
 
 def main() -> None:
-    """Run the command line. Exits with 2 if the settings are wrong, and with 1 for other failures."""
+    """Run the command line. The exit status is 2 if the settings are wrong, and 1 for other failures."""
     exit_status.run(app)

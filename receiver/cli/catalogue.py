@@ -1,15 +1,15 @@
-"""`receiver models`, `estimate` and `account`: what Clipia offers, at which price, and what is left."""
+"""`receiver models`, `estimate` and `account`: Clipia's models and prices, and the account's credits."""
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from receiver.cli.submit import describe_error
+from receiver.cli.options import Json
+from receiver.cli.submit import reason_text
 from receiver.cli.submitting import Input, Strict, read_input, with_submitter
-from receiver.cli.terminal import Json, amount, print_json, print_line, wide
+from receiver.cli.terminal import Columns, amount, count, print_json, print_line, print_result, print_rows
 from receiver.clipia.client import Estimate
 from receiver.submitter import Submitter
 
@@ -20,13 +20,15 @@ _FACTS = (
 
 
 def models(
-    slug: Annotated[str | None, typer.Argument(help="One model: its slug, or a text model's id.")] = None,
+    slug: Annotated[
+        str | None, typer.Argument(help="Show this model: its slug, or the id of a text model.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List Clipia's models with their prices, or show one with its parameters.
 
-    `estimate` in place of a price: it depends on the input, and `receiver estimate` tells it. Text models
-    have prices in USD per token; they belong to Clipia's chat API, and no job can be submitted to them.
+    If the price is `estimate`, it depends on the input: see `receiver estimate`. Text models have prices in
+    USD per token; they belong to Clipia's chat API, and you cannot submit jobs to them.
     """
 
     async def run(submitter: Submitter) -> Any:
@@ -34,21 +36,16 @@ def models(
         return await catalogue.models() if slug is None else await catalogue.model(slug, max_age=0.0)
 
     found = with_submitter(run)
-    if json:
-        print_json(found)
-    elif slug is None:
-        _print_models(found)
-    else:
-        _print_model(found)
+    print_result(found, partial(_print_models if slug is None else _print_model, found), json=json)
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help="The model's slug.")],
+    model: Annotated[str, typer.Argument(help="The model's slug; see `receiver models`.")],
     given: Input,
     strict: Strict = None,
     json: Json = False,
 ) -> None:
-    """Tell what a job would cost; nothing is queued."""
+    """Print the price of a job without submitting it."""
     parameters = read_input(given)
 
     async def run(submitter: Submitter) -> Estimate:
@@ -64,49 +61,48 @@ def estimate(
 
 
 def account(json: Json = False) -> None:
-    """Show the account's credits and limits, and whether Clipia's figures agree with our own ledger."""
+    """Show the account's credits and limits, and whether Clipia's figures match the receiver's own."""
     found = with_submitter(lambda submitter: submitter.account())
     if json:
         print_json(found)
         return
-    limits, ledger = found["limits"], found["ledger_30d"]
+    limits, own = found["limits"], found["ledger_30d"]
     usage = found.get("usage_30d") or {}
     lines = {
         "account": found.get("account_id") or "unknown",
         "balance": amount((found.get("balance") or {}).get("credits"), "credits"),
         "Clipia, 30 days": f"{amount(usage.get('requests'), 'requests')}, "
         f"{amount(usage.get('credits_spent'), 'credits')} spent",
-        "our ledger, 30 days": f"{ledger['jobs']} jobs, {ledger['charged']} credits charged, "
-        f"{ledger['reserved']} reserved, {ledger['refunded']} refunded",
+        "receiver, 30 days": f"{count(own['jobs'], 'job')}, {own['charged']} credits charged, "
+        f"{own['reserved']} reserved, {own['refunded']} refunded",
         "limits": f"{limits['requests_per_minute']} requests a minute, "
-        f"{limits['in_flight']} generations in flight as far as they were tried",
+        f"{limits['in_flight']} generations in flight as far as the receiver knows",
     }
     if found["difference_30d"]:
         lines["difference"] = (
-            f"{found['difference_30d']} credits that Clipia charged and we know nothing of; "
-            "normal where others use the account"
+            f"Clipia charged {found['difference_30d']} credits for other requests than the receiver's jobs; "
+            "this is normal if other software uses the account"
         )
     if limits["paused"]:
-        lines["paused"] = f"Clipia refuses the account ({describe_error(limits['paused'])})"
+        lines["paused"] = f"Clipia refuses the account ({reason_text(limits['paused'])})"
     if limits["refused_jobs"]:
-        lines["refused for now"] = f"{limits['refused_jobs']} jobs; others are submitted"
+        lines["refused for now"] = f"{count(limits['refused_jobs'], 'job')}; others are submitted"
     for name, value in lines.items():
         print_line(f"{name + ':':<21}{value}")
 
 
 def _print_models(found: list[dict[str, Any]]) -> None:
-    table = Table(box=None)
-    for name in ("model", "type", "credits", "name"):
-        table.add_column(name, no_wrap=True)
-    for model in found:
-        name, kind = _named(model)
-        facts = (name, kind, _price(model), model.get("name"))
-        table.add_row(*(Text("-" if each is None else str(each)) for each in facts))
-    wide.print(table)
+    columns: Columns[dict[str, Any]] = {
+        "model": lambda model: _named(model)[0],
+        "type": lambda model: _named(model)[1],
+        "credits": _price,
+        "name": lambda model: model.get("name"),
+    }
+    print_rows(found, columns, none="No models.")
 
 
 def _named(model: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Return what a model is called by, and its type; text models have an `id` and no `slug`."""
+    """Return a model's slug and its type; text models have an `id` and no `slug`."""
     if slug := model.get("slug"):
         return slug, model.get("type")
     return model.get("id"), model.get("type") or "text"
@@ -128,21 +124,9 @@ def _price(model: Mapping[str, Any]) -> str:
 
 
 def _price_lines(model: Mapping[str, Any]) -> Iterator[str]:
-    """Write all that the catalogue says of a model's price."""
+    """Return lines with all facts of the catalogue about a model's price."""
     pricing = _pricing(model)
-    match _price(model):
-        case "per token":
-            prompt, completion = pricing.get("prompt"), pricing.get("completion")
-            yield f"{prompt} USD per prompt token, {completion} USD per completion token"
-        case "estimate":
-            note = f" ({pricing['note']})" if pricing.get("note") else ""
-            yield f"the price depends on the input{note}: receiver estimate {_named(model)[0]} --input …"
-        case "unavailable":
-            yield "no price is available now"
-        case credits_:
-            size = pricing.get("unit_size")
-            unit = f" per {size} {pricing.get('billing_unit')}" if size else ""
-            yield f"{credits_} credits{unit}{' ' + pricing['note'] if pricing.get('note') else ''}"
+    yield _price_line(model, pricing)
     multipliers = pricing.get("multipliers")
     for name, factors in multipliers.items() if isinstance(multipliers, Mapping) else ():
         listed = factors.items() if isinstance(factors, Mapping) else ()
@@ -150,6 +134,23 @@ def _price_lines(model: Mapping[str, Any]) -> Iterator[str]:
     limits = model.get("text_limits")
     if isinstance(limits, Mapping):
         yield f"text of {limits.get('min_chars')} to {limits.get('max_chars')} characters"
+
+
+def _price_line(model: Mapping[str, Any], pricing: Mapping[str, Any]) -> str:
+    note = pricing.get("note")
+    match _price(model):
+        case "per token":
+            prompt, completion = pricing.get("prompt"), pricing.get("completion")
+            return f"{prompt} USD per prompt token, {completion} USD per completion token"
+        case "estimate":
+            why = f" ({note})" if note else ""
+            return f"the price depends on the input{why}: receiver estimate {_named(model)[0]} --input …"
+        case "unavailable":
+            return "no price is available now"
+        case price:
+            unit_size = pricing.get("unit_size")
+            unit = f" per {unit_size} {pricing.get('billing_unit')}" if unit_size else ""
+            return f"{price} credits{unit}{f' {note}' if note else ''}"
 
 
 def _print_model(model: Mapping[str, Any]) -> None:
@@ -165,7 +166,7 @@ def _print_model(model: Mapping[str, Any]) -> None:
 
 
 def _parameters(schema: object) -> list[Mapping[str, Any]]:
-    """Return the parameters from either shape of `input_schema`; none if it is neither."""
+    """Return the parameters from either shape of `input_schema`; an empty list if it has another shape."""
     if not isinstance(schema, Mapping):
         return []
     listed = schema.get("parameters")

@@ -1,24 +1,23 @@
-"""`receiver check`: tell whether this configuration would work."""
+"""`receiver check`: check whether this configuration works."""
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from typing import Literal
 
 import structlog
 import typer
 from rich.text import Text
 from structlog.typing import EventDict, WrappedLogger
 
-from receiver.cli.submit import describe_error
-from receiver.cli.terminal import amount, moment, stdout
-from receiver.cli.waiting import find_missing, name_of
+from receiver.cli.database import opened_database, opened_storage
+from receiver.cli.submit import reason_text
+from receiver.cli.terminal import amount, count, moment, stdout
+from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
 from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
-from receiver.db.database import Database
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
@@ -27,19 +26,17 @@ from receiver.destinations import open_destination
 from receiver.error_texts import error_text
 from receiver.errors import SettingsError
 from receiver.lanes.unserved import FATE
-from receiver.media import MediaHosts, open_storage, open_tls
+from receiver.media import MediaHosts, open_tls
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
-from receiver.submitter.account_status import read_account_status
+from receiver.submitter.account_status import AccountStatus, read_account_status
 from receiver.submitter.job import read_error
-
-_MARKS = {"ok": "[green]ok     [/]", "warning": "[yellow]warning[/]", "error": "[red]error  [/]"}
 
 
 def check() -> None:
-    """Check settings, database, storage, destinations and the API key, and say how to fix what is wrong.
+    """Check the settings, database, storage, destinations and API key, and print how to fix each problem.
 
-    Writes a probe to the database and to the storage, sends no event and submits no job. Masks secrets in
-    errors that were recorded by earlier releases. The exit status is 0 if everything would work.
+    It writes a probe to the database and to the storage, sends no event and submits no job. It also masks
+    secrets in errors that earlier releases stored. The exit status is 0 if everything works.
     """
     if not asyncio.run(_Check().run()):
         raise typer.Exit(1)
@@ -48,45 +45,33 @@ def check() -> None:
 class _Check:
     def __init__(self) -> None:
         self._failed = False
-        self._has_jobs = False
 
     async def run(self) -> bool:
         try:
             settings = Settings.load()
         except SettingsError as error:
-            self._say("error", "settings", str(error))
+            self._fail("settings", str(error))
             return False
-        self._say("ok", "settings", "readable")
+        _ok("settings", "readable")
         for name in unknown_variables(os.environ):
-            self._say(
-                "warning", "settings", f"{name} is set but means nothing to the receiver; is it a typo?"
-            )
+            _warn("settings", f"{name} is not a setting of the receiver: is it a typo?")
         async with self._step("webhook secret"):
             sources = settings.require_sources()
             names = ", ".join(f"{source.name} ({len(source.secrets)})" for source in sources)
-            self._say("ok", "webhook secret", f"for {names}")
+            _ok("webhook secret", f"for {names}")
+        has_tables = False
         async with self._step("database"):
-            await self._check_database(settings)
+            has_tables = await self._check_database(settings)
         async with self._step("storage"):
             await self._check_storage(settings)
         async with self._step("media hosts"):
             self._check_hosts(settings)
-        if not settings.all_destinations:
-            self._say(
-                "warning",
-                "destinations",
-                "none: events are stored but forwarded nowhere; set RECEIVER_DESTINATION_URL or write "
-                "[[destinations]] in receiver.toml",
-            )
-        for destination in settings.all_destinations:
-            async with self._step(f"destination {destination.name}"):
-                await self._check_destination(destination)
+        await self._check_destinations(settings)
         if settings.public_url:
-            url = f"{settings.public_url}{CALLBACK_PATH}"
-            self._say("ok", "public URL", f"Clipia reaches the callback as {url}")
+            _ok("public URL", f"Clipia sends webhooks to {settings.public_url}{CALLBACK_PATH}")
         async with self._step("Clipia"):
             await self._check_clipia(settings)
-        if self._has_jobs:
+        if has_tables:
             async with self._step("jobs"):
                 await self._check_jobs(settings)
         return not self._failed
@@ -95,204 +80,181 @@ class _Check:
     async def _step(self, name: str) -> AsyncIterator[None]:
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - the other steps have something to tell, too
-            self._say("error", name, error_text(error))
+        except Exception as error:  # noqa: BLE001 - the other steps are still checked
+            self._fail(name, error_text(error))
 
-    def _say(self, verdict: Literal["ok", "warning", "error"], what: str, message: str) -> None:
-        self._failed |= verdict == "error"
-        stdout.print(_MARKS[verdict], f"{what}:", Text(message), soft_wrap=True)
+    def _fail(self, step: str, message: str) -> None:
+        self._failed = True
+        _print("[red]error  [/]", step, message)
 
-    async def _check_database(self, settings: Settings) -> None:
-        database = Database(settings.database_url.get_secret_value())
-        try:
+    async def _check_database(self, settings: Settings) -> bool:
+        """Return whether the database has its tables."""
+        async with opened_database(settings) as database:
             await require_usable(database, durable_without=settings.durable_without)
             if database.is_sqlite and await migrate.current(database) is None:
-                self._say("ok", "database", "SQLite, empty; `receiver serve` makes its tables")
-                return
+                _ok("database", "SQLite, empty; `receiver serve` makes its tables")
+                return False
             await require_rights(database)
             await migrate.require_current(database)
             await arrivals.probe(database)
-            self._has_jobs = True
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
                 seen = await workers.find_runs(connection)
                 frozen = await freezes.find(connection)
             masked = await mask_errors(database)
-            self._say(
-                "ok",
+            schema = await migrate.current(database)
+        _ok("database", f"{database.dialect_name}, durable, schema {schema}, writable")
+        if masked:
+            tables = ", ".join(f"{number} of {table}" for table, number in masked.items())
+            _warn(
                 "database",
-                f"{database.dialect_name}, durable, schema {await migrate.current(database)}, writable",
+                f"masked secrets in stored errors ({tables}): replace these secrets, because everyone with "
+                "access to the database or to a backup could read them",
             )
-            if masked:
-                where = ", ".join(f"{count} of {table}" for table, count in masked.items())
-                self._say(
-                    "warning",
-                    "database",
-                    f"masked secrets in errors that were on record ({where}): whoever could read them or a "
-                    "backup has seen them, so replace those secrets",
-                )
-            for name in waiting.keys() - {each.name for each in settings.all_destinations}:
-                self._say(
-                    "warning",
-                    "database",
-                    f"{waiting[name].rows} deliveries wait for the destination {name!r}, which is not "
-                    f"configured: `receiver deliveries move` or `discard`; else {FATE}",
-                )
-            self._check_workers(settings, seen)
-            if frozen is not None:
-                why = f", because the database was restored ({frozen.reason})" if frozen.restored else ""
-                self._say(
-                    "warning",
-                    "jobs",
-                    f"frozen by {frozen.by} at {moment(frozen.frozen_at)}{why}: `receiver jobs thaw` ends it",
-                )
-        finally:
-            await database.close()
+        for name in waiting.keys() - {each.name for each in settings.all_destinations}:
+            number = count(waiting[name].rows, "delivery", "deliveries")
+            _warn(
+                "database",
+                f"{number} to {name!r}, a destination that is not configured: run `receiver deliveries move` "
+                f"or `discard`; else {FATE}",
+            )
+        self._check_workers(settings, seen)
+        if frozen is not None:
+            why = f", because the database was restored ({frozen.reason})" if frozen.restored else ""
+            _warn(
+                "jobs", f"frozen by {frozen.by} at {moment(frozen.frozen_at)}{why}: see `receiver jobs thaw`"
+            )
+        return True
 
     def _check_workers(self, settings: Settings, seen: Sequence[SeenWorker]) -> None:
         for worker in seen:
-            name = name_of(worker)
+            name, age = process_name(worker), f"{worker.age:.0f} s ago"
             if worker.is_running:
-                self._say("ok", "worker", f"{name}, seen {worker.age:.0f} s ago: {', '.join(worker.lanes)}")
+                _ok("worker", f"{name}, seen {age}: {', '.join(worker.lanes)}")
             else:
-                self._say("warning", "worker", f"{name} was last seen {worker.age:.0f} s ago; it has crashed")
+                _warn("worker", f"{name} was last seen {age}; it has crashed")
         names = [destination_lane(each.name) for each in settings.all_destinations]
         lanes = [FAN_OUT_LANE, *names, *([SUBMIT_LANE, POLL_LANE] if settings.clipia_key else [])]
         if missing := find_missing(seen, lanes):
-            self._say("warning", "worker", missing)
+            _warn("worker", missing)
 
     async def _check_jobs(self, settings: Settings) -> None:
-        database = Database(settings.database_url.get_secret_value())
-
-        async def ask() -> None:
-            client = open_client(settings)
-            account = None if client is None else client.account
-            async with database.read() as connection:
-                unserved = await jobs.count_unserved(connection, account)
-                standing = None if account is None else await read_account_status(connection, account)
-            if client is not None:
-                await client.close()
-            if unserved:
-                key = (
-                    "CLIPIA_KEY"
-                    if account is None
-                    else "a key of the other kind (clipia_test_, clipia_live_)"
-                )
-                self._say(
-                    "warning",
-                    "jobs",
-                    f"open and waiting for {key}: {unserved}; `receiver jobs cancel` ends one",
-                )
-            if standing is not None and standing.pause is not None:
-                said = describe_error(read_error(standing.pause) or {})
-                self._say("warning", "jobs", f"paused: Clipia refuses the account ({said})")
-            if standing is not None and standing.refused_jobs:
-                self._say(
-                    "warning",
-                    "jobs",
-                    f"refused by Clipia for now (402, 403): {standing.refused_jobs}; `receiver jobs list "
-                    "--state pending` shows them",
-                )
-
-        await _and_close(ask, database.close)
+        client = open_client(settings)
+        account = None if client is None else client.account
+        if client is not None:
+            await client.close()
+        async with opened_database(settings) as database, database.read() as connection:
+            unserved = await jobs.count_unserved(connection, account)
+            status = None if account is None else await read_account_status(connection, account)
+        if unserved:
+            key = "CLIPIA_KEY" if account is None else "a key of the other kind (clipia_test_, clipia_live_)"
+            _warn("jobs", f"open jobs that need {key}: {unserved}; `receiver jobs cancel` cancels one")
+        if status is not None:
+            _check_account(status)
 
     async def _check_storage(self, settings: Settings) -> None:
-        storage = open_storage(settings.storage_url.get_secret_value())
-        warnings: list[str | None] = []
-
-        async def probe() -> None:
-            warnings.append(await storage.check())
-
-        await _and_close(probe, storage.close)
-        self._say("ok", "storage", "writable")
-        for warning in filter(None, warnings):
-            self._say("warning", "storage", warning)
+        async with opened_storage(settings) as storage:
+            warning = await storage.check()
+        _ok("storage", "writable")
+        if warning:
+            _warn("storage", warning)
 
     def _check_hosts(self, settings: Settings) -> None:
         hosts = MediaHosts.parse(settings.media_hosts)
-        self._say("ok", "media hosts", ", ".join(settings.media_hosts))
+        _ok("media hosts", ", ".join(settings.media_hosts))
         for origin in hosts.development_origins:
-            self._say("warning", "media hosts", f"{origin} is fetched unguarded: for development only")
+            _warn("media hosts", f"{origin} may have a private address: use it for development only")
         open_tls(settings.media_ca)
         if settings.media_proxy is not None:
-            self._say(
-                "ok",
-                "media hosts",
-                "fetched through a proxy, which must keep addresses out that are not public",
-            )
+            _ok("media hosts", "media is fetched through a proxy, which has to reject private addresses")
 
     async def _check_clipia(self, settings: Settings) -> None:
         client = open_client(settings)
         if settings.clipia_key is None or client is None:
-            self._say(
-                "ok", "Clipia", "no CLIPIA_KEY: webhooks are received, and no job can be submitted here"
-            )
+            _ok("Clipia", "no CLIPIA_KEY: webhooks are received, and jobs cannot be submitted")
             return
         if not settings.clipia_key.get_secret_value().startswith(("clipia_live_", "clipia_test_")):
-            self._say(
-                "warning",
-                "Clipia",
-                "CLIPIA_KEY starts with neither clipia_live_ nor clipia_test_: is it the whole key?",
-            )
-
-        async def ask() -> None:
+            _warn("Clipia", "CLIPIA_KEY starts neither with clipia_live_ nor clipia_test_: is it complete?")
+        try:
             balance = (await client.balance(call=Call())).get("balance") or {}
-            self._say("ok", "Clipia", f"the key works; {amount(balance.get('credits'), 'credits')} are left")
-
-        await _and_close(ask, client.close)
+        finally:
+            await client.close()
+        _ok("Clipia", f"the key works; {amount(balance.get('credits'), 'credits')} are left")
         if settings.public_url is None:
-            self._say(
-                "warning", "Clipia", "no RECEIVER_PUBLIC_URL: jobs are submitted without a webhook and polled"
-            )
+            _warn("Clipia", "no RECEIVER_PUBLIC_URL: jobs are submitted without a webhook and polled")
         if not any("submit" in token.scopes for token in settings.api_tokens):
-            self._say(
-                "warning",
-                "Clipia",
-                "no token in RECEIVER_API_TOKENS has the scope `submit`: POST /v1/jobs refuses everybody",
+            _warn(
+                "Clipia", "no token of RECEIVER_API_TOKENS has the scope `submit`, which POST /v1/jobs needs"
             )
+
+    async def _check_destinations(self, settings: Settings) -> None:
+        if not settings.all_destinations:
+            _warn(
+                "destinations",
+                "none: events are stored and not forwarded; set RECEIVER_DESTINATION_URL or write "
+                "[[destinations]] in receiver.toml",
+            )
+        for destination in settings.all_destinations:
+            async with self._step(f"destination {destination.name}"):
+                await self._check_destination(destination)
 
     async def _check_destination(self, settings: DestinationSettings) -> None:
         destination = open_destination(settings)
-
-        async def start_and_check() -> None:
-            await destination.start()
-            await destination.check()
-
-        with problems_logged() as problems:
-            await _and_close(start_and_check, destination.close)
-        which = filter_text(settings.filter) or "every event"
-        described = f"; {settings.summary}" if settings.summary else ""
-        gets = f"gets {which}, when {settings.when}{described}"
+        with collected_problems() as problems:
+            try:
+                await destination.start()
+                await destination.check()
+            finally:
+                await destination.close()
+        selected = filter_text(settings.filter) or "every event"
+        summary = f"; {settings.summary}" if settings.summary else ""
+        gets = f"gets {selected}, when {settings.when}{summary}"
         if problems:
-            self._say("warning", f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
+            _warn(f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
         else:
-            self._say("ok", f"destination {settings.name}", f"reachable; {gets}")
+            _ok(f"destination {settings.name}", f"reachable; {gets}")
+
+
+def _check_account(status: AccountStatus) -> None:
+    if status.pause is not None:
+        _warn("jobs", f"paused: Clipia refuses the account ({reason_text(read_error(status.pause) or {})})")
+    if status.refused_jobs:
+        _warn(
+            "jobs",
+            f"refused by Clipia for now (402, 403): {status.refused_jobs}; see `receiver jobs list --state "
+            "pending`",
+        )
+
+
+def _ok(step: str, message: str) -> None:
+    _print("[green]ok     [/]", step, message)
+
+
+def _warn(step: str, message: str) -> None:
+    _print("[yellow]warning[/]", step, message)
+
+
+def _print(mark: str, step: str, message: str) -> None:
+    stdout.print(mark, f"{step}:", Text(message), soft_wrap=True)
 
 
 @contextmanager
-def problems_logged() -> Iterator[list[str]]:
-    """Collect the problems that destinations log in the block; `check` shows them as a verdict."""
+def collected_problems() -> Iterator[list[str]]:
+    """Collect the problems that destinations log in the block, in place of logging them."""
     problems: list[str] = []
 
     def collect(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
         if "problem" not in entry:
             return entry
-        # Starting looks as the check itself does, and finds the same.
+        # `start` and `check` may find the same problem.
         if entry["problem"] not in problems:
             problems.append(entry["problem"])
         raise structlog.DropEvent
 
-    # Loggers keep this very list from their first line on: another one in its place would not reach them.
+    # Loggers keep a reference to this list from their first line on, so a new list would not reach them.
     processors = structlog.get_config()["processors"]
     processors.insert(0, collect)
     try:
         yield problems
     finally:
         processors.remove(collect)
-
-
-async def _and_close(check: Callable[[], Awaitable[None]], close: Callable[[], Awaitable[None]]) -> None:
-    try:
-        await check()
-    finally:
-        await close()

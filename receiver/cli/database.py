@@ -1,12 +1,18 @@
-"""How commands come to the database."""
+"""The service's database and storage for a command."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import TypeVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import migrate
 from receiver.db.database import Database
+from receiver.db.reads import EventFinder, EventT
+from receiver.errors import ReceiverError
 from receiver.logs import configure_logging
+from receiver.media import Storage, open_storage
 from receiver.settings import Settings
 
 T = TypeVar("T")
@@ -14,16 +20,66 @@ T = TypeVar("T")
 
 def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
     """Run `use` on the service's database. Raises SettingsError and DatabaseUnavailable."""
-    # The command itself says what goes wrong; the log would say it twice.
+    # The command reports errors itself; a log line would repeat them.
     configure_logging(level="CRITICAL")
     settings = Settings.load()
 
     async def run() -> T:
-        database = Database(settings.database_url.get_secret_value())
-        try:
+        async with opened_database(settings) as database:
             await migrate.require_current(database)
             return await use(settings, database)
-        finally:
-            await database.close()
 
     return asyncio.run(run())
+
+
+def query_database(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Run one query on the service's database and return its result."""
+
+    async def use(_settings: Settings, database: Database) -> T:
+        async with database.read() as connection:
+            return await query(connection)
+
+    return with_database(use)
+
+
+def change_database(change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    """Make one change in a transaction on the service's database."""
+
+    async def use(_settings: Settings, database: Database) -> T:
+        async with database.write() as connection:
+            return await change(connection)
+
+    return with_database(use)
+
+
+async def find_event(connection: AsyncConnection, key: str, find: EventFinder[EventT]) -> EventT:
+    """Return an event by its id or request_id. Raises ReceiverError if there is none."""
+    event = await find(connection, key)
+    if event is None:
+        raise no_event(key)
+    return event
+
+
+def no_event(key: str) -> ReceiverError:
+    """Return the error for a key without an event."""
+    return ReceiverError(f"there is no event with the id or request_id {key!r}")
+
+
+@asynccontextmanager
+async def opened_database(settings: Settings) -> AsyncIterator[Database]:
+    """Open the database of RECEIVER_DATABASE_URL for the block."""
+    database = Database(settings.database_url.get_secret_value())
+    try:
+        yield database
+    finally:
+        await database.close()
+
+
+@asynccontextmanager
+async def opened_storage(settings: Settings) -> AsyncIterator[Storage]:
+    """Open the storage of RECEIVER_STORAGE_URL for the block."""
+    storage = open_storage(settings.storage_url.get_secret_value())
+    try:
+        yield storage
+    finally:
+        await storage.close()

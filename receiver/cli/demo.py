@@ -1,4 +1,4 @@
-"""`receiver demo`: the main job, end to end, on this machine."""
+"""`receiver demo`: three jobs from submission to the forwarded message, on this machine."""
 
 import asyncio
 import hashlib
@@ -18,9 +18,8 @@ from urllib.parse import unquote, urlsplit
 import httpx
 import orjson
 import typer
-from rich.text import Text
 
-from receiver.cli.terminal import size, stdout
+from receiver.cli.terminal import print_line, size, stdout
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.views import EventDetails, File
@@ -34,22 +33,23 @@ JOBS: Final = (
     ("video", "seedance-2-fast-t2v", {"prompt": "waves on a beach", "duration": 4}),
     ("audio", "suno-music", {"prompt": "a calm piano"}),
 )
-PATIENCE: Final = 60.0
-"""Seconds for everything to have happened."""
+_LISTS: Final = ("jobs", "events")
+TIMEOUT_SECONDS: Final = 60.0
+"""For the whole demo."""
 
 
 def demo(
     directory: Annotated[
         Path | None,
         typer.Option(
-            "--dir", help="Where to put the database, the media and the messages. Default: a new one."
+            "--dir", help="Folder for the database, the media and the messages. Default: a new one."
         ),
     ] = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Leave everything running until Ctrl-C.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the processes running until Ctrl-C.")] = False,
 ) -> None:
-    """Run sandbox, receiver and worker together and watch three jobs travel the whole way.
+    """Run a sandbox and a receiver, and watch three jobs from submission to the forwarded message.
 
-    Needs no account and costs nothing. The exit status is 0 only if every step really happened.
+    Needs no Clipia account and costs nothing. The exit status is 0 if every step succeeded.
     """
     folder = _make_folder(directory)
     configure_logging(level="WARNING")
@@ -76,7 +76,7 @@ class _Demo:
         self._folder = folder
         self._messages = folder / "events.jsonl"
         self._began = time.monotonic()
-        self._said: set[tuple[str, ...]] = set()
+        self._printed: set[tuple[str, ...]] = set()
         self._token = secrets.token_urlsafe(24)
         self._port = _free_port()
 
@@ -84,15 +84,15 @@ class _Demo:
         secret = f"whsec_{secrets.token_urlsafe(24)}"
         app = create_app(SandboxOptions(duration=1.5), secret=secret)
         async with running(app) as clipia:
-            self._say(f"Sandbox (a local Clipia) on {clipia}")
+            self._print(f"Sandbox (a local Clipia) on {clipia}")
             environment = self._environment(clipia, secret)
             async with self._receiver(environment) as receiver:
-                self._say(f"Receiver with its worker on {receiver}")
+                self._print(f"Receiver with its worker on {receiver}")
                 kinds = await self._submit(receiver)
                 await self._watch(kinds, environment["RECEIVER_DATABASE_URL"])
-                self._tell_where_to_look(environment["RECEIVER_DATABASE_URL"])
+                self._print_results(environment["RECEIVER_DATABASE_URL"])
                 if keep:
-                    self._say("Everything keeps running: press Ctrl-C to stop.")
+                    self._print("Everything keeps running: press Ctrl-C to stop.")
                     await asyncio.Event().wait()
 
     def _environment(self, clipia: str, secret: str) -> dict[str, str]:
@@ -136,39 +136,41 @@ class _Demo:
             await process.wait()
 
     async def _address(self, process: asyncio.subprocess.Process, log_file: Path) -> str:
-        """Wait until the receiver is ready and return its base URL, from its own log."""
+        """Wait until the receiver is ready, and return its base URL from its log."""
         async with httpx.AsyncClient(trust_env=False) as client:
-            while time.monotonic() - self._began < PATIENCE:
+            while time.monotonic() - self._began < TIMEOUT_SECONDS:
                 if process.returncode is not None:
                     raise ReceiverError(f"the receiver did not start; its log is {log_file}")
                 url = _listening_url(log_file)
                 if url and (await client.get(f"{url}/readyz")).is_success:
                     return url
                 await asyncio.sleep(0.05)
-        raise ReceiverError(f"the receiver was not ready after {PATIENCE:.0f} s; its log is {log_file}")
+        raise ReceiverError(
+            f"the receiver was not ready after {TIMEOUT_SECONDS:.0f} s; its log is {log_file}"
+        )
 
     async def _submit(self, receiver: str) -> dict[str, str]:
-        """Submit the jobs to the receiver's own API; return the kind of each `request_id`."""
+        """Submit the jobs to the receiver's API; return the kind of each `request_id`."""
         kinds = {}
         headers = {"Authorization": f"Bearer {self._token}"}
         async with httpx.AsyncClient(base_url=receiver, headers=headers, trust_env=False) as client:
             for kind, model, parameters in JOBS:
-                # With the run in the key, the same folder can be used for another run.
+                # A random part, so that another run in the same folder submits new jobs.
                 key = {"Idempotency-Key": f"{kind}-{secrets.token_hex(4)}"}
                 answer = await client.post(
                     "/v1/jobs", json={"model": model, "input": parameters}, headers=key
                 )
                 job = answer.json()
                 if answer.status_code != httpx.codes.CREATED:
-                    raise ReceiverError(f"the receiver did not take the {kind} job: {answer.text}")
+                    raise ReceiverError(f"the receiver rejected the {kind} job: {answer.text}")
                 kinds[job["request_id"]] = kind
-                self._say(f"{kind}: job {job['id']} submitted to {model}, {job['cost']} credits")
+                self._print(f"{kind}: job {job['id']} submitted to {model}, {job['cost']} credits")
         return kinds
 
     async def _watch(self, kinds: dict[str, str], database_url: str) -> None:
         database = Database(database_url)
         try:
-            while time.monotonic() - self._began < PATIENCE:
+            while time.monotonic() - self._began < TIMEOUT_SECONDS:
                 done = True
                 for request_id, kind in kinds.items():
                     async with database.read() as connection:
@@ -180,17 +182,17 @@ class _Demo:
         finally:
             await database.close()
         raise ReceiverError(
-            f"not everything had happened after {PATIENCE:.0f} s; see {self._folder / 'receiver.log'}"
+            f"the demo was not complete after {TIMEOUT_SECONDS:.0f} s; see {self._folder / 'receiver.log'}"
         )
 
     def _report(self, kind: str, event: EventDetails) -> bool:
-        """Say what is new about an event; True once all of it has really happened."""
+        """Print the new steps of an event; return whether all its steps have succeeded."""
         key = str(event["id"])
-        self._say_once((key,), f"{kind}: webhook verified, event {key} stored once")
+        self._print_once((key,), f"{kind}: webhook verified, event {key} stored once")
         for file in event["media"]:
             if file["state"] == "stored" and file["size"] is not None and file["sha256"] is not None:
                 _verify(file)
-                self._say_once(
+                self._print_once(
                     (key, str(file["id"])),
                     f"{kind}: {file['variant']} stored, {size(file['size'])} of {file['content_type']}, "
                     f"sha256 {file['sha256'][:16]}…",
@@ -198,32 +200,30 @@ class _Demo:
         for delivery in event["deliveries"]:
             if delivery["state"] == "delivered":
                 _find_message(self._messages, key)
-                self._say_once((key, "forwarded"), f"{kind}: message forwarded to {self._messages.name}")
+                self._print_once((key, "forwarded"), f"{kind}: message forwarded to {self._messages.name}")
         return _all_in(event["media"], "stored") and _all_in(event["deliveries"], "delivered")
 
-    def _tell_where_to_look(self, database_url: str) -> None:
-        self._say("Done: three jobs, every file saved, every message forwarded. Look at")
-        for what, where in (
+    def _print_results(self, database_url: str) -> None:
+        self._print("Done: three jobs, every file saved, every message forwarded. The results:")
+        for name, value in (
             ("messages", self._messages),
             ("media", self._folder / "media"),
             ("log", self._folder / "receiver.log"),
+            *((name, f"RECEIVER_DATABASE_URL={database_url} {_program()} {name} list") for name in _LISTS),
         ):
-            stdout.print(Text(f"          {what + ':':<10}{where}"), soft_wrap=True)
-        for what in ("jobs", "events"):
-            command = f"RECEIVER_DATABASE_URL={database_url} {_program()} {what} list"
-            stdout.print(Text(f"          {what + ':':<10}{command}"), soft_wrap=True)
+            print_line(f"          {name + ':':<10}{value}")
 
-    def _say_once(self, key: tuple[str, ...], message: str) -> None:
-        if key not in self._said:
-            self._said.add(key)
-            self._say(message)
+    def _print_once(self, key: tuple[str, ...], message: str) -> None:
+        if key not in self._printed:
+            self._printed.add(key)
+            self._print(message)
 
-    def _say(self, message: str) -> None:
-        stdout.print(Text(f"{time.monotonic() - self._began:6.1f} s  {message}"), soft_wrap=True)
+    def _print(self, message: str) -> None:
+        print_line(f"{time.monotonic() - self._began:6.1f} s  {message}")
 
 
 def _free_port() -> int:
-    """Return a port that nothing listens on: jobs need the callback's URL before the receiver starts."""
+    """Return a free port: the callback's URL has to be known before the receiver starts."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -231,7 +231,7 @@ def _free_port() -> int:
 
 
 def _listening_url(log_file: Path) -> str | None:
-    """Return where the receiver says that it listens, once it does."""
+    """Return the URL from the receiver's log; None until it listens."""
     *lines, _unfinished = log_file.read_bytes().split(b"\n")
     records = (orjson.loads(line) for line in lines)
     return next((record["url"] for record in records if record["event"] == "listening"), None)
@@ -243,7 +243,7 @@ def _all_in(works: Iterable[Mapping[str, Any]], state: str) -> bool:
 
 
 def _verify(file: File) -> None:
-    """Read a stored file back; the database's word for it is not enough."""
+    """Read a stored file and compare it with the checksum on record. Raises ReceiverError."""
     path = Path(unquote(urlsplit(file["uri"] or "").path))
     if hashlib.sha256(path.read_bytes()).hexdigest() != file["sha256"]:
         raise ReceiverError(f"{path} does not have the checksum on record")
@@ -257,5 +257,5 @@ def _find_message(messages: Path, event_id: str) -> None:
 
 
 def _program() -> str:
-    """Return how the command was called, for printing."""
+    """Return the command with which this program was started."""
     return sys.argv[0] if Path(sys.argv[0]).name == "receiver" else f"{sys.executable} -m receiver"

@@ -1,4 +1,4 @@
-"""`receiver healthcheck`: tell whether what runs in this container works."""
+"""`receiver healthcheck`: check the processes of this container."""
 
 import typer
 
@@ -6,9 +6,9 @@ from receiver import heartbeat
 
 
 def healthcheck() -> None:
-    """Tell whether each `serve` and `worker` of this user on this machine or in this container works.
+    """Check that every `serve` and `worker` of this user in this container or on this machine works.
 
-    A web process has to answer /livez, on whichever port it listens, and a worker has to have a recent
-    heartbeat. The database is not asked: a restart would not bring it back. The exit status is 0 if all work.
+    A web process has to answer /livez, and a worker needs a recent heartbeat. The database is not checked,
+    because a restart of the container would not repair it. The exit status is 0 if all work.
     """
     raise typer.Exit(heartbeat.run_check())

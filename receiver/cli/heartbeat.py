@@ -1,4 +1,4 @@
-"""How commands that go on running tell `receiver healthcheck` that they do."""
+"""Heartbeat files: `receiver healthcheck` reads them to find running commands."""
 
 import asyncio
 import atexit
@@ -13,14 +13,14 @@ log = structlog.get_logger()
 
 
 def announce(command: str, address: tuple[str, int], *, path: str = "/livez") -> None:
-    """Write down, until the process ends, where this one answers."""
+    """Record the address of this process for `receiver healthcheck` until the process ends."""
     if heartbeat := _open(command, address=address, path=path):
         atexit.register(heartbeat.close)
 
 
 @contextlib.asynccontextmanager
 async def beating(command: str) -> AsyncIterator[None]:
-    """Keep a heartbeat fresh inside the block, as long as the event loop turns."""
+    """Update the heartbeat inside the block, as long as the event loop is not blocked."""
     heartbeat = _open(command)
     if heartbeat is None:
         yield
@@ -43,8 +43,8 @@ def _open(command: str, *, address: tuple[str, int] | None = None, path: str = "
     try:
         return Heartbeat(command, address=address, path=path)
     except OSError as error:
-        # The service itself needs no such file.
+        # The service runs without the file.
         log.warning(
-            "`receiver healthcheck` will not see this process: no heartbeat file", error=error.strerror
+            "no heartbeat file: `receiver healthcheck` cannot find this process", error=error.strerror
         )
         return None

@@ -1,4 +1,4 @@
-"""`receiver prune`: delete events that were settled long ago."""
+"""`receiver prune`: delete old events that need no more work."""
 
 import asyncio
 import re
@@ -12,10 +12,10 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from receiver import retention
-from receiver.cli.database import with_database
-from receiver.cli.terminal import Json, moment, print_json, progress_bar, stderr, stdout
+from receiver.cli.database import opened_storage, with_database
+from receiver.cli.options import DryRun, Json
+from receiver.cli.terminal import count, moment, print_json, print_note, progress_bar, stdout
 from receiver.db.database import Database
-from receiver.media import open_storage
 from receiver.retention import Pruned
 from receiver.settings import Settings
 
@@ -34,21 +34,21 @@ def prune(
         typer.Option(
             parser=_age,
             metavar="AGE",
-            help="Received longer ago than this, such as 90d or 12w; at least 30d.",
+            help="Only events received longer ago than this: 90d or 12w; at least 30d.",
         ),
     ],
     dead_letters: Annotated[
-        bool, typer.Option("--dead-letters", help="Also events with a delivery that was given up.")
+        bool, typer.Option("--dead-letters", help="Delete events with dead letters, too.")
     ] = False,
-    media: Annotated[bool, typer.Option("--media", help="Also the files of these events.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count.")] = False,
+    media: Annotated[bool, typer.Option("--media", help="Delete the files of these events, too.")] = False,
+    dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Delete old events with their receipts, files' records, deliveries and tries, and old jobs' inputs.
+    """Delete old events with their receipts, deliveries and attempts, and the inputs of old jobs.
 
-    Jobs stay with their key, price and result; files stay unless --media. What is not settled is kept: files
-    and deliveries that are pending, dead letters, events that a replay has yet to reach or whose job is open.
-    A run can be ended and repeated at any time.
+    Jobs keep their key, price and result; files are kept without --media. An event is kept as long as a file
+    or a delivery of it is pending, it has dead letters, its job has not ended, or a replay has yet to send
+    it. You can stop this command and run it again at any time.
     """
 
     async def run(settings: Settings, database: Database) -> Pruned:
@@ -56,8 +56,7 @@ def prune(
         async with AsyncExitStack() as stack:
             storage = None
             if media:
-                storage = open_storage(settings.storage_url.get_secret_value())
-                stack.push_async_callback(storage.close)
+                storage = await stack.enter_async_context(opened_storage(settings))
             batches = retention.prune(
                 database, done, dead_letters=dead_letters, dry_run=dry_run, storage=storage
             )
@@ -69,22 +68,22 @@ def prune(
         return
     verb = "to delete" if dry_run else "deleted"
     stdout.print(
-        f"{done.events} events received before {moment(done.before)} {verb}, {done.kept} as old kept"
+        f"{count(done.events, 'event')} received before {moment(done.before)} {verb}, {done.kept} as old kept"
     )
     if done.files or done.jobs:
-        stdout.print(f"{done.files} files and the inputs of {done.jobs} jobs {verb}")
+        stdout.print(f"{count(done.files, 'file')} and the inputs of {count(done.jobs, 'job')} {verb}")
     if done.files_elsewhere:
-        stderr.print(
-            f"{done.files_elsewhere} files are in another storage than RECEIVER_STORAGE_URL, and stay.",
-            soft_wrap=True,
+        print_note(
+            f"{count(done.files_elsewhere, 'file')} not deleted: they are not in the storage of "
+            "RECEIVER_STORAGE_URL."
         )
 
 
 async def _watch(done: Pruned, batches: AsyncIterator[Pruned]) -> Pruned:
-    """Show a run's progress until it ends; Ctrl-C ends it after the batch that is under way."""
+    """Show a run's progress until it ends; Ctrl-C ends it after the current batch."""
     stopped = False
 
-    async def go_through() -> None:
+    async def run() -> None:
         nonlocal done
         async for done in batches:
             progress.update(bar, completed=done.events)
@@ -94,12 +93,12 @@ async def _watch(done: Pruned, batches: AsyncIterator[Pruned]) -> Pruned:
     progress = progress_bar(TextColumn("events"), BarColumn(), MofNCompleteColumn())
     bar = progress.add_task("events", total=None)
     with progress:
-        going = asyncio.create_task(go_through())
+        task = asyncio.create_task(run())
         try:
-            await asyncio.shield(going)
+            await asyncio.shield(task)
         except BaseException:
             stopped = True
-            await asyncio.wait([going])
-            stderr.print(f"{done.events} events until then; the same command again goes on.")
+            await asyncio.wait([task])
+            print_note(f"{count(done.events, 'event')} until then; run the same command again to go on.")
             raise
     return done

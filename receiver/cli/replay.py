@@ -1,31 +1,36 @@
 """`receiver replay` and `receiver replays`: send stored events again."""
 
 import asyncio
-from datetime import UTC, datetime
-from typing import Annotated, Any, Final
+from collections.abc import Mapping
+from datetime import datetime
+from functools import partial
+from operator import itemgetter
+from typing import Annotated, Final
 from uuid import UUID
 
 import typer
 from pydantic import ValidationError
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from receiver.cli.database import with_database
+from receiver.cli.options import Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
-    Json,
+    Columns,
+    count,
     moment,
+    operator,
     print_json,
     print_line,
+    print_note,
+    print_result,
+    print_rows,
     progress_bar,
-    stderr,
     stdout,
     user_name,
-    wide,
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.lane_names import REPLAY_LANE, destination_lane
-from receiver.core.request_checks import first_problem
+from receiver.core.request_checks import MAX_CALLER_LENGTH, first_problem
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
@@ -34,187 +39,172 @@ from receiver.process import make_replays
 from receiver.replays import ReplayRequest, Replays
 from receiver.settings import Settings
 
-LOOK: Final = 0.5
-"""Seconds between looks at a replay's progress."""
+POLL_SECONDS: Final = 0.5
+"""Time between two queries for a replay's progress."""
+MAX_REASON_LENGTH: Final = 60
 
-replays = typer.Typer(help="Look at replays.", no_args_is_help=True)
+replays = typer.Typer(help="Show, watch and cancel replays.", no_args_is_help=True)
+
+_Ids = Annotated[
+    list[str] | None, typer.Argument(metavar="EVENT", help="Ids of events, or Clipia's request_ids.")
+]
+_DeliveryState = Annotated[
+    str | None, typer.Option(help="Only events with a pending, delivered or dead delivery.")
+]
+_To = Annotated[
+    list[str] | None, typer.Option(help="Send to this destination only. Repeatable. Default: to all.")
+]
+_Media = Annotated[
+    bool, typer.Option("--media", help="First download files again that are missing, changed or not media.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="With --media: download intact files again, too.")]
+_Key = Annotated[
+    str | None, typer.Option(help="Idempotency key: a repeat with the same key is the same replay.")
+]
+_Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the replay ends.")]
+_ReplayId = Annotated[UUID, typer.Argument(metavar="REPLAY", help="The replay's id.")]
 
 
 def replay(
-    ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of events, or Clipia's request_ids.")
+    ids: _Ids = None,
+    since: Annotated[datetime | None, since_option("events received")] = None,
+    until: Annotated[datetime | None, until_option("events received")] = None,
+    status: Annotated[str | None, typer.Option(help="Only events with this status: OK or ERROR.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only this model, or a glob such as 'seedance-*'.")
     ] = None,
-    since: Annotated[datetime | None, typer.Option(help="Received at or after this time (UTC).")] = None,
-    until: Annotated[datetime | None, typer.Option(help="Received before this time (UTC).")] = None,
-    status: Annotated[str | None, typer.Option(help="OK or ERROR.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model, or a glob such as 'seedance-*'.")] = None,
-    source: Annotated[str | None, typer.Option(help="A source.")] = None,
-    caller: Annotated[str | None, typer.Option(help="Who submitted the job.")] = None,
-    destination: Annotated[str | None, typer.Option(help="With a delivery to this destination.")] = None,
-    delivery_state: Annotated[
-        str | None, typer.Option(help="With a delivery that is pending, delivered or dead.")
-    ] = None,
+    source: Annotated[str | None, typer.Option(help="Only events of this source.")] = None,
+    caller: Annotated[str | None, typer.Option(help="Only events of this caller's jobs.")] = None,
+    destination: Annotated[str | None, typer.Option(help="Only events with a delivery to it.")] = None,
+    delivery_state: _DeliveryState = None,
     everything: Annotated[bool, typer.Option("--all", help="All events.")] = False,
-    to: Annotated[
-        list[str] | None, typer.Option(help="Send to this destination only. Repeatable. Default: to all.")
-    ] = None,
-    media: Annotated[
-        bool, typer.Option("--media", help="Download again what is missing, changed or no media.")
-    ] = False,
-    force: Annotated[
-        bool, typer.Option("--force", help="With --media: download again what is intact, too.")
-    ] = False,
+    to: _To = None,
+    media: _Media = False,
+    force: _Force = False,
     rate: Annotated[float | None, typer.Option(help="Events per second at most.")] = None,
-    reason: Annotated[str, typer.Option(help="Why, for the record.")] = "",
-    key: Annotated[
-        str | None, typer.Option(help="Idempotency key: the same one again is the same replay.")
-    ] = None,
+    reason: Annotated[str, typer.Option(help="A reason, for the record.")] = "",
+    key: _Key = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, by destination.")] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="Show the progress until it has ended.")
-    ] = True,
+    wait: _Wait = True,
     timeout: Timeout = None,
     json: Json = False,
 ) -> None:
-    """Send stored events again: the same event ids, with new delivery ids and the replay's id.
+    """Send stored events again, with the same event ids, new delivery ids and the replay's id.
 
-    The order is on record before anything is sent, and workers carry it out: ending this command does not end
-    it, and `receiver replays show ID` goes on watching. A destination's filter holds for replays, too.
-    The exit status is 1 for a replay with dead letters, 3 if no worker is running that would carry it out,
-    and 124 after --timeout.
+    The replay is stored first, and workers carry it out: if this command ends, the replay goes on, and
+    `receiver replays show REPLAY --wait` watches it. Each destination's filter applies. The exit status is 1
+    for a replay with dead letters, 3 if no running worker can carry it out, and 124 after --timeout.
     """
-    if timeout is not None and not wait:
-        raise ReceiverError("--timeout is for a command that waits, without --no-wait")
-    patience = Patience(timeout)
-    choice = {
-        "ids": tuple(ids) if ids else None,
-        "since": _utc(since),
-        "until": _utc(until),
-        "status": status,
-        "model": model,
-        "source": source,
-        "caller": caller,
-        "destination": destination,
-        "delivery_state": delivery_state,
-    }
-    selection = {name: value for name, value in choice.items() if value is not None}
+    patience = Patience(timeout, waits=wait)
+    selection = _given(
+        ids=ids, since=since, until=until, status=status, model=model, source=source, caller=caller
+    ) | _given(destination=destination, delivery_state=delivery_state)
     if not selection and not everything:
         raise ReceiverError("say which events: ids, a filter such as --since, or --all")
-    request = _read(
-        {
-            "selection": selection,
-            "all": everything,
-            **({"to": tuple(to)} if to else {}),
-            "media": media,
-            "force": force,
-            "rate": rate,
-            "reason": reason,
-        }
-    )
-
-    async def count(settings: Settings, database: Database) -> ReplayCounts:
-        return await make_replays(settings, database).dry_run(request)
-
-    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
-        orders = make_replays(settings, database)
-        order = await orders.order(request, key=key, caller=f"cli-{user_name()}"[:63])
-        if not json:
-            stderr.print(f"Replay {order['id']}: {order['matched']} events")
-        return await _watch(database, orders, order, patience) if wait else (order, 0)
-
+    options = {"all": everything, "media": media, "force": force, "rate": rate, "reason": reason}
+    request = _read({"selection": selection, **_given(to=to), **options})
     if dry_run:
-        counts = with_database(count)
-        (print_json if json else _print_counts)(counts)
-        return
-    found, ended_with = with_database(run)
-    if json:
-        print_json(found)
-    elif wait:
-        _print(found)
-    if ended_with:
-        raise typer.Exit(ended_with)
+        _dry_run(request, json=json)
+    else:
+        _order(request, key=key, patience=patience if wait else None, json=json)
 
 
-def _read(values: dict[str, Any]) -> ReplayRequest:
+def _given(**values: object) -> dict[str, object]:
+    """Return the options that the command line has."""
+    return {name: value for name, value in values.items() if value not in (None, [])}
+
+
+def _read(values: Mapping[str, object]) -> ReplayRequest:
     try:
         return ReplayRequest.model_validate(values)
     except ValidationError as error:
         path, message = first_problem(error)
         name = next((part for part in reversed(path) if not part.isdigit()), "replay")
-        # Ids have no option of their own.
+        # Ids are an argument, and not an option.
         option = "ids" if name == "ids" else "--" + name.replace("_", "-")
         raise ReceiverError(f"{option}: {message}") from None
 
 
-def _print_counts(found: ReplayCounts) -> None:
-    stdout.print(f"{found['events']} events")
-    for name, count in found["deliveries"].items():
-        stdout.print(f"{name}: {count} deliveries")
-
-
-@replays.command("list")
-def list_(
-    limit: Annotated[int, typer.Option(help="How many at most.", min=1, max=1000)] = 50, json: Json = False
-) -> None:
-    """List replays, newest first: who ordered them, and why."""
-
-    async def run(settings: Settings, database: Database) -> list[ReplayHead]:
-        return await make_replays(settings, database).list_orders(limit=limit)
+def _dry_run(request: ReplayRequest, *, json: bool) -> None:
+    async def run(settings: Settings, database: Database) -> ReplayCounts:
+        return await make_replays(settings, database).dry_run(request)
 
     found = with_database(run)
     if json:
         print_json(found)
         return
-    table = Table(box=None)
-    for name in ("id", "state", "by", "ordered", "events", "deliveries", "reason"):
-        table.add_column(name, no_wrap=True)
-    for row in found:
-        table.add_row(
-            str(row["id"]),
-            row["state"],
-            Text(row["caller"]),
-            moment(row["created_at"]),
-            f"{row['handled']} of {row['matched']}",
-            str(row["ordered"]),
-            Text(row["reason"][:60] or "-"),
-        )
-    wide.print(table if found else "No replays.")
+    stdout.print(count(found["events"], "event"))
+    for name, number in found["deliveries"].items():
+        stdout.print(f"{name}: {count(number, 'delivery', 'deliveries')}")
+
+
+def _order(request: ReplayRequest, *, key: str | None, patience: Patience | None, json: bool) -> None:
+    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
+        orders = make_replays(settings, database)
+        caller = f"cli-{user_name()}"[:MAX_CALLER_LENGTH]
+        order = await orders.order(request, key=key, caller=caller)
+        if not json:
+            print_note(f"Replay {order['id']}: {count(order['matched'], 'event')}")
+        return await _watch(database, orders, order, patience) if patience else (order, 0)
+
+    found, status = with_database(run)
+    if json:
+        print_json(found)
+    elif patience:
+        _print(found)
+    if status:
+        raise typer.Exit(status)
+
+
+@replays.command("list")
+def list_(limit: Limit = 50, json: Json = False) -> None:
+    """List replays, newest first, each with its caller and its reason."""
+
+    async def run(settings: Settings, database: Database) -> list[ReplayHead]:
+        return await make_replays(settings, database).list_orders(limit=limit)
+
+    found = with_database(run)
+    columns: Columns[ReplayHead] = {
+        "id": itemgetter("id"),
+        "state": itemgetter("state"),
+        "caller": itemgetter("caller"),
+        "made": itemgetter("created_at"),
+        "events": lambda row: f"{row['handled']} of {row['matched']}",
+        "deliveries": itemgetter("ordered"),
+        "reason": lambda row: row["reason"][:MAX_REASON_LENGTH],
+    }
+    print_rows(found, columns, none="No replays.", json=json)
 
 
 @replays.command()
 def show(
-    replay_id: Annotated[UUID, typer.Argument(metavar="ID")],
-    wait: Annotated[bool, typer.Option("--wait", help="Show the progress until it has ended.")] = False,
+    replay_id: _ReplayId,
+    wait: Annotated[bool, typer.Option("--wait", help="Show the progress until the replay ends.")] = False,
     timeout: Timeout = None,
     json: Json = False,
 ) -> None:
-    """Show a replay and what became of its deliveries; with --wait the exit status is that of `replay`."""
-    if timeout is not None and not wait:
-        raise ReceiverError("--timeout needs --wait")
-    patience = Patience(timeout)
+    """Show a replay and the states of its deliveries; with --wait the exit status is that of `replay`."""
+    patience = Patience(timeout, waits=wait)
 
     async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
         orders = make_replays(settings, database)
         order = await _find(orders, replay_id)
         return await _watch(database, orders, order, patience) if wait else (order, 0)
 
-    found, ended_with = with_database(run)
-    if json:
-        print_json(found)
-    else:
-        _print(found)
-    if ended_with:
-        raise typer.Exit(ended_with)
+    found, status = with_database(run)
+    print_result(found, partial(_print, found), json=json)
+    if status:
+        raise typer.Exit(status)
 
 
 @replays.command()
-def cancel(replay_id: Annotated[UUID, typer.Argument(metavar="ID")]) -> None:
-    """Stop a replay: what was not sent yet will not be."""
+def cancel(replay_id: _ReplayId) -> None:
+    """Cancel a replay and its pending deliveries; messages that were sent cannot be called back."""
 
     async def run(settings: Settings, database: Database) -> ReplayDetails:
         orders = make_replays(settings, database)
         await _find(orders, replay_id)
-        if not await orders.cancel(replay_id, by=f"{user_name()} on the command line"):
+        if not await orders.cancel(replay_id, by=operator()):
             raise ReceiverError("the replay has ended")
         return await _find(orders, replay_id)
 
@@ -231,7 +221,8 @@ async def _find(orders: Replays, replay_id: UUID) -> ReplayDetails:
 async def _watch(
     database: Database, orders: Replays, order: ReplayDetails, patience: Patience
 ) -> tuple[ReplayDetails, int]:
-    """Return the replay, and the exit status, when it has ended or there is no use in waiting."""
+    """Return the replay and the exit status when it has ended or waiting for it has no use."""
+    again = f"`receiver replays show {order['id']} --wait` watches it again."
     progress = progress_bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -239,43 +230,53 @@ async def _watch(
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    sent_first = sent = _ended(order)
-    missing: str | None = None
     with progress:
         task = progress.add_task("delivered", total=None, rate="")
         try:
-            while order["state"] == "pending" or _count(order, "pending"):
-                patience.check(missing)
-                await asyncio.sleep(min(LOOK, patience.left))
-                order = await _find(orders, order["id"])
-                progressed, sent = _ended(order) != sent, _ended(order)
-                missing = None if progressed else await _find_missing(database, order)
-                # How many deliveries there will be is reckoned from the events that were looked at so far.
-                total: int | None = order["ordered"]
-                if order["state"] == "pending":
-                    total = (
-                        round(order["ordered"] * order["matched"] / order["handled"])
-                        if order["handled"]
-                        else None
-                    )
-                rate = (sent - sent_first) / (loop.time() - began)
-                progress.update(task, completed=sent, total=total, rate=f"{rate:.0f}/s")
+            order = await _wait(database, orders, order, patience, progress, task)
         except GaveUp as over:
-            stderr.print(Text(f"The replay has not ended, and this command stops waiting: {over}."))
-            stderr.print(f"`receiver replays show {order['id']} --wait` watches it again.")
-            return order, over.status
+            print_note(f"The replay has not ended, and this command stops waiting: {over}.")
+            print_note(again)
+            return await _find(orders, order["id"]), over.status
         except BaseException:
-            stderr.print(
-                f"The replay goes on; `receiver replays show {order['id']} --wait` watches it again."
-            )
+            print_note(f"The replay goes on; {again}")
             raise
     return order, 1 if order["state"] == "failed" or _count(order, "dead") else 0
 
 
+async def _wait(
+    database: Database,
+    orders: Replays,
+    order: ReplayDetails,
+    patience: Patience,
+    progress: Progress,
+    task: TaskID,
+) -> ReplayDetails:
+    """Return the replay when it has ended, and show its progress until then. Raises GaveUp."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    sent_before = sent = _ended(order)
+    missing: str | None = None
+    while order["state"] == "pending" or _count(order, "pending"):
+        patience.check(missing)
+        await asyncio.sleep(min(POLL_SECONDS, patience.left))
+        order = await _find(orders, order["id"])
+        progressed, sent = _ended(order) != sent, _ended(order)
+        missing = None if progressed else await _find_missing(database, order)
+        rate = (sent - sent_before) / (loop.time() - began)
+        progress.update(task, completed=sent, total=_expected(order), rate=f"{rate:.0f}/s")
+    return order
+
+
+def _expected(order: ReplayDetails) -> int | None:
+    """Return the number of its deliveries, estimated from the events that are handled; None before that."""
+    if order["state"] != "pending":
+        return order["ordered"]
+    return round(order["ordered"] * order["matched"] / order["handled"]) if order["handled"] else None
+
+
 async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
-    """Return in words what is missing so that the replay goes on; None if nothing is."""
+    """Return what has to be started or changed so that the replay goes on; None if it goes on."""
     async with database.read() as connection:
         seen = await workers.find_runs(connection)
     if order["state"] == "pending":
@@ -283,7 +284,7 @@ async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
         return find_missing(seen, [REPLAY_LANE, *map(destination_lane, order["destinations"])])
     waiting = sorted(name for name, states in order["deliveries"].items() if states.get("pending"))
     missing = [find_missing(seen, [destination_lane(name)]) for name in waiting]
-    # As long as one of them works there is progress to watch.
+    # As long as a worker serves one of them, the replay makes progress.
     return missing[0] if all(missing) else None
 
 
@@ -303,10 +304,7 @@ def _print(order: ReplayDetails) -> None:
     if order["error"]:
         print_line(f"  {order['error']}")
     if order["media"]:
-        print_line(f"  {order['downloads']} files downloaded again")
+        print_line(f"  {count(order['downloads'], 'file')} downloaded again")
     for name, counts in sorted(order["deliveries"].items()):
-        print_line(f"  {name}: " + ", ".join(f"{count} {state}" for state, count in sorted(counts.items())))
-
-
-def _utc(time: datetime | None) -> datetime | None:
-    return time.replace(tzinfo=UTC) if time else None
+        states = ", ".join(f"{number} {state}" for state, number in sorted(counts.items()))
+        print_line(f"  {name}: {states}")

@@ -9,6 +9,7 @@ import uvicorn
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
+from receiver.cli.options import MAX_PORT
 from receiver.cli.terminal import stdout
 from receiver.logs import configure_logging
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, switches
@@ -18,16 +19,16 @@ from receiver.settings import Settings
 def sandbox(context: typer.Context, host: str, port: int, like_clipia: bool, **values: Any) -> None:
     """Run a local Clipia: the documented API, signed webhooks and a small CDN, on one origin.
 
-    Takes any well-formed clipia_test_… or clipia_live_… key and charges nothing. Webhooks are signed with the
-    first of CLIPIA_WEBHOOK_SECRET, or with a secret that is made and printed. The switches below make it
-    misbehave; PATCH /_sandbox/options changes them while it runs.
+    It accepts any key such as clipia_test_… or clipia_live_…, and charges nothing. It signs webhooks with the
+    first secret of CLIPIA_WEBHOOK_SECRET, or makes one and prints it. The options below make it misbehave;
+    PATCH /_sandbox/options changes them while it runs.
     """
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     if not like_clipia:
         values |= {name: value for name, value in WITHOUT_LIMITS.items() if not _is_given(context, name)}
     for listener in bind(host, port):
-        listener.close()  # the server binds it anew; its own failure would be a library's text
+        listener.close()  # uvicorn binds again; its own error would be a traceback
     given = next((source.secrets for source in settings.all_sources if source.secrets), ())
     app = create_app(SandboxOptions(**values), secret=given[0] if given else None)
     base_url = f"http://{host}:{port}"
@@ -42,7 +43,7 @@ def sandbox(context: typer.Context, host: str, port: int, like_clipia: bool, **v
         app,
         host=host,
         port=port,
-        # A client that offers h2c, as Java's does, gets to Clipia, and so it must get to the sandbox.
+        # Java's client offers h2c. uvicorn's own protocol would skip the bodies of its requests.
         http=DeadlineHttpToolsProtocol,
         ws="none",
         log_config=None,
@@ -52,15 +53,13 @@ def sandbox(context: typer.Context, host: str, port: int, like_clipia: bool, **v
 
 
 def _parameters() -> list[inspect.Parameter]:
-    """Make an option of every switch, so that the command line has the same ones as the sandbox."""
+    """Make an option of every switch of the sandbox."""
     own: dict[str, tuple[Any, Any]] = {
         "context": (typer.Context, inspect.Parameter.empty),
         "host": (Annotated[str, typer.Option(help="Address to listen on.")], "127.0.0.1"),
-        "port": (Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)], 9000),
+        "port": (Annotated[int, typer.Option(help="Port to listen on.", min=1, max=MAX_PORT)], 9000),
         "like_clipia": (
-            Annotated[
-                bool, typer.Option(help="Keep Clipia's limits; without, they are lifted unless given.")
-            ],
+            Annotated[bool, typer.Option(help="Keep Clipia's limits, or lift all but those given here.")],
             True,
         ),
     }
@@ -84,7 +83,7 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-# typer reads the signature; this is the one that callers see. inspect looks for the attribute, which the type
-# of functions does not declare.
+# typer reads the options from the signature. inspect finds it in this attribute, which the type of functions
+# does not declare.
 sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined] # of functions
 sandbox.__annotations__ = {each.name: each.annotation for each in _parameters()}

@@ -1,15 +1,13 @@
-"""`receiver send`: post a payload as Clipia would."""
+"""`receiver send`: post a payload to a receiver, signed like one of Clipia's."""
 
-import sys
 import time
 import uuid
-from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 
-from receiver.cli.terminal import stdout
+from receiver.cli.terminal import read_file, stdout
 from receiver.core.signature import sign
 from receiver.error_texts import cause
 from receiver.errors import ReceiverError, SettingsError
@@ -18,24 +16,21 @@ from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE, Settings
 
 
 def send(
-    file: Annotated[str, typer.Argument(help="The payload: a file, or - for standard input. Sent as it is.")],
+    file: Annotated[str, typer.Argument(help="A file with the payload; - for standard input.")],
     url: Annotated[
         str, typer.Option(help="The receiver's callback.")
     ] = f"http://127.0.0.1:8000{CALLBACK_PATH}",
     source: Annotated[str, typer.Option(help="Sign with the secret of this source.")] = DEFAULT_SOURCE,
-    age: Annotated[int, typer.Option(help="Sign as if so many seconds ago (negative: in the future).")] = 0,
+    age: Annotated[int, typer.Option(help="Date the signature so many seconds back.")] = 0,
 ) -> None:
-    """Sign a payload file with the source's first secret and post it to a receiver, as Clipia would.
+    """Sign a payload with the source's first secret and post it to a receiver, like Clipia does.
 
-    Prints the answer; the exit status is 0 only for a 2xx.
+    Prints the answer; the exit status is 0 for a 2xx.
     """
     secrets = {each.name: each.secrets[0] for each in Settings.load().require_sources()}
     if source not in secrets:
-        raise SettingsError(f"there is no source {source!r}; known: {', '.join(secrets)}")
-    try:
-        body = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    except OSError as error:
-        raise ReceiverError(f"{file} cannot be read: {error.strerror}") from None
+        raise SettingsError(f"there is no source {source!r}; configured: {', '.join(secrets)}")
+    body = read_file(file)
     timestamp = int(time.time()) - age
     headers = {
         "Content-Type": "application/json",

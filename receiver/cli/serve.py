@@ -9,10 +9,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from enum import StrEnum
 from functools import partial
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Final, cast
 
 import structlog
 import typer
@@ -25,44 +24,40 @@ from receiver.api.protocol_check import check_protocol
 from receiver.app import Only, create_app
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
+from receiver.cli.options import MAX_PORT
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare
 from receiver.settings import Settings
 
-GRACE = 10
-"""Seconds that open requests have to end after the drain period, before the worker drains."""
-BACKLOG = 2048
+GRACE_SECONDS: Final = 10
+"""Time that open requests have to end after the drain period, before the worker drains."""
+MAX_BACKLOG: Final = 2048
 """Connections that may wait to be accepted."""
 
 log = structlog.get_logger()
 
 
-class Half(StrEnum):
-    """Which listener this is."""
-
-    webhook = "webhook"
-    internal = "internal"
-
-
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=0, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=MAX_PORT)] = 8000,
     worker: Annotated[
         bool,
-        typer.Option("--worker/--no-worker", help="Embed a worker, or leave the work to `receiver worker`."),
+        typer.Option(
+            "--worker/--no-worker", help="Run a worker, too, or leave its work to `receiver worker`."
+        ),
     ] = True,
     only: Annotated[
-        Half | None,
-        typer.Option(help="Serve one half: the public callback, or everything else. Default: both."),
+        Only | None,
+        typer.Option(help="Serve only the public callback, or only the internal API. Default: both."),
     ] = None,
-    workers: Annotated[int, typer.Option(help="Web processes (more than one needs PostgreSQL).", min=1)] = 1,
+    workers: Annotated[int, typer.Option(help="Web processes; more than one needs PostgreSQL.", min=1)] = 1,
 ) -> None:
-    """Receive webhooks, and (unless --no-worker) save their media and forward them.
+    """Receive webhooks and serve the internal API; with a worker, save the media and forward the events.
 
-    Settings come from the environment and receiver.toml; CLIPIA_WEBHOOK_SECRET is the one that must be set.
-    On SIGTERM requests are still served for RECEIVER_DRAIN seconds, while /readyz says 503; Ctrl-C ends at
+    Settings come from the environment and from receiver.toml; CLIPIA_WEBHOOK_SECRET is required. On SIGTERM
+    the server answers requests for RECEIVER_DRAIN more seconds, and /readyz with 503. Ctrl-C stops it at
     once. The exit status is 0 after either.
     """
     settings = Settings.load()
@@ -72,30 +67,29 @@ def serve(
         Parts.make(settings)
     if workers > 1 and settings.database_url.get_secret_value().startswith("sqlite"):
         raise SettingsError(
-            "--workers needs PostgreSQL: several processes that write to one SQLite file wait on each other"
+            "--workers needs PostgreSQL: several processes that write to one SQLite file wait for each other"
         )
     check_protocol()
-    # Before the database is asked: what is wrong with the address is told at once.
+    # Before the database is checked, so that a wrong address is reported at once.
     listeners = bind(host, port)
     asyncio.run(prepare(settings))
-    half: Only | None = only.value if only else None
-    run = partial(_run_server, settings, only=half, worker=worker, multiprocess=workers > 1)
+    run = partial(_run_server, settings, only=only, worker=worker, multiprocess=workers > 1)
     if workers == 1:
-        run(listeners, on_start=partial(_say_listening, listeners))
+        run(listeners, on_start=partial(_log_listening, listeners))
         return
     with _metrics_folder() as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         for listener in listeners:
-            # Clients wait, rather than be refused, until the processes have started.
-            listener.listen(BACKLOG)
-        _say_listening(listeners)
+            # From here on clients wait for the processes to start; before it they are refused.
+            listener.listen(MAX_BACKLOG)
+        _log_listening(listeners)
         status = Supervisor(run, listeners, count=workers).run()
     if status:
         sys.exit(status)
 
 
 def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder in which the processes add up their metrics."""
+    """Make the folder that has the metrics of all processes."""
     try:
         return tempfile.TemporaryDirectory(prefix="receiver-metrics-")
     except OSError:
@@ -119,10 +113,11 @@ def _run_server(
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal. SIGTERM starts the drain period; SIGINT ends it, or serves no more at once.
+    """Serves until a signal. SIGTERM starts the drain period; SIGINT ends it, or stops the server at once.
 
-    In the drain period `/readyz` says 503, so that load balancers look elsewhere, and each answer closes its
-    connection. SIGTERM again changes nothing: systemd sends it to each process, and the parent passes it on.
+    In the drain period `/readyz` answers 503, so that load balancers use other servers, and each answer
+    closes its connection. A second SIGTERM is ignored: systemd sends one to each process, and the parent
+    passes on its own.
     """
 
     def __init__(
@@ -136,7 +131,7 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Take signals as the order to stop. uvicorn would raise them again, and so end with their status."""
+        """Handle signals. uvicorn would raise them again, and the exit status would not be 0."""
         before = {
             number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)
         }
@@ -147,7 +142,7 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note what to do at the next tick."""
+        """Record the signal for the next tick."""
         if sig == signal.SIGINT:
             self.force_exit = self.should_exit
             self.should_exit = True
@@ -155,12 +150,12 @@ class Server(uvicorn.Server):
             self._drain_ends = time.monotonic() + self._drain
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to listen."""
+        """Start the server, then report that it listens."""
         await super().startup(sockets)
         self._on_start()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to stop serving now."""
+        """Return whether to stop now."""
         if await super().on_tick(counter):
             return True
         if self._drain_ends is None:
@@ -173,7 +168,7 @@ class Server(uvicorn.Server):
     def _start_drain(self) -> None:
         log.info("draining", seconds=self._drain)
         cast("Starlette", self.config.loaded_app).state.draining = True
-        # uvicorn adds these headers to each answer, and heeds this one.
+        # uvicorn adds these headers to each answer, and closes the connection because of this one.
         close = [(b"connection", b"close")]
         self.config.encoded_headers = [*self.config.encoded_headers, *close]
         self.server_state.default_headers = [*self.server_state.default_headers, *close]
@@ -181,7 +176,7 @@ class Server(uvicorn.Server):
             cast("DeadlineHttpToolsProtocol", connection).close_after_answer()
 
 
-def _say_listening(listeners: Sequence[socket.socket]) -> None:
+def _log_listening(listeners: Sequence[socket.socket]) -> None:
     for listener in listeners:
         host, port = listener.getsockname()[:2]
         announce("serve", (host, port))
@@ -189,9 +184,9 @@ def _say_listening(listeners: Sequence[socket.socket]) -> None:
 
 
 def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starlette:
-    """Make the application inside the process that serves it."""
+    """Make the application in the process that serves it."""
     if multiprocess:
-        # A process that was spawned inherits neither the secrets to mask nor logging.
+        # A spawned process inherits neither the secrets to mask nor the logging configuration.
         settings.register_secrets()
         configure_logging(level=settings.log_level)
     set_up_allocator()
@@ -202,11 +197,11 @@ def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starl
 
 
 def server_config(app: Any, *, keep_alive: int) -> uvicorn.Config:
-    """Return the server's configuration: the one that ships is the one that is tested."""
+    """Return the configuration of uvicorn; tests use it, too."""
     return uvicorn.Config(
         app,
         factory=True,
-        backlog=BACKLOG,
+        backlog=MAX_BACKLOG,
         loop="uvloop",
         http=DeadlineHttpToolsProtocol,
         ws="none",
@@ -214,8 +209,8 @@ def server_config(app: Any, *, keep_alive: int) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
-        # Nobody's claim about the client's address is believed; none is needed either.
+        # The client's address is not used, so a forged X-Forwarded-For has no effect.
         proxy_headers=False,
         timeout_keep_alive=keep_alive,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=GRACE_SECONDS,
     )

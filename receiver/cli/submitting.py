@@ -1,13 +1,12 @@
-"""What the commands that speak to Clipia share."""
+"""Shared parts of the commands that use Clipia's API."""
 
 import asyncio
-import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 
+from receiver.cli.terminal import read_file
 from receiver.core.lenient_json import clean_body
 from receiver.errors import ReceiverError, UnrecognizedBody
 from receiver.logs import configure_logging
@@ -26,8 +25,8 @@ Strict = Annotated[
     bool | None,
     typer.Option(
         "--strict/--no-strict",
-        help="Refuse parameters that the model's schema does not have, or pass them with a warning. "
-        "Default: as RECEIVER_INPUT_CHECK says, which passes them unless told.",
+        help="Reject parameters that the model's input schema does not have, or send them with a warning. "
+        "Default: RECEIVER_INPUT_CHECK, or else send them.",
         show_default=False,
     ),
 ]
@@ -35,7 +34,7 @@ Strict = Annotated[
 
 def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
     """Run `use` with a submitter on the service's database and settings."""
-    # The command itself says what goes wrong; the log would say it twice.
+    # The command reports errors itself; a log line would repeat them.
     configure_logging(level="CRITICAL")
 
     async def run() -> T:
@@ -46,22 +45,18 @@ def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
 
 
 def read_input(text: str) -> dict[str, Any]:
-    """Read the value of `--input`. Raises ReceiverError, which says what to write."""
-    # An argument that is no UTF-8 has surrogates for its bytes.
+    """Return the object that `--input` names or spells. Raises ReceiverError."""
+    # Bytes of an argument that are not UTF-8 arrive as surrogates.
     content = text.encode(errors="surrogateescape")
     if text.startswith("@"):
-        name = text[1:]
-        try:
-            content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
-        except OSError as error:
-            raise ReceiverError(f"--input: {name} cannot be read: {error.strerror}") from None
+        content = read_file(text[1:])
     try:
         value, altered = clean_body(content)
     except UnrecognizedBody:
         raise ReceiverError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
     if altered:
         raise ReceiverError(
-            f"--input: cannot be sent as it is written, at {', '.join(altered[:5])}: "
+            f"--input: Clipia cannot be sent the values at {', '.join(altered[:5])}: "
             "write integers of 64 bits, whole characters, and each name once"
         )
     if not isinstance(value, dict):
@@ -70,7 +65,7 @@ def read_input(text: str) -> dict[str, Any]:
 
 
 def read_pair(text: str) -> tuple[str, str]:
-    """Read a value of `--metadata`. Raises ReceiverError."""
+    """Return the name and the value of `--metadata`. Raises ReceiverError."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ReceiverError(f"--metadata {text!r}: write NAME=VALUE")

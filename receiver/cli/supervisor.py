@@ -1,7 +1,7 @@
-"""Several web processes on one port: started, replaced if they die, and ended together.
+"""Runs several web processes on one port: starts them, replaces one that dies, and stops them together.
 
-uvicorn's own supervisor kills a process that takes more than five seconds to import, again and again, and its
-processes go on without it.
+uvicorn has a supervisor, too. It kills a process that takes more than five seconds to import, again and
+again, and its processes go on if it is killed.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ import structlog
 from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 
-LOOK: Final = 0.2
-"""Seconds between looks for signals and for processes that died."""
-RESTART_PAUSE: Final = 1.0
-"""Seconds before a process that died is replaced: one that dies at once must not take all of the CPU."""
-ORPHAN_WAIT: Final = 5.0
-"""Seconds that a process has to end by itself once its parent is gone."""
+POLL_SECONDS: Final = 0.2
+"""Time between two checks for signals and for processes that died."""
+RESTART_PAUSE_SECONDS: Final = 1.0
+"""Time until a process that died is replaced: one that dies at its start must not use the whole CPU."""
+ORPHAN_SECONDS: Final = 5.0
+"""Time that a process has to stop after its parent has died."""
 
 Target = Callable[[Sequence[socket.socket]], None]
 
@@ -33,26 +33,26 @@ log = structlog.get_logger()
 
 
 class Supervisor:
-    """Runs `count` processes that each call `target` with the listening sockets."""
+    """Runs `count` processes, each of which calls `target` with the listening sockets."""
 
     def __init__(self, target: Target, listeners: Sequence[socket.socket], *, count: int) -> None:
-        """`target` must be picklable: the processes are spawned."""
+        """`target` has to be picklable, because the processes are spawned."""
         self._target = target
         self._listeners = list(listeners)
         self._count = count
         self._signals: list[int] = []
         self._processes: list[SpawnProcess] = []
         self._due: list[float] = []
-        """When each process that died is to be replaced."""
+        """When to replace each process that died."""
         self._stopping = False
 
     def run(self) -> int:
-        """Run until a signal; return the exit status. SIGTERM drains, SIGINT ends at once."""
+        """Run until a signal and return the exit status. SIGTERM drains, SIGINT stops at once."""
         before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             return self._run()
         except BaseException:
-            # multiprocessing waits for the processes at exit, and a signal that is noted does not end that.
+            # At exit multiprocessing waits for the processes, and `_note` would ignore a signal then.
             self._stop(signal.SIGTERM)
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -60,34 +60,40 @@ class Supervisor:
 
     def _run(self) -> int:
         first = [self._start() for _ in range(self._count)]
-        status = 0
+        failed = False
         while self._processes or not self._stopping:
-            wait([process.sentinel for process in self._processes], LOOK)
+            wait([process.sentinel for process in self._processes], POLL_SECONDS)
             self._pass_signals_on()
             for process in [process for process in self._processes if not process.is_alive()]:
                 self._processes.remove(process)
                 _end_metrics(process)
-                if self._stopping:
-                    continue
-                log.error("web process died", pid=process.pid, status=process.exitcode)
-                if process in first and process.exitcode == STARTUP_FAILURE:
-                    # Another one would not start either; the log says why.
-                    status = STARTUP_FAILURE
-                    self._stop(signal.SIGTERM)
-                else:
-                    self._due.append(time.monotonic() + RESTART_PAUSE)
-            while self._due and not self._stopping and self._due[0] <= time.monotonic():
-                del self._due[0]
-                self._replace()
-        return status
+                if not self._stopping:
+                    failed = self._handle_death(process, is_first=process in first)
+            self._replace_due()
+        return STARTUP_FAILURE if failed else 0
+
+    def _handle_death(self, process: SpawnProcess, *, is_first: bool) -> bool:
+        """Schedule a replacement; if the application cannot start, stop and return True."""
+        log.error("web process died", pid=process.pid, status=process.exitcode)
+        if is_first and process.exitcode == STARTUP_FAILURE:
+            # A replacement would fail, too; the process has logged the reason.
+            self._stop(signal.SIGTERM)
+            return True
+        self._due.append(time.monotonic() + RESTART_PAUSE_SECONDS)
+        return False
+
+    def _replace_due(self) -> None:
+        while self._due and not self._stopping and self._due[0] <= time.monotonic():
+            del self._due[0]
+            self._replace()
 
     def _replace(self) -> None:
         try:
             self._start()
         except OSError as error:
-            # No memory, or no process more is allowed: that may pass, and the others still serve.
+            # Out of memory, or the limit of processes is reached: it may pass, and the others still serve.
             log.error("web process not replaced", error=type(error).__name__)
-            self._due.append(time.monotonic() + RESTART_PAUSE)
+            self._due.append(time.monotonic() + RESTART_PAUSE_SECONDS)
 
     def _note(self, number: int, _frame: object) -> None:
         self._signals.append(number)
@@ -97,12 +103,12 @@ class Supervisor:
             number = self._signals.pop(0)
             self._stop(number)
             if number == signal.SIGINT:
-                # A process that still imports ignores the other one, as it was told to below.
+                # A process that is still importing ignores SIGINT: `_start` spawned it that way.
                 self._stop(signal.SIGTERM)
 
     def _stop(self, number: int) -> None:
         self._stopping = True
-        # Else clients would wait here that no process serves any more.
+        # An open listener would accept clients that no process serves any more.
         for listener in self._listeners:
             listener.close()
         for process in self._processes:
@@ -113,7 +119,7 @@ class Supervisor:
         process = multiprocessing.get_context("spawn").Process(
             target=_run_child, args=(self._target, self._listeners)
         )
-        # The terminal sends Ctrl-C to all processes; this one passes it on when the others can take it.
+        # Ctrl-C in a terminal goes to all processes. A new one ignores it; this process passes it on later.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             process.start()
@@ -124,7 +130,7 @@ class Supervisor:
 
 
 def _end_metrics(process: SpawnProcess) -> None:
-    """Drop the gauges of a process that has ended: an open circuit of its own would be shown for ever."""
+    """Drop the gauges of a process that has ended: its open circuit breakers would be shown for ever."""
     if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
         with contextlib.suppress(OSError):
             mark_process_dead(process.pid)
@@ -141,8 +147,8 @@ def _end_with_parent() -> None:
     if parent is None:
         return
     parent.join()
-    log.error("the parent process is gone")
+    log.error("the parent process died: this web process stops")
     os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(ORPHAN_WAIT)
-    # A restart needs the port, and everything that is unfinished survives a crash.
+    time.sleep(ORPHAN_SECONDS)
+    # A restart of the service needs the port, and unfinished work survives a crash.
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What commands that wait share: a time limit, and that they end if no worker does what they wait for."""
+"""Shared parts of the commands that wait: `--timeout`, and giving up if no worker does the work."""
 
 import math
 import time
@@ -9,22 +9,25 @@ import typer
 
 from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.db.workers import SeenWorker
+from receiver.errors import ReceiverError
 
-NOBODY_WORKS: Final = 3
-"""Exit status of a command that has stopped waiting because no worker does what it waits for."""
-TIMED_OUT: Final = 124
-"""Exit status of a command whose time is over, as that of `timeout`."""
-GRACE: Final = 10.0
-"""Seconds for which workers may be missing: they may be starting right now."""
+NO_WORKER_STATUS: Final = 3
+"""The exit status if no running worker does the work that the command waits for."""
+TIMEOUT_STATUS: Final = 124
+"""The exit status after --timeout; the same as that of `timeout`."""
+GRACE_SECONDS: Final = 10.0
+"""How long a worker may be missing: it may be starting."""
 
 Timeout = Annotated[
     float | None,
-    typer.Option(metavar="SECONDS", min=0.0, help=f"Stop waiting after this time; exit status {TIMED_OUT}."),
+    typer.Option(
+        metavar="SECONDS", min=0.0, help=f"Stop waiting after this time, with exit status {TIMEOUT_STATUS}."
+    ),
 ]
 
 
 class GaveUp(Exception):
-    """A wait ended without what was waited for; `status` is the exit status."""
+    """The command stops waiting; `status` is its exit status."""
 
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
@@ -32,63 +35,74 @@ class GaveUp(Exception):
 
 
 class Patience:
-    """Tells a command that waits when to stop."""
+    """Decides when a command stops waiting."""
 
-    def __init__(self, timeout: float | None) -> None:
-        """`timeout` counts from now, in seconds; None is no limit."""
+    def __init__(self, timeout: float | None, *, waits: bool) -> None:
+        """`timeout` is in seconds from now; None is no limit. Raises ReceiverError for one without a wait."""
+        if timeout is not None and not waits:
+            raise ReceiverError("--timeout needs --wait")
         self._timeout = math.inf if timeout is None else timeout
         self._began = time.monotonic()
         self._missing_since: float | None = None
 
     @property
     def left(self) -> float:
-        """Seconds until the time is over."""
+        """Seconds until the timeout."""
         return max(0.0, self._began + self._timeout - time.monotonic())
 
     def check(self, missing: str | None) -> None:
-        """Raise GaveUp if the time is over, or if something has been missing for a while."""
+        """Raise GaveUp after the timeout, or if something has been missing for GRACE_SECONDS."""
         now = time.monotonic()
         if missing is None:
             self._missing_since = None
         elif self._missing_since is None:
             self._missing_since = now
-        elif now - self._missing_since > GRACE:
-            raise GaveUp(missing, NOBODY_WORKS)
+        elif now - self._missing_since > GRACE_SECONDS:
+            raise GaveUp(missing, NO_WORKER_STATUS)
         if not self.left:
-            raise GaveUp(f"the {self._timeout:g} seconds of --timeout are over", TIMED_OUT)
+            raise GaveUp(f"the {self._timeout:g} seconds of --timeout are over", TIMEOUT_STATUS)
 
 
 def find_missing(
     seen: Sequence[SeenWorker], lanes: Iterable[str], *, account: str | None = None
 ) -> str | None:
-    """Return in words what is missing so that all of these lanes run; None if they do.
+    """Return which worker is missing for these lanes, and how to start it; None if all of them run.
 
-    Jobs of a live `account` are submitted and polled by workers with a live key only, and those of a test
-    account by workers with a test key.
+    Workers with a live key serve jobs of live keys alone, and workers with a test key those of test keys:
+    `account` names the key that is needed.
     """
     running = [worker for worker in seen if worker.is_running]
     if not running:
         return "no worker is running on this database: start `receiver serve` or `receiver worker`"
-    kind = (account or "").partition("-")[0]
-    for lane in lanes:
-        able = [worker for worker in running if lane in worker.lanes]
-        if lane in (SUBMIT_LANE, POLL_LANE):
-            if not able:
-                return (
-                    f"{name_of(running[0])} is running without CLIPIA_KEY, and so it neither submits jobs "
-                    "nor asks Clipia for results: restart it with CLIPIA_KEY"
-                )
-            if not any((worker.account or "").startswith(kind) for worker in able):
-                return (
-                    f"{name_of(able[0])} is running with a CLIPIA_KEY that is no {kind} key: restart it "
-                    "with the key of this command"
-                )
-        elif not able:
-            what = f"the destination {lane.removeprefix(destination_lane(''))!r}"
-            return f"no running worker has {what}: restart the workers with the settings of this command"
-    return None
+    missing = (_missing_for(lane, running, account or "") for lane in lanes)
+    return next(filter(None, missing), None)
 
 
-def name_of(worker: SeenWorker) -> str:
-    """Return words for a process that works."""
+def _missing_for(lane: str, running: Sequence[SeenWorker], account: str) -> str | None:
+    able = [worker for worker in running if lane in worker.lanes]
+    if lane in (SUBMIT_LANE, POLL_LANE):
+        return _missing_key(able, running, account)
+    if able:
+        return None
+    name = lane.removeprefix(destination_lane(""))
+    return f"no running worker has the destination {name!r}: restart the workers with this command's settings"
+
+
+def _missing_key(able: Sequence[SeenWorker], running: Sequence[SeenWorker], account: str) -> str | None:
+    if not able:
+        return (
+            f"{process_name(running[0])} is running without CLIPIA_KEY, so it neither submits jobs nor polls "
+            "their results: restart it with CLIPIA_KEY"
+        )
+    kind = account.partition("-")[0]
+    if any((worker.account or "").startswith(kind) for worker in able):
+        return None
+    return (
+        f"{process_name(able[0])} is running with a CLIPIA_KEY that is not a {kind} key: restart it with the "
+        "key of this command"
+    )
+
+
+def process_name(worker: SeenWorker) -> str:
+    """Return a name for the process of a worker."""
     return f"process {worker.pid} on {worker.host}"

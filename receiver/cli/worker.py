@@ -1,12 +1,12 @@
-"""`receiver worker`: the work without the web."""
+"""`receiver worker`: a worker without a web process."""
 
 import asyncio
 import signal
 
 import uvloop
 
+from receiver.cli.database import opened_database
 from receiver.cli.heartbeat import beating
-from receiver.db.database import Database
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare, running_worker
@@ -15,9 +15,9 @@ from receiver.submitter import Submitter
 
 
 def worker() -> None:
-    """Save media and forward events; any number of these may share one PostgreSQL database.
+    """Save media, forward events and submit jobs; any number of workers may share a PostgreSQL database.
 
-    SIGTERM drains: nothing new is claimed, work under way is finished or given back.
+    On SIGTERM the worker claims no new work, and finishes or releases the work that it has.
     """
     settings = Settings.load()
     configure_logging(level=settings.log_level)
@@ -35,8 +35,7 @@ async def _run(settings: Settings) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    database = Database(settings.database_url.get_secret_value())
-    try:
+    async with opened_database(settings) as database:
         wakeups = Wakeups()
         submitter = Submitter.configured(settings, database, wake=wakeups.wake)
         try:
@@ -45,5 +44,3 @@ async def _run(settings: Settings) -> None:
                 await stop.wait()
         finally:
             await submitter.close()
-    finally:
-        await database.close()

@@ -148,7 +148,7 @@ def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
             time.sleep(0.05)
     del receiver.settings["RECEIVER_DESTINATION_URL"]
     result = run_command("check", settings=receiver.settings, cwd=tmp_path)
-    assert b"1 deliveries wait for the destination 'default'" in result.stdout
+    assert b"1 delivery to 'default', a destination that is not configured" in result.stdout
 
 
 def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
@@ -200,11 +200,12 @@ def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
             left = command(*arguments)
             assert (left.returncode, left.stdout) == (1, b""), "no worker may hold it, but it is left to do"
             told_left = b" ".join(left.stderr.split())
-            assert re.fullmatch(rb"2 to 'killed' under way: .* Repeat this in [1-5]?[0-9] s\.", told_left), (
-                told_left
-            )
+            assert re.fullmatch(
+                rb"2 deliveries to 'killed' under way: .* Run this command again in [1-5]?[0-9] s\.",
+                told_left,
+            ), told_left
         again = command("discard", "old")
-        assert (again.returncode, again.stderr) == (1, b"No delivery to 'old' is left to do.\n")
+        assert (again.returncode, again.stderr) == (1, b"There is no delivery to 'old' to move or discard.\n")
 
 
 def wait_for_records(receiver: ReceiverProcess, event: str, count: int) -> list[dict[str, object]]:

@@ -200,7 +200,7 @@ def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> No
     out, told = command("submit", IMAGE, "-i", dear, "--json")
     job = json.loads(out)
     assert job["state"] == "pending"
-    assert "Clipia has not taken it yet (insufficient_credits: " in told
+    assert "Clipia has not accepted it yet (insufficient_credits: " in told
     _, told = command("submit", IMAGE, "-i", SEED)
     assert "it costs 12 credits" in told
     assert 'Warning: Parameter "seed"' in told
@@ -329,7 +329,7 @@ def test_a_wait_ends_if_the_worker_has_a_key_of_another_kind(clipia: Clipia, tmp
         )
     said = " ".join(result.stderr.decode().split())
     assert result.returncode == 3, said
-    assert "a CLIPIA_KEY that is no live key" in said
+    assert "a CLIPIA_KEY that is not a live key" in said
 
 
 def test_a_wait_has_a_time_limit(clipia: Clipia, tmp_path: Path) -> None:

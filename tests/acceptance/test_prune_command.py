@@ -233,7 +233,7 @@ def test_events_erase(
     def erase(*arguments: str) -> str:
         return CliRunner().invoke(app, ["events", "erase", *arguments], catch_exceptions=False).stdout
 
-    assert re.fullmatch(r"Event [0-9a-f-]{36} is erased, 1 files deleted\.\n", erase("r-1"))
+    assert re.fullmatch(r"Event [0-9a-f-]{36} is erased, 1 file deleted\.\n", erase("r-1"))
     assert json.loads(erase("r-2", "--json"))["files"] == 1
     assert not list(tmp_path.rglob("*.png"))
     with pytest.raises(ReceiverError, match="there is no event with the id or request_id 'r-3'"):
@@ -241,5 +241,5 @@ def test_events_erase(
     rows = json.loads(CliRunner().invoke(app, ["events", "list", "--state", "erased", "--json"]).stdout)
     assert [row["request_id"] for row in rows] == ["r-2", "r-1"]
     assert "erased" in CliRunner().invoke(app, ["events", "show", "r-1"]).stdout
-    with pytest.raises(ReceiverError, match="was erased, so it goes nowhere"):
+    with pytest.raises(ReceiverError, match="is erased: it goes to no destination"):
         CliRunner().invoke(app, ["route", "r-1"], catch_exceptions=False)

@@ -378,7 +378,7 @@ def test_a_ledger_moves_from_sqlite_to_postgresql(postgres: Postgres, tmp_path: 
     order = old.json("replay", "old-100", "old-101", "--to", "main", "--no-wait")
     exported = old.try_("events", "export", "-")
     assert exported.returncode == 0
-    assert b"251 events, 0 jobs, 1 replays exported" in exported.stderr
+    assert b"251 events, 0 jobs, 1 replay exported" in exported.stderr
     imported = new.try_("events", "import", "-", stdin=exported.stdout)
     assert imported.returncode == 0
     assert b"251 event new, 1 replay new" in imported.stderr

@@ -301,16 +301,16 @@ async def test_the_command(
 
     ids = [event_id("clipia", name) for name in ("r-1", "r-2")]
     lines = f"accepted   r-1  event {ids[0]}\nconflict   r-2  event {ids[1]}\n"
-    rest = "0 had come again, 1 with another body; 1 are not readable"
+    rest = "0 had arrived again, 1 with another body; 1 cannot be read"
     shown, _ = await command("show", "r-1")
     assert "receiver events recover" in shown
     before = await facts(world)
     out, err = await command("recover", "--dry-run")
-    assert (out, err) == (lines, f"1 events to take up; {rest}")
+    assert (out, err) == (lines, f"1 event to recover; {rest}")
     assert await facts(world) == before
     out, err = await command("recover")
     assert set(lines.splitlines()) <= set(out.splitlines())  # the log is printed between them
-    assert f"1 events taken up; {rest}" in err
+    assert f"1 event recovered; {rest}" in err
     found = json.loads((await command("recover", "--json"))[0])
     assert [each["outcome"] for each in found] == ["unrecognized"]
     assert json.loads((await command("show", "r-1", "--json"))[0])["state"] == "received"

@@ -123,7 +123,7 @@ async def test_dry_runs_count_by_destination(commands: Commands) -> None:
     await world.add_history(plain("r-1"), plain("r-2", model="seedance-2"), failure("e-1"))
     await world.change(events, events.c.request_id == "r-2", received_at=datetime(2026, 3, 1, 12, tzinfo=UTC))
     counted = await commands.run("replay", "--all", "--dry-run")
-    assert counted.splitlines() == ["3 events", "main: 3 deliveries", "failures: 1 deliveries"]
+    assert counted.splitlines() == ["3 events", "main: 3 deliveries", "failures: 1 delivery"]
     for arguments, matched in (
         (["r-1", str(event_id("clipia", "e-1")).upper()], 2),
         ([event_id("clipia", "e-1").hex], 1),
@@ -251,7 +251,7 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
     ]
     assert "yes main" in " ".join((await commands.run("route", "new")).split())
     (odd,) = await commands.world.rows(events, events.c.state == "unrecognized")
-    assert "goes nowhere" in await commands.error("route", str(odd["id"]))
+    assert "goes to no destination" in await commands.error("route", str(odd["id"]))
     assert "no event" in await commands.error("route", "absent")
 
 
@@ -307,17 +307,17 @@ async def test_deliveries_are_listed_with_their_reasons(commands: Commands) -> N
         (["--since", "2020-01-01", "--until", "2100-01-01"], 7),
     ):
         assert len(await commands.json("deliveries", "list", *arguments)) == count
-    assert "no delivery's id" in await commands.error("deliveries", "list", "--before", "r-1")
+    assert "not the id of a delivery" in await commands.error("deliveries", "list", "--before", "r-1")
 
 
 async def test_dead_letters_are_retried(commands: Commands) -> None:
     """E4, E15: by id, by filter or all of them; if an id is no dead letter, the exit status is 1."""
     ids = await kill(commands.world, 6)
     assert await commands.run("deliveries", "retry", ids[0], ids[1]) == "main: 2 restarted\n"
-    assert "No dead letter fits" in await commands.error("deliveries", "retry", ids[0])
-    assert "No dead letter fits" in await commands.error("deliveries", "retry", "--destination", "absent")
+    assert "No dead letter matches" in await commands.error("deliveries", "retry", ids[0])
+    assert "No dead letter matches" in await commands.error("deliveries", "retry", "--destination", "absent")
     yesterday = (datetime.now(UTC) - timedelta(hours=25)).strftime("%Y-%m-%dT%H:%M:%S")
-    assert "No dead letter fits" in await commands.error("deliveries", "retry", "--until", yesterday)
+    assert "No dead letter matches" in await commands.error("deliveries", "retry", "--until", yesterday)
     await commands.world.change(
         deliveries, deliveries.c.id == uuid.UUID(ids[2]), finished_at=db_time(-172_800.0)
     )
@@ -327,7 +327,7 @@ async def test_dead_letters_are_retried(commands: Commands) -> None:
     }
     assert await commands.run("deliveries", "retry", "--all") == "main: 2 restarted\n"
     assert "say which dead letters" in await commands.error("deliveries", "retry")
-    assert "no delivery's id" in await commands.error("deliveries", "retry", "r-1")
+    assert "not the id of a delivery" in await commands.error("deliveries", "retry", "r-1")
     assert await commands.world.states(deliveries) == {"pending": 6}
     records = await commands.world.rows(attempts)
     assert {row["outcome"] for row in records} == {"restarted"}
@@ -339,7 +339,7 @@ async def test_retrying_everything_comes_to_an_end(
 ) -> None:
     """E4: in batches, each dead letter once, even if the destination rejects them again at once."""
     await kill(commands.world, 7)
-    monkeypatch.setattr(import_module("receiver.cli.deliveries"), "BATCH", 3)
+    monkeypatch.setattr(import_module("receiver.cli.deliveries"), "BATCH_ROWS", 3)
     restart = outbox.restart
     batches = 0
 
@@ -387,7 +387,7 @@ async def test_flagged_files_and_pages_are_listed(commands: Commands) -> None:
 
 async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """D11: each stored file is read; a damaged one is listed with advice, and the exit status is 1."""
-    monkeypatch.setattr(import_module("receiver.cli.media"), "PAGE", 2)
+    monkeypatch.setattr(import_module("receiver.cli.media"), "PAGE_ROWS", 2)
     assert await commands.run("media", "verify") == "0 intact, 0 damaged\n"
     world = commands.world
     for number in range(5):
@@ -426,7 +426,7 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
     assert lines[0].startswith(f"unreadable file://{paths[1]} of r-1: Cannot use ")
     assert "Is a directory" in lines[0]
     assert lines[1] == "4 intact, 1 damaged"
-    assert "have no links" in await commands.error("media", "link", "r-0")
+    assert "can have links" in await commands.error("media", "link", "r-0")
     world.folder.rename(world.folder.with_name("elsewhere"))
     world.folder.write_bytes(b"a file in the place of the folder")
     assert "Cannot use" in await commands.error("media", "verify")

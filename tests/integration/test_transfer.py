@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from support.events import World, opened, plain, with_files
 from support.payloads import body, failure
 from support.servers import Postgres
 
+from receiver.cli import transfer as commands
 from receiver.db import inbox, leases, outbox, reads, statements, transfer
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -26,8 +26,6 @@ from receiver.errors import ReceiverError
 from receiver.ingest import make_event
 from receiver.lanes.replay import ReplayPace
 
-commands: Any = import_module("receiver.cli.events")
-"""Not imported by name: `receiver.cli.events` is also the group of commands in its package."""
 MOVED = {"after_seq", "until_seq", "handled"}
 """Columns of a replay that change if it continues in another database."""
 ODD = b"\xff\xfe\x00 not text \x00"
@@ -456,7 +454,7 @@ def row_lines(file: Path) -> list[bytes]:
 def commanded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands run in this process and do not configure logging."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
-    monkeypatch.setattr(commands, "BATCH", 4)
+    monkeypatch.setattr(commands, "BATCH_LINES", 4)
 
 
 async def run_export(world: World, file: Path, **bounds: datetime) -> None:
@@ -501,8 +499,8 @@ async def test_an_export_can_be_cut_to_a_time(pair: tuple[World, World], tmp_pat
     """`--since` and `--until` bound the time of receipt or creation, and two such exports have all rows."""
     here, there = pair
     await here.add_history(*(plain(f"r-{number}") for number in range(6)))
-    cut = datetime(2026, 3, 1, 12)  # noqa: DTZ001 - as the command line gives it, and means UTC
-    before, after = (cut.replace(tzinfo=UTC) + timedelta(hours=hours) for hours in (-1, 1))
+    cut = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    before, after = (cut + timedelta(hours=hours) for hours in (-1, 1))
     await here.change(events, received_at=after)
     await here.change(events, events.c.request_id.in_(["r-0", "r-4"]), received_at=before)
     await run_export(here, tmp_path / "early", until=cut)
@@ -626,15 +624,15 @@ async def test_lines_of_another_program_are_one_clear_error(
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "no export"),
+        (b"", "not an export"),
         (b"\n", "not JSON"),
-        (b"{}\n", "no export"),
+        (b"{}\n", "not an export"),
         (b'{"type": "ledger", "version": 2}\n', "version 1"),
-        (b'{"type": "event"}\n', "no export"),
-        (b"[]\n", "no JSON object"),
+        (b'{"type": "event"}\n', "not an export"),
+        (b"[]\n", "not a JSON object"),
         (b"\xff\xfe\n", "not JSON"),
         (b"\x1f\x8b\x08 gzip", "not JSON"),
-        (b'{"type": "ledger", "version": 1}\n7\n', "no JSON object"),
+        (b'{"type": "ledger", "version": 1}\n7\n', "not a JSON object"),
         (b'{"type": "ledger", "version": 1}\n{"type": "event"', "cut off"),
     ],
 )
@@ -682,4 +680,4 @@ async def test_an_empty_database_is_exported_and_imported(
     await run_export(here, tmp_path / "empty")
     assert "0 events, 0 jobs, 0 replays exported" in capsys.readouterr().err
     await run_import(there, tmp_path / "empty")
-    assert "nothing in it" in capsys.readouterr().err
+    assert "an empty export" in capsys.readouterr().err

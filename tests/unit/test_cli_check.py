@@ -6,7 +6,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from receiver.cli.check import problems_logged
+from receiver.cli.check import collected_problems
 
 
 @pytest.fixture(params=["before", "inside"])
@@ -22,7 +22,7 @@ def test_problems_are_collected_in_the_block_only(logger: str) -> None:
     log = structlog.get_logger()
     if logger == "before":
         log.debug("first line")
-    with problems_logged() as problems:
+    with collected_problems() as problems:
         log.warning("odd", problem="no replica")
         log.warning("odd", problem="no replica")
         log.info("something else")
