@@ -1,4 +1,4 @@
-"""Under which addresses the callback is reached, and what a wrong one leaves behind."""
+"""The addresses of the callback, and the metrics and log records of wrong ones."""
 
 import http.client
 import json
@@ -38,7 +38,7 @@ def call(
 
 
 def count(receiver: ReceiverProcess, reason: str) -> float:
-    """Return how many requests were refused for a reason; fail for a label that a client has chosen."""
+    """Return the number of rejections with a reason; fail if a client's text has become a label."""
     metrics = call(receiver, "/metrics", method="GET")[1].decode()
     found = re.findall(r'receiver_rejections_total\{reason="(\w+)",source="([^"]*)"\} (\S+)', metrics)
     assert {source for _, source, _ in found} <= {"-", "clipia"}
@@ -46,7 +46,7 @@ def count(receiver: ReceiverProcess, reason: str) -> float:
 
 
 def wait_for_lines(receiver: ReceiverProcess, reason: str, *, number: int) -> list[dict[str, object]]:
-    """Return the log's lines about a reason once there are so many."""
+    """Wait until the log has this many lines about a reason, and return them."""
     deadline = time.monotonic() + SECONDS
     while True:
         lines = [record for record in receiver.records() if record.get("reason") == reason]
@@ -75,7 +75,7 @@ SAME_ADDRESS = [
 
 @pytest.mark.parametrize("path", SAME_ADDRESS)
 def test_other_spellings_of_the_address_reach_the_callback(receiver: ReceiverProcess, path: str) -> None:
-    """B12: slashes too many and escapes change nothing; there is no redirect, and no other method works."""
+    """B12: the callback ignores extra slashes and escapes, without a redirect; other methods are 405."""
     status, answer = call(receiver, path)
     assert (status, json.loads(answer)["status"]) == (200, "accepted")
     assert call(receiver, path, sign=False)[0] == 401
@@ -99,21 +99,21 @@ WRONG_ADDRESS = {
 @pytest.mark.parametrize("sign", [True, False])
 @pytest.mark.parametrize("path", WRONG_ADDRESS)
 def test_a_wrong_address_is_counted(receiver: ReceiverProcess, path: str, *, sign: bool) -> None:
-    """G11: a webhook for a path or a source that does not exist is a 404 that shows in the metrics."""
+    """G11: a webhook for an unknown path or source is a 404 that the metrics count."""
     before = count(receiver, WRONG_ADDRESS[path])
     assert call(receiver, path, sign=sign)[0] == 404
     assert count(receiver, WRONG_ADDRESS[path]) == before + 1
 
 
-def test_other_requests_that_find_nothing_are_not_counted(receiver: ReceiverProcess) -> None:
-    """G11: a browser's or a scanner's GET is no webhook."""
+def test_other_requests_with_404_are_not_counted(receiver: ReceiverProcess) -> None:
+    """G11: a GET of a browser or a scanner is not counted as a webhook."""
     before = count(receiver, "unknown_path")
     assert call(receiver, "/favicon.ico", method="GET")[0] == 404
     assert count(receiver, "unknown_path") == before
 
 
 def test_a_wrong_address_is_logged_without_secrets_and_not_too_often(tmp_path: Path) -> None:
-    """A18, G11: the path of a 404 is in the log, cleaned and once a second at most; nothing secret is."""
+    """A18, G11: the log has the path of a 404 without secrets, and at most one record per second."""
     with ReceiverProcess(tmp_path) as receiver:
         began = time.monotonic()
         for _ in range(40):

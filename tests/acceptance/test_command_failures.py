@@ -1,4 +1,4 @@
-"""Expected troubles end in one sentence that says what to do, and none in a traceback."""
+"""Expected failures: each prints one sentence that says what to do, and no traceback."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ from receiver.settings import Settings
 
 
 class Trouble(NamedTuple):
-    """A command that cannot do its work, and what it says."""
+    """A command that fails, and its message."""
 
     arguments: tuple[str, ...]
     says: str
@@ -56,7 +56,10 @@ TROUBLES = {
         (("RECEIVER_DATABASE_URL", "sqlite:///file/x.db"),),
     ),
     "a folder for a database": Trouble(
-        ("migrate",), "see the folder and its rights", (("RECEIVER_DATABASE_URL", "sqlite:///folder"),), 1
+        ("migrate",),
+        "check the folder and its permissions",
+        (("RECEIVER_DATABASE_URL", "sqlite:///folder"),),
+        1,
     ),
     "another file for a database": Trouble(
         ("migrate",), "no SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
@@ -96,8 +99,8 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("name", sorted(TROUBLES))
-def test_an_expected_trouble_is_one_sentence(name: str, tmp_path: Path) -> None:
-    """The command says what is wrong in one line on standard error, and exits with 1 or 2."""
+def test_an_expected_failure_is_one_sentence(name: str, tmp_path: Path) -> None:
+    """The command prints the reason in one line on standard error, and exits with 1 or 2."""
     trouble = TROUBLES[name]
     (tmp_path / "file").write_text("a text")
     (tmp_path / "folder").mkdir()
@@ -122,7 +125,7 @@ def taken() -> Iterator[int]:
 
 @pytest.mark.parametrize("command", ["serve", "sandbox"])
 def test_a_port_in_use_is_one_sentence(taken: int, command: str, tmp_path: Path) -> None:
-    """The port is looked at first: no database is made, and the sentence names the port."""
+    """The port is checked first: if it is taken, the message names it and no database is made."""
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET}
     result = run_command(command, "--port", str(taken), settings=settings, cwd=tmp_path)
     assert result.returncode == 2
@@ -132,7 +135,7 @@ def test_a_port_in_use_is_one_sentence(taken: int, command: str, tmp_path: Path)
 
 
 async def test_a_failure_at_start_is_one_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What fails after the server was set up is a record of its own, without a traceback."""
+    """A failure after the server was set up is a log record of its own, without a traceback."""
 
     @asynccontextmanager
     async def fail(*_: object) -> AsyncIterator[None]:
@@ -158,11 +161,11 @@ async def test_a_failure_at_start_is_one_record(tmp_path: Path, monkeypatch: pyt
     assert sent == [{"type": "lifespan.startup.failed"}], "a traceback ends in a library's text"
 
 
-def test_what_cannot_be_opened_keeps_no_webhook_from_its_ack(tmp_path: Path) -> None:
-    """E4: destinations and a storage that cannot be used are down, said so, and used once they are mended."""
+def test_unusable_destinations_and_storages_do_not_delay_acks(tmp_path: Path) -> None:
+    """E4: unusable destinations and storages are reported, and used as soon as they are repaired."""
     (tmp_path / "folder").mkdir()
     (tmp_path / "plain").write_text("a file where a folder should be\n")
-    # What is left behind in here is removed at start, and a folder cannot be.
+    # Leftover files in here are removed at start; a folder cannot be removed.
     left = tmp_path / "media" / ".incoming" / "left"
     left.mkdir(parents=True)
     os.utime(left, (0, 0))
@@ -191,8 +194,8 @@ def test_what_cannot_be_opened_keeps_no_webhook_from_its_ack(tmp_path: Path) -> 
         wait_for_lines(tmp_path / "folder", 1)
 
 
-def test_a_full_disk_at_the_other_end_of_the_output_is_one_sentence(tmp_path: Path) -> None:
-    """Output that cannot be written is a failure, also if it shows only when the command has ended."""
+def test_output_to_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    """Output that cannot be written is a failure, even if that shows only when the command ends."""
     for arguments in (("--help",), ("migrate",)):
         with Path("/dev/full").open("wb") as full:
             result = subprocess.run(
@@ -207,8 +210,8 @@ def test_a_full_disk_at_the_other_end_of_the_output_is_one_sentence(tmp_path: Pa
         assert (result.returncode, result.stderr) == (1, b"error: OSError: the disk is full\n")
 
 
-def test_a_reader_that_has_seen_enough_is_no_trouble(tmp_path: Path) -> None:
-    """`receiver … | head -1` and a closed standard output end without a word."""
+def test_a_reader_that_closes_the_pipe_is_no_failure(tmp_path: Path) -> None:
+    """`receiver … | head -1` and a closed standard output end without a message."""
     assert run_command("migrate", cwd=tmp_path).returncode == 0
     command = f"{sys.executable} -m receiver"
     for line in (f"{command} --help | head -1 > /dev/null", f"{command} events list --json >&-"):
@@ -224,7 +227,7 @@ def test_a_reader_that_has_seen_enough_is_no_trouble(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
-    """An interrupt while a command waits for its input is exit status 130, and nothing is printed."""
+    """An interrupt while a command waits for its input is exit status 130, without output."""
     assert run_command("migrate", cwd=tmp_path).returncode == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "receiver", "events", "import", "-"],
@@ -241,12 +244,12 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     finally:
         end(process)
     assert said == b""
-    # The signal itself ends it while Python starts, before there is a handler.
+    # Before the handler is set, while Python starts, the signal itself ends the process.
     assert process.returncode in (130, -signal.SIGINT)
 
 
 def test_an_unexpected_error_is_named_without_its_text(tmp_path: Path) -> None:
-    """A mistake of ours shows its class; the traceback comes with DEBUG, and holds no library's text."""
+    """An unexpected error shows its class, and with DEBUG the traceback without messages of libraries."""
     (tmp_path / "broken.py").write_text(
         "from receiver import exit_status\n\n\ndef command() -> None:\n"
         "    raise KeyError(' '.join(['secret', 'text']))\n\n\nexit_status.run(command)\n"
@@ -267,8 +270,8 @@ def test_an_unexpected_error_is_named_without_its_text(tmp_path: Path) -> None:
         assert (b"in command" in result.stderr) == (level == "DEBUG")
 
 
-def test_encodings_are_refused_by_each_command(postgres: Postgres, tmp_path: Path) -> None:
-    """B9: `migrate`, `check`, `serve` and `worker` refuse a database that cannot hold every text."""
+def test_encodings_are_rejected_by_each_command(postgres: Postgres, tmp_path: Path) -> None:
+    """B9: `migrate`, `check`, `serve` and `worker` reject a database that cannot store every text."""
     postgres.sql("CREATE DATABASE latin ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0")
     settings = {
         "CLIPIA_WEBHOOK_SECRET": SECRET,

@@ -1,4 +1,4 @@
-"""The commands, as a user types them."""
+"""The commands, run as processes."""
 
 import http.server
 import json
@@ -50,14 +50,14 @@ def test_every_command_has_help(command: str) -> None:
 
 
 def test_help_lists_every_command() -> None:
-    """`receiver --help` names all of them; `--version` tells the version."""
+    """`receiver --help` names all commands; `--version` prints the version."""
     output = run_command("--help").stdout.decode()
     assert [command for command in COMMANDS if command not in output] == []
     assert run_command("--version").stdout.strip()
 
 
-def test_the_demo_really_happens(tmp_path: Path) -> None:
-    """The demo ends with status 0, and its database, media and messages are really there."""
+def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
+    """The demo ends with status 0, and its database, media and messages exist."""
     result = run_command("demo", "--dir", str(tmp_path / "demo"), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = wait_for_lines(tmp_path / "demo" / "events.jsonl", 3)
@@ -70,7 +70,7 @@ def test_the_demo_really_happens(tmp_path: Path) -> None:
 
 
 def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
-    """A1: no secret, no service; the message names the variable."""
+    """A1: without a webhook secret the service does not start; the message names the variable."""
     result = run_command("serve", cwd=tmp_path)
     assert result.returncode == 2
     assert b"CLIPIA_WEBHOOK_SECRET" in result.stderr
@@ -90,7 +90,7 @@ def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], said: str) -> None:
-    """G8: serve, worker and check refuse, name the setting, show no traceback and no password."""
+    """G8: serve, worker and check exit with an error that names the setting, and shows no password."""
     for command in ("serve", "worker", "check"):
         result = run_command(command, settings={"CLIPIA_WEBHOOK_SECRET": SECRET, **settings}, cwd=tmp_path)
         output = (result.stdout + result.stderr).decode()
@@ -101,14 +101,14 @@ def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, 
 
 
 def test_several_web_processes_need_postgresql(tmp_path: Path) -> None:
-    """SQLite is for one web process; more are refused with the reason."""
+    """With SQLite a second web process is an error that gives the reason."""
     result = run_command("serve", "--workers", "2", settings={"CLIPIA_WEBHOOK_SECRET": SECRET}, cwd=tmp_path)
     assert result.returncode == 2
     assert b"PostgreSQL" in result.stderr
 
 
 def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
-    """`receiver check` says that all is well, and warns of what is for development."""
+    """`receiver check` finds no error, and warns of settings that are for development."""
     settings = {
         "CLIPIA_WEBHOOK_SECRET": SECRET,
         "RECEIVER_DESTINATION_URL": "file:events.jsonl",
@@ -137,7 +137,7 @@ def test_check_finds_a_working_configuration(tmp_path: Path) -> None:
 
 
 def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
-    """A destination that was renamed or removed leaves its deliveries waiting; `check` says so."""
+    """`check` warns if deliveries wait for a destination that was renamed or removed."""
     settings = {"RECEIVER_DESTINATION_URL": f"http://127.0.0.1:{free_port()}/"}
     with ReceiverProcess(tmp_path, **settings) as receiver:
         content = body("r-1", payload={"model": "m", "output": {}})
@@ -151,8 +151,8 @@ def test_check_finds_deliveries_without_a_destination(tmp_path: Path) -> None:
     assert b"1 delivery to 'default', a destination that is not configured" in result.stdout
 
 
-def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
-    """A renamed destination: the log tells at start, and `deliveries move` gives it what waits."""
+def test_a_renamed_destination_gets_the_waiting_deliveries(tmp_path: Path) -> None:
+    """After a destination is renamed, the log warns at start, and `deliveries move` moves its deliveries."""
 
     def write(name: str, url: str) -> None:
         (tmp_path / "receiver.toml").write_text(f'[[destinations]]\nname = "{name}"\nurl = "{url}"\n')
@@ -209,7 +209,7 @@ def test_a_renamed_destination_gets_what_waited(tmp_path: Path) -> None:
 
 
 def wait_for_records(receiver: ReceiverProcess, event: str, count: int) -> list[dict[str, object]]:
-    """Wait until so many records of the log say this."""
+    """Wait until the log has this many records of an event."""
     deadline = time.monotonic() + 30
     while len(found := [record for record in receiver.records() if record["event"] == event]) < count:
         assert time.monotonic() < deadline
@@ -218,7 +218,7 @@ def wait_for_records(receiver: ReceiverProcess, event: str, count: int) -> list[
 
 
 def test_check_warns_of_a_wrong_url(tmp_path: Path) -> None:
-    """A destination whose server does not know the path is a warning, and not called reachable."""
+    """If a destination's server answers 404, `check` warns and does not call it reachable."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Lost) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}/events"
@@ -232,7 +232,7 @@ def test_check_warns_of_a_wrong_url(tmp_path: Path) -> None:
 
 
 class Lost(http.server.BaseHTTPRequestHandler):
-    """A server that knows no path."""
+    """A server without any path."""
 
     def do_OPTIONS(self) -> None:
         """Answer 404."""
@@ -242,8 +242,8 @@ class Lost(http.server.BaseHTTPRequestHandler):
         """Keep silent."""
 
 
-def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
-    """`receiver check` goes through everything, and its exit status says that something is wrong."""
+def test_check_finds_errors(tmp_path: Path) -> None:
+    """`receiver check` goes through all steps, and exits with 1 if one fails."""
     (tmp_path / "blocked").write_text("a file where a folder should be")
     result = run_command(
         "check",
@@ -260,7 +260,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path) -> None:
 
 
 def test_send_and_events(tmp_path: Path) -> None:
-    """`send` is accepted once, and `events` shows what became of it, for people and for programs."""
+    """A payload of `send` is accepted once, and `events` shows the event as text and as JSON."""
     payload = tmp_path / "payload.json"
     payload.write_bytes(body("r-1", payload={"model": "m", "output": {}, "cost": 2}))
     with ReceiverProcess(tmp_path, RECEIVER_DESTINATION_URL="file:events.jsonl") as receiver:
@@ -325,7 +325,7 @@ def test_the_listeners_can_be_separate(tmp_path: Path) -> None:
 
 
 def test_metrics_need_a_token_once_there_is_one(tmp_path: Path) -> None:
-    """G1: without tokens open, with tokens only for the scope `read`."""
+    """G1: metrics are open without tokens, and need the scope `read` if there are tokens."""
     tokens = "grafana:0123456789abcdef:read,jobs:fedcba9876543210:submit"
     with ReceiverProcess(tmp_path, RECEIVER_API_TOKENS=tokens) as receiver:
 
@@ -371,8 +371,8 @@ def test_the_production_split_shares_the_work(postgres: Postgres, tmp_path: Path
     assert sorted(str(line["subject"]) for line in lines) == sorted(f"r-{number}" for number in range(120))
 
 
-def test_what_was_logged_is_written_before_the_end(tmp_path: Path) -> None:
-    """G10: records wait for others for a moment, but not until it is too late."""
+def test_all_records_are_written_before_the_end(tmp_path: Path) -> None:
+    """G10: records are written in groups after a moment, and none is lost at the end of the process."""
     receiver = ReceiverProcess(tmp_path).start()
     content = body("r-last")
     answer = httpx.post(f"{receiver.url}/clipia/webhook", content=content, headers=signed(content))
@@ -383,7 +383,7 @@ def test_what_was_logged_is_written_before_the_end(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_serve_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
-    """E16: on a signal the process ends by itself, without a traceback and without a lost record."""
+    """E16: on a signal the process ends with its own status, without traceback and without a lost record."""
     receiver = ReceiverProcess(tmp_path).start()
     assert receiver.process is not None
     receiver.signal(number)
@@ -393,7 +393,7 @@ def test_serve_ends_cleanly(tmp_path: Path, number: signal.Signals) -> None:
 
 
 def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
-    """G7, G8: one JSON object per line whatever a payload says, and no secret, signature or body in it."""
+    """G7, G8: the log has one JSON object per line for any payload, and no secret, signature or body."""
     canary = "canary-0123456789abcdef"
     settings = {
         "CLIPIA_WEBHOOK_SECRET": f"whsec_{canary}",

@@ -16,7 +16,7 @@ WEBHOOKS = 60
 
 @pytest.fixture(params=["transaction", "session"])
 def pooler(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[PgBouncer]:
-    """A pgbouncer in each mode. In session mode a connection takes a session, so it has the default size."""
+    """A pgbouncer in each mode; in session mode with the default size, as each connection takes a session."""
     size = 2 if request.param == "transaction" else 20
     with PgBouncer(postgres, mode=request.param, pool_size=size) as running:
         yield running
@@ -58,7 +58,7 @@ def test_processes_share_a_pooler(pooler: PgBouncer, tmp_path: Path) -> None:
 
 
 def test_parameters_of_libpq_reach_the_server(postgres: Postgres, tmp_path: Path) -> None:
-    """The name and options of the URL hold, and of two hosts the one that answers is taken."""
+    """The application name and options of the URL apply, and the first host that answers is used."""
     url = postgres.url(template="migrated")
     name = url.rpartition("/")[2]
     passwords = tmp_path / "passwords"
@@ -101,7 +101,7 @@ def test_parameters_of_libpq_reach_the_server(postgres: Postgres, tmp_path: Path
 def test_a_url_that_cannot_be_used_is_one_sentence(
     postgres: Postgres, tmp_path: Path, query: str, words: str
 ) -> None:
-    """A parameter that cannot be used is told in one sentence of ours, which does not show its value."""
+    """An unusable parameter is an error in one sentence, which does not show its value."""
     make_certificate(tmp_path / "whole.pem")
     (tmp_path / "damaged.pem").write_text("canary")
     base = postgres.url().rpartition("/")[0]
@@ -121,10 +121,10 @@ def test_a_url_that_cannot_be_used_is_one_sentence(
 
 @pytest.mark.parametrize("command", [("check",), ("serve", "--port", "0"), ("worker",), ("migrate",)])
 @pytest.mark.parametrize("query", ["foo=canary", "options=-c%20canary%3D1"])
-def test_every_command_says_so(
+def test_every_command_rejects_a_wrong_parameter(
     postgres: Postgres, tmp_path: Path, command: tuple[str, ...], query: str
 ) -> None:
-    """All commands that open the database refuse a wrong parameter alike."""
+    """All commands that open the database reject a wrong parameter with the same message."""
     settings = {"RECEIVER_DATABASE_URL": f"{postgres.url()}?{query}", "CLIPIA_WEBHOOK_SECRET": SECRET}
     result = run_command(*command, settings=settings, cwd=tmp_path)
     said = (result.stdout + result.stderr).decode()

@@ -1,4 +1,4 @@
-"""What a container asks of a process: a health check, signals as its first process, no folder to write to."""
+"""Needs of a container: a health check, signals to PID 1, and a root without a writable folder."""
 
 import os
 import re
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A temporary folder of the test's own, so that no other receiver of this machine is seen."""
+    """A temporary folder of the test's own, so that the health check finds no other receiver."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setenv("TMPDIR", str(folder))
@@ -33,13 +33,13 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def check_health() -> tuple[int, str]:
-    """Return the exit status of `receiver healthcheck`, and what it says about this test's processes."""
+    """Return the exit status of `receiver healthcheck`, and its lines about this test's processes."""
     done = run_command("healthcheck")
     return done.returncode, done.stdout.decode()
 
 
 def wait_for_health(status: int) -> str:
-    """Wait until the health check has the status; return what it says."""
+    """Wait until the health check has the status; return its output."""
     deadline = time.monotonic() + 60
     while (found := check_health())[0] != status:
         assert time.monotonic() < deadline, found
@@ -57,7 +57,7 @@ def heartbeat_file(temporary: Path, command: str) -> Path:
 def test_a_web_process_is_healthy_on_whatever_address_it_listens(
     tmp_path: Path, temporary: Path, host: str
 ) -> None:
-    """The health check finds the port and the address by itself, and says so if the process hangs."""
+    """The health check finds the address and the port on its own, and fails if the process hangs."""
     receiver = ReceiverProcess(tmp_path, "serve", "--port", "0", "--host", host)
     with receiver:
         port = receiver.url.rpartition(":")[2]
@@ -72,7 +72,7 @@ def test_a_web_process_is_healthy_on_whatever_address_it_listens(
 
 
 def test_a_process_that_was_killed_is_not_healthy(tmp_path: Path, temporary: Path) -> None:
-    """The file that a killed process leaves behind is no sign of life, and it is removed."""
+    """The heartbeat file of a killed process does not make it healthy, and it is removed."""
     receiver = ReceiverProcess(tmp_path).start()
     wait_for_health(0)
     receiver.kill()
@@ -83,14 +83,14 @@ def test_a_process_that_was_killed_is_not_healthy(tmp_path: Path, temporary: Pat
 
 
 def test_a_worker_is_healthy_by_its_heartbeat(tmp_path: Path, temporary: Path) -> None:
-    """A worker that hangs stops touching its file, and is unhealthy after a while."""
+    """A worker that hangs does not update its file any more, and is unhealthy after a while."""
     with ReceiverProcess(tmp_path, "worker") as worker:
         assert wait_for_health(0).startswith("worker: last heartbeat ")
         file = heartbeat_file(temporary, "worker")
         long_ago = time.time() - STALE_SECONDS - 1
         os.utime(file, (long_ago, long_ago))
         assert check_health()[0] == 1
-        # It beats on, which makes it healthy again.
+        # The worker goes on and is healthy again.
         wait_for_health(0)
         worker.signal(signal.SIGSTOP)
         os.utime(file, (long_ago, long_ago))
@@ -100,7 +100,7 @@ def test_a_worker_is_healthy_by_its_heartbeat(tmp_path: Path, temporary: Path) -
 def test_several_web_processes_are_one_for_the_health_check(
     tmp_path: Path, temporary: Path, postgres: Postgres
 ) -> None:
-    """The children share one port, which the health check asks once."""
+    """The processes share one port, to which the health check sends one request."""
     settings = {"RECEIVER_DATABASE_URL": postgres.url(template="migrated")}
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--workers", "2", **settings):
         said = wait_for_health(0)
@@ -109,7 +109,7 @@ def test_several_web_processes_are_one_for_the_health_check(
 
 
 def test_the_health_check_imports_next_to_nothing(temporary: Path) -> None:
-    """It runs every few seconds: the modules that the commands need take a second of CPU to import."""
+    """The health check runs every few seconds, and importing all commands would take a second of CPU."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "receiver", "healthcheck"],
         env={**command_environment(), "TMPDIR": str(temporary)},
@@ -126,7 +126,7 @@ def test_the_health_check_imports_next_to_nothing(temporary: Path) -> None:
 
 @contextmanager
 def as_first_process(arguments: list[str], environment: dict[str, str]) -> Iterator[psutil.Process]:
-    """Run a command as PID 1 of a namespace of its own, as a container does; give its process."""
+    """Run a command as PID 1 of a new namespace, like a container; yield its process."""
     unshare = ["unshare", "--pid", "--fork", "--kill-child"]
     if os.geteuid() != 0:
         unshare += ["--user", "--map-root-user"]
@@ -149,9 +149,11 @@ def as_first_process(arguments: list[str], environment: dict[str, str]) -> Itera
 
 
 def test_migrate_as_the_first_process_ends_at_sigterm(postgres: Postgres) -> None:
-    """PID 1 has no default action for SIGTERM, so a container would wait for SIGKILL."""
+    """`migrate` ends at SIGTERM even as PID 1, for which the kernel has no default action."""
     url = postgres.url()
-    hold = f"SELECT pg_advisory_xact_lock({0x_C11F_1A}), pg_sleep(60)"  # as another migration that takes long
+    hold = (
+        f"SELECT pg_advisory_xact_lock({0x_C11F_1A}), pg_sleep(60)"  # like another migration that takes long
+    )
     psql = [str(postgres.bin / "psql"), "-h", "127.0.0.1", "-p", str(postgres.port), "-U", "postgres"]
     holder = subprocess.Popen([*psql, url.rpartition("/")[2], "-c", hold], stdout=subprocess.DEVNULL)
     waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
@@ -169,7 +171,7 @@ def test_migrate_as_the_first_process_ends_at_sigterm(postgres: Postgres) -> Non
 
 
 def in_a_read_only_root() -> None:
-    """Let the process write to no file, as with a read-only root and without a volume."""
+    """Keep the process from writing any file, like a read-only root without a volume."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 
 
@@ -185,16 +187,16 @@ def in_a_read_only_root() -> None:
         ("demo --dir /proc/demo", 1, "error: no folder for the demo: No such file or directory; name one "),
     ],
 )
-def test_without_a_folder_to_write_to_there_is_a_sentence(
+def test_without_a_writable_folder_the_error_is_one_sentence(
     tmp_path: Path, postgres: Postgres, command: str, status: int, message: str
 ) -> None:
-    """A read-only root without a temporary folder is no crash: the command says what to mount or to name."""
+    """With a read-only root and no temporary folder, the command says which folder to mount or to name."""
     environment = command_environment(
         CLIPIA_WEBHOOK_SECRET=SECRET,
         RECEIVER_DATABASE_URL=postgres.url(template="migrated"),
         RECEIVER_STORAGE_URL=f"file:{tmp_path}",
     )
-    # coverage would complain that it cannot write.
+    # coverage would print an error because it cannot write.
     environment = unmeasured(environment)
     done = subprocess.run(
         [sys.executable, "-m", "receiver", *command.split()],
@@ -212,7 +214,7 @@ def test_without_a_folder_to_write_to_there_is_a_sentence(
 
 
 def test_the_image_runs_as_a_number_and_checks_its_health() -> None:
-    """`runAsNonRoot` refuses a name, and a check of a fixed port would restart every worker."""
+    """The image has a numeric user, as `runAsNonRoot` needs, and a health check without a fixed port."""
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     (user,) = re.findall(r"^USER (.+)", text, re.MULTILINE)
     assert user.isdigit()

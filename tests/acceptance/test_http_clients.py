@@ -57,7 +57,7 @@ def test_a_client_that_offers_http2_is_served(tmp_path: Path, framing: dict[str,
             order = b'{"model": "nano-banana-2", "input": {"prompt": "a cat"}}'
             first = curl(f"{receiver.url}/v1/jobs", order, headers)
             assert first[0] == 201, first
-            # The same key with white space behind it is the same job, which is paid for once.
+            # The same key with white space after it is the same job, which is paid for once.
             again = curl(f"{receiver.url}/v1/jobs", order, headers | {"Idempotency-Key": "k \t"})
             assert (again[0], again[1]["id"]) == (200, first[1]["id"])
     finally:

@@ -52,18 +52,18 @@ class Clipia:
         wait_for_port(self.port, self.process)
 
     def generations(self) -> list[dict[str, Any]]:
-        """Return everything that was really submitted."""
+        """Return the generations that were submitted."""
         found: list[dict[str, Any]] = httpx.get(f"{self.url}/_sandbox/requests").json()["requests"]
         return found
 
     def switch(self, **options: Any) -> None:
-        """Change how it behaves."""
+        """Change the sandbox's options."""
         assert httpx.patch(f"{self.url}/_sandbox/options", json=options).is_success
 
 
 @pytest.fixture(scope="module")
 def clipia() -> Iterator[Clipia]:
-    """A sandbox whose generations take a moment."""
+    """A sandbox whose generations take a moment, for all tests of the module."""
     sandbox = Clipia("--duration", "0.5")
     yield sandbox
     end(sandbox.process)
@@ -71,7 +71,7 @@ def clipia() -> Iterator[Clipia]:
 
 @pytest.fixture(autouse=True)
 def afresh(clipia: Clipia) -> None:
-    """Each test begins with a sandbox that knows of nothing."""
+    """The sandbox, empty at the start of each test."""
     assert httpx.post(f"{clipia.url}/_sandbox/reset").is_success
 
 
@@ -83,7 +83,7 @@ def receiver(folder: Path, clipia: Clipia, **settings: str) -> ReceiverProcess:
 
 
 def test_a_job_from_the_command_line_to_its_files(clipia: Clipia, tmp_path: Path) -> None:
-    """F10: without a public URL `submit --wait` ends with the files; the other commands show that job."""
+    """F10: without a public URL `submit --wait` prints the files, and the other commands show the job."""
     running = receiver(tmp_path, clipia)
     with running:
 
@@ -132,8 +132,8 @@ def test_a_job_from_the_command_line_to_its_files(clipia: Clipia, tmp_path: Path
         assert "balance:" in command("account").decode()
 
 
-def test_what_is_wrong_is_said_before_it_costs(clipia: Clipia, tmp_path: Path) -> None:
-    """F12: bad input and a price above --max-cost are errors, and nothing is queued."""
+def test_bad_input_is_an_error_before_it_costs(clipia: Clipia, tmp_path: Path) -> None:
+    """F12: bad input and a price above --max-cost are errors, and no job is submitted."""
     settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
 
     def refused(*arguments: str, stdin: bytes | None = None) -> str:
@@ -153,8 +153,8 @@ def test_what_is_wrong_is_said_before_it_costs(clipia: Clipia, tmp_path: Path) -
     assert clipia.generations() == []
 
 
-def test_without_a_key_the_message_says_what_to_set(tmp_path: Path) -> None:
-    """Each command that needs Clipia names the missing setting; looking at jobs needs none."""
+def test_without_a_key_the_message_names_the_setting(tmp_path: Path) -> None:
+    """Each command that needs Clipia names the missing setting; `jobs list` works without it."""
     for arguments in (["submit", IMAGE, "-i", CAT], ["models"], ["account"]):
         result = run_command(*arguments, cwd=tmp_path)
         assert result.returncode == 2
@@ -163,7 +163,7 @@ def test_without_a_key_the_message_says_what_to_set(tmp_path: Path) -> None:
 
 
 def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
-    """Models of both schema shapes, a text model, and an estimate, with and without --json."""
+    """Models with both schemas, a text model and an estimate are printed as text and as JSON."""
 
     def command(*arguments: str) -> str:
         result = run_command(*arguments, settings=clipia.settings, cwd=tmp_path)
@@ -187,7 +187,7 @@ def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
 
 
 def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> None:
-    """F6: `submit` tells that a job rests, `account` and `check` how many do, and `cancel` ends one."""
+    """F6: `submit` prints that Clipia refuses a job, `account` and `check` count these; `cancel` ends one."""
     clipia.switch(credits=20)
     settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
 
@@ -213,14 +213,14 @@ def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> No
     command("submit", IMAGE, "-i", CAT)
     for name in ("account", "check"):
         assert "Clipia refuses the account (invalid_api_key: " in command(name)[0]
-    # Jobs that no key of this kind, or no key at all, will ever end.
+    # Jobs that need a key of the other kind, or any key.
     for key, wanted in (("clipia_test_other", "a key of the other kind"), ("", "CLIPIA_KEY")):
         settings["CLIPIA_KEY"] = key
         assert f"open and waiting for {wanted}" in command("check")[0]
 
 
 def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path) -> None:
-    """A failed generation is exit status 1; `jobs resubmit` asks first and then pays for another one."""
+    """A failed generation is exit status 1; `jobs resubmit` asks first, and pays for another one."""
     clipia.switch(fail_rate=1)
     running = receiver(tmp_path, clipia)
     with running:
@@ -259,7 +259,7 @@ def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path)
 def test_waiting_on_a_terminal_shows_progress_and_ctrl_c_leaves_the_job(
     clipia: Clipia, tmp_path: Path
 ) -> None:
-    """While a worker goes on with the job the line ticks, and Ctrl-C ends the wait only."""
+    """While a worker runs the job, the terminal shows progress; Ctrl-C ends the wait, and not the job."""
     clipia.switch(duration=600)
     ours, theirs = pty.openpty()
     with receiver(tmp_path, clipia) as running:
@@ -273,7 +273,7 @@ def test_waiting_on_a_terminal_shows_progress_and_ctrl_c_leaves_the_job(
             start_new_session=True,
         )
         os.close(theirs)
-        # Longer than a missing worker would be waited for: there is one.
+        # Longer than GRACE_SECONDS, as a worker is running.
         output = read_until(ours, rb"submitted[^,]*, 1[5-9] s")
         process.send_signal(signal.SIGINT)
         output += read_until(ours, rb"The job goes on")
@@ -285,7 +285,7 @@ def test_waiting_on_a_terminal_shows_progress_and_ctrl_c_leaves_the_job(
 
 
 def test_a_wait_ends_if_no_worker_is_running(clipia: Clipia, tmp_path: Path) -> None:
-    """F10: whatever the job waits for, the command says what to start, and ends with status 3."""
+    """F10: in each state of the job the command says which process to start, and exits with 3."""
     settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
     submit = ("submit", IMAGE, "-i", CAT, "--wait")
     for extra in ({}, {"RECEIVER_PUBLIC_URL": "http://127.0.0.1:9"}):
@@ -301,7 +301,7 @@ def test_a_wait_ends_if_no_worker_is_running(clipia: Clipia, tmp_path: Path) -> 
 
 
 def test_a_wait_ends_if_the_worker_has_no_key(clipia: Clipia, tmp_path: Path) -> None:
-    """F10: a receiver without CLIPIA_KEY never asks for the result: the command says so and ends."""
+    """F10: a worker without CLIPIA_KEY cannot poll the result: the command says so and exits with 3."""
     without = {name: value for name, value in clipia.settings.items() if name != "CLIPIA_KEY"}
     running = ReceiverProcess(tmp_path, **without)
     with running:
@@ -321,7 +321,7 @@ def test_a_wait_ends_if_the_worker_has_no_key(clipia: Clipia, tmp_path: Path) ->
 
 
 def test_a_wait_ends_if_the_worker_has_a_key_of_another_kind(clipia: Clipia, tmp_path: Path) -> None:
-    """F10: jobs of a live key are not polled with a test key, and the command says that."""
+    """F10: a worker with a test key does not poll jobs of a live key, and the command says so."""
     running = ReceiverProcess(tmp_path, **(clipia.settings | {"CLIPIA_KEY": "clipia_test_commands"}))
     with running:
         result = run_command(
@@ -333,7 +333,7 @@ def test_a_wait_ends_if_the_worker_has_a_key_of_another_kind(clipia: Clipia, tmp
 
 
 def test_a_wait_has_a_time_limit(clipia: Clipia, tmp_path: Path) -> None:
-    """--timeout ends the wait with status 124 and shows the job as it is; the job goes on."""
+    """--timeout ends the wait with status 124 and prints the job; the job goes on."""
     clipia.switch(duration=15)
     with receiver(tmp_path, clipia) as running:
         submit = ("submit", IMAGE, "-i", CAT, "--key", "k", "--json")
@@ -350,7 +350,7 @@ def test_a_wait_has_a_time_limit(clipia: Clipia, tmp_path: Path) -> None:
 
 
 def test_the_lanes_that_run_are_shown(clipia: Clipia, tmp_path: Path) -> None:
-    """`check` lists each process with its lanes and when it was seen, until the process has ended."""
+    """`check` lists each running process with its lanes and the time when it was last seen."""
     running = receiver(tmp_path, clipia)
     with running:
         assert running.process is not None
@@ -375,8 +375,8 @@ def said_by_check(running: ReceiverProcess) -> str:
     return result.stdout.decode()
 
 
-def test_a_caller_may_be_named(clipia: Clipia, tmp_path: Path) -> None:
-    """F8: with --caller the command's key is that caller's: the same key again is the same job."""
+def test_jobs_belong_to_the_caller_of_the_option(clipia: Clipia, tmp_path: Path) -> None:
+    """F8: with --caller the key belongs to that caller: a repeat with the same key is the same job."""
     settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
 
     def submit(*arguments: str) -> dict[str, Any]:
@@ -396,7 +396,7 @@ def test_a_caller_may_be_named(clipia: Clipia, tmp_path: Path) -> None:
 
 
 def read_until(terminal: int, wanted: bytes, *, seconds: float = 90) -> bytes:
-    """Read a terminal until it has shown something."""
+    """Read a terminal until it has printed the text."""
     output = b""
     deadline = time.monotonic() + seconds
     while not re.search(wanted, output):

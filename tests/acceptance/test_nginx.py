@@ -22,7 +22,7 @@ from receiver.settings import Settings
 SECONDS = 30.0
 NGINX_KEEPS = 1
 RECEIVER_KEEPS = 3
-"""Seconds that each keeps an idle connection."""
+"""Seconds for which nginx and the receiver keep an idle connection."""
 CONFIGURATION = """
 daemon off;
 master_process off;
@@ -55,7 +55,7 @@ http {{
 
 @contextmanager
 def nginx(folder: Path, receiver: ReceiverProcess, *, keep_alive: int) -> Iterator[int]:
-    """Run nginx, which keeps idle connections to the receiver for so many seconds; give its port."""
+    """Run an nginx that keeps idle connections for `idle` seconds; yield its port."""
     program = shutil.which("nginx", path="/usr/sbin:/usr/bin:/usr/local/bin") or ""
     if not program:
         missing("nginx", "apt-get install nginx")
@@ -91,7 +91,7 @@ def post(port: int) -> int:
 
 
 def post_after_gaps(port: int) -> list[int]:
-    """Post again and again, when nginx's and the receiver's idle connections end; return the statuses."""
+    """Post repeatedly around the end of idle connections; return the statuses."""
     statuses = []
     for gap in [NGINX_KEEPS] * 8 + [RECEIVER_KEEPS] * 4:
         statuses.append(post(port))
@@ -100,7 +100,7 @@ def post_after_gaps(port: int) -> list[int]:
 
 
 def test_no_bad_gateway_across_idle_gaps(tmp_path: Path) -> None:
-    """B12: with a keep-alive above nginx's no webhook is a 502, however long the connections were idle."""
+    """B12: if the receiver keeps idle connections longer than nginx, no webhook is a 502."""
     receiver = ReceiverProcess(tmp_path, RECEIVER_KEEP_ALIVE=str(RECEIVER_KEEPS))
     with (
         receiver,
@@ -112,25 +112,25 @@ def test_no_bad_gateway_across_idle_gaps(tmp_path: Path) -> None:
 
 
 class Idle:
-    """A client that asks now and then on one connection."""
+    """A client that sends requests on one connection."""
 
     def __init__(self, receiver: ReceiverProcess) -> None:
         address = urlsplit(receiver.url)
         self.connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=SECONDS)
 
     def ask(self) -> None:
-        """Ask for a page."""
+        """Request a page."""
         self.connection.request("GET", "/livez")
         answer = self.connection.getresponse()
         assert (answer.status, answer.read()) == (200, b'{"status":"ok"}')
 
     def is_closed(self) -> bool:
-        """Tell whether the receiver has closed the connection."""
+        """Return whether the receiver has closed the connection."""
         return bool(select.select([self.connection.sock], [], [], 0)[0])
 
 
 def test_an_idle_connection_outlasts_those_of_proxies(tmp_path: Path) -> None:
-    """B12: by default an idle connection is kept for longer than uvicorn's 5 s, and more than once."""
+    """B12: by default an idle connection is kept longer than uvicorn's 5 s, after each request."""
     assert Settings.model_fields["keep_alive"].default > 60
     with ReceiverProcess(tmp_path) as receiver:
         idle = Idle(receiver)

@@ -1,4 +1,4 @@
-"""`receiver prune`, as a user types it, interrupts it and kills it."""
+"""`receiver prune`, run to its end, interrupted and killed; and `receiver events erase`."""
 
 import asyncio
 import json
@@ -31,13 +31,13 @@ from receiver.errors import DatabaseUnavailable, ReceiverError
 from receiver.retention import Pruned
 
 MANY = 4000
-"""Events of a run that is ended in the middle; it takes eight batches."""
+"""Events of a run that is stopped in the middle; it takes eight batches."""
 
 T = TypeVar("T")
 
 
 class Receiver:
-    """A receiver's database, and what is done to it."""
+    """A receiver's database, with helpers that change it."""
 
     def __init__(self, database_url: str, folder: Path) -> None:
         self._url = database_url
@@ -45,7 +45,7 @@ class Receiver:
         self._settings = {"RECEIVER_DATABASE_URL": database_url}
 
     def use(self, work: Callable[[Database], Awaitable[T]]) -> T:
-        """Do something to the database."""
+        """Run a function on the database."""
 
         async def run() -> T:
             database = Database(self._url)
@@ -57,7 +57,7 @@ class Receiver:
         return asyncio.run(run())
 
     def start(self) -> "subprocess.Popen[bytes]":
-        """Start a run, and return in the middle of a batch that is not its first."""
+        """Start a run, and return in the middle of its second or a later batch."""
         process = subprocess.Popen(
             [sys.executable, "-m", "receiver", "prune", "--older-than", "90d"],
             env=command_environment(**self._settings),
@@ -70,7 +70,7 @@ class Receiver:
 
 
 async def until_in_the_middle(database: Database) -> None:
-    """Wait until a run has done a batch, and the transaction of another one is under way."""
+    """Wait until a run has committed a batch and has begun the transaction of the next one."""
 
     async def has_begun() -> bool:
         return (await count_rows(database))["events"] < MANY
@@ -87,7 +87,7 @@ async def until_in_the_middle(database: Database) -> None:
 
 
 def is_locked(path: str) -> bool:
-    """Tell whether somebody writes to an SQLite database."""
+    """Return whether a transaction writes to an SQLite database."""
     connection = sqlite3.connect(path, timeout=0, isolation_level=None)
     with closing(connection), suppress(sqlite3.OperationalError):
         connection.execute("BEGIN IMMEDIATE")
@@ -96,7 +96,7 @@ def is_locked(path: str) -> bool:
 
 
 async def add_files(database: Database, folder: Path) -> None:
-    """Put the file of every event into a storage."""
+    """Write the file of every event to a storage."""
     async with database.write() as connection:
         for id_ in (await connection.execute(select(media.c.id))).scalars().all():
             file = folder / str(id_) / "0.png"
@@ -113,10 +113,10 @@ def receiver(database_url: str, tmp_path: Path) -> Receiver:
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_it_says_what_it_deletes(
+def test_prune_prints_the_numbers_of_rows(
     receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """C16: for people, and for programs; an age that is too short is one clear error."""
+    """C16: the numbers are printed as text or JSON; an age that is too short is an error in one line."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     receiver.use(partial(fill, count=3))
@@ -149,15 +149,15 @@ def test_it_says_what_it_deletes(
     "arguments", [[], *(["--older-than", age] for age in ("90", "-90d", "90h", "100000d"))]
 )
 def test_an_age_is_required_and_has_a_unit(arguments: list[str]) -> None:
-    """C16: days or weeks; there is no age that everybody would expect."""
+    """C16: the age is in days or weeks, and has no default."""
     result = CliRunner().invoke(app, ["prune", *arguments])
     assert result.exit_code == 2
     assert ("such as 90d or 12w" if arguments else "Missing option") in result.output
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-def test_ctrl_c_ends_it_after_a_batch(receiver: Receiver) -> None:
-    """C13: the batch under way is finished, and it says how many events are gone."""
+def test_ctrl_c_stops_after_the_batch(receiver: Receiver) -> None:
+    """C13: Ctrl-C finishes the current batch and prints the number of deleted events."""
     receiver.use(partial(fill, count=MANY))
     process = receiver.start()
     process.send_signal(signal.SIGINT)
@@ -169,8 +169,8 @@ def test_ctrl_c_ends_it_after_a_batch(receiver: Receiver) -> None:
     assert b"%d events until then" % (MANY - counts["events"]) in err
 
 
-async def test_ctrl_c_waits_for_the_batch_under_way(capsys: pytest.CaptureFixture[str]) -> None:
-    """C13: it is finished and counted, and no other is begun."""
+async def test_ctrl_c_waits_for_the_current_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    """C13: the current batch is finished and counted, and no other batch begins."""
     begun = Pruned(before=datetime.now(UTC))
     under_way = asyncio.Event()
 
@@ -189,8 +189,8 @@ async def test_ctrl_c_waits_for_the_batch_under_way(capsys: pytest.CaptureFixtur
     assert "7 events until then" in capsys.readouterr().err
 
 
-async def test_a_run_that_fails_says_how_far_it_came(capsys: pytest.CaptureFixture[str]) -> None:
-    """C13: the database may go away in the middle; what is committed is told all the same."""
+async def test_a_run_that_fails_prints_its_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    """C13: if the database fails in the middle, the number of events that were deleted is still printed."""
 
     async def batches() -> AsyncIterator[Pruned]:
         yield Pruned(before=datetime.now(UTC), events=5)
@@ -201,8 +201,8 @@ async def test_a_run_that_fails_says_how_far_it_came(capsys: pytest.CaptureFixtu
     assert "5 events until then" in capsys.readouterr().err
 
 
-def test_kill_9_leaves_no_half_event(receiver: Receiver) -> None:
-    """C13: what a killed run leaves are whole events, and the next run goes on from there."""
+def test_kill_9_leaves_whole_events(receiver: Receiver) -> None:
+    """C13: a killed run leaves whole events, and the next run goes on with them."""
     receiver.use(partial(fill, count=MANY))
     process = receiver.start()
     process.kill()
@@ -223,7 +223,7 @@ def test_kill_9_leaves_no_half_event(receiver: Receiver) -> None:
 def test_events_erase(
     receiver: Receiver, database_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """G9: one event by its request_id, for people and for programs; an unknown one is an error."""
+    """G9: an event is erased by its request_id, printed as text or JSON; an unknown one is an error."""
     monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")

@@ -34,7 +34,7 @@ from receiver.db.tables import deliveries, events, replays
 from receiver.ingest import make_event
 
 KILLED = 2000
-"""Events of the replay whose worker is killed."""
+"""Events of the replay during which the worker is killed."""
 
 TWO = (
     '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
@@ -53,23 +53,23 @@ class Service:
         assert run_command("migrate", settings=self.settings, cwd=folder).returncode == 0
 
     def try_(self, *arguments: str, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
-        """Run a command; whatever becomes of it, it shows no traceback."""
+        """Run a command; fail if it prints a traceback."""
         result = run_command(*arguments, settings=self.settings, cwd=self.folder, stdin=stdin)
         assert b"Traceback" not in result.stderr, result.stderr.decode()
         return result
 
     def run(self, *arguments: str) -> str:
-        """Run a command that succeeds; return what it prints."""
+        """Run a command that succeeds; return its output."""
         result = self.try_(*arguments)
         assert result.returncode == 0, result.stdout + result.stderr
         return result.stdout.decode()
 
     def json(self, *arguments: str) -> Any:
-        """Run a command that succeeds with --json; return what it prints."""
+        """Run a command that succeeds with --json; return its output."""
         return json.loads(self.run(*arguments, "--json"))
 
     def error(self, *arguments: str, status: int = 1) -> str:
-        """Run a command that fails; return what it says."""
+        """Run a command that fails; return its message."""
         result = self.try_(*arguments)
         assert result.returncode == status, result.stdout + result.stderr
         return " ".join(result.stderr.decode().split())
@@ -98,7 +98,7 @@ class Service:
         await database.close()
 
     def messages(self, name: str = "main") -> list[dict[str, Any]]:
-        """Return what a file destination has got."""
+        """Return the messages of a file destination."""
         path = self.folder / f"{name}.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -134,7 +134,7 @@ def service(tmp_path: Path) -> Service:
 
 
 def wait_until(look: Callable[[], Any], *, seconds: float = 60) -> Any:
-    """Look again and again until something is found."""
+    """Call a function until it returns a value."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < deadline, "it does not happen"
@@ -142,8 +142,8 @@ def wait_until(look: Callable[[], Any], *, seconds: float = 60) -> Any:
     return found
 
 
-def test_a_replay_from_the_dry_run_to_its_record(service: Service) -> None:
-    """E12: count first, then order, watch it to the end, and find on record who and why."""
+def test_a_replay_from_its_dry_run_to_its_end(service: Service) -> None:
+    """E12: a replay is counted, ordered and watched to its end; its caller and reason are on record."""
     service.add_history(
         *(plain(f"r-{n}") for n in range(30)), *(failure(f"e-{n}") for n in range(10)), b"odd"
     )
@@ -162,8 +162,8 @@ def test_a_replay_from_the_dry_run_to_its_record(service: Service) -> None:
         assert {message["replayid"] for message in messages} == {order["id"]}
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
-    """E12: a terminal shows progress, and Ctrl-C leaves the order to workers."""
+def test_ctrl_c_ends_the_command_and_not_the_replay(service: Service) -> None:
+    """E12: a terminal shows progress, and after Ctrl-C workers go on with the replay."""
     service.add_history(*(plain(f"r-{number}") for number in range(20)))
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
@@ -190,8 +190,8 @@ def test_ctrl_c_ends_the_watching_and_not_the_replay(service: Service) -> None:
     assert len(service.messages()) == 20
 
 
-def test_watching_ends_if_nothing_carries_the_replay_out(service: Service) -> None:
-    """E12: without a worker, or without one that has the destination, the command says so and ends with 3."""
+def test_watching_ends_if_no_worker_carries_the_replay_out(service: Service) -> None:
+    """E12: if no worker runs or none has the destination, the command says so and exits with 3."""
     service.add_history(plain("r-1"))
     said = service.error("replay", "--all", "--key", "k", status=3)
     assert "start `receiver serve` or `receiver worker`" in said
@@ -208,7 +208,7 @@ def test_watching_ends_if_nothing_carries_the_replay_out(service: Service) -> No
 
 
 def test_watching_has_a_time_limit(service: Service) -> None:
-    """--timeout ends the watching with status 124, and the order stays; it is for commands that wait."""
+    """--timeout ends the command with status 124, and the replay goes on; it needs --wait."""
     service.add_history(plain("r-1"))
     said = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
     assert "--timeout are over" in said
@@ -218,8 +218,8 @@ def test_watching_has_a_time_limit(service: Service) -> None:
     assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1")
 
 
-def test_a_worker_killed_twice_leaves_neither_gap_nor_double(tmp_path: Path) -> None:
-    """E3, E9, E12: kill -9 in the middle of a replay of 2,000 events, twice: each arrives once more."""
+def test_a_replay_whose_worker_is_killed_sends_each_event_once(tmp_path: Path) -> None:
+    """E3, E9, E12: after two kill -9 during a replay of 2,000 events, each event arrives once more."""
     service = Service(tmp_path, TWO)
     service.worker.measured = False
     service.add_history(*(plain(f"r-{number}") for number in range(KILLED)))
@@ -260,7 +260,7 @@ def test_a_worker_killed_twice_leaves_neither_gap_nor_double(tmp_path: Path) -> 
 
 
 class Shop(ThreadingHTTPServer):
-    """An HTTP destination that answers with a status of the test's choice."""
+    """An HTTP destination that answers with the status that the test sets."""
 
     def __init__(self) -> None:
         shop = self
@@ -285,7 +285,7 @@ class Shop(ThreadingHTTPServer):
 
 @pytest.fixture
 def shop() -> Iterator[Shop]:
-    """A destination that listens."""
+    """A running HTTP destination."""
     server = Shop()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -295,8 +295,8 @@ def shop() -> Iterator[Shop]:
     server.server_close()
 
 
-def test_dead_letters_from_the_command_line(tmp_path: Path, shop: Shop) -> None:
-    """E4, E7, E15: a replay that ends in dead letters is no success; they are retried and then delivered."""
+def test_dead_letters_of_a_replay_are_retried(tmp_path: Path, shop: Shop) -> None:
+    """E4, E7, E15: a replay with dead letters exits with 1; after a retry they are delivered."""
     service = Service(tmp_path, f'[[destinations]]\nname = "main"\nurl = "{shop.url}"\n')
     service.add_history(*(plain(f"r-{number}") for number in range(5)))
     shop.status = 422
@@ -334,7 +334,7 @@ def clipia(tmp_path: Path) -> Iterator[str]:
 
 
 def test_damaged_files_are_found_and_replaced(tmp_path: Path, clipia: str) -> None:
-    """D11, D15: `media verify` finds what is missing or changed, `replay --media` loads just that again."""
+    """D11, D15: `media verify` finds missing and changed files, and `replay --media` downloads only those."""
     service = Service(tmp_path, TWO, RECEIVER_MEDIA_HOSTS=clipia)
     service.worker.arguments = ("serve", "--port", "0")
     with service.worker as running:
@@ -362,8 +362,8 @@ def test_damaged_files_are_found_and_replaced(tmp_path: Path, clipia: str) -> No
     }  # fmt: skip
 
 
-def test_a_ledger_moves_from_sqlite_to_postgresql(postgres: Postgres, tmp_path: Path) -> None:
-    """E12: export, import, start the workers there: what was pending goes out once, the rest never again."""
+def test_an_export_moves_from_sqlite_to_postgresql(postgres: Postgres, tmp_path: Path) -> None:
+    """E12: after an export and an import, pending deliveries are sent once, and delivered ones not again."""
     old_folder, new_folder = tmp_path / "old", tmp_path / "new"
     old_folder.mkdir()
     new_folder.mkdir()
@@ -393,17 +393,17 @@ def test_a_ledger_moves_from_sqlite_to_postgresql(postgres: Postgres, tmp_path: 
 
 
 def has_lines(path: Path, count: int) -> bool:
-    """Tell whether a file has so many whole lines."""
+    """Return whether a file has this many whole lines."""
     return count_lines(path) >= count
 
 
 def count_lines(path: Path) -> int:
-    """Return how many whole lines a file has."""
+    """Return the number of whole lines of a file."""
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def read_until(terminal: int, pattern: bytes, *, seconds: float = 60) -> bytes:
-    """Read a terminal until it has shown something."""
+    """Read a terminal until it has printed the text."""
     output = b""
     deadline = time.monotonic() + seconds
     while not re.search(pattern, output):

@@ -1,4 +1,4 @@
-"""How web processes start, drain and end: one or several, by a signal or with their parent."""
+"""Web processes: their start, their drain period, and their end by a signal or with their parent."""
 
 import http.client
 import os
@@ -34,7 +34,7 @@ def wait_until(condition: Callable[[], object], *, seconds: float = SECONDS) -> 
 
 
 def serve(folder: Path, postgres: Postgres, *arguments: str, count: int, **settings: str) -> ReceiverProcess:
-    """Return `receiver serve` with so many processes."""
+    """Return `receiver serve` with this many processes."""
     if count > 1:
         settings |= {"RECEIVER_DATABASE_URL": postgres.url(template="migrated")}
         arguments += ("--workers", str(count))
@@ -50,7 +50,7 @@ def connect(receiver: ReceiverProcess) -> http.client.HTTPConnection:
 
 
 def ask(connection: http.client.HTTPConnection, path: str) -> tuple[int, str | None]:
-    """Ask for a page; return the status and the Connection header."""
+    """Request a page; return the status and the Connection header."""
     connection.request("GET", path)
     answer = connection.getresponse()
     answer.read()
@@ -78,12 +78,12 @@ def children(receiver: ReceiverProcess) -> list[psutil.Process]:
 
 
 def count_records(receiver: ReceiverProcess, event: str) -> int:
-    """Return how often the log says something."""
+    """Return the number of log records of an event."""
     return [record["event"] for record in receiver.records()].count(event)
 
 
 class Load:
-    """Clients that post webhooks until they are told to stop, on new connections and on kept ones."""
+    """Clients that post webhooks until `stop`, on new connections and on kept ones."""
 
     def __init__(self, receiver: ReceiverProcess) -> None:
         self.receiver = receiver
@@ -96,12 +96,12 @@ class Load:
         ]
 
     def start(self) -> None:
-        """Begin."""
+        """Start the clients."""
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
-        """End, each client after its request."""
+        """Stop each client after its current request."""
         self._stop.set()
         for thread in self._threads:
             thread.join(SECONDS)
@@ -131,7 +131,7 @@ class Load:
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_requests_are_served_through_the_drain_period(tmp_path: Path, postgres: Postgres, count: int) -> None:
-    """E16: after SIGTERM /readyz says 503 and requests are served on, none refused or lost; then all ends."""
+    """E16: after SIGTERM /readyz answers 503 and every request is still served; then all processes end."""
     receiver = serve(tmp_path, postgres, count=count, RECEIVER_DRAIN="15").start()
     assert receiver.process is not None
     wait_until(lambda: count_records(receiver, "Application startup complete.") == count)
@@ -149,10 +149,10 @@ def test_requests_are_served_through_the_drain_period(tmp_path: Path, postgres: 
     wait_until(lambda: load.acked > 20)
     receiver.signal(signal.SIGTERM)
     told = time.monotonic()
-    receiver.signal(signal.SIGTERM)  # systemd sends it to each process, and the parent passes it on
+    receiver.signal(signal.SIGTERM)  # systemd signals each process, and the parent passes the signal on
     wait_until(lambda: answers(receiver, "/readyz") == 503)
     if count > 1:
-        # Each of them knows; which one answers is chance.
+        # All of them drain; any of them may answer.
         wait_until(lambda: count_records(receiver, "draining") == count)
     assert answers(receiver, "/livez") == 200
     busy.send(content)
@@ -174,7 +174,7 @@ def test_requests_are_served_through_the_drain_period(tmp_path: Path, postgres: 
 
 
 def is_closed(connection: http.client.HTTPConnection) -> bool:
-    """Tell whether the other side has closed an idle connection."""
+    """Return whether the server has closed an idle connection."""
     return bool(select.select([connection.sock], [], [], 0)[0])
 
 
@@ -183,7 +183,7 @@ def is_closed(connection: http.client.HTTPConnection) -> bool:
 def test_ctrl_c_does_not_wait_for_the_drain_period(
     tmp_path: Path, postgres: Postgres, count: int, numbers: Sequence[signal.Signals]
 ) -> None:
-    """E16: SIGINT ends the processes at once, in the drain period as before it, with status 0."""
+    """E16: SIGINT ends the processes at once with status 0, before and in the drain period."""
     receiver = serve(tmp_path, postgres, count=count, RECEIVER_DRAIN="300").start()
     assert receiver.process is not None
     wait_until(lambda: answers(receiver) == 200)
@@ -196,7 +196,7 @@ def test_ctrl_c_does_not_wait_for_the_drain_period(
 
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_exit_status_after_sigterm(tmp_path: Path, postgres: Postgres, count: int) -> None:
-    """E16: `serve`, with one process or several, ends with the status that `worker` ends with: 0."""
+    """E16: after SIGTERM, `serve` with one or several processes exits with 0, like `worker`."""
     receiver = serve(tmp_path, postgres, count=count).start()
     wait_until(lambda: answers(receiver) == 200)
     assert receiver.stop() == 0
@@ -204,11 +204,11 @@ def test_the_exit_status_after_sigterm(tmp_path: Path, postgres: Postgres, count
 
 
 def test_processes_end_with_their_parent(tmp_path: Path, postgres: Postgres) -> None:
-    """E15: if the parent is killed, its processes end and free the port, and it can be started again."""
+    """E15: if the parent is killed, its processes end and free the port for a restart."""
     port = str(free_port())
     receiver = serve(tmp_path, postgres, "--port", port, count=2).start()
     wait_until(lambda: answers(receiver) == 200)
-    held = connect(receiver)  # An idle client does not keep them alive.
+    held = connect(receiver)  # An idle connection does not keep them running.
     orphans = children(receiver)
     assert len(orphans) == 2
     receiver.kill()
@@ -232,7 +232,7 @@ def test_a_process_that_died_is_replaced(tmp_path: Path, postgres: Postgres) -> 
 
 
 def test_processes_may_take_long_to_import(tmp_path: Path, postgres: Postgres) -> None:
-    """E15: with little CPU a process takes long to start; it is waited for, not killed and started again."""
+    """E15: the parent waits for a process that takes long to start, and does not kill it."""
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
@@ -242,7 +242,7 @@ def test_processes_may_take_long_to_import(tmp_path: Path, postgres: Postgres) -
     with receiver:
         wait_until(lambda: len(children(receiver)) == 2)
         first = children(receiver)
-        # Clients wait meanwhile; nobody is refused.
+        # Meanwhile clients wait; none is refused.
         assert answers(receiver, "/livez") == 200
         assert children(receiver) == first
         assert count_records(receiver, "web process died") == 0
@@ -262,7 +262,7 @@ if __name__ == "__main__":
 
 
 def test_several_processes_that_cannot_start_end_with_a_status(tmp_path: Path) -> None:
-    """E15: if no process can start, the parent ends with their status rather than try for ever."""
+    """E15: if no process can start, the parent exits with their status and does not start others for ever."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     ended = subprocess.run(
@@ -331,17 +331,17 @@ class Failing:
 
     @property
     def children(self) -> list[int]:
-        """The processes that have served."""
+        """The ids of processes that have answered."""
         return [int(line) for line in self.output.read_text().splitlines() if line.isdecimal()]
 
     @property
     def measured(self) -> set[int]:
-        """The processes whose circuits are shown."""
+        """The ids of processes with circuit breakers in the metrics."""
         return {int(path.stem.rpartition("_")[2]) for path in self.metrics.glob("gauge_livemax_*.db")}
 
 
 def test_a_process_that_cannot_be_replaced_yet_is_replaced_later(tmp_path: Path) -> None:
-    """E15: if the system refuses a process for want of room, it is tried again; SIGTERM ends all as ever."""
+    """E15: if the system cannot create a process, the parent tries again; SIGTERM still ends all."""
     with Failing(tmp_path, "BlockingIOError(11, 'no more processes')") as supervisor:
         os.kill(supervisor.children[0], signal.SIGKILL)
         wait_until(lambda: len(supervisor.children) == 3, seconds=30)
@@ -352,15 +352,15 @@ def test_a_process_that_cannot_be_replaced_yet_is_replaced_later(tmp_path: Path)
 
 
 def test_a_parent_that_fails_ends_its_processes(tmp_path: Path) -> None:
-    """E15: after an error that was not foreseen the parent ends its processes and itself."""
+    """E15: after an unexpected error the parent ends its processes and itself."""
     with Failing(tmp_path, "RuntimeError") as supervisor:
         os.kill(supervisor.children[0], signal.SIGKILL)
         assert supervisor.process.wait(30) == 1
         assert not any(map(psutil.pid_exists, supervisor.children))
 
 
-def test_the_circuits_of_a_process_that_died_are_not_shown(tmp_path: Path) -> None:
-    """E15: `receiver_circuit_open` is that of the living; the new process tells its own."""
+def test_circuit_breakers_of_a_dead_process_are_not_in_the_metrics(tmp_path: Path) -> None:
+    """E15: `receiver_circuit_open` has the circuit breakers of running processes alone."""
     with Failing(tmp_path, "BlockingIOError") as supervisor:
         assert supervisor.measured == set(supervisor.children)
         dead, living = supervisor.children
@@ -369,7 +369,7 @@ def test_the_circuits_of_a_process_that_died_are_not_shown(tmp_path: Path) -> No
 
 
 def has_ipv6() -> bool:
-    """Tell whether ::1 can be listened on."""
+    """Return whether this machine can listen on ::1."""
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
             return True
@@ -381,7 +381,7 @@ def has_ipv6() -> bool:
 @pytest.mark.parametrize(("host", "reached"), [("::", ["127.0.0.1", "::1"]), ("::1", ["::1"])])
 @pytest.mark.parametrize("count", COUNTS)
 def test_ipv6(tmp_path: Path, postgres: Postgres, count: int, host: str, reached: list[str]) -> None:
-    """`--host ::` takes IPv4 and IPv6, with one process as with two; another address only its own."""
+    """`--host ::` accepts IPv4 and IPv6 with one process or two; another address accepts only its own."""
     with serve(tmp_path, postgres, "--host", host, count=count) as receiver:
         port = urlsplit(receiver.url).port
         for address in ("127.0.0.1", "::1"):
@@ -396,8 +396,8 @@ def test_ipv6(tmp_path: Path, postgres: Postgres, count: int, host: str, reached
 
 
 @pytest.mark.parametrize("count", COUNTS)
-def test_a_port_in_use_is_told_in_a_sentence(tmp_path: Path, postgres: Postgres, count: int) -> None:
-    """A port that is taken is told by its number, in one line, before anything starts."""
+def test_a_port_in_use_is_one_sentence(tmp_path: Path, postgres: Postgres, count: int) -> None:
+    """If the port is taken, one line names it before any process starts."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         url = postgres.url(template="migrated") if count > 1 else f"sqlite:///{tmp_path / 'receiver.db'}"

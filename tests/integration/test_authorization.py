@@ -1,4 +1,4 @@
-"""Who may do what over HTTP: every route with every kind of credential, and each other's jobs."""
+"""Authorization over HTTP: every route with every kind of credential, and access to other callers' jobs."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -28,18 +28,18 @@ OWNER = "token-of-owner-0123456789"
 OPEN = {
     "GET /livez": 200,
     "GET /readyz": 200,
-    # They have their own lock: a signature.
+    # These need a signature in place of a token.
     "POST /clipia/webhook": 401,
     "POST /clipia/webhook/{source}": 401,
     "POST /clipia/webhook/{source}/{job}": 401,
 }
-"""Routes that need no token, with what they answer."""
+"""Routes that need no token, with the status of their answer."""
 GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /metrics": ("read", 200),
     "POST /v1/jobs": ("submit", 201),
     "GET /v1/jobs": ("read", 200),
     "GET /v1/jobs/costs": ("read", 200),
-    # The job of another caller: it is not there, unless the scope `operate` shows all of them.
+    # The job of another caller: 404, unless the caller has the scope `operate`.
     "GET /v1/jobs/{id}": ("read", 404),
     "POST /v1/jobs/{id}/resubmit": ("operate", 409),
     "POST /v1/jobs/{id}/cancel": ("operate", 200),
@@ -53,7 +53,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/events/{id}/receipts": ("operate", 404),
     "POST /v1/events/{id}/replay": ("operate", 404),
     "GET /v1/deliveries": ("operate", 200),
-    # The body is a job's.
+    # The body is that of a job.
     "POST /v1/deliveries/retry": ("operate", 400),
     "POST /v1/deliveries/{id}/retry": ("operate", 404),
     "GET /v1/replays": ("operate", 200),
@@ -61,7 +61,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/replays/{id}": ("operate", 404),
     "POST /v1/replays/{id}/cancel": ("operate", 404),
 }
-"""Routes that need a scope, with what they answer who has it."""
+"""Routes that need a scope, with the status of the answer to a caller that has it."""
 ALLOWED_WITH_ALL = {"GET /v1/jobs/{id}": 200}
 
 SUBSETS = list(chain.from_iterable(combinations(SCOPES, size) for size in range(len(SCOPES) + 1)))
@@ -166,7 +166,7 @@ async def site(database_url: str, clipia: str) -> AsyncIterator[Site]:
 
 @pytest.fixture
 async def local(migrated_sqlite: Path, tmp_path: Path, clipia: str) -> AsyncIterator[Site]:
-    """A receiver, where the database does not matter."""
+    """A receiver on SQLite, for tests that do not depend on the database."""
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia) as opened:
         yield opened
 
@@ -176,7 +176,7 @@ async def local(migrated_sqlite: Path, tmp_path: Path, clipia: str) -> AsyncIter
 
 @pytest.mark.parametrize("only", [None, *get_args(Only)])
 def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
-    """G1, G2: a route that no table here declares fails; the public half has few and no other ones."""
+    """G1, G2: every route is declared in a table here, and the public half has those of `OPEN` alone."""
     settings = Settings.load(
         database_url=f"sqlite:///{tmp_path / 'receiver.db'}", clipia_webhook_secret=SECRET, api_tokens=TOKENS
     )
@@ -190,7 +190,7 @@ def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
 
 
 def routes_of(app: Starlette) -> set[str]:
-    """Return an application's routes; what is no plain route is unknown territory."""
+    """Return an application's routes; fail if one is of another kind than `Route`."""
     found = set()
     for route in app.routes:
         assert isinstance(route, Route), route
@@ -201,10 +201,8 @@ def routes_of(app: Starlette) -> set[str]:
 
 
 @pytest.mark.parametrize("only", get_args(Only))
-async def test_the_other_half_is_not_there(
-    migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only
-) -> None:
-    """G2: with the best of tokens, what belongs to the other listener is 404 on this one."""
+async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only) -> None:
+    """G2: a route of the other listener is 404 on this one, even with a token that has all scopes."""
     foreign = GUARDED if only == "webhook" else [route for route in OPEN if "webhook" in route]
     content = body()
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, only=only) as site:
@@ -221,7 +219,7 @@ async def test_the_other_half_is_not_there(
 
 @pytest.mark.parametrize("scopes", SUBSETS, ids=lambda scopes: "+".join(scopes) or "none")
 async def test_a_scope_opens_its_routes_and_no_others(local: Site, scopes: tuple[Scope, ...]) -> None:
-    """G1: the matrix of every route and every set of scopes; what is refused is refused before it is read."""
+    """G1: the matrix of every route and every set of scopes; a rejected request's body is not read."""
     job_id = (await local.submit(OWNER))["id"]
     headers = bearer(token_of(scopes))
     for route, (scope, status) in GUARDED.items():
@@ -242,8 +240,8 @@ async def test_a_scope_opens_its_routes_and_no_others(local: Site, scopes: tuple
     assert len(submitted) == (2 if "submit" in scopes else 1)
 
 
-async def test_a_credential_that_is_none_opens_nothing(local: Site) -> None:
-    """G1: without a token that is known every guarded route answers the same 401, whatever was tried."""
+async def test_invalid_credentials_open_no_route(local: Site) -> None:
+    """G1: without a known token every guarded route answers the same 401, whichever credential was sent."""
     job_id = (await local.submit(OWNER))["id"]
     for route in GUARDED:
         answers = {
@@ -260,7 +258,7 @@ async def test_a_credential_that_is_none_opens_nothing(local: Site) -> None:
                     "message": "Send Authorization: Bearer <token>.",
                 }
             }
-        # Nothing tells a token that is nearly right from one that is not.
+        # The answer does not depend on how close the token was.
         assert len({tuple(sorted(answer.headers.items())) for answer in answers.values()}) == 1
     for route, status in OPEN.items():
         for headers in BAD_CREDENTIALS.values():
@@ -269,14 +267,14 @@ async def test_a_credential_that_is_none_opens_nothing(local: Site) -> None:
 
 
 async def test_a_token_s_scheme_may_be_spelled_in_any_way(local: Site) -> None:
-    """The scheme's case and the spaces after it mean nothing (RFC 9110, section 11.1)."""
+    """The case of the scheme and the number of spaces after it do not matter (RFC 9110, section 11.1)."""
     for value in (f"Bearer {OWNER}", f"bearer {OWNER}", f"BEARER   {OWNER}", f"Bearer {OWNER} "):
         response = await local.client.get("/v1/jobs", headers=[(b"Authorization", value.encode())])
         assert response.status_code == 200
 
 
 async def test_head_is_guarded_like_get(local: Site) -> None:
-    """G1: HEAD, which every GET route answers too, needs the same token and scope."""
+    """G1: HEAD needs the same token and scope as GET."""
     for route, (scope, _) in GUARDED.items():
         if not route.startswith("GET"):
             continue
@@ -286,8 +284,8 @@ async def test_head_is_guarded_like_get(local: Site) -> None:
         assert (await local.call(head, headers=bearer(token_of(without)))).status_code == 403
 
 
-async def test_other_methods_and_paths_tell_nothing(local: Site) -> None:
-    """What is no route is 404 or 405 in Clipia's shape, with or without a token, and changes nothing."""
+async def test_other_methods_and_paths_are_405_and_404(local: Site) -> None:
+    """Other methods and paths are 405 and 404 in Clipia's shape, with or without a token; no job changes."""
     job_id = (await local.submit(OWNER))["id"]
     for headers in ((), bearer(token_of(SCOPES))):
         for route in (*OPEN, *GUARDED):
@@ -306,7 +304,7 @@ async def test_other_methods_and_paths_tell_nothing(local: Site) -> None:
 
 
 def methods_of(path: str) -> set[str]:
-    """Return the methods that a path has, as a 405 has to name them (RFC 9110, section 15.5.6)."""
+    """Return the methods of a path, which a 405 has to name (RFC 9110, section 15.5.6)."""
     methods = {method for method, each in (route.split() for route in (*OPEN, *GUARDED)) if each == path}
     return methods | {"HEAD"} if "GET" in methods else methods
 
@@ -314,7 +312,7 @@ def methods_of(path: str) -> set[str]:
 async def test_without_tokens_the_internal_api_is_closed(
     migrated_sqlite: Path, tmp_path: Path, clipia: str
 ) -> None:
-    """G1: no token configured is nobody allowed, not everybody; the answer says what to set."""
+    """G1: if no token is configured, every request is rejected; the answer names the setting."""
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, api_tokens=()) as site:
         for route in GUARDED:
             for headers in BAD_CREDENTIALS.values():
@@ -326,8 +324,8 @@ async def test_without_tokens_the_internal_api_is_closed(
                 assert "RECEIVER_API_TOKENS" in response.json()["error"]["message"]
 
 
-async def test_a_request_is_refused_before_its_body_is_read(local: Site) -> None:
-    """G1: who may not submit learns nothing about a body, be it broken or larger than the limit."""
+async def test_a_request_is_rejected_before_its_body_is_read(local: Site) -> None:
+    """G1: if a caller may not submit, the answer is the same for a broken or too large body."""
     for content in (b"{", b"x" * 3_000_000):
         for headers, status in (((), 401), (bearer(token_of(("read",))), 403)):
             response = await local.client.post("/v1/jobs", content=content, headers=list(headers))
@@ -345,13 +343,13 @@ READER, STRANGER, OPERATOR = (
 )
 
 
-async def test_a_caller_does_not_see_another_one_s_job(site: Site) -> None:
-    """G3: another caller's job is answered like one that there is not, at once, whatever is asked of it."""
+async def test_a_caller_does_not_see_another_callers_job(site: Site) -> None:
+    """G3: for another caller's job every route answers at once, and the same as for an unknown id."""
     job_id = (await site.submit(OWNER, "k", metadata={"a": "1"}))["id"]
     nobody = "01a1fe04-89f8-77d7-8764-432122f47fc3"
     for token in (READER, STRANGER):
         for query in ("", "?wait=300"):
-            # An answer that waits for the other caller's job first would tell that there is one.
+            # If the answer waited for the other caller's job, its delay would show that the job exists.
             async with asyncio.timeout(60):
                 theirs = await site.as_(token, "GET", f"/v1/jobs/{job_id}{query}")
                 none = await site.as_(token, "GET", f"/v1/jobs/{nobody}{query}")
@@ -365,7 +363,7 @@ async def test_a_caller_does_not_see_another_one_s_job(site: Site) -> None:
 
 
 async def test_a_caller_lists_its_own_jobs_alone(site: Site) -> None:
-    """G3: no filter, no cursor and no sum shows anything of another caller's jobs."""
+    """G3: no filter, cursor or sum shows a job of another caller."""
     theirs = [await site.submit(OWNER, metadata={"a": "1"}) for _ in range(2)]
     own = await site.submit(STRANGER, metadata={"a": "1"})
     for query in ("", "caller=has-submit-read", "metadata.a=1", f"model={MODEL}", "cursor=999999", "limit=1"):
@@ -384,8 +382,8 @@ async def test_a_caller_lists_its_own_jobs_alone(site: Site) -> None:
     assert [job["id"] for job in listed] == [job["id"] for job in theirs[::-1]]
 
 
-async def test_a_key_leads_to_its_own_caller_s_job_alone(site: Site) -> None:
-    """F8, G3: another caller's key is free: it neither leads to that job nor tells that there is one."""
+async def test_a_key_belongs_to_its_caller(site: Site) -> None:
+    """F8, G3: two callers may use the same key; it neither finds nor reveals the other caller's job."""
     first = await site.submit(OWNER, "k")
     second = await site.submit(STRANGER, "k")
     assert first["id"] != second["id"]
@@ -395,7 +393,7 @@ async def test_a_key_leads_to_its_own_caller_s_job_alone(site: Site) -> None:
 
 
 async def test_operate_sees_every_job(site: Site) -> None:
-    """G3: who operates the service sees, waits for, sums up and submits again the jobs of all callers."""
+    """G3: a caller with `operate` lists, waits for, sums up and resubmits the jobs of all callers."""
     jobs = [await site.submit(OWNER), await site.submit(STRANGER)]
     listed = (await site.as_(OPERATOR, "GET", "/v1/jobs")).json()["data"]
     assert [job["id"] for job in listed] == [job["id"] for job in jobs[::-1]]
@@ -412,7 +410,7 @@ async def test_operate_sees_every_job(site: Site) -> None:
 
 
 async def test_operate_alone_reads_and_submits_nothing(local: Site) -> None:
-    """G1: a scope does not contain another one, `operate` neither."""
+    """G1: no scope includes another one, and neither does `operate`."""
     job_id = (await local.submit(OWNER))["id"]
     token = token_of(("operate",))
     for method, path in (("GET", f"/v1/jobs/{job_id}"), ("GET", "/v1/jobs"), ("POST", "/v1/jobs")):
@@ -430,14 +428,14 @@ CANARIES = {
 CONTENTS = {
     "a prompt": "canary prompt",
     "metadata": "canary metadata",
-    "a body that is refused": "canary refused",
+    "an invalid body": "canary invalid",
     "a webhook": "canary webhook",
 }
 
 
 @dataclass(frozen=True)
 class Traces:
-    """What requests with canaries left behind."""
+    """The log, the answers and the database after requests with canaries."""
 
     log: str
     answers: str
@@ -446,7 +444,7 @@ class Traces:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
-    """A receiver that tells the most it can has served requests, good and bad ones, and has ended."""
+    """The traces of a receiver at log level DEBUG that has served good and bad requests and ended."""
     folder = tmp_path_factory.mktemp("canaries")
     secret = CANARIES["the webhook secret"]
     async with running(
@@ -481,7 +479,7 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
 
 async def _leave_traces(client: httpx.AsyncClient, secret: str) -> list[httpx.Response]:
     job = JOB | {"input": {"prompt": CONTENTS["a prompt"]}, "metadata": {"m": CONTENTS["metadata"]}}
-    refused = JOB | {"input": {"prompt": 1, CONTENTS["a body that is refused"]: 1}}
+    refused = JOB | {"input": {"prompt": 1, CONTENTS["an invalid body"]: 1}}
     paths = ("/v1/jobs", "/v1/jobs/x", "/v1/account", "/v1/models", "/metrics", "/v1/jobs?m=x")
     calls: list[tuple[str, str, Any]] = [("GET", path, None) for path in paths]
     calls += [("POST", "/v1/jobs", content) for content in (job, refused, job | {"max_cost": 1})]
@@ -497,7 +495,7 @@ async def _leave_traces(client: httpx.AsyncClient, secret: str) -> list[httpx.Re
     return answers
 
 
-def test_no_secret_is_left_anywhere(traces: Traces) -> None:
+def test_secrets_are_in_no_log_answer_or_database(traces: Traces) -> None:
     """G8: tokens, Clipia's key and the webhook secret are in no log, no answer and no database."""
     assert "job issued" in traces.log
     assert "insufficient_scope" not in traces.answers
@@ -508,8 +506,8 @@ def test_no_secret_is_left_anywhere(traces: Traces) -> None:
         assert canary not in traces.database, name
 
 
-def test_no_content_is_left_in_the_log(traces: Traces) -> None:
-    """G8, G9: what callers and Clipia send is in the database, and never in the log, at any level."""
+def test_contents_are_not_in_the_log(traces: Traces) -> None:
+    """G8, G9: inputs, metadata and webhooks are in the database, and not in the log, even at DEBUG."""
     for name in ("a prompt", "metadata", "a webhook"):
         assert CONTENTS[name] in traces.database, name
     for name, canary in CONTENTS.items():

@@ -55,7 +55,7 @@ ROUTES = [
 
 
 class Site:
-    """A receiver's web half, an operator's client, and a look into its database."""
+    """A receiver without a worker, an operator's client, and the receiver's database."""
 
     def __init__(self, app: Starlette, world: World) -> None:
         self.app = app
@@ -69,7 +69,7 @@ class Site:
         return httpx.AsyncClient(transport=transport, base_url="http://receiver", headers=headers)
 
     async def get(self, path: str, **query: Any) -> httpx.Response:
-        """Ask as an operator."""
+        """Send a GET request as an operator."""
         return await self.operator.get(path, params=query)
 
     async def data(self, path: str, **query: Any) -> list[dict[str, Any]]:
@@ -80,14 +80,14 @@ class Site:
         return rows
 
     async def post(self, path: str, content: Any = None, *, key: str | None = None) -> httpx.Response:
-        """Order something as an operator."""
+        """Send a POST request as an operator."""
         headers = {} if key is None else {"idempotency-key": key}
         if content is None:
             return await self.operator.post(path, headers=headers)
         return await self.operator.post(path, json=content, headers=headers)
 
     async def receive(self, content: bytes) -> None:
-        """Take a webhook in."""
+        """Send a webhook."""
         response = await self.operator.post("/clipia/webhook", content=content, headers=signed(content))
         assert response.status_code == 200
 
@@ -133,8 +133,8 @@ def path_with(path: str, id_: str = NOBODY) -> str:
     return path.replace("{id}", id_)
 
 
-async def test_only_operators_see_and_touch_the_ledger(site: Site) -> None:
-    """G1, E12: each route refuses callers without a token (401) and without `operate` (403)."""
+async def test_only_operators_see_and_change_events(site: Site) -> None:
+    """G1, E12: each route rejects callers without a token (401) and without `operate` (403)."""
     for token, expected in (
         (None, (401, "invalid_token")),
         ("wrong-0123456789abcdef", (401, "invalid_token")),
@@ -151,8 +151,8 @@ async def test_only_operators_see_and_touch_the_ledger(site: Site) -> None:
         assert response.status_code in {200, 202, 400, 404}, path
 
 
-async def test_every_route_of_the_ledger_is_in_these_tests(site: Site) -> None:
-    """G1: a route that is added has to be added to the matrix above."""
+async def test_every_route_of_events_and_replays_is_in_these_tests(site: Site) -> None:
+    """G1: a new route has to be added to the matrix above."""
     found = {
         (method, route.path)
         for route in site.app.routes
@@ -163,13 +163,13 @@ async def test_every_route_of_the_ledger_is_in_these_tests(site: Site) -> None:
 
 
 async def test_wrong_methods_and_paths_have_the_same_error_shape(site: Site) -> None:
-    """G1: what is no route says so in Clipia's error shape."""
+    """G1: a wrong method is 405 and a wrong path 404, in Clipia's error shape."""
     assert error_of(await site.operator.delete("/v1/events")) == (405, "method_not_allowed")
     assert error_of(await site.get("/v1/events/a/b/c")) == (404, "not_found")
 
 
 async def test_events_are_listed_and_filtered(site: Site) -> None:
-    """Newest first, without bodies, with the states of files and deliveries, by every filter."""
+    """Events are listed newest first, without bodies, with the states of files and deliveries, by filter."""
     world = site.world
     await world.add_history(plain("r-1"), plain("r-2", model="other"), failure("r-3"))
     await world.add(plain("r-4"), source="staging")
@@ -195,7 +195,7 @@ async def test_events_are_listed_and_filtered(site: Site) -> None:
 
 
 async def test_lists_come_in_pages(site: Site) -> None:
-    """Each page names the next one; together they are the whole list, once each and newest first."""
+    """Each page has the cursor of the next one; together the pages are the whole list."""
     await site.world.add_history(*(plain(f"r-{number}") for number in range(5)))
     for _ in range(5):
         await site.world.order()
@@ -214,8 +214,8 @@ async def test_lists_come_in_pages(site: Site) -> None:
         assert pages == whole
 
 
-async def test_bad_questions_are_named(site: Site) -> None:
-    """Bad limits, cursors, times and unknown parameters are 400 and say which one it is."""
+async def test_bad_parameters_are_named(site: Site) -> None:
+    """A bad limit, cursor or time or an unknown parameter is 400, and the message names it."""
     queries = [("limit", limit) for limit in ("0", "201", "-1", "x", "1e1", "²", "")]
     queries += [("cursor", cursor) for cursor in ("x", "-1", "1.5", "9" * 30, "²")]
     queries += [("absent", "x"), ("body", "x")]
@@ -228,8 +228,8 @@ async def test_bad_questions_are_named(site: Site) -> None:
                 assert name in response.json()["error"]["message"]
 
 
-async def test_times_beyond_the_calendar_are_refused(site: Site) -> None:
-    """A time that is before the year 1 or after 9999 in UTC is 400, and breaks nothing."""
+async def test_times_beyond_the_calendar_are_rejected(site: Site) -> None:
+    """A time before the year 1 or after 9999 in UTC is 400."""
     for path, (name, value) in product(LISTS[:2], BEYOND):
         response = await site.get(path, **{name: value})
         assert (path, error_of(response)) == (path, (400, "invalid_request"))
@@ -240,8 +240,8 @@ async def test_times_beyond_the_calendar_are_refused(site: Site) -> None:
         assert error_of(response) == (400, "invalid_request")
 
 
-async def test_text_that_no_database_takes_is_no_accident(site: Site) -> None:
-    """G1: a NUL in a filter or in an id finds nothing or is refused, and never breaks the service."""
+async def test_nul_in_text_is_not_an_internal_error(site: Site) -> None:
+    """G1: a filter or an id with NUL finds no row or is rejected; it is never an internal error."""
     for path in (
         *(f"/v1/events?{name}=a%00b" for name in ("source", "state", "status", "model")),
         *(f"/v1/deliveries?{name}=a%00b" for name in ("state", "destination")),
@@ -259,8 +259,8 @@ async def test_text_that_no_database_takes_is_no_accident(site: Site) -> None:
         assert response.status_code in {202, 400, 404}, path
 
 
-async def test_an_event_is_shown_with_all_that_hangs_on_it(site: Site) -> None:
-    """By its id and by its request_id: body, receipts, deliveries and every try."""
+async def test_an_event_is_shown_with_its_rows(site: Site) -> None:
+    """An event is found by its id or request_id, with its body, receipts, deliveries and attempts."""
     await site.receive(plain("r-1"))
     await site.receive(plain("r-1"))
     async with site.world.working():
@@ -279,7 +279,7 @@ async def test_an_event_is_shown_with_all_that_hangs_on_it(site: Site) -> None:
 
 
 async def test_receipts_come_in_pages(site: Site) -> None:
-    """The receipts of an event are listed oldest first, a conflict with its body as base64."""
+    """Receipts of an event are listed oldest first, a conflict with its body as base64."""
     bodies = [plain("r-1"), plain("r-1"), plain("r-1", model="second")]
     for body in bodies:
         await site.receive(body)
@@ -294,7 +294,7 @@ async def test_receipts_come_in_pages(site: Site) -> None:
 
 
 async def test_odd_bodies_are_shown_as_bytes(site: Site) -> None:
-    """B11: a body that is no JSON, and one that contradicts the first, come as base64."""
+    """B11: a body that is not JSON, and that of a conflict, are shown as base64."""
     odd = b"\xff\x00 strange"
     await site.receive(odd)
     await site.receive(plain("r-1", model="first"))
@@ -309,8 +309,8 @@ async def test_odd_bodies_are_shown_as_bytes(site: Site) -> None:
     assert base64.b64decode(receipts[1]["body"]) == plain("r-1", model="second")
 
 
-async def test_what_is_not_there_is_404(site: Site) -> None:
-    """Ids of nothing, and ids that are none, are not found."""
+async def test_unknown_and_invalid_ids_are_404(site: Site) -> None:
+    """An unknown id is 404, and so is a text that is not an id."""
     await site.world.add_history(plain("r-1"))
     for (method, path), key in product(ROUTES, ("absent", NOBODY, "%20", "a%2Fb")):
         if "{id}" in path:
@@ -319,7 +319,7 @@ async def test_what_is_not_there_is_404(site: Site) -> None:
 
 
 async def test_one_event_is_replayed(site: Site) -> None:
-    """E12: 202 with where to look, the caller on record; a body narrows it down."""
+    """E12: the answer is 202 with the replay's path; the caller is on record; `to` selects destinations."""
     await site.world.add_history(failure("r-1"), failure("r-2"))
     response = await site.post("/v1/events/r-1/replay")
     order = response.json()
@@ -367,8 +367,8 @@ async def test_a_replay_is_ordered_by_filter(site: Site) -> None:
     assert listed["selection"]["model"] == "seedance-*"
 
 
-async def test_a_dry_run_that_is_not_understood_orders_nothing(site: Site) -> None:
-    """E12: whoever writes dry_run in another way than true or false gets an error, and no replay."""
+async def test_an_invalid_dry_run_orders_no_replay(site: Site) -> None:
+    """E12: if `dry_run` is neither true nor false, the answer is 400 and no replay is ordered."""
     await site.world.add_history(plain("r-1"))
     values: list[Any] = ["true", 1, "no", None, []]
     for value in values:
@@ -378,7 +378,7 @@ async def test_a_dry_run_that_is_not_understood_orders_nothing(site: Site) -> No
 
 
 async def test_a_key_is_one_replay(site: Site) -> None:
-    """E12: the same order under the same key is the same replay, another one is 409."""
+    """E12: the same order with the same key is the same replay; another order with that key is 409."""
     await site.world.add_history(plain("r-1"))
     first = await site.post("/v1/replays", {"all": True, "reason": "a"}, key="monday")
     again = await site.post("/v1/replays", {"all": True, "reason": "a"}, key="monday")
@@ -392,7 +392,7 @@ async def test_a_key_is_one_replay(site: Site) -> None:
     assert len(await site.data("/v1/replays")) == 1
 
 
-async def test_a_key_that_is_too_long_is_refused(site: Site) -> None:
+async def test_a_key_that_is_too_long_is_rejected(site: Site) -> None:
     """F8: a key has at most 255 characters, on every database."""
     await site.world.add_history(plain("r-1"))
     for length, status in ((255, 202), (256, 400), (10_000, 400)):
@@ -427,8 +427,8 @@ BAD_ORDERS = [
 ]
 
 
-async def test_bad_orders_say_what_is_wrong(site: Site) -> None:
-    """E12: 400 that names the field, and nothing is ordered."""
+async def test_bad_orders_name_the_field(site: Site) -> None:
+    """E12: a bad order is 400 and names the field, and no replay is ordered."""
     for content, said in BAD_ORDERS:
         response = await site.operator.post("/v1/replays", content=content)
         assert error_of(response) == (400, "invalid_request")
@@ -437,14 +437,14 @@ async def test_bad_orders_say_what_is_wrong(site: Site) -> None:
 
 
 async def test_bodies_have_a_limit(site: Site) -> None:
-    """G11: a body beyond a megabyte is refused."""
+    """G11: a body larger than a megabyte is rejected."""
     response = await site.post("/v1/replays", {"reason": "x" * 1_100_000})
     assert response.status_code in {400, 413}
     assert "selection" not in response.text
 
 
 async def test_a_replay_is_canceled(site: Site) -> None:
-    """E12: it answers with the canceled replay; a second time there is nothing left to cancel."""
+    """E12: canceling answers with the canceled replay; a second time it is 409."""
     await site.world.add_history(plain("r-1"))
     order = (await site.post("/v1/replays", {"all": True})).json()
     canceled = await site.post(f"/v1/replays/{order['id']}/cancel")
@@ -464,7 +464,7 @@ async def kill(site: Site, count: int) -> list[dict[str, Any]]:
 
 
 async def test_deliveries_are_listed_with_their_reasons(site: Site) -> None:
-    """E4: by state, destination and time, each with its event and why it failed."""
+    """E4: deliveries are listed by state, destination and time, each with its event and its last error."""
     await site.world.add_history(failure("other"))
     dead = await kill(site, 2)
     assert [row["request_id"] for row in dead] == ["r-0", "r-1"]
@@ -487,7 +487,7 @@ async def test_deliveries_are_listed_with_their_reasons(site: Site) -> None:
 
 
 async def test_one_dead_letter_is_retried(site: Site) -> None:
-    """E4, E15: once, with who asked on record; what is not dead is no dead letter."""
+    """E4, E15: a dead letter is restarted once, with the caller on record; a pending delivery is 404."""
     first, second = await kill(site, 2)
     done = await site.post(f"/v1/deliveries/{first['id']}/retry")
     assert (done.status_code, done.json()) == (202, {"restarted": {"main": 1}})
@@ -502,7 +502,7 @@ async def test_one_dead_letter_is_retried(site: Site) -> None:
 
 
 async def test_dead_letters_are_counted_until_they_are_retried(site: Site) -> None:
-    """E4: the metrics say how many each destination has, none included."""
+    """E4: the metrics have the number of dead letters of each destination, even if it is 0."""
 
     async def counts() -> set[str]:
         async with site.client(TOKENS["reader"]) as reader:
@@ -521,7 +521,7 @@ async def test_dead_letters_are_counted_until_they_are_retried(site: Site) -> No
 
 
 async def test_dead_letters_are_retried_by_filter(site: Site) -> None:
-    """E4: by ids, by destination, by time, or all of them when that is said."""
+    """E4: dead letters are restarted by ids, by destination, by time, or all of them with `all`."""
     dead = await kill(site, 4)
     earlier = (datetime.now(UTC) - timedelta(hours=1)).isoformat()
     for content, count in (
@@ -539,7 +539,7 @@ async def test_dead_letters_are_retried_by_filter(site: Site) -> None:
 
 
 async def test_a_retry_says_whether_there_are_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """E5: one call restarts a bounded number, and its answer says whether to come again."""
+    """E5: one call restarts a limited number, and `more` tells whether to call again."""
     monkeypatch.setattr(events_api, "MAX_RESTARTED", 2)
     await kill(site, 3)
     answers = [(await site.post("/v1/deliveries/retry", {"all": True})).json() for _ in range(3)]
@@ -567,8 +567,8 @@ BAD_RETRIES: list[dict[str, Any]] = [
 ]
 
 
-async def test_a_retry_of_everything_has_to_be_meant(site: Site) -> None:
-    """E12: no filter, or one that is not understood, is 400 and restarts nothing."""
+async def test_a_retry_of_everything_needs_all(site: Site) -> None:
+    """E12: a retry without a filter or with an invalid one is 400 and restarts no dead letter."""
     await kill(site, 1)
     for content in BAD_RETRIES:
         response = await site.post("/v1/deliveries/retry", content)
@@ -577,7 +577,7 @@ async def test_a_retry_of_everything_has_to_be_meant(site: Site) -> None:
 
 
 async def test_without_a_database_everything_is_503(tmp_path: Path) -> None:
-    """G13: an operator is told that the database is away and when to come again, and nothing of it."""
+    """G13: without the database every route is 503 with Retry-After, and no detail of the database."""
     settings = Settings.load(
         database_url=f"postgresql://canary@127.0.0.1:{free_port()}/x",
         clipia_webhook_secret=SECRET,
@@ -602,7 +602,7 @@ async def test_without_a_database_everything_is_503(tmp_path: Path) -> None:
 
 
 async def test_operators_see_every_callers_events(site: Site) -> None:
-    """G3: these lists are not cut down to a caller: that is why they need `operate`."""
+    """G3: these lists have the events of all callers, so they need `operate`."""
     await site.world.add_job("theirs", caller="somebody", request_id="r-1")
     await site.world.add_history(plain("r-1"))
     assert len(await site.data("/v1/events")) == 1
@@ -611,13 +611,13 @@ async def test_operators_see_every_callers_events(site: Site) -> None:
 
 
 async def test_an_event_is_erased(site: Site, tmp_path: Path) -> None:
-    """G9: a tombstone stays; 409 if something is left to do, 503 while the storage is away: it goes on."""
+    """G9: a tombstone stays; 409 if a delivery is pending; 503 if the storage is away, until a repeat."""
     await site.world.add_history(plain("r-1"), plain("r-2"))
     await site.world.change(deliveries, state="pending")
     assert error_of(await site.operator.delete("/v1/events/r-1")) == (409, "not_settled")
     await site.world.change(deliveries, state="delivered")
     file = tmp_path / "data" / "media" / "r-1" / "0.png"
-    file.mkdir(parents=True)  # which no storage can delete as a file
+    file.mkdir(parents=True)  # a folder cannot be deleted as a file
     async with site.world.database.write() as connection:
         (first, _) = (await connection.execute(select(events.c.seq).order_by(events.c.seq))).scalars()
         new = NewMedia(position=0, variant="original", kind="image", url="https://media.clipia.ai/a.png")

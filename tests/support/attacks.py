@@ -1,4 +1,4 @@
-"""Attacks on the memory of a server by clients without a secret, and the meter that shows what they cost."""
+"""Attacks on the memory of a server by clients without a secret, and a meter for their cost."""
 
 import asyncio
 import contextlib
@@ -25,7 +25,7 @@ CALLBACK: Final = "/clipia/webhook"
 ANSWER_WAIT: Final = 10.0
 """Seconds after which Clipia gives up on an answer."""
 RETRY_AFTER: Final = 5.0
-"""Seconds that a 503 asks for; a webhook that is late waits as long."""
+"""Seconds of a 503's Retry-After, and the pause of a late webhook."""
 
 
 def request(content: bytes = b"", *, path: str = CALLBACK, headers: Mapping[str, str] | None = None) -> bytes:
@@ -53,19 +53,19 @@ def tiny_chunks(size: int = 250 * KIB) -> bytes:
 
 
 def large_head() -> bytes:
-    """Return a request whose headers are refused with 431."""
+    """Return a request whose headers are answered 431."""
     lines = b"".join(b"X-%05d: %s\r\n" % (number, b"y" * 40) for number in range(4000))
     return b"POST " + CALLBACK.encode() + b" HTTP/1.1\r\nHost: receiver\r\n" + lines + b"\r\n"
 
 
 def unfinished_head() -> bytes:
-    """Return as many small headers as the limit of the head lets through, and no end."""
+    """Return as many small headers as the limit of the head allows, without its end."""
     lines = b"".join(b"%x:\r\n" % number for number in range(256, 2000))
     return b"POST " + CALLBACK.encode() + b" HTTP/1.1\r\nHost: receiver\r\n" + lines
 
 
 def declared_too_large() -> bytes:
-    """Return a request that is refused with 413 for the length that it declares."""
+    """Return a request that is answered 413 because of the length that it declares."""
     return request(b"x" * 200 * KIB, headers={"Content-Length": str(10 * MIB)})
 
 
@@ -98,11 +98,11 @@ ATTACKS: Final[Mapping[str, Callable[[], bytes]]] = {
 
 @dataclass
 class Flood:
-    """What became of an attack."""
+    """The answers to an attack."""
 
     connections: int = 0
     answers: Counter[bytes] = field(default_factory=Counter)
-    """How often each status was answered; an empty one is a connection that was closed without an answer."""
+    """The number of answers by status; the empty status is a connection closed without an answer."""
     slowest: float = 0.0
     """Seconds until the latest answer, from the moment that its connection was open."""
 
@@ -110,10 +110,10 @@ class Flood:
 async def flood(
     port: int, attack: str, *, connections: int, seconds: float, total: int | None = None
 ) -> Flood:
-    """Hold so many connections at once, each with a request of the attack, for some seconds.
+    """Hold many connections at once, each with a request of the attack, for some seconds.
 
-    A new connection is opened for each that ends, up to `total` of them. A process of its own does it, which
-    takes no time from what is measured beside it.
+    If a connection ends, a new one replaces it, up to `total`. A separate process does it, so that it
+    takes no time from the measurements.
     """
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         work = partial(_flood_in_process, port, attack, connections=connections, seconds=seconds, total=total)
@@ -174,7 +174,7 @@ async def _send(connection: socket.socket, raw: bytes) -> None:
 
 @dataclass
 class Genuine:
-    """Small webhooks that came meanwhile."""
+    """The small webhooks that were sent during an attack."""
 
     sent: int = 0
     statuses: Counter[bytes] = field(default_factory=Counter)
@@ -187,8 +187,8 @@ async def genuine_webhooks(
 ) -> AsyncIterator[Genuine]:
     """Send genuine webhooks for the block, each on a connection of its own.
 
-    With `repeat` one that is late, cut or answered 503 is sent again after a while, as Clipia does, and
-    its second status is the one that counts.
+    If `repeat` is set, a webhook that is late, cut or answered 503 is sent again after a pause, like
+    Clipia does, and its second status counts.
     """
     found = Genuine()
 
@@ -258,7 +258,7 @@ def frozen_postgres(server: Postgres) -> Iterator[None]:
 
 
 class Meter:
-    """The resident memory of a process, in MiB above that of before the attack."""
+    """The resident memory that an attack adds to a process, in MiB."""
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
@@ -270,7 +270,7 @@ class Meter:
 
     @property
     def now(self) -> float:
-        """What is added now."""
+        """The memory that is added now."""
         return self._read() - self.before
 
     @asynccontextmanager
@@ -289,7 +289,7 @@ class Meter:
             task.cancel()
 
     async def settled(self, *, below: float, seconds: float) -> float:
-        """Wait until what is added is below a size, for so long at most; return what is added."""
+        """Wait at most `seconds` until less than a size is added; return the added memory."""
         until = time.monotonic() + seconds
         while self.now >= below and time.monotonic() < until:  # noqa: ASYNC110 - another process
             await asyncio.sleep(0.2)

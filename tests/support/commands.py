@@ -1,4 +1,4 @@
-"""A receiver as a process of its own, and what tests do to it."""
+"""Runs commands and receivers as processes."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ _INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "COVERAGE_PROCESS_START", "COVER
 
 
 def command_environment(**settings: str) -> dict[str, str]:
-    """Return the environment of a command: the given settings and next to nothing else."""
+    """Return the environment of a command: the given settings, and few variables of this process."""
     return {name: os.environ[name] for name in _INHERITED if name in os.environ} | settings
 
 
@@ -49,9 +49,9 @@ def run_command(
 
 @contextmanager
 def always(action: Callable[[], object]) -> Iterator[None]:
-    """Do this when the block ends, also if it fails.
+    """Call `action` at the end of the block, even if the block fails.
 
-    A pool waits for its threads: a test whose threads are told to stop at its end only would hang, not fail.
+    A thread pool waits for its threads. If a failing test did not stop them, it would hang.
     """
     try:
         yield
@@ -60,7 +60,7 @@ def always(action: Callable[[], object]) -> Iterator[None]:
 
 
 def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[str, object]]:
-    """Wait until a file of JSON lines has this many."""
+    """Wait until a file of JSON lines has `count` lines; return them."""
     deadline = time.monotonic() + seconds
     while True:
         lines = path.read_text().splitlines() if path.exists() else []
@@ -71,7 +71,7 @@ def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[
 
 
 class ReceiverProcess:
-    """`receiver serve` or `receiver worker` in a folder, to be started, killed and started again."""
+    """`receiver serve` or `receiver worker` in a folder; it can be killed and started again."""
 
     def __init__(self, folder: Path, *arguments: str, **settings: str) -> None:
         # Coverage doubles the time to start and halves the speed, and a process that is killed reports none.
@@ -94,7 +94,7 @@ class ReceiverProcess:
         return self.folder / f"{self.arguments[0]}-{self.starts}.log"
 
     def launch(self) -> Self:
-        """Start it and wait for nothing: it may be killed before it listens."""
+        """Start it without waiting until it listens: a test may kill it before."""
         self.starts += 1
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -127,12 +127,12 @@ class ReceiverProcess:
         return environment if self.measured else unmeasured(environment)
 
     def records(self) -> list[dict[str, object]]:
-        """Return the log's records so far; every line of it has to be one."""
+        """Return the log's records so far; fail if a line is not a record."""
         *lines, _unfinished = self.log.read_bytes().split(b"\n")
         return [orjson.loads(line) for line in lines]
 
     def kill(self) -> None:
-        """End it as a power cut would, as far as the process can tell."""
+        """Kill it with SIGKILL, which the process notices no more than a power cut."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()

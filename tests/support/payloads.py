@@ -1,4 +1,4 @@
-"""Webhook bodies and signed headers, as Clipia would make them."""
+"""Webhook bodies and signed headers like Clipia's."""
 
 import hashlib
 import hmac
@@ -31,9 +31,9 @@ def failure(request_id: str | None = None, message: str = "The model refused the
 
 
 def signed(content: bytes, *, secret: str = SECRET, at: float | None = None) -> dict[str, str]:
-    """Return the headers of a delivery, signed by the official SDK's own algorithm.
+    """Return the headers of a webhook, signed by the official SDK.
 
-    Not by ours: a mistake that both ends share would else go unseen.
+    With the receiver's own code, a test would not see an error that signing and verifying share.
     """
     timestamp = str(int(time.time() if at is None else at))
     try:
