@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 
 class Site:
-    """A receiver that listens, a sandbox behind it, and a look into its database."""
+    """A receiver that listens, its sandbox, and access to its database."""
 
     def __init__(self, url: str, sandbox_url: str, database: Database) -> None:
         self.url = url
@@ -72,12 +72,12 @@ class Site:
         (await self.sandbox.patch("/_sandbox/options", json=switches)).raise_for_status()
 
     async def generations(self) -> list[dict[str, Any]]:
-        """Return what Clipia was made to generate."""
+        """Return the generations that Clipia made."""
         found: list[dict[str, Any]] = (await self.sandbox.get("/_sandbox/requests")).json()["requests"]
         return found
 
     async def sent(self) -> list[dict[str, Any]]:
-        """Return every submission that reached Clipia."""
+        """Return all submissions that reached Clipia."""
         found: list[dict[str, Any]] = (await self.sandbox.get("/_sandbox/requests")).json()["submits"]
         return found
 
@@ -94,7 +94,7 @@ class Site:
             await connection.execute(update(jobs).where(jobs.c.id == uuid.UUID(job_id)).values(**values))
 
     async def ended(self, job_id: str) -> dict[str, Any]:
-        """Wait for a job's end and return it as the API shows it."""
+        """Wait for a job's end and return it in the form of the API."""
         return await until(lambda: self._settled(job_id))
 
     async def _settled(self, job_id: str) -> dict[str, Any] | None:
@@ -114,11 +114,11 @@ async def make_site(
     worker: bool = True,
     **settings: Any,
 ) -> AsyncIterator[Site]:
-    """Open a receiver; `clipia` is where it looks for Clipia in the place of the sandbox."""
+    """Open a receiver; `clipia` is the address to use in place of the sandbox."""
     async with AsyncExitStack() as stack:
         sandbox_url = await stack.enter_async_context(running(create_sandbox(options, secret=SECRET)))
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
-        # asyncio sets it only for sockets that were made with their protocol; else each answer takes 40 ms.
+        # asyncio sets it only if a socket has its protocol number; without it each answer takes 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         values = {
@@ -148,14 +148,14 @@ async def site(database: Database, database_url: str, tmp_path: Path) -> AsyncIt
 
 @pytest.fixture
 async def idle(database: Database, database_url: str, tmp_path: Path) -> AsyncIterator[Site]:
-    """A receiver without a worker, whose jobs never end, on each database."""
+    """A receiver without a worker, on each database; its jobs never end."""
     async with make_site(database, database_url, tmp_path, options=SLOW, worker=False) as opened:
         yield opened
 
 
 @pytest.fixture
 async def sqlite(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[tuple[Database, str, Path]]:
-    """What `make_site` needs, where the database does not matter."""
+    """The arguments of `make_site`, if the database does not matter."""
     path = tmp_path / "receiver.db"
     path.write_bytes(migrated_sqlite.read_bytes())
     database = Database(f"sqlite:///{path}")
@@ -165,7 +165,7 @@ async def sqlite(migrated_sqlite: Path, tmp_path: Path) -> AsyncIterator[tuple[D
 
 @pytest.fixture
 async def local(sqlite: tuple[Database, str, Path]) -> AsyncIterator[Site]:
-    """A receiver without a worker, where the database does not matter."""
+    """A receiver without a worker, if the database does not matter."""
     async with make_site(*sqlite, options=SLOW, worker=False) as opened:
         yield opened
 
@@ -174,7 +174,7 @@ async def local(sqlite: tuple[Database, str, Path]) -> AsyncIterator[Site]:
 
 
 async def test_a_job_is_submitted_and_ends_with_its_event(site: Site) -> None:
-    """A new job is 201 with its place and its key; its event brings the files and the deliveries."""
+    """A new job is 201 with its location and key; its event has the files and the deliveries."""
     response = await site.submit("order-4711", metadata={"order": "4711"})
     job = response.json()
     assert response.status_code == 201
@@ -211,19 +211,19 @@ async def test_a_job_is_submitted_and_ends_with_its_event(site: Site) -> None:
 
 
 async def test_a_failed_generation_is_a_failed_job(site: Site) -> None:
-    """A generation that fails is charged nothing, and its job says why."""
+    """If a generation fails, it is charged no credits, and its job has the reason."""
     await site.switch(fail_rate=1)
     job = await site.ended((await site.submit("k")).json()["id"])
     assert (job["state"], job["charged"], job["event"]["status"]) == ("failed", 0, "ERROR")
     assert job["error"]["code"] == "GENERATION_FAILED"
     assert job["event"]["media"] == []
-    # Clipia did accept it: a repeat is an answer, and no refusal.
+    # Clipia accepted it, so a repeated call returns the job and no error.
     repeat = await site.submit("k")
     assert (repeat.status_code, repeat.json()["id"]) == (200, job["id"])
 
 
 async def test_a_key_is_made_where_none_is_given(idle: Site) -> None:
-    """Each call without a key is a job of its own, and the key that was made leads back to it."""
+    """Each call without a key creates a job, and the generated key can be used to repeat the call."""
     first, second = await idle.submit(), await idle.submit()
     assert (first.status_code, second.status_code) == (201, 201)
     assert first.json()["id"] != second.json()["id"]
@@ -235,7 +235,7 @@ async def test_a_key_is_made_where_none_is_given(idle: Site) -> None:
 
 
 async def test_a_repeat_is_the_same_job(idle: Site) -> None:
-    """The same key and parameters, in whatever order, are one job and one generation."""
+    """The same key and parameters, in any order, are one job and one generation."""
     first = await idle.submit("k", metadata={"a": "1", "b": "2"})
     content = (
         b'{"metadata":{"b":"2","a":"1"},"max_cost":null,"wait":0,"input":{"prompt":"a cat"},"model":"%s"}'
@@ -250,7 +250,7 @@ async def test_a_repeat_is_the_same_job(idle: Site) -> None:
 
 
 async def test_a_key_does_not_stand_for_other_parameters(local: Site) -> None:
-    """F8: the same key with anything else is 409, names the first job, and sends nothing."""
+    """F8: if a key is used with other parameters, the answer is 409, names the job, and sends no request."""
     first = (await local.submit("k")).json()
     for changes in (
         {"model": "suno-music"},
@@ -266,7 +266,7 @@ async def test_a_key_does_not_stand_for_other_parameters(local: Site) -> None:
 
 
 async def test_two_callers_may_use_one_key(idle: Site) -> None:
-    """F8: a key is its caller's; Clipia gets keys of our own and never the callers'."""
+    """F8: each caller has its own keys; Clipia gets ours, and never the callers'."""
     jobs_ = [(await post_job(client, "k")).json() for client in (idle.alice, idle.bob)]
     assert [job["caller"] for job in jobs_] == ["alice", "bob"]
     assert jobs_[0]["id"] != jobs_[1]["id"]
@@ -276,7 +276,7 @@ async def test_two_callers_may_use_one_key(idle: Site) -> None:
 
 
 async def test_concurrent_calls_with_one_key_make_one_job(idle: Site) -> None:
-    """F8: of 32 calls at once exactly one is 201; there is one job and one generation."""
+    """F8: of 32 concurrent calls exactly one is 201; there is one job and one generation."""
     responses = await asyncio.gather(*(idle.submit("k") for _ in range(32)))
     assert Counter(response.status_code for response in responses)[201] == 1
     assert {response.status_code for response in responses} <= {200, 201, 202}
@@ -285,7 +285,7 @@ async def test_concurrent_calls_with_one_key_make_one_job(idle: Site) -> None:
 
 
 async def test_concurrent_calls_with_other_parameters_are_refused(idle: Site) -> None:
-    """F8: of two sets of parameters that race for a key one wins, and every call with the other is 409."""
+    """F8: if two sets of parameters race for a key, one wins, and all calls with the other are 409."""
     prompts = ["a cat", "a dog"] * 8
     responses = await asyncio.gather(*(idle.submit("k", input={"prompt": prompt}) for prompt in prompts))
     (row,) = await idle.rows()
@@ -297,7 +297,7 @@ async def test_concurrent_calls_with_other_parameters_are_refused(idle: Site) ->
 async def test_a_job_waits_for_a_clipia_that_is_away(
     database: Database, database_url: str, tmp_path: Path
 ) -> None:
-    """F5: 202 while Clipia cannot be reached; the worker submits the job when it is back, once."""
+    """F5: 202 if Clipia cannot be reached; the worker submits the job once it can."""
     port = free_port()
     async with make_site(database, database_url, tmp_path, clipia=f"http://127.0.0.1:{port}") as site:
         response = await site.submit("k")
@@ -319,7 +319,7 @@ async def test_a_job_waits_for_a_clipia_that_is_away(
 
 
 async def test_a_job_outlives_errors_of_clipia(site: Site) -> None:
-    """F5: a 5xx of Clipia's is 202 and no failure; the worker tries again under the same key."""
+    """F5: if Clipia answers 5xx, the call is 202, and the worker retries with the same key."""
     await site.switch(error_rate=1)
     response = await site.submit("k")
     assert (response.status_code, response.json()["state"]) == (202, "pending")
@@ -332,7 +332,7 @@ async def test_a_job_outlives_errors_of_clipia(site: Site) -> None:
 
 
 async def test_a_lost_answer_is_asked_for_again(site: Site) -> None:
-    """F5: where Clipia did the work and its answer got lost, the retry finds that same generation."""
+    """F5: if Clipia's answer was lost, the retry finds the same generation."""
     await site.switch(lost_answer_rate=1, webhook_loss_rate=1)
     response = await site.submit("k")
     assert (response.status_code, response.json()["request_id"]) == (202, None)
@@ -345,7 +345,7 @@ async def test_a_lost_answer_is_asked_for_again(site: Site) -> None:
 
 
 async def test_an_account_that_is_refused_is_not_the_job_s_fault(local: Site) -> None:
-    """F6: 402 and the like leave the job pending with Clipia's words; it is no refusal."""
+    """F6: after 402 and the like, the job is pending with Clipia's error; the call does not fail."""
     await local.switch(refuse_submits="insufficient_credits")
     response = await local.submit("k")
     job = response.json()
@@ -366,7 +366,7 @@ SEED = {"prompt": "a cat", "seed": 7}
 
 
 async def test_a_key_that_the_schema_does_not_have_passes_with_a_warning(local: Site) -> None:
-    """Clipia takes undeclared keys, and a stale schema stops no paid work: `seed` is sent and told of."""
+    """Clipia accepts undeclared keys, so a stale schema rejects no job: `seed` is sent with a warning."""
     estimate = await local.alice.post(f"/v1/models/{MODEL}/estimate", json={"input": SEED})
     response = await local.submit("k", input=SEED)
     assert (estimate.status_code, response.status_code) == (200, 201)
@@ -375,7 +375,7 @@ async def test_a_key_that_the_schema_does_not_have_passes_with_a_warning(local: 
         assert (warning["code"], warning["parameter"]) == ("unknown_parameter", "seed")
     (sent,) = await local.sent()
     assert json.loads(sent["body"])["input"] == SEED
-    # Whether a call is strict is no part of the job.
+    # Strict mode does not belong to the job.
     again = await local.submit("k", input=SEED, strict=True)
     assert (again.status_code, again.json()["id"]) == (200, response.json()["id"])
     for wrong in ({"num_images": 9}, {"aspect_ratio": "7:5"}, {"prompt": 1}):
@@ -385,7 +385,7 @@ async def test_a_key_that_the_schema_does_not_have_passes_with_a_warning(local: 
 
 
 async def test_a_strict_call_refuses_such_a_key(local: Site) -> None:
-    """`strict` holds a call to the model's schema; what is no truth value is a mistake."""
+    """If `strict` is true, unknown keys are invalid; if it is not a boolean, the call is."""
     price = f"/v1/models/{MODEL}/estimate"
     for response in (
         await local.submit(input=SEED, strict=True),
@@ -404,14 +404,14 @@ async def test_a_strict_call_refuses_such_a_key(local: Site) -> None:
 
 
 async def test_the_setting_says_how_inputs_are_checked(sqlite: tuple[Database, str, Path]) -> None:
-    """RECEIVER_INPUT_CHECK is `strict`, or `off`, unless a call says else; Clipia checks in any case."""
+    """RECEIVER_INPUT_CHECK is `strict` or `off`, unless a call overrides it; Clipia always checks."""
     async with make_site(*sqlite, options=SLOW, worker=False, input_check="strict") as site:
         assert problem(await site.submit(input=SEED))[2] == "model_input_invalid"
         assert (await site.submit(input=SEED, strict=False)).status_code == 201
     async with make_site(*sqlite, options=SLOW, worker=False, input_check="off") as site:
         response = await site.submit(input=SEED | {"num_images": 9})
         assert problem(response)[2] == "model_input_invalid"
-        assert "job_id" in response.json(), "it is Clipia who refuses it"
+        assert "job_id" in response.json(), "Clipia refuses it"
         assert problem(await site.submit(input=SEED, strict=True))[2] == "model_input_invalid"
         assert (
             (await site.submit(input=SEED))
@@ -421,7 +421,7 @@ async def test_the_setting_says_how_inputs_are_checked(sqlite: tuple[Database, s
 
 
 async def test_a_job_can_be_canceled(idle: Site) -> None:
-    """F6: an operator ends a job; one that Clipia has is unsure, and after a second look canceled."""
+    """F6: an operator ends a job; if Clipia has it, it is unsure, and canceled the second time."""
     job = (await idle.submit("k")).json()
     for state, charged in (("unsure", None), ("canceled", 0)):
         response = await idle.admin.post(f"/v1/jobs/{job['id']}/cancel")
@@ -433,7 +433,7 @@ async def test_a_job_can_be_canceled(idle: Site) -> None:
 
 
 async def test_a_refusal_of_clipia_is_passed_on(local: Site) -> None:
-    """What Clipia refuses is answered in its own words, with the job's id, as often as it is asked for."""
+    """If Clipia refuses a job, each call is answered with Clipia's error and the job's id."""
     statuses = {"invalid_request": 400, "webhook_url_invalid": 400, "model_not_found": 404}
     for code, status in statuses.items():
         await local.switch(refuse_submits=code)
@@ -447,7 +447,7 @@ async def test_a_refusal_of_clipia_is_passed_on(local: Site) -> None:
 
 
 async def test_what_cannot_be_submitted_makes_no_job(local: Site) -> None:
-    """An unknown model, an input that does not fit, and a price above max_cost are refused before any job."""
+    """Unknown models, invalid inputs, and prices above max_cost are rejected without a job."""
     refused = [
         (await local.submit(model="no-such-model"), (404, "invalid_request_error", "model_not_found")),
         (await local.submit(input={}), (400, "invalid_request_error", "model_input_invalid")),
@@ -463,7 +463,7 @@ async def test_what_cannot_be_submitted_makes_no_job(local: Site) -> None:
 
 
 async def test_a_budget_bounds_what_a_caller_spends(sqlite: tuple[Database, str, Path]) -> None:
-    """F12: a job beyond the caller's budget of the day is 402 and leaves no trace; others have their own."""
+    """F12: a job beyond the caller's budget of the day is 402 and not stored; other callers are free."""
     async with make_site(*sqlite, options=SLOW, worker=False, budgets="alice:24,*:12") as site:
         assert [(await site.submit()).status_code for _ in range(2)] == [201, 201]
         assert problem(await site.submit("k")) == (402, "billing_error", "budget_exceeded")
@@ -476,7 +476,7 @@ async def test_a_budget_bounds_what_a_caller_spends(sqlite: tuple[Database, str,
 async def test_a_price_that_cannot_be_asked_for_is_503(
     sqlite: tuple[Database, str, Path], setting: dict[str, Any]
 ) -> None:
-    """F12: where a price has to be known and Clipia is away, nothing is promised: 503, and no job."""
+    """F12: if a price is needed and Clipia is unavailable, the answer is 503, without a job."""
     clipia = f"http://127.0.0.1:{free_port()}"
     budgets = "" if setting else "alice:100"
     async with make_site(*sqlite, clipia=clipia, worker=False, budgets=budgets) as site:
@@ -486,7 +486,7 @@ async def test_a_price_that_cannot_be_asked_for_is_503(
         assert await site.rows() == []
 
 
-# What is read from a request
+# Reading requests
 
 
 BAD_BODIES: dict[str, bytes] = {
@@ -543,7 +543,7 @@ BAD_BODIES: dict[str, bytes] = {
 
 
 async def test_bad_bodies_are_400(local: Site) -> None:
-    """Whatever is no job is 400 in Clipia's shape; no job is made and Clipia hears nothing of it."""
+    """If a body is not a job, it is 400 in Clipia's format; no job is made and no request is sent."""
     for name, content in BAD_BODIES.items():
         response = await local.alice.post("/v1/jobs", content=content, headers={"Idempotency-Key": "k"})
         assert response.status_code == 400, (name, response.text)
@@ -554,7 +554,7 @@ async def test_bad_bodies_are_400(local: Site) -> None:
 
 
 async def test_bad_bodies_are_400_while_clipia_is_away(sqlite: tuple[Database, str, Path]) -> None:
-    """No body gets by for want of Clipia's schema: what could not be sent or shown is refused by us."""
+    """Even if Clipia's schema is unknown, a body that could not be sent or shown is rejected."""
     async with make_site(*sqlite, clipia=f"http://127.0.0.1:{free_port()}", worker=False) as site:
         await site.submit("k")
         for name, content in BAD_BODIES.items():
@@ -564,7 +564,7 @@ async def test_bad_bodies_are_400_while_clipia_is_away(sqlite: tuple[Database, s
 
 
 async def test_bad_keys_are_400(local: Site) -> None:
-    """A key that could not be stored or shown as it came is refused, and so are two of them."""
+    """If a key cannot be stored or shown unchanged, it is rejected, and so are two keys."""
     for keys in ([b""], [b"k" * 256], [b"a\tb"], [b"\x80"], [b"\xa0"], ["\ufeff".encode()], [b"a", b"a"]):
         headers = [(b"Idempotency-Key", key) for key in keys]
         response = await local.alice.post("/v1/jobs", json=JOB, headers=headers)
@@ -587,7 +587,7 @@ async def test_a_key_comes_back_as_it_was_given(idle: Site) -> None:
 
 
 async def test_every_answer_names_the_key(sqlite: tuple[Database, str, Path], tmp_path: Path) -> None:
-    """Also a refusal and a 503 bring the key that was made: it is what sends the same job again."""
+    """Even an error and a 503 have the generated key, so that the call can be repeated."""
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"this is no database " * 100)
     async with make_site(sqlite[0], f"sqlite:///{broken}", sqlite[2], worker=False) as site:
@@ -603,7 +603,7 @@ async def test_every_answer_names_the_key(sqlite: tuple[Database, str, Path], tm
 
 
 async def test_a_body_that_is_too_large_is_413(local: Site) -> None:
-    """A request beyond the limit is 413 in Clipia's shape, whether its length was declared or not."""
+    """A request beyond the limit is 413 in Clipia's format, with or without a declared length."""
     content = json.dumps({"model": MODEL, "input": {"prompt": "x" * (2 * MAX_REQUEST_BYTES)}}).encode()
 
     async def chunks() -> AsyncIterator[bytes]:
@@ -618,7 +618,7 @@ async def test_a_body_that_is_too_large_is_413(local: Site) -> None:
 
 
 async def test_an_input_that_is_too_large_is_413(local: Site) -> None:
-    """What exceeds the limit only once it is written for Clipia is 413, too, and makes no job."""
+    """If only the request for Clipia exceeds the limit, it is 413 too, and no job is made."""
     given = {"prompt": "x", "image_url": "x" * (MAX_REQUEST_BYTES - 20)}
     assert problem(await local.submit(input=given)) == (413, "invalid_request_error", "invalid_request")
     assert await local.rows() == []
@@ -630,7 +630,7 @@ ODD = "a\x00\x01\x1b\x7f\x85\u2028\u202e\ufeff\uffff\U0001f600é'\"\\%_"
 
 
 async def test_what_was_stored_can_be_read_back(idle: Site) -> None:
-    """Odd characters in an input and in metadata come back as they were, from every endpoint."""
+    """Odd characters in an input and in metadata are returned unchanged by all endpoints."""
     metadata = {'a"b': "1", "a\\b": "2", "é": ODD[1:].replace("\x00", ""), "😀": "", " ": "\n\t"}
     given = {"prompt": ODD, "num_images": 4, "aspect_ratio": "16:9"}
     response = await idle.submit("k", input=given, metadata=metadata)
@@ -649,7 +649,7 @@ async def test_what_was_stored_can_be_read_back(idle: Site) -> None:
 
 
 async def test_a_nested_input_is_readable_or_refused(sqlite: tuple[Database, str, Path]) -> None:
-    """A job that is accepted can be shown and listed, however deep its input: no job hides the others."""
+    """If a job is accepted, it can be shown and listed, even if its input is deep."""
     async with make_site(*sqlite, clipia=f"http://127.0.0.1:{free_port()}", worker=False) as site:
         await site.submit("known")
         for depth in (1, 100, 127, 128, 129, 250, 251, 252, 253, 254, 900):
@@ -660,7 +660,7 @@ async def test_a_nested_input_is_readable_or_refused(sqlite: tuple[Database, str
             assert response.status_code in ((202,) if depth <= 100 else (202, 400)), depth
             for path in ("/v1/jobs", response.headers.get("location", "/v1/jobs")):
                 assert (await site.alice.get(path)).status_code == 200, depth
-            # A repeat under a key that is known takes another path, and so does an estimate.
+            # A call with a known key takes another path, and so does an estimate.
             assert (await site.submit("known", input={"prompt": nested})).status_code in (400, 409), depth
             given = {"input": {"prompt": nested}}
             estimate = await site.alice.post(f"/v1/models/{MODEL}/estimate", json=given)
@@ -668,7 +668,7 @@ async def test_a_nested_input_is_readable_or_refused(sqlite: tuple[Database, str
 
 
 async def test_a_number_is_never_changed(sqlite: tuple[Database, str, Path]) -> None:
-    """An integer that a JSON library would turn into a fraction is refused, and not sent changed."""
+    """If a JSON library would round an integer, the job is rejected, and not sent changed."""
     async with make_site(*sqlite, clipia=f"http://127.0.0.1:{free_port()}", worker=False) as site:
         for seed in (-(2**63), 0, 2**63, 2**64 - 1):
             assert (await site.submit(input={"prompt": "x", "seed": seed})).json()["input"]["seed"] == seed
@@ -678,7 +678,7 @@ async def test_a_number_is_never_changed(sqlite: tuple[Database, str, Path]) -> 
 
 
 async def test_a_model_s_name_is_no_path(local: Site) -> None:
-    """A model's name reaches Clipia as one segment of a path: it can name no other endpoint."""
+    """A model's name is sent as one segment of a path, so that it cannot name another endpoint."""
     for model in ("../account", "../requests/x", "nano-banana-2?x=1", "a/b", "#", ".", ".."):
         assert problem(await local.submit(model=model)) in (
             (400, "invalid_request_error", "invalid_request"),
@@ -694,7 +694,7 @@ async def test_a_model_s_name_is_no_path(local: Site) -> None:
 
 
 async def test_a_client_that_goes_away_is_no_error(local: Site, caplog: pytest.LogCaptureFixture) -> None:
-    """A connection that ends in the middle of a body makes no job and no traceback."""
+    """If a connection ends in the middle of a body, there is no job and no traceback."""
     async with connection(local.url, "POST /v1/jobs", '{"model"', length=99):
         await until(lambda: requests_under_way(1))
     await until(lambda: requests_under_way(0))
@@ -703,14 +703,14 @@ async def test_a_client_that_goes_away_is_no_error(local: Site, caplog: pytest.L
 
 
 async def test_an_answer_before_the_body_says_that_it_closes(local: Site) -> None:
-    """Who is refused before the body was read is told that the connection ends."""
+    """If a request is rejected before its body was read, the answer closes the connection."""
     async with make_client(local.url, "nobody's token") as client:
         response = await client.post("/v1/jobs", json=JOB)
     assert (response.status_code, response.headers.get("connection")) == (401, "close")
 
 
 async def test_a_body_that_is_too_slow_is_408(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body that does not arrive in time is answered, and its connection is closed."""
+    """If a body does not arrive in time, there is an answer, and the connection is closed."""
     monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.1)
     async with connection(local.url, "POST /v1/jobs", '{"model"', length=99) as reader:
         async with asyncio.timeout(3):
@@ -726,7 +726,7 @@ async def test_a_body_that_is_too_slow_is_408(local: Site, monkeypatch: pytest.M
 async def test_a_database_that_is_away_is_503(
     sqlite: tuple[Database, str, Path], tmp_path: Path, kind: str
 ) -> None:
-    """C3: without its database every endpoint that needs it is 503 with Retry-After, and tells no more."""
+    """C3: without its database, each endpoint that needs it is 503 with Retry-After, without details."""
     database, _, folder = sqlite
     broken = tmp_path / "broken.db"
     broken.write_bytes(b"this is no database " * 100)
@@ -753,7 +753,7 @@ async def test_a_database_that_is_away_is_503(
 
 
 async def test_without_a_key_nothing_is_submitted(idle: Site, database_url: str, tmp_path: Path) -> None:
-    """Without CLIPIA_KEY what needs Clipia is 503 and names the setting; what is known is still answered."""
+    """Without CLIPIA_KEY, endpoints that need Clipia are 503 and name the setting; others work."""
     job = (await idle.submit("k")).json()
     async with make_site(idle.database, database_url, tmp_path, worker=False, clipia_key=None) as site:
         responses = [
@@ -773,11 +773,11 @@ async def test_without_a_key_nothing_is_submitted(idle: Site, database_url: str,
         assert [each["id"] for each in (await site.alice.get("/v1/jobs")).json()["data"]] == [job["id"]]
 
 
-# Looking at jobs
+# Reading jobs
 
 
 async def test_an_unknown_job_is_404(local: Site) -> None:
-    """An id that is nobody's, or no id at all, is 404 and never an error of ours."""
+    """If an id is unknown or invalid, the answer is 404 and never a 500."""
     nobody = str(uuid.UUID(int=0))
     for key in ("x", nobody, "%00", "..%2f", "%ff", "-" * 36, "f" * 33, "costs%20", "1" * 5000):
         for method, path in (("GET", ""), ("GET", "?wait=1"), ("POST", "/resubmit"), ("POST", "/cancel")):
@@ -786,7 +786,7 @@ async def test_an_unknown_job_is_404(local: Site) -> None:
 
 
 async def test_a_body_that_nobody_asked_for_is_not_waited_for(local: Site) -> None:
-    """A GET is answered at once, whatever it says that its body will be."""
+    """A GET is answered at once, even if it announces a body."""
     job = (await local.submit()).json()
     for path in ("/v1/jobs", f"/v1/jobs/{job['id']}", f"/v1/jobs/{job['id']}?wait=0.05", "/v1/models"):
         async with connection(local.url, f"GET {path}", "x", length=10**9) as reader:
@@ -796,14 +796,14 @@ async def test_a_body_that_nobody_asked_for_is_not_waited_for(local: Site) -> No
 
 
 async def test_a_job_can_be_asked_for_in_any_spelling_of_its_id(local: Site) -> None:
-    """Upper case and missing hyphens make no other job of an id."""
+    """An id in upper case or without hyphens is the same id."""
     job = (await local.submit()).json()
     for spelling in (job["id"].upper(), job["id"].replace("-", "")):
         assert (await local.alice.get(f"/v1/jobs/{spelling}")).json() == job
 
 
 async def test_lists_are_filtered(idle: Site) -> None:
-    """Every filter finds its jobs and no others, newest first, and several filters have to hold together."""
+    """Each filter finds exactly its jobs, newest first, and several filters are combined with and."""
     made = [
         (await idle.submit("1", metadata={"order": "1", "lang": "de"})).json(),
         (await idle.submit("2", metadata={"order": "2", "lang": "de"})).json(),
@@ -845,7 +845,7 @@ async def test_lists_are_filtered(idle: Site) -> None:
 
 
 async def test_a_time_without_a_zone_is_utc(local: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a filter means does not depend on where the machine stands."""
+    """A filter means the same in any time zone of the machine."""
     job_id = (await local.submit()).json()["id"]
     await local.set(job_id, created_at=datetime(2026, 1, 2, 12, tzinfo=UTC))
     try:
@@ -866,13 +866,13 @@ BAD_FILTERS = [
     *("limit=0", "limit=201", "limit=", "limit=-1", "limit=1.0", "limit=%C2%B2", "limit=1000", "limit=+1"),
     *("cursor=", "cursor=x", "cursor=-1", "cursor=1.0", "cursor=%C2%B2", f"cursor={'9' * 19}"),
     *("since=", "since=yesterday", "since=2026-13-01", "until=1760000000000000", "until=%00"),
-    # A moment that exists where it was written and not in UTC.
+    # A time that exists in its zone but not in UTC.
     *("since=0001-01-01T00:00:00%2B14:00", "until=9999-12-31T23:59:59-14:00"),
 ]
 
 
 async def test_bad_filters_are_400(idle: Site) -> None:
-    """A filter that does not exist, or a value that it cannot have, is 400 and never an empty list."""
+    """If a filter or its value is invalid, the answer is 400 and never an empty list."""
     for query in BAD_FILTERS:
         response = await idle.alice.get(f"/v1/jobs?{query}")
         assert response.status_code == 400, (query, response.text)
@@ -883,7 +883,7 @@ async def test_bad_filters_are_400(idle: Site) -> None:
 
 
 async def test_a_filter_with_any_characters_is_answered(idle: Site) -> None:
-    """What no job can have is found nowhere: no value of a filter looks like a database that is away."""
+    """If no job can match a filter, the list is empty, and never a 503."""
     await idle.submit()
     for value in (
         "%00",
@@ -907,7 +907,7 @@ async def test_a_filter_with_any_characters_is_answered(idle: Site) -> None:
 
 
 async def test_any_metadata_can_be_filtered_by(idle: Site) -> None:
-    """Whatever name and value metadata may have, its filter finds it."""
+    """For any name and value of metadata, the filter finds the job."""
     for name in ("a", "a.b", "a[0]", "$", "0", "a'b", "%", "a b", "[0]", 'a"b', "a\\b", "é", "😀"):
         value = f'ü "{name}" 😀'
         job = (await idle.submit(metadata={name: value, "other": "x"})).json()
@@ -918,7 +918,7 @@ async def test_any_metadata_can_be_filtered_by(idle: Site) -> None:
 
 
 async def test_pages_show_each_job_once_while_others_arrive(idle: Site) -> None:
-    """The cursor leads to every job that was there exactly once, in order, whatever is added meanwhile."""
+    """The cursor leads to each existing job exactly once, in order, even if jobs are added meanwhile."""
     there = [(await idle.submit()).json()["id"] for _ in range(7)]
     seen: list[str] = []
     cursor: str | None = None
@@ -938,7 +938,7 @@ async def test_pages_show_each_job_once_while_others_arrive(idle: Site) -> None:
 
 
 async def test_a_full_last_page_has_no_next(local: Site) -> None:
-    """A cursor is given only where there is something behind it."""
+    """A cursor is returned only if there is another page."""
     for _ in range(2):
         await local.submit()
     page = (await local.alice.get("/v1/jobs?limit=2")).json()
@@ -949,7 +949,7 @@ async def test_a_full_last_page_has_no_next(local: Site) -> None:
 
 
 async def test_a_wait_returns_when_the_job_ends(site: Site) -> None:
-    """A long poll, in the body or in the URL, comes back with the ended job and its settled files."""
+    """A long poll, in the body or in the URL, returns the ended job with its finished files."""
     response = await site.submit("k", wait=SECONDS)
     assert (response.status_code, response.json()["state"]) == (201, "completed")
     assert {file["state"] for file in response.json()["event"]["media"]} == {"stored"}
@@ -961,7 +961,7 @@ async def test_a_wait_returns_when_the_job_ends(site: Site) -> None:
 
 
 async def test_a_wait_that_is_over_returns_the_open_job(idle: Site) -> None:
-    """After the time the job is returned as it is; that is no error."""
+    """If the time is over, the job is returned in its present state, without an error."""
     first = await idle.submit("k", wait=0.05)
     assert (first.status_code, first.json()["state"]) == (201, "submitted")
     repeat = await idle.submit("k", wait="0.05")
@@ -971,14 +971,14 @@ async def test_a_wait_that_is_over_returns_the_open_job(idle: Site) -> None:
 
 
 async def test_a_bad_wait_is_400(local: Site) -> None:
-    """A wait has to be a number of seconds up to the limit, also where there is no such job."""
+    """A wait must be a number of seconds up to the limit, even if the job does not exist."""
     for value in ("", "-1", "301", "nan", "inf", "1e9", "soon", "%00", "0x1"):
         response = await local.alice.get(f"/v1/jobs/{uuid.uuid4()}?wait={value}")
         assert problem(response) == (400, "invalid_request_error", "invalid_request"), value
 
 
 async def test_a_hundred_waiters_hold_up_nobody(idle: Site) -> None:
-    """Waiting takes no connection to the database: others are answered meanwhile, and all come back."""
+    """Waiting callers hold no database connection: others are answered meanwhile, and all return."""
     job_id = (await idle.submit()).json()["id"]
     waiting = [asyncio.create_task(idle.alice.get(f"/v1/jobs/{job_id}?wait=60")) for _ in range(100)]
     assert len(waiting) > 5 * POOL_SIZE
@@ -994,7 +994,7 @@ async def test_a_hundred_waiters_hold_up_nobody(idle: Site) -> None:
 
 
 async def test_a_waiter_that_disconnects_leaves_nothing_behind(idle: Site) -> None:
-    """A client that gives up ends its wait: nobody goes on looking, or asking Clipia, for it."""
+    """If a client disconnects, its wait ends: its job is no longer polled, here or at Clipia."""
     job_id = (await idle.submit()).json()["id"]
     async with connection(idle.url, f"GET /v1/jobs/{job_id}?wait=60"):
         await until(lambda: requests_under_way(1))
@@ -1006,7 +1006,7 @@ async def test_a_waiter_that_disconnects_leaves_nothing_behind(idle: Site) -> No
 
 
 async def test_a_submitter_that_disconnects_leaves_its_job(idle: Site) -> None:
-    """A client that gives up during the wait of its POST has its job all the same, and no wait goes on."""
+    """If a client disconnects during the wait of its POST, it still has its job, and the wait ends."""
     content = json.dumps(JOB | {"wait": 60})
     async with connection(idle.url, "POST /v1/jobs", content, length=len(content)):
         await until(lambda: looking(wanted=True))
@@ -1018,7 +1018,7 @@ async def test_a_submitter_that_disconnects_leaves_its_job(idle: Site) -> None:
 async def test_a_database_that_fails_ends_no_wait(
     postgres: Postgres, sqlite: tuple[Database, str, Path]
 ) -> None:
-    """C3: a look at the database that fails is repeated; the waiter is not told of it."""
+    """C3: if a query for waiting jobs fails, it is repeated; the caller does not notice."""
     url = postgres.url(template="migrated")
     name = url.rpartition("/")[2]
     async with make_site(sqlite[0], url, sqlite[2], options=SLOW, worker=False) as site:
@@ -1026,7 +1026,7 @@ async def test_a_database_that_fails_ends_no_wait(
         waiting = asyncio.create_task(site.alice.get(f"/v1/jobs/{job_id}?wait=60"))
         await until(lambda: looking(wanted=True))
         with capture_logs() as logs:
-            # A session that is only ended is replaced, which nobody notices.
+            # If only the session were ended, it would be replaced unnoticed.
             postgres.sql(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
             postgres.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'")
             await until(lambda: logged(logs, "waiting jobs not polled"))
@@ -1040,7 +1040,7 @@ async def test_a_database_that_fails_ends_no_wait(
 
 
 async def test_costs_are_summed_up(idle: Site) -> None:
-    """Each credit is reserved, charged or refunded; by caller, model and UTC day, within the time given."""
+    """Each credit is reserved, charged or refunded; by caller, model and UTC day, in the given time."""
     made = [
         (await idle.submit()).json()["id"],
         (await idle.submit(model="suno-music")).json()["id"],
@@ -1078,7 +1078,7 @@ async def test_test_keys_cost_nothing(sqlite: tuple[Database, str, Path]) -> Non
 
 
 async def test_models_and_prices_come_through_our_key(local: Site) -> None:
-    """The catalogue, one model with its schema, and the price of an input; nothing is queued for it."""
+    """The catalogue, one model with its schema, and the price of an input; no job is queued for it."""
     models = (await local.alice.get("/v1/models")).json()["data"]
     assert MODEL in [model.get("slug") for model in models]
     model = (await local.alice.get(f"/v1/models/{MODEL}")).json()
@@ -1091,7 +1091,7 @@ async def test_models_and_prices_come_through_our_key(local: Site) -> None:
 
 
 async def test_unknown_models_and_bad_inputs_are_refused(local: Site) -> None:
-    """A model that there is not is 404; a price is told only for an input that would be accepted."""
+    """An unknown model is 404; there is a price only if the input is valid."""
     unknown = [
         await local.alice.get("/v1/models/no-such-model"),
         await local.alice.get("/v1/models/%00"),
@@ -1107,7 +1107,7 @@ async def test_unknown_models_and_bad_inputs_are_refused(local: Site) -> None:
 
 
 async def test_a_model_that_is_known_outlives_clipia_s_absence(local: Site) -> None:
-    """A model is asked for once, and remembered; what is not remembered is 503 while Clipia is away."""
+    """A model is requested once and cached; if it is not cached and Clipia is unavailable, it is 503."""
     await local.alice.get(f"/v1/models/{MODEL}")
     await local.switch(error_rate=1)
     assert (await local.alice.get(f"/v1/models/{MODEL}")).json()["slug"] == MODEL
@@ -1118,7 +1118,7 @@ async def test_a_model_that_is_known_outlives_clipia_s_absence(local: Site) -> N
 
 
 async def test_clipia_s_limit_is_passed_on(local: Site) -> None:
-    """F7: a 429 is 503 with Clipia's own wait, and until that is over nothing is asked."""
+    """F7: a 429 becomes 503 with Clipia's wait, and until then no request is sent."""
     await local.switch(throttle_rate=1, retry_after=30)
     first = await local.alice.get("/v1/models")
     assert problem(first) == (503, "api_error", "rate_limit_exceeded")
@@ -1130,7 +1130,7 @@ async def test_clipia_s_limit_is_passed_on(local: Site) -> None:
 
 
 async def test_the_account_is_shown_beside_the_ledger(local: Site) -> None:
-    """F13: Clipia's balance, our own sums of the same time, and the limits as they were learnt."""
+    """F13: Clipia's balance, our own sums for the same time, and the learned limits."""
     await local.submit()
     account = (await local.admin.get("/v1/account")).json()
     assert account["balance"]["credits"] == FAST.credits - 12
@@ -1144,7 +1144,7 @@ async def test_the_account_is_shown_beside_the_ledger(local: Site) -> None:
 
 
 async def test_a_job_without_a_result_can_be_submitted_again(idle: Site) -> None:
-    """F4: a person may order a new generation for a job that ended without one; who it was is on record."""
+    """F4: an operator may order a new generation if a job ended without one; the record has the name."""
     for state in ("unsure", "failed", "canceled"):
         job = (await idle.submit(state)).json()
         await idle.set(job["id"], state=state, next_attempt_at=None)
@@ -1155,7 +1155,7 @@ async def test_a_job_without_a_result_can_be_submitted_again(idle: Site) -> None
         first, order = response.json()["attempts"]
         assert (first["outcome"], order["outcome"]) == ("succeeded", "resubmitted")
         assert order["error"]["message"].startswith("by admin")
-        # It is the same job to its caller, and nothing of this makes another one of the key.
+        # For its caller it is the same job, and its key does not make another one.
         assert (await idle.submit(state)).json()["id"] == job["id"]
         await idle.set(job["id"], state="canceled")
     rows = await idle.rows()
@@ -1165,7 +1165,7 @@ async def test_a_job_without_a_result_can_be_submitted_again(idle: Site) -> None
 
 
 async def test_a_job_that_is_open_or_done_is_not_submitted_again(idle: Site) -> None:
-    """F1: a second order, or one for a job that has or may get its result, is 409 and changes nothing."""
+    """F1: a second order, or one for a job that has or may get its result, is 409 and has no effect."""
     job = (await idle.submit("k")).json()
     for state in ("submitted", "pending", "completed"):
         await idle.set(job["id"], state=state)
@@ -1176,7 +1176,7 @@ async def test_a_job_that_is_open_or_done_is_not_submitted_again(idle: Site) -> 
 
 
 async def test_of_two_orders_to_submit_again_one_counts(idle: Site) -> None:
-    """F1: two people who order the same at once get one new generation."""
+    """F1: if two operators order the same at once, there is one new generation."""
     job = (await idle.submit("k")).json()
     await idle.set(job["id"], state="unsure", next_attempt_at=None)
     orders = [idle.admin.post(f"/v1/jobs/{job['id']}/resubmit") for _ in range(8)]
@@ -1184,7 +1184,7 @@ async def test_of_two_orders_to_submit_again_one_counts(idle: Site) -> None:
     assert sorted(statuses) == [202] + [409] * 7
 
 
-# A Clipia that answers what it should not
+# A Clipia with wrong answers
 
 
 ODD_ANSWERS: dict[str, tuple[int, bytes]] = {
@@ -1220,7 +1220,7 @@ ODD_ANSWERS: dict[str, tuple[int, bytes]] = {
 async def test_no_answer_of_clipia_s_makes_a_job_unreadable(
     database: Database, database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: whatever a submission is answered, its caller gets a job or a refusal and can look at it."""
+    """F5: for any answer to a submission, the caller gets a job or an error, and can read it."""
     monkeypatch.setattr("receiver.submitter.service.ANSWER_TIMEOUT_SECONDS", 1.0)
     monkeypatch.setattr("receiver.submitter.service.CALL_TIMEOUT_SECONDS", 0.1)
     unreadable: dict[str, Any] = {}
@@ -1236,7 +1236,7 @@ async def test_no_answer_of_clipia_s_makes_a_job_unreadable(
             if (
                 not set(statuses) <= {200, 201, 202, 400}
                 or any(len(response.content) > 10_000 for response in responses)
-                # The answer is on record in any case: nobody has to wait for a lease to end.
+                # The answer is recorded in any case: the lease is released at once.
                 or row["lease"] is not None
             ):
                 unreadable[name] = statuses, row["lease"]
@@ -1260,7 +1260,7 @@ ODD_CATALOGUES: dict[str, tuple[int, bytes]] = {
 
 
 async def test_no_answer_of_clipia_s_is_an_error_of_ours(sqlite: tuple[Database, str, Path]) -> None:
-    """Whatever Clipia says of models and the account, it is passed on, refused or 503, in readable JSON."""
+    """For any answer about models and the account, it is passed on, rejected or 503, in readable JSON."""
     wrong: dict[str, Any] = {}
     clipia = OddClipia()
     async with clipia.running() as url, make_site(*sqlite, clipia=url, worker=False) as site:
@@ -1282,7 +1282,7 @@ async def test_no_answer_of_clipia_s_is_an_error_of_ours(sqlite: tuple[Database,
 
 
 def make_client(url: str, token: str | None = None) -> httpx.AsyncClient:
-    """Return a client that sends a token and opens as many connections as are asked for."""
+    """Return a client that sends a token and opens any number of connections."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=30, verify=False)
@@ -1295,7 +1295,7 @@ async def post_job(client: httpx.AsyncClient, key: str | None = None, **changes:
 
 
 def problem(response: httpx.Response) -> tuple[int, str, str]:
-    """Return an error's status, type and code; it has to have Clipia's shape."""
+    """Return an error's status, type and code; it must have Clipia's format."""
     assert response.headers["content-type"] == "application/json", response.text
     error = response.json()["error"]
     assert error.keys() == {"type", "code", "message"}
@@ -1303,7 +1303,7 @@ def problem(response: httpx.Response) -> tuple[int, str, str]:
 
 
 async def until(check: Callable[[], Awaitable[T | None]], *, seconds: float = SECONDS) -> T:
-    """Ask until the answer is a true one, and return it."""
+    """Repeat until the answer is true, and return it."""
     deadline = time.monotonic() + seconds
     while True:
         if answer := await check():
@@ -1319,18 +1319,18 @@ async def found(site: Site, job_id: str, state: str) -> dict[str, Any] | None:
 
 
 async def requests_under_way(number: int) -> bool:
-    """Tell whether this many requests are being answered inside this process."""
+    """Tell whether this many requests are being answered in this process."""
     names = [getattr(task.get_coro(), "__qualname__", "") for task in asyncio.all_tasks()]
     return names.count("RequestResponseCycle.run_asgi") == number
 
 
 async def looking(*, wanted: bool) -> bool:
-    """Tell whether somebody looks for the end of jobs that are waited for, or nobody does."""
+    """Tell whether jobs are polled for waiting callers, or not."""
     return any(task.get_name() == "job waiting" for task in asyncio.all_tasks()) is wanted
 
 
 async def logged(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
-    """Tell whether a record is among the logs."""
+    """Tell whether a record is in the logs."""
     return any(record["event"] == event for record in logs)
 
 
@@ -1338,7 +1338,7 @@ async def logged(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
 async def connection(
     url: str, line: str, content: str = "", *, length: int = 0
 ) -> AsyncIterator[asyncio.StreamReader]:
-    """Send a request as Alice over a socket of its own, and close that at the end of the block."""
+    """Send a request as Alice over a separate socket, and close that at the end of the block."""
     address = httpx.URL(url)
     reader, writer = await asyncio.open_connection(address.host, address.port)
     headers = f"Host: x\r\nAuthorization: Bearer {ALICE}\r\nContent-Length: {length}\r\n\r\n"
@@ -1354,7 +1354,7 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to the test."""
+        """Leave signals to the test."""
         yield
 
 
@@ -1375,7 +1375,7 @@ async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None
 
 
 class OddClipia:
-    """A Clipia that gives one answer to everything, or only to requests with the method `to`."""
+    """A Clipia that gives one answer to all requests, or only to those with the method `to`."""
 
     def __init__(self, *, to: str | None = None) -> None:
         self.answer = (200, b"{}")
@@ -1384,7 +1384,7 @@ class OddClipia:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[str]:
-        """Serve it and give its URL."""
+        """Serve it and return its URL."""
         async with running(
             Starlette(routes=[Route("/{path:path}", self._take, methods=["GET", "POST"])])
         ) as url:

@@ -1,4 +1,4 @@
-"""Jobs from their caller to Clipia and back, on both databases: each submitted once, whatever happens."""
+"""Jobs from their caller to Clipia and back, on both databases: each is submitted once."""
 
 import asyncio
 import hashlib
@@ -57,7 +57,7 @@ HOUR = 3600.0
 
 
 async def test_a_job_is_submitted(world: World, sandbox: Sandbox) -> None:
-    """A job that Clipia takes is on record with everything that Clipia said of it."""
+    """If Clipia accepts a job, all values of its answer are stored."""
     submitter = world.submitter()
     job = await submitter.submit(
         MODEL, PROMPT, idempotency_key="order-1", metadata={"order": "1"}, max_cost=20, caller="shop"
@@ -74,7 +74,7 @@ async def test_a_job_is_submitted(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_the_same_key_is_the_same_job(world: World, sandbox: Sandbox) -> None:
-    """F8: a call that is repeated returns the job that is there, whatever the order of its parameters."""
+    """F8: a repeated call returns the existing job, even if its parameters have another order."""
     submitter = world.submitter()
     first = await submitter.submit(MODEL, {"prompt": "a", "num_images": 2}, idempotency_key="k")
     again = await submitter.submit(MODEL, {"num_images": 2, "prompt": "a"}, idempotency_key="k")
@@ -87,7 +87,7 @@ async def test_the_same_key_is_the_same_job(world: World, sandbox: Sandbox) -> N
 
 
 async def test_32_calls_with_one_key_are_one_job(world: World, sandbox: Sandbox) -> None:
-    """F8: however many calls of however many processes race, one of them makes the job."""
+    """F8: if many calls of many processes race, exactly one creates the job."""
     submitters = [world.submitter(), world.submitter()]
     made = await asyncio.gather(
         *(submitters[n % 2].submit(MODEL, PROMPT, idempotency_key="k") for n in range(32))
@@ -102,7 +102,7 @@ async def test_32_calls_with_one_key_are_one_job(world: World, sandbox: Sandbox)
 async def test_racing_calls_with_other_bodies_get_one_job_and_refusals(
     world: World, sandbox: Sandbox
 ) -> None:
-    """F8: the key belongs to whoever came first, and nobody else gets that job for theirs."""
+    """F8: the first caller owns its key, and another caller with the same key gets another job."""
     submitter = world.submitter()
     made = await asyncio.gather(
         *(submitter.submit(MODEL, {"prompt": f"cat {n}"}, idempotency_key="k") for n in range(8)),
@@ -126,7 +126,7 @@ OTHERS: list[dict[str, Any]] = [
 
 
 async def test_a_key_stands_for_all_parameters(world: World, sandbox: Sandbox) -> None:
-    """F8: the same key with anything else is refused, before anything is sent, and names the job."""
+    """F8: if a key is used with other parameters, the call is rejected unsent, and names the job."""
     submitter = world.submitter()
     given: dict[str, Any] = {"model": MODEL, "input": PROMPT, "metadata": {"order": "1"}, "max_cost": 12}
     job = await submitter.submit(**given, idempotency_key="k")
@@ -137,7 +137,7 @@ async def test_a_key_stands_for_all_parameters(world: World, sandbox: Sandbox) -
 
 
 async def test_two_callers_may_use_the_same_key(world: World, sandbox: Sandbox) -> None:
-    """F8: keys are the caller's own, and Clipia sees neither of them."""
+    """F8: keys are separate for each caller, and Clipia sees none of them."""
     submitter = world.submitter()
     first = await submitter.submit(MODEL, PROMPT, idempotency_key="order-1", caller="shop")
     second = await submitter.submit(MODEL, PROMPT, idempotency_key="order-1", caller="blog")
@@ -149,7 +149,7 @@ async def test_two_callers_may_use_the_same_key(world: World, sandbox: Sandbox) 
 
 
 async def test_without_a_key_each_call_is_a_job(world: World, sandbox: Sandbox) -> None:
-    """A key that nobody gave is made, and returned with the job: it can be used to ask again."""
+    """If a call has no key, a random one is returned with the job and can be used to repeat the call."""
     submitter = world.submitter()
     first, second = [await submitter.submit(MODEL, PROMPT) for _ in range(2)]
     assert first.id != second.id
@@ -168,7 +168,7 @@ async def test_a_key_that_cannot_be_kept_is_refused(world: World, sandbox: Sandb
 
 
 async def test_a_key_may_be_any_text(world: World) -> None:
-    """F8: 255 characters of any script are kept as they are."""
+    """F8: a key of 255 characters of any script is stored unchanged."""
     key = "Bestellung №1 " + "ä" * 241
     job = await world.submitter().submit(MODEL, PROMPT, idempotency_key=key)
     assert len(key) == 255
@@ -179,7 +179,7 @@ async def test_a_key_may_be_any_text(world: World) -> None:
 
 
 async def test_every_try_sends_the_same_bytes(world: World, sandbox: Sandbox) -> None:
-    """F1, F2: a retry is the first try again, though another process makes it under another public URL."""
+    """F1, F2: a retry sends the same bytes, even if another process with another public URL sends it."""
     await sandbox.switch(lost_answer_rate=1.0)
     given = {"prompt": "ein Kätzchen", "num_images": 1, "aspect_ratio": "1:1"}
     job = await world.submitter(public_url=PUBLIC).submit(MODEL, given, idempotency_key="order-1")
@@ -204,7 +204,7 @@ async def test_every_try_sends_the_same_bytes(world: World, sandbox: Sandbox) ->
 
 
 async def test_without_a_public_url_there_is_no_webhook(world: World) -> None:
-    """What Clipia cannot reach is not named to it."""
+    """If Clipia cannot reach a callback, the request has none."""
     job = await world.submitter().submit(MODEL, PROMPT)
     row = await world.job()
     assert json.loads(row["request"]) == {"input": PROMPT}
@@ -213,11 +213,11 @@ async def test_without_a_public_url_there_is_no_webhook(world: World) -> None:
 
 
 async def test_the_intent_is_committed_before_the_first_try(odd_world: World, odd: OddClipia) -> None:
-    """F1: when Clipia gets the request, key and bytes are in the database already, for anybody to see."""
+    """F1: when Clipia gets the request, key and bytes are already committed in the database."""
     found: list[dict[str, Any]] = []
 
     async def look(_request: Request) -> None:
-        # Connections of its own: they see only what is committed.
+        # With separate connections, which see only committed rows.
         async with World(odd_world.database_url, odd.url) as another:
             found.append(await another.job())
 
@@ -230,7 +230,7 @@ async def test_the_intent_is_committed_before_the_first_try(odd_world: World, od
 
 
 async def test_a_process_that_dies_before_the_answer_leaves_the_key(world: World, sandbox: Sandbox) -> None:
-    """F1: the next process sends the same again and gets the generation that was paid for."""
+    """F1: if a process crashes, the next one sends the same request and gets the paid generation."""
     await sandbox.switch(latency=0.7)
     dying = world.submitter()
     task = asyncio.create_task(dying.submit(MODEL, PROMPT, idempotency_key="k"))
@@ -244,7 +244,7 @@ async def test_a_process_that_dies_before_the_answer_leaves_the_key(world: World
     another = world.submitter()
 
     async def submitted() -> bool:
-        # Until the sandbox has noticed that nobody waits for the first answer it says `request_in_progress`.
+        # Until the sandbox notices that the first client has gone, it answers `request_in_progress`.
         return await world.retry(another) == 1 and (await world.job())["state"] == "submitted"
 
     await eventually(submitted)
@@ -255,7 +255,7 @@ async def test_a_process_that_dies_before_the_answer_leaves_the_key(world: World
 
 
 async def test_a_caller_may_leave(odd_world: World, odd: OddClipia) -> None:
-    """F1: the submission goes on without its caller, and `close` lets it end."""
+    """F1: if the caller is cancelled, the submission goes on, and `close` waits for it."""
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
     async def hold(_request: Request) -> None:
@@ -279,7 +279,7 @@ async def test_a_caller_may_leave(odd_world: World, odd: OddClipia) -> None:
 async def test_a_caller_does_not_wait_for_ever(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5: the job is returned as it is, pending, and its submission ends all the same."""
+    """F5: if the answer takes too long, the job is returned as pending, and its submission goes on."""
     monkeypatch.setattr(service, "ANSWER_TIMEOUT_SECONDS", 0.05)
     go_on = asyncio.Event()
 
@@ -309,7 +309,7 @@ PERMANENT = [
 
 @pytest.mark.parametrize(("status", "code"), PERMANENT)
 async def test_what_clipia_refuses_fails(odd_world: World, odd: OddClipia, status: int, code: str) -> None:
-    """The caller is told in Clipia's words, now and whenever it asks again, and it costs nothing."""
+    """If Clipia refuses a job, the caller gets Clipia's error on each call, and it costs no credits."""
     odd.script = [refused(status, code, "No such cats.")]
     submitter = odd_world.submitter()
     errors = [await refusal(submitter.submit(MODEL, PROMPT, idempotency_key="k")) for _ in range(2)]
@@ -330,7 +330,7 @@ async def test_what_clipia_refuses_fails(odd_world: World, odd: OddClipia, statu
 
 
 async def test_the_sandbox_refuses_likewise(world: World, sandbox: Sandbox) -> None:
-    """Every documented refusal of a request ends the job, with the status that belongs to it."""
+    """Each documented refusal of a request ends the job, with its status."""
     submitter = world.submitter()
     codes = [code for code, (status, _type) in CODES.items() if status in (400, 404)]
     for code in codes:
@@ -366,7 +366,7 @@ NEVER_ARRIVED = ("rate_limit_exceeded", "concurrency_limit_exceeded")
 
 @pytest.mark.parametrize("name", TROUBLE)
 async def test_what_may_pass_is_tried_again(odd_world: World, odd: OddClipia, name: str) -> None:
-    """F3, F4, F5, F7: the job stays pending, each try is the same, and the first that may count is noted."""
+    """F3, F4, F5, F7: the job stays pending, attempts are equal, and the first sent one is recorded."""
     trouble, code = TROUBLE[name]
     odd.script = [trouble, trouble, accepted("r-1", warnings=[{"code": "unknown_parameter"}])]
     submitter = odd_world.submitter(public_url=PUBLIC)
@@ -389,7 +389,7 @@ async def test_what_may_pass_is_tried_again(odd_world: World, odd: OddClipia, na
 
 
 async def test_what_nobody_expected_is_tried_again(odd_world: World, odd: OddClipia) -> None:
-    """F5: whatever breaks within a try, here a connection pool that was closed, ends no job."""
+    """F5: an internal error in an attempt, here a closed connection pool, ends no job."""
     odd.script = [refused(503, "service_unavailable"), accepted("r-1")]
     closing = odd_world.submitter()
     await closing.submit(MODEL, PROMPT)
@@ -424,7 +424,7 @@ async def test_an_answer_that_does_not_come_is_tried_again(
 
 
 async def test_a_lost_answer_is_found_again(world: World, sandbox: Sandbox) -> None:
-    """F5: the generation that nobody heard of is the one that the retry gets, paid for once."""
+    """F5: if the answer was lost, the retry gets the same generation, which is paid for once."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -440,7 +440,7 @@ async def test_a_lost_answer_is_found_again(world: World, sandbox: Sandbox) -> N
 async def test_a_webhook_spares_the_retry(
     world: World, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F5, C10: if no answer comes for a while, the event on its path ends the job; nothing is sent again."""
+    """F5, C10: if no answer comes for a while, the event on its path ends the job; no retry is sent."""
     monkeypatch.setattr(job_events, "ANSWER_WAIT_SECONDS", 0.0)
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
@@ -459,7 +459,7 @@ async def test_a_webhook_spares_the_retry(
 async def test_retry_after_holds_the_account_back(
     world: World, sandbox: Sandbox, code: str, *, as_date: bool
 ) -> None:
-    """F7: neither the job nor any other one is tried before Clipia said."""
+    """F7: neither the job nor any other one is sent before Clipia's time."""
     await sandbox.switch(refuse_submits=code, retry_after=400, retry_after_date=as_date)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -479,7 +479,7 @@ async def test_retry_after_holds_the_account_back(
 
 
 async def test_refused_places_make_the_window_smaller(world: World, sandbox: Sandbox) -> None:
-    """F7: Clipia's limit of generations in flight is found and kept: the rest waits here."""
+    """F7: Clipia's in-flight limit is found and kept: the other jobs wait here."""
     await sandbox.switch(concurrency_limit=2)
     submitter = world.submitter()
     for _ in range(4):
@@ -493,7 +493,7 @@ async def test_refused_places_make_the_window_smaller(world: World, sandbox: San
 
 
 async def test_a_key_that_clipia_knows_otherwise_is_never_changed(odd_world: World, odd: OddClipia) -> None:
-    """F2: after `idempotency_key_reuse` a new key could pay twice; a person has to look."""
+    """F2: after `idempotency_key_reuse` a new key could pay twice; an operator has to check."""
     odd.script = [refused(409, "idempotency_key_reuse", "Used with other parameters."), accepted()]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -506,7 +506,7 @@ async def test_a_key_that_clipia_knows_otherwise_is_never_changed(odd_world: Wor
 
 
 async def test_a_refusal_after_an_unknown_outcome_is_no_failure(world: World, sandbox: Sandbox) -> None:
-    """F5: a generation that may be running is not called failed, or its caller would pay for another one."""
+    """F5: if a generation may be running, the job is not failed; its caller could pay for another one."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -517,7 +517,7 @@ async def test_a_refusal_after_an_unknown_outcome_is_no_failure(world: World, sa
 
 
 async def test_a_webhook_corrects_a_refusal(world: World, sandbox: Sandbox) -> None:
-    """F5, F13: what was accepted after all ends as its event says, and costs what that says."""
+    """F5, F13: if a job was accepted after all, it ends with its event's status and price."""
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
@@ -532,7 +532,7 @@ async def test_a_webhook_corrects_a_refusal(world: World, sandbox: Sandbox) -> N
 
 
 async def test_a_path_makes_no_result_of_a_refusal(odd_world: World, odd: OddClipia) -> None:
-    """A15, C11: what Clipia refused at its first try was never generated, whatever an unsigned path says."""
+    """A15, C11: if Clipia refused the first attempt, an event on an unsigned path does not end the job."""
     callback = await odd_world.serve_callback()
     odd.script = [refused(400, "invalid_request")]
     await refusal(odd_world.submitter(public_url=callback).submit(MODEL, PROMPT))
@@ -544,7 +544,7 @@ async def test_a_path_makes_no_result_of_a_refusal(odd_world: World, odd: OddCli
 
 
 async def test_words_that_no_database_takes_are_cleaned(odd_world: World, odd: OddClipia) -> None:
-    """Clipia's words may hold a NUL or half an emoji; the verdict counts all the same, and can be shown."""
+    """If Clipia's text has a NUL or half an emoji, the refusal still counts and can be shown."""
     strange = "a\x00b\ud800c"
     odd.script = [
         refused(400, "invalid_request", strange),
@@ -560,7 +560,7 @@ async def test_words_that_no_database_takes_are_cleaned(odd_world: World, odd: O
 
 
 async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: Sandbox) -> None:
-    """F6: no job ends for it; one at a time finds out when it is over, and then all of them go out."""
+    """F6: a pause ends no job; single probes find its end, and then all jobs are sent."""
     code = "invalid_api_key"
     await sandbox.switch(refuse_submits=code)
     submitter = world.submitter()
@@ -577,7 +577,7 @@ async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: S
     paused = (await submitter.account())["limits"]["paused"]
     assert (paused["code"], paused["status"]) == (code, CODES[code][0])
 
-    # Still refused: one probe, however many jobs are due, and the next one is longer in coming.
+    # Still refused: one probe, even if many jobs are due, and the next one is later.
     assert await world.retry(submitter) == 1
     (account,) = await world.rows(accounts)
     assert account["probes"] == 2
@@ -594,7 +594,7 @@ async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: S
 
 
 async def test_an_account_that_is_refused_never_had_the_job(world: World, sandbox: Sandbox) -> None:
-    """F4, F6: a pause of days brings no job near the end of its key: it was never sent."""
+    """F4, F6: a pause of days does not use up a key's lifetime if the job was never sent."""
     await sandbox.switch(refuse_submits="invalid_api_key")
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -608,7 +608,7 @@ async def test_an_account_that_is_refused_never_had_the_job(world: World, sandbo
 
 
 async def test_an_account_refused_near_the_end_of_the_key_ends_unsure(world: World, sandbox: Sandbox) -> None:
-    """F4, F6: after a try that may have arrived, the pause does not stretch the key's life."""
+    """F4, F6: if an attempt may have arrived, a pause does not extend the key's lifetime."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -624,7 +624,7 @@ async def test_an_account_refused_near_the_end_of_the_key_ends_unsure(world: Wor
 
 
 async def test_processes_that_end_end_no_job(world: World, sandbox: Sandbox) -> None:
-    """F1: however many processes a submission has seen end, the next one makes it, under the same key."""
+    """F1: if several processes crash during a submission, the next one sends it, with the same key."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -639,7 +639,7 @@ async def test_processes_that_end_end_no_job(world: World, sandbox: Sandbox) -> 
 async def test_a_process_that_slept_sends_nothing(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F1: what was claimed and is sent only half a minute later may be another's by then: it is not sent."""
+    """F1: if a claimed job is sent half a minute late, its lease may be lost: it is not sent."""
     odd.script = [refused(503, "service_unavailable"), accepted("r-1")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -665,7 +665,7 @@ async def test_a_process_that_slept_sends_nothing(
 async def test_a_result_without_its_lease_does_not_count(
     odd_world: World, odd: OddClipia, said: bytes
 ) -> None:
-    """A process that was stopped for too long changes nothing: another has the job by now."""
+    """If a process was stopped for too long, it changes no rows: another one has the job."""
     lease = uuid.uuid4()
 
     async def take_over(_request: Request) -> None:
@@ -679,7 +679,7 @@ async def test_a_result_without_its_lease_does_not_count(
 
 
 async def test_a_claim_that_finds_nothing_uses_nothing_up(world: World) -> None:
-    """F7: where another worker was faster, no call of the account is spent."""
+    """F7: if another worker was faster, no call of the quota is used."""
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
     before = await world.rows(accounts)
@@ -690,7 +690,7 @@ async def test_a_claim_that_finds_nothing_uses_nothing_up(world: World) -> None:
 
 
 async def test_a_value_that_no_column_takes_is_no_outage(world: World) -> None:
-    """What a database refuses for its content would be refused for ever: waiting for it would never end."""
+    """If a database cannot store a value, it never will: the job must not wait for it."""
     await world.submitter().submit(MODEL, PROMPT)
     outages = []
     values: list[dict[str, Any]] = [{"request_id": "r" * 300}, {"request_id": "\x00"}, {"progress": 10**9}]
@@ -708,7 +708,7 @@ async def test_a_value_that_no_column_takes_is_no_outage(world: World) -> None:
 
 
 async def test_a_callers_key_holds_for_ever(world: World, sandbox: Sandbox) -> None:
-    """F9: who comes back after a month gets the job that is there, and Clipia hears nothing of it."""
+    """F9: if a call is repeated after a month, it returns the existing job, without a call to Clipia."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
     month = db_time(-30 * 24 * HOUR)
@@ -719,7 +719,7 @@ async def test_a_callers_key_holds_for_ever(world: World, sandbox: Sandbox) -> N
 
 
 async def test_a_key_is_used_for_23_hours(world: World, sandbox: Sandbox) -> None:
-    """F4: at 22 h 59 min after the first try there is another one, under the same key."""
+    """F4: at 22 h 59 min after the first attempt there is another one, with the same key."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -732,7 +732,7 @@ async def test_a_key_is_used_for_23_hours(world: World, sandbox: Sandbox) -> Non
 
 
 async def test_a_key_is_not_used_after_23_hours(world: World, sandbox: Sandbox) -> None:
-    """F4: at 23 h 01 min nothing is sent any more; the job says so and waits for a person."""
+    """F4: at 23 h 01 min no request is sent; the job is unsure and waits for an operator."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -752,7 +752,7 @@ async def test_a_key_is_not_used_after_23_hours(world: World, sandbox: Sandbox) 
 async def test_the_last_try_is_the_last(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F4: a try that ends unanswered when the time is over has no successor."""
+    """F4: if an attempt ends unanswered after the deadline, there is no other one."""
     submitter = odd_world.submitter()
     odd.script = [refused(503, "service_unavailable")]
     await submitter.submit(MODEL, PROMPT)
@@ -771,7 +771,7 @@ async def test_the_last_try_is_the_last(
 
 
 async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: Sandbox) -> None:
-    """F4, F13: the event finds its job by the callback's path and knows what it cost."""
+    """F4, F13: the event finds its job by the callback's path and has its price."""
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
     job = await submitter.submit(MODEL, PROMPT)
@@ -789,7 +789,7 @@ async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: 
 
 
 async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> None:
-    """F4: under a new key, with the callback of today, and on record with who asked for it."""
+    """F4: the new attempt has a new key, today's callback, and a record of the operator."""
     odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
     submitter = odd_world.submitter()
     job = await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -816,7 +816,7 @@ async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> 
 async def test_what_ended_without_a_result_may_be_submitted_anew(
     world: World, sandbox: Sandbox, state: str
 ) -> None:
-    """F13: the job starts afresh and owes nothing to its first life."""
+    """F13: the job starts again, without the price of its first submission."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
     await world.set(
@@ -833,7 +833,7 @@ async def test_what_ended_without_a_result_may_be_submitted_anew(
 
 
 async def test_a_result_of_the_first_life_does_not_end_the_second(odd_world: World, odd: OddClipia) -> None:
-    """F1, F13: the webhook of the old request is an event by itself; the job waits for the new one's."""
+    """F1, F13: the webhook of the old request is a separate event; the job waits for the new one."""
     callback = await odd_world.serve_callback()
     submitter = odd_world.submitter(public_url=callback)
     odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
@@ -863,7 +863,7 @@ async def test_a_result_of_the_first_life_does_not_end_the_second(odd_world: Wor
 async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
     world: World, sandbox: Sandbox, state: str
 ) -> None:
-    """F4: nobody pays twice by a slip of the hand."""
+    """F4: an operator cannot pay twice by accident."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
     await world.set(jobs, state=state)
@@ -880,7 +880,7 @@ async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
 
 
 async def test_another_account_does_not_get_what_may_have_arrived(world: World, sandbox: Sandbox) -> None:
-    """F1: idempotency keys mean nothing to another account, so the job waits for a person."""
+    """F1: idempotency keys are unknown to another account, so the job waits for an operator."""
     await sandbox.switch(lost_answer_rate=1.0)
     await world.submitter().submit(MODEL, PROMPT)
     await sandbox.switch(lost_answer_rate=0.0)
@@ -893,7 +893,7 @@ async def test_another_account_does_not_get_what_may_have_arrived(world: World, 
 
 @pytest.mark.parametrize("code", ["insufficient_credits", "rate_limit_exceeded"])
 async def test_another_account_gets_what_never_arrived(world: World, sandbox: Sandbox, code: str) -> None:
-    """F6: whoever replaces a key that is refused has the queue go out under the new one."""
+    """F6: if a refused key is replaced, the queue is sent with the new one."""
     await sandbox.switch(refuse_submits=code)
     await world.submitter().submit(MODEL, PROMPT)
     await sandbox.switch(refuse_submits="")
@@ -905,7 +905,7 @@ async def test_another_account_gets_what_never_arrived(world: World, sandbox: Sa
 
 
 async def test_live_and_test_do_not_mix(world: World, sandbox: Sandbox) -> None:
-    """F1: what was asked for under a live key is neither sent nor polled under a test key, or the reverse."""
+    """F1: a job of a live key is neither sent nor polled with a test key, or the reverse."""
     await sandbox.switch(refuse_submits="rate_limit_exceeded")
     live, test = world.submitter(), world.submitter(key=TEST)
     await live.submit(MODEL, PROMPT)
@@ -923,7 +923,7 @@ async def test_live_and_test_do_not_mix(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_a_key_of_one_try_is_not_spent_by_a_closed_door(world: World, sandbox: Sandbox) -> None:
-    """F5: where nobody listens nothing arrives, so another address may have the job."""
+    """F5: if the connection was refused, no job arrived, so it may be sent to another address."""
     closed = world.submitter(url=f"http://127.0.0.1:{free_port()}")
     job = await closed.submit(MODEL, PROMPT)
     row = await world.job()
@@ -934,7 +934,7 @@ async def test_a_key_of_one_try_is_not_spent_by_a_closed_door(world: World, sand
 
 
 async def test_a_job_that_cannot_be_written_was_not_sent(world: World, sandbox: Sandbox) -> None:
-    """G8: a header that the HTTP library refuses leaves a job unsent, and no row or answer shows the key."""
+    """G8: if httpx rejects a header, the job is unsent, and no row or answer has the key."""
     broken = world.submitter()
     broken.client._sdk._http.headers["authorization"] = "Bearer cAnArY8f3b61\n"
     job = await broken.submit(MODEL, PROMPT)
@@ -950,7 +950,7 @@ async def test_a_job_that_cannot_be_written_was_not_sent(world: World, sandbox: 
 
 
 async def test_max_cost_holds(world: World, sandbox: Sandbox) -> None:
-    """F12: a job that costs more than its caller allows is refused before anything is sent."""
+    """F12: if a job costs more than its max_cost, it is rejected before it is sent."""
     submitter = world.submitter()
     given = {"prompt": "a cat", "num_images": 3}
     error = await refusal(submitter.submit(MODEL, given, max_cost=35))
@@ -963,7 +963,7 @@ async def test_max_cost_holds(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_a_price_is_known_before_clipia_takes_the_job(world: World, sandbox: Sandbox) -> None:
-    """F12: what was estimated counts until Clipia says what it reserved."""
+    """F12: the estimate counts until Clipia reserves credits."""
     await sandbox.switch(refuse_submits="service_unavailable")
     job = await world.submitter().submit(MODEL, PROMPT, max_cost=100)
     assert (job.state, job.cost) == ("pending", PRICE)
@@ -972,7 +972,7 @@ async def test_a_price_is_known_before_clipia_takes_the_job(world: World, sandbo
 
 
 async def test_a_price_that_cannot_be_known_makes_no_job(world: World, sandbox: Sandbox) -> None:
-    """F12: with a limit to keep, a job is not taken on trust; the caller sends it again."""
+    """F12: if there is a limit and no price, the job is not accepted; the caller can send it again."""
     await sandbox.switch(error_rate=1.0)
     submitter = world.submitter(budgets={"shop": 100})
     with pytest.raises(ClipiaUnavailable):
@@ -984,13 +984,13 @@ async def test_a_price_that_cannot_be_known_makes_no_job(world: World, sandbox: 
 
 
 async def age(world: World, seconds: float) -> None:
-    """Have jobs be made some seconds ago, and due."""
+    """Age jobs by some seconds and make them due."""
     await world.make_due()
     await world.set(jobs, created_at=db_time(-seconds))
 
 
 async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: OddClipia) -> None:
-    """F12: a price that rose since the job was made counts: it ends, and Clipia is not asked to make it."""
+    """F12: if the price has risen since the job was made, the job ends unsent."""
     price = [12]
     odd.others = lambda request: (
         answer(content={"credits": price[0]})
@@ -1001,7 +1001,7 @@ async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: O
     submitter = odd_world.submitter(public_url="https://hooks.example.com")
     held, free = [await submitter.submit(MODEL, PROMPT, max_cost=most) for most in (20, None)]
     price[0] = 40
-    # Another process takes it up.
+    # Another process claims it.
     other = odd_world.submitter()
     await odd_world.set(jobs, where=jobs.c.id == free.id, state="canceled", next_attempt_at=None)
     await age(odd_world, 61.0)
@@ -1013,12 +1013,12 @@ async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: O
     assert {request.path for request in odd.requests if request.path.endswith("/estimate")} == {
         f"/v1/models/{MODEL}/estimate"
     }
-    # Asked for in the words of the job.
+    # The price request has the job's own input.
     assert json.loads(odd.requests[-1].body)["input"] == PROMPT
 
 
 async def test_max_cost_after_a_try_that_may_have_arrived(odd_world: World, odd: OddClipia) -> None:
-    """F3, F12: the earlier try may have been accepted for the old price, so the job is unsure."""
+    """F3, F12: if an earlier attempt may have been accepted at the old price, the job is unsure."""
     price = [12]
     odd.others = lambda request: (
         answer(content={"credits": price[0]})
@@ -1039,7 +1039,7 @@ async def test_max_cost_after_a_try_that_may_have_arrived(odd_world: World, odd:
 async def test_a_job_waits_for_a_price_that_is_not_known(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """F12: while the price cannot be asked for, a job with a limit rests unsent, and holds up no other."""
+    """F12: if the price is not available, a job with a limit waits unsent, and delays no other."""
     monkeypatch.setattr(catalogue, "PRICE_CACHE_SECONDS", 0.0)
     odd.others = lambda _request: answer(content={"credits": 12})
     odd.script = [refused(503, "service_unavailable"), accepted]
@@ -1048,7 +1048,7 @@ async def test_a_job_waits_for_a_price_that_is_not_known(
     await odd_world.set(jobs, sent_at=None)
     odd.others = lambda _request: refused(429, "rate_limit_exceeded", Retry_After="100")
     await age(odd_world, 61.0)
-    # The answer of before is too old to go by.
+    # The cached answer is too old.
     assert await odd_world.run_lane(submitter.lane) == 1
     row = await odd_world.job()
     assert (row["state"], row["sent_at"], json.loads(row["error"])["code"]) == (
@@ -1064,7 +1064,7 @@ async def test_a_job_waits_for_a_price_that_is_not_known(
 
 
 async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
-    """F12: a caller's own budget counts, or else the one of everybody; nothing is sent beyond it."""
+    """F12: a caller's own budget counts, or else the default one; jobs beyond it are not sent."""
     submitter = world.submitter(budgets={"shop": 24, "*": 12, "idle": 0})
     for caller, jobs_each in (("shop", 2), ("blog", 1), ("press", 1), ("idle", 0)):
         for _ in range(jobs_each):
@@ -1076,7 +1076,7 @@ async def test_budgets_hold(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sandbox) -> None:
-    """F12: of jobs at once, in several processes, as many get through as there is room for."""
+    """F12: if several processes submit at once, the accepted jobs still fit into the budget."""
     submitters = [world.submitter(budgets={"shop": 40}) for _ in range(2)]
     made = await asyncio.gather(
         *(submitters[n % 2].submit(MODEL, PROMPT, caller="shop") for n in range(10)), return_exceptions=True
@@ -1090,7 +1090,7 @@ async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sand
 
 
 async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox: Sandbox) -> None:
-    """F12, F13: jobs that yesterday ended, and those that cost nothing in the end, leave it alone."""
+    """F12, F13: jobs that ended yesterday, or cost no credits in the end, do not count."""
     submitter = world.submitter(budgets={"shop": 12})
     await submitter.submit(MODEL, PROMPT, caller="shop")
     ended = {"state": "completed", "charged": PRICE, "next_attempt_at": None}
@@ -1108,7 +1108,7 @@ async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox:
 
 @pytest.mark.parametrize("becomes", ["pending", "submitted", "completed", "unsure"])
 async def test_a_budget_counts_what_rested_until_today(world: World, sandbox: Sandbox, becomes: str) -> None:
-    """F12: a job of yesterday that is open, or that Clipia accepted or may have accepted today, counts."""
+    """F12: a job of yesterday counts if it is open, or if Clipia accepted or may have accepted it today."""
     await sandbox.switch(refuse_submits="insufficient_credits")
     submitter = world.submitter(budgets={"shop": PRICE + 1, "blog": PRICE + 1})
     await submitter.submit(MODEL, PROMPT, caller="shop")
@@ -1140,7 +1140,7 @@ async def test_a_budget_counts_what_rested_until_today(world: World, sandbox: Sa
 async def test_a_wrong_input_is_refused_before_it_is_sent(
     world: World, sandbox: Sandbox, model: str, given: dict[str, Any], said: str
 ) -> None:
-    """A typo costs nothing: the message says what is wrong, and there is no job."""
+    """If a key has a typo, the message says so, and no job is made."""
     error = await refusal(world.submitter().submit(model, given))
     assert (status_of(error), error.code) == (400, "model_input_invalid")
     assert said in str(error)
@@ -1148,7 +1148,7 @@ async def test_a_wrong_input_is_refused_before_it_is_sent(
 
 
 async def test_an_unknown_model_is_refused(world: World, sandbox: Sandbox) -> None:
-    """A model that Clipia does not have is refused before it is sent."""
+    """If Clipia does not have a model, the job is rejected before it is sent."""
     error = await refusal(world.submitter().submit("nano-banana-3", PROMPT))
     assert (status_of(error), error.code) == (404, "model_not_found")
     assert await sandbox.submits() == await world.rows(jobs) == []
@@ -1185,7 +1185,7 @@ STRANGE: dict[str, dict[str, Any]] = {
 async def test_what_cannot_be_a_job_is_refused(
     odd_world: World, odd: OddClipia, limits: dict[str, Any]
 ) -> None:
-    """Whatever a caller passes, a request that cannot be kept or sent is refused as the caller's mistake."""
+    """For any values, a request that cannot be stored or sent is rejected as invalid."""
     odd.others = lambda _request: answer(content={"slug": MODEL, "credits": 1})
     submitter = odd_world.submitter()
     outcomes: dict[str, object] = {}
@@ -1203,7 +1203,7 @@ async def test_what_cannot_be_a_job_is_refused(
 
 
 async def test_a_strange_repeat_is_refused(odd_world: World, odd: OddClipia) -> None:
-    """F8: a known key is no way around the checks of an input."""
+    """F8: a known key does not bypass the checks of an input."""
     odd.script = [accepted]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT, idempotency_key="k")
@@ -1214,14 +1214,14 @@ async def test_a_strange_repeat_is_refused(odd_world: World, odd: OddClipia) -> 
 
 @pytest.mark.parametrize("caller", ["c" * 64, "a\x00b"], ids=["long", "NUL"])
 async def test_a_caller_has_a_name(world: World, sandbox: Sandbox, caller: str) -> None:
-    """F8: what no database can keep is the caller's mistake on each of them, not an outage."""
+    """F8: if a database cannot store a value, the request is invalid on both, and not an outage."""
     error = await refusal(world.submitter().submit(MODEL, PROMPT, caller=caller))
     assert (status_of(error), error.code) == (400, "invalid_request")
     assert await sandbox.submits() == []
 
 
 async def test_a_request_has_a_size(odd_world: World, odd: OddClipia) -> None:
-    """A file belongs into a URL: more than a megabyte is refused before it is sent."""
+    """If an input has more than a megabyte, it is rejected before it is sent: pass files by URL."""
     odd.script = [accepted]
     submitter = odd_world.submitter()
     error = await refusal(submitter.submit(MODEL, {"prompt": "x" * 1024 * 1024}))
@@ -1233,7 +1233,7 @@ async def test_a_request_has_a_size(odd_world: World, odd: OddClipia) -> None:
 
 
 async def test_an_unreachable_catalogue_loses_no_job(world: World, sandbox: Sandbox) -> None:
-    """F5: what cannot be checked is not held against the job; what Clipia warns of is kept."""
+    """F5: if an input cannot be checked, the job is accepted; Clipia's warnings are stored."""
     await sandbox.switch(error_rate=1.0)
     submitter = world.submitter()
     job = await submitter.submit(MODEL, {"prompt": "a cat", "sead": 1}, idempotency_key="k")
@@ -1248,7 +1248,7 @@ async def test_an_unreachable_catalogue_loses_no_job(world: World, sandbox: Sand
 
 
 async def test_a_refused_account_does_not_stop_the_check(odd_world: World, odd: OddClipia) -> None:
-    """F6: a key that may not read the catalogue may still submit."""
+    """F6: if a key may not read the catalogue, it may still submit."""
     odd.script = [accepted("r-1")]
     odd.others = lambda _request: refused(403, "insufficient_scope")
     job = await odd_world.submitter().submit(MODEL, PROMPT)
@@ -1261,7 +1261,7 @@ async def test_a_refused_account_does_not_stop_the_check(odd_world: World, odd: 
 async def test_a_submitter_is_opened_by_the_settings(
     database_url: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The environment says everything: database, key, address, public URL and budgets."""
+    """The environment has all settings: database, key, address, public URL and budgets."""
     environment = {
         "RECEIVER_DATABASE_URL": database_url,
         "CLIPIA_KEY": LIVE,
@@ -1282,7 +1282,7 @@ async def test_a_submitter_is_opened_by_the_settings(
 
 
 async def test_without_a_key_jobs_can_only_be_looked_at(world: World, sandbox: Sandbox) -> None:
-    """What needs Clipia says which setting is missing; all else works."""
+    """If Clipia is needed, the error names the missing setting; all other methods work."""
     job = await world.submitter().submit(MODEL, PROMPT, idempotency_key="k")
     settings = Settings.load(database_url=world.database_url)
     async with Submitter.open(settings) as submitter:
@@ -1302,7 +1302,7 @@ async def test_without_a_key_jobs_can_only_be_looked_at(world: World, sandbox: S
 
 
 async def test_a_database_without_tables_is_refused(postgres: Postgres) -> None:
-    """A shared database is migrated on purpose; the message says how."""
+    """A shared database is migrated by a command; the message names it."""
     settings = Settings.load(database_url=postgres.url(), clipia_key=LIVE)
     with pytest.raises(SettingsError, match="run `receiver migrate`"):
         async with Submitter.open(settings):
@@ -1310,7 +1310,7 @@ async def test_a_database_without_tables_is_refused(postgres: Postgres) -> None:
 
 
 async def test_a_file_of_ones_own_is_made(tmp_path: Path, sandbox: Sandbox) -> None:
-    """SQLite needs nobody to prepare it."""
+    """SQLite needs no preparation."""
     settings = Settings.load(
         database_url=f"sqlite:///{tmp_path}/new/jobs.db", clipia_key=LIVE, clipia_base_url=sandbox.url
     )
@@ -1319,7 +1319,7 @@ async def test_a_file_of_ones_own_is_made(tmp_path: Path, sandbox: Sandbox) -> N
 
 
 async def test_a_database_that_is_away_is_an_error(sandbox: Sandbox) -> None:
-    """Where nothing can be committed nothing is sent."""
+    """If no transaction can be committed, no job is sent."""
     settings = Settings.load(
         database_url=f"postgresql://nobody@127.0.0.1:{free_port()}/none",
         clipia_key=LIVE,
@@ -1332,7 +1332,7 @@ async def test_a_database_that_is_away_is_an_error(sandbox: Sandbox) -> None:
 
 
 async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
-    """F8: code without an event loop has the same promises, from any number of threads."""
+    """F8: code without an event loop has the same guarantees, in any number of threads."""
     settings = Settings.load(
         database_url=world.database_url, clipia_key=LIVE, clipia_base_url=sandbox.url, budgets={"poor": 1}
     )
@@ -1368,7 +1368,7 @@ async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
 
 
 async def test_a_thread_is_told_what_is_wrong(tmp_path: Path) -> None:
-    """Opening it in a thread raises what opening it in a loop does, with the environment's settings too."""
+    """If it is opened in a thread, it raises the same errors, even for the environment's settings."""
     settings = Settings.load(database_url="mysql://127.0.0.1/x", clipia_key=LIVE)
     (tmp_path / "receiver.toml").write_text("nonsense = 1")
 
