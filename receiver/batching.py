@@ -80,15 +80,17 @@ class Batcher(Generic[ItemT, ResultT]):
         group: dict[asyncio.Future[ResultT], ItemT] = {}
         size = 0
         while self._waiting and len(group) < self._max_items:
-            future, item = next(iter(self._waiting.items()))
+            future, item = self._waiting.popitem(last=False)
             # Skip items whose caller has given up.
-            if not future.done():
-                if self._weigh is not None:
-                    size += self._weigh(item)
-                    if group and size > self._max_bytes:
-                        break
-                group[future] = item
-            del self._waiting[future]
+            if future.done():
+                continue
+            if self._weigh is not None:
+                size += self._weigh(item)
+                if group and size > self._max_bytes:
+                    self._waiting[future] = item
+                    self._waiting.move_to_end(future, last=False)
+                    break
+            group[future] = item
         return group
 
     async def _send_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:

@@ -2,8 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from receiver.batching import Batcher
 from receiver.destinations.base import Failure, attempt_timeout, closed_failure, copy_failure, timeout_failure
@@ -12,8 +11,7 @@ from receiver.errors import PublishFailed
 Message = TypeVar("Message")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Entry(Generic[Message]):
+class _Entry(NamedTuple, Generic[Message]):
     message: Message
     size: int
     deadline: float
@@ -57,7 +55,7 @@ class BatchPublisher(Generic[Message]):
         failure: Failure | None
         try:
             async with asyncio.timeout_at(deadline):
-                failure = await self._batcher.add(_Entry(message=message, size=size, deadline=deadline))
+                failure = await self._batcher.add(_Entry(message, size, deadline))
         except TimeoutError:
             failure = timeout_failure(self._shown, self._timeout)
         if failure is not None:
@@ -71,7 +69,8 @@ class BatchPublisher(Generic[Message]):
     async def _send_entries(self, batch: Sequence[_Entry[Message]]) -> Sequence[Failure | None]:
         failure: Failure
         try:
-            async with asyncio.timeout_at(max(entry.deadline for entry in batch)):
+            # The last entry has the latest deadline.
+            async with asyncio.timeout_at(batch[-1].deadline):
                 return await self._send([entry.message for entry in batch])
         except TimeoutError:
             failure = timeout_failure(self._shown, self._timeout)

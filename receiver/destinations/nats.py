@@ -92,7 +92,11 @@ class NatsDestination(Broker):
             consumers = await self._connections.run(lambda each: each.list_consumers(info))
             problem = loss_warning(info, self._address.subject, consumers)
             if (age := info.config.max_age or 0.0) >= DAY:
-                log.info("the stream deletes events by age, read or not", destination=self._name, seconds=age)
+                log.info(
+                    "the stream deletes events by age, even if they are unread",
+                    destination=self._name,
+                    seconds=age,
+                )
         if problem:
             self._warn_of_losses(problem)
 
