@@ -271,7 +271,7 @@ class Submitter:
         """
         account = await self.catalogue.balance()
         rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
-        status = await self.status()
+        status = await self.standing()
         totals = {
             name: total(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
         }
@@ -287,14 +287,14 @@ class Submitter:
             },
         }
 
-    async def status(self) -> AccountStatus:
+    async def standing(self) -> AccountStatus:
         """Return the status of the account; raises SettingsError if no key is set."""
         async with self.database.read() as connection:
             return await read_account_status(connection, self.client.account)
 
     async def paused(self) -> bool:
         """Tell whether no jobs are submitted: Clipia refuses the account, or submissions are frozen."""
-        return self._client is not None and (await self.status()).paused
+        return self._client is not None and (await self.standing()).paused
 
     async def cancel(self, job_id: UUID, *, by: str) -> Job:
         """End a job for an operator. Clipia has no way to cancel a generation.

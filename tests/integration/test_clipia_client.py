@@ -697,7 +697,7 @@ async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia
     odd.script = [refused(503, "x", RateLimit_Limit="300", RateLimit_Remaining="2", RateLimit_Reset="100")]
     submitter = odd_world.submitter()
     await submitter.submit(MODEL, PROMPT)
-    limits = (await submitter.status()).quota.requests_per_minute
+    limits = (await submitter.standing()).quota.requests_per_minute
     (account,) = await odd_world.rows(accounts)
     assert (limits, account["requests_per_minute"]) == (300, 300)
     assert 60 < account["calls_after"] - time.time() <= 101

@@ -364,7 +364,7 @@ async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: Wo
     assert not await submitter.paused()
     for model in MODELS[1:]:
         await submitter.submit(model, PROMPT)
-    standing = await submitter.status()
+    standing = await submitter.standing()
     assert (standing.paused, standing.refused_jobs) == (True, 6)
     assert standing.pause is not None
     assert "Top up." in standing.pause
@@ -389,7 +389,7 @@ async def test_a_test_keys_refusals_are_not_the_live_accounts(odd_world: World, 
     live = odd_world.submitter()
     assert await tests.paused()
     assert not await live.paused()
-    assert (await live.status()).refused_jobs == 0
+    assert (await live.standing()).refused_jobs == 0
 
 
 # --- the end that a person decides ---
@@ -412,7 +412,7 @@ async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: 
         "by ops",
     )
     assert await world.retry(submitter) == 0
-    assert (await submitter.status()).refused_jobs == 0
+    assert (await submitter.standing()).refused_jobs == 0
     again = await refusal(submitter.cancel(job.id, by="ops"))
     assert (again.code, status_of(again)) == ("not_cancelable", 409)
     await sandbox.switch(credits=10_000)
