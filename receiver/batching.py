@@ -44,9 +44,9 @@ class Batcher(Generic[ItemT, ResultT]):
         self._senders: set[asyncio.Task[None]] = set()
 
     async def add(self, item: ItemT) -> ResultT:
-        """Send an item with its group and return its result. Raises what `send` raises.
+        """Send an item with its group and return its result. Raises the errors of `send`.
 
-        If the caller is cancelled, an item that waits is forgotten at once; one whose group is being sent may
+        If the caller is cancelled, an item that waits is forgotten at once. If its group is being sent it may
         arrive all the same.
         """
         loop = asyncio.get_running_loop()
@@ -81,7 +81,7 @@ class Batcher(Generic[ItemT, ResultT]):
         size = 0
         while self._waiting and len(group) < self._max_items:
             future, item = self._waiting.popitem(last=False)
-            # Skip items whose caller has given up.
+            # The caller has given up meanwhile.
             if future.done():
                 continue
             if self._weigh is not None:
@@ -96,6 +96,7 @@ class Batcher(Generic[ItemT, ResultT]):
     async def _send_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:
         results = await self._attempt([*group.values()])
         if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, self._shared_errors):
+            # One bad item must not fail the others, and they keep their order: one after another.
             for future, item in group.items():
                 if not future.done():
                     await self._send_group({future: item})

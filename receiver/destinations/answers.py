@@ -60,6 +60,7 @@ class RawAnswer:
             return data
         self.has_begun = self.has_begun or data != b""
         if not self._is_passed_on:
+            # Hold the bytes back until the status line is complete: h11 must not see interim answers.
             self._recorded += data
             if not self._find_answer():
                 return b""

@@ -119,6 +119,7 @@ class SharedConnection(Generic[ConnectionT]):
             self._retire(self._current)
         if self._opening is None:
             self._opening = asyncio.create_task(self._open())
+        # Shielded: if this publish is cancelled, the others still wait for the connection.
         outcome = await asyncio.shield(self._opening)
         if isinstance(outcome, PublishFailed):
             raise copy_failure(outcome)

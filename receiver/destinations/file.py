@@ -185,6 +185,7 @@ def _lock(descriptor: int, timeout: float | None) -> None:
     deadline = time.monotonic() + (timeout or LOCK_TIMEOUT_SECONDS)
     while True:
         try:
+            # Poll: a lock that blocks the thread has no timeout.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:

@@ -243,6 +243,7 @@ class _Producer(Connection):
 
 async def _find_broker(address: _Address) -> str:
     """Return the first of the URL's brokers that answers; if none does, the library would not say why."""
+    # All at once: one after another, a broker that hangs would take the time of the others.
     attempts = [asyncio.create_task(_connect_once(address, host, port)) for host, port in address.brokers]
     failures: list[PublishFailed] = []
     try:

@@ -140,6 +140,7 @@ class _Connection(Connection):
         try:
             async with asyncio.timeout(step_timeout(OPEN_SECONDS, self._address.timeout)):
                 await self._connect()
+                # One subscription for the answers to all publishes: one for each costs two more commands.
                 await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
                 if self._address.stream is not None:
                     await self._make_stream(self._address.stream)
@@ -267,6 +268,7 @@ class _Connection(Connection):
             raise copy_failure(answer)
         if (answer.headers or {}).get("Status") == _NO_RESPONDERS:
             raise NoStreamResponseError
+        # Any client may answer on the subject, but only a stream sends its name and a sequence number.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             content = json.loads(answer.data)
             if "error" in content:

@@ -183,6 +183,7 @@ class _Connection(Connection):
     async def open(self) -> None:
         """Connect to the first node that accepts the login, and declare the queue."""
         nodes, failures = self._address.nodes, list[PublishFailed]()
+        # The nodes share the time, so a node that hangs leaves some for the next one.
         seconds = step_timeout(OPEN_SECONDS, self._address.timeout) / len(nodes)
         for node in nodes:
             if failures:

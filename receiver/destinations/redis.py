@@ -182,6 +182,7 @@ class RedisDestination(Broker):
         try:
             async with asyncio.timeout(self._round_trip):
                 await self._query_primary()
+                # Without raising: the error of one entry must not hide the ids of the others.
                 replies = await pipeline.execute(raise_on_error=False)
                 if any(_code(reply) in _WRONG_SERVER for reply in replies):
                     await self._client.connection_pool.disconnect()

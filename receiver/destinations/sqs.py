@@ -233,6 +233,7 @@ class SqsDestination(Broker):
         for each in answer.get("Failed", ()):
             message = batch[int(each["Id"])]
             outcomes[each["Id"]] = self._rejection(each.get("Code", ""), each.get("Message", ""), message)
+        # The service may leave a message out of its answer: count that as a failure, not as a success.
         unconfirmed = PublishFailed(f"{self._queue.url}: not confirmed", reason="unconfirmed")
         return [outcomes.get(str(number), unconfirmed) for number in range(len(batch))]
 

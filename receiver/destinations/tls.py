@@ -32,7 +32,7 @@ def open_tls(
             prefix + setting, content="a certificate and its own key in PEM", readable=prefix + readable
         ):
             # Without a callback OpenSSL would prompt on the terminal for an encrypted key's passphrase.
-            context.load_cert_chain(certificate, key, password=_refuse_passphrase)
+            context.load_cert_chain(certificate, key, password=_reject_passphrase)
     return context
 
 
@@ -40,7 +40,7 @@ class _EncryptedKeyError(Exception):
     """The key's file asks for a passphrase."""
 
 
-def _refuse_passphrase() -> str:
+def _reject_passphrase() -> str:
     raise _EncryptedKeyError
 
 

@@ -407,9 +407,9 @@ async def test_too_large_message(destination: Destination, channel: AbstractChan
     good = [make_event({"fill": "x" * 1000}) for _ in range(40)]
     events = [*good[:20], poison, *good[20:]]
     results = await asyncio.gather(*map(destination.publish, events), return_exceptions=True)
-    refused = results.pop(20)
-    assert isinstance(refused, PublishRejected)
-    assert refused.reason == "too_large"
+    rejected = results.pop(20)
+    assert isinstance(rejected, PublishRejected)
+    assert rejected.reason == "too_large"
     assert {type(result) for result in results} <= {type(None), PublishFailed}
     event = make_event({"fill": "x" * (MAX_MESSAGE_SIZE - 100)})
     await destination.publish(event)
@@ -429,7 +429,7 @@ async def test_too_large_message(destination: Destination, channel: AbstractChan
 async def test_attributes_that_amqp_cannot_hold(
     relay: Relay, destination: Destination, attributes: dict[str, Any], reason: str
 ) -> None:
-    """E7: an event whose attributes fit no header is rejected, and the connection stays."""
+    """E7: an event is rejected if its attributes fit no header, and the connection stays."""
     results = await asyncio.gather(
         *map(destination.publish, (make_event(), make_event(**attributes), make_event())),
         return_exceptions=True,
@@ -600,25 +600,25 @@ async def test_killed_server(server: RabbitMq) -> None:
     queue = f"events-{uuid4()}"
     destination = open_url(server.url(f"?queue={queue}"))
     confirmed: set[str] = set()
-    refused: list[BaseException] = []
+    rejected: list[BaseException] = []
     enough = asyncio.Event()
 
-    async def publish_until_refused() -> None:
-        while not refused:
+    async def publish_until_rejected() -> None:
+        while not rejected:
             some, errors = await publish_all(destination, [make_event({"fill": "x" * 500})])
             confirmed.update(some)
-            refused.extend(errors)
+            rejected.extend(errors)
             if len(confirmed) > 500:
                 enough.set()
 
     async with asyncio.TaskGroup() as group:
         for _ in range(64):
-            group.create_task(publish_until_refused())
+            group.create_task(publish_until_rejected())
         async with asyncio.timeout(30):
             await enough.wait()
         server.remember_queues()
         server.crash()
-    assert reasons_of(refused) == {"connection"}
+    assert reasons_of(rejected) == {"connection"}
     assert (await failure_of(destination.publish(make_event()))).reason == "connection"
     await asyncio.to_thread(server.start)
     last = make_event()

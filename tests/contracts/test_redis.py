@@ -341,7 +341,7 @@ REPEATING = [
 async def test_an_error_that_repeats_the_event_is_cut(line: str) -> None:
     """E4: other servers and proxies repeat the command in another form; the event is left out."""
 
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def reject(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while data := await reader.read(65_536):
             begin = data.find(b'{"')
             head = data[begin : begin + 100].decode()
@@ -350,7 +350,7 @@ async def test_an_error_that_repeats_the_event_is_cut(line: str) -> None:
             writer.write(f"-{text}\r\n".encode() if text else b"+OK\r\n" * data.count(b"*"))
         writer.close()
 
-    server = await asyncio.start_server(refuse, "127.0.0.1", 0)
+    server = await asyncio.start_server(reject, "127.0.0.1", 0)
     destination = open_url(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}?stream=events")
     with pytest.raises(PublishFailed) as caught:
         await destination.publish(make_event(id=CANARY))
@@ -469,7 +469,7 @@ async def test_start_and_close_at_a_frozen_server(server: Redis) -> None:
 
 
 async def test_given_up_before_its_turn(server: Redis) -> None:
-    """E16: an event whose publish was cancelled before its batch is not sent."""
+    """E16: an event is not sent if its publish was cancelled before its batch."""
     destination = open_url(server.url("stream=events"))
     assert isinstance(destination, redis_module.RedisDestination)
     await destination.publish(make_event({"number": 0}))

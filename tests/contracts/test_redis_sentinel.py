@@ -29,7 +29,7 @@ class Pair:
     sentinel: RedisSentinel
 
     def url(self, *, name: str = "main", password: str = SENTINEL_PASSWORD) -> str:
-        """Return a URL whose first sentinel is down."""
+        """Return a URL in which the first sentinel is down."""
         hosts = f"127.0.0.1:{free_port()},127.0.0.1:{self.sentinel.port}"
         login = f"sentinel={name}&sentinel_password={password}"
         return f"redis://:{PASSWORD}@{hosts}/0?stream=events&{login}"

@@ -107,7 +107,7 @@ class RedisKind(_BrokerKind):
 
 
 class NatsKind(_BrokerKind):
-    """A NATS server whose stream the destination makes."""
+    """A NATS server; the destination makes its stream."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)

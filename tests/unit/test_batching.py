@@ -224,7 +224,7 @@ async def test_drain_waits_for_items_that_wait(max_in_flight: int) -> None:
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable("gone", reason="database"), ValueError("bad")])
 async def test_a_failure_leaves_no_cycle_behind(error: Exception) -> None:
-    """C3: items whose group failed are freed with their tasks: no garbage collection is needed."""
+    """C3: if a group fails its items are freed with their tasks: no garbage collection is needed."""
 
     async def fail(_items: Sequence[Item]) -> Sequence[None]:
         raise type(error)(*error.args, **vars(error))

@@ -143,7 +143,7 @@ async def test_memory_destination_warns() -> None:
 
 
 class Slow(MemoryDestination):
-    """A destination whose start fails, or never ends."""
+    """A destination that fails to start, or never ends its start."""
 
     def __init__(self, failure: Exception | None) -> None:
         super().__init__(DestinationSettings(name="slow", url=SecretStr("memory:")))
