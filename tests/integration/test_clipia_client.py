@@ -155,7 +155,7 @@ async def test_a_slug_stays_one_part_of_the_path(odd: OddClipia, client: ClipiaC
 
 
 @pytest.mark.parametrize(("status", "code"), PERMANENT)
-async def test_what_clipia_refuses_is_refused(
+async def test_an_invalid_request_is_refused(
     odd: OddClipia, client: ClipiaClient, status: int, code: str
 ) -> None:
     """If the request is invalid, the error is permanent and has Clipia's own text."""
@@ -201,7 +201,7 @@ NULLS: list[tuple[int, Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("status", "error", "kind", "reason"), NULLS)
-async def test_what_an_error_leaves_out_is_no_text(
+async def test_absent_parts_of_an_error_are_not_text(
     odd: OddClipia, client: ClipiaClient, status: int, error: Any, kind: type[Exception], reason: str
 ) -> None:
     """F5: if Clipia's code, type or message is null or a number, it is not the text "None"."""
@@ -216,7 +216,7 @@ async def test_what_an_error_leaves_out_is_no_text(
 
 
 @pytest.mark.parametrize(("status", "code", "may_have_arrived"), LATER)
-async def test_what_may_pass_later_is_transient(
+async def test_temporary_errors_are_transient(
     odd: OddClipia, client: ClipiaClient, status: int, code: str, *, may_have_arrived: bool
 ) -> None:
     """F3, F5, F7: if another attempt may help, the error tells whether this one may have been carried out."""
@@ -312,7 +312,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-async def test_an_answer_that_is_none_is_no_answer(odd: OddClipia, client: ClipiaClient, name: str) -> None:
+async def test_a_missing_answer_is_a_timeout(odd: OddClipia, client: ClipiaClient, name: str) -> None:
     """F5: if a 2xx has no usable request_id, it is unknown whether there is a generation."""
     odd.script = [UNREADABLE[name]]
     with pytest.raises(ClipiaUnavailable) as caught:
@@ -344,9 +344,7 @@ async def test_an_id_of_other_characters_is_one(
 
 
 @pytest.mark.parametrize("request_id", ["req 7", "req\n7", "req\u200b7", f"sha256:{'0' * 64}"])
-async def test_an_accepted_id_that_cannot_be_kept_is_told_at_once(
-    odd: OddClipia, client: ClipiaClient, request_id: str
-) -> None:
+async def test_an_unusable_id_is_final(odd: OddClipia, client: ClipiaClient, request_id: str) -> None:
     """F5: an unusable id is final, because another attempt would get the same one."""
     odd.script = [accepted(request_id)]
     error = await refusal(submit(client))
@@ -354,7 +352,7 @@ async def test_an_accepted_id_that_cannot_be_kept_is_told_at_once(
     assert ascii(request_id) in str(error)
 
 
-async def test_a_status_that_is_no_text_is_unreadable(odd: OddClipia, client: ClipiaClient) -> None:
+async def test_a_null_status_is_unreadable(odd: OddClipia, client: ClipiaClient) -> None:
     """F10: if the status is null, it is not the text "None"."""
     odd.others = lambda _request: answer(content={"request_id": "r-1", "status": None})
     with pytest.raises(ClipiaUnavailable) as caught:
@@ -409,7 +407,7 @@ async def test_a_drip_does_not_stretch_the_deadline(
     assert caught.value.reason == "no_answer"
 
 
-async def test_a_refused_connection_carried_nothing() -> None:
+async def test_a_refused_connection_sent_no_bytes() -> None:
     """F5: if the connection is refused, the submission did not arrive."""
     client = ClipiaClient(LIVE, base_url=f"http://127.0.0.1:{free_port()}")
     with pytest.raises(ClipiaUnavailable) as caught:
@@ -436,7 +434,7 @@ async def test_a_request_that_cannot_be_written_is_not_sent(odd: OddClipia, clie
     assert odd.posts == []
 
 
-async def test_a_connection_that_is_not_made_in_time_carried_nothing(
+async def test_a_connection_timeout_sent_no_bytes(
     client: ClipiaClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F5: if a call ends before it is connected, it was not sent."""
@@ -572,9 +570,7 @@ async def test_a_result_that_is_not_there_yet(odd: OddClipia, client: ClipiaClie
     ],
     ids=lambda value: ascii(value[:24]),
 )
-async def test_an_answer_is_read_whatever_is_in_it(
-    odd: OddClipia, client: ClipiaClient, odd_value: bytes
-) -> None:
+async def test_any_answer_can_be_read(odd: OddClipia, client: ClipiaClient, odd_value: bytes) -> None:
     """B9: for any character in an answer, it can be read, and a result is returned byte for byte."""
     body = b'\xef\xbb\xbf{"request_id":"r-1","status":"COMPLETED","cost":1,"credits":12,"odd":%b}' % odd_value
     odd.others = lambda _request: answer(content=body)
@@ -633,7 +629,7 @@ async def test_a_burst_asks_for_its_model_once(odd_world: World, odd: OddClipia)
     assert odd.other_paths == [f"/v1/models/{MODEL}"]
 
 
-async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
+async def test_a_model_is_rechecked_before_an_input_is_rejected(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If a parameter is new at Clipia, it is accepted although the cached model does not have it."""
@@ -654,7 +650,7 @@ async def test_a_model_that_changed_is_asked_for_before_an_input_is_refused(
     assert (await refusal(strictly)).code == "model_input_invalid"
 
 
-async def test_a_model_is_remembered_while_clipia_is_away(world: World, sandbox: Sandbox) -> None:
+async def test_a_model_is_cached_if_clipia_is_unavailable(world: World, sandbox: Sandbox) -> None:
     """F5: if Clipia is unavailable, an old answer is used."""
     models = world.submitter().catalogue
     known = await models.model(MODEL)
@@ -675,7 +671,7 @@ async def test_the_catalogue_is_clipias(world: World) -> None:
     assert (await refusal(offered.estimate("nano-banana-3", PROMPT))).code == "model_not_found"
 
 
-async def test_questions_keep_within_the_limits_too(world: World, sandbox: Sandbox) -> None:
+async def test_queries_respect_a_rate_limit(world: World, sandbox: Sandbox) -> None:
     """F7: after a 429 neither queries nor submissions are sent before Clipia's time."""
     submitter = world.submitter()
     await sandbox.switch(throttle_rate=1.0, retry_after=400)
@@ -703,7 +699,7 @@ async def test_the_rate_is_learned_from_answers(odd_world: World, odd: OddClipia
     assert 60 < account["calls_after"] - time.time() <= 101
 
 
-async def test_a_price_is_asked_for_once_a_minute(
+async def test_a_price_is_requested_once_a_minute(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F7, F12: many jobs with one input cause one price request; another input causes another one."""
@@ -720,9 +716,7 @@ async def test_a_price_is_asked_for_once_a_minute(
     assert len([path for path in odd.other_paths if path.endswith("/estimate")]) == 3
 
 
-async def test_who_does_not_answer_is_left_alone_for_a_while(
-    odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_failures_are_cached(odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch) -> None:
     """F7: if Clipia is unavailable, not each job causes a request."""
     odd.others = lambda _request: refused(503, "service_unavailable")
     models = odd_world.submitter().catalogue
@@ -754,7 +748,7 @@ async def test_a_catalogue_that_is_slow_holds_up_no_job(
     assert len(odd.other_paths) == 1
 
 
-async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -> None:
+async def test_concurrent_callers_share_a_request(odd_world: World, odd: OddClipia) -> None:
     """F7: all callers share one answer; if they are all cancelled, its failure is not logged."""
     arrived, go_on = asyncio.Event(), asyncio.Event()
 
@@ -783,7 +777,7 @@ async def test_who_asks_in_company_may_leave(odd_world: World, odd: OddClipia) -
     assert len(odd.other_paths) == 2
 
 
-async def test_a_question_waits_for_its_turn(odd_world: World, odd: OddClipia) -> None:
+async def test_a_query_waits_for_its_share(odd_world: World, odd: OddClipia) -> None:
     """F7: queries have their own share; if one would wait too long, the error has the time to retry."""
     models = odd_world.submitter().catalogue
     await models.balance()

@@ -106,7 +106,7 @@ async def test_a_foreign_webhook_ends_no_job_without_its_token(
     assert await linked(odd_world) == {"r-foreign": None, "r-own": str(job.id)}
 
 
-async def test_the_answer_decides_whose_a_webhook_is(odd_world: World, odd: OddClipia) -> None:
+async def test_the_answer_decides_about_a_webhook(odd_world: World, odd: OddClipia) -> None:
     """C10: an event on the job's own path waits for the answer, which may name another generation."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
 
@@ -213,7 +213,7 @@ async def make_unsure(world: World, odd: OddClipia, submitter: Submitter) -> Job
 
 
 @pytest.mark.parametrize("way", WAYS)
-async def test_a_foreign_webhook_settles_no_unsure_job(odd_world: World, odd: OddClipia, way: str) -> None:
+async def test_a_foreign_webhook_ends_no_unsure_job(odd_world: World, odd: OddClipia, way: str) -> None:
     """A15, F4: if a job is unsure, an attacker with its id cannot end it."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     job = await make_unsure(odd_world, odd, submitter)
@@ -223,7 +223,7 @@ async def test_a_foreign_webhook_settles_no_unsure_job(odd_world: World, odd: Od
     assert await linked(odd_world) == {"r-foreign": None}
 
 
-async def test_the_token_settles_an_unsure_job(odd_world: World, odd: OddClipia) -> None:
+async def test_the_token_ends_an_unsure_job(odd_world: World, odd: OddClipia) -> None:
     """F4: if no answer is possible, the event on the path with the token belongs to the job."""
     submitter = odd_world.submitter(public_url=await odd_world.serve_callback())
     job = await make_unsure(odd_world, odd, submitter)
@@ -263,7 +263,7 @@ async def test_jobs_of_the_release_before_find_their_results(odd_world: World, o
 # --- two jobs, one request_id ---
 
 
-async def test_a_request_id_of_two_jobs_is_no_crash(odd_world: World, odd: OddClipia) -> None:
+async def test_a_request_id_of_two_jobs(odd_world: World, odd: OddClipia) -> None:
     """C10, F5: if Clipia answers two jobs alike, the second is unsure with a reason, and never a 500."""
     odd.script = [accepted("r-1")]
     submitter = odd_world.submitter()

@@ -222,7 +222,7 @@ async def test_a_failed_generation_is_a_failed_job(site: Site) -> None:
     assert (repeat.status_code, repeat.json()["id"]) == (200, job["id"])
 
 
-async def test_a_key_is_made_where_none_is_given(idle: Site) -> None:
+async def test_a_key_is_generated_if_absent(idle: Site) -> None:
     """Each call without a key creates a job, and the generated key can be used to repeat the call."""
     first, second = await idle.submit(), await idle.submit()
     assert (first.status_code, second.status_code) == (201, 201)
@@ -331,7 +331,7 @@ async def test_a_job_outlives_errors_of_clipia(site: Site) -> None:
     assert len(await site.generations()) == 1
 
 
-async def test_a_lost_answer_is_asked_for_again(site: Site) -> None:
+async def test_a_lost_answer_is_requested_again(site: Site) -> None:
     """F5: if Clipia's answer was lost, the retry finds the same generation."""
     await site.switch(lost_answer_rate=1, webhook_loss_rate=1)
     response = await site.submit("k")
@@ -446,7 +446,7 @@ async def test_a_refusal_of_clipia_is_passed_on(local: Site) -> None:
     assert len(await local.sent()) == len(statuses)
 
 
-async def test_what_cannot_be_submitted_makes_no_job(local: Site) -> None:
+async def test_an_invalid_job_is_not_made(local: Site) -> None:
     """Unknown models, invalid inputs, and prices above max_cost are rejected without a job."""
     refused = [
         (await local.submit(model="no-such-model"), (404, "invalid_request_error", "model_not_found")),
@@ -462,7 +462,7 @@ async def test_what_cannot_be_submitted_makes_no_job(local: Site) -> None:
     assert (await local.submit(max_cost=12)).status_code == 201
 
 
-async def test_a_budget_bounds_what_a_caller_spends(sqlite: tuple[Database, str, Path]) -> None:
+async def test_a_budget_limits_a_caller(sqlite: tuple[Database, str, Path]) -> None:
     """F12: a job beyond the caller's budget of the day is 402 and not stored; other callers are free."""
     async with make_site(*sqlite, options=SLOW, worker=False, budgets="alice:24,*:12") as site:
         assert [(await site.submit()).status_code for _ in range(2)] == [201, 201]
@@ -473,7 +473,7 @@ async def test_a_budget_bounds_what_a_caller_spends(sqlite: tuple[Database, str,
 
 
 @pytest.mark.parametrize("setting", [{"max_cost": 100}, {}])
-async def test_a_price_that_cannot_be_asked_for_is_503(
+async def test_an_unavailable_price_is_503(
     sqlite: tuple[Database, str, Path], setting: dict[str, Any]
 ) -> None:
     """F12: if a price is needed and Clipia is unavailable, the answer is 503, without a job."""
@@ -629,7 +629,7 @@ async def test_an_input_that_is_too_large_is_413(local: Site) -> None:
 ODD = "a\x00\x01\x1b\x7f\x85\u2028\u202e\ufeff\uffff\U0001f600é'\"\\%_"
 
 
-async def test_what_was_stored_can_be_read_back(idle: Site) -> None:
+async def test_stored_jobs_can_be_read(idle: Site) -> None:
     """Odd characters in an input and in metadata are returned unchanged by all endpoints."""
     metadata = {'a"b': "1", "a\\b": "2", "é": ODD[1:].replace("\x00", ""), "😀": "", " ": "\n\t"}
     given = {"prompt": ODD, "num_images": 4, "aspect_ratio": "16:9"}
@@ -677,7 +677,7 @@ async def test_a_number_is_never_changed(sqlite: tuple[Database, str, Path]) -> 
             assert problem(response) == (400, "invalid_request_error", "invalid_request")
 
 
-async def test_a_model_s_name_is_no_path(local: Site) -> None:
+async def test_a_model_s_name_is_not_a_path(local: Site) -> None:
     """A model's name is sent as one segment of a path, so that it cannot name another endpoint."""
     for model in ("../account", "../requests/x", "nano-banana-2?x=1", "a/b", "#", ".", ".."):
         assert problem(await local.submit(model=model)) in (
@@ -693,7 +693,7 @@ async def test_a_model_s_name_is_no_path(local: Site) -> None:
         assert response.status_code in (400, 404), path
 
 
-async def test_a_client_that_goes_away_is_no_error(local: Site, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_disconnect_is_not_an_error(local: Site, caplog: pytest.LogCaptureFixture) -> None:
     """If a connection ends in the middle of a body, there is no job and no traceback."""
     async with connection(local.url, "POST /v1/jobs", '{"model"', length=99):
         await until(lambda: requests_under_way(1))
@@ -752,7 +752,7 @@ async def test_a_database_that_is_away_is_503(
         assert await site.sent() == []
 
 
-async def test_without_a_key_nothing_is_submitted(idle: Site, database_url: str, tmp_path: Path) -> None:
+async def test_without_a_key_no_job_is_submitted(idle: Site, database_url: str, tmp_path: Path) -> None:
     """Without CLIPIA_KEY, endpoints that need Clipia are 503 and name the setting; others work."""
     job = (await idle.submit("k")).json()
     async with make_site(idle.database, database_url, tmp_path, worker=False, clipia_key=None) as site:
@@ -785,7 +785,7 @@ async def test_an_unknown_job_is_404(local: Site) -> None:
             assert problem(response) == (404, "invalid_request_error", "not_found"), key
 
 
-async def test_a_body_that_nobody_asked_for_is_not_waited_for(local: Site) -> None:
+async def test_the_body_of_a_get_is_not_read(local: Site) -> None:
     """A GET is answered at once, even if it announces a body."""
     job = (await local.submit()).json()
     for path in ("/v1/jobs", f"/v1/jobs/{job['id']}", f"/v1/jobs/{job['id']}?wait=0.05", "/v1/models"):
@@ -795,7 +795,7 @@ async def test_a_body_that_nobody_asked_for_is_not_waited_for(local: Site) -> No
         assert answer == b"HTTP/1.1 200 OK\r\n", path
 
 
-async def test_a_job_can_be_asked_for_in_any_spelling_of_its_id(local: Site) -> None:
+async def test_a_job_s_id_in_any_spelling(local: Site) -> None:
     """An id in upper case or without hyphens is the same id."""
     job = (await local.submit()).json()
     for spelling in (job["id"].upper(), job["id"].replace("-", "")):
@@ -977,7 +977,7 @@ async def test_a_bad_wait_is_400(local: Site) -> None:
         assert problem(response) == (400, "invalid_request_error", "invalid_request"), value
 
 
-async def test_a_hundred_waiters_hold_up_nobody(idle: Site) -> None:
+async def test_a_hundred_waiters_delay_no_request(idle: Site) -> None:
     """Waiting callers hold no database connection: others are answered meanwhile, and all return."""
     job_id = (await idle.submit()).json()["id"]
     waiting = [asyncio.create_task(idle.alice.get(f"/v1/jobs/{job_id}?wait=60")) for _ in range(100)]
@@ -993,7 +993,7 @@ async def test_a_hundred_waiters_hold_up_nobody(idle: Site) -> None:
     assert {response.json()["state"] for response in responses} == {"canceled"}
 
 
-async def test_a_waiter_that_disconnects_leaves_nothing_behind(idle: Site) -> None:
+async def test_a_disconnected_waiter_is_removed(idle: Site) -> None:
     """If a client disconnects, its wait ends: its job is no longer polled, here or at Clipia."""
     job_id = (await idle.submit()).json()["id"]
     async with connection(idle.url, f"GET /v1/jobs/{job_id}?wait=60"):
@@ -1068,7 +1068,7 @@ async def test_costs_are_summed_up(idle: Site) -> None:
     assert await costs("since=2027-01-01") == []
 
 
-async def test_test_keys_cost_nothing(sqlite: tuple[Database, str, Path]) -> None:
+async def test_test_keys_are_free(sqlite: tuple[Database, str, Path]) -> None:
     """Jobs of a sandbox key are counted and add no credits."""
     async with make_site(*sqlite, clipia_key="clipia_test_x") as site:
         job = await site.ended((await site.submit()).json()["id"])
@@ -1129,7 +1129,7 @@ async def test_clipia_s_limit_is_passed_on(local: Site) -> None:
     assert 25 < int(second.headers["retry-after"]) <= 30
 
 
-async def test_the_account_is_shown_beside_the_ledger(local: Site) -> None:
+async def test_the_account_and_our_sums(local: Site) -> None:
     """F13: Clipia's balance, our own sums for the same time, and the learned limits."""
     await local.submit()
     account = (await local.admin.get("/v1/account")).json()

@@ -76,7 +76,7 @@ async def test_a_price_is_one_number(
 @pytest.mark.parametrize(
     "cost", [-1, -0.5, 1e300, 10**30, "12", True, [], {}, float("nan"), float("inf")], ids=repr
 )
-async def test_what_is_no_price_spoils_nothing(odd_world: World, odd: OddClipia, cost: Any) -> None:
+async def test_an_invalid_cost_is_null(odd_world: World, odd: OddClipia, cost: Any) -> None:
     """B10: if a cost is invalid, it is null and listed in the message; the reserved credits are charged."""
     odd.script = [accepted("r-1", cost=12.5)]
     submitter = odd_world.submitter()
@@ -135,7 +135,7 @@ async def test_a_limit_is_held_to_the_fraction(odd_world: World, odd: OddClipia)
     assert (await submitter.submit(MODEL, PROMPT, max_cost=12.5)).cost == 12.5
 
 
-async def test_the_spelling_of_a_limit_is_no_other_parameter(odd_world: World, odd: OddClipia) -> None:
+async def test_the_spelling_of_a_limit_does_not_matter(odd_world: World, odd: OddClipia) -> None:
     """F2: the same key with max_cost 12 and 12.0 is one job."""
     odd.script = [accepted(cost=12)]
     odd.others = priced(12)

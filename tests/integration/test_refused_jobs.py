@@ -33,15 +33,15 @@ from receiver.submitter import Job, Submitter
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 HOUR = 3600.0
-DEAR = "seedance-2-fast-t2v"
+EXPENSIVE = "seedance-2-fast-t2v"
 """A model with a price of 80 credits for eight seconds."""
 EIGHT_SECONDS = {"prompt": "a cat", "duration": 8}
 BALANCE = 50
 
 
-async def submit_dear(submitter: Submitter, count: int) -> list[Job]:
+async def submit_expensive(submitter: Submitter, count: int) -> list[Job]:
     """Submit jobs that the account cannot pay."""
-    return [await submitter.submit(DEAR, EIGHT_SECONDS, caller="films") for _ in range(count)]
+    return [await submitter.submit(EXPENSIVE, EIGHT_SECONDS, caller="films") for _ in range(count)]
 
 
 async def submit_untried(world: World, submitter: Submitter, *asked: tuple[str, dict[str, Any]]) -> None:
@@ -61,8 +61,8 @@ async def test_a_refused_job_holds_up_no_other(world: World, sandbox: Sandbox) -
     """F6: twelve jobs that the account cannot pay wait, each on its own; one that it can pay is accepted."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
-    dear = await submit_dear(submitter, 12)
-    assert {(job.state, error_code(job)) for job in dear} == {("pending", "insufficient_credits")}
+    expensive = await submit_expensive(submitter, 12)
+    assert {(job.state, error_code(job)) for job in expensive} == {("pending", "insufficient_credits")}
     assert len(await sandbox.submits()) == 12
     assert not await submitter.paused()
     assert (await submitter.account())["limits"]["refused_jobs"] == 12
@@ -73,10 +73,10 @@ async def test_a_refused_job_holds_up_no_other(world: World, sandbox: Sandbox) -
     await world.set(jobs, where=jobs.c.state == "pending", next_attempt_at=db_time(-HOUR))
     cheap = await submitter.submit(MODEL, PROMPT)
     assert (cheap.state, cheap.cost) == ("submitted", PRICE)
-    assert {(await show(submitter, job)).state for job in dear} == {"pending"}
+    assert {(await show(submitter, job)).state for job in expensive} == {"pending"}
 
 
-CHEAP: list[tuple[str, dict[str, Any]]] = [(MODEL, PROMPT), (DEAR, {"prompt": "a dog", "duration": 4})]
+CHEAP: list[tuple[str, dict[str, Any]]] = [(MODEL, PROMPT), (EXPENSIVE, {"prompt": "a dog", "duration": 4})]
 
 
 @pytest.mark.parametrize(("model", "given"), CHEAP, ids=["another model", "the same model"])
@@ -86,8 +86,8 @@ async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
     """F6: if a burst has thirty unpayable jobs without an attempt, a payable one is at most the third."""
     await sandbox.switch(credits=BALANCE, rate_limit=60)
     submitter = world.submitter()
-    await submit_dear(submitter, 1)
-    await submit_untried(world, submitter, *[(DEAR, EIGHT_SECONDS)] * 30, (model, given))
+    await submit_expensive(submitter, 1)
+    await submit_untried(world, submitter, *[(EXPENSIVE, EIGHT_SECONDS)] * 30, (model, given))
     before = len(await sandbox.submits())
     # The refused one is due again as well.
     await world.retry(submitter)
@@ -107,21 +107,21 @@ async def test_every_class_of_jobs_has_a_share(odd_world: World, odd: OddClipia)
     """
     odd.script = [lambda: refused(402, "insufficient_credits") if b":8" in odd.posts[-1].body else accepted()]
     submitter = odd_world.submitter()
-    (dear,) = await submit_dear(submitter, 1)
+    (expensive,) = await submit_expensive(submitter, 1)
     await odd_world.set(accounts, in_flight_limit=1000)
-    await submit_untried(odd_world, submitter, *[(DEAR, FOUR_SECONDS)] * 10)
+    await submit_untried(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 10)
     waiting = [row["id"] for row in await odd_world.rows(jobs)][1:]
     assert submitter.lane is not None
     tried = []
     for turn in range(24):
-        await submit_untried(odd_world, submitter, (MODEL, PROMPT), (DEAR, FOUR_SECONDS))
+        await submit_untried(odd_world, submitter, (MODEL, PROMPT), (EXPENSIVE, FOUR_SECONDS))
         newest = (await odd_world.rows(jobs))[-1]["id"]
         await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
-        await odd_world.set(jobs, where=jobs.c.id == dear.id, next_attempt_at=db_time(-HOUR + turn))
+        await odd_world.set(jobs, where=jobs.c.id == expensive.id, next_attempt_at=db_time(-HOUR + turn))
         (work,) = await submitter.lane.claim(1)
         await work.run()
         tried.append("newest" if work.claim.id == newest else work.claim.id)
-    refused_turns = [turn for turn, each in enumerate(tried) if each == dear.id]
+    refused_turns = [turn for turn, each in enumerate(tried) if each == expensive.id]
     assert refused_turns == [7, 15, 23]
     assert [each for each in tried if each in waiting] == waiting[:3]
     assert [turn for turn, each in enumerate(tried) if each == "newest"] == [1, 5, 9, 13, 17, 21]
@@ -134,16 +134,16 @@ async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) ->
     """F6: no places are kept free for absent jobs."""
     odd.script = [refused(402, "insufficient_credits"), accepted]
     submitter = odd_world.submitter()
-    await submit_dear(submitter, 1)
+    await submit_expensive(submitter, 1)
     await odd_world.set(jobs, next_attempt_at=db_time(HOUR))
     await odd_world.set(accounts, in_flight_limit=1000)
-    await submit_untried(odd_world, submitter, *[(DEAR, FOUR_SECONDS)] * 16)
+    await submit_untried(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 16)
     await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
     assert await odd_world.run_lane(submitter.lane) == 16
 
 
 @pytest.mark.parametrize("was_sent", [False, True])
-async def test_a_refused_job_ends_although_the_account_has_no_room(
+async def test_a_refused_job_ends_without_a_free_place(
     world: World, sandbox: Sandbox, *, was_sent: bool
 ) -> None:
     """F6: if there is no free place for a last attempt, a refused job still ends; others do not."""
@@ -168,7 +168,7 @@ async def test_refused_jobs_are_tried_last_and_rest_longer_and_longer(world: Wor
     """F6: a job waits about as long as it has been refused, at most five minutes."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
-    await submit_dear(submitter, 1)
+    await submit_expensive(submitter, 1)
     assert 4.9 <= await world.retry_delay() <= 10.1
     for refused_for, least, most in ((20.0, 19.0, 41.0), (100.0, 99.0, 202.0), (9 * HOUR, 149.0, 301.0)):
         await world.set(jobs, refused_at=db_time(-refused_for))
@@ -183,7 +183,7 @@ async def test_many_refused_jobs_share_few_calls(world: World, sandbox: Sandbox)
     """F7: all refused jobs together have a tenth of the requests: if there are more, each waits longer."""
     await sandbox.switch(credits=BALANCE, rate_limit=60)
     submitter = world.submitter()
-    jobs_ = [job.id for job in await submit_dear(submitter, 2)]
+    jobs_ = [job.id for job in await submit_expensive(submitter, 2)]
     await world.set(jobs, where=jobs.c.id == jobs_[0], refused_at=db_time(-1.0))
     (first,) = [row for row in await world.rows(jobs) if row["id"] == jobs_[1]]
     rests = (first["next_attempt_at"] - first["updated_at"]).total_seconds()
@@ -194,17 +194,17 @@ async def test_a_top_up_resumes_all_that_were_refused(world: World, sandbox: San
     """F6: if a refused job is accepted, the other refused jobs are due at once."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
-    dear = await submit_dear(submitter, 5)
+    expensive = await submit_expensive(submitter, 5)
     await world.set(jobs, next_attempt_at=db_time(HOUR))
     await sandbox.switch(credits=10_000)
     await world.set(accounts, in_flight_limit=50)
     # If a new job is accepted, the refused ones are not due.
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
     assert await world.run_lane(submitter.lane) == 0
-    await world.set(jobs, where=jobs.c.id == dear[3].id, next_attempt_at=db_time(-1.0))
+    await world.set(jobs, where=jobs.c.id == expensive[3].id, next_attempt_at=db_time(-1.0))
     assert await world.run_lane(submitter.lane) == 1
     assert await world.run_lane(submitter.lane) == 4
-    assert await states(world, DEAR) == ["submitted"] * 5
+    assert await states(world, EXPENSIVE) == ["submitted"] * 5
     assert [row["refused_at"] for row in await world.rows(jobs)] == [None] * 6
     assert (await submitter.account())["limits"]["refused_jobs"] == 0
 
@@ -231,7 +231,7 @@ async def test_a_refused_job_ends(world: World, sandbox: Sandbox, code: str) -> 
     assert sorted(await states(world, MODEL)) == ["failed", "pending"]
 
 
-async def test_the_last_try_is_at_the_end(world: World, sandbox: Sandbox) -> None:
+async def test_the_last_attempt_is_at_the_end(world: World, sandbox: Sandbox) -> None:
     """F6: even if many others are refused, a job does not wait beyond its end."""
     await sandbox.switch(refuse_submits="insufficient_credits")
     submitter = world.submitter(refused_give_up_after=100.0)
@@ -245,10 +245,10 @@ async def test_a_refused_job_may_end_at_once(world: World, sandbox: Sandbox) -> 
     """F6: with a limit of 0 the caller gets Clipia's error, and a cheaper job is accepted."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter(refused_give_up_after=0.0)
-    error = await refusal(submitter.submit(DEAR, EIGHT_SECONDS))
+    error = await refusal(submitter.submit(EXPENSIVE, EIGHT_SECONDS))
     assert (error.code, status_of(error), error.type) == ("insufficient_credits", 402, "billing_error")
     assert (await submitter.submit(MODEL, PROMPT)).state == "submitted"
-    assert await states(world, DEAR) == ["failed"]
+    assert await states(world, EXPENSIVE) == ["failed"]
 
 
 async def test_a_refused_job_that_may_have_arrived_does_not_fail(world: World, sandbox: Sandbox) -> None:
@@ -282,7 +282,7 @@ async def test_a_new_job_is_the_probe_of_a_paused_account(odd_world: World, odd:
     """F6: after a 401, the probe is a job that was not refused yet."""
     odd.script = [refused(402, "insufficient_credits"), refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
-    old = await submitter.submit(DEAR, EIGHT_SECONDS, caller="films")
+    old = await submitter.submit(EXPENSIVE, EIGHT_SECONDS, caller="films")
     new = await submitter.submit(MODEL, PROMPT)
     assert await submitter.paused()
     odd.script = [accepted("r-1")]
@@ -299,13 +299,11 @@ VERDICTS = {
 
 
 @pytest.mark.parametrize("name", VERDICTS)
-async def test_a_probe_that_clipia_looks_at_ends_the_pause(
-    odd_world: World, odd: OddClipia, name: str
-) -> None:
+async def test_a_processed_probe_ends_the_pause(odd_world: World, odd: OddClipia, name: str) -> None:
     """F6: if only the probe's job is refused, the account is accepted again, and the rest is sent."""
     odd.script = [refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
-    await submitter.submit(DEAR, EIGHT_SECONDS)
+    await submitter.submit(EXPENSIVE, EIGHT_SECONDS)
     await submitter.submit(MODEL, PROMPT)
     odd.script = [VERDICTS[name], accepted("r-1")]
     assert await odd_world.retry(submitter) == 1
@@ -319,7 +317,7 @@ async def test_a_probe_without_a_verdict_ends_no_pause(odd_world: World, odd: Od
     """F6: an outage, a firewall or a timeout tells nothing about the account: the next probe is later."""
     odd.script = [refused(401, "invalid_api_key"), said]
     submitter = odd_world.submitter()
-    for model in (MODEL, DEAR):
+    for model in (MODEL, EXPENSIVE):
         await submitter.submit(model, PROMPT)
     assert await odd_world.retry(submitter) == 1
     assert await submitter.paused()
@@ -333,7 +331,7 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     """F4, F6: if a probe is the last attempt at its job and gets no answer, the account stays paused."""
     odd.script = [refused(503, "service_unavailable"), refused(401, "invalid_api_key")]
     submitter = odd_world.submitter()
-    job = await submitter.submit(DEAR, PROMPT)
+    job = await submitter.submit(EXPENSIVE, PROMPT)
     await odd_world.set(jobs, next_attempt_at=db_time(HOUR))
     await submitter.submit(MODEL, PROMPT)
     assert await submitter.paused()
@@ -352,10 +350,10 @@ async def test_a_job_that_ends_without_an_answer_ends_no_pause(
     assert await submitter.paused()
 
 
-MODELS = (MODEL, DEAR, "suno-music")
+MODELS = (MODEL, EXPENSIVE, "suno-music")
 
 
-async def test_an_account_counts_as_refused_if_nothing_is_accepted(odd_world: World, odd: OddClipia) -> None:
+async def test_an_account_counts_as_refused_if_all_jobs_are(odd_world: World, odd: OddClipia) -> None:
     """F6: a pause begins after several models and prices without a success, and ends with a success."""
     odd.script = [refused(402, "insufficient_credits", "Top up.")]
     submitter = odd_world.submitter()
@@ -399,7 +397,7 @@ async def test_a_job_that_was_never_sent_can_be_canceled(world: World, sandbox: 
     """F6: an operator can cancel a job that Clipia refuses, or that waits for another key."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
-    (job,) = await submit_dear(submitter, 1)
+    (job,) = await submit_expensive(submitter, 1)
     done = await submitter.cancel(job.id, by="ops")
     assert (done.state, done.charged, error_code(done), done.next_attempt_at) == (
         "canceled",
@@ -443,7 +441,7 @@ async def test_a_job_that_is_at_clipia_just_now_is_not_canceled(world: World, sa
     """F1: the answer to a submission in flight decides first; a lost claim does not prevent it."""
     await sandbox.switch(credits=BALANCE)
     submitter = world.submitter()
-    (job,) = await submit_dear(submitter, 1)
+    (job,) = await submit_expensive(submitter, 1)
     await world.make_due()
     assert submitter.lane is not None
     (work,) = await submitter.lane.claim(1)

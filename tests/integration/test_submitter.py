@@ -178,7 +178,7 @@ async def test_a_key_may_be_any_text(world: World) -> None:
 # --- the bytes on the wire ---
 
 
-async def test_every_try_sends_the_same_bytes(world: World, sandbox: Sandbox) -> None:
+async def test_every_attempt_sends_the_same_bytes(world: World, sandbox: Sandbox) -> None:
     """F1, F2: a retry sends the same bytes, even if another process with another public URL sends it."""
     await sandbox.switch(lost_answer_rate=1.0)
     given = {"prompt": "ein Kätzchen", "num_images": 1, "aspect_ratio": "1:1"}
@@ -212,7 +212,7 @@ async def test_without_a_public_url_there_is_no_webhook(world: World) -> None:
     assert job.input == PROMPT
 
 
-async def test_the_intent_is_committed_before_the_first_try(odd_world: World, odd: OddClipia) -> None:
+async def test_the_job_is_committed_before_the_first_attempt(odd_world: World, odd: OddClipia) -> None:
     """F1: when Clipia gets the request, key and bytes are already committed in the database."""
     found: list[dict[str, Any]] = []
 
@@ -308,7 +308,7 @@ PERMANENT = [
 
 
 @pytest.mark.parametrize(("status", "code"), PERMANENT)
-async def test_what_clipia_refuses_fails(odd_world: World, odd: OddClipia, status: int, code: str) -> None:
+async def test_refused_jobs_fail(odd_world: World, odd: OddClipia, status: int, code: str) -> None:
     """If Clipia refuses a job, the caller gets Clipia's error on each call, and it costs no credits."""
     odd.script = [refused(status, code, "No such cats.")]
     submitter = odd_world.submitter()
@@ -365,7 +365,7 @@ NEVER_ARRIVED = ("rate_limit_exceeded", "concurrency_limit_exceeded")
 
 
 @pytest.mark.parametrize("name", TROUBLE)
-async def test_what_may_pass_is_tried_again(odd_world: World, odd: OddClipia, name: str) -> None:
+async def test_temporary_failures_are_retried(odd_world: World, odd: OddClipia, name: str) -> None:
     """F3, F4, F5, F7: the job stays pending, attempts are equal, and the first sent one is recorded."""
     trouble, code = TROUBLE[name]
     odd.script = [trouble, trouble, accepted("r-1", warnings=[{"code": "unknown_parameter"}])]
@@ -388,7 +388,7 @@ async def test_what_may_pass_is_tried_again(odd_world: World, odd: OddClipia, na
     assert len({(post.headers["idempotency-key"], post.body) for post in odd.posts}) == 1
 
 
-async def test_what_nobody_expected_is_tried_again(odd_world: World, odd: OddClipia) -> None:
+async def test_unexpected_errors_are_retried(odd_world: World, odd: OddClipia) -> None:
     """F5: an internal error in an attempt, here a closed connection pool, ends no job."""
     odd.script = [refused(503, "service_unavailable"), accepted("r-1")]
     closing = odd_world.submitter()
@@ -505,7 +505,7 @@ async def test_a_key_that_clipia_knows_otherwise_is_never_changed(odd_world: Wor
     assert str((await odd_world.job())["provider_key"]) == odd.posts[0].headers["idempotency-key"]
 
 
-async def test_a_refusal_after_an_unknown_outcome_is_no_failure(world: World, sandbox: Sandbox) -> None:
+async def test_a_refusal_after_an_unknown_outcome_is_unsure(world: World, sandbox: Sandbox) -> None:
     """F5: if a generation may be running, the job is not failed; its caller could pay for another one."""
     await sandbox.switch(lost_answer_rate=1.0)
     submitter = world.submitter()
@@ -636,7 +636,7 @@ async def test_processes_that_end_end_no_job(world: World, sandbox: Sandbox) -> 
     assert len(await sandbox.generations()) == 1
 
 
-async def test_a_process_that_slept_sends_nothing(
+async def test_a_process_that_slept_does_not_send(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F1: if a claimed job is sent half a minute late, its lease may be lost: it is not sent."""
@@ -678,7 +678,7 @@ async def test_a_result_without_its_lease_does_not_count(
     assert await odd_world.rows(attempts) == []
 
 
-async def test_a_claim_that_finds_nothing_uses_nothing_up(world: World) -> None:
+async def test_an_empty_claim_uses_no_quota(world: World) -> None:
     """F7: if another worker was faster, no call of the quota is used."""
     submitter = world.submitter()
     await submitter.submit(MODEL, PROMPT)
@@ -689,7 +689,7 @@ async def test_a_claim_that_finds_nothing_uses_nothing_up(world: World) -> None:
     assert await world.rows(accounts) == before
 
 
-async def test_a_value_that_no_column_takes_is_no_outage(world: World) -> None:
+async def test_a_value_that_cannot_be_stored_is_not_an_outage(world: World) -> None:
     """If a database cannot store a value, it never will: the job must not wait for it."""
     await world.submitter().submit(MODEL, PROMPT)
     outages = []
@@ -749,7 +749,7 @@ async def test_a_key_is_not_used_after_23_hours(world: World, sandbox: Sandbox) 
     assert shown.next_attempt_at is None
 
 
-async def test_the_last_try_is_the_last(
+async def test_the_last_attempt_is_the_last(
     odd_world: World, odd: OddClipia, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """F4: if an attempt ends unanswered after the deadline, there is no other one."""
@@ -770,7 +770,7 @@ async def test_the_last_try_is_the_last(
     assert len(odd.posts) == 2
 
 
-async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: Sandbox) -> None:
+async def test_a_webhook_ends_an_unsure_job(world: World, sandbox: Sandbox) -> None:
     """F4, F13: the event finds its job by the callback's path and has its price."""
     await sandbox.switch(lost_answer_rate=1.0, duration=0.0, webhook_loss_rate=1.0)
     submitter = world.submitter(public_url=await world.serve_callback())
@@ -788,7 +788,7 @@ async def test_a_webhook_settles_what_nobody_was_sure_of(world: World, sandbox: 
     assert len(await sandbox.submits()) == 1
 
 
-async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> None:
+async def test_an_operator_may_submit_it_again(odd_world: World, odd: OddClipia) -> None:
     """F4: the new attempt has a new key, today's callback, and a record of the operator."""
     odd.script = [refused(409, "idempotency_key_reuse"), accepted("r-2")]
     submitter = odd_world.submitter()
@@ -813,7 +813,7 @@ async def test_a_person_may_submit_it_anew(odd_world: World, odd: OddClipia) -> 
 
 
 @pytest.mark.parametrize("state", ["failed", "canceled", "unsure"])
-async def test_what_ended_without_a_result_may_be_submitted_anew(
+async def test_a_job_without_a_result_may_be_submitted_again(
     world: World, sandbox: Sandbox, state: str
 ) -> None:
     """F13: the job starts again, without the price of its first submission."""
@@ -860,9 +860,7 @@ async def test_a_result_of_the_first_life_does_not_end_the_second(odd_world: Wor
 
 
 @pytest.mark.parametrize("state", ["pending", "submitted", "completed"])
-async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
-    world: World, sandbox: Sandbox, state: str
-) -> None:
+async def test_a_job_with_a_result_is_not_submitted_again(world: World, sandbox: Sandbox, state: str) -> None:
     """F4: an operator cannot pay twice by accident."""
     submitter = world.submitter()
     job = await submitter.submit(MODEL, PROMPT)
@@ -879,7 +877,7 @@ async def test_what_has_a_result_or_may_get_one_is_not_submitted_anew(
 # --- another account ---
 
 
-async def test_another_account_does_not_get_what_may_have_arrived(world: World, sandbox: Sandbox) -> None:
+async def test_another_account_does_not_get_sent_jobs(world: World, sandbox: Sandbox) -> None:
     """F1: idempotency keys are unknown to another account, so the job waits for an operator."""
     await sandbox.switch(lost_answer_rate=1.0)
     await world.submitter().submit(MODEL, PROMPT)
@@ -892,7 +890,7 @@ async def test_another_account_does_not_get_what_may_have_arrived(world: World, 
 
 
 @pytest.mark.parametrize("code", ["insufficient_credits", "rate_limit_exceeded"])
-async def test_another_account_gets_what_never_arrived(world: World, sandbox: Sandbox, code: str) -> None:
+async def test_another_account_gets_unsent_jobs(world: World, sandbox: Sandbox, code: str) -> None:
     """F6: if a refused key is replaced, the queue is sent with the new one."""
     await sandbox.switch(refuse_submits=code)
     await world.submitter().submit(MODEL, PROMPT)
@@ -922,7 +920,7 @@ async def test_live_and_test_do_not_mix(world: World, sandbox: Sandbox) -> None:
     assert [row["state"] for row in await world.rows(jobs)] == ["submitted", "completed"]
 
 
-async def test_a_key_of_one_try_is_not_spent_by_a_closed_door(world: World, sandbox: Sandbox) -> None:
+async def test_a_refused_connection_leaves_the_key_unused(world: World, sandbox: Sandbox) -> None:
     """F5: if the connection was refused, no job arrived, so it may be sent to another address."""
     closed = world.submitter(url=f"http://127.0.0.1:{free_port()}")
     job = await closed.submit(MODEL, PROMPT)
@@ -1017,7 +1015,7 @@ async def test_max_cost_holds_for_a_job_that_has_waited(odd_world: World, odd: O
     assert json.loads(odd.requests[-1].body)["input"] == PROMPT
 
 
-async def test_max_cost_after_a_try_that_may_have_arrived(odd_world: World, odd: OddClipia) -> None:
+async def test_max_cost_after_an_attempt_that_may_have_arrived(odd_world: World, odd: OddClipia) -> None:
     """F3, F12: if an earlier attempt may have been accepted at the old price, the job is unsure."""
     price = [12]
     odd.others = lambda request: (
@@ -1089,7 +1087,7 @@ async def test_racing_jobs_do_not_overshoot_a_budget(world: World, sandbox: Sand
     assert len(await sandbox.generations()) == 3
 
 
-async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox: Sandbox) -> None:
+async def test_a_budget_is_for_a_day(world: World, sandbox: Sandbox) -> None:
     """F12, F13: jobs that ended yesterday, or cost no credits in the end, do not count."""
     submitter = world.submitter(budgets={"shop": 12})
     await submitter.submit(MODEL, PROMPT, caller="shop")
@@ -1107,7 +1105,7 @@ async def test_a_budget_is_of_a_day_and_of_what_was_spent(world: World, sandbox:
 
 
 @pytest.mark.parametrize("becomes", ["pending", "submitted", "completed", "unsure"])
-async def test_a_budget_counts_what_rested_until_today(world: World, sandbox: Sandbox, becomes: str) -> None:
+async def test_a_budget_counts_older_open_jobs(world: World, sandbox: Sandbox, becomes: str) -> None:
     """F12: a job of yesterday counts if it is open, or if Clipia accepted or may have accepted it today."""
     await sandbox.switch(refuse_submits="insufficient_credits")
     submitter = world.submitter(budgets={"shop": PRICE + 1, "blog": PRICE + 1})
@@ -1182,7 +1180,7 @@ STRANGE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_cost": 5}], ids=["", "with max_cost"])
-async def test_what_cannot_be_a_job_is_refused(
+async def test_an_invalid_request_is_rejected(
     odd_world: World, odd: OddClipia, limits: dict[str, Any]
 ) -> None:
     """For any values, a request that cannot be stored or sent is rejected as invalid."""
@@ -1281,7 +1279,7 @@ async def test_a_submitter_is_opened_by_the_settings(
         assert (await submitter.submit(MODEL, PROMPT, idempotency_key="k")).id == job.id
 
 
-async def test_without_a_key_jobs_can_only_be_looked_at(world: World, sandbox: Sandbox) -> None:
+async def test_without_a_key_jobs_can_only_be_read(world: World, sandbox: Sandbox) -> None:
     """If Clipia is needed, the error names the missing setting; all other methods work."""
     job = await world.submitter().submit(MODEL, PROMPT, idempotency_key="k")
     settings = Settings.load(database_url=world.database_url)
@@ -1367,7 +1365,7 @@ async def test_plain_threads_submit_too(world: World, sandbox: Sandbox) -> None:
     assert len(await sandbox.generations()) == 1
 
 
-async def test_a_thread_is_told_what_is_wrong(tmp_path: Path) -> None:
+async def test_a_thread_gets_the_same_errors(tmp_path: Path) -> None:
     """If it is opened in a thread, it raises the same errors, even for the environment's settings."""
     settings = Settings.load(database_url="mysql://127.0.0.1/x", clipia_key=LIVE)
     (tmp_path / "receiver.toml").write_text("nonsense = 1")

@@ -80,7 +80,7 @@ def test_probes_come_at_growing_intervals() -> None:
     assert set(pauses[6:]) == {60}
 
 
-def test_what_was_under_way_says_nothing_of_probes() -> None:
+def test_earlier_deliveries_are_not_probes() -> None:
     """E4: deliveries that began before the opening and fail neither delay probes nor double the pause."""
     circuit = opened()
     for late in range(27):
@@ -145,7 +145,7 @@ def test_a_width_of_one_works() -> None:
         st.tuples(st.sampled_from(["start", "succeed", "fail", "wait"]), st.floats(0, 90)), max_size=150
     ),
 )
-def test_never_more_is_under_way_than_allowed(width: int, steps: list[tuple[Step, float]]) -> None:
+def test_starts_stay_within_the_limits(width: int, steps: list[tuple[Step, float]]) -> None:
     """E5: after any sequence of results, starts stay within the concurrency, the probes and the ramp."""
     circuit, now = CircuitBreaker(width), NOW
     under_way: list[float] = []

@@ -84,7 +84,7 @@ def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
 
 @both_shapes
 @pytest.mark.parametrize(
-    ("key", "value", "trouble"),
+    ("key", "value", "problem"),
     [
         ("prompt", "", 'must be a string with a length from 1 to 10, not ""'),
         ("prompt", "eleven char", 'must be a string with a length from 1 to 10, not "eleven char"'),
@@ -124,9 +124,9 @@ def test_input_that_fits(schema: object, given_: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_value_that_does_not_fit(schema: object, key: str, value: object, trouble: str) -> None:
+def test_value_that_does_not_fit(schema: object, key: str, value: object, problem: str) -> None:
     """If a value is invalid, the message says why, and which values are valid."""
-    message = f'Parameter "{key}" {trouble}.'
+    message = f'Parameter "{key}" {problem}.'
     assert check_input(schema, {"prompt": "x"} | {key: value}) == (
         InputProblem(parameter=key, message=message),
     )
@@ -156,7 +156,7 @@ def test_null_for_a_required_parameter_is_missing(schema: object) -> None:
         ({"type": "boolean", "required": True, "enum": ["on"]}, True),
     ],
 )
-def test_what_counts_as_missing(facts: dict[str, Any], *, missing: bool) -> None:
+def test_missing_parameters(facts: dict[str, Any], *, missing: bool) -> None:
     """A parameter is missing only if it is `required: true`, has no default and must not be null."""
     assert bool(check_one(facts, None)) is missing
 
@@ -175,7 +175,7 @@ def test_unknown_key_names_the_closest_and_the_declared(schema: object) -> None:
 
 
 @both_shapes
-def test_an_unknown_key_is_told_apart(schema: object) -> None:
+def test_an_unknown_key_is_marked(schema: object) -> None:
     """Only keys that the schema does not have are `unknown`: Clipia accepts them, and refuses the rest."""
     found = check_input(schema, {"title": 1, "nope": 1, "count": 9})
     assert [problem.parameter for problem in found if problem.unknown] == ["nope"]
@@ -227,7 +227,7 @@ def test_missing_parameters_come_in_the_order_of_the_schema() -> None:
     ],
     ids=str,
 )
-def test_unreadable_schema_refuses_nothing(schema: object) -> None:
+def test_unreadable_schema_rejects_no_key(schema: object) -> None:
     """If a schema has another form, or is unreadable in part, unknown keys are accepted."""
     assert check_input(schema, {"prompt": "x"}) == ()
 
@@ -261,7 +261,7 @@ def test_unreadable_schema_refuses_nothing(schema: object) -> None:
     ],
     ids=str,
 )
-def test_what_is_not_understood_refuses_no_value(facts: dict[str, Any], value: object) -> None:
+def test_unclear_descriptions_reject_no_value(facts: dict[str, Any], value: object) -> None:
     """If the type is unknown, options contradict it or bounds are odd, the parameter is not checked."""
     assert check_input({"p": facts}, {"p": value}) == ()
     assert check_input({"parameters": [{"name": "p"} | facts]}, {"p": value}) == ()
@@ -322,13 +322,13 @@ def test_spellings(facts: dict[str, Any], fits: object, problem: object) -> None
         ({"type": "hologram"}, "any value"),
     ],
 )
-def test_missing_one_is_told_what_would_be_right(facts: dict[str, Any], wanted: str | None) -> None:
+def test_the_message_for_a_missing_parameter(facts: dict[str, Any], wanted: str | None) -> None:
     """The message for a missing parameter describes the valid values if they are known."""
     messages = check_one(facts | {"required": True}, None)
     assert messages == ([f'Parameter "p" is required: {wanted}.'] if wanted else [])
 
 
-def test_options_may_stand_beside_an_enum_that_says_nothing() -> None:
+def test_options_beside_an_unusable_enum() -> None:
     """If both spellings of options are present, the first one with plain values is used."""
     for enum in (None, [], [["a"]], "a"):
         schema = {"p": {"type": "string", "enum": enum, "options": [{"value": "b"}, "c"]}}
@@ -403,14 +403,14 @@ def test_messages_are_bounded_and_quote_no_long_value() -> None:
     ]
 
 
-def test_values_up_to_forty_characters_are_shown_whole() -> None:
+def test_values_up_to_forty_characters_are_quoted() -> None:
     """A value of 40 characters is quoted; if it has 41, only its length is shown."""
     facts = {"type": "string", "max": 1}
     assert check_one(facts, "x" * 40)[0].endswith(f'not "{"x" * 40}".')
     assert check_one(facts, "x" * 41)[0].endswith("not a string of 41 characters.")
 
 
-def test_twelve_options_are_listed_whole() -> None:
+def test_twelve_options_are_listed() -> None:
     """If the list of allowed values is longer than twelve, it is cut and ends in `…`."""
     twelve, more = ({"type": "integer", "enum": [*range(length)]} for length in (12, 14))
     assert check_one(twelve, 99) == [
@@ -428,14 +428,14 @@ def test_messages_hold_no_control_characters() -> None:
     assert check_one({"type": "boolean"}, "да")[0].endswith('not "да".')
 
 
-def test_number_of_misfits_is_bounded() -> None:
+def test_number_of_problems_is_limited() -> None:
     """If very many keys are wrong, the answer is still readable."""
     schema = {"prompt": {"type": "string"}}
     assert len(check_input(schema, {f"k{n}": n for n in range(MAX_PROBLEMS)})) == MAX_PROBLEMS
     assert len(check_input(schema, {f"k{n}": n for n in range(10_000)})) == MAX_PROBLEMS
 
 
-def test_deep_values_are_no_trouble() -> None:
+def test_deep_values_do_not_raise() -> None:
     """If a value is nested beyond the recursion limit, it is neither compared nor written."""
     deep: Any = []
     for _ in range(100_000):

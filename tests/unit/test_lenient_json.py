@@ -76,7 +76,7 @@ BOM = b"\xef\xbb\xbf"
     ],
     ids=lambda value: ascii(value)[:40],
 )
-def test_a_copy_says_where_it_differs(written: bytes, read: Any, pointers: tuple[str, ...]) -> None:
+def test_changed_places_are_listed(written: bytes, read: Any, pointers: tuple[str, ...]) -> None:
     """B7, B8, B9: values that readers reject are replaced in the copy and listed; the rest is unchanged."""
     copy, altered = clean_body(written)
     assert (repr(copy), altered) == (repr(read), pointers)
@@ -104,7 +104,7 @@ def test_nesting(opening: str, levels: int) -> None:
         assert len(altered) == 1
 
 
-def test_what_is_nested_deeply_in_several_places() -> None:
+def test_several_values_are_nested_too_deeply() -> None:
     """B9: each changed place is listed, and its neighbours are unchanged."""
     inner = '[NaN,"]\\ud83d",{"a":1,"a":2}]'
     raw = "[" * 63 + f'[1,{inner},2,{{"[":"{{"}},"[]",[],"\\"[["]' + "]" * 63
@@ -150,7 +150,7 @@ def test_a_part_of_a_document() -> None:
     assert cleaner.altered == ("/output/b/1", "/model")
 
 
-def test_what_people_are_shown() -> None:
+def test_display_fields() -> None:
     """B8: a body is shown as its copy; if the copy differs or is missing, the exact bytes are shown too."""
     assert display_fields(b' {"a": 1}') == {"body": {"a": 1}}
     assert display_fields(b"[NaN]") == {"body": [None], "altered": ("/0",), "body_base64": "W05hTl0="}
@@ -252,7 +252,7 @@ def test_any_bytes(raw: bytes) -> None:
 
 @given(raw=ODD)
 @settings(max_examples=500, deadline=None)
-def test_odd_json_is_json(raw: bytes) -> None:
+def test_odd_json_is_read(raw: bytes) -> None:
     """B8, B9: if any value is odd in one of these ways, the body is still read."""
     copy, altered = clean_body(BOM + raw)
     assert same_json(raw, b" " + raw)
@@ -269,7 +269,7 @@ def resolve(value: Any, pointer: str) -> Any:
 
 @given(value=VALUES, indent=st.sampled_from([None, 1]), ensure_ascii=st.booleans())
 @settings(deadline=None)
-def test_what_is_plain_stays_as_it_is(*, value: Any, indent: int | None, ensure_ascii: bool) -> None:
+def test_usual_json_is_unchanged(*, value: Any, indent: int | None, ensure_ascii: bool) -> None:
     """B9: usual JSON is read exactly, with the type of each number, in any spelling."""
     copy, altered = clean_body(json.dumps(value, indent=indent, ensure_ascii=ensure_ascii).encode())
     assert (repr(copy), altered) == (repr(value), ())
@@ -354,7 +354,7 @@ def test_different_json(a: bytes, b: bytes) -> None:
 
 @given(value=VALUES)
 @settings(deadline=None)
-def test_spelling_is_nothing(value: Any) -> None:
+def test_spelling_does_not_matter(value: Any) -> None:
     """Each JSON value equals itself in another spelling, and differs from itself inside a list."""
     compact, spaced = orjson.dumps(value), json.dumps(value, indent=2, sort_keys=True).encode()
     assert same_json(compact, spaced)
@@ -378,7 +378,7 @@ NESTED = "[" * 32 + "]" * 32
 @example(f"[{NESTED},{NESTED}]".encode())
 @example(b"NaN")
 @settings(max_examples=1000)
-def test_the_short_way_is_no_other_way(raw: bytes) -> None:
+def test_the_fast_reader_equals_the_lenient_one(raw: bytes) -> None:
     """B8: if a body needs no second pass, the lenient reader returns the same, with all types of numbers."""
     value = lenient_json._decode_plain(raw)
     if value is not lenient_json._NOT_PLAIN:

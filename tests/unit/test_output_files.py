@@ -188,7 +188,7 @@ def skips(output: Any, rules: FileRules = RULES) -> list[tuple[str, str | None]]
     ],
 )
 @pytest.mark.parametrize("place", ["images", "elsewhere"])
-def test_what_is_not_fetched_has_a_reason(url: str, reason: str | None, place: str) -> None:
+def test_skipped_files_have_a_reason(url: str, reason: str | None, place: str) -> None:
     """B10: if a URL must not be requested, it is listed all the same, without its secrets."""
     (ref,) = list_files({place: [{"url": url}]}, RULES).files
     assert (ref.skip and ref.skip.reason) == reason
@@ -271,7 +271,7 @@ def test_a_documented_place_without_a_url_is_listed() -> None:
     assert skips(output) == [("images[0]", "scheme"), ("images[1].url", "scheme")]
 
 
-def test_a_long_original_leaves_the_display_rendering_what_it_is() -> None:
+def test_a_skipped_original_is_not_replaced() -> None:
     """B10: if an original is not downloaded, it is listed as skipped, and `url` does not replace it."""
     output = {"video": {"original_url": f"{CDN}/" + "x" * 9000, "url": f"{CDN}/v.mp4"}}
     original, display = list_files(output, RULES).files

@@ -344,7 +344,7 @@ def test_the_three_fields_matter() -> None:
         assert (generation.request_id, generation.status) == ("r-1", "OK")
 
 
-def test_what_is_forwarded_is_mended_and_says_where() -> None:
+def test_altered_values_are_listed() -> None:
     """B8, B9: output, error and model are cleaned, and pointers into the message list the places."""
     raw = (
         b'{"request_id":"r-1","status":"OK","extra":NaN,"payload":{"model":"m\\u0000","cost":NaN,"new":NaN,'
@@ -618,7 +618,7 @@ def test_a_polled_error_is_kept(error: str) -> None:
     assert polled.altered
 
 
-def test_what_clipia_sends_takes_the_short_way() -> None:
+def test_usual_webhooks_take_the_fast_reader() -> None:
     """A usual webhook is parsed in one pass."""
     body = orjson.dumps(json.loads(ok({"images": [{"url": "u"}], "seed": 15860307465884635512})))
     assert lenient_json._decode_plain(body) is not lenient_json._NOT_PLAIN

@@ -56,7 +56,7 @@ def test_the_share_is_used() -> None:
     assert len(drain("submit", 120, 600)) == pytest.approx(10 * 120 * SHARES["submit"].steady, rel=0.05)
 
 
-def test_questions_wait_for_their_turn() -> None:
+def test_queries_wait_for_their_share() -> None:
     """F7: a few queries at once, then one by one; `query_delay` is the exact time until the next one."""
     quota = Quota(requests_per_minute=60)
     for _ in range(3):
@@ -82,7 +82,7 @@ def test_headers_teach_the_rate() -> None:
     assert Quota().after_headers(RateHeaders(), NOW) == Quota()
 
 
-def test_somebody_else_uses_the_key() -> None:
+def test_others_use_the_key_too() -> None:
     """F7: if too little of a minute's limit remains, all calls wait for the next minute."""
     quota = Quota(requests_per_minute=600).after_headers(RateHeaders(limit=600, remaining=11, reset=30), NOW)
     assert quota.allowed_submissions(NOW + 29, in_flight=0) == quota.allowed_polls(NOW + 29) == 0
@@ -158,7 +158,7 @@ def test_a_refused_account_is_probed() -> None:
     assert resumed.allowed_submissions(now + 1, in_flight=1) > 1
 
 
-def test_a_submission_that_clipia_looks_at_ends_the_pause() -> None:
+def test_a_processed_submission_ends_the_pause() -> None:
     """F6: if Clipia refuses only the job, it has accepted the key; only an acceptance counts as one."""
     paused = Quota(requests_per_minute=6000).after_account_refused(NOW, sent_at=NOW - 1, pause="{}")
     resumed = paused.unpaused(NOW + 5)

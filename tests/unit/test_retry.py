@@ -83,7 +83,7 @@ def test_missing_media_is_tried_three_times_over_an_hour() -> None:
     assert MEDIA_MISSING.next_delay(missing, attempt=3, age=3600, jitter=0.5) is None
 
 
-def test_trouble_with_our_own_storage_never_gives_a_file_up() -> None:
+def test_storage_failures_never_give_a_file_up() -> None:
     """D16: if the disk is full, downloads are retried every minute without end."""
     full = StorageUnavailable("no space", reason="full")
     assert media_policy(full) is STORAGE

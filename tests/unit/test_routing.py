@@ -53,7 +53,7 @@ STRANGER: dict[str, Any] = {"caller": None, "metadata": {}}
         ({"status": "OK", "model": "seed*", "source": "clipia", "caller": "shop"}, {}),
     ],
 )
-def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_matching_events(wanted: dict[str, Any], changes: dict[str, Any]) -> None:
     """One value or a list, globs for models; if a line is absent, all events match."""
     assert mismatch(FilterSettings(**wanted), facts(**changes)) is None
 
@@ -78,9 +78,7 @@ def test_what_fits_every_line_goes_through(wanted: dict[str, Any], changes: dict
         ({"metadata": {"order": "7", "absent": "x"}}, {}, "metadata.absent is absent, the filter allows 'x'"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_reason(
-    wanted: dict[str, Any], changes: dict[str, Any], said: str
-) -> None:
+def test_mismatches_have_a_reason(wanted: dict[str, Any], changes: dict[str, Any], said: str) -> None:
     """If one line does not match, the event does not, and the reason has both values."""
     assert mismatch(FilterSettings(**wanted), facts(**changes)) == said
     others = {"status": ["OK", "ERROR"], "model": "*", "source": "clipia"}

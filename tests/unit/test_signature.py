@@ -52,7 +52,7 @@ def test_a_known_signature() -> None:
     assert sign(SECRET.value, BODY, timestamp=NOW) == expected
 
 
-def test_what_is_signed_verifies() -> None:
+def test_a_signed_body_verifies() -> None:
     """A signed body gives the time and the id of the secret."""
     header = sign(SECRET.value, BODY, timestamp=NOW).encode()
     assert check(header) == Verified(timestamp=NOW, secret_id=SECRET.id)
@@ -326,7 +326,7 @@ def test_no_tolerance_is_not_any_tolerance() -> None:
 
 
 @pytest.mark.parametrize("now", [NOW + 301, NOW - 301])
-def test_age_is_told_of_authentic_signatures_only(now: float) -> None:
+def test_only_authentic_signatures_are_stale(now: float) -> None:
     """A forged header is a mismatch even if its time is stale, so that `stale` is worth an alert."""
     assert refusal(b"t=%b,v1=%b" % (T, BAD), now=now) == "mismatch"
 

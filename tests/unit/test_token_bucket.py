@@ -9,7 +9,7 @@ from receiver.core.token_bucket import BURST_SECONDS, TokenBucket
 NOW = 5_000.0
 
 
-def test_a_try_may_begin_at_once_and_the_next_one_in_its_time() -> None:
+def test_attempts_are_evenly_spaced() -> None:
     """E5: at 4 per second an attempt begins every 0.25 s, and idle time is not saved up."""
     bucket = TokenBucket(4)
     assert bucket.available(NOW) == 1
