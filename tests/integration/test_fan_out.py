@@ -6,150 +6,55 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
-from datetime import UTC, datetime
+from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 from prometheus_client import REGISTRY
-from sqlalchemy import Table, select, update
+from sqlalchemy import Table, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 from support import events as support_events
+from support.events import plain, with_files
 from support.payloads import body, failure
 
 from receiver.core.lane_names import wake_no_lane
-from receiver.core.retry import RetryPolicy
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import Claim, StoredEvent
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
-from receiver.ingest import make_event
-from receiver.lanes.base import LEASE_SECONDS, Lane
-from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
-from receiver.lanes.media import STORAGE_PAUSE_SECONDS, MediaLane
-from receiver.lanes.targets import Target
-from receiver.lanes.worker import Timing, Wakeups, Worker
-from receiver.media import Downloader, MediaHosts, open_storage
+from receiver.lanes.worker import Timing
 from receiver.sandbox import SandboxOptions, create_app, running
 
 SECONDS = 15.0
-RETRY = RetryPolicy(initial=0.05, cap=0.05)
 DELIVERED = {"destination": "main", "outcome": "delivered"}
 
 
-class Recorder:
-    """A destination inside the test, which records what is published and can be made to fail."""
-
-    concurrency = 32
-
-    def __init__(self) -> None:
-        self.published: list[CloudEvent] = []
-        self.behave: Callable[[CloudEvent], Any] = lambda _event: None
-
-    async def start(self) -> None:
-        """Do no work: there is no connection."""
-
-    async def check(self) -> None:
-        """Pass."""
-
-    async def close(self) -> None:
-        """Do no work: there is no connection."""
-
-    async def publish(self, event: CloudEvent) -> None:
-        """Confirm, unless `behave` says otherwise."""
-        outcome = self.behave(event)
-        if outcome is not None:
-            await outcome
-        self.published.append(event)
-
-    @property
-    def subjects(self) -> list[str]:
-        """The request ids that were confirmed."""
-        return [str(event.get_subject()) for event in self.published]
-
-
-class World:
-    """A database, a storage folder, destinations, and workers for them."""
+class World(support_events.World):
+    """A world with one destination."""
 
     def __init__(self, database: Database, folder: Path, media_host: str) -> None:
-        self.database = database
-        self.recorder = Recorder()
-        self.timing = Timing()
-        self.lease_seconds = LEASE_SECONDS
-        self.storage_pause_seconds = STORAGE_PAUSE_SECONDS
-        self.targets = [self.target("main", self.recorder)]
-        self.storage = open_storage(f"file:{folder}")
-        self.downloader = Downloader(hosts=MediaHosts.parse([media_host]), storage=self.storage)
-
-    def target(self, name: str, destination: Any, *, waits_for_media: bool = True) -> Target:
-        """Return a destination's target."""
-        return Target(name=name, destination=destination, waits_for_media=waits_for_media, retry=RETRY)
-
-    def worker(self, *, drain: float = 5.0) -> Worker:
-        """Return a worker with the media lane and the delivery lanes."""
-        wakeups = Wakeups()
-        lanes: list[Lane] = [
-            MediaLane(
-                self.database,
-                self.downloader,
-                wake=wakeups.wake,
-                storage_pause_seconds=self.storage_pause_seconds,
-            ),
-            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
-        ]
-        for lane in lanes:
-            lane.lease_seconds = self.lease_seconds
-        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake)
-        return Worker(fan_out, lanes, wakeups, timing=replace(self.timing, drain_seconds=drain))
-
-    @asynccontextmanager
-    async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
-        """Run workers inside the block."""
-        async with support_events.running(*(self.worker(drain=drain) for _ in range(count))):
-            yield
-
-    async def add(self, content: bytes) -> None:
-        """Store an event as ingest does."""
-        async with self.database.write() as connection:
-            await inbox.insert_event(connection, make_event("clipia", content, received_at=datetime.now(UTC)))
-
-    async def rows(self, table: Table) -> list[dict[str, Any]]:
-        """Return all rows of a table."""
-        async with self.database.read() as connection:
-            return [dict(row) for row in (await connection.execute(select(table))).mappings()]
+        super().__init__(database, folder, media_host)
+        self.recorder = self.add_destination("main")
 
     async def until(self, table: Table, *states: str) -> list[dict[str, Any]]:
-        """Wait until the rows of a table have exactly these states."""
-        deadline = time.monotonic() + SECONDS
-        while True:
-            rows = await self.rows(table)
-            if sorted(row["state"] for row in rows) == sorted(states):
-                return rows
-            assert time.monotonic() < deadline, rows
-            await asyncio.sleep(0.02)
+        """Wait until the rows of a table have exactly these states; return the rows."""
+        await self.until_states(table, **Counter(states))
+        return await self.rows(table)
 
     async def until_tried(self, table: Table) -> dict[str, Any]:
-        """Wait until the only row of a table has a failed attempt on record."""
-        deadline = time.monotonic() + SECONDS
-        while True:
-            rows = await self.rows(table)
-            if rows and rows[0]["error"]:
-                return rows[0]
-            assert time.monotonic() < deadline, rows
-            await asyncio.sleep(0.02)
+        """Wait until the only row of a table has a failed attempt on record; return the row."""
 
-    async def set(self, table: Table, **values: Any) -> None:
-        """Change all rows of a table."""
-        async with self.database.write() as connection:
-            await connection.execute(update(table).values(**values))
+        async def find_tried() -> dict[str, Any] | None:
+            rows = await self.rows(table)
+            return rows[0] if rows and rows[0]["error"] else None
+
+        return await support_events.until(find_tried)
 
 
 @pytest.fixture
@@ -171,13 +76,7 @@ async def world(database: Database, tmp_path: Path, cdn: str) -> AsyncIterator[W
 
 def with_image(cdn: str, request_id: str = "r-1", *, path: str = "/sandbox/sample-image.png") -> bytes:
     """Return the body of an event with one file of the CDN."""
-    output = {"images": [{"url": f"{cdn}{path}", "width": 1, "height": 1}]}
-    return body(request_id, payload={"model": "m", "output": output, "cost": 3})
-
-
-def plain(request_id: str) -> bytes:
-    """Return the body of an event without files."""
-    return body(request_id, payload={"model": "m", "output": {}, "cost": 1})
+    return with_files(cdn, request_id, path)
 
 
 async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
@@ -249,8 +148,7 @@ async def test_an_unrecognized_event_is_not_forwarded(world: World) -> None:
 
 async def test_a_destination_may_get_the_message_before_the_media(world: World, cdn: str) -> None:
     """A destination with `when = "received"` does not wait for the file; the default does."""
-    early = Recorder()
-    world.targets.append(world.target("early", early, waits_for_media=False))
+    early = world.add_destination("early", waits_for_media=False)
     downloading = asyncio.Event()
     save = world.downloader.save
 
@@ -273,9 +171,8 @@ async def test_a_destination_may_get_the_message_before_the_media(world: World, 
 
 async def test_a_dead_destination_delays_no_other(world: World) -> None:
     """E6: if one destination never answers, the others get all events nevertheless."""
-    stuck = Recorder()
+    stuck = world.add_destination("stuck")
     stuck.behave = lambda _event: asyncio.sleep(3600)
-    world.targets.append(world.target("stuck", stuck))
     for number in range(60):
         await world.add(plain(f"r-{number}"))
     async with world.working(drain=0.1):
@@ -334,7 +231,7 @@ async def test_the_schedule_ends_in_a_dead_letter(world: World) -> None:
     await world.add(plain("r-1"))
     async with world.working():
         await world.until(deliveries, "pending")
-        await world.set(deliveries, created_at=db_time(-4 * 86_400.0))
+        await world.change(deliveries, created_at=db_time(-4 * 86_400.0))
         await world.until(deliveries, "dead")
 
 
@@ -364,11 +261,11 @@ async def test_work_that_kills_its_workers_is_given_up(world: World, cdn: str, t
     await world.add(with_image(cdn))
     async with world.working():
         await world.until(deliveries, "delivered")
-    await world.set(
+    await world.change(
         table, state="pending", lost=5, attempts=5, next_attempt_at=db_time(0.0), finished_at=None
     )
     # A stored file stays, even if another attempt at it fails.
-    await world.set(media, storage_key=None)
+    await world.change(media, storage_key=None)
     world.recorder.published.clear()
     expected = "dead" if table is deliveries else "gone"
     async with world.working():
@@ -384,7 +281,7 @@ async def test_a_missing_file_ends_as_gone_and_the_event_goes_on(world: World, c
         file = await world.until_tried(media)
         assert (file["state"], file["attempts"]) == ("pending", 1)
         assert world.recorder.published == []
-        await world.set(media, attempts=2, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
+        await world.change(media, attempts=2, created_at=db_time(-3601.0), next_attempt_at=db_time(0.0))
         await world.until(media, "gone")
         await world.until(deliveries, "delivered")
     data: Any = world.recorder.published[0].get_data()
@@ -417,7 +314,7 @@ async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World
     await world.add(with_image(cdn))
     async with world.working():
         await world.until_tried(media)
-        await world.set(media, created_at=db_time(-30 * 86_400.0), next_attempt_at=db_time(0.0))
+        await world.change(media, created_at=db_time(-30 * 86_400.0), next_attempt_at=db_time(0.0))
         await world.until(media, "stored")
         await world.until(deliveries, "delivered")
     assert calls[1] - calls[0] >= 0.3
@@ -494,7 +391,7 @@ async def test_a_lost_lease_drops_the_work(world: World) -> None:
     await world.add(plain("r-1"))
     async with world.working(drain=0.1):
         await started.wait()
-        await world.set(deliveries, lease=uuid.uuid4(), next_attempt_at=db_time(3600.0))
+        await world.change(deliveries, lease=uuid.uuid4(), next_attempt_at=db_time(3600.0))
         await asyncio.wait_for(cancelled.wait(), SECONDS)
     assert await world.rows(attempts) == []
 
@@ -524,7 +421,7 @@ async def test_a_result_is_recorded_when_the_database_is_back(
 
 async def test_fan_out_is_all_or_nothing(world: World, cdn: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """C12: a fan-out that fails half-way adds no row, and is repeated as a whole."""
-    world.targets.append(world.target("second", Recorder()))
+    world.add_destination("second")
     insert = outbox.insert_deliveries
     calls = 0
 

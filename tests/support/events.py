@@ -6,6 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,10 +25,10 @@ from receiver.db.tables import deliveries, events
 from receiver.db.views import ReplayCounts, ReplayDetails
 from receiver.destination_settings import FilterSettings
 from receiver.ingest import make_event
-from receiver.lanes.base import Lane
+from receiver.lanes.base import LEASE_SECONDS, Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
-from receiver.lanes.media import FreshUrl, MediaLane
+from receiver.lanes.media import STORAGE_PAUSE_SECONDS, FreshUrl, MediaLane
 from receiver.lanes.replay import ReplayLane, ReplayPace
 from receiver.lanes.targets import Target
 from receiver.lanes.worker import Timing, Wakeups, Worker
@@ -41,10 +42,10 @@ RETRY = RetryPolicy(initial=0.05, cap=0.05)
 T = TypeVar("T")
 
 
-async def until(look: Callable[[], Awaitable[T | None]], *, seconds: float = SECONDS) -> T:
-    """Call `look` until it finds something."""
+async def until(find: Callable[[], Awaitable[T | None]], *, seconds: float = SECONDS) -> T:
+    """Call `find` until it returns something."""
     deadline = time.monotonic() + seconds
-    while not (found := await look()):
+    while not (found := await find()):
         assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.02)
     return found
@@ -113,6 +114,9 @@ class World:
         self.rules = FileRules()
         self.replay_pace = ReplayPace()
         self.max_canceled = MAX_CANCELED
+        self.timing = Timing()
+        self.lease_seconds = LEASE_SECONDS
+        self.storage_pause_seconds = STORAGE_PAUSE_SECONDS
         self.folder = folder
         self.storage = open_storage(f"file:{folder}")
         self.downloader = Downloader(
@@ -157,7 +161,13 @@ class World:
 
     def media_lane(self, wake: Wake = wake_no_lane) -> MediaLane:
         """Return a media lane that the test runs by itself."""
-        return MediaLane(self.database, self.downloader, wake=wake, fresh_url=self.fresh_url)
+        return MediaLane(
+            self.database,
+            self.downloader,
+            wake=wake,
+            fresh_url=self.fresh_url,
+            storage_pause_seconds=self.storage_pause_seconds,
+        )
 
     def worker(self, *, drain: float = 5.0) -> Worker:
         """Return a worker with all lanes."""
@@ -167,8 +177,10 @@ class World:
             *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
             self.replay_lane(wakeups.wake),
         ]
+        for lane in lanes:
+            lane.lease_seconds = self.lease_seconds
         fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
-        return Worker(fan_out, lanes, wakeups, timing=Timing(drain_seconds=drain))
+        return Worker(fan_out, lanes, wakeups, timing=replace(self.timing, drain_seconds=drain))
 
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
@@ -249,13 +261,13 @@ class World:
     async def until_replayed(self, order: Mapping[str, Any]) -> ReplayDetails:
         """Wait until a replay has ended and none of its deliveries is pending."""
 
-        async def look() -> ReplayDetails | None:
+        async def find_ended() -> ReplayDetails | None:
             found = await self.replays.show(order["id"])
             assert found is not None
             pending = any("pending" in counts for counts in found["deliveries"].values())
             return None if pending or found["state"] == "pending" else found
 
-        return await until(look)
+        return await until(find_ended)
 
     async def rows(self, table: Table, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
         """Return the rows of a table, in the order of their insertion."""
@@ -271,11 +283,11 @@ class World:
     async def until_states(self, table: Table, *where: ColumnElement[bool], **counts: int) -> None:
         """Wait until the rows of a table have these states, and no others."""
 
-        async def look() -> bool:
+        async def are_reached() -> bool:
             return await self.states(table, *where) == counts
 
         try:
-            await until(look)
+            await until(are_reached)
         except AssertionError:
             raise AssertionError(f"{await self.states(table, *where)}, wanted {counts}") from None
 
