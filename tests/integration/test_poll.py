@@ -919,7 +919,7 @@ async def test_metadata_may_have_any_name(world: World) -> None:
     assert found == {name: [job_id] for name, job_id in made.items()}
 
 
-@pytest.mark.usefixtures("look_often")
+@pytest.mark.usefixtures("frequent_checks")
 async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox: Sandbox) -> None:
     """A waiting caller gets the job when it has ended, or when the seconds are over."""
     submitter = world.submitter()
@@ -949,7 +949,7 @@ async def test_waiting_ends_with_the_job_or_with_the_time(world: World, sandbox:
     assert (again.state, again.finished_at) == (done.state, done.finished_at)
 
 
-@pytest.mark.usefixtures("look_often")
+@pytest.mark.usefixtures("frequent_checks")
 async def test_waiting_includes_the_files(world: World, sandbox: Sandbox) -> None:
     """A job has not ended while its files are being downloaded."""
     submitter = world.submitter()
@@ -972,7 +972,7 @@ async def test_waiting_includes_the_files(world: World, sandbox: Sandbox) -> Non
     assert done.ended
 
 
-@pytest.mark.usefixtures("look_often")
+@pytest.mark.usefixtures("frequent_checks")
 async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
     """All waiting callers share one query, and hold no connection meanwhile."""
     submitter = world.submitter()
@@ -1001,7 +1001,7 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable("away", reason="database"), ZeroDivisionError("bug")])
-@pytest.mark.usefixtures("look_often")
+@pytest.mark.usefixtures("frequent_checks")
 async def test_waiting_outlives_an_outage(world: World, error: Exception) -> None:
     """If the database is away for a moment, or a bug occurs, callers go on waiting."""
     submitter = world.submitter()
