@@ -1,11 +1,45 @@
 """The status of a Clipia account: whether it is paused, and how many jobs Clipia refuses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict, cast
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.quota import Quota
 from receiver.db import accounts, freezes, refused_jobs
+from receiver.db.views import JobCosts
+from receiver.price import Credits, read_credits, total
+from receiver.submitter.job import read_error
+
+
+class Totals(TypedDict):
+    """Sums over our own jobs, in credits."""
+
+    jobs: int
+    reserved: Credits
+    charged: Credits
+    refunded: Credits
+
+
+class Limits(TypedDict):
+    """The quota of an account and the jobs that it stops."""
+
+    requests_per_minute: int
+    in_flight: int
+    paused: dict[str, Any] | None
+    refused_jobs: int
+
+
+class Account(TypedDict):
+    """Clipia's account, and our figures for it."""
+
+    account_id: NotRequired[Any]
+    balance: NotRequired[Any]
+    usage_30d: NotRequired[Any]
+    ledger_30d: Totals
+    difference_30d: Credits | None
+    limits: Limits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +55,7 @@ class AccountStatus:
 
     @property
     def paused(self) -> bool:
-        """Whether no jobs are submitted."""
+        """Whether submissions are stopped, except for probes."""
         return self.pause is not None or self.frozen
 
 
@@ -37,3 +71,25 @@ async def read_account_status(connection: AsyncConnection, account: str) -> Acco
         pause = await refused_jobs.find_account_refusal(connection, account, accepted_at=quota.accepted_at)
     frozen = await freezes.find(connection) is not None
     return AccountStatus(quota=quota, pause=pause, refused_jobs=refused, frozen=frozen)
+
+
+def account_report(answer: dict[str, Any], costs: Sequence[JobCosts], status: AccountStatus) -> Account:
+    """Return Clipia's answer about an account together with our figures; `costs` are those of 30 days."""
+    charged = total(row["charged"] for row in costs)
+    spent = read_credits((answer.get("usage_30d") or {}).get("credits_spent"))
+    figures: Account = {
+        "ledger_30d": {
+            "jobs": sum(row["jobs"] for row in costs),
+            "reserved": total(row["reserved"] for row in costs),
+            "charged": charged,
+            "refunded": total(row["refunded"] for row in costs),
+        },
+        "difference_30d": None if spent is None else total((spent, -charged)),
+        "limits": {
+            "requests_per_minute": status.quota.requests_per_minute,
+            "in_flight": status.quota.in_flight_limit,
+            "paused": read_error(status.pause),
+            "refused_jobs": status.refused_jobs,
+        },
+    }
+    return cast("Account", answer | figures)

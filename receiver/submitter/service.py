@@ -27,10 +27,10 @@ from receiver.lanes.attempts import error_json
 from receiver.lanes.base import Work
 from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
-from receiver.price import Credits, read_credits, total
+from receiver.price import Credits
 from receiver.settings import DEFAULT_SOURCE, InputCheck, Settings
-from receiver.submitter.account_status import AccountStatus, read_account_status
-from receiver.submitter.job import Job, JobPage, read_error
+from receiver.submitter.account_status import Account, AccountStatus, account_report, read_account_status
+from receiver.submitter.job import Job, JobPage
 from receiver.submitter.waiting import JobWaiter
 
 ANSWER_TIMEOUT_SECONDS: Final = CALL_TIMEOUT_SECONDS + 5.0
@@ -263,29 +263,15 @@ class Submitter:
         async with self.database.read() as connection:
             return await reads.job_costs(connection, by=by, caller=caller, since=since, until=until)
 
-    async def account(self) -> dict[str, Any]:
+    async def account(self) -> Account:
         """Return Clipia's account, and our own sums for the same 30 days.
 
         `difference_30d` are the credits that Clipia charged minus those of our jobs. If it is not 0, others
         use the account too, or there is an error.
         """
-        account = await self.catalogue.balance()
-        rows = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
-        status = await self.standing()
-        totals = {
-            name: total(row[name] for row in rows) for name in ("jobs", "reserved", "charged", "refunded")
-        }
-        spent = read_credits((account.get("usage_30d") or {}).get("credits_spent"))
-        return account | {
-            "ledger_30d": totals,
-            "difference_30d": None if spent is None else total((spent, -totals["charged"])),
-            "limits": {
-                "requests_per_minute": status.quota.requests_per_minute,
-                "in_flight": status.quota.in_flight_limit,
-                "paused": read_error(status.pause),
-                "refused_jobs": status.refused_jobs,
-            },
-        }
+        answer = await self.catalogue.balance()
+        costs = await self.costs(by="day", since=datetime.now(UTC) - timedelta(days=30))
+        return account_report(answer, costs, await self.standing())
 
     async def standing(self) -> AccountStatus:
         """Return the status of the account; raises SettingsError if no key is set."""
@@ -293,7 +279,7 @@ class Submitter:
             return await read_account_status(connection, self.client.account)
 
     async def paused(self) -> bool:
-        """Tell whether no jobs are submitted: Clipia refuses the account, or submissions are frozen."""
+        """Tell whether submissions are stopped: Clipia refuses the account, or an operator froze them."""
         return self._client is not None and (await self.standing()).paused
 
     async def cancel(self, job_id: UUID, *, by: str) -> Job:
@@ -306,7 +292,7 @@ class Submitter:
         text = error_json("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
             state = await decisions.cancel(connection, job_id, error=text, by=by)
-        job = await self._get_decided(job_id)
+        job = await self._get_existing(job_id)
         if state is None:
             raise RequestError(
                 f"the job is {job.state}; a job that has ended, or is being sent, cannot be canceled",
@@ -335,7 +321,7 @@ class Submitter:
                     path_token=path_token,
                     by=by,
                 )
-        job = await self._get_decided(job_id)
+        job = await self._get_existing(job_id)
         if not done:
             raise RequestError(
                 f"the job is {job.state}; only unsure, failed or canceled jobs can be submitted again",
@@ -345,7 +331,7 @@ class Submitter:
         log.warning("job submitted again by an operator", job_id=str(job_id), by=by)
         return job
 
-    async def _get_decided(self, job_id: UUID) -> Job:
+    async def _get_existing(self, job_id: UUID) -> Job:
         job = await self.get(job_id)
         if job is None:
             raise RequestError(f"there is no job {job_id}", code="not_found")

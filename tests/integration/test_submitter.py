@@ -575,6 +575,7 @@ async def test_a_refused_account_pauses_all_submissions(world: World, sandbox: S
     assert await world.run_lane(submitter.lane) == 0
     assert len(await sandbox.submits()) == 1
     paused = (await submitter.account())["limits"]["paused"]
+    assert paused is not None
     assert (paused["code"], paused["status"]) == (code, CODES[code][0])
 
     # Still refused: one probe, even if many jobs are due, and the next one is later.
