@@ -1,4 +1,4 @@
-"""A background task for the length of a block."""
+"""A background task for the length of a block, and its pauses."""
 
 import asyncio
 import contextlib
@@ -16,3 +16,10 @@ async def running(work: Coroutine[object, object, None], *, name: str) -> AsyncI
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+
+
+async def wait_for(event: asyncio.Event, seconds: float) -> None:
+    """Wait until an event is set, but at most `seconds`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()

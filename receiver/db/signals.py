@@ -5,12 +5,12 @@ pooler assigns a session to each transaction, so a LISTEN succeeds, but in a ses
 """
 
 import asyncio
-import contextlib
 from collections.abc import Callable
 from typing import Any, Final
 
 import structlog
 
+from receiver.background import wait_for
 from receiver.db.database import Database
 from receiver.db.error_texts import cause
 from receiver.errors import DatabaseUnavailable
@@ -91,6 +91,4 @@ async def _listen(driver: Any, heard: Callable[[str], None], check: float) -> No
     driver.add_termination_listener(lambda _connection: lost.set())
     await driver.add_listener(CHANNEL, hear)
     while not lost.is_set() and not await driver.fetchval(IS_READ_ONLY):
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(check):
-                await lost.wait()
+        await wait_for(lost, check)

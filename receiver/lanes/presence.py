@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Final
 
+from receiver.background import wait_for
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
@@ -48,6 +49,4 @@ async def _renew(database: Database, run: workers.WorkerRun, stopping: asyncio.E
             async with database.write() as connection:
                 await workers.delete_stale(connection)
                 await workers.renew(connection, run)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(workers.RENEW_SECONDS):
-                await stopping.wait()
+        await wait_for(stopping, workers.RENEW_SECONDS)

@@ -9,6 +9,7 @@ from typing import Final
 
 import structlog
 
+from receiver.background import wait_for
 from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
@@ -61,7 +62,7 @@ class Wakeups:
     async def wait(self, lane: str, *, seconds: float) -> None:
         """Return at the lane's next signal, or after `seconds`."""
         event = self._events.setdefault(lane, asyncio.Event())
-        await _wait(event, seconds)
+        await wait_for(event, seconds)
         event.clear()
 
 
@@ -153,7 +154,7 @@ class _LaneRunner:
                 task.add_done_callback(self._finished)
             if works and not self._is_half_free():
                 self._half_free.clear()
-                await _wait(self._half_free, self._timing.gather_seconds)
+                await wait_for(self._half_free, self._timing.gather_seconds)
             if len(works) == free:
                 return
         await self._wakeups.wait(self.name, seconds=_jittered(self._timing.poll_seconds))
@@ -205,13 +206,7 @@ class _LaneRunner:
 
 async def _sit_out(error: Exception, lane: str, stopping: asyncio.Event, timing: Timing) -> None:
     log_failure("no work claimed", error, expected=DatabaseUnavailable, lane=lane)
-    await _wait(stopping, _jittered(timing.outage_pause_seconds))
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
+    await wait_for(stopping, _jittered(timing.outage_pause_seconds))
 
 
 def _jittered(seconds: float) -> float:

@@ -9,6 +9,7 @@ from uuid import UUID
 
 import structlog
 
+from receiver.background import wait_for
 from receiver.db import job_events, jobs
 from receiver.db.database import Database
 from receiver.errors import DatabaseUnavailable
@@ -37,9 +38,7 @@ class JobWaiter:
         if self._task is None:
             self._task = asyncio.create_task(self._poll(), name="job waiting")
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
-                    await event.wait()
+            await wait_for(event, seconds)
         finally:
             self._waiters[job_id] -= 1
             if not self._waiters[job_id]:
