@@ -35,11 +35,12 @@ _MAX_BITS: Final = 128  # of an integer that is written out: as many as fit into
 class InputProblem:
     """One problem of an input."""
 
-    parameter: str  # the key as given or declared; its length is not limited
-    message: (
-        str  # for the caller; its length is limited, and quoted values have at most `MAX_SHOWN` characters
-    )
-    unknown: bool = False  # whether the only problem is that the model's schema does not have the key
+    parameter: str
+    """The key as given or declared; its length is not limited."""
+    message: str
+    """For the caller. Its length is limited, and quoted values have at most `MAX_SHOWN` characters."""
+    unknown: bool = False
+    """Whether the only problem is that the model's schema does not have the key."""
 
 
 def check_input(schema: object, given: Mapping[str, Any]) -> tuple[InputProblem, ...]:
@@ -170,7 +171,7 @@ class _Parameter:
     """The understood part of one parameter's description; by default any value is valid."""
 
     required: bool = False
-    value_type: _Type | None = None  # None: any
+    value_type: _Type | None = None  # None: any type
     default: Any = None
     options: tuple[Any, ...] = ()  # valid values, or items of an array; empty: not limited
     description: Mapping[str, Any] = field(default_factory=dict)

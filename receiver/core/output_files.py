@@ -128,7 +128,7 @@ def extension_of(url: str) -> str:
     return extension[1].lower() if extension else ""
 
 
-def rules_text_out(url: str, field: str | None) -> bool:
+def is_never_text(url: str, field: str | None) -> bool:
     """Tell whether a file of the kind `file` cannot be text.
 
     The extension of its URL decides. If there is none, the key above it does, such as `pptx_url`.

@@ -8,9 +8,9 @@ rest at a steady rate. In any 60 seconds both together stay within the limit, wh
 Submissions, polls and queries (models, prices, the account) have a share each, so that none can starve
 another.
 
-Clipia does not tell the in-flight limit. It is searched like a congestion window in TCP: it grows by one if a
-submission is accepted while the window is full, and shrinks by an eighth if Clipia refuses. After that it
-grows by one at long intervals.
+Clipia does not publish the in-flight limit. It is searched like a congestion window in TCP: it grows by one
+if a submission is accepted while the window is full, and shrinks by an eighth if Clipia refuses. After that
+it grows by one at long intervals.
 """
 
 import math
@@ -45,7 +45,7 @@ RAISE_AFTER_SECONDS: Final = 120.0
 REFUSED_SHARE: Final = 0.1
 """The part of the requests per minute for jobs that Clipia refuses for now (402, 403)."""
 MAX_RESET_SECONDS: Final = 120.0
-"""If an answer says that its minute lasts longer than this, the account still waits no longer."""
+"""A longer RateLimit-Reset counts as this many seconds."""
 DEFAULT_WAIT_SECONDS: Final = 5.0
 """Pause after a 429 without Retry-After."""
 FIRST_PROBE_SECONDS: Final = 5.0

@@ -111,7 +111,7 @@ def refused_delay(refused_for: float, *, least: float, give_up_after: float, jit
 def poll_delay(polls: int, *, overdue: float, has_webhook: bool, watched: bool) -> float:
     """Return the seconds until the next poll of a job, after `polls` polls.
 
-    If the job has a webhook, polls begin when it is `overdue` seconds late. If a caller waits for the job
+    If the job has a webhook, the first poll is after `overdue` seconds. If a caller waits for the job
     (`watched`), it is polled as often as Clipia's documentation allows.
     """
     if watched:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from receiver.core.output_files import Kind, extension_of, rules_text_out
+from receiver.core.output_files import Kind, extension_of, is_never_text
 from receiver.media import containers
 from receiver.media.containers import Walk
 
@@ -186,7 +186,7 @@ def is_page(head: bytes, kind: Kind, url: str, field: str | None = None) -> bool
     `field` announces a binary format. SVG counts as an image, a playlist as video or audio, and PDF and
     PostScript as files.
     """
-    if kind == "file" and not rules_text_out(url, field):
+    if kind == "file" and not is_never_text(url, field):
         return False
     if head.startswith(_PACKED) and extension_of(url) not in {"gz", "tgz"}:
         if kind != "file":
