@@ -6,7 +6,7 @@ import httpx
 from clipia import ClipiaApiError
 
 from receiver.core.lenient_json import clean_text
-from receiver.core.retry import MAX_RETRY_AFTER
+from receiver.core.retry import MAX_RETRY_AFTER_SECONDS
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow
 from receiver.masking import mask
 
@@ -22,7 +22,7 @@ def translate(error: ClipiaApiError) -> Exception:
     reason = code or f"http_{status}"
     message = _text(error, "message", 1000) or code or f"HTTP {status}"
     # A day is as good as never. Without a limit, an absurd Retry-After would hold up the account for years.
-    wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER)
+    wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER_SECONDS)
     if status == httpx.codes.TOO_MANY_REQUESTS:
         return ClipiaUnavailable(
             message,

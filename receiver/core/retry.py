@@ -20,7 +20,7 @@ from receiver.errors import (
 DAY: Final = 86_400.0
 GIVE_UP_SECONDS: Final = 3 * DAY
 """Work is retried for this long, by default."""
-MAX_RETRY_AFTER: Final = DAY
+MAX_RETRY_AFTER_SECONDS: Final = DAY
 """A longer Retry-After counts as this many seconds."""
 
 # A proxy may join several headers with commas.
@@ -141,7 +141,7 @@ def parse_retry_after(value: str, *, now: datetime) -> float | None:
             return None
         # An HTTP date is in GMT even if it has no zone.
         seconds = ((date if date.tzinfo else date.replace(tzinfo=UTC)) - now).total_seconds()
-    return min(max(seconds, 0.0), MAX_RETRY_AFTER)
+    return min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)
 
 
 def longest_wait(values: Iterable[str], *, now: datetime) -> float | None:

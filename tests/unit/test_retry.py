@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from receiver.core.retry import (
     DAY,
-    MAX_RETRY_AFTER,
+    MAX_RETRY_AFTER_SECONDS,
     MEDIA,
     MEDIA_MISSING,
     STORAGE,
@@ -139,16 +139,16 @@ def test_a_refused_job_waits_about_as_long_again(
     [
         ("0", 0.0),
         ("120", 120.0),
-        ("86400", MAX_RETRY_AFTER),
-        ("86401", MAX_RETRY_AFTER),
-        ("9" * 5000, MAX_RETRY_AFTER),
+        ("86400", MAX_RETRY_AFTER_SECONDS),
+        ("86401", MAX_RETRY_AFTER_SECONDS),
+        ("9" * 5000, MAX_RETRY_AFTER_SECONDS),
         ("7, 120 ,30", 120.0),
         ("Fri, 20 Nov 2026 12:01:00 GMT", 60.0),
         ("Friday, 20-Nov-26 12:01:00 GMT", 60.0),
         ("Fri Nov 20 12:01:00 2026", 60.0),
         ("Fri, 20 Nov 2026 14:01:00 +0200", 60.0),
         ("Fri, 20 Nov 2026 11:00:00 GMT", 0.0),
-        ("Fri, 20 Nov 2099 12:00:00 GMT", MAX_RETRY_AFTER),
+        ("Fri, 20 Nov 2099 12:00:00 GMT", MAX_RETRY_AFTER_SECONDS),
         ("", None),
         ("soon", None),
         ("-1", None),
@@ -173,4 +173,4 @@ def test_parse_retry_after(value: str, expected: float | None) -> None:
 def test_parse_retry_after_takes_anything(value: str) -> None:
     """E5: for any header value the delay is from 0 to a day, or None."""
     seconds = parse_retry_after(value, now=NOW)
-    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER
+    assert seconds is None or 0 <= seconds <= MAX_RETRY_AFTER_SECONDS
