@@ -68,7 +68,7 @@ async def test_check_masks_and_counts_recorded_secrets(database: Database, datab
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DATABASE_URL": database_url}
     first = run_command("check", settings=settings)
     assert first.returncode == 0, first.stderr
-    said = f"masked secrets in errors that were on record ({COUNT} of jobs, {2 * COUNT} of attempts"
+    said = f"masked secrets in stored errors ({COUNT} of jobs, {2 * COUNT} of attempts"
     assert said in first.stdout.decode()
     assert CANARY[:8] not in repr([await read(database, jobs), await read(database, attempts)])
     second = run_command("check", settings=settings)
