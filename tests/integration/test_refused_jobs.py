@@ -44,7 +44,7 @@ async def submit_expensive(submitter: Submitter, count: int) -> list[Job]:
     return [await submitter.submit(EXPENSIVE, EIGHT_SECONDS, caller="films") for _ in range(count)]
 
 
-async def submit_untried(world: World, submitter: Submitter, *asked: tuple[str, dict[str, Any]]) -> None:
+async def submit_unattempted(world: World, submitter: Submitter, *asked: tuple[str, dict[str, Any]]) -> None:
     """Commit jobs while the account has no calls left, as in a burst."""
     for model, given in asked:
         await world.set(accounts, submits_after=time.time() + HOUR)
@@ -87,7 +87,7 @@ async def test_a_backlog_that_cannot_be_paid_holds_up_no_job(
     await sandbox.switch(credits=BALANCE, rate_limit=60)
     submitter = world.submitter()
     await submit_expensive(submitter, 1)
-    await submit_untried(world, submitter, *[(EXPENSIVE, EIGHT_SECONDS)] * 30, (model, given))
+    await submit_unattempted(world, submitter, *[(EXPENSIVE, EIGHT_SECONDS)] * 30, (model, given))
     before = len(await sandbox.submits())
     # The refused one is due again as well.
     await world.retry(submitter)
@@ -109,22 +109,22 @@ async def test_every_class_of_jobs_has_a_share(odd_world: World, odd: OddClipia)
     submitter = odd_world.submitter()
     (expensive,) = await submit_expensive(submitter, 1)
     await odd_world.set(accounts, in_flight_limit=1000)
-    await submit_untried(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 10)
+    await submit_unattempted(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 10)
     waiting = [row["id"] for row in await odd_world.rows(jobs)][1:]
     assert submitter.lane is not None
-    tried = []
-    for turn in range(24):
-        await submit_untried(odd_world, submitter, (MODEL, PROMPT), (EXPENSIVE, FOUR_SECONDS))
+    attempted = []
+    for number in range(24):
+        await submit_unattempted(odd_world, submitter, (MODEL, PROMPT), (EXPENSIVE, FOUR_SECONDS))
         newest = (await odd_world.rows(jobs))[-1]["id"]
         await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
-        await odd_world.set(jobs, where=jobs.c.id == expensive.id, next_attempt_at=db_time(-HOUR + turn))
+        await odd_world.set(jobs, where=jobs.c.id == expensive.id, next_attempt_at=db_time(-HOUR + number))
         (work,) = await submitter.lane.claim(1)
         await work.run()
-        tried.append("newest" if work.claim.id == newest else work.claim.id)
-    refused_turns = [turn for turn, each in enumerate(tried) if each == expensive.id]
-    assert refused_turns == [7, 15, 23]
-    assert [each for each in tried if each in waiting] == waiting[:3]
-    assert [turn for turn, each in enumerate(tried) if each == "newest"] == [1, 5, 9, 13, 17, 21]
+        attempted.append("newest" if work.claim.id == newest else work.claim.id)
+    refused_rounds = [number for number, each in enumerate(attempted) if each == expensive.id]
+    assert refused_rounds == [7, 15, 23]
+    assert [each for each in attempted if each in waiting] == waiting[:3]
+    assert [number for number, each in enumerate(attempted) if each == "newest"] == [1, 5, 9, 13, 17, 21]
     # The rest are the other jobs, in their order of arrival.
     assert len(await states(odd_world, MODEL)) == 24
     assert (await states(odd_world, MODEL))[:12] == ["submitted"] * 12
@@ -137,7 +137,7 @@ async def test_a_class_gives_away_its_share(odd_world: World, odd: OddClipia) ->
     await submit_expensive(submitter, 1)
     await odd_world.set(jobs, next_attempt_at=db_time(HOUR))
     await odd_world.set(accounts, in_flight_limit=1000)
-    await submit_untried(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 16)
+    await submit_unattempted(odd_world, submitter, *[(EXPENSIVE, FOUR_SECONDS)] * 16)
     await odd_world.set(accounts, submits_after=0.0, submits_until=0.0)
     assert await odd_world.run_lane(submitter.lane) == 16
 

@@ -354,7 +354,7 @@ def test_two_descriptions_of_one_name_are_not_enforced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "refused"),
+    ("groups", "rejected"),
     [
         (None, True),
         ("advanced", True),
@@ -367,10 +367,10 @@ def test_two_descriptions_of_one_name_are_not_enforced() -> None:
         ([{"title": "Advanced", "parameters": [["seed"]]}], False),
     ],
 )
-def test_group_may_declare_more(groups: object, *, refused: bool) -> None:
+def test_group_may_declare_more(groups: object, *, rejected: bool) -> None:
     """If groups have more than the listed parameters, no key is unknown, because they may declare it."""
     schema = {"parameters": [{"name": "prompt", "type": "string"}], "parameterGroups": groups}
-    assert bool(check_input(schema, {"seed": 1})) is refused
+    assert bool(check_input(schema, {"seed": 1})) is rejected
 
 
 def test_known_part_of_an_incomplete_schema_is_enforced() -> None:
@@ -558,5 +558,5 @@ def test_never_raises(schema: object, given_: dict[str, Any]) -> None:
 @given(st.dictionaries(words, json_values, max_size=6), json_values)
 def test_null_is_at_most_missing_and_a_value_never(facts: dict[str, Any], value: object) -> None:
     """For any description, null is reported only as missing, and a value never as missing."""
-    words_of_refusal = " is required: " if value is None else " must be "
-    assert all(words_of_refusal in problem.message for problem in check_input({"p": facts}, {"p": value}))
+    problem_text = " is required: " if value is None else " must be "
+    assert all(problem_text in problem.message for problem in check_input({"p": facts}, {"p": value}))

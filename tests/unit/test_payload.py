@@ -29,11 +29,11 @@ def ok(output: Any = None, **payload: Any) -> bytes:
     return json.dumps({"request_id": REQUEST_ID, "status": "OK", "payload": payload}).encode()
 
 
-def refusal(raw: bytes) -> str:
+def rejection(raw: bytes) -> str:
     """Return the reason why a body is rejected; fail if it is not."""
-    with pytest.raises(UnrecognizedBody) as refused:
+    with pytest.raises(UnrecognizedBody) as caught:
         parse(raw)
-    return refused.value.reason
+    return caught.value.reason
 
 
 def with_value(value: str) -> bytes:
@@ -197,17 +197,17 @@ def test_request_ids(request_id: str, *, ensure_ascii: bool) -> None:
 )
 def test_wrong_request_ids(request_id: Any) -> None:
     """B10: if an id has another form or type, bad characters, or the form of our own ids, it is not used."""
-    assert refusal(json.dumps({"request_id": request_id, "status": "OK"}).encode()) == "request_id"
+    assert rejection(json.dumps({"request_id": request_id, "status": "OK"}).encode()) == "request_id"
 
 
 def test_bytes_that_are_no_utf8_in_an_id() -> None:
     """B8, B10: two ids that differ only in bytes that are not UTF-8 must not become one."""
-    assert refusal(b'{"request_id":"r\xff","status":"OK"}') == "request_id"
+    assert rejection(b'{"request_id":"r\xff","status":"OK"}') == "request_id"
 
 
 def test_no_request_id() -> None:
     """B10: without an id, a body is not an event."""
-    assert refusal(b'{"status":"OK","payload":{"request_id":"r"}}') == "request_id"
+    assert rejection(b'{"status":"OK","payload":{"request_id":"r"}}') == "request_id"
 
 
 @pytest.mark.parametrize(
@@ -233,12 +233,12 @@ def test_no_request_id() -> None:
 )
 def test_unknown_status(status: Any) -> None:
     """B11: if the status is neither OK nor ERROR, it is not guessed."""
-    assert refusal(json.dumps({"request_id": "r", "status": status}).encode()) == "status"
+    assert rejection(json.dumps({"request_id": "r", "status": status}).encode()) == "status"
 
 
 def test_no_status() -> None:
     """B11: without a status, a body is not an event."""
-    assert refusal(b'{"request_id":"r"}') == "status"
+    assert rejection(b'{"request_id":"r"}') == "status"
 
 
 # --- B7 to B9: bytes that are no usable JSON ---
@@ -315,7 +315,7 @@ UNRECOGNIZED: list[tuple[str, bytes]] = [
 @pytest.mark.parametrize(("reason", "raw"), UNRECOGNIZED, ids=lambda value: ascii(value[-40:]))
 def test_unrecognized(reason: str, raw: bytes) -> None:
     """B7, B8, B9, B10: if a body cannot be used, the error has a fixed word and no details."""
-    assert refusal(raw) == reason
+    assert rejection(raw) == reason
 
 
 def test_reasons_are_complete() -> None:
@@ -447,8 +447,8 @@ def attempt(raw: bytes) -> Generation | None:
     """Parse anything: return a generation, or None if the reason is a known one."""
     try:
         return parse(raw)
-    except UnrecognizedBody as refused:
-        reason = refused.reason
+    except UnrecognizedBody as caught:
+        reason = caught.reason
     assert reason in get_args(BodyReason)
     return None
 
