@@ -118,7 +118,7 @@ def _internal_routes(
 ) -> list[BaseRoute]:
     tokens = Tokens(settings.api_tokens)
     metrics = Metrics(
-        lambda: read_backlog(database, settings.all_destinations),
+        backlog=lambda: read_backlog(database, settings.all_destinations),
         dead=lambda: count_dead_letters(database, settings.all_destinations),
         paused=submitter.paused,
         refused=lambda: count_refused_jobs(database),

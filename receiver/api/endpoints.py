@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final, TypedDict, TypeVar
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import orjson
@@ -43,13 +43,6 @@ Query = dict[str, str]
 T = TypeVar("T")
 
 log = structlog.get_logger()
-
-
-class TimeRange(TypedDict):
-    """From `since` on, and before `until`."""
-
-    since: datetime | None
-    until: datetime | None
 
 
 def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
@@ -177,16 +170,9 @@ def read_limit(query: Query) -> int:
     return int(text)
 
 
-def read_range(query: Query) -> TimeRange:
-    """Read `since` and `until`. Raises RequestError."""
-    return {
-        "since": read_time("since", query.pop("since", None)),
-        "until": read_time("until", query.pop("until", None)),
-    }
-
-
-def read_time(name: str, text: Any) -> datetime | None:
-    """Return the time that `text` spells; without a zone it is UTC. Raises RequestError."""
+def read_time(parameters: dict[str, Any], name: str) -> datetime | None:
+    """Read a time; without a zone it is UTC. Raises RequestError."""
+    text = parameters.pop(name, None)
     if text is None:
         return None
     try:

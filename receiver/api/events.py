@@ -25,7 +25,6 @@ from receiver.api.endpoints import (
     read_limit,
     read_object,
     read_query,
-    read_range,
     read_time,
     reject_unknown,
 )
@@ -79,7 +78,8 @@ class EventEndpoints:
                 state=read_choice(query, "state", get_args(EventState)),
                 status=read_choice(query, "status", get_args(EventStatus)),
                 model=query.pop("model", None),
-                **read_range(query),
+                since=read_time(query, "since"),
+                until=read_time(query, "until"),
             )
         reject_unknown(query)
         return json_response(page_of(rows, limit, "seq"))
@@ -128,7 +128,8 @@ class EventEndpoints:
                 before=read_id_cursor(query.pop("cursor", None)),
                 state=read_choice(query, "state", get_args(DeliveryState)),
                 destination=query.pop("destination", None),
-                **read_range(query),
+                since=read_time(query, "since"),
+                until=read_time(query, "until"),
             )
         reject_unknown(query)
         return json_response(page_of(rows, limit, "id"))
@@ -194,8 +195,8 @@ def _read_dead_letters(body: dict[str, Any]) -> DeadLetters:
     return DeadLetters(
         ids=[_id(each) for each in ids],
         destination=destination,
-        since=read_time("since", body.pop("since", None)),
-        until=read_time("until", body.pop("until", None)),
+        since=read_time(body, "since"),
+        until=read_time(body, "until"),
     )
 
 

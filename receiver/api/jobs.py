@@ -20,7 +20,7 @@ from receiver.api.endpoints import (
     read_limit,
     read_object,
     read_query,
-    read_range,
+    read_time,
     reject_unknown,
     while_connected,
 )
@@ -100,7 +100,8 @@ class JobEndpoints:
             caller=owner,
             state=cast("JobState | None", read_choice(query, "state", get_args(JobState))),
             model=query.pop("model", None),
-            **read_range(query),
+            since=read_time(query, "since"),
+            until=read_time(query, "until"),
             metadata=metadata,
         )
         reject_unknown(query)
@@ -112,7 +113,8 @@ class JobEndpoints:
         rows = await self._submitter.costs(
             by=cast("CostGroup", by),
             caller=None if _sees_all(caller) else caller.name,
-            **read_range(query),
+            since=read_time(query, "since"),
+            until=read_time(query, "until"),
         )
         reject_unknown(query)
         return json_response({"data": rows})

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 import structlog
@@ -80,40 +81,30 @@ def _not_ready(problem: str) -> Response:
     return Response(body, 503, {"retry-after": "5"}, "application/json")
 
 
+@dataclass(kw_only=True)
 class Metrics:
     """The Prometheus endpoint; it reads the backlog from the database at each scrape."""
 
-    def __init__(
-        self,
-        backlog: Callable[[], Awaitable[dict[str, Backlog]]],
-        *,
-        dead: Callable[[], Awaitable[dict[str, int]]],
-        paused: Callable[[], Awaitable[bool]],
-        refused: Callable[[], Awaitable[int]],
-        unrecognized: Callable[[], Awaitable[dict[bool, int]]],
-        tokens: Tokens,
-        multiprocess: bool,
-    ) -> None:
-        self._backlog = backlog
-        self._dead = dead
-        self._paused = paused
-        self._refused = refused
-        self._unrecognized = unrecognized
-        self._tokens = tokens
-        self._multiprocess = multiprocess
-        self._lanes: set[str] = set()
-        self._destinations: set[str] = set()
+    backlog: Callable[[], Awaitable[dict[str, Backlog]]]
+    dead: Callable[[], Awaitable[dict[str, int]]]
+    paused: Callable[[], Awaitable[bool]]
+    refused: Callable[[], Awaitable[int]]
+    unrecognized: Callable[[], Awaitable[dict[bool, int]]]
+    tokens: Tokens
+    multiprocess: bool
+    _lanes: set[str] = field(default_factory=set, init=False)
+    _destinations: set[str] = field(default_factory=set, init=False)
 
     async def __call__(self, request: Request) -> Response:
         """Answer in Prometheus' text format; needs the scope `read` if any token is configured."""
-        if self._tokens:
+        if self.tokens:
             try:
-                self._tokens.require(request.headers, "read")
+                self.tokens.require(request.headers, "read")
             except RequestError as error:
                 return error_response(error)
         await self._update_gauges()
         registry = REGISTRY
-        if self._multiprocess:
+        if self.multiprocess:
             registry = CollectorRegistry()
             MultiProcessCollector(registry)
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
@@ -121,8 +112,8 @@ class Metrics:
     async def _update_gauges(self) -> None:
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                backlog, dead, paused = await self._backlog(), await self._dead(), await self._paused()
-                unrecognized, refused = await self._unrecognized(), await self._refused()
+                backlog, dead, paused = await self.backlog(), await self.dead(), await self.paused()
+                unrecognized, refused = await self.unrecognized(), await self.refused()
         except (ReceiverError, TimeoutError) as error:
             # The counters are still answered: they matter most while the database is unavailable.
             log.warning("backlog unknown", error=str(error))

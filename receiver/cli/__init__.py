@@ -46,21 +46,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    demo,
-    serve,
-    worker,
-    submit,
-    models,
-    estimate,
-    account,
-    replay,
-    prune,
-    route,
-    sandbox,
-    migrate,
-    check,
-    healthcheck,
-    send,
+    *(demo, serve, worker, submit, models, estimate, account, replay, prune, route, sandbox),
+    *(migrate, check, healthcheck, send),
 ):
     app.command()(command)
 app.add_typer(jobs, name="jobs", cls=_Group)

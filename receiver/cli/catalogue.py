@@ -9,7 +9,7 @@ import typer
 from receiver.cli.options import Json
 from receiver.cli.submit import reason_text
 from receiver.cli.submitting import Input, Strict, read_input, with_submitter
-from receiver.cli.terminal import Columns, amount, count, print_json, print_line, print_result, print_rows
+from receiver.cli.terminal import amount, count, print_json, print_line, print_result, print_rows
 from receiver.clipia.client import Estimate
 from receiver.submitter import Submitter
 
@@ -92,13 +92,11 @@ def account(json: Json = False) -> None:
 
 
 def _print_models(found: list[dict[str, Any]]) -> None:
-    columns: Columns[dict[str, Any]] = {
-        "model": lambda model: _named(model)[0],
-        "type": lambda model: _named(model)[1],
-        "credits": _price,
-        "name": lambda model: model.get("name"),
-    }
-    print_rows(found, columns, none="No models.")
+    rows = []
+    for model in found:
+        slug, type_ = _named(model)
+        rows.append({"model": slug, "type": type_, "credits": _price(model), "name": model.get("name")})
+    print_rows(rows, "model", "type", "credits", "name", none="No models.")
 
 
 def _named(model: Mapping[str, Any]) -> tuple[Any, Any]:

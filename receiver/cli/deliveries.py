@@ -6,18 +6,16 @@ from collections.abc import Awaitable, Callable, Collection
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
 from typing import Annotated, Final
 from uuid import UUID
 
 import typer
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.cli.database import query_database, with_database
 from receiver.cli.options import DryRun, Json, Limit, since_option, until_option
-from receiver.cli.terminal import Columns, count, operator, print_json, print_note, print_rows, stdout
+from receiver.cli.terminal import count, operator, print_json, print_note, print_result, print_rows, stdout
 from receiver.cli.waiting import process_name
 from receiver.core.lane_names import destination_lane
 from receiver.db import outbox, reads, unserved, workers
@@ -26,14 +24,13 @@ from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.rows import DeliveryState
 from receiver.db.unserved import Taken
-from receiver.db.views import ListedDelivery
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
 BATCH_ROWS: Final = 1000
 """Deliveries that one transaction changes at most."""
 MAX_COLLISIONS: Final = 5
-MAX_REASON_LENGTH: Final = 100
+MAX_ERROR_LENGTH: Final = 100
 
 deliveries = typer.Typer(
     help="List deliveries, retry dead letters, and move or discard those of a removed destination.",
@@ -54,17 +51,14 @@ def list_(
     since: Annotated[datetime | None, since_option("deliveries made")] = None,
     until: Annotated[datetime | None, until_option("deliveries made")] = None,
     limit: Limit = 50,
-    before: Annotated[
-        str | None, typer.Option(help="Print the next page: the id of the last row of this one.")
-    ] = None,
+    before: Annotated[str | None, typer.Option(help="The next page: the id of the last row.")] = None,
     json: Json = False,
 ) -> None:
     """List deliveries, newest first, each with the reason of its last failure."""
     cursor = None if before is None else _id(before)
-
-    async def query(connection: AsyncConnection) -> list[ListedDelivery]:
-        return await reads.list_deliveries(
-            connection,
+    found = query_database(
+        partial(
+            reads.list_deliveries,
             limit=limit,
             before=cursor,
             state=state,
@@ -72,18 +66,11 @@ def list_(
             since=since,
             until=until,
         )
-
-    found = query_database(query)
-    columns: Columns[ListedDelivery] = {
-        "id": itemgetter("id"),
-        "destination": itemgetter("destination"),
-        "state": itemgetter("state"),
-        "attempts": itemgetter("attempts"),
-        "request": itemgetter("request_id"),
-        "made": itemgetter("created_at"),
-        "reason": lambda row: (row["error"] or "")[:MAX_REASON_LENGTH],
-    }
-    print_rows(found, columns, none="No deliveries.", json=json, wrapped="reason")
+    )
+    rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in found]
+    columns = ("id", "destination", "state", "attempts", "request_id", "created_at", "error")
+    table = partial(print_rows, rows, *columns, none="No deliveries.", wrapped="error")
+    print_result(found, table, json=json)
 
 
 @deliveries.command()

@@ -5,20 +5,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
 from typing import Annotated, Any, Final
 
 import typer
 from rich.table import Table
 from rich.text import Text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver import recovery, retention
 from receiver.api.events import readable
 from receiver.cli.database import find_event, no_event, opened_storage, query_database, with_database
 from receiver.cli.options import EventKey, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
-    Columns,
     count,
     moment,
     print_json,
@@ -34,7 +31,7 @@ from receiver.cli.transfer import export, import_
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
-from receiver.db.views import DeliveryWithLog, EventDetails, EventSummary, FileWithLog
+from receiver.db.views import DeliveryWithLog, EventDetails, FileWithLog
 from receiver.recovery import Recovered
 from receiver.retention import Erased
 from receiver.settings import Settings
@@ -53,16 +50,13 @@ def list_(
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,
-    before: Annotated[
-        int | None, typer.Option(help="Print the next page: the `seq` of the last row of this one.")
-    ] = None,
+    before: Annotated[int | None, typer.Option(help="The next page: the `seq` of the last row.")] = None,
     json: Json = False,
 ) -> None:
     """List events, newest first."""
-
-    async def query(connection: AsyncConnection) -> list[EventSummary]:
-        return await reads.list_events(
-            connection,
+    found = query_database(
+        partial(
+            reads.list_events,
             limit=limit,
             before=before,
             source=source,
@@ -72,19 +66,9 @@ def list_(
             since=since,
             until=until,
         )
-
-    found = query_database(query)
-    columns: Columns[EventSummary] = {
-        "seq": itemgetter("seq"),
-        "request": itemgetter("request_id"),
-        "status": itemgetter("status"),
-        "model": itemgetter("model"),
-        "state": itemgetter("state"),
-        "received": itemgetter("received_at"),
-        "media": lambda row: _counts(row["media"]),
-        "deliveries": lambda row: _counts(row["deliveries"]),
-    }
-    print_rows(found, columns, none="No events.", json=json)
+    )
+    columns = ("seq", "request_id", "status", "model", "state", "received_at", "media", "deliveries")
+    print_result(found, partial(print_rows, found, *columns, none="No events."), json=json)
 
 
 @events.command()
@@ -205,7 +189,3 @@ def _print_work(work: FileWithLog | DeliveryWithLog, label: str, lines: Iterable
     if work["state"] == "pending":
         due = moment(work["next_attempt_at"]) if work["next_attempt_at"] else "when its media is stored"
         print_line(f"{_INDENT}next attempt: {due}")
-
-
-def _counts(states: dict[str, int]) -> str:
-    return ", ".join(f"{number} {state}" for state, number in sorted(states.items()))

@@ -1,9 +1,8 @@
 """`receiver jobs`: submitted jobs, their results and their cost."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from operator import attrgetter
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -16,7 +15,6 @@ from receiver.cli.options import Json, Limit, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.submitting import read_pair, with_submitter
 from receiver.cli.terminal import (
-    Columns,
     count,
     moment,
     operator,
@@ -34,7 +32,7 @@ from receiver.db import freezes
 from receiver.db.rows import CostGroup, JobState
 from receiver.errors import ReceiverError
 from receiver.lanes.attempts import error_json
-from receiver.submitter import Job, JobEvent, JobPage, Submitter
+from receiver.submitter import Job, JobEvent, Submitter
 
 jobs = typer.Typer(
     help="Show jobs and their cost, resubmit or cancel them, and freeze submissions.", no_args_is_help=True
@@ -50,6 +48,7 @@ _FACTS = (
     *("id", "state", "model", "caller", "idempotency_key", "request_id", "progress", "cost", "charged"),
     *("created_at", "submitted_at", "finished_at", "next_attempt_at"),
 )
+_COLUMNS = ("id", "state", "model", "caller", "key", "created_at", "credits")
 
 
 @jobs.command("list")
@@ -63,16 +62,14 @@ def list_(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Only jobs with this metadata. Repeatable.")
     ] = None,
     limit: Limit = 50,
-    cursor: Annotated[
-        str | None, typer.Option(help="Print the next page: the `next` value of this one.")
-    ] = None,
+    cursor: Annotated[str | None, typer.Option(help="The next page: `next` of the page before.")] = None,
     json: Json = False,
 ) -> None:
     """List jobs, newest first."""
     wanted = dict(read_pair(text) for text in metadata or ())
 
-    async def run(submitter: Submitter) -> JobPage:
-        return await submitter.list_jobs(
+    page = with_submitter(
+        lambda submitter: submitter.list_jobs(
             limit=limit,
             cursor=cursor,
             caller=caller,
@@ -82,23 +79,18 @@ def list_(
             until=until,
             metadata=wanted,
         )
-
-    page = with_submitter(run)
+    )
     if json:
         print_json({"data": [job.as_dict() for job in page.jobs], "next": page.next})
         return
-    columns: Columns[Job] = {
-        "id": attrgetter("id"),
-        "state": attrgetter("state"),
-        "model": attrgetter("model"),
-        "caller": attrgetter("caller"),
-        "key": lambda job: None if job.idempotency_key == str(job.id) else job.idempotency_key,
-        "created": attrgetter("created_at"),
-        "credits": lambda job: job.cost if job.charged is None else job.charged,
-    }
-    print_rows(page.jobs, columns, none="No jobs.")
+    print_rows([_row(job) for job in page.jobs], *_COLUMNS, none="No jobs.")
     if page.next is not None:
         print_note(f"For more, add --cursor {page.next}")
+
+
+def _row(job: Job) -> dict[str, Any]:
+    key = None if job.idempotency_key == str(job.id) else job.idempotency_key
+    return vars(job) | {"key": key, "credits": job.cost if job.charged is None else job.charged}
 
 
 @jobs.command()
@@ -111,17 +103,7 @@ def show(key: _Key, json: Json = False) -> None:
 @jobs.command()
 def resubmit(key: _Key, yes: _Yes = False, json: Json = False) -> None:
     """Submit an unsure, failed or canceled job again: you may pay for it twice."""
-
-    async def run(submitter: Submitter) -> Job:
-        job = await _find(submitter, key)
-        if not yes:
-            typer.confirm(
-                f"Job {job.id} ({job.model}) is {job.state}. Submit it again, and pay for it again?",
-                abort=True,
-            )
-        return await submitter.resubmit(job.id, by=operator())
-
-    job = with_submitter(run)
+    job = _change(key, Submitter.resubmit, "" if yes else "Submit it again, and pay for it again?")
     print_result(job.as_dict(), f"Job {job.id} will be submitted again by a running receiver.", json=json)
 
 
@@ -131,15 +113,20 @@ def cancel(key: _Key, yes: _Yes = False, json: Json = False) -> None:
 
     An unsure job may have been generated and charged: check it in Clipia's console before you cancel it.
     """
+    job = _change(key, Submitter.cancel, "" if yes else "Cancel it?")
+    print_result(job.as_dict(), f"Job {job.id} is {job.state}.", json=json)
+
+
+def _change(key: str, change: Callable[..., Awaitable[Job]], question: str) -> Job:
+    """Change a job, after the user has confirmed the question if there is one."""
 
     async def run(submitter: Submitter) -> Job:
         job = await _find(submitter, key)
-        if not yes:
-            typer.confirm(f"Job {job.id} ({job.model}) is {job.state}. Cancel it?", abort=True)
-        return await submitter.cancel(job.id, by=operator())
+        if question:
+            typer.confirm(f"Job {job.id} ({job.model}) is {job.state}. {question}", abort=True)
+        return await change(submitter, job.id, by=operator())
 
-    job = with_submitter(run)
-    print_result(job.as_dict(), f"Job {job.id} is {job.state}.", json=json)
+    return with_submitter(run)
 
 
 @jobs.command()
@@ -172,7 +159,7 @@ def thaw() -> None:
         raise ReceiverError("submissions are not frozen")
     stdout.print("Jobs are accepted and submitted again.")
     for job_id in unsure:
-        stdout.print(f"Job {job_id} is unsure: it may have been sent since the backup, too long ago to ask.")
+        print_line(f"Job {job_id} is unsure: it may have been sent since the backup, and its key expired.")
 
 
 @jobs.command()

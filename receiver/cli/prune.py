@@ -31,11 +31,7 @@ def _age(text: str) -> timedelta:
 def prune(
     older_than: Annotated[
         timedelta,
-        typer.Option(
-            parser=_age,
-            metavar="AGE",
-            help="Only events received longer ago than this: 90d or 12w; at least 30d.",
-        ),
+        typer.Option(parser=_age, metavar="AGE", help="The events' age: 90d or 12w, and at least 30d."),
     ],
     dead_letters: Annotated[
         bool, typer.Option("--dead-letters", help="Delete events with dead letters, too.")

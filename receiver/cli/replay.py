@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import Mapping
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
 from typing import Annotated, Final
 from uuid import UUID
 
@@ -15,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from receiver.cli.database import with_database
 from receiver.cli.options import Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
-    Columns,
     count,
     moment,
     operator,
@@ -45,22 +43,12 @@ MAX_REASON_LENGTH: Final = 60
 
 replays = typer.Typer(help="Show, watch and cancel replays.", no_args_is_help=True)
 
-_Ids = Annotated[
-    list[str] | None, typer.Argument(metavar="EVENT", help="Ids of events, or Clipia's request_ids.")
-]
-_DeliveryState = Annotated[
-    str | None, typer.Option(help="Only events with a pending, delivered or dead delivery.")
-]
-_To = Annotated[
-    list[str] | None, typer.Option(help="Send to this destination only. Repeatable. Default: to all.")
-]
-_Media = Annotated[
-    bool, typer.Option("--media", help="First download files again that are missing, changed or not media.")
-]
-_Force = Annotated[bool, typer.Option("--force", help="With --media: download intact files again, too.")]
-_Key = Annotated[
-    str | None, typer.Option(help="Idempotency key: a repeat with the same key is the same replay.")
-]
+_Ids = Annotated[list[str] | None, typer.Argument(metavar="EVENT", help="Ids or request_ids of events.")]
+_DeliveryState = Annotated[str | None, typer.Option(help="Only with a pending, delivered or dead delivery.")]
+_To = Annotated[list[str] | None, typer.Option(help="Only to this destination. Repeatable. Default: to all.")]
+_Media = Annotated[bool, typer.Option("--media", help="First replace missing, changed and non-media files.")]
+_Force = Annotated[bool, typer.Option("--force", help="With --media: replace intact files, too.")]
+_Key = Annotated[str | None, typer.Option(help="Idempotency key: the same key is the same replay.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the replay ends.")]
 _ReplayId = Annotated[UUID, typer.Argument(metavar="REPLAY", help="The replay's id.")]
 
@@ -164,16 +152,17 @@ def list_(limit: Limit = 50, json: Json = False) -> None:
         return await make_replays(settings, database).list_orders(limit=limit)
 
     found = with_database(run)
-    columns: Columns[ReplayHead] = {
-        "id": itemgetter("id"),
-        "state": itemgetter("state"),
-        "caller": itemgetter("caller"),
-        "made": itemgetter("created_at"),
-        "events": lambda row: f"{row['handled']} of {row['matched']}",
-        "deliveries": itemgetter("ordered"),
-        "reason": lambda row: row["reason"][:MAX_REASON_LENGTH],
-    }
-    print_rows(found, columns, none="No replays.", json=json)
+    rows = [
+        {
+            **row,
+            "events": f"{row['handled']} of {row['matched']}",
+            "deliveries": row["ordered"],
+            "reason": row["reason"][:MAX_REASON_LENGTH],
+        }
+        for row in found
+    ]
+    columns = ("id", "state", "caller", "created_at", "events", "deliveries", "reason")
+    print_result(found, partial(print_rows, rows, *columns, none="No replays."), json=json)
 
 
 @replays.command()

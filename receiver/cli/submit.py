@@ -26,17 +26,12 @@ WEBHOOK_SECONDS: Final = 60.0
 def submit(
     model: Annotated[str, typer.Argument(help="The model's slug; see `receiver models`.")],
     given: Input,
-    key: Annotated[
-        str | None,
-        typer.Option(help="Idempotency key: a repeat with the same key is the same job. Default: a new key."),
-    ] = None,
+    key: Annotated[str | None, typer.Option(help="Idempotency key: the same key is the same job.")] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Returned with the job and with its message. Repeatable."),
     ] = None,
-    max_cost: Annotated[
-        float | None, typer.Option(help="Do not submit the job if it costs more credits.", min=0)
-    ] = None,
+    max_cost: Annotated[float | None, typer.Option(help="Most credits that the job may cost.", min=0)] = None,
     strict: Strict = None,
     caller: Annotated[
         str, typer.Option(help="The job's caller; each caller has keys of its own. The API uses token names.")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
 from rich.console import Console
@@ -15,10 +15,6 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.errors import ReceiverError
-
-T = TypeVar("T")
-Columns = Mapping[str, Callable[[T], object]]
-"""Each column's name, with the function that returns a row's value."""
 
 stdout: Final = Console(highlight=False)
 # For tables: Rich would cut ids off at the width of the terminal, which wraps a long line on its own.
@@ -64,28 +60,22 @@ def print_result(value: Any, text: str | Callable[[], None], *, json: bool) -> N
         text()
 
 
-def print_rows(
-    rows: Sequence[T], columns: Columns[T], *, none: str, wrapped: str = "", json: bool = False
-) -> None:
-    """Print rows as JSON or as a table; if there are none, the line `none`.
-
-    The cells of the column `wrapped` may wrap.
-    """
-    if json:
-        print_json(rows)
-        return
+def print_rows(rows: Sequence[Mapping[str, object]], *columns: str, none: str, wrapped: str = "") -> None:
+    """Print a table, or the line `none` if there are no rows; the cells of the column `wrapped` may wrap."""
     table = Table(box=None)
     for name in columns:
         table.add_column(name, no_wrap=name != wrapped)
     for row in rows:
-        table.add_row(*(_cell(value_of(row)) for value_of in columns.values()))
+        table.add_row(*(_cell(row[name]) for name in columns))
     wide.print(table if rows else none)
 
 
 def _cell(value: object) -> Text:
     if isinstance(value, datetime):
         return Text(moment(value))
-    return Text("-" if value is None or value == "" else str(value))
+    if isinstance(value, dict):
+        value = ", ".join(f"{number} {state}" for state, number in sorted(value.items()))
+    return Text("-" if value in (None, "") else str(value))
 
 
 def amount(number: object, noun: str) -> str:

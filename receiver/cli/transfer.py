@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from itertools import islice
-from pathlib import Path
 from typing import Annotated, BinaryIO, Final
 
 import orjson
@@ -40,7 +39,7 @@ def export(
     async def run(_settings: Settings, database: Database) -> dict[str, int]:
         async with database.read() as connection:
             counts = await transfer.count(connection, since=since, until=until)
-        with _open_output(file) as output, progress_bar() as progress:
+        with _opened(file, new=True) as output, progress_bar() as progress:
             task = progress.add_task("lines", total=sum(counts.values()))
             output.write(orjson.dumps({"type": "ledger", "version": transfer.VERSION}) + b"\n")
             written = 0
@@ -81,7 +80,7 @@ def import_(
 
     async def run(_settings: Settings, database: Database) -> Counter[str]:
         done: Counter[str] = Counter()
-        with _open_input(file) as source, progress_bar() as progress:
+        with _opened(file) as source, progress_bar() as progress:
             task = progress.add_task("lines", total=None)
             for number, lines in _batches(source):
                 try:
@@ -132,24 +131,12 @@ def _line(text: bytes) -> transfer.Line:
 
 
 @contextmanager
-def _open_output(name: str) -> Iterator[BinaryIO]:
+def _opened(name: str, *, new: bool = False) -> Iterator[BinaryIO]:
     if name == "-":
-        yield sys.stdout.buffer
+        yield sys.stdout.buffer if new else sys.stdin.buffer
         return
     try:
-        with open(name, "xb", opener=open_private) as output:
-            yield output
+        with open(name, "xb" if new else "rb", opener=open_private if new else None) as file:
+            yield file
     except OSError as error:
-        raise ReceiverError(f"{name} cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def _open_input(name: str) -> Iterator[BinaryIO]:
-    if name == "-":
-        yield sys.stdin.buffer
-        return
-    try:
-        with Path(name).open("rb") as source:
-            yield source
-    except OSError as error:
-        raise ReceiverError(f"{name} cannot be read: {error.strerror}") from None
+        raise ReceiverError(f"{name} cannot be {'written' if new else 'read'}: {error.strerror}") from None

@@ -21,7 +21,7 @@ GRACE_SECONDS: Final = 10.0
 Timeout = Annotated[
     float | None,
     typer.Option(
-        metavar="SECONDS", min=0.0, help=f"Stop waiting after this time, with exit status {TIMEOUT_STATUS}."
+        metavar="SECONDS", min=0.0, help=f"Stop waiting after this time; exit status {TIMEOUT_STATUS}."
     ),
 ]
 

@@ -22,20 +22,15 @@ def worker() -> None:
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     Parts.make(settings)
-    uvloop.run(_run_beating(settings))
-
-
-async def _run_beating(settings: Settings) -> None:
-    async with beating("worker"):
-        await _run(settings)
+    uvloop.run(_run(settings))
 
 
 async def _run(settings: Settings) -> None:
-    await prepare(settings)
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    async with opened_database(settings) as database:
+    async with beating("worker"), opened_database(settings) as database:
+        await prepare(settings)
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
         wakeups = Wakeups()
         submitter = Submitter.configured(settings, database, wake=wakeups.wake)
         try:
