@@ -1,7 +1,7 @@
 """`receiver replay` and `receiver replays`: send stored events again."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Final
@@ -32,6 +32,7 @@ from receiver.core.request_checks import MAX_CALLER_LENGTH, first_problem
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
+from receiver.db.workers import SeenWorker
 from receiver.errors import ReceiverError
 from receiver.process import make_replays
 from receiver.replays import ReplayRequest, Replays
@@ -265,16 +266,19 @@ def _expected(order: ReplayDetails) -> int | None:
 
 
 async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
-    """Return what has to be started or changed so that the replay goes on; None if it goes on."""
     async with database.read() as connection:
-        seen = await workers.find_runs(connection)
+        return _missing_worker(order, await workers.find_runs(connection))
+
+
+def _missing_worker(order: ReplayDetails, seen: Sequence[SeenWorker]) -> str | None:
+    """Return what has to be started or changed so that the replay goes on; None if it goes on."""
     if order["state"] == "pending":
         # A worker's step needs all destinations of the order.
         return find_missing(seen, [REPLAY_LANE, *map(destination_lane, order["destinations"])])
     waiting = sorted(name for name, states in order["deliveries"].items() if states.get("pending"))
     missing = [find_missing(seen, [destination_lane(name)]) for name in waiting]
     # As long as a worker serves one of them, the replay makes progress.
-    return missing[0] if all(missing) else None
+    return missing[0] if missing and all(missing) else None
 
 
 def _count(order: ReplayDetails, *states: str) -> int:
