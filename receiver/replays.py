@@ -97,8 +97,7 @@ class Replays:
                 known = await replays.find(connection, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
                     raise RequestError(
-                        "this Idempotency-Key was used for another replay",
-                        code="idempotency_key_reuse",
+                        "this Idempotency-Key was used for another replay", code="idempotency_key_reuse"
                     )
                 order_id = known.id
             found = await replays.show(connection, order_id)
@@ -170,8 +169,7 @@ class Replays:
         if unknown := [name for name in request.to if name not in self._filters]:
             known = ", ".join(self._filters) or "none"
             raise RequestError(
-                f"there is no destination {unknown[0]!r}; configured: {known}",
-                code="invalid_request",
+                f"there is no destination {unknown[0]!r}; configured: {known}", code="invalid_request"
             )
         if not self._filters:
             raise RequestError("no destination is configured", code="invalid_request")

@@ -61,15 +61,7 @@ class TableLane(Lane):
     may_have_more = True
     lease_seconds = LEASE_SECONDS
 
-    def __init__(
-        self,
-        database: Database,
-        table: Table,
-        *,
-        name: str,
-        concurrency: int,
-        wake: Wake,
-    ) -> None:
+    def __init__(self, database: Database, table: Table, *, name: str, concurrency: int, wake: Wake) -> None:
         self.name = name
         self.concurrency = concurrency
         self._database = database

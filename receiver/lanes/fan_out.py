@@ -222,11 +222,7 @@ class FanOut:
         seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
         finished = [
             await job_events.finish_job(
-                connection,
-                event.source,
-                generation,
-                job_id=event.job_id,
-                path_token=event.path_token,
+                connection, event.source, generation, job_id=event.job_id, path_token=event.path_token
             )
             for event, generation in recognized
             if event.seq in seqs

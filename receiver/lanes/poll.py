@@ -38,13 +38,7 @@ class PollLane(TableLane):
     """Asks Clipia for the state of open jobs, within the polls' share of the account's rate limit."""
 
     def __init__(
-        self,
-        database: Database,
-        client: ClipiaClient,
-        *,
-        store: Store,
-        wake: Wake,
-        poll_after: float,
+        self, database: Database, client: ClipiaClient, *, store: Store, wake: Wake, poll_after: float
     ) -> None:
         """`poll_after` is the number of seconds that a webhook may take."""
         super().__init__(database, tables.jobs, name=POLL_LANE, concurrency=CONCURRENCY, wake=wake)
@@ -127,12 +121,7 @@ class PollLane(TableLane):
         if request.open_for < after:
             return False
         finish = partial(
-            leases.finish,
-            table=tables.jobs,
-            held=claim,
-            state="unsure",
-            error=error,
-            updated_at=db_time(0.0),
+            leases.finish, table=tables.jobs, held=claim, state="unsure", error=error, updated_at=db_time(0.0)
         )
         if await self._record(claim, finish):
             POLLS.labels("given_up").inc()

@@ -23,11 +23,7 @@ STOP_SECONDS: Final = 2.0
 async def present(database: Database, lanes: Sequence[str], *, account: str | None) -> AsyncIterator[None]:
     """Record inside the block that this process works on `lanes`."""
     run = workers.WorkerRun(
-        id=uuid.uuid4(),
-        host=socket.gethostname()[:255],
-        pid=os.getpid(),
-        lanes=list(lanes),
-        account=account,
+        id=uuid.uuid4(), host=socket.gethostname()[:255], pid=os.getpid(), lanes=list(lanes), account=account
     )
     stopping = asyncio.Event()
     task = asyncio.create_task(_renew(database, run, stopping), name="presence")

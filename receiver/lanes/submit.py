@@ -16,13 +16,7 @@ from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWER
 from receiver.db import accounts, freezes, jobs, refused_jobs, tables
 from receiver.db.database import Database
 from receiver.db.rows import Claim, JobState, Submission
-from receiver.errors import (
-    AccountRefused,
-    ClipiaUnavailable,
-    RefusedByClipia,
-    RefusedForNow,
-    RequestError,
-)
+from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow, RequestError
 from receiver.lanes.attempts import jitter, start_attempt, stored_json, stored_text
 from receiver.lanes.base import TableLane, Work
 from receiver.lanes.quota_changes import QuotaChange, after_refused, unchanged

@@ -70,12 +70,7 @@ class Worker:
     """Runs the fan-out and the lanes until it is stopped."""
 
     def __init__(
-        self,
-        fan_out: FanOut,
-        lanes: Sequence[Lane],
-        wakeups: Wakeups,
-        *,
-        timing: Timing = DEFAULT_TIMING,
+        self, fan_out: FanOut, lanes: Sequence[Lane], wakeups: Wakeups, *, timing: Timing = DEFAULT_TIMING
     ) -> None:
         self._fan_out = fan_out
         self._lanes = [_LaneRunner(lane, wakeups, timing) for lane in lanes]
