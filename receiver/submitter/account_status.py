@@ -13,7 +13,7 @@ from receiver.price import Credits, read_credits, total
 from receiver.submitter.job import read_error
 
 
-class Totals(TypedDict):
+class JobTotals(TypedDict):
     """Sums over our own jobs, in credits."""
 
     jobs: int
@@ -22,7 +22,7 @@ class Totals(TypedDict):
     refunded: Credits
 
 
-class Limits(TypedDict):
+class AccountLimits(TypedDict):
     """The quota of an account and the jobs that it stops."""
 
     requests_per_minute: int
@@ -37,9 +37,9 @@ class Account(TypedDict):
     account_id: NotRequired[Any]
     balance: NotRequired[Any]
     usage_30d: NotRequired[Any]
-    ledger_30d: Totals
+    ledger_30d: JobTotals
     difference_30d: Credits | None
-    limits: Limits
+    limits: AccountLimits
 
 
 @dataclass(frozen=True, kw_only=True)
