@@ -204,9 +204,9 @@ def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> No
     _, told = command("submit", IMAGE, "-i", SEED)
     assert "it costs 12 credits" in told
     assert 'Warning: Parameter "seed"' in told
-    assert "refused for now:     1 jobs" in command("account")[0]
+    assert "refused for now:     1 job;" in command("account")[0]
     assert "refused by Clipia for now (402, 403): 1;" in command("check")[0]
-    assert "waiting for" not in command("check")[0]
+    assert "open jobs that need" not in command("check")[0]
     assert command("jobs", "cancel", job["id"], "--yes")[0] == f"Job {job['id']} is canceled.\n"
     assert "refused for now" not in command("account")[0]
     clipia.switch(refuse_submits="invalid_api_key")
@@ -216,7 +216,7 @@ def test_a_job_that_clipia_refuses_for_now(clipia: Clipia, tmp_path: Path) -> No
     # Jobs that need a key of the other kind, or any key.
     for key, wanted in (("clipia_test_other", "a key of the other kind"), ("", "CLIPIA_KEY")):
         settings["CLIPIA_KEY"] = key
-        assert f"open and waiting for {wanted}" in command("check")[0]
+        assert f"open jobs that need {wanted}" in command("check")[0]
 
 
 def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path) -> None:
