@@ -286,8 +286,8 @@ class Submitter:
         """End a job for an operator. Clipia has no way to cancel a generation.
 
         If the job was never sent, or is already `unsure`, it becomes `canceled`. If Clipia may have it, it
-        becomes `unsure`, and an event can still finish it. Raises RequestError if the job has ended or is
-        being sent.
+        becomes `unsure`, and an event can still finish it. Raises RequestError if the job has ended or a
+        call to Clipia is in progress.
         """
         text = error_json("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
@@ -295,7 +295,8 @@ class Submitter:
         job = await self._get_existing(job_id)
         if state is None:
             raise RequestError(
-                f"the job is {job.state}; a job that has ended, or is being sent, cannot be canceled",
+                f"the job is {job.state}; a job cannot be canceled if it has ended or a call to Clipia is "
+                "in progress",
                 code="not_cancelable",
             )
         log.warning("job canceled by an operator", job_id=str(job_id), by=by, state=state)
