@@ -206,7 +206,7 @@ _LONGEST_SPEECH: Final = 20_000
 MODELS: Final[Mapping[str, Model]] = {
     model.slug: model
     for model in (
-        # The list entries of this model and the next, and the next one's schema, are copied from the docs.
+        # The list entries of this model and the next, and the next one's schema, are as documented.
         Model(
             slug="nano-banana-2",
             name="Nano Banana 2",

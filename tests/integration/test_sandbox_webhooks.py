@@ -444,7 +444,7 @@ async def test_death_of_a_webhook_is_loud(
         await asyncio.sleep(0.05)
         monkeypatch.undo()
     (entry,) = [entry for entry in logs if entry["log_level"] == "error"]
-    assert (entry["event"], entry["task"]) == ("webhook task died", f"webhook of {request_id}")
+    assert (entry["event"], entry["task"]) == ("webhook task failed", f"webhook of {request_id}")
     assert str(entry["exc_info"]) == "planted"
     await submit(sandbox, receiver.url, TEST)
     await receiver.count(1)
