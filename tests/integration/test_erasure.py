@@ -245,10 +245,12 @@ async def add_private(world: World, ingest: Ingest) -> str:
     said = {"error": '{"code":"x","message":"a private wish"}', "warnings": [{"message": "a private key"}]}
     request = b'{"input":{"prompt":"a private wish"}}'
     await world.change(jobs, jobs.c.id == job_id, request=request, **said)
-    tries = [Attempt(number=1, started_at=datetime.now(UTC), duration_ms=1, outcome="retry", error="private")]
-    tries += [replace(tries[0], outcome="resubmitted", error="by me")]
+    records = [
+        Attempt(number=1, started_at=datetime.now(UTC), duration_ms=1, outcome="retry", error="private")
+    ]
+    records += [replace(records[0], outcome="resubmitted", error="by me")]
     async with world.database.write() as connection:
-        await leases.record_attempts(connection, [(job_id, each) for each in tries])
+        await leases.record_attempts(connection, [(job_id, each) for each in records])
     assert await deliver(ingest, PRIVATE) == "accepted"
     assert await deliver(ingest, OTHER) == "conflict"
     await world.fan_out()

@@ -71,21 +71,21 @@ def test_tokens_are_not_kept() -> None:
 def test_a_scope_has_to_be_there() -> None:
     """G1: 401 without a caller, 403 without the scope; a scope contains no other scope."""
     assert TOKENS.require(headers(f"Bearer {FIRST}"), "read").name == "first"
-    with pytest.raises(RequestError) as nobody:
+    with pytest.raises(RequestError) as without_token:
         TOKENS.require(headers("Bearer x"), "read")
-    assert (status_of(nobody.value), nobody.value.type, nobody.value.code) == (
+    assert (status_of(without_token.value), without_token.value.type, without_token.value.code) == (
         401,
         "authentication_error",
         "invalid_token",
     )
-    with pytest.raises(RequestError) as somebody:
+    with pytest.raises(RequestError) as without_scope:
         TOKENS.require(headers(f"Bearer {LAST}"), "read")
-    assert (status_of(somebody.value), somebody.value.type, somebody.value.code) == (
+    assert (status_of(without_scope.value), without_scope.value.type, without_scope.value.code) == (
         403,
         "permission_error",
         "insufficient_scope",
     )
-    assert "last" not in str(somebody.value)
+    assert "last" not in str(without_scope.value)
 
 
 def test_without_tokens_every_request_is_rejected() -> None:
