@@ -288,7 +288,7 @@ class Meter:
         finally:
             task.cancel()
 
-    async def settled(self, *, below: float, seconds: float) -> float:
+    async def wait_until(self, *, below: float, seconds: float) -> float:
         """Wait at most `seconds` until less than a size is added; return the added memory."""
         until = time.monotonic() + seconds
         while self.now >= below and time.monotonic() < until:  # noqa: ASYNC110 - another process
