@@ -122,7 +122,7 @@ def _decode_leniently(raw: bytes) -> Document:
 
 
 def _may_be_unstorable(text: str) -> bool:
-    """Tell whether a string in a JSON text may have to be replaced; a text without any skips the copy."""
+    """Tell whether a JSON text may have characters that must be replaced."""
     # Three searches: finding a single character takes a tenth of the time of a pattern.
     return "\0" in text or _SURROGATE in text or ("\\u" in text and _ESCAPED.search(text) is not None)
 
