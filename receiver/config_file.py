@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import AfterValidator, SecretStr
 
@@ -254,32 +254,33 @@ def require_unique(kind: str, names: list[str]) -> None:
 
 def is_web_url(text: str) -> bool:
     """Return whether a URL is https, or http on this machine, and has only a host, a port and a path."""
+    parts = _split_url(text)
+    if parts is None or not text.isprintable() or set(text) & _NO_WEB_URL:
+        return False
+    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL)
+
+
+def _split_url(text: str) -> SplitResult | None:
+    """Return the parts of a URL; None if its host or port is invalid."""
     try:
         parts = urlsplit(text)
-        has_port = parts.port != 0
+        return parts if parts.port != 0 and _HOST.fullmatch(parts.hostname or "") else None
     except ValueError:
-        return False
-    host = parts.hostname or ""
-    is_safe = parts.scheme == "https" or (parts.scheme == "http" and host in _LOCAL)
-    is_plain = text.isprintable() and not set(text) & _NO_WEB_URL
-    return is_safe and is_plain and has_port and _HOST.fullmatch(host) is not None
+        return None
 
 
 def _require_proxy(value: SecretStr) -> SecretStr:
-    wrong = "write http://host:port or https://host:port, with user:password@ if the proxy needs a login"
-    try:
-        parts = urlsplit(value.get_secret_value())
-        is_right = parts.port != 0 and _HOST.fullmatch(parts.hostname or "") is not None
-    except ValueError:
-        raise ValueError(wrong) from None
+    parts = _split_url(value.get_secret_value())
     if (
-        parts.scheme not in {"http", "https"}
+        parts is None
+        or parts.scheme not in {"http", "https"}
         or parts.path.strip("/")
         or parts.query
         or parts.fragment
-        or not is_right
     ):
-        raise ValueError(wrong)
+        raise ValueError(
+            "write http://host:port or https://host:port, with user:password@ if it needs a login"
+        )
     return value
 
 
