@@ -29,7 +29,7 @@ class Trouble(NamedTuple):
     """A command that fails, and its message."""
 
     arguments: tuple[str, ...]
-    says: str
+    message: str
     settings: tuple[tuple[str, str], ...] = ()
     status: int = 2
 
@@ -109,11 +109,11 @@ def test_an_expected_failure_is_one_sentence(name: str, tmp_path: Path) -> None:
     if trouble.arguments[:2] == ("events", "import"):
         assert run_command("migrate", settings=settings, cwd=tmp_path).returncode == 0
     result = run_command(*trouble.arguments, settings=settings, cwd=tmp_path)
-    said = result.stderr.decode()
-    assert result.returncode == trouble.status, said
-    assert said.startswith("error: ")
-    assert trouble.says.lower() in said.lower()
-    assert said.count("\n") == 1
+    printed = result.stderr.decode()
+    assert result.returncode == trouble.status, printed
+    assert printed.startswith("error: ")
+    assert trouble.message.lower() in printed.lower()
+    assert printed.count("\n") == 1
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ async def test_a_failure_at_start_is_one_record(tmp_path: Path, monkeypatch: pyt
     assert [(entry["event"], entry["error"]) for entry in logs if entry["log_level"] == "error"] == [
         ("the service failed", "in our own words")
     ]
-    assert sent == [{"type": "lifespan.startup.failed"}], "a traceback ends in a library's text"
+    assert sent == [{"type": "lifespan.startup.failed"}], "a traceback has the message of a library"
 
 
 def test_unusable_destinations_and_storages_do_not_delay_acks(tmp_path: Path) -> None:
@@ -240,10 +240,10 @@ def test_ctrl_c_ends_a_command_without_a_traceback(tmp_path: Path) -> None:
     time.sleep(4)
     process.send_signal(signal.SIGINT)
     try:
-        _, said = process.communicate(timeout=30)
+        _, printed = process.communicate(timeout=30)
     finally:
         end(process)
-    assert said == b""
+    assert printed == b""
     # Before the handler is set, while Python starts, the signal itself ends the process.
     assert process.returncode in (130, -signal.SIGINT)
 
@@ -279,7 +279,7 @@ def test_encodings_are_rejected_by_each_command(postgres: Postgres, tmp_path: Pa
     }
     for command in ("migrate", "serve", "worker", "check"):
         result = run_command(command, settings=settings, cwd=tmp_path)
-        said = (result.stdout if command == "check" else result.stderr).decode()
-        assert result.returncode == (1 if command == "check" else 2), said
-        assert "the database's encoding is LATIN1" in said
-        assert command == "check" or said.count("\n") == 1
+        printed = (result.stdout if command == "check" else result.stderr).decode()
+        assert result.returncode == (1 if command == "check" else 2), printed
+        assert "the database's encoding is LATIN1" in printed
+        assert command == "check" or printed.count("\n") == 1

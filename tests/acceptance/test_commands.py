@@ -78,7 +78,7 @@ def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "printed"),
     [
         ({"RECEIVER_DATABASE_URL": "mysql://x"}, "RECEIVER_DATABASE_URL"),
         ({"RECEIVER_DATABASE_URL": "sqlite://"}, "in-memory"),
@@ -89,13 +89,13 @@ def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
         ({"RECEIVER_CONFIG": "absent.toml"}, "absent.toml"),
     ],
 )
-def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], said: str) -> None:
+def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], printed: str) -> None:
     """G8: serve, worker and check exit with an error that names the setting, and shows no password."""
     for command in ("serve", "worker", "check"):
         result = run_command(command, settings={"CLIPIA_WEBHOOK_SECRET": SECRET, **settings}, cwd=tmp_path)
         output = (result.stdout + result.stderr).decode()
         assert result.returncode in {1, 2}, output
-        assert said in output
+        assert printed in output
         assert "Traceback" not in output
         assert "canary-pw" not in output
 
@@ -198,12 +198,12 @@ def test_a_renamed_destination_gets_the_waiting_deliveries(tmp_path: Path) -> No
             ("move", "killed", "new"),
         ):
             left = command(*arguments)
-            assert (left.returncode, left.stdout) == (1, b""), "no worker may hold it, but it is left to do"
-            told_left = b" ".join(left.stderr.split())
+            assert (left.returncode, left.stdout) == (1, b""), "claimed deliveries are left"
+            note = b" ".join(left.stderr.split())
             assert re.fullmatch(
                 rb"2 deliveries to 'killed' under way: .* Run this command again in [1-5]?[0-9] s\.",
-                told_left,
-            ), told_left
+                note,
+            ), note
         again = command("discard", "old")
         assert (again.returncode, again.stderr) == (1, b"There is no delivery to 'old' to move or discard.\n")
 
@@ -228,7 +228,7 @@ def test_check_warns_of_a_wrong_url(tmp_path: Path) -> None:
     assert line.startswith("warning")
     assert "answers 404 to OPTIONS" in line
     assert "reachable" not in line
-    assert "problem=" not in result.stdout.decode(), "the log says the same once more"
+    assert "problem=" not in result.stdout.decode(), "the problem is in the log, too"
 
 
 class Lost(http.server.BaseHTTPRequestHandler):
@@ -406,8 +406,8 @@ def test_logs_are_json_lines_without_secrets(tmp_path: Path) -> None:
         with httpx.Client(verify=False) as client:
             assert client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers).is_success
             headers["X-Clipia-Signature"] = f"t=1,v1={canary}"
-            refused = client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers)
-            assert refused.status_code == 401
+            rejected = client.post(f"{receiver.url}/clipia/webhook", content=content, headers=headers)
+            assert rejected.status_code == 401
             deadline = time.monotonic() + 20
             while not [r for r in receiver.records() if r["event"] == "not delivered"]:
                 assert time.monotonic() < deadline

@@ -52,8 +52,8 @@ def test_processes_share_a_pooler(pooler: PgBouncer, tmp_path: Path) -> None:
         lines = wait_for_lines(tmp_path / "events.jsonl", WEBHOOKS)
         assert sorted(str(line["subject"]) for line in lines) == sorted(names)
         for worker in workers:
-            said = [record["event"] for record in worker.records() if "pooler" in str(record["event"])]
-            assert len(said) == 1
+            printed = [record["event"] for record in worker.records() if "pooler" in str(record["event"])]
+            assert len(printed) == 1
             assert not [record for record in worker.records() if record["level"] in {"warning", "error"}]
 
 
@@ -112,11 +112,11 @@ def test_a_url_that_cannot_be_used_is_one_sentence(
         url = f"postgresql:///postgres?host=127.0.0.1&{query}"
     settings = {"RECEIVER_DATABASE_URL": url, "CLIPIA_WEBHOOK_SECRET": SECRET}
     result = run_command("migrate", settings=settings, cwd=tmp_path)
-    said = (result.stdout + result.stderr).decode()
+    printed = (result.stdout + result.stderr).decode()
     assert result.returncode in {1, 2}
-    assert len(said.strip().splitlines()) == 1
-    assert words in said
-    assert "canary" not in said
+    assert len(printed.strip().splitlines()) == 1
+    assert words in printed
+    assert "canary" not in printed
 
 
 @pytest.mark.parametrize("command", [("check",), ("serve", "--port", "0"), ("worker",), ("migrate",)])
@@ -127,8 +127,8 @@ def test_every_command_rejects_a_wrong_parameter(
     """All commands that open the database reject a wrong parameter with the same message."""
     settings = {"RECEIVER_DATABASE_URL": f"{postgres.url()}?{query}", "CLIPIA_WEBHOOK_SECRET": SECRET}
     result = run_command(*command, settings=settings, cwd=tmp_path)
-    said = (result.stdout + result.stderr).decode()
+    printed = (result.stdout + result.stderr).decode()
     assert result.returncode in {1, 2}
-    assert "RECEIVER_DATABASE_URL" in said
-    assert "Traceback" not in said
-    assert "canary" not in said
+    assert "RECEIVER_DATABASE_URL" in printed
+    assert "Traceback" not in printed
+    assert "canary" not in printed

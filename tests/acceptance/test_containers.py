@@ -61,9 +61,9 @@ def test_a_web_process_is_healthy_on_whatever_address_it_listens(
     receiver = ReceiverProcess(tmp_path, "serve", "--port", "0", "--host", host)
     with receiver:
         port = receiver.url.rpartition(":")[2]
-        said = wait_for_health(0)
-        assert said.startswith("serve: http://")
-        assert f":{port}/livez answers HTTP/1.1 200 OK\n" in said
+        printed = wait_for_health(0)
+        assert printed.startswith("serve: http://")
+        assert f":{port}/livez answers HTTP/1.1 200 OK\n" in printed
         receiver.signal(signal.SIGSTOP)
         assert "does not answer" in wait_for_health(1)
         receiver.signal(signal.SIGCONT)
@@ -77,8 +77,8 @@ def test_a_process_that_was_killed_is_not_healthy(tmp_path: Path, temporary: Pat
     wait_for_health(0)
     receiver.kill()
     assert heartbeat_file(temporary, "serve").is_file()
-    status, said = check_health()
-    assert (status, said[:40]) == (1, "no `receiver serve` or `receiver worker`")
+    status, printed = check_health()
+    assert (status, printed[:40]) == (1, "no `receiver serve` or `receiver worker`")
     assert not list(temporary.glob("clipia-receiver-*/*"))
 
 
@@ -103,8 +103,8 @@ def test_several_web_processes_are_one_for_the_health_check(
     """The processes share one port, to which the health check sends one request."""
     settings = {"RECEIVER_DATABASE_URL": postgres.url(template="migrated")}
     with ReceiverProcess(tmp_path, "serve", "--port", "0", "--workers", "2", **settings):
-        said = wait_for_health(0)
-        assert said.count("\n") == 1
+        printed = wait_for_health(0)
+        assert printed.count("\n") == 1
         assert heartbeat_file(temporary, "serve").is_file()
 
 
@@ -209,8 +209,8 @@ def test_without_a_writable_folder_the_error_is_one_sentence(
         preexec_fn=in_a_read_only_root,
     )
     assert done.returncode == status
-    (said,) = done.stderr.splitlines()
-    assert said.startswith(message)
+    (printed,) = done.stderr.splitlines()
+    assert printed.startswith(message)
 
 
 def test_the_image_runs_as_a_number_and_checks_its_health() -> None:

@@ -136,20 +136,20 @@ def test_bad_input_is_an_error_before_it_costs(clipia: Clipia, tmp_path: Path) -
     """F12: bad input and a price above --max-cost are errors, and no job is submitted."""
     settings = clipia.settings | {"RECEIVER_DATABASE_URL": f"sqlite:///{tmp_path / 'receiver.db'}"}
 
-    def refused(*arguments: str, stdin: bytes | None = None) -> str:
+    def rejected(*arguments: str, stdin: bytes | None = None) -> str:
         result = run_command("submit", *arguments, settings=settings, cwd=tmp_path, stdin=stdin)
         assert result.returncode == 1, result.stdout
         assert b"Traceback" not in result.stderr
         return result.stderr.decode()
 
-    assert 'did you mean "prompt"' in refused(IMAGE, "-i", '{"promt": "a cat"}')
-    assert "no model" in refused("absent", "-i", CAT)
-    assert "max_cost of 11" in refused(IMAGE, "-i", CAT, "--max-cost", "11")
-    assert "not JSON" in refused(IMAGE, "-i", "@-", stdin=b"{")
-    assert "JSON object" in refused(IMAGE, "-i", "[]")
-    assert "cannot be read" in refused(IMAGE, "-i", "@absent.json")
-    assert "NAME=VALUE" in refused(IMAGE, "-i", CAT, "--metadata", "order")
-    assert '"seed" is not known' in refused(IMAGE, "-i", SEED, "--strict")
+    assert 'did you mean "prompt"' in rejected(IMAGE, "-i", '{"promt": "a cat"}')
+    assert "no model" in rejected("absent", "-i", CAT)
+    assert "max_cost of 11" in rejected(IMAGE, "-i", CAT, "--max-cost", "11")
+    assert "not JSON" in rejected(IMAGE, "-i", "@-", stdin=b"{")
+    assert "JSON object" in rejected(IMAGE, "-i", "[]")
+    assert "cannot be read" in rejected(IMAGE, "-i", "@absent.json")
+    assert "NAME=VALUE" in rejected(IMAGE, "-i", CAT, "--metadata", "order")
+    assert '"seed" is not known' in rejected(IMAGE, "-i", SEED, "--strict")
     assert clipia.generations() == []
 
 
@@ -246,9 +246,9 @@ def test_a_job_that_fails_and_is_submitted_again(clipia: Clipia, tmp_path: Path)
                 break
             assert time.monotonic() < deadline, again
         assert "resubmitted" in [attempt["outcome"] for attempt in again["attempts"]]
-        refused = run_command(*resubmit, "--yes", settings=running.settings, cwd=tmp_path)
-        assert refused.returncode == 1
-        assert b"the job is completed" in refused.stderr
+        rejected = run_command(*resubmit, "--yes", settings=running.settings, cwd=tmp_path)
+        assert rejected.returncode == 1
+        assert b"the job is completed" in rejected.stderr
     keys = [generation["idempotency_key"] for generation in clipia.generations()]
     assert len(set(keys)) == 2
     missing = run_command("jobs", "show", "absent", settings=running.settings, cwd=tmp_path)
@@ -290,9 +290,9 @@ def test_a_wait_ends_if_no_worker_is_running(clipia: Clipia, tmp_path: Path) -> 
     submit = ("submit", IMAGE, "-i", CAT, "--wait")
     for extra in ({}, {"RECEIVER_PUBLIC_URL": "http://127.0.0.1:9"}):
         result = run_command(*submit, settings=settings | extra, cwd=tmp_path)
-        said = " ".join(result.stderr.decode().split())
-        assert result.returncode == 3, said
-        assert "start `receiver serve` or `receiver worker`" in said
+        printed = " ".join(result.stderr.decode().split())
+        assert result.returncode == 3, printed
+        assert "start `receiver serve` or `receiver worker`" in printed
         assert result.stdout == b"submitted\n"
     away = settings | {"CLIPIA_BASE_URL": "http://127.0.0.1:9"}
     result = run_command(*submit, "--json", settings=away, cwd=tmp_path)
@@ -311,10 +311,10 @@ def test_a_wait_ends_if_the_worker_has_no_key(clipia: Clipia, tmp_path: Path) ->
             cwd=tmp_path,
         )
         assert running.process is not None
-        said = " ".join(result.stderr.decode().split())
-        assert (result.returncode, result.stdout) == (3, b"submitted\n"), said
-        assert f"process {running.process.pid} on " in said
-        assert "restart it with CLIPIA_KEY" in said
+        printed = " ".join(result.stderr.decode().split())
+        assert (result.returncode, result.stdout) == (3, b"submitted\n"), printed
+        assert f"process {running.process.pid} on " in printed
+        assert "restart it with CLIPIA_KEY" in printed
         checked = run_command("check", settings=running.settings, cwd=tmp_path)
         assert f"process {running.process.pid} on ".encode() in checked.stdout
         assert b"CLIPIA_KEY" in checked.stdout
@@ -327,9 +327,9 @@ def test_a_wait_ends_if_the_worker_has_a_key_of_another_kind(clipia: Clipia, tmp
         result = run_command(
             *("submit", IMAGE, "-i", CAT, "--wait"), settings=running.settings | clipia.settings, cwd=tmp_path
         )
-    said = " ".join(result.stderr.decode().split())
-    assert result.returncode == 3, said
-    assert "a CLIPIA_KEY that is not a live key" in said
+    printed = " ".join(result.stderr.decode().split())
+    assert result.returncode == 3, printed
+    assert "a CLIPIA_KEY that is not a live key" in printed
 
 
 def test_a_wait_has_a_time_limit(clipia: Clipia, tmp_path: Path) -> None:
@@ -355,20 +355,20 @@ def test_the_lanes_that_run_are_shown(clipia: Clipia, tmp_path: Path) -> None:
     with running:
         assert running.process is not None
         line = rf"process {running.process.pid} on \S+, seen \d+ s ago: (.*)"
-        (lanes,) = re.findall(line, said_by_check(running))
+        (lanes,) = re.findall(line, printed_by_check(running))
         assert set(lanes.split(", ")) == {
             *("fanout", "media", "replay", "submit", "poll", "destination:default")
         }
         running.kill()
-        assert f"process {running.process.pid}" in said_by_check(running)
+        assert f"process {running.process.pid}" in printed_by_check(running)
         running.start()
         running.stop()
         running.start()
-    checked = said_by_check(running)
-    assert checked.count("process ") == 1, "only the one that was killed has left its row"
+    checked = printed_by_check(running)
+    assert checked.count("process ") == 1, "only the killed process leaves its row"
 
 
-def said_by_check(running: ReceiverProcess) -> str:
+def printed_by_check(running: ReceiverProcess) -> str:
     """Return what `receiver check` prints."""
     result = run_command("check", settings=running.settings, cwd=running.folder)
     assert result.returncode == 0, result.stdout
@@ -390,9 +390,9 @@ def test_jobs_belong_to_the_caller_of_the_option(clipia: Clipia, tmp_path: Path)
     assert (shop["caller"], own["caller"]) == ("shop", "cli")
     assert submit("--caller", "shop")["id"] == shop["id"] != own["id"] == submit()["id"]
     assert len(clipia.generations()) == 2
-    refused = run_command(*("submit", IMAGE, "-i", CAT, "--caller", "a\nb"), settings=settings, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert b"caller" in refused.stderr
+    rejected = run_command(*("submit", IMAGE, "-i", CAT, "--caller", "a\nb"), settings=settings, cwd=tmp_path)
+    assert rejected.returncode == 1
+    assert b"caller" in rejected.stderr
 
 
 def read_until(terminal: int, wanted: bytes, *, seconds: float = 90) -> bytes:

@@ -128,11 +128,11 @@ def test_prune_prints_the_numbers_of_rows(
     with pytest.raises(ReceiverError, match="at least 30 days"):
         prune("--older-than", "4w")
     day = (datetime.now(UTC) - timedelta(weeks=14)).strftime("%Y-%m-%d")
-    said = prune("--older-than", "14w", "--dry-run")
+    printed = prune("--older-than", "14w", "--dry-run")
     assert re.fullmatch(
         rf"3 events received before {day} ..:..:..Z to delete, 0 as old kept\n"
         r"0 files and the inputs of 3 jobs to delete\n",
-        said,
+        printed,
     )
     assert receiver.use(count_rows) == whole(3)
     receiver.use(partial(add_files, folder=tmp_path / "media"))
@@ -208,7 +208,7 @@ def test_kill_9_leaves_whole_events(receiver: Receiver) -> None:
     process.kill()
     process.communicate(timeout=30)
     counts = receiver.use(count_rows)
-    assert 0 < counts["events"] < MANY, "it was not killed in the middle"
+    assert 0 < counts["events"] < MANY, "the run was not killed in the middle"
     assert counts == whole(counts["events"])
 
     async def go_on(database: Database) -> int:

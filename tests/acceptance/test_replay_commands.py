@@ -133,11 +133,11 @@ def service(tmp_path: Path) -> Service:
     return Service(tmp_path, TWO)
 
 
-def wait_until(look: Callable[[], Any], *, seconds: float = 60) -> Any:
+def wait_until(find: Callable[[], Any], *, seconds: float = 60) -> Any:
     """Call a function until it returns a value."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
-        assert time.monotonic() < deadline, "it does not happen"
+    while not (found := find()):
+        assert time.monotonic() < deadline, "nothing was found in time"
         time.sleep(0.05)
     return found
 
@@ -193,16 +193,16 @@ def test_ctrl_c_ends_the_command_and_not_the_replay(service: Service) -> None:
 def test_watching_ends_if_no_worker_carries_the_replay_out(service: Service) -> None:
     """E12: if no worker runs or none has the destination, the command says so and exits with 3."""
     service.add_history(plain("r-1"))
-    said = service.error("replay", "--all", "--key", "k", status=3)
-    assert "start `receiver serve` or `receiver worker`" in said
+    printed = service.error("replay", "--all", "--key", "k", status=3)
+    assert "start `receiver serve` or `receiver worker`" in printed
     (order,) = service.json("replays", "list")
     elsewhere = service.folder / "elsewhere"
     elsewhere.mkdir()
     only_main = '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
     (elsewhere / "receiver.toml").write_text(only_main, encoding="utf-8")
     with ReceiverProcess(elsewhere, "worker", **service.settings):
-        said = service.error("replays", "show", order["id"], "--wait", status=3)
-        assert "no running worker has the destination 'failures'" in said
+        printed = service.error("replays", "show", order["id"], "--wait", status=3)
+        assert "no running worker has the destination 'failures'" in printed
     with service.worker:
         assert "completed" in service.run("replays", "show", order["id"], "--wait", "--timeout", "60")
 
@@ -210,8 +210,8 @@ def test_watching_ends_if_no_worker_carries_the_replay_out(service: Service) -> 
 def test_watching_has_a_time_limit(service: Service) -> None:
     """--timeout ends the command with status 124, and the replay goes on; it needs --wait."""
     service.add_history(plain("r-1"))
-    said = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
-    assert "--timeout are over" in said
+    printed = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
+    assert "--timeout are over" in printed
     assert [each["state"] for each in service.json("replays", "list")] == ["pending"]
     assert "--no-wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
     (order,) = service.json("replays", "list")
@@ -231,7 +231,7 @@ def test_a_replay_whose_worker_is_killed_sends_each_event_once(tmp_path: Path) -
         service.worker.kill()
         held = service.query(select(deliveries.c.id).where(deliveries.c.lease.is_not(None)))
         in_flight |= {str(row["id"]) for row in held}
-        assert count_lines(tmp_path / "main.jsonl") < KILLED, "it was not killed in the middle"
+        assert count_lines(tmp_path / "main.jsonl") < KILLED, "the worker was not killed in the middle"
         service.change(
             *(
                 update(table).where(table.c.lease.is_not(None)).values(next_attempt_at=db_time(0.0))
@@ -351,10 +351,10 @@ def test_damaged_files_are_found_and_replaced(tmp_path: Path, clipia: str) -> No
         paths["r-2"].write_bytes(b"x" * paths["r-2"].stat().st_size)
         found = service.try_("media", "verify")
         assert found.returncode == 1
-        said = found.stdout.decode()
-        assert re.search(rf"missing +file://{paths['r-1']} of r-1\n", said)
-        assert re.search(rf"changed +file://{paths['r-2']} of r-2\n", said)
-        assert "2 intact, 2 damaged" in said
+        printed = found.stdout.decode()
+        assert re.search(rf"missing +file://{paths['r-1']} of r-1\n", printed)
+        assert re.search(rf"changed +file://{paths['r-2']} of r-2\n", printed)
+        assert "2 intact, 2 damaged" in printed
         assert "2 files downloaded again" in service.run("replay", "r-1", "r-2", "--media")
         assert service.run("media", "verify") == "4 intact, 0 damaged\n"
     assert Counter(message["subject"] for message in service.messages()) == {

@@ -242,7 +242,7 @@ def test_processes_may_take_long_to_import(tmp_path: Path, postgres: Postgres) -
     with receiver:
         wait_until(lambda: len(children(receiver)) == 2)
         first = children(receiver)
-        # Meanwhile clients wait; none is refused.
+        # Meanwhile clients wait; none is rejected.
         assert answers(receiver, "/livez") == 200
         assert children(receiver) == first
         assert count_records(receiver, "web process died") == 0

@@ -479,10 +479,10 @@ async def traces(tmp_path_factory: pytest.TempPathFactory) -> Traces:
 
 async def _leave_traces(client: httpx.AsyncClient, secret: str) -> list[httpx.Response]:
     job = JOB | {"input": {"prompt": CONTENTS["a prompt"]}, "metadata": {"m": CONTENTS["metadata"]}}
-    refused = JOB | {"input": {"prompt": 1, CONTENTS["an invalid body"]: 1}}
+    rejected = JOB | {"input": {"prompt": 1, CONTENTS["an invalid body"]: 1}}
     paths = ("/v1/jobs", "/v1/jobs/x", "/v1/account", "/v1/models", "/metrics", "/v1/jobs?m=x")
     calls: list[tuple[str, str, Any]] = [("GET", path, None) for path in paths]
-    calls += [("POST", "/v1/jobs", content) for content in (job, refused, job | {"max_cost": 1})]
+    calls += [("POST", "/v1/jobs", content) for content in (job, rejected, job | {"max_cost": 1})]
     answers = [
         await client.request(method, path, json=content, headers=bearer(token))
         for token in (CANARIES["a token"], CANARIES["a wrong token"])

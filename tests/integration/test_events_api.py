@@ -429,10 +429,10 @@ BAD_ORDERS = [
 
 async def test_bad_orders_name_the_field(site: Site) -> None:
     """E12: a bad order is 400 and names the field, and no replay is ordered."""
-    for content, said in BAD_ORDERS:
+    for content, printed in BAD_ORDERS:
         response = await site.operator.post("/v1/replays", content=content)
         assert error_of(response) == (400, "invalid_request")
-        assert said in response.json()["error"]["message"]
+        assert printed in response.json()["error"]["message"]
     assert await site.world.rows(replays) == []
 
 

@@ -120,7 +120,7 @@ class ReceiverProcess:
             if self.process.poll() is not None:
                 break
             time.sleep(0.02)
-        raise AssertionError(f"it does not run; its log:\n{self.log.read_text()}")
+        raise AssertionError(f"it is not running; its log:\n{self.log.read_text()}")
 
     def _environment(self) -> dict[str, str]:
         environment = command_environment(**self.settings)
