@@ -213,7 +213,7 @@ def test_watching_has_a_time_limit(service: Service) -> None:
     printed = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
     assert "--timeout are over" in printed
     assert [each["state"] for each in service.json("replays", "list")] == ["pending"]
-    assert "--no-wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
+    assert "needs --wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
     (order,) = service.json("replays", "list")
     assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1")
 
