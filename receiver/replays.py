@@ -15,10 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.core.lane_names import REPLAY_LANE, Wake, wake_no_lane
 from receiver.core.request_checks import check_key
 from receiver.core.routing import mismatch
-from receiver.db import replays
+from receiver.db import replays, tables
 from receiver.db.database import Database
 from receiver.db.rows import NewReplay, new_id
 from receiver.db.selection import Selection
+from receiver.db.statements import find_known
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
 from receiver.destination_settings import FilterSettings
 from receiver.errors import RequestError
@@ -94,7 +95,7 @@ class Replays:
             matched = await replays.count(connection, request.selection, scope)
         async with self._database.write() as connection:
             if not await replays.insert_order(connection, order, scope, matched=matched):
-                known = await replays.find(connection, caller, order.idempotency_key)
+                known = await find_known(connection, tables.replays, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
                     raise RequestError(
                         "this Idempotency-Key was used for another replay", code="idempotency_key_reuse"

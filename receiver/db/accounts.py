@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import asdict
+from typing import Final
 
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -11,14 +12,15 @@ from receiver.db.clock import unix_time
 from receiver.db.statements import insert_for
 from receiver.db.tables import accounts
 
+_QUOTA: Final = [column for column in accounts.c if column.name != "id"]
+
 
 async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]:
     """Return the quota of an account, locked until the transaction ends, and the current time.
 
     Lock it last: to avoid deadlocks, a transaction with this lock waits for no other row.
     """
-    columns = [column for column in accounts.c if column.name != "id"]
-    statement = select(*columns, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
+    statement = select(*_QUOTA, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
     row = (await connection.execute(statement)).mappings().one_or_none()
     if row is None:
         values = {"id": account} | asdict(Quota())
@@ -50,8 +52,6 @@ async def learn(
 
 async def read(connection: AsyncConnection, account: str) -> Quota:
     """Return the quota of an account without a lock, for display and metrics."""
-    columns = [column for column in accounts.c if column.name != "id"]
-    row = (
-        (await connection.execute(select(*columns).where(accounts.c.id == account))).mappings().one_or_none()
-    )
+    found = await connection.execute(select(*_QUOTA).where(accounts.c.id == account))
+    row = found.mappings().one_or_none()
     return Quota() if row is None else Quota(**row)

@@ -1,7 +1,7 @@
 """Lists as one parameter, so that a statement is built and planned once for lists of any length."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Final
 from uuid import UUID
 
@@ -65,16 +65,15 @@ class among(FunctionElement[bool]):
         return self
 
 
-@compiles(among, "postgresql")
-def _postgresql(element: among, compiler: SQLCompiler, **kw: Any) -> str:
+@compiles(among)
+def _compile(element: among, compiler: SQLCompiler, **kw: Any) -> str:
     column, values = (compiler.process(each, **kw) for each in element.clauses)
-    return f"{column} = ANY ({values})"
-
-
-@compiles(among, "sqlite")
-def _sqlite(element: among, compiler: SQLCompiler, **kw: Any) -> str:
-    column, values = (compiler.process(each, **kw) for each in element.clauses)
-    return f"{column} IN (SELECT value FROM json_each({values}))"
+    is_postgresql = compiler.dialect.name == "postgresql"
+    return (
+        f"{column} = ANY ({values})"
+        if is_postgresql
+        else f"{column} IN (SELECT value FROM json_each({values}))"
+    )
 
 
 class Rows:
@@ -83,8 +82,8 @@ class Rows:
     def __init__(self, *columns: Column[Any]) -> None:
         """Take the columns of a table, which name and type the values."""
         self.columns: Final = columns
-        self._writers: Final = [
-            (column.name, column.type.dialect_impl(_SQLITE).bind_processor(_SQLITE) or _unchanged)
+        self._writers: Final[list[tuple[str, Callable[[Any], Any]]]] = [
+            (column.name, column.type.dialect_impl(_SQLITE).bind_processor(_SQLITE) or (lambda value: value))
             for column in columns
         ]
 
@@ -107,10 +106,6 @@ class Rows:
         if dialect_name == "postgresql":
             return {column.name: [row[column.name] for row in rows] for column in self.columns}
         return {"rows": json.dumps([[write(row[name]) for name, write in self._writers] for row in rows])}
-
-
-def _unchanged(value: Any) -> Any:
-    return value
 
 
 _SQLITE: Final = sqlite.dialect()

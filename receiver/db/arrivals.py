@@ -5,10 +5,9 @@ itself. On PostgreSQL each column is an array parameter, so the statement is pla
 size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import cache, partial
-from itertools import chain
 from typing import Any, Final
 from uuid import UUID, uuid4
 
@@ -74,7 +73,11 @@ async def probe(database: Database) -> None:
 
 def _in_rows(arrivals: Sequence[Arrival]) -> list[Any]:
     """Return the values for SQLite: the rows of `_VIEW`, one after the other."""
-    return [_sqlite_value(value) for arrival in arrivals for value in _in_view(arrival)]
+    return [
+        _sqlite_value(value)
+        for arrival in arrivals
+        for value in (*arrival.event, *arrival[1:], arrival.event.first_outcome)
+    ]
 
 
 def _in_columns(arrivals: Sequence[Arrival]) -> tuple[Any, ...]:
@@ -132,11 +135,10 @@ def _try_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> None:
 
 
 def _known_ids(connection: PoolProxiedConnection) -> list[str]:
-    known = connection.info.get(_VIEW)
-    if known is None:
-        known = connection.info[_VIEW] = _make_view(connection)
-    found: list[str] = known
-    return found
+    if _VIEW not in connection.info:
+        connection.info[_VIEW] = _make_view(connection)
+    known: list[str] = connection.info[_VIEW]
+    return known
 
 
 def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
@@ -185,11 +187,6 @@ _MAKE_VIEW: Final = (
     END
     """,
 )
-
-
-def _in_view(arrival: Arrival) -> Iterator[Any]:
-    event, *of_receipt = arrival
-    return chain(event, of_receipt, (event.first_outcome,))
 
 
 @cache

@@ -1,24 +1,19 @@
 """SQL of the operator's decisions about jobs: to submit one again, or to cancel it."""
 
 import uuid
-from datetime import UTC, datetime
 
 from sqlalchemy import case, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import leases, prices
+from receiver.db import leases, outbox, prices
 from receiver.db.clock import db_time
 from receiver.db.job_events import OPEN
-from receiver.db.rows import Attempt
 from receiver.db.tables import jobs
 
 
 async def find_request(connection: AsyncConnection, job_id: uuid.UUID) -> bytes | None:
     """Return the request of a job, as it was frozen when the job was made."""
-    found: bytes | None = (
-        await connection.execute(select(jobs.c.request).where(jobs.c.id == job_id))
-    ).scalar_one_or_none()
-    return found
+    return await connection.scalar(select(jobs.c.request).where(jobs.c.id == job_id))
 
 
 async def resubmit(
@@ -35,9 +30,7 @@ async def resubmit(
 
     `by` and the former `request_id` go on record among the attempts.
     """
-    was = (
-        await connection.execute(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
-    ).scalar_one_or_none()
+    was = await connection.scalar(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
     result = await connection.execute(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.state.in_(("unsure", "failed", "canceled")))
@@ -59,14 +52,8 @@ async def resubmit(
     )
     if result.rowcount != 1:
         return False
-    record = Attempt(
-        number=0,
-        started_at=datetime.now(UTC),
-        duration_ms=0,
-        outcome="resubmitted",
-        error=f"by {by}" + (f"; was {was}" if was else ""),
-    )
-    await leases.record_attempt(connection, job_id, record)
+    error = f"by {by}; was {was}" if was else f"by {by}"
+    await outbox.record_change(connection, [job_id], outcome="resubmitted", error=error)
     return True
 
 
@@ -91,14 +78,7 @@ async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, 
         )
         .returning(jobs.c.state)
     )
-    state: str | None = (await connection.execute(statement)).scalar_one_or_none()
+    state: str | None = await connection.scalar(statement)
     if state is not None:
-        record = Attempt(
-            number=0,
-            started_at=datetime.now(UTC),
-            duration_ms=0,
-            outcome="canceled",
-            error=f"by {by}",
-        )
-        await leases.record_attempt(connection, job_id, record)
+        await outbox.record_change(connection, [job_id], outcome="canceled", error=f"by {by}")
     return state

@@ -80,12 +80,7 @@ async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> 
             jobs.c.created_at < found.frozen_at,
             jobs.c.created_at < db_time(-key_holds),
         )
-        .values(
-            state="unsure",
-            error=error,
-            **ENDED,
-            updated_at=db_time(0.0),
-        )
+        .values(state="unsure", error=error, **ENDED, updated_at=db_time(0.0))
         .returning(jobs.c.id)
     )
     unsure = list((await connection.execute(statement)).scalars())

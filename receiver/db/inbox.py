@@ -13,8 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import job_events, sources
 from receiver.db.arrays import among
 from receiver.db.clock import db_time
-from receiver.db.leases import read_backlog
-from receiver.db.rows import Arrival, Backlog, EventState, NewEvent, Outcome, StoredEvent
+from receiver.db.rows import Arrival, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
@@ -93,14 +92,7 @@ async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int
 
 # Built once: building a statement takes as long as running it.
 _KNOWN = (
-    select(
-        events.c.id,
-        events.c.seq,
-        events.c.origin,
-        events.c.status,
-        events.c.body_sha256,
-        events.c.state,
-    )
+    select(events.c.id, *(events.c[name] for name in KnownEvent._fields))
     .where(among(events.c.id, "ids"))
     # The lock that the foreign key of a receipt takes. Without it an event could be pruned before its receipt
     # is inserted; the violation would roll back the whole group.
@@ -123,17 +115,7 @@ _COUNT_REPEATED = (
     .values(repeated=receipts.c.repeated + bindparam("number", type_=Integer))
 )
 _BODIES = select(events.c.seq, events.c.body).where(among(events.c.seq, "seqs"))
-_STORED = (
-    events.c.seq,
-    events.c.id,
-    events.c.source,
-    events.c.request_id,
-    events.c.status,
-    events.c.body,
-    events.c.received_at,
-    events.c.job_id,
-    events.c.path_token,
-)
+_STORED = [events.c[name] for name in StoredEvent._fields]
 _SIZE = func.length(events.c.body)
 _RECEIVED = (
     select(
@@ -195,8 +177,3 @@ async def set_state(
 ) -> None:
     """Set the state of events and, for an unrecognized one, its reason."""
     await connection.execute(_SET_STATE, {"seqs": seqs, "new_state": state, "new_reason": reason})
-
-
-async def backlog(connection: AsyncConnection) -> Backlog:
-    """Return the backlog of the fan-out."""
-    return await read_backlog(connection, events.c.received_at, "received")

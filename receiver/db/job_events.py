@@ -133,8 +133,7 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
     statement = select(events.c.body).where(
         events.c.id == event_id(source, request_id), events.c.state != "unrecognized"
     )
-    body: bytes | None = (await connection.execute(statement)).scalar_one_or_none()
-    return body
+    return await connection.scalar(statement)
 
 
 async def find_with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:

@@ -5,40 +5,20 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import (
-    Select,
-    Update,
-    and_,
-    case,
-    false,
-    func,
-    not_,
-    or_,
-    select,
-    update,
-)
+from sqlalchemy import Select, Update, and_, case, false, func, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE
 from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.refused_jobs import Share, same_environment
-from receiver.db.rows import Backlog, Claim, JobState, NewJob, OpenRequest, Submission
+from receiver.db.rows import Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.statements import count_rows, insert_unless_taken
 from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
 IN_FLIGHT_SECONDS: Final = 3600.0
 """A generation without a known end counts as in flight for this time."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class KnownJob:
-    """A stored job that a new one is compared with."""
-
-    id: uuid.UUID
-    fingerprint: str
 
 
 async def insert(connection: AsyncConnection, job: NewJob) -> bool:
@@ -48,23 +28,10 @@ async def insert(connection: AsyncConnection, job: NewJob) -> bool:
     return await insert_unless_taken(connection, jobs, values) is not None
 
 
-async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownJob | None:
-    """Return the job of an Idempotency-Key of a caller."""
-    row = (
-        await connection.execute(
-            select(jobs.c.id, jobs.c.fingerprint).where(
-                jobs.c.caller == caller, jobs.c.idempotency_key == idempotency_key
-            )
-        )
-    ).one_or_none()
-    return None if row is None else KnownJob(id=row.id, fingerprint=row.fingerprint)
-
-
 async def find_by_request(connection: AsyncConnection, source: str, request_id: str) -> uuid.UUID | None:
     """Return the id of the job of a `request_id`."""
     statement = select(jobs.c.id).where(jobs.c.source == source, jobs.c.request_id == request_id)
-    found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
-    return found
+    return await connection.scalar(statement)
 
 
 async def is_due(connection: AsyncConnection, account: str, state: JobState) -> bool:
@@ -192,13 +159,7 @@ async def claim_to_poll(
     watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
     open_for = func.coalesce(seconds_since(jobs.c.submitted_at), 0.0).label("open_for")
     statement = select(
-        jobs.c.id,
-        jobs.c.source,
-        jobs.c.request_id,
-        jobs.c.has_webhook,
-        jobs.c.error,
-        watched,
-        open_for,
+        jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, jobs.c.error, watched, open_for
     ).where(jobs.c.id.in_([claim.id for claim in claims]))
     found = {row["id"]: OpenRequest(**row) for row in (await connection.execute(statement)).mappings()}
     return [(claim, found[claim.id]) for claim in claims]
@@ -295,9 +256,7 @@ async def add_answer(
         update(jobs)
         .where(jobs.c.id == job_id, jobs.c.request_id == request_id)
         .values(
-            **({} if cost is None else prices.split(cost=cost)),
-            warnings=warnings,
-            submitted_at=db_time(0.0),
+            **({} if cost is None else prices.split(cost=cost)), warnings=warnings, submitted_at=db_time(0.0)
         )
     )
     return result.rowcount == 1
@@ -354,9 +313,3 @@ async def count_unserved(connection: AsyncConnection, account: str | None) -> in
     # Two statements, because each state has its own partial index.
     states = [in_state(jobs, state) for state in ("pending", "submitted")]
     return sum([await count_rows(connection, jobs, state, *others) for state in states])
-
-
-async def backlog(connection: AsyncConnection) -> dict[str, Backlog]:
-    """Return the backlogs of the lanes that submit and poll."""
-    lanes = ((SUBMIT_LANE, "pending"), (POLL_LANE, "submitted"))
-    return {lane: await leases.read_backlog(connection, jobs.c.created_at, state) for lane, state in lanes}

@@ -10,17 +10,16 @@ import uuid
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     Column,
     ColumnElement,
+    Executable,
     Float,
     Integer,
-    Row,
     Select,
     Table,
-    Update,
     and_,
     bindparam,
     case,
@@ -37,6 +36,8 @@ from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.rows import Attempt, Backlog, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media
+
+ClaimT = TypeVar("ClaimT", bound=Claim)
 
 ENDED: Final[Mapping[str, Any]] = {"lease": None, "next_attempt_at": None, "finished_at": db_time(0.0)}
 """Columns of a row in a final state."""
@@ -88,7 +89,7 @@ def _claim_statement(
         .returning(
             table.c.id,
             table.c.lease,
-            table.c.attempts,
+            table.c.attempts.label("attempt"),
             table.c.lost,
             seconds_since(began).label("age"),
             *columns,
@@ -103,10 +104,7 @@ _CLAIM_DELIVERIES: Final = {
         deliveries,
         deliveries.c.event_seq,
         deliveries.c.replay_id,
-        where=[
-            deliveries.c.destination == bindparam("to"),
-            is_replayed if replayed else is_live,
-        ],
+        where=[deliveries.c.destination == bindparam("to"), is_replayed if replayed else is_live],
     )
     for replayed in (False, True)
 }
@@ -114,8 +112,7 @@ _CLAIM_DELIVERIES: Final = {
 
 async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) -> list[EventClaim]:
     """Claim files, as `claim` does."""
-    rows = await _claim(connection, _CLAIM_MEDIA, limit=limit, lease=lease)
-    return [EventClaim(event_seq=row.event_seq, **_claimed(row)) for row in rows]
+    return await _claim(connection, _CLAIM_MEDIA, EventClaim, limit=limit, lease=lease)
 
 
 async def claim_deliveries(
@@ -123,8 +120,7 @@ async def claim_deliveries(
 ) -> list[DeliveryClaim]:
     """Claim deliveries to a destination, as `claim` does: those of replays or the live ones."""
     statement = _CLAIM_DELIVERIES[replayed]
-    rows = await _claim(connection, statement, limit=limit, lease=lease, to=destination)
-    return [DeliveryClaim(event_seq=row.event_seq, replay_id=row.replay_id, **_claimed(row)) for row in rows]
+    return await _claim(connection, statement, DeliveryClaim, limit=limit, lease=lease, to=destination)
 
 
 async def claim(
@@ -139,20 +135,20 @@ async def claim(
 ) -> list[Claim]:
     """Claim up to `limit` due rows in `state` for `lease` seconds, ordered by due time."""
     statement = _claim_statement(table, where=where, state=state, newest_first=newest_first)
-    rows = await _claim(connection, statement, limit=limit, lease=lease)
-    return [Claim(**_claimed(row)) for row in rows]
+    return await _claim(connection, statement, Claim, limit=limit, lease=lease)
 
 
 async def _claim(
-    connection: AsyncConnection, statement: ReturningUpdate[Any], *, limit: int, lease: float, **values: Any
-) -> Sequence[Row[Any]]:
+    connection: AsyncConnection,
+    statement: ReturningUpdate[Any],
+    kind: type[ClaimT],
+    *,
+    limit: int,
+    lease: float,
+    **values: Any,
+) -> list[ClaimT]:
     given = {"most": limit, "seconds": lease, "new_lease": uuid.uuid4(), **values}
-    rows: Sequence[Row[Any]] = (await connection.execute(statement, given)).all()
-    return rows
-
-
-def _claimed(row: Row[Any]) -> dict[str, Any]:
-    return {"id": row.id, "lease": row.lease, "attempt": row.attempts, "lost": row.lost, "age": row.age}
+    return [kind(**row) for row in (await connection.execute(statement, given)).mappings()]
 
 
 async def renew(
@@ -160,35 +156,25 @@ async def renew(
 ) -> set[uuid.UUID]:
     """Extend the leases to `lease` seconds from now; return the ids of the rows that still have them."""
     await lock(connection, table, claims)
-    found = set()
-    for given in _held_values(claims):
-        rows = await connection.execute(_renewal(table), given | {"seconds": lease})
-        found.update(rows.scalars())
-    return found
+    return await _execute(connection, _renewal(table), claims, seconds=lease)
 
 
 async def lock(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
     """Lock the rows of claims in the order of their ids, so that transactions do not deadlock."""
-    for given in _held_values(claims):
-        await connection.execute(_locking(table), given)
+    await _execute(connection, _locking(table), claims)
 
 
 async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
     """Make rows due again without counting the attempt."""
-    for given in _held_values(claims):
-        await connection.execute(_release(table), given)
+    await _execute(connection, _release(table), claims)
 
 
 async def retry(
     connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None, **values: Any
 ) -> bool:
     """Schedule the next attempt in `delay` seconds; False if the row has another lease."""
-    result = await connection.execute(
-        update(table)
-        .where(table.c.id == held.id, table.c.lease == held.lease)
-        .values(next_attempt_at=db_time(delay), lease=None, lost=0, error=error, **values)
-    )
-    return result.rowcount == 1
+    due = {"next_attempt_at": db_time(delay), "lease": None, "lost": 0}
+    return await _record(connection, table, held, error=error, **due, **values)
 
 
 async def finish(
@@ -201,23 +187,19 @@ async def finish(
     **values: Any,
 ) -> bool:
     """Move a row to a final state; False if the row has another lease."""
-    result = await connection.execute(
-        update(table)
-        .where(table.c.id == held.id, table.c.lease == held.lease)
-        .values(state=state, error=error, **ENDED, **values)
-    )
-    return result.rowcount == 1
+    return await _record(connection, table, held, state=state, error=error, **ENDED, **values)
+
+
+async def _record(connection: AsyncConnection, table: Table, held: Claim, **values: Any) -> bool:
+    same = table.c.id == held.id, table.c.lease == held.lease
+    return (await connection.execute(update(table).where(*same).values(values))).rowcount == 1
 
 
 async def finish_all(
     connection: AsyncConnection, table: Table, claims: Collection[Claim], *, state: str, error: str | None
 ) -> set[uuid.UUID]:
     """Move rows to a final state; return the ids of the rows that still had the lease."""
-    found = set()
-    for given in _held_values(claims):
-        rows = await connection.execute(_finish(table), given | {"new_state": state, "new_error": error})
-        found.update(rows.scalars())
-    return found
+    return await _execute(connection, _finish(table), claims, new_state=state, new_error=error)
 
 
 async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
@@ -261,12 +243,19 @@ def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
     }
 
 
-def _held_values(claims: Collection[Claim]) -> list[dict[str, Any]]:
-    """Return the parameters of `_held` for each lease, in the order that all transactions use."""
+async def _execute(
+    connection: AsyncConnection, statement: Executable, claims: Collection[Claim], **values: Any
+) -> set[uuid.UUID]:
+    """Execute a statement with `_held` for each lease; return the ids of the rows that still have it."""
     by_lease: dict[uuid.UUID, list[uuid.UUID]] = defaultdict(list)
     for held in claims:
         by_lease[held.lease].append(held.id)
-    return [{"held_lease": lease, "held_ids": ids} for lease, ids in sorted(by_lease.items())]
+    found = set[uuid.UUID]()
+    # All transactions use this order.
+    for lease, ids in sorted(by_lease.items()):
+        rows = await connection.execute(statement, {"held_lease": lease, "held_ids": ids, **values})
+        found.update(rows.scalars())
+    return found
 
 
 def _held(table: Table) -> ColumnElement[bool]:
@@ -285,9 +274,9 @@ def _renewal(table: Table) -> ReturningUpdate[Any]:
 
 
 @cache
-def _release(table: Table) -> Update:
+def _release(table: Table) -> ReturningUpdate[Any]:
     due = {"next_attempt_at": db_time(0.0), "lease": None, "attempts": table.c.attempts - 1}
-    return update(table).where(_held(table)).values(due)
+    return update(table).where(_held(table)).values(due).returning(table.c.id)
 
 
 @cache

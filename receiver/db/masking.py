@@ -31,10 +31,10 @@ async def mask_errors(database: Database) -> Counter[str]:
     """
     masked = Counter[str]()
     for key, column in _TEXTS:
-        page = await _read(database, key, column, after=None)
-        while page:
+        after = None
+        while page := await _read(database, key, column, after=after):
             masked[column.table.name] += await _mask_page(database, key, column, page)
-            page = await _read(database, key, column, after=page[-1][0])
+            after = page[-1][0]
     return +masked
 
 

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.arrays import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
-from receiver.db.leases import ENDED, RESTARTED, read_backlog, record_attempts, work_values
+from receiver.db.leases import ENDED, RESTARTED, record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
 from receiver.db.statements import between, count_rows, equal, insert_for
 from receiver.db.tables import deliveries, events, in_state, is_live, is_replayed, media
@@ -191,14 +191,13 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
     `by` goes on record among the attempts.
     """
     chosen = select(deliveries.c.id).where(*which.conditions()).order_by(deliveries.c.id).limit(limit)
-    rows = (
-        await connection.execute(
-            update(deliveries)
-            .where(deliveries.c.id.in_(chosen), deliveries.c.state == "dead")
-            .values(RESTARTED)
-            .returning(deliveries.c.id, deliveries.c.destination)
-        )
-    ).all()
+    statement = (
+        update(deliveries)
+        .where(deliveries.c.id.in_(chosen), deliveries.c.state == "dead")
+        .values(RESTARTED)
+        .returning(deliveries.c.id, deliveries.c.destination)
+    )
+    rows = (await connection.execute(statement)).all()
     await record_change(connection, [row.id for row in rows], outcome="restarted", error=f"by {by}")
     return Counter(row.destination for row in rows)
 
@@ -237,11 +236,6 @@ async def record_change(
     """Record among the attempts that the operator or a replay has changed rows, and why."""
     change = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
     await record_attempts(connection, [(work_id, change) for work_id in work_ids])
-
-
-async def media_backlog(connection: AsyncConnection) -> Backlog:
-    """Return the backlog of downloads."""
-    return await read_backlog(connection, media.c.created_at, "pending")
 
 
 async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:

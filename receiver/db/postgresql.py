@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 from sqlalchemy import text
@@ -10,8 +10,15 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.error_texts import cause
 from receiver.db.sessions import ISOLATION, Sessions, opening_session
-from receiver.db.transactions import OUR_MISTAKES, POOL_WAIT, is_condition, is_lost, sqlstate, unavailable
-from receiver.errors import DatabaseUnavailable
+from receiver.db.transactions import (
+    OUR_MISTAKES,
+    POOL_WAIT,
+    is_condition,
+    is_lost,
+    sqlstate,
+    unavailable,
+    unavailable_error,
+)
 
 
 class Statements:
@@ -43,14 +50,12 @@ class Statements:
         may have been committed.
         """
         async with self._lock:
-            try:
+            with suppress(_Lost):
                 return await self._fetch(statement, arguments, keep=keep)
-            except _Lost:
-                pass
             try:
                 return await self._fetch(statement, arguments, keep=keep)
             except _Lost as lost:
-                raise _unavailable(lost.error) from lost.error
+                raise unavailable_error(cause(lost.error)) from lost.error
 
     async def _fetch(self, statement: str, arguments: Sequence[object], *, keep: bool) -> list[Any]:
         connection = self._connection
@@ -77,7 +82,7 @@ class Statements:
         lost = is_lost(error) or isinstance(error, self._session_errors)
         if lost or isinstance(error, TimeoutError):
             self._sessions.distrust(info)
-        return _Lost(error) if lost else _unavailable(error)
+        return _Lost(error) if lost else unavailable_error(cause(error))
 
     async def _reconnect(self) -> AsyncConnection:
         await self._disconnect()
@@ -141,7 +146,3 @@ class _Lost(Exception):
     def __init__(self, error: BaseException) -> None:
         super().__init__()
         self.error = error
-
-
-def _unavailable(error: BaseException) -> DatabaseUnavailable:
-    return DatabaseUnavailable(f"the database is unavailable: {cause(error)}", reason="database")

@@ -177,7 +177,7 @@ async def delete_records(connection: AsyncConnection, seqs: Collection[int]) -> 
 
 async def last_job(connection: AsyncConnection) -> int:
     """Return the highest `seq` of a job."""
-    return (await connection.execute(select(func.max(jobs.c.seq)))).scalar_one() or 0
+    return await connection.scalar(select(func.max(jobs.c.seq))) or 0
 
 
 async def find_inputs(

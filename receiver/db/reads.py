@@ -100,11 +100,6 @@ async def find_event(connection: AsyncConnection, key: str) -> EventWithBody | N
     An unrecognized event is also found by the `request_id` that this release reads in its body, if no other
     event has it.
     """
-    found = await _find_event(connection, key)
-    return cast("EventWithBody | None", found)
-
-
-async def _find_event(connection: AsyncConnection, key: str) -> Row | None:
     # No database stores NUL.
     if "\0" in key:
         return None
@@ -119,14 +114,15 @@ async def _find_event(connection: AsyncConnection, key: str) -> Row | None:
     event = prices.join(row)
     if event["state"] == "unrecognized":
         event["recoverable"] = unrecognized.read_request_id(event["body"]) is not None
-    return event
+    return cast("EventWithBody", event)
 
 
 async def show_event(connection: AsyncConnection, key: str) -> EventDetails | None:
     """Return the event that `find_event` does, with its receipts, files, deliveries and attempts."""
-    event = await _find_event(connection, key)
-    if event is None:
+    found = await find_event(connection, key)
+    if found is None:
         return None
+    event = cast("Row", found)
     seq = event["seq"]
     event["receipts"] = await list_receipts(connection, seq, limit=SHOWN_RECEIPTS)
     counted = select(func.coalesce(func.sum(1 + receipts.c.repeated), 0)).where(receipts.c.event_seq == seq)
@@ -181,13 +177,7 @@ async def list_deliveries(
         where.append(deliveries.c.id < before)
     columns = [column for column in deliveries.c if column.name not in _HIDDEN]
     statement = (
-        select(
-            *columns,
-            events.c.id.label("event_id"),
-            events.c.request_id,
-            events.c.status,
-            events.c.model,
-        )
+        select(*columns, events.c.id.label("event_id"), events.c.request_id, events.c.status, events.c.model)
         .join(events, deliveries.c.event_seq == events.c.seq)
         .where(*where)
         .order_by(deliveries.c.id.desc())

@@ -126,12 +126,7 @@ async def expire(connection: AsyncConnection, account: str, *, give_up_after: fl
     statement = (
         update(jobs)
         .where(jobs.c.id.in_(select(due.c.id)))
-        .values(
-            **ENDED,
-            **charged,
-            state=case((was_sent, "unsure"), else_="failed"),
-            updated_at=db_time(0.0),
-        )
+        .values(**ENDED, **charged, state=case((was_sent, "unsure"), else_="failed"), updated_at=db_time(0.0))
         .returning(jobs.c.id, jobs.c.state, jobs.c.error)
     )
     return [Expired(**row) for row in (await connection.execute(statement)).mappings()]
@@ -152,5 +147,4 @@ async def find_account_refusal(
     if len(found) < ACCOUNT_REFUSALS or len({row.model for row in found}) < 2:
         return None
     last = select(jobs.c.error).where(since).order_by(jobs.c.updated_at.desc()).limit(1)
-    error: str | None = (await connection.execute(last)).scalar_one_or_none()
-    return error
+    return await connection.scalar(last)

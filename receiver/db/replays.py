@@ -27,14 +27,6 @@ _ELIGIBLE = events.c.state.in_(("fetching", "ready"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class KnownReplay:
-    """A stored replay that a new order is compared with."""
-
-    id: uuid.UUID
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Scope:
     """The events from one `seq` (exclusive) to another (inclusive)."""
 
@@ -48,19 +40,10 @@ async def insert_order(connection: AsyncConnection, order: NewReplay, scope: Sco
     return await insert_unless_taken(connection, replays, values) is not None
 
 
-async def find(connection: AsyncConnection, caller: str, idempotency_key: str) -> KnownReplay | None:
-    """Return the replay of an Idempotency-Key of a caller."""
-    statement = select(replays.c.id, replays.c.fingerprint).where(
-        replays.c.caller == caller, replays.c.idempotency_key == idempotency_key
-    )
-    row = (await connection.execute(statement)).one_or_none()
-    return None if row is None else KnownReplay(id=row.id, fingerprint=row.fingerprint)
-
-
 async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope:
     """Return the range of the stored events that may match a selection."""
     if not selection.ids:
-        last = (await connection.execute(select(func.max(events.c.seq)))).scalar_one()
+        last = await connection.scalar(select(func.max(events.c.seq)))
         return Scope(after_seq=0, until_seq=last or 0)
     seqs = [seq for found in (await selection.find_seqs(connection)).values() for seq in found]
     return Scope(after_seq=min(seqs, default=1) - 1, until_seq=max(seqs, default=0))
@@ -169,10 +152,7 @@ async def _restart_media(
     restarted = await connection.execute(
         update(media)
         .where(among(media.c.id, "ids"), media.c.state != "pending")
-        .values(
-            **leases.RESTARTED,
-            **values,
-        )
+        .values(**leases.RESTARTED, **values)
         .returning(media.c.event_seq),
         {"ids": media_ids},
     )

@@ -1,7 +1,7 @@
 """Checks of the database: commits are durable, each text can be stored, and the user has the rights."""
 
-from collections.abc import Callable, Collection
-from typing import Any, Final
+from collections.abc import Collection
+from typing import Final
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -31,9 +31,8 @@ async def require_usable(database: Database, *, durable_without: Collection[str]
 async def _require_usable_postgresql(connection: AsyncConnection, durable_without: Collection[str]) -> None:
     names = (*_STORAGE, "synchronous_commit", "server_encoding")
     # One statement, because each readiness probe runs it.
-    query = ", ".join(f"current_setting('{name}')" for name in names)
-    row = (await connection.execute(text(f"SELECT {query}"))).one()
-    values = dict(zip(names, row, strict=True))
+    query = ", ".join(f"current_setting('{name}') AS {name}" for name in names)
+    values = (await connection.execute(text(f"SELECT {query}"))).mappings().one()
     if values["server_encoding"] != "UTF8":
         raise SettingsError(
             f"the database's encoding is {values['server_encoding']}, which cannot store each text: create a "
@@ -95,13 +94,9 @@ _MISSING_RIGHTS: Final = text("""
 
 
 async def _require_durable_sqlite(connection: AsyncConnection) -> None:
-    checks: tuple[tuple[str, Callable[[Any], bool]], ...] = (
-        ("journal_mode", lambda value: value == "wal"),
-        ("synchronous", lambda value: value >= 2),
-    )
-    for name, holds in checks:
+    for name, durable in (("journal_mode", {"wal"}), ("synchronous", {2, 3})):
         value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
-        if not holds(value):
+        if value not in durable:
             raise SettingsError(
                 f"SQLite does not accept the durable setting of {name} (it reports {value!r}); "
                 "is the database on a network filesystem? Use a local disk, or PostgreSQL."

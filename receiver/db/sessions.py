@@ -26,6 +26,7 @@ from receiver.db.transactions import (
     is_lost,
     sqlstate,
     unavailable,
+    unavailable_error,
 )
 from receiver.db.urls import PostgresqlUrl
 from receiver.errors import DatabaseUnavailable, SettingsError
@@ -91,10 +92,7 @@ class Sessions:
             if self.is_pooled is plain:
                 return session
             await session.close(timeout=POOL_WAIT)
-        raise DatabaseUnavailable(
-            "the database is unavailable: only some connections to its address lead to a pooler",
-            reason="database",
-        )
+        raise unavailable_error("only some connections to its address lead to a pooler")
 
     async def _connect(self, *, plain: bool, command_timeout: float | None) -> Any:
         """Open a session; a `plain` one without our settings and without prepared statements."""
@@ -122,7 +120,9 @@ class Sessions:
                 "parameters; sslmode=verify-ca and verify-full need an sslrootcert"
             )
         if isinstance(error, driver.TargetServerAttributeNotMatched):
-            return _unavailable("no host takes writes or has the state of target_session_attrs", error)
+            return unavailable_error(
+                f"no host takes writes or has the state of target_session_attrs ({name})"
+            )
         is_our_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
         if isinstance(error, driver.PostgresError) and is_our_mistake:
             return SettingsError(
@@ -131,7 +131,7 @@ class Sessions:
             )
         # The driver raises a ConnectionError without a number if TLS fails.
         if isinstance(error, ConnectionError) and error.errno is None:
-            return _unavailable("the server did not agree to TLS: see sslmode", error)
+            return unavailable_error(f"the server did not agree to TLS: see sslmode ({name})")
         return None
 
     async def _is_shared(self, session: Any) -> bool:
@@ -244,12 +244,6 @@ class Sessions:
                 raise SessionLost
             await stack.enter_async_context(opening.pop_all())
         return connection
-
-
-def _unavailable(words: str, error: Exception) -> DatabaseUnavailable:
-    return DatabaseUnavailable(
-        f"the database is unavailable: {words} ({type(error).__name__})", reason="database"
-    )
 
 
 @contextmanager

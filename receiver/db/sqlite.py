@@ -115,6 +115,9 @@ class _AwaitedConnection:
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         return self._connection.execute(statement, parameters)
 
+    async def scalar(self, statement: Executable, parameters: Any = None) -> Any:
+        return self._connection.scalar(statement, parameters)
+
     @asynccontextmanager
     async def begin_nested(self) -> AsyncIterator[None]:
         with self._connection.begin_nested():

@@ -1,7 +1,8 @@
 """Parts that many statements have in common."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+from uuid import UUID
 
 from sqlalchemy import ColumnElement, FromClause, Table, func, select
 from sqlalchemy.dialects import postgresql, sqlite
@@ -30,6 +31,22 @@ async def count_rows(connection: AsyncConnection, table: FromClause, *where: Col
     return int((await connection.execute(statement)).scalar_one())
 
 
+class Known(NamedTuple):
+    """A job or a replay on record that a new one is compared with."""
+
+    id: UUID
+    fingerprint: str
+
+
+async def find_known(
+    connection: AsyncConnection, table: Table, caller: str, idempotency_key: str
+) -> Known | None:
+    """Return the job or the replay of an Idempotency-Key of a caller."""
+    same = equal(table, {"caller": caller, "idempotency_key": idempotency_key})
+    row = (await connection.execute(select(table.c.id, table.c.fingerprint).where(*same))).one_or_none()
+    return None if row is None else Known(*row)
+
+
 async def insert_unless_taken(
     connection: AsyncConnection, table: Table, values: Mapping[str, Any]
 ) -> int | None:
@@ -41,5 +58,5 @@ async def insert_unless_taken(
     """
     new = insert_for(connection.dialect.name, table).values(**values)
     statement = new.on_conflict_do_nothing().returning(table.c.seq)
-    seq: int | None = (await connection.execute(statement)).scalar_one_or_none()
+    seq: int | None = await connection.scalar(statement)
     return seq

@@ -74,8 +74,7 @@ def unavailable() -> Iterator[None]:
             raise  # a mistake in the statement
         raise _failed(error) from error
     except (DBAPIError, sqlite3.Error, SessionLost, PoolTimeoutError, TimeoutError, OSError) as error:
-        driver_error = getattr(error, "orig", None) or error
-        if str(getattr(driver_error, "sqlstate", None) or "").startswith(_DATA_EXCEPTION):
+        if sqlstate(getattr(error, "orig", None) or error).startswith(_DATA_EXCEPTION):
             raise  # SQLAlchemy does not map asyncpg's data errors, and another attempt would fail too
         raise _failed(error) from error
 
@@ -85,11 +84,12 @@ def is_condition(driver_error: BaseException | None) -> bool:
     return getattr(driver_error, "sqlstate", None) in _CONDITIONS
 
 
-def _failed(error: BaseException) -> DatabaseUnavailable:
-    driver_error = getattr(error, "orig", None) or error
-    words = (
-        "its server ends sessions or takes no writes"
-        if isinstance(error, SessionLost)
-        else cause(driver_error)
-    )
+def unavailable_error(words: str) -> DatabaseUnavailable:
+    """Return the error for a condition of the database."""
     return DatabaseUnavailable(f"the database is unavailable: {words}", reason="database")
+
+
+def _failed(error: BaseException) -> DatabaseUnavailable:
+    if isinstance(error, SessionLost):
+        return unavailable_error("its server ends sessions or takes no writes")
+    return unavailable_error(cause(getattr(error, "orig", None) or error))

@@ -11,19 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import (
-    JSON,
-    Boolean,
-    Column,
-    Double,
-    LargeBinary,
-    String,
-    Table,
-    Text,
-    func,
-    insert,
-    select,
-)
+from sqlalchemy import JSON, Boolean, Column, Double, LargeBinary, String, Table, Text, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import outbox, sources

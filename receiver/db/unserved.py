@@ -30,6 +30,7 @@ from receiver.db.tables import deliveries, in_state, is_live, is_replayed, repla
 
 NOT_CONFIGURED: Final = "destination not configured"
 
+_CHOSEN: Final = among(deliveries.c.id, "ids")
 _HALVES: Final = (is_live, is_replayed)
 """Live and replayed deliveries, which have their own partial indexes."""
 
@@ -157,7 +158,7 @@ async def move(
     # An event has one delivery to a destination, and `outbox.release_held` finds it by the destination. So
     # the twin that failed is renamed, the moved delivery takes its place, and the twin takes the old one.
     ended = [row.twin_id for row in twins if row.state not in _SERVES]
-    await _rename(connection, ended, to="")
+    await _update(connection, ended, destination="")
     held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
     due = db_time(0.0)
     values = {
@@ -165,9 +166,9 @@ async def move(
         "destination": to,
         "next_attempt_at": case((held, None), else_=due) if waits else due,
     }
-    await connection.execute(update(deliveries).where(_chosen()).values(values), {"ids": moved})
+    await _update(connection, moved, **values)
     await record_change(connection, moved, outcome="restarted", error=f"moved from {destination} by {by}")
-    await _rename(connection, ended, to=destination)
+    await _update(connection, ended, destination=destination)
     replaced = f"the delivery from {destination} took its place; moved by {by}"
     await _end(connection, ended, state="canceled", error=replaced)
     return Taken(moved=len(moved), discarded=len(served))
@@ -180,15 +181,11 @@ async def _lock_twins(
     twin, is_twin = _twin(to)
     pairs = (
         select(deliveries.c.id, twin.c.id.label("twin_id"), twin.c.state)
-        .where(_chosen(), is_twin)
+        .where(_CHOSEN, is_twin)
         .order_by(twin.c.id)
         .with_for_update(of=twin)
     )
     return (await connection.execute(pairs, {"ids": ids})).all()
-
-
-async def _rename(connection: AsyncConnection, ids: Collection[UUID], *, to: str) -> None:
-    await connection.execute(update(deliveries).where(_chosen()).values(destination=to), {"ids": ids})
 
 
 async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
@@ -227,12 +224,12 @@ async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) 
 
 async def _change(connection: AsyncConnection, which: Select[Any], *, limit: int, **values: Any) -> int:
     ids = await _lock(connection, which, limit=limit)
-    await connection.execute(update(deliveries).where(_chosen()).values(values), {"ids": ids})
+    await _update(connection, ids, **values)
     return len(ids)
 
 
-def _chosen() -> ColumnElement[bool]:
-    return among(deliveries.c.id, "ids")
+async def _update(connection: AsyncConnection, ids: Collection[UUID], **values: Any) -> None:
+    await connection.execute(update(deliveries).where(_CHOSEN).values(values), {"ids": ids})
 
 
 def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
@@ -244,8 +241,5 @@ def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
 
 
 async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str, error: str) -> None:
-    await connection.execute(
-        update(deliveries).where(_chosen()).values(state=state, error=error, **ENDED),
-        {"ids": ids},
-    )
+    await _update(connection, ids, state=state, error=error, **ENDED)
     await record_change(connection, ids, outcome="failed", error=error)

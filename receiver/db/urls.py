@@ -32,28 +32,13 @@ _ALIASES: Final = {"ssl": "sslmode", "database": "dbname"}
 _PLACE: Final = ("host", "port", "user", "password", "dbname")
 _FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
 _KEPT: Final = (
-    *_FILES,
-    "passfile",
-    "service",
-    "sslmode",
-    "sslnegotiation",
-    "sslpassword",
-    "ssl_max_protocol_version",
-    "ssl_min_protocol_version",
-    "target_session_attrs",
+    *(*_FILES, "passfile", "service", "sslmode", "sslnegotiation", "sslpassword"),
+    *("ssl_max_protocol_version", "ssl_min_protocol_version", "target_session_attrs"),
 )
 """Parameters that asyncpg has under the same name, but only in a URL."""
 _WITHOUT_EFFECT: Final = {
-    "fallback_application_name",
-    "gssdelegation",
-    "keepalives",
-    "keepalives_count",
-    "keepalives_idle",
-    "keepalives_interval",
-    "load_balance_hosts",
-    "sslcompression",
-    "sslsni",
-    "tcp_user_timeout",
+    *("fallback_application_name", "gssdelegation", "load_balance_hosts", "sslcompression", "sslsni"),
+    *("keepalives", "keepalives_count", "keepalives_idle", "keepalives_interval", "tcp_user_timeout"),
 }
 _VALUES: Final[Mapping[str, tuple[str, ...]]] = {
     "channel_binding": ("disable", "prefer", "require"),
@@ -127,11 +112,12 @@ def _login(match: re.Match[str], parameters: Mapping[str, str]) -> dict[str, str
 
 def _url_arguments(parameters: Mapping[str, str]) -> dict[str, Any]:
     """Return the arguments for parameters that asyncpg reads from a URL."""
-    if parameters.get("sslrootcert") != "system":
-        return {"dsn": f"postgresql://?{urlencode(parameters)}".removesuffix("?")}
-    # asyncpg does not know "system"; with a context it ignores the other parameters of TLS.
-    rest = {name: value for name, value in parameters.items() if not name.startswith("ssl")}
-    return {"dsn": f"postgresql://?{urlencode(rest)}".removesuffix("?"), "ssl": _system_context(parameters)}
+    tls = {}
+    if parameters.get("sslrootcert") == "system":
+        # asyncpg does not know "system"; with a context it ignores the other parameters of TLS.
+        tls = {"ssl": _system_context(parameters)}
+        parameters = {name: value for name, value in parameters.items() if not name.startswith("ssl")}
+    return {"dsn": f"postgresql://?{urlencode(parameters)}".removesuffix("?"), **tls}
 
 
 def _pick(parameters: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:

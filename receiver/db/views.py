@@ -174,11 +174,10 @@ class JobEvent(EventHead):
     deliveries: list[Delivery]
 
 
-class JobDetails(TypedDict):
+class JobDetails(_Work):
     """A job with its event."""
 
     seq: int
-    id: UUID
     caller: str
     idempotency_key: str
     fingerprint: str
@@ -190,13 +189,8 @@ class JobDetails(TypedDict):
     metadata: dict[str, str]
     max_cost: Credits | None
     state: JobState
-    attempts: int
     lost: int
-    next_attempt_at: datetime | None
     lease: UUID | None
-    error: str | None
-    created_at: datetime
-    finished_at: datetime | None
     account: str | None
     sent_at: datetime | None
     refused_at: datetime | None

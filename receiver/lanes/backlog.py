@@ -1,23 +1,29 @@
 """Numbers of unfinished and failed rows, for `/metrics`."""
 
 from collections.abc import Sequence
+from typing import Final
 
-from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, destination_lane
-from receiver.db import inbox, jobs, outbox, refused_jobs
+from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
+from receiver.db import leases, outbox, refused_jobs
 from receiver.db.database import Database
 from receiver.db.rows import Backlog
+from receiver.db.tables import events, jobs, media
 from receiver.destination_settings import DestinationSettings
+
+_ROWS: Final = {
+    FAN_OUT_LANE: (events.c.received_at, "received"),
+    MEDIA_LANE: (media.c.created_at, "pending"),
+    SUBMIT_LANE: (jobs.c.created_at, "pending"),
+    POLL_LANE: (jobs.c.created_at, "submitted"),
+}
+"""The rows of each lane: the column with their time, and their state."""
 
 
 async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
     """Return the unfinished rows of every lane. Raises DatabaseUnavailable."""
     async with database.read() as connection:
         by_destination = await outbox.delivery_backlog(connection)
-        lanes = {
-            FAN_OUT_LANE: await inbox.backlog(connection),
-            MEDIA_LANE: await outbox.media_backlog(connection),
-            **await jobs.backlog(connection),
-        }
+        lanes = {lane: await leases.read_backlog(connection, *rows) for lane, rows in _ROWS.items()}
     empty = Backlog(rows=0, oldest=0.0)
     names = by_destination.keys() | {each.name for each in destinations}
     return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}

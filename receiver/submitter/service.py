@@ -18,9 +18,10 @@ from receiver.clipia.job_request import JobRequest, refreeze
 from receiver.core.lane_names import SUBMIT_LANE, Wake, wake_no_lane
 from receiver.core.request_checks import check_caller, check_key, read_cursor
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
-from receiver.db import decisions, freezes, jobs, migrate, reads
+from receiver.db import decisions, freezes, jobs, migrate, reads, tables
 from receiver.db.database import Database
 from receiver.db.rows import CostGroup, JobState, NewJob
+from receiver.db.statements import Known, find_known
 from receiver.db.views import JobCosts
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
 from receiver.lanes.attempts import error_json
@@ -172,7 +173,7 @@ class Submitter:
         fingerprint = request.fingerprint()
         if key is not None:
             async with self.database.read() as connection:
-                known = await jobs.find(connection, caller, check_key(key))
+                known = await find_known(connection, tables.jobs, caller, check_key(key))
             if known is not None:
                 return await self._repeat(known, fingerprint)
         warnings = await self.catalogue.check(request.model, request.input, strict=request.strict)
@@ -189,7 +190,7 @@ class Submitter:
             if new:
                 await freezes.require_none(connection)
             works = await self._start(connection, job) if new else []
-            known = None if new else await jobs.find(connection, caller, job.idempotency_key)
+            known = None if new else await find_known(connection, tables.jobs, caller, job.idempotency_key)
         if known is not None:
             return await self._repeat(known, fingerprint)
         log.info("job issued", job_id=str(job.id), caller=caller, model=job.model)
@@ -354,7 +355,7 @@ class Submitter:
         if task.done():
             task.result()
 
-    async def _repeat(self, known: jobs.KnownJob, fingerprint: str) -> Job:
+    async def _repeat(self, known: Known, fingerprint: str) -> Job:
         if known.fingerprint != fingerprint:
             raise RequestError(
                 "this Idempotency-Key was used with other parameters",
