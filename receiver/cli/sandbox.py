@@ -1,6 +1,7 @@
 """`receiver sandbox`: a local Clipia."""
 
 import inspect
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -63,7 +64,7 @@ def _parameters() -> list[inspect.Parameter]:
             True,
         ),
     }
-    defaults = SandboxOptions().as_dict()
+    defaults = asdict(SandboxOptions())
     made = {
         name: (Annotated[kind, typer.Option(help=_sentence(switch.help))], defaults[name])
         for name, (kind, switch) in switches().items()

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import formatdate
-from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
@@ -13,25 +12,23 @@ from starlette.responses import Response
 
 from receiver.errors import ReceiverError
 
-CODES: Final[Mapping[str, tuple[int, str]]] = MappingProxyType(
-    {
-        "invalid_request": (400, "invalid_request_error"),
-        "webhook_url_invalid": (400, "invalid_request_error"),
-        "model_input_invalid": (400, "invalid_request_error"),
-        "invalid_api_key": (401, "authentication_error"),
-        "insufficient_credits": (402, "billing_error"),
-        "subscription_required": (402, "billing_error"),
-        "insufficient_scope": (403, "permission_error"),
-        "not_found": (404, "invalid_request_error"),
-        "model_not_found": (404, "invalid_request_error"),
-        "idempotency_key_reuse": (409, "invalid_request_error"),
-        "request_in_progress": (409, "invalid_request_error"),
-        "rate_limit_exceeded": (429, "rate_limit_error"),
-        "concurrency_limit_exceeded": (429, "rate_limit_error"),
-        "internal_error": (500, "api_error"),
-        "service_unavailable": (503, "api_error"),
-    }
-)
+CODES: Final[Mapping[str, tuple[int, str]]] = {
+    "invalid_request": (400, "invalid_request_error"),
+    "webhook_url_invalid": (400, "invalid_request_error"),
+    "model_input_invalid": (400, "invalid_request_error"),
+    "invalid_api_key": (401, "authentication_error"),
+    "insufficient_credits": (402, "billing_error"),
+    "subscription_required": (402, "billing_error"),
+    "insufficient_scope": (403, "permission_error"),
+    "not_found": (404, "invalid_request_error"),
+    "model_not_found": (404, "invalid_request_error"),
+    "idempotency_key_reuse": (409, "invalid_request_error"),
+    "request_in_progress": (409, "invalid_request_error"),
+    "rate_limit_exceeded": (429, "rate_limit_error"),
+    "concurrency_limit_exceeded": (429, "rate_limit_error"),
+    "internal_error": (500, "api_error"),
+    "service_unavailable": (503, "api_error"),
+}
 """Every documented error code with its HTTP status and its type."""
 
 

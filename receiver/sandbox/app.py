@@ -42,11 +42,7 @@ def create_app(
             await sender.stop()
 
     app = Starlette(
-        routes=[
-            *api.routes(sandbox, sender),
-            *Control(sandbox, sender).routes(),
-            *cdn.routes(sandbox),
-        ],
+        routes=[*api.routes(sandbox, sender), *Control(sandbox, sender).routes(), *cdn.routes(sandbox)],
         lifespan=lifespan,
         exception_handlers={Problem: _render_problem, HTTPException: _render_http_exception},
     )

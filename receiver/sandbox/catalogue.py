@@ -13,6 +13,7 @@ Price = Callable[[Mapping[str, Any]], int]
 """Computes the price of a valid input, in credits."""
 _Factors = Mapping[str, Mapping[Any, float]]
 
+_UNSET: Final = (None, -math.inf, math.inf)
 _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
     "string": str,
     "integer": int,
@@ -21,7 +22,7 @@ _TYPES: Final[Mapping[str, type | tuple[type, ...]]] = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Parameter:
     """One key of a model's input. If `options` are given, other values are invalid; bounds are inclusive."""
 
@@ -30,28 +31,19 @@ class Parameter:
     required: bool = False
     default: Any = None
     options: tuple[Any, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
+    minimum: float = -math.inf
+    maximum: float = math.inf
 
     def check(self, value: object) -> None:
         """Raise `Problem` if `value` is invalid; the bounds of a string are for its length."""
-        if not isinstance(value, _TYPES[self.type]) or isinstance(value, bool) is not (
-            self.type == "boolean"
-        ):
+        is_boolean = self.type == "boolean"
+        if not isinstance(value, _TYPES[self.type]) or isinstance(value, bool) is not is_boolean:
             raise _invalid(self.name, f"must be of type {self.type}")
         if self.options and value not in self.options:
             raise _invalid(self.name, f"must be one of {', '.join(map(str, self.options))}")
         size = len(value) if isinstance(value, str) else value
-        if isinstance(size, int | float) and not self._low <= size <= self._high:
-            raise _invalid(self.name, f"must be from {self._low:g} to {self._high:g}")
-
-    @property
-    def _low(self) -> float:
-        return -math.inf if self.minimum is None else self.minimum
-
-    @property
-    def _high(self) -> float:
-        return math.inf if self.maximum is None else self.maximum
+        if isinstance(size, int | float) and not self.minimum <= size <= self.maximum:
+            raise _invalid(self.name, f"must be from {self.minimum:g} to {self.maximum:g}")
 
     def attributes(self) -> dict[str, Any]:
         """Return the attributes that are in both shapes of `input_schema`."""
@@ -63,7 +55,7 @@ class Parameter:
             lowest: self.minimum,
             highest: self.maximum,
         }
-        return {key: value for key, value in attributes.items() if value is not None}
+        return {key: value for key, value in attributes.items() if value not in _UNSET}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,29 +122,14 @@ class Model:
 
     def details(self) -> dict[str, Any]:
         """Return the list entry and the `input_schema`."""
-        schema = _as_map(self.parameters) if self.schema_is_map else {"parameters": _as_list(self.parameters)}
-        return self.list_entry() | {"input_schema": schema}
-
-
-def _as_map(parameters: tuple[Parameter, ...]) -> dict[str, Any]:
-    return {
-        parameter.name: parameter.attributes()
-        | ({"enum": list(parameter.options)} if parameter.options else {})
-        for parameter in parameters
-    }
-
-
-def _as_list(parameters: tuple[Parameter, ...]) -> list[dict[str, Any]]:
-    return [
-        {"name": parameter.name}
-        | parameter.attributes()
-        | (
-            {"options": [{"value": o, "label": str(o)} for o in parameter.options]}
-            if parameter.options
-            else {}
-        )
-        for parameter in parameters
-    ]
+        as_map, as_list = {}, []
+        for each in self.parameters:
+            options = [{"value": option, "label": str(option)} for option in each.options]
+            as_map[each.name] = each.attributes() | ({"enum": list(each.options)} if options else {})
+            as_list.append(
+                {"name": each.name} | each.attributes() | ({"options": options} if options else {})
+            )
+        return self.list_entry() | {"input_schema": as_map if self.schema_is_map else {"parameters": as_list}}
 
 
 def _image(url: str, **more: str) -> dict[str, Any]:
@@ -174,33 +151,24 @@ def _invalid(name: str, trouble: str) -> Problem:
 
 
 def _prompt(longest: int) -> Parameter:
-    return Parameter(name="prompt", required=True, minimum=1, maximum=longest)
+    return Parameter("prompt", required=True, minimum=1, maximum=longest)
 
 
 def _per_image(given: Mapping[str, Any]) -> int:
     return int(given.get("num_images", 1))
 
 
-def _multiplied(credits_: int, *parameters: Parameter, by: _Factors) -> Price:
-    """Return a price function: `credits_` times the factor of each parameter's value or default."""
-    defaults = {parameter.name: parameter.default for parameter in parameters}
+def _multiplied(credits_: int, *, by: _Factors) -> Price:
+    """Return a price function: `credits_` times the factor of each parameter; that of a default is 1."""
 
     def price(given: Mapping[str, Any]) -> int:
-        factors = (each[given.get(name, defaults[name])] for name, each in by.items())
+        factors = (each[given[name]] for name, each in by.items() if name in given)
         return math.ceil(credits_ * math.prod(factors))
 
     return price
 
 
-def _as_multipliers(by: _Factors) -> dict[str, dict[str, float]]:
-    return {name: {str(value): factor for value, factor in each.items()} for name, each in by.items()}
-
-
-_SECONDS: Final = Parameter(name="duration", type="number", default=4, options=(4, 8))
-_RESOLUTION: Final = Parameter(name="resolution", default="720p", options=("480p", "720p", "1080p"))
 _I2V_FACTORS: Final[_Factors] = {"duration": {4: 1, 8: 2}, "resolution": {"480p": 0.5, "720p": 1, "1080p": 2}}
-_T2V_SECONDS: Final = Parameter(name="duration", type="number", default=4, options=(4, 8, 12))
-_T2V_FACTORS: Final[_Factors] = {"duration": {4: 1, 8: 2, 12: 3}}
 _LONGEST_SPEECH: Final = 20_000
 
 MODELS: Final[Mapping[str, Model]] = {
@@ -214,9 +182,9 @@ MODELS: Final[Mapping[str, Model]] = {
             capabilities=("text-to-image", "image-to-image"),
             parameters=(
                 _prompt(4_000),
-                Parameter(name="aspect_ratio", default="1:1", options=("1:1", "16:9", "9:16")),
-                Parameter(name="num_images", type="integer", default=1, minimum=1, maximum=4),
-                Parameter(name="image_url"),
+                Parameter("aspect_ratio", default="1:1", options=("1:1", "16:9", "9:16")),
+                Parameter("num_images", "integer", default=1, minimum=1, maximum=4),
+                Parameter("image_url"),
             ),
             pricing={"credits": 12},
             price=lambda given: 12 * _per_image(given),
@@ -229,14 +197,14 @@ MODELS: Final[Mapping[str, Model]] = {
             type="video",
             capabilities=("image-to-video",),
             parameters=(
-                Parameter(name="image_url", required=True),
-                Parameter(name="prompt"),
-                _SECONDS,
-                _RESOLUTION,
-                Parameter(name="aspect_ratio", options=("16:9", "9:16", "1:1")),
+                Parameter("image_url", required=True),
+                Parameter("prompt"),
+                Parameter("duration", "number", default=4, options=(4, 8)),
+                Parameter("resolution", default="720p", options=("480p", "720p", "1080p")),
+                Parameter("aspect_ratio", options=("16:9", "9:16", "1:1")),
             ),
             pricing={"credits": 40, "note": "varies with duration/resolution"},
-            price=_multiplied(40, _SECONDS, _RESOLUTION, by=_I2V_FACTORS),
+            price=_multiplied(40, by=_I2V_FACTORS),
             schema_is_map=True,
         ),
         Model(
@@ -244,13 +212,17 @@ MODELS: Final[Mapping[str, Model]] = {
             name="Seedance 2 Fast, text to video",
             type="video",
             capabilities=("text-to-video",),
-            parameters=(_prompt(4_000), _T2V_SECONDS, Parameter(name="audio", type="boolean", default=True)),
+            parameters=(
+                _prompt(4_000),
+                Parameter("duration", "number", default=4, options=(4, 8, 12)),
+                Parameter("audio", "boolean", default=True),
+            ),
             pricing={
                 "credits": 40,
                 "credits_base": 40,
-                "multipliers": _as_multipliers(_T2V_FACTORS),
+                "multipliers": {"duration": {"4": 1, "8": 2, "12": 3}},
             },
-            price=_multiplied(40, _T2V_SECONDS, by=_T2V_FACTORS),
+            price=_multiplied(40, by={"duration": {4: 1, 8: 2, 12: 3}}),
         ),
         Model(
             slug="video-upscale",
@@ -258,8 +230,8 @@ MODELS: Final[Mapping[str, Model]] = {
             type="video",
             capabilities=("video-to-video",),
             parameters=(
-                Parameter(name="video_url", required=True),
-                Parameter(name="scale", type="integer", default=2, options=(2, 4)),
+                Parameter("video_url", required=True),
+                Parameter("scale", "integer", default=2, options=(2, 4)),
             ),
             pricing={
                 "estimate_required": True,
@@ -276,7 +248,7 @@ MODELS: Final[Mapping[str, Model]] = {
             capabilities=("text-to-speech",),
             parameters=(
                 _prompt(_LONGEST_SPEECH),
-                Parameter(name="voice", default="Zephyr", options=("Zephyr", "Kore")),
+                Parameter("voice", default="Zephyr", options=("Zephyr", "Kore")),
             ),
             pricing={
                 "credits": 5,
@@ -295,7 +267,7 @@ MODELS: Final[Mapping[str, Model]] = {
             name="Suno Music",
             type="audio",
             capabilities=("text-to-music",),
-            parameters=(_prompt(3_000), Parameter(name="instrumental", type="boolean", default=False)),
+            parameters=(_prompt(3_000), Parameter("instrumental", "boolean", default=False)),
             pricing={"credits": 30},
             price=lambda _: 30,
             files=lambda _: 2,

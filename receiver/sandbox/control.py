@@ -1,5 +1,6 @@
 """The sandbox's control API under ``/_sandbox``: its switches and records, and actions by hand."""
 
+import hashlib
 from dataclasses import asdict
 from http import HTTPStatus
 from typing import Any
@@ -35,14 +36,14 @@ class Control:
         ]
 
     async def _options(self, _request: Request) -> Response:
-        return json_response(self._sandbox.options.as_dict())
+        return json_response(asdict(self._sandbox.options))
 
     async def _change(self, request: Request) -> Response:
         try:
             self._sandbox.change(await read_object(request))
         except SettingsError as error:
             raise Problem("invalid_request", f"{error}.") from None
-        return json_response(self._sandbox.options.as_dict())
+        return json_response(asdict(self._sandbox.options))
 
     async def _requests(self, _request: Request) -> Response:
         records = self._sandbox.records
@@ -125,14 +126,10 @@ def _invalid_state(message: str) -> Problem:
 
 
 def _shown_submission(submission: Submission) -> dict[str, Any]:
-    return {
+    return asdict(submission) | {
         "at": _moment(submission.at),
-        "model": submission.model,
-        "idempotency_key": submission.idempotency_key,
-        "status": submission.status,
-        "request_id": submission.request_id,
         "body": submission.body.decode(errors="replace"),
-        "body_sha256": submission.body_sha256,
+        "body_sha256": hashlib.sha256(submission.body).hexdigest(),
     }
 
 

@@ -16,12 +16,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Request, str], Awaitable[Response]]
 """Answers a request that has passed the checks; the second argument is its API key."""
 
-ERRORS: Final = (
-    "500 internal_error",
-    "502 service_unavailable",
-    "503 service_unavailable",
-    "504 service_unavailable",
-)
+ERRORS: Final = ("500 internal_error", *(f"{status} service_unavailable" for status in (502, 503, 504)))
 
 _API_KEY = re.compile(r"clipia_(test|live)_[A-Za-z0-9_-]{1,200}")
 

@@ -91,7 +91,9 @@ class Generations:
         fingerprint = _fingerprint(submission.model, content)
         with self._sandbox.records.use_key(api_key, key, fingerprint, self._sandbox.clock()) as use:
             if use.generation is None:
-                use.generation = self._generate(submission, content, api_key, _origin(request))
+                use.generation = self._generate(
+                    submission, content, api_key, str(request.base_url).rstrip("/")
+                )
                 await self._send_webhook(use.generation)
             use.generation.submits += 1
             submission.request_id = use.generation.request_id
@@ -190,10 +192,6 @@ def _submitted(generation: Generation) -> dict[str, Any]:
         "cost": generation.cost,
         "warnings": generation.warnings,
     }
-
-
-def _origin(request: Request) -> str:
-    return str(request.base_url).rstrip("/")
 
 
 def _fingerprint(model: str, content: dict[str, Any]) -> bytes:

@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Annotated, Any, Final, Self, get_type_hints
 
@@ -78,10 +78,6 @@ class SandboxOptions:
             raise SettingsError(f"unknown switch {unknown[0]!r}; there are: {', '.join(switches())}")
         return replace(self, **changes)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the value of every switch for JSON."""
-        return asdict(self)
-
 
 WITHOUT_LIMITS: Final[Mapping[str, Any]] = {"rate_limit": 1_000_000, "concurrency_limit": 1_000_000}
 """Limits that no client reaches; the answers still have the `RateLimit-*` headers."""
@@ -99,12 +95,9 @@ def _check(name: str, value: object, kind: type, switch: Switch) -> None:
     allowed = (int, float) if kind is float else (kind,)
     if not isinstance(value, allowed) or isinstance(value, bool) is not (kind is bool):
         raise SettingsError(f"{name} must be of type {kind.__name__}, not {type(value).__name__}")
-    if isinstance(value, int | float) and not (math.isfinite(value) and switch.low <= value <= switch.high):
-        limits = (
-            f"at least {switch.low:g}"
-            if switch.high == math.inf
-            else f"from {switch.low:g} to {switch.high:g}"
-        )
+    low, high = switch.low, switch.high
+    if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
+        limits = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise SettingsError(f"{name} must be {limits}, not {value}")
 
 

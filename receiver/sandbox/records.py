@@ -4,7 +4,6 @@ A generation's state is computed from the time, so a job makes progress without 
 the clock. Memory grows by a few KB per generation until the sandbox ends or is reset.
 """
 
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -177,11 +176,6 @@ class Submission:
     body: bytes
     status: int | None = None
     request_id: str | None = None
-
-    @property
-    def body_sha256(self) -> str:
-        """The SHA-256 of the raw body, in hex."""
-        return hashlib.sha256(self.body).hexdigest()
 
 
 @dataclass(kw_only=True, eq=False)

@@ -44,7 +44,7 @@ class WebhookSender:
 
     async def send_now(self, generation: Generation, *, conflicting: bool) -> Attempt:
         """Send the webhook of an ended generation once; the switches do not apply."""
-        body = orjson.dumps(contradiction(generation) if conflicting else event(generation))
+        body = orjson.dumps(event(generation, contradicts=conflicting))
         async with self._client() as client:
             return await self._attempt(
                 client, generation, body, kind="manual", webhook_id=str(uuid.uuid4()), number=1
@@ -66,7 +66,9 @@ class WebhookSender:
         if self._sandbox.hit("webhook_duplicate_rate"):
             await self._deliver(generation, body, kind="duplicate")
         if self._sandbox.hit("webhook_conflict_rate"):
-            await self._deliver(generation, orjson.dumps(contradiction(generation)), kind="conflict")
+            await self._deliver(
+                generation, orjson.dumps(event(generation, contradicts=True)), kind="conflict"
+            )
 
     async def _deliver(self, generation: Generation, body: bytes, *, kind: str) -> bool:
         """Send until the receiver accepts or no attempt is left; return whether it accepted."""
@@ -151,20 +153,12 @@ class WebhookSender:
             log.error("webhook task failed", task=task.get_name(), exc_info=error)
 
 
-def event(generation: Generation) -> dict[str, Any]:
-    """Return the body of the webhook of a completed or failed generation."""
-    return _error_event(generation) if generation.fails else _ok_event(generation)
+def event(generation: Generation, *, contradicts: bool = False) -> dict[str, Any]:
+    """Return the body of the webhook of an ended generation.
 
-
-def contradiction(generation: Generation) -> dict[str, Any]:
-    """Return a body that contradicts `event`: ERROR in place of OK, or the reverse."""
-    return _ok_event(generation) if generation.fails else _error_event(generation)
-
-
-def _ok_event(generation: Generation) -> dict[str, Any]:
+    A body that `contradicts` has ERROR in place of OK, or the reverse.
+    """
+    if generation.fails is not contradicts:
+        return {"request_id": generation.request_id, "status": "ERROR", "error": FAILURE}
     payload = {"model": generation.model, "output": generation.output, "cost": generation.cost}
     return {"request_id": generation.request_id, "status": "OK", "payload": payload}
-
-
-def _error_event(generation: Generation) -> dict[str, Any]:
-    return {"request_id": generation.request_id, "status": "ERROR", "error": FAILURE}

@@ -452,7 +452,8 @@ def test_deep_values_do_not_raise() -> None:
 
 def sandbox_values(parameter: Parameter) -> st.SearchStrategy[Any]:
     """Generate values that are valid, nearly valid and invalid for a parameter."""
-    edges = [edge + step for edge in (parameter.minimum, parameter.maximum) if edge for step in (-1, 0, 1)]
+    bounds = [bound for bound in (parameter.minimum, parameter.maximum) if math.isfinite(bound)]
+    edges = [bound + step for bound in bounds for step in (-1, 0, 1)]
     values: list[Any] = [None, True, False, "", "x", [], {}, parameter.default]
     values += [-1, 0, 1, 2.5, math.nan, math.inf]
     values += [kind(edge) for edge in edges for kind in (int, float, str)]

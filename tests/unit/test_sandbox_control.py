@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any
 
 import httpx
@@ -41,7 +42,7 @@ async def happened(api: httpx.AsyncClient) -> dict[str, Any]:
 async def test_options_are_shown_and_changed(api: httpx.AsyncClient) -> None:
     """PATCH sets the given switches only, and answers like GET."""
     before = (await api.get("/_sandbox/options")).json()
-    assert before == SandboxOptions(duration=0.2, seed=5).as_dict()
+    assert before == asdict(SandboxOptions(duration=0.2, seed=5))
     changed = await api.patch("/_sandbox/options", json={"fail_rate": 0.5, "webhook_first": True})
     assert changed.json() == before | {"fail_rate": 0.5, "webhook_first": True}
     assert (await api.get("/_sandbox/options")).json() == changed.json()
@@ -153,7 +154,7 @@ async def test_reset(api: httpx.AsyncClient) -> None:
     await api.post("/v1/models/suno-music", json={"input": {"prompt": "x"}}, headers={"Idempotency-Key": "k"})
     assert (await api.post("/_sandbox/reset")).status_code == 204
     assert await happened(api) == {"requests": [], "submits": [], "idempotency_keys": {}}
-    assert (await api.get("/_sandbox/options")).json() == SandboxOptions(duration=0.2, seed=5).as_dict()
+    assert (await api.get("/_sandbox/options")).json() == asdict(SandboxOptions(duration=0.2, seed=5))
     assert (await api.get("/v1/account")).json()["balance"]["credits"] == SandboxOptions().credits
 
 

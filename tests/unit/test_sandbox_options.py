@@ -1,6 +1,7 @@
 """The sandbox's switches, their dice, and the page that lists them."""
 
 import json
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "sandbox.md"
 def test_defaults_never_misbehave() -> None:
     """By default no call fails, is late or is lost."""
     options = SandboxOptions()
-    assert {
-        name: value for name, value in options.as_dict().items() if name.endswith("_rate") and value
-    } == {}
+    assert {name: value for name, value in asdict(options).items() if name.endswith("_rate") and value} == {}
     assert (options.latency, options.media_latency, options.refuse_submits, options.webhook_first) == (
         0,
         0,
@@ -72,7 +71,7 @@ def test_invalid_value_is_an_error(changes: dict[str, Any], message: str) -> Non
 def test_change_keeps_the_rest(changes: dict[str, Any]) -> None:
     """A change sets the given switches only, and the original is unchanged."""
     options = SandboxOptions(seed=7)
-    assert options.changed(changes).as_dict() == SandboxOptions(seed=7).as_dict() | changes
+    assert asdict(options.changed(changes)) == asdict(SandboxOptions(seed=7)) | changes
     assert options == SandboxOptions(seed=7)
 
 
@@ -106,7 +105,7 @@ def test_one_switch_does_not_move_another() -> None:
 def test_page_lists_every_switch_with_its_default() -> None:
     """The table in the documentation is the list of switches: flag, default and meaning."""
     rows = [line for line in DOCS.read_text().splitlines() if line.startswith("| `--")]
-    defaults = SandboxOptions().as_dict()
+    defaults = asdict(SandboxOptions())
     expected = []
     for name, (_, switch) in switches().items():
         default = defaults[name] if isinstance(defaults[name], str) else json.dumps(defaults[name])
