@@ -4,10 +4,14 @@
 127.0.0.1.
 """
 
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_network
 
-_V4 = {
-    IPv4Network(network): why
+# Every IPv6 address outside of global unicast is forbidden: loopback, v4-compatible, both NAT64 prefixes,
+# discard-only, SRv6, unique local, link-local, site-local, multicast. The table lists the forbidden networks
+# inside it.
+_V6_GLOBAL = IPv6Network("2000::/3")
+_FORBIDDEN = {
+    ip_network(network): why
     for network, why in {
         "0.0.0.0/8": "this host",
         "10.0.0.0/8": "private",
@@ -27,16 +31,6 @@ _V4 = {
         "203.0.113.0/24": "documentation",
         "224.0.0.0/4": "multicast",
         "240.0.0.0/4": "reserved",
-    }.items()
-}
-
-# Every address outside of global unicast is forbidden: loopback, v4-compatible, both NAT64 prefixes,
-# discard-only, SRv6, unique local, link-local, site-local, multicast. The table lists the forbidden networks
-# inside it.
-_V6_GLOBAL = IPv6Network("2000::/3")
-_V6 = {
-    IPv6Network(network): why
-    for network, why in {
         "2001::/23": "protocol assignments, Teredo, benchmarking, ORCHID",
         "2001:db8::/32": "documentation",
         "2002::/16": "6to4",
@@ -49,10 +43,9 @@ _V6 = {
 
 def forbidden(address: IPv4Address | IPv6Address) -> str | None:
     """Return the reason why `address` is forbidden; None if it is an ordinary public one."""
-    if isinstance(address, IPv4Address):
-        return next((why for network, why in _V4.items() if address in network), None)
-    if address.ipv4_mapped is not None:
-        return forbidden(address.ipv4_mapped)
-    if address not in _V6_GLOBAL:
-        return "not global unicast"
-    return next((why for network, why in _V6.items() if address in network), None)
+    if isinstance(address, IPv6Address):
+        if address.ipv4_mapped is not None:
+            return forbidden(address.ipv4_mapped)
+        if address not in _V6_GLOBAL:
+            return "not global unicast"
+    return next((why for network, why in _FORBIDDEN.items() if address in network), None)

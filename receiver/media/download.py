@@ -151,7 +151,14 @@ class Downloader:
         async with self._follow(self._hosts.vet(url)) as (final, response):
             headers = httpx.Headers(response.headers)
             _check_answer(response.status, headers, max_bytes)
-            async with aclosing(self._read(final, response, deadline)) as parts:
+            body = read_resuming(
+                response,
+                pace=partial(_pace, limits=self._limits, deadline=deadline),
+                # `final` is the URL behind the redirects: these may lead to another file by now.
+                request=partial(self._get, final),
+                deadline=deadline,
+            )
+            async with aclosing(body) as parts:
                 head = await _read_head(parts)
                 file_type = sniff(head[:SNIFF_BYTES], kind)
                 is_media = file_type.is_known or not is_page(head[:SNIFF_BYTES], kind, url, field)
@@ -171,7 +178,15 @@ class Downloader:
                     log.warning("media kept as plain bytes", key=key, kind=kind)
                 async with aclosing(inspection.stream(head, parts)) as chunks:
                     await self._storage.put(key, chunks, content_type=file_type.content_type)
-        return self._stored(key, file_type.content_type, inspection, is_media=is_media)
+        return StoredFile(
+            key=key,
+            uri=self._storage.uri(key),
+            size=inspection.size,
+            sha256=inspection.sha256,
+            content_type=file_type.content_type,
+            is_media=is_media,
+            warning=inspection.warning,
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -190,28 +205,6 @@ class Downloader:
                     return
             url = self._vet_redirect(url, location)
         raise MediaUnavailable(f"More than {_MAX_REDIRECTS} redirects in a row", reason="redirect")
-
-    def _read(
-        self, url: httpx.URL, response: httpcore.Response, deadline: float
-    ) -> AsyncGenerator[bytes, None]:
-        return read_resuming(
-            response,
-            pace=partial(_pace, limits=self._limits, deadline=deadline),
-            # `url` is the one behind the redirects: these may lead to another file by now.
-            request=partial(self._get, url),
-            deadline=deadline,
-        )
-
-    def _stored(self, key: str, content_type: str, inspection: Inspection, *, is_media: bool) -> StoredFile:
-        return StoredFile(
-            key=key,
-            uri=self._storage.uri(key),
-            size=inspection.size,
-            sha256=inspection.sha256,
-            content_type=content_type,
-            is_media=is_media,
-            warning=inspection.warning,
-        )
 
     def _vet_redirect(self, url: httpx.URL, location: str) -> httpx.URL:
         try:

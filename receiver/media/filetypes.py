@@ -17,7 +17,7 @@ SNIFF_BYTES = 4096
 MIN_BYTES = 16
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class FileType:
     """A content type, the extension of its storage key, and the walk to its end."""
 
@@ -31,7 +31,7 @@ class FileType:
         return self.content_type != "application/octet-stream"
 
 
-UNKNOWN = FileType(content_type="application/octet-stream", extension=".bin")
+UNKNOWN = FileType("application/octet-stream", ".bin")
 # Images of an unknown type, and files that were cut before their brands: at least no box may be cut.
 _UNKNOWN_BOXES = replace(UNKNOWN, walk=containers.iso())
 
@@ -91,55 +91,39 @@ _ZEROS = {
 
 _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     "image": [
-        (
-            _starts(b"\x89PNG\r\n\x1a\n"),
-            FileType(content_type="image/png", extension=".png", walk=containers.png),
-        ),
-        (
-            _starts(b"\xff\xd8\xff"),
-            FileType(content_type="image/jpeg", extension=".jpg", walk=containers.jpeg),
-        ),
-        (
-            _starts(b"GIF87a", b"GIF89a"),
-            FileType(content_type="image/gif", extension=".gif", walk=containers.gif),
-        ),
-        (_riff(b"WEBP"), FileType(content_type="image/webp", extension=".webp", walk=containers.riff)),
-        (
-            _iso(b"avif", b"avis"),
-            FileType(content_type="image/avif", extension=".avif", walk=containers.iso(b"meta")),
-        ),
+        (_starts(b"\x89PNG\r\n\x1a\n"), FileType("image/png", ".png", containers.png)),
+        (_starts(b"\xff\xd8\xff"), FileType("image/jpeg", ".jpg", containers.jpeg)),
+        (_starts(b"GIF87a", b"GIF89a"), FileType("image/gif", ".gif", containers.gif)),
+        (_riff(b"WEBP"), FileType("image/webp", ".webp", containers.riff)),
+        (_iso(b"avif", b"avis"), FileType("image/avif", ".avif", containers.iso(b"meta"))),
     ],
     "video": [
-        (_iso(b"qt  "), FileType(content_type="video/quicktime", extension=".mov", walk=_MOVIE)),
-        (_iso(), FileType(content_type="video/mp4", extension=".mp4", walk=_MOVIE)),
-        (_webm, FileType(content_type="video/webm", extension=".webm", walk=containers.ebml)),
+        (_iso(b"qt  "), FileType("video/quicktime", ".mov", _MOVIE)),
+        (_iso(), FileType("video/mp4", ".mp4", _MOVIE)),
+        (_webm, FileType("video/webm", ".webm", containers.ebml)),
     ],
     "audio": [
-        (_starts(b"ID3"), FileType(content_type="audio/mpeg", extension=".mp3", walk=containers.mp3)),
-        (_mpeg_frame, FileType(content_type="audio/mpeg", extension=".mp3", walk=containers.mp3)),
-        (_riff(b"WAVE"), FileType(content_type="audio/wav", extension=".wav", walk=containers.riff)),
-        (_starts(b"OggS"), FileType(content_type="audio/ogg", extension=".ogg", walk=containers.ogg)),
-        (_starts(b"fLaC"), FileType(content_type="audio/flac", extension=".flac", walk=containers.flac)),
-        (_starts(b"\xff\xf1", b"\xff\xf9"), FileType(content_type="audio/aac", extension=".aac")),
-        (_iso(), FileType(content_type="audio/mp4", extension=".m4a", walk=_MOVIE)),
-        (_webm, FileType(content_type="audio/webm", extension=".weba", walk=containers.ebml)),
+        (_starts(b"ID3"), FileType("audio/mpeg", ".mp3", containers.mp3)),
+        (_mpeg_frame, FileType("audio/mpeg", ".mp3", containers.mp3)),
+        (_riff(b"WAVE"), FileType("audio/wav", ".wav", containers.riff)),
+        (_starts(b"OggS"), FileType("audio/ogg", ".ogg", containers.ogg)),
+        (_starts(b"fLaC"), FileType("audio/flac", ".flac", containers.flac)),
+        (_starts(b"\xff\xf1", b"\xff\xf9"), FileType("audio/aac", ".aac")),
+        (_iso(), FileType("audio/mp4", ".m4a", _MOVIE)),
+        (_webm, FileType("audio/webm", ".weba", containers.ebml)),
     ],
 }
 
 # Text that is no error page: an SVG image, a playlist, a document.
 _DOCUMENTS = ("%pdf-", "%!ps")
-_REAL_STARTS: dict[Kind, tuple[str, ...]] = {
-    "image": _DOCUMENTS,
-    "video": (*_DOCUMENTS, "#extm3u"),
-    "audio": (*_DOCUMENTS, "#extm3u"),
-    "file": _DOCUMENTS,
+_PLAYLIST = ((*_DOCUMENTS, "#extm3u"), {"mpd"})
+_REAL_TEXTS: dict[Kind, tuple[tuple[str, ...], set[str]]] = {
+    "image": (_DOCUMENTS, {"svg", "svg:svg"}),
+    "video": _PLAYLIST,
+    "audio": _PLAYLIST,
+    "file": (_DOCUMENTS, set()),
 }
-_REAL_ROOTS: dict[Kind, set[str]] = {
-    "image": {"svg", "svg:svg"},
-    "video": {"mpd"},
-    "audio": {"mpd"},
-    "file": set(),
-}
+"""The starts and the root elements of such texts."""
 _ROOT = re.compile(r"\s*<([a-z][a-z0-9:_-]*)")
 # Before the root: comments, processing instructions and the document type.
 _NO_TAGS = re.compile(
@@ -148,16 +132,8 @@ _NO_TAGS = re.compile(
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0e-\x1a\x1c-\x1f\x7f]")
 _MARKUP = re.compile(r"\s*(?:<[a-z!?]|[{\[]\s*[\"{\[])", re.IGNORECASE)
 # Gzip, Zstandard, zlib, bzip2 and xz: content codings of HTTP, and not media.
-_PACKED = (
-    b"\x1f\x8b\x08",
-    b"\x28\xb5\x2f\xfd",
-    b"x\x01",
-    b"x\x5e",
-    b"x\x9c",
-    b"x\xda",
-    b"BZh",
-    b"\xfd7zXZ\0",
-)
+_ZLIB = (b"x\x01", b"x\x5e", b"x\x9c", b"x\xda")
+_PACKED = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", *_ZLIB, b"BZh", b"\xfd7zXZ\0")
 # A file that starts like an image and continues like a page or a document: some viewers guess the latter, and
 # run its scripts.
 _ACTIVE = re.compile(
@@ -198,7 +174,8 @@ def is_page(head: bytes, kind: Kind, url: str, field: str | None = None) -> bool
         return False
     text = text.lstrip().lower()
     root = _ROOT.match(_NO_TAGS.sub("", text))
-    return not text.startswith(_REAL_STARTS[kind]) and (root is None or root[1] not in _REAL_ROOTS[kind])
+    starts, roots = _REAL_TEXTS[kind]
+    return not text.startswith(starts) and (root is None or root[1] not in roots)
 
 
 def _read_text(head: bytes) -> str | None:

@@ -113,9 +113,8 @@ class MediaHosts:
         if self._usual.fullmatch(url):
             return None
         origin = _ORIGIN.match(url)
-        return (_skip_reason(self, origin[0] + "/") if origin else None) or _skip_reason.__wrapped__(
-            self, url
-        )
+        foreign = _skip_reason(self, origin[0] + "/") if origin else None
+        return foreign or _skip_reason.__wrapped__(self, url)
 
     @cached_property
     def _usual(self) -> re.Pattern[str]:

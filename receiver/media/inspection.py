@@ -2,11 +2,13 @@
 
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, field
 
 from receiver.errors import MediaBlocked, MediaDoubtful
 from receiver.media.containers import DamagedFile, Follower, Walk
 
 
+@dataclass(kw_only=True)
 class Inspection:
     """One body of at most `max_bytes`, compared with the `stated` digests and with the end of its `walk`.
 
@@ -15,28 +17,21 @@ class Inspection:
     `keep_doubtful`; `warning` is the doubt.
     """
 
-    def __init__(
-        self,
-        *,
-        max_bytes: int,
-        stated: Mapping[str, bytes],
-        walk: Walk,
-        min_bytes: int = 1,
-        is_framed: bool = True,
-        seen_sha256: str | None = None,
-        keep_doubtful: bool = False,
-    ) -> None:
-        self.size = 0
-        self.warning: str | None = None
-        self._max_bytes = max_bytes
-        self._min_bytes = min_bytes
-        self._is_framed = is_framed
-        self._seen_sha256 = seen_sha256
-        self._keep_doubtful = keep_doubtful
-        self._stated = stated
+    max_bytes: int
+    stated: Mapping[str, bytes]
+    walk: Walk
+    min_bytes: int = 1
+    is_framed: bool = True
+    seen_sha256: str | None = None
+    keep_doubtful: bool = False
+    size: int = field(default=0, init=False)
+    warning: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
         self._sha256 = hashlib.sha256()
-        self._others = {name: hashlib.new(name, usedforsecurity=False) for name in stated if name != "sha256"}
-        self._follower = Follower(walk)
+        others = self.stated.keys() - {"sha256"}
+        self._others = {name: hashlib.new(name, usedforsecurity=False) for name in others}
+        self._follower = Follower(self.walk)
         self._damage: str | None = None
 
     @property
@@ -47,8 +42,8 @@ class Inspection:
     def feed(self, part: bytes) -> None:
         """Add the next part. Raises MediaBlocked if the body exceeds its limit."""
         self.size += len(part)
-        if self.size > self._max_bytes:
-            raise MediaBlocked(f"The file is larger than {self._max_bytes} bytes", reason="too_large")
+        if self.size > self.max_bytes:
+            raise MediaBlocked(f"The file is larger than {self.max_bytes} bytes", reason="too_large")
         self._sha256.update(part)
         for digest in self._others.values():
             digest.update(part)
@@ -73,8 +68,8 @@ class Inspection:
     def finish(self) -> None:
         """Judge the whole body. Raises MediaDoubtful if it is in doubt and may not pass."""
         if doubt := self.find_doubt():
-            is_seen = doubt.sha256 is not None and doubt.sha256 == self._seen_sha256
-            if not is_seen and not self._keep_doubtful:
+            is_seen = doubt.sha256 is not None and doubt.sha256 == self.seen_sha256
+            if not is_seen and not self.keep_doubtful:
                 raise doubt
             self.warning = str(doubt)
 
@@ -82,18 +77,18 @@ class Inspection:
         """Return the first contradiction in a body that has come to its end, if there is one."""
         if self._damage is not None:
             return self._doubt(self._damage, "damaged")
-        if self.size < self._min_bytes or not self._follower.is_complete:
+        if self.size < self.min_bytes or not self._follower.is_complete:
             # Without framing a connection may break twice at the same place: the same bytes prove too little.
             return self._doubt(
-                f"The file ends early, after {self.size} bytes", "truncated", may_repeat=self._is_framed
+                f"The file ends early, after {self.size} bytes", "truncated", may_repeat=self.is_framed
             )
-        if not self._is_framed and not self._follower.ends_here:
+        if not self.is_framed and not self._follower.ends_here:
             return self._doubt(
                 "HTTP announces neither a length nor chunks: a broken connection would look like the end",
                 "length",
             )
         found = {"sha256": self._sha256} | self._others
-        for name, digest in self._stated.items():
+        for name, digest in self.stated.items():
             if found[name].digest() != digest:
                 return self._doubt(f"The file does not match the {name} that came with it", "digest")
         return None

@@ -6,10 +6,10 @@ that were checked; TLS and the Host header keep the name. A second DNS answer (D
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from itertools import chain, zip_longest
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import httpcore
 
@@ -54,16 +54,11 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         self._dial = dial or httpcore.AnyIOBackend()
 
     async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
+        self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any
     ) -> httpcore.AsyncNetworkStream:
         """Connect to a vetted address of `host`; a development origin is not vetted."""
         if self._hosts.is_development(host, port):
-            return await self._dial.connect_tcp(host, port, timeout, local_address, socket_options)
+            return await self._dial.connect_tcp(host, port, timeout, *args, **options)
         try:
             async with asyncio.timeout(timeout):
                 addresses = [ip_address(address) for address in await self._resolve(host, port)]
@@ -75,23 +70,16 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
             if why := forbidden(address):
                 raise MediaBlocked(f"{host} has the address {address} ({why})", reason="address")
         attempts = interleave(addresses)[:_MAX_ATTEMPTS]
-        return await self._connect(attempts, port, timeout, local_address, socket_options)
+        share = timeout and timeout / max(1, len(attempts))
+        return await self._connect(attempts, port, share, *args, **options)
 
     async def _connect(
-        self,
-        addresses: list[IPv4Address | IPv6Address],
-        port: int,
-        timeout: float | None,
-        local_address: str | None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None,
+        self, addresses: list[IPv4Address | IPv6Address], *args: Any, **options: Any
     ) -> httpcore.AsyncNetworkStream:
         failure: Exception = httpcore.ConnectError("No address")
-        share = timeout and timeout / max(1, len(addresses))
         for address in addresses:
             try:
-                stream = await self._dial.connect_tcp(
-                    str(address), port, share, local_address, socket_options
-                )
+                stream = await self._dial.connect_tcp(str(address), *args, **options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
                 continue

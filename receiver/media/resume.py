@@ -84,19 +84,16 @@ class _Version:
         """Return the headers that request the rest, or all of the file if it has changed meanwhile."""
         return [(b"Range", b"bytes=%d-" % position), (b"If-Range", self.validator.encode("ascii"))]
 
-    @property
-    def _unstated(self) -> str | None:
-        # A 206 may leave out Last-Modified, but not the tag (RFC 9110). If the tag is missing, the server has
-        # ignored If-Range.
-        return None if self.field == "etag" else self.validator
-
     def require_rest(self, response: httpcore.Response, position: int, broken: MediaUnavailable) -> None:
         """Raise `broken` unless an answer's body is the rest of this version from `position` on."""
         headers = httpx.Headers(response.headers)
+        # A 206 may leave out Last-Modified, but not the tag (RFC 9110). If the tag is missing, the server has
+        # ignored If-Range.
+        unstated = None if self.field == "etag" else self.validator
         if not (
             response.status == _PARTIAL_CONTENT
             and headers.get("content-range") == f"bytes {position}-{self.size - 1}/{self.size}"
-            and headers.get(self.field, self._unstated) == self.validator
+            and headers.get(self.field, unstated) == self.validator
             and headers.get("content-encoding", "") == self.coding
         ):
             raise broken

@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
@@ -25,28 +24,26 @@ class _Cloud:
     credentials: str
 
 
-_CLOUDS: Final[Mapping[str, _Cloud]] = MappingProxyType(
-    {
-        "s3": _Cloud(
-            options=frozenset({"endpoint", "region", "checksum"}),
-            extra="s3",
-            form="s3://bucket/prefix?endpoint=https://host/path&region=name&checksum=none",
-            credentials="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-        ),
-        "gs": _Cloud(
-            options=frozenset({"endpoint"}),
-            extra="gcs",
-            form="gs://bucket/prefix?endpoint=https://host",
-            credentials="GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT",
-        ),
-        "az": _Cloud(
-            options=frozenset({"endpoint", "account"}),
-            extra="azure",
-            form="az://container/prefix?account=name&endpoint=https://host",
-            credentials="AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-        ),
-    }
-)
+_CLOUDS: Final[Mapping[str, _Cloud]] = {
+    "s3": _Cloud(
+        options=frozenset({"endpoint", "region", "checksum"}),
+        extra="s3",
+        form="s3://bucket/prefix?endpoint=https://host/path&region=name&checksum=none",
+        credentials="AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    ),
+    "gs": _Cloud(
+        options=frozenset({"endpoint"}),
+        extra="gcs",
+        form="gs://bucket/prefix?endpoint=https://host",
+        credentials="GOOGLE_APPLICATION_CREDENTIALS or GOOGLE_SERVICE_ACCOUNT",
+    ),
+    "az": _Cloud(
+        options=frozenset({"endpoint", "account"}),
+        extra="azure",
+        form="az://container/prefix?account=name&endpoint=https://host",
+        credentials="AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+    ),
+}
 _PLAIN: Final = re.compile(r"[A-Za-z0-9._/-]*")
 _CHECKSUMS: Final = frozenset({None, "sha256", "none"})
 

@@ -8,9 +8,9 @@ import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Final, TypeAlias, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
 import obstore
 from obstore.store import AzureStore, GCSStore, S3Store
@@ -20,7 +20,7 @@ from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, ru
 
 if TYPE_CHECKING:
     from obstore import BytesStream, GetResult
-    from obstore.store import AzureConfig, ClientConfig, GCSConfig, RetryConfig, S3Config
+    from obstore.store import RetryConfig
 
 T = TypeVar("T")
 Store: TypeAlias = S3Store | GCSStore | AzureStore
@@ -59,12 +59,6 @@ _CAUSES = (
 )
 
 
-class _ClientOptions(TypedDict):
-    prefix: str | None
-    client_options: "ClientConfig"
-    retry_config: "RetryConfig"
-
-
 def open_store(
     scheme: str,
     bucket: str,
@@ -75,19 +69,24 @@ def open_store(
     retries: "RetryConfig" = RETRIES,
 ) -> Store:
     """Return the client of a bucket. Credentials come from the environment. Raises SettingsError."""
-    client: _ClientOptions = {
-        "prefix": prefix or None,
-        "client_options": {
-            "connect_timeout": "5s",
-            # It would limit a whole file, and cannot be switched off.
-            "timeout": "365d",
-            "read_timeout": f"{_PART_SECONDS}s",
-            "allow_http": options.get("endpoint", "").startswith("http://"),
-        },
-        "retry_config": retries,
+    store, names = _STORES[scheme]
+    config: dict[str, object] = {names[name]: value for name, value in options.items() if name in names}
+    if store is S3Store:
+        # Some services do not know the request that deletes several objects.
+        config["disable_bulk_delete"] = True
+        if options.get("checksum") != "none":
+            config["checksum_algorithm"] = "SHA256"
+    client = {
+        "connect_timeout": "5s",
+        # It would limit a whole file, and cannot be switched off.
+        "timeout": "365d",
+        "read_timeout": f"{_PART_SECONDS}s",
+        "allow_http": options.get("endpoint", "").startswith("http://"),
     }
     try:
-        return _STORES[scheme](bucket, options, client)
+        return store(
+            bucket, prefix=prefix or None, config=config, client_options=client, retry_config=retries
+        )
     except BaseException as error:
         if not _is_failure(error):
             raise
@@ -97,31 +96,12 @@ def open_store(
         ) from None
 
 
-def _open_google(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
-    config: GCSConfig = {"base_url": options["endpoint"]} if "endpoint" in options else {}
-    return GCSStore(bucket, config=config, **client)
-
-
-def _open_azure(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
-    config: AzureConfig = {"endpoint": options["endpoint"]} if "endpoint" in options else {}
-    if "account" in options:
-        config["account_name"] = options["account"]
-    return AzureStore(bucket, config=config, **client)
-
-
-def _open_s3(bucket: str, options: Mapping[str, str], client: _ClientOptions) -> Store:
-    # Some services do not know the request that deletes several objects.
-    config: S3Config = {"disable_bulk_delete": True}
-    if "endpoint" in options:
-        config["endpoint"] = options["endpoint"]
-    if "region" in options:
-        config["region"] = options["region"]
-    if options.get("checksum") != "none":
-        config["checksum_algorithm"] = "SHA256"
-    return S3Store(bucket, config=config, **client)
-
-
-_STORES = {"s3": _open_s3, "gs": _open_google, "az": _open_azure}
+_STORES: Final[Mapping[str, tuple[Callable[..., Store], Mapping[str, str]]]] = {
+    "s3": (S3Store, {"endpoint": "endpoint", "region": "region"}),
+    "gs": (GCSStore, {"endpoint": "base_url"}),
+    "az": (AzureStore, {"endpoint": "endpoint", "account": "account_name"}),
+}
+"""For each scheme its client, and the client's names of the options of a URL."""
 
 
 class ObjectStorage:
@@ -273,19 +253,14 @@ class ObjectStorage:
             return f"no answer in {self._answer_seconds:.0f} s ({facts[0]})"
         facts += [f"HTTP {status}" for status in _STATUS.findall(text)[:1]] + _CODE.findall(text)[:1]
         found = next((words for sign, words in _CAUSES if re.search(sign, text)), None)
-        if found == _CONNECTION_FAILED:
-            found = _os_error_text(text) or found
+        if found == _CONNECTION_FAILED and (number := _OS_ERROR.search(text)):
+            found = os.strerror(int(number[1] or number[2]))
         return f"{found} ({', '.join(facts)})" if found else ", ".join(facts)
 
 
 def _is_failure(error: BaseException) -> bool:
     """Return whether the client failed: a panic of its Rust code is a BaseException, but no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
-
-
-def _os_error_text(text: str) -> str | None:
-    found = _OS_ERROR.search(text)
-    return os.strerror(int(found[1] or found[2])) if found else None
 
 
 class _Source:
