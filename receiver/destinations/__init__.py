@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from importlib import import_module
-from types import MappingProxyType
 from typing import Final, Protocol
 
 import structlog
@@ -20,22 +19,20 @@ __all__ = ["Destination", "open_destination", "open_for_work", "started"]
 START_SECONDS: Final = 5.0
 """Seconds that a process waits for its destinations before it takes webhooks."""
 
-_KINDS: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {
-        "file": ("file", "FileDestination"),
-        "http": ("http", "HttpDestination"),
-        "https": ("http", "HttpDestination"),
-        "amqp": ("rabbitmq", "RabbitmqDestination"),
-        "amqps": ("rabbitmq", "RabbitmqDestination"),
-        "redis": ("redis", "RedisDestination"),
-        "rediss": ("redis", "RedisDestination"),
-        "nats": ("nats", "NatsDestination"),
-        "tls": ("nats", "NatsDestination"),
-        "kafka": ("kafka", "KafkaDestination"),
-        "sqs": ("sqs", "SqsDestination"),
-        "memory": ("memory", "MemoryDestination"),
-    }
-)
+_KINDS: Final[Mapping[str, tuple[str, str]]] = {
+    "file": ("file", "FileDestination"),
+    "http": ("http", "HttpDestination"),
+    "https": ("http", "HttpDestination"),
+    "amqp": ("rabbitmq", "RabbitmqDestination"),
+    "amqps": ("rabbitmq", "RabbitmqDestination"),
+    "redis": ("redis", "RedisDestination"),
+    "rediss": ("redis", "RedisDestination"),
+    "nats": ("nats", "NatsDestination"),
+    "tls": ("nats", "NatsDestination"),
+    "kafka": ("kafka", "KafkaDestination"),
+    "sqs": ("sqs", "SqsDestination"),
+    "memory": ("memory", "MemoryDestination"),
+}
 """For each scheme a module of this package and its class."""
 _EXTRAS: Final = frozenset({"rabbitmq", "redis", "nats", "kafka", "sqs"})
 """Modules that need a client library; the package's extra of the same name installs it."""

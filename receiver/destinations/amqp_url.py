@@ -67,11 +67,7 @@ def read_url(settings: DestinationSettings) -> Address:
 
 def _node(url: BrokerUrl, host: str, port: int) -> Node:
     target = URL.build(
-        scheme=url.scheme,
-        user=url.user,
-        password=url.password,
-        host=host.strip("[]"),
-        port=port,
+        scheme=url.scheme, user=url.user, password=url.password, host=host.strip("[]"), port=port
     )
     return Node(url=SecretStr(str(target)), shown=f"{url.scheme}://{host}:{port}")
 

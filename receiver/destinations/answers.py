@@ -6,8 +6,6 @@ their way to h11, and interim answers (1xx) do not reach it.
 """
 
 import re
-import ssl
-from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import Any, Final
 
@@ -142,24 +140,12 @@ current: Final = ContextVar[RawAnswer]("current")
 """The answer that the current task waits for."""
 
 
-class RecordingNetwork(httpcore.AsyncNetworkBackend):
+class RecordingNetwork(httpcore.AnyIOBackend):
     """Opens connections that record in `current` the bytes that are read."""
 
-    def __init__(self) -> None:
-        self._dial = httpcore.AnyIOBackend()
-
-    async def connect_tcp(
-        self,
-        host: str,
-        port: int,
-        timeout: float | None = None,
-        local_address: str | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Connect to `host`, and record from the start."""
-        return _RecordingStream(
-            await self._dial.connect_tcp(host, port, timeout, local_address, socket_options)
-        )
+    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
+        """Connect, and record from the start."""
+        return _RecordingStream(await super().connect_tcp(*args, **options))
 
 
 class _RecordingStream(httpcore.AsyncNetworkStream):
@@ -179,22 +165,15 @@ class _RecordingStream(httpcore.AsyncNetworkStream):
         return b""
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        """Write, and record that the request is on its way."""
         current.get().on_write(buffer)
         await self._stream.write(buffer, timeout)
 
     async def aclose(self) -> None:
-        """Close the connection."""
         await self._stream.aclose()
 
-    async def start_tls(
-        self,
-        ssl_context: ssl.SSLContext,
-        server_hostname: str | None = None,
-        timeout: float | None = None,
-    ) -> httpcore.AsyncNetworkStream:
+    async def start_tls(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
         """Return the connection under TLS; its decrypted bytes are recorded."""
-        return _RecordingStream(await self._stream.start_tls(ssl_context, server_hostname, timeout))
+        return _RecordingStream(await self._stream.start_tls(*args, **options))
 
     def get_extra_info(self, info: str) -> Any:
         """Return an attribute of the connection; `is_readable` also covers bytes that h11 has already."""

@@ -38,14 +38,12 @@ class Destination(Protocol):
 
         If the destination is down for now it starts all the same, and `publish` connects later.
         """
-        ...
 
     async def check(self) -> None:
         """Check without an event whether the destination can be reached.
 
         Raises SettingsError or PublishFailed; the message says how to repair it.
         """
-        ...
 
     async def publish(self, event: CloudEvent) -> None:
         """Send an event and return when the destination has confirmed it.
@@ -53,11 +51,9 @@ class Destination(Protocol):
         Many calls may run at once. Raises PublishRejected if another attempt cannot succeed. Raises
         PublishFailed if it may, and after `close`; the event may have arrived even then.
         """
-        ...
 
     async def close(self) -> None:
         """Finish the publishes under way and disconnect. A second call does nothing."""
-        ...
 
 
 def encode(event: CloudEvent) -> bytes:
@@ -114,14 +110,14 @@ def limit_log(library: str, level: int) -> None:
         library_log.setLevel(level)
 
 
-class Broker(abc.ABC):
-    """Base of the destinations that are brokers."""
+class CheckedDestination(abc.ABC):
+    """Base of the destinations that check themselves at the start."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name
 
     async def start(self) -> None:
-        """Check, and only warn on a failure: the broker may start later."""
+        """Check, and only warn if the destination is down for now. Raises SettingsError."""
         try:
             await self.check()
         except PublishFailed as error:
@@ -129,7 +125,7 @@ class Broker(abc.ABC):
 
     @abc.abstractmethod
     async def check(self) -> None:
-        """Check whether an event would be taken, and warn if the broker may lose it."""
+        """Check whether an event would be taken, and warn if the destination may lose it."""
 
     def _warn_of_losses(self, problem: str) -> None:
         log.warning("the destination may lose events", destination=self._name, problem=problem)

@@ -5,13 +5,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Generic, TypeVar
 
-from receiver.destinations.base import (
-    Failure,
-    attempt_timeout,
-    closed_failure,
-    copy_failure,
-    timeout_failure,
-)
+from receiver.destinations.base import Failure, attempt_timeout, closed_failure, copy_failure, timeout_failure
 from receiver.errors import PublishFailed, PublishRejected
 
 

@@ -21,7 +21,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.batching import Batcher
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import closed_failure, encode
+from receiver.destinations.base import CheckedDestination, closed_failure, encode
 from receiver.errors import PublishFailed, SettingsError
 from receiver.files import make_folder, open_private, sync_folder, write_all
 
@@ -30,23 +30,15 @@ LOCK_TIMEOUT_SECONDS: Final = 10.0
 LOCK_POLL_SECONDS: Final = 0.002
 BLOCK_BYTES: Final = 4096
 
-_PERMANENT: Final = frozenset(
-    {
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    }
-)
+_PERMANENT: Final = {
+    *(errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ELOOP),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EPERM, errno.EROFS),
+}
 
 log = structlog.get_logger()
 
 
-class FileDestination:
+class FileDestination(CheckedDestination):
     """Appends events to a file of JSON lines.
 
     Events that arrive while a write is under way share the next one: a flush to the disk costs the same for
@@ -56,22 +48,18 @@ class FileDestination:
     concurrency = 256
 
     def __init__(self, settings: DestinationSettings) -> None:
+        super().__init__(settings)
         self._path = _parse(settings)
-        self._name = settings.name
         self._lines = _Lines(self._path, lock_timeout=settings.timeout)
         self._in_use = asyncio.Lock()
         self._batcher: Batcher[bytes, OSError | None] = Batcher(self._append)
         self._closed = False
 
-    async def start(self) -> None:
-        """Open and repair the file. Raises SettingsError if it cannot be a file of events."""
-        try:
-            await self.check()
-        except PublishFailed as error:
-            log.warning("destination is not ready", destination=self._name, error=str(error))
-
     async def check(self) -> None:
-        """Open the file, which makes it and its folders, and check that it can be locked."""
+        """Open and repair the file, which makes it and its folders, and check that it can be locked.
+
+        Raises SettingsError if it cannot be a file of events.
+        """
         try:
             async with self._in_use:
                 await asyncio.to_thread(self._lines.check)

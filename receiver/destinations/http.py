@@ -3,10 +3,9 @@
 import asyncio
 import base64
 import re
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Final
+from typing import Final, NamedTuple
 
 import anyio
 import httpx
@@ -38,21 +37,18 @@ MIN_SECRET_BYTES: Final = 24
 MAX_PORT: Final = 65_535
 
 _HOST: Final = re.compile(rb"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+")
-_REJECTED: Final = frozenset(
-    {
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-    }
-)
+_REJECTED: Final = {
+    HTTPStatus.BAD_REQUEST,
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+    HTTPStatus.UNPROCESSABLE_ENTITY,
+}
 """Statuses that reject this message. All others are about the destination, such as 404 during a deploy."""
 
 log = structlog.get_logger()
 
 
-@dataclass(kw_only=True)
-class _Reply:
+class _Reply(NamedTuple):
     """The status of an answer, and those of its headers that could be read."""
 
     status: int
@@ -76,7 +72,8 @@ class HttpDestination:
             **_authorization(url),
             **{name.lower(): value.get_secret_value() for name, value in settings.headers.items()},
         }
-        self._signers = _open_signers(settings)
+        secrets = () if settings.secret is None else settings.secrets or ("",)
+        self._signers = [_open_signer(settings.name, secret) for secret in secrets]
         self._timeout = settings.timeout
         # A client on top of the transport would follow redirects, keep cookies, take proxies from the
         # environment and log the URL.
@@ -187,7 +184,7 @@ class HttpDestination:
                 prefix = "no final status line in the answer: " if raw.has_begun else ""
                 failure = PublishFailed(f"{self._origin}: {prefix}{cause(error)}", reason="connection")
         # Not the response's status: h11 may have read it from bytes that followed an earlier answer.
-        return failure if raw.status is None else _Reply(status=raw.status, headers=raw.headers)
+        return failure if raw.status is None else _Reply(raw.status, raw.headers)
 
 
 def _status_failure(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
@@ -252,11 +249,6 @@ def _authorization(url: httpx.URL) -> dict[str, str]:
         return {}
     credentials = f"{url.username}:{url.password}".encode()
     return {"authorization": "Basic " + base64.b64encode(credentials).decode("ascii")}
-
-
-def _open_signers(settings: DestinationSettings) -> list[Webhook]:
-    secrets = settings.secrets or ("",)
-    return [] if settings.secret is None else [_open_signer(settings.name, secret) for secret in secrets]
 
 
 def _open_signer(name: str, secret: str) -> Webhook:

@@ -11,7 +11,6 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final
 
 from aiokafka import AIOKafkaProducer
@@ -38,7 +37,7 @@ from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, limit_log, step_timeout
+from receiver.destinations.base import CheckedDestination, Failure, limit_log, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.internals import close_kafka_producer, count_kafka_replicas
 from receiver.destinations.tls import open_tls
@@ -60,9 +59,12 @@ CLIENT_ID: Final = "clipia-receiver"
 MAX_IN_FLIGHT: Final = 1024
 
 _TOPIC: Final = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,249}")
-_PROTOCOLS: Final[Mapping[str | None, str]] = MappingProxyType(
-    {None: "PLAINTEXT", "ssl": "SSL", "sasl_plain": "SASL_PLAINTEXT", "sasl_ssl": "SASL_SSL"}
-)
+_PROTOCOLS: Final[Mapping[str | None, str]] = {
+    None: "PLAINTEXT",
+    "ssl": "SSL",
+    "sasl_plain": "SASL_PLAINTEXT",
+    "sasl_ssl": "SASL_SSL",
+}
 _MECHANISMS: Final = frozenset({"plain", "scram-sha-256", "scram-sha-512"})
 _OUT_OF_SEQUENCE: Final = "out_of_step"
 _ADVICE: Final[tuple[tuple[tuple[type[KafkaError], ...], str, str], ...]] = (
@@ -109,7 +111,7 @@ class _Address:
         return step_timeout(REQUEST_SECONDS, self.timeout)
 
 
-class KafkaDestination(Broker):
+class KafkaDestination(CheckedDestination):
     """Writes events to a Kafka topic through an idempotent producer that waits for all in-sync replicas."""
 
     concurrency = 256
@@ -187,10 +189,7 @@ class _Producer(Connection):
         try:
             with _translated(self._address.shown):
                 await self._producer.send_and_wait(
-                    self._address.topic,
-                    message.value,
-                    key=message.key,
-                    headers=list(message.headers.items()),
+                    self._address.topic, message.value, key=message.key, headers=list(message.headers.items())
                 )
         except (MessageSizeTooLargeError, RecordListTooLargeError) as error:
             raise self._too_large(message) from error
@@ -311,7 +310,7 @@ def _parse(settings: DestinationSettings) -> _Address:
             brokers=url.hosts,
             topic=topic,
             shown=f"Kafka topic {topic} at {url.shown}",
-            security=MappingProxyType(_read_security(url, settings)),
+            security=_read_security(url, settings),
             timeout=settings.timeout,
         )
 

@@ -11,7 +11,6 @@ import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import count
-from types import MappingProxyType
 from typing import Final
 
 import nats.errors
@@ -24,7 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.core.retry import DAY
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, Failure, copy_failure, quoted, step_timeout
+from receiver.destinations.base import CheckedDestination, Failure, copy_failure, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.jetstream import loss_warning
 from receiver.destinations.nats_client import NatsClient
@@ -48,19 +47,11 @@ _TOO_LARGE: Final = frozenset({10054, 10097})
 _NO_JETSTREAM: Final = ("no_jetstream", "has no JetStream for this account, or no quorum for it")
 _WRONG_STREAM: Final = ("wrong_stream", "has the subject in another stream than the URL's")
 _FULL: Final = ("full", "cannot store the message: see the limits of stream and account")
-_API_ERRORS: Final[Mapping[int | None, tuple[str, str]]] = MappingProxyType(
-    {
-        None: _NO_JETSTREAM,
-        10039: _NO_JETSTREAM,
-        10076: _NO_JETSTREAM,
-        10060: _WRONG_STREAM,
-        10065: _WRONG_STREAM,
-        10023: _FULL,
-        10028: _FULL,
-        10047: _FULL,
-        10077: _FULL,
-    }
-)
+_API_ERRORS: Final[Mapping[int | None, tuple[str, str]]] = {
+    **dict.fromkeys((None, 10039, 10076), _NO_JETSTREAM),
+    **dict.fromkeys((10060, 10065), _WRONG_STREAM),
+    **dict.fromkeys((10023, 10028, 10047, 10077), _FULL),
+}
 # After these failures the next publish opens a new connection, and makes the stream again if it is gone.
 _STALE: Final = frozenset({"connection", "no_stream", "permission", "timeout"})
 
@@ -69,7 +60,7 @@ _ERRORS: Final = (OSError, RuntimeError, ValueError, nats.errors.Error)
 log = structlog.get_logger()
 
 
-class NatsDestination(Broker):
+class NatsDestination(CheckedDestination):
     """Publishes events to a JetStream subject, many at once over one connection."""
 
     concurrency = 256
@@ -132,7 +123,6 @@ class _Connection(Connection):
 
     @property
     def is_open(self) -> bool:
-        """Whether the client is connected."""
         return self._connected and self._lost is None
 
     async def open(self) -> None:

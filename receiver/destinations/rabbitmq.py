@@ -37,7 +37,7 @@ from yarl import URL
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.amqp_url import Address, Node, read_url
-from receiver.destinations.base import Broker, Failure, limit_log, quoted, step_timeout
+from receiver.destinations.base import CheckedDestination, Failure, limit_log, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
@@ -80,7 +80,7 @@ class _Message:
     head: bytes
 
 
-class RabbitmqDestination(Broker):
+class RabbitmqDestination(CheckedDestination):
     """Publishes events to an exchange or a queue, many at once on one channel."""
 
     concurrency = 2 * MAX_IN_FLIGHT
@@ -143,7 +143,6 @@ class _Socket(TransportFactory):
         self._writer: asyncio.StreamWriter | None = None
 
     async def create(self, url: URL, **kwargs: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Connect."""
         reader, self._writer = await self._factory.create(url, **kwargs)
         return reader, self._writer
 
@@ -177,7 +176,6 @@ class _Connection(Connection):
 
     @property
     def is_open(self) -> bool:
-        """Whether publishing may work."""
         return self._connection.is_opened and not self._channel.is_closed
 
     async def open(self) -> None:

@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
@@ -23,7 +22,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import Broker, closed_failure, encode, quoted, step_timeout
+from receiver.destinations.base import CheckedDestination, closed_failure, encode, quoted, step_timeout
 from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
@@ -53,22 +52,20 @@ _OUR_COMMAND: Final = re.compile(r",? *with args beginning")
 _NUMBER: Final = re.compile(r"[0-9]{1,19}", re.ASCII)
 # A transport that was closed meanwhile raises RuntimeError.
 _ERRORS: Final = (RedisError, OSError, RuntimeError)
-_ERROR_CODES: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {
-        "READONLY": ("read_only", "is a read-only replica: name the primary in the URL"),
-        "MASTERDOWN": ("no_primary", "is a replica that has lost its primary: name the primary in the URL"),
-        "NOREPLICAS": ("no_replicas", "has fewer replicas than min-replicas-to-write asks for"),
-        "OOM": ("full", "is out of memory: raise its maxmemory or trim the stream with maxlen= in the URL"),
-        "MISCONF": ("disk", "cannot save to its disk: its log says why"),
-        "LOADING": ("loading", "is still loading its data"),
-        "NOAUTH": ("auth", "requires a password: add it to the URL"),
-        "WRONGPASS": ("auth", "rejects the user or the password of the URL"),
-        "NOPERM": ("permission", "does not let this user XADD to the stream: see ACL SETUSER"),
-        "WRONGTYPE": ("wrong_type", "has a value of another type under this key: choose another stream="),
-        "CLUSTERDOWN": ("cluster", "is in a cluster that is down"),
-        "MOVED": ("cluster", "is in a cluster and does not hold the stream: name the node that does"),
-    }
-)
+_ERROR_CODES: Final[Mapping[str, tuple[str, str]]] = {
+    "READONLY": ("read_only", "is a read-only replica: name the primary in the URL"),
+    "MASTERDOWN": ("no_primary", "is a replica that has lost its primary: name the primary in the URL"),
+    "NOREPLICAS": ("no_replicas", "has fewer replicas than min-replicas-to-write asks for"),
+    "OOM": ("full", "is out of memory: raise its maxmemory or trim the stream with maxlen= in the URL"),
+    "MISCONF": ("disk", "cannot save to its disk: its log says why"),
+    "LOADING": ("loading", "is still loading its data"),
+    "NOAUTH": ("auth", "requires a password: add it to the URL"),
+    "WRONGPASS": ("auth", "rejects the user or the password of the URL"),
+    "NOPERM": ("permission", "does not let this user XADD to the stream: see ACL SETUSER"),
+    "WRONGTYPE": ("wrong_type", "has a value of another type under this key: choose another stream="),
+    "CLUSTERDOWN": ("cluster", "is in a cluster that is down"),
+    "MOVED": ("cluster", "is in a cluster and does not hold the stream: name the node that does"),
+}
 # The host name may belong to another server by now: the next attempt resolves it again.
 _WRONG_SERVER: Final = frozenset({"READONLY", "MASTERDOWN"})
 
@@ -77,27 +74,22 @@ _WRONG_SERVER: Final = frozenset({"READONLY", "MASTERDOWN"})
 class _Address:
     """The server of a URL, its login and its stream."""
 
-    hosts: tuple[tuple[str, int], ...]
-    """The server, or the sentinels that know it."""
+    url: BrokerUrl = field(repr=False)
+    """It names the server, or the sentinels that know it."""
     primary: str | None
     """The name by which sentinels know the server."""
-    sentinel_user: str | None
-    sentinel_password: str | None = field(repr=False)
-    user: str | None
-    password: str | None = field(repr=False)
     database: int
-    tls: bool
     stream: str
     maxlen: int | None
 
     @property
     def shown(self) -> str:
         """The server, for messages."""
-        hosts = ",".join(f"{host}:{port}" for host, port in self.hosts)
+        hosts = self.url.shown
         return f"redis at {hosts}" if self.primary is None else f"redis {self.primary} (sentinels {hosts})"
 
 
-class RedisDestination(Broker):
+class RedisDestination(CheckedDestination):
     """Appends events to a Redis stream; events that arrive together share a pipeline.
 
     An entry has the field `event`, the whole event in structured JSON, and the fields `id` and `deliveryid`,
@@ -151,24 +143,25 @@ class RedisDestination(Broker):
 
     def _open_client(self, settings: DestinationSettings) -> Redis:
         """Return a client of the server, or of the primary that sentinels name for each new connection."""
-        address = self._address
-        tls = _tls_options(settings, is_tls=address.tls)
+        address, url = self._address, self._address.url
+        tls = _tls_options(settings, is_tls=url.scheme == "rediss")
         # If the client retried by itself, it would add entries a second time.
         common: dict[str, Any] = {**tls, "protocol": 2, "retry": Retry(NoBackoff(), 0)}
         options: dict[str, Any] = {
             **common,
             "db": address.database,
-            "username": address.user,
-            "password": address.password,
+            "username": url.user or None,
+            "password": url.password or None,
             "socket_timeout": self._round_trip,
             "socket_connect_timeout": step_timeout(CONNECT_SECONDS, settings.timeout),
         }
-        hosts = [(host.strip("[]"), port) for host, port in address.hosts]
+        hosts = [(host.strip("[]"), port) for host, port in url.hosts]
         if address.primary is None:
             [(host, port)] = hosts
             return Redis(host=host, port=port, **options)
         timeout = step_timeout(SENTINEL_SECONDS, settings.timeout)
-        login = {"username": address.sentinel_user, "password": address.sentinel_password}
+        user, password = (url.options.get(f"sentinel_{name}") or None for name in ("user", "password"))
+        login = {"username": user, "password": password}
         sentinel_options = {**common, **login, "socket_timeout": timeout, "socket_connect_timeout": timeout}
         self._sentinels = Sentinel(hosts, sentinel_kwargs=sentinel_options, **options)
         client: Redis = self._sentinels.master_for(address.primary)
@@ -300,13 +293,8 @@ def _parse(settings: DestinationSettings) -> _Address:
         if not url.options.get("stream"):
             raise ValueError("no stream")
         return _Address(
-            hosts=url.hosts,
+            url=url,
             primary=url.options.get("sentinel"),
-            sentinel_user=url.options.get("sentinel_user") or None,
-            sentinel_password=url.options.get("sentinel_password") or None,
-            user=url.user or None,
-            password=url.password or None,
-            tls=url.scheme == "rediss",
             database=_read_number(url.path.removeprefix("/") or "0", least=0),
             stream=url.options["stream"],
             maxlen=None if maxlen is None else _read_number(maxlen, least=1),

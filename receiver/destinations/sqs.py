@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Final
 
 from aiobotocore.config import AioConfig
@@ -35,7 +34,7 @@ from cloudevents.core.v1.event import CloudEvent
 from receiver.config_file import aws_endpoint, aws_region
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import (
-    Broker,
+    CheckedDestination,
     Failure,
     closed_failure,
     encode,
@@ -74,9 +73,7 @@ _PATH: Final = re.compile(rf"(?:/[A-Za-z0-9._~-]{{1,128}}){{0,4}}/{_QUEUE}")
 """Other services have letters, projects or folders before the queue's name, or none of them."""
 _ENDPOINT_PATH: Final = re.compile(r"(?:/[A-Za-z0-9._~-]{1,128}){0,4}/?")
 _FIFO_ID: Final = re.compile(r"[!-~]{1,128}")
-_ABOUT_A_MESSAGE: Final = frozenset(
-    {"BatchRequestTooLong", "InvalidMessageContents", "InvalidParameterValue"}
-)
+_ABOUT_A_MESSAGE: Final = {"BatchRequestTooLong", "InvalidMessageContents", "InvalidParameterValue"}
 _AUTH: Final = (
     "auth",
     "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE or the machine's role, and the clock",
@@ -87,26 +84,14 @@ _PERMISSION: Final = (
 )
 _NO_QUEUE: Final = ("no_queue", "the queue does not exist: create it")
 _THROTTLED: Final = ("throttled", "the service throttles requests")
-_ADVICE: Final[Mapping[str, tuple[str, str]]] = MappingProxyType(
-    {
-        "QueueDoesNotExist": _NO_QUEUE,
-        "NonExistentQueue": _NO_QUEUE,
-        "AccessDenied": _PERMISSION,
-        "AccessDeniedException": _PERMISSION,
-        "KmsAccessDenied": _PERMISSION,
-        "ExpiredToken": _AUTH,
-        "ExpiredTokenException": _AUTH,
-        "InvalidClientTokenId": _AUTH,
-        "InvalidSecurity": _AUTH,
-        "InvalidSignatureException": _AUTH,
-        "SignatureDoesNotMatch": _AUTH,
-        "UnrecognizedClientException": _AUTH,
-        "KmsThrottled": _THROTTLED,
-        "RequestThrottled": _THROTTLED,
-        "Throttling": _THROTTLED,
-        "ThrottlingException": _THROTTLED,
-    }
+_CODES: Final = (
+    ("QueueDoesNotExist NonExistentQueue", _NO_QUEUE),
+    ("AccessDenied AccessDeniedException KmsAccessDenied", _PERMISSION),
+    ("ExpiredToken ExpiredTokenException InvalidClientTokenId InvalidSecurity", _AUTH),
+    ("InvalidSignatureException SignatureDoesNotMatch UnrecognizedClientException", _AUTH),
+    ("KmsThrottled RequestThrottled Throttling ThrottlingException", _THROTTLED),
 )
+_ADVICE: Final = {code: advice for codes, advice in _CODES for code in codes.split()}
 _NO_CREDENTIALS: Final = (
     NoCredentialsError,
     PartialCredentialsError,
@@ -140,7 +125,7 @@ class _Message:
     size: int
 
 
-class SqsDestination(Broker):
+class SqsDestination(CheckedDestination):
     """Sends events to an SQS queue; events that arrive together share a request."""
 
     concurrency = MAX_ENTRIES * MAX_BATCHES

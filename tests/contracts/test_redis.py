@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import redis
+from redis.asyncio import SSLConnection
 from redis.asyncio.client import Pipeline
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
@@ -603,24 +604,18 @@ def test_unusable_url(scheme: str, rest: str) -> None:
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
-        ("redis://host?stream=a", ((("host", 6379),), None, None, False, 0, "a", None)),
-        ("redis://host/?stream=a", ((("host", 6379),), None, None, False, 0, "a", None)),
-        ("REDIS://:pw@Host:1/7?maxlen=9&stream=a%20b", ((("host", 1),), None, "pw", False, 7, "a b", 9)),
-        ("rediss://u:p%40@[::1]:2/0?stream=a:b", ((("[::1]", 2),), "u", "p@", True, 0, "a:b", None)),
+        ("redis://host?stream=a", ("host", 6379, None, None, 0, False, "a", None)),
+        ("redis://host/?stream=a", ("host", 6379, None, None, 0, False, "a", None)),
+        ("REDIS://:pw@Host:1/7?maxlen=9&stream=a%20b", ("host", 1, None, "pw", 7, False, "a b", 9)),
+        ("rediss://u:p%40@[::1]:2/0?stream=a:b", ("::1", 2, "u", "p@", 0, True, "a:b", None)),
     ],
 )
 async def test_parts_of_the_url(url: str, expected: tuple[Any, ...]) -> None:
     """E1: each part of the URL reaches the client, unquoted."""
     destination = open_url(url)
     assert isinstance(destination, redis_module.RedisDestination)
-    address = destination._address
-    assert (
-        address.hosts,
-        address.user,
-        address.password,
-        address.tls,
-        address.database,
-        address.stream,
-        address.maxlen,
-    ) == expected
+    address, pool = destination._address, destination._client.connection_pool
+    options = [pool.connection_kwargs[name] for name in ("host", "port", "username", "password", "db")]
+    is_tls = issubclass(pool.connection_class, SSLConnection)
+    assert (*options, is_tls, address.stream, address.maxlen) == expected
     await destination.close()
