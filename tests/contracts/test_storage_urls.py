@@ -440,7 +440,7 @@ async def test_a_panic_of_the_client_is_a_failure_of_the_storage(monkeypatch: py
     def panic_at_once(*_arguments: object, **_options: object) -> None:
         raise PanicException("at once")
 
-    monkeypatch.setattr(objects, "S3Store", panic_at_once)
+    monkeypatch.setitem(objects._STORES, "s3", (panic_at_once, {}))
     with pytest.raises(SettingsError, match="PanicException"):
         open_storage("s3://files")
 
