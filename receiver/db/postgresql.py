@@ -68,21 +68,23 @@ class Statements:
         except BaseException as error:
             # The state of the connection is unknown now, so the next statement gets a new one.
             await self._disconnect()
-            failure = self._classify(error, info)
-            if failure is None:
-                raise
-            raise failure from error
+            self._raise_condition(error, info)
+            raise
         return rows
 
-    def _classify(self, error: BaseException, info: dict[Any, Any]) -> Exception | None:
-        """Return the error to raise for the database's condition; None if the statement itself is wrong."""
+    def _raise_condition(self, error: BaseException, info: dict[Any, Any]) -> None:
+        """Raise _Lost or DatabaseUnavailable for a condition of the database; return for a wrong statement.
+
+        If `_fetch` raised it from a variable, the error's traceback and the variable would refer to each
+        other: the arguments, which hold bodies, would stay in memory until the garbage collector runs.
+        """
         is_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
         if is_mistake or isinstance(error, ValueError) or not isinstance(error, self._database_errors):
-            return None
+            return
         lost = is_lost(error) or isinstance(error, self._session_errors)
         if lost or isinstance(error, TimeoutError):
             self._sessions.distrust(info)
-        return _Lost(error) if lost else unavailable_error(cause(error))
+        raise (_Lost(error) if lost else unavailable_error(cause(error))) from error
 
     async def _reconnect(self) -> AsyncConnection:
         await self._disconnect()

@@ -105,34 +105,34 @@ class Sessions:
                 command_timeout=command_timeout,
             )
         except Exception as error:
-            failure = self._connect_failure(error)
-            if failure is None:
-                raise
-            raise failure from error
+            self._raise_connect_failure(error)
+            raise
 
-    def _connect_failure(self, error: Exception) -> SettingsError | DatabaseUnavailable | None:
-        """Return the error to raise for an error of the driver; None if it stays as it is."""
+    def _raise_connect_failure(self, error: Exception) -> None:
+        """Raise SettingsError or DatabaseUnavailable for an error of the driver; return if it stays as it is.
+
+        See `postgresql.Statements._raise_condition`: the caller must have no variable with the error.
+        """
         driver, name = self.driver, type(error).__name__
         # KeyError: the URL has no user, and the user of the process has no name.
         if isinstance(error, (driver.ClientConfigurationError, ArithmeticError, KeyError, ValueError)):
-            return SettingsError(
+            raise SettingsError(
                 f"RECEIVER_DATABASE_URL cannot be used ({name}): check user, host and "
                 "parameters; sslmode=verify-ca and verify-full need an sslrootcert"
-            )
+            ) from error
         if isinstance(error, driver.TargetServerAttributeNotMatched):
-            return unavailable_error(
+            raise unavailable_error(
                 f"no host takes writes or has the state of target_session_attrs ({name})"
-            )
+            ) from error
         is_our_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
         if isinstance(error, driver.PostgresError) and is_our_mistake:
-            return SettingsError(
+            raise SettingsError(
                 "the server rejects a parameter of RECEIVER_DATABASE_URL, most likely in options "
                 f"({name}, SQLSTATE {sqlstate(error)})"
-            )
+            ) from error
         # The driver raises a ConnectionError without a number if TLS fails.
         if isinstance(error, ConnectionError) and error.errno is None:
-            return unavailable_error(f"the server did not agree to TLS: see sslmode ({name})")
-        return None
+            raise unavailable_error(f"the server did not agree to TLS: see sslmode ({name})") from error
 
     async def _is_shared(self, session: Any) -> bool:
         # A pooler has no process for a client and tells it an invented process id. The statement has no name,

@@ -80,7 +80,12 @@ class SharedConnection(Generic[ConnectionT]):
                 self._shown, self._timeout
             )
             self._retire_if_broken(connection, failure)
-            raise failure from error
+            try:
+                raise failure from error
+            finally:
+                # The error's traceback has this frame. Without this line, the message that `work` holds would
+                # stay in memory until the garbage collector runs.
+                del failure
         except (PublishFailed, PublishRejected) as failure:
             self._retire_if_broken(connection, failure)
             raise

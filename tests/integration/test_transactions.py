@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import gc
+import weakref
 from functools import partial
 from itertools import pairwise
 
@@ -9,10 +11,12 @@ import pytest
 from sqlalchemy import func, insert, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection
+from support.servers import Postgres
 
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import probes
+from receiver.errors import DatabaseUnavailable
 
 
 async def count(database: Database) -> int:
@@ -116,3 +120,41 @@ async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> No
     await asyncio.gather(others(), webhooks())
     assert len(order) == 10
     assert all(one != other for one, other in pairwise(order))
+
+
+class Arguments(list[object]):
+    """A statement's arguments, to which weak references are possible."""
+
+
+async def fail_without_cycle(url: str, statement: str) -> None:
+    """Run a statement that fails, and see that its arguments are freed without the garbage collector."""
+    database, arguments = Database(url), Arguments()
+    known = weakref.ref(arguments)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(DatabaseUnavailable) as caught:
+            await database.fetch(statement, arguments)
+        del arguments, caught
+        await asyncio.sleep(0)
+        assert known() is None
+    finally:
+        gc.enable()
+        await database.close()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT pg_terminate_backend(pg_backend_pid())",
+        "SELECT 1 FROM pg_sleep(1)",
+        "INSERT INTO probes DEFAULT VALUES",
+    ],
+)
+async def test_a_failed_statement_leaves_no_cycle_behind(postgres: Postgres, statement: str) -> None:
+    """C3: the arguments of a failed statement, which hold bodies, are freed without the garbage collector."""
+    url = postgres.url(template="migrated")
+    name = url.rsplit("/", 1)[1]
+    postgres.sql(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    postgres.sql(f"ALTER DATABASE {name} SET statement_timeout = '100ms'")
+    await fail_without_cycle(url, statement)
