@@ -94,10 +94,12 @@ class Internet(httpcore.AsyncNetworkBackend):
         self.lookups.append(host)
         return self.answers.pop(0)
 
-    async def connect_tcp(self, host: str, port: int, *args: Any) -> httpcore.AsyncNetworkStream:
+    async def connect_tcp(
+        self, host: str, port: int, *args: Any, **options: Any
+    ) -> httpcore.AsyncNetworkStream:
         """Connect to the server; the stream reports the address that was requested."""
         self.connects.append((host, port))
-        stream = await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, *args)
+        stream = await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, *args, **options)
         known = stream.get_extra_info
         stream.get_extra_info = lambda info: (  # type: ignore[method-assign]
             (host, port) if info == "server_addr" else known(info)
