@@ -35,8 +35,7 @@ class Budgets:
         """Return the price if it is limited, else None. Raises RequestError if it is above `max_cost`."""
         if request.max_cost is None and self._of(caller) is None:
             return None
-        estimate = await catalogue.estimate(request.model, request.input)
-        price: Credits = estimate["credits"]
+        price = (await catalogue.estimate(request.model, request.input))["credits"]
         _require_at_most(request.max_cost, price)
         return price
 
@@ -61,11 +60,8 @@ class Budgets:
 
 def _require_at_most(max_cost: Credits | None, price: Credits) -> None:
     if max_cost is not None and price > max_cost:
-        raise RequestError(
-            f"the job costs {price} credits, more than its max_cost of {max_cost}",
-            code="max_cost_exceeded",
-            type_="billing_error",
-        )
+        message = f"the job costs {price} credits, more than its max_cost of {max_cost}"
+        raise RequestError(message, code="max_cost_exceeded", type_="billing_error")
 
 
 async def require_price(submission: Submission, catalogue: Catalogue, *, age: float) -> None:

@@ -97,9 +97,8 @@ class Replays:
             if not await replays.insert_order(connection, order, scope, matched=matched):
                 known = await find_known(connection, tables.replays, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
-                    raise RequestError(
-                        "this Idempotency-Key was used for another replay", code="idempotency_key_reuse"
-                    )
+                    message = "this Idempotency-Key was used for another replay"
+                    raise RequestError(message, code="idempotency_key_reuse")
                 order_id = known.id
             found = await replays.show(connection, order_id)
         if found is None:
@@ -168,10 +167,10 @@ class Replays:
 
     def _destinations(self, request: ReplayRequest) -> list[str]:
         if unknown := [name for name in request.to if name not in self._filters]:
-            known = ", ".join(self._filters) or "none"
-            raise RequestError(
-                f"there is no destination {unknown[0]!r}; configured: {known}", code="invalid_request"
+            message = (
+                f"there is no destination {unknown[0]!r}; configured: {', '.join(self._filters) or 'none'}"
             )
+            raise RequestError(message, code="invalid_request")
         if not self._filters:
             raise RequestError("no destination is configured", code="invalid_request")
         return list(request.to or self._filters)
@@ -180,8 +179,6 @@ class Replays:
 async def _find_scope(connection: AsyncConnection, selection: Selection) -> replays.Scope:
     """Return the range of events that a selection may match. Raises RequestError for unknown ids."""
     if selection.ids and (unknown := await replays.find_unknown(connection, selection)):
-        raise RequestError(
-            f"there is no event {', '.join(map(repr, unknown[:5]))}{' …' if unknown[5:] else ''}",
-            code="invalid_request",
-        )
+        shown = f"{', '.join(map(repr, unknown[:5]))}{' …' if unknown[5:] else ''}"
+        raise RequestError(f"there is no event {shown}", code="invalid_request")
     return await replays.find_scope(connection, selection)

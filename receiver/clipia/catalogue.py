@@ -5,7 +5,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import structlog
 
@@ -21,9 +21,7 @@ from receiver.settings import InputCheck
 MODEL_CACHE_SECONDS: Final = 600.0
 """A cached model is used for this long, and while Clipia is unavailable for longer."""
 RECHECK_AGE_SECONDS: Final = 60.0
-"""If an input is invalid for a cached model older than this, the model is requested again: it may have
-changed.
-"""
+"""A cached model older than this is requested again if an input is invalid: it may have changed."""
 PRICE_CACHE_SECONDS: Final = 60.0
 """An estimate is used for this long."""
 FAILURE_CACHE_SECONDS: Final = 30.0
@@ -56,8 +54,7 @@ class _Cache:
         """
         answered_at, cached = self._answers.get(key, (float("-inf"), None))
         if time.monotonic() - answered_at < max_age:
-            fresh: T = cached
-            return fresh
+            return cast("T", cached)
         task = self._requests.get(key)
         if task is None:
             task = asyncio.create_task(self._request(key, request), name="request to Clipia")
@@ -65,13 +62,11 @@ class _Cache:
             task.add_done_callback(partial(self._finish, key))
         try:
             # If this caller is cancelled, the request goes on: others wait for it, and the answer is cached.
-            answer: T = await asyncio.shield(task)
+            return cast("T", await asyncio.shield(task))
         except ClipiaUnavailable:
             if not or_older or key not in self._answers:
                 raise
-            older: T = cached
-            return older
-        return answer
+            return cast("T", cached)
 
     def _finish(self, key: str, task: asyncio.Task[Any]) -> None:
         del self._requests[key]
@@ -182,12 +177,10 @@ class Catalogue:
         return await self._call(self._client.balance)
 
     async def _find_problems(self, slug: str, given: Mapping[str, Any]) -> tuple[InputProblem, ...]:
-        problems: tuple[InputProblem, ...] = ()
-        for max_age in (MODEL_CACHE_SECONDS, RECHECK_AGE_SECONDS):
-            model = await self.model(slug, max_age=max_age)
+        problems = check_input((await self.model(slug)).get("input_schema"), given)
+        if problems:
+            model = await self.model(slug, max_age=RECHECK_AGE_SECONDS)
             problems = check_input(model.get("input_schema"), given)
-            if not problems:
-                break
         return problems
 
     async def _call(self, method: Callable[..., Awaitable[T]]) -> T:
@@ -219,12 +212,10 @@ class Catalogue:
                     await accounts.save(connection, account, quota.after_calls("query", 1, now))
                     return
             if time.monotonic() + wait > deadline:
+                message = "the quota for catalogue requests to Clipia is used up for now"
+                reason = "rate_limit_exceeded"
                 raise ClipiaUnavailable(
-                    "the quota for catalogue requests to Clipia is used up for now",
-                    reason="rate_limit_exceeded",
-                    status=429,
-                    may_have_arrived=False,
-                    retry_after=wait,
+                    message, reason=reason, status=429, may_have_arrived=False, retry_after=wait
                 )
             await asyncio.sleep(wait)
 

@@ -143,10 +143,9 @@ def open_client(settings: Settings) -> "ClipiaClient | None":
     """Return the client of the configured account; None without CLIPIA_KEY."""
     if settings.clipia_key is None:
         return None
+    key, base_url = settings.clipia_key.get_secret_value(), settings.clipia_base_url
     proxy = settings.clipia_proxy.get_secret_value() if settings.clipia_proxy else None
-    return ClipiaClient(
-        settings.clipia_key.get_secret_value(), base_url=settings.clipia_base_url, proxy=proxy
-    )
+    return ClipiaClient(key, base_url=base_url, proxy=proxy)
 
 
 class ClipiaClient:
@@ -192,11 +191,12 @@ class ClipiaClient:
             answer = await self._sdk.submit(model, {}, idempotency_key=str(key))
             if not is_request_id(answer.request_id):
                 raise _unusable_id(answer.request_id)
-            return Accepted(
-                request_id=answer.request_id,
-                cost=read_credits(answer.cost),
-                warnings=_mask_values(_objects(answer.data.get("warnings"))),
-            )
+            warnings = [
+                {name: mask(value) if isinstance(value, str) else value for name, value in each.items()}
+                for each in _objects(answer.data.get("warnings"))
+            ]
+            cost = read_credits(answer.cost)
+            return Accepted(request_id=answer.request_id, cost=cost, warnings=warnings)
 
     async def status(self, request_id: str, *, call: Call) -> Status:
         """Return the state of a generation."""
@@ -251,17 +251,13 @@ async def _translated(call: Call) -> AsyncIterator[None]:
     except ClipiaApiError as error:
         raise translate(error) from error
     except _NEVER_ARRIVED as error:
-        raise ClipiaUnavailable(
-            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
-        ) from error
+        raise _unreachable(cause(error)) from error
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         raise _unanswered(error, call) from error
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ClipiaUnavailable(
-            f"the answer is not in Clipia's format ({type(error).__name__})",
-            reason="unreadable",
-            may_have_arrived=call.may_have_left,
-        ) from error
+        message = f"the answer is not in Clipia's format ({type(error).__name__})"
+        arrived = call.may_have_left
+        raise ClipiaUnavailable(message, reason="unreadable", may_have_arrived=arrived) from error
     finally:
         _call.reset(token)
 
@@ -272,26 +268,16 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
         return ClipiaUnavailable(f"no answer from Clipia: {cause(error)}", reason="no_answer")
     if isinstance(error, httpx.RemoteProtocolError):
         # The request was not sent, so this is a proxy's answer to CONNECT.
-        words = "the proxy of CLIPIA_PROXY closed the connection, or its answer is not HTTP"
-        return ClipiaUnavailable(
-            f"Clipia cannot be reached: {words}", reason="unreachable", may_have_arrived=False
-        )
+        return _unreachable("the proxy of CLIPIA_PROXY closed the connection, or its answer is not HTTP")
     if isinstance(error, (TimeoutError, httpx.TimeoutException, httpx.NetworkError)):
-        return ClipiaUnavailable(
-            f"Clipia cannot be reached: {cause(error)}", reason="unreachable", may_have_arrived=False
-        )
-    return ClipiaUnavailable(
-        f"the request is invalid and was not sent to Clipia ({type(error).__name__})",
-        reason="not_sent",
-        may_have_arrived=False,
-    )
+        return _unreachable(cause(error))
+    message = f"the request is invalid and was not sent to Clipia ({type(error).__name__})"
+    return ClipiaUnavailable(message, reason="not_sent", may_have_arrived=False)
 
 
-def _mask_values(warnings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [
-        {name: mask(value) if isinstance(value, str) else value for name, value in each.items()}
-        for each in warnings
-    ]
+def _unreachable(why: str) -> ClipiaUnavailable:
+    message = f"Clipia cannot be reached: {why}"
+    return ClipiaUnavailable(message, reason="unreachable", may_have_arrived=False)
 
 
 def _with_clean_body(response: httpx.Response, content: bytes) -> httpx.Response:
@@ -304,14 +290,11 @@ def _with_clean_body(response: httpx.Response, content: bytes) -> httpx.Response
         content = orjson.dumps(clean_body(content)[0])
     except UnrecognizedBody:
         content = b""
-    fields = [
-        (name, value)
-        for name, value in response.headers.raw
-        if name.lower() not in (b"content-encoding", b"content-length", b"transfer-encoding")
-    ]
-    return httpx.Response(
-        response.status_code, headers=fields, content=content, extensions=response.extensions
-    )
+    status, extensions = response.status_code, response.extensions
+    headers = response.headers.copy()
+    for name in ("content-encoding", "content-length", "transfer-encoding"):
+        headers.pop(name, None)
+    return httpx.Response(status, headers=headers, content=content, extensions=extensions)
 
 
 def _objects(value: Any) -> list[dict[str, Any]]:
@@ -320,11 +303,9 @@ def _objects(value: Any) -> list[dict[str, Any]]:
 
 def _unusable_id(request_id: object) -> Exception:
     """Return the exception for an accepted submission without a usable id."""
-    if (
-        not isinstance(request_id, str)
-        or not 0 < len(request_id) <= MAX_ID_LENGTH
-        or REPLACEMENT in request_id
-    ):
+    if not isinstance(request_id, str) or not request_id or len(request_id) > MAX_ID_LENGTH:
+        return TypeError("request_id")
+    if REPLACEMENT in request_id:
         return TypeError("request_id")
     # Permanent: another attempt would get the same answer.
     return RefusedByClipia(

@@ -24,12 +24,9 @@ def translate(error: ClipiaApiError) -> Exception:
     # A day is as good as never. Without a limit, an absurd Retry-After would hold up the account for years.
     wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER_SECONDS)
     if status == httpx.codes.TOO_MANY_REQUESTS:
+        reason = code or "rate_limit_exceeded"
         return ClipiaUnavailable(
-            message,
-            reason=code or "rate_limit_exceeded",
-            status=status,
-            may_have_arrived=False,
-            retry_after=wait,
+            message, reason=reason, status=status, may_have_arrived=False, retry_after=wait
         )
     # If an answer has neither, a proxy or a firewall sent it, and it tells nothing about the account or the
     # job.

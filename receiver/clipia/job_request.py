@@ -115,10 +115,8 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
         content["webhook_url"] = f"{public_url}{CALLBACK_PATH}/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > MAX_REQUEST_BYTES:
-        raise RequestTooLarge(
-            f"input: {len(request)} bytes are more than the limit of {MAX_REQUEST_BYTES} (pass files by URL)",
-            code="invalid_request",
-        )
+        message = f"input: {len(request)} bytes are more than the limit of {MAX_REQUEST_BYTES}"
+        raise RequestTooLarge(f"{message} (pass files by URL)", code="invalid_request")
     return request
 
 
@@ -131,10 +129,8 @@ def refreeze(request: bytes, job_id: uuid.UUID, public_url: str | None) -> tuple
     """
     given = read_input(request)
     if given is None:
-        raise RequestError(
-            "the job cannot be submitted again, because its input was deleted",
-            code="not_resubmittable",
-        )
+        message = "the job cannot be submitted again, because its input was deleted"
+        raise RequestError(message, code="not_resubmittable")
     token = new_token()
     return encode_request(given, job_id, token, public_url), digest_token(token)
 

@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final, TypeGuard
+from typing import Any, Final, NamedTuple, TypeGuard
 
 MAX_PROBLEMS: Final = 20
 MAX_LISTED: Final = 12
@@ -52,13 +52,9 @@ def check_input(schema: object, given: Mapping[str, Any]) -> tuple[InputProblem,
     exception.
     """
     found = list(_problems(schema, given))
-    places = MAX_PROBLEMS - sum(not problem.unknown for problem in found)
-    kept = []
-    for problem in found:
-        places -= problem.unknown
-        if places >= 0 or not problem.unknown:
-            kept.append(problem)
-    return tuple(kept[:MAX_PROBLEMS])
+    unknown = [problem for problem in found if problem.unknown]
+    dropped = unknown[max(0, MAX_PROBLEMS - (len(found) - len(unknown))) :]
+    return tuple(problem for problem in found if problem not in dropped)[:MAX_PROBLEMS]
 
 
 def _problems(schema: object, given: Mapping[str, Any]) -> Iterator[InputProblem]:
@@ -84,8 +80,7 @@ def _problem(name: str, problem: str, *, unknown: bool = False) -> InputProblem:
     return InputProblem(parameter=name, message=f"Parameter {_json_text(name)} {problem}.", unknown=unknown)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Type:
+class _Type(NamedTuple):
     """The meaning of a type word. `lowest` and `highest` are keys of bounds: for the value, or its length."""
 
     noun: str
@@ -106,53 +101,31 @@ def _is_integer(value: object) -> bool:
     return _is_number(value) and value % 1 == 0
 
 
-_BOOLEAN: Final = _Type(noun="a boolean", fits=lambda value: isinstance(value, bool))
-_INTEGER: Final = _Type(
-    noun="an integer", fits=_is_integer, lowest=("min", "minimum"), highest=("max", "maximum")
-)
-_NUMBER: Final = _Type(
-    noun="a number", fits=_is_number, lowest=("min", "minimum"), highest=("max", "maximum")
-)
-_STRING: Final = _Type(
-    noun="a string",
-    fits=lambda value: isinstance(value, str),
-    lowest=("min", "minLength"),
-    highest=("max", "maxLength"),
-    has_length=True,
-)
-_ARRAY: Final = _Type(
-    noun="an array",
-    fits=lambda value: isinstance(value, list | tuple),
-    lowest=("minItems",),
-    highest=("maxItems",),
-    has_length=True,
-)
-_OBJECT: Final = _Type(noun="an object", fits=lambda value: isinstance(value, Mapping))
+def _is_string(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, list | tuple)
+
+
+_VALUE_BOUNDS: Final = (("min", "minimum"), ("max", "maximum"))
+_BOOLEAN: Final = _Type("a boolean", lambda value: isinstance(value, bool))
+_INTEGER: Final = _Type("an integer", _is_integer, *_VALUE_BOUNDS)
+_NUMBER: Final = _Type("a number", _is_number, *_VALUE_BOUNDS)
+_STRING: Final = _Type("a string", _is_string, ("min", "minLength"), ("max", "maxLength"), has_length=True)
+_ARRAY: Final = _Type("an array", _is_array, ("minItems",), ("maxItems",), has_length=True)
+_OBJECT: Final = _Type("an object", lambda value: isinstance(value, Mapping))
 
 _TYPES: Final[Mapping[str, _Type | None]] = {
-    "string": _STRING,
-    "str": _STRING,
-    "text": _STRING,
-    "textarea": _STRING,
-    "url": _STRING,
-    "uri": _STRING,
-    "integer": _INTEGER,
-    "int": _INTEGER,
-    "number": _NUMBER,
-    "numeric": _NUMBER,
-    "float": _NUMBER,
-    "double": _NUMBER,
-    "boolean": _BOOLEAN,
-    "bool": _BOOLEAN,
-    "array": _ARRAY,
-    "list": _ARRAY,
-    "object": _OBJECT,
-    "dict": _OBJECT,
+    **dict.fromkeys(("string", "str", "text", "textarea", "url", "uri"), _STRING),
+    **dict.fromkeys(("integer", "int"), _INTEGER),
+    **dict.fromkeys(("number", "numeric", "float", "double"), _NUMBER),
+    **dict.fromkeys(("boolean", "bool"), _BOOLEAN),
+    **dict.fromkeys(("array", "list"), _ARRAY),
+    **dict.fromkeys(("object", "dict"), _OBJECT),
     # These words have no type of their own: the options decide, or else the bounds for the type of the value.
-    "enum": None,
-    "select": None,
-    "choice": None,
-    "dropdown": None,
+    **dict.fromkeys(("enum", "select", "choice", "dropdown"), None),
 }
 """All type words that are understood, in lower case.
 

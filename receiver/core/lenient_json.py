@@ -254,9 +254,10 @@ class Cleaner:
 
     def _clean(self, value: Any, depth: int) -> Any:
         if isinstance(value, str):
-            if depth == MAX_DEPTH and value in self._document.folded:
+            text = clean_text(value)
+            if text != value or (depth == MAX_DEPTH and value in self._document.folded):
                 self._note()
-            return self._clean_text(value)
+            return text
         if isinstance(value, dict):
             return self._clean_object(value, depth)
         if isinstance(value, list):
@@ -291,12 +292,6 @@ class Cleaner:
             self._path.pop()
         return result
 
-    def _clean_text(self, text: str) -> str:
-        if not _UNSTORABLE.search(text):
-            return text
-        self._note()
-        return clean_text(text)
-
     def _note(self) -> None:
         if len(self._altered) >= MAX_ALTERED:
             return
@@ -325,16 +320,17 @@ def same_json(a: bytes, b: bytes) -> bool:
     if a == b:
         return True
     try:
-        documents = decode(a), decode(b)
+        (one, altered_in_one), (other, altered_in_other) = clean_body(a), clean_body(b)
     except UnrecognizedBody:
         return False
-    (one, altered_in_one), (other, altered_in_other) = map(_clean_whole, documents)
     return set(altered_in_one) == set(altered_in_other) and equal(one, other)
 
 
 def clean_body(raw: bytes) -> tuple[Any, tuple[str, ...]]:
     """Return the clean copy of a body, and pointers to the changed places. Raises UnrecognizedBody."""
-    return _clean_whole(decode(raw))
+    document = decode(raw)
+    cleaner = Cleaner(document)
+    return cleaner.clean(document.value, depth=0), cleaner.altered
 
 
 def display_fields(raw: bytes) -> dict[str, Any]:
@@ -349,11 +345,6 @@ def display_fields(raw: bytes) -> dict[str, Any]:
     except UnrecognizedBody:
         return exact
     return {"body": copy} | ({"altered": altered} | exact if altered else {})
-
-
-def _clean_whole(document: Document) -> tuple[Any, tuple[str, ...]]:
-    cleaner = Cleaner(document)
-    return cleaner.clean(document.value, depth=0), cleaner.altered
 
 
 def equal(a: Any, b: Any) -> bool:

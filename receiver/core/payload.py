@@ -37,8 +37,10 @@ class Generation:
     status: Literal["OK", "ERROR"]
     model: str | None
     cost: Credits | None
-    output: Any  # as parsed, with unknown fields; None if absent
+    output: Any  # a clean copy with unknown fields; None if absent
     error: Any  # the same
+    altered: tuple[str, ...] = ()
+    """JSON pointers to values that differ from the body, into an object with the fields above."""
 
     def list_files(self, rules: FileRules) -> Listing:
         """Return its files; a failed generation has none."""
@@ -68,24 +70,7 @@ def parse(raw: bytes) -> Generation:
     """Parse the body of a webhook. Raises UnrecognizedBody, and no other exception."""
     body = _Body(raw)
     output, error = body.output, body.error
-    return Generation(**body.summary._asdict(), output=output, error=error)
-
-
-class Content(NamedTuple):
-    """The fields of a generation that are forwarded, except for its files."""
-
-    model: str | None
-    cost: Credits | None
-    output: Any
-    error: Any
-    altered: tuple[str, ...]
-    """JSON pointers to values that differ from the body, into an object with the fields above."""
-
-
-def reread(raw: bytes) -> Content:
-    """Parse the body of a stored event for a message. Raises UnrecognizedBody."""
-    body = _Body(raw)
-    return Content(body.summary.model, body.summary.cost, body.output, body.error, body.cleaner.altered)
+    return Generation(**body.summary._asdict(), output=output, error=error, altered=body.cleaner.altered)
 
 
 class _Body:

@@ -120,9 +120,7 @@ class Quota:
 
     def after_headers(self, headers: RateHeaders, now: float) -> "Quota":
         """Return the state after an answer with these headers."""
-        quota = self
-        if headers.limit and headers.limit != self.requests_per_minute:
-            quota = replace(quota, requests_per_minute=headers.limit)
+        quota = replace(self, requests_per_minute=headers.limit or self.requests_per_minute)
         if headers.remaining is not None and headers.reset is not None:
             low = math.ceil(quota.requests_per_minute * LOW_WATER)
             if headers.remaining < low:
@@ -133,12 +131,11 @@ class Quota:
     def after_accepted(self, now: float, *, in_flight: int) -> "Quota":
         """Return the state after Clipia accepted a submission, which `in_flight` includes."""
         quota = replace(self.unpaused(now), accepted_at=now)
-        if not self.in_flight_refused_at:
-            # If the window was not full, the limit was not tested.
-            if in_flight >= self.in_flight_limit:
-                quota = replace(quota, in_flight_limit=self.in_flight_limit + 1)
-        elif in_flight >= self.in_flight_limit and now - self.in_flight_refused_at >= RAISE_AFTER_SECONDS:
-            quota = replace(quota, in_flight_limit=self.in_flight_limit + 1, in_flight_refused_at=now)
+        refused_at = self.in_flight_refused_at
+        # If the window was not full, the limit was not tested.
+        if in_flight >= self.in_flight_limit and (not refused_at or now - refused_at >= RAISE_AFTER_SECONDS):
+            refused_at = now if refused_at else refused_at
+            quota = replace(quota, in_flight_limit=self.in_flight_limit + 1, in_flight_refused_at=refused_at)
         return quota
 
     def unpaused(self, now: float) -> "Quota":
@@ -180,13 +177,8 @@ class Quota:
         if self.paused_at and sent_at <= self.paused_at:
             return self
         wait = min(MAX_PROBE_SECONDS, FIRST_PROBE_SECONDS * 2.0 ** min(self.probes, 16))
-        return replace(
-            self,
-            paused_at=self.paused_at or now,
-            probes=self.probes + 1,
-            pause=pause,
-            submits_after=now + wait,
-        )
+        paused_at, probes = self.paused_at or now, self.probes + 1
+        return replace(self, paused_at=paused_at, probes=probes, pause=pause, submits_after=now + wait)
 
     def _calls(self, kind: CallKind, now: float) -> int:
         if now < self.calls_after:

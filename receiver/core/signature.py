@@ -57,12 +57,7 @@ class Verified(NamedTuple):
 
 
 def verify(
-    header_values: Sequence[bytes],
-    body: bytes,
-    *,
-    secrets: Sequence[Secret],
-    now: float,
-    tolerance: int,
+    header_values: Sequence[bytes], body: bytes, *, secrets: Sequence[Secret], now: float, tolerance: int
 ) -> Verified:
     """Verify all `X-Clipia-Signature` values of a request against its body, byte for byte as received.
 

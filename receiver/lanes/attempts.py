@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import orjson
 import structlog
@@ -30,6 +30,11 @@ class StartedAttempt:
     began: float
     """The start by the monotonic clock."""
 
+    @classmethod
+    def of(cls, claim: Claim) -> Self:
+        """Start the clock of an attempt."""
+        return cls(number=claim.attempt, started_at=datetime.now(UTC), began=time.monotonic())
+
     def end(self, outcome: AttemptOutcome, error: str | None = None) -> Attempt:
         """Return the row to record."""
         return Attempt(
@@ -39,11 +44,6 @@ class StartedAttempt:
             outcome=outcome,
             error=error,
         )
-
-
-def start_attempt(claim: Claim) -> StartedAttempt:
-    """Start the clock of an attempt."""
-    return StartedAttempt(number=claim.attempt, started_at=datetime.now(UTC), began=time.monotonic())
 
 
 def crash_error(claim: Claim, work: str) -> str | None:

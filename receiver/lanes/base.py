@@ -1,10 +1,11 @@
 """Lanes: each claims one kind of work by lease. No transaction is open while the work is done."""
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 
 import structlog
@@ -33,32 +34,11 @@ class Work:
     run: Callable[[], Awaitable[None]]
 
 
-class Lane(Protocol):
-    """A kind of work, claimed by lease."""
-
-    name: str
-    concurrency: int
-    lease_seconds: float
-    may_have_more: bool
-    """Whether the end of work is a reason to claim again: the last claim may have left due rows."""
-
-    async def claim(self, limit: int) -> Sequence[Work]:
-        """Claim up to `limit` rows that are due."""
-        ...
-
-    async def renew(self, claims: Collection[Claim]) -> set[UUID]:
-        """Extend leases; return the ids of the claims that this process still holds."""
-        ...
-
-    async def release(self, claims: Collection[Claim]) -> None:
-        """Give claims back; their attempts do not count."""
-        ...
-
-
-class TableLane(Lane):
-    """A lane over the rows of one table. Its results outlive an outage of the database."""
+class Lane(ABC):
+    """A kind of work: the due rows of one table. Its results outlive an outage of the database."""
 
     may_have_more = True
+    """Whether the end of work is a reason to claim again: the last claim may have left due rows."""
     lease_seconds = LEASE_SECONDS
 
     def __init__(self, database: Database, table: Table, *, name: str, concurrency: int, wake: Wake) -> None:
@@ -67,6 +47,10 @@ class TableLane(Lane):
         self._database = database
         self._table = table
         self._wake = wake
+
+    @abstractmethod
+    async def claim(self, limit: int) -> Sequence[Work]:
+        """Claim up to `limit` rows that are due."""
 
     async def renew(self, claims: Collection[Claim]) -> set[UUID]:
         """Extend leases; return the ids of the claims that this process still holds."""

@@ -10,14 +10,11 @@ from typing import Any, Final
 from uuid import UUID
 
 import structlog
-from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.batching import Batcher
-from receiver.core import envelope
 from receiver.core.circuit_breaker import CircuitBreaker
 from receiver.core.lane_names import Wake, destination_lane
-from receiver.core.payload import reread
 from receiver.core.replay_throttle import MAX_REST_SECONDS, ReplayThrottle
 from receiver.core.token_bucket import TokenBucket
 from receiver.db import inbox, job_events, leases, outbox, replays
@@ -25,15 +22,9 @@ from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
-from receiver.lanes.attempts import (
-    StartedAttempt,
-    crash_error,
-    jitter,
-    log_failure,
-    start_attempt,
-    stored_text,
-)
-from receiver.lanes.base import TableLane, Work
+from receiver.lanes import envelope
+from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
+from receiver.lanes.base import Lane, Work
 from receiver.lanes.targets import Target
 from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
@@ -64,7 +55,7 @@ class Result:
     delay: float = 0.0
 
 
-class DeliveryLane(TableLane):
+class DeliveryLane(Lane):
     """Publishes deliveries to one destination, unaffected by failures of the others."""
 
     def __init__(
@@ -172,18 +163,17 @@ class DeliveryLane(TableLane):
                     asyncio.get_running_loop().call_later(rest, self._wake, self.name)
 
     async def _drop(self, this: _Delivery) -> None:
-        """End a delivery because its replay was canceled."""
         self._throttle.drop(this.claim.id)
-        attempt = start_attempt(this.claim).end("failed", "its replay was canceled")
+        attempt = StartedAttempt.of(this.claim).end("failed", "its replay was canceled")
         await self._finish(this, attempt, state="canceled")
 
     async def _attempt(self, this: _Delivery) -> None:
-        attempt = start_attempt(this.claim)
+        attempt = StartedAttempt.of(this.claim)
         if crashed := crash_error(this.claim, "delivering this event"):
             await self._give_up(this, attempt.end("failed", crashed))
             return
         try:
-            message = build_message(this.event, this.files, this.job, this.claim)
+            message = envelope.build(this.claim, this.event, this.files, this.job)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
             await self._failed(this, attempt, error)
             return
@@ -232,15 +222,13 @@ class DeliveryLane(TableLane):
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return for each whether its lease was still held."""
         held = await self._database.run_transaction(partial(_record, results=results))
-        self._count([each for each in results if each.claim.id in held])
-        return [each.claim.id in held for each in results]
-
-    def _count(self, results: Sequence[Result]) -> None:
-        """Count recorded results. The log has one line for all deliveries of a group."""
-        for outcome, count in Counter(each.state or "retry" for each in results).items():
+        recorded = [each for each in results if each.claim.id in held]
+        for outcome, count in Counter(each.state or "retry" for each in recorded).items():
             DELIVERIES.labels(self._target.name, outcome).inc(count)
-        if delivered := [each.event.request_id for each in results if each.state == "delivered"]:
+        # The log has one line for all deliveries of a group.
+        if delivered := [each.event.request_id for each in recorded if each.state == "delivered"]:
             log.info("events delivered", destination=self._target.name, request_ids=delivered)
+        return [each.claim.id in held for each in results]
 
     def _ids(self, this: _Delivery) -> dict[str, Any]:
         return {
@@ -269,46 +257,3 @@ async def _record(connection: AsyncConnection, results: Sequence[Result]) -> set
     attempts = [(each.claim.id, each.attempt) for each in results if each.claim.id in held]
     await leases.record_attempts(connection, attempts)
     return held
-
-
-def build_message(
-    event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None, claim: DeliveryClaim
-) -> CloudEvent:
-    """Make the message of a claimed delivery."""
-    content = reread(event.body)
-    return envelope.build(
-        event_id=event.id,
-        source=event.source,
-        received_at=event.received_at,
-        request_id=event.request_id,
-        status=event.status,
-        model=content.model,
-        cost=content.cost,
-        output=content.output,
-        error=content.error,
-        altered=content.altered,
-        media=[
-            envelope.ForwardedFile(
-                url=row.url,
-                field=row.field,
-                kind=row.kind,
-                variant=row.variant,
-                state=row.state,
-                uri=row.uri,
-                sha256=row.sha256,
-                size=row.size,
-                content_type=row.content_type,
-                error=row.error,
-                warning=row.warning,
-            )
-            for row in files
-        ],
-        job=None
-        if job is None
-        else envelope.ForwardedJob(
-            id=str(job.id), idempotency_key=job.idempotency_key, metadata=job.metadata
-        ),
-        delivery_id=claim.id,
-        attempt=claim.attempt,
-        replay_id=claim.replay_id,
-    )

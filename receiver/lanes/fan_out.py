@@ -1,7 +1,7 @@
 """The fan-out: adds the files and the deliveries of an event."""
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,7 +45,7 @@ log = structlog.get_logger()
 _ANY_HOST: Final = FileRules()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass
 class _Added:
     """The result of a fan-out."""
 
@@ -58,17 +58,7 @@ class _Added:
 
 
 _AddWork = Callable[[AsyncConnection, Sequence[StoredEvent]], Awaitable[_Added]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """The rows that follow from a batch of events."""
-
-    files: list[tuple[int, NewMedia]] = field(default_factory=list)
-    routes: Routes = field(default_factory=Routes)
-    states: dict[EventState, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """The `seq` of the events by their next state."""
-    skipped: Counter[str] = field(default_factory=Counter)
+_Recognized = Sequence[tuple[StoredEvent, Generation]]
 
 
 class FanOut:
@@ -130,24 +120,23 @@ class FanOut:
             return found
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
-        count, self.may_have_more, added = await self._database.run_transaction(
-            partial(self._take, limit=limit, add_work=add_work)
-        )
+        take = partial(self._take, limit=limit, add_work=add_work)
+        self.may_have_more, added = await self._database.run_transaction(take)
         for lane in added.lanes:
             self._wake(lane)
         for reason, number in added.skipped.items():
             MEDIA_SKIPPED.labels(reason).inc(number)
-        return 0 if added.failed == count else count
+        return 0 if added.failed == self._taken else self._taken
 
     async def _take(
         self, connection: AsyncConnection, *, limit: int, add_work: _AddWork
-    ) -> tuple[int, bool, _Added]:
-        """Lock a batch and fan it out; return its size, and whether it left events behind."""
+    ) -> tuple[bool, _Added]:
+        """Lock a batch and fan it out; return whether it left events behind, and its result."""
         events, more = await inbox.lock_received(
             connection, limit=limit, size=self._max_batch_bytes, without=self._resting(limit)
         )
         self._taken = len(events)
-        return len(events), more, await add_work(connection, events) if events else _Added()
+        return more, await add_work(connection, events) if events else _Added()
 
     async def _add_work_singly(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
         """Fan out each event in a savepoint of its own.
@@ -156,19 +145,19 @@ class FanOut:
         many, they rest. After three days each is set aside as `unrecognized`, and `receiver events recover`
         takes it up again.
         """
-        lanes, skipped, failed = set[str](), Counter[str](), 0
+        total = _Added()
         for event in events:
             try:
                 async with connection.begin_nested():
                     added = await self._add_work(connection, [event])
             except Exception:
-                failed += 1
+                total.failed += 1
                 log.exception("event not fanned out", event_id=str(event.id))
                 await self._note_failure(connection, event)
             else:
-                lanes |= added.lanes
-                skipped += added.skipped
-        return _Added(lanes=lanes, skipped=skipped, failed=failed)
+                total.lanes |= added.lanes
+                total.skipped += added.skipped
+        return total
 
     async def _note_failure(self, connection: AsyncConnection, event: StoredEvent) -> None:
         """Let an event rest, or set it aside if it is old and has failed for long."""
@@ -191,33 +180,38 @@ class FanOut:
         """Add the files and the deliveries of the events, and finish their jobs."""
         parsed = [(event, _parse(event)) for event in events]
         recognized = [(event, generation) for event, generation in parsed if generation is not None]
+        if unrecognized := [event.seq for event, generation in parsed if generation is None]:
+            await inbox.set_state(connection, unrecognized, "unrecognized")
         has_jobs = await self._finish_jobs(connection, recognized)
-        plan = self._plan(recognized, await self._load_facts(connection, recognized))
-        plan.states["unrecognized"] = [event.seq for event, generation in parsed if generation is None]
-        await _insert(connection, plan)
-        lanes = {destination_lane(name) for _, name in plan.routes.due}
+        added = await self._add_rows(connection, recognized, await self._load_facts(connection, recognized))
         if has_jobs:
-            lanes.add(SUBMIT_LANE)
-        if plan.states["fetching"]:
-            lanes.add(MEDIA_LANE)
-        return _Added(lanes=lanes, skipped=plan.skipped)
+            added.lanes.add(SUBMIT_LANE)
+        return added
 
-    def _plan(
-        self, recognized: Sequence[tuple[StoredEvent, Generation]], facts: Sequence[RoutingFacts]
-    ) -> _Plan:
-        plan = _Plan()
+    async def _add_rows(
+        self, connection: AsyncConnection, recognized: _Recognized, facts: Sequence[RoutingFacts]
+    ) -> _Added:
+        files, routes, added = list[tuple[int, NewMedia]](), Routes(), _Added()
+        states: dict[EventState, list[int]] = {"fetching": [], "ready": []}
         for (event, generation), each in zip(recognized, facts, strict=True):
             listing = generation.list_files(self._rules)
-            plan.skipped.update(_count_skipped(event, listing))
-            plan.files.extend((event.seq, NewMedia.of(ref)) for ref in listing.files)
+            added.skipped += _count_skipped(event, listing)
+            files.extend((event.seq, NewMedia.of(ref)) for ref in listing.files)
             is_fetching = any(ref.skip is None for ref in listing.files)
-            plan.states["fetching" if is_fetching else "ready"].append(event.seq)
-            plan.routes.add(event.seq, self._targets, each, is_fetching=is_fetching)
-        return plan
+            states["fetching" if is_fetching else "ready"].append(event.seq)
+            routes.add(event.seq, self._targets, each, is_fetching=is_fetching)
+        await outbox.insert_media(connection, files)
+        await outbox.insert_deliveries(connection, routes.due, due=True)
+        await outbox.insert_deliveries(connection, routes.held, due=False)
+        for state, seqs in states.items():
+            if seqs:
+                await inbox.set_state(connection, seqs, state)
+        added.lanes.update(destination_lane(name) for _, name in routes.due)
+        if states["fetching"]:
+            added.lanes.add(MEDIA_LANE)
+        return added
 
-    async def _finish_jobs(
-        self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
-    ) -> bool:
+    async def _finish_jobs(self, connection: AsyncConnection, recognized: _Recognized) -> bool:
         """Finish the jobs of the events; return whether there were any."""
         seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
         finished = [
@@ -229,23 +223,12 @@ class FanOut:
         ]
         return any(finished)
 
-    async def _load_facts(
-        self, connection: AsyncConnection, recognized: Sequence[tuple[StoredEvent, Generation]]
-    ) -> list[RoutingFacts]:
+    async def _load_facts(self, connection: AsyncConnection, recognized: _Recognized) -> list[RoutingFacts]:
         """Return the facts that filters compare, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
         seqs = [event.seq for event, _ in recognized] if needs_job else []
         refs = await job_events.load_refs(connection, seqs) if seqs else {}
         return [facts_of(event, generation.model, refs.get(event.seq)) for event, generation in recognized]
-
-
-async def _insert(connection: AsyncConnection, plan: _Plan) -> None:
-    await outbox.insert_media(connection, plan.files)
-    await outbox.insert_deliveries(connection, plan.routes.due, due=True)
-    await outbox.insert_deliveries(connection, plan.routes.held, due=False)
-    for state, seqs in plan.states.items():
-        if seqs:
-            await inbox.set_state(connection, seqs, state)
 
 
 def _parse(event: StoredEvent) -> Generation | None:

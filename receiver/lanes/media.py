@@ -1,10 +1,9 @@
 """Downloads of events' files."""
 
 import hashlib
-import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final, Literal
 from uuid import UUID
@@ -26,15 +25,8 @@ from receiver.errors import (
     StorageUnavailable,
     TransientError,
 )
-from receiver.lanes.attempts import (
-    StartedAttempt,
-    crash_error,
-    jitter,
-    log_failure,
-    start_attempt,
-    stored_text,
-)
-from receiver.lanes.base import TableLane, Work
+from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
+from receiver.lanes.base import Lane, Work
 from receiver.media import Downloader, StoredFile
 from receiver.metrics import MEDIA_BYTES, MEDIA_FILES
 
@@ -65,14 +57,11 @@ class _Download:
     @property
     def ids(self) -> dict[str, Any]:
         """The fields of its log lines."""
-        return {
-            "event_id": str(self.event.id),
-            "request_id": self.event.request_id,
-            "variant": self.row.variant,
-        }
+        ids = {"event_id": str(self.event.id), "request_id": self.event.request_id}
+        return ids | {"variant": self.row.variant}
 
 
-class MediaLane(TableLane):
+class MediaLane(Lane):
     """Downloads the files of events."""
 
     def __init__(
@@ -112,7 +101,7 @@ class MediaLane(TableLane):
         ]
 
     async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
-        this = _Download(claim=claim, event=event, row=row, attempt=start_attempt(claim))
+        this = _Download(claim=claim, event=event, row=row, attempt=StartedAttempt.of(claim))
         if crashed := crash_error(claim, "downloading this file"):
             await self._give_up(this, crashed, state="gone")
             return
@@ -133,34 +122,17 @@ class MediaLane(TableLane):
 
     async def _stored(self, this: _Download, stored: StoredFile) -> None:
         self._unstorable.discard(this.claim.id)
-        error = (
-            None if stored.is_media else f"the host sends a page or a text in place of the {this.row.kind}"
-        )
-        if await self._finish(
-            this,
-            this.attempt.end("failed" if error else "succeeded", error),
-            state="not_media" if error else "stored",
-            error=error,
-            warning=stored.warning,
-            size=stored.size,
-            sha256=stored.sha256,
-            content_type=stored.content_type,
-            storage_key=stored.key,
-            uri=stored.uri,
-        ):
-            MEDIA_FILES.labels("not_media" if error else "flagged" if stored.warning else "stored").inc()
+        kind = this.row.kind
+        error = None if stored.is_media else f"the host sends a page or a text in place of the {kind}"
+        state = "stored" if stored.is_media else "not_media"
+        values = asdict(stored) | {"error": error}
+        key, _ = values.pop("key"), values.pop("is_media")
+        attempt = this.attempt.end("failed" if error else "succeeded", error)
+        if await self._finish(this, attempt, state=state, storage_key=key, **values):
+            MEDIA_FILES.labels("flagged" if stored.warning and not error else state).inc()
             MEDIA_BYTES.inc(stored.size)
-            log.log(
-                logging.WARNING if error or stored.warning else logging.INFO,
-                "media stored",
-                error=error,
-                warning=stored.warning,
-                uri=stored.uri,
-                size=stored.size,
-                sha256=stored.sha256,
-                content_type=stored.content_type,
-                **this.ids,
-            )
+            emit = log.warning if error or stored.warning else log.info
+            emit("media stored", **values, **this.ids)
 
     async def _failed(self, this: _Download, error: Exception) -> None:
         """Record a failed attempt: with a fresh URL, with the time of the next one, or as the last one."""

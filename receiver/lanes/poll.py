@@ -19,7 +19,7 @@ from receiver.db.database import Database
 from receiver.db.rows import Claim, OpenRequest
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedForNow, RequestError
 from receiver.lanes.attempts import error_json, stored_json
-from receiver.lanes.base import TableLane, Work
+from receiver.lanes.base import Lane, Work
 from receiver.metrics import POLLS
 
 CONCURRENCY: Final = 8
@@ -34,7 +34,7 @@ Store = Callable[[str, bytes], Awaitable[None]]
 log = structlog.get_logger()
 
 
-class PollLane(TableLane):
+class PollLane(Lane):
     """Asks Clipia for the state of open jobs, within the polls' share of the account's rate limit."""
 
     def __init__(
@@ -105,12 +105,8 @@ class PollLane(TableLane):
         POLLS.labels(code).inc()
         text = error_json(code, message)
         if request.error != text:
-            log.warning(
-                "job without a usable status",
-                job_id=str(claim.id),
-                request_id=request.request_id,
-                error=message,
-            )
+            ids = {"job_id": str(claim.id), "request_id": request.request_id}
+            log.warning("job without a usable status", **ids, error=message)
         if not await self._give_up(claim, request, text):
             await self._poll_later(claim, request, error=text, progress=status.progress)
 
@@ -145,19 +141,16 @@ class PollLane(TableLane):
         progress: int | None = None,
         at_least: float = 0.0,
     ) -> None:
+        watched = request.watched and error is None
         delay = poll_delay(
-            claim.attempt,
-            overdue=self._poll_after,
-            has_webhook=request.has_webhook,
-            watched=request.watched and error is None,
+            claim.attempt, overdue=self._poll_after, has_webhook=request.has_webhook, watched=watched
         )
         known: dict[str, Any] = {} if progress is None else {"progress": progress, "updated_at": db_time(0.0)}
 
         async def put_back(connection: AsyncConnection) -> None:
-            await leases.retry(
-                connection, tables.jobs, claim, delay=max(delay, at_least), error=error, **known
-            )
             # If the lease was lost, the job's webhook has come meanwhile.
+            wait = max(delay, at_least)
+            await leases.retry(connection, tables.jobs, claim, delay=wait, error=error, **known)
 
         await self._record(claim, put_back)
 

@@ -57,18 +57,17 @@ async def find_wanted(
 async def _add_unskipped(
     wanted: Wanted, database: Database, files: Mapping[int, Sequence[MediaRow]], rules: FileRules
 ) -> None:
-    unclear = [seq for seq, rows in files.items() if not rows or any(map(_is_unclear, rows))]
+    # Releases before 0010 did not record the field, and did not search all of the output for files.
+    unclear = [
+        seq
+        for seq, rows in files.items()
+        if not rows or any(row.state == "skipped" or row.field is None for row in rows)
+    ]
     async with database.read() as connection:
         for seq in unclear:
             # One at a time: the bodies of a hundred events would need a lot of memory.
             for event in (await inbox.load_events(connection, [seq])).values():
                 _list_again(wanted, event, files[seq], rules)
-
-
-def _is_unclear(row: MediaRow) -> bool:
-    """Return whether the event's output has to be parsed again for a file."""
-    # Releases before 0010 did not record the field, and did not search all of the output for files.
-    return row.state == "skipped" or row.field is None
 
 
 def _list_again(wanted: Wanted, event: StoredEvent, rows: Sequence[MediaRow], rules: FileRules) -> None:

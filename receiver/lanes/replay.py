@@ -22,7 +22,7 @@ from receiver.db.rows import Claim, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.errors import SettingsError, TransientError
 from receiver.lanes.attempts import crash_error, stored_text
-from receiver.lanes.base import TableLane, Work
+from receiver.lanes.base import Lane, Work
 from receiver.lanes.refetch import Wanted, find_wanted
 from receiver.lanes.targets import Routes, Target, load_facts
 from receiver.media import Storage
@@ -65,7 +65,7 @@ class _Plan:
     wanted: Wanted
 
 
-class ReplayLane(TableLane):
+class ReplayLane(Lane):
     """Carries out replays."""
 
     def __init__(
@@ -105,7 +105,9 @@ class ReplayLane(TableLane):
         if order.after_seq >= order.until_seq:
             await self._end(claim, state="completed")
             return
-        if await self._is_crowded(order):
+        async with self._database.read() as connection:
+            waiting = await replays.count_waiting(connection, order.id, order.destinations)
+        if waiting >= self._pace.max_waiting:
             await self._database.run_transaction(_put_back(claim, delay=self._pace.pause_seconds))
             return
         plan = await self._plan(order)
@@ -113,7 +115,11 @@ class ReplayLane(TableLane):
         if downloads is None:
             log.warning("replay's step not recorded: lease lost", replay_id=str(order.id))
             return
-        self._announce(plan, downloads)
+        for name in {name for _, name in plan.routes.due}:
+            self._wake(destination_lane(name))
+        if downloads:
+            self._wake(MEDIA_LANE)
+        asyncio.get_running_loop().call_later(plan.delay, self._wake, REPLAY_LANE)
 
     async def _require_destinations(self, order: ReplayOrder) -> None:
         """Raise TransientError or SettingsError if this worker lacks a destination of the order."""
@@ -121,22 +127,13 @@ class ReplayLane(TableLane):
         if not unknown:
             return
         message = f"this worker has no destination {unknown[0]!r}: restart it, or cancel"
-        if await self._others_have(unknown):
+        async with self._database.read() as connection:
+            seen = await workers.find_runs(connection)
+        lanes = set(map(destination_lane, unknown))
+        if any(each.is_running and lanes <= set(each.lanes) for each in seen):
             # Another worker may have newer settings.
             raise TransientError(message, reason="settings")
         raise SettingsError(message)
-
-    async def _others_have(self, names: Collection[str]) -> bool:
-        """Return whether another worker delivers to all of these destinations."""
-        async with self._database.read() as connection:
-            seen = await workers.find_runs(connection)
-        lanes = {destination_lane(name) for name in names}
-        return any(each.is_running and lanes <= set(each.lanes) for each in seen)
-
-    async def _is_crowded(self, order: ReplayOrder) -> bool:
-        async with self._database.read() as connection:
-            waiting = await replays.count_waiting(connection, order.id, order.destinations)
-        return waiting >= self._pace.max_waiting
 
     async def _plan(self, order: ReplayOrder) -> _Plan:
         """Select the next events, and find their destinations and the files to download again."""
@@ -192,14 +189,6 @@ class ReplayLane(TableLane):
         waiting = [name for name, target in self._targets.items() if target.waits_for_media]
         await outbox.hold(connection, set(seqs), waiting)
         return len(seqs)
-
-    def _announce(self, plan: _Plan, downloads: int) -> None:
-        """Wake the lanes that have work after a step."""
-        for name in {name for _, name in plan.routes.due}:
-            self._wake(destination_lane(name))
-        if downloads:
-            self._wake(MEDIA_LANE)
-        asyncio.get_running_loop().call_later(plan.delay, self._wake, REPLAY_LANE)
 
     async def _failed(self, claim: Claim, error: Exception) -> None:
         """Try a step again, or end its replay if steps have failed for three days."""

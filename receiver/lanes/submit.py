@@ -12,21 +12,15 @@ from receiver.budgets import require_price
 from receiver.clipia.catalogue import Catalogue
 from receiver.clipia.client import CALL_TIMEOUT_SECONDS, UNUSABLE_ID, Accepted, Call, ClipiaClient, boot_clock
 from receiver.core.lane_names import FAN_OUT_LANE, SUBMIT_LANE, Wake
+from receiver.core.quota import Quota
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWERED
 from receiver.db import accounts, freezes, jobs, refused_jobs, tables
 from receiver.db.database import Database
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow, RequestError
-from receiver.lanes.attempts import jitter, start_attempt, stored_json, stored_text
-from receiver.lanes.base import TableLane, Work
-from receiver.lanes.quota_changes import QuotaChange, after_refused, unchanged
-from receiver.lanes.submit_records import (
-    SubmitAttempt,
-    record_accepted,
-    record_end,
-    record_refused_for_now,
-    record_retry,
-)
+from receiver.lanes.attempts import StartedAttempt, jitter, stored_json, stored_text
+from receiver.lanes.base import Lane, Work
+from receiver.lanes.submit_records import QuotaChange, SubmitAttempt
 from receiver.metrics import SUBMISSIONS
 
 CONCURRENCY: Final = 16
@@ -38,7 +32,11 @@ _MAYBE_PAID: Final = ("idempotency_key_reuse", UNUSABLE_ID)
 log = structlog.get_logger()
 
 
-class SubmitLane(TableLane):
+def _unchanged(quota: Quota, _now: float) -> Quota:
+    return quota
+
+
+class SubmitLane(Lane):
     """Submits jobs to one Clipia account, within its quota."""
 
     def __init__(
@@ -68,20 +66,16 @@ class SubmitLane(TableLane):
             if not await jobs.is_due(connection, self._client.account, "pending"):
                 return []
             works = await self.claim_in(connection, limit=limit)
-            expired = [] if works else await self._expire(connection)
+            # After a restore the rows may be old: Clipia may have accepted the jobs since.
+            if works or await freezes.find(connection) is not None:
+                return works
+            # Jobs that have been refused for too long end even if the quota allows no last attempt.
+            give_up_after = self._refused_give_up_after
+            expired = await refused_jobs.expire(connection, self._client.account, give_up_after=give_up_after)
         for job in expired:
             SUBMISSIONS.labels("unsure" if job.state == "unsure" else "refused").inc()
             log.error("refused job ended", job_id=str(job.id), state=job.state, error=job.error)
-        return works
-
-    async def _expire(self, connection: AsyncConnection) -> list[refused_jobs.Expired]:
-        """End jobs that have been refused for too long, even if the quota allows no last attempt."""
-        # After a restore the rows may be old: Clipia may have accepted the jobs since.
-        if await freezes.find(connection) is not None:
-            return []
-        return await refused_jobs.expire(
-            connection, self._client.account, give_up_after=self._refused_give_up_after
-        )
+        return []
 
     async def claim_in(
         self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
@@ -114,33 +108,33 @@ class SubmitLane(TableLane):
             submission=submission,
             claimed_at=claimed_at,
             sent_at=now,
-            attempt=start_attempt(claim),
+            attempt=StartedAttempt.of(claim),
+            # If this process is suspended, its lease expires and another one may send the job.
+            call=Call(not_after=claimed_at + self.lease_seconds - CALL_TIMEOUT_SECONDS),
         )
         if error := self._unsafe_to_send(this):
             await self._end(this, error, state="unsure")
             return
-        # If this process is suspended, its lease expires and another one may send the job.
-        call = Call(not_after=claimed_at + self.lease_seconds - CALL_TIMEOUT_SECONDS)
-        sent: Call | None = None
+        change: QuotaChange = _unchanged
         try:
             await require_price(submission, self._catalogue, age=claim.age)
-            sent = call
+            # If Clipia refuses the job, it accepts the account.
+            change = Quota.unpaused
             accepted = await self._client.submit(
-                submission.model, submission.request, key=submission.provider_key, call=call
+                submission.model, submission.request, key=submission.provider_key, call=this.call
             )
         except RequestError as error:
             # No other client has this key. If Clipia knows it for other bytes, the job may have a generation.
-            await self._refused(this, error, sent, maybe_paid=error.code in _MAYBE_PAID)
+            await self._refused(this, error, change, maybe_paid=error.code in _MAYBE_PAID)
         except RefusedForNow as error:
-            await self._refused_for_now(this, error, call)
+            await self._refused_for_now(this, error)
         except ClipiaUnavailable as error:
-            await self._failed(this, error, call)
+            await self._failed(this, error)
         except Exception as error:
             log.exception("submission failed unexpectedly", job_id=str(claim.id))
-            unsure = ClipiaUnavailable(stored_text(error), reason="internal_error")
-            await self._failed(this, unsure, call)
+            await self._failed(this, ClipiaUnavailable(stored_text(error), reason="internal_error"))
         else:
-            await self._accepted(this, accepted, call)
+            await self._accepted(this, accepted)
 
     def _unsafe_to_send(self, this: SubmitAttempt) -> RequestError | None:
         """Return why another attempt could be charged twice; None if it could not."""
@@ -157,18 +151,16 @@ class SubmitLane(TableLane):
             )
         return None
 
-    async def _accepted(self, this: SubmitAttempt, accepted: Accepted, call: Call) -> None:
-        result = await self._record(
-            this.claim,
-            partial(record_accepted, this=this, accepted=accepted, call=call, poll_after=self._poll_after),
-        )
+    async def _accepted(self, this: SubmitAttempt, accepted: Accepted) -> None:
+        record = partial(this.record_accepted, accepted=accepted, poll_after=self._poll_after)
+        result = await self._record(this.claim, record)
         if result == "taken":
             error = RequestError(
                 f"Clipia answered with the request_id of another job ({accepted.request_id}), so this job's "
                 "own generation is unknown.",
                 code="request_id_taken",
             )
-            await self._end(this, error, state="unsure", call=call)
+            await self._end(this, error, state="unsure")
         elif result:
             SUBMISSIONS.labels("accepted").inc()
             log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
@@ -177,31 +169,22 @@ class SubmitLane(TableLane):
             self._wake(FAN_OUT_LANE)
 
     async def _refused(
-        self, this: SubmitAttempt, error: RequestError, call: Call | None, *, maybe_paid: bool = False
+        self, this: SubmitAttempt, error: RequestError, change: QuotaChange, *, maybe_paid: bool = False
     ) -> None:
-        """End a job that is refused for good; `call` is None if it was not sent this time."""
+        """End a job that is refused for good."""
         # An earlier attempt may have been accepted: Clipia does not document whether it checks keys first.
         maybe_paid |= this.submission.sent_for is not None
-        state: JobState = "unsure" if maybe_paid else "failed"
-        await self._end(this, error, state=state, call=call, change=after_refused)
+        await self._end(this, error, state="unsure" if maybe_paid else "failed", change=change)
 
-    async def _refused_for_now(self, this: SubmitAttempt, error: RefusedForNow, call: Call) -> None:
+    async def _refused_for_now(self, this: SubmitAttempt, error: RefusedForNow) -> None:
         """Put back a job that Clipia refuses for now, or end it; other jobs go on."""
-        delay = await self._record(
-            this.claim,
-            partial(
-                record_refused_for_now,
-                this=this,
-                error=stored_json(error),
-                call=call,
-                give_up_after=self._refused_give_up_after,
-            ),
-        )
+        give_up_after = self._refused_give_up_after
+        record = partial(this.record_refused_for_now, error=stored_json(error), give_up_after=give_up_after)
+        delay = await self._record(this.claim, record)
         if delay is None:
-            final = RefusedByClipia(
-                str(error), code=error.reason, status=error.status or 402, type_=error.type
-            )
-            await self._refused(this, final, call)
+            status = error.status or 402
+            final = RefusedByClipia(str(error), code=error.reason, status=status, type_=error.type)
+            await self._refused(this, final, Quota.unpaused)
         elif delay is not False:
             SUBMISSIONS.labels("refused_for_now").inc()
             # The operator may have to top up the account; once is enough to report that.
@@ -216,7 +199,7 @@ class SubmitLane(TableLane):
                 retry_in=delay,
             )
 
-    async def _failed(self, this: SubmitAttempt, error: ClipiaUnavailable, call: Call) -> None:
+    async def _failed(self, this: SubmitAttempt, error: ClipiaUnavailable) -> None:
         """Put back a job without an answer, or end it as `unsure`."""
         is_account = isinstance(error, AccountRefused)
         never_sent = not error.may_have_arrived and this.submission.sent_for is None
@@ -227,18 +210,10 @@ class SubmitLane(TableLane):
             delay = ACCOUNT_PAUSE_SECONDS * (1 + jitter())
         if delay is None:
             message = f"No attempt was answered in time; the last one: {error}"
-            await self._end(this, RequestError(message, code="outcome_unknown"), state="unsure", call=call)
+            await self._end(this, RequestError(message, code="outcome_unknown"), state="unsure")
             return
-        retry = partial(
-            record_retry,
-            this=this,
-            failure=error,
-            error=stored_json(error),
-            call=call,
-            delay=delay,
-            never_sent=never_sent,
-        )
-        if await self._record(this.claim, retry):
+        record = partial(this.record_retry, failure=error, delay=delay, never_sent=never_sent)
+        if await self._record(this.claim, record):
             SUBMISSIONS.labels("account_refused" if is_account else "retry").inc()
             emit = log.error if is_account else log.warning
             emit(
@@ -251,23 +226,13 @@ class SubmitLane(TableLane):
             )
 
     async def _end(
-        self,
-        this: SubmitAttempt,
-        error: RequestError,
-        *,
-        state: JobState,
-        call: Call | None = None,
-        change: QuotaChange = unchanged,
+        self, this: SubmitAttempt, error: RequestError, *, state: JobState, change: QuotaChange = _unchanged
     ) -> None:
-        """End a job without a result; `change` updates the quota if the `call` had an answer."""
+        """End a job without a result."""
         attempt = this.attempt.end("failed", stored_json(error))
-        end = partial(record_end, this=this, attempt=attempt, state=state, call=call, change=change)
-        if await self._record(this.claim, end):
+        record = partial(this.record_end, attempt=attempt, state=state, change=change)
+        if await self._record(this.claim, record):
             SUBMISSIONS.labels("unsure" if state == "unsure" else "refused").inc()
-            log.error(
-                "job ended without a result",
-                job_id=str(this.claim.id),
-                state=state,
-                code=error.code,
-                error=str(error),
-            )
+            text = str(error)
+            job_id = str(this.claim.id)
+            log.error("job ended without a result", job_id=job_id, state=state, code=error.code, error=text)

@@ -1,8 +1,8 @@
-"""Results of submissions: each function records one in the transaction of its connection."""
+"""Results of submissions: each method records one in the transaction of its connection."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -10,13 +10,16 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.clipia.client import Accepted, Call, boot_clock
 from receiver.clipia.job_request import join_warnings
 from receiver.core.payload import parse
+from receiver.core.quota import Quota
 from receiver.core.retry import poll_delay, refused_delay
 from receiver.db import accounts, job_events, jobs, leases, refused_jobs, tables
 from receiver.db.clock import db_time
 from receiver.db.rows import Attempt, Claim, JobState, Submission
-from receiver.errors import ClipiaUnavailable, UnrecognizedBody
-from receiver.lanes.attempts import StartedAttempt, error_json, jitter
-from receiver.lanes.quota_changes import QuotaChange, after_accepted, after_failure, after_refused
+from receiver.errors import AccountRefused, ClipiaUnavailable, UnrecognizedBody
+from receiver.lanes.attempts import StartedAttempt, error_json, jitter, stored_json
+
+QuotaChange = Callable[[Quota, float], Quota]
+"""Returns the quota after an answer, from the quota before and the time."""
 
 log = structlog.get_logger()
 
@@ -33,47 +36,118 @@ class SubmitAttempt:
     sent_at: float
     """The same by the database's clock."""
     attempt: StartedAttempt
+    call: Call
 
     def sent_for(self) -> float:
         """Return the seconds since the first attempt that may have arrived, such as this one."""
         return (self.submission.sent_for or 0.0) + boot_clock() - self.claimed_at
 
+    async def record_accepted(
+        self, connection: AsyncConnection, *, accepted: Accepted, poll_after: float
+    ) -> Literal["submitted", "ended", "taken", False]:
+        """Move a job to `submitted`.
 
-async def record_accepted(
-    connection: AsyncConnection, *, this: SubmitAttempt, accepted: Accepted, call: Call, poll_after: float
-) -> Literal["submitted", "ended", "taken", False]:
-    """Move a job to `submitted`.
+        Returns `ended` if the job's event has come already, `taken` if another job has the same `request_id`,
+        and False if the lease was lost meanwhile.
+        """
+        submission = self.submission
+        answer = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
+        recorded = await jobs.record_submitted(
+            connection,
+            self.claim,
+            source=submission.source,
+            provider_key=submission.provider_key,
+            poll_after=poll_delay(0, overdue=poll_after, has_webhook=submission.has_webhook, watched=False),
+            **answer,
+        )
+        if recorded == "taken":
+            return "taken"
+        has_event = False
+        if recorded == "recorded":
+            if submission.refused_for is not None:
+                # Clipia accepts jobs again, so the other refused jobs are due now.
+                await refused_jobs.release(connection, self.account)
+            has_event = await _finish_by_event(connection, submission.source, accepted.request_id)
+        # If the webhook was faster, the job has ended already, and only the answer is added.
+        elif not await jobs.add_answer(connection, self.claim.id, **answer):
+            # Another worker that holds the job now sends the same key, and gets the same generation.
+            if not await jobs.is_still_sent(connection, self.claim.id, submission.provider_key):
+                await self._record_stray(connection, accepted)
+            return False
+        await leases.record_attempt(connection, self.claim.id, self.attempt.end("succeeded"))
+        used = await jobs.in_flight(connection, self.account)
+        await self._learn(connection, lambda quota, now: quota.after_accepted(now, in_flight=used.accepted))
+        return "ended" if has_event else "submitted"
 
-    Returns `ended` if the job's event has come already, `taken` if another job has the same `request_id`, and
-    False if the lease was lost meanwhile.
-    """
-    submission = this.submission
-    answer = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
-    recorded = await jobs.record_submitted(
-        connection,
-        this.claim,
-        source=submission.source,
-        provider_key=submission.provider_key,
-        poll_after=poll_delay(0, overdue=poll_after, has_webhook=submission.has_webhook, watched=False),
-        **answer,
-    )
-    if recorded == "taken":
-        return "taken"
-    has_event = False
-    if recorded == "recorded":
-        if submission.refused_for is not None:
-            # Clipia accepts jobs again, so the other refused jobs are due now.
-            await refused_jobs.release(connection, this.account)
-        has_event = await _finish_by_event(connection, submission.source, accepted.request_id)
-    # If the webhook was faster, the job has ended already, and only the answer is added.
-    elif not await jobs.add_answer(connection, this.claim.id, **answer):
-        # Another worker that holds the job now sends the same key, and gets the same generation.
-        if not await jobs.is_still_sent(connection, this.claim.id, submission.provider_key):
-            await _record_stray(connection, this, accepted)
-        return False
-    await leases.record_attempt(connection, this.claim.id, this.attempt.end("succeeded"))
-    await _learn(connection, this, call, after_accepted)
-    return "ended" if has_event else "submitted"
+    async def _record_stray(self, connection: AsyncConnection, accepted: Accepted) -> None:
+        """Record a generation that Clipia accepted for a job that has ended otherwise: it is charged too."""
+        message = f"accepted as {accepted.request_id} for {accepted.cost} credits"
+        attempt = self.attempt.end("failed", error_json("stray_generation", message))
+        await leases.record_attempt(connection, self.claim.id, attempt)
+        job_id = str(self.claim.id)
+        log.error("generation of a job that has ended otherwise", job_id=job_id, **asdict(accepted))
+
+    async def record_refused_for_now(
+        self, connection: AsyncConnection, *, error: str, give_up_after: float
+    ) -> float | Literal[False] | None:
+        """Put back a job that Clipia refuses for now; return the seconds until the next attempt.
+
+        Returns None, with no change, if the job has been refused for too long. Returns False if the lease was
+        lost meanwhile.
+        """
+        refused_for = self.submission.refused_for
+        quota = await accounts.read(connection, self.account)
+        others = await refused_jobs.count(connection, self.account)
+        least = quota.retry_interval(others + (refused_for is None))
+        delay = refused_delay(refused_for or 0.0, least=least, give_up_after=give_up_after, jitter=jitter())
+        if delay is None:
+            return None
+        never_sent = self.submission.sent_for is None
+        held = await self._put_back(connection, error, delay=delay, never_sent=never_sent, refused=True)
+        await self._learn(connection, Quota.unpaused)
+        return delay if held else False
+
+    async def record_retry(
+        self, connection: AsyncConnection, *, failure: ClipiaUnavailable, delay: float, never_sent: bool
+    ) -> bool:
+        """Put back a job for another attempt; False if the lease was lost meanwhile."""
+        error = stored_json(failure)
+
+        def change(quota: Quota, now: float) -> Quota:
+            if isinstance(failure, AccountRefused):
+                return quota.after_account_refused(now, sent_at=self.sent_at, pause=error)
+            wait = failure.retry_after
+            if failure.reason == "concurrency_limit_exceeded":
+                return quota.after_concurrency_limit(now, sent_at=self.sent_at, retry_after=wait)
+            return quota.after_rate_limit(now, retry_after=wait) if failure.status == 429 else quota
+
+        held = await self._put_back(connection, error, delay=delay, never_sent=never_sent)
+        await self._learn(connection, change)
+        return held
+
+    async def _put_back(self, connection: AsyncConnection, error: str, **values: Any) -> bool:
+        held = await jobs.put_back(connection, self.claim, error=error, **values)
+        if held:
+            await leases.record_attempt(connection, self.claim.id, self.attempt.end("retry", error))
+        return held
+
+    async def record_end(
+        self, connection: AsyncConnection, *, attempt: Attempt, state: JobState, change: QuotaChange
+    ) -> bool:
+        """End a job without a result; False if the lease was lost meanwhile."""
+        # A failed job has no generation, so it is not charged.
+        values: dict[str, Any] = {"updated_at": db_time(0.0)} | ({"charged": 0} if state == "failed" else {})
+        held = await leases.finish(
+            connection, tables.jobs, self.claim, state=state, error=attempt.error, **values
+        )
+        if held:
+            await leases.record_attempt(connection, self.claim.id, attempt)
+        await self._learn(connection, change)
+        return held
+
+    async def _learn(self, connection: AsyncConnection, change: QuotaChange) -> None:
+        """Update the account's quota from an answer."""
+        await accounts.learn(connection, self.account, self.call.headers, change)
 
 
 async def _finish_by_event(connection: AsyncConnection, source: str, request_id: str) -> bool:
@@ -87,90 +161,3 @@ async def _finish_by_event(connection: AsyncConnection, source: str, request_id:
         return False
     await job_events.finish_job(connection, source, generation)
     return True
-
-
-async def _record_stray(connection: AsyncConnection, this: SubmitAttempt, accepted: Accepted) -> None:
-    """Record a generation that Clipia accepted for a job that has ended otherwise: it is charged too."""
-    stray = error_json("stray_generation", f"accepted as {accepted.request_id} for {accepted.cost} credits")
-    await leases.record_attempt(connection, this.claim.id, this.attempt.end("failed", stray))
-    log.error("generation of a job that has ended otherwise", job_id=str(this.claim.id), **asdict(accepted))
-
-
-async def record_refused_for_now(
-    connection: AsyncConnection, *, this: SubmitAttempt, error: str, call: Call, give_up_after: float
-) -> float | Literal[False] | None:
-    """Put back a job that Clipia refuses for now; return the seconds until the next attempt.
-
-    Returns None, with no change, if the job has been refused for too long. Returns False if the lease was
-    lost meanwhile.
-    """
-    refused_for = this.submission.refused_for
-    quota = await accounts.read(connection, this.account)
-    others = await refused_jobs.count(connection, this.account)
-    delay = refused_delay(
-        refused_for or 0.0,
-        least=quota.retry_interval(others + (refused_for is None)),
-        give_up_after=give_up_after,
-        jitter=jitter(),
-    )
-    if delay is None:
-        return None
-    never_sent = this.submission.sent_for is None
-    held = await jobs.put_back(
-        connection, this.claim, delay=delay, error=error, never_sent=never_sent, refused=True
-    )
-    if held:
-        await leases.record_attempt(connection, this.claim.id, this.attempt.end("retry", error))
-    await _learn(connection, this, call, after_refused)
-    return delay if held else False
-
-
-async def record_retry(
-    connection: AsyncConnection,
-    *,
-    this: SubmitAttempt,
-    failure: ClipiaUnavailable,
-    error: str,
-    call: Call,
-    delay: float,
-    never_sent: bool,
-) -> bool:
-    """Put back a job for another attempt; False if the lease was lost meanwhile."""
-    held = await jobs.put_back(connection, this.claim, delay=delay, error=error, never_sent=never_sent)
-    if held:
-        await leases.record_attempt(connection, this.claim.id, this.attempt.end("retry", error))
-    await _learn(connection, this, call, partial(after_failure, failure, this.sent_at, error))
-    return held
-
-
-async def record_end(
-    connection: AsyncConnection,
-    *,
-    this: SubmitAttempt,
-    attempt: Attempt,
-    state: JobState,
-    call: Call | None,
-    change: QuotaChange,
-) -> bool:
-    """End a job without a result; False if the lease was lost meanwhile."""
-    held = await leases.finish(
-        connection,
-        tables.jobs,
-        this.claim,
-        state=state,
-        error=attempt.error,
-        updated_at=db_time(0.0),
-        # A failed job has no generation, so it is not charged.
-        **({"charged": 0} if state == "failed" else {}),
-    )
-    if held:
-        await leases.record_attempt(connection, this.claim.id, attempt)
-    if call is not None:
-        await _learn(connection, this, call, change)
-    return held
-
-
-async def _learn(connection: AsyncConnection, this: SubmitAttempt, call: Call, change: QuotaChange) -> None:
-    """Update the account's quota from an answer."""
-    used = await jobs.in_flight(connection, this.account)
-    await accounts.learn(connection, this.account, call.headers, lambda quota, now: change(quota, now, used))

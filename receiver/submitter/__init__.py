@@ -17,13 +17,4 @@ from receiver.submitter.job import Job, JobAttempt, JobDelivery, JobEvent, JobFi
 from receiver.submitter.service import Submitter
 from receiver.submitter.sync import SyncSubmitter
 
-__all__ = [
-    "Job",
-    "JobAttempt",
-    "JobDelivery",
-    "JobEvent",
-    "JobFile",
-    "JobPage",
-    "Submitter",
-    "SyncSubmitter",
-]
+__all__ = ["Job", "JobAttempt", "JobDelivery", "JobEvent", "JobFile", "JobPage", "Submitter", "SyncSubmitter"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import orjson
@@ -12,6 +12,8 @@ from receiver.clipia.job_request import read_input
 from receiver.db.rows import JobState
 from receiver.db.views import JobDetails
 from receiver.price import Credits
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,29 +123,16 @@ class Job:
     def of(cls, row: JobDetails, *, new: bool = False) -> "Job":
         """Make a job of a row."""
         event = row["event"]
-        return cls(
-            id=row["id"],
-            state=row["state"],
-            caller=row["caller"],
-            idempotency_key=row["idempotency_key"],
-            model=row["model"],
-            metadata=row["metadata"],
-            max_cost=row["max_cost"],
-            request_id=row["request_id"],
-            progress=row["progress"],
-            cost=row["cost"],
-            charged=row["charged"],
-            created_at=row["created_at"],
-            submitted_at=row["submitted_at"],
-            updated_at=row["updated_at"],
-            finished_at=row["finished_at"],
-            next_attempt_at=row["next_attempt_at"],
-            has_webhook=row["has_webhook"],
+        return _make(
+            cls,
+            row,
             input=read_input(row["request"]),
             warnings=row["warnings"] or [],
             error=read_error(row["error"]),
             event=None if event is None else _event(event),
-            attempts=tuple(_attempt(each) for each in row["attempt_log"]),
+            attempts=tuple(
+                _make(JobAttempt, each, error=read_error(each["error"])) for each in row["attempt_log"]
+            ),
             new=new,
         )
 
@@ -176,22 +165,12 @@ def read_error(text: str | None) -> dict[str, Any] | None:
 
 
 def _event(row: Mapping[str, Any]) -> JobEvent:
-    return JobEvent(
-        id=row["id"],
-        status=row["status"],
-        state=row["state"],
-        origin=row["origin"],
-        received_at=row["received_at"],
-        media=tuple(
-            JobFile(**{name: file[name] for name in JobFile.__dataclass_fields__}) for file in row["media"]
-        ),
-        deliveries=tuple(
-            JobDelivery(**{name: each[name] for name in JobDelivery.__dataclass_fields__})
-            for each in row["deliveries"]
-        ),
+    media = tuple(_make(JobFile, each) for each in row["media"])
+    return _make(
+        JobEvent, row, media=media, deliveries=tuple(_make(JobDelivery, each) for each in row["deliveries"])
     )
 
 
-def _attempt(row: Mapping[str, Any]) -> JobAttempt:
-    values = {name: row[name] for name in JobAttempt.__dataclass_fields__}
-    return JobAttempt(**(values | {"error": read_error(row["error"])}))
+def _make(kind: type[T], row: Mapping[str, Any], **values: Any) -> T:
+    """Make an instance of a dataclass: its fields are `values`, and the others are those of the row."""
+    return kind(**values, **{name: row[name] for name in kind.__annotations__ if name not in values})

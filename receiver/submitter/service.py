@@ -158,14 +158,9 @@ class Submitter:
         refused the job for good. Raises ClipiaUnavailable if the price is needed and Clipia does not answer,
         and DatabaseUnavailable; call it again with the same key then.
         """
-        values = {
-            "model": model,
-            "input": dict(input),
-            "metadata": dict(metadata or {}),
-            "max_cost": max_cost,
-            "strict": strict,
-        }
-        return await self.issue(JobRequest.read(values), key=idempotency_key, caller=caller)
+        values = {"model": model, "input": dict(input), "metadata": dict(metadata or {})}
+        request = JobRequest.read(values | {"max_cost": max_cost, "strict": strict})
+        return await self.issue(request, key=idempotency_key, caller=caller)
 
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
         """Submit a validated job; the rest is the same as in `submit`."""
@@ -247,10 +242,8 @@ class Submitter:
                 until=until,
                 metadata=metadata or {},
             )
-        more = len(rows) > limit
-        return JobPage(
-            jobs=[Job.of(row) for row in rows[:limit]], next=str(rows[limit - 1]["seq"]) if more else None
-        )
+        last = rows[limit - 1] if len(rows) > limit else None
+        return JobPage(jobs=[Job.of(row) for row in rows[:limit]], next=str(last["seq"]) if last else None)
 
     async def costs(
         self,
@@ -295,11 +288,8 @@ class Submitter:
             state = await decisions.cancel(connection, job_id, error=text, by=by)
         job = await self._get_existing(job_id)
         if state is None:
-            raise RequestError(
-                f"the job is {job.state}; a job cannot be canceled if it has ended or a call to Clipia is "
-                "in progress",
-                code="not_cancelable",
-            )
+            reason = "a job cannot be canceled if it has ended or a call to Clipia is in progress"
+            raise RequestError(f"the job is {job.state}; {reason}", code="not_cancelable")
         log.warning("job canceled by an operator", job_id=str(job_id), by=by, state=state)
         return job
 
@@ -325,10 +315,8 @@ class Submitter:
                 )
         job = await self._get_existing(job_id)
         if not done:
-            raise RequestError(
-                f"the job is {job.state}; only unsure, failed or canceled jobs can be submitted again",
-                code="not_resubmittable",
-            )
+            message = f"the job is {job.state}; only unsure, failed or canceled jobs can be submitted again"
+            raise RequestError(message, code="not_resubmittable")
         self._wake(SUBMIT_LANE)
         log.warning("job submitted again by an operator", job_id=str(job_id), by=by)
         return job
@@ -357,11 +345,8 @@ class Submitter:
 
     async def _repeat(self, known: Known, fingerprint: str) -> Job:
         if known.fingerprint != fingerprint:
-            raise RequestError(
-                "this Idempotency-Key was used with other parameters",
-                code="idempotency_key_reuse",
-                job_id=str(known.id),
-            )
+            message = "this Idempotency-Key was used with other parameters"
+            raise RequestError(message, code="idempotency_key_reuse", job_id=str(known.id))
         return await self._show_or_raise(known.id)
 
     async def _show_or_raise(self, job_id: UUID, *, new: bool = False) -> Job:
@@ -374,11 +359,12 @@ class Submitter:
         if job.state == "failed" and job.request_id is None:
             error = job.error or {}
             message = error.get("message") or "Clipia refused the job."
-            code = error.get("code") or "invalid_request"
-            type_ = error.get("type", "invalid_request_error")
+            details = {
+                "code": error.get("code") or "invalid_request",
+                "type_": error.get("type", "invalid_request_error"),
+                "job_id": str(job_id),
+            }
             if "status" in error:
-                raise RefusedByClipia(
-                    message, code=code, status=error["status"], type_=type_, job_id=str(job_id)
-                )
-            raise RequestError(message, code=code, type_=type_, job_id=str(job_id))
+                raise RefusedByClipia(message, status=error["status"], **details)
+            raise RequestError(message, **details)
         return job

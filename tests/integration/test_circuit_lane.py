@@ -23,7 +23,7 @@ from receiver.db.database import Database
 from receiver.db.rows import DeliveryClaim
 from receiver.db.tables import attempts, deliveries
 from receiver.errors import PublishFailed, PublishRejected
-from receiver.lanes.attempts import start_attempt
+from receiver.lanes.attempts import StartedAttempt
 from receiver.lanes.delivery import Result
 
 WIDTH = 32
@@ -335,7 +335,7 @@ async def test_renewals_and_results_do_not_lock_each_other_out(world: World) -> 
             Result(
                 claim=claim,
                 event=event,
-                attempt=start_attempt(claim).end("retry", f"error {index}"),
+                attempt=StartedAttempt.of(claim).end("retry", f"error {index}"),
                 state=None if index % 3 else "delivered",
             )
             for index, claim in enumerate(claims)

@@ -12,7 +12,7 @@ from support.events import running
 
 from receiver.core.lane_names import FAN_OUT_LANE
 from receiver.db.rows import Claim
-from receiver.lanes.base import LEASE_SECONDS, Work
+from receiver.lanes.base import LEASE_SECONDS, Lane, Work
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.worker import DEFAULT_TIMING, Wakeups, Worker
 
@@ -38,7 +38,7 @@ class Events:
         return found
 
 
-class Places:
+class Places(Lane):
     """A lane with two pieces of work, which may have left more behind."""
 
     name = "places"

@@ -1,0 +1,56 @@
+"""The CloudEvent that destinations receive; pure."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from cloudevents.core.v1.event import CloudEvent
+
+from receiver.core.payload import parse
+from receiver.db.rows import DeliveryClaim, JobRef, MediaRow, StoredEvent
+from receiver.settings import CALLBACK_PATH
+
+TYPES: Final = {"OK": "ai.clipia.generation.completed", "ERROR": "ai.clipia.generation.failed"}
+# `url` is Clipia's, and it is not known how long it is valid; `uri` is the place in our storage.
+_FILE_FIELDS: Final = (
+    *("url", "field", "kind", "variant", "state", "uri"),
+    *("sha256", "size", "content_type", "error", "warning"),
+)
+
+
+def build(
+    claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+) -> CloudEvent:
+    """Build the message of one delivery (CloudEvents 1.0). Raises UnrecognizedBody.
+
+    `id` is the event's id, the same in all attempts and replays. `deliveryid` is the delivery's; `replayid`
+    is present if a replay ordered the delivery; `attempt` counts from 1. `altered` has JSON pointers into
+    `data`: these values differ from the signed body, because they could not be forwarded as they are.
+    """
+    content = parse(event.body)
+    return CloudEvent(
+        attributes={
+            "specversion": "1.0",
+            "id": str(event.id),
+            "source": f"{CALLBACK_PATH}/{event.source}",
+            "type": TYPES[event.status],
+            "subject": event.request_id,
+            "time": event.received_at,
+            "datacontenttype": "application/json",
+            "deliveryid": str(claim.id),
+            "attempt": claim.attempt,
+            **({} if claim.replay_id is None else {"replayid": str(claim.replay_id)}),
+        },
+        data={
+            "request_id": event.request_id,
+            "status": event.status,
+            "model": content.model,
+            "cost": content.cost,
+            "output": content.output,
+            "error": content.error,
+            **({"altered": list(content.altered)} if content.altered else {}),
+            "media": [{name: getattr(row, name) for name in _FILE_FIELDS} for row in files],
+            # The key is the caller's, not the one that was sent to Clipia.
+            "job": job
+            and {"id": str(job.id), "idempotency_key": job.idempotency_key, "metadata": job.metadata},
+        },
+    )
