@@ -79,10 +79,9 @@ async def require_price(submission: Submission, catalogue: Catalogue, *, age: fl
         raise
     except (ClipiaUnavailable, DatabaseUnavailable, TimeoutError) as error:
         # Without the status: if a price request gets 429, submissions may still be within the quota.
+        message = f"the price is not known, and the job has a max_cost: {str(error) or 'no answer in time'}"
+        wait = getattr(error, "retry_after", None)
         raise ClipiaUnavailable(
-            f"the price is not known, and the job has a max_cost: {str(error) or 'no answer in time'}",
-            reason="price_unknown",
-            may_have_arrived=False,
-            retry_after=getattr(error, "retry_after", None),
+            message, reason="price_unknown", may_have_arrived=False, retry_after=wait
         ) from error
     _require_at_most(submission.max_cost, estimate["credits"])

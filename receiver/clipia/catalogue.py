@@ -99,13 +99,9 @@ def _store(entries: dict[str, tuple[float, T]], key: str, value: T) -> None:
 
 def _copy(error: ClipiaUnavailable, *, after: float) -> ClipiaUnavailable:
     """Return a copy of an error, as it stands `after` seconds later."""
-    return type(error)(
-        str(error),
-        reason=error.reason,
-        status=error.status,
-        may_have_arrived=error.may_have_arrived,
-        retry_after=None if error.retry_after is None else max(0.0, error.retry_after - after),
-    )
+    wait = None if error.retry_after is None else max(0.0, error.retry_after - after)
+    reason, status, arrived = error.reason, error.status, error.may_have_arrived
+    return type(error)(str(error), reason=reason, status=status, may_have_arrived=arrived, retry_after=wait)
 
 
 class Catalogue:

@@ -308,11 +308,10 @@ def _unusable_id(request_id: object) -> Exception:
     if REPLACEMENT in request_id:
         return TypeError("request_id")
     # Permanent: another attempt would get the same answer.
-    return RefusedByClipia(
-        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that cannot be queried.",
-        code=UNUSABLE_ID,
-        status=502,
+    message = (
+        f"Clipia accepted the job as {quoted(request_id, MAX_ID_LENGTH)!a}, an id that cannot be queried."
     )
+    return RefusedByClipia(message, code=UNUSABLE_ID, status=502)
 
 
 def _check_id(request_id: str) -> None:

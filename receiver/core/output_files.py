@@ -20,13 +20,12 @@ MAX_URL_LENGTH: Final = 8192
 MAX_SKIPPED: Final = 1536
 """Files per event that are listed but not downloaded. If there are more, they are only counted."""
 
-_DOCUMENTED: Final[tuple[tuple[str, Kind], ...]] = (
-    ("images", "image"),
-    ("video", "video"),
-    ("audio", "audio"),
-    ("audios", "audio"),
-)
-_FILE_FIELDS: Final = frozenset(name for name, _ in _DOCUMENTED)
+_DOCUMENTED: Final[dict[str, Kind]] = {
+    "images": "image",
+    "video": "video",
+    "audio": "audio",
+    "audios": "audio",
+}
 _URL_KEYS: Final = ("original_url", "url")
 _WEB: Final = re.compile(r"https?://", re.IGNORECASE)
 # Stripped from both ends of a URL: white space, a byte order mark, quotes and angle brackets.
@@ -204,7 +203,7 @@ def _documented(output: Any) -> Iterator[_File]:
 
     If a field holds a list instead of one object, or the reverse, or just the URL, it is read all the same.
     """
-    for name, kind in _DOCUMENTED if isinstance(output, dict) else ():
+    for name, kind in _DOCUMENTED.items() if isinstance(output, dict) else ():
         for field, entry in _entries(name, output.get(name)):
             texts = _url_texts(f"{field}.", entry) if isinstance(entry, dict) else [(field, entry)]
             yield from _documented_files(kind, [(place, text) for place, text in texts if _is_text(text)])
@@ -260,7 +259,7 @@ def _members(pointer: str, name: str, value: dict[str, Any]) -> list[tuple[str, 
 
 
 def _files_of_text(pointer: str, name: str, text: str) -> Iterator[_File]:
-    url = _one(text, is_file_field=name in _FILE_FIELDS)
+    url = _one(text, is_file_field=name in _DOCUMENTED)
     if url:
         yield _File(_kind(url, name), [(pointer, url)])
     else:

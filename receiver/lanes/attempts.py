@@ -37,13 +37,9 @@ class StartedAttempt:
 
     def end(self, outcome: AttemptOutcome, error: str | None = None) -> Attempt:
         """Return the row to record."""
-        return Attempt(
-            number=self.number,
-            started_at=self.started_at,
-            duration_ms=round((time.monotonic() - self.began) * 1000),
-            outcome=outcome,
-            error=error,
-        )
+        number, started_at = self.number, self.started_at
+        ms = round((time.monotonic() - self.began) * 1000)
+        return Attempt(number=number, started_at=started_at, duration_ms=ms, outcome=outcome, error=error)
 
 
 def crash_error(claim: Claim, work: str) -> str | None:

@@ -231,13 +231,9 @@ class DeliveryLane(Lane):
         return [each.claim.id in held for each in results]
 
     def _ids(self, this: _Delivery) -> dict[str, Any]:
-        return {
-            "destination": self._target.name,
-            "event_id": str(this.event.id),
-            "request_id": this.event.request_id,
-            "delivery_id": str(this.claim.id),
-            "attempt": this.claim.attempt,
-        }
+        claim, event = this.claim, this.event
+        ids = {"event_id": str(event.id), "request_id": event.request_id, "delivery_id": str(claim.id)}
+        return {"destination": self._target.name, **ids, "attempt": claim.attempt}
 
 
 async def _record(connection: AsyncConnection, results: Sequence[Result]) -> set[UUID]:

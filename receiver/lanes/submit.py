@@ -190,14 +190,8 @@ class SubmitLane(Lane):
             # The operator may have to top up the account; once is enough to report that.
             refused_for = this.submission.refused_for
             emit = log.error if refused_for is None else log.info
-            emit(
-                "job refused for now",
-                job_id=str(this.claim.id),
-                reason=error.reason,
-                error=str(error),
-                refused_for=refused_for or 0.0,
-                retry_in=delay,
-            )
+            ids = {"job_id": str(this.claim.id), "reason": error.reason, "error": str(error)}
+            emit("job refused for now", **ids, refused_for=refused_for or 0.0, retry_in=delay)
 
     async def _failed(self, this: SubmitAttempt, error: ClipiaUnavailable) -> None:
         """Put back a job without an answer, or end it as `unsure`."""
@@ -216,14 +210,9 @@ class SubmitLane(Lane):
         if await self._record(this.claim, record):
             SUBMISSIONS.labels("account_refused" if is_account else "retry").inc()
             emit = log.error if is_account else log.warning
-            emit(
-                "submissions paused: Clipia refuses the account" if is_account else "job not submitted",
-                job_id=str(this.claim.id),
-                reason=error.reason,
-                error=str(error),
-                attempt=this.claim.attempt,
-                retry_in=delay,
-            )
+            message = "submissions paused: Clipia refuses the account" if is_account else "job not submitted"
+            ids = {"job_id": str(this.claim.id), "reason": error.reason, "error": str(error)}
+            emit(message, **ids, attempt=this.claim.attempt, retry_in=delay)
 
     async def _end(
         self, this: SubmitAttempt, error: RequestError, *, state: JobState, change: QuotaChange = _unchanged
@@ -233,6 +222,5 @@ class SubmitLane(Lane):
         record = partial(this.record_end, attempt=attempt, state=state, change=change)
         if await self._record(this.claim, record):
             SUBMISSIONS.labels("unsure" if state == "unsure" else "refused").inc()
-            text = str(error)
-            job_id = str(this.claim.id)
-            log.error("job ended without a result", job_id=job_id, state=state, code=error.code, error=text)
+            ids = {"job_id": str(this.claim.id), "code": error.code, "error": str(error)}
+            log.error("job ended without a result", **ids, state=state)

@@ -52,13 +52,10 @@ class SubmitAttempt:
         """
         submission = self.submission
         answer = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
+        delay = poll_delay(0, overdue=poll_after, has_webhook=submission.has_webhook, watched=False)
+        source, provider_key = submission.source, submission.provider_key
         recorded = await jobs.record_submitted(
-            connection,
-            self.claim,
-            source=submission.source,
-            provider_key=submission.provider_key,
-            poll_after=poll_delay(0, overdue=poll_after, has_webhook=submission.has_webhook, watched=False),
-            **answer,
+            connection, self.claim, source=source, provider_key=provider_key, poll_after=delay, **answer
         )
         if recorded == "taken":
             return "taken"
@@ -67,11 +64,11 @@ class SubmitAttempt:
             if submission.refused_for is not None:
                 # Clipia accepts jobs again, so the other refused jobs are due now.
                 await refused_jobs.release(connection, self.account)
-            has_event = await _finish_by_event(connection, submission.source, accepted.request_id)
+            has_event = await _finish_by_event(connection, source, accepted.request_id)
         # If the webhook was faster, the job has ended already, and only the answer is added.
         elif not await jobs.add_answer(connection, self.claim.id, **answer):
             # Another worker that holds the job now sends the same key, and gets the same generation.
-            if not await jobs.is_still_sent(connection, self.claim.id, submission.provider_key):
+            if not await jobs.is_still_sent(connection, self.claim.id, provider_key):
                 await self._record_stray(connection, accepted)
             return False
         await leases.record_attempt(connection, self.claim.id, self.attempt.end("succeeded"))

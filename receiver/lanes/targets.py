@@ -48,13 +48,9 @@ class Routes:
 
 def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> RoutingFacts:
     """Return the facts about an event that filters compare."""
-    return RoutingFacts(
-        status=event.status,
-        model=model,
-        source=event.source,
-        caller=job.caller if job else None,
-        metadata=job.metadata if job else {},
-    )
+    caller, metadata = (job.caller, job.metadata) if job else (None, {})
+    status, source = event.status, event.source
+    return RoutingFacts(status=status, model=model, source=source, caller=caller, metadata=metadata)
 
 
 async def load_facts(connection: AsyncConnection, events: Sequence[ReplayedEvent]) -> list[RoutingFacts]:

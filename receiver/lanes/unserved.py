@@ -56,12 +56,9 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
             lane for each in await workers.find_runs(connection) if each.is_running for lane in each.lanes
         }
     for name, count in waiting.items():
-        log.warning(
-            "deliveries wait for a destination that is not configured",
-            destination=name,
-            count=count,
-            help=f"receiver deliveries move or discard; else {FATE}",
-        )
+        message = "deliveries wait for a destination that is not configured"
+        advice = f"receiver deliveries move or discard; else {FATE}"
+        log.warning(message, destination=name, count=count, help=advice)
     for name in sorted(names - missing - seen):
         await _change_all(database, partial(unserved.clear_missing, destination=name))
     seen |= names

@@ -1,7 +1,6 @@
 """The worker: claim loops over the lanes, lease renewal, and a drain that does not count attempts."""
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Final
 
 import structlog
 
-from receiver.background import wait_for
+from receiver.background import running, wait_for
 from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
@@ -124,15 +123,10 @@ class _LaneRunner:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Claim and work until `stopping` is set, then drain."""
-        renewal = asyncio.create_task(self._renew(), name=f"{self.name} renewal")
-        try:
+        async with running(self._renew(), name=f"{self.name} renewal"):
             while not stopping.is_set():
                 await self._run_round(stopping)
             await self._drain()
-        finally:
-            renewal.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewal
 
     async def _run_round(self, stopping: asyncio.Event) -> None:
         """Claim for the free places, and wait unless all of them were filled."""
