@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from receiver import recovery
+from receiver import unrecognized
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.events import EventEndpoints
@@ -122,7 +122,7 @@ def _internal_routes(
         dead=lambda: count_dead_letters(database, settings.all_destinations),
         paused=submitter.paused,
         refused=lambda: count_refused_jobs(database),
-        unrecognized=recovery.RecoverableCounter(database),
+        unrecognized=unrecognized.RecoverableCounter(database),
         tokens=tokens,
         multiprocess=multiprocess,
     )

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from receiver.files import open_private
+from receiver.private_files import open_private
 
 BEAT_SECONDS: Final = 5.0
 """The time between two heartbeats of a worker."""

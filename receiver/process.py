@@ -27,11 +27,11 @@ from receiver.lanes.fan_out import FanOut
 from receiver.lanes.fresh_urls import FreshUrls
 from receiver.lanes.media import MediaLane
 from receiver.lanes.poll import PollLane
-from receiver.lanes.presence import present
+from receiver.lanes.removed_destinations import giving_up
 from receiver.lanes.replay import ReplayLane
 from receiver.lanes.targets import Target
-from receiver.lanes.unserved import giving_up
 from receiver.lanes.worker import Wakeups, Worker
+from receiver.lanes.worker_presence import present
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
 from receiver.replays import Replays
 from receiver.settings import Settings

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import REPLAY_LANE, Wake, wake_no_lane
-from receiver.core.request_checks import check_key
+from receiver.core.request_values import check_key
 from receiver.core.routing import mismatch
 from receiver.db import replays, tables
 from receiver.db.database import Database

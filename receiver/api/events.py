@@ -29,7 +29,7 @@ from receiver.api.endpoints import (
     reject_unknown,
 )
 from receiver.core.lenient_json import display_fields
-from receiver.core.request_checks import read_cursor, read_id_cursor
+from receiver.core.request_values import read_cursor, read_id_cursor
 from receiver.db import outbox, reads
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from receiver.api.answers import HEAD_COMPLETE, raw_error_response
 from receiver.api.bodies import BodyParts
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
-from receiver.api.memory import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
+from receiver.api.memory_budget import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
 
 _NOTABLE_HEAD: Final = 4096
 """The size of a head is not counted if the read is smaller than this; at most MAX_HEADER_BYTES."""

@@ -23,7 +23,7 @@ from receiver.api.endpoints import (
     reject_unknown,
 )
 from receiver.api.events import load_event
-from receiver.core.request_checks import invalid_request, read_cursor
+from receiver.core.request_values import invalid_request, read_cursor
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.views import ReplayDetails

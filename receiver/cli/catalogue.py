@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
+from receiver.cli.clipia_calls import Input, Strict, read_input, with_submitter
 from receiver.cli.options import Json
 from receiver.cli.submit import reason_text
-from receiver.cli.submitting import Input, Strict, read_input, with_submitter
 from receiver.cli.terminal import amount, count, print_json, print_line, print_result, print_rows
 from receiver.clipia.client import Estimate
 from receiver.submitter import Submitter

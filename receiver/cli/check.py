@@ -17,7 +17,7 @@ from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
-from receiver.db import arrivals, freezes, jobs, migrate, outbox, workers
+from receiver.db import arrivals, jobs, migrate, outbox, submission_freezes, workers
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
@@ -25,7 +25,7 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.error_texts import error_text
 from receiver.errors import SettingsError
-from receiver.lanes.unserved import FATE
+from receiver.lanes.removed_destinations import FATE
 from receiver.media import MediaHosts, open_tls
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
 from receiver.submitter.account_status import AccountStatus, read_account_status
@@ -100,7 +100,7 @@ class _Check:
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
                 seen = await workers.find_runs(connection)
-                frozen = await freezes.find(connection)
+                frozen = await submission_freezes.find(connection)
             masked = await mask_errors(database)
             schema = await migrate.current(database)
         _ok("database", f"{database.dialect_name}, durable, schema {schema}, writable")

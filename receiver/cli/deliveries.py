@@ -18,12 +18,12 @@ from receiver.cli.options import DryRun, Json, Limit, since_option, until_option
 from receiver.cli.terminal import count, operator, print_json, print_note, print_result, print_rows, stdout
 from receiver.cli.waiting import process_name
 from receiver.core.lane_names import destination_lane
-from receiver.db import outbox, reads, unserved, workers
+from receiver.db import outbox, reads, removed_destinations, workers
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
+from receiver.db.removed_destinations import Taken
 from receiver.db.rows import DeliveryState
-from receiver.db.unserved import Taken
 from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
@@ -145,11 +145,11 @@ def move(
             raise ReceiverError(f"there is no destination {to!r}; configured: {', '.join(known) or 'none'}")
         if dry_run:
             async with database.read() as connection:
-                found = await unserved.count_free(connection, destination, dead=dead)
-                had = await unserved.count_free(connection, destination, dead=dead, had_by=to)
+                found = await removed_destinations.count_free(connection, destination, dead=dead)
+                had = await removed_destinations.count_free(connection, destination, dead=dead, had_by=to)
             return await _add_claimed(database, destination, {"moved": found - had, "discarded": had})
         waits = known[to].when == "media_stored"
-        batch = partial(unserved.move, to=to, waits=waits)
+        batch = partial(removed_destinations.move, to=to, waits=waits)
         return await _take(database, destination, batch, to=to, dead=dead)
 
     _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
@@ -170,9 +170,9 @@ def discard(destination: _Removed, dead: _Dead = False, dry_run: DryRun = False,
         _require_removed(destination, {each.name for each in settings.all_destinations})
         if dry_run:
             async with database.read() as connection:
-                found = await unserved.count_free(connection, destination, dead=dead)
+                found = await removed_destinations.count_free(connection, destination, dead=dead)
             return await _add_claimed(database, destination, {"discarded": found})
-        return await _take(database, destination, unserved.discard, to=None, dead=dead)
+        return await _take(database, destination, removed_destinations.discard, to=None, dead=dead)
 
     _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
 
@@ -197,7 +197,7 @@ async def _take(
                 "then run this command again."
             )
     async with database.write() as connection:
-        replays = await unserved.redirect_replays(connection, destination, to=to)
+        replays = await removed_destinations.redirect_replays(connection, destination, to=to)
     done = Taken()
     while True:
         batch = await _take_batch(database, partial(take, destination=destination, dead=dead, by=operator()))
@@ -209,7 +209,7 @@ async def _take(
 async def _add_claimed(database: Database, destination: str, done: dict[str, int]) -> dict[str, int]:
     """Add the number of deliveries that a worker has claimed, and print when to run the command again."""
     async with database.read() as connection:
-        claimed, seconds = await unserved.count_under_way(connection, destination)
+        claimed, seconds = await removed_destinations.count_under_way(connection, destination)
     if claimed:
         print_note(
             f"{count(claimed, 'delivery', 'deliveries')} to {destination!r} under way: a running worker has "

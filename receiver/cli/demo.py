@@ -24,8 +24,8 @@ from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.views import EventDetails, File
 from receiver.errors import ReceiverError
-from receiver.files import open_private
 from receiver.logs import configure_logging
+from receiver.private_files import open_private
 from receiver.sandbox import SandboxOptions, create_app, running
 
 JOBS: Final = (

@@ -11,9 +11,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from receiver import recovery, retention
+from receiver import retention, unrecognized
 from receiver.api.events import readable
 from receiver.cli.database import find_event, no_event, opened_storage, query_database, with_database
+from receiver.cli.export_import import export, import_
 from receiver.cli.options import EventKey, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
     count,
@@ -27,14 +28,13 @@ from receiver.cli.terminal import (
     size,
     stdout,
 )
-from receiver.cli.transfer import export, import_
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
 from receiver.db.views import DeliveryWithLog, EventDetails, FileWithLog
-from receiver.recovery import Recovered
 from receiver.retention import Erased
 from receiver.settings import Settings
+from receiver.unrecognized import Recovered
 
 events = typer.Typer(help="Show, export, import, recover and erase stored events.", no_args_is_help=True)
 
@@ -96,7 +96,7 @@ def recover(
 
     async def run(_settings: Settings, database: Database) -> list[Recovered]:
         found = []
-        async for each in recovery.recover(database, dry_run=dry_run):
+        async for each in unrecognized.recover(database, dry_run=dry_run):
             found.append(each)
             if not json and each.outcome != "unrecognized":
                 print_line(f"{each.outcome:<9}  {each.request_id}  event {each.event_id}")

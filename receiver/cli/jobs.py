@@ -10,10 +10,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from receiver.cli.clipia_calls import read_pair, with_submitter
 from receiver.cli.database import change_database
 from receiver.cli.options import Json, Limit, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
-from receiver.cli.submitting import read_pair, with_submitter
 from receiver.cli.terminal import (
     count,
     moment,
@@ -28,7 +28,7 @@ from receiver.cli.terminal import (
     wide,
 )
 from receiver.core.retry import KEY_VALID_SECONDS
-from receiver.db import freezes
+from receiver.db import submission_freezes
 from receiver.db.rows import CostGroup, JobState
 from receiver.errors import ReceiverError
 from receiver.lanes.attempts import error_json
@@ -142,7 +142,7 @@ def freeze(
     A request with a known key is answered as usual; a new key is rejected (503 `submissions_frozen`). After a
     restore, run this before you start anything: docs/jobs.md says why, and which steps follow.
     """
-    change_database(partial(freezes.freeze, by=operator(), reason=reason, restored=restored))
+    change_database(partial(submission_freezes.freeze, by=operator(), reason=reason, restored=restored))
     stdout.print("Submissions are frozen until `receiver jobs thaw`.")
 
 
@@ -154,7 +154,7 @@ def thaw() -> None:
     or cancel it.
     """
     text = error_json("restored", "The database was restored: this job may have been sent since the backup.")
-    unsure = change_database(partial(freezes.thaw, key_holds=KEY_VALID_SECONDS, error=text))
+    unsure = change_database(partial(submission_freezes.thaw, key_holds=KEY_VALID_SECONDS, error=text))
     if unsure is None:
         raise ReceiverError("submissions are not frozen")
     stdout.print("Jobs are accepted and submitted again.")

@@ -28,7 +28,7 @@ from receiver.cli.terminal import (
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.lane_names import REPLAY_LANE, destination_lane
-from receiver.core.request_checks import MAX_CALLER_LENGTH, first_problem
+from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead

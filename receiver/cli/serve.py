@@ -18,7 +18,7 @@ import typer
 import uvicorn
 from starlette.applications import Starlette
 
-from receiver.api.memory import MemoryBudget, set_up_allocator
+from receiver.api.memory_budget import MemoryBudget, set_up_allocator
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.api.protocol_check import check_protocol
 from receiver.app import Only, create_app

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Final
 import typer
 from rich.status import Status
 
+from receiver.cli.clipia_calls import Input, Strict, read_input, read_pair, with_submitter
 from receiver.cli.options import Json
-from receiver.cli.submitting import Input, Strict, read_input, read_pair, with_submitter
 from receiver.cli.terminal import amount, print_json, print_line, print_note, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE
-from receiver.db import freezes, workers
+from receiver.db import submission_freezes, workers
 from receiver.submitter import Job, JobFile, Submitter
 
 CALLER: Final = "cli"
@@ -110,7 +110,7 @@ async def _find_missing(submitter: Submitter, job: Job) -> str | None:
     """Return what has to be started or changed so that the job goes on; None if it goes on."""
     async with submitter.database.read() as connection:
         seen = await workers.find_runs(connection)
-        frozen = await freezes.find(connection)
+        frozen = await submission_freezes.find(connection)
     if job.event is not None:
         lane = FAN_OUT_LANE if job.event.state == "received" else MEDIA_LANE
     elif job.state == "pending":

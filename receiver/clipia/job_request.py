@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from receiver.core.request_checks import check_key, invalid_request
+from receiver.core.request_values import check_key, invalid_request
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import RequestError, RequestTooLarge
 from receiver.price import MAX_CREDITS, Credits, read_credits

@@ -11,7 +11,7 @@ from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events, sources
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
 from receiver.db.rows import Arrival, EventState, NewEvent, Outcome, StoredEvent
 from receiver.db.statements import insert_unless_taken

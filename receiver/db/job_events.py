@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.payload import Generation
 from receiver.db import prices
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
 from receiver.db.leases import ENDED
 from receiver.db.rows import JobRef, event_id

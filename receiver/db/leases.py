@@ -32,7 +32,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from receiver.db.arrays import DIALECTS, Rows, among
+from receiver.db.array_parameters import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since, statement_time
 from receiver.db.rows import Attempt, Backlog, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import PlainUuid, attempts, deliveries, in_state, is_live, is_replayed, media

@@ -22,7 +22,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.arrays import DIALECTS, Rows, among
+from receiver.db.array_parameters import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import ENDED, RESTARTED, record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id

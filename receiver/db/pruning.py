@@ -22,7 +22,7 @@ from sqlalchemy import (
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import unrecognized
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
 from receiver.db.rows import NO_INPUT
 from receiver.db.sources import find_event_ids

@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, outbox
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
 from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, and_, exists, select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.sources import find_event_ids
 from receiver.db.statements import between, equal
 from receiver.db.tables import deliveries, events, jobs

@@ -11,7 +11,7 @@ from uuid import UUID
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.arrays import DIALECTS
+from receiver.db.array_parameters import DIALECTS
 from receiver.db.rows import event_id
 from receiver.db.statements import insert_for
 from receiver.db.tables import sources

@@ -24,7 +24,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from receiver.db.transactions import POOL_WAIT
 from receiver.error_texts import cause
 from receiver.errors import SettingsError
-from receiver.files import open_private
+from receiver.private_files import open_private
 
 T = TypeVar("T")
 

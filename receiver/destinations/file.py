@@ -23,7 +23,7 @@ from receiver.batching import Batcher
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import CheckedDestination, closed_failure, encode
 from receiver.errors import PublishFailed, SettingsError
-from receiver.files import make_folder, open_private, sync_folder, write_all
+from receiver.private_files import make_folder, open_private, sync_folder, write_all
 
 LOCK_TIMEOUT_SECONDS: Final = 10.0
 """Seconds to wait for another process's lock: a process may be stopped while it holds it."""

@@ -20,7 +20,7 @@ from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import RawAnswer, RecordingNetwork, current
 from receiver.destinations.base import attempt_timeout, closed_failure, encode, timeout_failure
-from receiver.destinations.internals import set_network
+from receiver.destinations.client_internals import set_network
 from receiver.destinations.tls import open_tls
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError

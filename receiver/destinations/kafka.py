@@ -38,8 +38,8 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.base import CheckedDestination, Failure, limit_log, step_timeout
+from receiver.destinations.client_internals import close_kafka_producer, count_kafka_replicas
 from receiver.destinations.connections import Connection, SharedConnection
-from receiver.destinations.internals import close_kafka_producer, count_kafka_replicas
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
 from receiver.error_texts import cause

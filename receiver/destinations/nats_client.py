@@ -6,7 +6,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.transport import TcpTransport
 
-from receiver.destinations.internals import abort_nats_transport
+from receiver.destinations.client_internals import abort_nats_transport
 from receiver.destinations.nkeys import Identity
 
 

@@ -23,7 +23,7 @@ from receiver.db.selection import Selection
 from receiver.errors import SettingsError, TransientError
 from receiver.lanes.attempts import crash_error, stored_text
 from receiver.lanes.base import Lane, Work
-from receiver.lanes.refetch import Wanted, find_wanted
+from receiver.lanes.replay_downloads import Wanted, find_wanted
 from receiver.lanes.targets import Routes, Target, load_facts
 from receiver.media import Storage
 

@@ -14,7 +14,7 @@ from receiver.clipia.client import CALL_TIMEOUT_SECONDS, UNUSABLE_ID, Accepted, 
 from receiver.core.lane_names import FAN_OUT_LANE, SUBMIT_LANE, Wake
 from receiver.core.quota import Quota
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWERED
-from receiver.db import accounts, freezes, jobs, refused_jobs, tables
+from receiver.db import accounts, jobs, refused_jobs, submission_freezes, tables
 from receiver.db.database import Database
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow, RequestError
@@ -67,7 +67,7 @@ class SubmitLane(Lane):
                 return []
             works = await self.claim_in(connection, limit=limit)
             # After a restore the rows may be old: Clipia may have accepted the jobs since.
-            if works or await freezes.find(connection) is not None:
+            if works or await submission_freezes.find(connection) is not None:
                 return works
             # Jobs that have been refused for too long end even if the quota allows no last attempt.
             give_up_after = self._refused_give_up_after
@@ -81,7 +81,7 @@ class SubmitLane(Lane):
         self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
     ) -> list[Work]:
         """Claim inside the caller's transaction; only the job `job_id` if it is given."""
-        if await freezes.find(connection) is not None:
+        if await submission_freezes.find(connection) is not None:
             return []
         account = self._client.account
         quota, now = await accounts.lock(connection, account)

@@ -17,7 +17,7 @@ from receiver.core.retry import longest_wait
 from receiver.error_texts import cause
 from receiver.errors import MediaBlocked, MediaMissing, MediaUnavailable, NotMedia, SettingsError
 from receiver.media.digests import stated_digests
-from receiver.media.filetypes import MIN_BYTES, SNIFF_BYTES, is_page, sniff
+from receiver.media.file_types import MIN_BYTES, SNIFF_BYTES, is_page, sniff
 from receiver.media.hosts import MediaHosts
 from receiver.media.inspection import Inspection
 from receiver.media.network import GuardedNetwork

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, field
 
 from receiver.errors import MediaBlocked, MediaDoubtful
-from receiver.media.containers import DamagedFile, Follower, Walk
+from receiver.media.container_formats import DamagedFile, Follower, Walk
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ import structlog
 
 from receiver.core.output_files import Kind
 from receiver.errors import StorageUnavailable
-from receiver.media.filetypes import SNIFF_BYTES, is_page
+from receiver.media.file_types import SNIFF_BYTES, is_page
 from receiver.media.storage import Storage
 
 Finding = Literal["intact", "missing", "changed", "unreadable", "not_media"]

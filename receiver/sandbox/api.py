@@ -10,7 +10,7 @@ from receiver.sandbox.answers import Problem, json_response, read_input, read_ob
 from receiver.sandbox.catalogue import find_model, listing, model_details
 from receiver.sandbox.gate import Gate
 from receiver.sandbox.generations import Generations
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
 

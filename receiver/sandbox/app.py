@@ -16,7 +16,7 @@ from receiver.sandbox import api, cdn
 from receiver.sandbox.answers import Problem
 from receiver.sandbox.control import Control
 from receiver.sandbox.options import SandboxOptions
-from receiver.sandbox.sandbox import Clock, Sandbox
+from receiver.sandbox.state import Clock, Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
 

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from receiver.sandbox.answers import Problem
 from receiver.sandbox.options import SMALLEST_VIDEO_BYTES
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 
 SAMPLES: Final = Path(__file__).with_name("samples")
 TYPES: Final = {".png": "image/png", ".webp": "image/webp", ".mp4": "video/mp4", ".mp3": "audio/mpeg"}

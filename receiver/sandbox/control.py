@@ -12,7 +12,7 @@ from starlette.routing import BaseRoute, Route
 from receiver.errors import SettingsError
 from receiver.sandbox.answers import Problem, json_response, read_object, timestamp
 from receiver.sandbox.records import Attempt, Generation, Submission
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
 

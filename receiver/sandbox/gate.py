@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from receiver.sandbox.answers import CODES, Problem, retry_after
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 Handler = Callable[[Request, str], Awaitable[Response]]

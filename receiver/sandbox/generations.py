@@ -16,7 +16,7 @@ from receiver.sandbox.answers import Problem, json_response, read_input, read_ob
 from receiver.sandbox.catalogue import FileUrl, Model, find_model
 from receiver.sandbox.gate import Gate
 from receiver.sandbox.records import FAILURE, Generation, Submission
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 from receiver.sandbox.webhooks import WebhookSender
 
 LONGEST_KEY: Final = 255

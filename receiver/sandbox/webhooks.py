@@ -14,7 +14,7 @@ import structlog
 from receiver.core.signature import sign
 from receiver.error_texts import cause
 from receiver.sandbox.records import FAILURE, Attempt, Generation
-from receiver.sandbox.sandbox import Sandbox
+from receiver.sandbox.state import Sandbox
 
 USER_AGENT: Final = "Clipia-Webhooks/1.0 (sandbox)"
 

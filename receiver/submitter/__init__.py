@@ -15,6 +15,6 @@ It uses the database and the settings of the service. If the submitting process 
 
 from receiver.submitter.job import Job, JobAttempt, JobDelivery, JobEvent, JobFile, JobPage
 from receiver.submitter.service import Submitter
-from receiver.submitter.sync import SyncSubmitter
+from receiver.submitter.sync_submitter import SyncSubmitter
 
 __all__ = ["Job", "JobAttempt", "JobDelivery", "JobEvent", "JobFile", "JobPage", "Submitter", "SyncSubmitter"]

@@ -7,7 +7,7 @@ from typing import Any, NotRequired, TypedDict, cast
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.quota import Quota
-from receiver.db import accounts, freezes, refused_jobs
+from receiver.db import accounts, refused_jobs, submission_freezes
 from receiver.db.views import JobCosts
 from receiver.price import Credits, read_credits, total
 from receiver.submitter.job import read_error
@@ -69,7 +69,7 @@ async def read_account_status(connection: AsyncConnection, account: str) -> Acco
     refused = await refused_jobs.count(connection, account)
     if pause is None and refused:
         pause = await refused_jobs.find_account_refusal(connection, account, accepted_at=quota.accepted_at)
-    frozen = await freezes.find(connection) is not None
+    frozen = await submission_freezes.find(connection) is not None
     return AccountStatus(quota=quota, pause=pause, refused_jobs=refused, frozen=frozen)
 
 

@@ -16,9 +16,9 @@ from receiver.clipia.catalogue import Catalogue
 from receiver.clipia.client import CALL_TIMEOUT_SECONDS, ClipiaClient, open_client
 from receiver.clipia.job_request import JobRequest, refreeze
 from receiver.core.lane_names import SUBMIT_LANE, Wake, wake_no_lane
-from receiver.core.request_checks import check_caller, check_key, read_cursor
+from receiver.core.request_values import check_caller, check_key, read_cursor
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
-from receiver.db import decisions, freezes, jobs, migrate, reads, tables
+from receiver.db import jobs, migrate, operator_decisions, reads, submission_freezes, tables
 from receiver.db.database import Database
 from receiver.db.rows import CostGroup, JobState, NewJob
 from receiver.db.statements import Known, find_known
@@ -183,7 +183,7 @@ class Submitter:
         async with self.database.write() as connection:
             new = await jobs.insert(connection, job)
             if new:
-                await freezes.require_none(connection)
+                await submission_freezes.require_none(connection)
             works = await self._start(connection, job) if new else []
             known = None if new else await find_known(connection, tables.jobs, caller, job.idempotency_key)
         if known is not None:
@@ -285,7 +285,7 @@ class Submitter:
         """
         text = error_json("canceled", f"Canceled by {by}.")
         async with self.database.write() as connection:
-            state = await decisions.cancel(connection, job_id, error=text, by=by)
+            state = await operator_decisions.cancel(connection, job_id, error=text, by=by)
         job = await self._get_existing(job_id)
         if state is None:
             reason = "a job cannot be canceled if it has ended or a call to Clipia is in progress"
@@ -301,10 +301,10 @@ class Submitter:
         account = self.client.account
         done = False
         async with self.database.write() as connection:
-            frozen = await decisions.find_request(connection, job_id)
+            frozen = await operator_decisions.find_request(connection, job_id)
             if frozen is not None:
                 request, path_token = refreeze(frozen, job_id, self._public_url)
-                done = await decisions.resubmit(
+                done = await operator_decisions.resubmit(
                     connection,
                     job_id,
                     request=request,

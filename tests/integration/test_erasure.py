@@ -18,7 +18,7 @@ from receiver import retention
 from receiver.api.answers import status_of
 from receiver.clipia.client import ClipiaClient
 from receiver.core.signature import Secret
-from receiver.db import leases, outbox, pruning, reads, transfer
+from receiver.db import export_import, leases, outbox, pruning, reads
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
@@ -297,10 +297,10 @@ async def test_an_erased_event_goes_nowhere(world: World, ingest: Ingest) -> Non
     await erase(world, "r-1")
     assert (await world.dry_run(selection={}))["events"] == 0
     async with world.database.read() as connection:
-        lines, _ = await transfer.read(connection, "event", after=0, limit=9, since=None, until=None)
+        lines, _ = await export_import.read(connection, "event", after=0, limit=9, since=None, until=None)
     async with world.database.write() as connection:
         await pruning.delete_events(connection, [row["seq"] for row in await world.rows(events)])
-        assert await transfer.write(connection, lines) == {"event new": 1}
+        assert await export_import.write(connection, lines) == {"event new": 1}
     assert (await show(world, "r-1"))["state"] == "erased"
     assert await deliver(ingest, OTHER) == "duplicate"
 

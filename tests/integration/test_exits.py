@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 from support.events import World, opened, plain, with_files
 
-from receiver import recovery
+from receiver import unrecognized
 from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.core.routing import RoutingFacts, mismatch
@@ -84,7 +84,7 @@ async def test_an_event_that_always_fails_is_set_aside(world: World, monkeypatch
             await fan_out.run()
     found = {row["request_id"]: (row["state"], row["reason"]) for row in await world.rows(events)}
     assert found == {"old": ("unrecognized", "fan_out"), "young": ("received", None)}
-    assert [each.outcome async for each in recovery.recover(world.database)] == ["accepted"]
+    assert [each.outcome async for each in unrecognized.recover(world.database)] == ["accepted"]
     await world.fan_out()
     assert await world.sent_to() == {("old", "main"), ("young", "main")}
     assert {row["reason"] for row in await world.rows(events)} == {None}

@@ -7,7 +7,7 @@ from support.clipia import MODEL, PROMPT, OddClipia, Sandbox, World, accepted, e
 from support.payloads import body
 
 from receiver.core.retry import KEY_VALID_SECONDS
-from receiver.db import freezes
+from receiver.db import submission_freezes
 from receiver.db.clock import db_time
 from receiver.db.tables import jobs
 from receiver.errors import ClipiaUnavailable
@@ -18,13 +18,13 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 async def freeze(world: World, *, restored: bool = False) -> None:
     """Freeze submissions, as the command does."""
     async with world.database.write() as connection:
-        await freezes.freeze(connection, by="me", reason="a test", restored=restored)
+        await submission_freezes.freeze(connection, by="me", reason="a test", restored=restored)
 
 
 async def thaw(world: World) -> list[str] | None:
     """Thaw them and return the ids of jobs that become unsure."""
     async with world.database.write() as connection:
-        unsure = await freezes.thaw(
+        unsure = await submission_freezes.thaw(
             connection, key_holds=KEY_VALID_SECONDS, error='{"code":"restored","message":"x"}'
         )
     return None if unsure is None else list(map(str, unsure))

@@ -30,7 +30,7 @@ from support.events import running
 from support.payloads import SECRET, body
 
 from receiver.app import create_app
-from receiver.db import job_events, reads, transfer
+from receiver.db import export_import, job_events, reads
 from receiver.db.clock import db_time
 from receiver.db.tables import events, jobs
 from receiver.lanes.base import Lane
@@ -405,7 +405,7 @@ async def test_the_token_is_a_secret_of_each_job(odd_world: World, odd: OddClipi
     async with odd_world.database.read() as connection:
         rows = await reads.list_events(connection, limit=100)
         one = await reads.show_event(connection, str(rows[0]["id"]))
-        lines, _ = await transfer.read(connection, "event", after=0, limit=10, since=None, until=None)
+        lines, _ = await export_import.read(connection, "event", after=0, limit=10, since=None, until=None)
     shown = [(await show(submitter, job)).as_dict() for job in (*made, again)]
     listed = [job.as_dict() for job in (await submitter.list_jobs()).jobs]
     seen = repr(

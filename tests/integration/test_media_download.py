@@ -31,7 +31,7 @@ from receiver.errors import (
 )
 from receiver.media import Downloader, DownloadLimits, MediaHosts, Storage, StoredFile
 from receiver.media.download import _pace
-from receiver.media.filetypes import SNIFF_BYTES
+from receiver.media.file_types import SNIFF_BYTES
 from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool
 from receiver.media.storage.local import LocalStorage

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.clipia import MODEL, PROMPT, OddClipia, Request, World, accepted, answer, post, refusal, show
 
-from receiver.db import migrate, reads, transfer
+from receiver.db import export_import, migrate, reads
 from receiver.db.database import Database
 from receiver.db.tables import events, jobs
 
@@ -169,7 +169,7 @@ async def test_fractions_move_to_another_database(odd_world: World, odd: OddClip
     lines: list[dict[str, Any]] = []
     async with odd_world.database.read() as connection:
         for kind in ("event", "job"):
-            found, _ = await transfer.read(connection, kind, after=0, limit=10, since=None, until=None)
+            found, _ = await export_import.read(connection, kind, after=0, limit=10, since=None, until=None)
             lines += json.loads(json.dumps(found, default=str))
     for older in (False, True):
         other = Database(f"sqlite:///{tmp_path / f'other-{older}.db'}")
@@ -177,7 +177,7 @@ async def test_fractions_move_to_another_database(odd_world: World, odd: OddClip
         if older:
             lines = [{name: v for name, v in line.items() if not name.endswith("_micros")} for line in lines]
         async with other.write() as connection:
-            await transfer.write(connection, lines)
+            await export_import.write(connection, lines)
         async with other.read() as connection:
             row = await reads.show_job(connection, job.id)
             event = await reads.show_event(connection, "r-1")

@@ -22,7 +22,7 @@ import pytest
 import uvicorn
 from support.certificates import make_certificate
 
-from receiver.api.memory import CONNECTION_BYTES, MemoryBudget
+from receiver.api.memory_budget import CONNECTION_BYTES, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
 SECONDS = 15.0

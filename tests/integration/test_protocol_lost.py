@@ -10,7 +10,7 @@ import uvicorn
 import uvloop
 from uvicorn.server import ServerState
 
-from receiver.api.memory import MIB, MemoryBudget
+from receiver.api.memory_budget import MIB, MemoryBudget
 from receiver.api.protocol import DeadlineHttpToolsProtocol
 
 SECONDS = 15.0

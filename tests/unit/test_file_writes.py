@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.files import make_folder, open_private, write_all
+from receiver.private_files import make_folder, open_private, write_all
 
 
 @pytest.mark.parametrize("most", [1, 3, 100])

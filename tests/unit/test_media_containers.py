@@ -10,11 +10,11 @@ from support.media import NOISE, SAMPLES, box
 
 from receiver import sandbox
 from receiver.core.output_files import Kind
-from receiver.media import containers
-from receiver.media.containers import DamagedFile, Follower, Walk
-from receiver.media.filetypes import SNIFF_BYTES, sniff
+from receiver.media import container_formats
+from receiver.media.container_formats import DamagedFile, Follower, Walk
+from receiver.media.file_types import SNIFF_BYTES, sniff
 
-MOVIE = containers.iso(b"moov", b"mdat")
+MOVIE = container_formats.iso(b"moov", b"mdat")
 
 
 def is_complete(walk: Walk, data: bytes, *, step: int = 1000) -> bool:
@@ -115,18 +115,18 @@ def test_a_wav_of_unknown_length_is_accepted() -> None:
     """D9: an encoder that streams cannot know the length; then only the framing of HTTP shows a cut."""
     for size in (0, 0x7FFFFFFF, 0xFFFFFFFF):
         data = b"RIFF" + struct.pack("<I", size) + b"WAVE" + NOISE
-        assert is_complete(containers.riff, data)
+        assert is_complete(container_formats.riff, data)
 
 
 def test_a_webm_of_unknown_length_is_accepted() -> None:
     """D9: a live WebM has no size; then only the framing of HTTP shows a cut."""
-    assert is_complete(containers.ebml, b"\x1a\x45\xdf\xa3\x84webm\x18\x53\x80\x67\xff" + NOISE)
+    assert is_complete(container_formats.ebml, b"\x1a\x45\xdf\xa3\x84webm\x18\x53\x80\x67\xff" + NOISE)
 
 
 def test_an_mp3_without_a_size_ends_anywhere() -> None:
     """D9: a bare MPEG stream has no length; then only the framing of HTTP shows a cut."""
-    assert is_complete(containers.mp3, b"\xff\xfb\x90\x00" + NOISE)
-    assert is_complete(containers.mp3, b"ID3\x04\x00\x10\x00\x00\x00\x10" + bytes(16 + 10) + NOISE)
+    assert is_complete(container_formats.mp3, b"\xff\xfb\x90\x00" + NOISE)
+    assert is_complete(container_formats.mp3, b"ID3\x04\x00\x10\x00\x00\x00\x10" + bytes(16 + 10) + NOISE)
 
 
 @pytest.mark.parametrize(("flags", "offset"), [(2, 36), (3, 21), (2, 13)])
@@ -135,8 +135,8 @@ def test_the_size_in_an_mp3_is_found(flags: int, offset: int) -> None:
     frames = struct.pack(">I", 9) if flags & 1 else b""
     head = b"\xff\xfb\x90\x00".ljust(offset, b"\0") + b"Xing" + struct.pack(">I", flags)
     data = (head + frames + struct.pack(">I", 500)).ljust(500, b"\x55")
-    assert is_complete(containers.mp3, data)
-    assert not is_complete(containers.mp3, data[:-1])
+    assert is_complete(container_formats.mp3, data)
+    assert not is_complete(container_formats.mp3, data[:-1])
 
 
 @pytest.mark.parametrize("step", [7, 100_000])
@@ -148,10 +148,10 @@ def test_the_size_in_an_mp3_counts_from_its_first_frame(step: int) -> None:
     whole = {
         size
         for size in (*range(len(cover) + 100, len(data), 997), 40_000, len(data) - 1, len(data))
-        if is_complete(containers.mp3, data[:size], step=step)
+        if is_complete(container_formats.mp3, data[:size], step=step)
     }
     assert whole == {len(data)}
-    assert is_complete(containers.mp3, data + b"TAG" + bytes(125), step=step)
+    assert is_complete(container_formats.mp3, data + b"TAG" + bytes(125), step=step)
 
 
 def test_an_mp3_of_exactly_its_size_is_complete() -> None:
@@ -159,14 +159,14 @@ def test_an_mp3_of_exactly_its_size_is_complete() -> None:
     tag = b"ID3\x04\x00\x00\x00\x00\x00\x20" + bytes(32)
     frames = b"\xff\xfb\x90\x00".ljust(36, b"\0") + b"Xing" + struct.pack(">II", 2, 1000)
     data = tag + frames.ljust(1000 - len(tag), b"\x55")
-    assert [size for size in range(990, 1001) if is_complete(containers.mp3, data[:size])] == [1000]
+    assert [size for size in range(990, 1001) if is_complete(container_formats.mp3, data[:size])] == [1000]
 
 
 def test_a_flac_with_more_metadata_is_followed() -> None:
     """D9: every metadata block has to be whole, and a frame has to follow."""
     data = b"fLaC" + b"\x00\x00\x00\x22" + bytes(34) + b"\x84\x00\x00\x08" + bytes(8)
-    assert not is_complete(containers.flac, data)
-    assert is_complete(containers.flac, data + b"\xff\xf8" + NOISE)
+    assert not is_complete(container_formats.flac, data)
+    assert is_complete(container_formats.flac, data + b"\xff\xf8" + NOISE)
 
 
 def test_too_many_tiny_pieces_are_damage() -> None:
@@ -180,7 +180,7 @@ def test_too_many_tiny_pieces_are_damage() -> None:
 
 def test_foreign_bytes_end_an_ogg_file() -> None:
     """D9: bytes behind the last page end the walk."""
-    assert is_complete(containers.ogg, SAMPLES["audio/ogg"].data + NOISE)
+    assert is_complete(container_formats.ogg, SAMPLES["audio/ogg"].data + NOISE)
 
 
 def test_real_files_are_complete_and_cut_ones_are_not() -> None:

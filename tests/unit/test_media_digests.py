@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from receiver.errors import MediaBlocked, MediaDoubtful
-from receiver.media.containers import unchecked
+from receiver.media.container_formats import unchecked
 from receiver.media.digests import stated_digests
 from receiver.media.inspection import Inspection
 

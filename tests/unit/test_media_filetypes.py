@@ -7,7 +7,7 @@ import pytest
 from support.media import NOISE, SAMPLES, box
 
 from receiver.core.output_files import Kind
-from receiver.media.filetypes import SNIFF_BYTES, is_page, sniff
+from receiver.media.file_types import SNIFF_BYTES, is_page, sniff
 
 KINDS: tuple[Kind, ...] = ("image", "video", "audio")
 

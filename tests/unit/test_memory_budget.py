@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from receiver.api import memory
-from receiver.api.memory import BURST_BYTES, CONNECTION_BYTES, LARGE_BYTES, MIB, MemoryBudget
+from receiver.api import memory_budget
+from receiver.api.memory_budget import BURST_BYTES, CONNECTION_BYTES, LARGE_BYTES, MIB, MemoryBudget
 
 KIB = 1024
 
@@ -83,8 +83,8 @@ def test_nothing_is_left_for_the_last_one() -> None:
 async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatch) -> None:
     """A10: memory is returned once after a burst; small loads do not trigger it."""
     calls: list[None] = []
-    monkeypatch.setattr(memory, "REST_SECONDS", 0.01)
-    monkeypatch.setattr(memory, "give_memory_back", lambda: calls.append(None))
+    monkeypatch.setattr(memory_budget, "REST_SECONDS", 0.01)
+    monkeypatch.setattr(memory_budget, "give_memory_back", lambda: calls.append(None))
     budget = MemoryBudget(64 * MIB)
     for size, times in (
         (BURST_BYTES // 2, 0),
@@ -101,5 +101,5 @@ async def test_memory_is_given_back_after_a_burst(monkeypatch: pytest.MonkeyPatc
 
 def test_giving_back_works_with_this_c_library() -> None:
     """A10: an allocator without the function is no error."""
-    memory.give_memory_back()
-    memory.set_up_allocator()
+    memory_budget.give_memory_back()
+    memory_budget.set_up_allocator()

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from receiver.core.request_checks import check_caller, check_key, first_problem, invalid_request, read_cursor
+from receiver.core.request_values import check_caller, check_key, first_problem, invalid_request, read_cursor
 from receiver.errors import RequestError
 
 

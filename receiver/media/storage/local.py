@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
-from receiver.files import make_folder, open_private, sync_folder, write_all
 from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, run_to_end
+from receiver.private_files import make_folder, open_private, sync_folder, write_all
 
 P = ParamSpec("P")
 T = TypeVar("T")

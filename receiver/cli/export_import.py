@@ -15,10 +15,10 @@ from sqlalchemy.exc import StatementError
 from receiver.cli.database import with_database
 from receiver.cli.options import since_option, until_option
 from receiver.cli.terminal import count, print_note, progress_bar
-from receiver.db import transfer
+from receiver.db import export_import
 from receiver.db.database import Database
 from receiver.errors import ReceiverError
-from receiver.files import open_private
+from receiver.private_files import open_private
 from receiver.settings import Settings
 
 BATCH_LINES: Final = 200
@@ -38,10 +38,10 @@ def export(
 
     async def run(_settings: Settings, database: Database) -> dict[str, int]:
         async with database.read() as connection:
-            counts = await transfer.count(connection, since=since, until=until)
+            counts = await export_import.count(connection, since=since, until=until)
         with _opened(file, new=True) as output, progress_bar() as progress:
             task = progress.add_task("lines", total=sum(counts.values()))
-            output.write(orjson.dumps({"type": "ledger", "version": transfer.VERSION}) + b"\n")
+            output.write(orjson.dumps({"type": "ledger", "version": export_import.VERSION}) + b"\n")
             written = 0
             async for lines in _read_batches(database, since, until):
                 output.writelines(orjson.dumps(line) + b"\n" for line in lines)
@@ -56,12 +56,12 @@ def export(
 
 async def _read_batches(
     database: Database, since: datetime | None, until: datetime | None
-) -> AsyncIterator[list[transfer.Line]]:
-    for kind in transfer.KINDS:
+) -> AsyncIterator[list[export_import.Line]]:
+    for kind in export_import.KINDS:
         after = 0
         while True:
             async with database.read() as connection:
-                lines, after = await transfer.read(
+                lines, after = await export_import.read(
                     connection, kind, after=after, limit=BATCH_LINES, since=since, until=until
                 )
             if not lines:
@@ -85,7 +85,7 @@ def import_(
             for number, lines in _batches(source):
                 try:
                     async with database.write() as connection:
-                        done += await transfer.write(connection, lines)
+                        done += await export_import.write(connection, lines)
                 except (AttributeError, KeyError, TypeError, ValueError, StatementError) as error:
                     # The message of a StatementError may quote the statement and its values.
                     reason = "" if isinstance(error, StatementError) else f": {error}"
@@ -101,13 +101,13 @@ def import_(
     print_note(", ".join(f"{number} {name}" for name, number in sorted(done.items())) or "an empty export")
 
 
-def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]]]:
+def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[export_import.Line]]]:
     """Yield lines in batches, each with the number of its first line; check the first and the last line."""
     numbered = enumerate(map(_line, source), start=1)
     _, head = next(numbered, (0, {}))
-    if head.get("type") != "ledger" or head.get("version") != transfer.VERSION:
-        raise ReceiverError(f"this is not an export of version {transfer.VERSION}: see its first line")
-    last: transfer.Line = {}
+    if head.get("type") != "ledger" or head.get("version") != export_import.VERSION:
+        raise ReceiverError(f"this is not an export of version {export_import.VERSION}: see its first line")
+    last: export_import.Line = {}
     read = 0
     while batch := list(islice(numbered, BATCH_LINES)):
         lines = [line for _, line in batch]
@@ -120,7 +120,7 @@ def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[transfer.Line]
         raise ReceiverError("the export has no last line: was it cut off? All of its lines are imported")
 
 
-def _line(text: bytes) -> transfer.Line:
+def _line(text: bytes) -> export_import.Line:
     try:
         value = orjson.loads(text)
     except orjson.JSONDecodeError as error:

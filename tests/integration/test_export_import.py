@@ -16,8 +16,8 @@ from support.events import World, opened, plain, with_files
 from support.payloads import body, failure
 from support.servers import Postgres
 
-from receiver.cli import transfer as commands
-from receiver.db import inbox, leases, outbox, reads, statements, transfer
+from receiver.cli import export_import as commands
+from receiver.db import export_import, inbox, leases, outbox, reads, statements
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rows import Arrival, Attempt, event_id
@@ -78,11 +78,11 @@ async def pair(request: pytest.FixtureRequest, databases: Databases) -> tuple[Wo
 async def export(world: World, *, limit: int = 7) -> list[bytes]:
     """Return the lines of an export."""
     lines: list[bytes] = []
-    for kind in transfer.KINDS:
+    for kind in export_import.KINDS:
         after = 0
         for _ in range(1000):
             async with world.database.read() as connection:
-                page, after = await transfer.read(
+                page, after = await export_import.read(
                     connection, kind, after=after, limit=limit, since=None, until=None
                 )
             if not page:
@@ -94,7 +94,7 @@ async def export(world: World, *, limit: int = 7) -> list[bytes]:
 async def load(world: World, lines: Sequence[bytes]) -> Counter[str]:
     """Import lines."""
     async with world.database.write() as connection:
-        return await transfer.write(connection, [orjson.loads(line) for line in lines])
+        return await export_import.write(connection, [orjson.loads(line) for line in lines])
 
 
 def comparable(lines: Sequence[bytes]) -> list[Line]:
@@ -294,7 +294,7 @@ async def test_an_interrupted_import_is_continued(pair: tuple[World, World]) -> 
 
     async def break_off() -> None:
         async with there.database.write() as connection:
-            await transfer.write(connection, [orjson.loads(line) for line in lines[5:9]])
+            await export_import.write(connection, [orjson.loads(line) for line in lines[5:9]])
             raise ConnectionAbortedError
 
     with pytest.raises(Exception, match=r"(?i)aborted|unavailable"):
@@ -337,11 +337,11 @@ async def test_an_import_keeps_no_webhook_waiting(
         stored += 1
         return found
 
-    monkeypatch.setattr(transfer, "insert_unless_taken", insert_beside)
+    monkeypatch.setattr(export_import, "insert_unless_taken", insert_beside)
     names = ("r-1", "r-2", "r-3")
     lines = [EVENT | {"id": str(event_id("clipia", name)), "request_id": name} for name in names]
     async with world.database.write() as connection:
-        await transfer.write(connection, lines)
+        await export_import.write(connection, lines)
     assert stored == 3
     assert (await count_rows(world))["events"] == 6
 
@@ -447,7 +447,7 @@ async def test_an_imported_replay_leaves_later_events_alone(pair: tuple[World, W
 def row_lines(file: Path) -> list[bytes]:
     """Return the lines of an export without its head and its end."""
     lines = file.read_bytes().splitlines()
-    return [line for line in lines if orjson.loads(line)["type"] in transfer.KINDS]
+    return [line for line in lines if orjson.loads(line)["type"] in export_import.KINDS]
 
 
 @pytest.fixture
@@ -484,7 +484,7 @@ async def test_the_commands_move_all_rows(
     await run_export(here, tmp_path / "ledger")
     assert "12 events, 6 jobs, 4 replays exported" in capsys.readouterr().err
     head, *_ = (tmp_path / "ledger").read_bytes().splitlines()
-    assert orjson.loads(head) == {"type": "ledger", "version": transfer.VERSION}
+    assert orjson.loads(head) == {"type": "ledger", "version": export_import.VERSION}
     lines = row_lines(tmp_path / "ledger")
     assert lines == await export(here)
     await run_import(there, tmp_path / "ledger")
@@ -558,7 +558,7 @@ EVENT: dict[str, Any] = {
     "body": "e30=",
     "body_sha256": "0" * 64,
     "received_at": "2026-03-01T12:00:00+00:00",
-    **{name: [] for name in transfer.CHILDREN},
+    **{name: [] for name in export_import.CHILDREN},
 }
 GARBAGE: list[dict[str, Any]] = [
     {},
@@ -601,7 +601,7 @@ async def test_lines_of_another_program_are_one_clear_error(
     """If a line is damaged or of another program, the error names its batch, which is rolled back."""
     world = await databases.world(kind)
     wrong: list[tuple[Line, str]] = []
-    head = {"type": "ledger", "version": transfer.VERSION}
+    head = {"type": "ledger", "version": export_import.VERSION}
     for number, line in enumerate(GARBAGE):
         file = tmp_path / f"{number}"
         name = f"good-{number}"
@@ -667,7 +667,9 @@ async def test_events_may_have_very_many_deliveries(pair: tuple[World, World]) -
     works = {row["work_id"] for row in await here.rows(attempts)}
     assert works
     async with here.database.read() as connection:
-        found = await transfer._read_attempts(connection, [*(uuid.uuid4() for _ in range(40_000)), *works])
+        found = await export_import._read_attempts(
+            connection, [*(uuid.uuid4() for _ in range(40_000)), *works]
+        )
     assert found.keys() == works
 
 

@@ -21,7 +21,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db.arrays import among
+from receiver.db.array_parameters import among
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.leases import ENDED, RESTARTED, is_unclaimed
 from receiver.db.outbox import record_change

@@ -23,8 +23,8 @@ from receiver.db.database import Database
 from receiver.db.rows import Arrival, NewEvent, event_id
 from receiver.db.tables import deliveries, events, receipts
 from receiver.ingest import make_event
-from receiver.recovery import RecoverableCounter, recover
 from receiver.settings import Settings
+from receiver.unrecognized import RecoverableCounter, recover
 
 CAME = datetime.now(UTC) - timedelta(days=3)
 

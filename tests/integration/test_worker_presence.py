@@ -14,7 +14,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import workers as table
 from receiver.errors import DatabaseUnavailable
-from receiver.lanes.presence import present
+from receiver.lanes.worker_presence import present
 
 SECONDS = 30.0
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from receiver.cli.submitting import read_input
+from receiver.cli.clipia_calls import read_input
 from receiver.errors import ReceiverError
 
 

@@ -11,14 +11,14 @@ from support.events import World, opened, plain, until, with_files
 from receiver import retention
 from receiver.core.lane_names import destination_lane
 from receiver.core.retry import DAY, GIVE_UP_SECONDS
-from receiver.db import pruning, replays, unserved
+from receiver.db import pruning, removed_destinations, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
+from receiver.db.removed_destinations import NOT_CONFIGURED, Taken
 from receiver.db.tables import attempts, deliveries, events, workers
 from receiver.db.tables import replays as orders
-from receiver.db.unserved import NOT_CONFIGURED, Taken
+from receiver.lanes.removed_destinations import check, giving_up
 from receiver.lanes.replay import MAX_FAILED_STEPS
-from receiver.lanes.unserved import check, giving_up
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ async def test_an_event_that_the_other_one_never_got_is_moved(world: World, ende
     await world.change(deliveries, deliveries.c.destination == "new", **over)
     world.targets = [target for target in world.targets if target.name == "new"]
     async with world.database.read() as connection:
-        assert await unserved.count_free(connection, "old", dead=False, had_by="new") == 0
+        assert await removed_destinations.count_free(connection, "old", dead=False, had_by="new") == 0
     assert await move(world, "old", "new") == Taken(moved=1)
     async with world.working():
         await world.until_states(deliveries, delivered=1, canceled=1)
@@ -233,7 +233,7 @@ async def test_an_event_that_the_other_one_has_delivered_is_not_sent_twice(world
     over = {"state": "delivered", "next_attempt_at": None, "finished_at": db_time(0.0)}
     await world.change(deliveries, deliveries.c.destination == "new", **over)
     async with world.database.read() as connection:
-        assert await unserved.count_free(connection, "old", dead=False, had_by="new") == 1
+        assert await removed_destinations.count_free(connection, "old", dead=False, had_by="new") == 1
     assert await move(world, "old", "new") == Taken(discarded=1)
     assert await world.states(deliveries) == {"delivered": 1, "canceled": 1}
 
@@ -342,8 +342,8 @@ async def test_a_replay_follows_a_moved_destination(
     await world.add_history(plain("r-1"))
     await world.order(to=["kept", "old"])
     async with world.database.write() as connection:
-        assert await unserved.redirect_replays(connection, "old", to=to) == 1
-        assert await unserved.redirect_replays(connection, "old", to=to) == 0
+        assert await removed_destinations.redirect_replays(connection, "old", to=to) == 1
+        assert await removed_destinations.redirect_replays(connection, "old", to=to) == 0
     (row,) = await world.rows(orders)
     assert (row["destinations"], row["state"]) == (left, state)
 
@@ -354,7 +354,7 @@ async def test_a_replay_with_no_destination_left_is_canceled(world: World) -> No
     await world.add_history(plain("r-1"))
     await world.order(to=["old"])
     async with world.database.write() as connection:
-        await unserved.redirect_replays(connection, "old", to=None)
+        await removed_destinations.redirect_replays(connection, "old", to=None)
     (row,) = await world.rows(orders)
     assert (row["state"], row["next_attempt_at"]) == ("canceled", None)
 
@@ -376,10 +376,12 @@ async def test_a_canceled_replay_leaves_nothing_to_a_dead_worker(world: World) -
 async def move(world: World, destination: str, to: str, *, waits: bool = True, dead: bool = False) -> Taken:
     """Move up to ten deliveries."""
     async with world.database.write() as connection:
-        return await unserved.move(connection, destination, to=to, waits=waits, dead=dead, by="ops", limit=10)
+        return await removed_destinations.move(
+            connection, destination, to=to, waits=waits, dead=dead, by="ops", limit=10
+        )
 
 
 async def discard(world: World, destination: str, *, dead: bool = False) -> Taken:
     """Discard up to ten deliveries."""
     async with world.database.write() as connection:
-        return await unserved.discard(connection, destination, dead=dead, by="ops", limit=10)
+        return await removed_destinations.discard(connection, destination, dead=dead, by="ops", limit=10)

@@ -15,7 +15,7 @@ import structlog
 from receiver.background import running
 from receiver.core.lane_names import destination_lane
 from receiver.core.retry import GIVE_UP_SECONDS
-from receiver.db import unserved, workers
+from receiver.db import removed_destinations, workers
 from receiver.db.database import Database
 from receiver.lanes.attempts import logged_failures
 from receiver.metrics import DELIVERIES
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 def giving_up(database: Database, configured: Collection[str]) -> AbstractAsyncContextManager[None]:
     """Check inside the block for deliveries to destinations that are not `configured`."""
-    return running(_check_regularly(database, configured), name="unserved")
+    return running(_check_regularly(database, configured), name="removed destinations")
 
 
 async def _check_regularly(database: Database, configured: Collection[str]) -> None:
@@ -49,9 +49,12 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
     `seen` has the destinations that were reported before, and is updated.
     """
     async with database.read() as connection:
-        names = await unserved.find_destinations(connection)
+        names = await removed_destinations.find_destinations(connection)
         missing = names - set(configured)
-        waiting = {name: await unserved.count_waiting(connection, name) for name in sorted(missing - seen)}
+        waiting = {
+            name: await removed_destinations.count_waiting(connection, name)
+            for name in sorted(missing - seen)
+        }
         served = {
             lane for each in await workers.find_runs(connection) if each.is_running for lane in each.lanes
         }
@@ -60,7 +63,7 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
         advice = f"receiver deliveries move or discard; else {FATE}"
         log.warning(message, destination=name, count=count, help=advice)
     for name in sorted(names - missing - seen):
-        await _change_all(database, partial(unserved.clear_missing, destination=name))
+        await _change_all(database, partial(removed_destinations.clear_missing, destination=name))
     seen |= names
     # Another process may have newer settings, and deliver them.
     for name in sorted(name for name in missing if destination_lane(name) not in served):
@@ -68,11 +71,13 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
 
 
 async def _give_up(database: Database, name: str) -> None:
-    await _change_all(database, partial(unserved.mark_missing, destination=name))
-    count = await _change_all(database, partial(unserved.give_up, destination=name, age=GIVE_UP_SECONDS))
+    await _change_all(database, partial(removed_destinations.mark_missing, destination=name))
+    count = await _change_all(
+        database, partial(removed_destinations.give_up, destination=name, age=GIVE_UP_SECONDS)
+    )
     if count:
         DELIVERIES.labels(name, "dead").inc(count)
-        log.error("dead letters", destination=name, count=count, error=unserved.NOT_CONFIGURED)
+        log.error("dead letters", destination=name, count=count, error=removed_destinations.NOT_CONFIGURED)
 
 
 async def _change_all(database: Database, change: Callable[..., Awaitable[int]]) -> int:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from receiver.core.output_files import Kind, extension_of, is_never_text
-from receiver.media import containers
-from receiver.media.containers import Walk
+from receiver.media import container_formats
+from receiver.media.container_formats import Walk
 
 # Enough for every signature below. Browsers, too, read no more if they guess a type.
 SNIFF_BYTES = 4096
@@ -23,7 +23,7 @@ class FileType:
 
     content_type: str
     extension: str
-    walk: Walk = containers.unchecked
+    walk: Walk = container_formats.unchecked
 
     @property
     def is_known(self) -> bool:
@@ -33,7 +33,7 @@ class FileType:
 
 UNKNOWN = FileType("application/octet-stream", ".bin")
 # Images of an unknown type, and files that were cut before their brands: at least no box may be cut.
-_UNKNOWN_BOXES = replace(UNKNOWN, walk=containers.iso())
+_UNKNOWN_BOXES = replace(UNKNOWN, walk=container_formats.iso())
 
 _Matches: TypeAlias = Callable[[bytes], bool]
 
@@ -72,7 +72,7 @@ def _webm(head: bytes) -> bool:
 _LAYER_3 = re.compile(r"1{11}(?!01)..01.(?!0000|1111)....(?!11)....")
 _MINOR_VERSION = 4
 _STILL_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"crx "})
-_MOVIE = containers.iso(b"moov", b"mdat")
+_MOVIE = container_formats.iso(b"moov", b"mdat")
 
 # UTF-32 first: its mark starts like that of UTF-16.
 _MARKS = {
@@ -91,26 +91,26 @@ _ZEROS = {
 
 _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
     "image": [
-        (_starts(b"\x89PNG\r\n\x1a\n"), FileType("image/png", ".png", containers.png)),
-        (_starts(b"\xff\xd8\xff"), FileType("image/jpeg", ".jpg", containers.jpeg)),
-        (_starts(b"GIF87a", b"GIF89a"), FileType("image/gif", ".gif", containers.gif)),
-        (_riff(b"WEBP"), FileType("image/webp", ".webp", containers.riff)),
-        (_iso(b"avif", b"avis"), FileType("image/avif", ".avif", containers.iso(b"meta"))),
+        (_starts(b"\x89PNG\r\n\x1a\n"), FileType("image/png", ".png", container_formats.png)),
+        (_starts(b"\xff\xd8\xff"), FileType("image/jpeg", ".jpg", container_formats.jpeg)),
+        (_starts(b"GIF87a", b"GIF89a"), FileType("image/gif", ".gif", container_formats.gif)),
+        (_riff(b"WEBP"), FileType("image/webp", ".webp", container_formats.riff)),
+        (_iso(b"avif", b"avis"), FileType("image/avif", ".avif", container_formats.iso(b"meta"))),
     ],
     "video": [
         (_iso(b"qt  "), FileType("video/quicktime", ".mov", _MOVIE)),
         (_iso(), FileType("video/mp4", ".mp4", _MOVIE)),
-        (_webm, FileType("video/webm", ".webm", containers.ebml)),
+        (_webm, FileType("video/webm", ".webm", container_formats.ebml)),
     ],
     "audio": [
-        (_starts(b"ID3"), FileType("audio/mpeg", ".mp3", containers.mp3)),
-        (_mpeg_frame, FileType("audio/mpeg", ".mp3", containers.mp3)),
-        (_riff(b"WAVE"), FileType("audio/wav", ".wav", containers.riff)),
-        (_starts(b"OggS"), FileType("audio/ogg", ".ogg", containers.ogg)),
-        (_starts(b"fLaC"), FileType("audio/flac", ".flac", containers.flac)),
+        (_starts(b"ID3"), FileType("audio/mpeg", ".mp3", container_formats.mp3)),
+        (_mpeg_frame, FileType("audio/mpeg", ".mp3", container_formats.mp3)),
+        (_riff(b"WAVE"), FileType("audio/wav", ".wav", container_formats.riff)),
+        (_starts(b"OggS"), FileType("audio/ogg", ".ogg", container_formats.ogg)),
+        (_starts(b"fLaC"), FileType("audio/flac", ".flac", container_formats.flac)),
         (_starts(b"\xff\xf1", b"\xff\xf9"), FileType("audio/aac", ".aac")),
         (_iso(), FileType("audio/mp4", ".m4a", _MOVIE)),
-        (_webm, FileType("audio/webm", ".weba", containers.ebml)),
+        (_webm, FileType("audio/webm", ".weba", container_formats.ebml)),
     ],
 }
 
