@@ -10,6 +10,7 @@ import hmac
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final, NamedTuple, Self
 
 from receiver.errors import SignatureError
@@ -38,6 +39,20 @@ class Secret:
         # Any sender could sign with an empty key.
         if not self.value.strip():
             raise ValueError("a signing secret must not be empty")
+
+    @cached_property
+    def _keyed(self) -> "hmac.HMAC":
+        return hmac.new(self.value, digestmod="sha256")
+
+    def hex_digest(self, t: bytes, body: bytes) -> bytes:
+        """Return the HMAC-SHA256 of ``<t>.<body>`` in hex; `t` is the text as received.
+
+        If the number were formatted again, other spellings of it would be accepted.
+        """
+        # hmac.digest is simpler. It prepares the key each time, which costs each webhook a microsecond.
+        keyed = self._keyed.copy()
+        keyed.update(b"%b.%b" % (t, body))
+        return keyed.hexdigest().encode()
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -89,7 +104,7 @@ def verify(
 
 def sign(secret: bytes, body: bytes, *, timestamp: int) -> str:
     """Return the header value that Clipia would send for `body` at `timestamp` (unix seconds)."""
-    return f"t={timestamp},v1={_hex_digest(secret, b'%d' % timestamp, body).decode()}"
+    return f"t={timestamp},v1={hmac.digest(secret, b'%d.%b' % (timestamp, body), 'sha256').hex()}"
 
 
 def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
@@ -98,10 +113,10 @@ def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
     signatures: list[bytes] = []
     malformed = False
     for element in header.split(b","):
-        if match := _V1.fullmatch(element):
-            signatures.append(match[1])
-        elif match := _T.fullmatch(element):
+        if match := _T.fullmatch(element):
             times.append(match[1])
+        elif match := _V1.fullmatch(element):
+            signatures.append(match[1])
         elif match := _T_OR_V1.match(element):
             malformed = True
             times += [element] if match[1] else []
@@ -121,14 +136,8 @@ def _find_signer(t: bytes, signatures: list[bytes], body: bytes, secrets: Sequen
     """
     signer = None
     for secret in secrets:
-        digest = _hex_digest(secret.value, t, body)
+        digest = secret.hex_digest(t, body)
         for signature in signatures:
             if hmac.compare_digest(digest, signature):
                 signer = signer or secret
     return signer
-
-
-def _hex_digest(secret: bytes, t: bytes, body: bytes) -> bytes:
-    # `t` is the text as received: if the number were formatted again, other spellings of it would be
-    # accepted.
-    return hmac.digest(secret, b"%b.%b" % (t, body), "sha256").hex().encode()

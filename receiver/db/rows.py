@@ -13,6 +13,7 @@ from receiver.price import Credits
 
 EVENT_NAMESPACE: Final = uuid.UUID("5f0b7c0e-6d0a-5f0c-9a3e-0f6a7b1d2c4e")
 """It never changes, so an event has the same id in every database and after every import."""
+_NAMESPACE_BYTES: Final = EVENT_NAMESPACE.bytes
 
 EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
 """`erased`: a tombstone without a body, so that a later request for the event is still a duplicate."""
@@ -28,7 +29,11 @@ CostGroup = Literal["caller", "model", "day"]
 
 def event_id(source: str, request_id: str) -> uuid.UUID:
     """Return the id of an event: UUID v5 of its source and `request_id` (RFC 9562, section 5.5)."""
-    return uuid.uuid5(EVENT_NAMESPACE, f"{source}\n{request_id}")
+    # uuid.uuid5 is simpler. It copies its bytes once more, which costs each webhook a microsecond.
+    digest = hashlib.sha1(
+        _NAMESPACE_BYTES + f"{source}\n{request_id}".encode(), usedforsecurity=False
+    ).digest()
+    return uuid.UUID(bytes=digest[:16], version=5)
 
 
 def new_id() -> uuid.UUID:
