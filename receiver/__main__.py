@@ -7,14 +7,14 @@ from types import FrameType
 from typing import Final
 
 TERMINATED: Final = 128 + signal.SIGTERM
-"""The exit status by which shells report a process that SIGTERM ended."""
+"""The exit status with which shells report a process that SIGTERM ended."""
 INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main() -> None:
     """Run the command line."""
     # The first process of a container ignores SIGTERM if it has no handler. The handler is set before the
-    # imports, because these take a second; servers replace it by their own.
+    # imports, because these take a second; servers replace it with their own.
     signal.signal(signal.SIGTERM, _terminate)
     try:
         _run()

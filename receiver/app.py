@@ -141,7 +141,7 @@ def _internal_routes(
 class _App(Starlette):
     """Starlette with the callback in front of its middleware and router.
 
-    They would add 3 to 7 µs to the 100 µs of a webhook. A path with a source takes the long way.
+    They would add 3 to 7 µs to the 100 µs of a webhook. A path with a source goes through them.
 
     Extra slashes in the callback's path are ignored. On other paths they are not: a proxy in front may
     forbid a path, and another spelling of it must not get past the proxy's rule. The callback is public.
@@ -166,7 +166,7 @@ class _App(Starlette):
 
 
 def _with_logged_failures(send: Send) -> Send:
-    """Log a failure at start or end in one sentence, in place of the traceback that Starlette sends."""
+    """Log a failure at startup or shutdown in one sentence, not with the traceback that Starlette sends."""
 
     async def send_or_log(message: Message) -> None:
         if message["type"] in {"lifespan.startup.failed", "lifespan.shutdown.failed"}:

@@ -46,7 +46,7 @@ class Batcher(Generic[ItemT, ResultT]):
     async def add(self, item: ItemT) -> ResultT:
         """Send an item with its group and return its result. Raises the errors of `send`.
 
-        If the caller is cancelled, an item that waits is forgotten at once. If its group is being sent it may
+        If the caller is cancelled, an item that still waits is dropped. If its group is being sent, it may
         arrive all the same.
         """
         loop = asyncio.get_running_loop()
@@ -63,7 +63,7 @@ class Batcher(Generic[ItemT, ResultT]):
             del future
 
     async def drain(self) -> None:
-        """Return when all items are sent; the caller must have stopped adding some."""
+        """Return when all items are sent; the caller must not add any more."""
         if self._senders:
             await asyncio.wait(self._senders)
 

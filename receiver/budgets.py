@@ -1,4 +1,4 @@
-"""Limits to the price of a job: its own `max_cost`, and its caller's budget of the day."""
+"""Limits on the price of a job: its own `max_cost`, and its caller's budget of the day."""
 
 import asyncio
 from collections.abc import Mapping

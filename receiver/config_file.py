@@ -23,7 +23,7 @@ from receiver.masking import mask, register_header, register_secret, register_ur
 DEFAULT_CONFIG: Final = "receiver.toml"
 PREFIX: Final = "RECEIVER_"
 MIN_TOKEN: Final = 16
-"""Characters of an API token: fewer could not hold 128 random bits."""
+"""The fewest characters of an API token: a shorter one could not hold 128 random bits."""
 
 _REFERENCE: Final = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 _AROUND: Final = "\ufeff\u200b"
@@ -105,7 +105,7 @@ def _parse(raw: bytes, path: Path) -> Values:
         # Some editors write a byte order mark at the start; TOML does not allow it.
         return tomllib.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise SettingsError(f"{_shown(path)} cannot be read: it is not UTF-8") from None
+        raise SettingsError(f"{_shown(path)} cannot be read: it is not UTF-8; save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         # Only the position is repeated: the parser's text may quote a key.
         position = _POSITION.search(str(error))
@@ -121,7 +121,7 @@ def _resolve(environ: Mapping[str, str], path: Path, text: str) -> str:
     def variable_of(match: re.Match[str]) -> str:
         if match[1] not in environ:
             raise SettingsError(
-                f"{_shown(path)} refers to ${{{mask(match[1])}}}, which is not in the environment"
+                f"{_shown(path)} refers to ${{{mask(match[1])}}}, which is not in the environment: set it"
             )
         return environ[match[1]].strip().strip(_AROUND)
 
@@ -175,14 +175,14 @@ def check_cloud_variables(environ: Mapping[str, str], url: str) -> None:
 
 
 def aws_endpoint(environ: Mapping[str, str], service: str) -> str | None:
-    """Return the endpoint of a service by the variables of AWS clients, or None."""
+    """Return the endpoint of a service from the variables of AWS clients, or None."""
     if environ.get("AWS_IGNORE_CONFIGURED_ENDPOINT_URLS", "").lower() == "true":
         return None
     return environ.get(f"AWS_ENDPOINT_URL_{service}") or environ.get("AWS_ENDPOINT_URL") or None
 
 
 def aws_region(environ: Mapping[str, str]) -> str:
-    """Return the region by the variables of AWS clients; empty if none is set."""
+    """Return the region from the variables of AWS clients; empty if none is set."""
     return environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
 
 
@@ -195,7 +195,7 @@ def cleaned(value: str, name: str) -> str:
     for character in text:
         kind = unicodedata.category(character)
         if kind == "Cs":
-            raise SettingsError(f"{name}: is not UTF-8 text")
+            raise SettingsError(f"{name}: is not UTF-8 text: copy the value again")
         if kind in {"Cc", "Zl", "Zp"} or character in _AROUND:
             shown = _NAMES.get(character, f"the invisible character U+{ord(character):04X}")
             raise SettingsError(f"{name}: contains {shown}: copy the value again")

@@ -144,7 +144,7 @@ class DestinationSettings(Table):
             if not _HEADER_NAME.fullmatch(name):
                 raise ValueError("a header's name has letters, digits and hyphens, but no space or colon")
             if _OUR_HEADERS.fullmatch(name):
-                raise ValueError(f"{name.lower()} is set by the receiver")
+                raise ValueError(f"{name.lower()} is set by the receiver: remove it")
             if not _HEADER_VALUE.fullmatch(secret.get_secret_value()):
                 raise ValueError(f"{shown_key(name)} is empty or contains a character that is not ASCII")
         if len({name.lower() for name in value}) < len(value):
@@ -156,11 +156,13 @@ class DestinationSettings(Table):
         url = self.url.get_secret_value()
         over_http = url.lower().startswith(("http:", "https:"))
         if not over_http and any((self.secret is not None, self.binary, self.headers, self.proxy)):
-            raise ValueError("secret, headers, binary and proxy are for http: and https: alone")
+            raise ValueError("secret, headers, binary and proxy are for http: and https: only")
         if self.tls is not None and not url.lower().startswith(_OVER_TLS):
             raise ValueError(f"tls is for URLs that start with {', '.join(_OVER_TLS)}")
         if _USER.match(url) and any(name.lower() == "authorization" for name in self.headers):
-            raise ValueError("the URL contains a user, and there is a header Authorization: remove either")
+            raise ValueError(
+                "the URL contains a user, and there is a header Authorization: remove one of them"
+            )
         return self
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@
     ├── SettingsError            a setting is missing or wrong; the message names it and gives advice
     │   └── UnusableFileError    a file of a setting is missing or unusable; it may be repaired later
     ├── SignatureError           a webhook's signature is invalid or too old (`reason`)
-    ├── UnrecognizedBody         an authentic body that is no event (`reason`)
+    ├── UnrecognizedBody         an authentic body that is not an event (`reason`)
     ├── PermanentError           a retry cannot help (`reason`)
     │   ├── RequestError         a job or a call is invalid, or its state does not allow it (`code`, `type`)
     │   │   ├── RequestTooLarge
@@ -50,7 +50,8 @@ class UnusableFileError(SettingsError):
 class SignatureError(ReceiverError):
     """A webhook's signature is missing, invalid or too old.
 
-    `reason` is for metrics and logs only. The answer must be the same for each, so that it helps no forger.
+    `reason` is for metrics and logs only. The answer must be the same for each, so that it does not help a
+    forger.
     """
 
     def __init__(self, reason: SignatureReason) -> None:
@@ -59,7 +60,7 @@ class SignatureError(ReceiverError):
 
 
 class UnrecognizedBody(ReceiverError):
-    """An authentic body that is no event: not JSON, no `request_id`, or an unknown status."""
+    """An authentic body that is not an event: not JSON, no `request_id`, or an unknown status."""
 
     def __init__(self, reason: BodyReason) -> None:
         super().__init__(reason)
@@ -175,7 +176,7 @@ class RefusedForNow(ClipiaUnavailable):
 
 
 class DatabaseUnavailable(TransientError):
-    """The database did not answer in time, refused a statement, or cannot write."""
+    """The database did not answer in time, rejected a statement, or cannot write."""
 
 
 class MediaUnavailable(TransientError):

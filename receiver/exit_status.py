@@ -1,7 +1,7 @@
 """How a command ends: with a sentence on standard error and an exit status if it fails.
 
 The sentence consists of our own words and an exception's class. A library's text may quote a secret, and a
-traceback ends with that text, so RECEIVER_LOG_LEVEL=DEBUG adds the traceback's frames alone.
+traceback ends with that text, so RECEIVER_LOG_LEVEL=DEBUG adds only the traceback's frames.
 """
 
 import contextlib

@@ -25,7 +25,7 @@ STALE_SECONDS: Final = 30.0
 ANSWER_SECONDS: Final = 2.0
 """The longest time that a web process may take to answer."""
 ANY_ADDRESS: Final = {"0.0.0.0": ("127.0.0.1",), "::": ("::1", "127.0.0.1"), "": ("127.0.0.1",)}  # noqa: S104 - compared, not bound
-"""The addresses to try for a process that listens on any; a container's loopback may have no IPv6."""
+"""The addresses to try for a process that listens on any address; a container's loopback may have no IPv6."""
 
 
 class Heartbeat:

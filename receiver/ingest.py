@@ -86,7 +86,7 @@ class Ingest:
         find the job if its `request_id` is not known yet.
 
         Raises SignatureError if the signature is invalid or too old. Raises DatabaseUnavailable if the event
-        may not have been stored; sending it again is safe. Cancelling the call has the same meaning. There is
+        may not have been stored; sending it again is safe. The same holds if the call is cancelled. There is
         no timeout: the caller sets one for the body and the database together.
         """
         now = self._clock()

@@ -1,4 +1,4 @@
-"""Files and folders that are readable for the service's user and group only, and written durably.
+"""Files and folders that are readable only by the service's user and group, and written durably.
 
 They hold prompts, payloads, media and logs.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 MODE: Final = 0o640
-"""The mode of a new file; the umask may take more away."""
+"""The mode of a new file; the umask may remove more bits."""
 
 
 def open_private(path: str, flags: int) -> int:

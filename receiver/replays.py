@@ -42,7 +42,7 @@ class ReplayRequest(BaseModel):
     to: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     """Destinations; all that are configured if none is given. Their filters apply to replays too."""
     media: bool = False
-    """Download files again if they are missing, have another checksum or are no media."""
+    """Download files again if they are missing, have another checksum or are not media."""
     force: bool = False
     """With `media`: download intact files again too."""
     rate: Annotated[float, Field(ge=0.001, le=100_000)] | None = None
@@ -53,9 +53,9 @@ class ReplayRequest(BaseModel):
     def _says_which(self) -> Self:
         # An empty list of ids is a mistake of the caller, and must not select all events.
         if "ids" in self.selection.model_fields_set and not self.selection.ids:
-            raise ValueError("selection.ids is empty")
+            raise ValueError("selection.ids is empty: leave it out, or name events")
         if "to" in self.model_fields_set and not self.to:
-            raise ValueError("to is empty")
+            raise ValueError("to is empty: leave it out for all destinations")
         if self.force and not self.media:
             raise ValueError("force needs media")
         if self.selection == Selection() and not self.all:

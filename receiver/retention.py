@@ -23,7 +23,7 @@ from receiver.errors import RequestError
 from receiver.media import Storage
 
 MIN_AGE: Final = timedelta(days=30)
-"""Deduplication works for as long as events are kept, so all attempts of Clipia's and ours must fit in."""
+"""Events deduplicate for as long as they are kept, so Clipia's attempts and ours must fit into that time."""
 CONCURRENT_DELETIONS: Final = 8
 """Files that are deleted from the storage at the same time."""
 
@@ -33,7 +33,7 @@ class Limits:
     """The size of one transaction: a statement has a time limit, and on SQLite webhooks wait for it."""
 
     events: int = 500
-    """Events, and jobs whose inputs are deleted."""
+    """Events, or jobs that lose their inputs."""
     files: int = 10_000
     """Files of old events; a single event may have more."""
     jobs: int = 20_000
@@ -58,7 +58,7 @@ class Pruned:
     files_elsewhere: int = 0
     """Files of deleted events that are not in the configured storage, and are kept."""
     jobs: int = 0
-    """Jobs that ended before that moment, and whose inputs were deleted."""
+    """Jobs that ended before that moment and lost their inputs."""
 
 
 @dataclass(frozen=True, kw_only=True)

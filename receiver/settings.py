@@ -220,7 +220,7 @@ class Settings(BaseSettings):
         names = [token.name for token in self.api_tokens]
         if doubles := [number for number, name in enumerate(names, 1) if names.count(name) > 1]:
             entries = " and ".join(str(number) for number in doubles)
-            raise ValueError(f"RECEIVER_API_TOKENS: entries {entries} have the same name")
+            raise ValueError(f"RECEIVER_API_TOKENS: entries {entries} have the same name: give each its own")
         return self
 
     @model_validator(mode="after")
@@ -284,7 +284,9 @@ class Settings(BaseSettings):
         for source in self.all_sources:
             if not source.secrets:
                 name = "CLIPIA_WEBHOOK_SECRET" if source.name == DEFAULT_SOURCE else f"source {source.name!r}"
-                raise SettingsError(f"{name}: the webhook secret is empty: anyone could sign with it")
+                raise SettingsError(
+                    f"{name}: the webhook secret is empty: copy it from the Clipia developer console"
+                )
         return self.all_sources
 
     @classmethod

@@ -41,7 +41,7 @@ class Recovered:
     """The id of the recovered event, or of the stored event that it repeats."""
     request_id: str
     outcome: Outcome
-    """`accepted`: the event waits for its fan-out. `unrecognized`: nothing was changed."""
+    """`accepted`: the event waits for its fan-out. `unrecognized`: it was not changed."""
     reason: str | None
 
 

@@ -116,7 +116,7 @@ class _Check:
             _warn(
                 "database",
                 f"{number} to {name!r}, a destination that is not configured: run `receiver deliveries move` "
-                f"or `discard`; else {FATE}",
+                f"or `discard`; otherwise {FATE}",
             )
         self._check_workers(settings, seen)
         if frozen is not None:

@@ -19,7 +19,7 @@ from receiver.errors import ClipiaUnavailable, RequestError
 from receiver.settings import InputCheck
 
 MODEL_CACHE_SECONDS: Final = 600.0
-"""A cached model is used for this long, and while Clipia is unavailable for longer."""
+"""A cached model is used for this long, and for longer while Clipia is unavailable."""
 RECHECK_AGE_SECONDS: Final = 60.0
 """A cached model older than this is requested again if an input is invalid: it may have changed."""
 PRICE_CACHE_SECONDS: Final = 60.0
@@ -161,7 +161,7 @@ class Catalogue:
         return {**answer, "warnings": join_warnings(ours, warnings if isinstance(warnings, list) else [])}
 
     async def estimate(self, slug: str, given: Mapping[str, Any], *, or_older: bool = True) -> Estimate:
-        """Return the price of an input. If Clipia is unavailable, it may be `or_older`."""
+        """Return the price of an input. With `or_older`, an old one is used if Clipia is unavailable."""
         _check_slug(slug)
         # A digest, because an input may have a megabyte, and the cache holds a thousand.
         key = f"price {slug} {hashlib.sha256(encode(dict(given))).hexdigest()}"

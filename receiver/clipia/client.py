@@ -63,7 +63,7 @@ class Call:
     async def trace(self, event: str, info: Mapping[str, Any]) -> None:
         """Record the progress of the request; httpcore calls this at each step."""
         if event.endswith("send_request_headers.started"):
-            # A CONNECT to the proxy comes first. It does not contain any of the request.
+            # A CONNECT to the proxy comes first. It contains no part of the request.
             self.may_have_left |= info["request"].method != b"CONNECT"
         # h11 raises for an invalid header before it sends the first byte.
         elif event.endswith("send_request_headers.failed"):

@@ -21,15 +21,15 @@ def translate(error: ClipiaApiError) -> Exception:
     code, type_ = _text(error, "code", 64), _text(error, "type", 64)
     reason = code or f"http_{status}"
     message = _text(error, "message", 1000) or code or f"HTTP {status}"
-    # A day is as good as never. Without a limit, an absurd Retry-After would hold up the account for years.
+    # Without a limit, an absurd Retry-After would hold up the account for years.
     wait = None if error.retry_after is None else min(error.retry_after, MAX_RETRY_AFTER_SECONDS)
     if status == httpx.codes.TOO_MANY_REQUESTS:
         reason = code or "rate_limit_exceeded"
         return ClipiaUnavailable(
             message, reason=reason, status=status, may_have_arrived=False, retry_after=wait
         )
-    # If an answer has neither, a proxy or a firewall sent it, and it tells nothing about the account or the
-    # job.
+    # If an answer has neither a code nor a type, a proxy or a firewall sent it, and it does not concern the
+    # account or the job.
     is_clipias = bool(code or type_)
     refusal = _refusal(message, code=code, type_=type_, status=status) if is_clipias else None
     return refusal or ClipiaUnavailable(message, reason=reason, status=status, retry_after=wait)

@@ -94,7 +94,7 @@ class JobRequest(BaseModel):
         )
 
     def fingerprint(self) -> str:
-        """Return a hash of the job: if a key is used again, it must be equal; key order is ignored."""
+        """Return a hash of the job, which must be the same if an idempotency key is used again."""
         content = self.model_dump(exclude_defaults=True, exclude={"strict"})
         return hashlib.sha256(encode(content)).hexdigest()
 
@@ -110,8 +110,8 @@ def encode_request(given: Mapping[str, Any], job_id: uuid.UUID, token: str, publ
     if public_url is not None:
         # The path has the job's id, because the webhook may arrive before the answer to the submission. The
         # path is not signed and the id is not secret, so the token proves that the request is from Clipia.
-        # Both are one segment: older releases take it for an unknown job, and two segments would be a wrong
-        # path.
+        # Both are in one segment, which older releases take for an unknown job. They would reject a path with
+        # two segments.
         content["webhook_url"] = f"{public_url}{CALLBACK_PATH}/{DEFAULT_SOURCE}/{job_id}.{token}"
     request = encode(content)
     if len(request) > MAX_REQUEST_BYTES:

@@ -2,8 +2,8 @@
 
 After several failures in a row the circuit opens: in place of all due deliveries, the destination gets one
 probe at a time, at growing intervals. If a probe succeeds, the circuit is half-open: the limit of deliveries
-in flight doubles with each success until it is back at its full value. Otherwise the backlog would hit a
-destination that has just come back all at once.
+in flight doubles with each success until it is back at its full value. Otherwise the whole backlog would hit
+the destination as soon as it is back.
 """
 
 from typing import Final
@@ -19,7 +19,7 @@ class CircuitBreaker:
     """The state of one destination in one process. `now` is in seconds of a monotonic clock."""
 
     def __init__(self, concurrency: int) -> None:
-        """`concurrency` is the limit of deliveries in flight if the circuit is closed."""
+        """`concurrency` is the in-flight limit while the circuit is closed."""
         self._concurrency = concurrency
         self._limit = concurrency
         self._failures = 0
@@ -46,8 +46,8 @@ class CircuitBreaker:
     def failed(self, now: float, *, started: float, retry_after: float = 0.0) -> bool:
         """Record a failed delivery that began at `started`. Return True if it opens the circuit.
 
-        The destination asked for a pause of `retry_after` seconds. Deliveries that were in flight when the
-        circuit opened are ignored if they fail: they are not probes.
+        `retry_after` is the pause that the destination asked for, in seconds. Deliveries that were in flight
+        when the circuit opened are ignored if they fail: they are not probes.
         """
         if self.is_open and started <= self._opened_at:
             return False

@@ -8,7 +8,7 @@ rest at a steady rate. In any 60 seconds both together stay within the limit, wh
 Submissions, polls and queries (models, prices, the account) have a share each, so that none can starve
 another.
 
-Clipia does not publish the in-flight limit. It is searched like a congestion window in TCP: it grows by one
+Clipia does not publish the in-flight limit. It is found like the congestion window of TCP: it grows by one
 if a submission is accepted while the window is full, and shrinks by an eighth if Clipia refuses. After that
 it grows by one at long intervals.
 """

@@ -30,7 +30,7 @@ class ReplayThrottle:
         return bool(self._started)
 
     def allowed(self, now: float, *, free: int, live: int) -> int:
-        """Return how many replays may be claimed for `free` places, after `live` other deliveries were."""
+        """Return how many replays may be claimed for `free` places, after `live` live ones were claimed."""
         if live:
             self._live_until = now + LIVE_SECONDS
         if now < self._rests_until or (live and now < self._pauses_until):

@@ -1,4 +1,4 @@
-"""Decides if an event matches a destination's filter; pure."""
+"""Decides whether an event matches a destination's filter; pure."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

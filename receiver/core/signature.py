@@ -3,7 +3,7 @@
 The header is ``X-Clipia-Signature: t=<unix seconds>,v1=<hex>``. `v1` is the HMAC-SHA256 of ``<t>.<body>``. A
 valid header has one `t` and 1 to 8 `v1` of lower-case hex. As in both official SDKs, spaces and tabs around a
 name or a value are ignored, and so are empty and unknown elements. For `t` and `v1` themselves the grammar is
-narrower than in other parsers: if a value had a second accepted spelling, no test would have seen it.
+narrower than in other parsers: a second accepted spelling of a value is one that no test has seen.
 """
 
 import hmac

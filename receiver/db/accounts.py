@@ -1,4 +1,4 @@
-"""SQL of the quota of a Clipia account, which all processes share."""
+"""SQL for the quota of a Clipia account, which all processes share."""
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,7 +18,7 @@ _QUOTA: Final = [column for column in accounts.c if column.name != "id"]
 async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]:
     """Return the quota of an account, locked until the transaction ends, and the current time.
 
-    Lock it last: to avoid deadlocks, a transaction with this lock waits for no other row.
+    Lock it last: to avoid deadlocks, a transaction that holds this lock waits for no other row.
     """
     statement = select(*_QUOTA, unix_time().label("now")).where(accounts.c.id == account).with_for_update()
     row = (await connection.execute(statement)).mappings().one_or_none()

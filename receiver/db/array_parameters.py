@@ -1,4 +1,4 @@
-"""Lists as one parameter, so that a statement is built and planned once for lists of any length."""
+"""Lists as one parameter: a statement is built and planned once for lists of any length."""
 
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -52,7 +52,7 @@ class _ListOf(TypeDecorator[Collection[Any]]):
 
 
 class among(FunctionElement[bool]):
-    """Whether a column's value is in the list that is the parameter `name`."""
+    """Whether a column's value is in the list that the parameter `name` passes."""
 
     type = Boolean()
     inherit_cache = True
@@ -80,7 +80,7 @@ class Rows:
     """Any number of rows as parameters of one statement."""
 
     def __init__(self, *columns: Column[Any]) -> None:
-        """Take the columns of a table, which name and type the values."""
+        """`columns` of a table give the names and types of the values."""
         self.columns: Final = columns
         self._writers: Final[list[tuple[str, Callable[[Any], Any]]]] = [
             (column.name, column.type.dialect_impl(_SQLITE).bind_processor(_SQLITE) or (lambda value: value))

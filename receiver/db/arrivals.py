@@ -1,4 +1,4 @@
-"""SQL of the hot path: one statement turns a group of requests into events and receipts.
+"""SQL for the hot path: one statement turns a group of requests into events and receipts.
 
 The values go to the driver directly, because SQLAlchemy's processing of each value takes as long as SQLite
 itself. On PostgreSQL each column is an array parameter, so the statement is planned once for groups of any
@@ -28,7 +28,7 @@ _IN_VIEW: Final = (*_OF_EVENT, *_OF_RECEIPT, "outcome")
 async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
     """Insert the events that are new, each with its first receipt; return the ids of the others.
 
-    The arrivals are of different events. They are sorted, because two processes that insert the same events
+    No two arrivals may be of one event. They are sorted, because two processes that insert the same events
     in different orders would deadlock.
 
     The INSERT itself finds the duplicates: with a SELECT before it, two transactions could both find no row.
@@ -47,7 +47,7 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
 async def probe(database: Database) -> None:
     """Insert an event as `insert_new` does, roll back, and commit a row of another table.
 
-    The INSERT checks whether a webhook can be stored now, and the second row checks the commit. Raises
+    The INSERT tests whether a webhook can be stored now, and the other row tests the commit. Raises
     DatabaseUnavailable.
     """
     now = datetime.now(UTC)

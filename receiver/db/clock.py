@@ -1,7 +1,7 @@
 """The database's clock in SQL.
 
-The database sets and compares leases and due times, so that a machine with a wrong clock neither steals work
-of others nor delays it.
+The database sets and compares leases and due times, so that a machine with a wrong clock neither claims rows
+that another worker still holds nor leaves due rows waiting.
 """
 
 from collections.abc import Mapping

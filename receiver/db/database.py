@@ -38,16 +38,16 @@ class Database:
             self._writer = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE")
             self._reader = sqlite_engine(parsed, pool_size=4, begin="BEGIN")
             self._thread: Final = SqliteThread(parsed)
-            # SQLite has one write lock, and its busy handler polls for it without an order. So writers queue
-            # here. All but webhooks pass the gate first, one by one: a webhook waits for one other
-            # transaction at most, and the others write at least every second time.
+            # SQLite has one write lock, and its busy handler polls for it in no order, so writers queue here
+            # instead. Writers other than webhooks pass the gate first, one at a time: a webhook waits for
+            # one of their transactions at most, and they get the write lock at least every second time.
             self._write_lock, self._gate = asyncio.Lock(), asyncio.Lock()
         else:
             self._sessions: Final = Sessions(parsed)
             self._writer = self._reader = self._sessions.engine(
                 pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT
             )
-            # A pool of its own: webhooks do not wait if the workers use all connections of the other one.
+            # A separate pool: webhooks do not wait if the workers use all connections of the first one.
             self._statements: Final = Statements(self._sessions)
 
     @property

@@ -1,4 +1,4 @@
-"""Error texts for failures of a database; a driver's own text may quote a password or the values."""
+"""Error texts for database failures. A driver's own text is never used: it may quote a password or values."""
 
 import sqlite3
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _STATES: Final[Mapping[str, str]] = {
     "57P02": "the server crashed",
     "57P03": "the server is starting or shutting down",
     "57P05": "the server closed the idle session",
-    "08P01": "the server or the pooler rejects the connection: does the pooler know user and database?",
+    "08P01": "the server or the pooler rejects the connection: does the pooler know this user and database?",
     "40001": "the transaction conflicted with another one",
     "40P01": "the transaction was part of a deadlock",
 }
@@ -38,7 +38,7 @@ _SQLITE: Final[Mapping[str, str]] = {
     "SQLITE_FULL": "the disk is full",
     "SQLITE_IOERR": "the disk reports an error",
     "SQLITE_CORRUPT": "its file is damaged",
-    "SQLITE_NOTADB": "the file is no SQLite database",
+    "SQLITE_NOTADB": "the file is not an SQLite database",
     "SQLITE_TOOBIG": "a value is too large",
 }
 

@@ -1,7 +1,7 @@
 """Export and import: events with the rows that refer to them, jobs and replays.
 
 The import skips a row if one of its unique keys is in the database already, so it can be interrupted and
-repeated. Leases are left out, because the workers that hold them work on the other database.
+repeated. Leases are left out, because they belong to workers of the exported database.
 """
 
 import base64
@@ -31,7 +31,7 @@ from receiver.db.tables import (
 
 VERSION: Final = 1
 IDS: Final = 10_000
-"""Ids that one statement names."""
+"""The most ids in one statement."""
 _ATTEMPTS: Final = "tries"
 """The key of the attempts in version 1."""
 CHILDREN: Final = {"receipts": receipts, "media": media, "deliveries": deliveries}
@@ -42,7 +42,7 @@ _TYPES: Final[Mapping[type, type | tuple[type, ...]]] = {
     Boolean: bool,
     Double: (int, float),
 }
-"""Types in JSON by the type of the column; other columns have integers."""
+"""The JSON types of a column type; other columns hold integers."""
 _LEFT_OUT: Final = {"seq", "event_seq", "lease"}
 
 Line = dict[str, Any]
@@ -99,7 +99,7 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
             connection, line
         )
         done[f"{kind} {'new' if new else 'known'}"] += 1
-    # After all events, in the order of the webhooks' transactions: in another order both would deadlock.
+    # After all events, as in the webhooks' transactions: in another order the two could deadlock.
     for source in sorted({line["source"] for line in lines if line["type"] == "event"}):
         await sources.add(connection, source)
     return done
@@ -132,7 +132,7 @@ async def _write_job(connection: AsyncConnection, line: Line) -> bool:
 async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
     values = _load(replays, line)
     if values["state"] == "pending":
-        # The events have other numbers here, so it starts again; it skips deliveries that it made before.
+        # The events have other numbers here, so the replay starts again; it skips deliveries that exist.
         highest = select(func.coalesce(func.max(events.c.seq), 0)).scalar_subquery()
         values |= {"after_seq": 0, "handled": 0, "until_seq": highest}
     return await insert_unless_taken(connection, replays, values) is not None
@@ -186,7 +186,7 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for column in _exported(table):
         value = line.get(column.name)
-        # NULL is left to the column: as a value of a JSON column it would be stored as the JSON null.
+        # NULL is left out: a JSON column would store it as the JSON null.
         if value is not None:
             values[column.name] = _from_json(column, value)
         elif not column.nullable and column.server_default is None:

@@ -1,4 +1,4 @@
-"""SQL of the inbox: events and receipts."""
+"""SQL for the inbox: events and receipts."""
 
 from bisect import bisect_right
 from collections import Counter
@@ -18,7 +18,7 @@ from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
 SMALL_BODY_BYTES: Final = 8192
-"""Bytes up to which the first query reads a body; larger ones are read once it is known how many fit."""
+"""The first query reads bodies up to this size; larger ones are read once it is known how many fit."""
 
 
 class KnownEvent(NamedTuple):
@@ -52,7 +52,7 @@ async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dic
 
 
 KEPT_RECEIPTS: Final = 20
-"""Receipts of each outcome that an event keeps; the last one counts the later requests."""
+"""An event keeps this many receipts of each outcome; the last one counts the later requests."""
 
 
 async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
@@ -94,8 +94,8 @@ async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int
 _KNOWN = (
     select(events.c.id, *(events.c[name] for name in KnownEvent._fields))
     .where(among(events.c.id, "ids"))
-    # The lock that the foreign key of a receipt takes. Without it an event could be pruned before its receipt
-    # is inserted; the violation would roll back the whole group.
+    # The foreign key of a receipt takes the same lock. Without it here, an event could be pruned before its
+    # receipt is inserted, and the violation would roll back the whole group.
     .with_for_update(read=True, key_share=True)
 )
 _KEPT = (
@@ -125,7 +125,7 @@ _RECEIVED = (
     .where(
         in_state(events, "received"),
         ~among(events.c.seq, "without"),
-        # The first condition is the cheap one, and most events did not come on the path of a job.
+        # The cheap condition is first: most events have no job in their callback path.
         or_(
             events.c.job_id.is_(None),
             events.c.received_at < db_time(bindparam("answered_by", type_=Float)),
@@ -152,7 +152,7 @@ async def lock_received(
 
     Returns up to `limit` events with at most `size` bytes of bodies in total, or a single larger one. Other
     workers skip all rows that the query locked until the transaction ends. It leaves out the events `without`
-    and, for a while, an event that came on the path of a job: the answer to the job's submission will tell
+    and, for a while, an event with a job in its callback path: the answer to the job's submission will tell
     whether the event belongs to it.
     """
     values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT_SECONDS, "without": without}

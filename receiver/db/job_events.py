@@ -21,10 +21,10 @@ OPEN: Final = ("pending", "submitted", "unsure")
 """States of a job that its event can finish."""
 
 ANSWER_WAIT_SECONDS: Final = 60.0
-"""Seconds that an event on the path of a job waits for the answer to the job's submission.
+"""An event with a job in its callback path waits this long for the answer to the job's submission.
 
-They are enough for a call that is under way and for another attempt. After them the token in the path
-decides, because a paid result must not wait until an outage is over.
+That is enough for a call that is under way and for another attempt. After that the token in the path decides,
+because a paid result must not wait until an outage is over.
 """
 
 # Jobs of releases before 0006 have a path without a token.
@@ -39,10 +39,10 @@ ANSWER_IS_DUE: Final = and_(
         jobs.c.sent_at.is_not(None),
         jobs.c.request_id.is_(None),
     ),
-    # Not nested in the other one: SQLAlchemy would add `events` to the FROM of a nested subquery.
+    # Not nested in the first one: SQLAlchemy would add `events` to the FROM of a nested subquery.
     ~exists().where(_others.c.source == events.c.source, _others.c.request_id == events.c.request_id),
 )
-"""Whether an event came on the path of a job that was sent and not answered, and no other job has it."""
+"""Whether the job in the path was sent and not answered yet, and no other job has the `request_id`."""
 
 # Built once: building a statement takes as long as running it.
 _SAME_REQUEST: Final = and_(jobs.c.source == events.c.source, jobs.c.request_id == events.c.request_id)
@@ -76,8 +76,8 @@ async def finish_job(
 
     The job is found by `request_id`. If the `request_id` of the job is not known yet, it is found by the id
     and token in the callback's path. The UPDATE waits for a transaction that records the `request_id`, and
-    then reads the row again. The path is not signed, so it only finds a job that was sent, if no other job
-    has the `request_id`. A later answer to the submission overrules it (`jobs.record_submitted`).
+    then reads the row again. The path is not signed, so it only finds a job that was sent, and only if no
+    other job has the `request_id`. A later answer to the submission overrules it (`jobs.record_submitted`).
     """
     mine = and_(jobs.c.request_id == generation.request_id, jobs.c.state.in_(OPEN))
     if job_id is not None:

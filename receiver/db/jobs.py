@@ -1,4 +1,4 @@
-"""SQL of jobs: inserting, claiming, and recording the result of each step."""
+"""SQL for jobs: inserting, claiming, and recording the result of each step."""
 
 import uuid
 from collections.abc import Collection
@@ -18,7 +18,7 @@ from receiver.db.tables import in_state, jobs
 from receiver.price import Credits
 
 IN_FLIGHT_SECONDS: Final = 3600.0
-"""A generation without a known end counts as in flight for this time."""
+"""A generation without a known end counts as in flight for this long."""
 
 
 async def insert(connection: AsyncConnection, job: NewJob) -> bool:
@@ -40,7 +40,7 @@ async def is_due(connection: AsyncConnection, account: str, state: JobState) -> 
 
 
 async def is_next(connection: AsyncConnection, account: str, job_id: uuid.UUID) -> bool:
-    """Tell whether a new job may be submitted now: no other job is due that Clipia has not answered."""
+    """Tell whether a new job may be submitted now: no other is due but those that Clipia refuses for now."""
     others = _due(account, "pending").where(jobs.c.id != job_id, jobs.c.refused_at.is_(None))
     return (await connection.execute(others)).first() is None
 
@@ -176,12 +176,11 @@ async def record_submitted(
     warnings: list[dict[str, Any]],
     poll_after: float,
 ) -> Literal["recorded", "lost", "taken"]:
-    """Move a job to `submitted`; return `lost` if the lease has passed on or the job's event was faster.
+    """Move a job to `submitted`; return `lost` if the lease was lost or the job's event came first.
 
-    Clipia's answer overrules the path of a callback. If an event on the path finished the job, and the answer
-    names another generation, the job is open again. If another job has the `request_id` from its path only,
-    it loses it and is open again. `taken` means that an answer of Clipia gave the `request_id` to another
-    job.
+    Clipia's answer overrules the callback path. If an event finished the job by its path and the answer names
+    another generation, the job is reopened. If another job has the `request_id` from its path only, that job
+    loses it and is reopened. `taken` means that an answer of Clipia gave the `request_id` to another job.
     """
     ended_by_path = and_(
         jobs.c.provider_key == provider_key,

@@ -47,7 +47,7 @@ RESTARTED: Final[Mapping[str, Any]] = {
     **dict.fromkeys(("attempts", "lost"), 0),
     **dict.fromkeys(("next_attempt_at", "restarted_at"), db_time(0.0)),
 }
-"""Columns of a row that starts again, with all attempts and all its time."""
+"""Columns of a row that starts again, with its full attempts and time."""
 
 
 def _claim_statement(
@@ -61,7 +61,7 @@ def _claim_statement(
 
     The claim counts the attempt, because work that kills its process has to run out of attempts too.
     """
-    # Rows may have the same time, and ids are made in order.
+    # Rows may be due at the same time. Ids are made in order, so they break the tie.
     newest = (table.c.next_attempt_at.desc(), table.c.id.desc())
     due = (
         select(table.c.id)
@@ -251,7 +251,7 @@ async def _execute(
     for held in claims:
         by_lease[held.lease].append(held.id)
     found = set[uuid.UUID]()
-    # All transactions use this order.
+    # All transactions use this order, so that they do not deadlock.
     for lease, ids in sorted(by_lease.items()):
         rows = await connection.execute(statement, {"held_lease": lease, "held_ids": ids, **values})
         found.update(rows.scalars())

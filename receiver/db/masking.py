@@ -1,4 +1,4 @@
-"""Masks secrets in stored errors, which earlier releases could quote."""
+"""Masks secrets in stored errors: earlier releases could quote them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ _TEXTS: Final[tuple[tuple[Column[Any], Column[Any]], ...]] = (
 
 
 async def mask_errors(database: Database) -> Counter[str]:
-    """Mask this process's secrets, and texts that look like one, in all errors; count the rows by table.
+    """Mask this process's secrets, and texts that look like secrets, in all errors; count the rows by table.
 
-    It works in pages with short transactions, so that it may run beside the service. Raises
+    It works in pages with short transactions, so that it may run while the service does. Raises
     DatabaseUnavailable.
     """
     masked = Counter[str]()

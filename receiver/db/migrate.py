@@ -54,7 +54,7 @@ async def _read(database: Database) -> Version | None:
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:
-    """Migrate the schema to `revision` in one transaction and under a lock, so that several may run at once.
+    """Migrate the schema to `revision` in one transaction and under a lock, so several processes may call it.
 
     A newer schema on which this release can run is left unchanged. Raises SettingsError, which tells what to
     do, and DatabaseUnavailable.
@@ -93,7 +93,7 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
 
     async with database.migrate() as connection:
         if not database.is_sqlite:
-            # Another migration may take minutes. The limit is for table locks, behind which webhooks queue.
+            # No limit here: another migration may take minutes. Webhooks queue behind table locks, though.
             await connection.execute(text("SET LOCAL lock_timeout = 0"))
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
             await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
@@ -129,7 +129,8 @@ async def require_current(database: Database) -> None:
         log.info("the schema is newer than this release, which can run on it", schema=found.revision)
     elif found.revision != head():
         raise SettingsError(
-            f"the database's schema is old ({found.revision}, needed {head()}): run `receiver migrate`"
+            f"the database's schema ({found.revision}) is too old for this release ({head()}): run "
+            "`receiver migrate`"
         )
 
 
@@ -164,7 +165,7 @@ def _require_right_to_create(connection: Connection) -> None:
     if schema is None:
         raise SettingsError(
             f"the database has none of the schemas in the search_path of {user}: "
-            "CREATE SCHEMA one, or set another search_path"
+            "create one with CREATE SCHEMA, or set another search_path"
         )
     if not may_create:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""SQL of the operator's decisions about jobs: to submit one again, or to cancel it."""
+"""SQL for the operator's decisions about jobs: to submit one again, or to cancel it."""
 
 import uuid
 
@@ -28,7 +28,7 @@ async def resubmit(
 ) -> bool:
     """Make a job that ended without a result due again, with a new key; False if it is in another state.
 
-    `by` and the former `request_id` go on record among the attempts.
+    `by` and the former `request_id` are recorded among the attempts.
     """
     was = await connection.scalar(select(jobs.c.request_id).where(jobs.c.id == job_id).with_for_update())
     result = await connection.execute(
@@ -61,7 +61,7 @@ async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, 
     """End a job and return its new state; None if it has ended already or an attempt is under way.
 
     The job is `canceled` if it was never sent, or if it was unsure. Otherwise there may be a paid generation,
-    so the job becomes `unsure` and its event can still finish it. `by` goes on record among the attempts.
+    so the job becomes `unsure` and its event can still finish it. `by` is recorded among the attempts.
     """
     is_canceled = or_(jobs.c.state == "unsure", (jobs.c.state == "pending") & jobs.c.sent_at.is_(None))
     ended = {name: case((is_canceled, 0), else_=jobs.c[name]) for name in prices.split(charged=0)}

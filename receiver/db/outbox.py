@@ -1,4 +1,4 @@
-"""SQL of the work that an event causes: its files and its deliveries."""
+"""SQL for the work that an event causes: its files and its deliveries."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -32,9 +32,9 @@ from receiver.db.tables import deliveries, events, in_state, is_live, is_replaye
 T = TypeVar("T")
 
 ROWS_AT_ONCE: Final = 2000
-"""Files that one statement inserts at most, because each statement has a time limit."""
+"""The most files that one statement inserts: each statement has a time limit."""
 EVENTS_AT_ONCE: Final = 32
-"""Events for which one statement reads the files at most, because it has a time limit."""
+"""The most events in one query for their files: each statement has a time limit."""
 
 
 async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
@@ -155,7 +155,7 @@ async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[
             deliveries.c.state == "pending",
             deliveries.c.next_attempt_at.is_(None),
         )
-        # Its age counts from now on, because it did not wait for its destination.
+        # Its age counts from now on: until now it waited for files, and not for its destination.
         .values(next_attempt_at=db_time(0.0), restarted_at=db_time(0.0))
         .returning(deliveries.c.destination)
     )
@@ -188,7 +188,7 @@ class DeadLetters:
 async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, limit: int) -> dict[str, int]:
     """Make up to `limit` dead letters pending again; return their number by destination.
 
-    `by` goes on record among the attempts.
+    `by` is recorded among the attempts.
     """
     chosen = select(deliveries.c.id).where(*which.conditions()).order_by(deliveries.c.id).limit(limit)
     statement = (
@@ -233,7 +233,7 @@ async def count_pending_media(connection: AsyncConnection, event_seq: int) -> in
 async def record_change(
     connection: AsyncConnection, work_ids: Collection[UUID], *, outcome: AttemptOutcome, error: str
 ) -> None:
-    """Record among the attempts that the operator or a replay has changed rows, and why."""
+    """Record among the attempts that rows were changed without an attempt, and why."""
     change = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
     await record_attempts(connection, [(work_id, change) for work_id in work_ids])
 
@@ -258,7 +258,7 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
 async def hold(
     connection: AsyncConnection, event_seqs: Collection[int], destinations: Collection[str]
 ) -> None:
-    """Hold the pending deliveries of events that no worker has claimed until the media is finished."""
+    """Hold pending deliveries of events, unless a worker has claimed them, until the media is finished."""
     await connection.execute(
         update(deliveries)
         .where(

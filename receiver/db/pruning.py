@@ -1,4 +1,4 @@
-"""SQL of retention: find old, finished events and delete them with the rows that refer to them."""
+"""SQL for retention: find old, finished events and delete them with the rows that refer to them."""
 
 from collections.abc import Collection, Sequence
 from datetime import datetime
@@ -33,7 +33,7 @@ _ENDED: Final = ("completed", "failed", "canceled")
 
 
 class FoundEvent(NamedTuple):
-    """An event of an id or `request_id`."""
+    """An event that was found by its id or `request_id`."""
 
     seq: int
     id: UUID
@@ -59,7 +59,7 @@ async def find_old(
     """Read a page of events by `seq`; return those received before a time, and the last `seq` of the page.
 
     The page has `limit` rows and not a range of numbers, because pruning leaves large gaps. It ends earlier
-    if its old events would have more than `files` files, but it has at least one of them.
+    if its old events would have more than `files` files, but it has at least one old event.
     """
     is_old = (events.c.received_at < before).label("is_old")
     statement = select(events.c.seq, is_old).where(events.c.seq > after).order_by(events.c.seq).limit(limit)
@@ -91,7 +91,7 @@ async def select_finished(
 ) -> Sequence[int]:
     """Return the finished events; with `dead_letters` an event with a dead letter is finished too.
 
-    It is a statement of its own after the lock, so that it sees all rows that were committed before the lock.
+    It is a separate statement after the lock, so that it sees all rows that were committed before the lock.
     """
     open_work = _open_work(dead_letters=dead_letters).values()
     statement = select(events.c.seq).where(_among(events.c.seq), *(~each for each in open_work))
@@ -99,7 +99,7 @@ async def select_finished(
 
 
 async def list_unfinished(connection: AsyncConnection, seq: int) -> list[str]:
-    """Return the reasons for which an event is not finished; dead letters are no reason."""
+    """Return the reasons why an event is not finished; dead letters do not count."""
     open_work = _open_work(dead_letters=True)
     statement = select(*(each.label(f"c{number}") for number, each in enumerate(open_work.values())))
     rows = (await connection.execute(statement.where(events.c.seq == seq))).all()
@@ -107,7 +107,7 @@ async def list_unfinished(connection: AsyncConnection, seq: int) -> list[str]:
 
 
 def _open_work(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
-    """Return the reasons for which an event is not finished, and their conditions."""
+    """Return the reasons why an event is not finished, and their conditions."""
     ended = ("delivered", "canceled", "dead") if dead_letters else ("delivered", "canceled")
     open_job = jobs.c.source == events.c.source, jobs.c.state.not_in(_ENDED)
     return {
@@ -133,7 +133,7 @@ async def delete_events(connection: AsyncConnection, seqs: Collection[int]) -> N
 
 
 async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEvent]:
-    """Return the events of an id or `request_id`, which may have one event in each source."""
+    """Return the events with an id or `request_id`; a `request_id` may have one event in each source."""
     ids = (await find_event_ids(connection, [key]))[key]
     columns = (events.c.seq, events.c.id, events.c.request_id)
     rows = (await connection.execute(select(*columns).where(events.c.id.in_(ids)))).all()
@@ -144,7 +144,7 @@ async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEv
 
 
 async def erase_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Keep of events only the hash of the body and the records of files that have to be deleted."""
+    """Erase events; the hash of the body stays, and so do the records of files that are yet to be deleted."""
     for statement in _ERASE:
         await connection.execute(statement, _list(seqs))
 
@@ -207,8 +207,8 @@ def _has_old_input(before: datetime) -> tuple[ColumnElement[bool], ...]:
 def _among(column: Column[Any]) -> ColumnElement[bool]:
     """Return the condition that a `seq` is in a list.
 
-    The range is redundant and there for PostgreSQL's planner, which may estimate that a list alone costs more
-    than a sequential scan.
+    The range is redundant. Without it, PostgreSQL's planner may estimate that the list costs more than a
+    sequential scan.
     """
     return and_(column.between(bindparam("first"), bindparam("last")), among(column, "seqs"))
 

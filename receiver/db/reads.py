@@ -285,8 +285,8 @@ async def job_costs(
 ) -> list[JobCosts]:
     """Return credits by caller, model or UTC day of the job.
 
-    Each credit of a job is in one sum: reserved while the job is open, then charged or refunded. Jobs of test
-    keys are free.
+    Each credit of a job is in exactly one sum: reserved while the job is open, then charged or refunded. Jobs
+    of test keys are free.
     """
     live = jobs.c.account.like("live-%")
     held = jobs.c.state.in_(("submitted", "unsure"))

@@ -1,8 +1,8 @@
-"""SQL of jobs that Clipia refuses for now (402, 403), so that they do not delay other jobs.
+"""SQL for jobs that Clipia refuses for now (402, 403), so that they do not delay other jobs.
 
-A refusal is about the price or model of one job. While there are refused jobs, the due jobs have three
+A refusal is about the price or model of one job. While there are refused jobs, the due jobs fall into three
 classes: new jobs if their caller and model have no refused job, other new jobs, and refused jobs. Each class
-has a share of the submissions, and the others get the part that it does not use.
+has a share of the submissions; the part that it does not use goes to the others.
 """
 
 import uuid
@@ -21,7 +21,7 @@ from receiver.db.statements import count_rows
 from receiver.db.tables import in_state, is_refused, jobs
 
 ACCOUNT_REFUSALS: Final = 3
-"""Refusals of this many models and prices, without a success between them, are about the account."""
+"""This many refused models and prices, without a success between them, mean that the account is refused."""
 ROTATION: Final = ("sure", "newest", "sure", "oldest", "sure", "newest", "sure", "refused")
 """The classes of the submissions, one after the other and again from the start.
 
@@ -29,7 +29,7 @@ New jobs that may be refused are taken from both ends of their queue. The newest
 wait until all older ones are refused; the oldest would wait for as long as new ones are added.
 """
 LAST_ATTEMPT_WAIT_SECONDS: Final = 300.0
-"""The delay that a refused job's last attempt may have, for example while the in-flight limit is reached."""
+"""How late a refused job's last attempt may be, for example while the in-flight limit is reached."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ async def release(connection: AsyncConnection, account: str) -> None:
 
 
 async def expire(connection: AsyncConnection, account: str, *, give_up_after: float) -> list[Expired]:
-    """End jobs that were refused for `give_up_after` seconds, if their last attempt is too late."""
+    """End jobs that were refused for `give_up_after` seconds and missed the time of their last attempt."""
     due = (
         select(jobs.c.id)
         .where(

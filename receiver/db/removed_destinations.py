@@ -1,4 +1,4 @@
-"""SQL of deliveries to a destination that was removed from the settings: find, give up, move, discard."""
+"""SQL for deliveries to a destination that was removed from the settings: find, give up, move, discard."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ async def count_free(
 ) -> int:
     """Count the deliveries that `move` and `discard` would change.
 
-    With `had_by`, count only events of which that destination has a pending or successful delivery.
+    With `had_by`, count only events that already have a pending or successful delivery to that destination.
     """
     statement = _free(destination, dead=dead)
     if had_by is not None:
@@ -144,10 +144,10 @@ async def discard(connection: AsyncConnection, destination: str, *, dead: bool, 
 async def move(
     connection: AsyncConnection, destination: str, *, to: str, waits: bool, dead: bool, by: str, limit: int
 ) -> Taken:
-    """Move up to `limit` deliveries to another destination, with all its attempts and time.
+    """Move up to `limit` deliveries to another destination; they get its full attempts and time.
 
     If `to` has a pending or successful delivery of the event, this one is discarded instead. Live deliveries
-    and those of each replay are separate. `waits` tells whether the destination waits for media. Raises
+    and those of each replay are separate. `waits` tells whether `to` waits for media. Raises
     IntegrityError if a replay adds a delivery of the event at the same time.
     """
     ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
@@ -156,7 +156,7 @@ async def move(
     await _end(connection, served, state="canceled", error=f"{to} has this event already; moved by {by}")
     moved = list(set(ids) - set(served))
     # An event has one delivery to a destination, and `outbox.release_held` finds it by the destination. So
-    # the twin that failed is renamed, the moved delivery takes its place, and the twin takes the old one.
+    # the twin that failed is renamed, the moved delivery takes its place, and the twin takes the old place.
     ended = [row.twin_id for row in twins if row.state not in _SERVES]
     await _update(connection, ended, destination="")
     held = and_(in_state(deliveries, "pending"), deliveries.c.next_attempt_at.is_(None))
@@ -189,7 +189,7 @@ async def _lock_twins(
 
 
 async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
-    """Replace a destination of unfinished replays by `to`, or remove it; return how many.
+    """Replace a destination in unfinished replays by `to`, or remove it; return how many replays.
 
     A replay without a destination is canceled.
     """

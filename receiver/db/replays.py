@@ -1,4 +1,4 @@
-"""SQL of replays: orders to send stored events again."""
+"""SQL for replays: orders to send stored events again."""
 
 import uuid
 from collections.abc import Collection, Mapping, Sequence
@@ -20,7 +20,7 @@ from receiver.db.views import ReplayDetails, ReplayHead
 
 PAGE: Final = 1000
 SPAN: Final = 20_000
-"""Events that one statement reads at most: a long history takes more statements, not longer ones."""
+"""The most events that one statement reads: a long history takes more statements, not longer ones."""
 
 # An event before its fan-out is forwarded anyway, and an unrecognized one has no message.
 _ELIGIBLE = events.c.state.in_(("fetching", "ready"))
@@ -113,7 +113,7 @@ async def restart_media(
 ) -> list[int]:
     """Make files pending again, and their events `fetching`; return the event's `seq` of each file.
 
-    A file that is `intact` keeps its record until the download succeeds, and if it fails the record stays.
+    An `intact` file keeps its record until a download succeeds, and for good if none does.
     """
     seqs = await _restart_media(connection, media_ids, **dict.fromkeys(_OF_FILE))
     if intact:
@@ -226,7 +226,7 @@ async def cancel_deliveries(connection: AsyncConnection, replay_id: uuid.UUID, *
 
 
 async def find_canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
-    """Return the canceled ones of some replays."""
+    """Return those of the replays that are canceled."""
     if not replay_ids:
         return set()
     statement = select(replays.c.id).where(replays.c.id.in_(replay_ids), replays.c.state == "canceled")

@@ -1,4 +1,4 @@
-"""Checks of the database: commits are durable, each text can be stored, and the user has the rights."""
+"""Checks of the database: commits are durable, every text can be stored, and the user has all rights."""
 
 from collections.abc import Collection
 from typing import Final
@@ -12,12 +12,12 @@ from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
 
 _STORAGE: Final = ("fsync", "full_page_writes")
-"""Settings that may be off on a storage that confirms durable writes only and never tears a page."""
+"""Settings that may be off on a storage that confirms only durable writes and never tears a page."""
 _RIGHTS: Final = ("SELECT", "INSERT", "UPDATE", "DELETE")
 
 
 async def require_usable(database: Database, *, durable_without: Collection[str] = ()) -> None:
-    """Raise SettingsError if the database may lose committed data or cannot store each text.
+    """Raise SettingsError if the database may lose committed data or cannot store every text.
 
     `durable_without` names settings of PostgreSQL that may be off. Raises DatabaseUnavailable.
     """
@@ -35,11 +35,11 @@ async def _require_usable_postgresql(connection: AsyncConnection, durable_withou
     values = (await connection.execute(text(f"SELECT {query}"))).mappings().one()
     if values["server_encoding"] != "UTF8":
         raise SettingsError(
-            f"the database's encoding is {values['server_encoding']}, which cannot store each text: create a "
-            "database with CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0 and set "
+            f"the database's encoding is {values['server_encoding']}, which cannot store every text: create "
+            "a database with CREATE DATABASE name ENCODING 'UTF8' TEMPLATE template0 and set "
             "RECEIVER_DATABASE_URL to it"
         )
-    # With each value but `off` the server flushes the write-ahead log before it confirms a commit.
+    # With any value but `off`, the server flushes the write-ahead log before it confirms a commit.
     if values["synchronous_commit"] == "off":
         raise SettingsError(
             "PostgreSQL runs with synchronous_commit = off: a crash would lose events that were accepted. "

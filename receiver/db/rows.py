@@ -29,7 +29,7 @@ CostGroup = Literal["caller", "model", "day"]
 
 def event_id(source: str, request_id: str) -> uuid.UUID:
     """Return the id of an event: UUID v5 of its source and `request_id` (RFC 9562, section 5.5)."""
-    # uuid.uuid5 is simpler. It copies its bytes once more, which costs each webhook a microsecond.
+    # uuid.uuid5 is simpler, but copies its bytes once more, which costs each webhook a microsecond.
     digest = hashlib.sha1(
         _NAMESPACE_BYTES + f"{source}\n{request_id}".encode(), usedforsecurity=False
     ).digest()
@@ -161,11 +161,11 @@ class NewMedia:
     url: str
     field: str | None = None
     skipped: str | None = None
-    """The reason for which it is not downloaded; None if it is."""
+    """Why it is not downloaded; None if it is."""
 
     @classmethod
     def of(cls, ref: MediaRef) -> Self:
-        """Return a file of an output."""
+        """Make the record of a file in an output."""
         return cls(
             position=ref.position,
             variant=ref.variant,

@@ -40,7 +40,8 @@ ISOLATION: Final = "READ COMMITTED"
 """The level of each transaction; the default of a role or a database may be another one.
 
 At a stricter level all statements of a transaction read one snapshot. An insert that waited for a duplicate
-of its event would fail, and a transaction that waited for a lock would read the rows of before the wait.
+of its event would fail, and a transaction that waited for a lock would read the rows as they were before
+the wait.
 """
 YOUNG: Final = 1.0
 """Seconds for which a read-only session is not replaced, because a new one would be read-only too."""
@@ -92,7 +93,10 @@ class Sessions:
             if self.is_pooled is plain:
                 return session
             await session.close(timeout=POOL_WAIT)
-        raise unavailable_error("only some connections to its address lead to a pooler")
+        raise unavailable_error(
+            "only some connections to its address lead to a pooler: set RECEIVER_DATABASE_URL to the address "
+            "of the server or of the pooler"
+        )
 
     async def _connect(self, *, plain: bool, command_timeout: float | None) -> Any:
         """Open a session; a `plain` one without our settings and without prepared statements."""
@@ -122,7 +126,7 @@ class Sessions:
             ) from error
         if isinstance(error, driver.TargetServerAttributeNotMatched):
             raise unavailable_error(
-                f"no host takes writes or has the state of target_session_attrs ({name})"
+                f"no host takes writes, or none is in the state that target_session_attrs names ({name})"
             ) from error
         is_our_mistake = sqlstate(error)[:2] in OUR_MISTAKES and not is_condition(error)
         if isinstance(error, driver.PostgresError) and is_our_mistake:
@@ -193,7 +197,7 @@ class Sessions:
         if connection is None or connection.closed or connection.invalidated:
             return
         if not isinstance(error, Exception):
-            return  # a canceled task is no evidence against the server
+            return  # a cancelled task is no evidence against the server
         # After a timeout the server may be gone without closing the connection.
         if context.is_disconnect or is_lost(error) or isinstance(error, TimeoutError):
             self.distrust(connection.info)
@@ -248,7 +252,7 @@ class Sessions:
 
 @contextmanager
 def opening_session() -> Iterator[None]:
-    """Raise SessionLost if each new session is lost at once, an InvalidRequestError of SQLAlchemy."""
+    """Raise SessionLost if each new session is lost at once; SQLAlchemy raises InvalidRequestError then."""
     try:
         yield
     except InvalidRequestError as error:

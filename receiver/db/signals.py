@@ -66,7 +66,7 @@ async def listen(
     reconnect: float = RECONNECT_SECONDS,
     check: float = CHECK_SECONDS,
 ) -> None:
-    """Call `heard` with the name of each signalled lane until canceled; return if there is a pooler."""
+    """Call `heard` with the name of each signalled lane until cancelled; return if there is a pooler."""
     while True:
         try:
             async with database.hold_driver() as driver:

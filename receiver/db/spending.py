@@ -1,4 +1,4 @@
-"""SQL of the credits that a caller spends in a day."""
+"""SQL for the credits that a caller spends in a day."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -21,7 +21,7 @@ async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
         lock = text("SELECT pg_advisory_xact_lock(hashtextextended(:caller, 20041))")
         await connection.execute(lock, {"caller": caller})
     midnight = datetime.now(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
-    # A key holds for less than a day, so a job that was sent earlier cannot be accepted today.
+    # A key is valid for less than a day, so a job that was sent earlier cannot be accepted today.
     is_recent = and_(
         jobs.c.sent_at >= midnight - timedelta(days=1),
         func.coalesce(jobs.c.submitted_at, jobs.c.sent_at) >= midnight,

@@ -1,4 +1,4 @@
-"""SQL of the freeze: while its row exists, no job is accepted or submitted."""
+"""SQL for the freeze: while its row exists, no job is accepted or submitted."""
 
 import uuid
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ async def require_none(connection: AsyncConnection) -> None:
 
 
 async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored: bool) -> None:
-    """Freeze submissions; an existing freeze stays, unless it has to become one after a restore."""
+    """Freeze submissions; an existing freeze is kept, but a restore replaces its author and reason."""
     statement = insert_for(connection.dialect.name, freezes).values(
         name=_NAME, by=by, reason=reason, restored=restored, frozen_at=db_time(0.0)
     )
@@ -64,8 +64,8 @@ async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> 
 
     If the database was restored, a pending job of the dump may have been sent at any time after it was made.
     If it was made more than `key_holds` seconds ago, Clipia may have forgotten its key, so it becomes unsure.
-    A younger job counts as sent when it was made: with the current time, its attempts would go on for longer
-    than the key holds.
+    A younger job counts as sent when it was made: if it counted from now, its attempts would go on for longer
+    than the key is valid.
     """
     found = await find(connection)
     if found is None:

@@ -191,7 +191,7 @@ media = Table(
     Column("content_type", String(127)),
     Column("storage_key", Text),
     Column("uri", Text),
-    # A doubt about the stored file, and the SHA-256 of the last body that was rejected for a doubt.
+    # A doubt about the stored file, and the SHA-256 of the last body that was rejected because of one.
     Column("warning", Text),
     Column("seen_sha256", String(64)),
     Column("restarted_at", UtcDateTime),
@@ -221,7 +221,7 @@ _partial_index(
     where=is_replayed,
     unique=True,
 )
-# Two indexes: in a common one a search for live deliveries would pass all due ones of a long replay.
+# Two indexes: in a common one, a search for live deliveries would step over all those of a long replay.
 for _name, _which in (("ix_deliveries_due", is_live), ("ix_deliveries_replays_due", is_replayed)):
     _partial_index(
         _name, deliveries.c.destination, deliveries.c.next_attempt_at, where=and_(_is_pending, _which)
@@ -262,7 +262,7 @@ jobs = Table(
     # The Clipia account of the first attempt; idempotency keys are valid for one account.
     Column("account", String(40)),
     Column("sent_at", UtcDateTime),
-    # The first of the refusals for now (402, 403).
+    # The time of the first refusal for now (402, 403).
     Column("refused_at", UtcDateTime),
     Column("submitted_at", UtcDateTime),
     Column("updated_at", UtcDateTime, nullable=False),

@@ -1,4 +1,7 @@
-"""Transactions, and the errors that are the database's condition rather than a mistake in a statement."""
+"""Transactions, and errors by their origin: the database's condition, or a mistake in a statement.
+
+A condition is a lost session, a missing table or right, or a lack of resources; the statement is correct.
+"""
 
 import sqlite3
 from collections.abc import AsyncIterator, Iterator
@@ -22,7 +25,7 @@ _CONDITIONS: Final = {
     "42501",  # insufficient privilege
     "42P01",  # undefined table
     "42703",  # undefined column
-    "42P05",  # duplicate prepared statement: behind a pooler it is of another client
+    "42P05",  # duplicate prepared statement: behind a pooler it belongs to another client
 }
 """SQLSTATEs of these classes that are the database's condition: a missing right or table."""
 _LOST: Final = (

@@ -1,4 +1,4 @@
-"""SQL of unrecognized events: find them, and recognize those that this release can read."""
+"""SQL for unrecognized events: find them, and recognize those that this release can read."""
 
 import json
 from collections.abc import Collection, Sequence

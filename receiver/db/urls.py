@@ -82,7 +82,7 @@ def _parse_sqlite(url: str) -> URL:
     except (ArgumentError, ValueError):
         raise SettingsError(_HOW) from None
     if not parsed.database or ":memory:" in parsed.database or "mode=memory" in url:
-        raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose accepted events")
+        raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose accepted events: name a file")
     return parsed.set(drivername="sqlite+aiosqlite")
 
 
@@ -197,7 +197,7 @@ def _check_safety(parameters: Mapping[str, str]) -> None:
     system = parameters.get("sslrootcert") == "system"
     if system and mode not in {None, "verify-full"}:
         raise SettingsError(f"{_NAME}: sslrootcert=system needs sslmode=verify-full")
-    # asyncpg has no channel binding. A certificate that is verified for the host also stops another server.
+    # asyncpg has no channel binding. A certificate that is verified for the host also stops an impostor.
     if parameters.get("channel_binding") == "require" and not (system or mode == "verify-full"):
         raise SettingsError(
             f"{_NAME}: the driver does not support channel_binding=require; write "

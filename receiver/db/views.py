@@ -61,7 +61,7 @@ class LoggedAttempt(TypedDict):
 
     seq: int
     number: int
-    """0 for a change that the operator made."""
+    """0 for a change without an attempt, such as a restart by the operator."""
     started_at: datetime
     duration_ms: int
     outcome: AttemptOutcome

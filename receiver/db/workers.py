@@ -1,4 +1,4 @@
-"""SQL of presence: each worker process renews its row every few seconds."""
+"""SQL for presence: each worker process renews its row every few seconds."""
 
 import uuid
 from collections.abc import Sequence

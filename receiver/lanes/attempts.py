@@ -15,7 +15,7 @@ from receiver.db.rows import Attempt, AttemptOutcome, Claim
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable, ReceiverError, RequestError
 
 MAX_CRASHES: Final = 5
-"""Leases in a row that may expire without a result before the work counts as what crashes its workers."""
+"""If this many leases in a row expire without a result, the work itself seems to crash its workers."""
 MAX_ERROR_CHARACTERS: Final = 2048
 
 log = structlog.get_logger()
@@ -65,7 +65,7 @@ def log_failure(
 
 @contextmanager
 def logged_failures(message: str, **fields: Any) -> Iterator[None]:
-    """Log an error of the block and go on; the database's condition needs no traceback."""
+    """Log an error of the block and go on; an unavailable database needs no traceback."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - for loops and shutdowns that an error must not end

@@ -38,7 +38,7 @@ class Lane(ABC):
     """A kind of work: the due rows of one table. Its results outlive an outage of the database."""
 
     may_have_more = True
-    """Whether the end of work is a reason to claim again: the last claim may have left due rows."""
+    """Whether to claim again as soon as work ends, because the last claim may have left due rows."""
     lease_seconds = LEASE_SECONDS
 
     def __init__(self, database: Database, table: Table, *, name: str, concurrency: int, wake: Wake) -> None:

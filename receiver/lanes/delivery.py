@@ -112,7 +112,7 @@ class DeliveryLane(Lane):
         return work
 
     def _claim_when_allowed(self) -> None:
-        """Wake the lane when its rate limit allows more attempts, which is unrelated to the end of work."""
+        """Wake the lane when its rate limit allows more attempts; the end of work does not tell that."""
         delay = 0.0 if self._bucket is None else self._bucket.wait(time.monotonic())
         if delay and self._next_claim is None:
             self._next_claim = asyncio.get_running_loop().call_later(delay, self._claim_again)

@@ -107,7 +107,7 @@ class FanOut:
         return found
 
     async def _run_batch(self, limit: int) -> int:
-        """Fan out a batch; if that fails, each event in a savepoint, so that a bad one blocks no other."""
+        """Fan out a batch. If that fails, use a savepoint per event: a bad one must not block the others."""
         try:
             return await self._run(limit, self._add_work)
         except DatabaseUnavailable:
@@ -141,9 +141,9 @@ class FanOut:
     async def _add_work_singly(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
         """Fan out each event in a savepoint of its own.
 
-        An event that fails stays among the oldest, and enough of them would fill each batch. If they are
-        many, they rest. After three days each is set aside as `unrecognized`, and `receiver events recover`
-        takes it up again.
+        An event that fails stays among the oldest, and enough of them would fill each batch. If there are
+        many, they are left out for a minute. After three days each is set aside as `unrecognized`, and
+        `receiver events recover` takes it up again.
         """
         total = _Added()
         for event in events:

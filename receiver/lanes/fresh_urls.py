@@ -1,4 +1,4 @@
-"""Fresh URLs: the present URL of a file that is missing from its old one, asked from Clipia."""
+"""Fresh URLs: if a file is missing at its old URL, Clipia is asked for the present one."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ ANSWER_SECONDS: Final = 60.0
 """How long an answer is used for the other files of its event."""
 
 Urls = dict[str | None, str]
-"""The files of a result by their field."""
+"""The URLs of a result's files, by their field."""
 
 log = structlog.get_logger()
 

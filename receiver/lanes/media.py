@@ -74,7 +74,7 @@ class MediaLane(Lane):
         concurrency: int = 8,
         storage_pause_seconds: float = STORAGE_PAUSE_SECONDS,
     ) -> None:
-        """`fresh_url` is called for a file that its URL no longer has."""
+        """`fresh_url` is called if a file is missing at its URL."""
         super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
         self._downloader = downloader
         self._fresh_url = fresh_url
@@ -135,7 +135,7 @@ class MediaLane(Lane):
             emit("media stored", **values, **this.ids)
 
     async def _failed(self, this: _Download, error: Exception) -> None:
-        """Record a failed attempt: with a fresh URL, with the time of the next one, or as the last one."""
+        """Record a failed attempt, and try again at a fresh URL, try again later, or give up."""
         is_missing = isinstance(error, (MediaMissing, NotMedia))
         if is_missing and await self._follow(this, error):
             return
@@ -154,7 +154,7 @@ class MediaLane(Lane):
             MEDIA_FILES.labels("retry").inc()
 
     async def _follow(self, this: _Download, error: Exception) -> bool:
-        """Put a file back under its fresh URL, or until Clipia can tell it; False if there is none."""
+        """Put a file back, with its fresh URL or until Clipia can tell it; False if there is none."""
         if self._fresh_url is None or this.claim.attempt > MAX_FRESH_URLS:
             return False
         try:
@@ -179,7 +179,7 @@ class MediaLane(Lane):
     def _pause(self, claim: EventClaim) -> None:
         """Pause downloads after the storage failed, but only once for each file.
 
-        A file that the storage refuses each time, such as one that is too large, must not block the others.
+        A file that the storage can never take, such as one that is too large, must not block the others.
         """
         if claim.id not in self._unstorable:
             self._paused_until = time.monotonic() + self._storage_pause_seconds

@@ -24,12 +24,12 @@ from receiver.metrics import POLLS
 
 CONCURRENCY: Final = 8
 GIVE_UP_SECONDS: Final = 86_400.0
-"""Age of a job from which it is given up if Clipia's answers about it are unusable."""
+"""A job of this age is given up if Clipia's answers about it are unusable."""
 SILENT_GIVE_UP_SECONDS: Final = 7 * 86_400.0
 """The same if Clipia refuses the account, or if a proxy answers instead."""
 
 Store = Callable[[str, bytes], Awaitable[None]]
-"""Stores a result as an event: its source, and the body that its webhook would have."""
+"""Stores a result as an event; called with its source and the body that its webhook would have."""
 
 log = structlog.get_logger()
 

@@ -24,7 +24,7 @@ CHECK_SECONDS: Final = 30.0
 """Pause between two checks."""
 BATCH: Final = 1000
 """Deliveries that one transaction changes."""
-FATE: Final = "each is a dead letter three days after a worker first missed the destination"
+FATE: Final = "each becomes a dead letter three days after a worker first missed the destination"
 """The end of a delivery that the operator neither moves nor discards, for messages."""
 
 log = structlog.get_logger()
@@ -44,7 +44,7 @@ async def _check_regularly(database: Database, configured: Collection[str]) -> N
 
 
 async def check(database: Database, configured: Collection[str], *, seen: set[str]) -> None:
-    """Warn of destinations that deliveries wait for in vain, and give up those that have waited too long.
+    """Warn of deliveries to missing destinations, and give up those that have waited too long.
 
     `seen` has the destinations that were reported before, and is updated.
     """
@@ -60,12 +60,12 @@ async def check(database: Database, configured: Collection[str], *, seen: set[st
         }
     for name, count in waiting.items():
         message = "deliveries wait for a destination that is not configured"
-        advice = f"receiver deliveries move or discard; else {FATE}"
+        advice = f"run `receiver deliveries move` or `discard`; otherwise {FATE}"
         log.warning(message, destination=name, count=count, help=advice)
     for name in sorted(names - missing - seen):
         await _change_all(database, partial(removed_destinations.clear_missing, destination=name))
     seen |= names
-    # Another process may have newer settings, and deliver them.
+    # If another process has such a lane, it has newer settings and delivers them.
     for name in sorted(name for name in missing if destination_lane(name) not in served):
         await _give_up(database, name)
 

@@ -126,7 +126,7 @@ class ReplayLane(Lane):
         unknown = [name for name in order.destinations if name not in self._targets]
         if not unknown:
             return
-        message = f"this worker has no destination {unknown[0]!r}: restart it, or cancel"
+        message = f"this worker has no destination {unknown[0]!r}: restart it, or cancel the replay"
         async with self._database.read() as connection:
             seen = await workers.find_runs(connection)
         lanes = set(map(destination_lane, unknown))

@@ -37,7 +37,7 @@ async def find_wanted(
     force: bool,
     rules: FileRules | None,
 ) -> Wanted:
-    """Return the files that are missing, changed or no media, and with `force` the intact ones too.
+    """Return the files that are missing, changed or not media, and with `force` the intact ones too.
 
     Skipped files are wanted if `rules` no longer skip them, and files are added that releases before 0010 did
     not list. Raises StorageUnavailable.
@@ -93,7 +93,7 @@ def _unskipped(refs: Sequence[MediaRef], rows: Sequence[MediaRow]) -> dict[uuid.
 
 
 def _unlisted(refs: Sequence[MediaRef], rows: Sequence[MediaRow]) -> list[NewMedia]:
-    """Return the files without a row. They get positions after the others, which the storage keys contain."""
+    """Return the files without a row. Storage keys contain the position, so theirs follow the others."""
     new = _without_row(refs, rows)
     first = 1 + max((row.position for row in rows), default=-1)
     positions = {position: first + n for n, position in enumerate(sorted({ref.position for ref in new}))}
@@ -124,6 +124,6 @@ async def _is_intact(storage: Storage, row: MediaRow) -> bool:
         size=row.size,
         sha256=row.sha256,
     )
-    # A file that cannot be read now may be readable later, and the CDN may have deleted it. Its event is sent
-    # as recorded, so that the replay goes on.
+    # A file that cannot be read now may be readable later, and the CDN may no longer have it. So it is not
+    # downloaded again, and its event is sent as recorded.
     return found in {"intact", "unreadable"}

@@ -25,7 +25,7 @@ from receiver.metrics import SUBMISSIONS
 
 CONCURRENCY: Final = 16
 ACCOUNT_PAUSE_SECONDS: Final = 5.0
-"""Shortest time until a job is tried again after Clipia refused the account; jitter adds up to as much."""
+"""Shortest time until a job is tried again after Clipia refused the account; jitter at most doubles it."""
 _MAYBE_PAID: Final = ("idempotency_key_reuse", UNUSABLE_ID)
 """Codes of refusals after which Clipia may have a generation for the job nevertheless."""
 
@@ -118,7 +118,7 @@ class SubmitLane(Lane):
         change: QuotaChange = _unchanged
         try:
             await require_price(submission, self._catalogue, age=claim.age)
-            # If Clipia refuses the job, it accepts the account.
+            # Even a refusal of the job shows that Clipia accepts the account.
             change = Quota.unpaused
             accepted = await self._client.submit(
                 submission.model, submission.request, key=submission.provider_key, call=this.call
@@ -187,7 +187,7 @@ class SubmitLane(Lane):
             await self._refused(this, final, Quota.unpaused)
         elif delay is not False:
             SUBMISSIONS.labels("refused_for_now").inc()
-            # The operator may have to top up the account; once is enough to report that.
+            # The operator may have to top up the account; one error per job is enough to report that.
             refused_for = this.submission.refused_for
             emit = log.error if refused_for is None else log.info
             ids = {"job_id": str(this.claim.id), "reason": error.reason, "error": str(error)}

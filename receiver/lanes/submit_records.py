@@ -39,7 +39,7 @@ class SubmitAttempt:
     call: Call
 
     def sent_for(self) -> float:
-        """Return the seconds since the first attempt that may have arrived, such as this one."""
+        """Return the seconds since the first attempt that may have arrived, which may be this one."""
         return (self.submission.sent_for or 0.0) + boot_clock() - self.claimed_at
 
     async def record_accepted(
@@ -67,7 +67,7 @@ class SubmitAttempt:
             has_event = await _finish_by_event(connection, source, accepted.request_id)
         # If the webhook was faster, the job has ended already, and only the answer is added.
         elif not await jobs.add_answer(connection, self.claim.id, **answer):
-            # Another worker that holds the job now sends the same key, and gets the same generation.
+            # If another worker holds the job now, it sends the same key and gets the same generation.
             if not await jobs.is_still_sent(connection, self.claim.id, provider_key):
                 await self._record_stray(connection, accepted)
             return False

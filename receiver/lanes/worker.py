@@ -24,7 +24,7 @@ class Timing:
     """How long the loops of a worker wait."""
 
     poll_seconds: float = 0.5
-    """Pause before the next claim if no signal arrives. Rows that become due are not signalled."""
+    """Pause before the next claim if no signal arrives. No signal is sent when a row becomes due."""
     pace_seconds: float = 0.02
     """Shortest time between two rounds of the fan-out, unless the last one left events behind.
 
@@ -35,7 +35,7 @@ class Timing:
     """How long a busy lane waits for half of its places to become free. If it claimed for each free place
     at once, it would claim one row at a time."""
     outage_pause_seconds: float = 2.0
-    """Pause after a claim that failed, because the database is unavailable or by a bug."""
+    """Pause after a claim that failed because of an unavailable database or a bug."""
     drain_seconds: float = 25.0
     """Time for the work under way to finish at shutdown. Claims that are left are given back."""
 

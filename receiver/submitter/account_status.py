@@ -62,7 +62,8 @@ class AccountStatus:
 async def read_account_status(connection: AsyncConnection, account: str) -> AccountStatus:
     """Read the status of an account.
 
-    It counts as refused after a 401, and also if Clipia refuses several models and prices and accepts none.
+    The account counts as refused after a 401, and also if Clipia refuses several models and prices and
+    accepts none.
     """
     quota = await accounts.read(connection, account)
     pause = quota.pause if quota.paused_at else None

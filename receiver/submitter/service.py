@@ -354,7 +354,7 @@ class Submitter:
         async with self.database.read() as connection:
             row = await reads.show_job(connection, job_id)
         if row is None:
-            raise ClipiaUnavailable("the job vanished while it was read", reason="race")
+            raise ClipiaUnavailable("the job vanished while it was read: try again", reason="race")
         job = Job.of(row, new=new)
         if job.state == "failed" and job.request_id is None:
             error = job.error or {}

@@ -62,7 +62,7 @@ TROUBLES = {
         1,
     ),
     "another file for a database": Trouble(
-        ("migrate",), "no SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
+        ("migrate",), "not an SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
     ),
     "no folder for metrics": Trouble(
         ("migrate",), "PROMETHEUS_MULTIPROC_DIR names no folder", (("PROMETHEUS_MULTIPROC_DIR", "missing"),)

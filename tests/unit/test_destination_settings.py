@@ -196,7 +196,7 @@ def test_a_password_in_a_basic_header_is_masked() -> None:
         ("https://x", 'headers = { X-Key = "1", x-key = "2" }', "twice"),
         ("https://u:p@x", 'headers = { authorization = "Bearer 1" }', "the URL contains a user"),
         ("HTTPS://u@x/@a", 'headers = { authorization = "Bearer 1" }', "the URL contains a user"),
-        ("redis://x?stream=s", 'headers = { X-Key = "1" }', "for http: and https: alone"),
+        ("redis://x?stream=s", 'headers = { X-Key = "1" }', "for http: and https: only"),
         ("file:x", "tls = { ca = 'ca.pem' }", "tls is for URLs that start with https:, amqps:"),
         ("http://x", "tls = { ca = 'ca.pem' }", "tls is for URLs"),
         ("redis://x?stream=s", "tls = { ca = 'ca.pem' }", "tls is for URLs"),

@@ -99,7 +99,7 @@ def test_an_unknown_error_is_its_class_alone() -> None:
             lambda path: path.mkdir(),
             "cannot open its file: check the folder and its permissions (SQLITE_CANTOPEN)",
         ),
-        (lambda path: path.write_bytes(b"x" * 4096), "the file is no SQLite database (SQLITE_NOTADB)"),
+        (lambda path: path.write_bytes(b"x" * 4096), "the file is not an SQLite database (SQLITE_NOTADB)"),
     ],
     ids=["folder", "other file"],
 )
