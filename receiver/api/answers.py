@@ -26,7 +26,7 @@ _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
         HTTPStatus.HTTP_VERSION_NOT_SUPPORTED: ("http_version_not_supported", "Use HTTP/1.1."),
         HTTPStatus.SERVICE_UNAVAILABLE: (
             "service_unavailable",
-            "The server holds too many requests; send it again.",
+            "The server holds too many requests; send this one again.",
         ),
     }
 )
@@ -59,7 +59,7 @@ CLOSE: Final[Headers] = ((b"connection", b"close"),)
 """For an answer that is sent before the body was read to its end."""
 
 HEAD_COMPLETE: Final = "head_complete"
-"""The entry of a request's `state` that has the event loop's time at the end of its head."""
+"""The key in a request's `state` for the event loop's time at which its head was complete."""
 
 
 def error_body(type_: str, code: str, message: str, *, job_id: str | None = None) -> bytes:

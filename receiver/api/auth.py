@@ -32,7 +32,7 @@ class Tokens:
         return bool(self._callers)
 
     def caller(self, headers: Headers) -> Caller | None:
-        """Return the caller by the token of a request; None if there is no token, or an unknown one."""
+        """Return the caller that a request's token belongs to; None if the token is missing or unknown."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             return None
@@ -48,7 +48,7 @@ class Tokens:
         """Return the caller. Raises RequestError without a known token (401) or without the scope (403)."""
         caller = self.caller(headers)
         if caller is None:
-            hint = "" if self._callers else " None is configured yet: set RECEIVER_API_TOKENS."
+            hint = "" if self._callers else " No token is configured yet: set RECEIVER_API_TOKENS."
             raise RequestError(
                 f"Send Authorization: Bearer <token>.{hint}",
                 code="invalid_token",

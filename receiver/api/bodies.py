@@ -1,4 +1,4 @@
-"""Passes the body of a request to the application in few parts."""
+"""Passes the body of a request to the application in a few large parts."""
 
 from typing import Final
 
@@ -16,7 +16,7 @@ class BodyParts:
         self._size = 0
 
     def add(self, cycle: RequestResponseCycle, part: bytes) -> None:
-        """Keep a read of a body; if there are more than PART_BYTES, pass them to the application."""
+        """Keep a read of a body; once the reads exceed PART_BYTES, pass them to the application."""
         # A bytearray that grows with each read over-allocates by an eighth and fragments the heap.
         self._parts.append(part)
         self._size += len(part)

@@ -38,7 +38,7 @@ Handler = Callable[[Request, Caller], Awaitable[Response]]
 Endpoint = tuple[str, str, Scope, Handler]
 """Method, path, required scope, handler."""
 Query = dict[str, str]
-"""Query parameters that are not read yet: each `read_…` function removes its own."""
+"""Query parameters that have not been read yet: each `read_…` function removes its own."""
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def expected_error_response(error: ReceiverError) -> Response:
     else:
         # The database's own message may name hosts and users, so only the log gets it.
         log.warning("request not served", error=str(error))
-        message = "The database is unavailable; send it again, a submission with its Idempotency-Key."
+        message = "The database is unavailable; send the request again, with the same Idempotency-Key."
         code, wait = "service_unavailable", 5.0
     body = error_body("api_error", code, message)
     return Response(body, 503, {"retry-after": str(max(1, round(wait)))}, "application/json")
@@ -97,7 +97,7 @@ async def read_object(request: Request, *, optional: bool = False) -> dict[str, 
             raw = await _read_body(request)
     except TimeoutError:
         raise RequestError(
-            f"the body took longer than {BODY_SECONDS:.0f} s", code="request_timeout"
+            f"the body took longer than {BODY_SECONDS:.0f} s; send it again", code="request_timeout"
         ) from None
     if optional and not raw:
         return {}
@@ -192,7 +192,7 @@ def reject_unknown(parameters: Mapping[str, object]) -> None:
 
 
 def page_of(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
-    """Return a page of `limit` rows; a query fetches one row more, which tells that there is another page."""
+    """Return a page of `limit` rows; the query fetches one more, to see if there is another page."""
     more = len(rows) > limit
     return {"data": rows[:limit], "next": str(rows[limit - 1][cursor]) if more else None}
 
@@ -203,7 +203,7 @@ def invalid(message: str) -> RequestError:
 
 
 def not_found(noun: str) -> RequestError:
-    """Return the error for an id without an object."""
+    """Return the error for an id that names no object."""
     return RequestError(f"there is no such {noun}", code="not_found")
 
 

@@ -46,7 +46,7 @@ log = structlog.get_logger()
 
 
 class EventEndpoints:
-    """All of them need the scope `operate`: they show and change the events of every caller."""
+    """The endpoints need the scope `operate`: they show and change the events of every caller."""
 
     def __init__(self, database: Database, tokens: Tokens, *, open_storage: Callable[[], Storage]) -> None:
         self._database = database
@@ -89,7 +89,7 @@ class EventEndpoints:
 
     async def _erase(self, request: Request, caller: Caller) -> Response:
         id_ = request.path_params["id"]
-        # Opened for this call alone: a process without a worker has to start without a storage.
+        # Opened for this call alone: a process without a worker must be able to start without a storage.
         storage = self._open_storage()
         try:
             # PostgreSQL rejects NUL in a text parameter.
@@ -97,7 +97,7 @@ class EventEndpoints:
         except StorageUnavailable as error:
             log.warning("files not deleted", key=id_, error=str(error))
             raise RequestError(
-                "The event is erased and its files are not: the storage is unavailable. Send it again.",
+                "The event is erased, but its files are not: the storage is unavailable. Call this again.",
                 code="service_unavailable",
                 type_="api_error",
             ) from None
@@ -149,7 +149,7 @@ class EventEndpoints:
         everything = body.pop("all", False)
         reject_unknown(body)
         if selected == DeadLetters(ids=[]) and everything is not True:
-            raise invalid('say which: ids, destination, since, until, or {"all": true}')
+            raise invalid('say which dead letters: ids, destination, since, until, or {"all": true}')
         done = await self._restart(selected, caller, limit=MAX_RESTARTED)
         more = sum(done.values()) == MAX_RESTARTED
         return json_response({"restarted": done, "more": more}, status=202)
@@ -171,7 +171,7 @@ async def load_event(database: Database, request: Request, find: EventFinder[Eve
 
 
 def readable(event: EventDetails) -> dict[str, Any]:
-    """Return an event of `reads.show_event` for JSON: its body decoded, those of receipts as base64."""
+    """Return an event for JSON: its body is decoded, and the bodies of its receipts are base64."""
     rest = {name: value for name, value in event.items() if name != "body"}
     return (
         rest

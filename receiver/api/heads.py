@@ -2,7 +2,7 @@
 
 httptools accepts some heads that RFC 9112 forbids. It skips the body of a request that offers an upgrade,
 keeps white space at the end of header values, and does not see that a body is chunked if white space follows
-that word.
+the word `chunked`.
 """
 
 from collections.abc import Sequence
@@ -19,11 +19,11 @@ _WHITE: Final = b" \t"
 
 
 class Parsing(Protocol):
-    """A connection whose parser calls its methods."""
+    """A connection with a parser that calls its methods."""
 
     parser: httptools.HttpRequestParser
     deaf: bool
-    """Whether the rest of the connection's bytes is ignored."""
+    """Whether further bytes of the connection are ignored."""
 
 
 class HeadRewriter:
@@ -39,7 +39,7 @@ class HeadRewriter:
 
         If a head offers an upgrade or a value ends in white space, a new parser reads a clean copy of it. The
         first parser would skip the body of such a request, or not see that it is chunked, and it does not
-        tell at which byte the head ended. With these pieces, a head always ends at the end of one.
+        tell at which byte the head ended. With these pieces, a head always ends where a piece ends.
         """
         view = memoryview(data)
         start = 0
@@ -87,7 +87,7 @@ def is_misread(parser: httptools.HttpRequestParser, headers: Headers) -> bool:
 def find_fault(
     parser: httptools.HttpRequestParser, headers: Headers, *, too_large: bool
 ) -> HTTPStatus | None:
-    """Return the error status for a head that httptools accepts and a server must not; None if it is fine."""
+    """Return the status for a head that a server must reject and httptools does not; None if it is valid."""
     version = parser.get_http_version()
     if version not in {"1.0", "1.1"}:
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED

@@ -158,7 +158,7 @@ class JobEndpoints:
 
 
 def _read_key(raw: bytes) -> str:
-    """Return the caller's key, decoded as UTF-8 like most clients encode it, or else as Latin-1."""
+    """Return the caller's key, decoded as UTF-8, which most clients send, or else as Latin-1."""
     try:
         return raw.decode()
     except UnicodeDecodeError:

@@ -21,15 +21,15 @@ DEFAULT_BUDGET_BYTES: Final = 64 * MIB
 CONNECTION_BYTES: Final = 8 * 1024
 """Counted for an open connection: the objects of uvicorn, of the event loop and of the parser."""
 REQUEST_BYTES: Final = 4 * 1024
-"""Counted for a request, beside its head and its body."""
+"""Counted for a request, in addition to its head and its body."""
 PART_BYTES: Final = 512
-"""Counted for each read or chunk of a body, beside its content."""
+"""Counted for each read or chunk of a body, in addition to its content."""
 LARGE_BYTES: Final = 64 * 1024
-"""A connection that holds more is large; the last quarter of the budget is for the others."""
+"""A connection that holds more is large; the last quarter of the budget is reserved for small ones."""
 BURST_BYTES: Final = 8 * MIB
 """If more was in use, unused memory is given back to the system afterwards."""
 REST_SECONDS: Final = 2.0
-"""How long after a burst memory is given back: if another burst follows at once, it needs the same memory."""
+"""Seconds from a burst until memory is given back: another burst may follow at once and need it."""
 
 _M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
 
@@ -41,7 +41,7 @@ class Connection(Protocol):
 
     @property
     def is_unfinished(self) -> bool:
-        """Whether it waits for its client: it may be shed then."""
+        """Whether it waits for its client, and so may be shed."""
 
     def shed(self) -> None:
         """Answer 503 if a request has begun, and free the memory."""
@@ -62,7 +62,7 @@ class MemoryBudget:
         self._limit = limit
         self._used = 0
         self._peak = 0
-        # In the order of their arrival.
+        # In order of arrival.
         self._connections: dict[Counted, None] = {}
         self._rest: asyncio.TimerHandle | None = None
         self._logged_at = float("-inf")
@@ -86,7 +86,7 @@ class MemoryBudget:
 
     def grow(self, connection: Counted, size: int) -> None:
         """Count bytes of an unfinished request; shed connections if needed, and maybe this one."""
-        # A call of `add` would do the same; each read of a body comes here, and a call costs time.
+        # Calling `add` would do the same, but this runs for each read of a body, and a call costs time.
         self._connections[connection] = None
         connection.held += size
         self._used += size
@@ -105,7 +105,7 @@ class MemoryBudget:
 
     @property
     def is_used_up(self) -> bool:
-        """Whether more bytes are in use than the budget has."""
+        """Whether more bytes are in use than the budget allows."""
         return self._used > self._limit
 
     @property
@@ -118,7 +118,7 @@ class MemoryBudget:
 
     def _shed(self, spared: Counted | None = None) -> None:
         unfinished = [each for each in self._connections if each.is_unfinished and each is not spared]
-        # Sorting is stable: of two with about the same size the older one, as a webhook takes milliseconds.
+        # A stable sort: of two of about the same size the older one goes, as a webhook takes milliseconds.
         unfinished.sort(key=lambda each: each.held // 4096, reverse=True)
         shed = 0
         for connection in unfinished:
@@ -147,8 +147,8 @@ class MemoryBudget:
 class Account:
     """The bytes of one connection: its own, those of an incomplete head, and those of each request.
 
-    The budget refers to the account as long as it holds bytes, and the account to its connection. With its
-    last byte both references go.
+    The budget refers to the account as long as it holds bytes, and the account to its connection. Both
+    references are dropped with the last byte.
     """
 
     __slots__ = ("_budget", "_connection", "_head", "_is_open", "_requests", "held")

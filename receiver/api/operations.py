@@ -115,7 +115,7 @@ class Metrics:
                 backlog, dead, paused = await self.backlog(), await self.dead(), await self.paused()
                 unrecognized, refused = await self.unrecognized(), await self.refused()
         except (ReceiverError, TimeoutError) as error:
-            # The counters are still answered: they matter most while the database is unavailable.
+            # The counters are still served: they matter most while the database is unavailable.
             log.warning("backlog unknown", error=str(error))
             return
         SUBMISSIONS_PAUSED.set(paused)

@@ -5,10 +5,10 @@ of all requests together. It forgets a connection if the body is still arriving 
 sent, and leaves rejected requests to the garbage collector. Pass the class to
 `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
-This module has the deadlines and rejections, `heads` the heads, `bodies` the bodies and `memory` the count
-of their bytes. Endpoints set the deadline for a body. If an endpoint answers before it has read the body,
-with `connection: close` or without, the protocol gives the client time to read the answer and then closes
-the connection.
+This module has the deadlines and rejections, `heads` the heads, `bodies` the bodies and `memory_budget` the
+count of their bytes. Endpoints set the deadline for a body. If an endpoint answers before it has read the
+body, with `connection: close` or without, the protocol gives the client time to read the answer and then
+closes the connection.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
 from receiver.api.memory_budget import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
 
 _NOTABLE_HEAD: Final = 4096
-"""The size of a head is not counted if the read is smaller than this; at most MAX_HEADER_BYTES."""
+"""A head's size is computed only if more bytes than this were read; must not exceed MAX_HEADER_BYTES."""
 
 
 class _Rejected(Exception):
@@ -71,7 +71,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     # asyncio.Protocol takes any transport here. uvicorn narrows the type, so a subclass has to as well.
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn
-        """Start the deadline of the first request: a client that sends nothing is closed, too."""
+        """Start the deadline of the first request: the connection of a silent client is closed, too."""
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
         self._heads = HeadRewriter()
@@ -81,7 +81,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._account = Account(self.budget, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Cancel the timers and drop all references to this object, but for that of a running request."""
+        """Cancel the timers and drop all references to this object, except that of a running request."""
         self._stop_deadline()
         self._is_lost = True
         if self._running is not None and not self._running.response_complete:
@@ -109,8 +109,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> None:
         """Parse, and limit the bytes without progress: of a head, of trailers, of a chunk's extensions.
 
-        A timer or a callback of our own for each header would be simpler. They would cost each request more
-        than its parsing.
+        A timer or a callback of our own for each header would be simpler, but would cost each request
+        more than its parsing does.
         """
         callbacks = self._callbacks
         self._read_size = len(data)
@@ -126,7 +126,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         if self.deaf:
             return
         if self._in_head or (self._callbacks == callbacks and not self._in_body):
-            # Line ends before a request make no callback, and uvicorn has stopped its keep-alive timer.
+            # Line ends before a request cause no callback, and uvicorn has stopped its keep-alive timer.
             self._start_deadline()
 
     def _count_unparsed(self, size: int, callbacks: int) -> None:
@@ -218,7 +218,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._unanswered.keep_alive = False
 
     def close(self) -> None:
-        """Close after an answer."""
+        """Close the connection; if the body is still arriving, let the client read the answer first."""
         if self._is_answered_early:
             self._linger()
         else:
@@ -259,7 +259,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
                 self._drop_request()
 
     def _drop_request(self) -> None:
-        # The request refers to this object; without the cycle, reference counting frees both at once.
+        # The request refers to this object. With the reference gone, reference counting frees both at once.
         self.cycle = None  # type: ignore[assignment] # uvicorn starts with None, too
         if not self._in_head:
             self.scope = None  # type: ignore[assignment] # likewise
@@ -341,7 +341,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             return
         self.deaf = True
         if not cycle.more_body:
-            # The fault is in a later request: the client still gets the answer to this one, as the last.
+            # The fault is in a later request: the client still gets the answer to this one, and no more.
             cycle.keep_alive = False
         else:
             if not cycle.response_started and not self.pipeline:
@@ -354,7 +354,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def _linger(self) -> None:
         """Close the connection after LINGER_TIMEOUT, and drop the bytes that arrive until then.
 
-        To close it at once would reset the connection if bytes are unread, and the client may get the reset
+        Closing it at once would reset the connection if bytes are unread, and the client may get the reset
         before the answer.
         """
         self.deaf = True

@@ -59,7 +59,7 @@ class _Loop:
         return _Task()
 
     def run_timers(self, *, within: float) -> None:
-        """Run the timers that are active now and end in `within` seconds."""
+        """Run the timers that are active now and expire within `within` seconds."""
         for timer in [timer for timer in self.timers if timer.delay <= within]:
             timer.run()
 
@@ -107,7 +107,7 @@ class _Connection:
 
 
 def _closes_slow_heads(connection: _Connection) -> bool:
-    """Return whether the connection ends with the deadline if only a part of a head has come."""
+    """Return whether the connection ends with the deadline if only a part of a head has arrived."""
     connection.protocol.data_received(_GET[:-2])
     connection.loop.run_timers(within=connection.protocol.HEADER_TIMEOUT)
     return connection.transport.is_closed
@@ -123,7 +123,7 @@ def _refuses_large_heads(connection: _Connection) -> bool:
 
 
 def _bounds_pipelines(connection: _Connection) -> bool:
-    """Return whether requests beyond the limit are not taken while the first one is being answered."""
+    """Return whether requests beyond the limit are dropped while the first one is being answered."""
     most = connection.protocol.MAX_PIPELINED
     for _ in range(most + 5):
         connection.protocol.data_received(_GET)
@@ -138,7 +138,7 @@ _CHECKS: dict[str, Callable[[_Connection], bool]] = {
 
 
 def check_protocol(protocol: type[DeadlineHttpToolsProtocol] = DeadlineHttpToolsProtocol) -> None:
-    """Raise SettingsError, which names the limit, if one of the protocol does not hold."""
+    """Raise SettingsError, which names the limit, if a limit of the protocol does not hold."""
     for limit, holds in _CHECKS.items():
         fault = _find_fault(protocol, holds)
         if fault is not None:
@@ -154,6 +154,6 @@ def _find_fault(
         connection = _Connection(protocol)
         is_held = holds(connection)
         connection.protocol.connection_lost(None)
-    except Exception as error:  # noqa: BLE001 - a renamed method fails in any way
+    except Exception as error:  # noqa: BLE001 - a renamed method may raise any error
         return f"cannot be checked ({type(error).__name__})"
     return None if is_held else "does not hold"

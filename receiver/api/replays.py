@@ -32,7 +32,7 @@ from receiver.replays import ReplayRequest, Replays
 
 
 class ReplayEndpoints:
-    """All of them need the scope `operate`: a replay may send any caller's events."""
+    """The endpoints need the scope `operate`: a replay may send any caller's events."""
 
     def __init__(self, database: Database, replays: Replays, tokens: Tokens) -> None:
         self._database = database

@@ -21,7 +21,7 @@ from receiver.settings import DEFAULT_SOURCE
 BODY_SECONDS: Final = 3.0
 """How long the whole body may take, counted from the end of the request's head."""
 ANSWER_SECONDS: Final = 6.5
-"""How long the answer may take, from the same moment: reading the body, and storing it at most twice.
+"""How long the answer may take, from the same moment: time to read the body and try twice to store it.
 
 Clipia gives up after 10 seconds, and a busy event loop may be late by more than a second.
 """
@@ -226,7 +226,7 @@ class WebhookEndpoint:
     async def _read(self, receive: Receive, head: _Head) -> bytes:
         """Return the whole body.
 
-        Raises _RejectedBody for one over the limit; if Content-Length declares that, before reading it.
+        Raises _RejectedBody if it is over the limit, without reading it if Content-Length says so.
         """
         if head.encoded:
             raise _RejectedBody(415, "encoding", _ENCODED)

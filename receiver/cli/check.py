@@ -108,7 +108,7 @@ class _Check:
             tables = ", ".join(f"{number} of {table}" for table, number in masked.items())
             _warn(
                 "database",
-                f"masked secrets in stored errors ({tables}): replace these secrets, because everyone with "
+                f"masked secrets in stored errors ({tables}): replace these secrets, because anyone with "
                 "access to the database or to a backup could read them",
             )
         for name in waiting.keys() - {each.name for each in settings.all_destinations}:
@@ -171,10 +171,10 @@ class _Check:
     async def _check_clipia(self, settings: Settings) -> None:
         client = open_client(settings)
         if settings.clipia_key is None or client is None:
-            _ok("Clipia", "no CLIPIA_KEY: webhooks are received, and jobs cannot be submitted")
+            _ok("Clipia", "no CLIPIA_KEY: webhooks are received, but jobs cannot be submitted")
             return
         if not settings.clipia_key.get_secret_value().startswith(("clipia_live_", "clipia_test_")):
-            _warn("Clipia", "CLIPIA_KEY starts neither with clipia_live_ nor clipia_test_: is it complete?")
+            _warn("Clipia", "CLIPIA_KEY starts with neither clipia_live_ nor clipia_test_: is it complete?")
         try:
             balance = (await client.balance(call=Call())).get("balance") or {}
         finally:
@@ -240,7 +240,7 @@ def _print(mark: str, step: str, message: str) -> None:
 
 @contextmanager
 def collected_problems() -> Iterator[list[str]]:
-    """Collect the problems that destinations log in the block, in place of logging them."""
+    """Collect the problems that destinations log inside the block, instead of logging them."""
     problems: list[str] = []
 
     def collect(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:

@@ -45,7 +45,7 @@ def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
 
 
 def read_input(text: str) -> dict[str, Any]:
-    """Return the object that `--input` names or spells. Raises ReceiverError."""
+    """Return the object that `--input` contains, or that its file contains. Raises ReceiverError."""
     # Bytes of an argument that are not UTF-8 arrive as surrogates.
     content = text.encode(errors="surrogateescape")
     if text.startswith("@"):
@@ -56,8 +56,8 @@ def read_input(text: str) -> dict[str, Any]:
         raise ReceiverError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
     if altered:
         raise ReceiverError(
-            f"--input: Clipia cannot be sent the values at {', '.join(altered[:5])}: "
-            "write integers of 64 bits, whole characters, and each name once"
+            f"--input: the values at {', '.join(altered[:5])} cannot be sent to Clipia: "
+            "write integers of at most 64 bits, complete Unicode characters, and each name once"
         )
     if not isinstance(value, dict):
         raise ReceiverError('--input: write a JSON object, as in \'{"prompt": "a cat"}\'')

@@ -61,7 +61,7 @@ async def find_event(connection: AsyncConnection, key: str, find: EventFinder[Ev
 
 
 def no_event(key: str) -> ReceiverError:
-    """Return the error for a key without an event."""
+    """Return the error for a key that matches no event."""
     return ReceiverError(f"there is no event with the id or request_id {key!r}")
 
 

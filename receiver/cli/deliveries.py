@@ -28,7 +28,7 @@ from receiver.errors import ReceiverError
 from receiver.settings import Settings
 
 BATCH_ROWS: Final = 1000
-"""Deliveries that one transaction changes at most."""
+"""One transaction changes at most this many deliveries."""
 MAX_COLLISIONS: Final = 5
 MAX_ERROR_LENGTH: Final = 100
 
@@ -37,7 +37,7 @@ deliveries = typer.Typer(
     no_args_is_help=True,
 )
 
-_Dead = Annotated[bool, typer.Option("--dead", help="Take its dead letters, too.")]
+_Dead = Annotated[bool, typer.Option("--dead", help="Include its dead letters.")]
 _Destination = Annotated[str | None, typer.Option(help="Only deliveries to this destination.")]
 _Removed = Annotated[
     str, typer.Argument(metavar="FROM", help="The destination that is no longer in the settings.")
@@ -51,7 +51,9 @@ def list_(
     since: Annotated[datetime | None, since_option("deliveries made")] = None,
     until: Annotated[datetime | None, until_option("deliveries made")] = None,
     limit: Limit = 50,
-    before: Annotated[str | None, typer.Option(help="The next page: the id of the last row.")] = None,
+    before: Annotated[
+        str | None, typer.Option(help="Continue after this id: the last one of the page before.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List deliveries, newest first, each with the reason of its last failure."""
@@ -134,8 +136,8 @@ def move(
     is pending for it, is not sent twice. Replays that have not ended go to the other destination, too.
 
     Three days after a worker first missed the destination, its deliveries are dead letters, which only --dead
-    moves. Deliveries that a worker has claimed are left; if the worker was killed, for up to a minute. The
-    command prints how many they are: run it again.
+    moves. Deliveries that a worker has claimed stay until it is done with them, or for up to a minute if it
+    was killed. The command prints their number, and when to run it again.
     """
 
     async def run(settings: Settings, database: Database) -> dict[str, int]:
@@ -159,11 +161,11 @@ def move(
 def discard(destination: _Removed, dead: _Dead = False, dry_run: DryRun = False, json: Json = False) -> None:
     """Cancel the deliveries of a removed destination: they are not sent any more.
 
-    Replays that have not ended leave the destination out; one for this destination alone is canceled.
+    Replays that have not ended leave the destination out; a replay to this destination alone is canceled.
 
     Three days after a worker first missed the destination, its deliveries are dead letters, which only --dead
-    discards. Deliveries that a worker has claimed are left; if the worker was killed, for up to a minute. The
-    command prints how many they are: run it again.
+    discards. Deliveries that a worker has claimed stay until it is done with them, or for up to a minute if
+    it was killed. The command prints their number, and when to run it again.
     """
 
     async def run(settings: Settings, database: Database) -> dict[str, int]:
@@ -212,8 +214,8 @@ async def _add_claimed(database: Database, destination: str, done: dict[str, int
         claimed, seconds = await removed_destinations.count_under_way(connection, destination)
     if claimed:
         print_note(
-            f"{count(claimed, 'delivery', 'deliveries')} to {destination!r} under way: a running worker has "
-            "claimed them, or a killed one had. "
+            f"{count(claimed, 'delivery', 'deliveries')} to {destination!r} under way: claimed by a running "
+            "worker, or by one that was killed. "
             f"Run this command again in {max(1, math.ceil(seconds))} s."
         )
     return done | {"under_way": claimed}

@@ -50,7 +50,9 @@ def list_(
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,
-    before: Annotated[int | None, typer.Option(help="The next page: the `seq` of the last row.")] = None,
+    before: Annotated[
+        int | None, typer.Option(help="Continue after this `seq`: the last one of the page before.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List events, newest first."""

@@ -72,10 +72,10 @@ async def _read_batches(
 def import_(
     file: Annotated[str, typer.Argument(help="A file from `events export`; - for standard input.")],
 ) -> None:
-    """Read an export into this database. Rows that are in it already are not changed: it can be repeated.
+    """Read an export into this database. Rows that exist already are not changed, so you can repeat it.
 
     Delivered messages are not sent again; pending ones are sent from this database. Keep the workers of the
-    old database stopped, or both send them.
+    old database stopped, or both databases send them.
     """
 
     async def run(_settings: Settings, database: Database) -> Counter[str]:
@@ -117,7 +117,9 @@ def _batches(source: Iterable[bytes]) -> Iterator[tuple[int, list[export_import.
         if lines:
             yield batch[0][0], lines
     if last.get("lines") != read:
-        raise ReceiverError("the export has no last line: was it cut off? All of its lines are imported")
+        raise ReceiverError(
+            "the export's last line is missing: was it cut off? The lines before it are imported"
+        )
 
 
 def _line(text: bytes) -> export_import.Line:

@@ -43,7 +43,7 @@ def _open(command: str, *, address: tuple[str, int] | None = None, path: str = "
     try:
         return Heartbeat(command, address=address, path=path)
     except OSError as error:
-        # The service runs without the file.
+        # The service can run without the file.
         log.warning(
             "no heartbeat file: `receiver healthcheck` cannot find this process", error=error.strerror
         )

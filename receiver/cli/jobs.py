@@ -62,7 +62,7 @@ def list_(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Only jobs with this metadata. Repeatable.")
     ] = None,
     limit: Limit = 50,
-    cursor: Annotated[str | None, typer.Option(help="The next page: `next` of the page before.")] = None,
+    cursor: Annotated[str | None, typer.Option(help="Continue here: the `next` of the page before.")] = None,
     json: Json = False,
 ) -> None:
     """List jobs, newest first."""
@@ -137,7 +137,7 @@ def freeze(
         typer.Option("--restored", help="The database was restored, so keys used since the backup are lost."),
     ] = False,
 ) -> None:
-    """Accept and submit no jobs until `jobs thaw`; submitted jobs go on, and webhooks are received.
+    """Accept and submit no jobs until `jobs thaw`; submitted jobs continue, and webhooks are received.
 
     A request with a known key is answered as usual; a new key is rejected (503 `submissions_frozen`). After a
     restore, run this before you start anything: docs/jobs.md says why, and which steps follow.
@@ -159,7 +159,9 @@ def thaw() -> None:
         raise ReceiverError("submissions are not frozen")
     stdout.print("Jobs are accepted and submitted again.")
     for job_id in unsure:
-        print_line(f"Job {job_id} is unsure: it may have been sent since the backup, and its key expired.")
+        print_line(
+            f"Job {job_id} is unsure: it may have been sent since the backup, and its key has expired."
+        )
 
 
 @jobs.command()

@@ -8,8 +8,8 @@ from typing import Any
 from receiver.errors import SettingsError
 
 _REASONS = {
-    errno.EADDRINUSE: "something listens there already; stop it or choose another --port",
-    errno.EACCES: "this user may not listen on that port; choose one from 1024 on",
+    errno.EADDRINUSE: "another program listens there already; stop it or choose another --port",
+    errno.EACCES: "this user may not listen on that port; choose 1024 or higher",
     errno.EADDRNOTAVAIL: "no network interface has this address",
     errno.EAFNOSUPPORT: "this machine does not support this kind of address",
 }
@@ -60,7 +60,7 @@ def _bind_one(family: int, address: tuple[object, ...], *, alone: bool) -> socke
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
-            # An IPv6 socket that takes IPv4, too, cannot be bound beside one for IPv4.
+            # An IPv6 socket that also takes IPv4 cannot be bound to the port of an IPv4 socket.
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not alone)
         listener.bind(address)
     except OSError:

@@ -13,7 +13,7 @@ MAX_PORT: Final = 65_535
 
 
 def since_option(noun: str) -> Any:
-    """Make the option `--since`; `noun` says of which rows, and of which of their times."""
+    """Make the option `--since`; `noun` names the rows and the time that counts, as in `events received`."""
     return typer.Option(
         metavar="TIME",
         callback=_in_utc,

@@ -42,9 +42,9 @@ def prune(
 ) -> None:
     """Delete old events with their receipts, deliveries and attempts, and the inputs of old jobs.
 
-    Jobs keep their key, price and result; files are kept without --media. An event is kept as long as a file
-    or a delivery of it is pending, it has dead letters, its job has not ended, or a replay has yet to send
-    it. You can stop this command and run it again at any time.
+    Jobs keep their key, price and result; files are kept without --media. An event is kept while it has a
+    pending file or delivery or a dead letter, its job has not ended, or a replay has yet to send it. You can
+    stop this command and run it again at any time.
     """
 
     async def run(settings: Settings, database: Database) -> Pruned:
@@ -64,7 +64,8 @@ def prune(
         return
     verb = "to delete" if dry_run else "deleted"
     stdout.print(
-        f"{count(done.events, 'event')} received before {moment(done.before)} {verb}, {done.kept} as old kept"
+        f"{count(done.events, 'event')} received before {moment(done.before)} {verb}, "
+        f"{done.kept} of that age kept"
     )
     if done.files or done.jobs:
         stdout.print(f"{count(done.files, 'file')} and the inputs of {count(done.jobs, 'job')} {verb}")
@@ -95,6 +96,6 @@ async def _watch(done: Pruned, batches: AsyncIterator[Pruned]) -> Pruned:
         except BaseException:
             stopped = True
             await asyncio.wait([task])
-            print_note(f"{count(done.events, 'event')} until then; run the same command again to go on.")
+            print_note(f"{count(done.events, 'event')} until then; run the same command again to continue.")
             raise
     return done

@@ -45,7 +45,9 @@ MAX_REASON_LENGTH: Final = 60
 replays = typer.Typer(help="Show, watch and cancel replays.", no_args_is_help=True)
 
 _Ids = Annotated[list[str] | None, typer.Argument(metavar="EVENT", help="Ids or request_ids of events.")]
-_DeliveryState = Annotated[str | None, typer.Option(help="Only with a pending, delivered or dead delivery.")]
+_DeliveryState = Annotated[
+    str | None, typer.Option(help="Only events with a delivery in this state: pending, delivered, dead.")
+]
 _To = Annotated[list[str] | None, typer.Option(help="Only to this destination. Repeatable. Default: to all.")]
 _Media = Annotated[bool, typer.Option("--media", help="First replace missing, changed and non-media files.")]
 _Force = Annotated[bool, typer.Option("--force", help="With --media: replace intact files, too.")]
@@ -99,7 +101,7 @@ def replay(
 
 
 def _given(**values: object) -> dict[str, object]:
-    """Return the options that the command line has."""
+    """Return the options that were given."""
     return {name: value for name, value in values.items() if value not in (None, [])}
 
 
@@ -189,13 +191,13 @@ def show(
 
 @replays.command()
 def cancel(replay_id: _ReplayId) -> None:
-    """Cancel a replay and its pending deliveries; messages that were sent cannot be called back."""
+    """Cancel a replay and its pending deliveries; messages that were sent cannot be recalled."""
 
     async def run(settings: Settings, database: Database) -> ReplayDetails:
         orders = make_replays(settings, database)
         await _find(orders, replay_id)
         if not await orders.cancel(replay_id, by=operator()):
-            raise ReceiverError("the replay has ended")
+            raise ReceiverError("the replay has ended, so it cannot be canceled")
         return await _find(orders, replay_id)
 
     _print(with_database(run))
@@ -211,7 +213,7 @@ async def _find(orders: Replays, replay_id: UUID) -> ReplayDetails:
 async def _watch(
     database: Database, orders: Replays, order: ReplayDetails, patience: Patience
 ) -> tuple[ReplayDetails, int]:
-    """Return the replay and the exit status when it has ended or waiting for it has no use."""
+    """Return the replay and the exit status once it has ended, or once waiting is of no use."""
     again = f"`receiver replays show {order['id']} --wait` watches it again."
     progress = progress_bar(
         TextColumn("{task.description}"),
@@ -259,7 +261,7 @@ async def _wait(
 
 
 def _expected(order: ReplayDetails) -> int | None:
-    """Return the number of its deliveries, estimated from the events that are handled; None before that."""
+    """Return the number of its deliveries, estimated from the events handled so far; None at first."""
     if order["state"] != "pending":
         return order["ordered"]
     return round(order["ordered"] * order["matched"] / order["handled"]) if order["handled"] else None
@@ -271,7 +273,7 @@ async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
 
 
 def _missing_worker(order: ReplayDetails, seen: Sequence[SeenWorker]) -> str | None:
-    """Return what has to be started or changed so that the replay goes on; None if it goes on."""
+    """Return what has to be started or changed before the replay can continue; None if it continues."""
     if order["state"] == "pending":
         # A worker's step needs all destinations of the order.
         return find_missing(seen, [REPLAY_LANE, *map(destination_lane, order["destinations"])])

@@ -21,7 +21,7 @@ def send(
         str, typer.Option(help="The receiver's callback.")
     ] = f"http://127.0.0.1:8000{CALLBACK_PATH}",
     source: Annotated[str, typer.Option(help="Sign with the secret of this source.")] = DEFAULT_SOURCE,
-    age: Annotated[int, typer.Option(help="Date the signature so many seconds back.")] = 0,
+    age: Annotated[int, typer.Option(help="Date the signature this many seconds back.")] = 0,
 ) -> None:
     """Sign a payload with the source's first secret and post it to a receiver, like Clipia does.
 

@@ -57,8 +57,8 @@ def serve(
     """Receive webhooks and serve the internal API; with a worker, save the media and forward the events.
 
     Settings come from the environment and from receiver.toml; CLIPIA_WEBHOOK_SECRET is required. On SIGTERM
-    the server answers requests for RECEIVER_DRAIN more seconds, and /readyz with 503. Ctrl-C stops it at
-    once. The exit status is 0 after either.
+    the server keeps answering requests for RECEIVER_DRAIN seconds, while /readyz says 503. Ctrl-C stops it
+    at once. The exit status is 0 after either.
     """
     settings = Settings.load()
     settings.require_sources()
@@ -80,7 +80,7 @@ def serve(
     with _metrics_folder() as folder:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
         for listener in listeners:
-            # From here on clients wait for the processes to start; before it they are refused.
+            # From here on clients wait for the processes to start; until now they were refused.
             listener.listen(MAX_BACKLOG)
         _log_listening(listeners)
         status = Supervisor(run, listeners, count=workers).run()
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
 
     In the drain period `/readyz` answers 503, so that load balancers use other servers, and each answer
     closes its connection. A second SIGTERM is ignored: systemd sends one to each process, and the parent
-    passes on its own.
+    passes its own on.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ CALLER: Final = "cli"
 UNATTENDED_SECONDS: Final = 5.0
 """If due work has waited this long, the command prints why."""
 WEBHOOK_SECONDS: Final = 60.0
-"""How long the command waits for a webhook without a worker that polls."""
+"""How long the command waits for a webhook before it requires a worker that polls."""
 
 
 def submit(
@@ -31,10 +31,13 @@ def submit(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Returned with the job and with its message. Repeatable."),
     ] = None,
-    max_cost: Annotated[float | None, typer.Option(help="Most credits that the job may cost.", min=0)] = None,
+    max_cost: Annotated[
+        float | None, typer.Option(help="The most credits that the job may cost.", min=0)
+    ] = None,
     strict: Strict = None,
     caller: Annotated[
-        str, typer.Option(help="The job's caller; each caller has keys of its own. The API uses token names.")
+        str,
+        typer.Option(help="The job's caller, which has keys of its own. In the API it is the token's name."),
     ] = CALLER,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the result and its files.")] = False,
     timeout: Timeout = None,
@@ -73,7 +76,7 @@ def submit(
 
 
 async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Job, int]:
-    """Return the job and the exit status when the job has ended or waiting for it has no use."""
+    """Return the job and the exit status once it has ended, or once waiting is of no use."""
     try:
         job = await _wait(submitter, job, patience)
     except GaveUp as over:
@@ -107,7 +110,7 @@ async def _wait(submitter: Submitter, job: Job, patience: Patience) -> Job:
 
 
 async def _find_missing(submitter: Submitter, job: Job) -> str | None:
-    """Return what has to be started or changed so that the job goes on; None if it goes on."""
+    """Return what has to be started or changed before the job can continue; None if it continues."""
     async with submitter.database.read() as connection:
         seen = await workers.find_runs(connection)
         frozen = await submission_freezes.find(connection)
@@ -122,7 +125,7 @@ async def _find_missing(submitter: Submitter, job: Job) -> str | None:
     else:
         lane = POLL_LANE
     missing = find_missing(seen, [lane], account=submitter.client.account)
-    # A worker of an earlier release is not listed. It may do the work, so the work has to be overdue.
+    # A worker of an earlier release is not listed but may do the work: report only overdue work.
     return missing if lane == MEDIA_LANE or _unattended(job) else None
 
 

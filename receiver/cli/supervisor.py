@@ -1,7 +1,7 @@
 """Runs several web processes on one port: starts them, replaces one that dies, and stops them together.
 
 uvicorn has a supervisor, too. It kills a process that takes more than five seconds to import, again and
-again, and its processes go on if it is killed.
+again, and its processes keep running if it is killed.
 """
 
 import contextlib
@@ -91,7 +91,7 @@ class Supervisor:
         try:
             self._start()
         except OSError as error:
-            # Out of memory, or the limit of processes is reached: it may pass, and the others still serve.
+            # Out of memory, or over the limit on processes: this may pass, and the others still serve.
             log.error("web process not replaced", error=type(error).__name__)
             self._due.append(time.monotonic() + RESTART_PAUSE_SECONDS)
 

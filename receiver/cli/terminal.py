@@ -23,7 +23,7 @@ stderr: Final = Console(stderr=True, highlight=False)
 
 
 def user_name() -> str:
-    """Return the name of the user that runs this command; a container's user may have a number alone."""
+    """Return the name of the user that runs this command; a container's user may have only a number."""
     try:
         return getpass.getuser()
     except (KeyError, OSError):
@@ -104,7 +104,7 @@ def moment(time: datetime) -> str:
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
-    """Make a progress bar; it is drawn on a terminal alone, and not in a log or in a mail from cron."""
+    """Make a progress bar; it is drawn only on a terminal, and not in a log or in a mail from cron."""
     return Progress(*columns, console=stderr, disable=not stderr.is_terminal)
 
 
@@ -119,5 +119,5 @@ def print_line(line: str) -> None:
 
 
 def print_note(note: str) -> None:
-    """Print a note on standard error, which programs that read the result do not read."""
+    """Print a note on standard error: programs read the result from standard output."""
     stderr.print(Text(note), soft_wrap=True)

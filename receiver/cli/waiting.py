@@ -14,7 +14,7 @@ from receiver.errors import ReceiverError
 NO_WORKER_STATUS: Final = 3
 """The exit status if no running worker does the work that the command waits for."""
 TIMEOUT_STATUS: Final = 124
-"""The exit status after --timeout; the same as that of `timeout`."""
+"""The exit status after --timeout; the command `timeout` uses the same."""
 GRACE_SECONDS: Final = 10.0
 """How long a worker may be missing: it may be starting."""
 
@@ -38,7 +38,7 @@ class Patience:
     """Decides when a command stops waiting."""
 
     def __init__(self, timeout: float | None, *, waits: bool) -> None:
-        """`timeout` is in seconds from now; None is no limit. Raises ReceiverError for one without a wait."""
+        """`timeout` is in seconds from now; None is no limit. Raises ReceiverError without --wait."""
         if timeout is not None and not waits:
             raise ReceiverError("--timeout needs --wait")
         self._timeout = math.inf if timeout is None else timeout

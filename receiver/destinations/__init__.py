@@ -60,7 +60,7 @@ def _load_kind(settings: DestinationSettings) -> type[_Opened]:
     if not colon or scheme.lower() not in _KINDS:
         known = ", ".join(f"{name}:" for name in _KINDS)
         raise SettingsError(
-            f"destination {settings.name!r}: the scheme of the URL is unknown; known are {known}"
+            f"destination {settings.name!r}: the scheme of the URL is unknown; use one of {known}"
         )
     module_name, class_name = _KINDS[scheme.lower()]
     try:
@@ -78,11 +78,11 @@ def _load_kind(settings: DestinationSettings) -> type[_Opened]:
 
 
 class DeferredDestination:
-    """A destination with a file that cannot be used yet, such as a certificate: each attempt tries again."""
+    """A destination with a file that cannot be used yet, such as a certificate: each attempt retries."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._settings = settings
-        # That of its class: a lane reads it only once, maybe before the files are usable.
+        # The value of its class: a lane reads it only once, possibly before the files are usable.
         self.concurrency = _load_kind(settings).concurrency
         self._opened: Destination | None = None
 
@@ -127,7 +127,7 @@ def open_for_work(settings: DestinationSettings) -> Destination:
 async def started(destinations: Mapping[str, Destination]) -> AsyncIterator[set[str]]:
     """Start destinations, and close them after the block; yield the names of those that are not ready.
 
-    If one cannot be opened webhooks are acknowledged all the same: its deliveries wait, as in any outage.
+    If one cannot be opened, webhooks are still acknowledged: its deliveries wait, as in any outage.
     """
     tasks = {name: asyncio.create_task(_start(name, each)) for name, each in destinations.items()}
     try:

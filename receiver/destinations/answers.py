@@ -1,6 +1,6 @@
 """HTTP answers byte by byte: the status counts, even if the rest of the answer is invalid.
 
-h11 parses the head of an answer as a whole. If it finds an invalid header it reports no status, and if the
+h11 parses the head of an answer as a whole. If it finds an invalid header, it reports no status, and if the
 body is shorter than announced the exchange fails: the event would be sent again. So the bytes are recorded on
 their way to h11, and interim answers (1xx) do not reach it.
 """
@@ -13,7 +13,7 @@ import httpcore
 import httpx
 
 MAX_HEAD_BYTES: Final = 128 * 1024
-"""How much of an answer is recorded; h11 takes no longer head."""
+"""How much of an answer is recorded; h11 accepts no longer head."""
 
 _STATUS_LINE: Final = re.compile(
     rb"[\r\n]*(HTTP/[0-9](?:\.[0-9])?[ \t]+([1-9][0-9]{2})(?![0-9])[^\n]*\n)", re.IGNORECASE
@@ -45,14 +45,14 @@ class RawAnswer:
 
     def on_write(self, data: bytes) -> None:
         """Record that a part of the request is sent: only later bytes can be its answer."""
-        # A proxy's answer to CONNECT is not the answer to the request. Each of the two ends with an empty
-        # write.
+        # A proxy's answer to CONNECT is not the answer to the request. CONNECT and the request each end with
+        # an empty write.
         self._is_requested = self._is_requested or (data != b"" and not data.startswith(b"CONNECT "))
 
     def on_read(self, data: bytes) -> bytes:
         """Record bytes that have arrived, and return those that h11 is to read now.
 
-        Raises RemoteProtocolError if they are not an answer: h11 would wait for the rest of it.
+        Raises RemoteProtocolError if they cannot begin an answer: h11 would go on waiting for one.
         """
         if not self._is_requested:
             return data
@@ -84,7 +84,7 @@ class RawAnswer:
         return self.status is not None and self._find_end() == self._size
 
     def _find_answer(self) -> bool:
-        """Drop the bytes before the answer itself; return False while only those have arrived."""
+        """Drop the bytes before the answer itself; return False while nothing else has arrived."""
         while True:
             if self._is_interim:
                 end = _END_OF_HEAD.search(self._recorded)

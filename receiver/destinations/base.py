@@ -22,7 +22,7 @@ TIMEOUT_SECONDS: Final = 15.0
 """Seconds for a whole attempt, unless the destination's `timeout` says otherwise."""
 
 _EVENT: Final = re.compile(r'\{\\*"')
-"""The beginning of every event, also if a program has quoted it and escaped the quotes."""
+"""The beginning of every event, even if a program has quoted it and escaped the quotes."""
 
 log = structlog.get_logger()
 
@@ -36,7 +36,7 @@ class Destination(Protocol):
     async def start(self) -> None:
         """Connect, open or repair. Raises SettingsError if the configuration has to change.
 
-        If the destination is down for now it starts all the same, and `publish` connects later.
+        If the destination is only down for now, this raises no error, and `publish` connects later.
         """
 
     async def check(self) -> None:
@@ -68,7 +68,7 @@ def encode(event: CloudEvent) -> bytes:
 
 
 def quoted(text: object, limit: int = MAX_QUOTED_CHARACTERS) -> str:
-    """Return the other side's text for a message: cut, and without any secrets and events in it."""
+    """Return the other side's text for a message: shortened, and without the secrets and events in it."""
     # Mask before cutting: a cut could leave half of a secret, which no longer matches.
     shown = _EVENT.split(mask(str(text)[: 10 * limit]), maxsplit=1)[0]
     return shown.encode(errors="backslashreplace").decode()[:limit]

@@ -1,4 +1,4 @@
-"""Private parts of the client libraries, in one place: an upgrade of a library may change each of them.
+"""Private parts of the client libraries, in one place: an upgrade of a library may change any of them.
 
 Each function says which gap of the public interface it fills.
 """
@@ -23,12 +23,12 @@ def abort_nats_transport(transport: Any) -> None:
 
 
 def count_kafka_replicas(cluster: Any, topic: str) -> int:
-    """Return the number of replicas of the partition that has the fewest; no public method tells it."""
+    """Return the number of replicas of the partition that has the fewest; no public method returns it."""
     return min(len(partition.replicas) for partition in cluster._partitions[topic].values())
 
 
 async def close_kafka_producer(producer: Any, *, seconds: float) -> None:
-    """Disconnect a producer; each of the two steps may take so many seconds.
+    """Disconnect a producer; each of the two steps may take `seconds`.
 
     The library's `stop` first sends all records that wait, for as long as that takes.
     """

@@ -44,8 +44,8 @@ Result = TypeVar("Result")
 class SharedConnection(Generic[ConnectionT]):
     """Opens a connection for the first publish that needs it, and shares it with all others.
 
-    If it does not survive a failure the next publish opens another one. The old connection is closed when its
-    last user is done.
+    If it does not survive a failure, the next publish opens another one. The old connection is closed when
+    its last user is done.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class SharedConnection(Generic[ConnectionT]):
     async def _open(self) -> ConnectionT | PublishFailed:
         """Open a connection, or return the failure.
 
-        If it were raised and all publishes that wait were cancelled, asyncio would report it as never
+        If the failure were raised and all waiting publishes were cancelled, asyncio would report it as never
         retrieved.
         """
         connection = self._make()

@@ -1,7 +1,7 @@
 """`file:path.jsonl`: one event per line, appended and flushed to the disk.
 
-Several processes may append to one file. Each locks it while it writes, so if the last line has no end, a
-crash has cut an append short that was never confirmed.
+Several processes may append to one file. Each locks it while it writes, so a last line without an end
+is an append that a crash interrupted and that was never confirmed.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class FileDestination(CheckedDestination):
         self._closed = False
 
     async def check(self) -> None:
-        """Open and repair the file, which makes it and its folders, and check that it can be locked.
+        """Open and repair the file, make it and its folders if necessary, and check that it can be locked.
 
         Raises SettingsError if it cannot be a file of events.
         """
@@ -164,7 +164,7 @@ class _Lines:
         self._descriptor = open_private(str(self._path), flags)
         if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
             raise _UnusableError(errno.EINVAL, "is not a regular file")
-        # Also if the file exists: the process that made it may have crashed before this.
+        # Even if the file exists: the process that made it may have crashed before this.
         sync_folder(self._path.parent)
         return self._descriptor
 
@@ -190,7 +190,7 @@ def _repair(descriptor: int) -> int:
     if end < size:
         # A power cut may leave zeros. Any other text is not an event, so the path must be wrong.
         if os.pread(descriptor, 1, end) not in {b"{", b"\0"}:
-            raise _UnusableError(errno.EINVAL, "does not end with a whole line and is no file of events")
+            raise _UnusableError(errno.EINVAL, "does not end with a whole line and is not a file of events")
         os.ftruncate(descriptor, end)
         log.warning("removed a torn last line", bytes=size - end)
     return end

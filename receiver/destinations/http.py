@@ -84,7 +84,7 @@ class HttpDestination:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
         set_network(self._transport, RecordingNetwork())
-        # The pool's own limit leaks: if a request is cancelled in the moment in which the pool gives it a
+        # The pool's own limit leaks: if a request is cancelled at the moment when the pool gives it a
         # connection, its slot is lost for ever, and after enough timeouts no slot is left.
         self._slots = asyncio.Semaphore(settings.concurrency or MAX_CONNECTIONS)
         self._closed = False
@@ -105,8 +105,8 @@ class HttpDestination:
             log.warning(
                 "the destination may take no events",
                 destination=self._name,
-                problem=f"{self._origin} answers {reply.status} to OPTIONS: if it answers events so, too, it "
-                f"gets none; check the URL's path and credentials{_hint(reply.status)}",
+                problem=f"{self._origin} answers {reply.status} to OPTIONS: if it answers events like that, "
+                f"none is delivered; check the URL's path and credentials{_hint(reply.status)}",
             )
 
     async def publish(self, event: CloudEvent) -> None:
@@ -125,7 +125,7 @@ class HttpDestination:
         """Let the exchanges under way end, which the timeout bounds, and close all connections."""
         self._closed = True
         if self._exchanges:
-            # A pool that is closed leaves connections open that are still being made.
+            # Closing the pool would leave connections open that are still being made.
             await asyncio.wait(self._exchanges)
         await self._transport.aclose()
 

@@ -27,7 +27,7 @@ def loss_warning(
         problems.append(f"the stream keeps {', '.join(dropped)}, even if they are unread")
     if config.storage != StorageType.MEMORY and (config.num_replicas or 1) == 1:
         problems.append(
-            "a power cut may lose the last minutes: the stream has one replica; or is sync_interval `always`?"
+            "the stream has one replica: a power cut may lose minutes, unless sync_interval is always"
         )
     return "; ".join(problems) or None
 

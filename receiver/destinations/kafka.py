@@ -127,7 +127,7 @@ class KafkaDestination(CheckedDestination):
         )
 
     async def check(self) -> None:
-        """Check that the topic exists and has leaders, and warn if a broker may lose it."""
+        """Check that the topic exists and has leaders, and warn if confirmed events may be lost."""
         replicas = await self._connections.run(_Producer.count_replicas)
         if replicas < 2:
             self._warn_of_losses("the topic has one replica: confirmed events are lost with its broker")
@@ -199,7 +199,7 @@ class _Producer(Connection):
         topic, cluster = self._address.topic, self._producer.client.cluster
         with _translated(self._address.shown):
             await self._producer.partitions_for(topic)
-            # The metadata that is known so far may be out of date.
+            # The metadata at hand may be out of date.
             if not await self._producer.client.force_metadata_update():
                 raise KafkaConnectionError("no broker answers")
             await self._producer.partitions_for(topic)
@@ -210,7 +210,7 @@ class _Producer(Connection):
     def survives(self, failure: Failure) -> bool:
         """Return False.
 
-        A producer would send records that have timed out again and again, for as long as the process lives.
+        A producer would keep sending the records that have timed out, for as long as the process lives.
         After a rejected batch its sequence numbers differ from the broker's.
         """
         return False

@@ -46,7 +46,7 @@ _NO_RESPONDERS: Final = "503"
 _TOO_LARGE: Final = frozenset({10054, 10097})
 _NO_JETSTREAM: Final = ("no_jetstream", "has no JetStream for this account, or no quorum for it")
 _WRONG_STREAM: Final = ("wrong_stream", "has the subject in another stream than the URL's")
-_FULL: Final = ("full", "cannot store the message: see the limits of stream and account")
+_FULL: Final = ("full", "cannot store the message: see the limits of the stream and of the account")
 _API_ERRORS: Final[Mapping[int | None, tuple[str, str]]] = {
     **dict.fromkeys((None, 10039, 10076), _NO_JETSTREAM),
     **dict.fromkeys((10060, 10065), _WRONG_STREAM),
@@ -130,7 +130,7 @@ class _Connection(Connection):
         try:
             async with asyncio.timeout(step_timeout(OPEN_SECONDS, self._address.timeout)):
                 await self._connect()
-                # One subscription for the answers to all publishes: one for each costs two more commands.
+                # One subscription for the answers to all publishes: one each would cost two more commands.
                 await self._client.subscribe(f"{self._inbox}.*", cb=self._on_answer)
                 if self._address.stream is not None:
                     await self._make_stream(self._address.stream)
@@ -141,7 +141,7 @@ class _Connection(Connection):
 
     async def publish(self, headers: dict[str, str], body: bytes) -> None:
         """Publish a message and return when it is acknowledged. Also raises PublishRejected."""
-        # The client checks the size of the body alone. If headers and body are too large for the server it
+        # The client checks the size of the body alone. If headers and body are too large for the server, it
         # closes the connection, and all other publishes fail, too.
         size = len(body) + sum(len(name) + len(value) + 4 for name, value in headers.items()) + 12
         if size > self._client.max_payload:
@@ -272,7 +272,7 @@ class _Connection(Connection):
     def _failure_from(self, error: Exception) -> Failure:
         if isinstance(error, NotFoundError | NoStreamResponseError):
             return PublishFailed(
-                f"no stream takes the subject {self._address.subject}: make one, or add it to one's subjects",
+                f"no stream takes the subject {self._address.subject}: make one, or add it to a stream",
                 reason="no_stream",
             )
         if isinstance(error, APIError):
@@ -280,7 +280,7 @@ class _Connection(Connection):
         if self._lost is not None:
             return copy_failure(self._lost)
         if not self._connected and self._first_error is not None:
-            # The client's last error only says that it has tried, or how long.
+            # The client's last error only says that it has tried, or for how long.
             error = self._first_error
         reason, text = self._explain(error)
         return PublishFailed(self._address.shown + text, reason=reason)
@@ -329,7 +329,9 @@ class _Connection(Connection):
         if self._lost is not None:
             return
         text = str(error)
-        log.warning("the client of a destination reports", destination=self._name, error=_server_text(error))
+        log.warning(
+            "the client of a destination reported an error", destination=self._name, error=_server_text(error)
+        )
         if '"$js.api.' in text:
             self._may_read_streams = False
         elif "permissions violation" in text:

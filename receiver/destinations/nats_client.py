@@ -1,4 +1,4 @@
-"""The client of NATS, extended."""
+"""The NATS client, extended."""
 
 from typing import Any
 
@@ -30,7 +30,7 @@ class NatsClient(Client):
         self._public_nkey = None if identity is None else identity.public_key
 
     def abort(self) -> None:
-        """Drop messages that are not sent yet: `close` would wait for a server that does not read."""
+        """Drop messages that have not been sent yet: `close` would wait for a server that does not read."""
         self._pending.clear()
         self._pending_data_size = 0
         if isinstance(self._transport, TcpTransport):

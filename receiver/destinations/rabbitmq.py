@@ -117,7 +117,7 @@ class RabbitmqDestination(CheckedDestination):
             )
 
     async def _run(self, work: Callable[["_Connection"], Awaitable[None]]) -> None:
-        # In a task of its own, which is never cancelled: if a publish is cancelled and its message returned
+        # In a task of its own, which is never cancelled: if a publish is cancelled and its message returned,
         # the library takes that for the return of another message, or ends the channel.
         running = asyncio.create_task(self._attempt(work))
         self._running.add(running)
@@ -255,7 +255,7 @@ class _Connection(Connection):
         return failure.reason != "timeout" and not (failure.reason == "unroutable" and self._address.queue)
 
     async def explain_timeout(self) -> PublishFailed | None:
-        """Explain it if RabbitMQ has announced that it takes no messages for now."""
+        """Explain the timeout if RabbitMQ has announced that it takes no messages for now."""
         try:
             async with asyncio.timeout(0):
                 await self._connection.ready()
@@ -344,7 +344,7 @@ def _encode(event: CloudEvent) -> _Message:
         headers = dict(message.application_properties)
         for name, value in event.get_attributes().items():
             if isinstance(value, datetime):
-                # The binding writes milliseconds: they lose the rest, and AMQP 0-9-1 has no such timestamp.
+                # The binding would write milliseconds, which lose the rest; AMQP 0-9-1 has only seconds.
                 headers[CE_PREFIX_UNDERSCORE + name] = value.isoformat().replace("+00:00", "Z")
         body = message.application_data
         properties = spec.Basic.Properties(

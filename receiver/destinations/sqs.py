@@ -80,7 +80,7 @@ _AUTH: Final = (
 )
 _PERMISSION: Final = (
     "permission",
-    "allow sqs:SendMessage and, for the check, sqs:GetQueueAttributes; for an encrypted queue its key, too",
+    "allow sqs:SendMessage and, for the check, sqs:GetQueueAttributes; for an encrypted queue its key's use",
 )
 _NO_QUEUE: Final = ("no_queue", "the queue does not exist: create it")
 _THROTTLED: Final = ("throttled", "the service throttles requests")
@@ -162,7 +162,7 @@ class SqsDestination(CheckedDestination):
         self._message_limit = int(answer.get("Attributes", {}).get("MaximumMessageSize", MAX_MESSAGE_BYTES))
         if self._message_limit < MAX_BATCH_BYTES:
             self._warn_of_losses(
-                f"larger messages than {self._message_limit} bytes are rejected: raise MaximumMessageSize"
+                f"messages larger than {self._message_limit} bytes are rejected: raise MaximumMessageSize"
             )
 
     async def publish(self, event: CloudEvent) -> None:
@@ -315,7 +315,7 @@ def _configured_endpoint(settings: DestinationSettings) -> str | None:
     if endpoint and not _is_endpoint(endpoint):
         raise SettingsError(
             f"destination {settings.name!r}: AWS_ENDPOINT_URL_SQS or AWS_ENDPOINT_URL: write "
-            "https://host, or http://host:port for a server of your own; no user, password and query"
+            "https://host, or http://host:port for a server of your own; no user, password or query"
         )
     return endpoint
 

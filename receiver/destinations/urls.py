@@ -60,7 +60,7 @@ def split_url(text: str, *, port: int, options: Collection[str] = ()) -> BrokerU
 
 @contextlib.contextmanager
 def usable_url(settings: DestinationSettings, example: str) -> Iterator[str]:
-    """Yield the URL. If it is invalid raise SettingsError, which has an example and never the URL."""
+    """Yield the URL. If it is invalid, raise SettingsError with an example, and never with the URL."""
     try:
         yield settings.url.get_secret_value()
     except (TypeError, ValueError):

@@ -12,7 +12,7 @@ from typing import Final, TypeAlias, TypeVar
 
 T = TypeVar("T")
 
-# A walk yields if it needs more bytes than the cursor has.
+# A walk yields when it needs more bytes than the cursor has.
 Wait: TypeAlias = Generator[None, None, T]
 
 MAX_PIECES: Final = 1_000_000
@@ -179,7 +179,7 @@ def riff(cursor: Cursor) -> Wait[None]:
 
 
 def iso(*required: bytes) -> Walk:
-    """Return a walk from box to box (MP4, MOV, AVIF); the file may end after any if all `required` came."""
+    """Return a walk from box to box (MP4, MOV, AVIF); the file may end after any once all `required` came."""
 
     def walk(cursor: Cursor) -> Wait[None]:
         missing = set(required)

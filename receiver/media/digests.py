@@ -18,7 +18,7 @@ _HEX_MD5 = re.compile(r'"([0-9a-f]{32})"')
 
 
 def stated_digests(headers: httpx.Headers) -> dict[str, bytes]:
-    """Return hashlib's name of an algorithm → the digest that the body must have.
+    """Return the digests that the body must have, each under hashlib's name of its algorithm.
 
     From `Repr-Digest`, `Content-Digest`, `Content-MD5`, Google's `x-goog-hash` and S3's `ETag`. Malformed
     digests are left out, and so are algorithms with two different digests.
@@ -40,7 +40,7 @@ def _standard(headers: httpx.Headers) -> Iterator[tuple[str, bytes]]:
 
 
 def _google(headers: httpx.Headers) -> Iterator[tuple[str, bytes]]:
-    # Google states the digest of the stored bytes. If it unpacks gzip on the way, it sends other ones.
+    # Google states the digest of the stored bytes. If it unpacks gzip on the way, it sends other bytes.
     if headers.get("x-goog-stored-content-encoding", "identity") == "identity":
         for part in headers.get_list("x-goog-hash", split_commas=True):
             if part.strip().startswith("md5="):

@@ -32,7 +32,7 @@ _OK = 200
 _RETRY_LATER = {408, 425, 429}
 _REDIRECTS = {301, 302, 303, 307, 308}
 _MAX_REDIRECTS = 4
-# Codings that change the bytes. Servers also put words there that change none: `aws-chunked`, `UTF-8`.
+# Codings that change the bytes. Servers also send words that change none, such as `aws-chunked`, `UTF-8`.
 _COMPRESSIONS = {
     *("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress", "bzip2", "x-bzip2"),
     *("xz", "lzma", "lz4", "snappy", "exi", "pack200-gzip", "dcb", "dcz"),
@@ -142,7 +142,7 @@ class Downloader:
         The key is `stem` plus the extension of the file's type. A file of another type than the kind allows
         was paid for, so it is stored too, as `application/octet-stream` with the extension `.bin`.
 
-        A body in doubt is stored if its SHA-256 is `seen_sha256`, that of the attempt before, or if
+        A body in doubt is stored if its SHA-256 is `seen_sha256`, that of the attempt before, or with
         `keep_doubtful`, which also stores a page in place of the file. Raises MediaBlocked, MediaUnavailable
         or a subclass of it, or StorageUnavailable; then no file is stored.
         """

@@ -11,7 +11,7 @@ from receiver.core.output_files import Kind, extension_of, is_never_text
 from receiver.media import container_formats
 from receiver.media.container_formats import Walk
 
-# Enough for every signature below. Browsers, too, read no more if they guess a type.
+# Enough for every signature below. Browsers, too, read no more when they guess a type.
 SNIFF_BYTES = 4096
 # No image, video or audio is smaller. Fewer bytes may be the start of any other file.
 MIN_BYTES = 16
@@ -32,7 +32,7 @@ class FileType:
 
 
 UNKNOWN = FileType("application/octet-stream", ".bin")
-# Images of an unknown type, and files that were cut before their brands: at least no box may be cut.
+# Images of an unknown type, and files that were cut before their brands: at least their boxes must be whole.
 _UNKNOWN_BOXES = replace(UNKNOWN, walk=container_formats.iso())
 
 _Matches: TypeAlias = Callable[[bytes], bool]

@@ -106,7 +106,7 @@ class MediaHosts:
     def skip_reason(self, url: str) -> Skip | None:
         """Return why `url` must not be requested; None if it may be.
 
-        An event may have thousands of URLs, and its transaction is open while they are listed. To parse each
+        An event may have thousands of URLs, and its transaction is open while they are listed. Parsing each
         of them would take too long, so a URL in the usual spelling is matched by one regular expression, and
         the verdict on a foreign origin is cached.
         """
@@ -140,7 +140,7 @@ def _skip_reason(hosts: MediaHosts, url: str) -> Skip | None:
 
 def _parse_entry(entry: str, number: int) -> _Origin:
     match = _ENTRY.fullmatch(entry.lower())
-    # A port needs a scheme: `host:9000` does not say if it means plain http.
+    # A port needs a scheme: `host:9000` does not say whether it means plain http.
     if match is None or (match["port"] and not match["scheme"]):
         raise _invalid_entry(number)
     scheme = match["scheme"] or "https"

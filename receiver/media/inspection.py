@@ -13,8 +13,8 @@ class Inspection:
     """One body of at most `max_bytes`, compared with the `stated` digests and with the end of its `walk`.
 
     `is_framed` tells whether HTTP marks the end of the body, by a length or by chunks. A body in doubt passes
-    if it has the digest `seen_sha256`, because then the host has sent the same bytes twice, or if
-    `keep_doubtful`; `warning` is the doubt.
+    if it has the digest `seen_sha256`, because then the host has sent the same bytes twice, or
+    with `keep_doubtful`; `warning` then names the doubt.
     """
 
     max_bytes: int

@@ -71,7 +71,7 @@ class _Version:
 
     @classmethod
     def of(cls, headers: httpx.Headers) -> Self | None:
-        """Return the version that the headers of a whole file identify, if they tell it from every other."""
+        """Return the version that the headers of a whole file identify; None if they may fit others."""
         size = headers.get("content-length")
         field = "etag" if "etag" in headers else "last-modified"
         is_strong = _STRONG_TAG.fullmatch(headers.get("etag", "")) or (field != "etag" and _is_old(headers))

@@ -35,7 +35,7 @@ class Parameter:
     maximum: float = math.inf
 
     def check(self, value: object) -> None:
-        """Raise `Problem` if `value` is invalid; the bounds of a string are for its length."""
+        """Raise `Problem` if `value` is invalid; the bounds of a string apply to its length."""
         is_boolean = self.type == "boolean"
         if not isinstance(value, _TYPES[self.type]) or isinstance(value, bool) is not is_boolean:
             raise _invalid(self.name, f"must be of type {self.type}")

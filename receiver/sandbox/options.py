@@ -1,4 +1,4 @@
-"""The sandbox's switches, and the dice that decide if a switch with a rate strikes."""
+"""The sandbox's switches, and the dice that decide whether a switch with a rate strikes."""
 
 import math
 import random

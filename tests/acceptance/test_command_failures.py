@@ -129,7 +129,7 @@ def test_a_port_in_use_is_one_sentence(taken: int, command: str, tmp_path: Path)
     settings = {"CLIPIA_WEBHOOK_SECRET": SECRET}
     result = run_command(command, "--port", str(taken), settings=settings, cwd=tmp_path)
     assert result.returncode == 2
-    assert f"127.0.0.1, port {taken}: something listens there already".encode() in result.stderr
+    assert f"127.0.0.1, port {taken}: another program listens there already".encode() in result.stderr
     assert result.stderr.count(b"\n") == 1
     assert not (tmp_path / "data").exists()
 

@@ -83,7 +83,7 @@ def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:
         ({"RECEIVER_DATABASE_URL": "mysql://x"}, "RECEIVER_DATABASE_URL"),
         ({"RECEIVER_DATABASE_URL": "sqlite://"}, "in-memory"),
         ({"RECEIVER_DATABASE_URL": "postgresql://u:canary-pw@127.0.0.1:1/x"}, "database is unavailable"),
-        ({"RECEIVER_DESTINATION_URL": "gopher://canary-pw@x"}, "known are"),
+        ({"RECEIVER_DESTINATION_URL": "gopher://canary-pw@x"}, "use one of file:"),
         ({"RECEIVER_STORAGE_URL": "ftp://canary-pw@x"}, "RECEIVER_STORAGE_URL"),
         ({"RECEIVER_MEDIA_HOSTS": "not a host"}, "RECEIVER_MEDIA_HOSTS"),
         ({"RECEIVER_CONFIG": "absent.toml"}, "absent.toml"),

@@ -130,7 +130,7 @@ def test_prune_prints_the_numbers_of_rows(
     day = (datetime.now(UTC) - timedelta(weeks=14)).strftime("%Y-%m-%d")
     printed = prune("--older-than", "14w", "--dry-run")
     assert re.fullmatch(
-        rf"3 events received before {day} ..:..:..Z to delete, 0 as old kept\n"
+        rf"3 events received before {day} ..:..:..Z to delete, 0 of that age kept\n"
         r"0 files and the inputs of 3 jobs to delete\n",
         printed,
     )

@@ -404,5 +404,5 @@ def test_a_port_in_use_is_one_sentence(tmp_path: Path, postgres: Postgres, count
         settings = {"CLIPIA_WEBHOOK_SECRET": SECRET, "RECEIVER_DATABASE_URL": url}
         ended = run_command("serve", "--port", port, "--workers", str(count), settings=settings, cwd=tmp_path)
     assert ended.returncode == 2
-    reason = "something listens there already; stop it or choose another --port"
+    reason = "another program listens there already; stop it or choose another --port"
     assert ended.stderr.decode().splitlines() == [f"error: cannot listen on 127.0.0.1, port {port}: {reason}"]

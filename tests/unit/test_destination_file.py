@@ -282,7 +282,7 @@ async def test_foreign_file_is_not_cut(path: Path) -> None:
     content = b"SQLite format 3\0\n" + b"\1" * 5000
     path.write_bytes(content)
     destination = open_url(f"file:{path}")
-    with pytest.raises(SettingsError, match="is no file of events"):
+    with pytest.raises(SettingsError, match="is not a file of events"):
         await destination.start()
     with pytest.raises(PublishFailed):
         await destination.publish(make_event())

@@ -43,5 +43,5 @@ def test_a_port_that_is_taken() -> None:
     """If a port is in use, the error has its number."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(SettingsError, match=rf"port {port}: something listens there already"):
+        with pytest.raises(SettingsError, match=rf"port {port}: another program listens there already"):
             bind("127.0.0.1", port)

@@ -49,7 +49,7 @@ _CHECKSUMS: Final = frozenset({None, "sha256", "none"})
 
 
 def open_storage(url: str) -> Storage:
-    """Return the storage that `RECEIVER_STORAGE_URL` names, without a connection and without a new folder.
+    """Return the storage that `RECEIVER_STORAGE_URL` names, without connecting or making a folder.
 
     `file:data/media` is relative to the working directory, `file:///srv/media` is not; `s3://bucket/prefix`,
     `gs://bucket/prefix` and `az://container/prefix` take options as a query. Raises SettingsError.

@@ -78,7 +78,7 @@ def open_store(
             config["checksum_algorithm"] = "SHA256"
     client = {
         "connect_timeout": "5s",
-        # It would limit a whole file, and cannot be switched off.
+        # This limit would be for a whole file, and cannot be switched off.
         "timeout": "365d",
         "read_timeout": f"{_PART_SECONDS}s",
         "allow_http": options.get("endpoint", "").startswith("http://"),
@@ -116,7 +116,7 @@ class ObjectStorage:
         self._credentials = credentials
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
-        """Store a file of less than a part with a single request, and a larger one as multipart upload."""
+        """Store a file of less than a part with a single request, and a larger one in a multipart upload."""
         path = require_key(key)
         source = _Source(blocks(chunks, _BLOCK_BYTES))
         head = await source.peek(_PART_BYTES)
@@ -161,7 +161,7 @@ class ObjectStorage:
                 raise StorageUnavailable(f"{self.uri(key)} ends early", reason="error")
             found = await self._get(path, position)
             with self._translated():
-                # Not before a break: if the server sends a date unknown to Python, reading `meta` raises.
+                # Only after a break: if the server sends a date that Python cannot read, `meta` raises.
                 tags = {first.meta["e_tag"], found.meta["e_tag"]}
             if len(tags) > 1 or None in tags:
                 raise StorageUnavailable(f"{self.uri(key)} was replaced while it was read", reason="error")
@@ -266,7 +266,7 @@ def _is_failure(error: BaseException) -> bool:
 class _Source:
     """The blocks that an upload reads.
 
-    To cancel an upload would be simpler, but would leave its parts in the bucket, invisible and paid for.
+    Cancelling an upload would be simpler, but would leave its parts in the bucket, invisible and paid for.
     obstore aborts the upload on the server only if this iterator raises, so `stop` makes it raise.
     """
 
