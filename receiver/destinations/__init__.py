@@ -78,7 +78,7 @@ def _load_kind(settings: DestinationSettings) -> type[_Opened]:
 
 
 class DeferredDestination:
-    """A destination with a file that cannot be used yet, such as a certificate: each attempt retries."""
+    """A destination with a file that cannot be used yet, such as a certificate: each attempt tries again."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._settings = settings
