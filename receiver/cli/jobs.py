@@ -140,7 +140,7 @@ def freeze(
     """Accept and submit no jobs until `jobs thaw`; submitted jobs continue, and webhooks are received.
 
     A request with a known key is answered as usual; a new key is rejected (503 `submissions_frozen`). After a
-    restore, run this before you start anything: docs/jobs.md says why, and which steps follow.
+    restore, run this before you start anything: docs/operating.md says why, and which steps follow.
     """
     change_database(partial(submission_freezes.freeze, by=operator(), reason=reason, restored=restored))
     stdout.print("Submissions are frozen until `receiver jobs thaw`.")

@@ -43,8 +43,8 @@ def prune(
     """Delete old events with their receipts, deliveries and attempts, and the inputs of old jobs.
 
     Jobs keep their key, price and result; files are kept without --media. An event is kept while it has a
-    pending file or delivery or a dead letter, its job has not ended, or a replay has yet to send it. You can
-    stop this command and run it again at any time.
+    pending file or delivery or (without --dead-letters) a dead letter, its job has not ended, or a replay has
+    yet to send it. You can stop this command and run it again at any time.
     """
 
     async def run(settings: Settings, database: Database) -> Pruned:

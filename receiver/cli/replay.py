@@ -49,8 +49,10 @@ _DeliveryState = Annotated[
     str | None, typer.Option(help="Only events with a delivery in this state: pending, delivered, dead.")
 ]
 _To = Annotated[list[str] | None, typer.Option(help="Only to this destination. Repeatable. Default: to all.")]
-_Media = Annotated[bool, typer.Option("--media", help="First replace missing, changed and non-media files.")]
-_Force = Annotated[bool, typer.Option("--force", help="With --media: replace intact files, too.")]
+_Media = Annotated[
+    bool, typer.Option("--media", help="First download missing, changed and non-media files again.")
+]
+_Force = Annotated[bool, typer.Option("--force", help="With --media: download intact files again, too.")]
 _Key = Annotated[str | None, typer.Option(help="Idempotency key: the same key is the same replay.")]
 _Wait = Annotated[bool, typer.Option("--wait/--no-wait", help="Show the progress until the replay ends.")]
 _ReplayId = Annotated[UUID, typer.Argument(metavar="REPLAY", help="The replay's id.")]
@@ -62,17 +64,17 @@ def replay(
     until: Annotated[datetime | None, until_option("events received")] = None,
     status: Annotated[str | None, typer.Option(help="Only events with this status: OK or ERROR.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Only this model, or a glob such as 'seedance-*'.")
+        str | None, typer.Option(help="Only events of this model; a glob such as 'seedance-*'.")
     ] = None,
     source: Annotated[str | None, typer.Option(help="Only events of this source.")] = None,
     caller: Annotated[str | None, typer.Option(help="Only events of this caller's jobs.")] = None,
     destination: Annotated[str | None, typer.Option(help="Only events with a delivery to it.")] = None,
     delivery_state: _DeliveryState = None,
-    everything: Annotated[bool, typer.Option("--all", help="All events.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="Replay all events.")] = False,
     to: _To = None,
     media: _Media = False,
     force: _Force = False,
-    rate: Annotated[float | None, typer.Option(help="Events per second at most.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Send at most this many events per second.")] = None,
     reason: Annotated[str, typer.Option(help="A reason, for the record.")] = "",
     key: _Key = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only count, by destination.")] = False,

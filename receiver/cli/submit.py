@@ -46,8 +46,8 @@ def submit(
     """Submit a job to Clipia exactly once, even if a process crashes meanwhile.
 
     The job is stored before it is sent to Clipia, and a running `receiver serve` or `receiver worker` takes
-    it on if this command ends first. With --wait the exit status is 0 for a result, 1 for a job that ended
-    without one, 3 if no running worker can take it on, and 124 after --timeout.
+    it over if this command ends first. With --wait the exit status is 0 for a result, 1 for a job that ended
+    without one, 3 if no running worker can take it over, and 124 after --timeout.
     """
     patience = Patience(timeout, waits=wait)
     values = dict(read_pair(text) for text in metadata or ())

@@ -118,7 +118,7 @@ class RawAnswer:
         if "transfer-encoding" in headers:
             return None if self.status == _NO_CONTENT else _find_last_chunk(self._recorded, head.end())
         if length is None or (self.status == _NO_CONTENT and int(length[1])):
-            # A 204 must have no body. If it announces one all the same, that body may arrive late.
+            # A 204 must have no body. If it announces one anyway, that body may arrive late.
             return None
         return head.end() + int(length[1])
 

@@ -111,7 +111,7 @@ def limit_log(library: str, level: int) -> None:
 
 
 class CheckedDestination(abc.ABC):
-    """Base of the destinations that check themselves at the start."""
+    """Base of the destinations that check themselves at start."""
 
     def __init__(self, settings: DestinationSettings) -> None:
         self._name = settings.name

@@ -278,7 +278,7 @@ class _Source:
         self._is_stopped = False
 
     async def peek(self, size: int) -> bytes:
-        """Return the first blocks, `size` bytes or more if there are so many, and keep them to be read."""
+        """Return the first blocks, at least `size` bytes unless the file ends, and keep them to be read."""
         length = 0
         while length < size and (block := await anext(self._blocks, None)) is not None:
             self._head.append(block)
