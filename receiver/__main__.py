@@ -46,7 +46,7 @@ def _require_metrics_folder() -> None:
 
     name = "PROMETHEUS_MULTIPROC_DIR"
     folder = os.environ.get(name) or os.environ.get(name.lower())
-    # The dot makes both checks fail for a file that is no folder.
+    # The dot makes both checks fail for a path that is not a folder.
     if folder is not None and not os.access(f"{folder}/.", os.W_OK | os.X_OK):
         raise SettingsError(
             f"{name} names no folder that this user can write to: make the folder, or unset the variable "

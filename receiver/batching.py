@@ -47,7 +47,7 @@ class Batcher(Generic[ItemT, ResultT]):
         """Send an item with its group and return its result. Raises the errors of `send`.
 
         If the caller is cancelled, an item that still waits is dropped. If its group is being sent, it may
-        arrive all the same.
+        still arrive.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[ResultT] = loop.create_future()
@@ -81,7 +81,7 @@ class Batcher(Generic[ItemT, ResultT]):
         size = 0
         while self._waiting and len(group) < self._max_items:
             future, item = self._waiting.popitem(last=False)
-            # The caller has given up meanwhile.
+            # The caller has given up.
             if future.done():
                 continue
             if self._weigh is not None:

@@ -95,7 +95,7 @@ def read_file(environ: Mapping[str, str]) -> Values:
     if path.exists():
         raise SettingsError(
             f"{_shown(path)} is not a file: if a file to be mounted is missing, containers make a folder in "
-            "its place"
+            "its place; check the mount"
         )
     return {}
 
@@ -240,7 +240,9 @@ def require_well_formed(secret: str) -> None:
         raise ValueError("contains a character that is not ASCII: copy the value again")
     for part in (part.strip() for part in secret.split(",")):
         if " " in part or not part.isprintable():
-            raise ValueError("contains a space: copy the value again, and separate several secrets by commas")
+            raise ValueError(
+                "contains a space: copy the value again, and separate several secrets with commas"
+            )
         if set(part[:1] + part[-1:]) & set(_QUOTES):
             raise ValueError("starts or ends with a quote: copy the value again")
 

@@ -156,7 +156,7 @@ class AccountRefused(ClipiaUnavailable):
 class RefusedForNow(ClipiaUnavailable):
     """Clipia refuses a job for its price, its model or the key's scopes (402, 403).
 
-    Other jobs may be accepted. After a top-up, a new plan or another scope Clipia may accept this one, too.
+    Other jobs may be accepted. After a top-up, a new plan or another scope, Clipia may accept this one too.
     """
 
     def __init__(

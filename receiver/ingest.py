@@ -141,7 +141,7 @@ class Ingest:
         return outcomes
 
     async def _record_repeats(self, group: Sequence[Arrival]) -> list[Outcome | None]:
-        """Record requests whose events are stored; return their outcomes, None if the event was pruned."""
+        """Record requests for stored events; return their outcomes, None if the event was pruned."""
         outcomes = await self._database.run_transaction(
             partial(_insert_repeats, group=group), is_webhook=True
         )

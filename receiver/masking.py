@@ -16,9 +16,9 @@ from urllib.parse import quote, quote_plus, unquote
 MASK: Final = "[masked]"
 
 _PIECE: Final = 8
-"""Characters: a run of this length is masked if it occurs in a secret, so half a secret is masked, too."""
+"""A run of this many characters is masked if it occurs in a secret, so half a secret is masked too."""
 _SHORTEST: Final = 4
-"""Characters: a shorter secret is not masked, because ordinary words contain it."""
+"""A secret with fewer characters is not masked, because ordinary words may contain it."""
 
 _PUBLIC: Final = re.compile(r"clipia_(?:live|test)_|whsec_")
 """The public start of Clipia's secrets."""
@@ -84,7 +84,7 @@ def register_url(text: str) -> None:
         scheme, _, rest = url.partition("://")
         login, at, _ = rest.rpartition("@")
         user, colon, password = login.partition(":")
-        # A PostgreSQL user without a password is no token: pg_hba.conf or a password file lets it in.
+        # A PostgreSQL user without a password is not a token: pg_hba.conf or a password file lets it in.
         has_token = not colon and not scheme.strip(" '\"`").lower().startswith("postgres")
         # A text with a slash and without a colon is a host and a path that contains an @.
         if at and (colon or (has_token and "/" not in user)):

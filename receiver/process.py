@@ -51,7 +51,7 @@ class Parts:
 
     @classmethod
     def make(cls, settings: Settings) -> "Parts":
-        """Raise SettingsError if a part cannot be made from the settings."""
+        """Make the parts. Raises SettingsError if one cannot be made from the settings."""
         storage = open_storage(settings.storage_url.get_secret_value())
         hosts = MediaHosts.parse(settings.media_hosts)
         return cls(

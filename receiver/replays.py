@@ -97,7 +97,7 @@ class Replays:
             if not await replays.insert_order(connection, order, scope, matched=matched):
                 known = await find_known(connection, tables.replays, caller, order.idempotency_key)
                 if known is None or known.fingerprint != order.fingerprint:
-                    message = "this Idempotency-Key was used for another replay"
+                    message = "this Idempotency-Key was used for another replay: use a new one"
                     raise RequestError(message, code="idempotency_key_reuse")
                 order_id = known.id
             found = await replays.show(connection, order_id)
@@ -172,7 +172,10 @@ class Replays:
             )
             raise RequestError(message, code="invalid_request")
         if not self._filters:
-            raise RequestError("no destination is configured", code="invalid_request")
+            raise RequestError(
+                "no destination is configured: add a [[destinations]] table or set RECEIVER_DESTINATION_URL",
+                code="invalid_request",
+            )
         return list(request.to or self._filters)
 
 

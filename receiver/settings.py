@@ -279,7 +279,7 @@ class Settings(BaseSettings):
         if not self.all_sources:
             raise SettingsError(
                 "no webhook secret: set CLIPIA_WEBHOOK_SECRET to the signing secret from the Clipia "
-                "developer console (during a rotation to several, separated by commas)"
+                "developer console (during a rotation, to several secrets separated by commas)"
             )
         for source in self.all_sources:
             if not source.secrets:
@@ -318,7 +318,7 @@ class Settings(BaseSettings):
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the names in `environ` that start with RECEIVER_ and are no settings: probably typos."""
+    """Return the names in `environ` that start with RECEIVER_ and are not settings: probably typos."""
     known = {variable_name(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
 

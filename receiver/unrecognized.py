@@ -48,8 +48,9 @@ class Recovered:
 async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator[Recovered]:
     """Recover every unrecognized event that can be read, oldest first, and yield the results.
 
-    If the event has come again meanwhile, the recovered one becomes a repeated receipt of it: a duplicate or
-    a conflict. Concurrent runs are safe, and a run may be killed at any point. Raises DatabaseUnavailable.
+    If the event has come again in the meantime, the recovered one becomes a repeated receipt of it: a
+    duplicate or a conflict. Concurrent runs are safe, and a run may be killed at any point. Raises
+    DatabaseUnavailable.
     """
     after = 0
     planned: dict[UUID, NewEvent] = {}

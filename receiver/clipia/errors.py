@@ -12,7 +12,7 @@ from receiver.masking import mask
 
 _FOR_NOW: Final = (402, 403)
 _NOT_READ: Final = (407, 408, 421, 423, 425, 499)
-"""With these statuses, Clipia or a proxy says that it did not read the request, or not yet."""
+"""With these statuses, Clipia or a proxy says that it has not read the request."""
 
 
 def translate(error: ClipiaApiError) -> Exception:

@@ -129,8 +129,8 @@ _TYPES: Final[Mapping[str, _Type | None]] = {
 }
 """All type words that are understood, in lower case.
 
-Words of forms such as "image", "file", "slider" or "multiselect" are missing on purpose: they do not tell if
-a value is a single one or a list, a URL or an object.
+Words of forms such as "image", "file", "slider" or "multiselect" are missing on purpose: they do not tell
+whether a value is a single one or a list, a URL or an object.
 """
 
 

@@ -201,7 +201,7 @@ class _File(NamedTuple):
 def _documented(output: Any) -> Iterator[_File]:
     """Yield the files in the documented fields.
 
-    If a field holds a list instead of one object, or the reverse, or just the URL, it is read all the same.
+    If a field holds a list instead of one object, or the reverse, or just the URL, it is read anyway.
     """
     for name, kind in _DOCUMENTED.items() if isinstance(output, dict) else ():
         for field, entry in _entries(name, output.get(name)):

@@ -32,7 +32,7 @@ SHARES: Final[dict[CallKind, Share]] = {
     # The rest is a margin for calls that arrive closer together than they were sent.
     "submit": Share(burst=0.035, steady=0.63),
     "poll": Share(burst=0.01, steady=0.18),
-    # People send a few queries at once, and then none.
+    # Queries come in small bursts.
     "query": Share(burst=0.05, steady=0.05),
 }
 LOW_WATER: Final = 0.02

@@ -51,7 +51,7 @@ class ReplayThrottle:
 
     def end(self, delivery_id: UUID, now: float) -> float | None:
         """Count the end of a delivery; return the seconds of the rest that begins now, None for no rest."""
-        # It is missing if its lease was lost and this process has claimed it anew.
+        # It is missing if its lease was lost and this process has claimed it again since.
         started = self._started.pop(delivery_id, now)
         if not self._rests_until <= now < self._live_until:
             return None

@@ -3,7 +3,7 @@
 from typing import Final
 
 BURST_SECONDS: Final = 0.05
-"""Attempts of this much time may begin together: for the database, one claim of many rows is cheaper."""
+"""The bucket holds the attempts of this many seconds: one claim of many rows costs the database less."""
 _ROUNDING: Final = 1e-6
 
 

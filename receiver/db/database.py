@@ -30,7 +30,7 @@ class Database:
     """
 
     def __init__(self, url: str) -> None:
-        """Raise SettingsError if the URL cannot be used. No connection is opened yet."""
+        """Open no connection yet. Raises SettingsError if the URL cannot be used."""
         self.url: Final = url
         parsed = parse_url(url)
         self.is_sqlite: Final = isinstance(parsed, URL)

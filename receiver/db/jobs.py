@@ -278,9 +278,10 @@ async def put_back(
     never_sent: bool,
     refused: bool = False,
 ) -> bool:
-    """Schedule the next attempt at a job; `never_sent` if certainly no attempt has reached Clipia.
+    """Schedule the next attempt at a job.
 
-    `refused` means that Clipia refuses the job for now (402, 403).
+    `never_sent` means that certainly no attempt has reached Clipia; `refused` means that Clipia refuses the
+    job for now (402, 403).
     """
     values: dict[str, Any] = {"sent_at": None} if never_sent else {}
     if refused:

@@ -57,7 +57,7 @@ async def _mask_page(
     changed = 0
     async with database.write() as connection:
         for identity, before, after in changes:
-            # A worker may have changed the error meanwhile.
+            # A worker may have changed the error since it was read.
             same = key == identity, column == before
             done = await connection.execute(update(column.table).where(*same).values({column: after}))
             changed += done.rowcount

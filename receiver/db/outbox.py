@@ -136,7 +136,7 @@ async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[
 
     Returns the destinations of these deliveries. The row of the event is locked first: without the lock, the
     transactions of the last two files could each see the other file pending, and the deliveries would be held
-    for ever.
+    forever.
     """
     # FOR NO KEY UPDATE does not conflict with new rows that refer to the event.
     await connection.execute(

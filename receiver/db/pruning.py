@@ -144,7 +144,7 @@ async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEv
 
 
 async def erase_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
-    """Erase events; the hash of the body stays, and so do the records of files that are yet to be deleted."""
+    """Erase events, except the body's hash (for late webhooks) and the records of files yet to be deleted."""
     for statement in _ERASE:
         await connection.execute(statement, _list(seqs))
 
@@ -194,7 +194,7 @@ async def find_inputs(
 
 
 async def delete_inputs(connection: AsyncConnection, seqs: Collection[int], *, before: datetime) -> None:
-    """Delete the inputs of jobs that were not submitted again meanwhile."""
+    """Delete the inputs of jobs, except those that were submitted again since the query."""
     statement = update(jobs).where(among(jobs.c.seq, "seqs"), *_has_old_input(before))
     await connection.execute(statement.values(request=NO_INPUT), {"seqs": seqs})
 

@@ -82,7 +82,7 @@ async def list_events(
     if before is not None:
         last = select(events.c.received_at).where(events.c.seq == before)
         moment = (await connection.execute(last)).scalar_one_or_none()
-        # If that row was pruned meanwhile, it was one of the oldest.
+        # If that row was pruned in the meantime, it was one of the oldest.
         where.append(events.c.seq < before if moment is None else place < tuple_(moment, before))
     statement = select(*_EVENT).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
     found = [prices.join(row) for row in (await connection.execute(statement)).mappings()]

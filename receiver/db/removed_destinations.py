@@ -35,7 +35,7 @@ _HALVES: Final = (is_live, is_replayed)
 """Live and replayed deliveries, which have their own partial indexes."""
 
 _SERVES: Final = ("pending", "delivered")
-"""States in which a delivery makes another one of the same event superfluous."""
+"""If a delivery is in one of these states, the event needs no other one to the same destination."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class Selection(BaseModel):
         return found
 
     async def find_seqs(self, connection: AsyncConnection) -> dict[str, list[int]]:
-        """Return the `seq`s of the events of each of `ids`."""
+        """Return the `seq`s of the events that each of `ids` stands for."""
         ids = await find_event_ids(connection, self.ids)
         rows = await connection.execute(select(events.c.id, events.c.seq).where(_is_among(ids)))
         seqs: dict[UUID, int] = {row.id: row.seq for row in rows}

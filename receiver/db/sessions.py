@@ -61,7 +61,7 @@ class Sessions:
     """Opens sessions, pools them, and begins transactions in them."""
 
     def __init__(self, url: PostgresqlUrl) -> None:
-        """Raise SettingsError if the driver is missing. No connection is opened yet."""
+        """Open no session yet. Raises SettingsError if the driver is missing."""
         try:
             self.driver: Final = import_module("asyncpg")
         except ModuleNotFoundError:

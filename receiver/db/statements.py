@@ -15,12 +15,12 @@ def insert_for(dialect_name: str, table: Table) -> sqlite.Insert | postgresql.In
 
 
 def equal(table: FromClause, values: Mapping[str, Any]) -> list[ColumnElement[bool]]:
-    """Return a condition for each column that has a value; None is no condition."""
+    """Return a condition for each column that has a value; None adds no condition."""
     return [table.c[name] == value for name, value in values.items() if value is not None]
 
 
 def between(column: ColumnElement[Any], since: object, until: object) -> list[ColumnElement[bool]]:
-    """Return the conditions for a value at or above `since` and below `until`; None is no bound."""
+    """Return the conditions for a value at or above `since` and below `until`; None means no bound."""
     bounds = (None if since is None else column >= since, None if until is None else column < until)
     return [bound for bound in bounds if bound is not None]
 

@@ -86,7 +86,7 @@ async def lock(connection: AsyncConnection, seq: int) -> bool:
 async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> None:
     """Turn an unrecognized event into the recognized `event`, which waits for its fan-out.
 
-    Raises IntegrityError if `event` was received meanwhile.
+    Raises IntegrityError if `event` was received in the meantime.
     """
     values = {name: getattr(event, name) for name in _TAKEN}
     await connection.execute(update(events).where(events.c.seq == seq).values(**values, reason=None))

@@ -220,5 +220,7 @@ def _system_context(parameters: Mapping[str, str]) -> ssl.SSLContext:
                 parameters["sslcert"], parameters.get("sslkey"), parameters.get("sslpassword")
             )
         except (OSError, ValueError) as error:
-            raise SettingsError(f"{_NAME}: cannot load sslcert and sslkey ({type(error).__name__})") from None
+            raise SettingsError(
+                f"{_NAME}: cannot load sslcert and sslkey ({type(error).__name__}): both must be PEM files"
+            ) from None
     return context

@@ -63,7 +63,7 @@ class Lane(ABC):
         await self._database.run_transaction(partial(leases.release, table=self._table, claims=claims))
 
     async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Record a result in a transaction; `write` returns False if the lease was lost meanwhile."""
+        """Record a result in a transaction; `write` returns False if the lease was lost."""
         return await self._until_recorded(claim, lambda: self._database.run_transaction(write))
 
     async def _until_recorded(self, claim: Claim, record: Callable[[], Awaitable[T]]) -> T:

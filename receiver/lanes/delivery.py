@@ -112,7 +112,7 @@ class DeliveryLane(Lane):
         return work
 
     def _claim_when_allowed(self) -> None:
-        """Wake the lane when its rate limit allows more attempts; the end of work does not tell that."""
+        """Wake the lane when its rate limit allows more attempts: work may end earlier or later than that."""
         delay = 0.0 if self._bucket is None else self._bucket.wait(time.monotonic())
         if delay and self._next_claim is None:
             self._next_claim = asyncio.get_running_loop().call_later(delay, self._claim_again)
@@ -215,7 +215,7 @@ class DeliveryLane(Lane):
     async def _finish(
         self, this: _Delivery, attempt: Attempt, *, state: str | None = None, delay: float = 0.0
     ) -> bool:
-        """Record a result; False if the lease was lost meanwhile."""
+        """Record a result; False if the lease was lost."""
         result = Result(claim=this.claim, event=this.event, attempt=attempt, state=state, delay=delay)
         return await self._until_recorded(this.claim, lambda: self._results.add(result))
 

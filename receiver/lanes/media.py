@@ -34,11 +34,11 @@ FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 """Returns the present URL of a file, None if Clipia has none. Raises TransientError if it cannot tell now."""
 
 MAX_FRESH_URLS: Final = 3
-"""Attempts at a file after which Clipia is no longer asked for a fresh URL."""
+"""After this many attempts at a file, Clipia is no longer asked for a fresh URL."""
 FRESH_URL_PAUSE_SECONDS: Final = 15.0
 """Shortest time until Clipia is asked again for a fresh URL, if it could not answer."""
 FRESH_URL_PATIENCE_SECONDS: Final = 3 * DAY
-"""Age of a download from which it no longer waits for an answer about a fresh URL."""
+"""A download of this age no longer waits for an answer about a fresh URL."""
 STORAGE_PAUSE_SECONDS: Final = 15.0
 """Pause of all downloads after the storage fails for a file for the first time."""
 
@@ -197,7 +197,7 @@ class MediaLane(Lane):
     async def _finish(
         self, this: _Download, attempt: Attempt, *, state: str, error: str | None = None, **values: Any
     ) -> bool:
-        """Record the last result of a file; False if its lease was lost meanwhile."""
+        """Record the last result of a file; False if its lease was lost."""
 
         async def write(connection: AsyncConnection) -> list[str] | Literal[False]:
             if not await leases.finish(connection, media, this.claim, state=state, error=error, **values):
@@ -212,7 +212,7 @@ class MediaLane(Lane):
         return destinations is not False
 
     async def _put_back(self, this: _Download, error: str, *, delay: float, **values: Any) -> bool:
-        """Record a failed attempt and when the next one is due; False if the lease was lost meanwhile."""
+        """Record a failed attempt and when the next one is due; False if the lease was lost."""
         attempt = this.attempt.end("retry", error)
 
         async def write(connection: AsyncConnection) -> bool:

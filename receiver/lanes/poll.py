@@ -148,7 +148,7 @@ class PollLane(Lane):
         known: dict[str, Any] = {} if progress is None else {"progress": progress, "updated_at": db_time(0.0)}
 
         async def put_back(connection: AsyncConnection) -> None:
-            # If the lease was lost, the job's webhook has come meanwhile.
+            # A lost lease is not reported: usually the job's webhook has come in the meantime.
             wait = max(delay, at_least)
             await leases.retry(connection, tables.jobs, claim, delay=wait, error=error, **known)
 
@@ -169,7 +169,7 @@ class PollLane(Lane):
 
 
 def _patience(error: RequestError | ClipiaUnavailable, request: OpenRequest) -> float:
-    """Return the age of a job, in seconds, from which this error gives it up."""
+    """Return the age, in seconds, at which a job is given up because of this error."""
     if isinstance(error, RequestError | RefusedForNow) or error.reason == "unreadable":
         return GIVE_UP_SECONDS
     if isinstance(error, AccountRefused):

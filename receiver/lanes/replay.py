@@ -41,7 +41,7 @@ class ReplayPace:
     step_events: int = 100
     """Events of one step."""
     max_waiting: int = 1000
-    """Unfinished deliveries to its fastest destination above which a replay adds no more."""
+    """A replay adds no deliveries while its fastest destination has this many unfinished ones."""
     pause_seconds: float = 0.5
     """Pause of a replay with too many unfinished deliveries."""
     failure_pause_seconds: float = FAILURE_PAUSE_SECONDS
@@ -165,7 +165,7 @@ class ReplayLane(Lane):
     async def _apply(self, claim: Claim, order: ReplayOrder, plan: _Plan) -> int | None:
         """Carry out a step in one transaction; return how many files are to be downloaded again.
 
-        Returns None if the lease was lost meanwhile.
+        Returns None if the lease was lost.
         """
         async with self._database.write() as connection:
             if not await replays.advance(

@@ -48,7 +48,7 @@ class SubmitAttempt:
         """Move a job to `submitted`.
 
         Returns `ended` if the job's event has come already, `taken` if another job has the same `request_id`,
-        and False if the lease was lost meanwhile.
+        and False if the lease was lost.
         """
         submission = self.submission
         answer = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
@@ -90,7 +90,7 @@ class SubmitAttempt:
         """Put back a job that Clipia refuses for now; return the seconds until the next attempt.
 
         Returns None, with no change, if the job has been refused for too long. Returns False if the lease was
-        lost meanwhile.
+        lost.
         """
         refused_for = self.submission.refused_for
         quota = await accounts.read(connection, self.account)
@@ -107,7 +107,7 @@ class SubmitAttempt:
     async def record_retry(
         self, connection: AsyncConnection, *, failure: ClipiaUnavailable, delay: float, never_sent: bool
     ) -> bool:
-        """Put back a job for another attempt; False if the lease was lost meanwhile."""
+        """Put back a job for another attempt; False if the lease was lost."""
         error = stored_json(failure)
 
         def change(quota: Quota, now: float) -> Quota:
@@ -131,7 +131,7 @@ class SubmitAttempt:
     async def record_end(
         self, connection: AsyncConnection, *, attempt: Attempt, state: JobState, change: QuotaChange
     ) -> bool:
-        """End a job without a result; False if the lease was lost meanwhile."""
+        """End a job without a result; False if the lease was lost."""
         # A failed job has no generation, so it is not charged.
         values: dict[str, Any] = {"updated_at": db_time(0.0)} | ({"charged": 0} if state == "failed" else {})
         held = await leases.finish(

@@ -23,7 +23,7 @@ class JobTotals(TypedDict):
 
 
 class AccountLimits(TypedDict):
-    """The quota of an account and the jobs that it stops."""
+    """The quota of an account, and the number of jobs that Clipia refuses for now."""
 
     requests_per_minute: int
     in_flight: int

@@ -163,7 +163,7 @@ class Submitter:
         return await self.issue(request, key=idempotency_key, caller=caller)
 
     async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
-        """Submit a validated job; the rest is the same as in `submit`."""
+        """Submit a validated job, as `submit` does."""
         check_caller(caller)
         fingerprint = request.fingerprint()
         if key is not None:
@@ -273,11 +273,11 @@ class Submitter:
             return await read_account_status(connection, self.client.account)
 
     async def paused(self) -> bool:
-        """Tell whether submissions are stopped: Clipia refuses the account, or an operator froze them."""
+        """Tell whether submissions are stopped: Clipia refuses the account, or the operator froze them."""
         return self._client is not None and (await self.standing()).paused
 
     async def cancel(self, job_id: UUID, *, by: str) -> Job:
-        """End a job for an operator. Clipia has no way to cancel a generation.
+        """End a job for the operator. Clipia has no way to cancel a generation.
 
         If the job was never sent, or is already `unsure`, it becomes `canceled`. If Clipia may have it, it
         becomes `unsure`, and an event can still finish it. Raises RequestError if the job has ended or a
@@ -290,13 +290,13 @@ class Submitter:
         if state is None:
             reason = "a job cannot be canceled if it has ended or a call to Clipia is in progress"
             raise RequestError(f"the job is {job.state}; {reason}", code="not_cancelable")
-        log.warning("job canceled by an operator", job_id=str(job_id), by=by, state=state)
+        log.warning("job canceled by the operator", job_id=str(job_id), by=by, state=state)
         return job
 
     async def resubmit(self, job_id: UUID, *, by: str) -> Job:
         """Submit a job without a result again, with a new key. It may be paid for twice.
 
-        Only an operator can order this. Raises RequestError if the state of the job does not allow it.
+        Only the operator can order this. Raises RequestError if the state of the job does not allow it.
         """
         account = self.client.account
         done = False
@@ -318,7 +318,7 @@ class Submitter:
             message = f"the job is {job.state}; only unsure, failed or canceled jobs can be submitted again"
             raise RequestError(message, code="not_resubmittable")
         self._wake(SUBMIT_LANE)
-        log.warning("job submitted again by an operator", job_id=str(job_id), by=by)
+        log.warning("job submitted again by the operator", job_id=str(job_id), by=by)
         return job
 
     async def _get_existing(self, job_id: UUID) -> Job:
@@ -345,7 +345,7 @@ class Submitter:
 
     async def _repeat(self, known: Known, fingerprint: str) -> Job:
         if known.fingerprint != fingerprint:
-            message = "this Idempotency-Key was used with other parameters"
+            message = "this Idempotency-Key was used with other parameters: use a new one"
             raise RequestError(message, code="idempotency_key_reuse", job_id=str(known.id))
         return await self._show_or_raise(known.id)
 

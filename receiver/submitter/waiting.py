@@ -1,4 +1,4 @@
-"""Wait for jobs: any number of waiters in a process share one query and hold no connection meanwhile."""
+"""Waits for jobs: all waiters in a process share one query, and none holds a connection while it waits."""
 
 import asyncio
 import contextlib

@@ -303,7 +303,7 @@ async def test_a_replay_to_a_removed_destination_ends(world: World) -> None:
         (row,) = await world.rows(orders)
         return row["state"], row["error"]
 
-    held_up = "this worker has no destination 'gone': restart it, or cancel"
+    held_up = "this worker has no destination 'gone': restart it, or cancel the replay"
     assert await step() == ("pending", f"SettingsError: {held_up}")
     await world.change(orders, created_at=db_time(-30 * DAY))
     assert (await step())[0] == "pending", "the replay may have made steps until now"
