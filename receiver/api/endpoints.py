@@ -84,7 +84,7 @@ def expected_error_response(error: ReceiverError) -> Response:
     else:
         # The database's own message may name hosts and users, so only the log gets it.
         log.warning("request not served", error=str(error))
-        message = "The database is unavailable; send the request again, with the same Idempotency-Key."
+        message = "The database is unavailable; send it again, a submission with the same Idempotency-Key."
         code, wait = "service_unavailable", 5.0
     body = error_body("api_error", code, message)
     return Response(body, 503, {"retry-after": str(max(1, round(wait)))}, "application/json")
