@@ -36,6 +36,9 @@ def run_command(
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """Run one `receiver …` command to its end."""
+    if arguments[0] == "serve" and "--port" not in arguments:
+        # Another program may have the default port.
+        arguments = (*arguments, "--port", "0")
     return subprocess.run(
         [sys.executable, "-m", "receiver", *arguments],
         env=command_environment(**(settings or {})),
