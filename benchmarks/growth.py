@@ -45,10 +45,10 @@ from support.servers import Postgres
 
 from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
-from receiver.db import arrivals, inbox, jobs, migrate, outbox, reads
+from receiver.db import arrivals, leases, migrate, outbox, reads, tables
 from receiver.db.database import Database
 from receiver.db.rows import Arrival
-from receiver.db.tables import deliveries
+from receiver.db.tables import deliveries, events
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import DatabaseUnavailable
@@ -251,10 +251,14 @@ QUERIES: dict[str, Query] = {
     "newest page of dead deliveries, ms": lambda connection, _: reads.list_deliveries(
         connection, limit=PAGE, state="dead"
     ),
-    "/metrics: events to fan out, ms": lambda connection, _: inbox.backlog(connection),
+    "/metrics: events to fan out, ms": lambda connection, _: leases.read_backlog(
+        connection, events.c.received_at, "received"
+    ),
     "/metrics: deliveries to do, ms": lambda connection, _: outbox.delivery_backlog(connection),
     "/metrics: dead letters, ms": lambda connection, _: outbox.count_dead(connection),
-    "/metrics: jobs to do, ms": lambda connection, _: jobs.backlog(connection),
+    "/metrics: jobs to do, ms": lambda connection, _: leases.read_backlog(
+        connection, tables.jobs.c.created_at, "pending"
+    ),
 }
 
 

@@ -64,7 +64,7 @@ async def attack(
                 seconds=60 if frozen else options.seconds,
                 total=options.signed if frozen else None,
             )
-    await meter.settled(below=0, seconds=options.rest)
+    await meter.wait_until(below=0, seconds=options.rest)
     used = psutil.Process(process.process.pid).cpu_times()
     answers = ", ".join(f"{status.decode() or 'none'}: {n}" for status, n in done.answers.most_common())
     return (

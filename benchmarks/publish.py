@@ -37,7 +37,8 @@ from receiver.db.rows import DeliveryClaim, StoredEvent, new_id
 from receiver.db.tables import deliveries, events, in_state, is_live
 from receiver.destinations import Destination
 from receiver.ingest import make_event
-from receiver.lanes.delivery import DeliveryLane, build_message
+from receiver.lanes import envelope
+from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.targets import Target
 from receiver.lanes.worker import Wakeups, Worker
@@ -68,13 +69,13 @@ def stored(number: int) -> StoredEvent:
 async def adapter_alone(destination: Destination, count: int) -> float:
     """Return messages per second from memory."""
     messages = [
-        build_message(
-            stored(number),
-            (),
-            None,
+        envelope.build(
             DeliveryClaim(
                 id=new_id(), lease=uuid.uuid4(), attempt=1, lost=0, age=0.0, event_seq=number, replay_id=None
             ),
+            stored(number),
+            (),
+            None,
         )
         for number in range(count)
     ]
