@@ -70,7 +70,7 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     _read_size: int = 0
 
     # asyncio.Protocol takes any transport here. uvicorn narrows the type, so a subclass has to as well.
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it
         """Start the deadline of the first request: the connection of a silent client is closed, too."""
         super().connection_made(transport)
         self._answers = cast("asyncio.Transport", _AnswerTransport(self))
@@ -260,9 +260,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def _drop_request(self) -> None:
         # The request refers to this object. With the reference gone, reference counting frees both at once.
-        self.cycle = None  # type: ignore[assignment] # uvicorn starts with None, too
+        self.cycle = None  # type: ignore[assignment]  # uvicorn starts with None
         if not self._in_head:
-            self.scope = None  # type: ignore[assignment] # likewise
+            self.scope = None  # type: ignore[assignment]  # likewise
             self.headers = []
             self.url = b""
 

@@ -86,5 +86,5 @@ def _sentence(text: str) -> str:
 
 # typer reads the options from the signature. inspect finds it in this attribute, which the type of functions
 # does not declare.
-sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined] # of functions
+sandbox.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]  # typer reads it
 sandbox.__annotations__ = {each.name: each.annotation for each in _parameters()}

@@ -4,7 +4,7 @@ The server for Google knows neither its signatures nor its conditions; Azurite c
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from pathlib import Path
 
@@ -105,7 +105,7 @@ async def test_blocks_are_read_bounded(storage: Storage) -> None:
 async def test_reading_can_stop_early(storage: Storage) -> None:
     """D10: if a reader stops early no file and no connection stays open."""
     await storage.put("aa/2-video.mp4", chunked(LARGE, 65_536))
-    async with aclosing(storage.open("aa/2-video.mp4")) as blocks:  # type: ignore[type-var]  # both are generators
+    async with aclosing(storage.open("aa/2-video.mp4")) as blocks:
         first = await anext(blocks)
     assert LARGE.startswith(first)
 
@@ -134,7 +134,7 @@ async def test_a_failing_source_leaves_no_file(
     """D10: an error of the source is raised unchanged, and no file and no part of it stays."""
     before = leftovers()
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> AsyncGenerator[bytes]:
         async for chunk in chunked(LARGE[:size], 65_536):
             yield chunk
         raise error
@@ -150,7 +150,7 @@ async def test_a_failing_source_leaves_the_old_file(storage: Storage) -> None:
     """D10: if a replacement fails, the old file stays."""
     await storage.put("ae/0-image.png", chunked(SMALL))
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> AsyncGenerator[bytes]:
         yield LARGE
         raise MediaUnavailable("cut", reason="truncated")
 
@@ -168,7 +168,7 @@ async def test_a_cancelled_write_leaves_no_file(
     waiting = asyncio.Event()
     ended: list[bool] = []
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> AsyncGenerator[bytes]:
         try:
             async for chunk in chunked(LARGE[:size], 65_536):
                 yield chunk
@@ -177,7 +177,7 @@ async def test_a_cancelled_write_leaves_no_file(
         finally:
             ended.append(True)
 
-    async with aclosing(source()) as chunks:  # type: ignore[type-var]  # it is a generator
+    async with aclosing(source()) as chunks:
         task = asyncio.create_task(storage.put("af/0-image.png", chunks))
         await waiting.wait()
         task.cancel()
@@ -324,10 +324,10 @@ async def test_the_check_leaves_no_file(
 async def test_the_check_compares_the_bytes(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """D16: the check fails if a storage returns other bytes than it was given, or none."""
 
-    async def other(_key: str) -> AsyncIterator[bytes]:
+    async def other(_key: str) -> AsyncGenerator[bytes]:
         yield b"something else"
 
-    async def nothing(key: str) -> AsyncIterator[bytes]:
+    async def nothing(key: str) -> AsyncGenerator[bytes]:
         raise FileNotFoundError(key)
         yield b""
 
@@ -341,7 +341,7 @@ async def test_a_sweep_spares_files_in_use(storage: Storage) -> None:
     """D10: the cleanup deletes neither finished files nor writes in progress."""
     started, go_on = asyncio.Event(), asyncio.Event()
 
-    async def source() -> AsyncIterator[bytes]:
+    async def source() -> AsyncGenerator[bytes]:
         yield SMALL
         started.set()
         await go_on.wait()

@@ -102,7 +102,7 @@ async def test_downloads_can_be_given_up(world: World) -> None:
         assert await outbox.count_pending_media(connection, seq) == 2
         assert await outbox.give_up_media(connection, seq, by="ops") == 2
         assert await outbox.give_up_media(connection, seq, by="ops") == 0
-    world.downloader.save = full  # type: ignore[method-assign]
+    world.downloader.save = full  # type: ignore[method-assign]  # replaced on purpose
     await claimed.run()
     mine = media.c.event_seq == seq
     assert {(row["state"], row["error"]) for row in await world.rows(media, mine)} == {
@@ -128,7 +128,7 @@ async def test_a_file_that_cannot_be_stored_delays_no_other(world: World) -> Non
     await world.add(with_files(CDN, "r-1", "/a.png"))
     await world.fan_out()
     lane = world.media_lane()
-    world.downloader.save = full  # type: ignore[method-assign]
+    world.downloader.save = full  # type: ignore[method-assign]  # replaced on purpose
     (work,) = await lane.claim(1)
     await work.run()
     await world.change(media, next_attempt_at=db_time(0.0))

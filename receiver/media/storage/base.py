@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import Final, Protocol, TypeVar
 from uuid import uuid4
 
@@ -34,7 +34,7 @@ class Storage(Protocol):
         exception passes through and no file is stored.
         """
 
-    def open(self, key: str) -> AsyncIterator[bytes]:
+    def open(self, key: str) -> AsyncGenerator[bytes]:
         """Iterate over a file's bytes. Raises FileNotFoundError if there is no such file."""
 
     async def stat(self, key: str) -> int | None:

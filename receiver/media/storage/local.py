@@ -7,7 +7,7 @@ import io
 import os
 import stat
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
@@ -45,7 +45,7 @@ class LocalStorage:
                 await self._run(part.discard)
             raise
 
-    async def open(self, key: str) -> AsyncIterator[bytes]:
+    async def open(self, key: str) -> AsyncGenerator[bytes]:
         file = await self._run(_open, self._path(key))
         if file is None:
             raise FileNotFoundError(key)

@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final, TypeAlias, TypeVar
 
@@ -143,7 +143,7 @@ class ObjectStorage:
         finally:
             await source.aclose()
 
-    async def open(self, key: str) -> AsyncIterator[bytes]:
+    async def open(self, key: str) -> AsyncGenerator[bytes]:
         """Iterate over a file. If a connection breaks after a MiB or more, continue with a new one."""
         path = require_key(key)
         position = 0
