@@ -642,7 +642,7 @@ async def test_other_kind_of_server(line: bytes, *, hangs_up: bool) -> None:
         ({"retention": RetentionPolicy.INTEREST}, "acknowledges each event and keeps none"),
         ({"max_msgs_per_subject": 1}, "keeps the last 1 events only"),
         ({"max_msgs_per_subject": 1, "discard": DiscardPolicy.NEW}, "keeps the last 1 events only"),
-        ({"max_msgs": 1}, "keeps the last 1 events only (max_msgs), even if they are unread; a power cut"),
+        ({"max_msgs": 1}, "keeps the last 1 events only (max_msgs), even if they are unread; the stream has"),
         ({"max_bytes": 1000}, "the last 1000 bytes only (max_bytes)"),
         ({"max_age": 60}, "keeps events for 60 s only (max_age), even if they are unread"),
         ({"max_age": 60, "discard": DiscardPolicy.NEW}, "events for 60 s only (max_age)"),

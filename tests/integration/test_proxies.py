@@ -291,7 +291,7 @@ def test_an_invalid_proxy_stops_the_start(variable: str, value: str, monkeypatch
 
 def test_a_proxy_is_for_http_destinations() -> None:
     """D5: if a destination's client would ignore a proxy, the setting is invalid."""
-    with pytest.raises(ValueError, match="alone"):
+    with pytest.raises(ValueError, match="proxy are for http: and https: only"):
         DestinationSettings(
             name="a", url=SecretStr("redis://127.0.0.1"), proxy=SecretStr("http://127.0.0.1:3128")
         )
