@@ -55,6 +55,8 @@ bench: $(VENV)/.dev  ## Measure ingest, latency, growth, memory, downloads, the 
 	$(BIN)/python benchmarks/soak.py
 	$(BIN)/python benchmarks/download.py
 	$(BIN)/python benchmarks/publish.py
+	$(BIN)/python benchmarks/drain.py backlog
+	$(BIN)/python benchmarks/drain.py beside
 	$(BIN)/python benchmarks/isolation.py
 
 format: $(VENV)/.dev  ## Format the code

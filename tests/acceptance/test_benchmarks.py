@@ -138,3 +138,29 @@ def test_isolation_is_measured() -> None:
     phases = ("quiet", "frozen", "replay")
     assert [row[:2] for row in rows[-6:]] == [[to, phase] for to in ("redis", "file") for phase in phases]
     assert all(float(row[2]) > 0 for row in rows[-6:])
+
+
+def test_draining_is_measured() -> None:
+    """Each build has a row with its rate and its CPU time, after every event has arrived."""
+    require("postgresql")
+    sizes = "--count 200 --rounds 1 --others 99 --targets http"
+    printed = run("benchmarks/drain.py", "backlog", *sizes.split(), "--before", str(ROOT))
+    rows = [row.strip("| ").split(" | ") for row in printed.splitlines()[4:]]
+    assert [row[:3] for row in rows] == [
+        ["http", database, build] for database in ("postgresql", "sqlite") for build in ("before", "this")
+    ]
+    assert all(float(row[5]) > 0 for row in rows)
+
+
+def test_ingest_beside_a_worker_is_measured() -> None:
+    """The rates alone and beside the worker are told, and the time until no event is left."""
+    require("postgresql", "redis-server", "wrk")
+    lines = run("benchmarks/drain.py", "beside", "--seconds", "1", "--rounds", "1").splitlines()[2:]
+    told = [line.removeprefix("- ").partition(": ")[0] for line in lines]
+    assert told == [
+        "Ingest alone",
+        "Ingest beside a worker that forwards to Redis",
+        "Beside a worker ÷ alone",
+        "Events left at the end of the load",
+        "Seconds until none was left",
+    ]
