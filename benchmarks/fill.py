@@ -27,12 +27,10 @@ CHUNK = 100_000
 
 _INSERTS = (
     """INSERT INTO events (seq, id, source, request_id, origin, state, status, model, cost, body, body_sha256,
-        received_at)
-    SELECT n, id, 'clipia', request_id, 'webhook', 'ready', 'OK', 'nano-banana-2', 12, body, sha256, began
+        received_at, webhook_id, secret_id, signed_at)
+    SELECT n, id, 'clipia', request_id, 'webhook', 'ready', 'OK', 'nano-banana-2', 12, body, sha256, began,
+        request_id, 'default', began
     FROM history ORDER BY n""",
-    """INSERT INTO receipts (seq, event_seq, webhook_id, secret_id, signed_at, received_at, body_sha256,
-        outcome)
-    SELECT n, n, request_id, 'default', began, began, sha256, 'accepted' FROM history ORDER BY n""",
     f"""INSERT INTO deliveries (id, event_seq, destination, state, attempts, next_attempt_at, error,
         created_at, finished_at)
     SELECT delivery, n, '{DESTINATION}', state, 1, CASE state WHEN 'pending' THEN later END,
@@ -46,7 +44,7 @@ _INSERTS = (
     """INSERT INTO jobs (seq, id, caller, idempotency_key, fingerprint, source, model, request, has_webhook,
         provider_key, metadata, state, attempts, created_at, finished_at, account, sent_at, submitted_at,
         updated_at, request_id, cost, charged)
-    SELECT n / 10, delivery, 'bench', request_id, sha256, 'clipia', 'nano-banana-2', body, TRUE, id, '{}',
+    SELECT n / 10, delivery, 'bench', request_id, request_id, 'clipia', 'nano-banana-2', body, TRUE, id, '{}',
         'completed', 1, began, ended, 'live-bench', began, began, ended, request_id, 12, 12
     FROM history WHERE n % 10 = 0 ORDER BY n""",
 )
@@ -55,7 +53,7 @@ _POSTGRESQL_HISTORY = """
     SET session_replication_role = replica; -- nothing is looked up for the references: it is there
     SET synchronous_commit = off;
     CREATE TEMPORARY TABLE history AS
-    SELECT n, request_id, body, encode(sha256(body), 'hex') AS sha256,
+    SELECT n, request_id, body, sha256(body) AS sha256,
         encode(set_byte(set_byte(digest, 6, get_byte(digest, 6) & 15 | 80),
             8, get_byte(digest, 8) & 63 | 128), 'hex')::uuid AS id,
         began, began + interval '1 second' AS ended, now() + interval '1 hour' AS later,
@@ -115,7 +113,7 @@ def fill_postgresql(postgres: Postgres, database: str, count: int) -> None:
         run("; ".join([history, *_INSERTS]))
         tell(f"PostgreSQL: {numbers[-1]:,} of {count:,} events")
     run("; ".join(["SET maintenance_work_mem = '1GB'", *(make for _, make in indexes)]))
-    for table in ("events", "receipts", "attempts", "jobs"):
+    for table in ("events", "attempts", "jobs"):
         run(f"SELECT setval(pg_get_serial_sequence('{table}', 'seq'), max(seq)) FROM {table}")
     run("VACUUM ANALYZE")
     tell("PostgreSQL: indexes made, vacuumed")
@@ -136,7 +134,7 @@ def fill_sqlite(file: str, count: int) -> None:
             request_id,
             event_id("clipia", request_id).hex,
             body,
-            hashlib.sha256(body).hexdigest(),
+            hashlib.sha256(body).digest(),
             moment(began),
             moment(began + timedelta(seconds=1)),
             moment(now + timedelta(hours=1)),

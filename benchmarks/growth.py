@@ -47,7 +47,7 @@ from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.db import arrivals, leases, migrate, outbox, reads, tables
 from receiver.db.database import Database
-from receiver.db.rows import Arrival
+from receiver.db.rows import NewEvent
 from receiver.db.tables import deliveries, events
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.memory import MemoryDestination
@@ -341,10 +341,12 @@ async def plans(store: Store) -> list[str]:
     return lines
 
 
-def _arrived() -> list[Arrival]:
-    now = datetime.now(UTC)
-    new = [make_event("clipia", result(str(uuid.uuid4())), received_at=now) for _ in range(CONNECTIONS // 2)]
-    return [Arrival(event=each, webhook_id=None, secret_id="default", signed_at=now) for each in new]
+def _arrived() -> list[NewEvent]:
+    now = time.time()
+    bodies = (result(str(uuid.uuid4())) for _ in range(CONNECTIONS // 2))
+    return [
+        make_event("clipia", each, received_at=now, secret_id="default", signed_at=now) for each in bodies
+    ]
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from uuid import uuid4
 
@@ -88,8 +87,8 @@ class Run:
         database = Database(self.url)
         rows = []
         for number in range(count):
-            event = make_event("clipia", result(f"old-{number}"), received_at=datetime.now(UTC))
-            rows.append(event._asdict())
+            event = make_event("clipia", result(f"old-{number}"), received_at=time.time())
+            rows.append(event.columns())
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
         await database.close()

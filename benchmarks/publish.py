@@ -52,7 +52,7 @@ FEWER = {"sqs": 100}
 
 def stored(number: int) -> StoredEvent:
     """Return a finished generation."""
-    event = make_event("clipia", result(str(uuid.uuid4())), received_at=datetime.now(UTC))
+    event = make_event("clipia", result(str(uuid.uuid4())), received_at=time.time())
     return StoredEvent(
         seq=number,
         id=event.id,
@@ -60,7 +60,7 @@ def stored(number: int) -> StoredEvent:
         request_id=event.request_id,
         status="OK",
         body=event.body,
-        received_at=event.received_at,
+        received_at=datetime.now(UTC),
         job_id=None,
         path_token=None,
     )
@@ -94,10 +94,10 @@ async def fill(database: Database, count: int) -> None:
     """Add events with one delivery each that is due."""
     for start in range(0, count, BATCH):
         made = [
-            make_event("clipia", result(str(uuid.uuid4())), received_at=datetime.now(UTC))
+            make_event("clipia", result(str(uuid.uuid4())), received_at=time.time())
             for _ in range(min(BATCH, count - start))
         ]
-        rows = [event._asdict() | {"state": "ready"} for event in made]
+        rows = [event.columns() | {"state": "ready"} for event in made]
         async with database.write() as connection:
             seqs = (await connection.execute(insert(events).returning(events.c.seq), rows)).scalars()
             await outbox.insert_deliveries(connection, [(seq, "bench") for seq in seqs], due=True)

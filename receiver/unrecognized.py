@@ -59,7 +59,11 @@ async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator
             page = await unrecognized.list_page(connection, after=after, limit=PAGE_EVENTS)
         for old in page:
             event = make_event(
-                old.source, old.body, received_at=old.received_at, origin=old.origin, job_id=old.job_id
+                old.source,
+                old.body,
+                received_at=old.received_at.timestamp(),
+                origin=old.origin,
+                job_id=old.job_id,
             )
             outcome: Outcome | None
             if event.state == "unrecognized":

@@ -111,7 +111,7 @@ class EventEndpoints:
     async def _list_receipts(self, request: Request, _caller: Caller) -> Response:
         query = read_query(request)
         limit = read_limit(query)
-        after = read_cursor(query.pop("cursor", None)) or 0
+        after = read_cursor(query.pop("cursor", None))
         reject_unknown(query)
         event = await load_event(self._database, request, reads.find_event)
         async with self._database.read() as connection:

@@ -1,35 +1,36 @@
-"""SQL for the hot path: one statement turns a group of requests into events and receipts.
+"""SQL for the hot path: one statement stores a group of events, each with its first receipt.
 
 The values go to the driver directly, because SQLAlchemy's processing of each value takes as long as SQLite
 itself. On PostgreSQL each column is an array parameter, so the statement is planned once for groups of any
 size.
 """
 
+import math
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache, partial
+from functools import cache, lru_cache, partial
+from importlib import import_module
+from operator import itemgetter
 from typing import Any, Final
-from uuid import UUID, uuid4
+from uuid import uuid4
 
-from sqlalchemy import PoolProxiedConnection, String
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import PoolProxiedConnection
 
 from receiver.db.database import Database
-from receiver.db.rows import Arrival, NewEvent, event_id
-from receiver.db.tables import events, receipts
+from receiver.db.rows import NewEvent, raw_event_id
 
-_OF_EVENT: Final = NewEvent._fields
-_OF_RECEIPT: Final = Arrival._fields[1:]
-_IN_RECEIPT: Final = (*_OF_RECEIPT, "outcome", "received_at", "body_sha256")
-_VIEW: Final = "arriving"
-_IN_VIEW: Final = (*_OF_EVENT, *_OF_RECEIPT, "outcome")
+_FIELDS: Final = ("id", *NewEvent._fields[1:])
+_KIND_START: Final = NewEvent._fields.index("source")
+_KINDS: Final = _FIELDS[_KIND_START:]
+_KNOWN: Final = "known"
 
 
-async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUID]:
-    """Insert the events that are new, each with its first receipt; return the ids of the others.
+async def insert_new(database: Database, new: Sequence[NewEvent]) -> set[bytes]:
+    """Insert the events that are new, with their first receipts; return the raw ids of the others.
 
-    No two arrivals may be of one event. They are sorted, because two processes that insert the same events
-    in different orders would deadlock.
+    No two may have the same id. They are sorted, because two processes that insert the same events in
+    different orders would deadlock.
 
     The INSERT itself finds the duplicates: with a SELECT before it, two transactions could both find no row.
     An INSERT that meets the uncommitted row of another transaction waits for it. After a commit the event is
@@ -37,168 +38,204 @@ async def insert_new(database: Database, arrivals: Sequence[Arrival]) -> set[UUI
 
     Raises DatabaseUnavailable.
     """
-    arrivals = sorted(arrivals, key=lambda arrival: arrival.event.id.int)
+    ordered = sorted(new, key=itemgetter(0))
+    unknown = {event.source for event in ordered} - database.sources
     if database.is_sqlite:
-        return await database.run_with_driver(partial(_insert_rows, _in_rows(arrivals)))
-    rows = await database.fetch(_INSERT, _in_columns(arrivals))
-    return {row["id"] for row in rows}
+        if unknown:
+            await database.run_with_driver(partial(_add_sources, sorted(unknown)))
+        known = await database.run_with_driver(partial(_insert_rows, ordered))
+    else:
+        if unknown:
+            await database.fetch(_ADD_SOURCES, (sorted(unknown),))
+        rows = await database.fetch(_INSERT, _in_columns(ordered))
+        known = set()
+        if len(rows) < len(ordered):
+            known = {event.raw_id for event in ordered} - {row["id"].bytes for row in rows}
+    database.sources.update(unknown)
+    return known
 
 
 async def probe(database: Database) -> None:
-    """Insert an event as `insert_new` does, roll back, and commit a row of another table.
+    """Insert an event as `insert_new` does and a receipt, roll back, and commit a row of another table.
 
-    The INSERT tests whether a webhook can be stored now, and the other row tests the commit. Raises
+    The INSERTs test whether webhooks can be stored now, and the other row tests the commit. Raises
     DatabaseUnavailable.
     """
-    now = datetime.now(UTC)
     # A unique name: the INSERT does not wait for the uncommitted row of another process's probe.
     name = f"probe-{uuid4().hex}"
+    now = time.time()
     event = NewEvent(
-        id=event_id(name, name),
-        source=name,
+        raw_id=raw_event_id(name, name),
         request_id=name,
+        model=None,
+        cost=None,
+        cost_micros=0,
+        body=b"{}",
+        body_sha256=bytes(32),
+        received_at=now,
+        job_id=None,
+        path_token=None,
+        webhook_id=None,
+        signed_at=now,
+        source=name,
         origin="webhook",
         state="received",
-        body=b"{}",
-        body_sha256="0" * 64,
-        received_at=now,
+        reason=None,
+        status=None,
+        secret_id=name[:16],
     )
-    arrival = Arrival(event, None, "probe", now)
     if database.is_sqlite:
-        await database.run_with_driver(partial(_try_rows, _in_rows([arrival])))
+        await database.run_with_driver(partial(_try_rows, event))
     else:
-        await database.fetch(_INSERT, _in_columns([arrival]), keep=False)
+        await database.fetch(_PROBE, (*_in_columns([event]), [name]), keep=False)
         await database.fetch(_COMMIT.format("now()"), ())
-
-
-def _in_rows(arrivals: Sequence[Arrival]) -> list[Any]:
-    """Return the values for SQLite: the rows of `_VIEW`, one after the other."""
-    return [
-        _sqlite_value(value)
-        for arrival in arrivals
-        for value in (*arrival.event, *arrival[1:], arrival.event.first_outcome)
-    ]
-
-
-def _in_columns(arrivals: Sequence[Arrival]) -> tuple[Any, ...]:
-    """Return the values for PostgreSQL: one sequence for each field."""
-    of_event = zip(*(arrival.event for arrival in arrivals), strict=True)
-    _, *of_receipt = zip(*arrivals, strict=True)
-    return (*of_event, *of_receipt, tuple(arrival.event.first_outcome for arrival in arrivals))
 
 
 _COMMIT: Final = """
     INSERT INTO probes (name, at) VALUES ('write', {}) ON CONFLICT (name) DO UPDATE SET at = excluded.at
 """
+_RECEIPT: Final = """
+    INSERT INTO receipts (event_seq, webhook_id, secret_id, signed_at, received_at, body_sha256, outcome)
+    SELECT seq, webhook_id, secret_id, signed_at, received_at, body_sha256, 'duplicate' FROM {}
+"""
 
 
-def _insert_columns() -> str:
-    """Return the statement for PostgreSQL; its parameters are one array for each field."""
-    fields = {name: events.c[name] for name in _OF_EVENT}
-    fields |= {name: receipts.c[name] for name in (*_OF_RECEIPT, "outcome")}
-    dialect = postgresql.dialect()
-    arrays = [
-        # A cast to VARCHAR(n) would truncate a longer text; the INSERT raises an error instead.
-        f"${number}::{'text' if isinstance(column.type, String) else column.type.compile(dialect)}[]"
-        for number, column in enumerate(fields.values(), 1)
-    ]
+# PostgreSQL: each column is an array, or has an expression over the arrays. The columns from `source` on have
+# few different values, so the arrays have each combination once, and `kind` is the combination's number. A
+# cast to VARCHAR(n) would truncate a longer text; with `text` the INSERT raises an error instead.
+_ARRAYS: Final = {
+    "kind": "int2",
+    "id": "uuid",
+    "request_id": "text",
+    "model": "text",
+    "cost": "int8",
+    "cost_micros": "int4",
+    "body": "bytea",
+    "body_sha256": "bytea",
+    "received_at": "float8",
+    "job_id": "uuid",
+    "path_token": "text",
+    "webhook_id": "text",
+    "signed_at": "float8",
+}
+_VALUES: Final = {name: f"(${number}::text[])[kind]" for number, name in enumerate(_KINDS, 1)} | {
+    name: f"to_timestamp({name})" for name in ("received_at", "signed_at")
+}
+
+
+def _insert(returning: str) -> str:
+    arrays = (f"${number}::{of}[]" for number, of in enumerate(_ARRAYS.values(), len(_KINDS) + 1))
+    values = (_VALUES.get(name, name) for name in _FIELDS)
     return f"""
-        WITH arrived AS (SELECT * FROM unnest({", ".join(arrays)}) AS arrays ({", ".join(fields)})),
-        new AS (
-            INSERT INTO events ({", ".join(_OF_EVENT)}) SELECT {", ".join(_OF_EVENT)} FROM arrived
-            ON CONFLICT DO NOTHING RETURNING seq, id
-        ),
-        on_record AS (
-            INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
-            SELECT new.seq, {", ".join(_IN_RECEIPT)} FROM new JOIN arrived USING (id)
-        ),
-        remembered AS (
-            INSERT INTO sources (name) SELECT DISTINCT source FROM arrived ORDER BY 1 ON CONFLICT DO NOTHING
-        )
-        SELECT id FROM arrived WHERE id NOT IN (SELECT id FROM new)
+        INSERT INTO events ({", ".join(_FIELDS)}) SELECT {", ".join(values)}
+        FROM unnest({", ".join(arrays)}) AS arrays ({", ".join(_ARRAYS)})
+        ON CONFLICT DO NOTHING RETURNING {returning}
     """
 
 
-_INSERT: Final = _insert_columns()
+_INSERT: Final = _insert("id")
+_ADD_SOURCES: Final = "INSERT INTO sources SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+_PROBE: Final = f"""
+    WITH new AS ({_insert("*")}),
+    of_source AS ({_ADD_SOURCES.replace("$1", f"${len(_KINDS) + len(_ARRAYS) + 1}")})
+    {_RECEIPT.format("new")}
+"""
 
 
-def _try_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> None:
-    """Insert and roll back, and commit a row of another table, as `probe` does."""
-    _known_ids(connection)  # before the transaction, because the rollback would remove the view
-    cursor = connection.cursor()
-    cursor.execute("BEGIN IMMEDIATE")
-    try:
-        _insert_rows(values, connection)
-    finally:
-        cursor.execute("ROLLBACK")
-    cursor.execute(_COMMIT.format("?"), (_sqlite_value(datetime.now(UTC)),))
-
-
-def _known_ids(connection: PoolProxiedConnection) -> list[str]:
-    if _VIEW not in connection.info:
-        connection.info[_VIEW] = _make_view(connection)
-    known: list[str] = connection.info[_VIEW]
-    return known
-
-
-def _insert_rows(values: Sequence[Any], connection: PoolProxiedConnection) -> set[UUID]:
-    """Insert on SQLite; `values` are the rows of `_VIEW`, one after the other."""
-    known = _known_ids(connection)
-    known.clear()
-    rows = len(values) // len(_IN_VIEW)
-    # Padded to a power of two, so that SQLite parses few different statements.
-    size = 1 << (rows - 1).bit_length()
-    padding = [None] * ((size - rows) * len(_IN_VIEW))
-    connection.cursor().execute(_insert_into_view(size), [*values, *padding])
-    return {UUID(id_) for id_ in known}
-
-
-def _make_view(connection: PoolProxiedConnection) -> list[str]:
-    """Create the temporary view that takes arrivals; return the list that gets the ids of known events.
-
-    A trigger on the view writes all tables, so a group is one statement and one transaction. Several
-    statements would be simpler. But the thread releases the GIL during each statement, and a busy event loop
-    gives it back so briefly that each further statement waits longer for the GIL than it runs.
-    """
-    known: list[str] = []
-    driver: Any = connection.driver_connection
-    driver.create_function("is_known", 1, known.append)
-    for statement in _MAKE_VIEW:
-        driver.execute(statement)
-    return known
-
-
-def _new(names: Sequence[str]) -> str:
-    return ", ".join(f"NEW.{name}" for name in names)
-
-
-_MAKE_VIEW: Final = (
-    # SQLite first copies the rows of a statement with triggers to a temporary table; /tmp may be read-only.
-    "PRAGMA temp_store=MEMORY",
-    f"CREATE TEMP VIEW IF NOT EXISTS {_VIEW} AS SELECT {', '.join(f'NULL AS {name}' for name in _IN_VIEW)}",
-    f"""
-    CREATE TEMP TRIGGER IF NOT EXISTS {_VIEW}_insert INSTEAD OF INSERT ON {_VIEW}
-    WHEN NEW.id IS NOT NULL BEGIN
-        INSERT INTO events ({", ".join(_OF_EVENT)}) VALUES ({_new(_OF_EVENT)}) ON CONFLICT DO NOTHING;
-        SELECT is_known(NEW.id) WHERE changes() = 0;
-        INSERT INTO receipts (event_seq, {", ".join(_IN_RECEIPT)})
-            SELECT last_insert_rowid(), {_new(_IN_RECEIPT)} WHERE changes() > 0;
-        INSERT INTO sources (name) VALUES (NEW.source) ON CONFLICT DO NOTHING;
-    END
-    """,
-)
+def _in_columns(events: Sequence[NewEvent]) -> tuple[Any, ...]:
+    """Return the parameters of `_insert`."""
+    numbers: dict[tuple[Any, ...], int] = {}
+    kinds = [numbers.setdefault(event[_KIND_START:], len(numbers) + 1) for event in events]
+    raw_ids, *columns = zip(*events, strict=True)
+    return (
+        *zip(*numbers, strict=True),
+        kinds,
+        list(map(_driver_uuid(), raw_ids)),
+        *columns[: _KIND_START - 1],
+    )
 
 
 @cache
-def _insert_into_view(rows: int) -> str:
-    row = f"({', '.join('?' * len(_IN_VIEW))})"
-    return f"INSERT INTO {_VIEW} VALUES {', '.join([row] * rows)}"
+def _driver_uuid() -> Any:
+    """Return asyncpg's own class, which it makes and encodes in a tenth of the time."""
+    return import_module("asyncpg.pgproto.pgproto").UUID
 
 
-def _sqlite_value(value: Any) -> Any:
-    """Return a value as the column types of the tables write it to SQLite."""
-    if isinstance(value, UUID):
-        return value.hex
-    if isinstance(value, datetime):
-        return value.astimezone(UTC).replace(tzinfo=None).isoformat(" ", "microseconds")
-    return value
+# SQLite.
+_COLUMNS: Final = ", ".join(_FIELDS)
+
+
+def _add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> None:
+    connection.cursor().executemany(
+        "INSERT INTO sources VALUES (?) ON CONFLICT DO NOTHING", [(name,) for name in names]
+    )
+
+
+def _insert_rows(events: Sequence[NewEvent], connection: PoolProxiedConnection) -> set[bytes]:
+    known = _known_ids(connection)
+    known.clear()
+    values = [value for event in events for value in _in_row(event)]
+    connection.cursor().execute(_insert_many(len(events)), values)
+    return {bytes.fromhex(id_) for id_ in known}
+
+
+def _known_ids(connection: PoolProxiedConnection) -> list[str]:
+    """Return the list that gets the ids of known events: SQLite has no RETURNING of rows in conflict."""
+    if _KNOWN not in connection.info:
+        connection.info[_KNOWN] = []
+        driver: Any = connection.driver_connection
+        driver.create_function("is_known", 1, connection.info[_KNOWN].append)
+    known: list[str] = connection.info[_KNOWN]
+    return known
+
+
+@cache
+def _insert_many(rows: int) -> str:
+    """Return the statement for a number of rows.
+
+    `is_known` is called for each conflict and returns NULL, so no row is updated.
+    """
+    row = f"({', '.join('?' * len(_FIELDS))})"
+    return f"""
+        INSERT INTO events ({_COLUMNS}) VALUES {", ".join([row] * rows)}
+        ON CONFLICT (id) DO UPDATE SET state = state WHERE is_known(excluded.id)
+    """
+
+
+def _in_row(event: NewEvent) -> list[Any]:
+    """Return the values as the types of the tables write them."""
+    values: list[Any] = [*event]
+    values[0] = event.raw_id.hex()
+    values[_RECEIVED_AT] = _moment(event.received_at)
+    if event.job_id is not None:
+        values[_JOB_ID] = event.job_id.hex
+    if event.signed_at is not None:
+        values[_SIGNED_AT] = _moment(event.signed_at)
+    return values
+
+
+_RECEIVED_AT, _JOB_ID, _SIGNED_AT = (_FIELDS.index(name) for name in ("received_at", "job_id", "signed_at"))
+
+
+def _moment(seconds: float) -> str:
+    fraction, whole = math.modf(seconds)
+    micros = round(fraction * 1_000_000)
+    return f"{_second(int(whole) + micros // 1_000_000)}.{micros % 1_000_000:06d}"
+
+
+@lru_cache(maxsize=64)
+def _second(whole: int) -> str:
+    return datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _try_rows(event: NewEvent, connection: PoolProxiedConnection) -> None:
+    """Insert and roll back, and commit a row of another table, as `probe` does."""
+    cursor = connection.cursor()
+    cursor.execute("BEGIN IMMEDIATE")
+    try:
+        _add_sources([event.source], connection)
+        _insert_rows([event], connection)
+        cursor.execute(_RECEIPT.format("events WHERE id = ?"), [event.raw_id.hex()])
+    finally:
+        cursor.execute("ROLLBACK")
+    cursor.execute(_COMMIT.format("?"), [_moment(time.time())])

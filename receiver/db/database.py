@@ -32,6 +32,8 @@ class Database:
     def __init__(self, url: str) -> None:
         """Open no connection yet. Raises SettingsError if the URL cannot be used."""
         self.url: Final = url
+        self.sources: Final[set[str]] = set()
+        """Names of sources that are known to be stored."""
         parsed = parse_url(url)
         self.is_sqlite: Final = isinstance(parsed, URL)
         if isinstance(parsed, URL):

@@ -15,10 +15,12 @@ from sqlalchemy import JSON, Boolean, Column, Double, LargeBinary, String, Table
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import outbox, sources
+from receiver.db.receipts import FIRST_COLUMNS, receipts_of
 from receiver.db.rows import event_id
 from receiver.db.statements import between, count_rows, insert_unless_taken
 from receiver.db.tables import (
     PlainUuid,
+    Sha256,
     UtcDateTime,
     attempts,
     deliveries,
@@ -107,19 +109,35 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
 
 async def _write_event(connection: AsyncConnection, line: Line) -> bool:
     values = _load(events, line)
+    first, others = _split_receipts(values, [_load(receipts, each) for each in line["receipts"]])
+    values |= first
     if values["id"] != event_id(values["source"], values["request_id"]):
         raise ValueError("events.id does not belong to this source and request_id")
     seq = await insert_unless_taken(connection, events, values)
     if seq is None:
         return False
-    for name, table in CHILDREN.items():
-        for child in line[name]:
+    for receipt in others:
+        await connection.execute(insert(receipts).values(event_seq=seq, **receipt))
+    for table in (media, deliveries):
+        for child in line[table.name]:
             await connection.execute(insert(table).values(event_seq=seq, **_load(table, child)))
             await _write_attempts(connection, child)
     if values["state"] == "fetching":
         # The export reads an event before its files, and the last file may have finished in between.
         await outbox.release_held(connection, seq)
     return True
+
+
+def _split_receipts(event: Line, found: list[Line]) -> tuple[Line, list[Line]]:
+    """Return the first receipt as columns of the event, and the receipts that are no part of it."""
+    first = found[0] if found else {}
+    of_event = all(first.get(name) == event[name] for name in ("received_at", "body_sha256"))
+    if not of_event or first["outcome"] not in ("accepted", "unrecognized") or event["origin"] != "webhook":
+        return {}, found
+    follows = "accepted" if event.get("status") else "unrecognized"
+    columns = {name: first.get(name) for name in FIRST_COLUMNS}
+    columns["first_outcome"] = None if first["outcome"] == follows else first["outcome"]
+    return columns, found[1:]
 
 
 async def _write_job(connection: AsyncConnection, line: Line) -> bool:
@@ -151,8 +169,9 @@ async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs
     for name, table in CHILDREN.items():
         for line in lines:
             line[name] = []
-        order = table.c.seq if "seq" in table.c else table.c.id
-        statement = select(table).where(table.c.event_seq.in_(seqs)).order_by(order)
+        found = receipts_of(lambda seq: seq.in_(seqs)) if table is receipts else table
+        order = found.c.seq if "seq" in found.c else found.c.id
+        statement = select(found).where(found.c.event_seq.in_(seqs)).order_by(order)
         for row in (await connection.execute(statement)).mappings():
             child = _dump(table, row)
             by_seq[row["event_seq"]][name].append(child)
@@ -179,7 +198,7 @@ async def _read_attempts(
 
 def _dump(table: Table, row: Mapping[Any, Any]) -> Line:
     # SQLAlchemy's names are a subclass of str that orjson rejects.
-    return {str(column.name): _to_json(row[column.name]) for column in _exported(table)}
+    return {str(column.name): _to_json(column, row[column.name]) for column in _exported(table)}
 
 
 def _load(table: Table, line: Line) -> dict[str, Any]:
@@ -195,10 +214,13 @@ def _load(table: Table, line: Line) -> dict[str, Any]:
 
 
 def _exported(table: Table) -> list[Column[Any]]:
-    return [each for each in table.c if each.name not in _LEFT_OUT and each is not attempts.c.work_id]
+    left_out = FIRST_COLUMNS if table is events else ("work_id",)
+    return [each for each in table.c if each.name not in _LEFT_OUT and each.name not in left_out]
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(column: Column[Any], value: Any) -> Any:
+    if isinstance(column.type, Sha256):
+        return value.hex()
     if isinstance(value, bytes):
         return base64.b64encode(value).decode("ascii")
     if isinstance(value, datetime):
@@ -207,6 +229,8 @@ def _to_json(value: Any) -> Any:
 
 
 def _from_json(column: Column[Any], value: Any) -> Any:
+    if isinstance(column.type, Sha256):
+        return bytes.fromhex(value)
     if isinstance(column.type, LargeBinary):
         return base64.b64decode(value, validate=True)
     if isinstance(column.type, UtcDateTime):

@@ -13,7 +13,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from receiver.db import job_events, sources
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
-from receiver.db.rows import Arrival, EventState, NewEvent, Outcome, StoredEvent
+from receiver.db.receipts import receipts_of
+from receiver.db.rows import EventState, NewEvent, Outcome, StoredEvent, to_datetime
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
@@ -27,13 +28,13 @@ class KnownEvent(NamedTuple):
     seq: int
     origin: str
     status: str | None
-    body_sha256: str
+    body_sha256: bytes
     state: str
 
 
 async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
     """Insert an event and return its `seq`, or None if its id, and so (source, request_id), is taken."""
-    seq = await insert_unless_taken(connection, events, event._asdict())
+    seq = await insert_unless_taken(connection, events, event.columns())
     if seq is not None:
         await sources.add(connection, event.source)
     return seq
@@ -55,18 +56,20 @@ KEPT_RECEIPTS: Final = 20
 """An event keeps this many receipts of each outcome; the last one counts the later requests."""
 
 
-async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int, Arrival, Outcome]]) -> None:
-    """Record requests, each with the `seq` of its event; a receipt of a conflict keeps the body.
+async def record_receipts(
+    connection: AsyncConnection, found: Sequence[tuple[int, NewEvent, Outcome]]
+) -> None:
+    """Record requests for stored events, each with the event's `seq`; a receipt of a conflict keeps the body.
 
     Concurrent transactions do not see each other's new rows, so each of them may add `KEPT_RECEIPTS`. The
     count is exact nevertheless, because an UPDATE waits for an earlier one of the same row.
     """
     kept: Counter[tuple[int, Outcome]] = Counter()
     for seq, outcome, number in await connection.execute(_KEPT, {"seqs": {seq for seq, *_ in found}}):
-        kept[seq, outcome] = number
+        kept[seq, outcome] += number
     repeated: Counter[tuple[int, Outcome]] = Counter()
     rows = []
-    for seq, arrival, outcome in found:
+    for seq, event, outcome in found:
         if kept[seq, outcome] >= KEPT_RECEIPTS:
             repeated[seq, outcome] += 1
             continue
@@ -74,13 +77,13 @@ async def record_receipts(connection: AsyncConnection, found: Sequence[tuple[int
         rows.append(
             {
                 "event_seq": seq,
-                "webhook_id": arrival.webhook_id,
-                "secret_id": arrival.secret_id,
-                "signed_at": arrival.signed_at,
-                "received_at": arrival.event.received_at,
-                "body_sha256": arrival.event.body_sha256,
+                "webhook_id": event.webhook_id,
+                "secret_id": event.secret_id,
+                "signed_at": None if event.signed_at is None else to_datetime(event.signed_at),
+                "received_at": to_datetime(event.received_at),
+                "body_sha256": event.body_sha256,
                 "outcome": outcome,
-                "body": arrival.event.body if outcome == "conflict" else None,
+                "body": event.body if outcome == "conflict" else None,
             }
         )
     if rows:
@@ -98,10 +101,9 @@ _KNOWN = (
     # receipt is inserted, and the violation would roll back the whole group.
     .with_for_update(read=True, key_share=True)
 )
-_KEPT = (
-    select(receipts.c.event_seq, receipts.c.outcome, func.count())
-    .where(among(receipts.c.event_seq, "seqs"))
-    .group_by(receipts.c.event_seq, receipts.c.outcome)
+_RECEIPTS = receipts_of(lambda seq: among(seq, "seqs"))
+_KEPT = select(_RECEIPTS.c.event_seq, _RECEIPTS.c.outcome, func.count()).group_by(
+    _RECEIPTS.c.event_seq, _RECEIPTS.c.outcome
 )
 _COUNT_REPEATED = (
     update(receipts)

@@ -11,12 +11,19 @@ from receiver.price import MICROS, Credits, from_micros, to_micros
 MICROS_SUFFIX: Final = "_micros"
 
 
+def columns(price: Credits | None) -> tuple[int | None, int]:
+    """Return the values of both columns of a price."""
+    if price is None:
+        return None, 0
+    # A whole number, as all prices are so far, without the arithmetic.
+    return (price, 0) if isinstance(price, int) else divmod(to_micros(price), MICROS)
+
+
 def split(**prices: Credits | None) -> dict[str, Any]:
-    """Return the values of both columns of each price."""
+    """Return the values of both columns of each price, by their names."""
     values: dict[str, Any] = {}
     for name, price in prices.items():
-        whole, rest = (None, 0) if price is None else divmod(to_micros(price), MICROS)
-        values |= {name: whole, name + MICROS_SUFFIX: rest}
+        values[name], values[name + MICROS_SUFFIX] = columns(price)
     return values
 
 

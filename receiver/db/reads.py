@@ -10,9 +10,10 @@ from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, s
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices, unrecognized
+from receiver.db.receipts import FIRST_COLUMNS, receipts_of
 from receiver.db.rows import CostGroup, event_id, least_id
 from receiver.db.sources import find_event_ids
-from receiver.db.statements import between, count_rows, equal
+from receiver.db.statements import between, count_rows, equal, readable
 from receiver.db.tables import (
     attempts,
     deliveries,
@@ -22,7 +23,6 @@ from receiver.db.tables import (
     is_replayed,
     jobs,
     media,
-    receipts,
 )
 from receiver.db.views import (
     EventDetails,
@@ -46,8 +46,10 @@ _JOB_ID: Final = (
     .scalar_subquery()
     .label("job_id")
 )
+
+_UNSHOWN: Final = ("body", "job_id", "path_token", *FIRST_COLUMNS)
 _EVENT: Final = [
-    *(column for column in events.c if column.name not in ("body", "job_id", "path_token")),
+    *(readable(column) for column in events.c if column.name not in _UNSHOWN),
     _JOB_ID,
 ]
 _PENDING: Final = union_all(
@@ -125,7 +127,8 @@ async def show_event(connection: AsyncConnection, key: str) -> EventDetails | No
     event = cast("Row", found)
     seq = event["seq"]
     event["receipts"] = await list_receipts(connection, seq, limit=SHOWN_RECEIPTS)
-    counted = select(func.coalesce(func.sum(1 + receipts.c.repeated), 0)).where(receipts.c.event_seq == seq)
+    all_ = receipts_of(lambda column: column == seq)
+    counted = select(func.coalesce(func.sum(1 + all_.c.repeated), 0))
     event["receipts_total"] = int((await connection.execute(counted)).scalar_one())
     await _add_work(connection, event)
     await _add_attempts(connection, [*event["media"], *event["deliveries"]])
@@ -133,16 +136,14 @@ async def show_event(connection: AsyncConnection, key: str) -> EventDetails | No
 
 
 async def list_receipts(
-    connection: AsyncConnection, event_seq: int, *, limit: int, after: int = 0
+    connection: AsyncConnection, event_seq: int, *, limit: int, after: int | None = None
 ) -> list[Receipt]:
     """Return receipts of an event, oldest first; `after` is the last `seq` of the previous page."""
-    columns = [column for column in receipts.c if column.name not in _HIDDEN]
-    statement = (
-        select(*columns)
-        .where(receipts.c.event_seq == event_seq, receipts.c.seq > after)
-        .order_by(receipts.c.seq)
-        .limit(limit)
-    )
+    found = receipts_of(lambda seq: seq == event_seq)
+    statement = select(*(readable(column) for column in found.c if column.name not in _HIDDEN))
+    if after is not None:
+        statement = statement.where(found.c.seq > after)
+    statement = statement.order_by(found.c.seq).limit(limit)
     return cast("list[Receipt]", await _rows(connection, statement))
 
 

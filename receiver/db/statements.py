@@ -4,14 +4,34 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, FromClause, Table, func, select
+from sqlalchemy import ColumnElement, FromClause, LargeBinary, Table, func, select, type_coerce
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import Dialect
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.types import TypeDecorator
+
+from receiver.db.tables import Sha256
 
 
 def insert_for(dialect_name: str, table: Table) -> sqlite.Insert | postgresql.Insert:
     """Return the dialect's own INSERT, which has ON CONFLICT."""
     return sqlite.insert(table) if dialect_name == "sqlite" else postgresql.insert(table)
+
+
+class _Hex(TypeDecorator[str]):
+    """A digest in hexadecimal digits."""
+
+    impl = LargeBinary
+    cache_ok = True
+
+    def process_result_value(self, value: bytes | None, dialect: Dialect) -> str | None:
+        """Read a digest."""
+        return None if value is None else value.hex()
+
+
+def readable(column: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return a column with its public value: a digest is hexadecimal."""
+    return type_coerce(column, _Hex).label(column.name) if isinstance(column.type, Sha256) else column
 
 
 def equal(table: FromClause, values: Mapping[str, Any]) -> list[ColumnElement[bool]]:

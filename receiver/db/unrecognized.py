@@ -6,10 +6,22 @@ from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, LargeBinary, bindparam, delete, func, or_, select, update
+from sqlalchemy import (
+    ColumnElement,
+    LargeBinary,
+    bindparam,
+    delete,
+    func,
+    insert,
+    literal,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.payload import is_request_id, summarize
+from receiver.db.receipts import receipts_of
 from receiver.db.rows import NewEvent, Origin
 from receiver.db.tables import events, in_state, receipts
 from receiver.errors import UnrecognizedBody
@@ -88,18 +100,24 @@ async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> N
 
     Raises IntegrityError if `event` was received in the meantime.
     """
-    values = {name: getattr(event, name) for name in _TAKEN}
-    await connection.execute(update(events).where(events.c.seq == seq).values(**values, reason=None))
+    values: dict[str, Any] = {name: getattr(event, name) for name in _TAKEN}
+    # Its first receipt keeps the outcome that was answered.
+    values |= {"reason": None, "first_outcome": "unrecognized"}
+    await connection.execute(update(events).where(events.c.seq == seq).values(values))
 
 
 async def merge(
     connection: AsyncConnection, seq: int, *, into: int, outcome: Literal["duplicate", "conflict"]
 ) -> None:
     """Move the receipts of an event to another one and delete it; receipts of a conflict get its body."""
-    values: dict[str, Any] = {"event_seq": into, "outcome": outcome}
+    values: dict[str, Any] = {"event_seq": literal(into), "outcome": literal(outcome)}
     if outcome == "conflict":
         values["body"] = select(events.c.body).where(events.c.seq == seq).scalar_subquery()
-    await connection.execute(update(receipts).where(receipts.c.event_seq == seq).values(**values))
+    taken = [column.name for column in receipts.c if column.name != "seq"]
+    found = receipts_of(lambda column: column == seq)
+    moved = select(*(values.get(name, found.c[name]) for name in taken)).order_by(found.c.seq)
+    await connection.execute(insert(receipts).from_select(taken, moved))
+    await connection.execute(delete(receipts).where(receipts.c.event_seq == seq))
     await connection.execute(delete(events).where(events.c.seq == seq))
 
 

@@ -12,7 +12,6 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -82,9 +81,9 @@ class Service:
         database = Database(self.settings["RECEIVER_DATABASE_URL"])
         rows = []
         for content in contents:
-            event = make_event("clipia", content, received_at=datetime.now(UTC))
+            event = make_event("clipia", content, received_at=time.time())
             state = "unrecognized" if event.state == "unrecognized" else "ready"
-            rows.append(event._asdict() | {"state": state})
+            rows.append(event.columns() | {"state": state})
         async with database.write() as connection:
             await connection.execute(insert(events), rows)
             await sources.add(connection, "clipia")

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,8 +70,8 @@ async def add_events(url: str) -> None:
     database = Database(url)
     rows = []
     for number in range(EVENTS):
-        event = make_event("clipia", plain(f"old-{number}"), received_at=datetime.now(UTC))
-        rows.append(event._asdict())
+        event = make_event("clipia", plain(f"old-{number}"), received_at=time.time())
+        rows.append(event.columns())
     async with database.write() as connection:
         await connection.execute(insert(events), rows)
     await database.close()

@@ -1,6 +1,7 @@
 """Export and import move all rows to another database, and no event is sent twice."""
 
 import asyncio
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,7 +21,8 @@ from receiver.cli import export_import as commands
 from receiver.db import export_import, inbox, leases, outbox, reads, statements
 from receiver.db.clock import db_time
 from receiver.db.database import Database
-from receiver.db.rows import Arrival, Attempt, event_id
+from receiver.db.receipts import FIRST_COLUMNS
+from receiver.db.rows import Attempt, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
 from receiver.errors import ReceiverError
 from receiver.ingest import make_event
@@ -121,9 +123,15 @@ async def count_rows(world: World) -> dict[str, int]:
 async def add_receipt(world: World, seq: int, outcome: Any, content: bytes | None = None) -> None:
     """Record a receipt of an event."""
     async with world.database.write() as connection:
-        event = make_event("clipia", content or b"{}", received_at=datetime.now(UTC))
-        arrival = Arrival(event, None if content else "wh-1", "0123456789abcdef", datetime.now(UTC))
-        await inbox.record_receipts(connection, [(seq, arrival, outcome)])
+        event = make_event(
+            "clipia",
+            content or b"{}",
+            received_at=time.time(),
+            webhook_id=None if content else "wh-1",
+            secret_id="0123456789abcdef",
+            signed_at=time.time(),
+        )
+        await inbox.record_receipts(connection, [(seq, event, outcome)])
 
 
 async def fill(world: World) -> None:
@@ -261,6 +269,8 @@ async def test_no_column_is_forgotten(pair: tuple[World, World]) -> None:
     by_table["attempts"] = [attempt for work in works for attempt in work["tries"]]
     for table in (events, receipts, media, deliveries, attempts, jobs, replays):
         kept = {column.name for column in table.c} - {"seq", "event_seq", "lease", "work_id"}
+        if table is events:
+            kept -= {*FIRST_COLUMNS}  # in the line of its first receipt
         assert by_table[table.name], table.name
         for line in by_table[table.name]:
             assert kept - line.keys() == set()

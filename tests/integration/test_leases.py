@@ -1,17 +1,20 @@
 """Claims, leases and results, on both databases."""
 
 import asyncio
+import time
 import uuid
 from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import select, update
+from support.events import plain
 
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
 from receiver.db.database import Database
-from receiver.db.rows import Attempt, Claim, DeliveryClaim, NewEvent, NewMedia, event_id
+from receiver.db.rows import Attempt, Claim, DeliveryClaim, NewMedia
 from receiver.db.tables import attempts, deliveries, events, media
+from receiver.ingest import make_event
 
 LEASE = 60.0
 
@@ -20,18 +23,7 @@ async def add_event(database: Database, request_id: str = "r1") -> int:
     """Store an event as ingest would and return its `seq`."""
     async with database.write() as connection:
         seq = await inbox.insert_event(
-            connection,
-            NewEvent(
-                id=event_id("clipia", request_id),
-                source="clipia",
-                request_id=request_id,
-                origin="webhook",
-                state="received",
-                status="OK",
-                body=b"{}",
-                body_sha256="0" * 64,
-                received_at=datetime.now(UTC),
-            ),
+            connection, make_event("clipia", plain(request_id), received_at=time.time())
         )
     assert seq is not None
     return seq

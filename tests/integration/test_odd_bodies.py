@@ -15,7 +15,8 @@ from support.payloads import SECRET, signed
 
 from receiver.app import create_app
 from receiver.db.database import Database
-from receiver.db.tables import deliveries, events, media, receipts
+from receiver.db.receipts import all_receipts
+from receiver.db.tables import deliveries, events, media
 from receiver.lanes.targets import Target
 from receiver.sandbox import SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
@@ -108,7 +109,7 @@ async def test_odd_bodies_are_events(
         await world.until_states(deliveries, delivered=len(bodies) * len(kinds))
     assert await world.states(media) == {"stored": len(bodies)}
     assert {row["request_id"]: row["body"] for row in await world.rows(events)} == bodies
-    assert [row["body"] for row in await world.rows(receipts)] == [None] * 2 * len(bodies)
+    assert [row["body"] for row in await world.rows(all_receipts)] == [None] * 2 * len(bodies)
     for kind in kinds.values():
         found = {message["subject"]: message["data"] for message in await kind.received()}
         assert found.keys() == bodies.keys()
@@ -160,5 +161,5 @@ async def test_odd_bodies_conflict_only_if_they_differ(world: World, database_ur
     answers = await post(database_url, [first, first, same, *others])
     statuses = [answer["status"] for answer in answers]
     assert statuses == ["accepted", "duplicate", "duplicate", "conflict", "conflict", "conflict"]
-    kept = [row["body"] for row in await world.rows(receipts) if row["outcome"] == "conflict"]
+    kept = [row["body"] for row in await world.rows(all_receipts) if row["outcome"] == "conflict"]
     assert kept == others

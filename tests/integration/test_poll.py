@@ -44,7 +44,8 @@ from receiver.api.answers import status_of
 from receiver.core.quota import SHARES
 from receiver.db import inbox, job_events
 from receiver.db.clock import db_time
-from receiver.db.tables import accounts, deliveries, events, jobs, media, receipts
+from receiver.db.receipts import all_receipts
+from receiver.db.tables import accounts, deliveries, events, jobs, media
 from receiver.errors import ClipiaUnavailable, DatabaseUnavailable
 from receiver.ingest import make_event
 from receiver.lanes.base import Lane
@@ -133,7 +134,7 @@ async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, end
     assert done.next_attempt_at is None
     assert done.event is not None
     assert (done.event.origin, done.event.status) == ("poll", status)
-    assert await world.rows(receipts) == []
+    assert await world.rows(all_receipts) == []
     (message,) = world.destination.events
     data: Any = message.get_data()
     assert (data["request_id"], data["status"]) == (request_id, status)
@@ -145,7 +146,7 @@ async def test_a_lost_webhook_is_made_up_for(world: World, sandbox: Sandbox, end
     else:
         assert await sandbox.send_webhook(request_id) == 200
     await world.forward()
-    (receipt,) = await world.rows(receipts)
+    (receipt,) = await world.rows(all_receipts)
     assert receipt["outcome"] == "duplicate"
     assert len(await world.rows(events)) == len(await world.rows(deliveries)) == 1
     assert len(world.destination.events) == 1
@@ -163,7 +164,7 @@ async def test_a_webhook_that_contradicts_a_poll_changes_nothing(world: World, s
     await world.forward()
     assert await sandbox.send_webhook(str(job.request_id), conflicting=True) == 200
     await world.forward()
-    (receipt,) = await world.rows(receipts)
+    (receipt,) = await world.rows(all_receipts)
     assert receipt["outcome"] == "conflict"
     assert (await show(submitter, job)).state == "completed"
     assert len(world.destination.events) == 1
@@ -751,7 +752,7 @@ async def test_an_event_that_is_read_more_strictly_now_leaves_the_job_open(
     """C10: if a newer release cannot parse an event, its job stays open and is polled."""
 
     async def store(_request: Request) -> None:
-        event = make_event("clipia", body("r-1"), received_at=datetime.now(UTC))
+        event = make_event("clipia", body("r-1"), received_at=time.time())
         async with odd_world.database.write() as connection:
             await inbox.insert_event(connection, event)
             await connection.execute(update(events).values(body=b"strange"))

@@ -13,6 +13,7 @@ from receiver.core.signature import Secret
 from receiver.db import inbox, reads
 from receiver.db.database import Database
 from receiver.db.inbox import KEPT_RECEIPTS
+from receiver.db.receipts import all_receipts
 from receiver.db.tables import receipts
 from receiver.ingest import Ingest
 
@@ -38,7 +39,7 @@ async def post(ingest: Ingest, content: bytes) -> str:
 async def rows(database: Database) -> Sequence[Any]:
     """Return all receipts, oldest first."""
     async with database.read() as connection:
-        return (await connection.execute(select(receipts).order_by(receipts.c.seq))).all()
+        return (await connection.execute(select(all_receipts).order_by(all_receipts.c.seq))).all()
 
 
 async def test_repetitions_are_kept_up_to_a_limit_and_counted_beyond_it(database: Database) -> None:
@@ -104,12 +105,13 @@ async def test_an_event_is_shown_with_a_limited_number_of_receipts(database: Dat
         event = await reads.show_event(connection, "r-1")
         assert event is not None
         assert (len(event["receipts"]), event["receipts_total"]) == (reads.SHOWN_RECEIPTS, 120)
-        seen, after = [], 0
+        seen: list[int] = []
+        after = None
         while page := await reads.list_receipts(connection, first.event_seq, limit=50, after=after):
             seen += [row["seq"] for row in page]
             assert len(seen) <= 120
             after = seen[-1]
-        assert seen == sorted({row.seq for row in await connection.execute(select(receipts.c.seq))})
+        assert seen == sorted({row.seq for row in await connection.execute(select(all_receipts.c.seq))})
 
 
 @pytest.mark.parametrize("limit", [1, 3])

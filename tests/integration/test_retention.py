@@ -21,8 +21,9 @@ from receiver.core.signature import Secret
 from receiver.db import inbox, leases, outbox, pruning
 from receiver.db.clock import db_time
 from receiver.db.database import Database
+from receiver.db.receipts import all_receipts
 from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMedia
-from receiver.db.tables import deliveries, events, jobs, media, receipts, replays
+from receiver.db.tables import deliveries, events, jobs, media, replays
 from receiver.errors import DatabaseUnavailable, RequestError
 from receiver.ingest import Ingest, make_event
 from receiver.retention import Limits, Pruned
@@ -242,8 +243,8 @@ async def test_it_reads_what_it_deletes_and_a_page(world: World, monkeypatch: py
         await set_delivery(world, name, "dead")
     async with world.database.write() as connection:
         # Its number is many pages after the others.
-        far = make_event("clipia", plain("far"), received_at=datetime.now(UTC))
-        await connection.execute(insert(events).values(**far._asdict() | {"seq": 10_000, "state": "ready"}))
+        far = make_event("clipia", plain("far"), received_at=time.time())
+        await connection.execute(insert(events).values(**far.columns() | {"seq": 10_000, "state": "ready"}))
     limits = Limits(events=3)
     pages: list[int] = []
     find = pruning.find_old
@@ -358,7 +359,7 @@ async def test_repeats_that_come_meanwhile_are_answered(world: World) -> None:
     assert answers.keys() <= {"accepted", "duplicate", "race"}
     assert answers["accepted"] + again["accepted"] == done.events
     assert await left(world) == set(names)
-    assert {row["event_seq"] for row in await world.rows(receipts)} == {
+    assert {row["event_seq"] for row in await world.rows(all_receipts)} == {
         row["seq"] for row in await world.rows(events)
     }
 

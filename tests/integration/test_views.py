@@ -1,5 +1,6 @@
 """The typed rows of `db.views` against the queries that return them."""
 
+import time
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +13,7 @@ from support.payloads import body
 from receiver.db import inbox, reads, views
 from receiver.db.database import Database
 from receiver.db.leases import record_attempt
-from receiver.db.rows import Arrival, Attempt
+from receiver.db.rows import Attempt
 from receiver.db.tables import deliveries, media
 from receiver.ingest import make_event
 
@@ -37,13 +38,11 @@ async def test_rows_of_events_have_the_keys_of_their_views(world: World) -> None
     """An event, its summary and all rows that refer to it have exactly the declared keys."""
     world.add_destination("main")
     await world.add_history(body("r-1"))
-    event = make_event("clipia", body("r-1"), received_at=datetime.now(UTC))
+    event = make_event("clipia", body("r-1"), received_at=time.time(), secret_id="0", signed_at=time.time())
     attempt = Attempt(number=1, started_at=datetime.now(UTC), duration_ms=1, outcome="retry")
     works = [*await world.rows(media), *await world.rows(deliveries)]
     async with world.database.write() as connection:
-        await inbox.record_receipts(
-            connection, [(1, Arrival(event, None, "0", event.received_at), "duplicate")]
-        )
+        await inbox.record_receipts(connection, [(1, event, "duplicate")])
         for work in works:
             await record_attempt(connection, work["id"], attempt)
     async with world.database.read() as connection:

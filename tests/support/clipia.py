@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, Self
 
 import httpx
-from sqlalchemy import Table, select, update
+from sqlalchemy import FromClause, Table, select, update
 
 from receiver.app import create_app as create_receiver
 from receiver.clipia.client import ClipiaClient
@@ -313,7 +313,7 @@ class World:
         async with self.database.write() as connection:
             await connection.execute(statement if where is None else statement.where(where))
 
-    async def rows(self, table: Table) -> list[dict[str, Any]]:
+    async def rows(self, table: FromClause) -> list[dict[str, Any]]:
         """Return all rows of a table, in order."""
         order = table.c.seq if "seq" in table.c else table.c.id
         async with self.database.read() as connection:

@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy import ColumnElement, Table, select, update
+from sqlalchemy import ColumnElement, FromClause, Table, select, update
 
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.output_files import FileRules
@@ -198,7 +197,7 @@ class World:
     ) -> None:
         """Store an event as ingest does; `job_id` and `token` are those of the callback's path."""
         digest = None if token is None else digest_token(token)
-        event = make_event(source, content, received_at=datetime.now(UTC), job_id=job_id, path_token=digest)
+        event = make_event(source, content, received_at=time.time(), job_id=job_id, path_token=digest)
         async with self.database.write() as connection:
             await inbox.insert_event(connection, event)
 
@@ -269,7 +268,7 @@ class World:
 
         return await until(find_ended)
 
-    async def rows(self, table: Table, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
+    async def rows(self, table: FromClause, *where: ColumnElement[bool]) -> list[dict[str, Any]]:
         """Return the rows of a table, in the order of their insertion."""
         order = table.c.seq if "seq" in table.c else table.c.id
         async with self.database.read() as connection:

@@ -7,8 +7,9 @@ from sqlalchemy import bindparam, func, insert, select, text
 
 from receiver.db import sources
 from receiver.db.database import Database
+from receiver.db.receipts import all_receipts
 from receiver.db.rows import event_id
-from receiver.db.tables import UtcDateTime, attempts, deliveries, events, media, receipts
+from receiver.db.tables import UtcDateTime, attempts, deliveries, events, media
 
 DAY: Final = 86_400.0
 
@@ -16,11 +17,11 @@ _ID: Final = {
     "sqlite": "printf('{start}%020x', i)",
     "postgresql": "('{start}' || lpad(to_hex(i), 20, '0'))::uuid",
 }
-_SHA256: Final = "0" * 64
+_SHA256: Final = bytes(32)
 
 
 async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
-    """Add events, each with a receipt, a file, a delivery and an attempt at either, `days` old."""
+    """Add events, each with two receipts, a file, a delivery and an attempt at either, `days` old."""
     old = datetime.now(UTC) - timedelta(days=days)
     # The ids are ordered by time, as real ones are.
     file, delivery = (
@@ -32,8 +33,8 @@ async def fill(database: Database, count: int, *, days: float = 100.0) -> None:
         await sources.add(connection, "clipia")
     work = "state, attempts, created_at"
     for statement in (
-        f"""INSERT INTO receipts (event_seq, secret_id, signed_at, received_at, body_sha256, outcome)
-            SELECT seq, 'one', :old, :old, '{_SHA256}', 'accepted' FROM events""",
+        """INSERT INTO receipts (event_seq, secret_id, signed_at, received_at, body_sha256, outcome)
+            SELECT seq, 'one', :old, :old, body_sha256, 'duplicate' FROM events""",
         f"""INSERT INTO media (id, event_seq, position, variant, kind, url, {work})
             SELECT {file}, i, 0, 'original', 'image', 'https://media.clipia.ai/a.png', 'stored', 1, :old
             FROM (SELECT seq AS i FROM events) AS n""",
@@ -60,6 +61,8 @@ def _event(request_id: str, old: datetime, number: int) -> dict[str, Any]:
         "body": b"{}",
         "body_sha256": _SHA256,
         "received_at": old + timedelta(milliseconds=number),
+        "secret_id": "one",
+        "signed_at": old,
     }
 
 
@@ -81,11 +84,22 @@ async def count_rows(database: Database) -> dict[str, int]:
     """Count the events and the rows that refer to them."""
     async with database.read() as connection:
         return {
-            table.name: (await connection.execute(select(func.count()).select_from(table))).scalar_one()
-            for table in (events, receipts, media, deliveries, attempts)
+            name: (await connection.execute(select(func.count()).select_from(table))).scalar_one()
+            for name, table in _COUNTED.items()
         }
+
+
+_COUNTED: Final = {
+    "events": events,
+    "receipts": all_receipts,
+    "media": media,
+    "deliveries": deliveries,
+    "attempts": attempts,
+}
 
 
 def whole(count: int) -> dict[str, int]:
     """Return the number of rows of `count` such events."""
-    return dict.fromkeys(("events", "receipts", "media", "deliveries"), count) | {"attempts": 2 * count}
+    return dict.fromkeys(("events", "media", "deliveries"), count) | dict.fromkeys(
+        ("receipts", "attempts"), 2 * count
+    )

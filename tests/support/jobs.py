@@ -25,7 +25,8 @@ from sqlalchemy import func, select, update
 
 from receiver.db.clock import db_time
 from receiver.db.database import Database
-from receiver.db.tables import deliveries, events, jobs, media, receipts
+from receiver.db.receipts import all_receipts
+from receiver.db.tables import deliveries, events, jobs, media
 from support.commands import ReceiverProcess, command_environment
 from support.payloads import SECRET
 from support.servers import end, free_port, wait_for_port
@@ -230,9 +231,9 @@ async def read_jobs(database: Database) -> list[JobRow]:
 async def read_outcomes(database: Database) -> dict[str, list[str]]:
     """Return the outcomes of all webhooks, by `request_id`."""
     statement = (
-        select(events.c.request_id, receipts.c.outcome)
-        .join(receipts, receipts.c.event_seq == events.c.seq)
-        .order_by(receipts.c.seq)
+        select(events.c.request_id, all_receipts.c.outcome)
+        .join(all_receipts, all_receipts.c.event_seq == events.c.seq)
+        .order_by(events.c.seq, all_receipts.c.seq)
     )
     found: dict[str, list[str]] = {}
     async with database.read() as connection:

@@ -32,7 +32,7 @@ def test_each_migration_declares_if_the_release_before_can_run_on_it(revision: s
 def test_the_migrations_are_one_line_without_a_gap() -> None:
     """Each migration follows the one with the number before it, and the first follows none."""
     numbers = sorted(SCRIPTS)
-    assert numbers == [f"{number:04}" for number in range(1, len(numbers) + 1)]
+    assert numbers == [f"{number:04}" for number in range(5, len(numbers) + 5)]
     for before, revision in zip([None, *numbers], numbers, strict=False):
         assert SCRIPTS[revision].down_revision == before
-    assert SCRIPTS["0001"].module.release_before_runs is False
+    assert SCRIPTS["0005"].module.release_before_runs is False
