@@ -4,11 +4,12 @@
     python benchmarks/drain.py backlog --count 50000 --rounds 5 --before ../before
     python benchmarks/drain.py beside --seconds 20 --rounds 3
 
-`backlog`: webhooks are stored while no worker runs. Then a worker process fans them out, publishes them and
-records the results. The time is from the first delivery's row to the last result, by the database's clock. In
-the end the destination must have every event. A build before and this one alternate on copies of the same
-backlog, and a ratio is of the two runs of one round; CPU times are of the processes, so they hold on a
-machine that other processes use, too.
+`backlog`: webhooks are stored while no worker runs. Then a worker process publishes them and records the
+results. The backlog is of due deliveries, as after the outage of a destination; with `--received` it is of
+events that the worker has to fan out, as after its own outage. The time is from the first claim or fan-out to
+the last result. In the end the destination must have every event. A build before and this one alternate on
+copies of the same backlog, and a ratio is of the two runs of one round; CPU times are of the processes, so
+they hold on a machine that other processes use, too.
 
 `beside`: webhooks per second while a worker forwards them to Redis on the same cores, compared with the web
 process alone, and the seconds until the worker has caught up after the load.
@@ -31,7 +32,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -48,6 +49,8 @@ from support.commands import command_environment
 from support.payloads import SECRET
 from support.servers import Postgres, end
 
+from receiver.db.rows import new_id
+
 DATABASES = ("postgresql", "sqlite")
 CLIENTS = 64
 MOST = 45_000
@@ -57,16 +60,23 @@ MOST_REFUSED = 20
 DEADLINE = 900.0
 """Seconds for a run."""
 
-_BEGUN = "SELECT EXISTS (SELECT 1 FROM deliveries)"
+_BEGUN = "SELECT EXISTS (SELECT 1 FROM deliveries WHERE attempts > 0 OR {received})"
 _UNFINISHED = """
     SELECT EXISTS (SELECT 1 FROM events WHERE state = 'received')
         OR EXISTS (SELECT 1 FROM deliveries WHERE state = 'pending')
 """
-_SECONDS = {
-    "postgresql": "extract(epoch FROM max(finished_at) - min(created_at))::float8",
-    "sqlite": "(julianday(max(finished_at)) - julianday(min(created_at))) * 86400.0",
+_BEGAN = {
+    "postgresql": "SELECT extract(epoch FROM min({column}))::float8 FROM {table}",
+    "sqlite": "SELECT (julianday(min({column})) - 2440587.5) * 86400.0 FROM {table}",
 }
-_DONE = "SELECT {seconds}, count(*) FROM deliveries WHERE state = 'delivered'"
+_ENDED = {
+    "postgresql": "SELECT extract(epoch FROM max(finished_at))::float8, count(*) FROM deliveries",
+    "sqlite": "SELECT (julianday(max(finished_at)) - 2440587.5) * 86400.0, count(*) FROM deliveries",
+}
+_ADD_DUE = (
+    "INSERT INTO deliveries (id, event_seq, destination, state, next_attempt_at, created_at) "
+    "VALUES ({}, {}, 'default', 'pending', CURRENT_TIMESTAMP, CURRENT_TIMESTAMP)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +131,7 @@ class Query:
 
     async def __aenter__(self) -> Self:
         if self.kind == "sqlite":
-            self._file = sqlite3.connect(self._url.removeprefix("sqlite:///"))
+            self._file = sqlite3.connect(self._url.removeprefix("sqlite:///"), isolation_level=None)
         else:
             self._session: Any = await asyncpg.connect(self._url)
         return self
@@ -131,6 +141,23 @@ class Query:
             self._file.close()
         else:
             await self._session.close()
+
+    async def run(self, statement: str) -> None:
+        """Run a statement without a result."""
+        if self.kind == "sqlite":
+            self._file.execute(statement).close()
+        else:
+            await self._session.execute(statement)
+
+    async def add_due(self) -> None:
+        """Add a due delivery of each event."""
+        if self.kind == "sqlite":
+            seqs = [row[0] for row in self._file.execute("SELECT seq FROM events ORDER BY seq")]
+            self._file.executemany(_ADD_DUE.format("?", "?"), [(new_id().hex, seq) for seq in seqs])
+        else:
+            seqs = [row[0] for row in await self._session.fetch("SELECT seq FROM events ORDER BY seq")]
+            await self._session.executemany(_ADD_DUE.format("$1", "$2"), [(new_id(), seq) for seq in seqs])
+        await self.run("UPDATE events SET state = 'ready'")
 
     async def row(self, statement: str) -> tuple[float, ...]:
         """Return the only row of a result."""
@@ -143,10 +170,14 @@ class Query:
 class Bench:
     """The servers, the backlogs of each build, and the runs."""
 
-    def __init__(self, postgres: Postgres, folder: Path, count: int, others: float) -> None:
+    def __init__(
+        self, postgres: Postgres, folder: Path, count: int, others: float, *, received: bool = False
+    ) -> None:
+        """`received` is for a backlog of events without deliveries."""
         self._postgres = postgres
         self._folder = folder
         self._count = count
+        self._received = received
         self._others = others
         self._backlogs: dict[tuple[str, str], str] = {}
         self.sinks = sinks.Sinks()
@@ -179,7 +210,8 @@ class Bench:
         async with Query(url) as query:
             servers = self._postgres.processes if query.kind == "postgresql" else list
             before = _Use(worker, servers, sink)
-            while not (await query.row(_BEGUN))[0]:
+            begun = _BEGUN.format(received="TRUE" if self._received else "FALSE")
+            while not (await query.row(begun))[0]:
                 _check(worker, late)
                 before = _Use(worker, servers, sink)
                 await asyncio.sleep(0.02)
@@ -187,12 +219,14 @@ class Bench:
                 _check(worker, late)
                 await asyncio.sleep(0.1)
             after = _Use(worker, servers, sink)
-            seconds, count = await query.row(_DONE.format(seconds=_SECONDS[query.kind]))
+            column = ("created_at", "deliveries") if self._received else ("started_at", "attempts")
+            [began] = await query.row(_BEGAN[query.kind].format(column=column[0], table=column[1]))
+            ended, count = await query.row(f"{_ENDED[query.kind]} WHERE state = 'delivered'")
         if count != self._count:
             sys.exit(f"{count:,} of {self._count:,} events are recorded as delivered")
         used = after - before
         return Drained(
-            rate=self._count / seconds,
+            rate=self._count / (ended - began),
             worker=used["worker"] / self._count * 1e6,
             database=used["database"] / self._count * 1e6,
             others=max(0.0, used["others"]) / used["time"],
@@ -225,12 +259,15 @@ class Bench:
         command = ("-m", "receiver", "serve", "--no-worker")
         with served(folder, *command, settings=build.settings(url, folder)) as (port, _):
             uvloop.run(post(port, self._count))
-        if kind == "sqlite":
-            with closing(sqlite3.connect(folder / "receiver.db")) as connection:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        else:
-            self._postgres.sql("VACUUM ANALYZE", database=url.rpartition("/")[2])
+        uvloop.run(self._settle(url))
         return url
+
+    async def _settle(self, url: str) -> None:
+        """Add the due deliveries, and tidy up as the database does after a while."""
+        async with Query(url) as query:
+            if not self._received:
+                await query.add_due()
+            await query.run("PRAGMA wal_checkpoint(TRUNCATE)" if query.kind == "sqlite" else "VACUUM ANALYZE")
 
     @contextmanager
     def _working(self, folder: Path, settings: dict[str, str]) -> Iterator[psutil.Process]:
@@ -375,8 +412,9 @@ def backlog(bench: Bench, options: argparse.Namespace) -> None:
     builds = [Build(name="this", folder=None)]
     if options.before:
         builds.insert(0, Build(name="before", folder=options.before.resolve()))
+    kind = "events in received" if options.received else "due deliveries"
     print(
-        f"{options.count:,} deliveries, {options.rounds} rounds, {psutil.cpu_count()} cores for everything, "
+        f"{options.count:,} {kind}, {options.rounds} rounds, {psutil.cpu_count()} cores for everything, "
         f"Python {platform.python_version()}; medians, in brackets the least and the greatest round\n\n"
         "| Destination | database | build | deliveries/s | ÷ first build "
         "| CPU of the worker, µs each | of the database | CPU of the first build ÷ |\n"
@@ -435,6 +473,7 @@ def main() -> None:
     first.add_argument("--databases", nargs="+", choices=DATABASES, default=list(DATABASES))
     first.add_argument("--count", type=int, default=50_000, help="events of a backlog")
     first.add_argument("--rounds", type=int, default=5)
+    first.add_argument("--received", action="store_true", help="the worker has to fan out the events, too")
     first.add_argument("--before", type=Path, help="checkout of another commit, which is measured, too")
     first.add_argument(
         "--others", type=float, default=0.3, help="share of a core that other processes may use in a run"
@@ -443,13 +482,13 @@ def main() -> None:
     second = commands.add_parser("beside")
     second.add_argument("--seconds", type=float, default=20, help="of each load")
     second.add_argument("--rounds", type=int, default=3)
-    second.set_defaults(run=beside, count=0, others=0.0, before=None)
+    second.set_defaults(run=beside, count=0, others=0.0, before=None, received=False)
     options = parser.parse_args()
     if options.before and not (options.before / "receiver" / "__main__.py").is_file():
         parser.error(f"--before: {options.before} is no checkout of the receiver")
     os.environ.pop("PYTHONPATH", None)
     with Postgres() as postgres, tempfile.TemporaryDirectory() as folder:
-        bench = Bench(postgres, Path(folder), options.count, options.others)
+        bench = Bench(postgres, Path(folder), options.count, options.others, received=options.received)
         try:
             options.run(bench, options)
         finally:
