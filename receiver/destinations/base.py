@@ -3,9 +3,11 @@
 import abc
 import logging
 import re
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
+import orjson
 import structlog
+from cloudevents.core.base import BaseCloudEvent
 from cloudevents.core.formats.json import JSONFormat
 from cloudevents.core.v1.event import CloudEvent
 
@@ -56,13 +58,47 @@ class Destination(Protocol):
         """Finish the publishes under way and disconnect. A second call does nothing."""
 
 
+class _Json(JSONFormat):
+    """CloudEvents' JSON in ASCII; orjson writes it in a tenth of the time.
+
+    The library's encoder writes the text that orjson would not write in ASCII or not at all.
+    """
+
+    def write(self, event: BaseCloudEvent) -> bytes:
+        """Return an event in structured mode."""
+        data = event.get_data()
+        if isinstance(data, dict):
+            written = _dump({**event.get_attributes(), "data": data})
+            if written is not None:
+                return written
+        return super().write(event)
+
+    def write_data(self, data: dict[str, Any] | str | bytes | None, datacontenttype: str | None) -> bytes:
+        """Return an event's data for binary mode."""
+        written = _dump(data) if isinstance(data, dict) else None
+        return super().write_data(data, datacontenttype) if written is None else written
+
+
+JSON: Final = _Json()
+_ORJSON_OPTIONS: Final = orjson.OPT_UTC_Z | orjson.OPT_PASSTHROUGH_DATACLASS | orjson.OPT_PASSTHROUGH_SUBCLASS
+
+
+def _dump(value: dict[str, Any]) -> bytes | None:
+    """Return the JSON text of an object, or None if it is not ASCII or orjson cannot write it."""
+    try:
+        written = orjson.dumps(value, option=_ORJSON_OPTIONS)
+    except orjson.JSONEncodeError:
+        return None
+    return written if written.isascii() else None
+
+
 def encode(event: CloudEvent) -> bytes:
     """Return the event in CloudEvents' structured mode: one JSON object without line ends, in ASCII.
 
     Raises PublishRejected if it holds a value that JSON cannot express.
     """
     try:
-        return JSONFormat().write(event)
+        return JSON.write(event)
     except (TypeError, ValueError, RecursionError) as error:
         raise PublishRejected("the event cannot be written as JSON", reason="encoding") from error
 

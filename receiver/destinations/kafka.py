@@ -33,11 +33,11 @@ from aiokafka.errors import (
     UnknownTopicOrPartitionError,
     UnsupportedSaslMechanismError,
 )
-from cloudevents.core.bindings.kafka import KafkaMessage, to_binary_event
+from cloudevents.core.bindings.kafka import KafkaMessage, to_binary
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import CheckedDestination, Failure, limit_log, step_timeout
+from receiver.destinations.base import JSON, CheckedDestination, Failure, limit_log, step_timeout
 from receiver.destinations.client_internals import close_kafka_producer, count_kafka_replicas
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.tls import open_tls
@@ -290,7 +290,7 @@ def _translated(shown: str, *, late: str = "did not answer in time") -> Iterator
 
 def _encode(event: CloudEvent) -> KafkaMessage:
     try:
-        return to_binary_event(event, key_mapper=lambda event: (event.get_subject() or "").encode() or None)
+        return to_binary(event, JSON, key_mapper=lambda event: (event.get_subject() or "").encode() or None)
     except (TypeError, ValueError, RecursionError) as error:
         raise PublishRejected("the event cannot be written as a record", reason="encoding") from error
 

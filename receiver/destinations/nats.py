@@ -15,7 +15,7 @@ from typing import Final
 
 import nats.errors
 import structlog
-from cloudevents.core.bindings.http import to_binary_event
+from cloudevents.core.bindings.http import to_binary
 from cloudevents.core.v1.event import CloudEvent
 from nats.aio.msg import Msg
 from nats.js.api import ConsumerInfo, StorageType, StreamInfo
@@ -23,7 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError, NotFoundError
 
 from receiver.core.retry import DAY
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import CheckedDestination, Failure, copy_failure, quoted, step_timeout
+from receiver.destinations.base import JSON, CheckedDestination, Failure, copy_failure, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.destinations.jetstream import loss_warning
 from receiver.destinations.nats_client import NatsClient
@@ -353,7 +353,7 @@ def _encode(event: CloudEvent, stream: str | None) -> tuple[dict[str, str], byte
     It writes values like the binding for HTTP, and has a `ce-` header for the type of the data, too.
     """
     try:
-        message = to_binary_event(event)
+        message = to_binary(event, JSON)
     except (TypeError, ValueError, RecursionError) as error:
         raise PublishRejected("the event cannot be written as JSON", reason="encoding") from error
     headers = {

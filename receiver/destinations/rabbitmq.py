@@ -30,14 +30,14 @@ from aiormq.exceptions import (
     ProbableAuthenticationError,
     PublishError,
 )
-from cloudevents.core.bindings.amqp import CE_PREFIX_UNDERSCORE, CONTENT_TYPE_PROPERTY, to_binary_event
+from cloudevents.core.bindings.amqp import CE_PREFIX_UNDERSCORE, CONTENT_TYPE_PROPERTY, to_binary
 from cloudevents.core.v1.event import CloudEvent
 from pamqp.header import ContentHeader
 from yarl import URL
 
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.amqp_url import Address, Node, read_url
-from receiver.destinations.base import CheckedDestination, Failure, limit_log, quoted, step_timeout
+from receiver.destinations.base import JSON, CheckedDestination, Failure, limit_log, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
@@ -340,7 +340,7 @@ def _translated(shown: str) -> Iterator[None]:
 def _encode(event: CloudEvent) -> _Message:
     """Return the event as a message. Raises PublishRejected for a value that AMQP or JSON cannot express."""
     try:
-        message = to_binary_event(event)
+        message = to_binary(event, JSON)
         headers = dict(message.application_properties)
         for name, value in event.get_attributes().items():
             if isinstance(value, datetime):

@@ -1,7 +1,7 @@
 """The CloudEvent that destinations receive; pure."""
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
 
@@ -17,6 +17,17 @@ _FILE_FIELDS: Final = (
 )
 
 
+class _Message(CloudEvent):
+    """A CloudEvent whose attributes are valid as `build` makes them.
+
+    The library's constructor would check them for as long as the rest of `build` takes.
+    """
+
+    def __init__(self, attributes: dict[str, Any], data: dict[str, Any]) -> None:
+        self._attributes = attributes
+        self._data = data
+
+
 def build(
     claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
 ) -> CloudEvent:
@@ -27,7 +38,7 @@ def build(
     `data`: these values differ from the signed body, because they could not be forwarded as they are.
     """
     content = parse(event.body)
-    return CloudEvent(
+    return _Message(
         attributes={
             "specversion": "1.0",
             "id": str(event.id),
