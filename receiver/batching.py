@@ -5,16 +5,70 @@ A commit, a flush to the disk or a round trip to a broker costs about the same f
 
 import asyncio
 import sys
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
+Done = Callable[[ResultT | None, Exception | None], None]
+"""Called once with the result of an item, or with None and the error."""
+
+
+class Entry(Generic[ItemT, ResultT]):
+    """An item that waits or is being sent."""
+
+    __slots__ = ("_done", "item")
+
+    def __init__(self, item: ItemT, done: Done[ResultT] | None) -> None:
+        self.item: ItemT | None = item
+        self._done = done
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether the item need not be sent any more."""
+        return self.item is None
+
+    def cancel(self) -> None:
+        """Drop the item if it still waits. If its group is being sent, it may still arrive."""
+        self.item = self._done = None
+
+    def finish(self, result: ResultT | None, error: Exception | None) -> None:
+        """Pass on the result or the error, unless the entry is cancelled."""
+        done = self._done
+        self.cancel()
+        if done is None:
+            return
+        try:
+            done(result, error)
+        except Exception as failure:  # noqa: BLE001 - the other items of the group get their results
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": "the callback of a batched item failed", "exception": failure}
+            )
+
+
+class _Awaited(Entry[ItemT, ResultT]):
+    """The entry of a caller that awaits a future."""
+
+    __slots__ = ("_future",)
+
+    def __init__(self, item: ItemT, future: asyncio.Future[ResultT]) -> None:
+        super().__init__(item, None)
+        self._future = future
+
+    @property
+    def is_cancelled(self) -> bool:
+        # A cancelled task cancels its future at once, but runs its own code later.
+        return self._future.done()
+
+    def finish(self, result: ResultT | None, error: Exception | None) -> None:
+        resolve(self._future, result, error)
+        self.cancel()
+
 
 class Batcher(Generic[ItemT, ResultT]):
-    """Passes items to `send` in groups, in the order of `add`; an item goes at once if no group is under way.
+    """Passes items to `send` in groups, in the order of `put`; an item goes at once if no group is under way.
 
     `send` returns a result for each item of the group, or raises an error for all of them.
     """
@@ -40,27 +94,39 @@ class Batcher(Generic[ItemT, ResultT]):
         self._max_bytes = max_bytes
         self._max_in_flight = max_in_flight
         self._shared_errors = shared_errors
-        self._waiting: OrderedDict[asyncio.Future[ResultT], ItemT] = OrderedDict()
+        self._waiting: deque[Entry[ItemT, ResultT]] = deque()
         self._senders: set[asyncio.Task[None]] = set()
+
+    def put(self, item: ItemT, done: Done[ResultT]) -> Entry[ItemT, ResultT]:
+        """Send an item with its group, and call `done` with its result or with the error of `send`.
+
+        A task for each item that awaits `add` would be simpler, but costs several microseconds.
+        """
+        entry: Entry[ItemT, ResultT] = Entry(item, done)
+        self._enqueue(entry)
+        return entry
 
     async def add(self, item: ItemT) -> ResultT:
         """Send an item with its group and return its result. Raises the errors of `send`.
 
-        If the caller is cancelled, an item that still waits is dropped. If its group is being sent, it may
-        still arrive.
+        If the caller is cancelled, the item is too.
         """
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[ResultT] = loop.create_future()
-        self._waiting[future] = item
-        if len(self._senders) < self._max_in_flight:
-            self._senders.add(loop.create_task(self._send_waiting(), name="batcher"))
+        future: asyncio.Future[ResultT] = asyncio.get_running_loop().create_future()
+        entry = _Awaited(item, future)
+        self._enqueue(entry)
         try:
             return await future
         finally:
-            self._waiting.pop(future, None)
+            entry.cancel()
             # An error's traceback refers to this frame. If the frame referred to the future, and so to the
             # error, all of them would stay in memory until the garbage collector runs.
-            del future
+            del entry, future
+
+    def _enqueue(self, entry: Entry[ItemT, ResultT]) -> None:
+        self._waiting.append(entry)
+        if len(self._senders) < self._max_in_flight:
+            loop = asyncio.get_running_loop()
+            self._senders.add(loop.create_task(self._send_waiting(), name="batcher"))
 
     async def drain(self) -> None:
         """Return when all items are sent; the caller must not add any more."""
@@ -76,52 +142,57 @@ class Batcher(Generic[ItemT, ResultT]):
             # that has ended.
             self._senders.discard(asyncio.current_task())
 
-    def _take_group(self) -> dict[asyncio.Future[ResultT], ItemT]:
-        group: dict[asyncio.Future[ResultT], ItemT] = {}
+    def _take_group(self) -> list[Entry[ItemT, ResultT]]:
+        group: list[Entry[ItemT, ResultT]] = []
         size = 0
         while self._waiting and len(group) < self._max_items:
-            future, item = self._waiting.popitem(last=False)
-            # The caller has given up.
-            if future.done():
+            entry = self._waiting.popleft()
+            if entry.item is None or entry.is_cancelled:
                 continue
             if self._weigh is not None:
-                size += self._weigh(item)
+                size += self._weigh(entry.item)
                 if group and size > self._max_bytes:
-                    self._waiting[future] = item
-                    self._waiting.move_to_end(future, last=False)
+                    self._waiting.appendleft(entry)
                     break
-            group[future] = item
+            group.append(entry)
         return group
 
-    async def _send_group(self, group: dict[asyncio.Future[ResultT], ItemT]) -> None:
-        results = await self._attempt([*group.values()])
+    async def _send_group(self, group: Sequence[Entry[ItemT, ResultT]]) -> None:
+        results = await self._attempt([entry.item for entry in group if entry.item is not None])
         if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, self._shared_errors):
             # One bad item must not fail the others, and they keep their order: one after another.
-            for future, item in group.items():
-                if not future.done():
-                    await self._send_group({future: item})
-            del future, item
+            for entry in group:
+                if not entry.is_cancelled:
+                    await self._send_group([entry])
         else:
-            _resolve(group, results)
+            # The next group is sent first: the database works while the callers get their results.
+            asyncio.get_running_loop().call_soon(_finish, group, results)
         # On Python 3.13 an error's traceback leads to this frame, too. If the frame led to the error, both
         # would stay in memory with all items until the garbage collector runs.
-        group.clear()
         del results
 
     async def _attempt(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
-        # In a frame of its own, which the traceback of an error refers to and which holds no futures.
+        # In a frame of its own, which the traceback of an error refers to and which holds no entries.
         try:
             return await self._send(items)
-        except Exception as error:  # noqa: BLE001 - the callers of `add` get it
+        except Exception as error:  # noqa: BLE001 - `done` gets it
             return error
 
 
-def _resolve(group: dict[asyncio.Future[ResultT], ItemT], results: Sequence[ResultT] | Exception) -> None:
+def _finish(group: Sequence[Entry[ItemT, ResultT]], results: Sequence[ResultT] | Exception) -> None:
     if isinstance(results, Exception):
-        for future in group:
-            if not future.done():
-                future.set_exception(results)
+        for entry in group:
+            entry.finish(None, results)
         return
-    for future, result in zip(group, results, strict=True):
-        if not future.done():
-            future.set_result(result)
+    for entry, result in zip(group, results, strict=True):
+        entry.finish(result, None)
+
+
+def resolve(future: asyncio.Future[ResultT], result: ResultT | None, error: Exception | None) -> None:
+    """Give a future the result or else the error, unless it is cancelled."""
+    if future.done():
+        return
+    if error is None:
+        future.set_result(cast("ResultT", result))
+    else:
+        future.set_exception(error)

@@ -1,8 +1,9 @@
 """Ingest: verify the signature, parse the body, store the event once. The answer is sent only after that."""
 
+import asyncio
 import hashlib
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Final, Literal, NamedTuple
 from uuid import UUID
@@ -10,7 +11,7 @@ from uuid import UUID
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.batching import Batcher
+from receiver.batching import Batcher, Done, Entry, resolve
 from receiver.core.lenient_json import same_json
 from receiver.core.payload import summarize
 from receiver.core.signature import Secret, verify
@@ -26,6 +27,23 @@ MAX_BATCH_BYTES: Final = 1024 * 1024
 """The most bytes of bodies in one transaction: the driver copies all of them several times."""
 
 log = structlog.get_logger()
+
+
+class SignedRequest(NamedTuple):
+    """A request to the callback. Only the signature and the body are verified.
+
+    `webhook_id` is only recorded. `job_id` and `path_token`, from the path, only help to find the job if its
+    `request_id` is not known yet.
+    """
+
+    source: str
+    signatures: Sequence[bytes]
+    """The values of all X-Clipia-Signature fields."""
+    body: bytes
+    """The raw body."""
+    webhook_id: str | None = None
+    job_id: UUID | None = None
+    path_token: str | None = None
 
 
 class Received(NamedTuple):
@@ -64,30 +82,19 @@ class Ingest:
             for secret in known
         }
 
-    def has_source(self, source: str) -> bool:
-        """Return whether the source is configured."""
-        return source in self._secrets
+    @property
+    def sources(self) -> Collection[str]:
+        """The names of the configured sources."""
+        return self._secrets.keys()
 
-    async def receive(
-        self,
-        source: str,
-        *,
-        signatures: Sequence[bytes],
-        body: bytes,
-        webhook_id: str | None = None,
-        job_id: UUID | None = None,
-        path_token: str | None = None,
-    ) -> Received:
-        """Verify and store one request; it is durably committed when this returns.
+    def submit(self, request: SignedRequest, done: Done[Received]) -> "Submission":
+        """Verify one request, queue it, and call `done` once it is durably committed or has failed.
 
-        `signatures` are the values of all X-Clipia-Signature fields, and `body` is the raw body. The rest is
-        not signed: `webhook_id` is only recorded, and `job_id` and `path_token`, from the path, only help to
-        find the job if its `request_id` is not known yet.
-
-        Raises SignatureError if the signature is invalid or too old. Raises DatabaseUnavailable if the event
-        may not have been stored; sending it again is safe. The same holds if the call is cancelled. There is
-        no timeout: the caller sets one for the body and the database together.
+        Raises SignatureError if the signature is invalid or too old. `done` gets a DatabaseUnavailable if the
+        event may not have been stored; sending it again is safe. The same holds for a cancelled submission.
+        There is no timeout: the caller sets one for the body and the database together.
         """
+        source, signatures, body, webhook_id, job_id, path_token = request
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
         self._verified[source, verified.secret_id].inc()
@@ -101,11 +108,23 @@ class Ingest:
             secret_id=verified.secret_id,
             signed_at=verified.timestamp,
         )
-        outcome = await self._new.add(event) or await self._repeated.add(event)
-        if outcome is None:
-            # The event was pruned between the two transactions. The next request stores it as a new one.
-            raise DatabaseUnavailable("the event was pruned while its webhook was recorded", reason="race")
-        return Received(event.id, outcome)
+        return Submission(event, done, self._new, self._repeated)
+
+    async def receive(self, request: SignedRequest) -> Received:
+        """Do what `submit` does, and return the result once it is committed. Raises its errors."""
+        future: asyncio.Future[Received] = asyncio.get_running_loop().create_future()
+        submission = self.submit(request, partial(resolve, future))
+        try:
+            return await future
+        finally:
+            submission.cancel()
+            # The future has the error, and the error's traceback has this frame.
+            del future, submission
+
+    async def drain(self) -> None:
+        """Return when all waiting requests are stored or have failed; the caller must not submit more."""
+        await self._new.drain()
+        await self._repeated.drain()
 
     async def record_result(self, source: str, body: bytes) -> Received:
         """Store a polled result in place of a webhook that did not come.
@@ -166,6 +185,43 @@ class Ingest:
         for (source, outcome), request_ids in lots.items():
             WEBHOOKS.labels(source, outcome).inc(len(request_ids))
             log.info("webhooks stored", source=source, outcome=outcome, request_ids=request_ids)
+
+
+class Submission:
+    """A request that waits until it is stored: as a new event, or else as a repeat of a stored one."""
+
+    __slots__ = ("_done", "_entry", "_event", "_repeated")
+
+    def __init__(
+        self,
+        event: NewEvent,
+        done: Done[Received],
+        new: Batcher[NewEvent, Outcome | None],
+        repeated: Batcher[NewEvent, Outcome | None],
+    ) -> None:
+        self._event = event
+        self._done: Done[Received] | None = done
+        self._repeated: Batcher[NewEvent, Outcome | None] | None = repeated
+        self._entry: Entry[NewEvent, Outcome | None] | None = new.put(event, self._stored)
+
+    def cancel(self) -> None:
+        """Drop the request if it still waits; `done` is not called any more."""
+        if self._entry is not None:
+            self._entry.cancel()
+        self._entry = self._done = None
+
+    def _stored(self, outcome: Outcome | None, error: Exception | None) -> None:
+        repeated, self._repeated = self._repeated, None
+        if outcome is None and error is None:
+            if repeated is not None:
+                self._entry = repeated.put(self._event, self._stored)
+                return
+            # The event was pruned between the two transactions. The next request stores it as a new one.
+            error = DatabaseUnavailable("the event was pruned while its webhook was recorded", reason="race")
+        done = self._done
+        self._entry = self._done = None
+        if done is not None:
+            done(None if outcome is None else Received(self._event.id, outcome), error)
 
 
 def _batcher(

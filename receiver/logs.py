@@ -7,6 +7,7 @@ stops, the queue fills, and further records are dropped and counted.
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import logging.handlers
 import queue
@@ -72,6 +73,11 @@ class _BatchingListener(logging.handlers.QueueListener):
             if not self._records.unfinished_tasks:
                 break
             await asyncio.sleep(0.005)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        # If standard error is closed, `logging` fails to report that on it, and the thread would end.
+        with contextlib.suppress(ValueError):
+            super().handle(record)
 
     def dequeue(self, block: bool) -> logging.LogRecord:  # noqa: FBT001 - the library's signature
         try:

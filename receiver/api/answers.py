@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import orjson
 from starlette.responses import Response
@@ -68,17 +68,28 @@ def error_body(type_: str, code: str, message: str, *, job_id: str | None = None
     return orjson.dumps({"error": {"type": type_, "code": code, "message": message}, **job})
 
 
-async def send_json(send: Send, status: int, body: bytes | dict[str, Any], headers: Headers = ()) -> None:
-    """Send a JSON answer; a Response object would cost 2.5 µs more for each webhook."""
-    content = body if isinstance(body, bytes) else orjson.dumps(body)
-    fields = [
-        (b"content-type", b"application/json"),
-        (b"content-length", b"%d" % len(content)),
-        (b"cache-control", b"no-store"),
-        *headers,
-    ]
-    await send({"type": "http.response.start", "status": status, "headers": fields})
-    await send({"type": "http.response.body", "body": content})
+class Answer(NamedTuple):
+    """An answer in JSON, and its headers apart from those that every answer has."""
+
+    status: int
+    body: bytes
+    headers: Headers = ()
+
+    @property
+    def all_headers(self) -> Headers:
+        """All headers, for both doors of the callback."""
+        return (
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(self.body)),
+            (b"cache-control", b"no-store"),
+            *self.headers,
+        )
+
+
+async def send_answer(send: Send, answer: Answer) -> None:
+    """Send an answer through ASGI."""
+    await send({"type": "http.response.start", "status": answer.status, "headers": [*answer.all_headers]})
+    await send({"type": "http.response.body", "body": answer.body})
 
 
 def status_of(error: RequestError) -> int:

@@ -1,4 +1,4 @@
-"""Passes the body of a request to the application in a few large parts."""
+"""Collects the reads of a body: in a few large parts for ASGI, as a whole for the direct door."""
 
 from typing import Final
 
@@ -24,6 +24,15 @@ class BodyParts:
             self.hand_over(cycle)
             cycle.flow.pause_reading()
             cycle.message_event.set()
+
+    def keep(self, part: bytes) -> None:
+        """Keep a read of a body that is needed as a whole."""
+        self._parts.append(part)
+
+    def take(self) -> bytes:
+        """Return all kept reads in one piece."""
+        parts, self._parts = self._parts, []
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def hand_over(self, cycle: RequestResponseCycle) -> None:
         """Pass all kept reads to the application."""

@@ -5,10 +5,11 @@ of all requests together. It forgets a connection if the body is still arriving 
 sent, and leaves rejected requests to the garbage collector. Pass the class to
 `uvicorn.Config(http=DeadlineHttpToolsProtocol)`.
 
-This module has the deadlines and rejections, `heads` the heads, `bodies` the bodies and `memory_budget` the
-count of their bytes. Endpoints set the deadline for a body. If an endpoint answers before it has read the
-body, with `connection: close` or without, the protocol gives the client time to read the answer and then
-closes the connection.
+This module has the rejections, `timers` the deadlines, `heads` the heads, `bodies` the bodies,
+`memory_budget` the count of their bytes and `direct` the webhooks, which go to their endpoint without ASGI.
+ASGI endpoints set the deadline for a body. If an endpoint answers before it has read the body, with
+`connection: close` or without, the protocol gives the client time to read the answer and then closes the
+connection.
 """
 
 import asyncio
@@ -19,13 +20,17 @@ from typing import ClassVar, Final, cast
 
 import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from receiver.api.answers import HEAD_COMPLETE, raw_error_response
 from receiver.api.bodies import BodyParts
+from receiver.api.direct import DirectDoor, DirectRequest
 from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
 from receiver.api.memory_budget import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
+from receiver.api.timers import TimedHttpToolsProtocol
 
+DIRECT_DOOR: Final = "receiver.direct_door"
+"""The key of a DirectDoor in the lifespan's state, which uvicorn passes to the protocol."""
 _NOTABLE_HEAD: Final = 4096
 """A head's size is computed only if more bytes than this were read; must not exceed MAX_HEADER_BYTES."""
 
@@ -34,16 +39,12 @@ class _Rejected(Exception):
     pass
 
 
-class DeadlineHttpToolsProtocol(HttpToolsProtocol):
+class DeadlineHttpToolsProtocol(TimedHttpToolsProtocol):
     """Closes slow connections, limits the header section, rejects requests that RFC 9112 forbids.
 
     The limits are class attributes; times are in seconds.
     """
 
-    HEADER_TIMEOUT: ClassVar[float] = 10.0
-    """From accept, or from the first byte of a later request, to the end of its headers."""
-    LINGER_TIMEOUT: ClassVar[float] = 2.0
-    """How long the rest of a rejected request is read and dropped before the connection is closed."""
     MAX_HEADER_BYTES: ClassVar[int] = 16 * 1024
     """Request line, headers and trailers together; also one chunk's extensions."""
     MAX_HEADERS: ClassVar[int] = 100
@@ -55,9 +56,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     _invalid_logged_at: ClassVar[float] = float("-inf")
 
-    deaf: bool = False
-    """Further bytes are not parsed: the connection ends with the answer that is being sent."""
-    _deadline: asyncio.TimerHandle | None = None
     _in_head: bool = False
     _in_body: bool = False
     _is_lost: bool = False
@@ -77,22 +75,24 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._heads = HeadRewriter()
         self._body = BodyParts()
         self.headers = []
+        self._door: DirectDoor | None = None if self.root_path else self.app_state.get(DIRECT_DOOR)
         self._start_deadline()
         self._account = Account(self.budget, self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timers and drop all references to this object, except that of a running request."""
-        self._stop_deadline()
         self._is_lost = True
-        if self._running is not None and not self._running.response_complete:
+        running = self._running
+        if isinstance(running, DirectRequest):
+            running.disconnect()
+        elif running is not None and not running.response_complete:
             # uvicorn marks only the newest request; this older one would write to a closed transport.
-            self._running.disconnected = True
-            self._running.message_event.set()
+            running.disconnected = True
+            running.message_event.set()
         super().connection_lost(exc)
-        self._unset_keepalive_if_required()
         self._account.close()
         for cycle, _ in self.pipeline:
-            self._forget(cycle)
+            self.forget(cycle)
         self.pipeline.clear()
         self._in_head = False
         if not self._account.has(self.cycle):
@@ -148,10 +148,12 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self.logger.warning("Invalid HTTP request received.")
 
     def on_message_begin(self) -> None:
-        """Mark the start of a request."""
+        """Mark the start of a request; its scope is made if it goes through ASGI."""
         self._callbacks += 1
         self._in_head = True
-        super().on_message_begin()
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
 
     def on_headers_complete(self) -> None:
         """Stop the deadline and pass the request to the application, unless RFC 9112 forbids it."""
@@ -171,15 +173,44 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._in_head = False
         self._in_body = True
         before = self.cycle
-        super().on_headers_complete()
-        self.cycle.transport = self._answers
-        self.scope["state"][HEAD_COMPLETE] = self.loop.time()
+        direct = None if self._door is None else self._accept(self._door)
+        if direct is None:
+            self._start_asgi()
+        else:
+            self.cycle = self._running = direct
         self._account.begin(self.cycle, size)
         # Trailers go to a list of their own: uvicorn would add them to the headers of a running request.
         self.headers = []
         if self.pipeline and (len(self.pipeline) > self.MAX_PIPELINED or self.budget.is_half_used):
             self._reject_pipelined(before)
             raise _Rejected
+
+    def _accept(self, door: DirectDoor) -> DirectRequest | None:
+        """Return the request as a direct one, or None if it has to go through ASGI."""
+        if self._unanswered is not None or self.flow.write_paused or self.expect_100_continue:
+            return None
+        parser = self.parser
+        try:
+            return door.accept(
+                self,
+                method=parser.get_method(),
+                url=self.url,
+                headers=self.headers,
+                keep_alive=parser.get_http_version() != "1.0" and parser.should_keep_alive(),
+            )
+        except Exception:
+            self.logger.exception("a request cannot be accepted directly")
+            return None
+
+    def _start_asgi(self) -> None:
+        url, headers, expect_100_continue = self.url, self.headers, self.expect_100_continue
+        # This makes the scope, and resets the fields of the head.
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect_100_continue
+        self.headers.extend(headers)
+        super().on_headers_complete()
+        self.cycle.transport = self._answers
+        self.scope["state"][HEAD_COMPLETE] = self.loop.time()
 
     def on_body(self, body: bytes) -> None:
         """Keep a part of the body, unless the memory budget is used up."""
@@ -190,7 +221,10 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         self._account.grow_body(cycle, len(body))
         if self.deaf:
             raise _Rejected
-        self._body.add(cycle, body)
+        if isinstance(cycle, DirectRequest):
+            self._body.keep(body)
+        else:
+            self._body.add(cycle, body)
 
     def on_message_complete(self) -> None:
         """Pass the rest of the body to the application."""
@@ -202,11 +236,16 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self._reject(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
             raise _Rejected
         self._in_body = False
-        self._body.hand_over(self.cycle)
+        cycle = self.cycle
+        if isinstance(cycle, DirectRequest):
+            if not cycle.response_complete:
+                cycle.handle(self._body.take())
+            return
+        self._body.hand_over(cycle)
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Close the connection if the request was answered before its body had arrived."""
+        """Go on, or close the connection if the request was answered before its body had arrived."""
         super().on_response_complete()
         # uvicorn would keep it open for ever: the next byte of the body stops the keep-alive timer for good.
         if self._is_answered_early:
@@ -245,9 +284,9 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
         try:
             await app(scope, receive, send)
         finally:
-            self._forget(cycle)
+            self.forget(cycle)
 
-    def _forget(self, cycle: RequestResponseCycle) -> None:
+    def forget(self, cycle: RequestResponseCycle) -> None:
         """Free the memory of a request that has ended."""
         self._account.end(cycle)
         cycle.body = bytearray()
@@ -290,6 +329,8 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
+        if isinstance(cycle, DirectRequest):
+            cycle.disconnect()
         cycle.disconnected = True
         cycle.message_event.set()
         cycle.body = bytearray()
@@ -300,33 +341,10 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
     def _reject_pipelined(self, before: RequestResponseCycle) -> None:
         """Drop a pipelined request; the connection ends with the answer to the one before it."""
         cycle, _ = self.pipeline.popleft()
-        self._forget(cycle)
+        self.forget(cycle)
         self.cycle = before
         before.keep_alive = False
         self.deaf = True
-
-    @property
-    def _unanswered(self) -> RequestResponseCycle | None:
-        """The newest request, while its answer is not complete."""
-        cycle: RequestResponseCycle | None = getattr(self, "cycle", None)
-        return None if cycle is None or cycle.response_complete else cycle
-
-    def _start_deadline(self) -> None:
-        if self._deadline is None:
-            self._deadline = self.loop.call_later(self.HEADER_TIMEOUT, self._on_deadline)
-
-    def _stop_deadline(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
-
-    def _on_deadline(self) -> None:
-        self._deadline = None
-        if self._unanswered is not None:
-            # The head of a pipelined request may wait as long as the one before it is being answered.
-            self._start_deadline()
-        else:
-            self.transport.close()
 
     def _reject(self, status: HTTPStatus) -> None:
         """Answer with an error and close; only the first error of a connection is answered."""
@@ -350,18 +368,6 @@ class DeadlineHttpToolsProtocol(HttpToolsProtocol):
 
     def _write_error(self, status: HTTPStatus) -> None:
         self.transport.write(raw_error_response(status, self.server_state.default_headers))
-
-    def _linger(self) -> None:
-        """Close the connection after LINGER_TIMEOUT, and drop the bytes that arrive until then.
-
-        Closing it at once would reset the connection if bytes are unread, and the client may get the reset
-        before the answer.
-        """
-        self.deaf = True
-        self._stop_deadline()
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._deadline = self.loop.call_later(self.LINGER_TIMEOUT, self.transport.abort)
 
 
 class _AnswerTransport:

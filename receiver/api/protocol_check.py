@@ -127,7 +127,7 @@ def _bounds_pipelines(connection: _Connection) -> bool:
     most = connection.protocol.MAX_PIPELINED
     for _ in range(most + 5):
         connection.protocol.data_received(_GET)
-    return len(connection.protocol.pipeline) <= most and connection.protocol.deaf
+    return len(connection.protocol.pipeline) == most and connection.protocol.deaf
 
 
 _CHECKS: dict[str, Callable[[_Connection], bool]] = {

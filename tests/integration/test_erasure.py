@@ -25,7 +25,7 @@ from receiver.db.rows import NO_INPUT, Attempt, JobState, NewMedia, event_id
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts
 from receiver.db.views import EventDetails
 from receiver.errors import RequestError, StorageUnavailable
-from receiver.ingest import Ingest
+from receiver.ingest import Ingest, SignedRequest
 from receiver.media import Storage, open_storage
 from receiver.retention import Erased, Limits, Pruned
 from receiver.submitter import Submitter
@@ -75,7 +75,7 @@ async def erase(world: World, key: str) -> Erased | None:
 async def deliver(ingest: Ingest, content: bytes, *, source: str = "clipia") -> str:
     """Send a webhook; return its outcome."""
     signature = signed(content)["X-Clipia-Signature"].encode()
-    return (await ingest.receive(source, signatures=[signature], body=content)).outcome
+    return (await ingest.receive(SignedRequest(source, [signature], content))).outcome
 
 
 async def add_file(world: World, name: str) -> str:

@@ -22,7 +22,7 @@ from receiver.db.rows import NewEvent, event_id
 from receiver.db.sessions import Sessions
 from receiver.db.tables import events
 from receiver.errors import DatabaseUnavailable
-from receiver.ingest import Ingest, Received, make_event
+from receiver.ingest import Ingest, Received, SignedRequest, make_event
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, 123456, UTC).timestamp()
 
@@ -49,11 +49,7 @@ async def deliver(ingest: Ingest, contents: Sequence[bytes]) -> list[Received | 
     """Send bodies concurrently; the first is a group of its own, and the others share the next."""
     return await asyncio.gather(
         *(
-            ingest.receive(
-                "clipia",
-                signatures=[signed(content)["X-Clipia-Signature"].encode()],
-                body=content,
-            )
+            ingest.receive(SignedRequest("clipia", [signed(content)["X-Clipia-Signature"].encode()], content))
             for content in contents
         ),
         return_exceptions=True,

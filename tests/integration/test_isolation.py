@@ -15,7 +15,7 @@ from receiver.db.database import Database
 from receiver.db.receipts import all_receipts
 from receiver.db.tables import events, jobs
 from receiver.errors import ReceiverError, RequestError
-from receiver.ingest import Ingest
+from receiver.ingest import Ingest, SignedRequest
 from receiver.submitter import Job
 
 LEVELS = ("read uncommitted", "repeatable read", "serializable")
@@ -63,7 +63,7 @@ async def test_webhooks_are_stored_in_spite_of_the_default(databases: list[Datab
     async def deliver(ingest: Ingest, content: bytes) -> str:
         signature = signed(content)["X-Clipia-Signature"].encode()
         try:
-            return (await ingest.receive("clipia", signatures=[signature], body=content)).outcome
+            return (await ingest.receive(SignedRequest("clipia", [signature], content))).outcome
         except ReceiverError as error:
             return type(error).__name__
 

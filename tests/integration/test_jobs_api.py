@@ -6,15 +6,14 @@ import socket
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
 import pytest
-import uvicorn
 from sqlalchemy import delete, select, update
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -23,9 +22,9 @@ from starlette.routing import Route
 from structlog.testing import capture_logs
 from support.payloads import SECRET
 from support.servers import Postgres, free_port
+from support.serving import serving
 
 from receiver.app import create_app
-from receiver.cli.serve import server_config
 from receiver.clipia.job_request import MAX_REQUEST_BYTES
 from receiver.db.clock import db_time
 from receiver.db.database import POOL_SIZE, Database
@@ -133,7 +132,7 @@ async def make_site(
             "destination_url": f"file:{folder / 'events.jsonl'}",
         }
         app = create_app(Settings.load(**(values | settings)), worker=worker)
-        await stack.enter_async_context(serving(app, listener))
+        await stack.enter_async_context(serving(app, listener=listener))
         site = Site(url, sandbox_url, database)
         stack.push_async_callback(site.close)
         yield site
@@ -1347,31 +1346,6 @@ async def connection(
     yield reader
     writer.close()
     await writer.wait_closed()
-
-
-class Server(uvicorn.Server):
-    """The shipped server inside a test."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals to the test."""
-        yield
-
-
-@asynccontextmanager
-async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
-    """Serve an application as `receiver serve` does, in the running event loop."""
-    config = server_config(lambda: app, keep_alive=5)
-    config.timeout_graceful_shutdown = 1
-    server = Server(config)
-    task = asyncio.create_task(server.serve(sockets=[listener]), name="receiver")
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.005)
-    try:
-        yield
-    finally:
-        server.should_exit = True
-        await task
 
 
 class OddClipia:

@@ -20,7 +20,7 @@ from receiver.db import jobs, reads, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import deliveries
-from receiver.ingest import Ingest
+from receiver.ingest import Ingest, SignedRequest
 from receiver.lanes.backlog import count_dead_letters, read_backlog
 
 HISTORY = 20_000
@@ -91,9 +91,7 @@ async def receive(world: World, contents: Sequence[bytes]) -> list[str]:
     return [
         (
             await ingest.receive(
-                "clipia",
-                signatures=[signed(content)["X-Clipia-Signature"].encode()],
-                body=content,
+                SignedRequest("clipia", [signed(content)["X-Clipia-Signature"].encode()], content)
             )
         ).outcome
         for content in contents

@@ -15,7 +15,7 @@ from receiver.db.database import Database
 from receiver.db.inbox import KEPT_RECEIPTS
 from receiver.db.receipts import all_receipts
 from receiver.db.tables import receipts
-from receiver.ingest import Ingest
+from receiver.ingest import Ingest, SignedRequest
 
 
 def open_ingest(database: Database) -> Ingest:
@@ -32,7 +32,7 @@ def open_ingest(database: Database) -> Ingest:
 async def post(ingest: Ingest, content: bytes) -> str:
     """Store a webhook; return its outcome."""
     header = signed(content, at=1_800_000_000)["X-Clipia-Signature"]
-    received = await ingest.receive("clipia", signatures=[header.encode()], body=content)
+    received = await ingest.receive(SignedRequest("clipia", [header.encode()], content))
     return received.outcome
 
 

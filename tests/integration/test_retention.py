@@ -25,7 +25,7 @@ from receiver.db.receipts import all_receipts
 from receiver.db.rows import Attempt, DeliveryState, EventState, JobState, NewMedia
 from receiver.db.tables import deliveries, events, jobs, media, replays
 from receiver.errors import DatabaseUnavailable, RequestError
-from receiver.ingest import Ingest, make_event
+from receiver.ingest import Ingest, SignedRequest, make_event
 from receiver.retention import Limits, Pruned
 
 
@@ -101,7 +101,7 @@ async def deliver(ingest: Ingest, name: str) -> str:
     content = plain(name)
     signature = signed(content)["X-Clipia-Signature"].encode()
     try:
-        return (await ingest.receive("clipia", signatures=[signature], body=content)).outcome
+        return (await ingest.receive(SignedRequest("clipia", [signature], content))).outcome
     except DatabaseUnavailable as error:
         return error.reason
 

@@ -38,7 +38,7 @@ class WithLongPipelines(DeadlineHttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Take each request."""
-        HttpToolsProtocol.on_headers_complete(self)
+        self._start_asgi()
         self._in_head = False
 
 
