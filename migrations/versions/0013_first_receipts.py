@@ -56,15 +56,22 @@ def upgrade() -> None:
         return
     connection.execute(sa.text("LOCK TABLE events, receipts IN ACCESS EXCLUSIVE MODE"))
     for step in STEPS:
-        while not step(connection):
+        while step(connection) is not None:
             pass
     for statement in SWAP:
         connection.execute(sa.text(statement))
 
 
+def from_hex(text: str) -> bytes:
+    try:
+        return bytes.fromhex(text)
+    except ValueError:
+        return b""
+
+
 def upgrade_sqlite(connection: sa.Connection) -> None:
     driver: Any = connection.connection
-    driver.create_function("from_hex", 1, bytes.fromhex)
+    driver.create_function("from_hex", 1, from_hex)
     for name, kind in COLUMNS.items():
         op.add_column("events", sa.Column(name, kind))
     for table in ("events", "receipts"):
@@ -91,7 +98,7 @@ def upgrade_sqlite(connection: sa.Connection) -> None:
             )
 
 
-def prepare(connection: sa.Connection) -> bool:
+def prepare(connection: sa.Connection) -> str | None:
     """Add columns, and triggers that convert new rows of running processes, as `fold_page` does old ones.
 
     The locks wait for transactions under way. So all rows up to the highest `seq` are committed, and later
@@ -100,25 +107,25 @@ def prepare(connection: sa.Connection) -> bool:
     if not connection.execute(sa.text("SELECT to_regclass('fold_progress')")).scalar_one():
         for statement in PREPARE:
             connection.execute(sa.text(statement))
-    return True
+    return None
 
 
-def fold_page(connection: sa.Connection) -> bool:
-    """Convert the next events; tell whether all are done. If rows are locked, the page is repeated."""
+def fold_page(connection: sa.Connection) -> str | None:
+    """Convert the next events. If some are locked, the page is repeated."""
     after, until = connection.execute(sa.text("SELECT after, until FROM fold_progress")).one()
     page = f"SELECT seq FROM events WHERE seq > {after} AND seq <= {until} ORDER BY seq LIMIT {PAGE}"
     last = connection.execute(sa.text(f"SELECT max(seq) FROM ({page}) AS page")).scalar_one()
     if last is None:
-        return True
+        return None
     # The numbers are part of the text, because a plan for any numbers would read the tables whole.
     numbers = {"after": after, "last": last}
     connection.execute(sa.text(FOLD.format(**numbers)))
     if not connection.execute(sa.text(LEFT.format(**numbers))).scalar_one():
         connection.execute(sa.text(f"UPDATE fold_progress SET after = {last}"))
-    return False
+    return f"events up to {last:,} of {until:,}"
 
 
-def check(connection: sa.Connection) -> bool:
+def check(connection: sa.Connection) -> str | None:
     """Add constraints, which need a scan, but not yet."""
     for table in ("events", "receipts"):
         known = (
@@ -127,14 +134,14 @@ def check(connection: sa.Connection) -> bool:
         if connection.execute(sa.text(known)).first() is None:
             constraint = "digest_known CHECK (digest IS NOT NULL) NOT VALID"
             connection.execute(sa.text(f"ALTER TABLE {table} ADD CONSTRAINT {constraint}"))
-    return True
+    return None
 
 
-def validate(connection: sa.Connection) -> bool:
+def validate(connection: sa.Connection) -> str | None:
     """Scan the tables, which locks no row, so that NOT NULL needs no scan under its lock."""
     for table in ("events", "receipts"):
         connection.execute(sa.text(f"ALTER TABLE {table} VALIDATE CONSTRAINT digest_known"))
-    return True
+    return None
 
 
 STEPS = (prepare, fold_page, check, validate)

@@ -2,16 +2,20 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Collection
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 from alembic import command
 from alembic.config import Config
-from alembic.script import ScriptDirectory
+from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import version
 from receiver.db.database import Database
@@ -25,10 +29,18 @@ _PACKAGED: Final = Path(__file__).parent.parent / "migrations"
 _CHECKOUT: Final = Path(__file__).parent.parent.parent / "migrations"
 LOCK_ID: Final = 0x_C11F_1A
 """The PostgreSQL advisory lock that serializes migrations."""
-ATTEMPTS: Final = 5
+ATTEMPTS: Final = 10
 """Attempts at a migration if it conflicts with a worker."""
+STEP_PAUSE: Final = 0.02
+"""Seconds between two transactions of a step, for other work."""
+TELL_EVERY: Final = 10.0
+"""Seconds between two log records of progress."""
 _COLLISIONS: Final = {"40P01", "55P03"}
 """SQLSTATEs of a deadlock and of a lock that was not granted in time."""
+
+T = TypeVar("T")
+Step = Callable[[Connection], str | None]
+"""Does a part of a migration in a transaction of its own; returns the progress, or None if it is done."""
 
 log = structlog.get_logger()
 
@@ -54,26 +66,68 @@ async def _read(database: Database) -> Version | None:
 
 
 async def upgrade(database: Database, revision: str = "head") -> None:
-    """Migrate the schema to `revision` in one transaction and under a lock, so several processes may call it.
+    """Migrate the schema to `revision` under a lock, so that several processes may call it.
 
-    A newer schema on which this release can run is left unchanged. Raises SettingsError, which tells what to
-    do, and DatabaseUnavailable.
+    The migrations are one transaction. On PostgreSQL, `STEPS` of a migration run before it, in transactions
+    of their own, so that other processes can go on. A newer schema on which this release can
+    run is left unchanged. Raises SettingsError, which tells what to do, and DatabaseUnavailable.
     """
+    for script in await _scripts_with_steps(database, revision):
+        before = str(script.down_revision)
+        await _retry(partial(apply, database, partial(command.upgrade, revision=before)))
+        for step in steps_of(script):
+            await _run_step(database, step, before=before)
+    await _retry(partial(apply, database, partial(command.upgrade, revision=revision)))
+
+
+async def _scripts_with_steps(database: Database, revision: str) -> list[Script]:
+    if database.is_sqlite or (found := await current(database)) is None or found not in _known():
+        return []
+    scripts = _scripts().iterate_revisions(revision, found)
+    return [script for script in reversed([*scripts]) if steps_of(script)]
+
+
+def steps_of(script: Script) -> Sequence[Step]:
+    """Return the steps of a migration."""
+    steps: Sequence[Step] = getattr(script.module, "STEPS", ())
+    return steps
+
+
+async def _run_step(database: Database, step: Step, *, before: str) -> None:
+    """Run a step until it is done, or until another process has finished the migration."""
+
+    def run(connection: Connection) -> str | None:
+        found = version.read(connection, _known())
+        return step(connection) if found is not None and found.revision == before else None
+
+    async def attempt() -> str | None:
+        async with _locked(database) as connection:
+            return await connection.run_sync(run)
+
+    told = time.monotonic()
+    while (progress := await _retry(attempt)) is not None:
+        if time.monotonic() - told > TELL_EVERY:
+            told = time.monotonic()
+            log.info("migrating", progress=progress)
+        await asyncio.sleep(STEP_PAUSE)
+
+
+async def _retry(attempt: Callable[[], Awaitable[T]]) -> T:
+    """Repeat an attempt that conflicts with other transactions."""
     for left in reversed(range(ATTEMPTS)):
         try:
-            await apply(database, lambda config: command.upgrade(config, revision))
+            return await attempt()
         except DatabaseUnavailable as error:
             state = sqlstate(getattr(error.__cause__, "orig", None) or error)
             if state not in _COLLISIONS or not left:
                 raise
             log.warning("the migration conflicted with other transactions and is tried again", sqlstate=state)
-        else:
-            return
         await asyncio.sleep(random.uniform(0.5, 2.0))  # noqa: S311 - no secret
+    raise AssertionError
 
 
 async def apply(database: Database, change: Callable[[Config], None]) -> None:
-    """Run an Alembic command, as `upgrade` does."""
+    """Run an Alembic command in one transaction."""
 
     def run(connection: Connection) -> None:
         known = _known()
@@ -91,20 +145,29 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
         if reached is not None:
             version.record(connection, _oldest_served(reached.revision))
 
+    async with _locked(database) as connection:
+        await connection.run_sync(run)
+        if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
+            raise RuntimeError("the migration would break foreign keys")
+
+
+@asynccontextmanager
+async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
+    """Open a transaction that no other migration shares."""
     async with database.migrate() as connection:
         if not database.is_sqlite:
-            # No limit here: another migration may take minutes. Webhooks queue behind table locks, though.
+            # No limit here: another migration may take minutes.
             await connection.execute(text("SET LOCAL lock_timeout = 0"))
+            await connection.execute(text("SET LOCAL statement_timeout = 0"))
             await connection.execute(text("SELECT pg_advisory_xact_lock(:id)"), {"id": LOCK_ID})
-            await connection.execute(text("SET LOCAL lock_timeout = '5s'"))
+            # Webhooks queue behind a table lock that waits.
+            await connection.execute(text("SET LOCAL lock_timeout = '2s'"))
         try:
-            await connection.run_sync(run)
+            yield connection
         except DBAPIError as error:
             if (advice := _advice(error)) is not None:
                 raise advice from error
             raise
-        if database.is_sqlite and (await connection.exec_driver_sql("PRAGMA foreign_key_check")).first():
-            raise RuntimeError("the migration would break foreign keys")
 
 
 async def prepare(database: Database, *, durable_without: Collection[str] = ()) -> None:
