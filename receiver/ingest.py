@@ -17,7 +17,7 @@ from receiver.core.payload import summarize
 from receiver.core.signature import Secret, verify
 from receiver.db import arrivals, inbox, prices
 from receiver.db.database import Database
-from receiver.db.rows import EventState, NewEvent, Outcome, raw_event_id
+from receiver.db.rows import EventState, NewEvent, Outcome, id_text, raw_event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.metrics import SECRETS_USED, WEBHOOKS
 
@@ -49,7 +49,7 @@ class SignedRequest(NamedTuple):
 class Received(NamedTuple):
     """The result of one authentic request."""
 
-    event_id: UUID
+    event_id: str
     outcome: Outcome
 
 
@@ -76,11 +76,8 @@ class Ingest:
         self._on_accepted = on_accepted
         self._new = _batcher(self._store)
         self._repeated = _batcher(self._record_repeats)
-        self._verified = {
-            (source, secret.id): SECRETS_USED.labels(source, secret.id)
-            for source, known in secrets.items()
-            for secret in known
-        }
+        self._verified = {(source, secret.id): 0 for source, known in secrets.items() for secret in known}
+        self._count_verified()
 
     @property
     def sources(self) -> Collection[str]:
@@ -97,7 +94,8 @@ class Ingest:
         source, signatures, body, webhook_id, job_id, path_token = request
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
-        self._verified[source, verified.secret_id].inc()
+        # Counted once for a group: each increment takes a lock, or writes to the file of a process.
+        self._verified[source, verified.secret_id] += 1
         event = make_event(
             source,
             body,
@@ -138,10 +136,11 @@ class Ingest:
         WEBHOOKS.labels(source, f"poll_{outcome}").inc()
         if outcome == "accepted":
             self._on_accepted()
-        return Received(event_id=event.id, outcome=outcome)
+        return Received(id_text(event.raw_id), outcome)
 
     async def _store(self, group: Sequence[NewEvent]) -> list[Outcome | None]:
         """Store new events; return their outcomes, and None for each event that was stored before."""
+        self._count_verified()
         # If an event is twice in a group, only its first request is new.
         new = {event.raw_id: event for event in reversed(group)}
         known = await arrivals.insert_new(self._database, [*new.values()])
@@ -161,6 +160,11 @@ class Ingest:
         )
         self._report(group, outcomes)
         return outcomes
+
+    def _count_verified(self) -> None:
+        for labels, number in self._verified.items():
+            SECRETS_USED.labels(*labels).inc(number)
+            self._verified[labels] = 0
 
     def _report(self, group: Sequence[NewEvent], outcomes: Sequence[Outcome | None]) -> None:
         """Count and log the outcomes.
@@ -221,7 +225,7 @@ class Submission:
         done = self._done
         self._entry = self._done = None
         if done is not None:
-            done(None if outcome is None else Received(self._event.id, outcome), error)
+            done(None if outcome is None else Received(id_text(self._event.raw_id), outcome), error)
 
 
 def _batcher(

@@ -36,6 +36,7 @@ log = structlog.get_logger()
 class Connection(Protocol):
     """A connection with a parser, as a direct request sees it."""
 
+    loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     server_state: ServerState
 
@@ -60,7 +61,8 @@ class DirectRequest(RequestResponseCycle):
         self.disconnected = self.response_started = self.response_complete = False
         self.more_body = True
         self.keep_alive = keep_alive
-        self._began: Final = door.open(self)
+        self._began: Final = connection.loop.time()
+        door.open(self)
         # The event loop's own clock stands still while it runs callbacks.
         self._seen: Final = time.perf_counter()
         self._door = door
@@ -168,13 +170,12 @@ class DirectDoor:
                 return Target.read(source.source, segment.decode())
         return found
 
-    def open(self, request: DirectRequest) -> float:
-        """Start the deadlines of a request; return the event loop's time."""
-        loop = asyncio.get_running_loop()
+    def open(self, request: DirectRequest) -> None:
+        """Start the deadlines of a request."""
         self._open[request] = None
         if self._sweep is None:
+            loop = asyncio.get_running_loop()
             self._sweep = loop.call_later(self.endpoint.BODY_SECONDS, self._check)
-        return loop.time()
 
     def close(self, request: DirectRequest) -> None:
         """Stop the deadlines of a request."""

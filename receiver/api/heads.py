@@ -7,13 +7,15 @@ the word `chunked`.
 
 from collections.abc import Sequence
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import Final, Literal, Protocol
 
 import httptools
 
 Headers = Sequence[tuple[bytes, bytes]]
 
 _END: Final = b"\r\n\r\n"
+_LEAST_HOSTS: Final = {"1.0": 0, "1.1": 1}
+"""The least number of `Host` in a head, by version of HTTP (RFC 9112, section 3.2)."""
 _WHITE: Final = b" \t"
 """White space around a header value; it is not part of the value (RFC 9110, section 5.5)."""
 
@@ -74,33 +76,43 @@ class HeadRewriter:
         return len(data) if at < 0 else at + len(_END)
 
 
-def is_misread(parser: httptools.HttpRequestParser, headers: Headers) -> bool:
-    """Return whether the parser misreads a head: it offers an upgrade, or a value ends in white space."""
-    if parser.should_upgrade():
-        return True
-    for _, value in headers:  # noqa: SIM110 - runs for each request, and `any` with a generator is slower
-        if value and value[-1:] in _WHITE:
-            return True
-    return False
-
-
-def find_fault(
+def examine(
     parser: httptools.HttpRequestParser, headers: Headers, *, too_large: bool
-) -> HTTPStatus | None:
-    """Return the status for a head that a server must reject and httptools does not; None if it is valid."""
+) -> HTTPStatus | Literal["misread"] | None:
+    """Find the faults of a head that httptools accepts.
+
+    Return the status for a head that a server must reject; `misread` if it offers an upgrade or a value ends
+    in white space; None if it is valid.
+    """
     version = parser.get_http_version()
-    if version not in {"1.0", "1.1"}:
+    least_hosts = _LEAST_HOSTS.get(version)
+    if least_hosts is None:
         return HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
     if too_large:
         return HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
-    names = [name for name, _ in headers]
-    hosts = names.count(b"host")
-    if hosts > 1 or (not hosts and version == "1.1"):
+    hosts, is_coded, is_padded = _scan(headers)
+    if not least_hosts <= hosts <= 1:
         return HTTPStatus.BAD_REQUEST
-    if b"transfer-encoding" in names and not _is_chunked_once(headers, version):
+    if is_coded and not _is_chunked_once(headers, version):
         return HTTPStatus.BAD_REQUEST
     # After CONNECT the parser takes all further bytes for a tunnel, regardless of the headers.
-    return HTTPStatus.BAD_REQUEST if parser.get_method() == b"CONNECT" else None
+    if parser.get_method() == b"CONNECT":
+        return HTTPStatus.BAD_REQUEST
+    return "misread" if is_padded or parser.should_upgrade() else None
+
+
+def _scan(headers: Headers) -> tuple[int, bool, bool]:
+    """Return the number of `Host`, whether there is a coding, and whether a value ends in white space."""
+    hosts, is_coded, is_padded = 0, False, False
+    # One loop for all: this runs for each request.
+    for name, value in headers:
+        if name == b"host":
+            hosts += 1
+        elif name == b"transfer-encoding":
+            is_coded = True
+        if value and value[-1] in _WHITE:
+            is_padded = True
+    return hosts, is_coded, is_padded
 
 
 def head_size(url: bytes, headers: Headers) -> int:

@@ -25,7 +25,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from receiver.api.answers import HEAD_COMPLETE, raw_error_response
 from receiver.api.bodies import BodyParts
 from receiver.api.direct import DirectDoor, DirectRequest
-from receiver.api.heads import HeadRewriter, find_fault, head_size, is_misread
+from receiver.api.heads import HeadRewriter, examine, head_size
 from receiver.api.memory_budget import DEFAULT_BUDGET_BYTES, Account, MemoryBudget
 from receiver.api.timers import TimedHttpToolsProtocol
 
@@ -162,13 +162,13 @@ class DeadlineHttpToolsProtocol(TimedHttpToolsProtocol):
         if self._unparsed + self._read_size > _NOTABLE_HEAD:
             size = head_size(self.url, self.headers)
         too_large = size > self.MAX_HEADER_BYTES or len(self.headers) > self.MAX_HEADERS
-        fault = find_fault(self.parser, self.headers, too_large=too_large)
+        fault = examine(self.parser, self.headers, too_large=too_large)
+        if fault == "misread":
+            self._heads.rewrite(self.parser, self.url, self.headers)
+            return
         if fault is not None:
             self._reject(fault)
             raise _Rejected
-        if is_misread(self.parser, self.headers):
-            self._heads.rewrite(self.parser, self.url, self.headers)
-            return
         self._stop_deadline()
         self._in_head = False
         self._in_body = True

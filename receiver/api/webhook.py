@@ -156,8 +156,7 @@ class WebhookEndpoint:
         if received is not None:
             return Answer(
                 200,
-                b'{"status":"%b","event_id":"%b"}'
-                % (received.outcome.encode(), str(received.event_id).encode()),
+                b'{"status":"%b","event_id":"%b"}' % (received.outcome.encode(), received.event_id.encode()),
             )
         if isinstance(error, SignatureError):
             self._rejections.note(source, error.reason)

@@ -10,6 +10,7 @@ import codecs
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, TypeGuard, TypeVar
 
 import orjson
@@ -84,13 +85,16 @@ class _Body:
             raise UnrecognizedBody("request_id")
         if status not in ("OK", "ERROR"):
             raise UnrecognizedBody("status")
-        self.cleaner = Cleaner(document)
         self._document = document
         self._members = members
         self._payload = _object(members.get("payload"))
         self.summary = Summary(
             request_id, status, self._read("model", _model), self._read("cost", read_credits)
         )
+
+    @cached_property
+    def cleaner(self) -> Cleaner:
+        return Cleaner(self._document)
 
     def _read(self, name: str, read: Callable[[Any], T | None]) -> T | None:
         """Return a field of the payload, and list it as altered if it was changed."""
