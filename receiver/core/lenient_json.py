@@ -82,7 +82,7 @@ class Document(NamedTuple):
 def decode(raw: bytes) -> Document:
     """Parse a body. Raises UnrecognizedBody with the reason `not_json`, and no other exception."""
     value = _decode_plain(raw)
-    return Document(value, plain=True) if value is not _NOT_PLAIN else _decode_leniently(raw)
+    return Document(value, True) if value is not _NOT_PLAIN else _decode_leniently(raw)  # noqa: FBT003
 
 
 _NOT_PLAIN: Final = object()
@@ -94,7 +94,8 @@ def _decode_plain(raw: bytes) -> Any:
     If orjson encodes its result to the same bytes, the body had no duplicate name, rounded number or repaired
     text, and `_decode_leniently` would return the same value.
     """
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH or b"\\u" in raw:
+    # Most bodies have no backslash, and finding one byte takes a tenth of the time of finding two.
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH or (b"\\" in raw and b"\\u" in raw):
         return _NOT_PLAIN
     try:
         value = orjson.loads(raw)

@@ -152,7 +152,7 @@ def is_request_id(value: object) -> TypeGuard[str]:
         and value.isprintable()
         and " " not in value
         and REPLACEMENT not in value
-        and _OWN_ID.fullmatch(value) is None
+        and not (value.startswith("sha256:") and _OWN_ID.fullmatch(value))
     )
 
 
