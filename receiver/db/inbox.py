@@ -4,7 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Sequence
 from itertools import accumulate
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or_, select, update
@@ -119,11 +119,11 @@ _COUNT_REPEATED = (
 _BODIES = select(events.c.seq, events.c.body).where(among(events.c.seq, "seqs"))
 _STORED = [events.c[name] for name in StoredEvent._fields]
 _SIZE = func.length(events.c.body)
+_WITHOUT_LARGE_BODIES = [
+    case((_SIZE <= SMALL_BODY_BYTES, each)) if each is events.c.body else each for each in _STORED
+]
 _RECEIVED = (
-    select(
-        *(case((_SIZE <= SMALL_BODY_BYTES, each)) if each is events.c.body else each for each in _STORED),
-        _SIZE.label("size"),
-    )
+    select(*_WITHOUT_LARGE_BODIES, _SIZE.label("size"))
     .where(
         in_state(events, "received"),
         ~among(events.c.seq, "without"),
@@ -140,6 +140,7 @@ _RECEIVED = (
     .with_for_update(skip_locked=True, key_share=True)
 )
 _BY_SEQ = select(*_STORED).where(among(events.c.seq, "seqs"))
+_BY_SEQ_AND_SIZE = select(*_WITHOUT_LARGE_BODIES, _SIZE.label("size")).where(among(events.c.seq, "seqs"))
 _SET_STATE = (
     update(events)
     .where(among(events.c.seq, "seqs"))
@@ -159,13 +160,29 @@ async def lock_received(
     """
     values = {"most": limit, "answered_by": -job_events.ANSWER_WAIT_SECONDS, "without": without}
     rows = (await connection.execute(_RECEIVED, values)).all()
-    count = bisect_right(list(accumulate(row.size for row in rows)), size) or 1
-    taken = rows[:count]
-    found = {row.seq: StoredEvent(*row[:-1]) for row in taken}
-    large = [row.seq for row in taken if row.size > SMALL_BODY_BYTES]
+    found = await _complete(connection, rows, size)
+    return list(found.values()), len(rows) == limit or len(found) < len(rows)
+
+
+async def _complete(connection: AsyncConnection, rows: Sequence[Any], size: int) -> dict[int, StoredEvent]:
+    """Return the first of the events that have at most `size` bytes in total, with their large bodies."""
+    taken = rows[: bisect_right(list(accumulate(row[-1] for row in rows)), size) or 1]
+    found = {row[0]: StoredEvent(*row[:-1]) for row in taken}
+    large = [row[0] for row in taken if row[-1] > SMALL_BODY_BYTES]
     for seq, body in (await load_bodies(connection, large) if large else {}).items():
         found[seq] = found[seq]._replace(body=body)
-    return list(found.values()), len(rows) == limit or len(taken) < len(rows)
+    return found
+
+
+async def load_first_events(
+    connection: AsyncConnection, seqs: Collection[int], *, size: int
+) -> dict[int, StoredEvent]:
+    """Return events by `seq`, the first ones of `seqs` that have at most `size` bytes in total.
+
+    If the first one is larger, it is returned alone.
+    """
+    rows = {row[0]: row for row in await connection.execute(_BY_SEQ_AND_SIZE, {"seqs": seqs})}
+    return await _complete(connection, [rows[seq] for seq in dict.fromkeys(seqs)], size)
 
 
 async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:

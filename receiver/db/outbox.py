@@ -108,13 +108,17 @@ _FILES: Final = (
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
 
+_WITH_FILES: Final = select(media.c.event_seq).where(among(media.c.event_seq, "seqs")).distinct()
+
 
 async def load_media(
     connection: AsyncConnection, event_seqs: Collection[int], *, at_once: int = EVENTS_AT_ONCE
 ) -> dict[int, list[MediaRow]]:
     """Return the files of events, by the event's `seq`, in their order."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
-    for seqs in _slices(sorted(event_seqs), at_once):
+    # Most claims have many events and few files: one short query finds the events that have any.
+    with_files = (await connection.execute(_WITH_FILES, {"seqs": list(event_seqs)})).scalars()
+    for seqs in _slices(sorted(with_files), at_once):
         for row in (await connection.execute(_FILES, {"seqs": seqs})).mappings():
             values = dict(row)
             found[values.pop("event_seq")].append(MediaRow(**values))

@@ -3,7 +3,8 @@
 import abc
 import logging
 import re
-from typing import Any, Final, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any, Final, Protocol, TypeVar, runtime_checkable
 
 import orjson
 import structlog
@@ -90,6 +91,14 @@ def _dump(value: dict[str, Any]) -> bytes | None:
     except orjson.JSONEncodeError:
         return None
     return written if written.isascii() else None
+
+
+@runtime_checkable
+class GroupDestination(Destination, Protocol):
+    """A destination that takes many events at once for less than one by one."""
+
+    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Send events, and return for each None if it is confirmed, or else the error of `publish`."""
 
 
 def encode(event: CloudEvent) -> bytes:

@@ -1,7 +1,7 @@
 """Batches of messages for brokers that take several in one request."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from receiver.batching import Batcher
@@ -12,7 +12,9 @@ Message = TypeVar("Message")
 
 
 class _Entry(NamedTuple, Generic[Message]):
-    message: Message
+    """Messages that are sent in one batch."""
+
+    messages: Sequence[Message]
     size: int
     deadline: float
 
@@ -33,11 +35,12 @@ class BatchPublisher(Generic[Message]):
         self._send = send
         self._shown = shown
         self._timeout = timeout
-        self._batcher: Batcher[_Entry[Message], Failure | None] = Batcher(
+        self._max_messages, self._max_bytes = max_messages, max_bytes
+        self._batcher: Batcher[_Entry[Message], Sequence[Failure | None]] = Batcher(
             self._send_entries,
-            max_items=max_messages,
-            weigh=lambda entry: entry.size,
-            max_bytes=max_bytes,
+            # The larger share of both limits.
+            weigh=lambda entry: max(entry.size * max_messages, len(entry.messages) * max_bytes),
+            max_bytes=max_bytes * max_messages,
             max_in_flight=max_in_flight,
         )
         self.closed = False
@@ -51,29 +54,55 @@ class BatchPublisher(Generic[Message]):
         """Return when the message is confirmed. Raises PublishFailed and PublishRejected."""
         if self.closed:
             raise closed_failure()
-        deadline = asyncio.get_running_loop().time() + self.timeout
-        failure: Failure | None
-        try:
-            async with asyncio.timeout_at(deadline):
-                failure = await self._batcher.add(_Entry(message, size, deadline))
-        except TimeoutError:
-            failure = timeout_failure(self._shown, self._timeout)
+        [failure] = await self._add([message], size)
         if failure is not None:
             raise copy_failure(failure)
+
+    async def publish_all(self, messages: Sequence[tuple[Message, int]]) -> list[Failure | None]:
+        """Send messages, each with its size; return for each its failure, or None if it is confirmed."""
+        if self.closed:
+            return [closed_failure()] * len(messages)
+        failures = list[Failure | None]()
+        for group, size in self._slices(messages):
+            failures += await self._add(group, size)
+        return failures
+
+    def _slices(self, messages: Sequence[tuple[Message, int]]) -> Iterator[tuple[list[Message], int]]:
+        group, total = list[Message](), 0
+        for message, size in messages:
+            if group and (len(group) == self._max_messages or total + size > self._max_bytes):
+                yield group, total
+                group, total = [], 0
+            group.append(message)
+            total += size
+        if group:
+            yield group, total
+
+    async def _add(self, messages: Sequence[Message], size: int) -> Sequence[Failure | None]:
+        deadline = asyncio.get_running_loop().time() + self.timeout
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._batcher.add(_Entry(messages, size, deadline))
+        except TimeoutError:
+            return [timeout_failure(self._shown, self._timeout)] * len(messages)
 
     async def close(self) -> None:
         """Take no more messages, and send those that wait; the timeout bounds this."""
         self.closed = True
         await self._batcher.drain()
 
-    async def _send_entries(self, batch: Sequence[_Entry[Message]]) -> Sequence[Failure | None]:
+    async def _send_entries(self, batch: Sequence[_Entry[Message]]) -> Sequence[Sequence[Failure | None]]:
         failure: Failure
+        messages = [message for entry in batch for message in entry.messages]
         try:
             # The last entry has the latest deadline.
             async with asyncio.timeout_at(batch[-1].deadline):
-                return await self._send([entry.message for entry in batch])
+                failures = await self._send(messages)
         except TimeoutError:
             failure = timeout_failure(self._shown, self._timeout)
+            failures = [failure] * len(messages)
         except Exception as error:  # noqa: BLE001 - a client library may fail to read an answer
             failure = PublishFailed(f"{self._shown}: {type(error).__name__}", reason="protocol")
-        return [failure] * len(batch)
+            failures = [failure] * len(messages)
+        left = iter(failures)
+        return [[next(left) for _ in entry.messages] for entry in batch]

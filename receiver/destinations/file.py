@@ -21,8 +21,8 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.batching import Batcher
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import CheckedDestination, closed_failure, encode
-from receiver.errors import PublishFailed, SettingsError
+from receiver.destinations.base import CheckedDestination, Failure, closed_failure, encode
+from receiver.errors import PublishFailed, PublishRejected, SettingsError
 from receiver.private_files import make_folder, open_private, sync_folder, write_all
 
 LOCK_TIMEOUT_SECONDS: Final = 10.0
@@ -45,7 +45,7 @@ class FileDestination(CheckedDestination):
     one event as for many.
     """
 
-    concurrency = 256
+    concurrency = 1024
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
@@ -75,6 +75,24 @@ class FileDestination(CheckedDestination):
         error = await self._batcher.add(encode(event) + b"\n")
         if error is not None:
             raise self._failure_from(error) from error
+
+    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Append events with one flush; see `GroupDestination`."""
+        if self._closed:
+            return [closed_failure()] * len(events)
+        lines, failures = list[bytes](), list[Failure | None]()
+        for event in events:
+            try:
+                lines.append(encode(event) + b"\n")
+            except PublishRejected as rejected:
+                failures.append(rejected)
+            else:
+                failures.append(None)
+        error = await self._batcher.add(b"".join(lines)) if lines else None
+        if error is None:
+            return failures
+        failed = self._failure_from(error)
+        return [each or failed for each in failures]
 
     async def close(self) -> None:
         """Write the events that wait, and close the file."""

@@ -22,7 +22,14 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError,
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.base import CheckedDestination, closed_failure, encode, quoted, step_timeout
+from receiver.destinations.base import (
+    CheckedDestination,
+    Failure,
+    closed_failure,
+    encode,
+    quoted,
+    step_timeout,
+)
 from receiver.destinations.batches import BatchPublisher
 from receiver.destinations.tls import open_tls
 from receiver.destinations.urls import BrokerUrl, split_url, usable_url
@@ -39,7 +46,7 @@ PRIMARY_SECONDS: Final = 1.0
 """Seconds between two queries for the primary, while sentinels answer."""
 REDIS_PORT: Final = 6379
 SENTINEL_PORT: Final = 26_379
-MAX_BATCH: Final = 128
+MAX_BATCH: Final = 512
 """Entries in flight at once."""
 MAX_BATCH_BYTES: Final = 4 * 1024 * 1024
 MAX_LENGTH: Final = 2**63 - 1
@@ -132,6 +139,20 @@ class RedisDestination(CheckedDestination):
         """Append the event and return when the server has replied with the entry's id."""
         fields = _encode(event)
         await self._batches.publish(fields, len(fields["event"]))
+
+    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Append events; see `GroupDestination`."""
+        entries = list[tuple[dict[Any, Any], int]]()
+        rejected = dict[int, Failure]()
+        for number, event in enumerate(events):
+            try:
+                fields = _encode(event)
+            except PublishRejected as rejection:
+                rejected[number] = rejection
+            else:
+                entries.append((fields, len(fields["event"])))
+        failures = iter(await self._batches.publish_all(entries))
+        return [rejected.get(number) or next(failures) for number in range(len(events))]
 
     async def close(self) -> None:
         """Send the events that wait, which the timeouts bound, and close the connections."""

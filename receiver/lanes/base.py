@@ -28,10 +28,19 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A claimed row and the coroutine that does its work and records the result."""
+    """Claimed rows and the coroutine that does their work and records the results."""
 
     claim: Claim
     run: Callable[[], Awaitable[None]]
+    others: Sequence[Claim] = ()
+    """Further rows that the coroutine takes together with `claim`."""
+    size: int = 0
+    """Bytes of the bodies that it holds in memory."""
+
+    @property
+    def claims(self) -> Sequence[Claim]:
+        """All rows."""
+        return (self.claim, *self.others)
 
 
 class Lane(ABC):
@@ -39,7 +48,11 @@ class Lane(ABC):
 
     may_have_more = True
     """Whether to claim again as soon as work ends, because the last claim may have left due rows."""
+    claims_again = False
+    """Whether to claim again at once: the last claim took fewer rows than it was asked for, but not all."""
     lease_seconds = LEASE_SECONDS
+    bytes_under_way = 0
+    """Sum of the sizes of the work that is under way; the worker keeps it."""
 
     def __init__(self, database: Database, table: Table, *, name: str, concurrency: int, wake: Wake) -> None:
         self.name = name

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 import structlog
+from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.batching import Batcher
@@ -21,21 +22,25 @@ from receiver.db import inbox, job_events, leases, outbox, replays
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
+from receiver.destinations.base import GroupDestination
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
 from receiver.lanes import envelope
-from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
+from receiver.lanes.attempts import MAX_CRASHES, StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
 from receiver.lanes.targets import Target
 from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
+MAX_BYTES: Final = 32 * 1024 * 1024
+"""Bytes of the bodies that a lane holds, unless a single one is larger."""
 
 log = structlog.get_logger()
 
+_PublishAll = Callable[[Sequence[CloudEvent]], Awaitable[Sequence[Exception | None]]]
 
-@dataclass(frozen=True, kw_only=True)
-class _Delivery:
+
+class _Delivery(NamedTuple):
     """A claimed delivery and the parts of its message."""
 
     claim: DeliveryClaim
@@ -79,6 +84,13 @@ class DeliveryLane(Lane):
             self._circuit.open(time.monotonic())
         CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
         self._max_claims = concurrency
+        self._fitting = concurrency
+        self._publish_all: _PublishAll | None = None
+        self._most = concurrency
+        if isinstance(target.destination, GroupDestination):
+            self._publish_all = target.destination.publish_all
+            # Two groups alternate: one is published while the other one is claimed or recorded.
+            self._most = max(1, concurrency // 2)
         self._throttle = ReplayThrottle(concurrency, max_rest_seconds=max_rest_seconds)
         self._results = Batcher(self._write, max_items=MAX_RESULTS, shared_errors=DatabaseUnavailable)
 
@@ -88,28 +100,48 @@ class DeliveryLane(Lane):
         Raises DatabaseUnavailable.
         """
         allowed = self._circuit.available(time.monotonic(), under_way=self.concurrency - limit)
-        limit = min(limit, allowed, self._max_claims)
+        asked = min(limit, allowed)
+        limit = min(asked, self._max_claims, self._fitting, self._most)
         if self._bucket is not None:
             limit = min(limit, self._bucket.available(time.monotonic()))
-        self.may_have_more = True
-        if not limit:
+        self.may_have_more, self.claims_again = True, False
+        if not limit or self.bytes_under_way >= MAX_BYTES:
             self._claim_when_allowed()
             return []
         try:
-            work, replay_ids = await self._database.run_transaction(partial(self._claim, limit=limit))
+            found, too_many = await self._database.run_transaction(partial(self._claim, limit=limit))
         except DatabaseUnavailable:
             # A claim that takes too long is rolled back, and the next one gets the same rows: halve it.
             self._max_claims = max(1, limit // 2)
             raise
         self._max_claims = self.concurrency
+        self._fitting = max(1, len(found)) if too_many else min(self.concurrency, 2 * self._fitting)
         if self._bucket is not None:
-            self._bucket.take(len(work))
+            self._bucket.take(len(found))
         # Counted after the commit: a claim that was rolled back takes no place.
+        replay_ids = [this.claim.id for this, _ in found if this.claim.replay_id is not None]
         self._throttle.start(replay_ids, time.monotonic())
-        self.may_have_more = len(work) == limit or self._throttle.is_busy
+        self.may_have_more = len(found) == limit or too_many or self._throttle.is_busy
+        self.claims_again = len(found) == self._most < asked
         if self.may_have_more:
             self._claim_when_allowed()
-        return work
+        return self._works(found)
+
+    def _works(self, found: Sequence[tuple[_Delivery, bool]]) -> list[Work]:
+        """Return the work of deliveries, each with whether its replay was canceled."""
+        works, group = list[Work](), list[_Delivery]()
+        for this, is_canceled in found:
+            if self._publish_all is not None and not is_canceled:
+                group.append(this)
+            else:
+                run = self._drop if is_canceled else self._publish
+                works.append(Work(claim=this.claim, run=partial(run, this), size=len(this.event.body)))
+        if self._publish_all is not None and group:
+            claim, *others = (this.claim for this in group)
+            size = sum(len(this.event.body) for this in group)
+            run_group = partial(self._publish_group, group, self._publish_all)
+            works.append(Work(claim=claim, others=others, run=run_group, size=size))
+        return works
 
     def _claim_when_allowed(self) -> None:
         """Wake the lane when its rate limit allows more attempts: work may end earlier or later than that."""
@@ -121,24 +153,32 @@ class DeliveryLane(Lane):
         self._next_claim = None
         self._wake(self.name)
 
-    async def _claim(self, connection: AsyncConnection, *, limit: int) -> tuple[list[Work], list[UUID]]:
-        """Claim deliveries; return their work, and the ids of those that belong to replays."""
+    async def _claim(
+        self, connection: AsyncConnection, *, limit: int
+    ) -> tuple[list[tuple[_Delivery, bool]], bool]:
+        """Claim deliveries, as many as fit into memory.
+
+        Returns each with whether its replay was canceled, and whether some did not fit.
+        """
         claims = await self._claim_rows(connection, limit)
         if not claims:
-            return [], []
-        seqs = {claim.event_seq for claim in claims}
-        events = await inbox.load_events(connection, seqs)
-        files = await outbox.load_media(connection, seqs)
-        refs = await job_events.load_refs(connection, seqs)
-        replay_ids = {claim.id: claim.replay_id for claim in claims if claim.replay_id is not None}
-        canceled = await replays.find_canceled(connection, set(replay_ids.values()))
-        works = []
+            return [], False
+        size = MAX_BYTES - self.bytes_under_way
+        events = await inbox.load_first_events(connection, [claim.event_seq for claim in claims], size=size)
+        left = [claim for claim in claims if claim.event_seq not in events]
+        if left:
+            await leases.release(connection, deliveries, left)
+            claims = [claim for claim in claims if claim.event_seq in events]
+        files = await outbox.load_media(connection, events)
+        refs = await job_events.load_refs(connection, events)
+        replay_ids = {claim.replay_id for claim in claims if claim.replay_id is not None}
+        canceled = await replays.find_canceled(connection, replay_ids)
+        found = []
         for claim in claims:
             seq = claim.event_seq
-            this = _Delivery(claim=claim, event=events[seq], files=files.get(seq, ()), job=refs.get(seq))
-            run = self._drop if claim.replay_id in canceled else self._publish
-            works.append(Work(claim=claim, run=partial(run, this)))
-        return works, list(replay_ids)
+            this = _Delivery(claim, events[seq], files.get(seq, ()), refs.get(seq))
+            found.append((this, claim.replay_id in canceled))
+        return found, bool(left)
 
     async def _claim_rows(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
         """Claim live deliveries first, and then as many of replays as the throttle allows."""
@@ -157,10 +197,74 @@ class DeliveryLane(Lane):
         try:
             await self._attempt(this)
         finally:
-            if this.claim.replay_id is not None:
-                rest = self._throttle.end(this.claim.id, time.monotonic())
-                if rest is not None:
-                    asyncio.get_running_loop().call_later(rest, self._wake, self.name)
+            self._end(this)
+
+    def _end(self, this: _Delivery) -> None:
+        if this.claim.replay_id is not None:
+            rest = self._throttle.end(this.claim.id, time.monotonic())
+            if rest is not None:
+                asyncio.get_running_loop().call_later(rest, self._wake, self.name)
+
+    async def _publish_group(self, group: Sequence[_Delivery], publish_all: _PublishAll) -> None:
+        try:
+            await self._attempt_group(group, publish_all)
+        finally:
+            for this in group:
+                self._end(this)
+
+    async def _attempt_group(self, group: Sequence[_Delivery], publish_all: _PublishAll) -> None:
+        """Publish deliveries together; record the confirmed ones together, and the others one by one."""
+        attempt = StartedAttempt.of(group[0].claim)
+        sent, messages, records = (
+            list[_Delivery](),
+            list[CloudEvent](),
+            list[Callable[[], Awaitable[object]]](),
+        )
+        for this in group:
+            if this.claim.lost >= MAX_CRASHES:
+                records.append(partial(self._attempt, this))
+                continue
+            try:
+                messages.append(envelope.build(*this))
+            except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
+                records.append(partial(self._failed, this, StartedAttempt.of(this.claim), error))
+            else:
+                sent.append(this)
+        try:
+            failures: Sequence[Exception | None] = await publish_all(messages)
+        except Exception as error:  # noqa: BLE001 - likewise
+            failures = [error] * len(sent)
+        confirmed = list[_Delivery]()
+        for this, failure in zip(sent, failures, strict=True):
+            self._note(failure, attempt.began)
+            if failure is None:
+                confirmed.append(this)
+            else:
+                mine = replace(attempt, number=this.claim.attempt)
+                records.append(partial(self._failed, this, mine, failure))
+        if confirmed:
+            records.append(partial(self._finish_delivered, confirmed, attempt))
+        await asyncio.gather(*(record() for record in records))
+
+    async def _finish_delivered(self, group: Sequence[_Delivery], attempt: StartedAttempt) -> None:
+        """Record confirmed deliveries in one transaction, or one by one if that fails."""
+        claims, ended = [this.claim for this in group], attempt.end("succeeded")
+        write = partial(
+            leases.finish_delivered,
+            claims=claims,
+            started_at=ended.started_at,
+            duration_ms=ended.duration_ms,
+        )
+        try:
+            await self._record(claims[0], write)
+        except Exception as error:
+            if not isinstance(error, leases.LeaseLost):
+                log.exception("results recorded one by one", lane=self.name)
+            results = (replace(ended, number=claim.attempt) for claim in claims)
+            pairs = zip(group, results, strict=True)
+            await asyncio.gather(*(self._finish(this, each, state="delivered") for this, each in pairs))
+        else:
+            self._tell(Counter(delivered=len(group)), [this.event.request_id for this in group])
 
     async def _drop(self, this: _Delivery) -> None:
         self._throttle.drop(this.claim.id)
@@ -173,7 +277,7 @@ class DeliveryLane(Lane):
             await self._give_up(this, attempt.end("failed", crashed))
             return
         try:
-            message = envelope.build(this.claim, this.event, this.files, this.job)
+            message = envelope.build(*this)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
             await self._failed(this, attempt, error)
             return
@@ -223,12 +327,16 @@ class DeliveryLane(Lane):
         """Record results in one transaction; return for each whether its lease was still held."""
         held = await self._database.run_transaction(partial(_record, results=results))
         recorded = [each for each in results if each.claim.id in held]
-        for outcome, count in Counter(each.state or "retry" for each in recorded).items():
-            DELIVERIES.labels(self._target.name, outcome).inc(count)
-        # The log has one line for all deliveries of a group.
-        if delivered := [each.event.request_id for each in recorded if each.state == "delivered"]:
-            log.info("events delivered", destination=self._target.name, request_ids=delivered)
+        delivered = [each.event.request_id for each in recorded if each.state == "delivered"]
+        self._tell(Counter(each.state or "retry" for each in recorded), delivered)
         return [each.claim.id in held for each in results]
+
+    def _tell(self, outcomes: Counter[str], delivered: Sequence[str]) -> None:
+        """Count outcomes, and log the `request_id` of delivered events: one line for all of a group."""
+        for outcome, count in outcomes.items():
+            DELIVERIES.labels(self._target.name, outcome).inc(count)
+        if delivered:
+            log.info("events delivered", destination=self._target.name, request_ids=delivered)
 
     def _ids(self, this: _Delivery) -> dict[str, Any]:
         claim, event = this.claim, this.event

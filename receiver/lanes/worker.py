@@ -10,7 +10,6 @@ import structlog
 
 from receiver.background import running, wait_for
 from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
-from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
 from receiver.lanes.attempts import jitter, log_failure, logged_failures
 from receiver.lanes.base import Lane, Work
@@ -118,7 +117,8 @@ class _LaneRunner:
         self._lane = lane
         self._wakeups = wakeups
         self._timing = timing
-        self._held = dict[asyncio.Task[None], Claim]()
+        self._held = dict[asyncio.Task[None], Work]()
+        self._rows = 0
         self._half_free = asyncio.Event()
 
     async def run(self, stopping: asyncio.Event) -> None:
@@ -130,7 +130,7 @@ class _LaneRunner:
 
     async def _run_round(self, stopping: asyncio.Event) -> None:
         """Claim for the free places, and wait unless all of them were filled."""
-        free = self._lane.concurrency - len(self._held)
+        free = self._lane.concurrency - self._rows
         if free > 0:
             try:
                 works = await self._lane.claim(free)
@@ -138,18 +138,20 @@ class _LaneRunner:
                 await _sit_out(error, self.name, stopping, self._timing)
                 return
             for work in works:
-                task = asyncio.create_task(self._perform(work), name=f"{self.name} {work.claim.id}")
-                self._held[task] = work.claim
+                task = asyncio.create_task(self._perform(work))
+                self._held[task] = work
+                self._rows += len(work.claims)
+                self._lane.bytes_under_way += work.size
                 task.add_done_callback(self._finished)
             if works and not self._is_half_free():
                 self._half_free.clear()
                 await wait_for(self._half_free, self._timing.gather_seconds)
-            if len(works) == free:
+            if self._lane.claims_again or sum(len(work.claims) for work in works) == free:
                 return
         await self._wakeups.wait(self.name, seconds=_jittered(self._timing.poll_seconds))
 
     def _is_half_free(self) -> bool:
-        return 2 * len(self._held) <= self._lane.concurrency
+        return 2 * self._rows <= self._lane.concurrency
 
     async def _perform(self, work: Work) -> None:
         try:
@@ -159,7 +161,9 @@ class _LaneRunner:
             log.exception("work failed unexpectedly", lane=self.name, work_id=str(work.claim.id))
 
     def _finished(self, task: asyncio.Task[None]) -> None:
-        del self._held[task]
+        work = self._held.pop(task)
+        self._rows -= len(work.claims)
+        self._lane.bytes_under_way -= work.size
         if self._is_half_free():
             self._half_free.set()
         if self._lane.may_have_more:
@@ -172,10 +176,11 @@ class _LaneRunner:
             if not held:
                 continue
             with logged_failures("leases not renewed", lane=self.name):
-                renewed = await self._lane.renew(held.values())
-                for task, claim in held.items():
-                    if claim.id not in renewed and task in self._held:
-                        log.warning("lease lost, work dropped", lane=self.name, work_id=str(claim.id))
+                renewed = await self._lane.renew([claim for work in held.values() for claim in work.claims])
+                for task, work in held.items():
+                    # If only some leases are lost, the results of these rows are not recorded.
+                    if renewed.isdisjoint(claim.id for claim in work.claims) and task in self._held:
+                        log.warning("lease lost, work dropped", lane=self.name, work_id=str(work.claim.id))
                         task.cancel()
 
     async def _drain(self) -> None:
@@ -184,7 +189,7 @@ class _LaneRunner:
         _, late = await asyncio.wait(self._held, timeout=self._timing.drain_seconds)
         if not late:
             return
-        claims = [self._held[task] for task in late]
+        claims = [claim for task in late for claim in self._held[task].claims]
         for task in late:
             task.cancel()
         await asyncio.wait(late)

@@ -12,7 +12,7 @@ from support.kinds import ALL_KINDS
 from support.kinds_base import Kind, make_event
 
 from receiver.destinations import Destination
-from receiver.destinations.base import encode
+from receiver.destinations.base import GroupDestination, encode
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 
@@ -184,6 +184,26 @@ async def test_event_that_is_no_json_is_rejected(kind: Kind, destination: Destin
     )
     assert [type(result) for result in results] == [type(None), PublishRejected, type(None), type(None)]
     assert await ids_received(kind) == sorted(event.get_extension("deliveryid") for event in good)
+
+
+async def test_events_of_a_group_are_confirmed_one_by_one(kind: Kind, destination: Destination) -> None:
+    """E1, E7: a group arrives in order; one that is no JSON is rejected; a closed place takes none."""
+    if not isinstance(destination, GroupDestination):
+        return
+    events = [make_event({"fill": "x" * number}) for number in range(700)]
+    events[3] = make_event({"set": {1, 2}})
+    kinds = [type(failure) for failure in await destination.publish_all(events)]
+    assert kinds == [PublishRejected if number == 3 else type(None) for number in range(700)]
+    ids = [event.get_extension("deliveryid") for event in events if event is not events[3]]
+    assert [event["deliveryid"] for event in await kind.received()] == ids
+    assert await destination.publish_all([]) == []
+    await kind.break_down()
+    failures = await destination.publish_all(events[2:5])
+    assert [type(failure) for failure in failures] == [PublishFailed, PublishRejected, PublishFailed]
+    await kind.mend()
+    assert await destination.publish_all(events[:1]) == [None]
+    await destination.close()
+    assert [type(failure) for failure in await destination.publish_all(events[:2])] == [PublishFailed] * 2
 
 
 async def test_cancelled_publish_does_not_take_others_with_it(kind: Kind, destination: Destination) -> None:

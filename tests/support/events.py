@@ -4,7 +4,7 @@ import asyncio
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.db.tables import deliveries, events
 from receiver.db.views import ReplayCounts, ReplayDetails
 from receiver.destination_settings import FilterSettings
+from receiver.errors import PublishFailed, PublishRejected
 from receiver.ingest import make_event
 from receiver.lanes.base import LEASE_SECONDS, Lane
 from receiver.lanes.delivery import DeliveryLane
@@ -90,6 +91,27 @@ class Recorder:
         return [event for event in self.published if event.get_extension("replayid") == str(replay_id)]
 
 
+class GroupRecorder(Recorder):
+    """A destination that takes groups, as a file and Redis do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.groups: list[int] = []
+
+    async def publish_all(
+        self, events: Sequence[CloudEvent]
+    ) -> Sequence[PublishFailed | PublishRejected | None]:
+        """Confirm, unless `behave` says otherwise of an event."""
+        self.groups.append(len(events))
+        results = await asyncio.gather(*map(self.publish, events), return_exceptions=True)
+        failures: list[PublishFailed | PublishRejected | None] = []
+        for result in results:
+            if result is not None and not isinstance(result, PublishFailed | PublishRejected):
+                raise result
+            failures.append(result)
+        return failures
+
+
 @asynccontextmanager
 async def running(*workers: Worker) -> AsyncIterator[None]:
     """Run workers inside the block."""
@@ -123,10 +145,16 @@ class World:
         )
 
     def add_destination(
-        self, name: str, *, waits_for_media: bool = True, retry: RetryPolicy = RETRY, **wanted: Any
+        self,
+        name: str,
+        *,
+        waits_for_media: bool = True,
+        retry: RetryPolicy = RETRY,
+        recorder: Recorder | None = None,
+        **wanted: Any,
     ) -> Recorder:
         """Configure a destination; `wanted` is its filter."""
-        recorder = self.recorders[name] = Recorder()
+        recorder = self.recorders[name] = recorder or Recorder()
         target = Target(
             name=name,
             destination=recorder,
