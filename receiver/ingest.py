@@ -130,9 +130,8 @@ class Ingest:
         `body` is the body that the webhook would have had. Raises DatabaseUnavailable.
         """
         event = make_event(source, body, received_at=self._clock(), origin="poll")
-        async with self._database.write() as connection:
-            seq = await inbox.insert_event(connection, event)
-        outcome = "duplicate" if seq is None else event.first_outcome
+        known = await arrivals.insert_new(self._database, [event])
+        outcome: Outcome = "duplicate" if known else event.first_outcome
         WEBHOOKS.labels(source, f"poll_{outcome}").inc()
         if outcome == "accepted":
             self._on_accepted()

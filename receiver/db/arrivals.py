@@ -163,6 +163,8 @@ def _driver_uuid() -> Any:
 
 # SQLite.
 _COLUMNS: Final = ", ".join(_FIELDS)
+_EXACT: Final = 64
+"""A larger group is padded to a multiple of this."""
 
 
 def _add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> None:
@@ -174,8 +176,12 @@ def _add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> Non
 def _insert_rows(events: Sequence[NewEvent], connection: PoolProxiedConnection) -> set[bytes]:
     known = _known_ids(connection)
     known.clear()
+    rows = len(events)
+    # Each number of rows is a statement that SQLite parses and keeps; those of large groups take memory.
+    size = rows if rows <= _EXACT else -rows % _EXACT + rows
     values = [value for event in events for value in _in_row(event)]
-    connection.cursor().execute(_insert_many(len(events)), values)
+    values += [None] * ((size - rows) * len(_FIELDS))
+    connection.cursor().execute(_insert_many(size), values)
     return {bytes.fromhex(id_) for id_ in known}
 
 
@@ -191,14 +197,14 @@ def _known_ids(connection: PoolProxiedConnection) -> list[str]:
 
 @cache
 def _insert_many(rows: int) -> str:
-    """Return the statement for a number of rows.
+    """Return the statement for a number of rows; a row of nulls is left out.
 
     `is_known` is called for each conflict and returns NULL, so no row is updated.
     """
     row = f"({', '.join('?' * len(_FIELDS))})"
     return f"""
-        INSERT INTO events ({_COLUMNS}) VALUES {", ".join([row] * rows)}
-        ON CONFLICT (id) DO UPDATE SET state = state WHERE is_known(excluded.id)
+        INSERT INTO events ({_COLUMNS}) SELECT * FROM (VALUES {", ".join([row] * rows)})
+        WHERE column1 IS NOT NULL ON CONFLICT (id) DO UPDATE SET state = state WHERE is_known(excluded.id)
     """
 
 

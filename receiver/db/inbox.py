@@ -10,12 +10,11 @@ from uuid import UUID
 from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from receiver.db import job_events, sources
+from receiver.db import job_events
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
 from receiver.db.receipts import receipts_of
 from receiver.db.rows import EventState, NewEvent, Outcome, StoredEvent, to_datetime
-from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import events, in_state, receipts
 
 SMALL_BODY_BYTES: Final = 8192
@@ -30,14 +29,6 @@ class KnownEvent(NamedTuple):
     status: str | None
     body_sha256: bytes
     state: str
-
-
-async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
-    """Insert an event and return its `seq`, or None if its id, and so (source, request_id), is taken."""
-    seq = await insert_unless_taken(connection, events, event.columns())
-    if seq is not None:
-        await sources.add(connection, event.source)
-    return seq
 
 
 async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:

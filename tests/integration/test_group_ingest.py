@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from sqlalchemy import func, select, text
+from support.events import insert_event
 from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
@@ -181,7 +182,7 @@ async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
     async with database.write() as connection:
         one = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
         await connection.execute(text("DELETE FROM events"))
-        await inbox.insert_event(connection, short)
+        await insert_event(connection, short)
         other = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
     assert tuple(one) == tuple(other)
 
@@ -202,7 +203,7 @@ async def test_groups_that_overlap_do_not_deadlock(on_postgresql: Database) -> N
     with contextlib.suppress(asyncio.CancelledError):
         async with database.write() as connection:
             # In either order both reach this event after half of theirs, and wait.
-            await inbox.insert_event(connection, group[20])
+            await insert_event(connection, group[20])
             one = asyncio.create_task(arrivals.insert_new(database, group))
             two = asyncio.create_task(arrivals.insert_new(other, group[::-1]))
             await asyncio.sleep(0.3)
@@ -286,7 +287,7 @@ async def test_a_connection_that_is_about_to_end(postgres: Postgres, way: str) -
             assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
         else:
             async with database.write() as connection:
-                await inbox.insert_event(connection, arrival(body("r-2")))
+                await insert_event(connection, arrival(body("r-2")))
         async with database.read() as connection:
             assert len((await connection.execute(select(events.c.id))).all()) == 2
         await database.close()

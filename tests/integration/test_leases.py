@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 from sqlalchemy import select, update
-from support.events import plain
+from support.events import insert_event, plain
 
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
@@ -22,9 +22,7 @@ LEASE = 60.0
 async def add_event(database: Database, request_id: str = "r1") -> int:
     """Store an event as ingest would and return its `seq`."""
     async with database.write() as connection:
-        seq = await inbox.insert_event(
-            connection, make_event("clipia", plain(request_id), received_at=time.time())
-        )
+        seq = await insert_event(connection, make_event("clipia", plain(request_id), received_at=time.time()))
     assert seq is not None
     return seq
 

@@ -10,10 +10,10 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect, text
 from sqlalchemy.ext.asyncio import AsyncConnection
-from support.events import plain
+from support.events import insert_event, plain
 from support.servers import Postgres
 
-from receiver.db import arrivals, inbox, migrate, reads
+from receiver.db import arrivals, migrate, reads
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.selection import Selection
@@ -60,7 +60,7 @@ async def test_events_of_an_older_schema_are_found(database: Database) -> None:
             event = make_event(
                 source, content, received_at=time.time(), secret_id="one", signed_at=time.time()
             )
-            await inbox.insert_event(connection, event)
+            await insert_event(connection, event)
     async with database.read() as connection:
         assert await reads.show_event(connection, "r-1") is not None
     await migrate.apply(database, lambda config: command.downgrade(config, "0005"))
@@ -80,7 +80,7 @@ async def test_events_of_an_older_schema_are_found(database: Database) -> None:
         ids = await Selection(ids=("r-1", "r-7")).find_seqs(connection)
         assert {key: len(seqs) for key, seqs in ids.items()} == {"r-1": 2, "r-7": 0}
         again = make_event("clipia", plain("r-1"), received_at=time.time())
-        assert await inbox.insert_event(connection, again) is None
+        assert await insert_event(connection, again) is None
 
 
 async def test_upgrading_again_changes_nothing(database: Database) -> None:

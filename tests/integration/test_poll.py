@@ -36,13 +36,13 @@ from support.clipia import (
     refused,
     show,
 )
-from support.events import running
+from support.events import insert_event, running
 from support.payloads import body, failure
 
 from receiver import retention
 from receiver.api.answers import status_of
 from receiver.core.quota import SHARES
-from receiver.db import inbox, job_events
+from receiver.db import job_events
 from receiver.db.clock import db_time
 from receiver.db.receipts import all_receipts
 from receiver.db.tables import accounts, deliveries, events, jobs, media
@@ -754,7 +754,7 @@ async def test_an_event_that_is_read_more_strictly_now_leaves_the_job_open(
     async def store(_request: Request) -> None:
         event = make_event("clipia", body("r-1"), received_at=time.time())
         async with odd_world.database.write() as connection:
-            await inbox.insert_event(connection, event)
+            await insert_event(connection, event)
             await connection.execute(update(events).values(body=b"strange"))
 
     odd.on_submit, odd.script = store, [accepted("r-1")]

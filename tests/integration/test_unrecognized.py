@@ -15,7 +15,7 @@ import httpx
 import pytest
 from prometheus_client import REGISTRY
 from sqlalchemy import insert
-from support.events import World, opened, plain
+from support.events import World, insert_event, opened, plain
 
 from receiver.app import create_app
 from receiver.cli import main
@@ -57,7 +57,7 @@ async def keep(world: World, content: bytes, *, deliveries_: int = 1, origin: An
     )
     request = event._replace(webhook_id="hook", secret_id="one", signed_at=CAME.timestamp())
     async with world.database.write() as connection:
-        seq = await inbox.insert_event(connection, request if origin == "webhook" else event)
+        seq = await insert_event(connection, request if origin == "webhook" else event)
         assert seq is not None
         repeats = deliveries_ - (origin == "webhook")
         await inbox.record_receipts(connection, [(seq, request, "unrecognized")] * repeats)
@@ -183,7 +183,7 @@ async def test_runs_at_once(world: World) -> None:
         for id_ in ids[::-1]:
             event = make_event("clipia", odd(id_), received_at=time.time())
             async with world.database.write() as connection:
-                await inbox.insert_event(connection, event)
+                await insert_event(connection, event)
 
     found = await asyncio.gather(run(world), run(world), run(world), post())
     assert await facts(world) == sorted((id_, "received") for id_ in ids)

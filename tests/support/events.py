@@ -12,14 +12,16 @@ from typing import Any, TypeVar
 
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import ColumnElement, FromClause, Table, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
-from receiver.db import inbox, jobs, tables
+from receiver.db import jobs, sources, tables
 from receiver.db.clock import db_time
 from receiver.db.database import Database
-from receiver.db.rows import NewJob, digest_token, new_id
+from receiver.db.rows import NewEvent, NewJob, digest_token, new_id
+from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import deliveries, events
 from receiver.db.views import ReplayCounts, ReplayDetails
 from receiver.destination_settings import FilterSettings
@@ -122,6 +124,14 @@ async def running(*workers: Worker) -> AsyncIterator[None]:
         for each in workers:
             each.stop()
         await asyncio.gather(*tasks)
+
+
+async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
+    """Insert an event in a transaction, and return its `seq`, or None if its id is taken."""
+    seq = await insert_unless_taken(connection, tables.events, event.columns())
+    if seq is not None:
+        await sources.add(connection, event.source)
+    return seq
 
 
 class World:
@@ -227,7 +237,7 @@ class World:
         digest = None if token is None else digest_token(token)
         event = make_event(source, content, received_at=time.time(), job_id=job_id, path_token=digest)
         async with self.database.write() as connection:
-            await inbox.insert_event(connection, event)
+            await insert_event(connection, event)
 
     async def fan_out(self) -> None:
         """Move all events out of `received`."""
