@@ -145,7 +145,8 @@ class Bench:
         elif name in {"bare", "naive"}:
             arguments = [str(HERE / "sides.py"), name]
         else:
-            assert run_command("migrate", settings=settings).returncode == 0
+            # In a folder of its own: Python would prefer a package in the current one.
+            assert run_command("migrate", settings=settings, cwd=folder).returncode == 0
             if side.startswith("ungrouped"):
                 arguments = [str(HERE / "sides.py"), "ungrouped"]
             else:
