@@ -92,6 +92,30 @@ class SharedConnection(Generic[ConnectionT]):
         finally:
             self._release(connection)
 
+    async def run_all(
+        self, count: int, work: Callable[[ConnectionT, list[Failure | None]], Awaitable[None]]
+    ) -> list[Failure | None]:
+        """Publish `count` messages with the connection; return for each its failure, or None.
+
+        `work` gets a list and removes the failure of each message that is confirmed. If time runs out, the
+        failure of the others is that of the whole.
+        """
+        unknown = PublishFailed(f"{self._shown}: not confirmed", reason="connection")
+        failures: list[Failure | None] = [unknown] * count
+
+        async def publish(connection: ConnectionT) -> None:
+            await work(connection, failures)
+            for failure in failures:
+                if failure is not None:
+                    self._retire_if_broken(connection, failure)
+
+        try:
+            await self.run(publish)
+        except (PublishFailed, PublishRejected) as failure:
+            failed = copy_failure(failure)
+            return [failed if each is unknown else each for each in failures]
+        return failures
+
     def new_deadline(self) -> float:
         """Return the time, on the event loop's clock, by which a publish that begins now must be done."""
         return asyncio.get_running_loop().time() + attempt_timeout(self._timeout)

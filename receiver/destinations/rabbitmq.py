@@ -10,11 +10,8 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from dataclasses import dataclass
-from datetime import datetime
-from typing import Any, Final
-from uuid import uuid4
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Final, TypeVar
 
 import aiormq
 from aiormq import TransportFactory, spec
@@ -30,14 +27,13 @@ from aiormq.exceptions import (
     ProbableAuthenticationError,
     PublishError,
 )
-from cloudevents.core.bindings.amqp import CE_PREFIX_UNDERSCORE, CONTENT_TYPE_PROPERTY, to_binary
 from cloudevents.core.v1.event import CloudEvent
-from pamqp.header import ContentHeader
 from yarl import URL
 
 from receiver.destination_settings import DestinationSettings
+from receiver.destinations.amqp_message import Message, encode_message
 from receiver.destinations.amqp_url import Address, Node, read_url
-from receiver.destinations.base import JSON, CheckedDestination, Failure, limit_log, quoted, step_timeout
+from receiver.destinations.base import CheckedDestination, Failure, limit_log, quoted, step_timeout
 from receiver.destinations.connections import Connection, SharedConnection
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected
@@ -49,10 +45,7 @@ CLOSE_SECONDS: Final = 3.0
 MAX_IN_FLIGHT: Final = 128
 HEARTBEAT_SECONDS: Final = 10
 """A connection counts as lost if no byte arrives for about three heartbeats."""
-MAX_SHORT_BYTES: Final = 255
-"""The limit of a message property that is a short string."""
 FRAME_OVERHEAD_BYTES: Final = 8
-PERSISTENT: Final = 2
 
 _TOO_LARGE: Final = re.compile(r"message size [0-9]+ is larger than .*max size ([0-9]+)")
 _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
@@ -67,23 +60,16 @@ _ADVICE: Final[tuple[tuple[type[Exception], str, str], ...]] = (
     (ChannelAccessRefused, "permission", "{error}: grant it, or leave out queue= if the queue exists"),
 )
 
+ResultT = TypeVar("ResultT")
+
 # The receiver logs every failure itself; the library adds a line for each node that is down.
 limit_log("aiormq", logging.CRITICAL)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Message:
-    """An event in the binary mode of CloudEvents' AMQP binding; `head` is the frame before the body."""
-
-    body: bytes
-    properties: spec.Basic.Properties
-    head: bytes
 
 
 class RabbitmqDestination(CheckedDestination):
     """Publishes events to an exchange or a queue, many at once on one channel."""
 
-    concurrency = 2 * MAX_IN_FLIGHT
+    concurrency = 4 * MAX_IN_FLIGHT
 
     def __init__(self, settings: DestinationSettings) -> None:
         super().__init__(settings)
@@ -94,7 +80,7 @@ class RabbitmqDestination(CheckedDestination):
             max_users=settings.concurrency or MAX_IN_FLIGHT,
             timeout=settings.timeout,
         )
-        self._running: set[asyncio.Task[Failure | None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def check(self) -> None:
         """Declare the queue, or check that the exchange or the queue exists."""
@@ -102,8 +88,37 @@ class RabbitmqDestination(CheckedDestination):
 
     async def publish(self, event: CloudEvent) -> None:
         """Publish the event and return when it is confirmed and was not returned."""
-        message = _encode(event)
+        message = encode_message(event)
         await self._run(lambda connection: connection.publish(message))
+
+    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Publish events, `MAX_IN_FLIGHT` at a time; see `GroupDestination`."""
+        failures = list[Failure | None]()
+        for start in range(0, len(events), MAX_IN_FLIGHT):
+            failures += await self._publish_slice(events[start : start + MAX_IN_FLIGHT])
+        return failures
+
+    async def _publish_slice(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        messages, rejected = list[Message](), dict[int, Failure]()
+        for number, event in enumerate(events):
+            try:
+                messages.append(encode_message(event))
+            except PublishRejected as rejection:
+                rejected[number] = rejection
+
+        async def publish(connection: _Connection, failures: list[Failure | None]) -> None:
+            async def send(number: int) -> None:
+                try:
+                    await connection.publish(messages[number])
+                except (PublishFailed, PublishRejected) as failure:
+                    failures[number] = failure
+                else:
+                    failures[number] = None
+
+            await asyncio.gather(*map(send, range(len(messages))))
+
+        failures = iter(await self._finish(self._connections.run_all(len(messages), publish)))
+        return [rejected.get(number) or next(failures) for number in range(len(events))]
 
     async def close(self) -> None:
         """Let the publishes under way end, which the timeout bounds, and disconnect."""
@@ -117,14 +132,17 @@ class RabbitmqDestination(CheckedDestination):
             )
 
     async def _run(self, work: Callable[["_Connection"], Awaitable[None]]) -> None:
-        # In a task of its own, which is never cancelled: if a publish is cancelled and its message returned,
-        # the library takes that for the return of another message, or ends the channel.
-        running = asyncio.create_task(self._attempt(work))
-        self._running.add(running)
-        running.add_done_callback(self._running.discard)
-        failure = await asyncio.shield(running)
+        failure = await self._finish(self._attempt(work))
         if failure is not None:
             raise failure
+
+    async def _finish(self, work: Coroutine[Any, Any, ResultT]) -> ResultT:
+        # In a task of its own, which is never cancelled: if a publish is cancelled and its message returned,
+        # the library takes that for the return of another message, or ends the channel.
+        running = asyncio.create_task(work)
+        self._running.add(running)
+        running.add_done_callback(self._running.discard)
+        return await asyncio.shield(running)
 
     async def _attempt(self, work: Callable[["_Connection"], Awaitable[None]]) -> Failure | None:
         """Do the work and return its failure; asyncio would report a raised one that no caller awaits."""
@@ -229,7 +247,7 @@ class _Connection(Connection):
                     await channel.queue_declare(address.routing_key, passive=True)
         return difference
 
-    async def publish(self, message: _Message) -> None:
+    async def publish(self, message: Message) -> None:
         """Publish and wait for the confirm. Also raises PublishRejected."""
         frame_max = self._connection.connection_tune.frame_max
         if frame_max and len(message.head) > frame_max - FRAME_OVERHEAD_BYTES:
@@ -273,7 +291,7 @@ class _Connection(Connection):
         self._socket.cut()
         await asyncio.wait([closing], timeout=CLOSE_SECONDS)
 
-    async def _send(self, message: _Message) -> object:
+    async def _send(self, message: Message) -> object:
         """Return RabbitMQ's answer, or None if it rejects the message."""
         address = self._address
         try:
@@ -283,6 +301,8 @@ class _Connection(Connection):
                 routing_key=address.routing_key,
                 properties=message.properties,
                 mandatory=True,
+                # Waiting until the socket takes the message would let one message at a time into the channel.
+                wait=False,  # type: ignore[call-arg]  # its abstract class does not name it
             )
         except PublishError:
             raise PublishFailed(
@@ -335,35 +355,3 @@ def _translated(shown: str) -> Iterator[None]:
                 ) from error
         # The library raises any error that has ended its reader.
         raise PublishFailed(f"{shown}: {cause(error)}", reason="connection") from error
-
-
-def _encode(event: CloudEvent) -> _Message:
-    """Return the event as a message. Raises PublishRejected for a value that AMQP or JSON cannot express."""
-    try:
-        message = to_binary(event, JSON)
-        headers = dict(message.application_properties)
-        for name, value in event.get_attributes().items():
-            if isinstance(value, datetime):
-                # The binding would write milliseconds, which lose the rest; AMQP 0-9-1 has only seconds.
-                headers[CE_PREFIX_UNDERSCORE + name] = value.isoformat().replace("+00:00", "Z")
-        body = message.application_data
-        properties = spec.Basic.Properties(
-            content_type=message.properties.get(CONTENT_TYPE_PROPERTY),
-            headers=headers,
-            delivery_mode=PERSISTENT,
-            message_id=_short(event.get_extension("deliveryid") or event.get_id()) or uuid4().hex,
-            correlation_id=_short(event.get_subject()),
-            message_type=_short(event.get_type()),
-            timestamp=event.get_time(),
-            app_id="clipia-receiver",
-        )
-        head = ContentHeader(body_size=len(body), properties=properties).marshal()
-    except (TypeError, ValueError, RecursionError) as error:
-        raise PublishRejected("the event cannot be written as a message", reason="encoding") from error
-    return _Message(body=body, properties=properties, head=head)
-
-
-def _short(value: Any) -> str | None:
-    """Return the value as a short string, or None if it is empty or too long."""
-    text = str(value or "")
-    return text if 0 < len(text.encode()) <= MAX_SHORT_BYTES else None

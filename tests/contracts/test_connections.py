@@ -196,3 +196,31 @@ async def test_close_waits(broker: Broker, shared: SharedConnection[Link]) -> No
     assert await working is broker.made[0]
     await asyncio.wait(closing)
     assert [link.closed for link in broker.made] == [1]
+
+
+async def test_confirmed_messages_of_a_group_stay_confirmed(
+    broker: Broker, shared: SharedConnection[Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E6: if time runs out in a group, only messages without a confirmation fail."""
+    monkeypatch.setattr(base, "TIMEOUT_SECONDS", 0.05)
+
+    async def publish(link: Link, failures: list[Failure | None]) -> None:
+        failures[0] = None
+        failures[1] = PublishFailed("no", reason="harmless")
+        await link.wait()
+
+    late = await shared.run_all(4, publish)
+    assert [each and each.reason for each in late] == [None, "harmless", "timeout", "timeout"]
+
+    async def confirm(_link: Link, failures: list[Failure | None]) -> None:
+        failures[:] = [None] * len(failures)
+
+    assert await shared.run_all(3, confirm) == [None] * 3
+    assert len(broker.made) == 2
+
+    async def break_one(_link: Link, failures: list[Failure | None]) -> None:
+        failures[:] = [None, PublishFailed("lost", reason="connection")]
+
+    assert [each is None for each in await shared.run_all(2, break_one)] == [True, False]
+    assert await shared.run_all(1, confirm) == [None]
+    assert len(broker.made) == 3
