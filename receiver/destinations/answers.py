@@ -6,10 +6,8 @@ their way to h11, and interim answers (1xx) do not reach it.
 """
 
 import re
-from contextvars import ContextVar
-from typing import Any, Final
+from typing import Final
 
-import httpcore
 import httpx
 
 MAX_HEAD_BYTES: Final = 128 * 1024
@@ -35,7 +33,6 @@ class RawAnswer:
         """Whether any byte has arrived."""
         self.status: int | None = None
         """The status; None until its line is complete, and if the answer is not HTTP/1."""
-        self._is_requested = False
         self._is_interim = False
         self._is_passed_on = False
         self._recorded = bytearray()
@@ -43,27 +40,19 @@ class RawAnswer:
         """The position of the fields in `_recorded`, after the status line."""
         self._size = 0
 
-    def on_write(self, data: bytes) -> None:
-        """Record that a part of the request is sent: only later bytes can be its answer."""
-        # A proxy's answer to CONNECT is not the answer to the request. CONNECT and the request each end with
-        # an empty write.
-        self._is_requested = self._is_requested or (data != b"" and not data.startswith(b"CONNECT "))
-
     def on_read(self, data: bytes) -> bytes:
         """Record bytes that have arrived, and return those that h11 is to read now.
 
         Raises RemoteProtocolError if they cannot begin an answer: h11 would go on waiting for one.
         """
-        if not self._is_requested:
-            return data
-        self.has_begun = self.has_begun or data != b""
+        self.has_begun = True
         if not self._is_passed_on:
             # Hold the bytes back until the status line is complete: h11 must not see interim answers.
             self._recorded += data
             if not self._find_answer():
                 return b""
             if self.status is None:
-                raise httpcore.RemoteProtocolError("no status line")
+                raise httpx.RemoteProtocolError("no status line")
             self._is_passed_on = True
             self._size = len(self._recorded)
             return bytes(self._recorded)
@@ -134,53 +123,3 @@ def _find_last_chunk(data: bytearray, position: int) -> int | None:
         if position > len(data):
             return None
     return None
-
-
-current: Final = ContextVar[RawAnswer]("current")
-"""The answer that the current task waits for."""
-
-
-class RecordingNetwork(httpcore.AnyIOBackend):
-    """Opens connections that record in `current` the bytes that are read."""
-
-    async def connect_tcp(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
-        """Connect, and record from the start."""
-        return _RecordingStream(await super().connect_tcp(*args, **options))
-
-
-class _RecordingStream(httpcore.AsyncNetworkStream):
-    """A connection, plain or under TLS."""
-
-    def __init__(self, stream: httpcore.AsyncNetworkStream) -> None:
-        self._stream = stream
-        self._answer: RawAnswer | None = None
-        self._has_more = False
-
-    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
-        """Read and record until there are bytes for h11, or the connection ends."""
-        self._answer = answer = current.get()
-        while data := await self._stream.read(max_bytes, timeout):
-            if passed := answer.on_read(data):
-                return passed
-        return b""
-
-    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        current.get().on_write(buffer)
-        await self._stream.write(buffer, timeout)
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
-
-    async def start_tls(self, *args: Any, **options: Any) -> httpcore.AsyncNetworkStream:
-        """Return the connection under TLS; its decrypted bytes are recorded."""
-        return _RecordingStream(await self._stream.start_tls(*args, **options))
-
-    def get_extra_info(self, info: str) -> Any:
-        """Return an attribute of the connection; `is_readable` also covers bytes that h11 has already."""
-        if info != "is_readable":
-            return self._stream.get_extra_info(info)
-        # The pool drops an idle connection that is readable. Bytes after an answer may be in h11's buffer
-        # already, and h11 would take them for the answer to the next event.
-        if self._answer is not None:
-            self._has_more, self._answer = not self._answer.is_exact(), None
-        return self._has_more or self._stream.get_extra_info(info)

@@ -7,14 +7,6 @@ import asyncio
 import contextlib
 from typing import Any
 
-import httpcore
-import httpx
-
-
-def set_network(transport: httpx.AsyncHTTPTransport, network: httpcore.AsyncNetworkBackend) -> None:
-    """Let a transport open its connections through `network`; httpx has no argument for it."""
-    transport._pool._network_backend = network
-
 
 def abort_nats_transport(transport: Any) -> None:
     """Close the TCP socket of a NATS client at once: `close` waits until the server has read everything."""

@@ -5,9 +5,8 @@ import base64
 import re
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
-import anyio
 import httpx
 import structlog
 from cloudevents.core.bindings.http import to_binary
@@ -18,19 +17,18 @@ from standardwebhooks import Webhook
 from receiver import __version__
 from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
-from receiver.destinations.answers import RawAnswer, RecordingNetwork, current
+from receiver.destinations.answers import RawAnswer
 from receiver.destinations.base import attempt_timeout, closed_failure, encode, timeout_failure
-from receiver.destinations.client_internals import set_network
 from receiver.destinations.tls import open_tls
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.http_transport import HttpTransport
 
 MAX_ANSWER_BYTES: Final = 64 * 1024
 """How much of an answer's body is read, so that its connection can be used again."""
 DRAIN_SECONDS: Final = 1.0
 """Seconds for reading that body: the status has arrived, and an endless body would keep a slot."""
 MAX_CONNECTIONS: Final = 32
-MAX_IDLE_CONNECTIONS: Final = 8
 MIN_SECRET_BYTES: Final = 24
 """The minimum of Standard Webhooks."""
 
@@ -77,18 +75,13 @@ class HttpDestination:
         self._timeout = settings.timeout
         # A client on top of the transport would follow redirects, keep cookies, take proxies from the
         # environment and log the URL.
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=open_tls(settings, default=httpx.create_ssl_context),
-            trust_env=False,
+        self._transport = HttpTransport(
+            tls=open_tls(settings, default=httpx.create_ssl_context),
             proxy=None if settings.proxy is None else httpx.Proxy(settings.proxy.get_secret_value()),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=MAX_IDLE_CONNECTIONS),
         )
-        set_network(self._transport, RecordingNetwork())
-        # The pool's own limit leaks: if a request is cancelled at the moment when the pool gives it a
-        # connection, its slot is lost for ever, and after enough timeouts no slot is left.
-        self._slots = asyncio.Semaphore(settings.concurrency or MAX_CONNECTIONS)
+        self._concurrency = settings.concurrency or MAX_CONNECTIONS
+        self._slots = asyncio.Semaphore(self._concurrency)
         self._closed = False
-        self._exchanges: set[asyncio.Task[_Reply | PublishFailed]] = set()
 
     async def start(self) -> None:
         """Return at once: connections are opened when they are needed."""
@@ -123,10 +116,10 @@ class HttpDestination:
 
     async def close(self) -> None:
         """Let the exchanges under way end, which the timeout bounds, and close all connections."""
-        self._closed = True
-        if self._exchanges:
-            # Closing the pool would leave connections open that are still being made.
-            await asyncio.wait(self._exchanges)
+        if not self._closed:
+            self._closed = True
+            for _ in range(self._concurrency):
+                await self._slots.acquire()
         await self._transport.aclose()
 
     def _sign(self, event: CloudEvent, body: bytes) -> dict[str, str]:
@@ -149,42 +142,22 @@ class HttpDestination:
         """Return the answer. Raises PublishFailed if no status has arrived."""
         if self._closed:
             raise closed_failure()
-        # In a task of its own, which only its scope cancels: httpcore shields its cleanup from scopes, but
-        # not from `Task.cancel`, which would leak the connection.
-        scope = anyio.CancelScope()
-        exchange = asyncio.create_task(self._run(request, scope))
-        self._exchanges.add(exchange)
-        exchange.add_done_callback(self._exchanges.discard)
-        try:
-            outcome = await asyncio.shield(exchange)
-        except asyncio.CancelledError:
-            scope.cancel()
-            raise
-        if isinstance(outcome, PublishFailed):
-            raise outcome
-        return outcome
-
-    async def _run(self, request: httpx.Request, scope: anyio.CancelScope) -> _Reply | PublishFailed:
-        """Return the answer or the failure; asyncio would report a raised one that no caller awaits."""
         raw = RawAnswer()
-        current.set(raw)
-        failure = timeout_failure(self._origin, self._timeout)
-        scope.deadline = anyio.current_time() + attempt_timeout(self._timeout)
-        with scope:
-            try:
-                async with self._slots:
-                    response = await self._transport.handle_async_request(request)
-                    if raw.status is None:
-                        failure = PublishFailed(
-                            f"{self._origin}: further bytes followed the answer to an earlier event",
-                            reason="protocol",
-                        )
-                    await _finish(response, raw)
-            except httpx.TransportError as error:
+        request.extensions = {"answer": raw}
+        try:
+            async with asyncio.timeout(attempt_timeout(self._timeout)), self._slots:
+                await _finish(await self._transport.handle_async_request(request))
+        except TimeoutError:
+            # A status counts even if the rest of the answer is late or invalid.
+            if raw.status is None:
+                raise timeout_failure(self._origin, self._timeout) from None
+        except httpx.TransportError as error:
+            if raw.status is None:
                 prefix = "no final status line in the answer: " if raw.has_begun else ""
-                failure = PublishFailed(f"{self._origin}: {prefix}{cause(error)}", reason="connection")
-        # Not the response's status: h11 may have read it from bytes that followed an earlier answer.
-        return failure if raw.status is None else _Reply(raw.status, raw.headers)
+                text = f"{self._origin}: {prefix}{cause(error)}"
+                raise PublishFailed(text, reason="connection") from error
+        # No answer is parsed before its status is known.
+        return _Reply(cast("int", raw.status), raw.headers)
 
 
 def _status_failure(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
@@ -211,11 +184,11 @@ def _takes_post(reply: _Reply) -> bool:
     return httpx.codes.is_success(reply.status) or reply.status == HTTPStatus.NOT_IMPLEMENTED
 
 
-async def _finish(response: httpx.Response, raw: RawAnswer) -> None:
+async def _finish(response: httpx.Response) -> None:
     """Read a 2xx answer to its end, if that is near, so that its connection can be used again."""
     try:
-        if response.is_success and raw.status is not None:
-            with anyio.move_on_after(DRAIN_SECONDS):
+        if response.is_success:
+            async with asyncio.timeout(DRAIN_SECONDS):
                 await _drain(response)
     finally:
         # This closes the connection unless the answer was read to its end.

@@ -1,6 +1,7 @@
 """Configured proxies for Clipia, media and HTTP destinations, and a private authority for media."""
 
 import asyncio
+import base64
 import json
 import ssl
 from collections.abc import AsyncIterator
@@ -14,6 +15,7 @@ from support.kinds_base import make_event
 from support.media import PNG, Site, local_storage, response, site, stored_files
 from support.proxies import Proxy, proxy
 
+from receiver import __version__
 from receiver.clipia import client as client_module
 from receiver.clipia.client import Call, ClipiaClient, open_client
 from receiver.destination_settings import DestinationSettings, TlsSettings
@@ -221,6 +223,94 @@ async def test_a_destination_is_reached_through_its_proxy(tmp_path: Path, status
             await destination.close()
         assert between.tunnel_hosts == ["orders.example:443"]
         assert server.requests[0].startswith(b"POST /clipia HTTP/1.1\r\n")
+
+
+async def test_a_proxy_with_tls_is_not_the_destination(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E14: the proxy's certificate is checked by the public authorities, the destination's by its own."""
+    (tmp_path / "proxy").mkdir()
+    of_proxy = make_certificate(tmp_path / "proxy" / "server.pem")
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(of_proxy)
+    async with (
+        tls_site(tmp_path, "orders.example", response(b"", status="204 No Content")) as (server, ca),
+        proxy(server.port, tls=tls) as between,
+    ):
+        for trusted in (False, True):
+            if trusted:
+                monkeypatch.setenv("SSL_CERT_FILE", str(of_proxy))
+            destination = open_destination(
+                DestinationSettings(
+                    name="orders",
+                    url=SecretStr("https://orders.example/clipia"),
+                    tls=TlsSettings(ca=ca),
+                    proxy=SecretStr(between.url),
+                )
+            )
+            if trusted:
+                await destination.publish(make_event())
+            else:
+                with pytest.raises(PublishFailed, match="CERTIFICATE_VERIFY_FAILED"):
+                    await destination.publish(make_event())
+                assert between.heads == []
+            await destination.close()
+        assert between.tunnel_hosts == ["orders.example:443"]
+        assert len(server.requests) == 1
+
+
+async def test_the_head_of_a_tunnel_has_our_name_and_no_secret(tmp_path: Path) -> None:
+    """G8: the proxy learns its own login, the host and the receiver's name."""
+    async with (
+        tls_site(tmp_path, "orders.example", response(b"", status="204 No Content")) as (server, ca),
+        proxy(server.port) as between,
+    ):
+        destination = open_destination(
+            DestinationSettings(
+                name="orders",
+                url=SecretStr("https://user:cAnArY@orders.example/cAnArY?cAnArY"),
+                tls=TlsSettings(ca=ca),
+                proxy=SecretStr(between.url),
+                headers={"X-Token": SecretStr("cAnArY")},
+            )
+        )
+        await destination.publish(make_event())
+        await destination.close()
+        line, *fields = between.heads[0].decode().rstrip().split("\r\n")
+        assert line == "CONNECT orders.example:443 HTTP/1.1"
+        assert dict(field.split(": ", 1) for field in fields) == {
+            "Host": "orders.example",
+            "Accept": "*/*",
+            "Accept-Encoding": "identity",
+            "User-Agent": f"clipia-receiver/{__version__}",
+            "Proxy-Authorization": "Basic " + base64.b64encode(b"proxy-user:pr0xy-password").decode(),
+        }
+        assert b"pr0xy" not in server.requests[0]
+
+
+async def test_a_plain_destination_gets_its_request_from_the_proxy() -> None:
+    """E1: with http: the proxy gets the whole URL and its own login, each time."""
+    async with (
+        site(response(b"", status="204 No Content")) as server,
+        proxy(server.port) as between,
+    ):
+        destination = open_destination(
+            DestinationSettings(
+                name="orders",
+                url=SecretStr("http://user:word@orders.example:8080/clipia?a=%2f"),
+                proxy=SecretStr(between.url),
+            )
+        )
+        for _ in range(2):
+            await destination.publish(make_event())
+        await destination.close()
+        for head in between.heads:
+            line, *fields = head.decode().rstrip().split("\r\n")
+            headers = dict(field.split(": ", 1) for field in fields)
+            assert line == "POST http://orders.example:8080/clipia?a=%2f HTTP/1.1"
+            assert headers["Host"] == "orders.example:8080"
+            assert headers["Proxy-Authorization"].startswith("Basic ")
+            assert headers["authorization"] == "Basic " + base64.b64encode(b"user:word").decode()
 
 
 @pytest.mark.parametrize("answer", REFUSALS, ids=["403", "407", "502", "301", "junk", "cut"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,12 +15,13 @@ class Proxy:
     """The port of the proxy, and the heads of the requests that it got."""
 
     port: int
+    scheme: str
     heads: list[bytes] = field(default_factory=list)
 
     @property
     def url(self) -> str:
         """Its URL, with a password."""
-        return f"http://proxy-user:pr0xy-password@127.0.0.1:{self.port}"
+        return f"{self.scheme}://proxy-user:pr0xy-password@127.0.0.1:{self.port}"
 
     @property
     def tunnel_hosts(self) -> list[str]:
@@ -43,13 +45,16 @@ async def _ended(writer: asyncio.StreamWriter) -> None:
 
 @asynccontextmanager
 async def proxy(
-    target: int, *, answer: bytes | None = b"HTTP/1.1 200 Connection established\r\n\r\n"
+    target: int,
+    *,
+    answer: bytes | None = b"HTTP/1.1 200 Connection established\r\n\r\n",
+    tls: ssl.SSLContext | None = None,
 ) -> AsyncIterator[Proxy]:
     """Run a proxy whose tunnels all lead to a port; if `answer` is None, it never answers.
 
     Other requests than for a tunnel are passed on unchanged.
     """
-    running = Proxy(port=0)
+    running = Proxy(port=0, scheme="http" if tls is None else "https")
     meetings: set[asyncio.Task[None]] = set()
 
     async def meet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -79,7 +84,7 @@ async def proxy(
             await task
         await _ended(writer)
 
-    async with await asyncio.start_server(handle, "127.0.0.1", 0) as listener:
+    async with await asyncio.start_server(handle, "127.0.0.1", 0, ssl=tls) as listener:
         running.port = listener.sockets[0].getsockname()[1]
         try:
             yield running

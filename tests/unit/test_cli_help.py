@@ -1,5 +1,7 @@
 """The help of every command is readable on a terminal of 80 columns."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,3 +42,9 @@ def test_help_shows_every_name_and_sentence_whole(
         assert name in words
         assert " ".join(each.get_short_help_str(1000).split()) in " ".join(words)
     assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_aiohttp_is_imported_for_requests_only() -> None:
+    """A process that opens no client of Clipia or of a destination does not import aiohttp, for 0.15 s."""
+    code = "import sys, receiver.cli, receiver.process, receiver.app; sys.exit('aiohttp' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

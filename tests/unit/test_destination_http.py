@@ -20,9 +20,9 @@ from structlog.testing import capture_logs
 from support.certificates import make_certificate
 from support.kinds_base import Answer, HttpSink, Received, make_event, open_url, until
 
+from receiver import http_transport
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, base, open_destination
-from receiver.destinations import http as http_module
 from receiver.destinations.answers import MAX_HEAD_BYTES
 from receiver.destinations.http import MAX_ANSWER_BYTES
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -334,8 +334,11 @@ async def test_connections_survive_timeouts(
         await asyncio.gather(*(destination.publish(make_event()) for _ in range(20)))
 
 
-async def test_connections_survive_cancellation(sink: HttpSink, destination: Destination) -> None:
+async def test_connections_survive_cancellation(
+    sink: HttpSink, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """E16: publishes that are cancelled at any moment leak neither connections nor slots."""
+    monkeypatch.setattr(http_transport, "KEEP_ALIVE_SECONDS", 0.3)
     choose = random.Random()
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
@@ -350,7 +353,7 @@ async def test_connections_survive_cancellation(sink: HttpSink, destination: Des
             choose.choice(tasks).cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
     await destination.publish(make_event())
-    await until(lambda: sink.open_connections <= http_module.MAX_IDLE_CONNECTIONS)
+    await until(lambda: sink.open_connections == 0)
 
 
 async def test_cancelled_publish_is_given_up(sink: HttpSink, destination: Destination) -> None:
@@ -558,14 +561,15 @@ CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
         (CHUNKED + b"0\r\n\r\n0\r\n\r\n", 4),
         (CHUNKED + b"0\r\n\r\n" + CHUNKED + b"0\r\n\r\n", 4),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok\r\n", 4),
-        (b"HTTP/1.1 200 OK\r\ncontent-length: 2, 2\r\n\r\nok", 1),
+        # llhttp rejects it.
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 2, 2\r\n\r\nok", 4),
     ],
 )
 @pytest.mark.parametrize("size", [10_000, 1])
 async def test_bytes_after_an_answer_cost_its_connection_only(
     sink: HttpSink, destination: Destination, answer: bytes, connections: int, size: int
 ) -> None:
-    """E1: each event is confirmed, and a connection is used again exactly if no byte followed an answer."""
+    """E1: each event is confirmed, and a connection is used again only if no byte followed an answer."""
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
         for start in range(0, len(answer), size):

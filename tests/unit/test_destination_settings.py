@@ -294,7 +294,6 @@ async def test_a_client_certificate_changes_no_authorities(
     monkeypatch.setattr(certifi, "where", lambda: str(bundle))
     destination = open_url(URLS["https"], tls={"certificate": str(certificate)})
     assert isinstance(destination, HttpDestination)
-    context = destination._transport._pool._ssl_context
-    assert context is not None
+    context = destination._transport._tls
     assert context.cert_store_stats()["x509"] == 1
     await destination.close()
