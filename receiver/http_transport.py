@@ -15,16 +15,17 @@ import re
 import select
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, Final, Protocol, cast
 
 import aiohttp
 import httpx
-from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.abc import ResolveResult
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import Connection
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import StreamReader
+from aiohttp.tracing import Trace
 from yarl import URL
 
 from receiver import __version__
@@ -232,8 +233,7 @@ class _Connector(aiohttp.TCPConnector):
             ssl=tls,
             limit=0,
             keepalive_timeout=KEEP_ALIVE_SECONDS,
-            use_dns_cache=False,
-            resolver=_Resolver(),
+            resolver=aiohttp.ThreadedResolver(),
         )
         self._factory = cast(
             "functools.partial[ResponseHandler]", functools.partial(_Connection, loop=self._loop)
@@ -246,25 +246,17 @@ class _Connector(aiohttp.TCPConnector):
             return self._tls_of_proxy
         return super()._get_ssl_context(req)
 
-
-class _Resolver(AbstractResolver):
-    """The system's resolver; aiohttp would take aiodns if it is installed, which ignores `nsswitch.conf`."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
+    async def _resolve_host(
+        self, host: str, port: int, traces: Sequence[Trace] | None = None
     ) -> list[ResolveResult]:
-        infos = await asyncio.get_running_loop().getaddrinfo(
-            host, port, family=family, type=socket.SOCK_STREAM
-        )
+        # aiohttp would cache names, skip addresses of the system's other kind, and reject 127.1.
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         return [
             ResolveResult(
                 hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=0
             )
             for kind, _, protocol, _, address in infos
         ]
-
-    async def close(self) -> None:
-        return None
 
 
 def _send(connection: Connection, content: bytes, request: httpx.Request) -> _Connection:

@@ -452,8 +452,9 @@ def test_a_connection_with_tls_is_used_again(
     run(test())
 
 
-def test_an_address_of_ipv6_is_reached(run: Run) -> None:
-    """D2: a literal address of IPv6 is connected to, and named in Host."""
+@pytest.mark.parametrize(("host", "address"), [("[::1]", "::1"), ("127.1", "127.0.0.1")])
+def test_a_literal_address_is_reached(run: Run, host: str, address: str) -> None:
+    """E4: addresses of IPv6 and short ones of IPv4 are connected to, and named in Host as they are."""
 
     async def test() -> None:
         heads: list[bytes] = []
@@ -465,13 +466,13 @@ def test_an_address_of_ipv6_is_reached(run: Run) -> None:
             writer.close()
 
         try:
-            server = await asyncio.start_server(serve, "::1", 0)
+            server = await asyncio.start_server(serve, address, 0)
         except OSError:
             pytest.skip("no IPv6")
         port = server.sockets[0].getsockname()[1]
         async with opened() as transport:
-            assert await send(transport, f"http://[::1]:{port}/") == (200, b"ok")
-        assert f"\r\nHost: [::1]:{port}\r\n".encode() in heads[0]
+            assert await send(transport, f"http://{host}:{port}/") == (200, b"ok")
+        assert f"\r\nHost: {host}:{port}\r\n".encode() in heads[0]
         server.close()
         await asyncio.sleep(0.05)
 
