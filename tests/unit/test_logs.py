@@ -1,9 +1,12 @@
 """Logs: they never block the service, control a terminal, or fill the disk."""
 
+import io
 import logging
 import queue
+import sys
 import time
 
+import pytest
 from prometheus_client import REGISTRY
 
 from receiver.logs import (
@@ -60,6 +63,30 @@ def test_records_are_written_together_and_none_is_lost() -> None:
     listener.stop()
     assert written.numbers == list(range(100))
     assert records.waits <= (time.monotonic() - began) / WRITE_DELAY_SECONDS + 2
+
+
+def test_a_closed_stream_does_not_end_the_writing_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G10: if standard error is closed, the record is lost, and the thread takes the next one."""
+
+    class Handler(logging.StreamHandler[io.StringIO]):
+        def emit(self, record: logging.LogRecord) -> None:
+            try:
+                super().emit(record)
+            finally:
+                if self.stream.closed:
+                    self.stream = io.StringIO()
+
+    closed = io.StringIO()
+    closed.close()
+    monkeypatch.setattr(sys, "stderr", closed)
+    records: queue.Queue[logging.LogRecord] = queue.Queue()
+    written = Handler(closed)
+    listener = _BatchingListener(records, written)
+    for message in ("lost", "written"):
+        records.put(logging.LogRecord("x", logging.INFO, "x", 1, message, None, None))
+    listener.start()
+    listener.stop()
+    assert written.stream.getvalue() == "written\n"
 
 
 def test_fields_are_cut() -> None:
