@@ -123,6 +123,9 @@ class Batcher(Generic[ItemT, ResultT]):
             del entry, future
 
     def _enqueue(self, entry: Entry[ItemT, ResultT]) -> None:
+        # If a group hangs, no sender takes the cancelled entries out.
+        while self._waiting and self._waiting[0].is_cancelled:
+            self._waiting.popleft()
         self._waiting.append(entry)
         if len(self._senders) < self._max_in_flight:
             loop = asyncio.get_running_loop()
@@ -132,6 +135,7 @@ class Batcher(Generic[ItemT, ResultT]):
         """Return when all items are sent; the caller must not add any more."""
         if self._senders:
             await asyncio.wait(self._senders)
+        await asyncio.sleep(0)  # the last group's results are passed on in the next turn of the event loop
 
     async def _send_waiting(self) -> None:
         try:
@@ -157,19 +161,19 @@ class Batcher(Generic[ItemT, ResultT]):
             group.append(entry)
         return group
 
-    async def _send_group(self, group: Sequence[Entry[ItemT, ResultT]]) -> None:
+    async def _send_group(self, group: list[Entry[ItemT, ResultT]]) -> None:
         results = await self._attempt([entry.item for entry in group if entry.item is not None])
         if isinstance(results, Exception) and len(group) > 1 and not isinstance(results, self._shared_errors):
             # One bad item must not fail the others, and they keep their order: one after another.
             for entry in group:
                 if not entry.is_cancelled:
                     await self._send_group([entry])
+            group.clear()
+            del entry
         else:
             # The next group is sent first: the database works while the callers get their results.
             asyncio.get_running_loop().call_soon(_finish, group, results)
-        # On Python 3.13 an error's traceback leads to this frame, too. If the frame led to the error, both
-        # would stay in memory with all items until the garbage collector runs.
-        del results
+        del results  # for the same reason as in `_finish`
 
     async def _attempt(self, items: Sequence[ItemT]) -> Sequence[ResultT] | Exception:
         # In a frame of its own, which the traceback of an error refers to and which holds no entries.
@@ -179,13 +183,16 @@ class Batcher(Generic[ItemT, ResultT]):
             return error
 
 
-def _finish(group: Sequence[Entry[ItemT, ResultT]], results: Sequence[ResultT] | Exception) -> None:
+def _finish(group: list[Entry[ItemT, ResultT]], results: Sequence[ResultT] | Exception) -> None:
     if isinstance(results, Exception):
         for entry in group:
             entry.finish(None, results)
-        return
-    for entry, result in zip(group, results, strict=True):
-        entry.finish(result, None)
+    else:
+        for entry, result in zip(group, results, strict=True):
+            entry.finish(result, None)
+    # On Python 3.13 an error's traceback leads to the frame of `_send_group`, and so to the group and to the
+    # futures of its entries: with the error, all would stay in memory until the garbage collector runs.
+    group.clear()
 
 
 def resolve(future: asyncio.Future[ResultT], result: ResultT | None, error: Exception | None) -> None:

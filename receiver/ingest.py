@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Final, Literal, NamedTuple
 from uuid import UUID
@@ -25,6 +26,8 @@ MAX_BATCH_WEBHOOKS: Final = 256
 """The most webhooks in one transaction."""
 MAX_BATCH_BYTES: Final = 1024 * 1024
 """The most bytes of bodies in one transaction: the driver copies all of them several times."""
+DRAIN_SECONDS: Final = 5.0
+"""How long a stopping process waits for the database, at most."""
 
 log = structlog.get_logger()
 
@@ -120,9 +123,14 @@ class Ingest:
             del future, submission
 
     async def drain(self) -> None:
-        """Return when all waiting requests are stored or have failed; the caller must not submit more."""
-        await self._new.drain()
-        await self._repeated.drain()
+        """Return when all waiting requests are stored or have failed, or after DRAIN_SECONDS.
+
+        The caller must not submit more.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                await self._new.drain()
+                await self._repeated.drain()
 
     async def record_result(self, source: str, body: bytes) -> Received:
         """Store a polled result in place of a webhook that did not come.

@@ -62,14 +62,14 @@ class DirectRequest(RequestResponseCycle):
         self.more_body = True
         self.keep_alive = keep_alive
         self._began: Final = connection.loop.time()
-        door.open(self)
         # The event loop's own clock stands still while it runs callbacks.
         self._seen: Final = time.perf_counter()
         self._door = door
         self._connection = connection
         self._target = target
         self._head = head
-        self._submission: Submission | None = None
+        self._submission: Submission | asyncio.Handle | None = None
+        door.open(self)
 
     def handle(self, body: bytes) -> None:
         """Store the request; its body is complete."""
@@ -78,7 +78,8 @@ class DirectRequest(RequestResponseCycle):
             request = self._target.request(self._head, body)
             self._submission = self._door.endpoint.ingest.submit(request, self._finish)
         except Exception as error:  # noqa: BLE001 - each error has an answer
-            self._finish(None, error)
+            # Later: the parser may have the next request in hand, and an answer may close the connection.
+            self._submission = self._connection.loop.call_soon(self._finish, None, error)
 
     def disconnect(self) -> None:
         """Note that the client has gone. If the body is complete, the request is stored nevertheless."""
@@ -117,7 +118,8 @@ class DirectRequest(RequestResponseCycle):
         except Exception:
             log.exception("webhook not answered", source=self._target.source)
             self._connection.transport.abort()
-        self._connection.forget(self)
+        finally:
+            self._connection.forget(self)
 
     def _send(self, answer: Answer) -> None:
         connection = self._connection
@@ -185,12 +187,15 @@ class DirectDoor:
         """End the requests that are late. One timer serves all: most requests take milliseconds."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        for request in [each for each in self._open if each.deadline <= now]:
-            request.expire()
         self._sweep = None
-        if self._open:
-            due = max(min(each.deadline for each in self._open), now + _SWEEP_SECONDS)
-            self._sweep = loop.call_at(due, self._check)
+        try:
+            for request in [each for each in self._open if each.deadline <= now]:
+                request.expire()
+        finally:
+            if self._open:
+                due = max(min(each.deadline for each in self._open), now + _SWEEP_SECONDS)
+                # A request that comes meanwhile is due after BODY_SECONDS at the earliest.
+                self._sweep = loop.call_at(min(due, now + self.endpoint.BODY_SECONDS), self._check)
 
 
 class _AnswerHeads:

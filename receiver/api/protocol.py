@@ -75,7 +75,9 @@ class DeadlineHttpToolsProtocol(TimedHttpToolsProtocol):
         self._heads = HeadRewriter()
         self._body = BodyParts()
         self.headers = []
-        self._door: DirectDoor | None = None if self.root_path else self.app_state.get(DIRECT_DOOR)
+        self._door: DirectDoor | None = self.app_state.get(DIRECT_DOOR)
+        if self.root_path or self.limit_concurrency is not None:
+            self._door = None
         self._start_deadline()
         self._account = Account(self.budget, self)
 
@@ -331,11 +333,12 @@ class DeadlineHttpToolsProtocol(TimedHttpToolsProtocol):
         self._write_error(HTTPStatus.SERVICE_UNAVAILABLE)
         if isinstance(cycle, DirectRequest):
             cycle.disconnect()
-        cycle.disconnected = True
-        cycle.message_event.set()
-        cycle.body = bytearray()
-        self._body.drop()
-        self._account.end(cycle)
+        else:
+            cycle.disconnected = True
+            cycle.message_event.set()
+            cycle.body = bytearray()
+            self._body.drop()
+            self._account.end(cycle)
         self._linger()
 
     def _reject_pipelined(self, before: RequestResponseCycle) -> None:

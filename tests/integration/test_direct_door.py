@@ -25,6 +25,7 @@ from receiver.settings import Settings
 
 URL = "/clipia/webhook"
 JOB_PATH = f"{URL}/clipia/0f8fad5b-d9cb-469f-a165-70867728950e.x"
+FORGED = "t=1700000000,v1=" + "0" * 64
 OTHER_SECRET = "whsec_other-0123456789abcdef"
 
 
@@ -133,7 +134,7 @@ CASES: dict[str, dict[str, Any]] = {
     "query": {"content": body("r-5"), "path": f"{URL}?a=b"},
     "unknown source": {"content": body("r-6"), "path": f"{URL}/nope"},
     "job of the bare path": {"content": body("r-7"), "path": f"{URL}/nope/job"},
-    "forged": {"content": body("r-8"), "X_Clipia_Signature": "t=1700000000,v1=" + "0" * 64},
+    "forged": {"content": body("r-8"), "X_Clipia_Signature": FORGED},
     "unsigned": {"content": body("r-8"), "X_Clipia_Signature": None},
     "content coding": {"content": body("r-9"), "Content_Encoding": "gzip"},
     "too large": {"content": b"x", "Content_Length": "300000"},
@@ -171,6 +172,65 @@ async def test_pipelined_requests_are_answered_in_order(site: Site, database: Da
     answers = [await client.answer() for _ in range(5)]
     assert all(b'"status":"accepted"' in answer for answer in answers)
     assert await stored(database) == {f"r-{number}" for number in range(5)}
+
+
+async def test_an_answer_inside_a_read_does_not_start_the_keep_alive_time(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B5: a forged and a good webhook in one read: the connection waits for the good one's answer."""
+    insert = arrivals.insert_new
+
+    async def late(*arguments: Any) -> Any:
+        await asyncio.sleep(1.5)
+        return await insert(*arguments)
+
+    monkeypatch.setattr(arrivals, "insert_new", late)
+    async with make_site(database.url, keep_alive=1) as site:
+        client = await site.connect()
+        client.send(body("r-0"), X_Clipia_Signature=FORGED)
+        client.send(body("r-1"))
+        assert (await client.answer()).split()[1] == b"401"
+        assert b'"status":"accepted"' in await client.answer()
+
+
+async def test_a_request_behind_a_closing_answer_is_not_stored(site: Site, database: Database) -> None:
+    """B5: if an answer closes the connection, a later request of the same read is dropped, not acted on."""
+    client = await site.connect()
+    for name, signature in (("r-0", FORGED), ("r-1", None)):
+        content = body(name)
+        headers = signed(content) | ({"X-Clipia-Signature": signature} if signature else {})
+        lines = "".join(f"{key}: {value}\r\n" for key, value in headers.items())
+        head = (
+            f"POST {URL} HTTP/1.0\r\nConnection: keep-alive\r\nContent-Length: {len(content)}\r\n{lines}\r\n"
+        )
+        client.writer.write(head.encode() + content)
+    assert (await client.answer()).split()[1] == b"401"
+    assert await client.is_closed()
+    assert await stored(database) == set()
+
+
+async def test_a_body_is_late_in_time_beside_a_store_that_hangs(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B2: the deadline of a body holds while another webhook waits for the database."""
+    monkeypatch.setattr(WebhookEndpoint, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(WebhookEndpoint, "ANSWER_SECONDS", 5.0)
+    released = asyncio.Event()
+
+    async def hang(*_arguments: Any) -> Any:
+        await released.wait()
+        raise DatabaseUnavailable("gone", reason="database")
+
+    monkeypatch.setattr(arrivals, "insert_new", hang)
+    stuck, slow = await site.connect(), await site.connect()
+    stuck.send(body("r-0"))
+    await asyncio.sleep(0.5)
+    began = time.monotonic()
+    slow.send(b"{", Content_Length="100")
+    assert (await slow.answer()).split()[1] == b"408"
+    assert time.monotonic() - began < 2.5
+    released.set()
+    assert (await stuck.answer()).split()[1] == b"503"
 
 
 async def test_a_failing_answer_is_logged_and_ends_the_connection(
@@ -243,7 +303,7 @@ async def test_a_request_leaves_nothing_behind(
             client = await site.connect()
             content = body(f"r-{number}")
             if kind == "forged":
-                client.send(content, X_Clipia_Signature="t=1700000000,v1=" + "0" * 64)
+                client.send(content, X_Clipia_Signature=FORGED)
             elif kind == "hung up early":
                 client.send(content[:-1], Content_Length=str(len(content)))
             else:
