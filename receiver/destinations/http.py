@@ -5,7 +5,7 @@ import base64
 import re
 from datetime import UTC, datetime
 from http import HTTPStatus
-from typing import Final, NamedTuple, cast
+from typing import Final
 
 import httpx
 import structlog
@@ -44,13 +44,6 @@ _REJECTED: Final = {
 """Statuses that reject this message. All others are about the destination, such as 404 during a deploy."""
 
 log = structlog.get_logger()
-
-
-class _Reply(NamedTuple):
-    """The status of an answer, and those of its headers that could be read."""
-
-    status: int
-    headers: httpx.Headers
 
 
 class HttpDestination:
@@ -138,7 +131,7 @@ class HttpDestination:
             ),
         }
 
-    async def _exchange(self, request: httpx.Request) -> _Reply:
+    async def _exchange(self, request: httpx.Request) -> RawAnswer:
         """Return the answer. Raises PublishFailed if no status has arrived."""
         if self._closed:
             raise closed_failure()
@@ -149,18 +142,17 @@ class HttpDestination:
                 await _finish(await self._transport.handle_async_request(request))
         except TimeoutError:
             # A status counts even if the rest of the answer is late or invalid.
-            if raw.status is None:
+            if not raw.status:
                 raise timeout_failure(self._origin, self._timeout) from None
         except httpx.TransportError as error:
-            if raw.status is None:
+            if not raw.status:
                 prefix = "no final status line in the answer: " if raw.has_begun else ""
                 text = f"{self._origin}: {prefix}{cause(error)}"
                 raise PublishFailed(text, reason="connection") from error
-        # No answer is parsed before its status is known.
-        return _Reply(cast("int", raw.status), raw.headers)
+        return raw
 
 
-def _status_failure(origin: str, reply: _Reply) -> PublishFailed | PublishRejected:
+def _status_failure(origin: str, reply: RawAnswer) -> PublishFailed | PublishRejected:
     text = f"{origin} answered {reply.status}{_hint(reply.status)}"
     if reply.status in _REJECTED:
         return PublishRejected(text, reason="status")
@@ -173,7 +165,7 @@ def _hint(status: int) -> str:
     return "; redirects are not followed, configure the final URL" if is_redirect else ""
 
 
-def _takes_post(reply: _Reply) -> bool:
+def _takes_post(reply: RawAnswer) -> bool:
     """Return whether an answer to OPTIONS allows POST."""
     allowed = {method.upper() for method in reply.headers.get_list("allow", split_commas=True) if method}
     is_allowed = bool({"POST", "*"} & allowed)
