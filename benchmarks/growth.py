@@ -25,7 +25,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -34,7 +34,8 @@ from unittest import mock
 
 import psutil
 from sqlalchemy import Engine, event, update
-from sqlalchemy.ext.asyncio import AsyncConnection
+
+from receiver.db.connection import SqlConnection, Transaction
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -226,13 +227,13 @@ async def timed(times: list[float], step: Awaitable[Any]) -> Any:
         times.append((time.perf_counter() - began) * 1000)
 
 
-async def _show(connection: AsyncConnection, request_id: str) -> object:
+async def _show(connection: SqlConnection, request_id: str) -> object:
     shown = await reads.show_event(connection, request_id)
     assert shown is not None
     return shown
 
 
-Query = Callable[[AsyncConnection, int], Awaitable[object]]
+Query = Callable[[SqlConnection, int], Awaitable[object]]
 QUERIES: dict[str, Query] = {
     "newest page of events, ms": lambda connection, _: reads.list_events(connection, limit=PAGE),
     "page of events somewhere, ms": lambda connection, count: reads.list_events(
@@ -374,14 +375,20 @@ def sent(database: Database) -> Iterator[Statements]:
         event.remove(Engine, "before_cursor_execute", note)
 
 
-async def _explained(connection: AsyncConnection, what: str, statement: str, arguments: Any) -> list[str]:
+class _RolledBack(Exception):
+    """Rolls a savepoint back."""
+
+
+async def _explained(connection: Transaction, what: str, statement: str, arguments: Any) -> list[str]:
     """Return the plan of a statement that reads or changes rows; the transaction is rolled back."""
     if not statement.startswith(("SELECT", "UPDATE", "WITH")) or "current_setting" in statement:
         return []
     explain = "EXPLAIN QUERY PLAN" if connection.dialect.name == "sqlite" else "EXPLAIN (ANALYZE, BUFFERS)"
-    nested = await connection.begin_nested()
-    rows = (await connection.exec_driver_sql(f"{explain} {statement}", arguments)).all()
-    await nested.rollback()
+    rows: Sequence[Sequence[Any]] = ()
+    with suppress(_RolledBack):
+        async with connection.begin_nested():
+            rows = (await connection.exec_driver_sql(f"{explain} {statement}", arguments)).all()
+            raise _RolledBack
     return [f"-- {what}: {_cut(' '.join(statement.split()))}", *_plan(rows)]
 
 

@@ -21,13 +21,12 @@ from typing import Any
 import clipia
 import uvicorn
 from fastapi import FastAPI, HTTPException, Request
-from sqlalchemy import URL, DateTime, String, select
+from sqlalchemy import URL, DateTime, String, event, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from receiver import cli as receiver
 from receiver import ingest
-from receiver.db.sqlite import sqlite_engine
 from receiver.db.urls import parse_url
 
 
@@ -59,12 +58,22 @@ class Result(Base):
     received_at: Mapped[datetime] = mapped_column(DateTime(timezone=True))
 
 
+def _make_durable(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None
+    cursor = connection.cursor()
+    for pragma in ("journal_mode=WAL", "synchronous=FULL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
 def naive() -> FastAPI:
     """Return the handler that the documentation suggests."""
     secret = os.environ["CLIPIA_WEBHOOK_SECRET"]
     url = parse_url(os.environ["RECEIVER_DATABASE_URL"])
     if isinstance(url, URL):
-        engine = sqlite_engine(url, pool_size=5, begin="BEGIN IMMEDIATE")
+        engine = create_async_engine(url.set(drivername="sqlite+aiosqlite"), connect_args={"timeout": 2})
+        event.listen(engine.sync_engine, "connect", _make_durable)
+        event.listen(engine.sync_engine, "begin", lambda each: each.exec_driver_sql("BEGIN IMMEDIATE"))
     else:
         engine = create_async_engine(
             "postgresql+asyncpg://", connect_args=url.arguments, pool_size=10, max_overflow=0

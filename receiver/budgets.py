@@ -4,11 +4,10 @@ import asyncio
 from collections.abc import Mapping
 from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from receiver.clipia.catalogue import PRICE_CACHE_SECONDS, Catalogue
 from receiver.clipia.job_request import JobRequest, read_input
 from receiver.db import spending
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import NewJob, Submission
 from receiver.errors import (
     AccountRefused,
@@ -39,7 +38,7 @@ class Budgets:
         _require_at_most(request.max_cost, price)
         return price
 
-    async def require_within(self, connection: AsyncConnection, job: NewJob) -> None:
+    async def require_within(self, connection: SqlConnection, job: NewJob) -> None:
         """Raise RequestError if a job that this transaction inserts exceeds its caller's budget."""
         budget = self._of(job.caller)
         if budget is None:

@@ -10,13 +10,13 @@ from typing import Final, Literal, NamedTuple
 from uuid import UUID
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.batching import Batcher, Done, Entry, resolve
 from receiver.core.lenient_json import same_json
 from receiver.core.payload import summarize
 from receiver.core.signature import Secret, verify
 from receiver.db import arrivals, inbox, prices
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewEvent, Outcome, id_text, raw_event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
@@ -247,7 +247,7 @@ def _batcher(
     )
 
 
-async def _insert_repeats(connection: AsyncConnection, group: Sequence[NewEvent]) -> list[Outcome | None]:
+async def _insert_repeats(connection: SqlConnection, group: Sequence[NewEvent]) -> list[Outcome | None]:
     found = await inbox.find_events(connection, {event.id for event in group})
     stored = [found.get(event.id) for event in group]
     bodies = await _load_unequal_bodies(connection, group, stored)
@@ -262,7 +262,7 @@ async def _insert_repeats(connection: AsyncConnection, group: Sequence[NewEvent]
 
 
 async def _load_unequal_bodies(
-    connection: AsyncConnection, group: Sequence[NewEvent], stored: Sequence[inbox.KnownEvent | None]
+    connection: SqlConnection, group: Sequence[NewEvent], stored: Sequence[inbox.KnownEvent | None]
 ) -> dict[int, bytes]:
     pairs = zip(stored, group, strict=True)
     seqs = {known.seq for known, event in pairs if known and known.body_sha256 != event.body_sha256}

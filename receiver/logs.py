@@ -209,9 +209,9 @@ def _quiet_libraries() -> None:
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
-    # The ingest logs webhooks itself. httpx would log the URLs of signed media, aiosqlite and the others each
-    # statement with its values, or each header.
-    for name in ("uvicorn.access", "httpx", "alembic", "aiosqlite", "httpcore", "botocore"):
+    # The ingest logs webhooks itself. httpx would log the URLs of signed media, and the others each step or
+    # each header.
+    for name in ("uvicorn.access", "httpx", "alembic", "httpcore", "botocore"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # These log messages and logins at any level. Their callers report the failures.
     for name in ("aiormq", "aiokafka", "sqlalchemy"):

@@ -10,12 +10,12 @@ from typing import Annotated, Final, Self
 import orjson
 import structlog
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import REPLAY_LANE, Wake, wake_no_lane
 from receiver.core.request_values import check_key
 from receiver.core.routing import mismatch
 from receiver.db import replays, tables
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import NewReplay, new_id
 from receiver.db.selection import Selection
@@ -179,7 +179,7 @@ class Replays:
         return list(request.to or self._filters)
 
 
-async def _find_scope(connection: AsyncConnection, selection: Selection) -> replays.Scope:
+async def _find_scope(connection: SqlConnection, selection: Selection) -> replays.Scope:
     """Return the range of events that a selection may match. Raises RequestError for unknown ids."""
     if selection.ids and (unknown := await replays.find_unknown(connection, selection)):
         shown = f"{', '.join(map(repr, unknown[:5]))}{' …' if unknown[5:] else ''}"

@@ -11,9 +11,9 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import inbox, unrecognized
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import NewEvent
 from receiver.db.unrecognized import Unrecognized
@@ -133,7 +133,7 @@ async def _take_up(database: Database, old: Unrecognized, event: NewEvent) -> Ou
 
 
 async def _repeat(
-    connection: AsyncConnection, known: inbox.KnownEvent, event: NewEvent
+    connection: SqlConnection, known: inbox.KnownEvent, event: NewEvent
 ) -> Literal["duplicate", "conflict"]:
     if event.origin == "poll":
         return "duplicate"  # `record_result` has no conflicts either

@@ -5,9 +5,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from receiver.db import migrate
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.reads import EventFinder, EventT
 from receiver.errors import ReceiverError
@@ -32,7 +31,7 @@ def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
     return asyncio.run(run())
 
 
-def query_database(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+def query_database(query: Callable[[SqlConnection], Awaitable[T]]) -> T:
     """Run one query on the service's database and return its result."""
 
     async def use(_settings: Settings, database: Database) -> T:
@@ -42,7 +41,7 @@ def query_database(query: Callable[[AsyncConnection], Awaitable[T]]) -> T:
     return with_database(use)
 
 
-def change_database(change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+def change_database(change: Callable[[SqlConnection], Awaitable[T]]) -> T:
     """Make one change in a transaction on the service's database."""
 
     async def use(_settings: Settings, database: Database) -> T:
@@ -52,7 +51,7 @@ def change_database(change: Callable[[AsyncConnection], Awaitable[T]]) -> T:
     return with_database(use)
 
 
-async def find_event(connection: AsyncConnection, key: str, find: EventFinder[EventT]) -> EventT:
+async def find_event(connection: SqlConnection, key: str, find: EventFinder[EventT]) -> EventT:
     """Return an event by its id or request_id. Raises ReceiverError if there is none."""
     event = await find(connection, key)
     if event is None:

@@ -5,17 +5,17 @@ from dataclasses import asdict
 from typing import Final
 
 from sqlalchemy import select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.quota import Quota, RateHeaders
 from receiver.db.clock import unix_time
+from receiver.db.connection import SqlConnection
 from receiver.db.statements import insert_for
 from receiver.db.tables import accounts
 
 _QUOTA: Final = [column for column in accounts.c if column.name != "id"]
 
 
-async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]:
+async def lock(connection: SqlConnection, account: str) -> tuple[Quota, float]:
     """Return the quota of an account, locked until the transaction ends, and the current time.
 
     Lock it last: to avoid deadlocks, a transaction that holds this lock waits for no other row.
@@ -32,13 +32,13 @@ async def lock(connection: AsyncConnection, account: str) -> tuple[Quota, float]
     return Quota(**found), now
 
 
-async def save(connection: AsyncConnection, account: str, quota: Quota) -> None:
+async def save(connection: SqlConnection, account: str, quota: Quota) -> None:
     """Store the quota of a locked account."""
     await connection.execute(update(accounts).where(accounts.c.id == account).values(**asdict(quota)))
 
 
 async def learn(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     account: str,
     headers: RateHeaders,
     change: Callable[[Quota, float], Quota] = lambda quota, _now: quota,
@@ -50,7 +50,7 @@ async def learn(
         await save(connection, account, learned)
 
 
-async def read(connection: AsyncConnection, account: str) -> Quota:
+async def read(connection: SqlConnection, account: str) -> Quota:
     """Return the quota of an account without a lock, for display and metrics."""
     found = await connection.execute(select(*_QUOTA).where(accounts.c.id == account))
     row = found.mappings().one_or_none()

@@ -6,13 +6,13 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, PoolProxiedConnection
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.pool import NullPool
 
+from receiver.db.connection import SqlConnection, Transaction
 from receiver.db.postgresql import Statements
 from receiver.db.sessions import Sessions
-from receiver.db.sqlite import SqliteThread, sqlite_engine
-from receiver.db.transactions import POOL_WAIT, transaction, unavailable
+from receiver.db.sqlite import SqliteReaders, SqliteThread, make_file
+from receiver.db.transactions import POOL_WAIT, unavailable
 from receiver.db.urls import parse_url
 from receiver.errors import DatabaseUnavailable
 
@@ -37,16 +37,16 @@ class Database:
         parsed = parse_url(url)
         self.is_sqlite: Final = isinstance(parsed, URL)
         if isinstance(parsed, URL):
-            self._writer = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE")
-            self._reader = sqlite_engine(parsed, pool_size=4, begin="BEGIN")
-            self._thread: Final = SqliteThread(parsed)
+            make_file(parsed)
+            self._thread: Final = SqliteThread(parsed, begin="BEGIN IMMEDIATE")
+            self._readers: Final = SqliteReaders(parsed, number=4)
             # SQLite has one write lock, and its busy handler polls for it in no order, so writers queue here
             # instead. Writers other than webhooks pass the gate first, one at a time: a webhook waits for
             # one of their transactions at most, and they get the write lock at least every second time.
             self._write_lock, self._gate = asyncio.Lock(), asyncio.Lock()
         else:
             self._sessions: Final = Sessions(parsed)
-            self._writer = self._reader = self._sessions.engine(
+            self._engine: Final = self._sessions.engine(
                 pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT
             )
             # A separate pool: webhooks do not wait if the workers use all connections of the first one.
@@ -55,16 +55,32 @@ class Database:
     @property
     def dialect_name(self) -> str:
         """`sqlite` or `postgresql`."""
-        return self._writer.dialect.name
+        return "sqlite" if self.is_sqlite else "postgresql"
 
     @asynccontextmanager
-    async def write(self) -> AsyncIterator[AsyncConnection]:
+    async def write(self) -> AsyncIterator[Transaction]:
         """Open a transaction that may write; it is committed durably when the block ends."""
-        async with self._writing(), self._transaction(self._writer, writes=True) as connection:
-            yield connection
+        if self.is_sqlite:
+            with unavailable():
+                async with self._writing(), self._thread.transaction() as connection:
+                    yield connection
+        else:
+            async with self._sessions.transaction(self._engine, writes=True) as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[Transaction]:
+        """Open a transaction that only reads; on SQLite all statements read one snapshot."""
+        if self.is_sqlite:
+            with unavailable():
+                async with self._readers.transaction() as connection:
+                    yield connection
+        else:
+            async with self._sessions.transaction(self._engine, writes=False) as connection:
+                yield connection
 
     async def run_transaction(
-        self, work: Callable[[AsyncConnection], Awaitable[T]], *, is_webhook: bool = False
+        self, work: Callable[[SqlConnection], Awaitable[T]], *, is_webhook: bool = False
     ) -> T:
         """Run `work` in one transaction, as `write()` does; it may only await its connection.
 
@@ -110,9 +126,6 @@ class Database:
 
     @asynccontextmanager
     async def _writing(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
-        if not self.is_sqlite:
-            yield
-            return
         async with AsyncExitStack() as held:
             try:
                 async with asyncio.timeout(POOL_WAIT):
@@ -125,37 +138,32 @@ class Database:
                 ) from None
             yield
 
-    def read(self) -> AbstractAsyncContextManager[AsyncConnection]:
-        """Open a transaction that only reads; on SQLite all statements read one snapshot."""
-        return self._transaction(self._reader, writes=False)
-
-    def _transaction(
-        self, engine: AsyncEngine, *, writes: bool
-    ) -> AbstractAsyncContextManager[AsyncConnection]:
-        if self.is_sqlite:
-            return transaction(engine)
-        return self._sessions.transaction(engine, writes=writes)
-
     @asynccontextmanager
-    async def migrate(self) -> AsyncIterator[AsyncConnection]:
+    async def migrate(self) -> AsyncIterator[Transaction]:
         """Open a transaction that may change the schema and has no time limit for a statement."""
         parsed = parse_url(self.url)
         if isinstance(parsed, URL):
             # A migration changes an SQLite table by copying it, which foreign keys to the table forbid.
-            engine = sqlite_engine(parsed, pool_size=1, begin="BEGIN IMMEDIATE", foreign_keys=False)
-        else:
-            engine = self._sessions.engine(command_timeout=None, poolclass=NullPool)
+            thread = SqliteThread(parsed, begin="BEGIN IMMEDIATE", foreign_keys=False)
+            try:
+                with unavailable():
+                    async with thread.transaction() as connection:
+                        yield connection
+            finally:
+                await thread.close()
+            return
+        engine = self._sessions.engine(command_timeout=None, poolclass=NullPool)
         try:
-            async with self._transaction(engine, writes=True) as connection:
+            async with self._sessions.transaction(engine, writes=True) as connection:
                 yield connection
         finally:
             await engine.dispose()
 
     async def close(self) -> None:
         """Close all connections."""
-        await self._writer.dispose()
         if self.is_sqlite:
-            await self._reader.dispose()
+            await self._readers.close()
             await self._thread.close()
         else:
+            await self._engine.dispose()
             await self._statements.close()

@@ -12,9 +12,9 @@ from datetime import datetime
 from typing import Any, Final
 
 from sqlalchemy import JSON, Boolean, Column, Double, LargeBinary, String, Table, Text, func, insert, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import outbox, sources
+from receiver.db.connection import SqlConnection
 from receiver.db.receipts import FIRST_COLUMNS, receipts_of
 from receiver.db.rows import event_id
 from receiver.db.statements import between, count_rows, insert_unless_taken
@@ -52,7 +52,7 @@ Line = dict[str, Any]
 
 
 async def count(
-    connection: AsyncConnection, *, since: datetime | None, until: datetime | None
+    connection: SqlConnection, *, since: datetime | None, until: datetime | None
 ) -> dict[str, int]:
     """Return the number of lines of an export, by their type."""
     return {
@@ -62,7 +62,7 @@ async def count(
 
 
 async def read(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     kind: str,
     *,
     after: int,
@@ -89,7 +89,7 @@ async def read(
     return lines, rows[-1]["seq"] if rows else after
 
 
-async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[str]:
+async def write(connection: SqlConnection, lines: Sequence[Line]) -> Counter[str]:
     """Insert lines; return the numbers of `event new`, `event known` and so on.
 
     Raises AttributeError, KeyError, TypeError or ValueError if a line is not from an export.
@@ -107,7 +107,7 @@ async def write(connection: AsyncConnection, lines: Sequence[Line]) -> Counter[s
     return done
 
 
-async def _write_event(connection: AsyncConnection, line: Line) -> bool:
+async def _write_event(connection: SqlConnection, line: Line) -> bool:
     values = _load(events, line)
     first, others = _split_receipts(values, [_load(receipts, each) for each in line["receipts"]])
     values |= first
@@ -140,14 +140,14 @@ def _split_receipts(event: Line, found: list[Line]) -> tuple[Line, list[Line]]:
     return columns, found[1:]
 
 
-async def _write_job(connection: AsyncConnection, line: Line) -> bool:
+async def _write_job(connection: SqlConnection, line: Line) -> bool:
     if await insert_unless_taken(connection, jobs, _load(jobs, line)) is None:
         return False
     await _write_attempts(connection, line)
     return True
 
 
-async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
+async def _write_replay(connection: SqlConnection, line: Line) -> bool:
     values = _load(replays, line)
     if values["state"] == "pending":
         # The events have other numbers here, so the replay starts again; it skips deliveries that exist.
@@ -156,14 +156,14 @@ async def _write_replay(connection: AsyncConnection, line: Line) -> bool:
     return await insert_unless_taken(connection, replays, values) is not None
 
 
-async def _write_attempts(connection: AsyncConnection, line: Line) -> None:
+async def _write_attempts(connection: SqlConnection, line: Line) -> None:
     if made := line.get(_ATTEMPTS):
         # An INSERT of many rows has the columns of the first one, so all rows get all columns.
         same = {"error": None, "work_id": uuid.UUID(line["id"])}
         await connection.execute(insert(attempts), [same | _load(attempts, each) for each in made])
 
 
-async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs: Sequence[int]) -> None:
+async def _add_children(connection: SqlConnection, lines: Sequence[Line], seqs: Sequence[int]) -> None:
     by_seq = dict(zip(seqs, lines, strict=True))
     works: list[Line] = []
     for name, table in CHILDREN.items():
@@ -183,7 +183,7 @@ async def _add_children(connection: AsyncConnection, lines: Sequence[Line], seqs
 
 
 async def _read_attempts(
-    connection: AsyncConnection, work_ids: Collection[uuid.UUID]
+    connection: SqlConnection, work_ids: Collection[uuid.UUID]
 ) -> dict[uuid.UUID, list[Line]]:
     found: dict[uuid.UUID, list[Line]] = defaultdict(list)
     ids = list(work_ids)

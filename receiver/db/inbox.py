@@ -8,11 +8,11 @@ from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from sqlalchemy import Float, Integer, String, bindparam, case, func, insert, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import job_events
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.receipts import receipts_of
 from receiver.db.rows import EventState, NewEvent, Outcome, StoredEvent, to_datetime
 from receiver.db.tables import events, in_state, receipts
@@ -31,13 +31,13 @@ class KnownEvent(NamedTuple):
     state: str
 
 
-async def find_events(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
+async def find_events(connection: SqlConnection, ids: Collection[UUID]) -> dict[UUID, KnownEvent]:
     """Return events by `id` and keep them from being pruned until the transaction ends."""
     rows = await connection.execute(_KNOWN, {"ids": ids})
     return {id_: KnownEvent(*values) for id_, *values in rows}
 
 
-async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
+async def load_bodies(connection: SqlConnection, seqs: Collection[int]) -> dict[int, bytes]:
     """Return the raw bodies of events, by `seq`."""
     rows = await connection.execute(_BODIES, {"seqs": seqs})
     return {row.seq: row.body for row in rows}
@@ -47,9 +47,7 @@ KEPT_RECEIPTS: Final = 20
 """An event keeps this many receipts of each outcome; the last one counts the later requests."""
 
 
-async def record_receipts(
-    connection: AsyncConnection, found: Sequence[tuple[int, NewEvent, Outcome]]
-) -> None:
+async def record_receipts(connection: SqlConnection, found: Sequence[tuple[int, NewEvent, Outcome]]) -> None:
     """Record requests for stored events, each with the event's `seq`; a receipt of a conflict keeps the body.
 
     Concurrent transactions do not see each other's new rows, so each of them may add `KEPT_RECEIPTS`. The
@@ -140,7 +138,7 @@ _SET_STATE = (
 
 
 async def lock_received(
-    connection: AsyncConnection, *, limit: int, size: int, without: Collection[int] = ()
+    connection: SqlConnection, *, limit: int, size: int, without: Collection[int] = ()
 ) -> tuple[list[StoredEvent], bool]:
     """Lock and return the oldest events in `received`, and whether there may be more of them.
 
@@ -155,7 +153,7 @@ async def lock_received(
     return list(found.values()), len(rows) == limit or len(found) < len(rows)
 
 
-async def _complete(connection: AsyncConnection, rows: Sequence[Any], size: int) -> dict[int, StoredEvent]:
+async def _complete(connection: SqlConnection, rows: Sequence[Any], size: int) -> dict[int, StoredEvent]:
     """Return the first of the events that have at most `size` bytes in total, with their large bodies."""
     taken = rows[: bisect_right(list(accumulate(row[-1] for row in rows)), size) or 1]
     found = {row[0]: StoredEvent(*row[:-1]) for row in taken}
@@ -166,7 +164,7 @@ async def _complete(connection: AsyncConnection, rows: Sequence[Any], size: int)
 
 
 async def load_first_events(
-    connection: AsyncConnection, seqs: Collection[int], *, size: int
+    connection: SqlConnection, seqs: Collection[int], *, size: int
 ) -> dict[int, StoredEvent]:
     """Return events by `seq`, the first ones of `seqs` that have at most `size` bytes in total.
 
@@ -176,14 +174,14 @@ async def load_first_events(
     return await _complete(connection, [rows[seq] for seq in dict.fromkeys(seqs)], size)
 
 
-async def load_events(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:
+async def load_events(connection: SqlConnection, seqs: Collection[int]) -> dict[int, StoredEvent]:
     """Return events by `seq`."""
     rows = await connection.execute(_BY_SEQ, {"seqs": seqs})
     return {row.seq: StoredEvent(*row) for row in rows}
 
 
 async def set_state(
-    connection: AsyncConnection, seqs: Collection[int], state: EventState, *, reason: str | None = None
+    connection: SqlConnection, seqs: Collection[int], state: EventState, *, reason: str | None = None
 ) -> None:
     """Set the state of events and, for an unrecognized one, its reason."""
     await connection.execute(_SET_STATE, {"seqs": seqs, "new_state": state, "new_reason": reason})

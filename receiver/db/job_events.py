@@ -6,12 +6,12 @@ from typing import Any, Final
 
 import orjson
 from sqlalchemy import ColumnElement, and_, case, exists, or_, select, union, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.payload import Generation
 from receiver.db import prices
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED
 from receiver.db.rows import JobRef, event_id
 from receiver.db.tables import events, in_state, jobs
@@ -65,7 +65,7 @@ _REFS: Final = (
 
 
 async def finish_job(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     source: str,
     generation: Generation,
     *,
@@ -128,7 +128,7 @@ def _final_values(generation: Generation) -> dict[str, Any]:
     }
 
 
-async def find_event_body(connection: AsyncConnection, source: str, request_id: str) -> bytes | None:
+async def find_event_body(connection: SqlConnection, source: str, request_id: str) -> bytes | None:
     """Return the body of the event of a generation, or None if there is none yet."""
     statement = select(events.c.body).where(
         events.c.id == event_id(source, request_id), events.c.state != "unrecognized"
@@ -136,12 +136,12 @@ async def find_event_body(connection: AsyncConnection, source: str, request_id: 
     return await connection.scalar(statement)
 
 
-async def find_with_open_jobs(connection: AsyncConnection, event_seqs: Collection[int]) -> set[int]:
+async def find_with_open_jobs(connection: SqlConnection, event_seqs: Collection[int]) -> set[int]:
     """Return the `seq` of the events for which `finish_job` may find an open job."""
     return set((await connection.execute(_WITH_OPEN_JOBS, {"seqs": event_seqs})).scalars())
 
 
-async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
+async def load_refs(connection: SqlConnection, event_seqs: Collection[int]) -> dict[int, JobRef]:
     """Return the jobs of events, by the event's `seq`."""
     return {
         values.pop("seq"): JobRef(**values)
@@ -149,7 +149,7 @@ async def load_refs(connection: AsyncConnection, event_seqs: Collection[int]) ->
     }
 
 
-async def find_finished(connection: AsyncConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+async def find_finished(connection: SqlConnection, job_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
     """Return the jobs that have ended and have no pending files."""
     statement = select(jobs.c.id, jobs.c.source, jobs.c.request_id).where(
         jobs.c.id.in_(job_ids), jobs.c.state.not_in(("pending", "submitted"))

@@ -7,10 +7,10 @@ from typing import Any, Final, Literal
 
 from sqlalchemy import Select, Update, and_, case, false, func, not_, or_, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, prices, refused_jobs
 from receiver.db.clock import db_time, seconds_since, statement_time
+from receiver.db.connection import SqlConnection
 from receiver.db.refused_jobs import Share, same_environment
 from receiver.db.rows import Claim, JobState, NewJob, OpenRequest, Submission
 from receiver.db.statements import count_rows, insert_unless_taken
@@ -21,25 +21,25 @@ IN_FLIGHT_SECONDS: Final = 3600.0
 """A generation without a known end counts as in flight for this long."""
 
 
-async def insert(connection: AsyncConnection, job: NewJob) -> bool:
+async def insert(connection: SqlConnection, job: NewJob) -> bool:
     """Insert a job, due at once; False if (caller, idempotency_key) is taken."""
     price = prices.split(cost=job.cost, max_cost=job.max_cost)
     values = leases.work_values() | asdict(job) | price | {"updated_at": db_time(0.0)}
     return await insert_unless_taken(connection, jobs, values) is not None
 
 
-async def find_by_request(connection: AsyncConnection, source: str, request_id: str) -> uuid.UUID | None:
+async def find_by_request(connection: SqlConnection, source: str, request_id: str) -> uuid.UUID | None:
     """Return the id of the job of a `request_id`."""
     statement = select(jobs.c.id).where(jobs.c.source == source, jobs.c.request_id == request_id)
     return await connection.scalar(statement)
 
 
-async def is_due(connection: AsyncConnection, account: str, state: JobState) -> bool:
+async def is_due(connection: SqlConnection, account: str, state: JobState) -> bool:
     """Tell whether any job in `state` that this account may submit or poll is due."""
     return (await connection.execute(_due(account, state))).first() is not None
 
 
-async def is_next(connection: AsyncConnection, account: str, job_id: uuid.UUID) -> bool:
+async def is_next(connection: SqlConnection, account: str, job_id: uuid.UUID) -> bool:
     """Tell whether a new job may be submitted now: no other is due but those that Clipia refuses for now."""
     others = _due(account, "pending").where(jobs.c.id != job_id, jobs.c.refused_at.is_(None))
     return (await connection.execute(others)).first() is None
@@ -67,7 +67,7 @@ class InFlight:
         return self.accepted + self.under_way
 
 
-async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
+async def in_flight(connection: SqlConnection, account: str) -> InFlight:
     """Count the generations that an account has in flight."""
     accepted = and_(
         in_state(jobs, "submitted"),
@@ -87,7 +87,7 @@ async def in_flight(connection: AsyncConnection, account: str) -> InFlight:
 
 
 async def claim_to_submit(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     account: str,
     *,
     limit: int,
@@ -127,7 +127,7 @@ async def claim_to_submit(
 
 
 async def _load_submissions(
-    connection: AsyncConnection, ids: Collection[uuid.UUID]
+    connection: SqlConnection, ids: Collection[uuid.UUID]
 ) -> dict[uuid.UUID, Submission]:
     statement = select(
         jobs.c.id,
@@ -148,7 +148,7 @@ async def _load_submissions(
 
 
 async def claim_to_poll(
-    connection: AsyncConnection, account: str, *, limit: int, lease: float
+    connection: SqlConnection, account: str, *, limit: int, lease: float
 ) -> list[tuple[Claim, OpenRequest]]:
     """Claim submitted jobs that are due to be polled."""
     claims = await leases.claim(
@@ -166,7 +166,7 @@ async def claim_to_poll(
 
 
 async def record_submitted(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     held: Claim,
     *,
     source: str,
@@ -216,7 +216,7 @@ async def record_submitted(
     return "taken" if recorded is None else "recorded" if recorded else "lost"
 
 
-async def _unless_taken(connection: AsyncConnection, statement: Update) -> bool | None:
+async def _unless_taken(connection: SqlConnection, statement: Update) -> bool | None:
     """Return whether a row was updated; None if another job has its `request_id`."""
     try:
         # A savepoint, because the violation would abort the whole transaction.
@@ -226,7 +226,7 @@ async def _unless_taken(connection: AsyncConnection, statement: Update) -> bool 
         return None
 
 
-async def _reopen(connection: AsyncConnection, source: str, request_id: str) -> bool:
+async def _reopen(connection: SqlConnection, source: str, request_id: str) -> bool:
     """Remove a `request_id` from a job that has it from its path and not from an answer; reopen the job."""
     result = await connection.execute(
         update(jobs)
@@ -243,7 +243,7 @@ async def _reopen(connection: AsyncConnection, source: str, request_id: str) -> 
 
 
 async def add_answer(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     job_id: uuid.UUID,
     *,
     request_id: str,
@@ -261,7 +261,7 @@ async def add_answer(
     return result.rowcount == 1
 
 
-async def is_still_sent(connection: AsyncConnection, job_id: uuid.UUID, provider_key: uuid.UUID) -> bool:
+async def is_still_sent(connection: SqlConnection, job_id: uuid.UUID, provider_key: uuid.UUID) -> bool:
     """Tell whether a job is still to be submitted with a key, by this worker or by another one."""
     statement = select(jobs.c.id).where(
         jobs.c.id == job_id, jobs.c.state == "pending", jobs.c.provider_key == provider_key
@@ -270,7 +270,7 @@ async def is_still_sent(connection: AsyncConnection, job_id: uuid.UUID, provider
 
 
 async def put_back(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     held: Claim,
     *,
     delay: float,
@@ -291,7 +291,7 @@ async def put_back(
     )
 
 
-async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:
+async def watch(connection: SqlConnection, job_ids: Collection[uuid.UUID], *, seconds: float) -> None:
     """Poll the state of jobs more often while their callers wait for them."""
     soon = db_time(2.0)
     await connection.execute(
@@ -307,7 +307,7 @@ async def watch(connection: AsyncConnection, job_ids: Collection[uuid.UUID], *, 
     )
 
 
-async def count_unserved(connection: AsyncConnection, account: str | None) -> int:
+async def count_unserved(connection: SqlConnection, account: str | None) -> int:
     """Count the open jobs that this process does not serve: those of other accounts, or all without one."""
     others = () if account is None else (or_(jobs.c.account.is_(None), not_(same_environment(account))),)
     # Two statements, because each state has its own partial index.

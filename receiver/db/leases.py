@@ -32,11 +32,11 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from receiver.db.array_parameters import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since, statement_time
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import Attempt, Backlog, Claim, DeliveryClaim, EventClaim, new_id
 from receiver.db.tables import (
     PlainUuid,
@@ -121,13 +121,13 @@ _CLAIM_DELIVERIES: Final = {
 }
 
 
-async def claim_media(connection: AsyncConnection, *, limit: int, lease: float) -> list[EventClaim]:
+async def claim_media(connection: SqlConnection, *, limit: int, lease: float) -> list[EventClaim]:
     """Claim files, as `claim` does."""
     return await _claim(connection, _CLAIM_MEDIA, EventClaim, limit=limit, lease=lease)
 
 
 async def claim_deliveries(
-    connection: AsyncConnection, destination: str, *, limit: int, lease: float, replayed: bool
+    connection: SqlConnection, destination: str, *, limit: int, lease: float, replayed: bool
 ) -> list[DeliveryClaim]:
     """Claim deliveries to a destination, as `claim` does: those of replays or the live ones."""
     made = uuid.uuid4()
@@ -143,7 +143,7 @@ async def claim_deliveries(
 
 
 async def claim(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     table: Table,
     *,
     limit: int,
@@ -158,7 +158,7 @@ async def claim(
 
 
 async def _claim(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     statement: ReturningUpdate[Any],
     kind: type[ClaimT],
     *,
@@ -171,25 +171,25 @@ async def _claim(
 
 
 async def renew(
-    connection: AsyncConnection, table: Table, claims: Collection[Claim], *, lease: float
+    connection: SqlConnection, table: Table, claims: Collection[Claim], *, lease: float
 ) -> set[uuid.UUID]:
     """Extend the leases to `lease` seconds from now; return the ids of the rows that still have them."""
     await lock(connection, table, claims)
     return await _execute(connection, _renewal(table), claims, seconds=lease)
 
 
-async def lock(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
+async def lock(connection: SqlConnection, table: Table, claims: Collection[Claim]) -> None:
     """Lock the rows of claims in the order of their ids, so that transactions do not deadlock."""
     await _execute(connection, _locking(table), claims)
 
 
-async def release(connection: AsyncConnection, table: Table, claims: Collection[Claim]) -> None:
+async def release(connection: SqlConnection, table: Table, claims: Collection[Claim]) -> None:
     """Make rows due again without counting the attempt."""
     await _execute(connection, _release(table), claims)
 
 
 async def retry(
-    connection: AsyncConnection, table: Table, held: Claim, *, delay: float, error: str | None, **values: Any
+    connection: SqlConnection, table: Table, held: Claim, *, delay: float, error: str | None, **values: Any
 ) -> bool:
     """Schedule the next attempt in `delay` seconds; False if the row has another lease."""
     due = {"next_attempt_at": db_time(delay), "lease": None, "lost": 0}
@@ -197,7 +197,7 @@ async def retry(
 
 
 async def finish(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     table: Table,
     held: Claim,
     *,
@@ -209,13 +209,13 @@ async def finish(
     return await _record(connection, table, held, state=state, error=error, **ENDED, **values)
 
 
-async def _record(connection: AsyncConnection, table: Table, held: Claim, **values: Any) -> bool:
+async def _record(connection: SqlConnection, table: Table, held: Claim, **values: Any) -> bool:
     same = table.c.id == held.id, table.c.lease == held.lease
     return (await connection.execute(update(table).where(*same).values(values))).rowcount == 1
 
 
 async def finish_all(
-    connection: AsyncConnection, table: Table, claims: Collection[Claim], *, state: str, error: str | None
+    connection: SqlConnection, table: Table, claims: Collection[Claim], *, state: str, error: str | None
 ) -> set[uuid.UUID]:
     """Move rows to a final state; return the ids of the rows that still had the lease."""
     return await _execute(connection, _finish(table), claims, new_state=state, new_error=error)
@@ -226,7 +226,7 @@ class LeaseLost(Exception):
 
 
 async def finish_delivered(
-    connection: AsyncConnection, claims: Collection[Claim], *, started_at: datetime, duration_ms: int
+    connection: SqlConnection, claims: Collection[Claim], *, started_at: datetime, duration_ms: int
 ) -> None:
     """Record deliveries that were confirmed together, with their attempts. Raises LeaseLost.
 
@@ -241,12 +241,12 @@ async def finish_delivered(
                 raise LeaseLost
 
 
-async def record_attempt(connection: AsyncConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
+async def record_attempt(connection: SqlConnection, work_id: uuid.UUID, attempt: Attempt) -> None:
     """Record one attempt."""
     await record_attempts(connection, [(work_id, attempt)])
 
 
-async def record_attempts(connection: AsyncConnection, made: Collection[tuple[uuid.UUID, Attempt]]) -> None:
+async def record_attempts(connection: SqlConnection, made: Collection[tuple[uuid.UUID, Attempt]]) -> None:
     """Record attempts, each with the id of its row."""
     rows = [{"work_id": work_id, **vars(attempt)} for work_id, attempt in made]
     if rows:
@@ -265,7 +265,7 @@ def is_unclaimed(table: Table) -> ColumnElement[bool]:
     return or_(table.c.lease.is_(None), table.c.next_attempt_at <= statement_time())
 
 
-async def read_backlog(connection: AsyncConnection, made_at: Column[Any], state: str) -> Backlog:
+async def read_backlog(connection: SqlConnection, made_at: Column[Any], state: str) -> Backlog:
     """Count the rows of a table in a state; the column `made_at` tells the age of the oldest one."""
     oldest = seconds_since(func.min(made_at))
     row = (await connection.execute(select(func.count(), oldest).where(in_state(made_at.table, state)))).one()
@@ -283,7 +283,7 @@ def work_values(state: str = "pending", *, due: bool = True) -> dict[str, Any]:
 
 
 async def _execute(
-    connection: AsyncConnection, statement: Executable, claims: Collection[Claim], **values: Any
+    connection: SqlConnection, statement: Executable, claims: Collection[Claim], **values: Any
 ) -> set[uuid.UUID]:
     """Execute a statement with `_held` for each lease; return the ids of the rows that still have it."""
     found = set[uuid.UUID]()

@@ -15,9 +15,9 @@ from alembic.config import Config
 from alembic.script import Script, ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import version
+from receiver.db.connection import Transaction
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.tables import metadata
@@ -102,7 +102,8 @@ async def _run_step(database: Database, step: Step, *, before: str) -> None:
 
     async def attempt() -> str | None:
         async with _locked(database) as connection:
-            return await connection.run_sync(run)
+            progress: str | None = await connection.run_sync(run)
+            return progress
 
     told = time.monotonic()
     while (progress := await _retry(attempt)) is not None:
@@ -152,7 +153,7 @@ async def apply(database: Database, change: Callable[[Config], None]) -> None:
 
 
 @asynccontextmanager
-async def _locked(database: Database) -> AsyncIterator[AsyncConnection]:
+async def _locked(database: Database) -> AsyncIterator[Transaction]:
     """Open a transaction that no other migration shares."""
     async with database.migrate() as connection:
         if not database.is_sqlite:

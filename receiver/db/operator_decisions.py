@@ -3,21 +3,21 @@
 import uuid
 
 from sqlalchemy import case, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, outbox, prices
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.job_events import OPEN
 from receiver.db.tables import jobs
 
 
-async def find_request(connection: AsyncConnection, job_id: uuid.UUID) -> bytes | None:
+async def find_request(connection: SqlConnection, job_id: uuid.UUID) -> bytes | None:
     """Return the request of a job, as it was frozen when the job was made."""
     return await connection.scalar(select(jobs.c.request).where(jobs.c.id == job_id))
 
 
 async def resubmit(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     job_id: uuid.UUID,
     *,
     request: bytes,
@@ -57,7 +57,7 @@ async def resubmit(
     return True
 
 
-async def cancel(connection: AsyncConnection, job_id: uuid.UUID, *, error: str, by: str) -> str | None:
+async def cancel(connection: SqlConnection, job_id: uuid.UUID, *, error: str, by: str) -> str | None:
     """End a job and return its new state; None if it has ended already or an attempt is under way.
 
     The job is `canceled` if it was never sent, or if it was unsure. Otherwise there may be a paid generation,

@@ -20,10 +20,10 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.array_parameters import DIALECTS, Rows, among
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED, RESTARTED, record_attempts, work_values
 from receiver.db.rows import Attempt, AttemptOutcome, Backlog, MediaRow, NewMedia, new_id
 from receiver.db.statements import between, count_rows, equal, insert_for
@@ -37,7 +37,7 @@ EVENTS_AT_ONCE: Final = 32
 """The most events in one query for their files: each statement has a time limit."""
 
 
-async def insert_media(connection: AsyncConnection, files: Collection[tuple[int, NewMedia]]) -> None:
+async def insert_media(connection: SqlConnection, files: Collection[tuple[int, NewMedia]]) -> None:
     """Add files, each with the `seq` of its event. They are due at once, or skipped."""
     wanted: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
@@ -56,7 +56,7 @@ async def insert_media(connection: AsyncConnection, files: Collection[tuple[int,
 
 
 async def insert_deliveries(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     wanted: Collection[tuple[int, str]],
     *,
     due: bool,
@@ -112,7 +112,7 @@ _WITH_FILES: Final = select(media.c.event_seq).where(among(media.c.event_seq, "s
 
 
 async def load_media(
-    connection: AsyncConnection, event_seqs: Collection[int], *, at_once: int = EVENTS_AT_ONCE
+    connection: SqlConnection, event_seqs: Collection[int], *, at_once: int = EVENTS_AT_ONCE
 ) -> dict[int, list[MediaRow]]:
     """Return the files of events, by the event's `seq`, in their order."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
@@ -125,7 +125,7 @@ async def load_media(
     return found
 
 
-async def load_files(connection: AsyncConnection, ids: Collection[UUID]) -> dict[UUID, MediaRow]:
+async def load_files(connection: SqlConnection, ids: Collection[UUID]) -> dict[UUID, MediaRow]:
     """Return files by their ids."""
     rows = (await connection.execute(_FILES_BY_ID, {"ids": list(ids)})).mappings()
     return {row["id"]: MediaRow(**row) for row in rows}
@@ -135,7 +135,7 @@ def _slices(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-async def release_held(connection: AsyncConnection, event_seq: int) -> Sequence[str]:
+async def release_held(connection: SqlConnection, event_seq: int) -> Sequence[str]:
     """If no file of the event is pending, make it `ready` and its held deliveries due.
 
     Returns the destinations of these deliveries. The row of the event is locked first: without the lock, the
@@ -189,7 +189,7 @@ class DeadLetters:
         return found
 
 
-async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, limit: int) -> dict[str, int]:
+async def restart(connection: SqlConnection, which: DeadLetters, *, by: str, limit: int) -> dict[str, int]:
     """Make up to `limit` dead letters pending again; return their number by destination.
 
     `by` is recorded among the attempts.
@@ -206,7 +206,7 @@ async def restart(connection: AsyncConnection, which: DeadLetters, *, by: str, l
     return Counter(row.destination for row in rows)
 
 
-async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str) -> int:
+async def give_up_media(connection: SqlConnection, event_seq: int, *, by: str) -> int:
     """End the pending downloads of an event as `gone` and release its held deliveries; return how many.
 
     A download that is under way loses its lease, so its result is dropped.
@@ -229,20 +229,20 @@ async def give_up_media(connection: AsyncConnection, event_seq: int, *, by: str)
     return len(ids)
 
 
-async def count_pending_media(connection: AsyncConnection, event_seq: int) -> int:
+async def count_pending_media(connection: SqlConnection, event_seq: int) -> int:
     """Count the files of an event that are still to be downloaded."""
     return await count_rows(connection, media, media.c.event_seq == event_seq, media.c.state == "pending")
 
 
 async def record_change(
-    connection: AsyncConnection, work_ids: Collection[UUID], *, outcome: AttemptOutcome, error: str
+    connection: SqlConnection, work_ids: Collection[UUID], *, outcome: AttemptOutcome, error: str
 ) -> None:
     """Record among the attempts that rows were changed without an attempt, and why."""
     change = Attempt(number=0, started_at=datetime.now(UTC), duration_ms=0, outcome=outcome, error=error)
     await record_attempts(connection, [(work_id, change) for work_id in work_ids])
 
 
-async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
+async def delivery_backlog(connection: SqlConnection) -> dict[str, Backlog]:
     """Return the backlog of each destination, including held deliveries."""
     # Two queries, because live and replayed deliveries have their own partial indexes.
     pending = union_all(
@@ -259,9 +259,7 @@ async def delivery_backlog(connection: AsyncConnection) -> dict[str, Backlog]:
     return {row[0]: Backlog(rows=row[1], oldest=row[2] or 0.0) for row in await connection.execute(statement)}
 
 
-async def hold(
-    connection: AsyncConnection, event_seqs: Collection[int], destinations: Collection[str]
-) -> None:
+async def hold(connection: SqlConnection, event_seqs: Collection[int], destinations: Collection[str]) -> None:
     """Hold pending deliveries of events, unless a worker has claimed them, until the media is finished."""
     await connection.execute(
         update(deliveries)
@@ -275,7 +273,7 @@ async def hold(
     )
 
 
-async def count_dead(connection: AsyncConnection) -> dict[str, int]:
+async def count_dead(connection: SqlConnection) -> dict[str, int]:
     """Count the dead letters, by destination."""
     statement = (
         select(deliveries.c.destination, func.count())

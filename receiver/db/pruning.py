@@ -19,11 +19,11 @@ from sqlalchemy import (
     union_all,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import unrecognized
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import NO_INPUT
 from receiver.db.sources import find_event_ids
 from receiver.db.tables import attempts, deliveries, events, jobs, media, receipts, replays
@@ -47,14 +47,14 @@ class StoredFile(NamedTuple):
     uri: str
 
 
-async def moment_ago(connection: AsyncConnection, *, seconds: float) -> datetime:
+async def moment_ago(connection: SqlConnection, *, seconds: float) -> datetime:
     """Return a past time by the database's clock."""
     found: datetime = (await connection.execute(select(db_time(-seconds)))).scalar_one()
     return found
 
 
 async def find_old(
-    connection: AsyncConnection, *, after: int, before: datetime, limit: int, files: int
+    connection: SqlConnection, *, after: int, before: datetime, limit: int, files: int
 ) -> tuple[list[int], int]:
     """Read a page of events by `seq`; return those received before a time, and the last `seq` of the page.
 
@@ -74,7 +74,7 @@ async def find_old(
     return old, last
 
 
-async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool) -> Sequence[int]:
+async def lock(connection: SqlConnection, seqs: Collection[int], *, dead_letters: bool) -> Sequence[int]:
     """Lock events until the transaction ends and return them; events that are locked already are skipped.
 
     No row that refers to a locked event can be added, because its foreign key has to lock the event too.
@@ -87,7 +87,7 @@ async def lock(connection: AsyncConnection, seqs: Collection[int], *, dead_lette
 
 
 async def select_finished(
-    connection: AsyncConnection, seqs: Collection[int], *, dead_letters: bool
+    connection: SqlConnection, seqs: Collection[int], *, dead_letters: bool
 ) -> Sequence[int]:
     """Return the finished events; with `dead_letters` an event with a dead letter is finished too.
 
@@ -98,7 +98,7 @@ async def select_finished(
     return (await connection.execute(statement, _list(seqs))).scalars().all()
 
 
-async def list_unfinished(connection: AsyncConnection, seq: int) -> list[str]:
+async def list_unfinished(connection: SqlConnection, seq: int) -> list[str]:
     """Return the reasons why an event is not finished; dead letters do not count."""
     open_work = _open_work(dead_letters=True)
     statement = select(*(each.label(f"c{number}") for number, each in enumerate(open_work.values())))
@@ -126,13 +126,13 @@ def _open_work(*, dead_letters: bool) -> dict[str, ColumnElement[bool]]:
     }
 
 
-async def delete_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
+async def delete_events(connection: SqlConnection, seqs: Collection[int]) -> None:
     """Delete events with their receipts, deliveries, records of files, and attempts."""
     for statement in _DELETE:
         await connection.execute(statement, _list(seqs))
 
 
-async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEvent]:
+async def find_events(connection: SqlConnection, key: str) -> Sequence[FoundEvent]:
     """Return the events with an id or `request_id`; a `request_id` may have one event in each source."""
     ids = (await find_event_ids(connection, [key]))[key]
     columns = (events.c.seq, events.c.id, events.c.request_id)
@@ -143,13 +143,13 @@ async def find_events(connection: AsyncConnection, key: str) -> Sequence[FoundEv
     return [FoundEvent(*row) for row in rows]
 
 
-async def erase_events(connection: AsyncConnection, seqs: Collection[int]) -> None:
+async def erase_events(connection: SqlConnection, seqs: Collection[int]) -> None:
     """Erase events, except the body's hash (for late webhooks) and the records of files yet to be deleted."""
     for statement in _ERASE:
         await connection.execute(statement, _list(seqs))
 
 
-async def erase_jobs(connection: AsyncConnection, seqs: Collection[int]) -> None:
+async def erase_jobs(connection: SqlConnection, seqs: Collection[int]) -> None:
     """Delete the texts of the caller and of Clipia from the jobs of events; the jobs have ended."""
     of_events = select(events.c.source, events.c.request_id).where(_among(events.c.seq))
     statement = (
@@ -164,24 +164,24 @@ async def erase_jobs(connection: AsyncConnection, seqs: Collection[int]) -> None
     await connection.execute(texts.values(error=None), {"ids": ids})
 
 
-async def list_files(connection: AsyncConnection, seqs: Collection[int]) -> Sequence[StoredFile]:
+async def list_files(connection: SqlConnection, seqs: Collection[int]) -> Sequence[StoredFile]:
     """Return the files of events that may have an object in a storage."""
     rows = await connection.execute(_FILES, _list(seqs))
     return [StoredFile(*row) for row in rows]
 
 
-async def delete_records(connection: AsyncConnection, seqs: Collection[int]) -> None:
+async def delete_records(connection: SqlConnection, seqs: Collection[int]) -> None:
     """Delete the records of events' files."""
     await connection.execute(delete(media).where(_among(media.c.event_seq)), _list(seqs))
 
 
-async def last_job(connection: AsyncConnection) -> int:
+async def last_job(connection: SqlConnection) -> int:
     """Return the highest `seq` of a job."""
     return await connection.scalar(select(func.max(jobs.c.seq))) or 0
 
 
 async def find_inputs(
-    connection: AsyncConnection, *, after: int, until: int, before: datetime, limit: int
+    connection: SqlConnection, *, after: int, until: int, before: datetime, limit: int
 ) -> Sequence[int]:
     """Return the `seq` of the next jobs that have an input and ended before a time."""
     statement = (
@@ -193,7 +193,7 @@ async def find_inputs(
     return (await connection.execute(statement)).scalars().all()
 
 
-async def delete_inputs(connection: AsyncConnection, seqs: Collection[int], *, before: datetime) -> None:
+async def delete_inputs(connection: SqlConnection, seqs: Collection[int], *, before: datetime) -> None:
     """Delete the inputs of jobs, except those that were submitted again since the query."""
     statement = update(jobs).where(among(jobs.c.seq, "seqs"), *_has_old_input(before))
     await connection.execute(statement.values(request=NO_INPUT), {"seqs": seqs})

@@ -7,9 +7,9 @@ from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
 from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, select, tuple_, union_all
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices, unrecognized
+from receiver.db.connection import SqlConnection
 from receiver.db.receipts import FIRST_COLUMNS, receipts_of
 from receiver.db.rows import CostGroup, event_id, least_id
 from receiver.db.sources import find_event_ids
@@ -37,7 +37,7 @@ from receiver.db.views import (
 
 Row = dict[str, Any]
 EventT = TypeVar("EventT", bound=EventWithBody)
-EventFinder = Callable[[AsyncConnection, str], Awaitable[EventT | None]]
+EventFinder = Callable[[SqlConnection, str], Awaitable[EventT | None]]
 
 # The job of the event's `request_id`. The callback's path may name another one, and it is not signed.
 _JOB_ID: Final = (
@@ -63,7 +63,7 @@ SHOWN_RECEIPTS: Final = 50
 
 
 async def list_events(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     *,
     limit: int,
     before: int | None = None,
@@ -96,7 +96,7 @@ async def list_events(
     return cast("list[EventSummary]", found)
 
 
-async def find_event(connection: AsyncConnection, key: str) -> EventWithBody | None:
+async def find_event(connection: SqlConnection, key: str) -> EventWithBody | None:
     """Return one event by its id or `request_id`.
 
     An unrecognized event is also found by the `request_id` that this release reads in its body, if no other
@@ -119,7 +119,7 @@ async def find_event(connection: AsyncConnection, key: str) -> EventWithBody | N
     return cast("EventWithBody", event)
 
 
-async def show_event(connection: AsyncConnection, key: str) -> EventDetails | None:
+async def show_event(connection: SqlConnection, key: str) -> EventDetails | None:
     """Return the event that `find_event` does, with its receipts, files, deliveries and attempts."""
     found = await find_event(connection, key)
     if found is None:
@@ -136,7 +136,7 @@ async def show_event(connection: AsyncConnection, key: str) -> EventDetails | No
 
 
 async def list_receipts(
-    connection: AsyncConnection, event_seq: int, *, limit: int, after: int | None = None
+    connection: SqlConnection, event_seq: int, *, limit: int, after: int | None = None
 ) -> list[Receipt]:
     """Return receipts of an event, oldest first; `after` is the last `seq` of the previous page."""
     found = receipts_of(lambda seq: seq == event_seq)
@@ -148,7 +148,7 @@ async def list_receipts(
 
 
 async def list_deliveries(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     *,
     limit: int,
     before: uuid.UUID | None = None,
@@ -187,13 +187,13 @@ async def list_deliveries(
     return cast("list[ListedDelivery]", await _rows(connection, statement))
 
 
-async def count_stored(connection: AsyncConnection, *, since: datetime | None) -> int:
+async def count_stored(connection: SqlConnection, *, since: datetime | None) -> int:
     """Count the files that have an object in the storage, including pages that came in place of a file."""
     return await count_rows(connection, media, *_stored(since))
 
 
 async def list_stored(
-    connection: AsyncConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
+    connection: SqlConnection, *, limit: int, after: uuid.UUID | None, since: datetime | None
 ) -> list[FileToVerify]:
     """Return the files that `count_stored` counts, ordered by id."""
     where = _stored(since)
@@ -216,7 +216,7 @@ def _stored(since: datetime | None) -> list[ColumnElement[bool]]:
 
 
 async def list_jobs(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     *,
     limit: int,
     before: int | None,
@@ -246,7 +246,7 @@ async def list_jobs(
     return cast("list[JobDetails]", found)
 
 
-def _has_metadata(connection: AsyncConnection, key: str, value: str) -> ColumnElement[bool]:
+def _has_metadata(connection: SqlConnection, key: str, value: str) -> ColumnElement[bool]:
     if connection.dialect.name == "postgresql":
         found: ColumnElement[bool] = jobs.c.metadata[key].as_string() == value
         return found
@@ -256,7 +256,7 @@ def _has_metadata(connection: AsyncConnection, key: str, value: str) -> ColumnEl
 
 
 async def show_job(
-    connection: AsyncConnection, job_id: uuid.UUID, *, caller: str | None = None
+    connection: SqlConnection, job_id: uuid.UUID, *, caller: str | None = None
 ) -> JobDetails | None:
     """Return one job with its attempts, and its event with files and deliveries.
 
@@ -277,7 +277,7 @@ async def show_job(
 
 
 async def job_costs(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     *,
     by: CostGroup,
     caller: str | None = None,
@@ -315,13 +315,13 @@ async def job_costs(
     return cast("list[JobCosts]", [prices.join(row) for row in rows])
 
 
-def _day(connection: AsyncConnection) -> ColumnElement[str]:
+def _day(connection: SqlConnection) -> ColumnElement[str]:
     if connection.dialect.name == "sqlite":
         return func.strftime("%Y-%m-%d", jobs.c.created_at)
     return func.to_char(func.timezone("UTC", jobs.c.created_at), "YYYY-MM-DD")
 
 
-async def _job_events(connection: AsyncConnection, found: Sequence[Row]) -> dict[uuid.UUID, Row]:
+async def _job_events(connection: SqlConnection, found: Sequence[Row]) -> dict[uuid.UUID, Row]:
     """Return the events of jobs, without bodies, by the job's id."""
     job_ids = {
         event_id(job["source"], job["request_id"]): job["id"]
@@ -333,7 +333,7 @@ async def _job_events(connection: AsyncConnection, found: Sequence[Row]) -> dict
 
 
 async def _count_states(
-    connection: AsyncConnection, table: Table, seqs: Sequence[int]
+    connection: SqlConnection, table: Table, seqs: Sequence[int]
 ) -> dict[int, dict[str, int]]:
     statement = (
         select(table.c.event_seq, table.c.state, func.count())
@@ -346,7 +346,7 @@ async def _count_states(
     return counts
 
 
-async def _add_work(connection: AsyncConnection, event: Row) -> None:
+async def _add_work(connection: SqlConnection, event: Row) -> None:
     """Add the files and deliveries of an event."""
     orders = {"media": (media.c.position, media.c.variant.desc()), "deliveries": (deliveries.c.destination,)}
     for table in (media, deliveries):
@@ -355,11 +355,11 @@ async def _add_work(connection: AsyncConnection, event: Row) -> None:
         event[table.name] = await _rows(connection, statement)
 
 
-async def _rows(connection: AsyncConnection, statement: Select[Any]) -> list[Row]:
+async def _rows(connection: SqlConnection, statement: Select[Any]) -> list[Row]:
     return [dict(row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def _add_attempts(connection: AsyncConnection, works: Sequence[Row]) -> None:
+async def _add_attempts(connection: SqlConnection, works: Sequence[Row]) -> None:
     statement = (
         select(attempts)
         .where(attempts.c.work_id.in_([work["id"] for work in works]))

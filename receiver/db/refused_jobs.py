@@ -12,10 +12,10 @@ from datetime import UTC, datetime
 from typing import Final
 
 from sqlalchemy import ColumnElement, FromClause, and_, case, select, tuple_, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED
 from receiver.db.statements import count_rows
 from receiver.db.tables import in_state, is_refused, jobs
@@ -56,7 +56,7 @@ def same_environment(account: str, table: FromClause = jobs) -> ColumnElement[bo
     return table.c.account.like(f"{environment}-%")
 
 
-async def plan(connection: AsyncConnection, account: str, *, limit: int, start: int) -> list[Share]:
+async def plan(connection: SqlConnection, account: str, *, limit: int, start: int) -> list[Share]:
     """Return the shares of up to `limit` due jobs; `start` jobs were claimed before."""
     if not await count(connection, account):
         return [Share(most=limit)]
@@ -84,13 +84,13 @@ async def plan(connection: AsyncConnection, account: str, *, limit: int, start: 
     return shared + rest
 
 
-async def count(connection: AsyncConnection, account: str | None = None) -> int:
+async def count(connection: SqlConnection, account: str | None = None) -> int:
     """Count the jobs that Clipia refuses for now: those of one account, or all of them."""
     mine = () if account is None else (same_environment(account),)
     return await count_rows(connection, jobs, is_refused, *mine)
 
 
-async def release(connection: AsyncConnection, account: str) -> None:
+async def release(connection: SqlConnection, account: str) -> None:
     """Make the refused jobs due, because Clipia has accepted one of them."""
     # Locked rows are skipped, because two transactions that wait for each other's rows would deadlock.
     waiting = (
@@ -106,7 +106,7 @@ async def release(connection: AsyncConnection, account: str) -> None:
     )
 
 
-async def expire(connection: AsyncConnection, account: str, *, give_up_after: float) -> list[Expired]:
+async def expire(connection: SqlConnection, account: str, *, give_up_after: float) -> list[Expired]:
     """End jobs that were refused for `give_up_after` seconds and missed the time of their last attempt."""
     due = (
         select(jobs.c.id)
@@ -132,9 +132,7 @@ async def expire(connection: AsyncConnection, account: str, *, give_up_after: fl
     return [Expired(**row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def find_account_refusal(
-    connection: AsyncConnection, account: str, *, accepted_at: float
-) -> str | None:
+async def find_account_refusal(connection: SqlConnection, account: str, *, accepted_at: float) -> str | None:
     """Return the last refusal if Clipia seems to refuse the account and not single jobs.
 
     `accepted_at` is the time of the last accepted submission in unix seconds. Unknown prices of a model count

@@ -19,10 +19,10 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED, RESTARTED, is_unclaimed
 from receiver.db.outbox import record_change
 from receiver.db.statements import count_rows
@@ -49,7 +49,7 @@ class Taken:
         return Taken(moved=self.moved + other.moved, discarded=self.discarded + other.discarded)
 
 
-async def find_destinations(connection: AsyncConnection) -> set[str]:
+async def find_destinations(connection: SqlConnection) -> set[str]:
     """Return the destinations of pending deliveries, with one index lookup for each destination."""
     found: set[str] = set()
     for half in _HALVES:
@@ -66,14 +66,14 @@ async def find_destinations(connection: AsyncConnection) -> set[str]:
     return found
 
 
-async def count_waiting(connection: AsyncConnection, destination: str) -> int:
+async def count_waiting(connection: SqlConnection, destination: str) -> int:
     """Count the pending deliveries to a destination."""
     mine = deliveries.c.destination == destination
     return await count_rows(connection, deliveries, mine, in_state(deliveries, "pending"))
 
 
 async def count_free(
-    connection: AsyncConnection, destination: str, *, dead: bool, had_by: str | None = None
+    connection: SqlConnection, destination: str, *, dead: bool, had_by: str | None = None
 ) -> int:
     """Count the deliveries that `move` and `discard` would change.
 
@@ -86,7 +86,7 @@ async def count_free(
     return await count_rows(connection, statement.subquery())
 
 
-async def count_under_way(connection: AsyncConnection, destination: str) -> tuple[int, float]:
+async def count_under_way(connection: SqlConnection, destination: str) -> tuple[int, float]:
     """Count the deliveries that workers have claimed; return also the seconds until the last lease ends.
 
     The leases of a killed worker last until then.
@@ -100,7 +100,7 @@ async def count_under_way(connection: AsyncConnection, destination: str) -> tupl
     return row[0], -(row[1] or 0.0)
 
 
-async def mark_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+async def mark_missing(connection: SqlConnection, destination: str, *, limit: int) -> int:
     """Record that the destination of up to `limit` deliveries is missing, and since when; return how many.
 
     Their age does not count, because the removed destination may have had more time. A delivery that waits
@@ -112,7 +112,7 @@ async def mark_missing(connection: AsyncConnection, destination: str, *, limit: 
     return await _change(connection, unnoticed, limit=limit, error=NOT_CONFIGURED, restarted_at=db_time(0.0))
 
 
-async def clear_missing(connection: AsyncConnection, destination: str, *, limit: int) -> int:
+async def clear_missing(connection: SqlConnection, destination: str, *, limit: int) -> int:
     """Undo `mark_missing` for up to `limit` deliveries of a destination that is back; return how many."""
     noticed = select(deliveries.c.id).where(
         deliveries.c.destination == destination,
@@ -122,7 +122,7 @@ async def clear_missing(connection: AsyncConnection, destination: str, *, limit:
     return await _change(connection, noticed, limit=limit, error=None)
 
 
-async def give_up(connection: AsyncConnection, destination: str, *, age: float, limit: int) -> int:
+async def give_up(connection: SqlConnection, destination: str, *, age: float, limit: int) -> int:
     """Make dead letters of up to `limit` deliveries that were marked `age` seconds ago; return how many."""
     late = _free(destination, dead=False).where(
         deliveries.c.error == NOT_CONFIGURED,
@@ -134,7 +134,7 @@ async def give_up(connection: AsyncConnection, destination: str, *, age: float, 
     return len(ids)
 
 
-async def discard(connection: AsyncConnection, destination: str, *, dead: bool, by: str, limit: int) -> Taken:
+async def discard(connection: SqlConnection, destination: str, *, dead: bool, by: str, limit: int) -> Taken:
     """Cancel up to `limit` deliveries, and with `dead` also dead letters."""
     ids = await _lock(connection, _free(destination, dead=dead), limit=limit)
     await _end(connection, ids, state="canceled", error=f"discarded by {by}")
@@ -142,7 +142,7 @@ async def discard(connection: AsyncConnection, destination: str, *, dead: bool, 
 
 
 async def move(
-    connection: AsyncConnection, destination: str, *, to: str, waits: bool, dead: bool, by: str, limit: int
+    connection: SqlConnection, destination: str, *, to: str, waits: bool, dead: bool, by: str, limit: int
 ) -> Taken:
     """Move up to `limit` deliveries to another destination; they get its full attempts and time.
 
@@ -175,7 +175,7 @@ async def move(
 
 
 async def _lock_twins(
-    connection: AsyncConnection, ids: Collection[UUID], *, to: str
+    connection: SqlConnection, ids: Collection[UUID], *, to: str
 ) -> Sequence[Row[Any, Any, Any]]:
     """Lock the deliveries of the same events to `to`, because `deliveries retry` may restart a dead one."""
     twin, is_twin = _twin(to)
@@ -188,7 +188,7 @@ async def _lock_twins(
     return (await connection.execute(pairs, {"ids": ids})).all()
 
 
-async def redirect_replays(connection: AsyncConnection, destination: str, *, to: str | None) -> int:
+async def redirect_replays(connection: SqlConnection, destination: str, *, to: str | None) -> int:
     """Replace a destination in unfinished replays by `to`, or remove it; return how many replays.
 
     A replay without a destination is canceled.
@@ -216,19 +216,19 @@ def _free(destination: str, *, dead: bool) -> Select[Any]:
     return select(deliveries.c.id).where(deliveries.c.destination == destination, is_free)
 
 
-async def _lock(connection: AsyncConnection, which: Select[Any], *, limit: int) -> Sequence[UUID]:
+async def _lock(connection: SqlConnection, which: Select[Any], *, limit: int) -> Sequence[UUID]:
     statement = which.order_by(deliveries.c.id).limit(limit).with_for_update(skip_locked=True)
     ids: Sequence[UUID] = (await connection.execute(statement)).scalars().all()
     return ids
 
 
-async def _change(connection: AsyncConnection, which: Select[Any], *, limit: int, **values: Any) -> int:
+async def _change(connection: SqlConnection, which: Select[Any], *, limit: int, **values: Any) -> int:
     ids = await _lock(connection, which, limit=limit)
     await _update(connection, ids, **values)
     return len(ids)
 
 
-async def _update(connection: AsyncConnection, ids: Collection[UUID], **values: Any) -> None:
+async def _update(connection: SqlConnection, ids: Collection[UUID], **values: Any) -> None:
     await connection.execute(update(deliveries).where(_CHOSEN).values(values), {"ids": ids})
 
 
@@ -240,6 +240,6 @@ def _twin(to: str) -> tuple[FromClause, ColumnElement[bool]]:
     return twin, is_twin
 
 
-async def _end(connection: AsyncConnection, ids: Collection[UUID], *, state: str, error: str) -> None:
+async def _end(connection: SqlConnection, ids: Collection[UUID], *, state: str, error: str) -> None:
     await _update(connection, ids, state=state, error=error, **ENDED)
     await record_change(connection, ids, outcome="failed", error=error)

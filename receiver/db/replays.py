@@ -7,11 +7,11 @@ from datetime import datetime
 from typing import Any, Final, cast
 
 from sqlalchemy import ColumnElement, and_, exists, func, or_, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import leases, outbox
 from receiver.db.array_parameters import among
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import Claim, NewMedia, NewReplay, ReplayedEvent, ReplayOrder
 from receiver.db.selection import Selection
 from receiver.db.statements import count_rows, insert_unless_taken
@@ -34,13 +34,13 @@ class Scope:
     until_seq: int
 
 
-async def insert_order(connection: AsyncConnection, order: NewReplay, scope: Scope, *, matched: int) -> bool:
+async def insert_order(connection: SqlConnection, order: NewReplay, scope: Scope, *, matched: int) -> bool:
     """Insert a replay, due at once; False if (caller, idempotency_key) is taken."""
     values = leases.work_values() | asdict(order) | asdict(scope) | {"matched": matched}
     return await insert_unless_taken(connection, replays, values) is not None
 
 
-async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope:
+async def find_scope(connection: SqlConnection, selection: Selection) -> Scope:
     """Return the range of the stored events that may match a selection."""
     if not selection.ids:
         last = await connection.scalar(select(func.max(events.c.seq)))
@@ -49,12 +49,12 @@ async def find_scope(connection: AsyncConnection, selection: Selection) -> Scope
     return Scope(after_seq=min(seqs, default=1) - 1, until_seq=max(seqs, default=0))
 
 
-async def find_unknown(connection: AsyncConnection, selection: Selection) -> list[str]:
+async def find_unknown(connection: SqlConnection, selection: Selection) -> list[str]:
     """Return the ids of a selection that have no event."""
     return [key for key, seqs in (await selection.find_seqs(connection)).items() if not seqs]
 
 
-async def count(connection: AsyncConnection, selection: Selection, scope: Scope) -> int:
+async def count(connection: SqlConnection, selection: Selection, scope: Scope) -> int:
     """Count the events of a replay."""
     total = 0
     conditions = await selection.conditions(connection)
@@ -65,7 +65,7 @@ async def count(connection: AsyncConnection, selection: Selection, scope: Scope)
 
 
 async def select_events(
-    connection: AsyncConnection,
+    connection: SqlConnection,
     selection: Selection,
     scope: Scope,
     *,
@@ -96,7 +96,7 @@ async def select_events(
     return found, found[-1].seq if len(found) == limit else until
 
 
-async def claim(connection: AsyncConnection, *, limit: int, lease: float) -> list[tuple[Claim, ReplayOrder]]:
+async def claim(connection: SqlConnection, *, limit: int, lease: float) -> list[tuple[Claim, ReplayOrder]]:
     """Claim replays that are due for their next step."""
     claims = await leases.claim(connection, replays, limit=limit, lease=lease)
     columns = [replays.c[name] for name in ReplayOrder.__dataclass_fields__]
@@ -109,7 +109,7 @@ _OF_FILE: Final = ("size", "sha256", "content_type", "storage_key", "uri", "warn
 
 
 async def restart_media(
-    connection: AsyncConnection, media_ids: Collection[uuid.UUID], *, intact: Collection[uuid.UUID] = ()
+    connection: SqlConnection, media_ids: Collection[uuid.UUID], *, intact: Collection[uuid.UUID] = ()
 ) -> list[int]:
     """Make files pending again, and their events `fetching`; return the event's `seq` of each file.
 
@@ -125,13 +125,14 @@ async def restart_media(
     return seqs
 
 
-async def add_media(connection: AsyncConnection, files: Sequence[tuple[int, NewMedia]]) -> list[int]:
+async def add_media(connection: SqlConnection, files: Sequence[tuple[int, NewMedia]]) -> list[int]:
     """Add files, each with its event's `seq`; return the `seq` of each that has to be downloaded."""
     if not files:
         return []
     # An event may have been erased since its files were listed.
     there = select(events.c.seq).where(events.c.seq.in_({seq for seq, _ in files}), _ELIGIBLE)
-    seqs = set(await connection.scalars(there.order_by(events.c.seq).with_for_update()))
+    found = await connection.execute(there.order_by(events.c.seq).with_for_update())
+    seqs = set(found.scalars())
     added = [(seq, file) for seq, file in files if seq in seqs]
     await outbox.insert_media(connection, added)
     fetching = [seq for seq, file in added if file.skipped is None]
@@ -139,14 +140,14 @@ async def add_media(connection: AsyncConnection, files: Sequence[tuple[int, NewM
     return fetching
 
 
-async def change_urls(connection: AsyncConnection, urls: Mapping[uuid.UUID, str]) -> None:
+async def change_urls(connection: SqlConnection, urls: Mapping[uuid.UUID, str]) -> None:
     """Change the URLs of files, by their ids."""
     for media_id, url in urls.items():
         await connection.execute(update(media).where(media.c.id == media_id).values(url=url))
 
 
 async def _restart_media(
-    connection: AsyncConnection, media_ids: Collection[uuid.UUID], **values: Any
+    connection: SqlConnection, media_ids: Collection[uuid.UUID], **values: Any
 ) -> list[int]:
     # An array is one parameter: 100 events may have more files than a statement may have parameters.
     restarted = await connection.execute(
@@ -160,7 +161,7 @@ async def _restart_media(
 
 
 async def advance(
-    connection: AsyncConnection, held: Claim, *, after_seq: int, handled: int, delay: float
+    connection: SqlConnection, held: Claim, *, after_seq: int, handled: int, delay: float
 ) -> bool:
     """Record that a step has handled the events up to `after_seq`; False if the lease is lost."""
     return await leases.retry(
@@ -176,7 +177,7 @@ async def advance(
 
 
 async def add_counts(
-    connection: AsyncConnection, replay_id: uuid.UUID, *, ordered: int, downloads: int
+    connection: SqlConnection, replay_id: uuid.UUID, *, ordered: int, downloads: int
 ) -> None:
     """Add the deliveries and downloads of a step to the counts of a replay."""
     await connection.execute(
@@ -187,7 +188,7 @@ async def add_counts(
 
 
 async def count_waiting(
-    connection: AsyncConnection, replay_id: uuid.UUID, destinations: Collection[str]
+    connection: SqlConnection, replay_id: uuid.UUID, destinations: Collection[str]
 ) -> int:
     """Return the number of pending deliveries of a replay at its fastest destination."""
     counts = []
@@ -200,7 +201,7 @@ async def count_waiting(
     return min(counts, default=0)
 
 
-async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
+async def cancel(connection: SqlConnection, replay_id: uuid.UUID) -> bool:
     """Cancel a replay that is pending or has pending deliveries. Return False if it has ended."""
     waits = exists().where(deliveries.c.replay_id == replay_id, deliveries.c.state == "pending")
     unfinished = or_(replays.c.state == "pending", and_(replays.c.state == "completed", waits))
@@ -210,7 +211,7 @@ async def cancel(connection: AsyncConnection, replay_id: uuid.UUID) -> bool:
     return bool(stopped.rowcount)
 
 
-async def cancel_deliveries(connection: AsyncConnection, replay_id: uuid.UUID, *, limit: int) -> int:
+async def cancel_deliveries(connection: SqlConnection, replay_id: uuid.UUID, *, limit: int) -> int:
     """Cancel up to `limit` deliveries of a replay that no worker has claimed; return how many."""
     waits = select(deliveries.c.id).where(
         deliveries.c.replay_id == replay_id,
@@ -225,7 +226,7 @@ async def cancel_deliveries(connection: AsyncConnection, replay_id: uuid.UUID, *
     return dropped.rowcount
 
 
-async def find_canceled(connection: AsyncConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
+async def find_canceled(connection: SqlConnection, replay_ids: Collection[uuid.UUID]) -> set[uuid.UUID]:
     """Return those of the replays that are canceled."""
     if not replay_ids:
         return set()
@@ -233,7 +234,7 @@ async def find_canceled(connection: AsyncConnection, replay_ids: Collection[uuid
     return set((await connection.execute(statement)).scalars())
 
 
-async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> ReplayDetails | None:
+async def show(connection: SqlConnection, replay_id: uuid.UUID) -> ReplayDetails | None:
     """Return a replay and the number of its deliveries in each state."""
     statement = select(replays).where(replays.c.id == replay_id)
     row = (await connection.execute(statement)).mappings().one_or_none()
@@ -250,7 +251,7 @@ async def show(connection: AsyncConnection, replay_id: uuid.UUID) -> ReplayDetai
     return cast("ReplayDetails", {name: row[name] for name in _SHOWN} | {"deliveries": counts})
 
 
-async def list_orders(connection: AsyncConnection, *, limit: int, before: int | None) -> list[ReplayHead]:
+async def list_orders(connection: SqlConnection, *, limit: int, before: int | None) -> list[ReplayHead]:
     """Return replays, newest first; `before` is the `seq` of the last one of the previous page."""
     statement = select(*(replays.c[name] for name in _SHOWN)).order_by(replays.c.seq.desc()).limit(limit)
     if before is not None:

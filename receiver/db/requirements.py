@@ -4,8 +4,8 @@ from collections.abc import Collection
 from typing import Final
 
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
 
+from receiver.db.connection import Transaction
 from receiver.db.database import Database
 from receiver.db.tables import metadata
 from receiver.db.version import VERSION_TABLE
@@ -28,7 +28,7 @@ async def require_usable(database: Database, *, durable_without: Collection[str]
             await _require_usable_postgresql(connection, durable_without)
 
 
-async def _require_usable_postgresql(connection: AsyncConnection, durable_without: Collection[str]) -> None:
+async def _require_usable_postgresql(connection: Transaction, durable_without: Collection[str]) -> None:
     names = (*_STORAGE, "synchronous_commit", "server_encoding")
     # One statement, because each readiness probe runs it.
     query = ", ".join(f"current_setting('{name}') AS {name}" for name in names)
@@ -93,7 +93,7 @@ _MISSING_RIGHTS: Final = text("""
 """)
 
 
-async def _require_durable_sqlite(connection: AsyncConnection) -> None:
+async def _require_durable_sqlite(connection: Transaction) -> None:
     for name, durable in (("journal_mode", {"wal"}), ("synchronous", {2, 3})):
         value = (await connection.exec_driver_sql(f"PRAGMA {name}")).scalar_one()
         if value not in durable:

@@ -7,9 +7,9 @@ from uuid import UUID
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, and_, exists, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.array_parameters import among
+from receiver.db.connection import SqlConnection
 from receiver.db.sources import find_event_ids
 from receiver.db.statements import between, equal
 from receiver.db.tables import deliveries, events, jobs
@@ -50,7 +50,7 @@ class Selection(BaseModel):
     delivery_state: Literal["pending", "delivered", "dead"] | None = None
     """Events with a delivery in this state, and to `destination` if that is given."""
 
-    async def conditions(self, connection: AsyncConnection) -> list[ColumnElement[bool]]:
+    async def conditions(self, connection: SqlConnection) -> list[ColumnElement[bool]]:
         """Return the conditions on `events`."""
         found = equal(events, {"status": self.status, "source": self.source})
         found += between(events.c.received_at, self.since, self.until)
@@ -66,7 +66,7 @@ class Selection(BaseModel):
             found.append(exists().where(deliveries.c.event_seq == events.c.seq, *wanted))
         return found
 
-    async def find_seqs(self, connection: AsyncConnection) -> dict[str, list[int]]:
+    async def find_seqs(self, connection: SqlConnection) -> dict[str, list[int]]:
         """Return the `seq`s of the events that each of `ids` stands for."""
         ids = await find_event_ids(connection, self.ids)
         rows = await connection.execute(select(events.c.id, events.c.seq).where(_is_among(ids)))

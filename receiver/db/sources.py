@@ -9,15 +9,15 @@ from collections.abc import Collection
 from uuid import UUID
 
 from sqlalchemy import select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.array_parameters import DIALECTS
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import event_id
 from receiver.db.statements import insert_for
 from receiver.db.tables import sources
 
 
-async def add(connection: AsyncConnection, source: str) -> None:
+async def add(connection: SqlConnection, source: str) -> None:
     """Add a source; call it in the transaction that inserts its event, after the event."""
     await connection.execute(_ADD[connection.dialect.name], {"name": source})
 
@@ -26,7 +26,7 @@ async def add(connection: AsyncConnection, source: str) -> None:
 _ADD = {name: insert_for(name, sources).on_conflict_do_nothing() for name in DIALECTS}
 
 
-async def find_event_ids(connection: AsyncConnection, keys: Collection[str]) -> dict[str, set[UUID]]:
+async def find_event_ids(connection: SqlConnection, keys: Collection[str]) -> dict[str, set[UUID]]:
     """Return the possible event ids for each key, which is an event's id or Clipia's `request_id`."""
     names = (await connection.execute(select(sources.c.name))).scalars().all()
     return {key: _event_ids(names, key) for key in keys}

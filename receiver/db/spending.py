@@ -3,14 +3,14 @@
 from datetime import UTC, datetime, timedelta
 
 from sqlalchemy import and_, case, func, not_, select, text, union_all
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db import prices
+from receiver.db.connection import SqlConnection
 from receiver.db.tables import is_open, jobs
 from receiver.price import Credits
 
 
-async def spent_today(connection: AsyncConnection, caller: str) -> Credits:
+async def spent_today(connection: SqlConnection, caller: str) -> Credits:
     """Return the charged, reserved or estimated credits of a caller's open jobs and of today's (UTC) jobs.
 
     A job without an answer counts on the day of its first attempt. The function locks the caller's spending

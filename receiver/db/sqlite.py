@@ -1,13 +1,18 @@
-"""SQLite: engines with durable settings, and a thread that runs whole transactions."""
+"""SQLite: connections with durable settings, each in a thread of its own.
+
+The calls of a thread run in their order. So if a task is cancelled during a statement, its transaction is
+rolled back before the next one begins.
+"""
 
 import asyncio
 import contextlib
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import (
     URL,
@@ -19,42 +24,124 @@ from sqlalchemy import (
     create_engine,
     event,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 
+from receiver.db.connection import SqlConnection, Transaction
 from receiver.db.transactions import POOL_WAIT
 from receiver.error_texts import cause
 from receiver.errors import SettingsError
 from receiver.private_files import open_private
 
 T = TypeVar("T")
+Call = Callable[..., Awaitable[Any]]
 
 
-def sqlite_engine(url: URL, *, pool_size: int, begin: str, foreign_keys: bool = True) -> AsyncEngine:
-    """Return an engine with durable commits; `begin` is the statement that opens a transaction."""
-    if url.database:
+def make_file(url: URL) -> None:
+    """Create the file of a database with its folder, so that only its owner can read it."""
+    if not url.database:
+        return
+    try:
+        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(
+            f"RECEIVER_DATABASE_URL: cannot create the folder of the file: {cause(error)}; "
+            "use a folder that this user can write to"
+        ) from error
+    # SQLite would create a file that all users can read. The -wal and -shm files get its mode.
+    with contextlib.suppress(OSError):
+        os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+
+
+class SqliteThread:
+    """A thread with a connection that runs one transaction at a time."""
+
+    def __init__(self, url: URL, *, begin: str, foreign_keys: bool = True) -> None:
+        """`begin` is the statement that opens a transaction."""
+        self.engine: Final = create_engine(
+            url,
+            pool_size=1,
+            max_overflow=0,
+            # The event loop closes cursors whose rows were read.
+            connect_args={"timeout": POOL_WAIT, "check_same_thread": False},
+            hide_parameters=True,
+        )
+        _set_up(self.engine, begin, foreign_keys=foreign_keys)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    async def call(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Call a function in the thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+
+    async def run(self, work: Callable[[SqlConnection], Awaitable[T]]) -> T:
+        """Run `work` in one transaction in the thread. It switches threads once, not once a statement."""
+        return await self.call(self._run, work)
+
+    def _run(self, work: Callable[[SqlConnection], Awaitable[T]]) -> T:
+        with self.engine.begin() as connection:
+            return _result(work(_SqliteConnection(connection, _call_here)))
+
+    async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        """Run `work` in autocommit mode."""
+        return await self.call(self._run_with_driver, work)
+
+    def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        with closing(self.engine.raw_connection()) as connection:
+            return work(connection)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Open a transaction for the block; each statement switches to the thread and back."""
+        begun: list[Connection] = []
         try:
-            Path(url.database).parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise SettingsError(
-                f"RECEIVER_DATABASE_URL: cannot create the folder of the file: {cause(error)}; "
-                "use a folder that this user can write to"
-            ) from error
-        # SQLite would create a file that all users can read. The -wal and -shm files get its mode.
-        with contextlib.suppress(OSError):
-            os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-    engine = create_async_engine(
-        url,
-        pool_size=pool_size,
-        max_overflow=0,
-        pool_timeout=POOL_WAIT,
-        connect_args={"timeout": POOL_WAIT},
-        hide_parameters=True,
-    )
-    _set_up_sqlite(engine.sync_engine, begin, foreign_keys=foreign_keys)
-    return engine
+            # SQLite itself gives up after `POOL_WAIT`, unless the disk is frozen.
+            async with asyncio.timeout(2 * POOL_WAIT):
+                connection = await self.call(_begin, self.engine, begun)
+            yield _SqliteConnection(connection, self.call)
+        except BaseException:
+            # Nothing waits for it: the disk may be frozen, and the next call of the thread comes after it.
+            self._executor.submit(_end, begun)
+            raise
+        await self.call(_end, begun, Connection.commit)
+
+    async def close(self) -> None:
+        """Close the connection in the thread that opened it, and end the thread."""
+        await self.call(self.engine.dispose)
+        self._executor.shutdown(wait=False)
 
 
-def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> None:
+class SqliteReaders:
+    """Threads for transactions that only read."""
+
+    def __init__(self, url: URL, *, number: int) -> None:
+        self._all: Final = [SqliteThread(url, begin="BEGIN") for _ in range(number)]
+        self._idle = deque(self._all)
+        self._places = asyncio.Semaphore(number)
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Transaction]:
+        """Open a transaction in an idle thread. Raises TimeoutError if none is idle for too long."""
+        async with asyncio.timeout(POOL_WAIT):
+            await self._places.acquire()
+        thread = self._idle.pop()
+        try:
+            async with thread.transaction() as connection:
+                yield connection
+        except BaseException:
+            # It may still be busy.
+            self._idle.appendleft(thread)
+            raise
+        else:
+            self._idle.append(thread)
+        finally:
+            self._places.release()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        for thread in self._all:
+            await thread.close()
+
+
+def _set_up(engine: Engine, begin: str, *, foreign_keys: bool) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
         # Otherwise pysqlite issues its own BEGIN, which takes no write lock, and updates get lost silently.
@@ -69,59 +156,79 @@ def _set_up_sqlite(engine: Engine, begin: str, *, foreign_keys: bool = True) -> 
         connection.exec_driver_sql(begin)
 
 
-class SqliteThread:
-    """A connection in its own thread. A transaction switches threads once, not once for each statement."""
-
-    def __init__(self, url: URL) -> None:
-        self._engine = create_engine(
-            url.set(drivername="sqlite+pysqlite"),
-            pool_size=1,
-            max_overflow=0,
-            connect_args={"timeout": POOL_WAIT},
-            hide_parameters=True,
-        )
-        _set_up_sqlite(self._engine, "BEGIN IMMEDIATE")
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
-
-    async def run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        """Run `work` in one transaction."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run, work)
-
-    def _run(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:
-        with self._engine.begin() as connection:
-            return _result(work(cast("AsyncConnection", _AwaitedConnection(connection))))
-
-    async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
-        """Run `work` in autocommit mode."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self._run_with_driver, work)
-
-    def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
-        with closing(self._engine.raw_connection()) as connection:
-            return work(connection)
-
-    async def close(self) -> None:
-        """Close the connection in the thread that opened it, and end the thread."""
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._engine.dispose)
-        self._executor.shutdown(wait=False)
+def _begin(engine: Engine, begun: list[Connection]) -> Connection:
+    """Begin a transaction, and note its connection before anything can fail."""
+    connection = engine.connect()
+    begun.append(connection)
+    connection.begin()
+    return connection
 
 
-class _AwaitedConnection:
-    """A synchronous connection with the interface of AsyncConnection."""
+def _end(begun: list[Connection], how: Callable[[Connection], None] = Connection.rollback) -> None:
+    for connection in begun:
+        with closing(connection):
+            how(connection)
 
-    def __init__(self, connection: Connection) -> None:
+
+class _SqliteConnection:
+    """A synchronous connection; `call` runs a function in its thread."""
+
+    def __init__(self, connection: Connection, call: Call) -> None:
         self._connection = connection
+        self._call = call
         self.dialect: Final = connection.dialect
 
     async def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
-        return self._connection.execute(statement, parameters)
+        result: CursorResult[Any] = await self._call(_execute, self._connection, statement, parameters)
+        return result
 
     async def scalar(self, statement: Executable, parameters: Any = None) -> Any:
-        return self._connection.scalar(statement, parameters)
+        return await self._call(self._connection.scalar, statement, parameters)
+
+    async def exec_driver_sql(self, statement: str, parameters: Any = None) -> CursorResult[Any]:
+        result: CursorResult[Any] = await self._call(
+            _exec_driver_sql, self._connection, statement, parameters
+        )
+        return result
+
+    async def run_sync(self, fn: Callable[[Connection], T]) -> T:
+        result: T = await self._call(fn, self._connection)
+        return result
+
+    async def rollback(self) -> None:
+        await self._call(self._connection.rollback)
 
     @asynccontextmanager
-    async def begin_nested(self) -> AsyncIterator[None]:
-        with self._connection.begin_nested():
+    async def _nested(self) -> AsyncIterator[None]:
+        savepoint = await self._call(self._connection.begin_nested)
+        try:
             yield
+        except BaseException:
+            await self._call(savepoint.rollback)
+            raise
+        await self._call(savepoint.commit)
+
+    def begin_nested(self) -> AbstractAsyncContextManager[object]:
+        return self._nested()
+
+
+def _execute(connection: Connection, statement: Executable, parameters: Any) -> CursorResult[Any]:
+    return _read(connection.execute(statement, parameters))
+
+
+def _exec_driver_sql(connection: Connection, statement: str, parameters: Any) -> CursorResult[Any]:
+    return _read(connection.exec_driver_sql(statement, parameters))
+
+
+def _read(result: CursorResult[Any]) -> CursorResult[Any]:
+    """Read all rows, because SQLite finds each row only when it is read, and that may wait for the disk."""
+    if result.returns_rows and result.cursor is not None:
+        result.cursor_strategy = FullyBufferedCursorFetchStrategy(result.cursor)
+    return result
+
+
+async def _call_here(work: Callable[..., T], *arguments: Any) -> T:
+    return work(*arguments)
 
 
 def _result(awaited: Awaitable[T]) -> T:

@@ -7,9 +7,9 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, FromClause, LargeBinary, Table, func, select, type_coerce
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import Dialect
-from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.types import TypeDecorator
 
+from receiver.db.connection import SqlConnection
 from receiver.db.tables import Sha256
 
 
@@ -45,7 +45,7 @@ def between(column: ColumnElement[Any], since: object, until: object) -> list[Co
     return [bound for bound in bounds if bound is not None]
 
 
-async def count_rows(connection: AsyncConnection, table: FromClause, *where: ColumnElement[bool]) -> int:
+async def count_rows(connection: SqlConnection, table: FromClause, *where: ColumnElement[bool]) -> int:
     """Count the rows of a table under conditions."""
     statement = select(func.count()).select_from(table).where(*where)
     return int((await connection.execute(statement)).scalar_one())
@@ -59,7 +59,7 @@ class Known(NamedTuple):
 
 
 async def find_known(
-    connection: AsyncConnection, table: Table, caller: str, idempotency_key: str
+    connection: SqlConnection, table: Table, caller: str, idempotency_key: str
 ) -> Known | None:
     """Return the job or the replay of an Idempotency-Key of a caller."""
     same = equal(table, {"caller": caller, "idempotency_key": idempotency_key})
@@ -68,7 +68,7 @@ async def find_known(
 
 
 async def insert_unless_taken(
-    connection: AsyncConnection, table: Table, values: Mapping[str, Any]
+    connection: SqlConnection, table: Table, values: Mapping[str, Any]
 ) -> int | None:
     """Insert a row and return its `seq`, or None if another row has one of its unique keys.
 

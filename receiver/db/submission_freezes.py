@@ -6,9 +6,9 @@ from datetime import datetime
 from typing import Final
 
 from sqlalchemy import delete, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED
 from receiver.db.statements import insert_for
 from receiver.db.tables import freezes, in_state, jobs
@@ -28,14 +28,14 @@ class Freeze:
     frozen_at: datetime
 
 
-async def find(connection: AsyncConnection) -> Freeze | None:
+async def find(connection: SqlConnection) -> Freeze | None:
     """Return the freeze, or None if submissions are not frozen."""
     columns = [freezes.c[name] for name in Freeze.__dataclass_fields__]
     row = (await connection.execute(select(*columns).where(freezes.c.name == _NAME))).mappings().first()
     return None if row is None else Freeze(**row)
 
 
-async def require_none(connection: AsyncConnection) -> None:
+async def require_none(connection: SqlConnection) -> None:
     """Raise ClipiaUnavailable if submissions are frozen, which rolls back the new job."""
     if await find(connection) is not None:
         raise ClipiaUnavailable(
@@ -47,7 +47,7 @@ async def require_none(connection: AsyncConnection) -> None:
         )
 
 
-async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored: bool) -> None:
+async def freeze(connection: SqlConnection, *, by: str, reason: str, restored: bool) -> None:
     """Freeze submissions; an existing freeze is kept, but a restore replaces its author and reason."""
     statement = insert_for(connection.dialect.name, freezes).values(
         name=_NAME, by=by, reason=reason, restored=restored, frozen_at=db_time(0.0)
@@ -59,7 +59,7 @@ async def freeze(connection: AsyncConnection, *, by: str, reason: str, restored:
         )
 
 
-async def thaw(connection: AsyncConnection, *, key_holds: float, error: str) -> list[uuid.UUID] | None:
+async def thaw(connection: SqlConnection, *, key_holds: float, error: str) -> list[uuid.UUID] | None:
     """End the freeze; return the jobs that become `unsure`, or None if there is no freeze.
 
     If the database was restored, a pending job of the dump may have been sent at any time after it was made.

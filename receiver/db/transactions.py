@@ -4,13 +4,12 @@ A condition is a lost session, a missing table or right, or a lack of resources;
 """
 
 import sqlite3
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, ProgrammingError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from receiver.db.error_texts import cause
 from receiver.errors import DatabaseUnavailable
@@ -57,14 +56,6 @@ def is_lost(error: BaseException) -> bool:
 def sqlstate(error: BaseException) -> str:
     """Return the SQLSTATE of an error of PostgreSQL, or an empty text."""
     return str(getattr(error, "sqlstate", None) or "")
-
-
-@asynccontextmanager
-async def transaction(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
-    """Open one transaction; raise DatabaseUnavailable for a condition of the database."""
-    with unavailable():
-        async with engine.begin() as connection:
-            yield connection
 
 
 @contextmanager

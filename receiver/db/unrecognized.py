@@ -18,9 +18,9 @@ from sqlalchemy import (
     select,
     update,
 )
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.payload import is_request_id, summarize
+from receiver.db.connection import SqlConnection
 from receiver.db.receipts import receipts_of
 from receiver.db.rows import NewEvent, Origin
 from receiver.db.tables import events, in_state, receipts
@@ -44,7 +44,7 @@ class Unrecognized(NamedTuple):
     received_at: datetime
 
 
-async def list_page(connection: AsyncConnection, *, after: int, limit: int) -> Sequence[Unrecognized]:
+async def list_page(connection: SqlConnection, *, after: int, limit: int) -> Sequence[Unrecognized]:
     """Return the next unrecognized events by `seq`."""
     statement = (
         select(*(events.c[name] for name in Unrecognized._fields))
@@ -55,13 +55,13 @@ async def list_page(connection: AsyncConnection, *, after: int, limit: int) -> S
     return [Unrecognized(*row) for row in await connection.execute(statement)]
 
 
-async def list_seqs(connection: AsyncConnection, *, limit: int) -> Sequence[int]:
+async def list_seqs(connection: SqlConnection, *, limit: int) -> Sequence[int]:
     """Return the `seq`s of unrecognized events, newest first."""
     statement = select(events.c.seq).where(_UNRECOGNIZED).order_by(events.c.seq.desc()).limit(limit)
     return (await connection.execute(statement)).scalars().all()
 
 
-async def find_seqs(connection: AsyncConnection, request_id: str) -> list[int]:
+async def find_seqs(connection: SqlConnection, request_id: str) -> list[int]:
     """Return the `seq`s of unrecognized events if this release reads the `request_id` in their body.
 
     The database searches the bodies for the text first, because there may be many of them.
@@ -82,20 +82,20 @@ def read_request_id(body: bytes) -> str | None:
         return None
 
 
-def _contains(connection: AsyncConnection, text: bytes) -> ColumnElement[bool]:
+def _contains(connection: SqlConnection, text: bytes) -> ColumnElement[bool]:
     part = bindparam(None, text, LargeBinary)
     if connection.dialect.name == "sqlite":
         return func.instr(events.c.body, part) > 0
     return func.position(part.op("IN")(events.c.body)) > 0
 
 
-async def lock(connection: AsyncConnection, seq: int) -> bool:
+async def lock(connection: SqlConnection, seq: int) -> bool:
     """Lock an event until the transaction ends; False if it is locked already or was recognized."""
     statement = select(events.c.seq).where(events.c.seq == seq, _UNRECOGNIZED)
     return (await connection.execute(statement.with_for_update(skip_locked=True))).first() is not None
 
 
-async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> None:
+async def recognize(connection: SqlConnection, seq: int, event: NewEvent) -> None:
     """Turn an unrecognized event into the recognized `event`, which waits for its fan-out.
 
     Raises IntegrityError if `event` was received in the meantime.
@@ -107,7 +107,7 @@ async def recognize(connection: AsyncConnection, seq: int, event: NewEvent) -> N
 
 
 async def merge(
-    connection: AsyncConnection, seq: int, *, into: int, outcome: Literal["duplicate", "conflict"]
+    connection: SqlConnection, seq: int, *, into: int, outcome: Literal["duplicate", "conflict"]
 ) -> None:
     """Move the receipts of an event to another one and delete it; receipts of a conflict get its body."""
     values: dict[str, Any] = {"event_seq": literal(into), "outcome": literal(outcome)}
@@ -121,7 +121,7 @@ async def merge(
     await connection.execute(delete(events).where(events.c.seq == seq))
 
 
-async def load_bodies(connection: AsyncConnection, seqs: Collection[int]) -> dict[int, bytes]:
+async def load_bodies(connection: SqlConnection, seqs: Collection[int]) -> dict[int, bytes]:
     """Return the bodies of the events that are still unrecognized."""
     statement = select(events.c.seq, events.c.body).where(events.c.seq.in_(seqs), _UNRECOGNIZED)
     return {row.seq: row.body for row in await connection.execute(statement)}

@@ -83,7 +83,7 @@ def _parse_sqlite(url: str) -> URL:
         raise SettingsError(_HOW) from None
     if not parsed.database or ":memory:" in parsed.database or "mode=memory" in url:
         raise SettingsError(f"{_NAME}: an in-memory SQLite database would lose accepted events: name a file")
-    return parsed.set(drivername="sqlite+aiosqlite")
+    return parsed.set(drivername="sqlite+pysqlite")
 
 
 def _parse_postgresql(rest: str) -> PostgresqlUrl:

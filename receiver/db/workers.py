@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass
 from typing import Final
 
 from sqlalchemy import delete, select
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.db.clock import db_time, seconds_since
+from receiver.db.connection import SqlConnection
 from receiver.db.statements import insert_for
 from receiver.db.tables import workers
 
@@ -46,7 +46,7 @@ class SeenWorker(WorkerRun):
         return self.age < FRESH_SECONDS
 
 
-async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
+async def renew(connection: SqlConnection, run: WorkerRun) -> None:
     """Record that a process is running now."""
     new = insert_for(connection.dialect.name, workers)
     statement = new.values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
@@ -55,17 +55,17 @@ async def renew(connection: AsyncConnection, run: WorkerRun) -> None:
     )
 
 
-async def delete_stale(connection: AsyncConnection) -> None:
+async def delete_stale(connection: SqlConnection) -> None:
     """Delete the rows of processes that have not renewed them for `KEPT_SECONDS`."""
     await connection.execute(delete(workers).where(workers.c.seen_at < db_time(-KEPT_SECONDS)))
 
 
-async def remove(connection: AsyncConnection, run_id: uuid.UUID) -> None:
+async def remove(connection: SqlConnection, run_id: uuid.UUID) -> None:
     """Record that a process has stopped."""
     await connection.execute(delete(workers).where(workers.c.id == run_id))
 
 
-async def find_runs(connection: AsyncConnection) -> Sequence[SeenWorker]:
+async def find_runs(connection: SqlConnection) -> Sequence[SeenWorker]:
     """Return the processes that run or crashed lately, the latest renewal first."""
     columns = [workers.c[name] for name in WorkerRun.__dataclass_fields__]
     age = seconds_since(workers.c.seen_at).label("age")

@@ -10,10 +10,10 @@ from uuid import UUID
 
 import structlog
 from sqlalchemy import Table
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import Wake
 from receiver.db import leases
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
@@ -75,7 +75,7 @@ class Lane(ABC):
         """Give claims back; their attempts do not count."""
         await self._database.run_transaction(partial(leases.release, table=self._table, claims=claims))
 
-    async def _record(self, claim: Claim, write: Callable[[AsyncConnection], Awaitable[T]]) -> T:
+    async def _record(self, claim: Claim, write: Callable[[SqlConnection], Awaitable[T]]) -> T:
         """Record a result in a transaction; `write` returns False if the lease was lost."""
         return await self._until_recorded(claim, lambda: self._database.run_transaction(write))
 

@@ -11,7 +11,6 @@ from uuid import UUID
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.batching import Batcher
 from receiver.core.circuit_breaker import CircuitBreaker
@@ -19,6 +18,7 @@ from receiver.core.lane_names import Wake, destination_lane
 from receiver.core.replay_throttle import MAX_REST_SECONDS, ReplayThrottle
 from receiver.core.token_bucket import TokenBucket
 from receiver.db import inbox, job_events, leases, outbox, replays
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
@@ -165,7 +165,7 @@ class DeliveryLane(Lane):
         self._wake(self.name)
 
     async def _claim(
-        self, connection: AsyncConnection, *, limit: int
+        self, connection: SqlConnection, *, limit: int
     ) -> tuple[list[tuple[_Delivery, bool]], bool]:
         """Claim deliveries, as many as fit into memory.
 
@@ -191,7 +191,7 @@ class DeliveryLane(Lane):
             found.append((this, claim.replay_id in canceled))
         return found, bool(left)
 
-    async def _claim_rows(self, connection: AsyncConnection, limit: int) -> list[DeliveryClaim]:
+    async def _claim_rows(self, connection: SqlConnection, limit: int) -> list[DeliveryClaim]:
         """Claim live deliveries first, and then as many of replays as the throttle allows."""
         claim = partial(leases.claim_deliveries, connection, self._target.name, lease=self.lease_seconds)
         claims = await claim(limit=limit, replayed=False)
@@ -366,7 +366,7 @@ class DeliveryLane(Lane):
         return {"destination": self._target.name, **ids, "attempt": claim.attempt}
 
 
-async def _record(connection: AsyncConnection, results: Sequence[Result]) -> set[UUID]:
+async def _record(connection: SqlConnection, results: Sequence[Result]) -> set[UUID]:
     """Record results; return the ids of the deliveries with a lease that was still held."""
     held = set[UUID]()
     finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Final
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import MEDIA_LANE, SUBMIT_LANE, Wake, destination_lane
 from receiver.core.output_files import FileRules, Listing
@@ -17,6 +16,7 @@ from receiver.core.payload import Generation, parse
 from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.core.routing import RoutingFacts
 from receiver.db import inbox, job_events, outbox
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
@@ -57,7 +57,7 @@ class _Added:
     """Events without a result."""
 
 
-_AddWork = Callable[[AsyncConnection, Sequence[StoredEvent]], Awaitable[_Added]]
+_AddWork = Callable[[SqlConnection, Sequence[StoredEvent]], Awaitable[_Added]]
 _Recognized = Sequence[tuple[StoredEvent, Generation]]
 
 
@@ -129,7 +129,7 @@ class FanOut:
         return 0 if added.failed == self._taken else self._taken
 
     async def _take(
-        self, connection: AsyncConnection, *, limit: int, add_work: _AddWork
+        self, connection: SqlConnection, *, limit: int, add_work: _AddWork
     ) -> tuple[bool, _Added]:
         """Lock a batch and fan it out; return whether it left events behind, and its result."""
         events, more = await inbox.lock_received(
@@ -138,7 +138,7 @@ class FanOut:
         self._taken = len(events)
         return more, await add_work(connection, events) if events else _Added()
 
-    async def _add_work_singly(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
+    async def _add_work_singly(self, connection: SqlConnection, events: Sequence[StoredEvent]) -> _Added:
         """Fan out each event in a savepoint of its own.
 
         An event that fails stays among the oldest, and enough of them would fill each batch. If there are
@@ -159,7 +159,7 @@ class FanOut:
                 total.skipped += added.skipped
         return total
 
-    async def _note_failure(self, connection: AsyncConnection, event: StoredEvent) -> None:
+    async def _note_failure(self, connection: SqlConnection, event: StoredEvent) -> None:
         """Let an event rest, or set it aside if it is old and has failed for long."""
         now = time.monotonic()
         first, _ = self._failed.get(event.seq, (now, now))
@@ -176,7 +176,7 @@ class FanOut:
         resting = [seq for seq, (_, until) in self._failed.items() if until > now]
         return resting if 2 * len(resting) >= limit else ()
 
-    async def _add_work(self, connection: AsyncConnection, events: Sequence[StoredEvent]) -> _Added:
+    async def _add_work(self, connection: SqlConnection, events: Sequence[StoredEvent]) -> _Added:
         """Add the files and the deliveries of the events, and finish their jobs."""
         parsed = [(event, _parse(event)) for event in events]
         recognized = [(event, generation) for event, generation in parsed if generation is not None]
@@ -189,7 +189,7 @@ class FanOut:
         return added
 
     async def _add_rows(
-        self, connection: AsyncConnection, recognized: _Recognized, facts: Sequence[RoutingFacts]
+        self, connection: SqlConnection, recognized: _Recognized, facts: Sequence[RoutingFacts]
     ) -> _Added:
         files, routes, added = list[tuple[int, NewMedia]](), Routes(), _Added()
         states: dict[EventState, list[int]] = {"fetching": [], "ready": []}
@@ -211,7 +211,7 @@ class FanOut:
             added.lanes.add(MEDIA_LANE)
         return added
 
-    async def _finish_jobs(self, connection: AsyncConnection, recognized: _Recognized) -> bool:
+    async def _finish_jobs(self, connection: SqlConnection, recognized: _Recognized) -> bool:
         """Finish the jobs of the events; return whether there were any."""
         seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
         finished = [
@@ -223,7 +223,7 @@ class FanOut:
         ]
         return any(finished)
 
-    async def _load_facts(self, connection: AsyncConnection, recognized: _Recognized) -> list[RoutingFacts]:
+    async def _load_facts(self, connection: SqlConnection, recognized: _Recognized) -> list[RoutingFacts]:
         """Return the facts that filters compare, for each event."""
         needs_job = any(target.filter.needs_job for target in self._targets)
         seqs = [event.seq for event, _ in recognized] if needs_job else []

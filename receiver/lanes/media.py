@@ -9,11 +9,11 @@ from typing import Any, Final, Literal
 from uuid import UUID
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import MEDIA_LANE, Wake, destination_lane
 from receiver.core.retry import DAY, MEDIA_DOUBTFUL, media_policy
 from receiver.db import inbox, leases, outbox
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Attempt, EventClaim, MediaRow, StoredEvent
 from receiver.db.tables import media
@@ -89,7 +89,7 @@ class MediaLane(Lane):
             return []
         return await self._database.run_transaction(partial(self._claim, limit=limit))
 
-    async def _claim(self, connection: AsyncConnection, *, limit: int) -> list[Work]:
+    async def _claim(self, connection: SqlConnection, *, limit: int) -> list[Work]:
         claims = await leases.claim_media(connection, limit=limit, lease=self.lease_seconds)
         if not claims:
             return []
@@ -199,7 +199,7 @@ class MediaLane(Lane):
     ) -> bool:
         """Record the last result of a file; False if its lease was lost."""
 
-        async def write(connection: AsyncConnection) -> list[str] | Literal[False]:
+        async def write(connection: SqlConnection) -> list[str] | Literal[False]:
             if not await leases.finish(connection, media, this.claim, state=state, error=error, **values):
                 return False
             await leases.record_attempt(connection, this.claim.id, attempt)
@@ -215,7 +215,7 @@ class MediaLane(Lane):
         """Record a failed attempt and when the next one is due; False if the lease was lost."""
         attempt = this.attempt.end("retry", error)
 
-        async def write(connection: AsyncConnection) -> bool:
+        async def write(connection: SqlConnection) -> bool:
             held = await leases.retry(connection, media, this.claim, delay=delay, error=error, **values)
             if held:
                 await leases.record_attempt(connection, this.claim.id, attempt)

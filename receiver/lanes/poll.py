@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, Final, Literal, cast
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia.client import Call, ClipiaClient, Status
 from receiver.core.lane_names import POLL_LANE, Wake
@@ -15,6 +14,7 @@ from receiver.core.quota import Quota, RateHeaders
 from receiver.core.retry import poll_delay
 from receiver.db import accounts, job_events, jobs, leases, tables
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim, OpenRequest
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedForNow, RequestError
@@ -147,7 +147,7 @@ class PollLane(Lane):
         )
         known: dict[str, Any] = {} if progress is None else {"progress": progress, "updated_at": db_time(0.0)}
 
-        async def put_back(connection: AsyncConnection) -> None:
+        async def put_back(connection: SqlConnection) -> None:
             # A lost lease is not reported: usually the job's webhook has come in the meantime.
             wait = max(delay, at_least)
             await leases.retry(connection, tables.jobs, claim, delay=wait, error=error, **known)

@@ -11,12 +11,12 @@ from functools import partial
 from typing import Final
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import MEDIA_LANE, REPLAY_LANE, Wake, destination_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.db import leases, outbox, replays, tables, workers
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim, ReplayOrder
 from receiver.db.selection import Selection
@@ -181,7 +181,7 @@ class ReplayLane(Lane):
             await replays.add_counts(connection, order.id, ordered=ordered, downloads=downloads)
         return downloads
 
-    async def _restart_downloads(self, connection: AsyncConnection, wanted: Wanted) -> int:
+    async def _restart_downloads(self, connection: SqlConnection, wanted: Wanted) -> int:
         """Make files due for download, and hold the deliveries that wait for them; return how many files."""
         await replays.change_urls(connection, wanted.urls)
         seqs = await replays.restart_media(connection, wanted.files, intact=wanted.intact)
@@ -212,7 +212,7 @@ class ReplayLane(Lane):
 
 def _put_back(
     claim: Claim, *, delay: float, error: str | None = None, attempts: int = 0
-) -> Callable[[AsyncConnection], Awaitable[bool]]:
+) -> Callable[[SqlConnection], Awaitable[bool]]:
     return partial(
         leases.retry, table=tables.replays, held=claim, delay=delay, error=error, attempts=attempts
     )

@@ -6,7 +6,6 @@ from typing import Final
 from uuid import UUID
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.budgets import require_price
 from receiver.clipia.catalogue import Catalogue
@@ -15,6 +14,7 @@ from receiver.core.lane_names import FAN_OUT_LANE, SUBMIT_LANE, Wake
 from receiver.core.quota import Quota
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWERED
 from receiver.db import accounts, jobs, refused_jobs, submission_freezes, tables
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow, RequestError
@@ -78,7 +78,7 @@ class SubmitLane(Lane):
         return []
 
     async def claim_in(
-        self, connection: AsyncConnection, *, limit: int, job_id: UUID | None = None
+        self, connection: SqlConnection, *, limit: int, job_id: UUID | None = None
     ) -> list[Work]:
         """Claim inside the caller's transaction; only the job `job_id` if it is given."""
         if await submission_freezes.find(connection) is not None:

@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.clipia.client import Accepted, Call, boot_clock
 from receiver.clipia.job_request import join_warnings
@@ -14,6 +13,7 @@ from receiver.core.quota import Quota
 from receiver.core.retry import poll_delay, refused_delay
 from receiver.db import accounts, job_events, jobs, leases, refused_jobs, tables
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import Attempt, Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, UnrecognizedBody
 from receiver.lanes.attempts import StartedAttempt, error_json, jitter, stored_json
@@ -43,7 +43,7 @@ class SubmitAttempt:
         return (self.submission.sent_for or 0.0) + boot_clock() - self.claimed_at
 
     async def record_accepted(
-        self, connection: AsyncConnection, *, accepted: Accepted, poll_after: float
+        self, connection: SqlConnection, *, accepted: Accepted, poll_after: float
     ) -> Literal["submitted", "ended", "taken", False]:
         """Move a job to `submitted`.
 
@@ -76,7 +76,7 @@ class SubmitAttempt:
         await self._learn(connection, lambda quota, now: quota.after_accepted(now, in_flight=used.accepted))
         return "ended" if has_event else "submitted"
 
-    async def _record_stray(self, connection: AsyncConnection, accepted: Accepted) -> None:
+    async def _record_stray(self, connection: SqlConnection, accepted: Accepted) -> None:
         """Record a generation that Clipia accepted for a job that has ended otherwise: it is charged too."""
         message = f"accepted as {accepted.request_id} for {accepted.cost} credits"
         attempt = self.attempt.end("failed", error_json("stray_generation", message))
@@ -85,7 +85,7 @@ class SubmitAttempt:
         log.error("generation of a job that has ended otherwise", job_id=job_id, **asdict(accepted))
 
     async def record_refused_for_now(
-        self, connection: AsyncConnection, *, error: str, give_up_after: float
+        self, connection: SqlConnection, *, error: str, give_up_after: float
     ) -> float | Literal[False] | None:
         """Put back a job that Clipia refuses for now; return the seconds until the next attempt.
 
@@ -105,7 +105,7 @@ class SubmitAttempt:
         return delay if held else False
 
     async def record_retry(
-        self, connection: AsyncConnection, *, failure: ClipiaUnavailable, delay: float, never_sent: bool
+        self, connection: SqlConnection, *, failure: ClipiaUnavailable, delay: float, never_sent: bool
     ) -> bool:
         """Put back a job for another attempt; False if the lease was lost."""
         error = stored_json(failure)
@@ -122,14 +122,14 @@ class SubmitAttempt:
         await self._learn(connection, change)
         return held
 
-    async def _put_back(self, connection: AsyncConnection, error: str, **values: Any) -> bool:
+    async def _put_back(self, connection: SqlConnection, error: str, **values: Any) -> bool:
         held = await jobs.put_back(connection, self.claim, error=error, **values)
         if held:
             await leases.record_attempt(connection, self.claim.id, self.attempt.end("retry", error))
         return held
 
     async def record_end(
-        self, connection: AsyncConnection, *, attempt: Attempt, state: JobState, change: QuotaChange
+        self, connection: SqlConnection, *, attempt: Attempt, state: JobState, change: QuotaChange
     ) -> bool:
         """End a job without a result; False if the lease was lost."""
         # A failed job has no generation, so it is not charged.
@@ -142,12 +142,12 @@ class SubmitAttempt:
         await self._learn(connection, change)
         return held
 
-    async def _learn(self, connection: AsyncConnection, change: QuotaChange) -> None:
+    async def _learn(self, connection: SqlConnection, change: QuotaChange) -> None:
         """Update the account's quota from an answer."""
         await accounts.learn(connection, self.account, self.call.headers, change)
 
 
-async def _finish_by_event(connection: AsyncConnection, source: str, request_id: str) -> bool:
+async def _finish_by_event(connection: SqlConnection, source: str, request_id: str) -> bool:
     """Finish a job if its event came before its `request_id` was known; return whether there was one."""
     body = await job_events.find_event_body(connection, source, request_id)
     if body is None:

@@ -3,11 +3,10 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from receiver.core.retry import RetryPolicy
 from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import job_events
+from receiver.db.connection import SqlConnection
 from receiver.db.rows import JobRef, ReplayedEvent, StoredEvent
 from receiver.destination_settings import FilterSettings
 from receiver.destinations import Destination
@@ -53,7 +52,7 @@ def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef 
     return RoutingFacts(status=status, model=model, source=source, caller=caller, metadata=metadata)
 
 
-async def load_facts(connection: AsyncConnection, events: Sequence[ReplayedEvent]) -> list[RoutingFacts]:
+async def load_facts(connection: SqlConnection, events: Sequence[ReplayedEvent]) -> list[RoutingFacts]:
     """Return the facts about each event."""
     refs = await job_events.load_refs(connection, [event.seq for event in events])
     return [facts_of(event, event.model, refs.get(event.seq)) for event in events]

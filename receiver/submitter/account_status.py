@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict, cast
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from receiver.core.quota import Quota
 from receiver.db import accounts, refused_jobs, submission_freezes
+from receiver.db.connection import SqlConnection
 from receiver.db.views import JobCosts
 from receiver.price import Credits, read_credits, total
 from receiver.submitter.job import read_error
@@ -59,7 +58,7 @@ class AccountStatus:
         return self.pause is not None or self.frozen
 
 
-async def read_account_status(connection: AsyncConnection, account: str) -> AccountStatus:
+async def read_account_status(connection: SqlConnection, account: str) -> AccountStatus:
     """Read the status of an account.
 
     The account counts as refused after a 401, and also if Clipia refuses several models and prices and

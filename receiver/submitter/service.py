@@ -9,7 +9,6 @@ from typing import Any, Final, Self
 from uuid import UUID
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.budgets import Budgets
 from receiver.clipia.catalogue import Catalogue
@@ -19,6 +18,7 @@ from receiver.core.lane_names import SUBMIT_LANE, Wake, wake_no_lane
 from receiver.core.request_values import check_caller, check_key, read_cursor
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
 from receiver.db import jobs, migrate, operator_decisions, reads, submission_freezes, tables
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import CostGroup, JobState, NewJob
 from receiver.db.statements import Known, find_known
@@ -327,7 +327,7 @@ class Submitter:
             raise RequestError(f"there is no job {job_id}", code="not_found")
         return job
 
-    async def _start(self, connection: AsyncConnection, job: NewJob) -> list[Work]:
+    async def _start(self, connection: SqlConnection, job: NewJob) -> list[Work]:
         """Check the budget and, if the job is next, claim it; in the transaction that inserts the job."""
         await self._budgets.require_within(connection, job)
         if self.lane is None or not await jobs.is_next(connection, job.account, job.id):

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy.ext.asyncio import AsyncConnection
 from support.events import GroupRecorder, World, opened, plain, until
 from support.payloads import body
 
 from receiver.db import inbox, leases
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.tables import attempts, deliveries, events
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
@@ -105,7 +105,7 @@ async def test_confirmed_deliveries_are_recorded_after_an_outage(
         [DatabaseUnavailable("away", reason="database"), ZeroDivisionError()],
     )
 
-    async def fail(connection: AsyncConnection, claims: Any, **values: Any) -> None:
+    async def fail(connection: SqlConnection, claims: Any, **values: Any) -> None:
         await finish(connection, claims, **values)
         raise errors.pop(0)
 

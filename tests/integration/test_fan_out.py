@@ -14,7 +14,6 @@ import pytest
 from cloudevents.core.v1.event import CloudEvent
 from prometheus_client import REGISTRY
 from sqlalchemy import Table, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 from support import events as support_events
 from support.events import plain, with_files
@@ -23,6 +22,7 @@ from support.payloads import body, failure
 from receiver.core.lane_names import wake_no_lane
 from receiver.db import inbox, leases, outbox
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim, StoredEvent
 from receiver.db.tables import attempts, deliveries, events, media
@@ -404,7 +404,7 @@ async def test_a_result_is_recorded_when_the_database_is_back(
     failures = 2
 
     async def away_at_first(
-        connection: AsyncConnection, table: Table, claims: Collection[Claim], **values: Any
+        connection: SqlConnection, table: Table, claims: Collection[Claim], **values: Any
     ) -> set[uuid.UUID]:
         nonlocal failures
         if failures:
@@ -448,7 +448,7 @@ async def test_a_bad_event_holds_up_no_other(world: World, monkeypatch: pytest.M
     """E7: an event that cannot be fanned out stays as it is; the events before and after it go on."""
     add_work = FanOut._add_work
 
-    async def break_on_bad(self: FanOut, connection: AsyncConnection, found: Sequence[StoredEvent]) -> Any:
+    async def break_on_bad(self: FanOut, connection: SqlConnection, found: Sequence[StoredEvent]) -> Any:
         added = await add_work(self, connection, found)
         if any(event.request_id == "bad" for event in found):
             raise RuntimeError("bug")

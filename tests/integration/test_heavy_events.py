@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from sqlalchemy import Engine, event
-from sqlalchemy.ext.asyncio import AsyncConnection
 from support.events import World, opened, plain, with_files
 
 from receiver import retention
@@ -18,6 +17,7 @@ from receiver.core.lane_names import wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.db import inbox, outbox, replays
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.errors import DatabaseUnavailable
@@ -107,7 +107,7 @@ async def test_a_batch_that_is_too_slow_is_halved(world: World, monkeypatch: pyt
     insert = outbox.insert_deliveries
     sizes: list[int] = []
 
-    async def slow(connection: AsyncConnection, wanted: Collection[Any], **options: Any) -> int:
+    async def slow(connection: SqlConnection, wanted: Collection[Any], **options: Any) -> int:
         if options["due"]:
             sizes.append(len(wanted))
             if len(wanted) > most:
@@ -163,7 +163,7 @@ async def test_a_claim_that_is_too_slow_is_halved(world: World, monkeypatch: pyt
     load = outbox.load_media
     sizes: list[int] = []
 
-    async def slow(connection: AsyncConnection, seqs: Collection[int]) -> Any:
+    async def slow(connection: SqlConnection, seqs: Collection[int]) -> Any:
         sizes.append(len(seqs))
         if len(seqs) > 2:
             raise DatabaseUnavailable("took too long", reason="database")

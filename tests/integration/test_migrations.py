@@ -9,11 +9,11 @@ from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, inspect, text
-from sqlalchemy.ext.asyncio import AsyncConnection
 from support.events import insert_event, plain
 from support.servers import Postgres
 
 from receiver.db import arrivals, migrate, reads
+from receiver.db.connection import Transaction
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.selection import Selection
@@ -38,7 +38,7 @@ async def test_partial_indexes_are_partial(database: Database) -> None:
     """C13: the partial indexes have the conditions of the code, which autogenerate does not compare."""
     conditions = {"ix_events_received": "received", "ix_media_due": "pending", "ix_deliveries_due": "pending"}
 
-    async def definition(connection: AsyncConnection, name: str) -> str:
+    async def definition(connection: Transaction, name: str) -> str:
         query = (
             f"SELECT sql FROM sqlite_master WHERE name = '{name}'"
             if database.is_sqlite

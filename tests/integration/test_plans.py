@@ -1,6 +1,5 @@
 """The work for each event, the pages and the metrics cost the same if the tables are large."""
 
-import sqlite3
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -52,15 +51,11 @@ async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[N
             steps += STEPS
 
         def watch(connection: Any, _record: Any) -> None:
-            if isinstance(connection, sqlite3.Connection):
-                connection.set_progress_handler(count, STEPS)
-            else:
-                connection.run_async(lambda driver: driver.set_progress_handler(count, STEPS))
+            connection.set_progress_handler(count, STEPS)
 
-        await database._writer.dispose()
-        await database._reader.dispose()
-        for engine in (database._writer.sync_engine, database._reader.sync_engine, database._thread._engine):
-            event.listen(engine, "connect", watch)
+        for thread in (database._thread, *database._readers._all):
+            await thread.call(thread.engine.dispose)
+            event.listen(thread.engine, "connect", watch)
         yield
         assert 0 < steps < STEPS_AT_MOST
         return

@@ -3,6 +3,9 @@
 import asyncio
 import contextlib
 import gc
+import sqlite3
+import threading
+import time
 import weakref
 from functools import partial
 from itertools import pairwise
@@ -10,10 +13,10 @@ from itertools import pairwise
 import pytest
 from sqlalchemy import func, insert, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.ext.asyncio import AsyncConnection
 from support.servers import Postgres
 
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.tables import probes
 from receiver.errors import DatabaseUnavailable
@@ -25,7 +28,7 @@ async def count(database: Database) -> int:
         return int((await connection.execute(select(func.count()).select_from(probes))).scalar_one())
 
 
-async def add(connection: AsyncConnection, name: str = "one") -> str:
+async def add(connection: SqlConnection, name: str = "one") -> str:
     """Add a row; its name is unique."""
     await connection.execute(insert(probes).values(name=name, at=db_time(0.0)))
     return name
@@ -40,7 +43,7 @@ async def test_a_transaction_is_committed(database: Database) -> None:
 async def test_a_failed_transaction_is_rolled_back(database: Database) -> None:
     """If the work raises, the transaction is rolled back and the error is raised unchanged."""
 
-    async def twice(connection: AsyncConnection) -> None:
+    async def twice(connection: SqlConnection) -> None:
         await add(connection, "two")
         await add(connection, "two")
 
@@ -54,7 +57,7 @@ async def test_a_failed_transaction_is_rolled_back(database: Database) -> None:
 async def test_a_part_may_fail(database: Database) -> None:
     """If the work in a savepoint fails, only that is rolled back."""
 
-    async def work(connection: AsyncConnection) -> None:
+    async def work(connection: SqlConnection) -> None:
         await add(connection, "kept")
         with contextlib.suppress(ZeroDivisionError):
             async with connection.begin_nested():
@@ -70,7 +73,7 @@ async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) ->
     if not database.is_sqlite:
         return
 
-    async def add_next(connection: AsyncConnection) -> None:
+    async def add_next(connection: SqlConnection) -> None:
         number = (await connection.execute(select(func.count()).select_from(probes))).scalar_one()
         await add(connection, str(number))
 
@@ -90,7 +93,7 @@ async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> N
     if not database.is_sqlite:
         return
 
-    async def wait(connection: AsyncConnection) -> None:
+    async def wait(connection: SqlConnection) -> None:
         await add(connection)
         await asyncio.sleep(0)
 
@@ -100,13 +103,65 @@ async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> N
     await database.run_transaction(add)
 
 
+@pytest.mark.parametrize("moment", ["begin", "statement"])
+async def test_a_cancelled_transaction_is_rolled_back_on_sqlite(database: Database, moment: str) -> None:
+    """C14: if a task is cancelled while its thread is busy, its transaction blocks no later one."""
+    if not database.is_sqlite:
+        return
+    blocked, free = threading.Event(), threading.Event()
+
+    def block(*_arguments: object) -> None:
+        blocked.set()
+        free.wait(10)
+
+    async def change() -> None:
+        async with database.write() as connection:
+            await add(connection, "undone")
+            await connection.run_sync(block)
+
+    with contextlib.closing(sqlite3.connect(database.url.removeprefix("sqlite:///"))) as other_process:
+        if moment == "begin":
+            other_process.execute("BEGIN IMMEDIATE")
+            blocked.set()
+        task = asyncio.create_task(change())
+        await asyncio.to_thread(blocked.wait)
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        free.set()
+        other_process.rollback()
+        await asyncio.sleep(0.5)
+        # Another process would wait for the write lock of a transaction that no task ends.
+        other_process.execute("PRAGMA busy_timeout = 100")
+        other_process.execute("BEGIN IMMEDIATE")
+        other_process.rollback()
+    await database.run_transaction(add)
+    assert await count(database) == 1
+
+
+async def test_readers_wait_for_a_place_on_sqlite(database: Database) -> None:
+    """C13: more reads at once than threads wait for each other; if none ends, they fail after two seconds."""
+    if not database.is_sqlite:
+        return
+    await asyncio.gather(*(count(database) for _ in range(50)))
+    async with contextlib.AsyncExitStack() as held:
+        for _ in range(4):
+            await held.enter_async_context(database.read())
+        began = time.monotonic()
+        with pytest.raises(DatabaseUnavailable):
+            await count(database)
+        assert 1.5 < time.monotonic() - began < 4
+    assert await count(database) == 0
+
+
 async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> None:
     """C13: a webhook waits for one transaction of a worker, and webhooks do not lock the worker out."""
     if not database.is_sqlite:
         return
     order: list[str] = []
 
-    async def work(connection: AsyncConnection, name: str) -> None:
+    async def work(connection: SqlConnection, name: str) -> None:
         await connection.execute(select(1))
         order.append(name)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import Connection, inspect, text
-from sqlalchemy.ext.asyncio import AsyncConnection
 from support.commands import ReceiverProcess, run_command
 from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
 from receiver.db import arrivals, migrate
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
@@ -241,7 +241,7 @@ async def test_an_older_process_is_rejected_by_a_newer_schema_that_serves_it_no_
 async def test_the_releases_that_a_schema_serves_are_noted(database: Database) -> None:
     """C15: the version row names the oldest revision that each later step allows."""
 
-    async def serves(connection: AsyncConnection) -> str:
+    async def serves(connection: SqlConnection) -> str:
         query = text(f"SELECT version_num, serves FROM {VERSION_TABLE}")
         return str((await connection.execute(query)).one().serves)
 

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import ColumnElement, FromClause, Table, select, update
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
 from receiver.db import jobs, sources, tables
 from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import NewEvent, NewJob, digest_token, new_id
 from receiver.db.statements import insert_unless_taken
@@ -126,7 +126,7 @@ async def running(*workers: Worker) -> AsyncIterator[None]:
         await asyncio.gather(*tasks)
 
 
-async def insert_event(connection: AsyncConnection, event: NewEvent) -> int | None:
+async def insert_event(connection: SqlConnection, event: NewEvent) -> int | None:
     """Insert an event in a transaction, and return its `seq`, or None if its id is taken."""
     seq = await insert_unless_taken(connection, tables.events, event.columns())
     if seq is not None:

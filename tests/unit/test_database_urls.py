@@ -39,7 +39,7 @@ def test_a_file_of_sqlite_is_taken() -> None:
     """A path becomes a URL of SQLAlchemy's asynchronous driver."""
     parsed = parse_url("sqlite:///a.db")
     assert isinstance(parsed, URL)
-    assert parsed.render_as_string() == "sqlite+aiosqlite:///a.db"
+    assert parsed.render_as_string() == "sqlite+pysqlite:///a.db"
 
 
 @pytest.mark.parametrize(
