@@ -204,6 +204,8 @@ def _documented(output: Any) -> Iterator[_File]:
     If a field holds a list instead of one object, or the reverse, or just the URL, it is read anyway.
     """
     for name, kind in _DOCUMENTED.items() if isinstance(output, dict) else ():
+        if name not in output:
+            continue
         for field, entry in _entries(name, output.get(name)):
             texts = _url_texts(f"{field}.", entry) if isinstance(entry, dict) else [(field, entry)]
             yield from _documented_files(kind, [(place, text) for place, text in texts if _is_text(text)])

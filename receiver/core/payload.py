@@ -70,8 +70,16 @@ def summarize(raw: bytes) -> Summary:
 def parse(raw: bytes) -> Generation:
     """Parse the body of a webhook. Raises UnrecognizedBody, and no other exception."""
     body = _Body(raw)
-    output, error = body.output, body.error
-    return Generation(**body.summary._asdict(), output=output, error=error, altered=body.cleaner.altered)
+    summary, output, error = body.summary, body.output, body.error
+    return Generation(
+        request_id=summary.request_id,
+        status=summary.status,
+        model=summary.model,
+        cost=summary.cost,
+        output=output,
+        error=error,
+        altered=body.cleaner.altered,
+    )
 
 
 class _Body:
