@@ -16,6 +16,7 @@ import httpcore
 from receiver.errors import MediaBlocked
 from receiver.media.addresses import forbidden
 from receiver.media.hosts import MediaHosts
+from receiver.media.streams import LargeReads
 
 _MAX_ATTEMPTS = 4
 
@@ -51,7 +52,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
     ) -> None:
         self._hosts = hosts
         self._resolve = resolve
-        self._dial = dial or httpcore.AnyIOBackend()
+        self._dial = dial or LargeReads()
 
     async def connect_tcp(
         self, host: str, port: int, timeout: float | None = None, *args: Any, **options: Any

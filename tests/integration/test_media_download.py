@@ -662,10 +662,18 @@ async def test_a_full_storage_is_its_own_error(tmp_path: Path) -> None:
         assert opened._pool.connections == []
 
 
+async def test_bytes_behind_the_announced_length_are_left(tmp_path: Path) -> None:
+    """D7: if a server sends more than it announces, the file has the announced bytes."""
+    movie = box(b"ftyp", b"isom" + bytes(4)) + box(b"moov", bytes(200)) + box(b"mdat", bytes(3_000_000))
+    stored = await fetch(response(movie + bytes(100_000), length=len(movie)), tmp_path, kind="video")
+    assert stored_files(tmp_path) == {"media/ab/00-image.mp4": movie}
+    assert stored.sha256 == hashlib.sha256(movie).hexdigest()
+
+
 async def test_a_cancelled_download_leaves_no_file(tmp_path: Path) -> None:
     """D10: if a worker is stopped in the middle of a download, neither a file nor a connection remains."""
     async with (
-        site(pausing(HEAD + bytes(8000))) as server,
+        site(pausing(response(bytes(4_000_000), length=5_000_000))) as server,
         downloader(server.origin, storage=local_storage(tmp_path), limits=DownloadLimits()) as opened,
     ):
         task = asyncio.create_task(opened.save(url=f"{server.origin}/x", kind="image", stem="ab/00-image"))

@@ -20,6 +20,7 @@ from receiver.errors import MediaBlocked, MediaUnavailable
 from receiver.media import Downloader, MediaHosts
 from receiver.media.network import GuardedNetwork
 from receiver.media.pools import open_pool
+from receiver.media.streams import LargeReads
 
 HOST, PUBLIC = "media.clipia.ai", "93.184.215.14"
 
@@ -99,7 +100,7 @@ class Internet(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Connect to the server; the stream reports the address that was requested."""
         self.connects.append((host, port))
-        stream = await httpcore.AnyIOBackend().connect_tcp("127.0.0.1", self.port, *args, **options)
+        stream = await LargeReads().connect_tcp("127.0.0.1", self.port, *args, **options)
         known = stream.get_extra_info
         stream.get_extra_info = lambda info: (  # type: ignore[method-assign]
             (host, port) if info == "server_addr" else known(info)

@@ -87,6 +87,25 @@ async def blocks(chunks: AsyncIterator[bytes], size: int) -> AsyncIterator[bytes
         yield b"".join(pending)
 
 
+async def ahead(items: AsyncIterator[T]) -> AsyncGenerator[T]:
+    """Pass `items` on; while the caller uses one, the next one is fetched."""
+    fetching = asyncio.ensure_future(_fetch(items))
+    try:
+        while item := await fetching:
+            fetching = asyncio.ensure_future(_fetch(items))
+            yield item[0]
+    finally:
+        fetching.cancel()
+        await asyncio.wait({fetching})
+        fetching.cancelled() or fetching.exception()  # retrieved, or asyncio would report it as lost
+
+
+async def _fetch(items: AsyncIterator[T]) -> tuple[T] | tuple[()]:
+    async for item in items:
+        return (item,)
+    return ()
+
+
 async def run_to_end(work: Awaitable[T], on_cancel: Callable[[], None] = lambda: None) -> T:
     """Await `work` to its end, even if the caller is cancelled meanwhile; only then raise the cancellation.
 

@@ -14,13 +14,14 @@ from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
 from receiver.media.storage.base import ANY_TYPE, blocks, probe, require_key, run_to_end
+from receiver.media.storage.direct import DirectWriter
 from receiver.private_files import make_folder, open_private, sync_folder, write_all
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 _INCOMING = ".incoming"
-_BLOCK_BYTES = 1024 * 1024
+_BLOCK_BYTES = 512 * 1024
 _ABANDONED_SECONDS = 24 * 60 * 60
 _FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -35,10 +36,13 @@ class LocalStorage:
         path = self._path(key)
         part = _Part(self._root)
         try:
-            await self._run(part.open)
+            last = b""
             async for block in blocks(chunks, _BLOCK_BYTES):
-                await self._run(part.write, block)
-            await self._run(part.publish, path)
+                if last:
+                    await self._run(part.write, last)
+                last = block
+            # A small file is one block, and so takes one call of a thread.
+            await self._run(part.publish, last, path)
         except BaseException:
             # Raise the first error. If the file cannot be removed now, `sweep` will do so.
             with contextlib.suppress(StorageUnavailable):
@@ -100,19 +104,23 @@ class _Part:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._path = root / _INCOMING / uuid4().hex
-        self._closing = contextlib.ExitStack()
-        self._file: io.FileIO
-
-    def open(self) -> None:
-        make_folder(self._path.parent)
-        self._file = self._closing.enter_context(io.FileIO(self._path, "xb", opener=open_private))
+        self._descriptor: int | None = None
+        self._writer: DirectWriter | None = None
 
     def write(self, block: bytes) -> None:
-        write_all(self._file.fileno(), block)
+        """Append a block that is not the last one."""
+        if self._writer is None:
+            self._writer = DirectWriter(self._open())
+        self._writer.write(block)
 
-    def publish(self, path: Path) -> None:
-        os.fsync(self._file.fileno())
-        self._closing.close()
+    def publish(self, last: bytes, path: Path) -> None:
+        """Append the last block, flush the file and move it to `path`."""
+        descriptor = self._open()
+        if self._writer is not None:
+            self._writer.end()
+        write_all(descriptor, last)
+        os.fsync(descriptor)
+        self._close()
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(path)
         # Flush existing folders, too: the process that made one may not have done so yet.
@@ -120,8 +128,20 @@ class _Part:
             sync_folder(folder)
 
     def discard(self) -> None:
-        self._closing.close()
+        self._close()
         self._path.unlink(missing_ok=True)
+
+    def _open(self) -> int:
+        if self._descriptor is None:
+            make_folder(self._path.parent)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = open_private(str(self._path), flags)
+        return self._descriptor
+
+    def _close(self) -> None:
+        if self._descriptor is not None:
+            descriptor, self._descriptor = self._descriptor, None
+            os.close(descriptor)
 
 
 def _open(path: Path) -> io.FileIO | None:
