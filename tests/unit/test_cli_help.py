@@ -45,6 +45,6 @@ def test_help_shows_every_name_and_sentence_whole(
 
 
 def test_aiohttp_is_imported_for_requests_only() -> None:
-    """A process that opens no client of Clipia or of a destination does not import aiohttp, for 0.15 s."""
+    """A process that opens no HTTP destination does not import aiohttp, for 0.15 s."""
     code = "import sys, receiver.cli, receiver.process, receiver.app; sys.exit('aiohttp' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
