@@ -1,4 +1,4 @@
-"""Megabytes per second of downloads: one large file, and many small ones, against curl.
+"""Megabytes per second of downloads: one large file, plain and over TLS, and many small ones, against curl.
 
 A server on the loopback sends videos from memory. The receiver downloads eight files at a time, as its worker
 does: with the guard, the checks, the SHA-256 and a flush to the disk for each. curl downloads one file after
@@ -14,6 +14,7 @@ import asyncio
 import os
 import resource
 import shutil
+import ssl
 import statistics
 import struct
 import subprocess
@@ -25,6 +26,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvloop
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.certificates import make_certificate
 
 from receiver.media import Downloader, MediaHosts, open_storage
 
@@ -55,28 +60,32 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 
 
 @contextmanager
-def serving() -> Iterator[str]:
-    """Run the server as a process of its own; yield its origin."""
-    with subprocess.Popen([sys.executable, __file__, "--serve"], stdout=subprocess.PIPE) as process:
+def serving(certificate: Path) -> Iterator[list[str]]:
+    """Run the server as a process of its own; yield its origins, the one with TLS last."""
+    command = [sys.executable, __file__, "--serve", str(certificate)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
-            yield process.stdout.readline().decode().strip()
+            yield process.stdout.readline().decode().split()
         finally:
             process.terminate()
 
 
-async def serve() -> None:
-    """Print the origin, and serve until terminated."""
-    server = await asyncio.start_server(answer, "127.0.0.1", 0)
-    host, port = server.sockets[0].getsockname()
-    print(f"http://{host}:{port}", flush=True)
-    await server.serve_forever()
+async def serve(certificate: str) -> None:
+    """Print the origins, and serve until terminated."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    plain = await asyncio.start_server(answer, "127.0.0.1", 0)
+    secure = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=tls)
+    ports = [server.sockets[0].getsockname()[1] for server in (plain, secure)]
+    print(f"http://127.0.0.1:{ports[0]} https://127.0.0.1:{ports[1]}", flush=True)
+    await asyncio.gather(plain.serve_forever(), secure.serve_forever())
 
 
-async def download(origin: str, folder: Path, *, count: int, size: int) -> None:
+async def download(origin: str, folder: Path, *, ca: Path, count: int, size: int) -> None:
     """Download as the worker does."""
     storage = open_storage(f"file:{folder}")
-    downloader = Downloader(hosts=MediaHosts.parse([origin]), storage=storage)
+    downloader = Downloader(hosts=MediaHosts.parse([origin]), storage=storage, ca=str(ca))
     await downloader.start()
     places = asyncio.Semaphore(AT_ONCE)
 
@@ -93,28 +102,29 @@ async def download(origin: str, folder: Path, *, count: int, size: int) -> None:
     await storage.close()
 
 
-def curl(origin: str, folder: Path, *, count: int, size: int, digest: bool) -> None:
+def curl(origin: str, folder: Path, *, ca: Path, count: int, size: int, digest: bool) -> None:
     """Download one file after the other."""
     folder.mkdir()
     for number in range(count):
         file = folder / str(number)
-        subprocess.run(["curl", "-sS", "-o", file, f"{origin}/{size}/{number}"], check=True)
+        command = ["curl", "-sS", "--cacert", str(ca), "-o", str(file), f"{origin}/{size}/{number}"]
+        subprocess.run(command, check=True)
         if digest:
             subprocess.run(["sha256sum", file], check=True, stdout=subprocess.DEVNULL)
         with file.open("rb") as written:
             os.fsync(written.fileno())
 
 
-def rates(origin: str, folder: Path, *, count: int, size: int) -> tuple[float, float, float]:
+def rates(origin: str, folder: Path, *, ca: Path, count: int, size: int) -> tuple[float, float, float]:
     """Return megabytes per second of the receiver, of curl, and of curl and sha256sum."""
     found = []
     for side in ("receiver", "curl", "curl and sha256sum"):
         target = folder / "files"
         began = time.perf_counter()
         if side == "receiver":
-            uvloop.run(download(origin, target, count=count, size=size))
+            uvloop.run(download(origin, target, ca=ca, count=count, size=size))
         else:
-            curl(origin, target, count=count, size=size, digest=side != "curl")
+            curl(origin, target, ca=ca, count=count, size=size, digest=side != "curl")
         found.append(count * size / (time.perf_counter() - began) / 1e6)
         shutil.rmtree(target)
     return found[0], found[1], found[2]
@@ -138,16 +148,20 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=1024, help="size of the large file")
     parser.add_argument("--files", type=int, default=500, help="small files, of 1 MiB each")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve", metavar="CERTIFICATE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve:
-        uvloop.run(serve())
+        uvloop.run(serve(options.serve))
         return
-    large, small = [], []
-    with serving() as origin, tempfile.TemporaryDirectory() as folder:
-        for _ in range(options.rounds):
-            large.append(rates(origin, Path(folder), count=1, size=options.mebibytes * MIB))
-            small.append(rates(origin, Path(folder), count=options.files, size=MIB))
+    large, secure, small = [], [], []
+    with tempfile.TemporaryDirectory() as name:
+        folder, ca = Path(name), make_certificate(Path(name) / "server.pem")
+        with serving(ca) as (plain, tls):
+            for _ in range(options.rounds):
+                size = options.mebibytes * MIB
+                large.append(rates(plain, folder, ca=ca, count=1, size=size))
+                secure.append(rates(tls, folder, ca=ca, count=1, size=size))
+                small.append(rates(plain, folder, ca=ca, count=options.files, size=MIB))
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     print(
         f"{options.rounds} rounds; medians in MB/s, in brackets the least and the greatest ratio; "
@@ -156,6 +170,7 @@ def main() -> None:
     print("| Files | receiver | curl | curl and sha256sum | ÷ curl | ÷ curl and sha256sum |")
     print("|---|---|---|---|---|---|")
     print(row(f"1 of {options.mebibytes} MiB", large))
+    print(row(f"1 of {options.mebibytes} MiB over TLS", secure))
     print(row(f"{options.files} of 1 MiB", small))
 
 

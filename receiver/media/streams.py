@@ -115,7 +115,10 @@ class _TcpStream(httpcore.AsyncNetworkStream):
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
         """Hand over the bytes without waiting: a request is small."""
         if buffer:
-            self._transport.write(buffer)
+            try:
+                self._transport.write(buffer)
+            except RuntimeError as error:  # uvloop's, if the connection is lost
+                raise httpcore.WriteError(str(error)) from error
 
     async def aclose(self) -> None:
         self._transport.abort()
@@ -139,7 +142,7 @@ async def _open_tls(
     except TimeoutError as error:
         await below.aclose()
         raise httpcore.ConnectTimeout(str(error)) from error
-    except (OSError, httpcore.ReadError) as error:
+    except (OSError, httpcore.NetworkError) as error:
         await below.aclose()
         raise httpcore.ConnectError(str(error)) from error
     except BaseException:
@@ -213,7 +216,10 @@ class _TlsStream(httpcore.AsyncNetworkStream):
             await self._below.write(self._outgoing.read())
 
     async def write(self, buffer: bytes, timeout: float | None = None) -> None:
-        await self._run(self._tls.write, buffer)
+        try:
+            await self._run(self._tls.write, buffer)
+        except OSError as error:
+            raise httpcore.WriteError(str(error)) from error
 
     async def aclose(self) -> None:
         await self._below.aclose()

@@ -168,6 +168,29 @@ def test_a_reset_connection_raises(run: Run, tmp_path: Path, *, secure: bool) ->
 
 
 @RUNS
+def test_a_write_after_a_reset_raises(run: Run, tmp_path: Path) -> None:
+    """D9: if a server resets the connection before the request, the error is one that httpcore knows."""
+
+    async def serve(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        linger = struct.pack("ii", 1, 0)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+    async def request(stream: httpcore.AsyncNetworkStream) -> None:
+        await stream.write(b"head")
+        await stream.read(1, 5.0)
+
+    async def check() -> None:
+        async with Connected(tmp_path, serve, secure=False) as stream:
+            with pytest.raises(httpcore.ReadError):
+                await stream.read(1, 5.0)
+            with pytest.raises((httpcore.ReadError, httpcore.WriteError)):
+                await request(stream)
+
+    run(check())
+
+
+@RUNS
 @TLS
 def test_a_read_has_a_timeout_and_goes_on_later(run: Run, tmp_path: Path, *, secure: bool) -> None:
     """D8: a read that times out loses no byte of the next one."""
