@@ -21,8 +21,8 @@ branch_labels = None
 depends_on = None
 release_before_runs = False  # it looks for first receipts in their table, and writes digests as text
 
-PAGE = 1000
-"""Events of one transaction: it takes about a tenth of a second."""
+PAGE = 2000
+"""Events of one transaction: it takes about a fifth of a second."""
 
 COLUMNS = {
     "webhook_id": sa.String(255),
@@ -180,36 +180,38 @@ PREPARE = (
     "CREATE TABLE fold_progress AS SELECT 0::bigint AS after, coalesce(max(seq), 0) AS until FROM events",
 )
 
+# Without statistics of the new columns the planner expects a page of one row, so each join has an index.
+# `+ 0` keeps it from reading all receipts in their order until it meets the first one of an event.
 FOLD = f"""
     WITH page AS (
         SELECT seq, origin, status, secret_id, received_at, body_sha256 FROM events
         WHERE seq > {{after}} AND seq <= {{last}} AND digest IS NULL
         ORDER BY seq FOR NO KEY UPDATE SKIP LOCKED
     ),
-    firsts AS (
-        SELECT DISTINCT ON (event_seq) receipts.* FROM receipts JOIN page ON event_seq = page.seq
-        WHERE event_seq > {{after}} AND event_seq <= {{last}} ORDER BY event_seq, receipts.seq
+    found AS (
+        SELECT events.seq AS of_event, {digest("events")} AS bytes, receipts.seq AS receipt,
+            receipts.webhook_id, receipts.secret_id, receipts.signed_at,
+            nullif(receipts.outcome, {FOLLOWS}) AS first_outcome
+        FROM page AS events LEFT JOIN LATERAL (
+            SELECT * FROM receipts WHERE event_seq = events.seq ORDER BY receipts.seq + 0 LIMIT 1
+        ) AS receipts ON events.secret_id IS NULL AND {is_first("receipts")}
     ),
-    folded AS (
-        SELECT receipts.*, nullif(outcome, {FOLLOWS}) AS first_outcome
-        FROM firsts AS receipts JOIN page AS events ON event_seq = events.seq
-        WHERE events.secret_id IS NULL AND {is_first("receipts")}
+    removed AS (
+        DELETE FROM receipts WHERE seq IN (SELECT receipt FROM found WHERE receipt IS NOT NULL)
     ),
-    removed AS (DELETE FROM receipts WHERE seq IN (SELECT seq FROM folded)),
     others AS (
         SELECT seq FROM receipts WHERE event_seq > {{after}} AND event_seq <= {{last}} AND digest IS NULL
-            AND seq NOT IN (SELECT seq FROM folded)
+            AND seq NOT IN (SELECT receipt FROM found WHERE receipt IS NOT NULL)
         ORDER BY seq FOR NO KEY UPDATE SKIP LOCKED
     ),
     converted AS (
         UPDATE receipts SET digest = {digest("receipts")} WHERE seq IN (SELECT seq FROM others)
     )
-    UPDATE events SET digest = {digest("page")},
-        webhook_id = coalesce(events.webhook_id, folded.webhook_id),
-        secret_id = coalesce(events.secret_id, folded.secret_id),
-        signed_at = coalesce(events.signed_at, folded.signed_at),
-        first_outcome = coalesce(events.first_outcome, folded.first_outcome)
-    FROM page LEFT JOIN folded ON event_seq = page.seq WHERE events.seq = page.seq
+    UPDATE events SET digest = bytes, webhook_id = coalesce(events.webhook_id, found.webhook_id),
+        secret_id = coalesce(events.secret_id, found.secret_id),
+        signed_at = coalesce(events.signed_at, found.signed_at),
+        first_outcome = coalesce(events.first_outcome, found.first_outcome)
+    FROM found WHERE events.seq = of_event
 """
 LEFT = """
     SELECT EXISTS (SELECT FROM events WHERE seq > {after} AND seq <= {last} AND digest IS NULL)

@@ -354,16 +354,25 @@ async def test_locked_events_are_converted_later(postgres: Postgres, monkeypatch
     async with other.write() as connection:
         await connection.execute(text("SELECT seq FROM events WHERE seq IN (3, 4) FOR UPDATE"))
         migrating = asyncio.create_task(migrate.upgrade(database))
-        await asyncio.sleep(1)
+        deadline = time.monotonic() + 30
+        while await unconverted(database) != [3, 4, *range(21, 41)]:
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.5)
+        assert await unconverted(database) == [3, 4, *range(21, 41)]
         assert not migrating.done()
-        async with database.read() as looking:
-            left = await looking.execute(text("SELECT seq FROM events WHERE digest IS NULL ORDER BY seq"))
-            assert [*left.scalars()] == [3, 4, *range(21, 41)]
     async with asyncio.timeout(20):
         await migrating
     assert await shown_now(database) == before
     for each in (database, other):
         await each.close()
+
+
+async def unconverted(database: Database) -> list[int]:
+    """Return the events that the migration has yet to convert."""
+    async with database.read() as connection:
+        found = await connection.execute(text("SELECT seq FROM events WHERE digest IS NULL ORDER BY seq"))
+        return [*found.scalars()]
 
 
 async def test_a_killed_migration_goes_on(postgres: Postgres, tmp_path: Path) -> None:
