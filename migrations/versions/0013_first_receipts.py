@@ -13,6 +13,7 @@ Revision: 0013
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 from alembic import op
 
 revision = "0013"
@@ -70,6 +71,9 @@ def from_hex(text: str) -> bytes:
 
 
 def upgrade_sqlite(connection: sa.Connection) -> None:
+    last = connection.execute(sa.text("SELECT max(seq) FROM events")).scalar_one()
+    if last is not None and last > 100_000:
+        structlog.get_logger().info("migrating; it takes about a minute for a million events", events=last)
     driver: Any = connection.connection
     driver.create_function("from_hex", 1, from_hex)
     for name, kind in COLUMNS.items():
