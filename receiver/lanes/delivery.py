@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import Counter, defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
@@ -106,13 +106,11 @@ class DeliveryLane(Lane):
 
         Raises DatabaseUnavailable.
         """
-        allowed = self._circuit.available(time.monotonic(), under_way=self.concurrency - limit)
-        asked = min(limit, allowed)
-        limit = min(asked, self._max_claims, self._fitting, self._most)
-        if self._bucket is not None:
-            limit = min(limit, self._bucket.available(time.monotonic()))
+        now = time.monotonic()
+        asked = min(limit, self._circuit.available(now, under_way=self.concurrency - limit))
+        limit = self._most_now(asked, now)
         self.may_have_more, self.claims_again = True, False
-        if not limit or self.bytes_under_way >= MAX_BYTES:
+        if not limit:
             self._claim_when_allowed()
             return []
         openings = self._openings
@@ -134,6 +132,13 @@ class DeliveryLane(Lane):
         if self.may_have_more:
             self._claim_when_allowed()
         return self._works(found, openings)
+
+    def _most_now(self, asked: int, now: float) -> int:
+        """Return how many of `asked` deliveries may be claimed now."""
+        if self.bytes_under_way >= MAX_BYTES:
+            return 0
+        limit = min(asked, self._max_claims, self._fitting, self._most)
+        return limit if self._bucket is None else min(limit, self._bucket.available(now))
 
     def _works(self, found: Sequence[tuple[_Delivery, bool]], openings: int) -> list[Work]:
         """Return the work of deliveries, each with whether its replay was canceled.
@@ -180,16 +185,22 @@ class DeliveryLane(Lane):
         if left:
             await leases.release(connection, deliveries, left)
             claims = [claim for claim in claims if claim.event_seq in events]
+        return await self._load(connection, claims, events), bool(left)
+
+    async def _load(
+        self, connection: SqlConnection, claims: Sequence[DeliveryClaim], events: Mapping[int, StoredEvent]
+    ) -> list[tuple[_Delivery, bool]]:
+        """Load the other parts of the messages; return each delivery with whether its replay was canceled."""
         files = await outbox.load_media(connection, events)
         refs = await job_events.load_refs(connection, events)
         replay_ids = {claim.replay_id for claim in claims if claim.replay_id is not None}
         canceled = await replays.find_canceled(connection, replay_ids)
-        found = []
+        found = list[tuple[_Delivery, bool]]()
         for claim in claims:
             seq = claim.event_seq
             this = _Delivery(claim, events[seq], files.get(seq, ()), refs.get(seq))
             found.append((this, claim.replay_id in canceled))
-        return found, bool(left)
+        return found
 
     async def _claim_rows(self, connection: SqlConnection, limit: int) -> list[DeliveryClaim]:
         """Claim live deliveries first, and then as many of replays as the throttle allows."""
