@@ -46,7 +46,7 @@ from support.servers import Postgres
 
 from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
-from receiver.db import arrivals, leases, migrate, outbox, reads, tables
+from receiver.db import leases, migrate, outbox, reads, tables
 from receiver.db.database import Database
 from receiver.db.rows import NewEvent
 from receiver.db.tables import deliveries, events
@@ -321,9 +321,9 @@ async def plans(store: Store) -> list[str]:
         async with database.write() as connection:
             waiting = update(deliveries).where(deliveries.c.state == "pending")
             await connection.execute(waiting.values(next_attempt_at=deliveries.c.created_at))
-        await arrivals.insert_new(database, _arrived())
+        await database.insert_arrivals(_arrived())
         with sent(database) as found["insert"]:
-            await arrivals.insert_new(database, _arrived())
+            await database.insert_arrivals(_arrived())
         with sent(database) as found["fan-out"]:
             await fan_out.run()
         with sent(database) as found["claim"]:

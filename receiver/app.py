@@ -27,7 +27,6 @@ from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import NO_SOURCE, Rejections
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.webhook import WebhookEndpoint
-from receiver.db import arrivals
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
@@ -104,7 +103,7 @@ def create_app(
 
 def _health_routes(settings: Settings, database: Database) -> list[BaseRoute]:
     async def probe() -> None:
-        await arrivals.probe(database)
+        await database.probe()
         await require_usable(database, durable_without=settings.durable_without)
 
     return [

@@ -15,7 +15,7 @@ from receiver.batching import Batcher, Done, Entry, resolve
 from receiver.core.lenient_json import same_json
 from receiver.core.payload import summarize
 from receiver.core.signature import Secret, verify
-from receiver.db import arrivals, inbox, prices
+from receiver.db import inbox, prices
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewEvent, Outcome, id_text, raw_event_id
@@ -138,7 +138,7 @@ class Ingest:
         `body` is the body that the webhook would have had. Raises DatabaseUnavailable.
         """
         event = make_event(source, body, received_at=self._clock(), origin="poll")
-        known = await arrivals.insert_new(self._database, [event])
+        known = await self._database.insert_arrivals([event])
         outcome: Outcome = "duplicate" if known else event.first_outcome
         WEBHOOKS.labels(source, f"poll_{outcome}").inc()
         if outcome == "accepted":
@@ -150,7 +150,7 @@ class Ingest:
         self._count_verified()
         # If an event is twice in a group, only its first request is new.
         new = {event.raw_id: event for event in reversed(group)}
-        known = await arrivals.insert_new(self._database, [*new.values()])
+        known = await self._database.insert_arrivals([*new.values()])
         outcomes: list[Outcome | None] = [
             event.first_outcome if event.raw_id not in known and new[event.raw_id] is event else None
             for event in group

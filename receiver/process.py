@@ -14,7 +14,7 @@ from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
 from receiver.core.signature import Secret
-from receiver.db import arrivals, migrate
+from receiver.db import migrate
 from receiver.db.database import Database
 from receiver.db.signals import listen
 from receiver.destination_settings import DestinationSettings
@@ -83,7 +83,7 @@ async def prepare(settings: Settings) -> None:
             log.warning(
                 "commits are as durable as the database's storage", without=list(settings.durable_without)
             )
-        await arrivals.probe(database)
+        await database.probe()
     finally:
         await database.close()
 

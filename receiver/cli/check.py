@@ -17,7 +17,7 @@ from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
-from receiver.db import arrivals, jobs, migrate, outbox, submission_freezes, workers
+from receiver.db import jobs, migrate, outbox, submission_freezes, workers
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
@@ -96,7 +96,7 @@ class _Check:
                 return False
             await require_rights(database)
             await migrate.require_current(database)
-            await arrivals.probe(database)
+            await database.probe()
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
                 seen = await workers.find_runs(connection)

@@ -9,15 +9,13 @@ import math
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from functools import cache, lru_cache, partial
+from functools import cache, lru_cache
 from importlib import import_module
-from operator import itemgetter
 from typing import Any, Final
 from uuid import uuid4
 
 from sqlalchemy import PoolProxiedConnection
 
-from receiver.db.database import Database
 from receiver.db.rows import NewEvent, raw_event_id
 
 _FIELDS: Final = ("id", *NewEvent._fields[1:])
@@ -26,45 +24,14 @@ _KINDS: Final = _FIELDS[_KIND_START:]
 _KNOWN: Final = "known"
 
 
-async def insert_new(database: Database, new: Sequence[NewEvent]) -> set[bytes]:
-    """Insert the events that are new, with their first receipts; return the raw ids of the others.
+def probe_event() -> NewEvent:
+    """Return an event that is inserted and rolled back.
 
-    No two may have the same id. They are sorted, because two processes that insert the same events in
-    different orders would deadlock.
-
-    The INSERT itself finds the duplicates: with a SELECT before it, two transactions could both find no row.
-    An INSERT that meets the uncommitted row of another transaction waits for it. After a commit the event is
-    known, and after a rollback it is new.
-
-    Raises DatabaseUnavailable.
+    Its name is unique, so that the INSERT does not wait for the uncommitted row of another process's probe.
     """
-    ordered = sorted(new, key=itemgetter(0))
-    unknown = {event.source for event in ordered} - database.sources
-    if database.is_sqlite:
-        if unknown:
-            await database.run_with_driver(partial(_add_sources, sorted(unknown)))
-        known = await database.run_with_driver(partial(_insert_rows, ordered))
-    else:
-        if unknown:
-            await database.fetch(_ADD_SOURCES, (sorted(unknown),))
-        rows = await database.fetch(_INSERT, _in_columns(ordered))
-        known = set()
-        if len(rows) < len(ordered):
-            known = {event.raw_id for event in ordered} - {row["id"].bytes for row in rows}
-    database.sources.update(unknown)
-    return known
-
-
-async def probe(database: Database) -> None:
-    """Insert an event as `insert_new` does and a receipt, roll back, and commit a row of another table.
-
-    The INSERTs test whether webhooks can be stored now, and the other row tests the commit. Raises
-    DatabaseUnavailable.
-    """
-    # A unique name: the INSERT does not wait for the uncommitted row of another process's probe.
     name = f"probe-{uuid4().hex}"
     now = time.time()
-    event = NewEvent(
+    return NewEvent(
         raw_id=raw_event_id(name, name),
         request_id=name,
         model=None,
@@ -84,14 +51,9 @@ async def probe(database: Database) -> None:
         status=None,
         secret_id=name[:16],
     )
-    if database.is_sqlite:
-        await database.run_with_driver(partial(_try_rows, event))
-    else:
-        await database.fetch(_PROBE, (*_in_columns([event]), [name]), keep=False)
-        await database.fetch(_COMMIT.format("now()"), ())
 
 
-_COMMIT: Final = """
+COMMIT_PROBE: Final = """
     INSERT INTO probes (name, at) VALUES ('write', {}) ON CONFLICT (name) DO UPDATE SET at = excluded.at
 """
 _RECEIPT: Final = """
@@ -133,16 +95,16 @@ def _insert(returning: str) -> str:
     """
 
 
-_INSERT: Final = _insert("id")
-_ADD_SOURCES: Final = "INSERT INTO sources SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
-_PROBE: Final = f"""
+INSERT: Final = _insert("id")
+ADD_SOURCES: Final = "INSERT INTO sources SELECT unnest($1::text[]) ON CONFLICT DO NOTHING"
+PROBE: Final = f"""
     WITH new AS ({_insert("*")}),
-    of_source AS ({_ADD_SOURCES.replace("$1", f"${len(_KINDS) + len(_ARRAYS) + 1}")})
+    of_source AS ({ADD_SOURCES.replace("$1", f"${len(_KINDS) + len(_ARRAYS) + 1}")})
     {_RECEIPT.format("new")}
 """
 
 
-def _in_columns(events: Sequence[NewEvent]) -> tuple[Any, ...]:
+def in_columns(events: Sequence[NewEvent]) -> tuple[Any, ...]:
     """Return the parameters of `_insert`."""
     numbers: dict[tuple[Any, ...], int] = {}
     kinds = [numbers.setdefault(event[_KIND_START:], len(numbers) + 1) for event in events]
@@ -167,13 +129,15 @@ _EXACT: Final = 64
 """A larger group is padded to a multiple of this."""
 
 
-def _add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> None:
+def add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> None:
+    """Add the names of sources on SQLite."""
     connection.cursor().executemany(
         "INSERT INTO sources VALUES (?) ON CONFLICT DO NOTHING", [(name,) for name in names]
     )
 
 
-def _insert_rows(events: Sequence[NewEvent], connection: PoolProxiedConnection) -> set[bytes]:
+def insert_rows(events: Sequence[NewEvent], connection: PoolProxiedConnection) -> set[bytes]:
+    """Insert the events that are new on SQLite; return the raw ids of the others."""
     known = _known_ids(connection)
     known.clear()
     rows = len(events)
@@ -238,14 +202,14 @@ def _second(whole: float) -> str:
     return datetime.fromtimestamp(whole, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _try_rows(event: NewEvent, connection: PoolProxiedConnection) -> None:
+def try_rows(event: NewEvent, connection: PoolProxiedConnection) -> None:
     """Insert and roll back, and commit a row of another table, as `probe` does."""
     cursor = connection.cursor()
     cursor.execute("BEGIN IMMEDIATE")
     try:
-        _add_sources([event.source], connection)
-        _insert_rows([event], connection)
+        add_sources([event.source], connection)
+        insert_rows([event], connection)
         cursor.execute(_RECEIPT.format("events WHERE id = ?"), [event.raw_id.hex()])
     finally:
         cursor.execute("ROLLBACK")
-    cursor.execute(_COMMIT.format("?"), [_moment(time.time())])
+    cursor.execute(COMMIT_PROBE.format("?"), [_moment(time.time())])

@@ -1,14 +1,18 @@
-"""PostgreSQL: a connection in autocommit mode for the statement that stores webhooks."""
+"""PostgreSQL: transactions, and a connection in autocommit mode for the statement that stores webhooks."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.pool import NullPool
 
+from receiver.db import arrivals
+from receiver.db.connection import SqlConnection, Transaction
 from receiver.db.error_texts import cause
+from receiver.db.rows import NewEvent
 from receiver.db.sessions import ISOLATION, Sessions, opening_session
 from receiver.db.transactions import (
     OUR_MISTAKES,
@@ -19,6 +23,72 @@ from receiver.db.transactions import (
     unavailable,
     unavailable_error,
 )
+from receiver.db.urls import PostgresqlUrl
+
+POOL_SIZE: Final = 10
+T = TypeVar("T")
+
+
+class Postgresql:
+    """A PostgreSQL server, or a pooler in front of it."""
+
+    def __init__(self, url: PostgresqlUrl) -> None:
+        """Open no connection yet. Raises SettingsError if the driver is missing."""
+        self.sessions: Final = Sessions(url)
+        self._engine: Final = self.sessions.engine(
+            pool_size=POOL_SIZE, max_overflow=0, pool_timeout=POOL_WAIT
+        )
+        # A separate pool: webhooks do not wait if the workers use all connections of the first one.
+        self.statements: Final = Statements(self.sessions)
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the connections lead to a pooler."""
+        return bool(self.sessions.is_pooled)
+
+    def write(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that may write."""
+        return self.sessions.transaction(self._engine, writes=True)
+
+    def read(self) -> AbstractAsyncContextManager[Transaction]:
+        """Open a transaction that only reads."""
+        return self.sessions.transaction(self._engine, writes=False)
+
+    async def run_transaction(self, work: Callable[[SqlConnection], Awaitable[T]], *, is_webhook: bool) -> T:
+        """Run `work` in one transaction."""
+        async with self.write() as connection:
+            return await work(connection)
+
+    async def insert_arrivals(self, events: Sequence[NewEvent], new_sources: Sequence[str]) -> set[bytes]:
+        """Insert sources, and the events that are new; return the raw ids of the others."""
+        if new_sources:
+            await self.statements.fetch(arrivals.ADD_SOURCES, (new_sources,))
+        rows = await self.statements.fetch(arrivals.INSERT, arrivals.in_columns(events))
+        if len(rows) == len(events):
+            return set()
+        return {event.raw_id for event in events} - {row["id"].bytes for row in rows}
+
+    async def probe(self) -> None:
+        """Insert an event and a receipt, roll back, and commit a row of another table."""
+        event = arrivals.probe_event()
+        arguments = (*arrivals.in_columns([event]), [event.source])
+        await self.statements.fetch(arrivals.PROBE, arguments, keep=False)
+        await self.statements.fetch(arrivals.COMMIT_PROBE.format("now()"), ())
+
+    @asynccontextmanager
+    async def migrate(self) -> AsyncIterator[Transaction]:
+        """Open a transaction that may change the schema and has no time limit for a statement."""
+        engine = self.sessions.engine(command_timeout=None, poolclass=NullPool)
+        try:
+            async with self.sessions.transaction(engine, writes=True) as connection:
+                yield connection
+        finally:
+            await engine.dispose()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+        await self.statements.close()
 
 
 class Statements:

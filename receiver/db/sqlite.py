@@ -8,9 +8,10 @@ import asyncio
 import contextlib
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, closing
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -26,10 +27,12 @@ from sqlalchemy import (
 )
 from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 
+from receiver.db import arrivals
 from receiver.db.connection import SqlConnection, Transaction
-from receiver.db.transactions import POOL_WAIT
+from receiver.db.rows import NewEvent
+from receiver.db.transactions import POOL_WAIT, unavailable
 from receiver.error_texts import cause
-from receiver.errors import SettingsError
+from receiver.errors import DatabaseUnavailable, SettingsError
 from receiver.private_files import open_private
 
 T = TypeVar("T")
@@ -50,6 +53,91 @@ def make_file(url: URL) -> None:
     # SQLite would create a file that all users can read. The -wal and -shm files get its mode.
     with contextlib.suppress(OSError):
         os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+
+
+class Sqlite:
+    """A database in a file: a thread for all writes, and threads for transactions that only read."""
+
+    is_pooled: Final = False
+
+    def __init__(self, url: URL) -> None:
+        """Create the file. Raises SettingsError if its folder cannot be created."""
+        make_file(url)
+        self._url = url
+        self._writer: Final = SqliteThread(url, begin="BEGIN IMMEDIATE")
+        self._readers: Final = SqliteReaders(url, number=4)
+        # SQLite has one write lock, and its busy handler polls for it in no order, so writers queue here
+        # instead. Writers other than webhooks pass the gate first, one at a time: a webhook waits for one of
+        # their transactions at most, and they get the write lock at least every second time.
+        self._write_lock, self._gate = asyncio.Lock(), asyncio.Lock()
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[Transaction]:
+        """Open a transaction that may write. Each statement switches to the thread and back."""
+        with unavailable():
+            async with self._turn(), self._writer.transaction() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[Transaction]:
+        """Open a transaction whose statements all read one snapshot."""
+        with unavailable():
+            async with self._readers.transaction() as connection:
+                yield connection
+
+    async def run_transaction(self, work: Callable[[SqlConnection], Awaitable[T]], *, is_webhook: bool) -> T:
+        """Run `work` in one transaction that stays in the thread."""
+        with unavailable():
+            async with self._turn(is_webhook=is_webhook):
+                return await self._writer.run(work)
+
+    async def insert_arrivals(self, events: Sequence[NewEvent], new_sources: Sequence[str]) -> set[bytes]:
+        """Insert sources, and the events that are new; return the raw ids of the others."""
+        if new_sources:
+            await self._run_with_driver(partial(arrivals.add_sources, new_sources))
+        return await self._run_with_driver(partial(arrivals.insert_rows, events))
+
+    async def probe(self) -> None:
+        """Insert an event and a receipt, roll back, and commit a row of another table."""
+        await self._run_with_driver(partial(arrivals.try_rows, arrivals.probe_event()))
+
+    @asynccontextmanager
+    async def migrate(self) -> AsyncIterator[Transaction]:
+        """Open a transaction that may change the schema.
+
+        A migration changes a table by copying it, which foreign keys to the table forbid.
+        """
+        thread = SqliteThread(self._url, begin="BEGIN IMMEDIATE", foreign_keys=False)
+        try:
+            with unavailable():
+                async with thread.transaction() as connection:
+                    yield connection
+        finally:
+            await thread.close()
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._readers.close()
+        await self._writer.close()
+
+    async def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
+        with unavailable():
+            async with self._turn(is_webhook=True):
+                return await self._writer.run_with_driver(work)
+
+    @asynccontextmanager
+    async def _turn(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
+        async with AsyncExitStack() as held:
+            try:
+                async with asyncio.timeout(POOL_WAIT):
+                    if not is_webhook:
+                        await held.enter_async_context(self._gate)
+                    await held.enter_async_context(self._write_lock)
+            except TimeoutError:
+                raise DatabaseUnavailable(
+                    "the database is busy with another transaction", reason="database"
+                ) from None
+            yield
 
 
 class SqliteThread:

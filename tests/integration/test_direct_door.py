@@ -17,7 +17,6 @@ from support.serving import Door, serving
 from receiver.api.direct import DirectRequest
 from receiver.api.webhook import WebhookEndpoint
 from receiver.app import create_app
-from receiver.db import arrivals
 from receiver.db.database import Database
 from receiver.db.tables import events
 from receiver.errors import DatabaseUnavailable
@@ -178,13 +177,13 @@ async def test_an_answer_inside_a_read_does_not_start_the_keep_alive_time(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B5: a forged and a good webhook in one read: the connection waits for the good one's answer."""
-    insert = arrivals.insert_new
+    insert = Database.insert_arrivals
 
     async def late(*arguments: Any) -> Any:
         await asyncio.sleep(1.5)
         return await insert(*arguments)
 
-    monkeypatch.setattr(arrivals, "insert_new", late)
+    monkeypatch.setattr(Database, "insert_arrivals", late)
     async with make_site(database.url, keep_alive=1) as site:
         client = await site.connect()
         client.send(body("r-0"), X_Clipia_Signature=FORGED)
@@ -221,7 +220,7 @@ async def test_a_body_is_late_in_time_beside_a_store_that_hangs(
         await released.wait()
         raise DatabaseUnavailable("gone", reason="database")
 
-    monkeypatch.setattr(arrivals, "insert_new", hang)
+    monkeypatch.setattr(Database, "insert_arrivals", hang)
     stuck, slow = await site.connect(), await site.connect()
     stuck.send(body("r-0"))
     await asyncio.sleep(0.5)
@@ -259,7 +258,7 @@ async def test_a_client_that_hangs_up_later_is_stored(
     site: Site, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B5: if the client hangs up after its body, the event is stored; if it hangs up before, it is not."""
-    insert = arrivals.insert_new
+    insert = Database.insert_arrivals
     started, go = asyncio.Event(), asyncio.Event()
 
     async def wait(*arguments: Any) -> Any:
@@ -267,7 +266,7 @@ async def test_a_client_that_hangs_up_later_is_stored(
         await go.wait()
         return await insert(*arguments)
 
-    monkeypatch.setattr(arrivals, "insert_new", wait)
+    monkeypatch.setattr(Database, "insert_arrivals", wait)
     late, early = await site.connect(), await site.connect()
     late.send(body("r-1"))
     early.send(body("r-2")[:-1], Content_Length=str(len(body("r-2"))))
@@ -295,7 +294,7 @@ async def test_a_request_leaves_nothing_behind(
         raise RuntimeError("bug")
 
     if kind not in {"stored", "forged"}:
-        monkeypatch.setattr(arrivals, "insert_new", fail)
+        monkeypatch.setattr(Database, "insert_arrivals", fail)
     gc.collect()
     gc.disable()
     try:

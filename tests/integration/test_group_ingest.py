@@ -16,10 +16,11 @@ from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
 from receiver.core.signature import Secret
-from receiver.db import arrivals, inbox, reads
+from receiver.db import inbox, reads
 from receiver.db.database import Database
 from receiver.db.receipts import all_receipts
 from receiver.db.rows import NewEvent, event_id
+from receiver.db.postgresql import Statements
 from receiver.db.sessions import Sessions
 from receiver.db.tables import events
 from receiver.errors import DatabaseUnavailable
@@ -75,13 +76,13 @@ async def count(database: Database) -> tuple[int, int]:
 async def test_a_group_is_one_transaction(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """All waiting webhooks are inserted by one call, each with its receipt."""
     groups: list[int] = []
-    insert = arrivals.insert_new
+    insert = Database.insert_arrivals
 
     async def counted(one: Database, group: Sequence[NewEvent]) -> Any:
         groups.append(len(group))
         return await insert(one, group)
 
-    monkeypatch.setattr(arrivals, "insert_new", counted)
+    monkeypatch.setattr(Database, "insert_arrivals", counted)
     names = [f"r-{number}" for number in range(50)]
     results = await deliver(make_ingest(database), [body(name) for name in names])
     assert outcomes(results) == ["accepted"] * 50
@@ -124,7 +125,7 @@ async def test_the_same_event_twice_in_a_group(database: Database) -> None:
 
 async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     """If the database refuses a row, its webhook is not acked; the rest of the group is stored and acked."""
-    good, insert = "gut", arrivals.insert_new
+    good, insert = "gut", Database.insert_arrivals
 
     async def spoiled(one: Database, group: Sequence[NewEvent]) -> Any:
         return await insert(
@@ -137,7 +138,7 @@ async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.Mon
             ],
         )
 
-    monkeypatch.setattr(arrivals, "insert_new", spoiled)
+    monkeypatch.setattr(Database, "insert_arrivals", spoiled)
     results = await deliver(make_ingest(database), [body(each) for each in (good, "r-1", "bad", "r-2")])
     assert [each == "accepted" for each in outcomes(results)] == [True, True, False, True]
     assert await count(database) == (3, 3)
@@ -164,12 +165,12 @@ async def test_one_that_vanishes_fails_alone(database: Database, monkeypatch: py
 async def test_one_that_is_gone_is_new_again(database: Database) -> None:
     """An event that was stored for an earlier group may be pruned; the next group inserts it again."""
     one = arrival(body("r-1"))
-    assert await arrivals.insert_new(database, [one]) == set()
-    assert await arrivals.insert_new(database, [one, arrival(body("r-2"))]) == {one.raw_id}
+    assert await database.insert_arrivals([one]) == set()
+    assert await database.insert_arrivals([one, arrival(body("r-2"))]) == {one.raw_id}
     async with database.write() as connection:
         await connection.execute(text("DELETE FROM receipts"))
         await connection.execute(text("DELETE FROM events"))
-    assert await arrivals.insert_new(database, [one]) == set()
+    assert await database.insert_arrivals([one]) == set()
     assert await count(database) == (1, 1)
 
 
@@ -177,7 +178,7 @@ async def test_rows_are_written_as_by_sqlalchemy(database: Database) -> None:
     """The raw statement writes the same values as the types of the tables."""
     content = body("r-1")
     short = arrival(content, job_id=uuid4())
-    await arrivals.insert_new(database, [short])
+    await database.insert_arrivals([short])
     columns = ", ".join(column.name for column in events.c if column.name != "seq")
     async with database.write() as connection:
         one = (await connection.execute(text(f"SELECT {columns} FROM events"))).one()
@@ -204,8 +205,8 @@ async def test_groups_that_overlap_do_not_deadlock(on_postgresql: Database) -> N
         async with database.write() as connection:
             # In either order both reach this event after half of theirs, and wait.
             await insert_event(connection, group[20])
-            one = asyncio.create_task(arrivals.insert_new(database, group))
-            two = asyncio.create_task(arrivals.insert_new(other, group[::-1]))
+            one = asyncio.create_task(database.insert_arrivals(group))
+            two = asyncio.create_task(other.insert_arrivals(group[::-1]))
             await asyncio.sleep(0.3)
             raise asyncio.CancelledError
     known = await asyncio.gather(one, two)
@@ -218,23 +219,23 @@ async def test_too_long_is_an_error_and_not_cut(on_postgresql: Database) -> None
     """A value that is too long for its column is an error on PostgreSQL; SQLite's columns have no length."""
     database = on_postgresql
     with pytest.raises(Exception, match="too long"):
-        await arrivals.insert_new(database, [arrival(body("r-1"), request_id="x" * 256)])
+        await database.insert_arrivals([arrival(body("r-1"), request_id="x" * 256)])
     assert await count(database) == (0, 0)
-    assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+    assert not await database.insert_arrivals([arrival(body("r-2"))])
 
 
 async def test_a_mistake_of_ours_is_no_outage(
     on_postgresql: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error other than the database's is raised as it is, and only for its own webhook."""
-    database, fetch = on_postgresql, Database.fetch
+    database, fetch = on_postgresql, Statements.fetch
 
-    async def spoiled(one: Database, statement: str, arguments: Any) -> list[Any]:
+    async def spoiled(one: Statements, statement: str, arguments: Any) -> list[Any]:
         mistake: Any = None
         is_bad = len(arguments) > 8 and "bad" in arguments[8]
         return await fetch(one, statement, mistake if is_bad else arguments)
 
-    monkeypatch.setattr(Database, "fetch", spoiled)
+    monkeypatch.setattr(Statements, "fetch", spoiled)
     results = await deliver(make_ingest(database), [body(each) for each in ("r-0", "r-1", "bad", "r-2")])
     assert [each == "accepted" for each in outcomes(results)] == [True, True, False, True]
     assert isinstance(results[2], TypeError)
@@ -277,14 +278,14 @@ async def test_a_connection_that_is_about_to_end(postgres: Postgres, way: str) -
     url = postgres.url(template="migrated")
     async with between(postgres.port) as (port, clients):
         database = Database(url.replace(f":{postgres.port}/", f":{port}/"))
-        assert not await arrivals.insert_new(database, [arrival(body("r-1"))])
+        assert not await database.insert_arrivals([arrival(body("r-1"))])
         async with database.read() as connection:
             await connection.execute(select(events.c.id))
         for client in clients:
             client.write(fatal())
         await asyncio.sleep(0.1)
         if way == "statement":
-            assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+            assert not await database.insert_arrivals([arrival(body("r-2"))])
         else:
             async with database.write() as connection:
                 await insert_event(connection, arrival(body("r-2")))
@@ -296,7 +297,7 @@ async def test_a_connection_that_is_about_to_end(postgres: Postgres, way: str) -
 async def test_a_connection_that_has_ended(on_postgresql: Database) -> None:
     """C3: a restart between two webhooks fails neither of them."""
     database = on_postgresql
-    assert not await arrivals.insert_new(database, [arrival(body("r-1"))])
+    assert not await database.insert_arrivals([arrival(body("r-1"))])
     async with database.write() as connection:
         await connection.execute(
             text(
@@ -305,7 +306,7 @@ async def test_a_connection_that_has_ended(on_postgresql: Database) -> None:
             )
         )
     await asyncio.sleep(0.5)
-    assert not await arrivals.insert_new(database, [arrival(body("r-2"))])
+    assert not await database.insert_arrivals([arrival(body("r-2"))])
 
 
 async def test_sessions_that_are_lost_again_and_again(
@@ -317,4 +318,4 @@ async def test_sessions_that_are_lost_again_and_again(
         with pytest.raises(DatabaseUnavailable):
             await transaction().__aenter__()
     with pytest.raises(DatabaseUnavailable):
-        await arrivals.insert_new(on_postgresql, [arrival(body("r-1"))])
+        await on_postgresql.insert_arrivals([arrival(body("r-1"))])

@@ -27,7 +27,8 @@ from support.serving import serving
 from receiver.app import create_app
 from receiver.clipia.job_request import MAX_REQUEST_BYTES
 from receiver.db.clock import db_time
-from receiver.db.database import POOL_SIZE, Database
+from receiver.db.database import Database
+from receiver.db.postgresql import POOL_SIZE
 from receiver.db.tables import jobs
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox

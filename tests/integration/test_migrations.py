@@ -12,7 +12,7 @@ from sqlalchemy import Connection, inspect, text
 from support.events import insert_event, plain
 from support.servers import Postgres
 
-from receiver.db import arrivals, migrate, reads
+from receiver.db import migrate, reads
 from receiver.db.connection import Transaction
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
@@ -125,7 +125,7 @@ async def test_an_unreachable_database_is_unavailable() -> None:
     with pytest.raises(DatabaseUnavailable, match="unavailable"):
         await migrate.upgrade(database)
     with pytest.raises(DatabaseUnavailable, match="unavailable"):
-        await arrivals.probe(database)
+        await database.probe()
     await database.close()
 
 

@@ -18,6 +18,7 @@ from receiver.core.signature import Secret
 from receiver.db import jobs, reads, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
+from receiver.db.sqlite import Sqlite
 from receiver.db.tables import deliveries
 from receiver.ingest import Ingest, SignedRequest
 from receiver.lanes.backlog import count_dead_letters, read_backlog
@@ -43,7 +44,8 @@ async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
 @asynccontextmanager
 async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[None]:
     """Check how many rows the database reads for the work in the block."""
-    if database.is_sqlite:
+    backend = database._backend
+    if isinstance(backend, Sqlite):
         steps = 0
 
         def count() -> None:
@@ -53,7 +55,7 @@ async def little_read(database: Database, postgres: Postgres) -> AsyncIterator[N
         def watch(connection: Any, _record: Any) -> None:
             connection.set_progress_handler(count, STEPS)
 
-        for thread in (database._thread, *database._readers._all):
+        for thread in (backend._writer, *backend._readers._all):
             await thread.call(thread.engine.dispose)
             event.listen(thread.engine, "connect", watch)
         yield

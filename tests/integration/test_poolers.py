@@ -10,9 +10,15 @@ from support.servers import PgBouncer, Postgres, Switch
 
 from receiver.db import migrate
 from receiver.db.database import Database
-from receiver.db.sessions import IDLE_BEHIND_POOLER
+from receiver.db.postgresql import Postgresql
+from receiver.db.sessions import IDLE_BEHIND_POOLER, Sessions
 
 SOON = 20.0
+
+
+def _sessions(database: Database) -> Sessions:
+    assert isinstance(database._backend, Postgresql)
+    return database._backend.sessions
 
 
 @pytest.fixture(scope="module", params=["transaction", "session"])
@@ -87,7 +93,7 @@ async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
             *(statements(database) for database in behind),
         )
     # A missing prepared statement counts as a lost session, and is prepared in a new one.
-    assert [database._sessions._generation for database in behind] == [0, 0]
+    assert [_sessions(database)._generation for database in behind] == [0, 0]
 
 
 async def test_idle_connections_are_given_back(behind: list[Database], pooler: PgBouncer) -> None:
@@ -133,5 +139,6 @@ async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, pos
                 assert await database.fetch("SELECT 1", ())
             assert database.is_pooled is is_pooled
             # A connection to the pooler stays open if the server's session ends.
-            database._sessions.distrust({"generation": database._sessions._generation})
+            sessions = _sessions(database)
+            sessions.distrust({"generation": sessions._generation})
         await database.close()

@@ -15,7 +15,7 @@ from support.payloads import SECRET, body
 from support.servers import Postgres
 
 from receiver.app import create_app
-from receiver.db import arrivals, migrate
+from receiver.db import migrate
 from receiver.db.database import Database
 from receiver.db.receipts import all_receipts
 from receiver.db.requirements import require_rights, require_usable
@@ -83,11 +83,11 @@ async def test_a_role_that_may_not_connect_is_told_so(restricted: Restricted) ->
 async def test_a_probe_leaves_no_event(database: Database) -> None:
     """G13: a probe inserts an event, a receipt and a source, rolls them back, and commits its own row."""
     for _ in range(3):
-        await arrivals.probe(database)
+        await database.probe()
     assert await count(database) == [0, 0, 0, 1]
     event = make_event("clipia", body("r-1"), received_at=time.time(), secret_id="one", signed_at=time.time())
-    assert await arrivals.insert_new(database, [event]) == set()
-    await arrivals.probe(database)
+    assert await database.insert_arrivals([event]) == set()
+    await database.probe()
     assert await count(database) == [1, 1, 1, 1]
 
 
@@ -104,7 +104,7 @@ async def test_probes_wait_for_no_other(postgres: Postgres) -> None:
             )
         )
         async with asyncio.timeout(1.5):
-            await arrivals.probe(other)
+            await other.probe()
         await connection.rollback()
     for database in (hanging, other):
         await database.close()
@@ -142,7 +142,7 @@ async def test_a_missing_right_is_no_mistake_of_ours(restricted: Restricted) -> 
     database = Database(restricted.url)
     event = make_event("clipia", body("r-1"), received_at=time.time(), secret_id="one", signed_at=time.time())
     with pytest.raises(DatabaseUnavailable, match="lacks a right"):
-        await arrivals.insert_new(database, [event])
+        await database.insert_arrivals([event])
     with pytest.raises(DatabaseUnavailable, match="lacks a right"):
         async with database.read() as connection:
             await connection.execute(select(probes))
@@ -198,8 +198,8 @@ async def test_sqlite_holds_every_text_in_each_encoding(tmp_path: Path) -> None:
     event = make_event(
         "clipia", body("r-1", model="кот 🐈"), received_at=time.time(), secret_id="one", signed_at=time.time()
     )
-    assert await arrivals.insert_new(database, [event]) == set()
-    assert await arrivals.insert_new(database, [event]) == {event.raw_id}
+    assert await database.insert_arrivals([event]) == set()
+    assert await database.insert_arrivals([event]) == {event.raw_id}
     async with database.read() as connection:
         assert (await connection.exec_driver_sql("PRAGMA encoding")).scalar_one() == "UTF-16le"
         row = (await connection.execute(select(events.c.model, events.c.body))).one()

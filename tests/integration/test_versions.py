@@ -12,7 +12,7 @@ from support.commands import ReceiverProcess, run_command
 from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
-from receiver.db import arrivals, migrate
+from receiver.db import migrate
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.version import VERSION_TABLE
@@ -135,7 +135,7 @@ async def test_a_schema_of_ones_own_is_enough(postgres: Postgres) -> None:
     database = Database(url)
     await migrate.upgrade(database)
     await migrate.require_current(database)
-    await arrivals.probe(database)
+    await database.probe()
     async with database.read() as connection:
         query = text("SELECT count(*) FROM pg_tables WHERE schemaname = 'receiver' AND tablename = 'jobs'")
         assert (await connection.execute(query)).scalar_one() == 1

@@ -21,7 +21,6 @@ from support.serving import Door, serving
 from receiver.api.answers import HEAD_COMPLETE
 from receiver.api.webhook import WebhookEndpoint
 from receiver.app import create_app
-from receiver.db import arrivals
 from receiver.db.database import Database
 from receiver.db.receipts import all_receipts
 from receiver.db.rows import event_id
@@ -524,7 +523,7 @@ async def test_a_driver_that_hangs_is_answered_in_time(
                 await released.wait()
         raise DatabaseUnavailable("too late", reason="database")
 
-    monkeypatch.setattr(arrivals, "insert_new", hang)
+    monkeypatch.setattr(Database, "insert_arrivals", hang)
     async with make_site(database_url, database) as site:
         try:
             response = await asyncio.wait_for(site.post(body("r-15")), 5)
@@ -553,7 +552,7 @@ async def test_one_deadline_for_body_store_and_repeat(
     monkeypatch.setattr(WebhookEndpoint, "BODY_SECONDS", 1.0)
     monkeypatch.setattr(WebhookEndpoint, "ANSWER_SECONDS", 1.5)
     released = asyncio.Event()
-    insert = arrivals.insert_new
+    insert = Database.insert_arrivals
 
     async def late(*arguments: Any) -> Any:
         with contextlib.suppress(TimeoutError):
@@ -565,7 +564,7 @@ async def test_one_deadline_for_body_store_and_repeat(
             await asyncio.wait_for(released.wait(), 6)
         raise DatabaseUnavailable("too late", reason="database")
 
-    monkeypatch.setattr(arrivals, "insert_new", late)
+    monkeypatch.setattr(Database, "insert_arrivals", late)
     monkeypatch.setattr(Database, "run_transaction", never)
     began = time.monotonic()
     response = await site.client.post(
@@ -633,7 +632,7 @@ async def test_a_bug_is_not_acked(site: Site, monkeypatch: pytest.MonkeyPatch) -
     async def break_down(*_arguments: Any) -> None:
         raise RuntimeError("bug")
 
-    monkeypatch.setattr(arrivals, "insert_new", break_down)
+    monkeypatch.setattr(Database, "insert_arrivals", break_down)
     assert (await site.post(body("r-16"))).status_code == 503
     assert await site.count(events) == 0
 
