@@ -18,9 +18,9 @@ from support.servers import Postgres
 from receiver.core.signature import Secret
 from receiver.db import inbox, reads
 from receiver.db.database import Database
+from receiver.db.postgresql import Statements
 from receiver.db.receipts import all_receipts
 from receiver.db.rows import NewEvent, event_id
-from receiver.db.postgresql import Statements
 from receiver.db.sessions import Sessions
 from receiver.db.tables import events
 from receiver.errors import DatabaseUnavailable

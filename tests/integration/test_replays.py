@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from alembic import command
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy import insert, select
+from sqlalchemy import select
 from support.events import World, opened, plain, until
 from support.payloads import failure
-from support.servers import Postgres
 
 from receiver.api.answers import status_of
 from receiver.core.lane_names import wake_no_lane
-from receiver.db import job_events, leases, migrate, outbox
+from receiver.db import job_events, leases, outbox
 from receiver.db import replays as replay_rows
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.database import Database
@@ -947,50 +945,3 @@ def test_invalid_orders_are_rejected(values: dict[str, Any], field: str) -> None
     """E12: the fields of an order are limited, and an unknown field is an error."""
     with pytest.raises(ValueError, match=field):
         ReplayRequest.model_validate(values)
-
-
-@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-async def test_the_migration_keeps_deliveries(
-    request: pytest.FixtureRequest, tmp_path: Path, kind: str
-) -> None:
-    """E15: existing rows survive the upgrade; the downgrade drops those of replays, and no others."""
-    url = f"sqlite:///{tmp_path / 'old.db'}"
-    if kind == "postgresql":
-        server: Postgres = request.getfixturevalue("postgres")
-        url = server.url()
-    database = Database(url)
-    await migrate.upgrade(database, "0002")
-    old_columns = [column for column in deliveries.c if column.name not in {"replay_id", "restarted_at"}]
-    async with database.write() as connection:
-        await connection.execute(
-            insert(events).values(
-                id=uuid.uuid4(), source="clipia", request_id="r-1", origin="webhook", state="ready",
-                body=b"{}", body_sha256="0" * 64, received_at=datetime.now(UTC),
-            )
-        )  # fmt: skip
-        for name in ("a", "b"):
-            await connection.execute(
-                insert(deliveries).values(
-                    id=uuid.uuid4(), event_seq=1, destination=name, state="dead", created_at=db_time(0.0)
-                )
-            )
-        before = (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all()
-    await migrate.upgrade(database)
-    async with database.write() as connection:
-        assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before
-        assert await outbox.insert_deliveries(connection, [(1, "a")], due=True, replay_id=uuid.uuid4()) == 1
-
-    await migrate.apply(database, lambda config: command.downgrade(config, "0002"))
-    assert await migrate.current(database) == "0002"
-    async with database.read() as connection:
-        assert (await connection.execute(select(*old_columns).order_by(deliveries.c.id))).all() == before
-    with pytest.raises(Exception, match=r"(?i)unique"):
-        async with database.write() as connection:
-            await connection.execute(
-                insert(deliveries).values(
-                    id=uuid.uuid4(), event_seq=1, destination="a", state="dead", created_at=db_time(0.0)
-                )
-            )
-    await migrate.upgrade(database)
-    await migrate.require_current(database)
-    await database.close()
