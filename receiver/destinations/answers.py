@@ -1,8 +1,8 @@
 """HTTP answers byte by byte: the status counts, even if the rest of the answer is invalid.
 
-h11 parses the head of an answer as a whole. If it finds an invalid header, it reports no status, and if the
-body is shorter than announced the exchange fails: the event would be sent again. So the bytes are recorded on
-their way to h11, and interim answers (1xx) do not reach it.
+The parser reads the head of an answer as a whole. If it finds an invalid header, it reports no status, and
+if the body is shorter than announced the exchange fails: the event would be sent again. So the bytes are
+recorded on their way to the parser, and interim answers (1xx) do not reach it.
 """
 
 import re
@@ -11,12 +11,12 @@ from typing import Final
 import httpx
 
 MAX_HEAD_BYTES: Final = 128 * 1024
-"""How much of an answer is recorded; h11 accepts no longer head."""
+"""How much of an answer is recorded, and the longest head; the parser would limit each field only."""
 
 _STATUS_LINE: Final = re.compile(
     rb"[\r\n]*(HTTP/[0-9](?:\.[0-9])?[ \t]+([1-9][0-9]{2})(?![0-9])[^\n]*\n)", re.IGNORECASE
 )
-"""More lenient than h11: it also takes two spaces before the status, or no text after it."""
+"""More lenient than the parser: it also takes two spaces before the status, or no text after it."""
 _END_OF_HEAD: Final = re.compile(rb"\n\r?\n")
 _FOLD: Final = re.compile(rb"\r?\n[ \t]+")
 _FRAMING: Final = re.compile(rb"\n[ \t]*(content-length|transfer-encoding)[ \t]*:([^\n]*)", re.IGNORECASE)
@@ -34,6 +34,8 @@ class RawAnswer:
         """Whether any byte has arrived."""
         self.status = 0
         """The status; 0 until its line is complete, and if the answer is not HTTP/1."""
+        self.is_cut = False
+        """Whether we closed the connection before the whole request was sent."""
         self._is_interim = False
         self._is_passed_on = False
         self._recorded = bytearray()
@@ -42,13 +44,13 @@ class RawAnswer:
         self._size = 0
 
     def on_read(self, data: bytes) -> bytes:
-        """Record bytes that have arrived, and return those that h11 is to read now.
+        """Record bytes that have arrived, and return those that the parser is to read now.
 
-        Raises RemoteProtocolError if they cannot begin an answer: h11 would go on waiting for one.
+        Raises RemoteProtocolError if they cannot begin an answer, or if its head is too long.
         """
         self.has_begun = True
         if not self._is_passed_on:
-            # Hold the bytes back until the status line is complete: h11 must not see interim answers.
+            # Hold the bytes back until the status line is complete: the parser must not see interim answers.
             self._recorded += data
             if not self._find_answer():
                 return b""
@@ -56,9 +58,14 @@ class RawAnswer:
                 raise httpx.RemoteProtocolError("no status line")
             self._is_passed_on = True
             self._size = len(self._recorded)
-            return bytes(self._recorded)
-        self._size += len(data)
-        self._recorded += data[: max(0, MAX_HEAD_BYTES - len(self._recorded))]
+            data = bytes(self._recorded)
+        else:
+            self._size += len(data)
+            self._recorded += data[: max(0, MAX_HEAD_BYTES - len(self._recorded))]
+        if self._size > MAX_HEAD_BYTES and not _END_OF_HEAD.search(
+            self._recorded, self._fields - 1, MAX_HEAD_BYTES
+        ):
+            raise httpx.RemoteProtocolError("the head is too long")
         return data
 
     @property
@@ -78,7 +85,7 @@ class RawAnswer:
         while True:
             if self._is_interim:
                 end = _END_OF_HEAD.search(self._recorded)
-                # h11 would close the connection if its fields are invalid or too many.
+                # the parser would close the connection if its fields are invalid or too many.
                 del self._recorded[: end.end() if end else -2]
                 if end is None:
                     return False

@@ -74,7 +74,7 @@ class HttpDestination:
         )
         self._concurrency = settings.concurrency or MAX_CONNECTIONS
         self._slots = asyncio.Semaphore(self._concurrency)
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Return at once: connections are opened when they are needed."""
@@ -109,10 +109,13 @@ class HttpDestination:
 
     async def close(self) -> None:
         """Let the exchanges under way end, which the timeout bounds, and close all connections."""
-        if not self._closed:
-            self._closed = True
-            for _ in range(self._concurrency):
-                await self._slots.acquire()
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        for _ in range(self._concurrency):
+            await self._slots.acquire()
         await self._transport.aclose()
 
     def _sign(self, event: CloudEvent, body: bytes) -> dict[str, str]:
@@ -133,7 +136,7 @@ class HttpDestination:
 
     async def _exchange(self, request: httpx.Request) -> RawAnswer:
         """Return the answer. Raises PublishFailed if no status has arrived."""
-        if self._closed:
+        if self._closing is not None:
             raise closed_failure()
         raw = RawAnswer()
         request.extensions = {"answer": raw}
@@ -142,14 +145,22 @@ class HttpDestination:
                 await _finish(await self._transport.handle_async_request(request))
         except TimeoutError:
             # A status counts even if the rest of the answer is late or invalid.
-            if not raw.status:
+            if not raw.status or _is_partial(raw):
                 raise timeout_failure(self._origin, self._timeout) from None
         except httpx.TransportError as error:
             if not raw.status:
                 prefix = "no final status line in the answer: " if raw.has_begun else ""
                 text = f"{self._origin}: {prefix}{cause(error)}"
                 raise PublishFailed(text, reason="connection") from error
+        if _is_partial(raw):
+            early = f"{self._origin} answered {raw.status} before it had read the event"
+            raise PublishFailed(f"{early}, and the answer is invalid", reason="protocol")
         return raw
+
+
+def _is_partial(reply: RawAnswer) -> bool:
+    """Return whether an event was confirmed, but not sent to its end."""
+    return reply.is_cut and httpx.codes.is_success(reply.status)
 
 
 def _status_failure(origin: str, reply: RawAnswer) -> PublishFailed | PublishRejected:

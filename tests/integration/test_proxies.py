@@ -259,6 +259,34 @@ async def test_a_proxy_with_tls_is_not_the_destination(
         assert len(server.requests) == 1
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 201 Created\r\n\r\n",
+        b"HTTP/1.1 204 No Content\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 200 OK\r\nx: " + b"x" * 20_000 + b"\r\n\r\n",
+    ],
+    ids=["201", "204", "long"],
+)
+async def test_any_2xx_opens_a_tunnel(tmp_path: Path, answer: bytes) -> None:
+    """E4: a proxy may open a tunnel with any 2xx, and a long head."""
+    async with (
+        tls_site(tmp_path, "orders.example", response(b"", status="204 No Content")) as (server, ca),
+        proxy(server.port, answer=answer) as between,
+    ):
+        destination = open_destination(
+            DestinationSettings(
+                name="orders",
+                url=SecretStr("https://orders.example/clipia"),
+                tls=TlsSettings(ca=ca),
+                proxy=SecretStr(between.url),
+            )
+        )
+        await destination.publish(make_event())
+        await destination.close()
+        assert len(server.requests) == 1
+
+
 async def test_the_head_of_a_tunnel_has_our_name_and_no_secret(tmp_path: Path) -> None:
     """G8: the proxy learns its own login, the host and the receiver's name."""
     async with (
@@ -279,9 +307,7 @@ async def test_the_head_of_a_tunnel_has_our_name_and_no_secret(tmp_path: Path) -
         line, *fields = between.heads[0].decode().rstrip().split("\r\n")
         assert line == "CONNECT orders.example:443 HTTP/1.1"
         assert dict(field.split(": ", 1) for field in fields) == {
-            "Host": "orders.example",
-            "Accept": "*/*",
-            "Accept-Encoding": "identity",
+            "Host": "orders.example:443",
             "User-Agent": f"clipia-receiver/{__version__}",
             "Proxy-Authorization": "Basic " + base64.b64encode(b"proxy-user:pr0xy-password").decode(),
         }
@@ -291,7 +317,7 @@ async def test_the_head_of_a_tunnel_has_our_name_and_no_secret(tmp_path: Path) -
 async def test_a_plain_destination_gets_its_request_from_the_proxy() -> None:
     """E1: with http: the proxy gets the whole URL and its own login, each time."""
     async with (
-        site(response(b"", status="204 No Content")) as server,
+        site(response(b"", "Connection: close", status="204 No Content")) as server,
         proxy(server.port) as between,
     ):
         destination = open_destination(

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -68,7 +69,7 @@ async def proxy(
         if head.startswith(b"CONNECT "):
             writer.write(answer or b"")
             await writer.drain()
-            if b" 200 " not in (answer or b""):
+            if not re.search(rb"HTTP/1.1 2", answer or b""):
                 return
         answers, server = await asyncio.open_connection("127.0.0.1", target)
         try:

@@ -20,7 +20,7 @@ from structlog.testing import capture_logs
 from support.certificates import make_certificate
 from support.kinds_base import Answer, HttpSink, Received, make_event, open_url, until
 
-from receiver import http_transport
+from receiver import http_connections
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, base, open_destination
 from receiver.destinations.answers import MAX_HEAD_BYTES
@@ -338,7 +338,7 @@ async def test_connections_survive_cancellation(
     sink: HttpSink, destination: Destination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """E16: publishes that are cancelled at any moment leak neither connections nor slots."""
-    monkeypatch.setattr(http_transport, "KEEP_ALIVE_SECONDS", 0.3)
+    monkeypatch.setattr(http_connections, "KEEP_ALIVE_SECONDS", 0.3)
     choose = random.Random()
 
     async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
