@@ -32,14 +32,11 @@ from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
-CLAIMS_AHEAD: Final = 4
-"""A lane claims as many times its in-flight limit: claims of a few rows would cost more than publishing."""
 MAX_BYTES: Final = 32 * 1024 * 1024
 """Bytes of the bodies that a lane holds, unless a single one is larger."""
 
 log = structlog.get_logger()
 
-_RecordResult = Callable[[], Awaitable[object]]
 _PublishAll = Callable[[Sequence[CloudEvent]], Awaitable[Sequence[Exception | None]]]
 
 
@@ -77,21 +74,16 @@ class DeliveryLane(Lane):
     ) -> None:
         """`concurrency` defaults to the target's, and that to the destination's own."""
         concurrency = concurrency or target.concurrency or target.destination.concurrency
-        takes_groups = isinstance(target.destination, GroupDestination)
-        # With a rate limit a claim takes tokens, and the attempts begin at once.
-        places = concurrency if takes_groups or target.rate else CLAIMS_AHEAD * concurrency
         name = destination_lane(target.name)
-        super().__init__(database, deliveries, name=name, concurrency=places, wake=wake)
+        super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
-        self._in_flight = asyncio.Semaphore(concurrency)
-        self._circuit = CircuitBreaker(places)
-        self._openings = 0
+        self._circuit = CircuitBreaker(concurrency)
         self._bucket = TokenBucket(target.rate) if target.rate else None
         self._next_claim: asyncio.TimerHandle | None = None
         if target.is_down:
             self._circuit.open(time.monotonic())
         CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
-        self._max_claims = self._fitting = self._most = places
+        self._max_claims = self._fitting = self._most = concurrency
         self._publish_all: _PublishAll | None = None
         if isinstance(target.destination, GroupDestination):
             self._publish_all = target.destination.publish_all
@@ -99,7 +91,6 @@ class DeliveryLane(Lane):
             self._most = max(1, concurrency // 2)
         self._throttle = ReplayThrottle(concurrency, max_rest_seconds=max_rest_seconds)
         self._results = Batcher(self._write, max_items=MAX_RESULTS, shared_errors=DatabaseUnavailable)
-        self._returns = Batcher(self._give_back)
 
     async def claim(self, limit: int) -> list[Work]:
         """Claim due deliveries, as many as the circuit breaker and the rate limit allow.
@@ -113,7 +104,6 @@ class DeliveryLane(Lane):
         if not limit:
             self._claim_when_allowed()
             return []
-        openings = self._openings
         try:
             found, too_many = await self._database.run_transaction(partial(self._claim, limit=limit))
         except DatabaseUnavailable:
@@ -131,7 +121,7 @@ class DeliveryLane(Lane):
         self.claims_again = len(found) == self._most < asked
         if self.may_have_more:
             self._claim_when_allowed()
-        return self._works(found, openings)
+        return self._works(found)
 
     def _most_now(self, asked: int, now: float) -> int:
         """Return how many of `asked` deliveries may be claimed now."""
@@ -140,18 +130,15 @@ class DeliveryLane(Lane):
         limit = min(asked, self._max_claims, self._fitting, self._most)
         return limit if self._bucket is None else min(limit, self._bucket.available(now))
 
-    def _works(self, found: Sequence[tuple[_Delivery, bool]], openings: int) -> list[Work]:
-        """Return the work of deliveries, each with whether its replay was canceled.
-
-        `openings` is how often the circuit breaker had opened before the claim.
-        """
+    def _works(self, found: Sequence[tuple[_Delivery, bool]]) -> list[Work]:
+        """Return the work of deliveries, each with whether its replay was canceled."""
         works, group = list[Work](), list[_Delivery]()
         for this, is_canceled in found:
             if self._publish_all is not None and not is_canceled:
                 group.append(this)
             else:
-                run = partial(self._drop, this) if is_canceled else partial(self._publish, this, openings)
-                works.append(Work(claim=this.claim, run=run, size=len(this.event.body)))
+                run = self._drop if is_canceled else self._publish
+                works.append(Work(claim=this.claim, run=partial(run, this), size=len(this.event.body)))
         if self._publish_all is not None and group:
             claim, *others = (this.claim for this in group)
             size = sum(len(this.event.body) for this in group)
@@ -215,22 +202,11 @@ class DeliveryLane(Lane):
             self._throttle.found_none(now)
         return claims + replayed
 
-    async def _publish(self, this: _Delivery, openings: int) -> None:
+    async def _publish(self, this: _Delivery) -> None:
         try:
-            async with self._in_flight:
-                record = (
-                    await self._attempt(this)
-                    if openings == self._openings
-                    # The circuit breaker has opened since the claim: only probes are sent.
-                    else partial(self._returns.add, this.claim)
-                )
-            await record()
+            await self._attempt(this)
         finally:
             self._end(this)
-
-    async def _give_back(self, claims: Sequence[Claim]) -> Sequence[None]:
-        await self.release(claims)
-        return [None] * len(claims)
 
     def _end(self, this: _Delivery) -> None:
         if this.claim.replay_id is not None:
@@ -305,22 +281,24 @@ class DeliveryLane(Lane):
         attempt = StartedAttempt.of(this.claim).end("failed", "its replay was canceled")
         await self._finish(this, attempt, state="canceled")
 
-    async def _attempt(self, this: _Delivery) -> _RecordResult:
-        """Publish a delivery, and return the function that records the result."""
+    async def _attempt(self, this: _Delivery) -> None:
         attempt = StartedAttempt.of(this.claim)
         if crashed := crash_error(this.claim, "delivering this event"):
-            return partial(self._give_up, this, attempt.end("failed", crashed))
+            await self._give_up(this, attempt.end("failed", crashed))
+            return
         try:
             message = envelope.build(*this)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
-            return partial(self._failed, this, attempt, error)
+            await self._failed(this, attempt, error)
+            return
         try:
             await self._target.destination.publish(message)
         except Exception as error:  # noqa: BLE001 - likewise
             self._note(error, attempt.began)
-            return partial(self._failed, this, attempt, error)
+            await self._failed(this, attempt, error)
+            return
         self._note(None, attempt.began)
-        return partial(self._finish, this, attempt.end("succeeded"), state="delivered")
+        await self._finish(this, attempt.end("succeeded"), state="delivered")
 
     def _note(self, error: Exception | None, started: float) -> None:
         """Count a result in the circuit breaker. A destination that rejects one message is healthy."""
@@ -331,7 +309,6 @@ class DeliveryLane(Lane):
             if was_open:
                 log.info("circuit breaker closed", destination=self._target.name)
         elif self._circuit.failed(time.monotonic(), started=started, retry_after=after):
-            self._openings += 1
             log.error("circuit breaker opened", destination=self._target.name, error=stored_text(error))
         if self._circuit.is_open != was_open:
             CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
