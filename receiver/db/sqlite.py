@@ -185,11 +185,12 @@ class SqliteThread:
             async with asyncio.timeout(2 * POOL_WAIT):
                 connection = await self.call(_begin, self.engine, begun)
             yield _SqliteConnection(connection, self.call)
+            # A cancelled call never runs if the thread has not taken it up, so this one is in the `try`, too.
+            await self.call(_end, begun, Connection.commit)
         except BaseException:
             # Nothing waits for it: the disk may be frozen, and the next call of the thread comes after it.
             self._executor.submit(_end, begun)
             raise
-        await self.call(_end, begun, Connection.commit)
 
     async def close(self) -> None:
         """Close the connection in the thread that opened it, and end the thread."""
@@ -253,8 +254,9 @@ def _begin(engine: Engine, begun: list[Connection]) -> Connection:
 
 
 def _end(begun: list[Connection], how: Callable[[Connection], None] = Connection.rollback) -> None:
-    for connection in begun:
-        with closing(connection):
+    """End the transaction, unless an earlier call has."""
+    while begun:
+        with closing(begun.pop()) as connection:
             how(connection)
 
 

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -138,6 +139,57 @@ async def test_a_cancelled_transaction_is_rolled_back_on_sqlite(database: Databa
         other_process.rollback()
     await database.run_transaction(add)
     assert await count(database) == 1
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Stop the garbage collector, which would close a connection that no object refers to, at any time."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("way", ["write", "read"])
+async def test_a_transaction_cancelled_at_its_commit_is_rolled_back_on_sqlite(
+    database: Database, way: str, no_collector: None
+) -> None:
+    """C14: if a task is cancelled before its thread has taken up the commit, it blocks no later transaction."""
+    if not database.is_sqlite:
+        return
+    blocked, free = threading.Event(), threading.Event()
+
+    def block(*_arguments: object) -> None:
+        blocked.set()
+        free.wait(10)
+
+    async def change() -> None:
+        async with getattr(database, way)() as connection:
+            if way == "write":
+                await add(connection, "undone")
+            before_commit = asyncio.create_task(connection.run_sync(block))
+            await asyncio.to_thread(blocked.wait)
+        await before_commit
+
+    task = asyncio.create_task(change())
+    await asyncio.to_thread(blocked.wait)
+    await asyncio.sleep(0.2)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    free.set()
+    await asyncio.gather(*(count(database) for _ in range(8)))
+    await others_can_write(database)
+    await database.run_transaction(add)
+    assert await count(database) == 1
+
+
+async def others_can_write(database: Database) -> None:
+    """See that no transaction of this process holds the write lock."""
+    await asyncio.sleep(0.2)
+    with contextlib.closing(sqlite3.connect(database.url.removeprefix("sqlite:///"))) as other_process:
+        other_process.execute("PRAGMA busy_timeout = 100")
+        other_process.execute("BEGIN IMMEDIATE")
+        other_process.rollback()
 
 
 async def test_readers_wait_for_a_place_on_sqlite(database: Database) -> None:
