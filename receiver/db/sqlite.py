@@ -30,7 +30,7 @@ from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 from receiver.db import arrivals
 from receiver.db.connection import SqlConnection, Transaction
 from receiver.db.rows import NewEvent
-from receiver.db.transactions import POOL_WAIT, unavailable
+from receiver.db.transactions import POOL_WAIT, unavailable, unavailable_error
 from receiver.error_texts import cause
 from receiver.errors import DatabaseUnavailable, SettingsError
 from receiver.private_files import open_private
@@ -174,6 +174,10 @@ class SqliteThread:
 
     def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
         with closing(self.engine.raw_connection()) as connection:
+            driver: Any = connection.driver_connection
+            if driver.in_transaction:
+                # The statement would be rolled back with it, after the ack.
+                raise unavailable_error("an earlier transaction is open")
             return work(connection)
 
     @asynccontextmanager
@@ -257,7 +261,12 @@ def _end(begun: list[Connection], how: Callable[[Connection], None] = Connection
     """End the transaction, unless an earlier call has."""
     while begun:
         with closing(begun.pop()) as connection:
-            how(connection)
+            try:
+                how(connection)
+            except BaseException:
+                # A failed commit may leave it open, and only after this does `close` reset the connection.
+                connection.rollback()
+                raise
 
 
 class _SqliteConnection:

@@ -10,16 +10,19 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
-from sqlalchemy import func, insert, select
+from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from support.servers import Postgres
 
+from receiver.db import arrivals
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
-from receiver.db.tables import probes
+from receiver.db.sqlite import Sqlite
+from receiver.db.tables import probes, receipts
 from receiver.errors import DatabaseUnavailable
 
 
@@ -149,11 +152,12 @@ def no_collector() -> Iterator[None]:
     gc.enable()
 
 
+@pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("way", ["write", "read"])
 async def test_a_transaction_cancelled_at_its_commit_is_rolled_back_on_sqlite(
-    database: Database, way: str, no_collector: None
+    database: Database, way: str
 ) -> None:
-    """C14: if a task is cancelled before its thread has taken up the commit, it blocks no later transaction."""
+    """C14: if a task is cancelled before its thread has taken up the commit, it blocks no later one."""
     if not database.is_sqlite:
         return
     blocked, free = threading.Event(), threading.Event()
@@ -190,6 +194,51 @@ async def others_can_write(database: Database) -> None:
         other_process.execute("PRAGMA busy_timeout = 100")
         other_process.execute("BEGIN IMMEDIATE")
         other_process.rollback()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("way", ["write", "run_transaction"])
+async def test_a_failed_commit_is_rolled_back_on_sqlite(database: Database, way: str) -> None:
+    """C14: if the commit fails, the transaction does not stay open, and the next webhook is stored."""
+    if not database.is_sqlite:
+        return
+
+    async def refer_to_no_event(connection: SqlConnection) -> None:
+        await connection.execute(text("PRAGMA defer_foreign_keys = 1"))
+        values = {"event_seq": 99, "secret_id": "one", "outcome": "duplicate", "body_sha256": bytes(32)}
+        await connection.execute(
+            insert(receipts).values(values | {"signed_at": db_time(0.0), "received_at": db_time(0.0)})
+        )
+
+    async def step_by_step() -> None:
+        async with database.write() as connection:
+            await refer_to_no_event(connection)
+
+    with pytest.raises(IntegrityError):
+        await (step_by_step() if way == "write" else database.run_transaction(refer_to_no_event))
+    await others_can_write(database)
+    assert await database.insert_arrivals([arrivals.probe_event()]) == set()
+    assert await database.insert_arrivals([arrivals.probe_event()]) == set()
+    assert await count_in_other_process(database, "events") == 2
+
+
+async def test_no_webhook_joins_an_open_transaction_on_sqlite(database: Database) -> None:
+    """C14: if a transaction was left open by mistake, a webhook's INSERT fails instead of joining it."""
+    if not isinstance(database._backend, Sqlite):
+        return
+    writer = database._backend._writer
+    driver: Any = await writer.run_with_driver(lambda connection: connection.driver_connection)
+    driver.execute("BEGIN IMMEDIATE")
+    with pytest.raises(DatabaseUnavailable, match="an earlier transaction is open"):
+        await database.insert_arrivals([arrivals.probe_event()])
+    assert await database.insert_arrivals([arrivals.probe_event()]) == set()
+    assert await count_in_other_process(database, "events") == 1
+
+
+async def count_in_other_process(database: Database, table: str) -> int:
+    """Count the rows that another process sees."""
+    with contextlib.closing(sqlite3.connect(database.url.removeprefix("sqlite:///"))) as other_process:
+        return int(other_process.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
 async def test_readers_wait_for_a_place_on_sqlite(database: Database) -> None:
