@@ -197,9 +197,12 @@ class SqliteThread:
             raise
 
     async def close(self) -> None:
-        """Close the connection in the thread that opened it, and end the thread."""
+        """Close the connection if it is idle.
+
+        The executor is not shut down, because a transaction that is open could not end then. Its thread ends
+        with the last reference to the executor.
+        """
         await self.call(self.engine.dispose)
-        self._executor.shutdown(wait=False)
 
 
 class SqliteReaders:

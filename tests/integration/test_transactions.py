@@ -235,6 +235,29 @@ async def test_no_webhook_joins_an_open_transaction_on_sqlite(database: Database
     assert await count_in_other_process(database, "events") == 1
 
 
+@pytest.mark.parametrize("end", ["commit", "cancel"])
+async def test_a_transaction_may_end_after_close_on_sqlite(database: Database, end: str) -> None:
+    """C14: if the database is closed within a transaction, that is still committed or rolled back."""
+    if not database.is_sqlite:
+        return
+    begun, closed = asyncio.Event(), asyncio.Event()
+
+    async def change() -> None:
+        async with database.write() as connection:
+            await add(connection)
+            begun.set()
+            await closed.wait()
+
+    task = asyncio.create_task(change())
+    await begun.wait()
+    await database.close()
+    closed.set() if end == "commit" else task.cancel()
+    with contextlib.nullcontext() if end == "commit" else pytest.raises(asyncio.CancelledError):
+        await task
+    await others_can_write(database)
+    assert await count_in_other_process(database, "probes") == (end == "commit")
+
+
 async def count_in_other_process(database: Database, table: str) -> int:
     """Count the rows that another process sees."""
     with contextlib.closing(sqlite3.connect(database.url.removeprefix("sqlite:///"))) as other_process:
