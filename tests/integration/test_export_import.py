@@ -570,6 +570,16 @@ EVENT: dict[str, Any] = {
     "received_at": "2026-03-01T12:00:00+00:00",
     **{name: [] for name in export_import.CHILDREN},
 }
+RECEIPT: dict[str, Any] = {
+    "webhook_id": None,
+    "secret_id": "one",
+    "signed_at": "2026-03-01T11:59:59+00:00",
+    "received_at": EVENT["received_at"],
+    "body_sha256": EVENT["body_sha256"],
+    "outcome": "accepted",
+    "body": None,
+    "repeated": 0,
+}
 GARBAGE: list[dict[str, Any]] = [
     {},
     {"type": "evnet"},
@@ -601,6 +611,40 @@ GARBAGE: list[dict[str, Any]] = [
     EVENT | {"deliveries": [{"id": "7c9e6679-7425-40de-944b-e07fc1f90ae8"}]},
     EVENT | {"deliveries": [{"tries": [{}]}]},
 ]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+@pytest.mark.parametrize(
+    ("of_event", "of_receipt"),
+    [
+        ({}, {}),
+        ({}, {"repeated": 7}),
+        ({}, {"body": "e30="}),
+        ({"status": ""}, {}),
+        ({"status": ""}, {"outcome": "unrecognized"}),
+        ({"status": None}, {"outcome": "unrecognized"}),
+        ({"status": None}, {}),
+    ],
+)
+async def test_first_receipts_are_imported_unchanged(
+    databases: Databases, kind: str, of_event: Line, of_receipt: Line
+) -> None:
+    """The first receipt of an event is exported as it was imported."""
+    world = await databases.world(kind)
+    line = EVENT | of_event | {"receipts": [RECEIPT | of_receipt]}
+    await load(world, [orjson.dumps(line)])
+    (found,) = map(orjson.loads, await export(world))
+    assert found["receipts"] == line["receipts"]
+
+
+@pytest.mark.parametrize("text", ["no digest", "0g", "abc", "ab " * 32])
+async def test_texts_that_are_no_digests_are_imported_as_empty(databases: Databases, text: str) -> None:
+    """An earlier release took any text for a digest; it becomes empty, as in migration 0013."""
+    world = await databases.world("sqlite")
+    digest = {"body_sha256": text}
+    await load(world, [orjson.dumps(EVENT | digest | {"receipts": [RECEIPT | digest]})])
+    (found,) = map(orjson.loads, await export(world))
+    assert (found["body_sha256"], found["receipts"]) == ("", [RECEIPT | {"body_sha256": ""}])
 
 
 @pytest.mark.usefixtures("commanded")
