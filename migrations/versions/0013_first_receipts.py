@@ -35,6 +35,14 @@ FOLLOWS = "CASE WHEN events.status IS NULL THEN 'unrecognized' ELSE 'accepted' E
 """The outcome that follows from an event, if `first_outcome` is null."""
 
 
+def first_outcome(outcome: str) -> str:
+    """Return the value of `first_outcome`.
+
+    `unrecognized` is never left to follow from the status: the release before may still set that.
+    """
+    return f"CASE WHEN {outcome} = 'accepted' AND events.status IS NOT NULL THEN NULL ELSE {outcome} END"
+
+
 def is_first(receipts: str) -> str:
     """Return the condition that the first receipt of an event can be part of the event's row."""
     return f"""
@@ -82,7 +90,7 @@ def upgrade_sqlite(connection: sa.Connection) -> None:
         op.add_column(table, sa.Column("digest", sa.LargeBinary()))
     op.execute(f"""
         UPDATE events SET digest = from_hex(body_sha256), ({", ".join(COLUMNS)}) = (
-            SELECT webhook_id, secret_id, signed_at, nullif(outcome, {FOLLOWS}) FROM receipts
+            SELECT webhook_id, secret_id, signed_at, {first_outcome("outcome")} FROM receipts
             WHERE receipts.seq = (SELECT min(seq) FROM receipts WHERE event_seq = events.seq)
                 AND {is_first("receipts")}
         )
@@ -170,7 +178,7 @@ PREPARE = (
         NEW.digest = {digest("NEW")};
         IF TG_OP = 'INSERT' THEN
             UPDATE events SET webhook_id = NEW.webhook_id, secret_id = NEW.secret_id,
-                signed_at = NEW.signed_at, first_outcome = nullif(NEW.outcome, {FOLLOWS})
+                signed_at = NEW.signed_at, first_outcome = {first_outcome("NEW.outcome")}
             WHERE seq = NEW.event_seq AND events.secret_id IS NULL AND {is_first("NEW")};
             IF FOUND THEN
                 RETURN NULL;
@@ -195,7 +203,7 @@ FOLD = f"""
     found AS (
         SELECT events.seq AS of_event, {digest("events")} AS bytes, receipts.seq AS receipt,
             receipts.webhook_id, receipts.secret_id, receipts.signed_at,
-            nullif(receipts.outcome, {FOLLOWS}) AS first_outcome
+            {first_outcome("receipts.outcome")} AS first_outcome
         FROM page AS events LEFT JOIN LATERAL (
             SELECT * FROM receipts WHERE event_seq = events.seq ORDER BY receipts.seq + 0 LIMIT 1
         ) AS receipts ON events.secret_id IS NULL AND {is_first("receipts")}

@@ -368,6 +368,44 @@ async def test_locked_events_are_converted_later(postgres: Postgres, monkeypatch
         await each.close()
 
 
+async def test_events_recognized_while_it_runs_keep_their_outcomes(
+    postgres: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C15: if the release before recognizes an event whose receipt was moved, its outcome stays."""
+    database = Database(postgres.url())
+    await fill(database, 40)
+    made: list[migrate.Step] = []
+
+    def steps(script: Script) -> list[migrate.Step]:
+        made[:] = small_pages(script) if script.revision == "0013" else ()
+        return made
+
+    monkeypatch.setattr(migrate, "steps_of", steps)
+    await migrate._scripts_with_steps(database, "head")
+    prepare, fold_page, *_ = made
+    await migrate._run_step(database, prepare, before="0012")
+    (event, *_), (receipt, *_) = old_rows(1)
+    async with database.write() as connection:
+        other = {"id": event_id("clipia", "other"), "request_id": "other"}
+        unrecognized = {"seq": 41, "state": "unrecognized", "status": None}
+        await connection.execute(insert(OLD_EVENTS), [event | other | unrecognized])
+        await connection.execute(
+            insert(OLD_RECEIPTS), [receipt | {"event_seq": 41, "outcome": "unrecognized"}]
+        )
+    await migrate._run_step(database, fold_page, before="0012")
+    async with database.write() as connection:
+        await connection.execute(
+            text("UPDATE events SET state = 'ready', status = 'OK' WHERE state = 'unrecognized'")
+        )
+    await migrate.upgrade(database)
+    found = await shown_now(database)
+    outcomes = {name: [row["outcome"] for row in rows] for name, rows in found.items()}
+    assert outcomes == {"other": ["unrecognized"]} | {
+        row["request_id"]: KINDS[row["request_id"].split("-")[0]][0] for row in old_rows(40)[0]
+    }
+    await database.close()
+
+
 async def unconverted(database: Database) -> list[int]:
     """Return the events that the migration has yet to convert."""
     async with database.read() as connection:
