@@ -324,7 +324,9 @@ def _exec_driver_sql(connection: Connection, statement: str, parameters: Any) ->
 
 def _read(result: CursorResult[Any]) -> CursorResult[Any]:
     """Read all rows, because SQLite finds each row only when it is read, and that may wait for the disk."""
-    if result.returns_rows and result.cursor is not None:
+    # SQLAlchemy has read those of an INSERT of many rows already.
+    is_read = isinstance(result.cursor_strategy, FullyBufferedCursorFetchStrategy)
+    if result.returns_rows and not is_read and result.cursor is not None:
         result.cursor_strategy = FullyBufferedCursorFetchStrategy(result.cursor)
     return result
 

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -90,6 +91,17 @@ async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) ->
 
     await asyncio.gather(*(way() for _ in range(50) for way in (at_once, step_by_step)))
     assert await count(database) == 100
+
+
+async def test_an_insert_of_many_rows_returns_them_all(database: Database) -> None:
+    """If an INSERT of many rows has a RETURNING, the result has all of them."""
+    names = [str(number) for number in range(3)]
+    async with database.write() as connection:
+        statement = insert(probes).returning(probes.c.name)
+        rows = await connection.execute(
+            statement, [{"name": name, "at": datetime.now(UTC)} for name in names]
+        )
+        assert sorted(rows.scalars()) == names
 
 
 async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> None:
