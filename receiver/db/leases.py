@@ -84,11 +84,6 @@ def _claim_statement(
         # A CTE with row locks is evaluated once; a subquery may be evaluated again and claim too many rows.
         .cte("due")
     )
-    began = (
-        func.coalesce(table.c.restarted_at, table.c.created_at)
-        if "restarted_at" in table.c
-        else table.c.created_at
-    )
     return (
         update(table)
         .where(table.c.id.in_(select(due.c.id)))
@@ -102,10 +97,16 @@ def _claim_statement(
             table.c.id,
             table.c.attempts.label("attempt"),
             table.c.lost,
-            seconds_since(began).label("age"),
+            seconds_since(_began(table)).label("age"),
             *columns,
         )
     )
+
+
+def _began(table: Table) -> ColumnElement[Any]:
+    """Return the time at which a row has started, or started again."""
+    made = table.c.created_at
+    return func.coalesce(table.c.restarted_at, made) if "restarted_at" in table.c else made
 
 
 # Built once: building a statement takes as long as running it.
@@ -184,7 +185,7 @@ async def lock(connection: SqlConnection, table: Table, claims: Collection[Claim
 
 
 async def release(connection: SqlConnection, table: Table, claims: Collection[Claim]) -> None:
-    """Make rows due again without counting the attempt."""
+    """Make rows due again, before newer ones, without counting the attempt."""
     await _execute(connection, _release(table), claims)
 
 
@@ -318,7 +319,8 @@ def _renewal(table: Table) -> ReturningUpdate[Any]:
 
 @cache
 def _release(table: Table) -> ReturningUpdate[Any]:
-    due = {"next_attempt_at": db_time(0.0), "lease": None, "attempts": table.c.attempts - 1}
+    # Not now: the row would go behind all rows that are due.
+    due = {"next_attempt_at": _began(table), "lease": None, "attempts": table.c.attempts - 1}
     return update(table).where(_held(table)).values(due).returning(table.c.id)
 
 

@@ -97,8 +97,11 @@ def _dump(value: dict[str, Any]) -> bytes | None:
 class GroupDestination(Destination, Protocol):
     """A destination that takes many events at once for less than one by one."""
 
-    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
-        """Send events, and return for each None if it is confirmed, or else the error of `publish`."""
+    async def publish_first(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Send the first of the events: as many as it takes at once, and at least one.
+
+        Returns for each of these None if it is confirmed, or else the error of `publish`.
+        """
 
 
 def encode(event: CloudEvent) -> bytes:

@@ -1,7 +1,7 @@
 """Batches of messages for brokers that take several in one request."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from receiver.batching import Batcher
@@ -58,25 +58,11 @@ class BatchPublisher(Generic[Message]):
         if failure is not None:
             raise copy_failure(failure)
 
-    async def publish_all(self, messages: Sequence[tuple[Message, int]]) -> list[Failure | None]:
-        """Send messages, each with its size; return for each its failure, or None if it is confirmed."""
+    async def publish_together(self, messages: Sequence[Message], size: int) -> Sequence[Failure | None]:
+        """Send messages in one batch; return for each its failure, or None if it is confirmed."""
         if self.closed:
             return [closed_failure()] * len(messages)
-        failures = list[Failure | None]()
-        for group, size in self._slices(messages):
-            failures += await self._add(group, size)
-        return failures
-
-    def _slices(self, messages: Sequence[tuple[Message, int]]) -> Iterator[tuple[list[Message], int]]:
-        group, total = list[Message](), 0
-        for message, size in messages:
-            if group and (len(group) == self._max_messages or total + size > self._max_bytes):
-                yield group, total
-                group, total = [], 0
-            group.append(message)
-            total += size
-        if group:
-            yield group, total
+        return await self._add(messages, size)
 
     async def _add(self, messages: Sequence[Message], size: int) -> Sequence[Failure | None]:
         deadline = asyncio.get_running_loop().time() + self.timeout

@@ -76,8 +76,8 @@ class FileDestination(CheckedDestination):
         if error is not None:
             raise self._failure_from(error) from error
 
-    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
-        """Append events with one flush; see `GroupDestination`."""
+    async def publish_first(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Append all events with one flush; see `GroupDestination`."""
         if self._closed:
             return [closed_failure()] * len(events)
         lines, failures = list[bytes](), list[Failure | None]()

@@ -91,14 +91,9 @@ class RabbitmqDestination(CheckedDestination):
         message = encode_message(event)
         await self._run(lambda connection: connection.publish(message))
 
-    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
-        """Publish events, `MAX_IN_FLIGHT` at a time; see `GroupDestination`."""
-        failures = list[Failure | None]()
-        for start in range(0, len(events), MAX_IN_FLIGHT):
-            failures += await self._publish_slice(events[start : start + MAX_IN_FLIGHT])
-        return failures
-
-    async def _publish_slice(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+    async def publish_first(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Publish up to `MAX_IN_FLIGHT` events; see `GroupDestination`."""
+        events = events[:MAX_IN_FLIGHT]
         messages, rejected = list[Message](), dict[int, Failure]()
         for number, event in enumerate(events):
             try:

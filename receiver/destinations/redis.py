@@ -140,19 +140,23 @@ class RedisDestination(CheckedDestination):
         fields = _encode(event)
         await self._batches.publish(fields, len(fields["event"]))
 
-    async def publish_all(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
-        """Append events; see `GroupDestination`."""
-        entries = list[tuple[dict[Any, Any], int]]()
-        rejected = dict[int, Failure]()
-        for number, event in enumerate(events):
+    async def publish_first(self, events: Sequence[CloudEvent]) -> Sequence[Failure | None]:
+        """Append the events that fit into one pipeline; see `GroupDestination`."""
+        entries, rejections, size = list[dict[str, bytes]](), list[Failure | None](), 0
+        for event in events:
             try:
                 fields = _encode(event)
             except PublishRejected as rejection:
-                rejected[number] = rejection
-            else:
-                entries.append((fields, len(fields["event"])))
-        failures = iter(await self._batches.publish_all(entries))
-        return [rejected.get(number) or next(failures) for number in range(len(events))]
+                rejections.append(rejection)
+                continue
+            more = len(fields["event"])
+            if entries and (len(entries) == MAX_BATCH or size + more > MAX_BATCH_BYTES):
+                break
+            entries.append(fields)
+            rejections.append(None)
+            size += more
+        failures = iter(await self._batches.publish_together(entries, size) if entries else ())
+        return [rejection or next(failures) for rejection in rejections]
 
     async def close(self) -> None:
         """Send the events that wait, which the timeouts bound, and close the connections."""

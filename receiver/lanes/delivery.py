@@ -32,12 +32,16 @@ from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
+LARGE: Final = 32
+"""An in-flight limit that is worth two groups: smaller ones would cost more transactions."""
+MAX_LOGGED: Final = 100
+"""Ids in one line of the log."""
 MAX_BYTES: Final = 32 * 1024 * 1024
 """Bytes of the bodies that a lane holds, unless a single one is larger."""
 
 log = structlog.get_logger()
 
-_PublishAll = Callable[[Sequence[CloudEvent]], Awaitable[Sequence[Exception | None]]]
+_PublishFirst = Callable[[Sequence[CloudEvent]], Awaitable[Sequence[Exception | None]]]
 
 
 class _Delivery(NamedTuple):
@@ -84,11 +88,11 @@ class DeliveryLane(Lane):
             self._circuit.open(time.monotonic())
         CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
         self._max_claims = self._fitting = self._most = concurrency
-        self._publish_all: _PublishAll | None = None
+        self._publish_first: _PublishFirst | None = None
         if isinstance(target.destination, GroupDestination):
-            self._publish_all = target.destination.publish_all
-            # Two groups alternate: one is published while the other one is claimed or recorded.
-            self._most = max(1, concurrency // 2)
+            self._publish_first = target.destination.publish_first
+            # Two large groups alternate: one is published while the other one is claimed or recorded.
+            self._most = concurrency // 2 if concurrency >= LARGE else concurrency
         self._throttle = ReplayThrottle(concurrency, max_rest_seconds=max_rest_seconds)
         self._results = Batcher(self._write, max_items=MAX_RESULTS, shared_errors=DatabaseUnavailable)
 
@@ -134,15 +138,15 @@ class DeliveryLane(Lane):
         """Return the work of deliveries, each with whether its replay was canceled."""
         works, group = list[Work](), list[_Delivery]()
         for this, is_canceled in found:
-            if self._publish_all is not None and not is_canceled:
+            if self._publish_first is not None and not is_canceled:
                 group.append(this)
             else:
                 run = self._drop if is_canceled else self._publish
                 works.append(Work(claim=this.claim, run=partial(run, this), size=len(this.event.body)))
-        if self._publish_all is not None and group:
+        if self._publish_first is not None and group:
             claim, *others = (this.claim for this in group)
             size = sum(len(this.event.body) for this in group)
-            run_group = partial(self._publish_group, group, self._publish_all)
+            run_group = partial(self._publish_group, group, self._publish_first)
             works.append(Work(claim=claim, others=others, run=run_group, size=size))
         return works
 
@@ -214,47 +218,63 @@ class DeliveryLane(Lane):
             if rest is not None:
                 asyncio.get_running_loop().call_later(rest, self._wake, self.name)
 
-    async def _publish_group(self, group: Sequence[_Delivery], publish_all: _PublishAll) -> None:
+    async def _publish_group(self, group: Sequence[_Delivery], publish_first: _PublishFirst) -> None:
         try:
-            await self._attempt_group(group, publish_all)
+            await self._attempt_group(group, publish_first)
         finally:
             for this in group:
                 self._end(this)
 
-    async def _attempt_group(self, group: Sequence[_Delivery], publish_all: _PublishAll) -> None:
-        """Publish deliveries together; record the confirmed ones together, and the others one by one."""
-        attempt = StartedAttempt.of(group[0].claim)
-        sent, messages, records = (
-            list[_Delivery](),
-            list[CloudEvent](),
-            list[Callable[[], Awaitable[object]]](),
-        )
+    async def _attempt_group(self, group: Sequence[_Delivery], publish_first: _PublishFirst) -> None:
+        """Publish deliveries together, as many at a time as the destination takes, and record them.
+
+        If none of these arrives, or time runs out, the rest is released: it was not attempted.
+        """
+        until = time.monotonic() + self.lease_seconds / 3
+        left = await self._build(group)
+        while left and time.monotonic() < until:
+            attempt = StartedAttempt.of(group[0].claim)
+            try:
+                failures: Sequence[Exception | None] = await publish_first([message for _, message in left])
+            except Exception as error:  # noqa: BLE001 - any error belongs to these rows, not to their lane
+                failures = [error] * len(left)
+            sent, left = left[: len(failures)], left[len(failures) :]
+            await self._end_group([this for this, _ in sent], failures, attempt)
+            if self._circuit.is_open or not _has_answer(failures):
+                break
+        if left:
+            claims = [this.claim for this, _ in left]
+            await self._until_recorded(claims[0], partial(self.release, claims))
+
+    async def _build(self, group: Sequence[_Delivery]) -> list[tuple[_Delivery, CloudEvent]]:
+        """Return deliveries with their messages; record those that have none."""
+        built, records = list[tuple[_Delivery, CloudEvent]](), list[Awaitable[object]]()
         for this in group:
+            attempt = StartedAttempt.of(this.claim)
             if crashed := crash_error(this.claim, "delivering this event"):
-                mine = StartedAttempt.of(this.claim).end("failed", crashed)
-                records.append(partial(self._give_up, this, mine))
+                records.append(self._give_up(this, attempt.end("failed", crashed)))
                 continue
             try:
-                messages.append(envelope.build(*this))
+                built.append((this, envelope.build(*this)))
             except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
-                records.append(partial(self._failed, this, StartedAttempt.of(this.claim), error))
-            else:
-                sent.append(this)
-        try:
-            failures: Sequence[Exception | None] = await publish_all(messages)
-        except Exception as error:  # noqa: BLE001 - likewise
-            failures = [error] * len(sent)
-        confirmed = list[_Delivery]()
+                records.append(self._failed(this, attempt, error))
+        await asyncio.gather(*records)
+        return built
+
+    async def _end_group(
+        self, sent: Sequence[_Delivery], failures: Sequence[Exception | None], attempt: StartedAttempt
+    ) -> None:
+        """Record the confirmed deliveries together, and the others one by one."""
+        confirmed, records = list[_Delivery](), list[Awaitable[object]]()
         for this, failure in zip(sent, failures, strict=True):
             self._note(failure, attempt.began)
             if failure is None:
                 confirmed.append(this)
             else:
-                started = replace(attempt, number=this.claim.attempt)
-                records.append(partial(self._failed, this, started, failure))
+                records.append(self._failed(this, replace(attempt, number=this.claim.attempt), failure))
         if confirmed:
-            records.append(partial(self._finish_delivered, confirmed, attempt))
-        await asyncio.gather(*(record() for record in records))
+            records.append(self._finish_delivered(confirmed, attempt))
+        await asyncio.gather(*records)
 
     async def _finish_delivered(self, group: Sequence[_Delivery], attempt: StartedAttempt) -> None:
         """Record confirmed deliveries in one transaction, or one by one if that fails."""
@@ -342,16 +362,22 @@ class DeliveryLane(Lane):
         return [each.claim.id in held for each in results]
 
     def _tell(self, outcomes: Counter[str], delivered: Sequence[str]) -> None:
-        """Count outcomes, and log the `request_id` of delivered events: one line for all of a group."""
+        """Count outcomes, and log the `request_id` of delivered events: one line for up to `MAX_LOGGED`."""
         for outcome, count in outcomes.items():
             DELIVERIES.labels(self._target.name, outcome).inc(count)
-        if delivered:
-            log.info("events delivered", destination=self._target.name, request_ids=delivered)
+        for start in range(0, len(delivered), MAX_LOGGED):
+            ids = delivered[start : start + MAX_LOGGED]
+            log.info("events delivered", destination=self._target.name, request_ids=ids)
 
     def _ids(self, this: _Delivery) -> dict[str, Any]:
         claim, event = this.claim, this.event
         ids = {"event_id": str(event.id), "request_id": event.request_id, "delivery_id": str(claim.id)}
         return {"destination": self._target.name, **ids, "attempt": claim.attempt}
+
+
+def _has_answer(failures: Sequence[Exception | None]) -> bool:
+    """Return whether the destination has answered for any message, even if it rejected it."""
+    return any(failure is None or isinstance(failure, PublishRejected) for failure in failures)
 
 
 async def _record(connection: SqlConnection, results: Sequence[Result]) -> set[UUID]:

@@ -23,6 +23,7 @@ from support.servers_redis_nats import Redis
 from receiver.destinations import Destination
 from receiver.destinations import redis as redis_module
 from receiver.destinations.base import encode
+from receiver.destinations.redis import RedisDestination
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 
 CANARY = "s3cr3t-canary"
@@ -148,6 +149,20 @@ async def test_batches_are_bounded(shared: Redis, stream: str, monkeypatch: pyte
     await destination.close()
     assert sizes == [7, 7, 7, 7, 2, 2, 2, 2]
     assert len(read_redis(shared, stream)) == 36
+
+
+async def test_a_pipeline_takes_the_entries_that_fit(
+    destination: RedisDestination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C13: a group is cut at the bytes and at the entries of a pipeline; rejected events take no space."""
+    large, poison = make_event({"fill": "x" * 1500}), make_event({"set": {1, 2}})
+    monkeypatch.setattr(redis_module, "MAX_BATCH_BYTES", 4000)
+    [none, rejected, last] = await destination.publish_first([large, poison, large, large])
+    assert (none, last) == (None, None)
+    assert isinstance(rejected, PublishRejected)
+    assert await destination.publish_first([make_event({"fill": "x" * 5000}), large]) == [None]
+    monkeypatch.setattr(redis_module, "MAX_BATCH", 2)
+    assert await destination.publish_first([make_event() for _ in range(5)]) == [None] * 2
 
 
 async def test_each_entry_has_a_reply_of_its_own(

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from cloudevents.core.v1.event import CloudEvent
+from structlog.testing import capture_logs
 from support.events import GroupRecorder, World, opened, plain, until
 from support.payloads import body
 
@@ -131,6 +132,84 @@ async def test_a_group_that_breaks_is_tried_again(world: World) -> None:
     assert {row["error"] for row in await world.rows(attempts)} == {"ZeroDivisionError, see the log"}
 
 
+async def test_the_rest_of_a_group_is_released_if_no_message_arrives(world: World) -> None:
+    """E4: after a request in which all messages failed no other begins, and the rest counts no attempt."""
+    main = await fill(world, 40)
+    main.at_once = 10
+
+    def fail(_event: CloudEvent) -> None:
+        if len(main.published) == 10:
+            raise PublishFailed("down", reason="connection")
+
+    main.behave = fail
+    lane = world.delivery_lane(concurrency=100)
+    [work] = await lane.claim(100)
+    assert len(work.claims) == 40
+    await work.run()
+    assert main.groups == [10, 10]
+    rows = await world.rows(deliveries)
+    assert sorted(row["attempts"] for row in rows) == [0] * 20 + [1] * 20
+    assert {row["lease"] for row in rows} == {None}
+    assert len(await world.rows(attempts)) == 20
+    assert await lane.claim(100) == []
+
+
+async def test_messages_are_recorded_before_the_next_ones_of_their_group(world: World) -> None:
+    """E1: the confirmed messages of a request are recorded, even if the group's next request hangs."""
+    main = await fill(world, 40)
+    main.at_once = 10
+    gate = asyncio.Event()
+
+    async def hang(_event: CloudEvent) -> None:
+        if len(main.published) == 20:
+            await gate.wait()
+
+    main.behave = hang
+    [work] = await world.delivery_lane(concurrency=100).claim(100)
+    running = asyncio.gather(work.run())
+    await world.until_states(deliveries, delivered=20, pending=20)
+    gate.set()
+    await running
+    assert await world.states(deliveries) == {"delivered": 40}
+
+
+async def test_a_group_that_takes_long_is_cut(world: World) -> None:
+    """E10: a request that could begin after the group's lease does not begin; its messages are released."""
+    main = await fill(world, 40)
+    main.at_once = 10
+
+    async def take(_event: CloudEvent) -> None:
+        await asyncio.sleep(0.3)
+
+    main.behave = take
+    lane = world.delivery_lane(concurrency=100)
+    lane.lease_seconds = 0.9
+    [work] = await lane.claim(100)
+    await work.run()
+    assert main.groups == [10]
+    assert await world.states(deliveries, deliveries.c.lease.is_(None)) == {"delivered": 10, "pending": 30}
+
+
+async def test_a_small_limit_is_claimed_as_one_group(world: World) -> None:
+    """C13: two groups would cost more transactions than one if they are small."""
+    main = await fill(world, 20)
+    world.targets[0] = replace(world.targets[0], concurrency=4)
+    async with world.working():
+        await world.until_states(deliveries, delivered=20)
+    assert main.groups == [4] * 5
+
+
+async def test_a_line_of_the_log_has_100_ids_at_most(world: World) -> None:
+    """G7: a large group is logged in several lines."""
+    await fill(world, 230)
+    with capture_logs() as logs:
+        [work] = await world.delivery_lane(concurrency=600).claim(300)
+        await work.run()
+    lines = [line["request_ids"] for line in logs if line["event"] == "events delivered"]
+    assert [len(ids) for ids in lines] == [100, 100, 30]
+    assert len({each for ids in lines for each in ids}) == 230
+
+
 @pytest.mark.parametrize("groups", [True, False])
 async def test_bodies_that_a_lane_holds_are_bounded(
     world: World, monkeypatch: pytest.MonkeyPatch, *, groups: bool
@@ -139,7 +218,7 @@ async def test_bodies_that_a_lane_holds_are_bounded(
     gate, most = asyncio.Event(), 0
     recorder = GroupRecorder()
     if not groups:
-        monkeypatch.setattr(GroupRecorder, "publish_all", None)
+        monkeypatch.setattr(GroupRecorder, "publish_first", None)
     world.add_destination("main", recorder=recorder)
     monkeypatch.setattr(inbox, "SMALL_BODY_BYTES", 100)
     large = [body(f"r-{number}", payload={"output": {"text": "x" * 1000}}) for number in range(12)]

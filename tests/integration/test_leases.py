@@ -104,6 +104,15 @@ async def test_a_released_row_is_due_and_its_attempt_not_counted(database: Datab
     assert (again.attempt, again.lost) == (1, 0)
 
 
+async def test_a_released_row_keeps_its_place(database: Database) -> None:
+    """E16: rows that were given back come before the newer ones."""
+    await add_deliveries(database, 3)
+    first = await claim(database, limit=1)
+    async with database.write() as connection:
+        await leases.release(connection, deliveries, first)
+    assert [held.id for held in await claim(database, limit=1)] == [first[0].id]
+
+
 async def test_a_retry_waits_for_its_delay(database: Database) -> None:
     """E4: a row that was put back is due after its delay, and a recorded failure is no crash."""
     await add_deliveries(database, 1)
