@@ -253,7 +253,7 @@ async def test_size_is_counted_to_the_byte(
     await destination.publish(make_event(deliveryid="d", id="e", subject="s"))
     [(headers, _)] = await read_messages(shared, name)
     wire = "NATS/1.0\r\n" + "".join(f"{key}: {value}\r\n" for key, value in headers.items()) + "\r\n"
-    fill = 400_000 - len(wire) - len('{"f": ""}') + 1 - short
+    fill = 400_000 - len(wire) - len('{"f":""}') + 1 - short
     event = make_event({"f": "x" * fill}, deliveryid="f", id="e", subject="s")
     if short:
         await destination.publish(event)
