@@ -500,9 +500,7 @@ async def test_a_part_that_fails_ends_the_upload() -> None:
             await storage.put("a.mp4", source)
         deadline = time.monotonic() + 10
         # obstore raises before the abort has been answered.
-        while not any(
-            request.startswith(b"DELETE /files/a.mp4?uploadId=u1 ") for request in server.requests
-        ):
+        while not any(request.startswith(b"DELETE /files/a.mp4?uploadId=u1 ") for request in server.requests):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
 
