@@ -73,7 +73,11 @@ def test_downloads_are_measured() -> None:
     require("curl")
     printed = run("benchmarks/download.py", "--mebibytes", "16", "--files", "8", "--rounds", "1")
     rows = printed.splitlines()[4:]
-    assert [row.split(" | ")[0] for row in rows] == ["| 1 of 16 MiB", "| 8 of 1 MiB"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| 1 of 16 MiB",
+        "| 1 of 16 MiB over TLS",
+        "| 8 of 1 MiB",
+    ]
     assert all(row.count(" to ") == 2 for row in rows)
 
 
