@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     options = parser.parse_args()
     if options.side == "ungrouped":
-        ingest.MAX_BATCH_WEBHOOKS = 1  # type: ignore[misc]
+        ingest.MAX_BATCH_WEBHOOKS = 1  # type: ignore[misc]  # a constant changed on purpose
         sys.argv = ["receiver", "serve", "--no-worker", "--port", str(options.port)]
         receiver.main()
         return

@@ -156,7 +156,7 @@ async def test_a_destination_may_get_the_message_before_the_media(world: World, 
         await downloading.wait()
         return await save(**arguments)
 
-    world.downloader.save = slow  # type: ignore[method-assign]
+    world.downloader.save = slow  # type: ignore[method-assign]  # replaced on purpose
     await world.add(with_image(cdn))
     async with world.working():
         rows = await world.until(deliveries, "delivered", "pending")
@@ -310,7 +310,7 @@ async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World
             raise StorageUnavailable("no space left", reason="full")
         return await save(**arguments)
 
-    world.downloader.save = full_at_first  # type: ignore[method-assign]
+    world.downloader.save = full_at_first  # type: ignore[method-assign]  # replaced on purpose
     await world.add(with_image(cdn))
     async with world.working():
         await world.until_tried(media)

@@ -336,12 +336,8 @@ async def test_webhooks_are_stored_while_it_runs(postgres: Postgres, monkeypatch
     await database.close()
 
 
-async def test_locked_events_are_converted_later(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
-    """C15: an event that a worker has locked is not waited for, and its page is repeated until it is free."""
-    url = postgres.url()
-    database, other = Database(url), Database(url)
-    await fill(database, 40)
-    before = await shown_before(database)
+async def steps_in_small_pages(database: Database, monkeypatch: pytest.MonkeyPatch) -> list[migrate.Step]:
+    """Return the steps of the migration, and have it run these."""
     made: list[migrate.Step] = []
 
     def steps(script: Script) -> list[migrate.Step]:
@@ -350,6 +346,16 @@ async def test_locked_events_are_converted_later(postgres: Postgres, monkeypatch
 
     monkeypatch.setattr(migrate, "steps_of", steps)
     await migrate._scripts_with_steps(database, "head")
+    return made
+
+
+async def test_locked_events_are_converted_later(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
+    """C15: an event that a worker has locked is not waited for, and its page is repeated until it is free."""
+    url = postgres.url()
+    database, other = Database(url), Database(url)
+    await fill(database, 40)
+    before = await shown_before(database)
+    made = await steps_in_small_pages(database, monkeypatch)
     await migrate._run_step(database, made[0], before="0012")
     async with other.write() as connection:
         await connection.execute(text("SELECT seq FROM events WHERE seq IN (3, 4) FOR UPDATE"))
@@ -374,14 +380,7 @@ async def test_events_recognized_while_it_runs_keep_their_outcomes(
     """C15: if the release before recognizes an event whose receipt was moved, its outcome stays."""
     database = Database(postgres.url())
     await fill(database, 40)
-    made: list[migrate.Step] = []
-
-    def steps(script: Script) -> list[migrate.Step]:
-        made[:] = small_pages(script) if script.revision == "0013" else ()
-        return made
-
-    monkeypatch.setattr(migrate, "steps_of", steps)
-    await migrate._scripts_with_steps(database, "head")
+    made = await steps_in_small_pages(database, monkeypatch)
     prepare, fold_page, *_ = made
     await migrate._run_step(database, prepare, before="0012")
     (event, *_), (receipt, *_) = old_rows(1)

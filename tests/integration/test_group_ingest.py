@@ -131,7 +131,7 @@ async def test_a_bad_row_fails_alone(database: Database, monkeypatch: pytest.Mon
         return await insert(
             one,
             [
-                each._replace(state=None)  # type: ignore[arg-type]
+                each._replace(state=None)  # type: ignore[arg-type]  # an invalid value on purpose
                 if each.request_id == "bad"
                 else each
                 for each in group

@@ -409,7 +409,7 @@ class CountingDial(httpcore.AsyncNetworkBackend):
             return data
 
         # Patched on the stream itself: the class is httpcore's, and other connections must not be counted.
-        stream.read = count  # type: ignore[method-assign]
+        stream.read = count  # type: ignore[method-assign]  # replaced on purpose
         return stream
 
 

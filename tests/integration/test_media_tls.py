@@ -102,7 +102,7 @@ class Internet(httpcore.AsyncNetworkBackend):
         self.connects.append((host, port))
         stream = await LargeReads().connect_tcp("127.0.0.1", self.port, *args, **options)
         known = stream.get_extra_info
-        stream.get_extra_info = lambda info: (  # type: ignore[method-assign]
+        stream.get_extra_info = lambda info: (  # type: ignore[method-assign]  # replaced on purpose
             (host, port) if info == "server_addr" else known(info)
         )
         return stream

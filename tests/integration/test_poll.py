@@ -279,7 +279,7 @@ async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia)
     poll = odd_world.poll_lane(submitter)
     job = await submitter.submit(MODEL, PROMPT)
     for name, said in NO_STATUS.items():
-        odd.others = lambda _request, said=said: said  # type: ignore[misc]
+        odd.others = lambda _request, said=said: said  # type: ignore[misc]  # mypy infers no type for a default
         await odd_world.make_due()
         assert await odd_world.run_lane(poll) == 1, name
         shown = await show(submitter, job)
@@ -294,7 +294,7 @@ async def test_a_poll_that_fails_is_made_again(odd_world: World, odd: OddClipia)
         (end, b"", "submitted"),
         (end, end, "completed"),
     ):
-        odd.others = lambda request, pair=(status, result): pair[not request.path.endswith("/status")]  # type: ignore[misc]
+        odd.others = lambda request, pair=(status, result): pair[not request.path.endswith("/status")]  # type: ignore[misc]  # mypy infers no type for a default
         await odd_world.make_due()
         assert await odd_world.run_lane(poll) == 1
         assert (await show(submitter, job)).state == state
@@ -513,7 +513,7 @@ async def test_a_status_that_is_understood_again_is_forgotten(odd_world: World, 
     job = await submitter.submit(MODEL, PROMPT)
     for status, code in (("THROTTLED", "unknown_status"), ("IN_PROGRESS", None)):
         content = {"request_id": "r-1", "status": status, "progress": 40}
-        odd.others = lambda _request, content=content: answer(content=content)  # type: ignore[misc]
+        odd.others = lambda _request, content=content: answer(content=content)  # type: ignore[misc]  # mypy infers no type for a default
         await odd_world.make_due()
         await odd_world.run_lane(poll)
         shown = await show(submitter, job)
@@ -599,7 +599,7 @@ async def test_an_outage_of_days_gives_up_no_job(odd_world: World, odd: OddClipi
         answer(404, b"<html>"),
         refused(401, "invalid_api_key"),
     ):
-        odd.others = lambda _request, said=said: said  # type: ignore[misc]
+        odd.others = lambda _request, said=said: said  # type: ignore[misc]  # mypy infers no type for a default
         await odd_world.make_due()
         await odd_world.set(jobs, submitted_at=db_time(-72 * HOUR))
         assert await odd_world.run_lane(poll) == 1
@@ -1016,9 +1016,9 @@ async def test_waiting_outlives_an_outage(world: World, error: Exception) -> Non
         looked.set()
         raise error
 
-    world.database.read = away  # type: ignore[method-assign]
+    world.database.read = away  # type: ignore[method-assign]  # replaced on purpose
     await looked.wait()
-    world.database.read = read  # type: ignore[method-assign]
+    world.database.read = read  # type: ignore[method-assign]  # replaced on purpose
     await world.set(jobs, state="unsure")
     done = await waiting
     assert done is not None

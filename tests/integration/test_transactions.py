@@ -7,10 +7,11 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +19,38 @@ from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import IntegrityError
 from support.servers import Postgres
 
-from receiver.db import arrivals
+from receiver.db import arrivals, migrate
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.sqlite import Sqlite
 from receiver.db.tables import probes, receipts
 from receiver.errors import DatabaseUnavailable
+
+
+@pytest.fixture
+async def on_sqlite(tmp_path: Path) -> AsyncIterator[Database]:
+    """A database for the tests of SQLite alone."""
+    database = Database(f"sqlite:///{tmp_path / 'receiver.db'}")
+    await migrate.upgrade(database)
+    yield database
+    await database.close()
+
+
+class Pause:
+    """Blocks the thread that calls it until `free` is set."""
+
+    def __init__(self) -> None:
+        self.blocked, self.free = threading.Event(), threading.Event()
+
+    def __call__(self, *_arguments: object) -> None:
+        """Block."""
+        self.blocked.set()
+        self.free.wait(10)
+
+    async def begun(self) -> None:
+        """Return when a thread is blocked."""
+        assert await asyncio.to_thread(self.blocked.wait, 10)
 
 
 async def count(database: Database) -> int:
@@ -73,10 +99,9 @@ async def test_a_part_may_fail(database: Database) -> None:
     assert await count(database) == 1
 
 
-async def test_both_ways_keep_out_of_each_other_on_sqlite(database: Database) -> None:
+async def test_both_ways_keep_out_of_each_other_on_sqlite(on_sqlite: Database) -> None:
     """C14: if many of both run at once, each sees the commits before it, and none fails."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
 
     async def add_next(connection: SqlConnection) -> None:
         number = (await connection.execute(select(func.count()).select_from(probes))).scalar_one()
@@ -104,10 +129,9 @@ async def test_an_insert_of_many_rows_returns_them_all(database: Database) -> No
         assert sorted(rows.scalars()) == names
 
 
-async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> None:
+async def test_only_the_connection_is_awaited_on_sqlite(on_sqlite: Database) -> None:
     """If the work awaits an object of the event loop in SQLite's thread, it fails and is rolled back."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
 
     async def wait(connection: SqlConnection) -> None:
         await add(connection)
@@ -120,32 +144,27 @@ async def test_only_the_connection_is_awaited_on_sqlite(database: Database) -> N
 
 
 @pytest.mark.parametrize("moment", ["begin", "statement"])
-async def test_a_cancelled_transaction_is_rolled_back_on_sqlite(database: Database, moment: str) -> None:
+async def test_a_cancelled_transaction_is_rolled_back_on_sqlite(on_sqlite: Database, moment: str) -> None:
     """C14: if a task is cancelled while its thread is busy, its transaction blocks no later one."""
-    if not database.is_sqlite:
-        return
-    blocked, free = threading.Event(), threading.Event()
-
-    def block(*_arguments: object) -> None:
-        blocked.set()
-        free.wait(10)
+    database = on_sqlite
+    pause = Pause()
 
     async def change() -> None:
         async with database.write() as connection:
             await add(connection, "undone")
-            await connection.run_sync(block)
+            await connection.run_sync(pause)
 
     with contextlib.closing(sqlite3.connect(database.url.removeprefix("sqlite:///"))) as other_process:
         if moment == "begin":
             other_process.execute("BEGIN IMMEDIATE")
-            blocked.set()
+            pause.blocked.set()
         task = asyncio.create_task(change())
-        await asyncio.to_thread(blocked.wait)
+        await pause.begun()
         await asyncio.sleep(0.2)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        free.set()
+        pause.free.set()
         other_process.rollback()
         await asyncio.sleep(0.5)
         # Another process would wait for the write lock of a transaction that no task ends.
@@ -167,32 +186,27 @@ def no_collector() -> Iterator[None]:
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("way", ["write", "read"])
 async def test_a_transaction_cancelled_at_its_commit_is_rolled_back_on_sqlite(
-    database: Database, way: str
+    on_sqlite: Database, way: str
 ) -> None:
     """C14: if a task is cancelled before its thread has taken up the commit, it blocks no later one."""
-    if not database.is_sqlite:
-        return
-    blocked, free = threading.Event(), threading.Event()
-
-    def block(*_arguments: object) -> None:
-        blocked.set()
-        free.wait(10)
+    database = on_sqlite
+    pause = Pause()
 
     async def change() -> None:
         async with getattr(database, way)() as connection:
             if way == "write":
                 await add(connection, "undone")
-            before_commit = asyncio.create_task(connection.run_sync(block))
-            await asyncio.to_thread(blocked.wait)
+            before_commit = asyncio.create_task(connection.run_sync(pause))
+            await pause.begun()
         await before_commit
 
     task = asyncio.create_task(change())
-    await asyncio.to_thread(blocked.wait)
+    await pause.begun()
     await asyncio.sleep(0.2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    free.set()
+    pause.free.set()
     await asyncio.gather(*(count(database) for _ in range(8)))
     await others_can_write(database)
     await database.run_transaction(add)
@@ -210,10 +224,9 @@ async def others_can_write(database: Database) -> None:
 
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("way", ["write", "run_transaction"])
-async def test_a_failed_commit_is_rolled_back_on_sqlite(database: Database, way: str) -> None:
+async def test_a_failed_commit_is_rolled_back_on_sqlite(on_sqlite: Database, way: str) -> None:
     """C14: if the commit fails, the transaction does not stay open, and the next webhook is stored."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
 
     async def refer_to_no_event(connection: SqlConnection) -> None:
         await connection.execute(text("PRAGMA defer_foreign_keys = 1"))
@@ -248,10 +261,9 @@ async def test_no_webhook_joins_an_open_transaction_on_sqlite(database: Database
 
 
 @pytest.mark.parametrize("end", ["commit", "cancel"])
-async def test_a_transaction_may_end_after_close_on_sqlite(database: Database, end: str) -> None:
+async def test_a_transaction_may_end_after_close_on_sqlite(on_sqlite: Database, end: str) -> None:
     """C14: if the database is closed within a transaction, that is still committed or rolled back."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
     begun, closed = asyncio.Event(), asyncio.Event()
 
     async def change() -> None:
@@ -276,10 +288,9 @@ async def count_in_other_process(database: Database, table: str) -> int:
         return int(other_process.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
 
 
-async def test_readers_wait_for_a_place_on_sqlite(database: Database) -> None:
+async def test_readers_wait_for_a_place_on_sqlite(on_sqlite: Database) -> None:
     """C13: more reads at once than threads wait for each other; if none ends, they fail after two seconds."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
     await asyncio.gather(*(count(database) for _ in range(50)))
     async with contextlib.AsyncExitStack() as held:
         for _ in range(4):
@@ -291,10 +302,9 @@ async def test_readers_wait_for_a_place_on_sqlite(database: Database) -> None:
     assert await count(database) == 0
 
 
-async def test_a_webhook_waits_for_one_other_on_sqlite(database: Database) -> None:
+async def test_a_webhook_waits_for_one_other_on_sqlite(on_sqlite: Database) -> None:
     """C13: a webhook waits for one transaction of a worker, and webhooks do not lock the worker out."""
-    if not database.is_sqlite:
-        return
+    database = on_sqlite
     order: list[str] = []
 
     async def work(connection: SqlConnection, name: str) -> None:

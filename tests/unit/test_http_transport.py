@@ -312,12 +312,12 @@ def test_a_cancelled_request_ends_its_connection(run: Run, content: bytes) -> No
         async with Peer(say(content)) as peer, opened() as transport:
             for number in range(1, 4):
                 sending = asyncio.create_task(send(transport, peer.origin))
-                await until(lambda expected=number: len(peer.requests) == expected)  # type: ignore[misc]
+                await until(lambda expected=number: len(peer.requests) == expected)  # type: ignore[misc]  # mypy infers no type for a default
                 await asyncio.sleep(0.02)
                 sending.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await sending
-                await until(lambda expected=number: peer.ended == expected)  # type: ignore[misc]
+                await until(lambda expected=number: peer.ended == expected)  # type: ignore[misc]  # mypy infers no type for a default
             peer.answer = say(OK)
             assert await send(transport, peer.origin) == (200, b"ok")
 
@@ -380,7 +380,7 @@ def test_a_connection_with_tls_is_used_again(
 
             async def stop_reading(writer: asyncio.StreamWriter) -> None:
                 writer.write(CUTS["a part of a body"])
-                writer.transport.pause_reading()  # type: ignore[attr-defined]
+                writer.transport.pause_reading()  # type: ignore[attr-defined]  # the type is of any transport
                 await ended.wait()
                 writer.transport.abort()
 

@@ -45,7 +45,7 @@ class WithLongPipelines(DeadlineHttpToolsProtocol):
 class Renamed(DeadlineHttpToolsProtocol):
     """As if a method of uvicorn had another name."""
 
-    connection_made: ClassVar[None]  # type: ignore[assignment]
+    connection_made: ClassVar[None]  # type: ignore[assignment]  # the name must be absent
 
     def __getattribute__(self, name: str) -> object:
         """Fail for this name."""

@@ -87,7 +87,7 @@ def test_reasons(reason: str, headers: list[bytes], now: float) -> None:
 
 def test_reasons_are_complete() -> None:
     """The reasons are exactly those of the table above; metrics are labelled with them."""
-    (table,) = [mark for mark in test_reasons.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]
+    (table,) = [mark for mark in test_reasons.pytestmark if mark.name == "parametrize"]  # type: ignore[attr-defined]  # pytest adds the attribute
     assert tuple(row[0] for row in table.args[1]) == get_args(SignatureReason)
 
 
