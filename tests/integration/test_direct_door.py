@@ -270,7 +270,7 @@ async def test_a_client_that_hangs_up_later_is_stored(
     late, early = await site.connect(), await site.connect()
     late.send(body("r-1"))
     early.send(body("r-2")[:-1], Content_Length=str(len(body("r-2"))))
-    await started.wait()
+    await asyncio.wait_for(started.wait(), 10)
     for client in (late, early):
         client.writer.transport.abort()
     await asyncio.sleep(0.1)

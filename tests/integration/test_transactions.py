@@ -273,7 +273,7 @@ async def test_a_transaction_may_end_after_close_on_sqlite(on_sqlite: Database, 
             await closed.wait()
 
     task = asyncio.create_task(change())
-    await begun.wait()
+    await asyncio.wait_for(begun.wait(), 10)
     await database.close()
     closed.set() if end == "commit" else task.cancel()
     with contextlib.nullcontext() if end == "commit" else pytest.raises(asyncio.CancelledError):

@@ -18,7 +18,7 @@ async def test_a_cancelled_caller_waits_for_its_thread() -> None:
         may_end.wait(10)
 
     task = asyncio.create_task(run_to_end(asyncio.to_thread(work), on_cancel=lambda: notices.append(True)))
-    await asyncio.to_thread(is_running.wait)
+    assert await asyncio.to_thread(is_running.wait, 10)
     for _ in range(3):
         task.cancel()
         await asyncio.sleep(0)
