@@ -7,13 +7,16 @@ import asyncio
 import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Generic, TypeVar, cast
+from typing import Final, Generic, TypeVar, cast
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 Done = Callable[[ResultT | None, Exception | None], None]
 """Called once with the result of an item, or with None and the error."""
+
+_SMALL_GROUP: Final = 16
+"""So many items always go at once."""
 
 
 class Entry(Generic[ItemT, ResultT]):
@@ -139,17 +142,26 @@ class Batcher(Generic[ItemT, ResultT]):
 
     async def _send_waiting(self) -> None:
         try:
-            while group := self._take_group():
+            answered = 0
+            while group := self._take_group(answered):
+                answered = len(group)
                 await self._send_group(group)
         finally:
             # A done callback would run too late: an item that is added before it would wait for a sender
             # that has ended.
             self._senders.discard(asyncio.current_task())
 
-    def _take_group(self) -> list[Entry[ItemT, ResultT]]:
+    def _take_group(self, answered: int) -> list[Entry[ItemT, ResultT]]:
+        """Take the next group; `answered` is the size of the one before it.
+
+        Clients that wait for their answers send the next items after it. If all waiting items went at once,
+        a group of nearly all of them and a group of a few would alternate, and this process would be idle
+        during the first and the receiver of the groups during the second. Groups of equal size keep both busy.
+        """
+        most = min(self._max_items, max(_SMALL_GROUP, (len(self._waiting) + answered + 1) // 2))
         group: list[Entry[ItemT, ResultT]] = []
         size = 0
-        while self._waiting and len(group) < self._max_items:
+        while self._waiting and len(group) < most:
             entry = self._waiting.popleft()
             if entry.item is None or entry.is_cancelled:
                 continue

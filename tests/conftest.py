@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 import socket
@@ -51,6 +52,24 @@ def scrubbed_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     # The secrets of one test must not mask the words of another.
     monkeypatch.setattr(masking, "_pieces", set())
     monkeypatch.setattr(masking, "_short", set())
+
+
+@pytest.fixture(autouse=True)
+def logging_restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A test that configures logging changes nothing for later tests.
+
+    Otherwise their records would go to the standard error of that test, which pytest has closed. The loggers
+    of modules, which are cached, would keep that for ever.
+    """
+    configure, before = structlog.configure, structlog.get_config()
+    handlers, level = logging.root.handlers, logging.root.level
+    monkeypatch.setattr(
+        structlog, "configure", lambda **options: configure(**options | {"cache_logger_on_first_use": False})
+    )
+    yield
+    configure(**before)
+    logging.root.handlers = handlers
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(autouse=True)

@@ -279,7 +279,7 @@ async def test_a_client_that_hangs_up_later_is_stored(
     assert await stored(database) == {"r-1", "r-3"}
 
 
-@pytest.mark.parametrize("kind", ["stored", "forged", "failed", "late", "hung up early", "hung up late"])
+@pytest.mark.parametrize("kind", ["stored", "forged", "failed", "late", "too slow", "hung up early", "hung up late"])
 async def test_a_request_leaves_nothing_behind(
     site: Site, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -303,7 +303,7 @@ async def test_a_request_leaves_nothing_behind(
             content = body(f"r-{number}")
             if kind == "forged":
                 client.send(content, X_Clipia_Signature=FORGED)
-            elif kind == "hung up early":
+            elif kind in {"too slow", "hung up early"}:
                 client.send(content[:-1], Content_Length=str(len(content)))
             else:
                 client.send(content)

@@ -72,6 +72,23 @@ async def test_items_that_come_meanwhile_share_the_next_transaction() -> None:
     assert writer.groups == [[0], [1, 2, 3]]
 
 
+async def test_clients_that_wait_for_their_answers_make_groups_of_equal_size() -> None:
+    """A group of nearly all items and a group of a few do not alternate."""
+    writer = Writer()
+    writer.commit.clear()
+    group = grouped(writer, max_items=100)
+    tasks = await start(group, 0)
+    tasks += await start(group, *range(1, 64))
+    for _ in range(10):
+        answered = len(writer.groups[-1])
+        writer.commit.set()
+        writer.commit.clear()
+        tasks += await start(group, *range(answered))
+    assert [len(each) for each in writer.groups] == [1] + [32] * 10
+    writer.commit.set()
+    await asyncio.gather(*tasks)
+
+
 @pytest.mark.parametrize(
     ("max_items", "max_in_flight", "under_way"),
     [
