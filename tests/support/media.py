@@ -173,11 +173,15 @@ async def site(answer: bytes | Answer, *, tls: ssl.SSLContext | None = None) -> 
     answering: set[asyncio.Future[None]] = set()
 
     async def respond(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        requests.append(await reader.readuntil(b"\r\n\r\n"))
-        if length := re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", requests[-1]):
-            requests[-1] += await reader.readexactly(int(length[1]))
+        request = await reader.readuntil(b"\r\n\r\n")
+        # Requests that arrive meanwhile come behind it.
+        number = len(requests)
+        requests.append(request)
+        if length := re.search(rb"(?i)\r\ncontent-length: ([0-9]+)", request):
+            request += await reader.readexactly(int(length[1]))
+            requests[number] = request
         if callable(answer):
-            await answer(requests[-1], writer)
+            await answer(request, writer)
         else:
             writer.write(answer)
             await writer.drain()
