@@ -154,9 +154,9 @@ class Batcher(Generic[ItemT, ResultT]):
     def _take_group(self, answered: int) -> list[Entry[ItemT, ResultT]]:
         """Take the next group; `answered` is the size of the one before it.
 
-        Clients that wait for their answers send the next items after it. If all waiting items went at once,
-        a group of nearly all of them and a group of a few would alternate, and this process would be idle
-        during the first and the receiver of the groups during the second. Groups of equal size keep both busy.
+        Clients that wait for their answers send their next items after them. If all waiting items went at
+        once, a group of nearly all of them and a group of a few would alternate, and this process would be
+        idle during the large one. Groups of equal size keep both sides busy.
         """
         most = min(self._max_items, max(_SMALL_GROUP, (len(self._waiting) + answered + 1) // 2))
         group: list[Entry[ItemT, ResultT]] = []

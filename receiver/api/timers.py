@@ -1,6 +1,7 @@
 """The timers of a connection: for the head of a request, between requests, and before it is closed."""
 
 import asyncio
+import contextlib
 from typing import ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -91,5 +92,7 @@ class TimedHttpToolsProtocol(HttpToolsProtocol):
         self.deaf = True
         self._stop_deadline()
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            # If the client has hung up and the event loop does not know it yet, this fails.
+            with contextlib.suppress(OSError):
+                self.transport.write_eof()
         self._deadline = self.loop.call_later(self.LINGER_TIMEOUT, self.transport.abort)

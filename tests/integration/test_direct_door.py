@@ -279,7 +279,26 @@ async def test_a_client_that_hangs_up_later_is_stored(
     assert await stored(database) == {"r-1", "r-3"}
 
 
-@pytest.mark.parametrize("kind", ["stored", "forged", "failed", "late", "too slow", "hung up early", "hung up late"])
+async def test_a_client_that_hangs_up_at_the_deadline_is_no_error(
+    site: Site, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """B2: if the event loop does not know yet that the client has gone, the answer fails quietly."""
+    monkeypatch.setattr(WebhookEndpoint, "BODY_SECONDS", 0.3)
+    client = await site.connect()
+    client.send(b"{", Content_Length="100")
+    await asyncio.sleep(0.1)
+    client.writer.transport.abort()
+    # The event loop closes the client's socket and runs the deadline before it looks for what has arrived.
+    time.sleep(0.5)  # noqa: ASYNC251 - it has to block the event loop
+    await asyncio.sleep(0.2)
+    written = "".join(capfd.readouterr())
+    assert "too_slow" in written
+    assert "webhook not answered" not in written
+
+
+@pytest.mark.parametrize(
+    "kind", ["stored", "forged", "failed", "late", "too slow", "hung up early", "hung up late"]
+)
 async def test_a_request_leaves_nothing_behind(
     site: Site, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
