@@ -34,24 +34,20 @@ def _run() -> None:
 
 
 def _run_commands() -> None:
-    _require_metrics_folder()
+    _keep_metrics_in_memory()
     from receiver.cli import app
 
     app()
 
 
-def _require_metrics_folder() -> None:
-    """Raise SettingsError if prometheus_client, which reads the variable when imported, could not use it."""
-    from receiver.errors import SettingsError
+def _keep_metrics_in_memory() -> None:
+    """Unset the variables that prometheus_client reads when it is imported.
 
-    name = "PROMETHEUS_MULTIPROC_DIR"
-    folder = os.environ.get(name) or os.environ.get(name.lower())
-    # The dot makes both checks fail for a path that is not a folder.
-    if folder is not None and not os.access(f"{folder}/.", os.W_OK | os.X_OK):
-        raise SettingsError(
-            f"{name} names no folder that this user can write to: make the folder, or unset the variable "
-            "(`receiver serve --workers` makes its own folder)"
-        )
+    With one of them it would keep all metrics in files, show some gauges as 0, and fail without the folder.
+    Each of our processes has a port for its own metrics.
+    """
+    for name in ("PROMETHEUS_MULTIPROC_DIR", "prometheus_multiproc_dir"):
+        os.environ.pop(name, None)
 
 
 def _terminate(_number: int, _frame: FrameType | None) -> None:

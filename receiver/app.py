@@ -1,8 +1,9 @@
 """The web application: its routes, and the worker that it may embed."""
 
+import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from http import HTTPStatus
@@ -16,13 +17,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from receiver import unrecognized
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.direct import DirectDoor
 from receiver.api.events import EventEndpoints
 from receiver.api.jobs import JobEndpoints
-from receiver.api.operations import Metrics, Readiness, livez
+from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
+from receiver.api.operations import Readiness, livez
 from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import NO_SOURCE, Rejections
 from receiver.api.replays import ReplayEndpoints
@@ -31,10 +32,10 @@ from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
 from receiver.error_texts import error_text, traceback_lines
-from receiver.lanes.backlog import count_dead_letters, count_refused_jobs, read_backlog
 from receiver.lanes.worker import Wakeups
 from receiver.logs import flush_logs
 from receiver.media import open_storage
+from receiver.metrics import show_source
 from receiver.process import make_ingest, make_replays, running_worker
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.submitter import Submitter
@@ -50,12 +51,14 @@ def create_app(
     only: Only | None = None,
     worker: bool = True,
     multiprocess: bool = False,
+    metrics_listeners: Sequence[socket.socket] = (),
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """Make the web application.
 
     `only` serves one half of the routes: the public callback, or the internal API. `worker` embeds a worker.
-    Raises SettingsError if there is no usable webhook secret.
+    `multiprocess` means that other processes serve the same listener, and `metrics_listeners` belong to this
+    process alone. Raises SettingsError if there is no usable webhook secret.
     """
     settings.require_sources()
     database = Database(settings.database_url.get_secret_value())
@@ -69,6 +72,13 @@ def create_app(
         ingest = make_ingest(settings, database, wakeups, clock=clock)
         callback = WebhookEndpoint(ingest, rejections, max_body_bytes=settings.max_body_bytes)
         door = DirectDoor(callback)
+        for source in ingest.sources:
+            show_source(source)
+    metrics = (
+        Metrics.without_rows(settings, database)
+        if only == "webhook" and not worker
+        else Metrics.with_rows(settings, database, submitter)
+    )
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
@@ -83,12 +93,16 @@ def create_app(
                 stack.push_async_callback(signals.close)
             if worker:
                 await stack.enter_async_context(running_worker(settings, database, wakeups, submitter))
+            await stack.enter_async_context(serving_metrics(metrics, metrics_listeners))
             yield
 
     internal = (
         []
         if only == "webhook"
-        else _internal_routes(settings, database, wakeups, submitter, multiprocess=multiprocess)
+        else [
+            Route("/metrics", shared_metrics if multiprocess else metrics.__call__, methods=["GET"]),
+            *_internal_routes(settings, database, wakeups, submitter),
+        ]
     )
     app = _App(
         door,
@@ -120,24 +134,14 @@ def _callback_routes(callback: WebhookEndpoint | None) -> list[BaseRoute]:
 
 
 def _internal_routes(
-    settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter, *, multiprocess: bool
+    settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
 ) -> list[BaseRoute]:
     tokens = Tokens(settings.api_tokens)
-    metrics = Metrics(
-        backlog=lambda: read_backlog(database, settings.all_destinations),
-        dead=lambda: count_dead_letters(database, settings.all_destinations),
-        paused=submitter.paused,
-        refused=lambda: count_refused_jobs(database),
-        unrecognized=unrecognized.RecoverableCounter(database),
-        tokens=tokens,
-        multiprocess=multiprocess,
-    )
     replays = make_replays(settings, database, wake=wakeups.wake)
     events = EventEndpoints(
         database, tokens, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
     )
     return [
-        Route("/metrics", metrics.__call__, methods=["GET"]),
         *JobEndpoints(submitter, tokens).routes(),
         *events.routes(),
         *ReplayEndpoints(database, replays, tokens).routes(),

@@ -97,7 +97,7 @@ class Ingest:
         source, signatures, body, webhook_id, job_id, path_token = request
         now = self._clock()
         verified = verify(signatures, body, secrets=self._secrets[source], now=now, tolerance=self._tolerance)
-        # Counted once for a group: each increment takes a lock, or writes to the file of a process.
+        # Counted once for a group: each increment takes a lock.
         self._verified[source, verified.secret_id] += 1
         event = make_event(
             source,

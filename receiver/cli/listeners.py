@@ -3,24 +3,62 @@
 import errno
 import os
 import socket
-from typing import Any
+from typing import Annotated, Any
 
+import structlog
+import typer
+
+from receiver.cli.options import MAX_PORT
 from receiver.errors import SettingsError
 
+MetricsPort = Annotated[
+    int | None,
+    typer.Option(
+        help="Serve /metrics on this port, too; with --workers each process has one: this port and the next "
+        "ones. 0 takes free ones.",
+        min=0,
+        max=MAX_PORT,
+    ),
+]
+MetricsHost = Annotated[str, typer.Option(help="Address for --metrics-port.")]
+
 _REASONS = {
-    errno.EADDRINUSE: "another program listens there already; stop it or choose another --port",
+    errno.EADDRINUSE: "another program listens there already; stop it or choose another {}port",
     errno.EACCES: "this user may not listen on that port; choose 1024 or higher",
     errno.EADDRNOTAVAIL: "no network interface has this address",
     errno.EAFNOSUPPORT: "this machine does not support this kind of address",
 }
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+log = structlog.get_logger()
+
+
+def bind_metrics(host: str, port: int | None, *, count: int = 1) -> list[list[socket.socket]]:
+    """Bind a port for the metrics of each of `count` processes, if there is a port. Raises SettingsError."""
+    if port is None:
+        return []
+    if port + count - 1 > MAX_PORT:
+        raise SettingsError(f"--metrics-port {port}: {count} processes need {count} ports from there")
+    found = [bind(host, port + number if port else 0, prefix="--metrics-") for number in range(count)]
+    for number, listeners in enumerate(found):
+        for listener in listeners:
+            log.info("metrics", url=f"{url_of(listener)}/metrics", process=number)
+    return found
+
+
+def url_of(listener: socket.socket) -> str:
+    """Return the URL of a listener's address."""
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def bind(host: str, port: int, *, prefix: str = "--") -> list[socket.socket]:
     """Bind all addresses of a host; `::` takes IPv4 as well as IPv6. Raises SettingsError.
 
-    The sockets do not listen yet: until the application has started, a client is refused at once.
+    The sockets do not listen yet: until the application has started, a client is refused at once. `prefix` is
+    that of the options' names.
     """
-    addresses = _find_addresses(host, port)
+    addresses = _find_addresses(host, port, prefix)
     families = {family for family, _ in addresses}
     listeners: list[socket.socket] = []
     for family, address in addresses:
@@ -32,25 +70,25 @@ def bind(host: str, port: int) -> list[socket.socket]:
                 continue
             for each in listeners:
                 each.close()
-            raise _not_bound(host, port, error.errno or 0) from None
+            raise _not_bound(host, port, error.errno or 0, prefix) from None
         listeners.append(listener)
         port = listener.getsockname()[1]
     if not listeners:
-        raise _not_bound(host, port, errno.EADDRNOTAVAIL)
+        raise _not_bound(host, port, errno.EADDRNOTAVAIL, prefix)
     return listeners
 
 
-def _find_addresses(host: str, port: int) -> list[tuple[int, tuple[Any, ...]]]:
+def _find_addresses(host: str, port: int, prefix: str) -> list[tuple[int, tuple[Any, ...]]]:
     name = host.removeprefix("[").removesuffix("]")
     try:
         found = socket.getaddrinfo(name or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
-        raise SettingsError(f"--host {host}: there is no such address") from None
+        raise SettingsError(f"{prefix}host {host}: there is no such address") from None
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
-def _not_bound(host: str, port: int, number: int) -> SettingsError:
-    reason = _REASONS.get(number, f"the system rejects it ({os.strerror(number)})")
+def _not_bound(host: str, port: int, number: int, prefix: str) -> SettingsError:
+    reason = _REASONS.get(number, f"the system rejects it ({os.strerror(number)})").format(prefix)
     return SettingsError(f"cannot listen on {host}, port {port}: {reason}")
 
 

@@ -2,11 +2,9 @@
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -23,7 +21,7 @@ from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.api.protocol_check import check_protocol
 from receiver.app import Only, create_app
 from receiver.cli.heartbeat import announce
-from receiver.cli.listeners import bind
+from receiver.cli.listeners import MetricsHost, MetricsPort, bind, bind_metrics, url_of
 from receiver.cli.options import MAX_PORT
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
@@ -53,6 +51,8 @@ def serve(
         typer.Option(help="Serve only the public callback, or only the internal API. Default: both."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Web processes; more than one needs PostgreSQL.", min=1)] = 1,
+    metrics_port: MetricsPort = None,
+    metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
     """Receive webhooks and serve the internal API; with a worker, save the media and forward the events.
 
@@ -72,42 +72,32 @@ def serve(
     check_protocol()
     # Before the database is checked, so that a wrong address is reported at once.
     listeners = bind(host, port)
+    metrics = bind_metrics(metrics_host, metrics_port, count=workers)
     asyncio.run(prepare(settings))
     run = partial(_run_server, settings, only=only, worker=worker, multiprocess=workers > 1)
     if workers == 1:
-        run(listeners, on_start=partial(_log_listening, listeners))
+        run(listeners, *metrics, on_start=partial(_log_listening, listeners))
         return
-    with _metrics_folder() as folder:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
-        for listener in listeners:
-            # From here on clients wait for the processes to start; until now they were refused.
-            listener.listen(MAX_BACKLOG)
-        _log_listening(listeners)
-        status = Supervisor(run, listeners, count=workers).run()
+    for listener in listeners:
+        # From here on clients wait for the processes to start; until now they were refused.
+        listener.listen(MAX_BACKLOG)
+    _log_listening(listeners)
+    status = Supervisor(run, listeners, count=workers, own=metrics).run()
     if status:
         sys.exit(status)
-
-
-def _metrics_folder() -> tempfile.TemporaryDirectory[str]:
-    """Make the folder that has the metrics of all processes."""
-    try:
-        return tempfile.TemporaryDirectory(prefix="receiver-metrics-")
-    except OSError:
-        raise SettingsError(
-            "--workers needs a temporary folder that this user can write to, for the metrics: "
-            "mount one at /tmp or set TMPDIR"
-        ) from None
 
 
 def _run_server(
     settings: Settings,
     listeners: Sequence[socket.socket],
+    metrics_listeners: Sequence[socket.socket] = (),
     *,
     multiprocess: bool,
     on_start: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> None:
-    factory = partial(make_app, settings, multiprocess=multiprocess, **options)
+    options |= {"multiprocess": multiprocess, "metrics_listeners": metrics_listeners}
+    factory = partial(make_app, settings, **options)
     config = server_config(factory, keep_alive=settings.keep_alive)
     Server(config, drain=settings.drain, on_start=on_start).run(list(listeners))
 
@@ -178,9 +168,8 @@ class Server(uvicorn.Server):
 
 def _log_listening(listeners: Sequence[socket.socket]) -> None:
     for listener in listeners:
-        host, port = listener.getsockname()[:2]
-        announce("serve", (host, port))
-        log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        announce("serve", listener.getsockname()[:2])
+        log.info("listening", url=url_of(listener))
 
 
 def make_app(settings: Settings, *, multiprocess: bool, **options: Any) -> Starlette:

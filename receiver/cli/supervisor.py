@@ -4,7 +4,6 @@ uvicorn has a supervisor, too. It kills a process that takes more than five seco
 again, and its processes keep running if it is killed.
 """
 
-import contextlib
 import multiprocessing
 import os
 import signal
@@ -17,7 +16,6 @@ from multiprocessing.context import SpawnProcess
 from typing import Final
 
 import structlog
-from prometheus_client.multiprocess import mark_process_dead
 from uvicorn.config import STARTUP_FAILURE
 
 POLL_SECONDS: Final = 0.2
@@ -27,7 +25,7 @@ RESTART_PAUSE_SECONDS: Final = 1.0
 ORPHAN_SECONDS: Final = 5.0
 """Time that a process has to stop after its parent has died."""
 
-Target = Callable[[Sequence[socket.socket]], None]
+Target = Callable[..., None]
 
 log = structlog.get_logger()
 
@@ -35,13 +33,26 @@ log = structlog.get_logger()
 class Supervisor:
     """Runs `count` processes, each of which calls `target` with the listening sockets."""
 
-    def __init__(self, target: Target, listeners: Sequence[socket.socket], *, count: int) -> None:
-        """`target` has to be picklable, because the processes are spawned."""
+    def __init__(
+        self,
+        target: Target,
+        listeners: Sequence[socket.socket],
+        *,
+        count: int,
+        own: Sequence[Sequence[socket.socket]] = (),
+    ) -> None:
+        """`target` has to be picklable, because the processes are spawned.
+
+        `own` has the listeners of each process alone. They are its second argument, and those of a process
+        that died go to its replacement.
+        """
         self._target = target
         self._listeners = list(listeners)
-        self._count = count
+        self._own = own
+        self._places = list(range(count))
+        """The numbers that no process has."""
         self._signals: list[int] = []
-        self._processes: list[SpawnProcess] = []
+        self._processes: dict[SpawnProcess, int] = {}
         self._due: list[float] = []
         """When to replace each process that died."""
         self._stopping = False
@@ -59,14 +70,13 @@ class Supervisor:
             raise
 
     def _run(self) -> int:
-        first = [self._start() for _ in range(self._count)]
+        first = [self._start() for _ in self._places.copy()]
         failed = False
         while self._processes or not self._stopping:
             wait([process.sentinel for process in self._processes], POLL_SECONDS)
             self._pass_signals_on()
             for process in [process for process in self._processes if not process.is_alive()]:
-                self._processes.remove(process)
-                _end_metrics(process)
+                self._places.append(self._processes.pop(process))
                 if not self._stopping:
                     failed = self._handle_death(process, is_first=process in first)
             self._replace_due()
@@ -109,15 +119,17 @@ class Supervisor:
     def _stop(self, number: int) -> None:
         self._stopping = True
         # An open listener would accept clients that no process serves any more.
-        for listener in self._listeners:
+        for listener in [*self._listeners, *(each for own in self._own for each in own)]:
             listener.close()
         for process in self._processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
     def _start(self) -> SpawnProcess:
+        place = self._places[0]
+        own = self._own[place : place + 1]
         process = multiprocessing.get_context("spawn").Process(
-            target=_run_child, args=(self._target, self._listeners)
+            target=_run_child, args=(self._target, self._listeners, *own)
         )
         # Ctrl-C in a terminal goes to all processes. A new one ignores it; this process passes it on later.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -125,21 +137,14 @@ class Supervisor:
             process.start()
         finally:
             signal.signal(signal.SIGINT, handler)
-        self._processes.append(process)
+        self._processes[process] = self._places.pop(0)
         return process
 
 
-def _end_metrics(process: SpawnProcess) -> None:
-    """Drop the gauges of a process that has ended: its open circuit breakers would be shown for ever."""
-    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
-        with contextlib.suppress(OSError):
-            mark_process_dead(process.pid)
-
-
-def _run_child(target: Target, listeners: Sequence[socket.socket]) -> None:
+def _run_child(target: Target, *listeners: Sequence[socket.socket]) -> None:
     os.setpgid(0, 0)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    target(listeners)
+    target(*listeners)
 
 
 def _end_with_parent() -> None:

@@ -2,11 +2,15 @@
 
 import asyncio
 import signal
+import socket
+from collections.abc import Sequence
 
 import uvloop
 
+from receiver.api.metrics import Metrics, serving_metrics
 from receiver.cli.database import opened_database
 from receiver.cli.heartbeat import beating
+from receiver.cli.listeners import MetricsHost, MetricsPort, bind_metrics
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare, running_worker
@@ -14,7 +18,7 @@ from receiver.settings import Settings
 from receiver.submitter import Submitter
 
 
-def worker() -> None:
+def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.0.1") -> None:
     """Save media, forward events and submit jobs; any number of workers may share a PostgreSQL database.
 
     On SIGTERM the worker claims no new work, and finishes or releases the work that it has.
@@ -22,10 +26,11 @@ def worker() -> None:
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     Parts.make(settings)
-    uvloop.run(_run(settings))
+    listeners = [each for group in bind_metrics(metrics_host, metrics_port) for each in group]
+    uvloop.run(_run(settings, listeners))
 
 
-async def _run(settings: Settings) -> None:
+async def _run(settings: Settings, listeners: Sequence[socket.socket]) -> None:
     async with beating("worker"), opened_database(settings) as database:
         await prepare(settings)
         stop = asyncio.Event()
@@ -34,7 +39,11 @@ async def _run(settings: Settings) -> None:
         wakeups = Wakeups()
         submitter = Submitter.configured(settings, database, wake=wakeups.wake)
         try:
-            async with running_worker(settings, database, wakeups, submitter):
+            metrics = Metrics.with_rows(settings, database, submitter)
+            async with (
+                running_worker(settings, database, wakeups, submitter),
+                serving_metrics(metrics, listeners),
+            ):
                 collect_garbage_less()
                 await stop.wait()
         finally:

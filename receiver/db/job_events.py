@@ -2,7 +2,7 @@
 
 import uuid
 from collections.abc import Collection
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import orjson
 from sqlalchemy import ColumnElement, and_, case, exists, or_, select, union, update
@@ -10,7 +10,7 @@ from sqlalchemy import ColumnElement, and_, case, exists, or_, select, union, up
 from receiver.core.payload import Generation
 from receiver.db import prices
 from receiver.db.array_parameters import among
-from receiver.db.clock import db_time
+from receiver.db.clock import db_time, seconds_since
 from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED
 from receiver.db.rows import JobRef, event_id
@@ -64,6 +64,15 @@ _REFS: Final = (
 )
 
 
+class FinishedJob(NamedTuple):
+    """A job that has got its result."""
+
+    id: uuid.UUID
+    model: str
+    seconds: float | None
+    """From its first submission until now; None for jobs of the oldest releases."""
+
+
 async def finish_job(
     connection: SqlConnection,
     source: str,
@@ -71,8 +80,8 @@ async def finish_job(
     *,
     job_id: uuid.UUID | None = None,
     path_token: str | None = None,
-) -> uuid.UUID | None:
-    """Move the job of an event to its final state; return its id, or None if no open job is found.
+) -> FinishedJob | None:
+    """Move the job of an event to its final state and return it, or None if no open job is found.
 
     The job is found by `request_id`. If the `request_id` of the job is not known yet, it is found by the id
     and token in the callback's path. The UPDATE waits for a transaction that records the `request_id`, and
@@ -86,10 +95,10 @@ async def finish_job(
         update(jobs)
         .where(jobs.c.source == source, mine)
         .values(_final_values(generation))
-        .returning(jobs.c.id)
+        .returning(jobs.c.id, jobs.c.model, seconds_since(jobs.c.sent_at))
     )
-    found: uuid.UUID | None = (await connection.execute(statement)).scalar_one_or_none()
-    return found
+    found = (await connection.execute(statement)).one_or_none()
+    return None if found is None else FinishedJob(*found)
 
 
 def _is_on_path(

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Final
 
+from sqlalchemy import literal, select
+
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.db import leases, outbox, refused_jobs
 from receiver.db.database import Database
@@ -17,6 +19,7 @@ _ROWS: Final = {
     POLL_LANE: (jobs.c.created_at, "submitted"),
 }
 """The rows of each lane: the column with their time, and their state."""
+_PING: Final = select(literal(1))
 
 
 async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
@@ -41,3 +44,9 @@ async def count_refused_jobs(database: Database) -> int:
     """Return the number of jobs that Clipia refuses for now (402, 403). Raises DatabaseUnavailable."""
     async with database.read() as connection:
         return await refused_jobs.count(connection)
+
+
+async def ping(database: Database) -> None:
+    """Read nothing. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        await connection.execute(_PING)

@@ -27,15 +27,14 @@ from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
 from receiver.lanes import envelope
 from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
+from receiver.lanes.delivery_report import DeliveryReport
 from receiver.lanes.targets import Target
-from receiver.metrics import CIRCUIT_OPEN, DELIVERIES
+from receiver.metrics import CIRCUIT_OPEN
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
 LARGE: Final = 32
 """An in-flight limit that is worth two groups: smaller ones would cost more transactions."""
-MAX_LOGGED: Final = 100
-"""Ids in one line of the log."""
 MAX_BYTES: Final = 32 * 1024 * 1024
 """Bytes of the bodies that a lane holds, unless a single one is larger."""
 
@@ -87,6 +86,7 @@ class DeliveryLane(Lane):
         if target.is_down:
             self._circuit.open(time.monotonic())
         CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
+        self._report = DeliveryReport(target.name)
         self._max_claims = self._fitting = self._most = concurrency
         self._publish_first: _PublishFirst | None = None
         if isinstance(target.destination, GroupDestination):
@@ -294,7 +294,7 @@ class DeliveryLane(Lane):
             pairs = zip(group, results, strict=True)
             await asyncio.gather(*(self._finish(this, each, state="delivered") for this, each in pairs))
         else:
-            self._tell(Counter(delivered=len(group)), [this.event.request_id for this in group])
+            self._report.tell({"delivered": len(group)}, [(this.claim, this.event) for this in group])
 
     async def _drop(self, this: _Delivery) -> None:
         self._throttle.drop(this.claim.id)
@@ -357,17 +357,9 @@ class DeliveryLane(Lane):
         """Record results in one transaction; return for each whether its lease was still held."""
         held = await self._database.run_transaction(partial(_record, results=results))
         recorded = [each for each in results if each.claim.id in held]
-        delivered = [each.event.request_id for each in recorded if each.state == "delivered"]
-        self._tell(Counter(each.state or "retry" for each in recorded), delivered)
+        delivered = [(each.claim, each.event) for each in recorded if each.state == "delivered"]
+        self._report.tell(Counter(each.state or "retry" for each in recorded), delivered)
         return [each.claim.id in held for each in results]
-
-    def _tell(self, outcomes: Counter[str], delivered: Sequence[str]) -> None:
-        """Count outcomes, and log the `request_id` of delivered events: one line for up to `MAX_LOGGED`."""
-        for outcome, count in outcomes.items():
-            DELIVERIES.labels(self._target.name, outcome).inc(count)
-        for start in range(0, len(delivered), MAX_LOGGED):
-            ids = delivered[start : start + MAX_LOGGED]
-            log.info("events delivered", destination=self._target.name, request_ids=ids)
 
     def _ids(self, this: _Delivery) -> dict[str, Any]:
         claim, event = this.claim, this.event

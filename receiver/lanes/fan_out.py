@@ -18,9 +18,11 @@ from receiver.core.routing import RoutingFacts
 from receiver.db import inbox, job_events, outbox
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
+from receiver.db.job_events import FinishedJob
 from receiver.db.rows import EventState, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.lanes.attempts import stored_text
+from receiver.lanes.generation_metrics import count_results, observe_jobs
 from receiver.lanes.targets import Routes, Target, facts_of
 from receiver.metrics import MEDIA_SKIPPED
 
@@ -55,6 +57,16 @@ class _Added:
     """The URLs that are not downloaded, by reason."""
     failed: int = 0
     """Events without a result."""
+    results: list[Generation] = field(default_factory=list)
+    jobs: list[FinishedJob] = field(default_factory=list)
+    """The jobs that have ended."""
+
+    def add(self, other: "_Added") -> None:
+        """Add another result."""
+        self.lanes |= other.lanes
+        self.skipped += other.skipped
+        self.results += other.results
+        self.jobs += other.jobs
 
 
 _AddWork = Callable[[SqlConnection, Sequence[StoredEvent]], Awaitable[_Added]]
@@ -126,6 +138,8 @@ class FanOut:
             self._wake(lane)
         for reason, number in added.skipped.items():
             MEDIA_SKIPPED.labels(reason).inc(number)
+        count_results(added.results)
+        observe_jobs(added.jobs)
         return 0 if added.failed == self._taken else self._taken
 
     async def _take(
@@ -155,8 +169,7 @@ class FanOut:
                 log.exception("event not fanned out", event_id=str(event.id))
                 await self._note_failure(connection, event)
             else:
-                total.lanes |= added.lanes
-                total.skipped += added.skipped
+                total.add(added)
         return total
 
     async def _note_failure(self, connection: SqlConnection, event: StoredEvent) -> None:
@@ -182,9 +195,10 @@ class FanOut:
         recognized = [(event, generation) for event, generation in parsed if generation is not None]
         if unrecognized := [event.seq for event, generation in parsed if generation is None]:
             await inbox.set_state(connection, unrecognized, "unrecognized")
-        has_jobs = await self._finish_jobs(connection, recognized)
+        finished = await self._finish_jobs(connection, recognized)
         added = await self._add_rows(connection, recognized, await self._load_facts(connection, recognized))
-        if has_jobs:
+        added.results, added.jobs = [generation for _, generation in recognized], finished
+        if finished:
             added.lanes.add(SUBMIT_LANE)
         return added
 
@@ -211,8 +225,8 @@ class FanOut:
             added.lanes.add(MEDIA_LANE)
         return added
 
-    async def _finish_jobs(self, connection: SqlConnection, recognized: _Recognized) -> bool:
-        """Finish the jobs of the events; return whether there were any."""
+    async def _finish_jobs(self, connection: SqlConnection, recognized: _Recognized) -> list[FinishedJob]:
+        """Finish the jobs of the events and return them."""
         seqs = await job_events.find_with_open_jobs(connection, [event.seq for event, _ in recognized])
         finished = [
             await job_events.finish_job(
@@ -221,7 +235,7 @@ class FanOut:
             for event, generation in recognized
             if event.seq in seqs
         ]
-        return any(finished)
+        return [job for job in finished if job is not None]
 
     async def _load_facts(self, connection: SqlConnection, recognized: _Recognized) -> list[RoutingFacts]:
         """Return the facts that filters compare, for each event."""

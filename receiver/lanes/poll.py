@@ -20,6 +20,7 @@ from receiver.db.rows import Claim, OpenRequest
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedForNow, RequestError
 from receiver.lanes.attempts import error_json, stored_json
 from receiver.lanes.base import Lane, Work
+from receiver.lanes.generation_metrics import observe_jobs
 from receiver.metrics import POLLS
 
 CONCURRENCY: Final = 8
@@ -130,7 +131,7 @@ class PollLane(Lane):
         log.info("job ended without a webhook", job_id=str(claim.id), request_id=request.request_id)
         # The fan-out finishes the job too, unless the event was stored before the job had its `request_id`.
         finish = partial(job_events.finish_job, source=request.source, generation=parse(body))
-        await self._record(claim, finish)
+        observe_jobs([await self._record(claim, finish)])
 
     async def _poll_later(
         self,

@@ -16,10 +16,12 @@ from receiver.core.retry import REFUSED_GIVE_UP_SECONDS, SUBMIT, SUBMIT_UNANSWER
 from receiver.db import accounts, jobs, refused_jobs, submission_freezes, tables
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
+from receiver.db.job_events import FinishedJob
 from receiver.db.rows import Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, RefusedForNow, RequestError
 from receiver.lanes.attempts import StartedAttempt, jitter, stored_json, stored_text
 from receiver.lanes.base import Lane, Work
+from receiver.lanes.generation_metrics import observe_jobs
 from receiver.lanes.submit_records import QuotaChange, SubmitAttempt
 from receiver.metrics import SUBMISSIONS
 
@@ -164,7 +166,8 @@ class SubmitLane(Lane):
         elif result:
             SUBMISSIONS.labels("accepted").inc()
             log.info("job submitted", job_id=str(this.claim.id), **asdict(accepted))
-        if result == "ended":
+        if isinstance(result, FinishedJob):
+            observe_jobs([result])
             # The job's event has waited for this answer.
             self._wake(FAN_OUT_LANE)
 

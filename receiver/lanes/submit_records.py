@@ -44,11 +44,11 @@ class SubmitAttempt:
 
     async def record_accepted(
         self, connection: SqlConnection, *, accepted: Accepted, poll_after: float
-    ) -> Literal["submitted", "ended", "taken", False]:
+    ) -> Literal["submitted", "taken", False] | job_events.FinishedJob:
         """Move a job to `submitted`.
 
-        Returns `ended` if the job's event has come already, `taken` if another job has the same `request_id`,
-        and False if the lease was lost.
+        Returns the finished job if its event has come already, `taken` if another job has the same
+        `request_id`, and False if the lease was lost.
         """
         submission = self.submission
         answer = asdict(accepted) | {"warnings": join_warnings(submission.warnings or [], accepted.warnings)}
@@ -59,12 +59,12 @@ class SubmitAttempt:
         )
         if recorded == "taken":
             return "taken"
-        has_event = False
+        finished: job_events.FinishedJob | None = None
         if recorded == "recorded":
             if submission.refused_for is not None:
                 # Clipia accepts jobs again, so the other refused jobs are due now.
                 await refused_jobs.release(connection, self.account)
-            has_event = await _finish_by_event(connection, source, accepted.request_id)
+            finished = await _finish_by_event(connection, source, accepted.request_id)
         # If the webhook was faster, the job has ended already, and only the answer is added.
         elif not await jobs.add_answer(connection, self.claim.id, **answer):
             # If another worker holds the job now, it sends the same key and gets the same generation.
@@ -74,7 +74,7 @@ class SubmitAttempt:
         await leases.record_attempt(connection, self.claim.id, self.attempt.end("succeeded"))
         used = await jobs.in_flight(connection, self.account)
         await self._learn(connection, lambda quota, now: quota.after_accepted(now, in_flight=used.accepted))
-        return "ended" if has_event else "submitted"
+        return finished or "submitted"
 
     async def _record_stray(self, connection: SqlConnection, accepted: Accepted) -> None:
         """Record a generation that Clipia accepted for a job that has ended otherwise: it is charged too."""
@@ -147,14 +147,15 @@ class SubmitAttempt:
         await accounts.learn(connection, self.account, self.call.headers, change)
 
 
-async def _finish_by_event(connection: SqlConnection, source: str, request_id: str) -> bool:
-    """Finish a job if its event came before its `request_id` was known; return whether there was one."""
+async def _finish_by_event(
+    connection: SqlConnection, source: str, request_id: str
+) -> job_events.FinishedJob | None:
+    """Finish a job if its event came before its `request_id` was known."""
     body = await job_events.find_event_body(connection, source, request_id)
     if body is None:
-        return False
+        return None
     try:
         generation = parse(body)
     except UnrecognizedBody:
-        return False
-    await job_events.finish_job(connection, source, generation)
-    return True
+        return None
+    return await job_events.finish_job(connection, source, generation)

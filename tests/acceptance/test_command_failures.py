@@ -64,12 +64,6 @@ TROUBLES = {
     "another file for a database": Trouble(
         ("migrate",), "not an SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
     ),
-    "no folder for metrics": Trouble(
-        ("migrate",), "PROMETHEUS_MULTIPROC_DIR names no folder", (("PROMETHEUS_MULTIPROC_DIR", "missing"),)
-    ),
-    "a file for metrics": Trouble(
-        ("worker",), "PROMETHEUS_MULTIPROC_DIR names no folder", (("PROMETHEUS_MULTIPROC_DIR", "file"),)
-    ),
     "destinations in the environment": Trouble(
         ("serve",), "RECEIVER_DESTINATIONS", (("RECEIVER_DESTINATIONS", "file:x"),)
     ),

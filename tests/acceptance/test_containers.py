@@ -178,11 +178,6 @@ def in_a_read_only_root() -> None:
 @pytest.mark.parametrize(
     ("command", "status", "message"),
     [
-        (
-            "serve --port 0 --no-worker --workers 2",
-            2,
-            "error: --workers needs a temporary folder that this user can write to, for the metrics: ",
-        ),
         ("demo", 1, "error: no folder for the demo: No usable temporary directory found in "),
         ("demo --dir /proc/demo", 1, "error: no folder for the demo: No such file or directory; name one "),
     ],

@@ -1,5 +1,6 @@
 """Web processes: their start, their drain period, and their end by a signal or with their parent."""
 
+import contextlib
 import http.client
 import os
 import select
@@ -275,10 +276,8 @@ FAILING = """
 import os, signal, socket, sys, time
 from multiprocessing.context import SpawnProcess
 from receiver.cli.supervisor import Supervisor
-from receiver.metrics import CIRCUIT_OPEN
 
 def serve(listeners):
-    CIRCUIT_OPEN.labels("orders").set(1)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     print(os.getpid(), flush=True)
     time.sleep(60)
@@ -300,18 +299,16 @@ if __name__ == "__main__":
 
 
 class Failing:
-    """A supervisor whose third process cannot be started, and a folder for its metrics."""
+    """A supervisor whose third process cannot be started."""
 
     def __init__(self, folder: Path, error: str) -> None:
         self.output = folder / "output"
-        self.metrics = folder / "metrics"
-        self.metrics.mkdir()
         script = folder / "script.py"
         script.write_text(FAILING.format(error=error))
         with self.output.open("wb") as output:
             self.process = subprocess.Popen(
                 [sys.executable, str(script)],
-                env={**command_environment(), "PROMETHEUS_MULTIPROC_DIR": str(self.metrics)},
+                env=command_environment(),
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
@@ -334,11 +331,6 @@ class Failing:
         """The ids of processes that have answered."""
         return [int(line) for line in self.output.read_text().splitlines() if line.isdecimal()]
 
-    @property
-    def measured(self) -> set[int]:
-        """The ids of processes with circuit breakers in the metrics."""
-        return {int(path.stem.rpartition("_")[2]) for path in self.metrics.glob("gauge_livemax_*.db")}
-
 
 def test_a_process_that_cannot_be_replaced_yet_is_replaced_later(tmp_path: Path) -> None:
     """E15: if the system cannot create a process, the parent tries again; SIGTERM still ends all."""
@@ -359,13 +351,30 @@ def test_a_parent_that_fails_ends_its_processes(tmp_path: Path) -> None:
         assert not any(map(psutil.pid_exists, supervisor.children))
 
 
-def test_circuit_breakers_of_a_dead_process_are_not_in_the_metrics(tmp_path: Path) -> None:
-    """E15: `receiver_circuit_open` has the circuit breakers of running processes alone."""
-    with Failing(tmp_path, "BlockingIOError") as supervisor:
-        assert supervisor.measured == set(supervisor.children)
-        dead, living = supervisor.children
+def test_a_replacement_has_the_port_of_the_process_that_died(tmp_path: Path, postgres: Postgres) -> None:
+    """E15: each process has a port for its metrics, and the replacement of a process takes over its port."""
+    with serve(tmp_path, postgres, "--metrics-port", "0", count=2) as receiver:
+        pages = [str(record["url"]) for record in receiver.records() if record["event"] == "metrics"]
+        ports = [urlsplit(page).port or 0 for page in pages]
+        wait_until(lambda: all(owner(receiver, port) for port in ports))
+        dead, living = (owner(receiver, port) for port in ports)
+        assert dead != living
         os.kill(dead, signal.SIGKILL)
-        wait_until(lambda: supervisor.measured == {living}, seconds=20)
+        wait_until(lambda: owner(receiver, ports[0]) not in (0, dead))
+        assert owner(receiver, ports[1]) == living
+        for port in ports:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+            assert ask(connection, "/metrics")[0] == 200
+            connection.close()
+
+
+def owner(receiver: ReceiverProcess, port: int) -> int:
+    """Return the id of the web process that listens on a port; 0 if there is none."""
+    for child in children(receiver):
+        with contextlib.suppress(psutil.Error):
+            if any(each.laddr.port == port for each in child.net_connections("tcp")):
+                return child.pid
+    return 0
 
 
 def has_ipv6() -> bool:

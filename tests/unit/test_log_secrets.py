@@ -107,8 +107,6 @@ def test_a_process_that_was_spawned_masks_all_secrets(
     (tmp_path / "receiver.toml").write_text(config)
     for name, secret in secrets.items():
         monkeypatch.setenv(name, SPAWNED_SECRETS[name].format(secret))
-    # Each process writes its metrics to its own files in this folder.
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         said = pool.submit(quoted_by_app, Settings.load(), list(secrets.values())).result(timeout=120)
     assert dict(zip(secrets, said, strict=True)) == dict.fromkeys(secrets, f"refused {MASK}")
