@@ -20,6 +20,8 @@ from starlette.types import Message, Receive, Scope, Send
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.direct import DirectDoor
+from receiver.api.documents import Documents
+from receiver.api.endpoints import guarded
 from receiver.api.events import EventEndpoints
 from receiver.api.jobs import JobEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
@@ -139,12 +141,16 @@ def _internal_routes(
     tokens = Tokens(settings.api_tokens)
     replays = make_replays(settings, database, wake=wakeups.wake)
     events = EventEndpoints(
-        database, tokens, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
+        database, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
     )
+    table = [
+        *JobEndpoints(submitter).table(),
+        *events.table(),
+        *ReplayEndpoints(database, replays).table(),
+    ]
     return [
-        *JobEndpoints(submitter, tokens).routes(),
-        *events.routes(),
-        *ReplayEndpoints(database, replays, tokens).routes(),
+        *Documents(table).routes(),
+        *guarded(table, tokens),
     ]
 
 

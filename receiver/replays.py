@@ -9,10 +9,10 @@ from typing import Annotated, Final, Self
 
 import orjson
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from receiver.core.lane_names import REPLAY_LANE, Wake, wake_no_lane
-from receiver.core.request_values import check_key
+from receiver.core.request_values import check_key, invalid_request
 from receiver.core.routing import mismatch
 from receiver.db import replays, tables
 from receiver.db.connection import SqlConnection
@@ -31,14 +31,13 @@ MAX_CANCELED: Final = 5000
 log = structlog.get_logger()
 
 
-class ReplayRequest(BaseModel):
-    """An order for a replay, as the API and the command take it."""
+class ReplayOptions(BaseModel):
+    """How to replay events."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
-    selection: Selection = Selection()
-    all: bool = False
-    """Select all events. Required if `selection` is empty."""
     to: Annotated[tuple[str, ...], Field(max_length=100)] = ()
     """Destinations; all that are configured if none is given. Their filters apply to replays too."""
     media: bool = False
@@ -50,14 +49,34 @@ class ReplayRequest(BaseModel):
     reason: Annotated[str, Field(max_length=1000, pattern=r"^[^\x00]*$")] = ""
 
     @model_validator(mode="after")
-    def _says_which(self) -> Self:
-        # An empty list of ids is a mistake of the caller, and must not select all events.
-        if "ids" in self.selection.model_fields_set and not self.selection.ids:
-            raise ValueError("selection.ids is empty: leave it out, or name events")
+    def _makes_sense(self) -> Self:
         if "to" in self.model_fields_set and not self.to:
             raise ValueError("to is empty: leave it out for all destinations")
         if self.force and not self.media:
             raise ValueError("force needs media")
+        return self
+
+    @classmethod
+    def read(cls, values: object) -> Self:
+        """Validate an order. Raises RequestError, which names the wrong field."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise invalid_request(error) from None
+
+
+class ReplayRequest(ReplayOptions):
+    """An order for a replay, as the API and the command take it."""
+
+    selection: Selection = Selection()
+    all: bool = False
+    """Select all events. Required if `selection` is empty."""
+
+    @model_validator(mode="after")
+    def _says_which(self) -> Self:
+        # An empty list of ids is a mistake of the caller, and must not select all events.
+        if "ids" in self.selection.model_fields_set and not self.selection.ids:
+            raise ValueError("selection.ids is empty: leave it out, or name events")
         if self.selection == Selection() and not self.all:
             raise ValueError('say which events: a selection, or "all": true')
         return self
@@ -109,7 +128,8 @@ class Replays:
 
     def _make_order(self, request: ReplayRequest, *, key: str | None, caller: str) -> NewReplay:
         # Earlier releases had no `force`; without it, a repeated order has the same fingerprint as theirs.
-        content = request.model_dump(mode="json", exclude=None if request.force else {"force"})
+        known = ReplayRequest.model_fields.keys() - (set() if request.force else {"force"})
+        content = request.model_dump(mode="json", include=known)
         order_id = new_id()
         return NewReplay(
             id=order_id,

@@ -32,27 +32,45 @@ _REASONS: Final[Mapping[HTTPStatus, tuple[str, str]]] = MappingProxyType(
 )
 _RETRY_AFTER: Final = b"5"
 
-_STATUSES: Final[Mapping[str, HTTPStatus]] = MappingProxyType(
+
+class ErrorCode(NamedTuple):
+    """A `code` of the receiver's own errors."""
+
+    status: HTTPStatus
+    meaning: str
+
+
+ERROR_CODES: Final[Mapping[str, ErrorCode]] = MappingProxyType(
     {
-        "invalid_token": HTTPStatus.UNAUTHORIZED,
-        "budget_exceeded": HTTPStatus.PAYMENT_REQUIRED,
-        "max_cost_exceeded": HTTPStatus.PAYMENT_REQUIRED,
-        "insufficient_scope": HTTPStatus.FORBIDDEN,
-        "model_not_found": HTTPStatus.NOT_FOUND,
-        "not_found": HTTPStatus.NOT_FOUND,
-        "request_timeout": HTTPStatus.REQUEST_TIMEOUT,
-        "account_changed": HTTPStatus.CONFLICT,
-        "ambiguous": HTTPStatus.CONFLICT,
-        "idempotency_key_reuse": HTTPStatus.CONFLICT,
-        "not_cancelable": HTTPStatus.CONFLICT,
-        "not_resubmittable": HTTPStatus.CONFLICT,
-        "not_settled": HTTPStatus.CONFLICT,
-        "outcome_unknown": HTTPStatus.CONFLICT,
-        "request_id_taken": HTTPStatus.CONFLICT,
-        "service_unavailable": HTTPStatus.SERVICE_UNAVAILABLE,
+        "invalid_request": ErrorCode(HTTPStatus.BAD_REQUEST, "a parameter or the body is wrong"),
+        "model_input_invalid": ErrorCode(HTTPStatus.BAD_REQUEST, "the input does not fit the model's schema"),
+        "invalid_token": ErrorCode(HTTPStatus.UNAUTHORIZED, "the token is missing or unknown"),
+        "budget_exceeded": ErrorCode(HTTPStatus.PAYMENT_REQUIRED, "the caller's budget is spent"),
+        "max_cost_exceeded": ErrorCode(HTTPStatus.PAYMENT_REQUIRED, "the price is above `max_cost`"),
+        "insufficient_scope": ErrorCode(HTTPStatus.FORBIDDEN, "the token lacks the scope"),
+        "model_not_found": ErrorCode(HTTPStatus.NOT_FOUND, "there is no such model"),
+        "not_found": ErrorCode(HTTPStatus.NOT_FOUND, "there is no such object"),
+        "method_not_allowed": ErrorCode(HTTPStatus.METHOD_NOT_ALLOWED, "the path has other methods"),
+        "request_timeout": ErrorCode(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time"),
+        "account_changed": ErrorCode(HTTPStatus.CONFLICT, "the job may have reached another account"),
+        "ambiguous": ErrorCode(
+            HTTPStatus.CONFLICT, "several events have this request_id: use the event's id"
+        ),
+        "idempotency_key_reuse": ErrorCode(HTTPStatus.CONFLICT, "the key was used with other parameters"),
+        "not_cancelable": ErrorCode(HTTPStatus.CONFLICT, "it has ended, or cannot be canceled now"),
+        "not_resubmittable": ErrorCode(HTTPStatus.CONFLICT, "the job cannot be submitted again"),
+        "not_settled": ErrorCode(HTTPStatus.CONFLICT, "the event has a pending file or delivery"),
+        "outcome_unknown": ErrorCode(HTTPStatus.CONFLICT, "the job may have been accepted"),
+        "request_id_taken": ErrorCode(HTTPStatus.CONFLICT, "Clipia gave the job another job's request_id"),
+        "internal_error": ErrorCode(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug; the log has the traceback"),
+        "not_configured": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "a setting is missing or wrong"),
+        "service_unavailable": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "the database or storage is away"),
+        "submissions_frozen": ErrorCode(
+            HTTPStatus.SERVICE_UNAVAILABLE, "no job is taken until `receiver jobs thaw`"
+        ),
     }
 )
-"""The status of each `code` of a RequestError; 400 for the others."""
+"""A RequestError with another code is answered 400."""
 
 Headers = Sequence[tuple[bytes, bytes]]
 CLOSE: Final[Headers] = ((b"connection", b"close"),)
@@ -98,7 +116,8 @@ def status_of(error: RequestError) -> int:
         return error.status
     if isinstance(error, RequestTooLarge):
         return HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-    return _STATUSES.get(error.code, HTTPStatus.BAD_REQUEST)
+    known = ERROR_CODES.get(error.code)
+    return HTTPStatus.BAD_REQUEST if known is None else known.status
 
 
 def error_response(error: RequestError) -> Response:

@@ -1,11 +1,11 @@
-"""Shared parts of the internal API's endpoints: scopes, errors, request bodies and query parameters."""
+"""The internal API's table of endpoints: a row routes a call, guards it, reads its input and documents it."""
 
 import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar, cast
 from uuid import UUID
 
 import orjson
@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Tokens
+from receiver.api.parameters import Parameters, invalid
 from receiver.errors import (
     ClipiaUnavailable,
     DatabaseUnavailable,
@@ -26,7 +27,6 @@ from receiver.errors import (
 )
 from receiver.settings import Scope
 
-MAX_PAGE_ROWS: Final = 200
 MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
 """The largest request to Clipia, and room for the fields around it."""
 BODY_SECONDS: Final = 10.0
@@ -34,15 +34,75 @@ BODY_SECONDS: Final = 10.0
 EXPECTED: Final = (RequestError, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
 """Errors that `expected_error_response` turns into an answer; any other error is a bug."""
 
-Handler = Callable[[Request, Caller], Awaitable[Response]]
-Endpoint = tuple[str, str, Scope, Handler]
-"""Method, path, required scope, handler."""
-Query = dict[str, str]
-"""Query parameters that have not been read yet: each `read_…` function removes its own."""
-
 T = TypeVar("T")
+QueryT = TypeVar("QueryT")
+BodyT = TypeVar("BodyT")
 
 log = structlog.get_logger()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Generic[QueryT, BodyT]):
+    """A call whose token and query have been checked. The types are None if its row has none."""
+
+    request: Request
+    caller: Caller
+    query: QueryT
+    endpoint: "Endpoint"
+
+    @property
+    def key(self) -> str:
+        """The `{id}` or `{slug}` of the path."""
+        (value,) = self.request.path_params.values()
+        return str(value)
+
+    @property
+    def id(self) -> UUID | None:
+        """The id in the path, or None if it is not a UUID."""
+        try:
+            return UUID(self.key)
+        except ValueError:
+            return None
+
+    async def read_body(self) -> BodyT:
+        """Read the body. Raises RequestError.
+
+        Handlers call it after they have found the object of the path: an unknown id is 404, with any body.
+        """
+        row = self.endpoint
+        values = await read_object(self.request, optional=row.body_is_optional)
+        return cast("BodyT", row.body.read(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoint:
+    """A row of the table."""
+
+    method: str
+    path: str
+    scope: Scope
+    handler: Callable[[Call[Any, Any]], Awaitable[Response]]
+    name: str
+    """The operation's id in the specification."""
+    summary: str
+    answer: Any
+    """The type of the answer, or of an element if it is a list."""
+    example: Any
+    """An answer, or an element of one."""
+    query: type[Parameters] | None = None
+    """None: query parameters are ignored."""
+    body: Any = None
+    """A model with the method `read`."""
+    body_is_optional: bool = False
+    body_example: Any = None
+    is_list: bool = False
+    statuses: tuple[tuple[int, str], ...] = ((200, "Done."),)
+    errors: tuple[str, ...] = ()
+    """Codes besides those that follow from the other columns."""
+    takes_key: bool = False
+    """Whether it reads Idempotency-Key and answers with it."""
+    asks_clipia: bool = False
+    """Whether Clipia's errors may be its answer."""
 
 
 def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
@@ -51,26 +111,33 @@ def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
     A path gets one route for all its methods: Starlette answers 405 from the first route of a path, and
     `Allow` would name only the methods of that route.
     """
-    by_path: dict[str, dict[str, tuple[Scope, Handler]]] = {}
-    for method, path, scope, handler in table:
-        by_path.setdefault(path, {})[method] = scope, handler
+    by_path: dict[str, dict[str, Endpoint]] = {}
+    for row in table:
+        by_path.setdefault(row.path, {})[row.method] = row
     return [Route(path, _guard(tokens, methods), methods=list(methods)) for path, methods in by_path.items()]
 
 
-def _guard(
-    tokens: Tokens, methods: Mapping[str, tuple[Scope, Handler]]
-) -> Callable[[Request], Awaitable[Response]]:
+def _guard(tokens: Tokens, methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         # GET's handler also answers HEAD; the server leaves out the body.
-        scope, handler = methods["GET" if request.method == "HEAD" else request.method]
+        row = methods["GET" if request.method == "HEAD" else request.method]
         try:
-            return await handler(request, tokens.require(request.headers, scope))
+            caller = tokens.require(request.headers, row.scope)
+            query = None if row.query is None else row.query.read(_query_of(request))
+            return await row.handler(Call(request=request, caller=caller, query=query, endpoint=row))
         except EXPECTED as error:
             return expected_error_response(error)
         except ClientDisconnect:
             return Response(status_code=400)  # the client is gone; Starlette needs some response
 
     return endpoint
+
+
+def _query_of(request: Request) -> dict[str, str]:
+    for name, value in request.query_params.multi_items():
+        if "\0" in name + value:
+            raise invalid(f"{name[:64]!r}: remove the NUL character")
+    return dict(request.query_params)
 
 
 def expected_error_response(error: ReceiverError) -> Response:
@@ -133,14 +200,6 @@ async def _read_body(request: Request) -> bytes:
     return bytes(body)
 
 
-def read_query(request: Request) -> Query:
-    """Return the query parameters of a list. Raises RequestError."""
-    for name, value in request.query_params.multi_items():
-        if "\0" in name + value:
-            raise invalid(f"{name[:64]!r}: remove the NUL character")
-    return dict(request.query_params)
-
-
 def json_response(content: Any, *, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """Return an answer in JSON that no cache may keep."""
     # SQLAlchemy's column names are a subclass of str, and asyncpg's ids a subclass of UUID.
@@ -154,52 +213,14 @@ def _plain(value: object) -> str:
     raise TypeError(type(value).__name__)
 
 
-def read_choice(query: Query, name: str, choices: Sequence[str]) -> str | None:
-    """Read a parameter that has to be one of `choices`. Raises RequestError."""
-    value = query.pop(name, None)
-    if value is not None and value not in choices:
-        raise invalid(f"{name}: write one of {', '.join(choices)}")
-    return value
+def list_response(rows: Sequence[Any], next_: str | None = None) -> Response:
+    """Return a page of a list; `next_` is the cursor of the following page."""
+    return json_response({"data": rows, "next": next_})
 
 
-def read_limit(query: Query) -> int:
-    """Read the size of a page. Raises RequestError."""
-    text = query.pop("limit", "50")
-    if not (text.isascii() and text.isdigit() and len(text) < 4 and 1 <= int(text) <= MAX_PAGE_ROWS):
-        raise invalid(f"limit: write a number from 1 to {MAX_PAGE_ROWS}")
-    return int(text)
-
-
-def read_time(parameters: dict[str, Any], name: str) -> datetime | None:
-    """Read a time; without a zone it is UTC. Raises RequestError."""
-    text = parameters.pop(name, None)
-    if text is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
-        raise invalid(f"{name}: write a time such as 2026-01-31T12:00:00Z") from None
-    try:
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except OverflowError:
-        raise invalid(f"{name}: write a year from 1 to 9999") from None
-
-
-def reject_unknown(parameters: Mapping[str, object]) -> None:
-    """Raise RequestError for a parameter that the endpoint did not read."""
-    if parameters:
-        raise invalid(f"{min(parameters)}: unknown parameter; remove it or check its spelling")
-
-
-def page_of(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> dict[str, Any]:
+def page_response(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> Response:
     """Return a page of `limit` rows; the query fetches one more, to see if there is another page."""
-    more = len(rows) > limit
-    return {"data": rows[:limit], "next": str(rows[limit - 1][cursor]) if more else None}
-
-
-def invalid(message: str) -> RequestError:
-    """Return the error for bad input."""
-    return RequestError(message, code="invalid_request")
+    return list_response(rows[:limit], str(rows[limit - 1][cursor]) if len(rows) > limit else None)
 
 
 def not_found(noun: str) -> RequestError:
@@ -224,11 +245,3 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def read_id(request: Request) -> UUID | None:
-    """Return the id in the path, or None if it is not a UUID."""
-    try:
-        return UUID(request.path_params["id"])
-    except ValueError:
-        return None

@@ -3,41 +3,39 @@
 import base64
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Final, get_args
-from uuid import UUID
+from typing import Annotated, Any, Final
 
 import structlog
-from starlette.requests import Request
+from pydantic import Field
 from starlette.responses import Response
-from starlette.routing import BaseRoute
 
 from receiver import retention
-from receiver.api.auth import Caller, Tokens
-from receiver.api.endpoints import (
-    Endpoint,
-    guarded,
+from receiver.api import examples
+from receiver.api.auth import Caller
+from receiver.api.endpoints import Call, Endpoint, json_response, not_found, page_response
+from receiver.api.models import Restarted, RestartedMany, ShownEvent, ShownReceipt
+from receiver.api.parameters import (
+    Cursor,
+    Flag,
+    IdCursor,
+    Ids,
+    Limit,
+    Moment,
+    Name,
+    Parameters,
     invalid,
-    json_response,
-    not_found,
-    page_of,
-    read_choice,
-    read_id,
-    read_limit,
-    read_object,
-    read_query,
-    read_time,
-    reject_unknown,
+    one_of,
 )
 from receiver.core.lenient_json import display_fields
-from receiver.core.request_values import read_cursor, read_id_cursor
 from receiver.db import outbox, reads
 from receiver.db.database import Database
 from receiver.db.outbox import DeadLetters
 from receiver.db.reads import EventFinder, EventT
 from receiver.db.rows import DeliveryState, EventState, EventStatus
-from receiver.db.views import EventDetails, Receipt
+from receiver.db.views import EventDetails, EventSummary, ListedDelivery, Receipt
 from receiver.errors import RequestError, StorageUnavailable
 from receiver.media import Storage
+from receiver.retention import Erased
 
 MAX_RESTARTED: Final = 10_000
 """Dead letters that one call restarts; the answer's `more` tells whether to call again."""
@@ -45,57 +43,186 @@ MAX_RESTARTED: Final = 10_000
 log = structlog.get_logger()
 
 
+class EventsQuery(Parameters):
+    """Filters of a list of events."""
+
+    limit: Limit = 50
+    cursor: Cursor = None
+    """The `next` of the page before."""
+    source: str | None = None
+    state: Annotated[EventState | None, one_of(EventState)] = None
+    status: Annotated[EventStatus | None, one_of(EventStatus)] = None
+    model: str | None = None
+    since: Moment | None = None
+    """Received at or after this time."""
+    until: Moment | None = None
+    """Received before this time."""
+
+
+class ReceiptsQuery(Parameters):
+    """A page of receipts."""
+
+    limit: Limit = 50
+    cursor: Cursor = None
+    """The `next` of the page before."""
+
+
+class DeliveriesQuery(Parameters):
+    """Filters of a list of deliveries."""
+
+    limit: Limit = 50
+    cursor: IdCursor = None
+    """The `next` of the page before."""
+    state: Annotated[DeliveryState | None, one_of(DeliveryState)] = None
+    destination: str | None = None
+    since: Moment | None = None
+    """Made at or after this time."""
+    until: Moment | None = None
+    """Made before this time."""
+
+
+class RetryBody(Parameters):
+    """The dead letters to deliver again: those that match all given filters."""
+
+    ids: Ids = Field(default_factory=list)
+    """Ids of deliveries."""
+    destination: Name | None = None
+    since: Moment | None = None
+    """Given up at or after this time."""
+    until: Moment | None = None
+    """Given up before this time."""
+    all: Flag = False
+    """All dead letters; required without a filter."""
+
+
 class EventEndpoints:
     """The endpoints need the scope `operate`: they show and change the events of every caller."""
 
-    def __init__(self, database: Database, tokens: Tokens, *, open_storage: Callable[[], Storage]) -> None:
+    def __init__(self, database: Database, *, open_storage: Callable[[], Storage]) -> None:
         self._database = database
         self._open_storage = open_storage
-        self._tokens = tokens
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes, each with the scope that it needs."""
-        table: list[Endpoint] = [
-            ("GET", "/v1/events", "operate", self._list),
-            ("GET", "/v1/events/{id}", "operate", self._show),
-            ("DELETE", "/v1/events/{id}", "operate", self._erase),
-            ("GET", "/v1/events/{id}/receipts", "operate", self._list_receipts),
-            ("GET", "/v1/deliveries", "operate", self._list_deliveries),
-            ("POST", "/v1/deliveries/retry", "operate", self._retry_many),
-            ("POST", "/v1/deliveries/{id}/retry", "operate", self._retry),
+    def table(self) -> list[Endpoint]:
+        """Return the rows."""
+        return [
+            Endpoint(
+                method="GET",
+                path="/v1/events",
+                scope="operate",
+                handler=self._list,
+                name="list_events",
+                summary="List events, newest first",
+                query=EventsQuery,
+                answer=EventSummary,
+                is_list=True,
+                example=examples.EVENT_SUMMARY,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/events/{id}",
+                scope="operate",
+                handler=self._show,
+                name="show_event",
+                summary="Show an event with its body, receipts, files, deliveries and every attempt",
+                answer=ShownEvent,
+                example=examples.EVENT,
+                errors=("not_found",),
+            ),
+            Endpoint(
+                method="DELETE",
+                path="/v1/events/{id}",
+                scope="operate",
+                handler=self._erase,
+                name="erase_event",
+                summary="Erase an event for good: its body, files and deliveries, and its job's input",
+                answer=Erased,
+                example=examples.ERASED,
+                errors=("not_found", "ambiguous", "not_settled", "not_configured"),
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/events/{id}/receipts",
+                scope="operate",
+                handler=self._list_receipts,
+                name="list_receipts",
+                summary="List all receipts of an event, oldest first",
+                query=ReceiptsQuery,
+                answer=ShownReceipt,
+                is_list=True,
+                example=examples.RECEIPT,
+                errors=("not_found",),
+            ),
+            *self._delivery_table(),
         ]
-        return guarded(table, self._tokens)
 
-    async def _list(self, request: Request, _caller: Caller) -> Response:
-        query = read_query(request)
-        limit = read_limit(query)
+    def _delivery_table(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="GET",
+                path="/v1/deliveries",
+                scope="operate",
+                handler=self._list_deliveries,
+                name="list_deliveries",
+                summary="List deliveries, newest first, each with the reason of its last failure",
+                query=DeliveriesQuery,
+                answer=ListedDelivery,
+                is_list=True,
+                example=examples.DELIVERY,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/deliveries/retry",
+                scope="operate",
+                handler=self._retry_many,
+                name="retry_dead_letters",
+                summary="Deliver dead letters again",
+                body=RetryBody,
+                body_example={"destination": "orders", "since": "2026-11-20T00:00:00Z"},
+                answer=RestartedMany,
+                example={"restarted": {"orders": 312}, "more": False},
+                statuses=((202, "They are due now."),),
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/deliveries/{id}/retry",
+                scope="operate",
+                handler=self._retry,
+                name="retry_dead_letter",
+                summary="Deliver one dead letter again",
+                answer=Restarted,
+                example={"restarted": {"orders": 1}},
+                statuses=((202, "It is due now."),),
+                errors=("not_found",),
+            ),
+        ]
+
+    async def _list(self, call: Call[EventsQuery, None]) -> Response:
+        query = call.query
         async with self._database.read() as connection:
             rows = await reads.list_events(
                 connection,
-                limit=limit + 1,
-                before=read_cursor(query.pop("cursor", None)),
-                source=query.pop("source", None),
-                state=read_choice(query, "state", get_args(EventState)),
-                status=read_choice(query, "status", get_args(EventStatus)),
-                model=query.pop("model", None),
-                since=read_time(query, "since"),
-                until=read_time(query, "until"),
+                limit=query.limit + 1,
+                before=query.cursor,
+                source=query.source,
+                state=query.state,
+                status=query.status,
+                model=query.model,
+                since=query.since,
+                until=query.until,
             )
-        reject_unknown(query)
-        return json_response(page_of(rows, limit, "seq"))
+        return page_response(rows, query.limit, "seq")
 
-    async def _show(self, request: Request, _caller: Caller) -> Response:
-        return json_response(readable(await load_event(self._database, request, reads.show_event)))
+    async def _show(self, call: Call[None, None]) -> Response:
+        return json_response(readable(await load_event(self._database, call.key, reads.show_event)))
 
-    async def _erase(self, request: Request, caller: Caller) -> Response:
-        id_ = request.path_params["id"]
+    async def _erase(self, call: Call[None, None]) -> Response:
         # Opened for this call alone: a process without a worker must be able to start without a storage.
         storage = self._open_storage()
         try:
             # PostgreSQL rejects NUL in a text parameter.
-            erased = None if "\0" in id_ else await retention.erase(self._database, storage, id_)
+            erased = None if "\0" in call.key else await retention.erase(self._database, storage, call.key)
         except StorageUnavailable as error:
-            log.warning("files not deleted", key=id_, error=str(error))
+            log.warning("files not deleted", key=call.key, error=str(error))
             raise RequestError(
                 "The event is erased, but its files are not: the storage is unavailable. Call this again.",
                 code="service_unavailable",
@@ -105,52 +232,46 @@ class EventEndpoints:
             await storage.close()
         if erased is None:
             raise not_found("event")
-        log.warning("event erased", event_id=str(erased.id), by=caller.name, files=erased.files)
+        log.warning("event erased", event_id=str(erased.id), by=call.caller.name, files=erased.files)
         return json_response(asdict(erased))
 
-    async def _list_receipts(self, request: Request, _caller: Caller) -> Response:
-        query = read_query(request)
-        limit = read_limit(query)
-        after = read_cursor(query.pop("cursor", None))
-        reject_unknown(query)
-        event = await load_event(self._database, request, reads.find_event)
+    async def _list_receipts(self, call: Call[ReceiptsQuery, None]) -> Response:
+        query = call.query
+        event = await load_event(self._database, call.key, reads.find_event)
         async with self._database.read() as connection:
-            rows = await reads.list_receipts(connection, event["seq"], limit=limit + 1, after=after)
-        return json_response(page_of([_with_text_body(row) for row in rows], limit, "seq"))
+            rows = await reads.list_receipts(
+                connection, event["seq"], limit=query.limit + 1, after=query.cursor
+            )
+        return page_response([_with_text_body(row) for row in rows], query.limit, "seq")
 
-    async def _list_deliveries(self, request: Request, _caller: Caller) -> Response:
-        query = read_query(request)
-        limit = read_limit(query)
+    async def _list_deliveries(self, call: Call[DeliveriesQuery, None]) -> Response:
+        query = call.query
         async with self._database.read() as connection:
             rows = await reads.list_deliveries(
                 connection,
-                limit=limit + 1,
-                before=read_id_cursor(query.pop("cursor", None)),
-                state=read_choice(query, "state", get_args(DeliveryState)),
-                destination=query.pop("destination", None),
-                since=read_time(query, "since"),
-                until=read_time(query, "until"),
+                limit=query.limit + 1,
+                before=query.cursor,
+                state=query.state,
+                destination=query.destination,
+                since=query.since,
+                until=query.until,
             )
-        reject_unknown(query)
-        return json_response(page_of(rows, limit, "id"))
+        return page_response(rows, query.limit, "id")
 
-    async def _retry(self, request: Request, caller: Caller) -> Response:
-        delivery_id = read_id(request)
-        if delivery_id is None:
+    async def _retry(self, call: Call[None, None]) -> Response:
+        if call.id is None:
             raise not_found("delivery")
-        done = await self._restart(DeadLetters(ids=[delivery_id]), caller, limit=1)
+        done = await self._restart(DeadLetters(ids=[call.id]), call.caller, limit=1)
         if not done:
             raise RequestError("there is no dead letter with this id", code="not_found")
         return json_response({"restarted": done}, status=202)
 
-    async def _retry_many(self, request: Request, caller: Caller) -> Response:
-        body = await read_object(request)
-        selected = _read_dead_letters(body)
-        everything = body.pop("all", False)
-        reject_unknown(body)
-        if selected == DeadLetters(ids=[]) and everything is not True:
+    async def _retry_many(self, call: Call[None, RetryBody]) -> Response:
+        body = await call.read_body()
+        selected = DeadLetters(**body.model_dump(exclude={"all"}))
+        if selected == DeadLetters(ids=[]) and not body.all:
             raise invalid('say which dead letters: ids, destination, since, until, or {"all": true}')
-        done = await self._restart(selected, caller, limit=MAX_RESTARTED)
+        done = await self._restart(selected, call.caller, limit=MAX_RESTARTED)
         more = sum(done.values()) == MAX_RESTARTED
         return json_response({"restarted": done, "more": more}, status=202)
 
@@ -161,10 +282,10 @@ class EventEndpoints:
         return done
 
 
-async def load_event(database: Database, request: Request, find: EventFinder[EventT]) -> EventT:
-    """Return the event that a path names by its id or request_id. Raises RequestError."""
+async def load_event(database: Database, key: str, find: EventFinder[EventT]) -> EventT:
+    """Return an event by its id or request_id. Raises RequestError."""
     async with database.read() as connection:
-        event = await find(connection, request.path_params["id"])
+        event = await find(connection, key)
     if event is None:
         raise not_found("event")
     return event
@@ -183,25 +304,3 @@ def readable(event: EventDetails) -> dict[str, Any]:
 def _with_text_body(receipt: Receipt) -> dict[str, Any]:
     body = receipt["body"]
     return {**receipt, "body": None if body is None else base64.b64encode(body).decode()}
-
-
-def _read_dead_letters(body: dict[str, Any]) -> DeadLetters:
-    ids = body.pop("ids", [])
-    destination = body.pop("destination", None)
-    if not isinstance(ids, list):
-        raise invalid("ids: write a list")
-    if destination is not None and (not isinstance(destination, str) or "\x00" in destination):
-        raise invalid("destination: write a name")
-    return DeadLetters(
-        ids=[_id(each) for each in ids],
-        destination=destination,
-        since=read_time(body, "since"),
-        until=read_time(body, "until"),
-    )
-
-
-def _id(text: object) -> UUID:
-    try:
-        return UUID(str(text))
-    except ValueError:
-        raise invalid(f"ids: {str(text)[:64]!r} is not an id") from None

@@ -1,157 +1,326 @@
 """`/v1/jobs`, `/v1/models` and `/v1/account`: internal services submit jobs and read their results."""
 
-from typing import Final, cast, get_args
+from typing import Annotated, Any
 
-from starlette.requests import Request
+from pydantic import ConfigDict, model_validator
 from starlette.responses import Response
-from starlette.routing import BaseRoute
 
-from receiver.api.auth import Caller, Tokens
+from receiver.api import examples
+from receiver.api.auth import Caller
 from receiver.api.endpoints import (
     EXPECTED,
+    Call,
     Endpoint,
     expected_error_response,
-    guarded,
-    invalid,
     json_response,
+    list_response,
     not_found,
-    read_choice,
-    read_id,
-    read_limit,
-    read_object,
-    read_query,
-    read_time,
-    reject_unknown,
     while_connected,
 )
-from receiver.clipia.job_request import MAX_METADATA, JobRequest
+from receiver.api.models import ModelEstimate
+from receiver.api.parameters import Limit, MetadataFilter, Moment, Parameters, Seconds, invalid, one_of
+from receiver.clipia.job_request import JobRequest
 from receiver.db.rows import CostGroup, JobState, new_id
+from receiver.db.views import JobCosts
 from receiver.submitter import Job, Submitter
+from receiver.submitter.account_status import Account
 
-MAX_WAIT_SECONDS: Final = 300.0
-"""How long a long poll may last."""
+
+class JobsQuery(MetadataFilter):
+    """Filters of a list of jobs."""
+
+    limit: Limit = 50
+    cursor: str | None = None
+    """The `next` of the page before."""
+    state: Annotated[JobState | None, one_of(JobState)] = None
+    model: str | None = None
+    caller: str | None = None
+    since: Moment | None = None
+    """Made at or after this time."""
+    until: Moment | None = None
+    """Made before this time."""
+
+
+class WaitQuery(Parameters):
+    """How long to wait for the end of a job."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    wait: Seconds = 0.0
+    """Seconds to wait until the job and its files are finished."""
+
+
+class CostsQuery(Parameters):
+    """The rows of a sum of credits."""
+
+    by: Annotated[CostGroup, one_of(CostGroup)] = "day"
+    since: Moment | None = None
+    """Jobs made at or after this time."""
+    until: Moment | None = None
+    """Jobs made before this time."""
+
+
+class JobOrder(JobRequest):
+    """A job, and how long to wait for its end."""
+
+    wait: Seconds = 0.0
+    """Seconds to wait until the job and its files are finished."""
+
+
+class EstimateBody(Parameters):
+    """An input whose price is asked for; other fields, such as those of a job, are ignored."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    input: dict[str, Any]
+    """The model's parameters."""
+    strict: bool | None = None
+    """Whether unknown keys of the input are invalid; null: the setting decides."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(values.get("input"), dict):
+            raise invalid('input: write an object, as in {"input": {"prompt": "a cat"}}')
+        if not isinstance(values.get("strict"), bool | None):
+            raise invalid("strict: write true or false")
+        return values
 
 
 class JobEndpoints:
     """A caller sees its own jobs; one with the scope `operate` sees all of them."""
 
-    def __init__(self, submitter: Submitter, tokens: Tokens) -> None:
+    def __init__(self, submitter: Submitter) -> None:
         self._submitter = submitter
-        self._tokens = tokens
 
-    def routes(self) -> list[BaseRoute]:
-        """Return the routes, each with the scope that it needs."""
-        table: list[Endpoint] = [
-            ("POST", "/v1/jobs", "submit", self._submit),
-            ("GET", "/v1/jobs", "read", self._list),
-            ("GET", "/v1/jobs/costs", "read", self._costs),
-            ("GET", "/v1/jobs/{id}", "read", self._show),
-            ("POST", "/v1/jobs/{id}/resubmit", "operate", self._resubmit),
-            ("POST", "/v1/jobs/{id}/cancel", "operate", self._cancel),
-            ("GET", "/v1/models", "read", self._models),
-            ("GET", "/v1/models/{slug}", "read", self._model),
-            ("POST", "/v1/models/{slug}/estimate", "read", self._estimate),
-            ("GET", "/v1/account", "operate", self._account),
+    def table(self) -> list[Endpoint]:
+        """Return the rows."""
+        return [*self._job_table(), *self._order_table(), *self._catalogue_table()]
+
+    def _job_table(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="POST",
+                path="/v1/jobs",
+                scope="submit",
+                handler=self._submit,
+                name="submit_job",
+                summary="Submit a job once: the same Idempotency-Key is the same job",
+                body=JobOrder,
+                body_example=examples.JOB_ORDER,
+                answer=Job,
+                example=examples.JOB,
+                statuses=(
+                    (201, "A new job, and Clipia has accepted it."),
+                    (200, "This key's job, which exists already."),
+                    (202, "The job is on record, and Clipia has not accepted it yet; a worker goes on."),
+                ),
+                errors=(
+                    *("model_input_invalid", "model_not_found", "max_cost_exceeded", "budget_exceeded"),
+                    *("idempotency_key_reuse", "submissions_frozen"),
+                ),
+                takes_key=True,
+                asks_clipia=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/jobs",
+                scope="read",
+                handler=self._list,
+                name="list_jobs",
+                summary="List jobs, newest first, without files, deliveries and attempts",
+                query=JobsQuery,
+                answer=Job,
+                is_list=True,
+                example=examples.LISTED_JOB,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/jobs/costs",
+                scope="read",
+                handler=self._costs,
+                name="sum_costs",
+                summary="Add up the credits of jobs by day, caller or model",
+                query=CostsQuery,
+                answer=JobCosts,
+                is_list=True,
+                example={"day": "2026-01-31", "jobs": 3, "reserved": 0, "charged": 36, "refunded": 0},
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/jobs/{id}",
+                scope="read",
+                handler=self._show,
+                name="show_job",
+                summary="Show a job with its attempts, files and deliveries, or wait for its end",
+                query=WaitQuery,
+                answer=Job,
+                example=examples.JOB,
+                errors=("not_found",),
+            ),
         ]
-        return guarded(table, self._tokens)
 
-    async def _submit(self, request: Request, caller: Caller) -> Response:
-        given = [value for name, value in request.headers.raw if name == b"idempotency-key"]
+    def _order_table(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="POST",
+                path="/v1/jobs/{id}/resubmit",
+                scope="operate",
+                handler=self._resubmit,
+                name="resubmit_job",
+                summary="Submit a job without a result again; it may be paid for twice",
+                answer=Job,
+                example=examples.JOB,
+                statuses=((202, "A worker submits it."),),
+                errors=("not_found", "not_resubmittable", "not_configured"),
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/jobs/{id}/cancel",
+                scope="operate",
+                handler=self._cancel,
+                name="cancel_job",
+                summary="End a job; one that Clipia may have becomes unsure",
+                answer=Job,
+                example=examples.JOB,
+                errors=("not_found", "not_cancelable"),
+            ),
+        ]
+
+    def _catalogue_table(self) -> list[Endpoint]:
+        return [
+            Endpoint(
+                method="GET",
+                path="/v1/models",
+                scope="read",
+                handler=self._models,
+                name="list_models",
+                summary="List Clipia's models",
+                answer=dict[str, Any],
+                is_list=True,
+                example=examples.MODEL,
+                asks_clipia=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/models/{slug}",
+                scope="read",
+                handler=self._model,
+                name="show_model",
+                summary="Show one of Clipia's models with the schema of its input",
+                answer=dict[str, Any],
+                example=examples.MODEL,
+                errors=("model_not_found",),
+                asks_clipia=True,
+            ),
+            Endpoint(
+                method="POST",
+                path="/v1/models/{slug}/estimate",
+                scope="read",
+                handler=self._estimate,
+                name="estimate_price",
+                summary="Ask for the price of an input",
+                body=EstimateBody,
+                body_example={"input": {"prompt": "a cat"}},
+                answer=ModelEstimate,
+                example={"credits": 12, "warnings": []},
+                errors=("model_input_invalid", "model_not_found"),
+                asks_clipia=True,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/account",
+                scope="operate",
+                handler=self._account,
+                name="show_account",
+                summary="Show Clipia's balance and limits, and the sums of the receiver's own jobs",
+                answer=Account,
+                example=examples.ACCOUNT,
+                asks_clipia=True,
+            ),
+        ]
+
+    async def _submit(self, call: Call[None, JobOrder]) -> Response:
+        given = [value for name, value in call.request.headers.raw if name == b"idempotency-key"]
         raw = given[0] if given else str(new_id()).encode()
         try:
-            response = await self._issue(request, caller, _read_key(raw) if len(given) < 2 else "")
+            response = await self._issue(call, _read_key(raw) if len(given) < 2 else "")
         except EXPECTED as error:
             response = expected_error_response(error)
         # Errors carry it, too: a caller without a key of its own needs this one to retry the same job.
         response.raw_headers.append((b"idempotency-key", raw))
         return response
 
-    async def _issue(self, request: Request, caller: Caller, key: str) -> Response:
-        body = await read_object(request)
-        wait = _seconds(body.pop("wait", 0))
-        job = await self._submitter.issue(JobRequest.read(body), key=key, caller=caller.name)
+    async def _issue(self, call: Call[None, JobOrder], key: str) -> Response:
+        order = await call.read_body()
+        job = await self._submitter.issue(order, key=key, caller=call.caller.name)
         new = job.new
-        if wait:
-            waited = await while_connected(request, self._submitter.wait(job.id, seconds=wait))
+        if order.wait:
+            waited = await while_connected(call.request, self._submitter.wait(job.id, seconds=order.wait))
             job = waited or job
         status = 202 if job.request_id is None else 201 if new else 200
         return json_response(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
 
-    async def _show(self, request: Request, caller: Caller) -> Response:
-        seconds = _seconds(request.query_params.get("wait", "0"))
-        return json_response((await self._find(request, caller, seconds=seconds)).as_dict())
+    async def _show(self, call: Call[WaitQuery, None]) -> Response:
+        return json_response((await self._find(call, seconds=call.query.wait)).as_dict())
 
-    async def _list(self, request: Request, caller: Caller) -> Response:
-        query = read_query(request)
-        metadata = {
-            name.removeprefix("metadata."): query.pop(name)
-            for name in list(query)
-            if name.startswith("metadata.")
-        }
-        if len(metadata) > MAX_METADATA:
-            raise invalid(f"metadata: filter by {MAX_METADATA} names at most")
-        owner = query.pop("caller", None)
-        if not _sees_all(caller):
+    async def _list(self, call: Call[JobsQuery, None]) -> Response:
+        query = call.query
+        owner = query.caller
+        if not _sees_all(call.caller):
             # The name of another caller finds no job, so the answer does not tell whether it has any.
-            owner = caller.name if owner in (None, caller.name) else ""
+            owner = call.caller.name if owner in (None, call.caller.name) else ""
         page = await self._submitter.list_jobs(
-            limit=read_limit(query),
-            cursor=query.pop("cursor", None),
+            limit=query.limit,
+            cursor=query.cursor,
             caller=owner,
-            state=cast("JobState | None", read_choice(query, "state", get_args(JobState))),
-            model=query.pop("model", None),
-            since=read_time(query, "since"),
-            until=read_time(query, "until"),
-            metadata=metadata,
+            state=query.state,
+            model=query.model,
+            since=query.since,
+            until=query.until,
+            metadata=query.metadata,
         )
-        reject_unknown(query)
-        return json_response({"data": [job.as_dict() for job in page.jobs], "next": page.next})
+        return list_response([job.as_dict() for job in page.jobs], page.next)
 
-    async def _costs(self, request: Request, caller: Caller) -> Response:
-        query = read_query(request)
-        by = read_choice(query, "by", get_args(CostGroup)) or "day"
+    async def _costs(self, call: Call[CostsQuery, None]) -> Response:
         rows = await self._submitter.costs(
-            by=cast("CostGroup", by),
-            caller=None if _sees_all(caller) else caller.name,
-            since=read_time(query, "since"),
-            until=read_time(query, "until"),
+            by=call.query.by,
+            caller=None if _sees_all(call.caller) else call.caller.name,
+            since=call.query.since,
+            until=call.query.until,
         )
-        reject_unknown(query)
-        return json_response({"data": rows})
+        return list_response(rows)
 
-    async def _resubmit(self, request: Request, caller: Caller) -> Response:
-        job = await self._find(request, caller)
-        return json_response((await self._submitter.resubmit(job.id, by=caller.name)).as_dict(), status=202)
+    async def _resubmit(self, call: Call[None, None]) -> Response:
+        job = await self._find(call)
+        return json_response(
+            (await self._submitter.resubmit(job.id, by=call.caller.name)).as_dict(), status=202
+        )
 
-    async def _cancel(self, request: Request, caller: Caller) -> Response:
-        job = await self._find(request, caller)
-        return json_response((await self._submitter.cancel(job.id, by=caller.name)).as_dict())
+    async def _cancel(self, call: Call[None, None]) -> Response:
+        job = await self._find(call)
+        return json_response((await self._submitter.cancel(job.id, by=call.caller.name)).as_dict())
 
-    async def _models(self, _request: Request, _caller: Caller) -> Response:
-        return json_response({"data": await self._submitter.catalogue.models()})
+    async def _models(self, _call: Call[None, None]) -> Response:
+        return list_response(await self._submitter.catalogue.models())
 
-    async def _model(self, request: Request, _caller: Caller) -> Response:
-        return json_response(await self._submitter.catalogue.model(request.path_params["slug"]))
+    async def _model(self, call: Call[None, None]) -> Response:
+        return json_response(await self._submitter.catalogue.model(call.key))
 
-    async def _estimate(self, request: Request, _caller: Caller) -> Response:
-        body = await read_object(request)
-        given, strict = body.get("input"), body.get("strict")
-        if not isinstance(given, dict):
-            raise invalid('input: write an object, as in {"input": {"prompt": "a cat"}}')
-        if not isinstance(strict, bool | None):
-            raise invalid("strict: write true or false")
+    async def _estimate(self, call: Call[None, EstimateBody]) -> Response:
+        body = await call.read_body()
         estimate = self._submitter.catalogue.estimate_checked
-        return json_response(await estimate(request.path_params["slug"], given, strict=strict))
+        return json_response(await estimate(call.key, body.input, strict=body.strict))
 
-    async def _account(self, _request: Request, _caller: Caller) -> Response:
+    async def _account(self, _call: Call[None, None]) -> Response:
         return json_response(await self._submitter.account())
 
-    async def _find(self, request: Request, caller: Caller, *, seconds: float = 0.0) -> Job:
-        job_id, job = read_id(request), None
-        owner = None if _sees_all(caller) else caller.name
+    async def _find(self, call: Call[Any, None], *, seconds: float = 0.0) -> Job:
+        job_id, job = call.id, None
+        owner = None if _sees_all(call.caller) else call.caller.name
         if job_id is not None:
             waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
-            job = await while_connected(request, waited)
+            job = await while_connected(call.request, waited)
         if job is None:
             raise not_found("job")
         return job
@@ -167,13 +336,3 @@ def _read_key(raw: bytes) -> str:
 
 def _sees_all(caller: Caller) -> bool:
     return "operate" in caller.scopes
-
-
-def _seconds(value: object) -> float:
-    try:
-        seconds = float(value) if isinstance(value, str | int | float) else -1.0
-    except (ValueError, OverflowError):
-        seconds = -1.0
-    if isinstance(value, bool) or not 0 <= seconds <= MAX_WAIT_SECONDS:
-        raise invalid(f"wait: write seconds from 0 to {MAX_WAIT_SECONDS:.0f}")
-    return seconds

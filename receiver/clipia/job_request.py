@@ -4,7 +4,7 @@ import hashlib
 import secrets
 import uuid
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
@@ -28,7 +28,9 @@ _TEXT = r"^[^\x00]*$"
 class JobRequest(BaseModel):
     """A job as its caller submits it."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        strict=True, frozen=True, extra="forbid", hide_input_in_errors=True, use_attribute_docstrings=True
+    )
 
     # It becomes a segment of a path; dots at its start could lead to another path.
     model: Annotated[
@@ -51,7 +53,7 @@ class JobRequest(BaseModel):
     """Whether unknown keys of the input are invalid; None: the setting decides."""
 
     @classmethod
-    def read(cls, values: object) -> "JobRequest":
+    def read(cls, values: object) -> Self:
         """Validate a job. Raises RequestError, which names the invalid field."""
         try:
             request = cls.model_validate(values)
@@ -95,7 +97,8 @@ class JobRequest(BaseModel):
 
     def fingerprint(self) -> str:
         """Return a hash of the job, which must be the same if an idempotency key is used again."""
-        content = self.model_dump(exclude_defaults=True, exclude={"strict"})
+        known = JobRequest.model_fields.keys() - {"strict"}
+        content = self.model_dump(exclude_defaults=True, include=known)
         return hashlib.sha256(encode(content)).hexdigest()
 
 

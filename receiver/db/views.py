@@ -4,8 +4,11 @@ They are dictionaries, because both write them as JSON; a test compares the keys
 """
 
 from datetime import datetime
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired
 from uuid import UUID
+
+# pydantic does not read the standard library's TypedDict before Python 3.12.
+from typing_extensions import TypedDict
 
 from receiver.core.output_files import Kind, Variant
 from receiver.db.rows import (
@@ -68,8 +71,8 @@ class LoggedAttempt(TypedDict):
     error: str | None
 
 
-class Receipt(TypedDict):
-    """A request on record for an event."""
+class ReceiptHead(TypedDict):
+    """A request on record for an event, without a body."""
 
     seq: int
     webhook_id: str | None
@@ -78,10 +81,15 @@ class Receipt(TypedDict):
     received_at: datetime
     body_sha256: str
     outcome: Outcome
-    body: bytes | None
-    """Of a conflict alone."""
     repeated: int
     """Later requests with this outcome that have no row."""
+
+
+class Receipt(ReceiptHead):
+    """A request on record for an event."""
+
+    body: bytes | None
+    """Of a conflict alone."""
 
 
 class _Work(TypedDict):

@@ -2,7 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, cast
+
+from pydantic import ConfigDict, with_config
+
+# pydantic does not read the standard library's TypedDict before Python 3.12.
+from typing_extensions import TypedDict
 
 from receiver.core.quota import Quota
 from receiver.db import accounts, refused_jobs, submission_freezes
@@ -30,6 +35,7 @@ class AccountLimits(TypedDict):
     refused_jobs: int
 
 
+@with_config(ConfigDict(extra="allow"))
 class Account(TypedDict):
     """Clipia's account, and our figures for it."""
 

@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 import orjson
+from pydantic import Field
 
 from receiver.clipia.job_request import read_input
 from receiver.db.rows import JobState
@@ -108,9 +109,9 @@ class Job:
     event: JobEvent | None
     attempts: tuple[JobAttempt, ...]
     """Attempts at submitting it; empty in lists."""
-    has_webhook: bool = False
+    has_webhook: Annotated[bool, Field(exclude=True)] = False
     """Whether the request to Clipia has a callback URL."""
-    new: bool = False
+    new: Annotated[bool, Field(exclude=True)] = False
     """Whether this call created the job."""
 
     @property

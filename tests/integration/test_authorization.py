@@ -34,6 +34,8 @@ OPEN = {
     "POST /clipia/webhook/{source}/{job}": 401,
 }
 """Routes that need no token, with the status of their answer."""
+DOCUMENTS = {"GET /openapi.json", "GET /docs"}
+"""Routes of the internal half that need no token: they have nothing that the source code does not have."""
 GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /metrics": ("read", 200),
     "POST /v1/jobs": ("submit", 201),
@@ -182,9 +184,9 @@ def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
     )
     health = {"GET /livez", "GET /readyz"}
     expected = {
-        None: {*OPEN, *GUARDED},
+        None: {*OPEN, *GUARDED, *DOCUMENTS},
         "webhook": {*OPEN},
-        "internal": {*GUARDED, *health},
+        "internal": {*GUARDED, *DOCUMENTS, *health},
     }
     assert routes_of(create_app(settings, only=only, worker=False)) == expected[only]
 
@@ -203,7 +205,8 @@ def routes_of(app: Starlette) -> set[str]:
 @pytest.mark.parametrize("only", get_args(Only))
 async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only) -> None:
     """G2: a route of the other listener is 404 on this one, even with a token that has all scopes."""
-    foreign = GUARDED if only == "webhook" else [route for route in OPEN if "webhook" in route]
+    internal = [*GUARDED, *DOCUMENTS]
+    foreign = internal if only == "webhook" else [route for route in OPEN if "webhook" in route]
     content = body()
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, only=only) as site:
         for route in foreign:

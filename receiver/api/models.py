@@ -1,0 +1,57 @@
+"""The answers of the internal API that differ from the rows that the commands and the database layer have."""
+
+from typing import Annotated, Any, NotRequired
+
+from pydantic import ConfigDict, WithJsonSchema, with_config
+from typing_extensions import TypedDict
+
+from receiver.db.views import DeliveryWithLog, EventHead, FileWithLog, ReceiptHead
+
+Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
+
+
+class ShownReceipt(ReceiptHead):
+    """A request on record for an event."""
+
+    body: Base64 | None
+    """Of a conflict alone."""
+
+
+class ShownEvent(EventHead):
+    """An event with its body, receipts, files, deliveries and attempts."""
+
+    body: NotRequired[Any]
+    """The signed body as JSON; absent if it is none."""
+    body_base64: NotRequired[Base64]
+    """The exact bytes, if they are no JSON or differ from `body`."""
+    altered: NotRequired[list[str]]
+    """The places at which `body` differs from the bytes."""
+    recoverable: NotRequired[bool]
+    """Of an unrecognized event: whether this release can read it."""
+    receipts: list[ShownReceipt]
+    """The first 50."""
+    receipts_total: int
+    media: list[FileWithLog]
+    deliveries: list[DeliveryWithLog]
+
+
+class Restarted(TypedDict):
+    """Dead letters that will be delivered again."""
+
+    restarted: dict[str, int]
+    """Their number by destination."""
+
+
+class RestartedMany(Restarted):
+    """Dead letters that will be delivered again, up to 10,000."""
+
+    more: bool
+    """Whether others may match: call again."""
+
+
+@with_config(ConfigDict(extra="allow"))
+class ModelEstimate(TypedDict):
+    """The price of an input; further fields are Clipia's."""
+
+    credits: int | float
+    warnings: list[Any]
