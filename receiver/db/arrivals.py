@@ -17,11 +17,11 @@ from uuid import uuid4
 from sqlalchemy import PoolProxiedConnection
 
 from receiver.db.rows import NewEvent, raw_event_id
+from receiver.db.sqlite_writer import ArrivalWriter, Statement
 
 _FIELDS: Final = ("id", *NewEvent._fields[1:])
 _KIND_START: Final = NewEvent._fields.index("source")
 _KINDS: Final = _FIELDS[_KIND_START:]
-_KNOWN: Final = "known"
 
 
 def probe_event() -> NewEvent:
@@ -127,36 +127,51 @@ def _driver_uuid() -> Any:
 _COLUMNS: Final = ", ".join(_FIELDS)
 _EXACT: Final = 64
 """A larger group is padded to a multiple of this."""
+_RECEIVED: Final = ("id", "received_at", "body_sha256", "webhook_id", "secret_id", "signed_at")
+_IS_OWN: Final = f"SELECT 1 FROM events WHERE {' AND '.join(f'{name} IS ?' for name in _RECEIVED)}"
+_WRITER: Final = "writer"
 
 
-def add_sources(names: Sequence[str], connection: PoolProxiedConnection) -> None:
-    """Add the names of sources on SQLite."""
-    connection.cursor().executemany(
-        "INSERT INTO sources VALUES (?) ON CONFLICT DO NOTHING", [(name,) for name in names]
-    )
-
-
-def insert_rows(events: Sequence[NewEvent], connection: PoolProxiedConnection) -> set[bytes]:
-    """Insert the events that are new on SQLite; return the raw ids of the others."""
-    known = _known_ids(connection)
-    known.clear()
+def insert_statements(events: Sequence[NewEvent], new_sources: Sequence[str]) -> list[Statement]:
+    """Return SQLite's statements for `ArrivalWriter`: sources first, then the events that are new."""
     rows = len(events)
     # Each number of rows is a statement that SQLite parses and keeps; those of large groups take memory.
     size = rows if rows <= _EXACT else -rows % _EXACT + rows
     values = [value for event in events for value in _in_row(event)]
     values += [None] * ((size - rows) * len(_FIELDS))
-    connection.cursor().execute(_insert_many(size), values)
-    return {bytes.fromhex(id_) for id_ in known}
+    insert = (_insert_many(size), values)
+    if not new_sources:
+        return [insert]
+    names = ", ".join(["(?)"] * len(new_sources))
+    return [(f"INSERT INTO sources VALUES {names} ON CONFLICT DO NOTHING", new_sources), insert]
 
 
-def _known_ids(connection: PoolProxiedConnection) -> list[str]:
-    """Return the list that gets the ids of known events: SQLite has no RETURNING of rows in conflict."""
-    if _KNOWN not in connection.info:
-        connection.info[_KNOWN] = []
+def run(statements: Sequence[Statement], connection: PoolProxiedConnection) -> list[str]:
+    """Run the statements of `insert_statements`; return the ids of the events that were stored before."""
+    if _WRITER not in connection.info:
         driver: Any = connection.driver_connection
-        driver.create_function("is_known", 1, connection.info[_KNOWN].append)
-    known: list[str] = connection.info[_KNOWN]
-    return known
+        connection.info[_WRITER] = ArrivalWriter(driver)
+    writer: ArrivalWriter = connection.info[_WRITER]
+    return writer.run(statements)
+
+
+def run_again(
+    statements: Sequence[Statement], events: Sequence[NewEvent], connection: PoolProxiedConnection
+) -> list[str]:
+    """Run the statements of a process that died, which may have committed the same events.
+
+    An event whose first receipt is of the very request is new: the process stored it.
+    """
+    known = set(run(statements, connection))
+    cursor = connection.cursor()
+    # If nothing was inserted, nothing was flushed. This commit flushes the frames of the write-ahead log that
+    # the process may have written and not flushed.
+    cursor.execute(COMMIT_PROBE.format("?"), [_moment(time.time())])
+    for event in events:
+        row = dict(zip(_FIELDS, _in_row(event), strict=True))
+        if row["id"] in known and cursor.execute(_IS_OWN, [row[name] for name in _RECEIVED]).fetchone():
+            known.remove(row["id"])
+    return list(known)
 
 
 @cache
@@ -207,8 +222,7 @@ def try_rows(event: NewEvent, connection: PoolProxiedConnection) -> None:
     cursor = connection.cursor()
     cursor.execute("BEGIN IMMEDIATE")
     try:
-        add_sources([event.source], connection)
-        insert_rows([event], connection)
+        run(insert_statements([event], [event.source]), connection)
         cursor.execute(_RECEIPT.format("events WHERE id = ?"), [event.raw_id.hex()])
     finally:
         cursor.execute("ROLLBACK")

@@ -30,6 +30,8 @@ from sqlalchemy.engine.cursor import FullyBufferedCursorFetchStrategy
 from receiver.db import arrivals
 from receiver.db.connection import SqlConnection, Transaction
 from receiver.db.rows import NewEvent
+from receiver.db.sqlite_process import WriterLost, WriterProcess
+from receiver.db.sqlite_writer import Statement, set_up
 from receiver.db.transactions import POOL_WAIT, unavailable, unavailable_error
 from receiver.error_texts import cause
 from receiver.errors import DatabaseUnavailable, SettingsError
@@ -66,6 +68,8 @@ class Sqlite:
         self._url = url
         self._writer: Final = SqliteThread(url, begin="BEGIN IMMEDIATE")
         self._readers: Final = SqliteReaders(url, number=4)
+        path, options = self._writer.connect_arguments()
+        self._process: Final = WriterProcess(path, options, self._writer.executor)
         # SQLite has one write lock, and its busy handler polls for it in no order, so writers queue here
         # instead. Writers other than webhooks pass the gate first, one at a time: a webhook waits for one of
         # their transactions at most, and they get the write lock at least every second time.
@@ -93,13 +97,26 @@ class Sqlite:
 
     async def insert_arrivals(self, events: Sequence[NewEvent], new_sources: Sequence[str]) -> set[bytes]:
         """Insert sources, and the events that are new; return the raw ids of the others."""
-        if new_sources:
-            await self._run_with_driver(partial(arrivals.add_sources, new_sources))
-        return await self._run_with_driver(partial(arrivals.insert_rows, events))
+        statements = arrivals.insert_statements(events, new_sources)
+        with unavailable():
+            async with self._turn(is_webhook=True):
+                known = await self._insert(statements, events)
+        return set(map(bytes.fromhex, known))
+
+    async def _insert(self, statements: Sequence[Statement], events: Sequence[NewEvent]) -> list[str]:
+        if not self._process.takes(len(events)):
+            return await self._writer.run_with_driver(partial(arrivals.run, statements))
+        try:
+            return await self._process.run(statements)
+        except WriterLost:
+            return await self._writer.run_with_driver(partial(arrivals.run_again, statements, events))
 
     async def probe(self) -> None:
         """Insert an event and a receipt, roll back, and commit a row of another table."""
-        await self._run_with_driver(partial(arrivals.try_rows, arrivals.probe_event()))
+        work = partial(arrivals.try_rows, arrivals.probe_event())
+        with unavailable():
+            async with self._turn(is_webhook=True):
+                await self._writer.run_with_driver(work)
 
     @asynccontextmanager
     async def migrate(self) -> AsyncIterator[Transaction]:
@@ -117,13 +134,9 @@ class Sqlite:
 
     async def close(self) -> None:
         """Close all connections."""
+        await self._process.close()
         await self._readers.close()
         await self._writer.close()
-
-    async def _run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
-        with unavailable():
-            async with self._turn(is_webhook=True):
-                return await self._writer.run_with_driver(work)
 
     @asynccontextmanager
     async def _turn(self, *, is_webhook: bool = False) -> AsyncIterator[None]:
@@ -154,11 +167,16 @@ class SqliteThread:
             hide_parameters=True,
         )
         _set_up(self.engine, begin, foreign_keys=foreign_keys)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self.executor: Final = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+
+    def connect_arguments(self) -> tuple[str, dict[str, Any]]:
+        """Return the arguments of `sqlite3.connect`."""
+        (path,), options = self.engine.dialect.create_connect_args(self.engine.url)
+        return path, {**options, "timeout": POOL_WAIT}
 
     async def call(self, work: Callable[..., T], *arguments: Any) -> T:
         """Call a function in the thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
 
     async def run(self, work: Callable[[SqlConnection], Awaitable[T]]) -> T:
         """Run `work` in one transaction in the thread. It switches threads once, not once a statement."""
@@ -193,7 +211,7 @@ class SqliteThread:
             await self.call(_end, begun, Connection.commit)
         except BaseException:
             # Nothing waits for it: the disk may be frozen, and the next call of the thread comes after it.
-            self._executor.submit(_end, begun)
+            self.executor.submit(_end, begun)
             raise
 
     async def close(self) -> None:
@@ -240,12 +258,7 @@ class SqliteReaders:
 def _set_up(engine: Engine, begin: str, *, foreign_keys: bool) -> None:
     @event.listens_for(engine, "connect")
     def _connect(connection: Any, _record: Any) -> None:
-        # Otherwise pysqlite issues its own BEGIN, which takes no write lock, and updates get lost silently.
-        connection.isolation_level = None
-        cursor = connection.cursor()
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", f"foreign_keys={foreign_keys:d}"):
-            cursor.execute(f"PRAGMA {pragma}")
-        cursor.close()
+        set_up(connection, foreign_keys=foreign_keys)
 
     @event.listens_for(engine, "begin")
     def _begin(connection: Any) -> None:
