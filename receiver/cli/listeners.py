@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from itertools import chain
 from typing import Annotated, Any
 
 import structlog
@@ -39,10 +40,17 @@ def bind_metrics(host: str, port: int | None, *, count: int = 1) -> list[list[so
         return []
     if port + count - 1 > MAX_PORT:
         raise SettingsError(f"--metrics-port {port}: {count} processes need {count} ports from there")
-    found = [bind(host, port + number if port else 0, prefix="--metrics-") for number in range(count)]
-    for number, listeners in enumerate(found):
-        for listener in listeners:
-            log.info("metrics", url=f"{url_of(listener)}/metrics", process=number)
+    found: list[list[socket.socket]] = []
+    try:
+        for number in range(count):
+            # On an error `found` has those that have to be closed.
+            found.append(bind(host, port + number if port else 0, prefix="--metrics-"))  # noqa: PERF401
+    except SettingsError:
+        for listener in chain(*found):
+            listener.close()
+        raise
+    for listener in chain(*found):
+        log.info("metrics", url=f"{url_of(listener)}/metrics")
     return found
 
 

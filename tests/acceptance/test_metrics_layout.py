@@ -74,6 +74,8 @@ def test_each_documented_metric_can_be_scraped(tmp_path: Path, postgres: Postgre
             forged = signed(content, secret="whsec_other")
             assert client.post(callback, content=content, headers=forged).status_code == 401
             assert client.get(f"{public.url}/metrics").status_code == 404
+            assert client.get(metrics_url(public), headers={"Authorization": ""}).status_code == 401
+            assert client.get(f"{metrics_url(public)}/../livez").status_code == 404
             job = {"model": IMAGE[0], "input": IMAGE[1]}
             assert client.post(f"{internal.url}/v1/jobs", json=job).status_code == 201
         wait_for_lines(events, 2, seconds=SECONDS)

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from receiver.cli.listeners import bind
+from receiver.cli.listeners import bind, bind_metrics
 from receiver.errors import SettingsError
 
 
@@ -45,3 +45,24 @@ def test_a_port_that_is_taken() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(SettingsError, match=rf"port {port}: another program listens there already"):
             bind("127.0.0.1", port)
+
+
+def test_each_process_has_a_port_for_its_metrics() -> None:
+    """Without a port there are no metrics; from 0 on the system chooses, and otherwise the ports follow."""
+    assert bind_metrics("127.0.0.1", None, count=2) == []
+    chosen = [each for group in bind_metrics("127.0.0.1", 0, count=2) for each in group]
+    assert len({each.getsockname() for each in chosen}) == 2
+    for each in chosen:
+        each.close()
+
+
+def test_ports_of_metrics_that_cannot_be_had() -> None:
+    """If a port of any process is taken, or there are too few, the error names the option."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingsError, match=r"port \d+: .* choose another --metrics-port$"):
+            bind_metrics("127.0.0.1", port - 1, count=2)
+    with pytest.raises(SettingsError, match="--metrics-port 65535: 2 processes need 2 ports"):
+        bind_metrics("127.0.0.1", 65535, count=2)
+    with pytest.raises(SettingsError, match=r"^--metrics-host no such host"):
+        bind_metrics("no such host", 9101)
