@@ -32,6 +32,8 @@ REST_SECONDS: Final = 2.0
 """Seconds from a burst until memory is given back: another burst may follow at once and need it."""
 
 _M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
+_MAPPED_BYTES: Final = 128 * 1024
+"""Larger blocks are mapped; asyncpg's buffers, 64 KiB for each array, must not be among them."""
 
 log = structlog.get_logger()
 
@@ -234,7 +236,7 @@ def set_up_allocator() -> None:
     By default glibc raises the mmap threshold when a large block is freed. Bodies are then allocated on the
     heap between small objects, and the process keeps the gaps that they leave.
     """
-    _call_libc("mallopt", _M_MMAP_THRESHOLD, LARGE_BYTES)
+    _call_libc("mallopt", _M_MMAP_THRESHOLD, _MAPPED_BYTES)
 
 
 def _call_libc(name: str, *arguments: int) -> None:
