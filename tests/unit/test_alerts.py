@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import REGISTRY, Counter, Histogram
+from prometheus_client import REGISTRY, Counter, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 from support.servers import missing
 
@@ -25,14 +25,13 @@ RUNBOOKS = ROOT / "docs/runbooks"
 _NAME = re.compile(r"\breceiver_\w+")
 
 
-def promtool(*arguments: str) -> None:
+def promtool(*arguments: str, given: bytes = b"") -> None:
     """Run promtool; its output is the message of a failure."""
     if shutil.which("promtool") is None:
         missing("promtool", "apt-get install prometheus")
-    ran = subprocess.run(
-        ["promtool", *arguments], cwd=PROMETHEUS, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
+    command = ["promtool", *arguments]
+    ran = subprocess.run(command, cwd=PROMETHEUS, input=given, capture_output=True, timeout=60, check=False)
+    assert ran.returncode == 0, (ran.stdout + ran.stderr).decode()
 
 
 def queries() -> list[str]:
@@ -56,6 +55,12 @@ def test_the_rules_are_valid() -> None:
     """Promtool accepts the rules and the example of a configuration that names them."""
     promtool("check", "rules", "--lint-fatal", "rules.yml")
     promtool("check", "config", "prometheus.yml")
+
+
+def test_the_names_of_metrics_are_conventional() -> None:
+    """Promtool can read a scrape and has no objection to a name or a unit."""
+    ours = [each for each in vars(metrics).values() if isinstance(each, MetricWrapperBase)]
+    promtool("check", "metrics", given=b"".join(generate_latest(each) for each in ours))
 
 
 def test_each_alert_is_silent_and_fires() -> None:

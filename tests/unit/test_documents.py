@@ -103,6 +103,23 @@ def test_the_readme_has_every_command(name: str) -> None:
     assert any(re.search(rf"`(receiver )?(\w+ )?{command}\b", row) for row in rows), name
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_pages_exist(page: Path) -> None:
+    """Each command that a page names in backticks exists, with its options."""
+    root: Any = typer.main.get_command(app)
+    for span in re.findall(r"`receiver ([a-z][^`]*)`", page.read_text(encoding="utf-8")):
+        command, (name, *words) = root, re.split(r"[\s=]+", span)
+        while name in getattr(command, "commands", {}):
+            command, (name, *words) = command.commands[name], words or [""]
+        assert command is not root, span
+        assert not name or not hasattr(command, "commands"), span
+        options = {
+            text for parameter in command.params for text in (*parameter.opts, *parameter.secondary_opts)
+        }
+        given = {word for word in (name, *words) if re.fullmatch("--[a-z-]+", word)}
+        assert given <= options | {"--help"}, span
+
+
 def test_the_documents_have_every_route() -> None:
     """Each path of `/v1` is in a table of calls."""
     app = create_app(Settings.load(clipia_webhook_secret="whsec_test"), worker=False)
