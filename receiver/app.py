@@ -27,9 +27,9 @@ from receiver.api.jobs import JobEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
 from receiver.api.protocol import DIRECT_DOOR
-from receiver.api.rejections import NO_SOURCE, Rejections
+from receiver.api.rejections import RejectionEndpoints
 from receiver.api.replays import ReplayEndpoints
-from receiver.api.webhook import WebhookEndpoint
+from receiver.api.webhook import WebhookEndpoint, raw_request
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
@@ -38,7 +38,8 @@ from receiver.lanes.worker import Wakeups
 from receiver.logs import flush_logs
 from receiver.media import open_storage
 from receiver.metrics import show_source
-from receiver.process import make_ingest, make_replays, running_worker
+from receiver.process import make_ingest, make_rejections, make_replays, running_worker
+from receiver.rejections import NO_SOURCE, Rejections
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.submitter import Submitter
 
@@ -68,7 +69,7 @@ def create_app(
     wakeups = Wakeups(signals.send) if signals else Wakeups()
     submitter = Submitter.configured(settings, database, wake=wakeups.wake)
 
-    rejections = Rejections()
+    rejections = make_rejections(settings, database, clock=clock, keep=only != "internal")
     callback = door = None
     if only != "internal":
         ingest = make_ingest(settings, database, wakeups, clock=clock)
@@ -88,6 +89,7 @@ def create_app(
             stack.push_async_callback(flush_logs)
             stack.push_async_callback(database.close)
             if callback is not None:
+                await stack.enter_async_context(rejections.recorded())
                 # A client that has hung up has no open connection that uvicorn would wait for.
                 stack.push_async_callback(callback.ingest.drain)
             stack.push_async_callback(submitter.close)
@@ -147,6 +149,7 @@ def _internal_routes(
         *JobEndpoints(submitter).table(),
         *events.table(),
         *ReplayEndpoints(database, replays).table(),
+        *RejectionEndpoints(database).table(),
     ]
     return [
         *Documents(table).routes(),
@@ -203,7 +206,7 @@ async def _http_error(rejections: Rejections, request: Request, exception: Excep
     error = cast("HTTPException", exception)
     if error.status_code == HTTPStatus.NOT_FOUND and request.method == "POST":
         # Probably a webhook with a wrong URL. Clipia does not report these to its customers.
-        rejections.note(NO_SOURCE, "unknown_path", path=request.scope["path"])
+        rejections.note(NO_SOURCE, "unknown_path", raw_request(request.scope))
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     body = error_body("invalid_request_error", code, str(error.detail))
     return Response(body, error.status_code, error.headers, "application/json")

@@ -22,6 +22,11 @@ WEBHOOKS = Counter("receiver_webhooks", "Authentic webhooks by outcome.", ["sour
 REJECTIONS = Counter(
     "receiver_rejections", "Requests rejected at the callback, by reason.", ["source", "reason"]
 )
+REJECTIONS_KEPT = Counter(
+    "receiver_rejections_kept",
+    "Rejected requests by whether they were kept as evidence, and if not, for which limit or failure.",
+    ["outcome"],
+)
 REQUESTS_SHED = Counter(
     "receiver_requests_shed",
     "Requests rejected and connections closed because RECEIVER_MAX_BUFFERED_BYTES was used up.",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import structlog
 
 from receiver.background import running
+from receiver.core.diagnosis import Known
 from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
@@ -33,6 +34,7 @@ from receiver.lanes.targets import Target
 from receiver.lanes.worker import Wakeups, Worker
 from receiver.lanes.worker_presence import present
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
+from receiver.rejections import Rejections
 from receiver.replays import Replays
 from receiver.settings import Settings
 from receiver.submitter import Submitter
@@ -181,6 +183,19 @@ def make_ingest(
         clock=clock,
         on_accepted=lambda: wakeups.wake(FAN_OUT_LANE),
     )
+
+
+def make_rejections(
+    settings: Settings, database: Database, *, clock: Callable[[], float] = time.time, keep: bool
+) -> Rejections:
+    """Make the record of rejected requests; without `keep`, they are only counted and logged."""
+    sources = settings.all_sources
+    known = Known(
+        secrets={each.name: [Secret.from_text(text) for text in each.secrets] for each in sources},
+        retired={each.name: [Secret.from_text(text) for text in each.retired_secrets] for each in sources},
+        tolerance=settings.signature_tolerance,
+    )
+    return Rejections(database, known, kept=settings.rejections_kept if keep else 0, clock=clock)
 
 
 def make_target(settings: DestinationSettings, destination: Destination, *, is_down: bool = False) -> Target:

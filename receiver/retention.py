@@ -2,7 +2,7 @@
 
 A run goes through the events by `seq`, a batch at a time, and each batch is a short transaction. If a run is
 killed, it has deleted whole events, and the next run continues there. At its end a run deletes the inputs of
-jobs that ended long ago.
+jobs that ended long ago, and old rejected requests.
 
 Files are deleted outside of transactions: after their events became tombstones, and before their records are
 deleted. So each file has a record until it is deleted, even if a run is killed in between.
@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
-from receiver.db import pruning
+from receiver.db import pruning, rejections
 from receiver.db.database import Database
 from receiver.db.pruning import StoredFile
 from receiver.errors import RequestError
@@ -59,6 +59,8 @@ class Pruned:
     """Files of deleted events that are not in the configured storage, and are kept."""
     jobs: int = 0
     """Jobs that ended before that moment and lost their inputs."""
+    rejections: int = 0
+    """Rejected requests of before that moment that were deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +96,7 @@ async def prune(
     storage: Storage | None = None,
     limits: Limits = LIMITS,
 ) -> AsyncIterator[Pruned]:
-    """Delete old events that are finished, then old inputs of jobs; yield the progress after each batch.
+    """Delete old finished events, inputs of jobs and rejected requests; yield the progress after each batch.
 
     An event with a dead letter is kept unless `dead_letters`. Files are deleted if a `storage` is given.
     Raises DatabaseUnavailable and StorageUnavailable.
@@ -103,7 +105,8 @@ async def prune(
     async for progress in run.prune_events(done):
         yield (done := progress)
     async for progress in run.prune_inputs(done):
-        yield progress
+        yield (done := progress)
+    yield await run.prune_rejections(done)
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,12 @@ class _Run:
             done = replace(done, jobs=done.jobs + len(found))
             yield done
 
+    async def prune_rejections(self, done: Pruned) -> Pruned:
+        """Delete old rejected requests; they are few enough for one transaction."""
+        async with self.database.read() if self.dry_run else self.database.write() as connection:
+            number = await rejections.prune(connection, done.before, dry_run=self.dry_run)
+        return replace(done, rejections=number)
+
     async def _rest(self, began: float) -> None:
         """Sleep for as long as the batch took, to leave half of the time to live traffic."""
         if not self.dry_run:
@@ -192,8 +201,9 @@ class _Run:
 async def erase(database: Database, storage: Storage, key: str) -> Erased | None:
     """Erase an event by its id or its `request_id`; return None if there is none.
 
-    Its body, its deliveries, its files, and the input and the metadata of its job are deleted. A tombstone is
-    kept, so that a late webhook is still a duplicate. After a failure the same call can be repeated.
+    Its body, its deliveries, its files, the input and the metadata of its job, and rejected requests with its
+    `request_id` are deleted. A tombstone is kept, so that a late webhook is still a duplicate. After a
+    failure the same call can be repeated.
 
     Raises RequestError if the event is unfinished, or if several sources have this `request_id`;
     DatabaseUnavailable and StorageUnavailable.
@@ -215,6 +225,7 @@ async def erase(database: Database, storage: Storage, key: str) -> Erased | None
         files = await pruning.list_files(connection, locked)
         await pruning.erase_events(connection, locked)
         await pruning.erase_jobs(connection, locked)
+        await rejections.erase(connection, event.request_id)
     ours, elsewhere = _sort(storage, files)
     await _delete(storage, ours)
     async with database.write() as connection:

@@ -47,7 +47,9 @@ Scope = Literal["submit", "read", "operate"]
 InputCheck = Literal["on", "strict", "off"]
 SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
 
-_LISTS: Final = frozenset({"clipia_webhook_secret", "api_tokens", "media_hosts", "budgets"})
+_LISTS: Final = frozenset(
+    {"clipia_webhook_secret", "clipia_retired_webhook_secret", "api_tokens", "media_hosts", "budgets"}
+)
 """Settings that are lists separated by commas."""
 
 
@@ -57,18 +59,30 @@ class SourceSettings(Table):
     name: Name
     secret: SecretStr
     """One secret, or several separated by commas during a rotation."""
+    retired_secret: SecretStr | None = None
+    """Earlier secrets, separated by commas: they are not accepted, and a diagnosis recognizes them."""
     environment: Literal["live", "test"] | None = None
 
-    @field_validator("secret")
+    @field_validator("secret", "retired_secret")
     @classmethod
-    def _well_formed(cls, value: SecretStr) -> SecretStr:
-        require_well_formed(value.get_secret_value())
+    def _well_formed(cls, value: SecretStr | None) -> SecretStr | None:
+        require_well_formed(value.get_secret_value() if value else "")
         return value
 
     @property
     def secrets(self) -> tuple[str, ...]:
         """The secrets in the order of the setting."""
-        return tuple(part.strip() for part in self.secret.get_secret_value().split(",") if part.strip())
+        return _split_secrets(self.secret)
+
+    @property
+    def retired_secrets(self) -> tuple[str, ...]:
+        """The earlier secrets."""
+        return _split_secrets(self.retired_secret)
+
+
+def _split_secrets(value: SecretStr | None) -> tuple[str, ...]:
+    text = value.get_secret_value() if value else ""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class ApiToken(Table):
@@ -110,6 +124,9 @@ class Settings(BaseSettings):
 
     clipia_key: SecretStr | None = Field(default=None, validation_alias="CLIPIA_KEY")
     clipia_webhook_secret: SecretStr | None = Field(default=None, validation_alias="CLIPIA_WEBHOOK_SECRET")
+    clipia_retired_webhook_secret: SecretStr | None = Field(
+        default=None, validation_alias="CLIPIA_RETIRED_WEBHOOK_SECRET"
+    )
     clipia_base_url: str = Field(default="https://api.clipia.ai", validation_alias="CLIPIA_BASE_URL")
     clipia_proxy: ProxyUrl | None = Field(default=None, validation_alias="CLIPIA_PROXY")
     database_url: SecretStr = SecretStr("sqlite:///data/receiver.db")
@@ -118,6 +135,7 @@ class Settings(BaseSettings):
     public_url: str | None = None
     api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
     signature_tolerance: int = Field(default=300, ge=30, le=900)
+    rejections_kept: int = Field(default=1000, ge=0, le=10_000)
     max_body_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * 1024 * 1024)
     keep_alive: int = Field(default=75, ge=1, le=3600)
     drain: float = Field(default=5.0, ge=0, le=300)
@@ -190,7 +208,7 @@ class Settings(BaseSettings):
             )
         return value.rstrip("/")
 
-    @field_validator("clipia_key", "clipia_webhook_secret")
+    @field_validator("clipia_key", "clipia_webhook_secret", "clipia_retired_webhook_secret")
     @classmethod
     def _well_formed(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
         text = value.get_secret_value() if value else ""
@@ -263,6 +281,12 @@ class Settings(BaseSettings):
         return (*self.destinations, DestinationSettings(name="default", url=self.destination_url))
 
     @property
+    def _retired_secret(self) -> SecretStr | None:
+        """The earlier secrets of the source `clipia`."""
+        named = (each.retired_secret for each in self.sources if each.name == DEFAULT_SOURCE)
+        return self.clipia_retired_webhook_secret or next(named, None)
+
+    @property
     def all_sources(self) -> tuple[SourceSettings, ...]:
         """The tables of `receiver.toml`, and `CLIPIA_WEBHOOK_SECRET` as the source `clipia`."""
         if self.clipia_webhook_secret is None:
@@ -270,7 +294,12 @@ class Settings(BaseSettings):
         others = tuple(source for source in self.sources if source.name != DEFAULT_SOURCE)
         secret = self.clipia_webhook_secret
         return (
-            SourceSettings(name=DEFAULT_SOURCE, secret=secret, environment=self._environment),
+            SourceSettings(
+                name=DEFAULT_SOURCE,
+                secret=secret,
+                retired_secret=self._retired_secret,
+                environment=self._environment,
+            ),
             *others,
         )
 

@@ -19,8 +19,10 @@ from uvicorn.server import ServerState
 
 from receiver.api.answers import CLOSE, Answer, Headers
 from receiver.api.webhook import Head, Target, WebhookEndpoint, read_head
+from receiver.errors import SignatureError
 from receiver.ingest import Received, Submission
 from receiver.metrics import ACK_SECONDS
+from receiver.rejections import RawRequest
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE
 
 _PLAIN_SEGMENT: Final = re.compile(rb"[A-Za-z0-9._~-]+")
@@ -39,6 +41,7 @@ class Connection(Protocol):
     loop: asyncio.AbstractEventLoop
     transport: asyncio.Transport
     server_state: ServerState
+    client: tuple[str, int] | None
 
     def close(self) -> None:
         """Close the connection after the answer."""
@@ -54,7 +57,15 @@ class DirectRequest(RequestResponseCycle):
     """A request in the place of uvicorn's cycle, whose fields the protocol uses."""
 
     def __init__(
-        self, door: "DirectDoor", connection: Connection, target: Target, head: Head, *, keep_alive: bool
+        self,
+        door: "DirectDoor",
+        connection: Connection,
+        target: Target,
+        head: Head,
+        *,
+        url: bytes,
+        headers: Headers,
+        keep_alive: bool,
     ) -> None:
         # The base class would make an event for each request.
         self.message_event = _NO_WAITER
@@ -68,6 +79,8 @@ class DirectRequest(RequestResponseCycle):
         self._connection = connection
         self._target = target
         self._head = head
+        self._url = url
+        self._headers = headers
         self._submission: Submission | asyncio.Handle | None = None
         door.open(self)
 
@@ -77,8 +90,12 @@ class DirectRequest(RequestResponseCycle):
         try:
             request = self._target.request(self._head, body)
             self._submission = self._door.endpoint.ingest.submit(request, self._finish)
+        # Answers are sent later: the parser may have the next request in hand, and an answer may close the
+        # connection.
+        except SignatureError as error:
+            make_answer = partial(self._reject, error.reason, body)
+            self._submission = self._connection.loop.call_soon(self._end, make_answer)
         except Exception as error:  # noqa: BLE001 - each error has an answer
-            # Later: the parser may have the next request in hand, and an answer may close the connection.
             self._submission = self._connection.loop.call_soon(self._finish, None, error)
 
     def disconnect(self) -> None:
@@ -98,11 +115,16 @@ class DirectRequest(RequestResponseCycle):
         """Answer that the body, or storing it, took too long."""
         endpoint = self._door.endpoint
         if self.more_body:
-            self._end(partial(endpoint.reject, self._target.source, "too_slow"))
+            self._end(partial(self._reject, "too_slow", None))
             return
         if self._submission is not None:
             self._submission.cancel()
         self._finish(None, endpoint.late())
+
+    def _reject(self, reason: str, body: bytes | None) -> Answer:
+        client = self._connection.client
+        request = RawRequest(self._url.decode("latin-1"), self._headers, client and client[0], body)
+        return self._door.endpoint.reject(self._target.source, reason, request)
 
     def _finish(self, received: Received | None, error: Exception | None) -> None:
         self._end(partial(self._door.endpoint.answer, self._target.source, received, error))
@@ -161,7 +183,7 @@ class DirectDoor:
             return None
         if head.content_length > self.endpoint.max_body_bytes:
             return None
-        return DirectRequest(self, connection, target, head, keep_alive=keep_alive)
+        return DirectRequest(self, connection, target, head, url=url, headers=headers, keep_alive=keep_alive)
 
     def _find(self, url: bytes) -> Target | None:
         found = self._targets.get(url)

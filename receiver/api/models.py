@@ -5,6 +5,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
+from receiver.db.rejections import ListedRejection
 from receiver.db.views import DeliveryWithLog, EventHead, FileWithLog, ReceiptHead
 
 Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
@@ -33,6 +34,15 @@ class ShownEvent(EventHead):
     receipts_total: int
     media: list[FileWithLog]
     deliveries: list[DeliveryWithLog]
+
+
+class ShownRejection(ListedRejection):
+    """A rejected request to the callback."""
+
+    headers: list[list[str]]
+    """Names and values of those headers that hold no secret."""
+    body: str | None
+    """The first 16 KiB as text; null if it was not read."""
 
 
 class Restarted(TypedDict):

@@ -1,44 +1,92 @@
-"""Rejected webhooks: each is counted, and one per reason and second is logged."""
+"""`/v1/rejections`: rejected requests to the callback, each with its diagnosis."""
 
-import time
-from typing import Final
+from typing import Annotated, Any
 
-import structlog
+from starlette.responses import Response
 
-from receiver.metrics import REJECTIONS
+from receiver.api import examples
+from receiver.api.endpoints import Call, Endpoint, json_response, not_found, page_response
+from receiver.api.models import ShownRejection
+from receiver.api.parameters import Cursor, Limit, Moment, Parameters, one_of
+from receiver.core.diagnosis import Cause
+from receiver.db import rejections
+from receiver.db.database import Database
+from receiver.db.rejections import ListedRejection, Rejection
 
-NO_SOURCE: Final = "-"
-"""The source label if a path names no configured source; a source cannot have this name."""
-MAX_SEGMENT_LENGTH: Final = 15
-"""Longer segments of a logged path are cut: they may be a secret, such as a token."""
-MAX_PATH_LENGTH: Final = 120
-
-log = structlog.get_logger()
-
-
-class Rejections:
-    """Counts and logs rejected requests; it logs few of them, so that a flood cannot fill the disk."""
-
-    def __init__(self) -> None:
-        self._logged: dict[str, float] = {}
-
-    def note(self, source: str, reason: str, *, path: str | None = None) -> None:
-        """Count a rejection. `source` has to be a configured one or `NO_SOURCE`, so that labels stay few."""
-        REJECTIONS.labels(source, reason).inc()
-        now = time.monotonic()
-        if now - self._logged.get(reason, float("-inf")) >= 1.0:
-            self._logged[reason] = now
-            shown = {} if path is None else {"path": readable_path(path)}
-            log.warning("webhook rejected", source=source, reason=reason, **shown)
+_MAX_DIGITS = 18
 
 
-def readable_path(path: str) -> str:
-    """Return a path for the log: without control characters, and without segments that may be a secret."""
-    segments = [
-        segment if len(segment) <= MAX_SEGMENT_LENGTH else f"{segment[:4]}…"
-        for segment in path[:MAX_PATH_LENGTH].split("/")
-    ]
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}"
-        for character in "/".join(segments)
-    )
+class RejectionsQuery(Parameters):
+    """Filters of a list of rejected requests."""
+
+    limit: Limit = 50
+    cursor: Cursor = None
+    """The `next` of the page before."""
+    source: str | None = None
+    """`-` if the path names no source."""
+    reason: str | None = None
+    cause: Annotated[Cause | None, one_of(Cause)] = None
+    since: Moment | None = None
+    """Received at or after this time."""
+    until: Moment | None = None
+    """Received before this time."""
+
+
+class RejectionEndpoints:
+    """The endpoints need the scope `operate`: a diagnosis would help a forger."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def table(self) -> list[Endpoint]:
+        """Return the rows."""
+        return [
+            Endpoint(
+                method="GET",
+                path="/v1/rejections",
+                scope="operate",
+                handler=self._list,
+                name="list_rejections",
+                summary="List rejected requests to the callback with their diagnoses, newest first",
+                query=RejectionsQuery,
+                answer=ListedRejection,
+                is_list=True,
+                example=examples.REJECTION_HEAD,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/rejections/{id}",
+                scope="operate",
+                handler=self._show,
+                name="show_rejection",
+                summary="Show a rejected request with its headers and the start of its body",
+                answer=ShownRejection,
+                example=examples.REJECTION,
+                errors=("not_found",),
+            ),
+        ]
+
+    async def _list(self, call: Call[RejectionsQuery, None]) -> Response:
+        query = call.query
+        filters = query.model_dump(exclude={"limit", "cursor"})
+        async with self._database.read() as connection:
+            rows = await rejections.list_rejections(
+                connection, limit=query.limit + 1, before=query.cursor, **filters
+            )
+        return page_response(rows, query.limit, "id")
+
+    async def _show(self, call: Call[None, None]) -> Response:
+        found = None
+        if call.key.isascii() and call.key.isdigit() and len(call.key) <= _MAX_DIGITS:
+            async with self._database.read() as connection:
+                found = await rejections.find(connection, int(call.key))
+        if found is None:
+            raise not_found("rejection")
+        # A body is a stranger's: a browser must show it as text.
+        return json_response(readable(found), headers={"x-content-type-options": "nosniff"})
+
+
+def readable(rejection: Rejection) -> dict[str, Any]:
+    """Return a rejected request for JSON, with its body as text."""
+    body = rejection["body"]
+    return {**rejection, "body": None if body is None else body.decode("utf-8", "backslashreplace")}

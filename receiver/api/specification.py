@@ -48,6 +48,10 @@ _EVENT_KEY: Final[JsonObject] = {
     "description": "The event's id, or Clipia's request_id.",
     "schema": {"type": "string", "minLength": 1},
 }
+_OTHER_IDS: Final[Mapping[str, JsonObject]] = {
+    "events": _EVENT_KEY,
+    "rejections": {"schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "example": "17"},
+}
 _PATH_KEYS: Final[Mapping[str, JsonObject]] = {
     "id": {"schema": {"type": "string", "format": "uuid"}},
     "slug": {
@@ -148,7 +152,7 @@ def _tag(path: str) -> str:
 def _path_parameters(row: Endpoint) -> list[JsonObject]:
     found = []
     for name in re.findall(r"{(\w+)}", row.path):
-        facts = _EVENT_KEY if row.path.startswith("/v1/events/") else _PATH_KEYS[name]
+        facts = _OTHER_IDS.get(_tag(row.path)) or _PATH_KEYS[name]
         found.append({"name": name, "in": "path", "required": True, **facts})
     return found
 

@@ -14,12 +14,12 @@ import structlog
 from starlette.types import Receive, Scope, Send
 
 from receiver.api.answers import CLOSE, HEAD_COMPLETE, Answer, error_body, send_answer
-from receiver.api.rejections import NO_SOURCE, Rejections
 from receiver.core.signature import SIGNATURE_HEADER
 from receiver.db.rows import digest_token
 from receiver.errors import DatabaseUnavailable, SignatureError
 from receiver.ingest import Ingest, Received, SignedRequest
 from receiver.metrics import ACK_SECONDS, WEBHOOKS
+from receiver.rejections import NO_SOURCE, RawRequest, Rejections
 from receiver.settings import DEFAULT_SOURCE
 
 RETRY_AFTER: Final = b"5"
@@ -101,6 +101,12 @@ def read_head(headers: Iterable[tuple[bytes, bytes]]) -> Head:
     return Head(signatures, webhook_id, is_encoded, content_length)
 
 
+def raw_request(scope: Scope, body: bytes | None = None) -> RawRequest:
+    """Return a rejected request that came through ASGI."""
+    client = scope.get("client")
+    return RawRequest(scope["path"], scope["headers"], client and client[0], body)
+
+
 def _names_a_coding(value: bytes) -> bool:
     names = (element.partition(b";")[0].strip(b' \t"').lower() for element in value.split(b","))
     return any(name in _CODINGS for name in names)
@@ -146,21 +152,18 @@ class WebhookEndpoint:
         self._rejections = rejections
         self.max_body_bytes: Final = max_body_bytes
 
-    def reject(self, source: str, reason: str) -> Answer:
+    def reject(self, source: str, reason: str, request: RawRequest) -> Answer:
         """Count a rejected request, and return its answer."""
-        self._rejections.note(source, reason)
-        return _REJECTIONS[reason]
+        self._rejections.note(source, reason, request)
+        return _REJECTIONS.get(reason, _UNAUTHORIZED)
 
     def answer(self, source: str, received: Received | None, error: Exception | None) -> Answer:
-        """Return the answer to a stored request, or else to an error, which is counted and logged."""
+        """Return the answer to a stored request, or else to one that was not stored, which is counted."""
         if received is not None:
             return Answer(
                 200,
                 b'{"status":"%b","event_id":"%b"}' % (received.outcome.encode(), received.event_id.encode()),
             )
-        if isinstance(error, SignatureError):
-            self._rejections.note(source, error.reason)
-            return _UNAUTHORIZED
         WEBHOOKS.labels(source, "unavailable").inc()
         if isinstance(error, DatabaseUnavailable):
             log.error("webhook not stored", source=source, reason=error.reason, error=str(error))
@@ -178,31 +181,34 @@ class WebhookEndpoint:
         path = scope.get("path_params", {})
         source = path.get("source", DEFAULT_SOURCE)
         if source not in self.ingest.sources:
-            self._rejections.note(NO_SOURCE, "unknown_source", path=scope["path"])
+            self._rejections.note(NO_SOURCE, "unknown_source", raw_request(scope))
             await send_answer(send, _NO_SOURCE)
             return
         head_complete = scope.get("state", {}).get(HEAD_COMPLETE) or asyncio.get_running_loop().time()
         target = Target.read(source, path["job"]) if "job" in path else Target(source)
         try:
-            answer = await self._serve(target, read_head(scope["headers"]), receive, head_complete)
+            answer = await self._serve(target, scope, receive, head_complete)
         except _Disconnected:
             return
         await send_answer(send, answer)
         ACK_SECONDS.observe(time.perf_counter() - began)
 
-    async def _serve(self, target: Target, head: Head, receive: Receive, head_complete: float) -> Answer:
+    async def _serve(self, target: Target, scope: Scope, receive: Receive, head_complete: float) -> Answer:
         """Read a webhook and store it, both before their deadlines; return its answer."""
+        head = read_head(scope["headers"])
         try:
             async with asyncio.timeout_at(head_complete + self.BODY_SECONDS):
                 body = await self._read(receive, head)
         except _RejectedBody as rejected:
-            return self.reject(target.source, rejected.reason)
+            return self.reject(target.source, rejected.reason, raw_request(scope))
         except TimeoutError:
-            return self.reject(target.source, "too_slow")
+            return self.reject(target.source, "too_slow", raw_request(scope))
         deadline = asyncio.timeout_at(head_complete + self.ANSWER_SECONDS)
         try:
             async with deadline:
                 received = await self.ingest.receive(target.request(head, body))
+        except SignatureError as error:
+            return self.reject(target.source, error.reason, raw_request(scope, body))
         except Exception as error:  # noqa: BLE001 - each error has an answer
             return self.answer(target.source, None, self.late() if deadline.expired() else error)
         return self.answer(target.source, received, None)

@@ -16,6 +16,7 @@ from receiver.cli.jobs import jobs
 from receiver.cli.media import media
 from receiver.cli.migrate import migrate
 from receiver.cli.prune import prune
+from receiver.cli.rejections import rejections
 from receiver.cli.replay import replay, replays
 from receiver.cli.route import route
 from receiver.cli.sandbox import sandbox
@@ -55,6 +56,7 @@ app.add_typer(events, name="events", cls=_Group)
 app.add_typer(deliveries, name="deliveries", cls=_Group)
 app.add_typer(replays, name="replays", cls=_Group)
 app.add_typer(media, name="media", cls=_Group)
+app.add_typer(rejections, name="rejections", cls=_Group)
 
 
 def _show_version(value: bool) -> None:

@@ -4,6 +4,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from datetime import UTC, datetime, timedelta
+from operator import itemgetter
+from typing import Final
 
 import structlog
 import typer
@@ -17,7 +20,8 @@ from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
-from receiver.db import jobs, migrate, outbox, submission_freezes, workers
+from receiver.core.signature import Secret
+from receiver.db import jobs, migrate, outbox, rejections, submission_freezes, workers
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
@@ -31,12 +35,16 @@ from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
 from receiver.submitter.account_status import AccountStatus, read_account_status
 from receiver.submitter.job import read_error
 
+REJECTIONS_SHOWN: Final = timedelta(days=1)
+"""The age of the rejected requests that are counted."""
+
 
 def check() -> None:
     """Check the settings, database, storage, destinations and API key, and print how to fix each problem.
 
-    It writes a probe to the database and to the storage, sends no event and submits no job. It also masks
-    secrets in errors that earlier releases stored. The exit status is 0 if everything works.
+    It prints the ids of the webhook secrets and the latest rejected requests, too. It writes a probe to the
+    database and to the storage, sends no event and submits no job. It also masks secrets in errors that
+    earlier releases stored. The exit status is 0 if everything works.
     """
     if not asyncio.run(_Check().run()):
         raise typer.Exit(1)
@@ -56,9 +64,7 @@ class _Check:
         for name in unknown_variables(os.environ):
             _warn("settings", f"{name} is not a setting of the receiver: is it a typo?")
         async with self._step("webhook secret"):
-            sources = settings.require_sources()
-            names = ", ".join(f"{source.name} ({len(source.secrets)})" for source in sources)
-            _ok("webhook secret", f"for {names}")
+            self._check_secrets(settings)
         has_tables = False
         async with self._step("database"):
             has_tables = await self._check_database(settings)
@@ -74,6 +80,8 @@ class _Check:
         if has_tables:
             async with self._step("jobs"):
                 await self._check_jobs(settings)
+            async with self._step("rejections"):
+                await self._check_rejections(settings)
         return not self._failed
 
     @asynccontextmanager
@@ -137,6 +145,32 @@ class _Check:
         lanes = [FAN_OUT_LANE, *names, *([SUBMIT_LANE, POLL_LANE] if settings.clipia_key else [])]
         if missing := find_missing(seen, lanes):
             _warn("worker", missing)
+
+    def _check_secrets(self, settings: Settings) -> None:
+        for source in settings.require_sources():
+            ids = ", ".join(Secret.from_text(text).id for text in source.secrets)
+            _ok("webhook secret", f"source {source.name}: {count(len(source.secrets), 'secret')}, id {ids}")
+
+    async def _check_rejections(self, settings: Settings) -> None:
+        """Print the rejected requests of the last day by their cause, with the last one of each."""
+        if not settings.rejections_kept:
+            _ok("rejections", "not kept: RECEIVER_REJECTIONS_KEPT is 0")
+            return
+        since = datetime.now(UTC) - REJECTIONS_SHOWN
+        async with opened_database(settings) as database, database.read() as connection:
+            found = await rejections.count_since(connection, since)
+            latest = [
+                (await rejections.list_rejections(connection, limit=1, cause=cause))[0] for cause in found
+            ]
+        if not found:
+            _ok("rejections", "none in the last day")
+        for last in sorted(latest, key=itemgetter("id"), reverse=True):
+            _warn(
+                "rejections",
+                f"{found[last['cause']]} with the cause {last['cause']} in the last day, the last one at "
+                f"{moment(last['received_at'])}: {last['diagnosis']} See `receiver rejections show "
+                f"{last['id']}`.",
+            )
 
     async def _check_jobs(self, settings: Settings) -> None:
         client = open_client(settings)

@@ -69,6 +69,8 @@ def prune(
     )
     if done.files or done.jobs:
         stdout.print(f"{count(done.files, 'file')} and the inputs of {count(done.jobs, 'job')} {verb}")
+    if done.rejections:
+        stdout.print(f"{count(done.rejections, 'rejected request')} {verb}")
     if done.files_elsewhere:
         print_note(
             f"{count(done.files_elsewhere, 'file')} not deleted: they are not in the storage of "

@@ -91,7 +91,7 @@ def verify(
         raise SignatureError("ambiguous")
     if len(header_values[0]) > MAX_HEADER_BYTES:
         raise SignatureError("format")
-    t, signatures = _parse(header_values[0])
+    t, signatures = read_header(header_values[0])
     secret = _find_signer(t, signatures, body, secrets)
     if secret is None:
         raise SignatureError("mismatch")
@@ -107,8 +107,8 @@ def sign(secret: bytes, body: bytes, *, timestamp: int) -> str:
     return f"t={timestamp},v1={hmac.digest(secret, b'%d.%b' % (timestamp, body), 'sha256').hex()}"
 
 
-def _parse(header: bytes) -> tuple[bytes, list[bytes]]:
-    """Return the text of `t` as received, and the `v1` values (1 to 8)."""
+def read_header(header: bytes) -> tuple[bytes, list[bytes]]:
+    """Return the text of `t` as received, and the `v1` values (1 to 8). Raises SignatureError."""
     times: list[bytes] = []
     signatures: list[bytes] = []
     malformed = False

@@ -376,6 +376,22 @@ freezes = Table(
     Column("frozen_at", UtcDateTime, nullable=False),
 )
 
+# Rejected requests to the callback. They are few, so no other index is needed.
+rejections = Table(
+    "rejections",
+    metadata,
+    Column("id", _Sequence, primary_key=True),
+    Column("received_at", UtcDateTime, nullable=False),
+    Column("source", String(63), nullable=False),
+    *(Column(name, String(32), nullable=False) for name in ("reason", "cause")),
+    *(Column(name, Text, nullable=False) for name in ("diagnosis", "path")),
+    Column("peer", Text),
+    Column("headers", JSON, nullable=False),
+    Column("body_size", Integer),  # of the whole body; None if it was not read
+    Column("size", Integer, nullable=False),  # of the row, in bytes, about
+    Column("body", LargeBinary),  # its start, on pages of its own
+)
+
 probes = Table(
     "probes",
     metadata,

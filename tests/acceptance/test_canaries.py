@@ -30,6 +30,7 @@ CLOSED = free_port()
 SETTINGS = {
     "CLIPIA_KEY": "clipia_live_{}",
     "CLIPIA_WEBHOOK_SECRET": "whsec_{}",
+    "CLIPIA_RETIRED_WEBHOOK_SECRET": "whsec_{}",
     "CLIPIA_BASE_URL": "https://user:{}@127.0.0.1",
     "RECEIVER_DATABASE_URL": f"postgresql://user:{{}}@127.0.0.1:{CLOSED}/name",
     "RECEIVER_DATABASE_URL 2": "{}",

@@ -62,6 +62,8 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "POST /v1/replays": ("operate", 400),
     "GET /v1/replays/{id}": ("operate", 404),
     "POST /v1/replays/{id}/cancel": ("operate", 404),
+    "GET /v1/rejections": ("operate", 200),
+    "GET /v1/rejections/{id}": ("operate", 404),
 }
 """Routes that need a scope, with the status of the answer to a caller that has it."""
 ALLOWED_WITH_ALL = {"GET /v1/jobs/{id}": 200}

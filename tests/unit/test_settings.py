@@ -48,6 +48,33 @@ def test_several_secrets_are_kept_in_order(monkeypatch: pytest.MonkeyPatch) -> N
     assert (source.name, source.secrets) == ("clipia", ("new-secret", "old-secret"))
 
 
+def test_retired_secrets_belong_to_their_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G14: earlier secrets are apart from those that are accepted, in a variable or in the file."""
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", "new-secret")
+    write_config(
+        '[[sources]]\nname = "clipia"\nsecret = "file"\nretired_secret = "of-file"\n'
+        '[[sources]]\nname = "staging"\nsecret = "now"\nretired_secret = "before, long-before"\n'
+    )
+
+    def found() -> dict[str, tuple[str, ...]]:
+        return {
+            each.name: (*each.secrets, "|", *each.retired_secrets) for each in Settings.load().all_sources
+        }
+
+    staging = ("now", "|", "before", "long-before")
+    assert found() == {"clipia": ("new-secret", "|", "of-file"), "staging": staging}
+    monkeypatch.setenv("CLIPIA_RETIRED_WEBHOOK_SECRET", "old-secret, older-secret")
+    assert found() == {"clipia": ("new-secret", "|", "old-secret", "older-secret"), "staging": staging}
+
+
+@pytest.mark.parametrize("value", ["-1", "10001", "x"])
+def test_the_number_of_kept_rejections_has_bounds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    """G11: RECEIVER_REJECTIONS_KEPT is from 0 to 10000."""
+    monkeypatch.setenv("RECEIVER_REJECTIONS_KEPT", value)
+    with pytest.raises(SettingsError, match="RECEIVER_REJECTIONS_KEPT"):
+        Settings.load()
+
+
 @pytest.mark.parametrize("value", ["0", "29", "901", "-300", "x", "1e9"])
 def test_tolerance_has_bounds(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     """A6: a tolerance that would almost switch the check off is an error at start."""
