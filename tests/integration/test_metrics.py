@@ -185,7 +185,11 @@ async def test_gauges_stay_while_the_database_is_away(postgres: Postgres) -> Non
         assert len(rows) > 4
         assert {key: meanwhile.get(key) for key in rows} == {key: before[key] for key in rows}
         postgres.sql(f'ALTER DATABASE "{name}" ALLOW_CONNECTIONS true')
-        assert (await scrape(client))["receiver_database_up"] == "1.0"
+
+        async def is_up() -> bool:
+            return (await scrape(client))["receiver_database_up"] == "1.0"
+
+        await kit.until(is_up)
     postgres.drop(url)
 
 
