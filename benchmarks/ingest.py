@@ -35,7 +35,7 @@ from support import npm
 from support.commands import run_command
 from support.servers import Postgres
 
-CONNECTIONS = 64
+CONNECTIONS, MANY_CONNECTIONS = 64, 256
 MOST = 90_000
 """More requests per second than the bare server reaches; no receiver reaches half of them."""
 SIDES = {
@@ -210,6 +210,25 @@ def compared(found: dict[str, list[Measured]]) -> list[str]:
     return lines
 
 
+def of_many(side: str, found: dict[str, list[Measured]]) -> str:
+    """Return the rate of a side at many connections, and its ratio to the bare server's."""
+    runs = found[side]
+    ratios = [ours.rate / bare.rate for ours, bare in zip(runs, found["bare"], strict=True)]
+    p50, p99 = (statistics.median(getattr(each, name) for each in runs) for name in ("p50", "p99"))
+    return (
+        f"{NAMES[side]}, {MANY_CONNECTIONS} connections: {spread([each.rate for each in runs], ',.0f')}/s, "
+        f"{spread(ratios, '.2f')} of bare uvicorn, ack p50 {p50:.1f}, p99 {p99:.1f} ms"
+    )
+
+
+def one_connection(side: str, measured: Measured) -> str:
+    """Return the rate and the latency of a side at one connection."""
+    return (
+        f"{NAMES[side]}, 1 connection: {measured.rate:,.0f}/s, "
+        f"ack p50 {measured.p50:.1f}, p95 {measured.p95:.1f}, p99 {measured.p99:.1f} ms"
+    )
+
+
 def chart(found: dict[str, list[Measured]]) -> str:
     """Return the rates as an SVG bar chart."""
     rates = {NAMES[side]: statistics.median(each.rate for each in runs) for side, runs in found.items()}
@@ -256,7 +275,9 @@ def main() -> None:
         if not (options.before / "receiver" / "__main__.py").is_file():
             parser.error(f"--before: {options.before} is no checkout of the receiver")
         sides += [side for side in BEFORE if side.removeprefix("before-") in sides]
+    receivers: list[str] = [side for side in ("postgresql", "sqlite") if side in sides]
     found: dict[str, list[Measured]] = defaultdict(list)
+    many: dict[str, list[Measured]] = defaultdict(list)
     lines: list[str] = []
     with Postgres() as postgres, tempfile.TemporaryDirectory() as folder:
         bench = Bench(postgres, Path(folder), options.before and options.before.resolve(), options.others)
@@ -269,13 +290,13 @@ def main() -> None:
                     file=sys.stderr,
                     flush=True,
                 )
-        for side in set(sides) & {"postgresql", "sqlite"}:
-            for connections in (1, 256):
-                measured = bench.run(side, connections=connections, seconds=options.seconds)
-                lines.append(
-                    f"{NAMES[side]}, {connections} connections: {measured.rate:,.0f}/s, "
-                    f"ack p50 {measured.p50:.1f}, p95 {measured.p95:.1f}, p99 {measured.p99:.1f} ms"
-                )
+            for side in receivers and ["bare", *receivers]:
+                many[side].append(bench.run(side, connections=MANY_CONNECTIONS, seconds=options.seconds))
+        for side in receivers:
+            lines += [
+                of_many(side, many),
+                one_connection(side, bench.run(side, connections=1, seconds=options.seconds)),
+            ]
         if "sqlite" in sides:
             flushes, acked = bench.flushes(seconds=options.seconds)
             lines.append(

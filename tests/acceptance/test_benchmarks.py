@@ -48,6 +48,7 @@ def test_ingest_is_measured_and_written_down(tmp_path: Path) -> None:
         "Node.js http + pg upsert, PostgreSQL |",
         "Express + pg, PostgreSQL |",
         "÷ build before, SQLite",
+        "receiver, SQLite, 256 connections",
         "Flushes per acked",
     ):
         assert line in page
