@@ -65,7 +65,7 @@ def create_app(
     """
     settings.require_sources()
     database = Database(settings.database_url.get_secret_value())
-    signals = None if worker or database.is_sqlite else Signals(database)
+    signals = Signals(database.statements) if database.statements and not worker else None
     wakeups = Wakeups(signals.send) if signals else Wakeups()
     submitter = Submitter.configured(settings, database, wake=wakeups.wake)
 

@@ -97,8 +97,8 @@ async def running_worker(
     """Open storage and destinations, run a worker inside the block, and drain it at the end."""
     async with AsyncExitStack() as stack:
         worker = await _open_worker(settings, database, wakeups, submitter, stack)
-        if not database.is_sqlite:
-            await stack.enter_async_context(running(listen(database, wakeups.wake), name="listen"))
+        if database.statements is not None:
+            await stack.enter_async_context(running(listen(database.statements, wakeups.wake), name="listen"))
         names = [each.name for each in settings.all_destinations]
         await stack.enter_async_context(giving_up(database, names))
         account = submitter.client.account if submitter.lane is not None else None

@@ -3,12 +3,12 @@
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from operator import itemgetter
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
 from sqlalchemy import URL
 
 from receiver.db.connection import SqlConnection, Transaction
-from receiver.db.postgresql import Postgresql
+from receiver.db.postgresql import Postgresql, Statements
 from receiver.db.rows import NewEvent
 from receiver.db.sqlite import Sqlite
 from receiver.db.urls import parse_url
@@ -41,12 +41,9 @@ class Database:
         return "sqlite" if self.is_sqlite else "postgresql"
 
     @property
-    def is_pooled(self) -> bool:
-        """Whether the connections lead to a pooler such as pgbouncer.
-
-        A pooler assigns a session to each transaction, so LISTEN does not work.
-        """
-        return self._backend.is_pooled
+    def statements(self) -> Statements | None:
+        """PostgreSQL's connection for single statements and for signals; None on SQLite."""
+        return self._backend.statements if isinstance(self._backend, Postgresql) else None
 
     def write(self) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction that may write; it is committed durably when the block ends."""
@@ -89,24 +86,6 @@ class Database:
         The INSERTs test whether webhooks can be stored now, and the other row tests the commit.
         """
         await self._backend.probe()
-
-    async def fetch(self, statement: str, arguments: Sequence[object]) -> list[Any]:
-        """Run one statement on PostgreSQL in autocommit mode and return its rows.
-
-        It has to be idempotent: if the session is lost it runs again in a new one. Raises asyncpg's errors if
-        the statement itself is wrong.
-        """
-        return await self._postgresql.statements.fetch(statement, arguments)
-
-    def hold_driver(self) -> AbstractAsyncContextManager[Any]:
-        """Open an asyncpg connection for the block."""
-        return self._postgresql.statements.hold()
-
-    @property
-    def _postgresql(self) -> Postgresql:
-        if isinstance(self._backend, Sqlite):
-            raise TypeError("SQLite has no signals")
-        return self._backend
 
     def migrate(self) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction that may change the schema and has no time limit for a statement."""

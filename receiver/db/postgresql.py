@@ -41,11 +41,6 @@ class Postgresql:
         # A separate pool: webhooks do not wait if the workers use all connections of the first one.
         self.statements: Final = Statements(self.sessions)
 
-    @property
-    def is_pooled(self) -> bool:
-        """Whether the connections lead to a pooler."""
-        return bool(self.sessions.is_pooled)
-
     def write(self) -> AbstractAsyncContextManager[Transaction]:
         """Open a transaction that may write."""
         return self.sessions.transaction(self._engine, writes=True)
@@ -113,11 +108,19 @@ class Statements:
         self._session_errors = (driver.InterfaceError, driver.InternalClientError)
         self._database_errors = (driver.PostgresError, *self._session_errors, TimeoutError, OSError)
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether the connections lead to a pooler such as pgbouncer.
+
+        A pooler assigns a session to each transaction, so LISTEN does not work.
+        """
+        return bool(self._sessions.is_pooled)
+
     async def fetch(self, statement: str, arguments: Sequence[object], *, keep: bool = True) -> list[Any]:
         """Run a statement and return its rows; roll it back unless `keep`.
 
         If the session is lost, it runs again in a new session. It has to be idempotent, because the first run
-        may have been committed.
+        may have been committed. Raises DatabaseUnavailable, and asyncpg's errors if the statement is wrong.
         """
         async with self._lock:
             with suppress(_Lost):

@@ -11,8 +11,8 @@ from typing import Any, Final
 import structlog
 
 from receiver.background import wait_for
-from receiver.db.database import Database
 from receiver.db.error_texts import cause
+from receiver.db.postgresql import Statements
 from receiver.errors import DatabaseUnavailable
 
 CHANNEL: Final = "clipia_receiver"
@@ -29,8 +29,8 @@ log = structlog.get_logger()
 class Signals:
     """Tells the workers of other processes that a lane has work."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    def __init__(self, statements: Statements) -> None:
+        self._statements = statements
         self._lanes: set[str] = set()
         self._sending: asyncio.Task[None] | None = None
 
@@ -46,7 +46,7 @@ class Signals:
                 lanes = list(self._lanes)
                 self._lanes.clear()
                 statement = "SELECT pg_notify($1, lane) FROM unnest($2::text[]) AS lane"
-                await self._database.fetch(statement, (CHANNEL, lanes))
+                await self._statements.fetch(statement, (CHANNEL, lanes))
                 await asyncio.sleep(SEND_INTERVAL_SECONDS)
         except DatabaseUnavailable as error:
             log.debug("workers not signalled", error=str(error))
@@ -60,7 +60,7 @@ class Signals:
 
 
 async def listen(
-    database: Database,
+    statements: Statements,
     heard: Callable[[str], None],
     *,
     reconnect: float = RECONNECT_SECONDS,
@@ -69,8 +69,8 @@ async def listen(
     """Call `heard` with the name of each signalled lane until cancelled; return if there is a pooler."""
     while True:
         try:
-            async with database.hold_driver() as driver:
-                if database.is_pooled:
+            async with statements.hold() as driver:
+                if statements.is_pooled:
                     log.info(
                         "no signals between processes behind a connection pooler: work is found by polling"
                     )

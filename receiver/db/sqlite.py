@@ -60,8 +60,6 @@ def make_file(url: URL) -> None:
 class Sqlite:
     """A database in a file: a thread for all writes, and threads for transactions that only read."""
 
-    is_pooled: Final = False
-
     def __init__(self, url: URL) -> None:
         """Create the file. Raises SettingsError if its folder cannot be created."""
         make_file(url)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 from sqlalchemy import func, select, text
 from support.clipia import MODEL, PROMPT, Sandbox, World
+from support.events import driver_of
 from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
@@ -48,7 +49,7 @@ async def test_transactions_are_read_committed(databases: list[Database]) -> Non
         async with transaction() as connection:
             level = (await connection.execute(text("SHOW transaction_isolation"))).scalar_one()
             assert level == "read committed"
-    rows = await database.fetch("SELECT current_setting('transaction_isolation') AS level", ())
+    rows = await driver_of(database).fetch("SELECT current_setting('transaction_isolation') AS level", ())
     assert [row["level"] for row in rows] == ["read committed"]
 
 

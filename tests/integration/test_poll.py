@@ -988,7 +988,7 @@ async def test_any_number_may_wait(world: World, sandbox: Sandbox) -> None:
         await eventually(all_wait)
     async with AsyncExitStack() as stack:
         # The pooler of the tests allows two transactions at once.
-        for _ in range(1 if world.database.is_pooled else 4):
+        for _ in range(1 if world.database.statements and world.database.statements.is_pooled else 4):
             await stack.enter_async_context(world.database.read())
     async with world.database.write() as connection:
         await connection.execute(select(func.count()).select_from(jobs))

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 from sqlalchemy import text
+from support.events import driver_of
 from support.servers import PgBouncer, Postgres, Switch
 
 from receiver.db import migrate
@@ -48,11 +49,11 @@ async def ask(database: Database, statement: str) -> object:
 async def test_a_pooler_is_told_from_a_server(behind: list[Database], postgres: Postgres) -> None:
     """The pooler is detected in both modes; if there is none, statements are prepared by name and kept."""
     assert await ask(behind[0], "SELECT count(*) FROM pg_prepared_statements WHERE name <> ''") == 0
-    assert behind[0].is_pooled
+    assert driver_of(behind[0]).is_pooled
     direct = Database(postgres.url())
     await ask(direct, "SELECT 1")
     assert await ask(direct, "SELECT count(*) FROM pg_prepared_statements WHERE name <> ''")
-    assert not direct.is_pooled
+    assert not driver_of(direct).is_pooled
     await direct.close()
 
 
@@ -60,11 +61,11 @@ async def test_limits_hold_and_stay_with_the_transaction(behind: list[Database],
     """Each transaction sets its own limits, and the pooler's next client does not inherit them."""
     names = ("lock_timeout", "idle_in_transaction_session_timeout")
     assert [await ask(behind[0], f"SHOW {name}") for name in names] == ["2s", "10s"]
-    rows = await behind[1].fetch("SELECT current_setting('lock_timeout') AS value", ())
+    rows = await driver_of(behind[1]).fetch("SELECT current_setting('lock_timeout') AS value", ())
     assert [row["value"] for row in rows] == ["0"]
     direct = Database(postgres.url())
     assert [await ask(direct, f"SHOW {name}") for name in names] == ["2s", "10s"]
-    rows = await direct.fetch("SELECT current_setting('lock_timeout') AS value", ())
+    rows = await driver_of(direct).fetch("SELECT current_setting('lock_timeout') AS value", ())
     assert [row["value"] for row in rows] == ["2s"]
     await direct.close()
 
@@ -84,7 +85,7 @@ async def test_every_statement_is_ones_own(behind: list[Database]) -> None:
     async def statements(database: Database) -> None:
         for step in range(40):
             mark = str(uuid.uuid4())
-            rows = await database.fetch(f"SELECT $1::text || '{step % 5}' AS answer", (mark,))
+            rows = await driver_of(database).fetch(f"SELECT $1::text || '{step % 5}' AS answer", (mark,))
             assert [row["answer"] for row in rows] == [f"{mark}{step % 5}"]
 
     async with asyncio.timeout(3 * SOON):
@@ -136,8 +137,8 @@ async def test_a_pooler_that_is_put_in_between_is_noticed(pooler: PgBouncer, pos
             postgres.sql(end)
             async with asyncio.timeout(SOON):
                 assert await ask(database, "SELECT 1") == 1
-                assert await database.fetch("SELECT 1", ())
-            assert database.is_pooled is is_pooled
+                assert await driver_of(database).fetch("SELECT 1", ())
+            assert driver_of(database).is_pooled is is_pooled
             # A connection to the pooler stays open if the server's session ends.
             sessions = _sessions(database)
             sessions.distrust({"generation": sessions._generation})

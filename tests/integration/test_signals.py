@@ -8,6 +8,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 from structlog.testing import capture_logs
+from support.events import driver_of
 from support.payloads import SECRET, body, signed
 from support.servers import PgBouncer, Postgres
 
@@ -54,7 +55,7 @@ async def one(postgres: Postgres) -> AsyncIterator[Database]:
 async def heard(one: Database) -> AsyncIterator[Heard]:
     """A listener of a worker in another process."""
     other, heard = Database(one.url), Heard()
-    task = asyncio.create_task(listen(other, heard, reconnect=0.1, check=0.1))
+    task = asyncio.create_task(listen(driver_of(other), heard, reconnect=0.1, check=0.1))
     await listening(one)
     yield heard
     task.cancel()
@@ -78,7 +79,7 @@ async def listening(database: Database) -> None:
 
 async def test_lanes_are_signalled_across_processes(one: Database, heard: Heard) -> None:
     """A process without a worker signals the processes with one, for lanes of all names."""
-    sender = Signals(one)
+    sender = Signals(driver_of(one))
     wakeups = Wakeups(sender.send)
     wakeups.wake("fanout")
     wakeups.wake("destination:größer")
@@ -88,7 +89,7 @@ async def test_lanes_are_signalled_across_processes(one: Database, heard: Heard)
 
 async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) -> None:
     """If the lane runs in this process, no signal is sent."""
-    sender = Signals(one)
+    sender = Signals(driver_of(one))
     wakeups = Wakeups(sender.send)
     waiting = asyncio.create_task(wakeups.wait("fanout", seconds=SOON))
     await asyncio.sleep(0)
@@ -102,7 +103,7 @@ async def test_a_lane_of_ones_own_is_not_signalled(one: Database, heard: Heard) 
 
 async def test_one_signal_does_for_many_commits(one: Database, heard: Heard) -> None:
     """Under load a lane is signalled at intervals, and once more after the last commit."""
-    sender = Signals(one)
+    sender = Signals(driver_of(one))
     for _ in range(200):
         sender.send("fanout")
         await asyncio.sleep(0)
@@ -121,7 +122,7 @@ async def test_a_lost_listener_comes_back(one: Database, heard: Heard) -> None:
         )
     await asyncio.sleep(0.3)
     await listening(one)
-    sender = Signals(one)
+    sender = Signals(driver_of(one))
     sender.send("fanout")
     await heard.until("fanout")
     await sender.close()
@@ -145,7 +146,7 @@ async def test_a_listener_leaves_a_server_that_takes_no_writes(
     finally:
         postgres.sql("ALTER SYSTEM RESET default_transaction_read_only")
         postgres.sql("SELECT pg_reload_conf()")
-    sender = Signals(one)
+    sender = Signals(driver_of(one))
     async with asyncio.timeout(SOON):
         while not heard.lanes:
             sender.send("fanout")
@@ -158,7 +159,7 @@ async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
     database = Database(pgbouncer.url(template="migrated"))
     with capture_logs() as logs:
         async with asyncio.timeout(SOON):
-            await listen(database, pytest.fail)
+            await listen(driver_of(database), pytest.fail)
     await database.close()
     assert [each["log_level"] for each in logs] == ["info"]
     assert "pooler" in logs[0]["event"]
@@ -167,7 +168,7 @@ async def test_a_pooler_cannot_listen(pgbouncer: PgBouncer) -> None:
 async def test_a_signal_that_cannot_be_sent_is_dropped() -> None:
     """C3: if the database is away, signals are dropped; later ones are sent."""
     database = Database("postgresql://nobody@127.0.0.1:1/x")
-    sender = Signals(database)
+    sender = Signals(driver_of(database))
     sender.send("fanout")
     await sender.close()
     sender.send("fanout")

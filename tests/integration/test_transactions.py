@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from sqlalchemy import func, insert, select, text
 from sqlalchemy.exc import IntegrityError
+from support.events import driver_of
 from support.servers import Postgres
 
 from receiver.db import arrivals, migrate
@@ -335,7 +336,7 @@ async def fail_without_cycle(url: str, statement: str) -> None:
     gc.disable()
     try:
         with pytest.raises(DatabaseUnavailable) as caught:
-            await database.fetch(statement, arguments)
+            await driver_of(database).fetch(statement, arguments)
         del arguments, caught
         await asyncio.sleep(0)
         assert known() is None

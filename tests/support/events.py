@@ -21,6 +21,7 @@ from receiver.db import jobs, sources, tables
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
+from receiver.db.postgresql import Statements
 from receiver.db.rows import NewEvent, NewJob, digest_token, new_id
 from receiver.db.statements import insert_unless_taken
 from receiver.db.tables import deliveries, events
@@ -52,6 +53,12 @@ async def until(find: Callable[[], Awaitable[T | None]], *, seconds: float = SEC
         assert time.monotonic() < deadline, "it did not happen in time"
         await asyncio.sleep(0.02)
     return found
+
+
+def driver_of(database: Database) -> Statements:
+    """Return the connection for single statements of a PostgreSQL database."""
+    assert database.statements is not None
+    return database.statements
 
 
 class Recorder:
