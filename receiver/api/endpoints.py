@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Tokens
 from receiver.api.parameters import Parameters, invalid
+from receiver.core.request_values import split_page
 from receiver.errors import (
     ClipiaUnavailable,
     DatabaseUnavailable,
@@ -219,8 +220,8 @@ def list_response(rows: Sequence[Any], next_: str | None = None) -> Response:
 
 
 def page_response(rows: Sequence[Mapping[str, Any]], limit: int, cursor: str) -> Response:
-    """Return a page of `limit` rows; the query fetches one more, to see if there is another page."""
-    return list_response(rows[:limit], str(rows[limit - 1][cursor]) if len(rows) > limit else None)
+    """Return a page of `limit` rows; the query fetches one more."""
+    return list_response(*split_page(rows, limit, cursor))
 
 
 def not_found(noun: str) -> RequestError:

@@ -9,7 +9,7 @@ import typer
 from receiver.cli.clipia_calls import Input, Strict, read_input, with_submitter
 from receiver.cli.options import Json
 from receiver.cli.submit import reason_text
-from receiver.cli.terminal import amount, count, print_json, print_line, print_result, print_rows
+from receiver.cli.terminal import amount, count, print_json, print_line, print_list, print_result, print_rows
 from receiver.clipia.client import Estimate
 from receiver.submitter import Submitter
 
@@ -36,7 +36,10 @@ def models(
         return await catalogue.models() if slug is None else await catalogue.model(slug, max_age=0.0)
 
     found = with_submitter(run)
-    print_result(found, partial(_print_models if slug is None else _print_model, found), json=json)
+    if slug is None:
+        print_list(found, partial(_print_models, found), json=json)
+    else:
+        print_result(found, partial(_print_model, found), json=json)
 
 
 def estimate(

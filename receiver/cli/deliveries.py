@@ -14,10 +14,11 @@ from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
 from receiver.cli.database import query_database, with_database
-from receiver.cli.options import DryRun, Json, Limit, since_option, until_option
-from receiver.cli.terminal import count, operator, print_json, print_note, print_result, print_rows, stdout
+from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, since_option, until_option
+from receiver.cli.terminal import count, operator, print_json, print_list, print_note, print_rows, stdout
 from receiver.cli.waiting import process_name
 from receiver.core.lane_names import destination_lane
+from receiver.core.request_values import split_page
 from receiver.db import outbox, reads, removed_destinations, workers
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -51,28 +52,26 @@ def list_(
     since: Annotated[datetime | None, since_option("deliveries made")] = None,
     until: Annotated[datetime | None, until_option("deliveries made")] = None,
     limit: Limit = 50,
-    before: Annotated[
-        str | None, typer.Option(help="Continue after this id: the last one of the page before.")
-    ] = None,
+    cursor: Annotated[str | None, typer.Option("--cursor", "--before", help=CURSOR_HELP)] = None,
     json: Json = False,
 ) -> None:
     """List deliveries, newest first, each with the reason of its last failure."""
-    cursor = None if before is None else _id(before)
     found = query_database(
         partial(
             reads.list_deliveries,
-            limit=limit,
-            before=cursor,
+            limit=limit + 1,
+            before=None if cursor is None else _id(cursor),
             state=state,
             destination=destination,
             since=since,
             until=until,
         )
     )
-    rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in found]
+    page, next_ = split_page(found, limit, "id")
+    rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in page]
     columns = ("id", "destination", "state", "attempts", "request_id", "created_at", "error")
     table = partial(print_rows, rows, *columns, none="No deliveries.", wrapped="error")
-    print_result(found, table, json=json)
+    print_list(page, table, json=json, next_=next_)
 
 
 @deliveries.command()

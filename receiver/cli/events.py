@@ -15,12 +15,13 @@ from receiver import retention, unrecognized
 from receiver.api.events import readable
 from receiver.cli.database import find_event, no_event, opened_storage, query_database, with_database
 from receiver.cli.export_import import export, import_
-from receiver.cli.options import EventKey, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, EventKey, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
     count,
     moment,
     print_json,
     print_line,
+    print_list,
     print_note,
     print_result,
     print_rows,
@@ -28,6 +29,7 @@ from receiver.cli.terminal import (
     size,
     stdout,
 )
+from receiver.core.request_values import split_page
 from receiver.db import reads
 from receiver.db.database import Database
 from receiver.db.rows import EventState, EventStatus
@@ -50,17 +52,15 @@ def list_(
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,
-    before: Annotated[
-        int | None, typer.Option(help="Continue after this `seq`: the last one of the page before.")
-    ] = None,
+    cursor: Annotated[int | None, typer.Option("--cursor", "--before", help=CURSOR_HELP)] = None,
     json: Json = False,
 ) -> None:
     """List events, newest first."""
     found = query_database(
         partial(
             reads.list_events,
-            limit=limit,
-            before=before,
+            limit=limit + 1,
+            before=cursor,
             source=source,
             state=state,
             status=status,
@@ -70,7 +70,8 @@ def list_(
         )
     )
     columns = ("seq", "request_id", "status", "model", "state", "received_at", "media", "deliveries")
-    print_result(found, partial(print_rows, found, *columns, none="No events."), json=json)
+    rows, next_ = split_page(found, limit, "seq")
+    print_list(rows, partial(print_rows, rows, *columns, none="No events."), json=json, next_=next_)
 
 
 @events.command()
@@ -106,7 +107,7 @@ def recover(
 
     found = with_database(run)
     if json:
-        print_json([asdict(each) for each in found])
+        print_json({"data": [asdict(each) for each in found], "next": None})
         return
     counts = Counter(each.outcome for each in found)
     verb = "to recover" if dry_run else "recovered"

@@ -12,15 +12,14 @@ from rich.text import Text
 
 from receiver.cli.clipia_calls import read_pair, with_submitter
 from receiver.cli.database import change_database
-from receiver.cli.options import Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.terminal import (
     count,
     moment,
     operator,
-    print_json,
     print_line,
-    print_note,
+    print_list,
     print_result,
     print_rows,
     print_title,
@@ -62,7 +61,7 @@ def list_(
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="Only jobs with this metadata. Repeatable.")
     ] = None,
     limit: Limit = 50,
-    cursor: Annotated[str | None, typer.Option(help="Continue here: the `next` of the page before.")] = None,
+    cursor: Annotated[str | None, typer.Option(help=CURSOR_HELP)] = None,
     json: Json = False,
 ) -> None:
     """List jobs, newest first."""
@@ -80,12 +79,9 @@ def list_(
             metadata=wanted,
         )
     )
-    if json:
-        print_json({"data": [job.as_dict() for job in page.jobs], "next": page.next})
-        return
-    print_rows([_row(job) for job in page.jobs], *_COLUMNS, none="No jobs.")
-    if page.next is not None:
-        print_note(f"For more, add --cursor {page.next}")
+    rows = [_row(job) for job in page.jobs]
+    table = partial(print_rows, rows, *_COLUMNS, none="No jobs.")
+    print_list([job.as_dict() for job in page.jobs], table, json=json, next_=page.next)
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -177,7 +173,7 @@ def cost(
     Jobs of test keys cost nothing.
     """
     rows = with_submitter(lambda submitter: submitter.costs(by=by, caller=caller, since=since, until=until))
-    print_result(rows, partial(_print_costs, rows, by), json=json)
+    print_list(rows, partial(_print_costs, rows, by), json=json)
 
 
 def _print_costs(rows: Sequence[Mapping[str, Any]], by: str) -> None:

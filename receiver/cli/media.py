@@ -142,7 +142,7 @@ def link(
 
     links = with_database(run)
     if json:
-        print_json(links)
+        print_json({"data": links, "next": None})
         return
     for each in links:
         print_line(each["link"])

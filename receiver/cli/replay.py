@@ -12,13 +12,14 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from receiver.cli.database import with_database
-from receiver.cli.options import Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
     count,
     moment,
     operator,
     print_json,
     print_line,
+    print_list,
     print_note,
     print_result,
     print_rows,
@@ -28,7 +29,7 @@ from receiver.cli.terminal import (
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.lane_names import REPLAY_LANE, destination_lane
-from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem
+from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem, split_page
 from receiver.db import workers
 from receiver.db.database import Database
 from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
@@ -150,13 +151,17 @@ def _order(request: ReplayRequest, *, key: str | None, patience: Patience | None
 
 
 @replays.command("list")
-def list_(limit: Limit = 50, json: Json = False) -> None:
+def list_(
+    limit: Limit = 50,
+    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP)] = None,
+    json: Json = False,
+) -> None:
     """List replays, newest first, each with its caller and its reason."""
 
     async def run(settings: Settings, database: Database) -> list[ReplayHead]:
-        return await make_replays(settings, database).list_orders(limit=limit)
+        return await make_replays(settings, database).list_orders(limit=limit + 1, before=cursor)
 
-    found = with_database(run)
+    page, next_ = split_page(with_database(run), limit, "seq")
     rows = [
         {
             **row,
@@ -164,10 +169,10 @@ def list_(limit: Limit = 50, json: Json = False) -> None:
             "deliveries": row["ordered"],
             "reason": row["reason"][:MAX_REASON_LENGTH],
         }
-        for row in found
+        for row in page
     ]
     columns = ("id", "state", "caller", "created_at", "events", "deliveries", "reason")
-    print_result(found, partial(print_rows, rows, *columns, none="No replays."), json=json)
+    print_list(page, partial(print_rows, rows, *columns, none="No replays."), json=json, next_=next_)
 
 
 @replays.command()

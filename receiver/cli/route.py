@@ -32,7 +32,7 @@ def route(key: EventKey, json: Json = False) -> None:
 
     rows = with_database(run)
     if json:
-        print_json(rows)
+        print_json({"data": rows, "next": None})
         return
     for row in rows:
         verdict = "[green]yes[/]" if row["refused"] is None else "no "

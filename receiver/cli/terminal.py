@@ -60,6 +60,15 @@ def print_result(value: Any, text: str | Callable[[], None], *, json: bool) -> N
         text()
 
 
+def print_list(
+    rows: Sequence[Any], table: Callable[[], None], *, json: bool, next_: str | None = None
+) -> None:
+    """Print a list, as JSON in the shape of the API's; `next_` is the cursor of the following page."""
+    print_result({"data": rows, "next": next_}, table, json=json)
+    if next_ is not None and not json:
+        print_note(f"For more, add --cursor {next_}")
+
+
 def print_rows(rows: Sequence[Mapping[str, object]], *columns: str, none: str, wrapped: str = "") -> None:
     """Print a table, or the line `none` if there are no rows; the cells of the column `wrapped` may wrap."""
     table = Table(box=None)

@@ -1,6 +1,7 @@
 """Checks of the values that the API, the commands and the submitter share; pure."""
 
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 from pydantic import ValidationError
@@ -11,6 +12,7 @@ MAX_CALLER_LENGTH: Final = 63
 MAX_KEY_LENGTH: Final = 255
 _MAX_DIGITS: Final = 18  # of a cursor: it is a 64-bit integer in the database
 _MAX_FIELD_LENGTH: Final = 64
+_Row = TypeVar("_Row", bound=Mapping[str, Any])
 _INVALID_CURSOR: Final = "invalid cursor: pass the `next` value of the previous page"
 
 
@@ -43,6 +45,14 @@ def read_id_cursor(text: str | None) -> UUID | None:
         return None if text is None else UUID(text)
     except ValueError:
         raise _invalid(_INVALID_CURSOR) from None
+
+
+def split_page(rows: Sequence[_Row], limit: int, cursor: str) -> tuple[Sequence[_Row], str | None]:
+    """Return a page of `limit` rows and the cursor of the next one, the value of the last row's `cursor`.
+
+    The query fetches one row more, to see if there is another page.
+    """
+    return rows[:limit], str(rows[limit - 1][cursor]) if len(rows) > limit else None
 
 
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:

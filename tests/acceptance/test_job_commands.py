@@ -122,9 +122,10 @@ def test_a_job_from_the_command_line_to_its_files(clipia: Clipia, tmp_path: Path
         for part in (again["id"], "order=7", "by poll", "default: delivered", "image original: file://"):
             assert part in shown
         assert json.loads(command("jobs", "show", again["id"], "--json"))["charged"] == 12
-        assert json.loads(command("jobs", "cost", "--by", "model", "--json")) == [
-            {"model": IMAGE, "jobs": 1, "reserved": 0, "charged": 12, "refunded": 0}
-        ]
+        assert json.loads(command("jobs", "cost", "--by", "model", "--json")) == {
+            "data": [{"model": IMAGE, "jobs": 1, "reserved": 0, "charged": 12, "refunded": 0}],
+            "next": None,
+        }
         assert re.search(r"total +1 +0 +12 +0", command("jobs", "cost", "--by", "caller").decode())
         account = json.loads(command("account", "--json"))
         assert account["usage_30d"]["credits_spent"] == account["ledger_30d"]["charged"] == 12
@@ -178,6 +179,8 @@ def test_the_catalogue(clipia: Clipia, tmp_path: Path) -> None:
     assert "prompt: type string, required True" in command("models", IMAGE)
     assert "prompt: type string, required True" in command("models", "suno-music")
     assert json.loads(command("models", IMAGE, "--json"))["slug"] == IMAGE
+    found = json.loads(command("models", "--json"))
+    assert (found["next"], IMAGE in {model.get("slug") for model in found["data"]}) == (None, True)
     given = '{"prompt": "a cat", "num_images": 2}'
     assert command("estimate", IMAGE, "-i", given) == "24 credits\n"
     assert json.loads(command("estimate", IMAGE, "-i", given, "--json"))["credits"] == 24

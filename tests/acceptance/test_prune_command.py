@@ -238,7 +238,9 @@ def test_events_erase(
     assert not list(tmp_path.rglob("*.png"))
     with pytest.raises(ReceiverError, match="there is no event with the id or request_id 'r-3'"):
         erase("r-3")
-    rows = json.loads(CliRunner().invoke(app, ["events", "list", "--state", "erased", "--json"]).stdout)
+    rows = json.loads(CliRunner().invoke(app, ["events", "list", "--state", "erased", "--json"]).stdout)[
+        "data"
+    ]
     assert [row["request_id"] for row in rows] == ["r-2", "r-1"]
     assert "erased" in CliRunner().invoke(app, ["events", "show", "r-1"]).stdout
     with pytest.raises(ReceiverError, match="is erased: it goes to no destination"):

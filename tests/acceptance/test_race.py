@@ -79,7 +79,7 @@ def wait_until_forwarded(settings: dict[str, str], folder: Path) -> list[dict[st
     while time.monotonic() < deadline:
         result = run_command("events", "list", "--limit", "1000", "--json", settings=settings, cwd=folder)
         assert result.returncode == 0, result.stderr
-        found: list[dict[str, object]] = json.loads(result.stdout)
+        found: list[dict[str, object]] = json.loads(result.stdout)["data"]
         if found and all(event["deliveries"] == {"delivered": 2} for event in found):
             return found
         time.sleep(0.5)

@@ -152,7 +152,7 @@ def test_a_replay_from_its_dry_run_to_its_end(service: Service) -> None:
         shown = service.run("replay", "--all", "--reason", "the shop lost its disk")
     for part in ("completed, 40 of 40 events", "main: 40 delivered", "failures: 10 delivered"):
         assert part in shown
-    (order,) = service.json("replays", "list")
+    (order,) = service.json("replays", "list")["data"]
     assert (order["reason"], order["ordered"]) == ("the shop lost its disk", 50)
     assert order["caller"].startswith("cli-")
     for name, wanted in (("main", 40), ("failures", 10)):
@@ -194,7 +194,7 @@ def test_watching_ends_if_no_worker_carries_the_replay_out(service: Service) -> 
     service.add_history(plain("r-1"))
     printed = service.error("replay", "--all", "--key", "k", status=3)
     assert "start `receiver serve` or `receiver worker`" in printed
-    (order,) = service.json("replays", "list")
+    (order,) = service.json("replays", "list")["data"]
     elsewhere = service.folder / "elsewhere"
     elsewhere.mkdir()
     only_main = '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
@@ -211,9 +211,9 @@ def test_watching_has_a_time_limit(service: Service) -> None:
     service.add_history(plain("r-1"))
     printed = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
     assert "--timeout are over" in printed
-    assert [each["state"] for each in service.json("replays", "list")] == ["pending"]
+    assert [each["state"] for each in service.json("replays", "list")["data"]] == ["pending"]
     assert "needs --wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
-    (order,) = service.json("replays", "list")
+    (order,) = service.json("replays", "list")["data"]
     assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1")
 
 
@@ -303,7 +303,7 @@ def test_dead_letters_of_a_replay_are_retried(tmp_path: Path, shop: Shop) -> Non
         failed = service.try_("replay", "--all", "--json")
         assert failed.returncode == 1
         assert json.loads(failed.stdout)["deliveries"] == {"main": {"dead": 5}}
-        dead = service.json("deliveries", "list", "--state", "dead")
+        dead = service.json("deliveries", "list", "--state", "dead")["data"]
         assert {row["request_id"] for row in dead} == {f"r-{number}" for number in range(5)}
         assert all("answered 422" in row["error"] for row in dead)
         shop.status = 204

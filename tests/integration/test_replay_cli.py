@@ -169,8 +169,11 @@ async def test_replays_are_listed_and_shown(commands: Commands) -> None:
     listed = await commands.run("replays", "list")
     assert [str(order["id"]) in listed for order in orders] == [True] * 3
     assert "[red]2" in listed
-    rows = await commands.json("replays", "list", "--limit", "2")
-    assert [row["id"] for row in rows] == [str(orders[2]["id"]), str(orders[1]["id"])]
+    page = await commands.json("replays", "list", "--limit", "2")
+    assert [row["id"] for row in page["data"]] == [str(orders[2]["id"]), str(orders[1]["id"])]
+    rest = await commands.json("replays", "list", "--cursor", page["next"])
+    assert ([row["id"] for row in rest["data"]], rest["next"]) == ([str(orders[0]["id"])], None)
+    assert f"--cursor {page['next']}" in (await commands.try_("replays", "list", "--limit", "2")).err
     newest = str(orders[2]["id"])
     assert (await commands.json("replays", "show", newest))["caller"] == "caller-2"
     shown = await commands.run("replays", "show", newest)
@@ -245,10 +248,9 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
     yes, no = (await commands.run("route", "r-1")).splitlines()
     assert yes.split() == ["yes", "main"]
     assert no.split(maxsplit=1) == ["no", "failures: status is 'OK', the filter allows 'ERROR'"]
-    assert await commands.json("route", str(event_id("clipia", "e-1"))) == [
-        {"destination": "main", "refused": None},
-        {"destination": "failures", "refused": None},
-    ]
+    verdicts = [{"destination": name, "refused": None} for name in ("main", "failures")]
+    found = await commands.json("route", str(event_id("clipia", "e-1")))
+    assert found == {"data": verdicts, "next": None}
     assert "yes main" in " ".join((await commands.run("route", "new")).split())
     (odd,) = await commands.world.rows(events, events.c.state == "unrecognized")
     assert "goes to no destination" in await commands.error("route", str(odd["id"]))
@@ -264,7 +266,9 @@ async def test_route_knows_the_job(commands: Commands) -> None:
     for request_id, metadata in (("gold", {"tier": "gold"}), ("tin", {"tier": "tin"})):
         await commands.world.add_job(request_id, request_id=request_id, metadata=metadata)
     await commands.world.add_history(plain("gold"), plain("tin"), plain("stranger"))
-    verdicts = [(await commands.json("route", key))[0]["refused"] for key in ("gold", "tin", "stranger")]
+    verdicts = [
+        (await commands.json("route", key))["data"][0]["refused"] for key in ("gold", "tin", "stranger")
+    ]
     assert verdicts == [
         None,
         "metadata.tier is 'tin', the filter allows 'gold'",
@@ -297,16 +301,19 @@ async def test_deliveries_are_listed_with_their_reasons(commands: Commands) -> N
     assert [each in listed for each in ids] == [True, True, False, False, False]
     assert "PublishRejected: [422]" in listed
     first = await commands.json("deliveries", "list", "--state", "dead", "--limit", "2")
-    rest = await commands.json("deliveries", "list", "--state", "dead", "--before", first[-1]["id"])
-    assert [row["id"] for row in first + rest] == ids
-    assert (first[0]["request_id"], first[0]["attempts"]) == ("r-4", 3)
+    assert first["next"] == first["data"][-1]["id"]
+    for option in ("--cursor", "--before"):
+        rest = await commands.json("deliveries", "list", "--state", "dead", option, first["next"])
+        assert [row["id"] for row in first["data"] + rest["data"]] == ids
+        assert rest["next"] is None
+    assert (first["data"][0]["request_id"], first["data"][0]["attempts"]) == ("r-4", 3)
     for arguments, count in (
         (["--destination", "failures"], 1),
         (["--since", "2100-01-01"], 0),
         (["--until", "2020-01-01"], 0),
         (["--since", "2020-01-01", "--until", "2100-01-01"], 7),
     ):
-        assert len(await commands.json("deliveries", "list", *arguments)) == count
+        assert len((await commands.json("deliveries", "list", *arguments))["data"]) == count
     assert "not the id of a delivery" in await commands.error("deliveries", "list", "--before", "r-1")
 
 
@@ -452,6 +459,6 @@ async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pyt
     assert [urlsplit(line).path for line in lines] == [f"/files/some/{key}" for key in keys]
     assert all("X-Amz-Expires=7200&" in line and "very-secret" not in line for line in lines)
     found = await commands.json("media", "link", "r-1")
-    assert [each["uri"] for each in found] == [f"s3://files/some/{key}" for key in keys]
+    assert [each["uri"] for each in found["data"]] == [f"s3://files/some/{key}" for key in keys]
     assert "there is no event" in await commands.error("media", "link", "r-2")
     assert await commands.error("media", "link", "r-1", "--hours", "169", status=2)

@@ -312,5 +312,5 @@ async def test_the_command(
     assert set(lines.splitlines()) <= set(out.splitlines())  # the log is printed between them
     assert f"1 event recovered; {rest}" in err
     found = json.loads((await command("recover", "--json"))[0])
-    assert [each["outcome"] for each in found] == ["unrecognized"]
+    assert ([each["outcome"] for each in found["data"]], found["next"]) == (["unrecognized"], None)
     assert json.loads((await command("show", "r-1", "--json"))[0])["state"] == "received"
