@@ -56,11 +56,11 @@ class Database:
     async def run_transaction(
         self, work: Callable[[SqlConnection], Awaitable[T]], *, is_webhook: bool = False
     ) -> T:
-        """Run `work` in one transaction, as `write()` does; it may only await its connection.
+        """Run `work` in one transaction, as `write()` does; it should await its connection only.
 
-        On SQLite the whole transaction runs in a thread, so `work` must not touch objects of the event loop.
-        With `write()` each statement returns to the event loop, and if that is busy, all other writers wait
-        for the write lock meanwhile.
+        On SQLite it runs in the event loop of a thread, so it must not touch objects of the caller's loop.
+        With `write()` each statement returns to the caller's loop, which takes twice the time; and if that
+        loop is busy, all other writers wait for the write lock meanwhile.
         """
         return await self._backend.run_transaction(work, is_webhook=is_webhook)
 

@@ -166,6 +166,7 @@ class SqliteThread:
         )
         _set_up(self.engine, begin, foreign_keys=foreign_keys)
         self.executor: Final = ThreadPoolExecutor(1, thread_name_prefix="sqlite")
+        self._runner: asyncio.Runner | None = None
 
     def connect_arguments(self) -> tuple[str, dict[str, Any]]:
         """Return the arguments of `sqlite3.connect`."""
@@ -177,12 +178,17 @@ class SqliteThread:
         return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
 
     async def run(self, work: Callable[[SqlConnection], Awaitable[T]]) -> T:
-        """Run `work` in one transaction in the thread. It switches threads once, not once a statement."""
+        """Run `work` in one transaction, in an event loop of the thread.
+
+        It switches threads once, not once a statement.
+        """
         return await self.call(self._run, work)
 
     def _run(self, work: Callable[[SqlConnection], Awaitable[T]]) -> T:
+        if self._runner is None:
+            self._runner = asyncio.Runner(loop_factory=asyncio.SelectorEventLoop)
         with self.engine.begin() as connection:
-            return _result(work(_SqliteConnection(connection, _call_here)))
+            return self._runner.run(_await(work, _SqliteConnection(connection, _call_here)))
 
     async def run_with_driver(self, work: Callable[[PoolProxiedConnection], T]) -> T:
         """Run `work` in autocommit mode."""
@@ -218,7 +224,13 @@ class SqliteThread:
         The executor is not shut down, because a transaction that is open could not end then. Its thread ends
         with the last reference to the executor.
         """
-        await self.call(self.engine.dispose)
+        await self.call(self._close)
+
+    def _close(self) -> None:
+        self.engine.dispose()
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
 
 
 class SqliteReaders:
@@ -346,12 +358,5 @@ async def _call_here(work: Callable[..., T], *arguments: Any) -> T:
     return work(*arguments)
 
 
-def _result(awaited: Awaitable[T]) -> T:
-    """Return the result of an awaitable that never suspends."""
-    steps = awaited.__await__()
-    try:
-        next(steps)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    raise RuntimeError("the work awaits an object other than its connection")
+async def _await(work: Callable[[SqlConnection], Awaitable[T]], connection: SqlConnection) -> T:
+    return await work(connection)

@@ -133,15 +133,30 @@ async def test_an_insert_of_many_rows_returns_them_all(database: Database) -> No
 async def test_only_the_connection_is_awaited_on_sqlite(on_sqlite: Database) -> None:
     """If the work awaits an object of the event loop in SQLite's thread, it fails and is rolled back."""
     database = on_sqlite
+    future = asyncio.get_running_loop().create_future()
 
     async def wait(connection: SqlConnection) -> None:
         await add(connection)
-        await asyncio.sleep(0)
+        await future
 
-    with pytest.raises(RuntimeError, match="an object other than its connection"):
+    with pytest.raises(RuntimeError, match="attached to a different loop"):
         await database.run_transaction(wait)
     assert await count(database) == 0
     await database.run_transaction(add)
+
+
+async def test_a_close_leaves_no_descriptor_on_sqlite(on_sqlite: Database) -> None:
+    """If the database is closed, its files and the event loop of its thread are closed, too."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for _ in range(3):
+        await on_sqlite.run_transaction(count_in)
+        await on_sqlite.close()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
+
+
+async def count_in(connection: SqlConnection) -> int:
+    """Count the rows."""
+    return int((await connection.execute(select(func.count()).select_from(probes))).scalar_one())
 
 
 @pytest.mark.parametrize("moment", ["begin", "statement"])
