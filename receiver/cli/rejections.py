@@ -8,11 +8,12 @@ import typer
 
 from receiver.api.rejections import readable
 from receiver.cli.database import query_database
-from receiver.cli.options import Json, Limit, since_option, until_option
-from receiver.cli.terminal import moment, print_json, print_line, print_result, print_rows, print_title, size
+from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
+from receiver.cli.terminal import moment, print_json, print_line, print_list, print_rows, print_title, size
 from receiver.core.diagnosis import Cause
+from receiver.core.request_values import split_page
 from receiver.db import rejections as sql
-from receiver.db.rejections import ListedRejection, Rejection
+from receiver.db.rejections import Rejection
 from receiver.errors import ReceiverError
 
 rejections = typer.Typer(help="Show rejected requests to the callback, and why.", no_args_is_help=True)
@@ -27,11 +28,11 @@ def list_(
     since: Annotated[datetime | None, since_option("requests received")] = None,
     until: Annotated[datetime | None, until_option("requests received")] = None,
     limit: Limit = 50,
-    cursor: Annotated[int | None, typer.Option(help="Continue after the page with this `next`.")] = None,
+    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP)] = None,
     json: Json = False,
 ) -> None:
     """List rejected requests, newest first, each with its cause and its diagnosis."""
-    rows = query_database(
+    found = query_database(
         partial(
             sql.list_rejections,
             limit=limit + 1,
@@ -42,8 +43,10 @@ def list_(
             until=until,
         )
     )
-    page = {"data": rows[:limit], "next": str(rows[limit - 1]["id"]) if len(rows) > limit else None}
-    print_result(page, partial(_print_rows, rows[:limit]), json=json)
+    rows, next_ = split_page(found, limit, "id")
+    columns = ("id", "received_at", "source", "path", "cause", "diagnosis")
+    print_rejections = partial(print_rows, rows, *columns, none="No rejected requests.", wrapped="diagnosis")
+    print_list(rows, print_rejections, json=json, next_=next_)
 
 
 @rejections.command()
@@ -59,11 +62,6 @@ def show(
         print_json(readable(found))
     else:
         _print(found)
-
-
-def _print_rows(rows: list[ListedRejection]) -> None:
-    columns = ("id", "received_at", "source", "path", "cause", "diagnosis")
-    print_rows(rows, *columns, none="No rejected requests.", wrapped="diagnosis")
 
 
 def _print(found: Rejection) -> None:

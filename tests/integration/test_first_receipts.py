@@ -341,7 +341,9 @@ async def steps_in_small_pages(database: Database, monkeypatch: pytest.MonkeyPat
     made: list[migrate.Step] = []
 
     def steps(script: Script) -> list[migrate.Step]:
-        made[:] = small_pages(script) if script.revision == "0013" else ()
+        if script.revision != "0013":
+            return []
+        made[:] = small_pages(script)
         return made
 
     monkeypatch.setattr(migrate, "steps_of", steps)
@@ -435,7 +437,7 @@ async def test_a_killed_migration_goes_on(postgres: Postgres, tmp_path: Path) ->
     await asyncio.to_thread(inserter.insert_once)
     assert await migrate.current(database) == "0012"
     done = run_command("migrate", settings=settings, cwd=tmp_path)
-    assert (done.returncode, b"to 0013" in done.stdout) == (0, True), done.stderr
+    assert (done.returncode, f"to {migrate.head()}".encode() in done.stdout) == (0, True), done.stderr
     found = await shown_now(database, every=101)
     assert found.items() <= before.items()
     assert await count_moved(database) == (count * 0.6 + 1, count * 1.2 + 1)

@@ -94,6 +94,12 @@ async def fill(client: httpx.AsyncClient) -> dict[str, str]:
     (await client.post(f"/v1/jobs/{jobs[0]}/cancel")).raise_for_status()
     replay = (await client.post("/v1/replays", json={"all": True})).json()["id"]
     (dead,) = (await client.get("/v1/deliveries?state=dead")).json()["data"]
+    assert (await client.post("/clipia/webhook", content=b"unsigned")).status_code == 401
+    rejected: list[Any] = []
+    async with asyncio.timeout(30):
+        while not rejected:
+            await asyncio.sleep(0.05)
+            rejected = (await client.get("/v1/rejections")).json()["data"]
     return {
         "POST /v1/jobs/{id}/resubmit": jobs[0],
         "POST /v1/jobs/{id}/cancel": jobs[1],
@@ -105,6 +111,7 @@ async def fill(client: httpx.AsyncClient) -> dict[str, str]:
         "POST /v1/deliveries/{id}/retry": dead["id"],
         "GET /v1/replays/{id}": replay,
         "POST /v1/replays/{id}/cancel": replay,
+        "GET /v1/rejections/{id}": str(rejected[0]["id"]),
     }
 
 
