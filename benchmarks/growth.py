@@ -48,6 +48,7 @@ from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.db import leases, migrate, outbox, reads, tables
 from receiver.db.database import Database
+from receiver.db.event_filter import EventFilter
 from receiver.db.rows import NewEvent
 from receiver.db.tables import deliveries, events
 from receiver.destination_settings import DestinationSettings
@@ -240,7 +241,7 @@ QUERIES: dict[str, Query] = {
         connection, limit=PAGE, before=random.randint(1, count)
     ),
     "page of events since just now, ms": lambda connection, _: reads.list_events(
-        connection, limit=PAGE, since=datetime.now(UTC)
+        connection, limit=PAGE, which=EventFilter(since=datetime.now(UTC))
     ),
     "an event by its request_id, ms": lambda connection, count: _show(
         connection, request_of(random.randint(1, count))

@@ -17,9 +17,11 @@ from receiver.api.models import Restarted, RestartedMany, ShownEvent, ShownRecei
 from receiver.api.parameters import (
     Cursor,
     Flag,
+    Id,
     IdCursor,
     Ids,
     Limit,
+    MetadataFilter,
     Moment,
     Name,
     Parameters,
@@ -29,6 +31,7 @@ from receiver.api.parameters import (
 from receiver.core.lenient_json import display_fields
 from receiver.db import outbox, reads
 from receiver.db.database import Database
+from receiver.db.event_filter import EventFilter
 from receiver.db.outbox import DeadLetters
 from receiver.db.reads import EventFinder, EventT
 from receiver.db.rows import DeliveryState, EventState, EventStatus
@@ -43,7 +46,7 @@ MAX_RESTARTED: Final = 10_000
 log = structlog.get_logger()
 
 
-class EventsQuery(Parameters):
+class EventsQuery(MetadataFilter):
     """Filters of a list of events."""
 
     limit: Limit = 50
@@ -57,6 +60,18 @@ class EventsQuery(Parameters):
     """Received at or after this time."""
     until: Moment | None = None
     """Received before this time."""
+    caller: str | None = None
+    """The caller of its job."""
+    idempotency_key: str | None = None
+    """The key of its job."""
+    job_id: Id | None = None
+    event_id: Id | None = None
+    request_id: str | None = None
+    """Clipia's id."""
+    delivery_id: Id | None = None
+    delivery_state: Annotated[DeliveryState | None, one_of(DeliveryState)] = None
+    """Events with a delivery in this state, and to `destination` if that is given."""
+    destination: str | None = None
 
 
 class ReceiptsQuery(Parameters):
@@ -203,12 +218,7 @@ class EventEndpoints:
                 connection,
                 limit=query.limit + 1,
                 before=query.cursor,
-                source=query.source,
-                state=query.state,
-                status=query.status,
-                model=query.model,
-                since=query.since,
-                until=query.until,
+                which=EventFilter(**query.model_dump(exclude={"limit", "cursor"})),
             )
         return page_response(rows, query.limit, "seq")
 

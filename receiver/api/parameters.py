@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from receiver.clipia.job_request import MAX_METADATA
-from receiver.core.request_values import first_problem, read_cursor, read_id_cursor
+from receiver.core.request_values import first_problem, read_cursor, read_id_cursor, read_moment
 from receiver.errors import RequestError
 
 MAX_PAGE_ROWS: Final = 200
@@ -71,13 +71,9 @@ def _read_limit(value: object, info: ValidationInfo) -> int:
 
 def _read_moment(value: object, info: ValidationInfo) -> datetime:
     try:
-        moment = datetime.fromisoformat(value)  # type: ignore[arg-type]  # a wrong type raises TypeError
-    except (TypeError, ValueError):
-        raise invalid(f"{info.field_name}: write a time such as 2026-01-31T12:00:00Z") from None
-    try:
-        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
-    except OverflowError:
-        raise invalid(f"{info.field_name}: write a year from 1 to 9999") from None
+        return read_moment(value, now=datetime.now(UTC))
+    except ValueError as error:
+        raise invalid(f"{info.field_name}: {error}") from None
 
 
 def _read_seconds(value: object, info: ValidationInfo) -> float:
@@ -131,15 +127,16 @@ Moment = Annotated[
     WithJsonSchema(
         {
             "type": "string",
-            "anyOf": [{"format": "date-time"}, {"format": "date"}],
-            "examples": ["2026-01-31T12:00:00Z"],
+            "anyOf": [{"format": "date-time"}, {"format": "date"}, {"pattern": "^[0-9]{1,5}[smhdw]$"}],
+            "examples": ["2026-01-31T12:00:00Z", "90m"],
         }
     ),
 ]
-"""A time; without a zone it is UTC."""
+"""A time, in UTC if it has no zone; or an age, such as 30s, 90m, 2h, 7d or 1w."""
 Seconds = Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS), BeforeValidator(_read_seconds)]
 Flag = Annotated[bool, BeforeValidator(_read_flag)]
 Name = Annotated[str, BeforeValidator(_read_name)]
+Id = Annotated[UUID, BeforeValidator(_read_id)]
 Ids = Annotated[list[UUID], BeforeValidator(_read_ids)]
 
 

@@ -62,11 +62,3 @@ def read_input(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReceiverError('--input: write a JSON object, as in \'{"prompt": "a cat"}\'')
     return value
-
-
-def read_pair(text: str) -> tuple[str, str]:
-    """Return the name and the value of `--metadata`. Raises ReceiverError."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ReceiverError(f"--metadata {text!r}: write NAME=VALUE")
-    return name, value

@@ -15,7 +15,15 @@ from receiver import retention, unrecognized
 from receiver.api.events import readable
 from receiver.cli.database import find_event, no_event, opened_storage, query_database, with_database
 from receiver.cli.export_import import export, import_
-from receiver.cli.options import CURSOR_HELP, EventKey, Json, Limit, since_option, until_option
+from receiver.cli.options import (
+    CURSOR_HELP,
+    EventKey,
+    Json,
+    Limit,
+    read_pair,
+    since_option,
+    until_option,
+)
 from receiver.cli.terminal import (
     count,
     moment,
@@ -32,7 +40,8 @@ from receiver.cli.terminal import (
 from receiver.core.request_values import split_page
 from receiver.db import reads
 from receiver.db.database import Database
-from receiver.db.rows import EventState, EventStatus
+from receiver.db.event_filter import EventFilter
+from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import DeliveryWithLog, EventDetails, FileWithLog
 from receiver.retention import Erased
 from receiver.settings import Settings
@@ -49,6 +58,16 @@ def list_(
     state: Annotated[EventState | None, typer.Option(help="Only events in this state.")] = None,
     status: Annotated[EventStatus | None, typer.Option(help="Only events with this status.")] = None,
     model: Annotated[str | None, typer.Option(help="Only events of this model.")] = None,
+    caller: Annotated[str | None, typer.Option(help="Only events of this caller's jobs.")] = None,
+    metadata: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Only events of jobs with this metadata. Repeatable."),
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Only the event of the job with this key.")] = None,
+    delivery_state: Annotated[
+        DeliveryState | None, typer.Option(help="Only events with a delivery in this state.")
+    ] = None,
+    destination: Annotated[str | None, typer.Option(help="Only events with a delivery to it.")] = None,
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,
@@ -61,12 +80,19 @@ def list_(
             reads.list_events,
             limit=limit + 1,
             before=cursor,
-            source=source,
-            state=state,
-            status=status,
-            model=model,
-            since=since,
-            until=until,
+            which=EventFilter(
+                source=source,
+                state=state,
+                status=status,
+                model=model,
+                caller=caller,
+                metadata=dict(read_pair(text) for text in metadata or ()),
+                idempotency_key=key,
+                delivery_state=delivery_state,
+                destination=destination,
+                since=since,
+                until=until,
+            ),
         )
     )
     columns = ("seq", "request_id", "status", "model", "state", "received_at", "media", "deliveries")

@@ -10,9 +10,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.clipia_calls import read_pair, with_submitter
+from receiver.cli.clipia_calls import with_submitter
 from receiver.cli.database import change_database
-from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, Json, Limit, read_pair, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.terminal import (
     count,

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from receiver.core.request_values import read_moment
+from receiver.errors import ReceiverError
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
 EventKey = Annotated[str, typer.Argument(metavar="EVENT", help="The event's id, or Clipia's request_id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -13,19 +16,31 @@ CURSOR_HELP: Final = "Continue here: the `next` of the page before."
 MAX_PORT: Final = 65_535
 
 
+def read_time(text: str) -> datetime:
+    """Read a time or an age. Raises BadParameter."""
+    try:
+        return read_moment(text, now=datetime.now(UTC))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def since_option(noun: str) -> Any:
     """Make the option `--since`; `noun` names the rows and the time that counts, as in `events received`."""
     return typer.Option(
         metavar="TIME",
-        callback=_in_utc,
-        help=f"Only {noun} at or after this time (UTC): 2026-01-31 or 2026-01-31T12:00:00.",
+        parser=read_time,
+        help=f"Only {noun} at or after this time: 2026-01-31, 2026-01-31T12:00 (UTC), or ago: 90m, 2h, 7d.",
     )
 
 
 def until_option(noun: str) -> Any:
     """Make the option `--until`."""
-    return typer.Option(metavar="TIME", callback=_in_utc, help=f"Only {noun} before this time (UTC).")
+    return typer.Option(metavar="TIME", parser=read_time, help=f"Only {noun} before this time (UTC).")
 
 
-def _in_utc(time: datetime | None) -> datetime | None:
-    return time.replace(tzinfo=UTC) if time else None
+def read_pair(text: str) -> tuple[str, str]:
+    """Return the name and the value of `--metadata`. Raises ReceiverError."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ReceiverError(f"--metadata {text!r}: write NAME=VALUE")
+    return name, value

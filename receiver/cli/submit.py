@@ -8,8 +8,8 @@ from typing import Annotated, Any, Final
 import typer
 from rich.status import Status
 
-from receiver.cli.clipia_calls import Input, Strict, read_input, read_pair, with_submitter
-from receiver.cli.options import Json
+from receiver.cli.clipia_calls import Input, Strict, read_input, with_submitter
+from receiver.cli.options import Json, read_pair
 from receiver.cli.terminal import amount, print_json, print_line, print_note, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE

@@ -1,6 +1,8 @@
 """Checks of the values that the API, the commands and the submitter share; pure."""
 
+import re
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -13,6 +15,14 @@ MAX_KEY_LENGTH: Final = 255
 _MAX_DIGITS: Final = 18  # of a cursor: it is a 64-bit integer in the database
 _MAX_FIELD_LENGTH: Final = 64
 _Row = TypeVar("_Row", bound=Mapping[str, Any])
+_AGE: Final = re.compile(r"([0-9]{1,5})([smhdw])")
+_UNITS: Final = {
+    "s": timedelta(seconds=1),
+    "m": timedelta(minutes=1),
+    "h": timedelta(hours=1),
+    "d": timedelta(days=1),
+    "w": timedelta(weeks=1),
+}
 _INVALID_CURSOR: Final = "invalid cursor: pass the `next` value of the previous page"
 
 
@@ -45,6 +55,22 @@ def read_id_cursor(text: str | None) -> UUID | None:
         return None if text is None else UUID(text)
     except ValueError:
         raise _invalid(_INVALID_CURSOR) from None
+
+
+def read_moment(text: object, *, now: datetime) -> datetime:
+    """Return a time: ISO 8601, in UTC if it has no zone, or an age such as `90m`. Raises ValueError."""
+    if isinstance(text, str) and (age := _AGE.fullmatch(text)):
+        return now - int(age[1]) * _UNITS[age[2]]
+    try:
+        moment = datetime.fromisoformat(text)  # type: ignore[arg-type]  # a wrong type raises TypeError
+    except (TypeError, ValueError):
+        raise ValueError(
+            "write a time such as 2026-01-31T12:00:00Z, or an age such as 90m, 2h or 7d"
+        ) from None
+    try:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except OverflowError:
+        raise ValueError("write a year from 1 to 9999") from None
 
 
 def split_page(rows: Sequence[_Row], limit: int, cursor: str) -> tuple[Sequence[_Row], str | None]:

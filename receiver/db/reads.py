@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
-from sqlalchemy import ColumnElement, Select, Table, and_, case, exists, func, select, tuple_, union_all
+from sqlalchemy import ColumnElement, Select, Table, and_, case, func, select, tuple_, union_all
 
 from receiver.db import prices, unrecognized
 from receiver.db.connection import SqlConnection
+from receiver.db.event_filter import EVERY_EVENT, EventFilter, has_metadata
 from receiver.db.receipts import FIRST_COLUMNS, receipts_of
 from receiver.db.rows import CostGroup, event_id, least_id
 from receiver.db.sources import find_event_ids
@@ -67,20 +68,14 @@ async def list_events(
     *,
     limit: int,
     before: int | None = None,
-    source: str | None = None,
-    state: str | None = None,
-    status: str | None = None,
-    model: str | None = None,
-    since: datetime | None = None,
-    until: datetime | None = None,
+    which: EventFilter = EVERY_EVENT,
 ) -> list[EventSummary]:
     """Return events, newest first, and the number of their files and deliveries in each state.
 
     `before` is the `seq` of the last row of the previous page.
     """
     place = tuple_(events.c.received_at, events.c.seq)
-    where = equal(events, {"source": source, "state": state, "status": status, "model": model})
-    where += between(events.c.received_at, since, until)
+    where = await which.conditions(connection)
     if before is not None:
         last = select(events.c.received_at).where(events.c.seq == before)
         moment = (await connection.execute(last)).scalar_one_or_none()
@@ -233,7 +228,7 @@ async def list_jobs(
     """
     where = equal(jobs, {"caller": caller, "state": state, "model": model})
     where += between(jobs.c.created_at, since, until)
-    where += [_has_metadata(connection, key, value) for key, value in metadata.items()]
+    where += [has_metadata(connection, key, value) for key, value in metadata.items()]
     if before is not None:
         where.append(jobs.c.seq < before)
     statement = select(jobs).where(*where).order_by(jobs.c.seq.desc()).limit(limit)
@@ -244,15 +239,6 @@ async def list_jobs(
         row["event"] = None if event is None else event | {"media": [], "deliveries": []}
         row["attempt_log"] = []
     return cast("list[JobDetails]", found)
-
-
-def _has_metadata(connection: SqlConnection, key: str, value: str) -> ColumnElement[bool]:
-    if connection.dialect.name == "postgresql":
-        found: ColumnElement[bool] = jobs.c.metadata[key].as_string() == value
-        return found
-    # A JSON path cannot name every key, so the keys are compared as values.
-    pairs = func.json_each(jobs.c.metadata).table_valued("key", "value")
-    return exists().where(pairs.c.key == key, pairs.c.value == value)
 
 
 async def show_job(

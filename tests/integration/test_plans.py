@@ -18,6 +18,8 @@ from receiver.core.signature import Secret
 from receiver.db import jobs, reads, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
+from receiver.db.event_filter import EventFilter
+from receiver.db.rows import event_id
 from receiver.db.sqlite import Sqlite
 from receiver.db.tables import deliveries
 from receiver.ingest import Ingest, SignedRequest
@@ -147,8 +149,8 @@ async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
             (middle,) = await reads.list_events(connection, limit=1, before=HISTORY // 2)
             assert await reads.show_event(connection, middle["request_id"])
             assert await reads.show_event(connection, str(middle["id"]))
-            assert not await reads.list_events(connection, limit=50, since=just_now)
-            assert not await reads.list_events(connection, limit=50, until=long_ago)
+            for which in (EventFilter(since=just_now), EventFilter(until=long_ago)):
+                assert not await reads.list_events(connection, limit=50, which=which)
             assert len(await reads.list_deliveries(connection, limit=50)) == 50
             for state in ("pending", "dead"):
                 assert not await reads.list_deliveries(connection, limit=50, state=state)
@@ -157,3 +159,30 @@ async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
         backlog = await read_backlog(world.database, [])
         assert not any(each.rows for each in backlog.values())
         assert not await count_dead_letters(world.database, [])
+
+
+async def test_events_by_their_jobs_and_deliveries(world: World, postgres: Postgres) -> None:
+    """C13: events by caller, key, ids and open deliveries read few rows, however many jobs a caller has."""
+    for caller in ("blog", "zine"):
+        await world.add_job(f"{caller}-1", caller=caller, request_id=f"{caller}-1")
+    await world.add(plain("blog-1"))
+    await world.add(plain("zine-1"))
+    job_id = await world.add_job("late", caller="blog", request_id="r-7-again")
+    async with little_read(world.database, postgres), world.database.read() as connection:
+
+        async def found(**values: Any) -> int:
+            return len(await reads.list_events(connection, limit=50, which=EventFilter(**values)))
+
+        assert await found(caller="zine") == 1
+        assert await found(caller="nobody") == 0
+        assert await found(idempotency_key="r-7") == 1
+        assert await found(idempotency_key="blog-1", caller="blog") == 1
+        assert await found(request_id="r-9") == 1
+        assert await found(job_id=job_id) == 0
+        assert await found(event_id=event_id("clipia", "r-11")) == 1
+        assert await found(delivery_id=job_id) == 0
+        assert await found(delivery_state="dead") == 0
+        assert await found(delivery_state="pending", destination="main") == 0
+    async with little_read(world.database, postgres), world.database.read() as connection:
+        which = EventFilter(caller="shop", delivery_state="delivered", destination="main")
+        assert len(await reads.list_events(connection, limit=50, which=which)) == 50

@@ -240,6 +240,26 @@ async def test_without_destinations_there_is_nothing_to_replay(commands: Command
     assert (await commands.run("route", "r-1")).strip() == "No destination is configured."
 
 
+async def test_events_are_listed_by_job_and_delivery(commands: Commands) -> None:
+    """`events list` filters by the job and the deliveries; a time may be an age."""
+    await commands.world.add_job("order-1", caller="shop", request_id="r-1", metadata={"tier": "gold"})
+    await commands.world.add_history(plain("r-1"), failure("r-2"))
+    for arguments, found in (
+        (["--caller", "shop"], ["r-1"]),
+        (["--key", "order-1"], ["r-1"]),
+        (["--metadata", "tier=gold"], ["r-1"]),
+        (["--metadata", "tier=tin"], []),
+        (["--destination", "failures", "--delivery-state", "delivered"], ["r-2"]),
+        (["--delivery-state", "dead"], []),
+        (["--since", "1h"], ["r-2", "r-1"]),
+        (["--until", "1h"], []),
+        (["--since", "2020-01-31T12:00+02:00"], ["r-2", "r-1"]),
+    ):
+        page = await commands.json("events", "list", *arguments)
+        assert [row["request_id"] for row in page["data"]] == found, arguments
+    assert "an age such as" in await commands.error("events", "list", "--since", "1y", status=2)
+
+
 async def test_route_shows_every_verdict(commands: Commands) -> None:
     """`receiver route` shows the destinations of an event, and the filters that exclude the others."""
     await commands.world.add_history(plain("r-1"), failure("e-1"))

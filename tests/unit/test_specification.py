@@ -87,7 +87,11 @@ def test_parameters_have_their_bounds(specification: Json) -> None:
     assert found["wait"] == {"type": "number", "minimum": 0, "maximum": 300, "default": 0}
     assert found["state"] == {"type": "string", "enum": list(get_args(JobState))}
     assert found["model"] == {"type": "string"}
-    assert found["since"]["anyOf"] == [{"format": "date-time"}, {"format": "date"}]
+    assert found["since"]["anyOf"] == [
+        {"format": "date-time"},
+        {"format": "date"},
+        {"pattern": "^[0-9]{1,5}[smhdw]$"},
+    ]
     assert found["metadata"]["patternProperties"] == {"^metadata\\.": {"type": "string"}}
 
 
