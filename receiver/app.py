@@ -29,6 +29,7 @@ from receiver.api.operations import Readiness, livez
 from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import RejectionEndpoints
 from receiver.api.replays import ReplayEndpoints
+from receiver.api.status import StatusEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
@@ -41,6 +42,7 @@ from receiver.metrics import show_source
 from receiver.process import make_ingest, make_rejections, make_replays, running_worker
 from receiver.rejections import NO_SOURCE, Rejections
 from receiver.settings import CALLBACK_PATH, Settings
+from receiver.status import read_status
 from receiver.submitter import Submitter
 
 Only = Literal["webhook", "internal"]
@@ -150,6 +152,7 @@ def _internal_routes(
         *events.table(),
         *ReplayEndpoints(database, replays).table(),
         *RejectionEndpoints(database).table(),
+        *StatusEndpoints(partial(read_status, settings, database, submitter)).table(),
     ]
     return [
         *Documents(table).routes(),

@@ -227,3 +227,44 @@ REJECTION: Final[dict[str, Any]] = {
     "body": '{"request_id": "c7b6521b-55d1-46c4-8952-f1af51482c78", …',
 }
 REPLAY: Final[dict[str, Any]] = {**REPLAY_HEAD, "deliveries": {"orders": {"delivered": 312}}}
+
+STATUS: Final[dict[str, Any]] = {
+    "at": _AT,
+    "database": "postgresql",
+    "problems": [
+        {
+            "text": "orders: 312 of 312 pending fail: connection refused",
+            "command": "receiver deliveries list --destination orders --state pending",
+        }
+    ],
+    "last_webhook_at": _AT,
+    "rejections_last_hour": {"newline_added": 2},
+    "jobs_last_day": {"completed": 1204, "submitted": 3},
+    "submissions_paused": False,
+    "lanes": [{"lane": "fanout", "rows": 0, "oldest_seconds": 0.0}],
+    "destinations": [
+        {
+            "name": "orders",
+            "configured": True,
+            "pending": 312,
+            "failing": 312,
+            "oldest_seconds": 540.5,
+            "dead": 0,
+            "delivered_per_minute": 0.0,
+            "failed_per_minute": 4.0,
+            "last_error": "connection refused",
+        }
+    ],
+    "workers": [
+        {
+            "host": "web-1",
+            "pid": 41,
+            "lanes": ["fanout", "media", "destination:orders"],
+            "running": True,
+            "seen_seconds_ago": 2.1,
+        }
+    ],
+    "disks": [
+        {"holds": "media", "path": "/srv/media", "free_bytes": 42949672960, "total_bytes": 107374182400}
+    ],
+}

@@ -22,6 +22,7 @@ from receiver.cli.route import route
 from receiver.cli.sandbox import sandbox
 from receiver.cli.send import send
 from receiver.cli.serve import serve
+from receiver.cli.status import status
 from receiver.cli.submit import submit
 from receiver.cli.worker import worker
 
@@ -48,7 +49,7 @@ app = typer.Typer(
 )
 for command in (
     *(demo, serve, worker, submit, models, estimate, account, replay, prune, route, sandbox),
-    *(migrate, check, healthcheck, send),
+    *(status, migrate, check, healthcheck, send),
 ):
     app.command()(command)
 app.add_typer(jobs, name="jobs", cls=_Group)

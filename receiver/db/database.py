@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from operator import itemgetter
+from pathlib import Path
 from typing import Final, TypeVar
 
 from sqlalchemy import URL
@@ -34,6 +35,11 @@ class Database:
     def is_sqlite(self) -> bool:
         """Whether it is SQLite; otherwise it is PostgreSQL."""
         return isinstance(self._backend, Sqlite)
+
+    @property
+    def file(self) -> Path | None:
+        """SQLite's file; None on PostgreSQL, and for a database in memory."""
+        return self._backend.file if isinstance(self._backend, Sqlite) else None
 
     @property
     def dialect_name(self) -> str:

@@ -63,6 +63,7 @@ class Sqlite:
     def __init__(self, url: URL) -> None:
         """Create the file. Raises SettingsError if its folder cannot be created."""
         make_file(url)
+        self.file: Final = Path(url.database) if url.database else None
         self._url = url
         self._writer: Final = SqliteThread(url, begin="BEGIN IMMEDIATE")
         self._readers: Final = SqliteReaders(url, number=4)

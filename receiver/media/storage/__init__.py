@@ -11,7 +11,7 @@ from receiver.errors import SettingsError
 from receiver.media.storage.base import Storage
 from receiver.media.storage.local import LocalStorage
 
-__all__ = ["Storage", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "open_storage"]
 
 
 @dataclass(frozen=True, kw_only=True)

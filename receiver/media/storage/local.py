@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 from uuid import uuid4
 
 from receiver.errors import StorageUnavailable
@@ -30,11 +30,11 @@ class LocalStorage:
     """Files below `root`. Unfinished ones are in `root/.incoming`, from which `sweep` removes old ones."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+        self.root: Final = root.resolve()
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
         path = self._path(key)
-        part = _Part(self._root)
+        part = _Part(self.root)
         try:
             last = b""
             async for block in blocks(chunks, _BLOCK_BYTES):
@@ -74,16 +74,16 @@ class LocalStorage:
         return await probe(self)
 
     async def sweep(self) -> int:
-        return await self._run(_remove_abandoned, self._root / _INCOMING)
+        return await self._run(_remove_abandoned, self.root / _INCOMING)
 
     async def close(self) -> None:
         """There are no connections to close."""
 
     def _path(self, key: str) -> Path:
-        path = self._root / require_key(key)
+        path = self.root / require_key(key)
         # A key has no `..`, but a symbolic link in the folder could lead out of it.
-        if not path.resolve().is_relative_to(self._root):
-            raise StorageUnavailable(f"{path} leads out of {self._root}: remove the link", reason="error")
+        if not path.resolve().is_relative_to(self.root):
+            raise StorageUnavailable(f"{path} leads out of {self.root}: remove the link", reason="error")
         return path
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -93,7 +93,7 @@ class LocalStorage:
             is_full = error.errno in _FULL_ERRORS
             advice = "free some space" if is_full else "make it a folder that this user can write to"
             raise StorageUnavailable(
-                f"Cannot use {self._root}: {error.strerror}; {advice}, or change RECEIVER_STORAGE_URL",
+                f"Cannot use {self.root}: {error.strerror}; {advice}, or change RECEIVER_STORAGE_URL",
                 reason="full" if is_full else "error",
             ) from error
 
@@ -102,7 +102,7 @@ class _Part:
     """An unfinished file: `publish` gives it its name, `discard` removes it."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
+        self.root = root
         self._path = root / _INCOMING / uuid4().hex
         self._descriptor: int | None = None
         self._writer: DirectWriter | None = None
@@ -124,7 +124,7 @@ class _Part:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path.rename(path)
         # Flush existing folders, too: the process that made one may not have done so yet.
-        for folder in path.parents[: len(path.relative_to(self._root).parts)]:
+        for folder in path.parents[: len(path.relative_to(self.root).parts)]:
             sync_folder(folder)
 
     def discard(self) -> None:

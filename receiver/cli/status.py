@@ -1,0 +1,133 @@
+"""`receiver status`: the service on one screen."""
+
+import asyncio
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from receiver.cli.database import with_database
+from receiver.cli.options import Json
+from receiver.cli.terminal import moment, print_json, size, stdout
+from receiver.db.database import Database
+from receiver.settings import Settings
+from receiver.status import Status, read_status
+from receiver.submitter import Submitter
+
+WATCH_SECONDS: Final = 2.0
+
+
+def status(
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Read it again every two seconds, until Ctrl-C.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Show lanes, destinations, workers, jobs and disks on one screen, and the next command for each problem.
+
+    The disks are those of this machine.
+    """
+
+    async def run(settings: Settings, database: Database) -> None:
+        submitter = Submitter.configured(settings, database)
+        try:
+            if json:
+                print_json(await read_status(settings, database, submitter))
+                return
+            if not watch:
+                stdout.print(screen(await read_status(settings, database, submitter)), crop=False)
+                return
+            with Live(console=stdout, screen=stdout.is_terminal, auto_refresh=False) as live:
+                while True:
+                    live.update(screen(await read_status(settings, database, submitter)), refresh=True)
+                    await asyncio.sleep(WATCH_SECONDS)
+        finally:
+            await submitter.close()
+
+    with_database(run)
+
+
+def screen(found: Status) -> Group:
+    """Return the screen of a status."""
+    parts: list[RenderableType] = [_head(found)]
+    if found["problems"]:
+        parts.append(Text("\nProblems", style="bold red"))
+        for problem in found["problems"]:
+            # A command that is wrapped cannot be copied.
+            command = Text(f"    $ {problem['command']}", style="cyan", no_wrap=True, overflow="ignore")
+            parts += [Text(f"  {problem['text']}"), command]
+    else:
+        parts.append(Text("\nNo problems found.", style="green"))
+    lanes = [
+        (each["lane"], each["rows"], age(each["oldest_seconds"]) if each["rows"] else "-")
+        for each in found["lanes"]
+    ]
+    parts.append(_table("lane", ("waiting", "oldest"), lanes))
+    destinations = [
+        (
+            each["name"] + ("" if each["configured"] else " (not configured)"),
+            each["pending"],
+            age(each["oldest_seconds"]) if each["pending"] else "-",
+            _red(each["failing"]),
+            _red(each["dead"]),
+            f"{each['delivered_per_minute']:g}",
+            f"{each['failed_per_minute']:g}",
+        )
+        for each in found["destinations"]
+    ]
+    columns = ("waiting", "oldest", "failing", "dead", "delivered/min", "failed/min")
+    parts.append(_table("destination", columns, destinations))
+    parts.append(Text())
+    for worker in found["workers"]:
+        state = "running" if worker["running"] else "not seen"
+        seen = age(worker["seen_seconds_ago"])
+        lanes_text = ", ".join(worker["lanes"])
+        parts.append(Text(f"worker {worker['host']}:{worker['pid']}  {state} ({seen} ago)  {lanes_text}"))
+    parts.append(Text(f"jobs of 24 h: {_counts(found['jobs_last_day'])}"))
+    parts.append(Text(f"rejected requests of 1 h: {_counts(found['rejections_last_hour'])}"))
+    for disk in found["disks"]:
+        free, total = size(disk["free_bytes"]), size(disk["total_bytes"])
+        parts.append(Text(f"disk of the {disk['holds']}: {free} of {total} free ({disk['path']})"))
+    return Group(*parts)
+
+
+def _head(found: Status) -> Text:
+    webhook = found["last_webhook_at"]
+    last = "no webhook yet" if webhook is None else f"last webhook {_since(webhook, found['at'])} ago"
+    paused = ", submissions paused" if found["submissions_paused"] else ""
+    return Text(f"{moment(found['at'])}  {found['database']}, {last}{paused}", style="bold")
+
+
+def _since(then: datetime, now: datetime) -> str:
+    return age(max(0.0, (now - then).total_seconds()))
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> RenderableType:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column(title, overflow="fold")
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(each if isinstance(each, Text) else Text(str(each)) for each in row))
+    return Group(Text(), table)
+
+
+def _red(number: int) -> Text:
+    return Text(str(number), style="red" if number else "")
+
+
+def _counts(numbers: dict[str, int]) -> str:
+    return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items())) or "none"
+
+
+def age(seconds: float) -> str:
+    """Return a time span for people, in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,257 @@
+"""The status of the service on one screen, and the problems in it, each with the next command.
+
+`receiver status` and `/v1/status` show it. It reads rows only, so it is the same from each machine; the disk
+is that of the process that reads it.
+"""
+
+import shutil
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+# pydantic does not read the standard library's TypedDict before Python 3.12.
+from typing_extensions import TypedDict
+
+from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
+from receiver.db import outbox, rejections, status, workers
+from receiver.db.connection import SqlConnection
+from receiver.db.database import Database
+from receiver.db.rows import Backlog
+from receiver.db.status import Rate
+from receiver.lanes.backlog import read_backlog
+from receiver.media import LocalStorage, open_storage
+from receiver.settings import Settings
+from receiver.submitter import Submitter
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+JOB_HOURS: Final = 24
+OLD_SECONDS: Final = 600.0
+"""Rows that wait for longer are a problem, even if no attempt has failed."""
+LEAST_FREE_SHARE: Final = 0.05
+"""A disk with less free space is a problem."""
+
+
+class LaneStatus(TypedDict):
+    """Rows that a lane has not finished."""
+
+    lane: str
+    rows: int
+    oldest_seconds: float
+
+
+class DestinationStatus(TypedDict):
+    """Deliveries to one destination."""
+
+    name: str
+    configured: bool
+    pending: int
+    failing: int
+    """Pending deliveries whose last attempt failed."""
+    oldest_seconds: float
+    dead: int
+    delivered_per_minute: float
+    failed_per_minute: float
+    last_error: str | None
+
+
+class WorkerStatus(TypedDict):
+    """A worker process."""
+
+    host: str
+    pid: int
+    lanes: list[str]
+    running: bool
+    seen_seconds_ago: float
+
+
+class DiskStatus(TypedDict):
+    """The file system of a folder."""
+
+    holds: str
+    """`media`, or `database` for SQLite's file."""
+    path: str
+    free_bytes: int
+    total_bytes: int
+
+
+class Problem(TypedDict):
+    """A sentence, and the command that shows more."""
+
+    text: str
+    command: str
+
+
+class Status(TypedDict):
+    """The service on one screen."""
+
+    at: datetime
+    database: str
+    problems: list[Problem]
+    last_webhook_at: datetime | None
+    rejections_last_hour: dict[str, int]
+    """Kept requests by cause."""
+    jobs_last_day: dict[str, int]
+    """Jobs made in the last 24 hours by state."""
+    submissions_paused: bool
+    lanes: list[LaneStatus]
+    destinations: list[DestinationStatus]
+    workers: list[WorkerStatus]
+    disks: list[DiskStatus]
+
+
+async def read_status(settings: Settings, database: Database, submitter: Submitter) -> Status:
+    """Read the status. Raises DatabaseUnavailable."""
+    now = datetime.now(UTC)
+    backlog = await read_backlog(database, settings.all_destinations)
+    paused = await submitter.paused()
+    async with database.read() as connection:
+        found = Status(
+            at=now,
+            database=database.dialect_name,
+            problems=[],
+            last_webhook_at=await status.find_last_webhook(connection),
+            rejections_last_hour=await rejections.count_since(connection, now - timedelta(hours=1)),
+            jobs_last_day=await status.count_jobs(connection, now - timedelta(hours=JOB_HOURS)),
+            submissions_paused=paused,
+            lanes=[
+                LaneStatus(lane=lane, rows=backlog[lane].rows, oldest_seconds=round(backlog[lane].oldest, 1))
+                for lane in (FAN_OUT_LANE, MEDIA_LANE, SUBMIT_LANE, POLL_LANE)
+            ],
+            destinations=await _read_destinations(connection, settings, backlog),
+            workers=await _read_workers(connection),
+            disks=list(_disks(settings, database)),
+        )
+    found["problems"] = list(find_problems(found))
+    return found
+
+
+async def _read_destinations(
+    connection: SqlConnection, settings: Settings, backlog: Mapping[str, Backlog]
+) -> list[DestinationStatus]:
+    configured = [each.name for each in settings.all_destinations]
+    failing, dead = await status.count_failing(connection), await outbox.count_dead(connection)
+    rates = await status.read_rates(connection)
+    waiting = {
+        lane.removeprefix(destination_lane("")) for lane in backlog if lane.startswith(destination_lane(""))
+    }
+    found = []
+    for name in sorted({*configured, *waiting, *dead}):
+        pending = backlog.get(destination_lane(name), Backlog(rows=0, oldest=0.0))
+        rate = rates.get(name, Rate(0.0, 0.0))
+        has_failed = name in failing or name in dead
+        found.append(
+            DestinationStatus(
+                name=name,
+                configured=name in configured,
+                pending=pending.rows,
+                failing=failing.get(name, 0),
+                oldest_seconds=round(pending.oldest, 1),
+                dead=dead.get(name, 0),
+                delivered_per_minute=round(rate.delivered, 1),
+                failed_per_minute=round(rate.failed, 1),
+                last_error=await status.find_last_error(connection, name) if has_failed else None,
+            )
+        )
+    return found
+
+
+async def _read_workers(connection: SqlConnection) -> list[WorkerStatus]:
+    return [
+        WorkerStatus(
+            host=run.host,
+            pid=run.pid,
+            lanes=run.lanes,
+            running=run.is_running,
+            seen_seconds_ago=round(run.age, 1),
+        )
+        for run in await workers.find_runs(connection)
+    ]
+
+
+def _disks(settings: Settings, database: Database) -> Iterator[DiskStatus]:
+    folders: dict[str, Path] = {}
+    storage = open_storage(settings.storage_url.get_secret_value())
+    if isinstance(storage, LocalStorage):
+        folders["media"] = storage.root
+    if database.file is not None:
+        folders["database"] = database.file.parent.resolve()
+    for holds, folder in folders.items():
+        # The first file makes the folder.
+        existing = next(each for each in (folder, *folder.parents) if each.exists())
+        usage = shutil.disk_usage(existing)
+        yield DiskStatus(holds=holds, path=str(folder), free_bytes=usage.free, total_bytes=usage.total)
+
+
+def find_problems(found: Status) -> Iterator[Problem]:
+    """Return the problems of a status, the most urgent first."""
+    running = {lane for worker in found["workers"] if worker["running"] for lane in worker["lanes"]}
+    if not any(worker["running"] for worker in found["workers"]):
+        yield Problem(text="no worker is running: nothing is forwarded", command="receiver worker")
+    if found["submissions_paused"]:
+        yield Problem(text="submissions are paused", command="receiver account")
+    for each in found["destinations"]:
+        yield from _destination_problems(
+            each, is_served=not running or destination_lane(each["name"]) in running
+        )
+    for lane in found["lanes"]:
+        # A job is polled until its webhook comes, so its age says nothing.
+        if lane["oldest_seconds"] > OLD_SECONDS and lane["lane"] != POLL_LANE:
+            age = _age(lane["oldest_seconds"])
+            text = f"lane {lane['lane']}: {lane['rows']} waiting, the oldest for {age}"
+            yield Problem(text=text, command=_LANE_COMMANDS[lane["lane"]])
+    if found["jobs_last_day"].get("unsure"):
+        yield Problem(
+            text=f"jobs that may or may not have reached Clipia: {found['jobs_last_day']['unsure']}",
+            command="receiver jobs list --state unsure",
+        )
+    if rejected := sum(found["rejections_last_hour"].values()):
+        yield Problem(
+            text=f"rejected requests in the last hour: {rejected}",
+            command="receiver rejections list",
+        )
+    for disk in found["disks"]:
+        if disk["free_bytes"] < disk["total_bytes"] * LEAST_FREE_SHARE:
+            share = 100 * disk["free_bytes"] / disk["total_bytes"]
+            yield Problem(
+                text=f"the disk of {disk['path']} ({disk['holds']}) has {share:.1f} % left",
+                command="receiver prune",
+            )
+
+
+def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:
+    name, shown = each["name"], f"receiver deliveries list --destination {each['name']}"
+    if not each["configured"] and (each["pending"] or each["dead"]):
+        waiting = each["pending"] + each["dead"]
+        yield Problem(
+            text=f"{name} is not configured any more: {waiting} pending or dead",
+            command=f"receiver deliveries move {name} NEW",
+        )
+        return
+    if each["failing"]:
+        text = f"{name}: {each['failing']} of {each['pending']} pending fail: {each['last_error']}"
+        yield Problem(text=text, command=f"{shown} --state pending")
+    elif each["pending"] and not is_served:
+        yield Problem(
+            text=f"{name}: {each['pending']} pending, and no running worker serves it",
+            command="receiver worker",
+        )
+    elif each["pending"] and each["oldest_seconds"] > OLD_SECONDS:
+        text = f"{name}: {each['pending']} pending, the oldest for {_age(each['oldest_seconds'])}"
+        yield Problem(text=text, command=f"{shown} --state pending")
+    if each["dead"]:
+        text = f"{name}: {each['dead']} dead, the last one: {each['last_error']}"
+        yield Problem(text=text, command=f"{shown} --state dead")
+
+
+_LANE_COMMANDS: Final = {
+    FAN_OUT_LANE: "receiver worker",
+    MEDIA_LANE: "receiver events list",
+    SUBMIT_LANE: "receiver account",
+}
+
+
+def _age(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"

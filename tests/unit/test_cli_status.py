@@ -1,0 +1,64 @@
+"""The screen of `receiver status`."""
+
+import io
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+
+from receiver.api.examples import STATUS
+from receiver.cli.status import age, screen
+from receiver.status import Status
+
+
+def status(**changes: Any) -> Status:
+    """Return the status of the specification's example, with changes."""
+    at = datetime(2026, 1, 31, 12, tzinfo=UTC)
+    return cast("Status", {**STATUS, "at": at, "last_webhook_at": at, **changes})
+
+
+def shown(found: Status, *, width: int) -> list[str]:
+    """Return the lines of the screen."""
+    console = Console(file=io.StringIO(), width=width, highlight=False)
+    console.print(screen(found), crop=False)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_screen_fits_the_terminal(width: int) -> None:
+    """No column is cut, and each problem is followed by its command."""
+    lines = shown(status(), width=width)
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    assert "no worker" not in text
+    for column in ("waiting", "oldest", "failing", "dead", "delivered/min", "failed/min"):
+        assert column in text
+    assert "    $ receiver deliveries list --destination orders --state pending" in lines
+    assert [line.split() for line in lines if line.startswith("orders ")] == [
+        ["orders", "312", "9", "min", "312", "0", "0", "4"]
+    ]
+
+
+def test_a_long_command_stays_in_one_line() -> None:
+    """A command that is wrapped cannot be copied."""
+    command = "receiver deliveries list --destination " + "x" * 63 + " --state pending"
+    lines = shown(status(problems=[{"text": "it fails", "command": command}]), width=80)
+    assert f"    $ {command}" in lines
+
+
+def test_a_healthy_receiver_says_so() -> None:
+    """Markup in an error is shown as it is."""
+    lines = shown(status(problems=[{"text": "[bold]x[/]", "command": "receiver check"}]), width=80)
+    assert "  [bold]x[/]" in lines
+    assert "No problems found." in shown(status(problems=[]), width=80)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (119, "119 s"), (120, "2 min"), (7199, "120 min"), (7200, "2 h"), (172_800, "2 d")],
+)
+def test_age(seconds: float, text: str) -> None:
+    """A time span has one unit."""
+    assert age(seconds) == text
