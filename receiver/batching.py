@@ -16,7 +16,7 @@ Done = Callable[[ResultT | None, Exception | None], None]
 """Called once with the result of an item, or with None and the error."""
 
 _SMALL_GROUP: Final = 16
-"""So many items always go at once."""
+"""A balanced group takes at least so many items, if they wait."""
 
 
 class Entry(Generic[ItemT, ResultT]):
@@ -84,18 +84,25 @@ class Batcher(Generic[ItemT, ResultT]):
         weigh: Callable[[ItemT], int] | None = None,
         max_bytes: int = sys.maxsize,
         max_in_flight: int = 1,
+        is_balanced: bool = False,
         shared_errors: type[Exception] = Exception,
     ) -> None:
         """`max_items`, and `max_bytes` as `weigh` counts them, limit a group; a larger item goes alone.
 
         `max_in_flight` groups are sent at once. If `send` raises an error that is none of `shared_errors` for
         a group of several items, each of them is sent by itself, because only one of them may be bad.
+
+        `is_balanced` is for clients that wait for their answers before they send more. If all waiting items
+        went at once, a group of nearly all of them and a group of a few would alternate, and this process
+        would be idle during the large one. So a group takes half of the items that wait or were just
+        answered.
         """
         self._send = send
         self._max_items = max_items
         self._weigh = weigh
         self._max_bytes = max_bytes
         self._max_in_flight = max_in_flight
+        self._is_balanced = is_balanced
         self._shared_errors = shared_errors
         self._waiting: deque[Entry[ItemT, ResultT]] = deque()
         self._senders: set[asyncio.Task[None]] = set()
@@ -152,13 +159,10 @@ class Batcher(Generic[ItemT, ResultT]):
             self._senders.discard(asyncio.current_task())
 
     def _take_group(self, answered: int) -> list[Entry[ItemT, ResultT]]:
-        """Take the next group; `answered` is the size of the one before it.
-
-        Clients that wait for their answers send their next items after them. If all waiting items went at
-        once, a group of nearly all of them and a group of a few would alternate, and this process would be
-        idle during the large one. Groups of equal size keep both sides busy.
-        """
-        most = min(self._max_items, max(_SMALL_GROUP, (len(self._waiting) + answered + 1) // 2))
+        """Take the next group; `answered` is the size of the one before it."""
+        most = self._max_items
+        if self._is_balanced:
+            most = min(most, max(_SMALL_GROUP, (len(self._waiting) + answered + 1) // 2))
         group: list[Entry[ItemT, ResultT]] = []
         size = 0
         while self._waiting and len(group) < most:

@@ -243,6 +243,7 @@ def _batcher(
         max_items=MAX_BATCH_WEBHOOKS,
         weigh=lambda event: len(event.body),
         max_bytes=MAX_BATCH_BYTES,
+        is_balanced=True,
         shared_errors=DatabaseUnavailable,
     )
 

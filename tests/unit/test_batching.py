@@ -36,10 +36,16 @@ class Item:
     """An object that a weak reference can watch."""
 
 
-def grouped(writer: Writer, *, max_items: int = 10, max_in_flight: int = 1) -> Batcher[int, int]:
+def grouped(
+    writer: Writer, *, max_items: int = 10, max_in_flight: int = 1, is_balanced: bool = False
+) -> Batcher[int, int]:
     """Return a batcher as the database's users make it."""
     return Batcher(
-        writer, max_items=max_items, max_in_flight=max_in_flight, shared_errors=DatabaseUnavailable
+        writer,
+        max_items=max_items,
+        max_in_flight=max_in_flight,
+        is_balanced=is_balanced,
+        shared_errors=DatabaseUnavailable,
     )
 
 
@@ -76,7 +82,7 @@ async def test_clients_that_wait_for_their_answers_make_groups_of_equal_size() -
     """A group of nearly all items and a group of a few do not alternate."""
     writer = Writer()
     writer.commit.clear()
-    group = grouped(writer, max_items=100)
+    group = grouped(writer, max_items=100, is_balanced=True)
     tasks = await start(group, 0)
     tasks += await start(group, *range(1, 64))
     for _ in range(10):
