@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
+from receiver.api import request_ids
 from receiver.api.answers import error_body
 from receiver.api.auth import Tokens
 from receiver.api.direct import DirectDoor
@@ -177,10 +178,13 @@ class _App(Starlette):
             send = _with_logged_failures(send)
             # Without a direct door in its state, the protocol sends webhooks through ASGI.
             scope.get("state", {})[DIRECT_DOOR] = self._door
-        if scope["type"] == "http" and self._door is not None:
+        if scope["type"] == "http":
             path = "/" + "/".join(part for part in scope["path"].split("/") if part)
-            if f"{path}/".startswith(f"{CALLBACK_PATH}/"):
+            if self._door is not None and f"{path}/".startswith(f"{CALLBACK_PATH}/"):
                 scope["path"] = path
+                request_ids.forget()
+            else:
+                send = request_ids.identify(scope, send)
         await super().__call__(scope, receive, send)
 
 

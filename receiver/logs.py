@@ -44,7 +44,10 @@ class _DroppingQueueHandler(logging.handlers.QueueHandler):
     """Drops and counts records while the queue is full, in place of blocking or printing a traceback."""
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        # The library's method would format the record to text too early, and lose structlog's fields.
+        # The library's method would format the record to text too early, and lose structlog's fields. Another
+        # thread formats the record of a library, so the fields that are bound to this task go along.
+        if not isinstance(record.msg, dict):
+            record.bound = structlog.contextvars.get_contextvars()
         return record
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -86,6 +89,12 @@ class _BatchingListener(logging.handlers.QueueListener):
             record = super().dequeue(block)
             self._flushing.wait(WRITE_DELAY_SECONDS)
             return record
+
+
+def _add_bound(_logger: Any, _method: str, event: _Event) -> _Event:
+    """Add the fields that were bound to the task of a library's record."""
+    event.update(getattr(event["_record"], "bound", {}))
+    return event
 
 
 def _limit_fields(_logger: Any, _method: str, event: _Event) -> _Event:
@@ -193,7 +202,7 @@ def _start_writing(shared: Sequence[structlog.typing.Processor]) -> logging.Hand
     stream.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
-            foreign_pre_chain=[*shared, _mask_event],
+            foreign_pre_chain=[_add_bound, *shared, _mask_event],
         )
     )
     records: queue.Queue[logging.LogRecord] = queue.Queue(MAX_QUEUED_RECORDS)

@@ -21,7 +21,8 @@ The internal API of a receiver of Clipia's webhooks: jobs, events, deliveries an
 Each call under `/v1` needs `Authorization: Bearer <token>` with a token of `RECEIVER_API_TOKENS` that has the
 call's scope; no scope includes another one. A list is `{"data": [...], "next": cursor}`: pass `next` as
 `cursor` for the following page; it is null on the last one. Times have a zone, or are UTC. An error is
-`{"error": {"type", "code", "message"}}`, with `job_id` if there is a job; a 503 carries `Retry-After`.
+`{"error": {"type", "code", "message"}}`, with `job_id` if there is a job; a 503 carries `Retry-After`. Each
+answer carries `X-Request-Id`.
 """
 _ERROR: Final[JsonObject] = {
     "type": "object",

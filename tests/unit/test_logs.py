@@ -1,8 +1,10 @@
 """Logs: they never block the service, control a terminal, or fill the disk."""
 
 import io
+import json
 import logging
 import queue
+import subprocess
 import sys
 import time
 
@@ -101,3 +103,23 @@ def test_terminals_get_no_control_characters() -> None:
         None, "info", {"error": "\x1b[31mred\r\nFAKE", "exception": "a\nb", "ok": "é ok"}
     )
     assert event == {"error": "\\x1b[31mred\\r\\nFAKE", "exception": "a\nb", "ok": "é ok"}
+
+
+def test_records_of_libraries_have_the_bound_fields() -> None:
+    """A traceback that the server logs has the id of its request, although another thread writes it."""
+    program = """if True:
+        import logging
+        from structlog.contextvars import bind_contextvars, unbind_contextvars
+        from receiver.logs import configure_logging
+
+        configure_logging()
+        bind_contextvars(x_request_id="first")
+        logging.getLogger("uvicorn.error").error("failed")
+        unbind_contextvars("x_request_id")
+        logging.getLogger("uvicorn.error").error("later")
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, timeout=60)
+    first, later = (json.loads(line) for line in run.stderr.splitlines())
+    assert (first["event"], first["x_request_id"]) == ("failed", "first")
+    assert "x_request_id" not in later
+    assert not {"bound", "_record"} & first.keys()
