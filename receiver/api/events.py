@@ -1,18 +1,27 @@
 """`/v1/events` and `/v1/deliveries`: stored events, their receipts and deliveries, and dead letters."""
 
+import asyncio
 import base64
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Self
 
 import structlog
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from receiver import retention
 from receiver.api import examples
 from receiver.api.auth import Caller
-from receiver.api.endpoints import Call, Endpoint, json_response, not_found, page_response
+from receiver.api.endpoints import (
+    Call,
+    Endpoint,
+    json_response,
+    list_response,
+    not_found,
+    page_response,
+    while_connected,
+)
 from receiver.api.models import Restarted, RestartedMany, ShownEvent, ShownReceipt
 from receiver.api.parameters import (
     Cursor,
@@ -25,11 +34,12 @@ from receiver.api.parameters import (
     Moment,
     Name,
     Parameters,
+    Seconds,
     invalid,
     one_of,
 )
 from receiver.core.lenient_json import display_fields
-from receiver.db import outbox, reads
+from receiver.db import forward, outbox, reads
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
 from receiver.db.outbox import DeadLetters
@@ -43,6 +53,9 @@ from receiver.retention import Erased
 MAX_RESTARTED: Final = 10_000
 """Dead letters that one call restarts; the answer's `more` tells whether to call again."""
 
+POLL_SECONDS: Final = 0.5
+"""Time between two looks for a new event while a call waits for one."""
+
 log = structlog.get_logger()
 
 
@@ -52,6 +65,10 @@ class EventsQuery(MetadataFilter):
     limit: Limit = 50
     cursor: Cursor = None
     """The `next` of the page before."""
+    after: Cursor = None
+    """Read forward, oldest first, from the `next` of the answer before; 0 is the beginning."""
+    wait: Seconds = 0.0
+    """With `after`: seconds to wait for an event."""
     source: str | None = None
     state: Annotated[EventState | None, one_of(EventState)] = None
     status: Annotated[EventStatus | None, one_of(EventStatus)] = None
@@ -72,6 +89,19 @@ class EventsQuery(MetadataFilter):
     delivery_state: Annotated[DeliveryState | None, one_of(DeliveryState)] = None
     """Events with a delivery in this state, and to `destination` if that is given."""
     destination: str | None = None
+
+    @model_validator(mode="after")
+    def _reads_one_way(self) -> Self:
+        if self.after is not None and self.cursor is not None:
+            raise invalid("cursor: leave it out; `after` takes the `next` of the answer before")
+        if self.after is None and self.wait:
+            raise invalid("wait: it needs `after`")
+        return self
+
+    @property
+    def which(self) -> EventFilter:
+        """The filters alone."""
+        return EventFilter(**self.model_dump(exclude={"limit", "cursor", "after", "wait"}))
 
 
 class ReceiptsQuery(Parameters):
@@ -126,7 +156,7 @@ class EventEndpoints:
                 scope="operate",
                 handler=self._list,
                 name="list_events",
-                summary="List events, newest first",
+                summary="List events, newest first; or read them forward, and wait for new ones",
                 query=EventsQuery,
                 answer=EventSummary,
                 is_list=True,
@@ -213,14 +243,32 @@ class EventEndpoints:
 
     async def _list(self, call: Call[EventsQuery, None]) -> Response:
         query = call.query
+        if query.after is not None:
+            return await while_connected(call.request, self._read_forward(query, query.after))
         async with self._database.read() as connection:
             rows = await reads.list_events(
-                connection,
-                limit=query.limit + 1,
-                before=query.cursor,
-                which=EventFilter(**query.model_dump(exclude={"limit", "cursor"})),
+                connection, limit=query.limit + 1, before=query.cursor, which=query.which
             )
         return page_response(rows, query.limit, "seq")
+
+    async def _read_forward(self, query: EventsQuery, after: int) -> Response:
+        """Answer when there are events, or when the time is over; `next` is never null."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + query.wait
+        while True:
+            start, until = await forward.settle(self._database, after)
+            async with self._database.read() as connection:
+                rows = await reads.read_events(
+                    connection, limit=query.limit, after=start, until=until, which=query.which
+                )
+            if len(rows) == query.limit:
+                until = rows[-1]["seq"]
+            left = deadline - loop.time()
+            if rows or left <= 0:
+                return list_response(rows, str(until))
+            after = until
+            # Without a pause if events were read and none matches.
+            await asyncio.sleep(min(POLL_SECONDS, left) if until == start else 0)
 
     async def _show(self, call: Call[None, None]) -> Response:
         return json_response(readable(await load_event(self._database, call.key, reads.show_event)))

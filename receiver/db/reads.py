@@ -82,6 +82,18 @@ async def list_events(
         # If that row was pruned in the meantime, it was one of the oldest.
         where.append(events.c.seq < before if moment is None else place < tuple_(moment, before))
     statement = select(*_EVENT).where(*where).order_by(*(column.desc() for column in place)).limit(limit)
+    return await _summaries(connection, statement)
+
+
+async def read_events(
+    connection: SqlConnection, *, limit: int, after: int, until: int, which: EventFilter = EVERY_EVENT
+) -> list[EventSummary]:
+    """Return the events from one `seq` (exclusive) to another (inclusive), oldest first."""
+    where = [events.c.seq > after, events.c.seq <= until, *await which.conditions(connection)]
+    return await _summaries(connection, select(*_EVENT).where(*where).order_by(events.c.seq).limit(limit))
+
+
+async def _summaries(connection: SqlConnection, statement: Select[Any]) -> list[EventSummary]:
     found = [prices.join(row) for row in (await connection.execute(statement)).mappings()]
     seqs = [row["seq"] for row in found]
     for name, table in (("media", media), ("deliveries", deliveries)):

@@ -15,7 +15,7 @@ from support.payloads import SECRET, signed
 from support.servers import Postgres
 
 from receiver.core.signature import Secret
-from receiver.db import jobs, reads, replays
+from receiver.db import forward, jobs, reads, replays
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
@@ -186,3 +186,14 @@ async def test_events_by_their_jobs_and_deliveries(world: World, postgres: Postg
     async with little_read(world.database, postgres), world.database.read() as connection:
         which = EventFilter(caller="shop", delivery_state="delivered", destination="main")
         assert len(await reads.list_events(connection, limit=50, which=which)) == 50
+
+
+async def test_events_read_forward(world: World, postgres: Postgres) -> None:
+    """C13: the next page of a consumer, and a look for new events, read few rows."""
+    await world.add(plain("new-1"))
+    async with little_read(world.database, postgres):
+        start, until = await forward.settle(world.database, HISTORY - 10)
+        async with world.database.read() as connection:
+            page = await reads.read_events(connection, limit=50, after=start, until=until)
+        assert [row["request_id"] for row in page][-2:] == [f"r-{HISTORY}", "new-1"]
+        assert await forward.settle(world.database, until) == (until, until)
