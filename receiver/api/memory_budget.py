@@ -33,7 +33,7 @@ REST_SECONDS: Final = 2.0
 
 _M_MMAP_THRESHOLD: Final = -3  # of <malloc.h>
 _MAPPED_BYTES: Final = 128 * 1024
-"""Larger blocks are mapped; asyncpg's buffers, 64 KiB for each array, must not be among them."""
+"""Larger blocks are mapped; asyncpg's buffers, which grow to 64 KiB, must not be among them."""
 
 log = structlog.get_logger()
 
