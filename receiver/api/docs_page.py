@@ -143,12 +143,16 @@ def _type(schema: JsonObject) -> str:
         return f'<a href="#schema-{name}">{name}</a>'
     if "anyOf" in schema and "type" not in schema:
         return " or ".join(_type(each) for each in schema["anyOf"])
-    values = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
-    if values:
+    if values := _values(schema):
         return " | ".join(f"<code>{escape(str(each))}</code>" for each in values)
     if schema.get("type") == "array":
         return f"list of {_type(schema.get('items', {}))}"
     return _object_type(schema) if schema.get("type") == "object" else _scalar_type(schema)
+
+
+def _values(schema: JsonObject) -> list[Any]:
+    """Return the only values that a schema allows; an empty list if it has no such list."""
+    return schema.get("enum") or ([schema["const"]] if "const" in schema else [])
 
 
 def _scalar_type(schema: JsonObject) -> str:

@@ -168,7 +168,7 @@ OPERATIONS = {
 
 @pytest.mark.parametrize("name", sorted(OPERATIONS))
 def test_generated_calls_are_answered_as_specified(name: str, served: Served) -> None:
-    """G1: whatever is sent, the status is documented and the answer fits its schema."""
+    """G1: for any input, the status is documented and the answer fits its schema."""
     operation = OPERATIONS[name]
     modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     cases = one_of([operation.as_strategy(generation_mode=mode) for mode in modes])
