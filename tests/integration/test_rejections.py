@@ -223,14 +223,14 @@ async def test_the_list_is_filtered_and_paged(database: Database) -> None:
         assert len(await ids(reason="stale")) == len(await ids(cause="clock")) == 1
         assert await ids(since=datetime.now(UTC).isoformat()) == []
         assert len(await ids(until=datetime.now(UTC).isoformat())) == len(rows)
-        paged, cursor = list[int](), dict[str, str]()
-        while True:
+        paged, cursor, page = list[int](), dict[str, str](), dict[str, Any]()
+        while len(paged) < len(rows):
             page = (await site.client.get("/v1/rejections", params={"limit": "7", **cursor})).json()
             paged += [row["id"] for row in page["data"]]
             if page["next"] is None:
                 break
             cursor = {"cursor": page["next"]}
-        assert paged == [row["id"] for row in rows]
+        assert (paged, page["next"]) == ([row["id"] for row in rows], None)
         for wrong in ("x", "0", "999999", "9" * 30, "-1"):
             assert (await site.client.get(f"/v1/rejections/{wrong}")).status_code == 404
         for query in ("cause=x", "limit=0", "cursor=x", "unknown=1"):
@@ -371,6 +371,15 @@ async def test_a_database_that_is_away_delays_nothing(postgres: Postgres) -> Non
             assert (await site.show(rows[0]["id"]))["body"] == '{"later": 1}'
     assert any(record["event"] == "rejected requests not kept" for record in logs)
     await database.close()
+
+
+async def test_a_process_without_rejected_requests_stops_at_once(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """G14: a stopping process does not wait for the time that its last write may take."""
+    monkeypatch.setattr(recorder, "STOP_SECONDS", 600.0)
+    async with asyncio.timeout(SECONDS), make_site(database):
+        pass
 
 
 async def test_a_bug_in_the_diagnosis_does_not_end_the_record(
