@@ -118,9 +118,7 @@ class Rejections:
             self._clock(),
             request.path[:MAX_VALUE_BYTES],
             request.peer,
-            [(name, value[:MAX_VALUE_BYTES]) for name, value in request.headers if name in _KEPT_HEADERS][
-                :MAX_HEADERS
-            ],
+            _kept_headers(request.headers),
             None if body is None else body[:MAX_BODY_BYTES],
             None if body is None else len(body),
         )
@@ -165,19 +163,31 @@ class Rejections:
 
     async def _write(self, group: Sequence[RejectedRequest]) -> None:
         """Diagnose requests and store them. If that fails they are dropped: evidence must not pile up."""
-        outcome = "kept"
+        outcome, number = "kept", len(group)
         try:
             last_used = await self._read_last_used() if group else {}
-            # One by one in a thread: the event loop answers webhooks in between.
-            rows = [await asyncio.to_thread(_diagnosed, each, self._known, last_used) for each in group]
+            rows = await self._diagnose(group, last_used)
+            number = len(rows)
             await self._database.run_transaction(partial(_store, rows=rows, kept=self._kept))
         except DatabaseUnavailable as error:
             outcome = "database"
-            log.warning("rejected requests not kept", error=str(error), count=len(group))
+            log.warning("rejected requests not kept", error=str(error), count=number)
         except Exception:
             outcome = "error"
-            log.exception("rejected requests not kept", count=len(group))
-        self._outcomes[outcome] += len(group)
+            log.exception("rejected requests not kept", count=number)
+        self._outcomes[outcome] += number
+
+    async def _diagnose(self, group: Sequence[RejectedRequest], last_used: LastUsed) -> list[NewRejection]:
+        """Return the rows of a group; a request that cannot be diagnosed takes no other with it."""
+        rows = []
+        for each in group:
+            try:
+                # One by one in a thread: the event loop answers webhooks in between.
+                rows.append(await asyncio.to_thread(_diagnosed, each, self._known, last_used))
+            except Exception:
+                self._outcomes["error"] += 1
+                log.exception("a rejected request not kept", reason=each.reason)
+        return rows
 
     async def _read_last_used(self) -> LastUsed:
         now = time.monotonic()
@@ -186,6 +196,12 @@ class Rejections:
                 self._last_used = await rejections.read_last_used(connection)
             self._refresh_at = now + REFRESH_SECONDS
         return self._last_used
+
+
+def _kept_headers(headers: Sequence[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """Return the headers to keep; Clipia's come first, so that others cannot crowd them out."""
+    kept = [(name, value[:MAX_VALUE_BYTES]) for name, value in headers if name in _KEPT_HEADERS]
+    return sorted(kept, key=lambda header: not header[0].startswith(b"x-clipia-"))[:MAX_HEADERS]
 
 
 class _Allowance:
@@ -239,10 +255,9 @@ def _masked_bytes(body: bytes) -> bytes:
 def readable_path(path: str) -> str:
     """Return a path without control characters, and without segments that may be a secret."""
     segments = [
-        segment if len(segment) <= MAX_SEGMENT_LENGTH else f"{segment[:4]}…"
-        for segment in path[:MAX_PATH_LENGTH].split("/")
+        segment if len(segment) <= MAX_SEGMENT_LENGTH else f"{segment[:4]}…" for segment in path.split("/")
     ]
-    return _readable("/".join(segments))
+    return _readable("/".join(segments)[:MAX_PATH_LENGTH])
 
 
 def _readable(text: str) -> str:

@@ -171,6 +171,8 @@ def _explain_signature(request: RejectedRequest, known: Known, last_used: LastUs
 def _read_signature(request: RejectedRequest, known: Known) -> _Signed | Diagnosis:
     """Return the signature, or the mistake in its header."""
     values = request.values(SIGNATURE_HEADER)
+    if not values:
+        return _explain_missing(request)
     if len(values) > 1:
         return Diagnosis(
             "two_signatures", "It has several X-Clipia-Signature headers: a proxy repeats or adds one."

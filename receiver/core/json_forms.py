@@ -4,6 +4,7 @@ Only white space and the escapes in strings are changed. A parser would be simpl
 the spelling of numbers, and drop a name that occurs twice.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,10 @@ from typing import Final
 
 MAX_TOKENS: Final = 4096
 """A text with more names, values and signs is left out: its forms would take tens of milliseconds."""
+MAX_DEPTH: Final = 64
+"""A text that nests deeper is left out: the parser recurses, and a thread's stack may be small."""
+MAX_FORM_BYTES: Final = 128 * 1024
+"""Longer forms are left out: with indents a small text may become megabytes."""
 
 _TOKEN: Final = re.compile(r'[ \t\r\n]*("[^"\\]*(?:\\.[^"\\]*)*"|[{}\[\]:,]|[^\s{}\[\]:,"]+)[ \t\r\n]*')
 _INDENTS: Final = (2, 4)
@@ -20,22 +25,48 @@ def json_forms(body: bytes) -> Iterator[bytes]:
     """Yield the other spellings of a JSON text, without a line feed at the end; none if it is no JSON."""
     try:
         text = body.decode()
+        if _is_too_deep(text):
+            return
         json.loads(text)
-    except (ValueError, RecursionError):
+    except ValueError:
         return
     tokens = _split(text)
     if tokens is None:
         return
     layouts = [_separate(tokens, ",", ":"), _separate(tokens, ", ", ": ")]
     layouts += [_indent(tokens, width) for width in _INDENTS]
-    seen = {body}
+    seen = {_digest(body)}
     for spelled in _spellings(tokens):
         for layout in layouts:
+            if sum(map(len, spelled)) + sum(map(len, layout)) > MAX_FORM_BYTES:
+                continue
             # Half an emoji is no UTF-8.
             form = "".join(a + b for a, b in zip(spelled, layout, strict=True)).encode(errors="replace")
-            if form not in seen:
-                seen.add(form)
+            if _digest(form) not in seen:
+                seen.add(_digest(form))
                 yield form
+
+
+def _digest(form: bytes) -> bytes:
+    return hashlib.blake2b(form, digest_size=16).digest()
+
+
+def _is_too_deep(text: str) -> bool:
+    depth = 0
+    is_string = is_escaped = False
+    for sign in text:
+        if is_string:
+            is_string = is_escaped or sign != '"'
+            is_escaped = sign == "\\" and not is_escaped
+        elif sign == '"':
+            is_string = True
+        elif sign in "[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                return True
+        elif sign in "]}":
+            depth -= 1
+    return False
 
 
 def _split(text: str) -> list[str] | None:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, cast
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy import insert as insert_into
 from typing_extensions import TypedDict
 
@@ -17,6 +17,10 @@ from receiver.db.tables import events, rejections
 RECENT_EVENTS: Final = 500
 """Events that are searched for the last use of each secret: a scan of all events would cost too much."""
 
+CAUSE_SHARE: Final = 4
+"""One cause may take a quarter of the table."""
+LEAST_OF_CAUSE: Final = 10
+"""Rows of one cause that a small table may have."""
 _HEAD: Final = [column for column in rejections.c if column.name not in {"headers", "body", "size"}]
 
 
@@ -70,13 +74,19 @@ async def insert(connection: SqlConnection, rows: Sequence[NewRejection]) -> Non
 
 
 async def trim(connection: SqlConnection, *, rows: int, size: int) -> None:
-    """Delete the oldest requests until at most `rows` of at most `size` bytes are left."""
-    too_many = select(rejections.c.id).order_by(rejections.c.id.desc()).offset(rows).limit(1)
-    total = func.sum(rejections.c.size).over(order_by=rejections.c.id.desc()).label("total")
-    summed = select(rejections.c.id, total).subquery()
-    too_large = select(func.max(summed.c.id)).where(summed.c.total > size)
-    for last in (too_many, too_large):
-        await connection.execute(delete(rejections).where(rejections.c.id <= last.scalar_subquery()))
+    """Delete the oldest requests until at most `rows` of at most `size` bytes are left.
+
+    First each cause is limited to a share of both: forged requests must not crowd out the others.
+    """
+    share_rows, share_size = max(rows // CAUSE_SHARE, LEAST_OF_CAUSE), size // CAUSE_SHARE
+    for of, most_rows, most_size in (([rejections.c.cause], share_rows, share_size), (None, rows, size)):
+        order = rejections.c.id.desc()
+        number = func.row_number().over(partition_by=of, order_by=order).label("number")
+        total = func.sum(rejections.c.size).over(partition_by=of, order_by=order).label("total")
+        counted = select(rejections.c.id, number, total).subquery()
+        beyond = or_(counted.c.number > most_rows, counted.c.total > most_size)
+        surplus = select(counted.c.id).where(beyond)
+        await connection.execute(delete(rejections).where(rejections.c.id.in_(surplus)))
 
 
 async def read_last_used(connection: SqlConnection) -> dict[tuple[str, str], datetime]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -323,15 +324,51 @@ async def test_the_oldest_are_deleted_first(database: Database) -> None:
         await sql.trim(connection, rows=1000, size=1_000_000)
     assert await numbers(database) == list(range(29, -1, -1))
     async with database.write() as connection:
-        await sql.trim(connection, rows=20, size=1_000_000)
+        await sql.trim(connection, rows=80, size=1_000_000)
     assert await numbers(database) == list(range(29, 9, -1))
     async with database.write() as connection:
         await sql.insert(connection, [new(30, size=7000)])
-        await sql.trim(connection, rows=20, size=10_000)
+        await sql.trim(connection, rows=80, size=40_000)
     assert await numbers(database) == [30, 29, 28, 27]
     async with database.write() as connection:
-        await sql.trim(connection, rows=20, size=10_000)
+        await sql.trim(connection, rows=80, size=40_000)
     assert await numbers(database) == [30, 29, 28, 27]
+    async with database.write() as connection:
+        await sql.trim(connection, rows=2, size=40_000)
+    assert await numbers(database) == [30, 29]
+
+
+async def test_forged_requests_do_not_crowd_out_the_others(database: Database) -> None:
+    """G11: a cause may take a quarter of the rows and of the bytes."""
+    async with database.write() as connection:
+        await sql.insert(connection, [replace(new(number), cause="clock") for number in range(2)])
+        await sql.insert(connection, [new(number) for number in range(2, 60)])
+        await sql.trim(connection, rows=60, size=1_000_000)
+    assert await numbers(database) == [*range(59, 44, -1), 1, 0]
+    async with database.write() as connection:
+        await sql.trim(connection, rows=60, size=20_000)
+    assert await numbers(database) == [*range(59, 54, -1), 1, 0]
+
+
+async def test_a_request_with_many_headers_is_kept_beside_others(database: Database) -> None:
+    """G11: other headers do not crowd out the signature, and no request takes the others with it."""
+    async with make_site(database) as site:
+        content = body("r-1")
+        headers = signed(content, at=time.time() - 413)
+        reader, writer = await asyncio.open_connection(site.client.base_url.host, site.client.base_url.port)
+        lines = "Via: 1.1 proxy\r\n" * 40 + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n{lines}\r\n"
+        writer.write(head.encode() + content)
+        assert (await reader.readuntil(b"\r\n")).split()[1] == b"401"
+        writer.close()
+        await site.post(content, {})
+        assert {each["cause"] for each in await site.kept(2)} == {"clock", "no_signature"}
+
+
+def test_a_path_is_cut_after_its_long_segments() -> None:
+    """G2: the place of the cut shows no more of a token than the middle of a path."""
+    path = "/x" * 56 + "/" + "t" * 40
+    assert recorder.readable_path(path).endswith("/tttt…")
 
 
 async def test_the_setting_limits_the_table_or_keeps_none(database: Database) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from receiver.core import diagnosis
 from receiver.core.diagnosis import CAUSES, Diagnosis, Known, LastUsed, RejectedRequest, diagnose
-from receiver.core.json_forms import MAX_TOKENS, json_forms
+from receiver.core.json_forms import MAX_DEPTH, MAX_FORM_BYTES, MAX_TOKENS, json_forms
 from receiver.core.signature import Secret, verify
 from receiver.errors import SignatureError
 
@@ -310,11 +310,24 @@ def test_the_forms_keep_the_order_the_numbers_and_doubled_names() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"[1,]", b"\xff", b'{"a": 1} x', b"[" + b"0," * MAX_TOKENS + b"0]"]
+    "body",
+    [
+        *(b"", b"{", b"[1,]", b"\xff", b'{"a": 1} x', b"[" + b"0," * MAX_TOKENS + b"0]"),
+        *(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), b'{"a":' * 3000, b"[" * 16_000),
+    ],
 )
 def test_no_forms(body: bytes) -> None:
     """G14: bytes that are no JSON have no other forms, and JSON with too many values is left out."""
     assert list(json_forms(body)) == []
+
+
+def test_the_forms_are_bounded() -> None:
+    """G11: brackets in strings are no depth, and forms that grow too much are left out."""
+    assert len(set(json_forms(b'["\\"' + b"[" * 100 + b'", 1]'))) == 3
+    deep = b"[" * MAX_DEPTH + b"0," * 1000 + b"0" + b"]" * MAX_DEPTH
+    forms = list(json_forms(deep))
+    assert forms
+    assert max(map(len, forms)) <= MAX_FORM_BYTES
 
 
 BEFORE = {
