@@ -120,7 +120,7 @@ class Metrics:
                 await self._read()
         except (ReceiverError, TimeoutError) as error:
             # The counters are still served: they matter most while the database is unavailable.
-            log.warning("database not read for the metrics", error=str(error))
+            log.warning("database not read for the metrics", error=str(error) or f"not in {READ_SECONDS:g} s")
             DATABASE_UP.set(0)
         else:
             DATABASE_UP.set(1)

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
@@ -15,6 +15,8 @@ from receiver.core.request_values import split_page
 from receiver.db import rejections as sql
 from receiver.db.rejections import Rejection
 from receiver.errors import ReceiverError
+
+MAX_ID: Final = 2**63 - 1
 
 rejections = typer.Typer(help="Show rejected requests to the callback, and why.", no_args_is_help=True)
 
@@ -51,7 +53,9 @@ def list_(
 
 @rejections.command()
 def show(
-    rejection_id: Annotated[int, typer.Argument(metavar="ID", help="The id in `receiver rejections list`.")],
+    rejection_id: Annotated[
+        int, typer.Argument(metavar="ID", help="The id in `receiver rejections list`.", min=0, max=MAX_ID)
+    ],
     json: Json = False,
 ) -> None:
     """Show one rejected request: its diagnosis, its headers and the start of its body."""

@@ -66,7 +66,7 @@ class WriterProcess:
         except BaseException as failure:
             # The state of the process is unknown: the next group would take this group's answer for its own.
             if isinstance(failure, TimeoutError) or not isinstance(failure, OSError | EOFError):
-                self._kill()
+                self._kill(failure if isinstance(failure, TimeoutError) else None)
                 raise
             self._kill(failure)
             raise WriterLost from failure

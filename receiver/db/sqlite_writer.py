@@ -6,6 +6,7 @@ if its parent closes the socket, which is its standard input, or dies.
 
 import contextlib
 import marshal
+import os
 import pickle
 import signal
 import socket
@@ -58,21 +59,19 @@ def serve(stream: BufferedRWPair) -> None:
     An answer is the result of `run`, or else the pickled error.
     """
     path, options = _receive(stream)
-    writer: ArrivalWriter | None = None
-    with contextlib.ExitStack() as opened:
+    statements = _receive(stream)
+    # If the file cannot be opened, the process ends, and the thread of the parent stores the group.
+    with contextlib.closing(sqlite3.connect(path, **options)) as connection:
+        set_up(connection)
+        writer = ArrivalWriter(connection)
         while True:
-            statements = _receive(stream)
             try:
-                if writer is None:
-                    connection = sqlite3.connect(path, **options)
-                    opened.callback(connection.close)
-                    set_up(connection)
-                    writer = ArrivalWriter(connection)
                 answer = frame((writer.run(statements), None))
             except Exception as error:  # noqa: BLE001 - the parent raises it
                 answer = frame((None, pickle.dumps(error)))
             stream.write(answer)
             stream.flush()
+            statements = _receive(stream)
 
 
 def _receive(stream: BufferedRWPair) -> Any:
@@ -92,8 +91,10 @@ def main() -> None:
     # Ctrl-C and systemd's SIGTERM go to all processes, and the parent has webhooks to store even then.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    # SQLite makes a file that all users can read if the database is gone.
+    os.umask(0o077)
     with (
-        contextlib.suppress(EOFError, OSError),
+        contextlib.suppress(EOFError, OSError, sqlite3.Error),
         socket.socket(fileno=0) as parent,
         parent.makefile("rwb") as stream,
     ):

@@ -27,6 +27,7 @@ from receiver.db.receipts import all_receipts
 from receiver.db.rows import NewEvent
 from receiver.db.sqlite import Sqlite
 from receiver.db.sqlite_process import START_ROWS, WriterProcess
+from receiver.db.sqlite_writer import frame
 from receiver.db.tables import events
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import Ingest, Received, SignedRequest, make_event
@@ -310,6 +311,28 @@ async def test_no_process_to_be_had(database: Database, monkeypatch: pytest.Monk
     assert await database.insert_arrivals(group(50)) == set()
     assert await database.insert_arrivals(group(100)) == set()
     assert await count(database) == (3 * START_ROWS, 3 * START_ROWS)
+
+
+@pytest.mark.parametrize("kind", ["folder", "no database"])
+async def test_a_process_that_cannot_open_the_file_hands_over(
+    database: Database, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str
+) -> None:
+    """It ends, the thread stores the group, and no descriptor stays open."""
+    monkeypatch.setattr(sqlite_process, "RESTART_PAUSE_SECONDS", 0.0)
+    path = tmp_path / "other"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"no database" * 1000)
+    monkeypatch.setattr(writer(database), "_hello", frame((str(path), {})))
+    await database.insert_arrivals(group(1000, rows=1))
+    assert await count(database) == (1, 1)
+    before = psutil.Process().num_fds()
+    for number in range(5):
+        assert await database.insert_arrivals(group(number * START_ROWS)) == set()
+    assert await count(database) == (5 * START_ROWS + 1, 5 * START_ROWS + 1)
+    await until(lambda: not children())
+    await until(lambda: psutil.Process().num_fds() <= before)
 
 
 async def test_a_process_that_does_not_answer_is_killed(
