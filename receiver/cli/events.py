@@ -17,6 +17,7 @@ from receiver.cli.database import find_event, no_event, opened_storage, query_da
 from receiver.cli.export_import import export, import_
 from receiver.cli.options import (
     CURSOR_HELP,
+    MAX_ID,
     EventKey,
     Json,
     Limit,
@@ -71,7 +72,9 @@ def list_(
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,
-    cursor: Annotated[int | None, typer.Option("--cursor", "--before", help=CURSOR_HELP)] = None,
+    cursor: Annotated[
+        int | None, typer.Option("--cursor", "--before", help=CURSOR_HELP, min=0, max=MAX_ID)
+    ] = None,
     json: Json = False,
 ) -> None:
     """List events, newest first."""

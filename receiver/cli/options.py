@@ -12,6 +12,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change noth
 EventKey = Annotated[str, typer.Argument(metavar="EVENT", help="The event's id, or Clipia's request_id.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option(help="Print at most this many rows.", min=1, max=1000)]
+MAX_ID: Final = 2**63 - 1
+"""The largest number of a row in both databases."""
 CURSOR_HELP: Final = "Continue here: the `next` of the page before."
 MAX_PORT: Final = 65_535
 

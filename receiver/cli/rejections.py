@@ -2,21 +2,19 @@
 
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from receiver.api.rejections import readable
 from receiver.cli.database import query_database
-from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
 from receiver.cli.terminal import moment, print_json, print_line, print_list, print_rows, print_title, size
 from receiver.core.diagnosis import Cause
 from receiver.core.request_values import split_page
 from receiver.db import rejections as sql
 from receiver.db.rejections import Rejection
 from receiver.errors import ReceiverError
-
-MAX_ID: Final = 2**63 - 1
 
 rejections = typer.Typer(help="Show rejected requests to the callback, and why.", no_args_is_help=True)
 
@@ -30,7 +28,7 @@ def list_(
     since: Annotated[datetime | None, since_option("requests received")] = None,
     until: Annotated[datetime | None, until_option("requests received")] = None,
     limit: Limit = 50,
-    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP)] = None,
+    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP, min=0, max=MAX_ID)] = None,
     json: Json = False,
 ) -> None:
     """List rejected requests, newest first, each with its cause and its diagnosis."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from receiver.cli.database import with_database
-from receiver.cli.options import CURSOR_HELP, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
     count,
     moment,
@@ -153,7 +153,7 @@ def _order(request: ReplayRequest, *, key: str | None, patience: Patience | None
 @replays.command("list")
 def list_(
     limit: Limit = 50,
-    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP)] = None,
+    cursor: Annotated[int | None, typer.Option(help=CURSOR_HELP, min=0, max=MAX_ID)] = None,
     json: Json = False,
 ) -> None:
     """List replays, newest first, each with its caller and its reason."""

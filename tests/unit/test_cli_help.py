@@ -44,6 +44,16 @@ def test_help_shows_every_name_and_sentence_whole(
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ["events list --cursor", "replays list --cursor", "rejections list --cursor", "rejections show"],
+)
+@pytest.mark.parametrize("number", ["-1", "9223372036854775808", "x"])
+def test_a_number_that_no_row_has_is_a_usage_error(arguments: str, number: str) -> None:
+    """The database's driver would raise OverflowError."""
+    assert CliRunner().invoke(app, [*arguments.split(), f"{number}"]).exit_code == 2
+
+
 def test_aiohttp_is_imported_for_requests_only() -> None:
     """A process that opens no HTTP destination does not import aiohttp, for 0.15 s."""
     code = "import sys, receiver.cli, receiver.process, receiver.app; sys.exit('aiohttp' in sys.modules)"
