@@ -5,7 +5,7 @@ is that of the process that reads it.
 """
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -187,37 +187,38 @@ def _disks(settings: Settings, database: Database) -> Iterator[DiskStatus]:
 def find_problems(found: Status) -> Iterator[Problem]:
     """Return the problems of a status, the most urgent first."""
     running = {lane for worker in found["workers"] if worker["running"] for lane in worker["lanes"]}
-    if not any(worker["running"] for worker in found["workers"]):
+    if not running:
         yield Problem(text="no worker is running: nothing is forwarded", command="receiver worker")
     if found["submissions_paused"]:
         yield Problem(text="submissions are paused", command="receiver account")
     for each in found["destinations"]:
-        yield from _destination_problems(
-            each, is_served=not running or destination_lane(each["name"]) in running
-        )
-    for lane in found["lanes"]:
+        is_served = not running or destination_lane(each["name"]) in running
+        yield from _destination_problems(each, is_served=is_served)
+    yield from _lane_problems(found["lanes"])
+    if unsure := found["jobs_last_day"].get("unsure"):
+        text = f"jobs that may or may not have reached Clipia: {unsure}"
+        yield Problem(text=text, command="receiver jobs list --state unsure")
+    if rejected := sum(found["rejections_last_hour"].values()):
+        text = f"rejected requests in the last hour: {rejected}"
+        yield Problem(text=text, command="receiver rejections list")
+    yield from _disk_problems(found["disks"])
+
+
+def _lane_problems(lanes: Sequence[LaneStatus]) -> Iterator[Problem]:
+    for lane in lanes:
         # A job is polled until its webhook comes, so its age says nothing.
         if lane["oldest_seconds"] > OLD_SECONDS and lane["lane"] != POLL_LANE:
             age = _age(lane["oldest_seconds"])
             text = f"lane {lane['lane']}: {lane['rows']} waiting, the oldest for {age}"
             yield Problem(text=text, command=_LANE_COMMANDS[lane["lane"]])
-    if found["jobs_last_day"].get("unsure"):
-        yield Problem(
-            text=f"jobs that may or may not have reached Clipia: {found['jobs_last_day']['unsure']}",
-            command="receiver jobs list --state unsure",
-        )
-    if rejected := sum(found["rejections_last_hour"].values()):
-        yield Problem(
-            text=f"rejected requests in the last hour: {rejected}",
-            command="receiver rejections list",
-        )
-    for disk in found["disks"]:
-        if disk["free_bytes"] < disk["total_bytes"] * LEAST_FREE_SHARE:
-            share = 100 * disk["free_bytes"] / disk["total_bytes"]
-            yield Problem(
-                text=f"the disk of {disk['path']} ({disk['holds']}) has {share:.1f} % left",
-                command="receiver prune",
-            )
+
+
+def _disk_problems(disks: Sequence[DiskStatus]) -> Iterator[Problem]:
+    for disk in disks:
+        share = disk["free_bytes"] / disk["total_bytes"]
+        if share < LEAST_FREE_SHARE:
+            text = f"the disk of {disk['path']} ({disk['holds']}) has {share:.1%} left"
+            yield Problem(text=text, command="receiver prune")
 
 
 def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:

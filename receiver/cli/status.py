@@ -16,7 +16,7 @@ from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_json, size, stdout
 from receiver.db.database import Database
 from receiver.settings import Settings
-from receiver.status import Status, read_status
+from receiver.status import DestinationStatus, Status, read_status
 from receiver.submitter import Submitter
 
 WATCH_SECONDS: Final = 2.0
@@ -68,20 +68,8 @@ def screen(found: Status) -> Group:
         for each in found["lanes"]
     ]
     parts.append(_table("lane", ("waiting", "oldest"), lanes))
-    destinations = [
-        (
-            each["name"] + ("" if each["configured"] else " (not configured)"),
-            each["pending"],
-            age(each["oldest_seconds"]) if each["pending"] else "-",
-            _red(each["failing"]),
-            _red(each["dead"]),
-            f"{each['delivered_per_minute']:g}",
-            f"{each['failed_per_minute']:g}",
-        )
-        for each in found["destinations"]
-    ]
     columns = ("waiting", "oldest", "failing", "dead", "delivered/min", "failed/min")
-    parts.append(_table("destination", columns, destinations))
+    parts.append(_table("destination", columns, [_destination(each) for each in found["destinations"]]))
     parts.append(Text())
     for worker in found["workers"]:
         state = "running" if worker["running"] else "not seen"
@@ -94,6 +82,18 @@ def screen(found: Status) -> Group:
         free, total = size(disk["free_bytes"]), size(disk["total_bytes"])
         parts.append(Text(f"disk of the {disk['holds']}: {free} of {total} free ({disk['path']})"))
     return Group(*parts)
+
+
+def _destination(each: DestinationStatus) -> tuple[Any, ...]:
+    return (
+        each["name"] + ("" if each["configured"] else " (not configured)"),
+        each["pending"],
+        age(each["oldest_seconds"]) if each["pending"] else "-",
+        _red(each["failing"]),
+        _red(each["dead"]),
+        f"{each['delivered_per_minute']:g}",
+        f"{each['failed_per_minute']:g}",
+    )
 
 
 def _head(found: Status) -> Text:
