@@ -327,11 +327,11 @@ async def test_a_process_that_cannot_open_the_file_hands_over(
     monkeypatch.setattr(writer(database), "_hello", frame((str(path), {})))
     await database.insert_arrivals(group(1000, rows=1))
     assert await count(database) == (1, 1)
-    before = psutil.Process().num_fds()
+    before, others = psutil.Process().num_fds(), children()
     for number in range(5):
         assert await database.insert_arrivals(group(number * START_ROWS)) == set()
     assert await count(database) == (5 * START_ROWS + 1, 5 * START_ROWS + 1)
-    await until(lambda: not children())
+    await until(lambda: children() == others)
     await until(lambda: psutil.Process().num_fds() <= before)
 
 
