@@ -208,8 +208,8 @@ def _lane_problems(lanes: Sequence[LaneStatus]) -> Iterator[Problem]:
     for lane in lanes:
         # A job is polled until its webhook comes, so its age says nothing.
         if lane["oldest_seconds"] > OLD_SECONDS and lane["lane"] != POLL_LANE:
-            age = _age(lane["oldest_seconds"])
-            text = f"lane {lane['lane']}: {lane['rows']} waiting, the oldest for {age}"
+            oldest = age(lane["oldest_seconds"])
+            text = f"lane {lane['lane']}: {lane['rows']} waiting, the oldest for {oldest}"
             yield Problem(text=text, command=_LANE_COMMANDS[lane["lane"]])
 
 
@@ -239,7 +239,7 @@ def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterat
             command="receiver worker",
         )
     elif each["pending"] and each["oldest_seconds"] > OLD_SECONDS:
-        text = f"{name}: {each['pending']} pending, the oldest for {_age(each['oldest_seconds'])}"
+        text = f"{name}: {each['pending']} pending, the oldest for {age(each['oldest_seconds'])}"
         yield Problem(text=text, command=f"{shown} --state pending")
     if each["dead"]:
         text = f"{name}: {each['dead']} dead, the last one: {each['last_error']}"
@@ -253,6 +253,9 @@ _LANE_COMMANDS: Final = {
 }
 
 
-def _age(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"
+def age(seconds: float) -> str:
+    """Return a time span for people, in its largest unit."""
+    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -16,7 +16,7 @@ from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_json, size, stdout
 from receiver.db.database import Database
 from receiver.settings import Settings
-from receiver.status import DestinationStatus, Status, read_status
+from receiver.status import DestinationStatus, Status, age, read_status
 from receiver.submitter import Submitter
 
 WATCH_SECONDS: Final = 2.0
@@ -123,11 +123,3 @@ def _red(number: int) -> Text:
 
 def _counts(numbers: dict[str, int]) -> str:
     return ", ".join(f"{number} {name}" for name, number in sorted(numbers.items())) or "none"
-
-
-def age(seconds: float) -> str:
-    """Return a time span for people, in its largest unit."""
-    for unit, length in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -14,7 +14,7 @@ from sqlalchemy import select
 from support.payloads import SECRET, body, failure, signed
 from support.serving import Door, serving
 
-from receiver.api.direct import DirectRequest
+from receiver.api.direct import DirectDoor, DirectRequest
 from receiver.api.webhook import WebhookEndpoint
 from receiver.app import create_app
 from receiver.db.database import Database
@@ -284,9 +284,16 @@ async def test_a_client_that_hangs_up_at_the_deadline_is_no_error(
 ) -> None:
     """B2: if the event loop does not know yet that the client has gone, the answer fails quietly."""
     monkeypatch.setattr(WebhookEndpoint, "BODY_SECONDS", 0.3)
+    begun, begin = asyncio.Event(), DirectDoor.open
+
+    def note(door: DirectDoor, request: DirectRequest) -> None:
+        begin(door, request)
+        begun.set()
+
+    monkeypatch.setattr(DirectDoor, "open", note)
     client = await site.connect()
     client.send(b"{", Content_Length="100")
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(begun.wait(), 10)
     client.writer.transport.abort()
     # The event loop closes the client's socket and runs the deadline before it looks for what has arrived.
     time.sleep(0.5)  # noqa: ASYNC251 - it has to block the event loop

@@ -82,7 +82,7 @@ class Site:
             answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), SECONDS)
             length = re.search(rb"content-length: (\d+)", answer)
             assert length is not None
-            await reader.readexactly(int(length[1]))
+            await asyncio.wait_for(reader.readexactly(int(length[1])), SECONDS)
             statuses.add(int(answer.split()[1]))
         writer.close()
         return statuses
@@ -359,7 +359,8 @@ async def test_a_request_with_many_headers_is_kept_beside_others(database: Datab
         lines = "Via: 1.1 proxy\r\n" * 40 + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
         head = f"POST {URL} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n{lines}\r\n"
         writer.write(head.encode() + content)
-        assert (await reader.readuntil(b"\r\n")).split()[1] == b"401"
+        answer = await asyncio.wait_for(reader.readuntil(b"\r\n"), SECONDS)
+        assert answer.split()[1] == b"401"
         writer.close()
         await site.post(content, {})
         assert {each["cause"] for each in await site.kept(2)} == {"clock", "no_signature"}

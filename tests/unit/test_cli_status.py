@@ -8,8 +8,8 @@ import pytest
 from rich.console import Console
 
 from receiver.api.examples import STATUS
-from receiver.cli.status import age, screen
-from receiver.status import Status
+from receiver.cli.status import screen
+from receiver.status import Status, age
 
 
 def status(**changes: Any) -> Status:
