@@ -40,6 +40,8 @@ CALL_TIMEOUT_SECONDS: Final = 30.0
 """A whole call may take this long; it must be well below the duration of a lease."""
 TERMINAL_STATUSES: Final = ("COMPLETED", "FAILED", "CANCELED")
 OPEN_STATUSES: Final = ("IN_QUEUE", "IN_PROGRESS")
+MAX_ANSWER_BYTES: Final = 16 * 1024 * 1024
+"""The largest body of an answer, decompressed."""
 UNUSABLE_ID: Final = "request_id_unusable"
 """The error code of a job that Clipia accepted with a request id that cannot be stored."""
 
@@ -132,7 +134,7 @@ class _Transport(httpx.AsyncBaseTransport):
         response = await self._inner.handle_async_request(request)
         call.headers = _rate_headers(response.headers)
         _normalize_retry_after(response.headers)
-        call.answer = await response.aread()
+        call.answer = await _read_answer(response)
         return _with_clean_body(response, call.answer)
 
     async def aclose(self) -> None:
@@ -280,6 +282,19 @@ def _unreachable(why: str) -> ClipiaUnavailable:
     return ClipiaUnavailable(message, reason="unreachable", may_have_arrived=False)
 
 
+async def _read_answer(response: httpx.Response) -> bytes:
+    """Return the body. Raises ValueError if it is too large: a small gzip stream may hold gigabytes."""
+    body = bytearray()
+    try:
+        async for chunk in response.aiter_bytes():
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise ValueError("too large")
+    finally:
+        await response.aclose()
+    return bytes(body)
+
+
 def _with_clean_body(response: httpx.Response, content: bytes) -> httpx.Response:
     """Return an answer with a clean copy of its body, or an empty body if it is not JSON.
 
@@ -292,7 +307,8 @@ def _with_clean_body(response: httpx.Response, content: bytes) -> httpx.Response
         content = b""
     status, extensions = response.status_code, response.extensions
     headers = response.headers.copy()
-    for name in ("content-encoding", "content-length", "transfer-encoding"):
+    # A cookie would be sent with the calls that follow.
+    for name in ("content-encoding", "content-length", "transfer-encoding", "set-cookie"):
         headers.pop(name, None)
     return httpx.Response(status, headers=headers, content=content, extensions=extensions)
 

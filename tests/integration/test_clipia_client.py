@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gzip
 import json
 import time
 import uuid
@@ -580,6 +581,32 @@ async def test_any_answer_can_be_read(odd: OddClipia, client: ClipiaClient, odd_
         assert "odd" in found
         assert orjson.loads(orjson.dumps(found)) == found
         assert "\\u0000" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip"])
+async def test_an_endless_answer_is_not_read_to_its_end(
+    odd: OddClipia, client: ClipiaClient, monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """If an answer is too large, even if it is small on the wire, the call fails and may have arrived."""
+    monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 65_536)
+    body = orjson.dumps({"request_id": "r-1", "status": "IN_QUEUE", "cost": PRICE, "more": "x" * 1_000_000})
+    content = gzip.compress(body) if encoding == "gzip" else body
+    odd.script = [answer(content=content, Content_Encoding=encoding)]
+    with pytest.raises(ClipiaUnavailable, match="not in Clipia's format") as caught:
+        await submit(client)
+    assert caught.value.may_have_arrived
+    monkeypatch.setattr(client_module, "MAX_ANSWER_BYTES", 2_000_000)
+    assert (await submit(client)).request_id == "r-1"
+
+
+async def test_a_cookie_is_not_returned(odd: OddClipia, client: ClipiaClient) -> None:
+    """If an answer sets a cookie, later calls do not send it."""
+    odd.script = [
+        answer(content={"request_id": "r-1", "status": "IN_QUEUE", "cost": PRICE}, Set_Cookie="a=1; Path=/")
+    ]
+    for _ in range(2):
+        await submit(client)
+    assert [request.headers.get("cookie") for request in odd.requests] == [None, None]
 
 
 async def test_the_catalogue_is_open_ended(odd: OddClipia, client: ClipiaClient) -> None:
