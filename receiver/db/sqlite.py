@@ -57,6 +57,15 @@ def make_file(url: URL) -> None:
         os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
 
 
+def _inode(file: Path) -> tuple[int, int] | None:
+    """Return the device and the number of a file; None if it is not there."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 class Sqlite:
     """A database in a file: a thread for all writes, and threads for transactions that only read."""
 
@@ -64,6 +73,7 @@ class Sqlite:
         """Create the file. Raises SettingsError if its folder cannot be created."""
         make_file(url)
         self.file: Final = Path(url.database) if url.database else None
+        self._inode: Final = None if self.file is None else _inode(self.file)
         self._url = url
         self._writer: Final = SqliteThread(url, begin="BEGIN IMMEDIATE")
         self._readers: Final = SqliteReaders(url, number=4)
@@ -150,6 +160,13 @@ class Sqlite:
                     "the database is busy with another transaction", reason="database"
                 ) from None
             yield
+            # After the commit: SQLite goes on in a file that was deleted, and it is gone with the process.
+            if self.file is not None and _inode(self.file) != self._inode:
+                raise DatabaseUnavailable(
+                    "the file of the database was deleted or replaced while it was open: put the file back, "
+                    "or stop the receiver and restore a backup",
+                    reason="database",
+                )
 
 
 class SqliteThread:

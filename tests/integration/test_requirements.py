@@ -11,9 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 from sqlalchemy import func, select, text
-from support.payloads import SECRET, body
+from support.payloads import SECRET, body, signed
 from support.servers import Postgres
 
+from receiver.api.operations import PROBE_CACHE_SECONDS
 from receiver.app import create_app
 from receiver.db import migrate
 from receiver.db.database import Database
@@ -234,3 +235,31 @@ async def test_storage_that_is_durable_without_a_flush_is_taken_by_name(postgres
             postgres.sql(f"ALTER SYSTEM RESET {name}")
         postgres.sql("SELECT pg_reload_conf()")
         await database.close()
+
+
+async def test_a_deleted_file_takes_no_webhook(migrated_sqlite: Path, tmp_path: Path) -> None:
+    """C3: if SQLite's file is deleted or replaced, webhooks and probes are answered 503 until it is back."""
+    file, elsewhere = tmp_path / "receiver.db", tmp_path / "elsewhere.db"
+    file.write_bytes(migrated_sqlite.read_bytes())
+    settings = Settings.load(database_url=f"sqlite:///{file}", clipia_webhook_secret=SECRET)
+    app = create_app(settings, worker=False)
+    content = body("r-1")
+
+    async def statuses(client: httpx.AsyncClient) -> tuple[int, int]:
+        # The answer of a probe is reused for a second.
+        await asyncio.sleep(PROBE_CACHE_SECONDS + 0.1)
+        ready = await client.get("/readyz")
+        sent = await client.post("/clipia/webhook", content=content, headers=signed(content))
+        return ready.status_code, sent.status_code
+
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://receiver") as client,
+    ):
+        assert await statuses(client) == (200, 200)
+        file.rename(elsewhere)
+        assert await statuses(client) == (503, 503)
+        file.write_bytes(migrated_sqlite.read_bytes())
+        assert await statuses(client) == (503, 503)
+        elsewhere.rename(file)
+        assert await statuses(client) == (200, 200)
