@@ -6,7 +6,7 @@ from alembic import context
 from sqlalchemy import Connection
 
 from receiver.db.database import Database
-from receiver.db.tables import metadata
+from receiver.db.operation_tables import metadata
 from receiver.db.version import VERSION_TABLE
 from receiver.settings import Settings
 

@@ -19,8 +19,8 @@ from sqlalchemy.exc import DBAPIError
 from receiver.db import version
 from receiver.db.connection import Transaction
 from receiver.db.database import Database
+from receiver.db.operation_tables import metadata
 from receiver.db.requirements import require_usable
-from receiver.db.tables import metadata
 from receiver.db.transactions import sqlstate
 from receiver.db.version import Version
 from receiver.errors import DatabaseUnavailable, SettingsError

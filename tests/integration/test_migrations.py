@@ -15,9 +15,9 @@ from support.servers import Postgres
 from receiver.db import migrate, reads
 from receiver.db.connection import Transaction
 from receiver.db.database import Database
+from receiver.db.operation_tables import metadata
 from receiver.db.requirements import require_usable
 from receiver.db.selection import Selection
-from receiver.db.tables import metadata
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
