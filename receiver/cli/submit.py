@@ -92,12 +92,15 @@ async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Jo
 
 async def _wait(submitter: Submitter, job: Job, patience: Patience) -> Job:
     """Return the job when it has ended. Raises GaveUp."""
-    explained = False
+    explained = warned = False
     began = time.monotonic()
     with Status(_line(job, 0.0), console=stderr) as status:
         while not job.ended:
-            missing = await _find_missing(submitter, job)
-            patience.check(missing)
+            missing, overdue = await _find_missing(submitter, job)
+            if missing and not warned:
+                warned = True
+                print_note(f"Nothing continues this job now: {missing}.")
+            patience.check(missing if overdue else None)
             job = await submitter.wait(job.id, seconds=min(1.0, patience.left)) or job
             status.update(_line(job, time.monotonic() - began))
             awaits_webhook = job.has_webhook and job.state != "pending"
@@ -109,8 +112,11 @@ async def _wait(submitter: Submitter, job: Job, patience: Patience) -> Job:
     return job
 
 
-async def _find_missing(submitter: Submitter, job: Job) -> str | None:
-    """Return what has to be started or changed before the job can continue; None if it continues."""
+async def _find_missing(submitter: Submitter, job: Job) -> tuple[str | None, bool]:
+    """Return the step that the job needs from a person, or None; and whether the job is late without it.
+
+    A worker of an earlier release is not listed but may do the work, so only a late job ends the command.
+    """
     async with submitter.database.read() as connection:
         seen = await workers.find_runs(connection)
         frozen = await submission_freezes.find(connection)
@@ -118,15 +124,14 @@ async def _find_missing(submitter: Submitter, job: Job) -> str | None:
         lane = FAN_OUT_LANE if job.event.state == "received" else MEDIA_LANE
     elif job.state == "pending":
         if frozen is not None:
-            return "submissions are frozen: run `receiver jobs thaw`"
+            return "submissions are frozen: run `receiver jobs thaw`", True
         lane = SUBMIT_LANE
     elif job.has_webhook and _age(job.submitted_at) < WEBHOOK_SECONDS:
         lane = FAN_OUT_LANE
     else:
         lane = POLL_LANE
     missing = find_missing(seen, [lane], account=submitter.client.account)
-    # A worker of an earlier release is not listed but may do the work: report only overdue work.
-    return missing if lane == MEDIA_LANE or _unattended(job) else None
+    return missing, lane == MEDIA_LANE or _unattended(job)
 
 
 def _line(job: Job, elapsed: float) -> str:

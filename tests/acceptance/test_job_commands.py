@@ -308,11 +308,14 @@ def test_a_wait_ends_if_the_worker_has_no_key(clipia: Clipia, tmp_path: Path) ->
     without = {name: value for name, value in clipia.settings.items() if name != "CLIPIA_KEY"}
     running = ReceiverProcess(tmp_path, **without)
     with running:
-        result = run_command(
-            *("submit", IMAGE, "-i", CAT, "--wait"),
-            settings=running.settings | {"CLIPIA_KEY": clipia.settings["CLIPIA_KEY"]},
-            cwd=tmp_path,
-        )
+        submit = ("submit", IMAGE, "-i", CAT, "--wait")
+        settings = running.settings | {"CLIPIA_KEY": clipia.settings["CLIPIA_KEY"]}
+        # It says so at its first look, long before it gives up.
+        short = run_command(*submit, "--timeout", "0.1", settings=settings, cwd=tmp_path)
+        printed = " ".join(short.stderr.decode().split())
+        assert short.returncode == 124, printed
+        assert "Nothing continues this job now: process" in printed
+        result = run_command(*submit, settings=settings, cwd=tmp_path)
         assert running.process is not None
         printed = " ".join(result.stderr.decode().split())
         assert (result.returncode, result.stdout) == (3, b"submitted\n"), printed
