@@ -256,8 +256,8 @@ def chart(found: dict[str, list[Measured]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def main() -> None:
-    """Run the sides alternately and print the table."""
+def read_options() -> tuple[argparse.Namespace, list[str]]:
+    """Return the options, and the sides in the order in which a round runs them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -275,6 +275,11 @@ def main() -> None:
         if not (options.before / "receiver" / "__main__.py").is_file():
             parser.error(f"--before: {options.before} is no checkout of the receiver")
         sides += [side for side in BEFORE if side.removeprefix("before-") in sides]
+    return options, sides
+
+
+def measure(options: argparse.Namespace, sides: Sequence[str]) -> tuple[dict[str, list[Measured]], list[str]]:
+    """Run the sides alternately; return their runs, and a line for each further result."""
     receivers: list[str] = [side for side in ("postgresql", "sqlite") if side in sides]
     found: dict[str, list[Measured]] = defaultdict(list)
     many: dict[str, list[Measured]] = defaultdict(list)
@@ -305,6 +310,13 @@ def main() -> None:
             )
     if bench.refused:
         lines.append(f"Runs that were not counted, because other processes used the CPU: {bench.refused}")
+    return found, lines
+
+
+def main() -> None:
+    """Run the sides alternately and print the table."""
+    options, sides = read_options()
+    found, lines = measure(options, sides)
     where = (
         f"{options.rounds} rounds of {options.seconds:.0f} s, {psutil.cpu_count()} cores for everything, "
         f"Python {platform.python_version()}; medians, in brackets the least and the greatest round."

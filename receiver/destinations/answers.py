@@ -115,12 +115,17 @@ class RawAnswer:
         found = [(name.lower(), value.strip()) for name, value in _FRAMING.findall(fields)]
         if any(name == b"transfer-encoding" for name, _ in found):
             return None if self.status == _NO_CONTENT else _find_last_chunk(self._recorded, head.end())
+        length = self._announced([value for _, value in found])
+        return None if length is None else head.end() + length
+
+    def _announced(self, values: list[bytes]) -> int | None:
+        """Return the length that the fields Content-Length announce, or None if it cannot be relied on."""
         default = b"0" if self.status == _NO_CONTENT else b""
-        length = _LENGTH.fullmatch(b",".join(value for _, value in found) if found else default)
+        length = _LENGTH.fullmatch(b",".join(values) if values else default)
         if length is None or (self.status == _NO_CONTENT and int(length[1])):
             # A 204 must have no body. If it announces one anyway, that body may arrive late.
             return None
-        return head.end() + int(length[1])
+        return int(length[1])
 
 
 def _find_last_chunk(data: bytearray, position: int) -> int | None:
