@@ -19,10 +19,10 @@ from starlette.types import Message, Receive, Scope, Send
 
 from receiver.api import request_ids
 from receiver.api.answers import error_body
-from receiver.api.auth import Tokens
+from receiver.api.auth import OneCaller, Tokens
 from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
-from receiver.api.endpoints import guarded
+from receiver.api.endpoints import Endpoint, guarded
 from receiver.api.events import EventEndpoints
 from receiver.api.jobs import JobEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
@@ -32,6 +32,7 @@ from receiver.api.rejections import RejectionEndpoints
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
+from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
@@ -143,22 +144,35 @@ def _callback_routes(callback: WebhookEndpoint | None) -> list[BaseRoute]:
 def _internal_routes(
     settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
 ) -> list[BaseRoute]:
-    tokens = Tokens(settings.api_tokens)
-    replays = make_replays(settings, database, wake=wakeups.wake)
+    table = endpoint_table(settings, database, submitter, wake=wakeups.wake)
+    return [*Documents(table).routes(), *guarded(table, Tokens(settings.api_tokens))]
+
+
+def endpoint_table(
+    settings: Settings, database: Database, submitter: Submitter, *, wake: Wake
+) -> list[Endpoint]:
+    """Return the rows of the internal API."""
     events = EventEndpoints(
         database, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
     )
-    table = [
+    return [
         *JobEndpoints(submitter).table(),
         *events.table(),
-        *ReplayEndpoints(database, replays).table(),
+        *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *StatusEndpoints(partial(read_status, settings, database, submitter)).table(),
     ]
-    return [
-        *Documents(table).routes(),
-        *guarded(table, tokens),
-    ]
+
+
+def create_local_app(
+    settings: Settings, database: Database, submitter: Submitter, *, caller: str
+) -> Starlette:
+    """Make the internal API for calls inside this process: they come from `caller` and need no token.
+
+    A handler's error is raised to the caller as it is, in place of an answer.
+    """
+    table = endpoint_table(settings, database, submitter, wake=wake_no_lane)
+    return Starlette(routes=guarded(table, OneCaller(caller), expected=()))
 
 
 class _App(Starlette):

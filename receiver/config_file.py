@@ -22,6 +22,8 @@ from receiver.masking import mask, register_header, register_secret, register_ur
 
 DEFAULT_CONFIG: Final = "receiver.toml"
 PREFIX: Final = "RECEIVER_"
+URL_VARIABLE: Final = "RECEIVER_URL"
+TOKEN_VARIABLE: Final = "RECEIVER_TOKEN"  # noqa: S105 - a name
 MIN_TOKEN: Final = 16
 """The fewest characters of an API token: a shorter one could not hold 128 random bits."""
 
@@ -73,6 +75,27 @@ def read_environment(
         field: _cleaned_list(given[name], name) if field in lists else cleaned(given[name], name)
         for field, name in found.items()
     }
+
+
+def read_remote(
+    environ: Mapping[str, str], *, url: str | None = None, token: str | None = None
+) -> tuple[str, str] | None:
+    """Return the URL and the token of a receiver elsewhere; None if no URL is given.
+
+    A value that is given takes the place of its variable. Raises SettingsError.
+    """
+    given = {URL_VARIABLE: url, TOKEN_VARIABLE: token}
+    values = {name: environ.get(name, "") if text is None else text for name, text in given.items()}
+    for name, text in values.items():
+        register_setting(name, text)
+    address, secret = (cleaned(text, name) for name, text in values.items())
+    if not address:
+        return None
+    if not secret:
+        raise SettingsError(
+            f"{TOKEN_VARIABLE} is not set: write one of the receiver's RECEIVER_API_TOKENS, without its name"
+        )
+    return address, secret
 
 
 def read_file(environ: Mapping[str, str]) -> Values:

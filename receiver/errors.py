@@ -18,6 +18,7 @@
         │   ├── AccountRefused   401: the key or the account is at fault, not the job
         │   └── RefusedForNow    402, 403: Clipia refuses this job until the account changes (`type`)
         ├── DatabaseUnavailable
+        ├── ReceiverUnavailable  `receiver.client` got no answer, or one of another program
         ├── MediaUnavailable     the CDN did not send a whole file
         │   ├── MediaMissing     the CDN has no such file (404 and similar): given up after a few attempts
         │   ├── NotMedia         a page or a text came in place of a file, which may come later
@@ -177,6 +178,10 @@ class RefusedForNow(ClipiaUnavailable):
 
 class DatabaseUnavailable(TransientError):
     """The database did not answer in time, rejected a statement, or cannot write."""
+
+
+class ReceiverUnavailable(TransientError):
+    """The receiver elsewhere gave no answer, or another program answered."""
 
 
 class MediaUnavailable(TransientError):

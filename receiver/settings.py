@@ -22,6 +22,8 @@ from pydantic_settings import (
 from receiver.config_file import (
     DEFAULT_CONFIG,
     MIN_TOKEN,
+    TOKEN_VARIABLE,
+    URL_VARIABLE,
     ProxyUrl,
     check_cloud_variables,
     is_web_url,
@@ -348,7 +350,8 @@ class Settings(BaseSettings):
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """Return the names in `environ` that start with RECEIVER_ and are not settings: probably typos."""
-    known = {variable_name(field) for field in Settings.model_fields} | {"RECEIVER_CONFIG"}
+    known = {variable_name(field) for field in Settings.model_fields}
+    known |= {"RECEIVER_CONFIG", URL_VARIABLE, TOKEN_VARIABLE}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
 
 

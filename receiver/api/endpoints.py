@@ -15,7 +15,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from receiver.api.answers import error_body, error_response
-from receiver.api.auth import Caller, Tokens
+from receiver.api.auth import Caller, Callers
 from receiver.api.parameters import Parameters, invalid
 from receiver.core.request_values import split_page
 from receiver.errors import (
@@ -106,8 +106,13 @@ class Endpoint:
     """Whether Clipia's errors may be its answer."""
 
 
-def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
+def guarded(
+    table: Sequence[Endpoint], callers: Callers, *, expected: tuple[type[ReceiverError], ...] = EXPECTED
+) -> list[BaseRoute]:
     """Return the routes of endpoints; each checks the caller's token and scope first.
+
+    Errors of the types `expected` become answers; others are raised, as they are if the caller is in this
+    process.
 
     A path gets one route for all its methods: Starlette answers 405 from the first route of a path, and
     `Allow` would name only the methods of that route.
@@ -115,18 +120,23 @@ def guarded(table: Sequence[Endpoint], tokens: Tokens) -> list[BaseRoute]:
     by_path: dict[str, dict[str, Endpoint]] = {}
     for row in table:
         by_path.setdefault(row.path, {})[row.method] = row
-    return [Route(path, _guard(tokens, methods), methods=list(methods)) for path, methods in by_path.items()]
+    return [
+        Route(path, _guard(callers, methods, expected), methods=list(methods))
+        for path, methods in by_path.items()
+    ]
 
 
-def _guard(tokens: Tokens, methods: Mapping[str, Endpoint]) -> Callable[[Request], Awaitable[Response]]:
+def _guard(
+    callers: Callers, methods: Mapping[str, Endpoint], expected: tuple[type[ReceiverError], ...]
+) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         # GET's handler also answers HEAD; the server leaves out the body.
         row = methods["GET" if request.method == "HEAD" else request.method]
         try:
-            caller = tokens.require(request.headers, row.scope)
+            caller = callers.require(request.headers, row.scope)
             query = None if row.query is None else row.query.read(_query_of(request))
             return await row.handler(Call(request=request, caller=caller, query=query, endpoint=row))
-        except EXPECTED as error:
+        except expected as error:
             return expected_error_response(error)
         except ClientDisconnect:
             return Response(status_code=400)  # the client is gone; Starlette needs some response

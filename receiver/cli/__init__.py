@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from receiver import __version__, exit_status
 from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
+from receiver.cli.client import choose
 from receiver.cli.deliveries import deliveries
 from receiver.cli.demo import demo
 from receiver.cli.events import events
@@ -68,11 +69,24 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def options(
-    version: bool = typer.Option(
+    url: str | None = typer.Option(
+        None,
+        metavar="URL",
+        help="Work with the receiver at this URL (its internal API), without access to its database. "
+        "Default: RECEIVER_URL, or else this machine's database.",
+    ),
+    token: str | None = typer.Option(
+        None,
+        metavar="TOKEN",
+        help="A token of that receiver, or @FILE; other users of this machine can read an argument. "
+        "Default: RECEIVER_TOKEN.",
+    ),
+    version: bool = typer.Option(  # noqa: ARG001 - its callback acts
         False, "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
     ),
 ) -> None:
     """Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it."""
+    choose(url, token)
 
 
 def main() -> None:

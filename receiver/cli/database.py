@@ -19,8 +19,7 @@ T = TypeVar("T")
 
 def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
     """Run `use` on the service's database. Raises SettingsError and DatabaseUnavailable."""
-    # The command reports errors itself; a log line would repeat them.
-    configure_logging(level="CRITICAL")
+    silence_logs()
     settings = Settings.load()
 
     async def run() -> T:
@@ -29,6 +28,11 @@ def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
             return await use(settings, database)
 
     return asyncio.run(run())
+
+
+def silence_logs() -> None:
+    """Log nothing: the command reports errors itself, and a log line would repeat them."""
+    configure_logging(level="CRITICAL")
 
 
 def query_database(query: Callable[[SqlConnection], Awaitable[T]]) -> T:

@@ -12,8 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver import retention, unrecognized
-from receiver.api.events import readable
-from receiver.cli.database import find_event, no_event, opened_storage, query_database, with_database
+from receiver.api.models import ShownEvent
+from receiver.cli.client import missing, with_client
+from receiver.cli.database import no_event, opened_storage, with_database
 from receiver.cli.export_import import export, import_
 from receiver.cli.options import (
     CURSOR_HELP,
@@ -38,12 +39,9 @@ from receiver.cli.terminal import (
     size,
     stdout,
 )
-from receiver.core.request_values import split_page
-from receiver.db import reads
 from receiver.db.database import Database
-from receiver.db.event_filter import EventFilter
 from receiver.db.rows import DeliveryState, EventState, EventStatus
-from receiver.db.views import DeliveryWithLog, EventDetails, FileWithLog
+from receiver.db.views import DeliveryWithLog, FileWithLog
 from receiver.retention import Erased
 from receiver.settings import Settings
 from receiver.unrecognized import Recovered
@@ -78,36 +76,35 @@ def list_(
     json: Json = False,
 ) -> None:
     """List events, newest first."""
-    found = query_database(
-        partial(
-            reads.list_events,
-            limit=limit + 1,
-            before=cursor,
-            which=EventFilter(
-                source=source,
-                state=state,
-                status=status,
-                model=model,
-                caller=caller,
-                metadata=dict(read_pair(text) for text in metadata or ()),
-                idempotency_key=key,
-                delivery_state=delivery_state,
-                destination=destination,
-                since=since,
-                until=until,
-            ),
+    wanted = dict(read_pair(text) for text in metadata or ())
+    page = with_client(
+        lambda client: client.list_events(
+            limit=limit,
+            cursor=None if cursor is None else str(cursor),
+            source=source,
+            state=state,
+            status=status,
+            model=model,
+            caller=caller,
+            metadata=wanted,
+            idempotency_key=key,
+            delivery_state=delivery_state,
+            destination=destination,
+            since=since,
+            until=until,
         )
     )
     columns = ("seq", "request_id", "status", "model", "state", "received_at", "media", "deliveries")
-    rows, next_ = split_page(found, limit, "seq")
-    print_list(rows, partial(print_rows, rows, *columns, none="No events."), json=json, next_=next_)
+    table = partial(print_rows, page.data, *columns, none="No events.")
+    print_list(page.data, table, json=json, next_=page.next)
 
 
 @events.command()
 def show(key: EventKey, json: Json = False) -> None:
     """Show one event with its receipts, its files, its deliveries and every attempt at them."""
-    event = query_database(lambda connection: find_event(connection, key, reads.show_event))
-    print_result(readable(event), partial(_print_event, event), json=json)
+    with missing(no_event(key)):
+        event = with_client(lambda client: client.show_event(key))
+    print_result(event, partial(_print_event, event), json=json)
 
 
 events.command()(export)
@@ -169,7 +166,7 @@ def erase(key: EventKey, json: Json = False) -> None:
         print_line(f"Not in the storage of RECEIVER_STORAGE_URL; delete it yourself: {uri}")
 
 
-def _print_event(event: EventDetails) -> None:
+def _print_event(event: ShownEvent) -> None:
     facts = Table(box=None, show_header=False)
     if event.get("recoverable"):
         stdout.print("This release can read it: run `receiver events recover`.\n")
@@ -188,7 +185,7 @@ def _print_event(event: EventDetails) -> None:
         _print_work(delivery, delivery["destination"])
 
 
-def _print_receipts(event: EventDetails) -> None:
+def _print_receipts(event: ShownEvent) -> None:
     print_title("Receipts", event["receipts"])
     for receipt in event["receipts"]:
         more = f"  and {receipt['repeated']:,} more" if receipt["repeated"] else ""

@@ -11,13 +11,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.database import with_database
+from receiver.cli.client import with_client
 from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_json, size, stdout
-from receiver.db.database import Database
-from receiver.settings import Settings
-from receiver.status import DestinationStatus, Status, age, read_status
-from receiver.submitter import Submitter
+from receiver.client import Client
+from receiver.status import DestinationStatus, Status, age
 
 WATCH_SECONDS: Final = 2.0
 
@@ -30,26 +28,22 @@ def status(
 ) -> None:
     """Show lanes, destinations, workers, jobs and disks on one screen, and the next command for each problem.
 
-    The disks are those of this machine.
+    The disks are those of the machine that reads them: this one, or the receiver at --url.
     """
 
-    async def run(settings: Settings, database: Database) -> None:
-        submitter = Submitter.configured(settings, database)
-        try:
-            if json:
-                print_json(await read_status(settings, database, submitter))
-                return
-            if not watch:
-                stdout.print(screen(await read_status(settings, database, submitter)), crop=False)
-                return
-            with Live(console=stdout, screen=stdout.is_terminal, auto_refresh=False) as live:
-                while True:
-                    live.update(screen(await read_status(settings, database, submitter)), refresh=True)
-                    await asyncio.sleep(WATCH_SECONDS)
-        finally:
-            await submitter.close()
+    async def run(client: Client) -> None:
+        if json:
+            print_json(await client.show_status())
+            return
+        if not watch:
+            stdout.print(screen(await client.show_status()), crop=False)
+            return
+        with Live(console=stdout, screen=stdout.is_terminal, auto_refresh=False) as live:
+            while True:
+                live.update(screen(await client.show_status()), refresh=True)
+                await asyncio.sleep(WATCH_SECONDS)
 
-    with_database(run)
+    with_client(run)
 
 
 def screen(found: Status) -> Group:
