@@ -19,6 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from receiver.api import request_ids
 from receiver.api.answers import error_body
+from receiver.api.audit import AuditEndpoints
 from receiver.api.auth import OneCaller, Tokens
 from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
@@ -145,7 +146,7 @@ def _internal_routes(
     settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
 ) -> list[BaseRoute]:
     table = endpoint_table(settings, database, submitter, wake=wakeups.wake)
-    return [*Documents(table).routes(), *guarded(table, Tokens(settings.api_tokens))]
+    return [*Documents(table).routes(), *guarded(table, Tokens(settings.api_tokens), database)]
 
 
 def endpoint_table(
@@ -160,6 +161,7 @@ def endpoint_table(
         *events.table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
+        *AuditEndpoints(database).table(),
         *StatusEndpoints(partial(read_status, settings, database, submitter)).table(),
     ]
 
@@ -172,7 +174,7 @@ def create_local_app(
     A handler's error is raised to the caller as it is, in place of an answer.
     """
     table = endpoint_table(settings, database, submitter, wake=wake_no_lane)
-    return Starlette(routes=guarded(table, OneCaller(caller), expected=()))
+    return Starlette(routes=guarded(table, OneCaller(caller), database, expected=()))
 
 
 class _App(Starlette):

@@ -2,7 +2,7 @@
 
 A run goes through the events by `seq`, a batch at a time, and each batch is a short transaction. If a run is
 killed, it has deleted whole events, and the next run continues there. At its end a run deletes the inputs of
-jobs that ended long ago, and old rejected requests.
+jobs that ended long ago, old rejected requests, and old actions of operators.
 
 Files are deleted outside of transactions: after their events became tombstones, and before their records are
 deleted. So each file has a record until it is deleted, even if a run is killed in between.
@@ -16,7 +16,7 @@ from datetime import datetime, timedelta
 from typing import Final
 from uuid import UUID
 
-from receiver.db import pruning, rejections
+from receiver.db import audit, pruning, rejections
 from receiver.db.database import Database
 from receiver.db.pruning import StoredFile
 from receiver.errors import RequestError
@@ -61,6 +61,8 @@ class Pruned:
     """Jobs that ended before that moment and lost their inputs."""
     rejections: int = 0
     """Rejected requests of before that moment that were deleted."""
+    actions: int = 0
+    """Actions of operators before that moment whose records were deleted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ async def prune(
     storage: Storage | None = None,
     limits: Limits = LIMITS,
 ) -> AsyncIterator[Pruned]:
-    """Delete old finished events, inputs of jobs and rejected requests; yield the progress after each batch.
+    """Delete old finished events, inputs of jobs, and other old records; yield the progress after each batch.
 
     An event with a dead letter is kept unless `dead_letters`. Files are deleted if a `storage` is given.
     Raises DatabaseUnavailable and StorageUnavailable.
@@ -106,7 +108,7 @@ async def prune(
         yield (done := progress)
     async for progress in run.prune_inputs(done):
         yield (done := progress)
-    yield await run.prune_rejections(done)
+    yield await run.prune_records(done)
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,12 @@ class _Run:
             done = replace(done, jobs=done.jobs + len(found))
             yield done
 
-    async def prune_rejections(self, done: Pruned) -> Pruned:
-        """Delete old rejected requests; they are few enough for one transaction."""
+    async def prune_records(self, done: Pruned) -> Pruned:
+        """Delete old rejected requests and actions; they are few enough for one transaction."""
         async with self.database.read() if self.dry_run else self.database.write() as connection:
-            number = await rejections.prune(connection, done.before, dry_run=self.dry_run)
-        return replace(done, rejections=number)
+            rejected = await rejections.prune(connection, done.before, dry_run=self.dry_run)
+            done_before = await audit.prune(connection, done.before, dry_run=self.dry_run)
+        return replace(done, rejections=rejected, actions=done_before)
 
     async def _rest(self, began: float) -> None:
         """Sleep for as long as the batch took, to leave half of the time to live traffic."""

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar, cast
 from uuid import UUID
 
@@ -18,6 +19,8 @@ from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Callers
 from receiver.api.parameters import Parameters, invalid
 from receiver.core.request_values import split_page
+from receiver.db import audit
+from receiver.db.database import Database
 from receiver.errors import (
     ClipiaUnavailable,
     DatabaseUnavailable,
@@ -26,12 +29,15 @@ from receiver.errors import (
     RequestTooLarge,
     SettingsError,
 )
+from receiver.masking import mask
 from receiver.settings import Scope
 
 MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
 """The largest request to Clipia, and room for the fields around it."""
 BODY_SECONDS: Final = 10.0
 """How long a body may take to arrive."""
+MAX_REASON_LENGTH: Final = 1000
+MAX_TARGET_LENGTH: Final = 255
 EXPECTED: Final = (RequestError, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
 """Errors that `expected_error_response` turns into an answer; any other error is a bug."""
 
@@ -42,6 +48,19 @@ BodyT = TypeVar("BodyT")
 log = structlog.get_logger()
 
 
+@dataclass(kw_only=True)
+class Record:
+    """Facts of an action that its query or its body tells."""
+
+    reason: str | None = None
+    dry_run: bool = False
+
+    def note(self, values: object) -> None:
+        """Take the facts from a query or a body, if it has them."""
+        self.reason = _readable(getattr(values, "reason", None)) or self.reason
+        self.dry_run = getattr(values, "dry_run", False) is True or self.dry_run
+
+
 @dataclass(frozen=True, kw_only=True)
 class Call(Generic[QueryT, BodyT]):
     """A call whose token and query have been checked. The types are None if its row has none."""
@@ -50,6 +69,7 @@ class Call(Generic[QueryT, BodyT]):
     caller: Caller
     query: QueryT
     endpoint: "Endpoint"
+    record: Record
 
     @property
     def key(self) -> str:
@@ -72,7 +92,11 @@ class Call(Generic[QueryT, BodyT]):
         """
         row = self.endpoint
         values = await read_object(self.request, optional=row.body_is_optional)
-        return cast("BodyT", row.body.read(values))
+        if self.record.reason is not None and "reason" in row.body.model_fields:
+            values.setdefault("reason", self.record.reason)
+        body = row.body.read(values)
+        self.record.note(body)
+        return cast("BodyT", body)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,9 +129,18 @@ class Endpoint:
     asks_clipia: bool = False
     """Whether Clipia's errors may be its answer."""
 
+    @property
+    def is_action(self) -> bool:
+        """Whether it is an action of an operator, which goes on record."""
+        return self.scope == "operate" and self.method != "GET"
+
 
 def guarded(
-    table: Sequence[Endpoint], callers: Callers, *, expected: tuple[type[ReceiverError], ...] = EXPECTED
+    table: Sequence[Endpoint],
+    callers: Callers,
+    database: Database,
+    *,
+    expected: tuple[type[ReceiverError], ...] = EXPECTED,
 ) -> list[BaseRoute]:
     """Return the routes of endpoints; each checks the caller's token and scope first.
 
@@ -121,27 +154,104 @@ def guarded(
     for row in table:
         by_path.setdefault(row.path, {})[row.method] = row
     return [
-        Route(path, _guard(callers, methods, expected), methods=list(methods))
+        Route(path, _guard(callers, database, methods, expected), methods=list(methods))
         for path, methods in by_path.items()
     ]
 
 
 def _guard(
-    callers: Callers, methods: Mapping[str, Endpoint], expected: tuple[type[ReceiverError], ...]
+    callers: Callers,
+    database: Database,
+    methods: Mapping[str, Endpoint],
+    expected: tuple[type[ReceiverError], ...],
 ) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         # GET's handler also answers HEAD; the server leaves out the body.
         row = methods["GET" if request.method == "HEAD" else request.method]
         try:
             caller = callers.require(request.headers, row.scope)
-            query = None if row.query is None else row.query.read(_query_of(request))
-            return await row.handler(Call(request=request, caller=caller, query=query, endpoint=row))
+            record = Record()
+            query = _read_query(row, request, record)
+            call: Call[Any, Any] = Call(
+                request=request, caller=caller, query=query, endpoint=row, record=record
+            )
+            return await (_act(database, call, expected) if row.is_action else row.handler(call))
         except expected as error:
             return expected_error_response(error)
         except ClientDisconnect:
             return Response(status_code=400)  # the client is gone; Starlette needs some response
 
     return endpoint
+
+
+def _read_query(row: Endpoint, request: Request, record: Record) -> Parameters | None:
+    if row.query is None and not row.is_action:
+        return None
+    values = _query_of(request)
+    if row.is_action:
+        reason = values.get("reason", "")
+        if len(reason) > MAX_REASON_LENGTH:
+            raise invalid(f"reason: write {MAX_REASON_LENGTH} characters at most")
+        record.reason = _readable(reason)
+        if row.query is None or "reason" not in row.query.model_fields:
+            values.pop("reason", None)
+    query = None if row.query is None else row.query.read(values)
+    record.note(query)
+    return query
+
+
+async def _act(
+    database: Database, call: Call[Any, Any], expected: tuple[type[ReceiverError], ...]
+) -> Response:
+    """Carry out an action between the record of its beginning and of its outcome.
+
+    Without the first record it does not begin: the caller gets DatabaseUnavailable. If its process dies, the
+    outcome stays open.
+    """
+    row, record = call.endpoint, call.record
+    target = "/".join(str(each) for each in call.request.path_params.values())
+    async with database.write() as connection:
+        action_id = await audit.begin(
+            connection,
+            by=call.caller.name,
+            operation=row.name,
+            target=(_readable(target) or "")[:MAX_TARGET_LENGTH] or None,
+            **vars(record),
+        )
+    error = None
+    try:
+        response = await row.handler(call)
+    except EXPECTED as raised:
+        error, response = raised, expected_error_response(raised)
+    except ClientDisconnect:
+        await _end(database, action_id, record, status=400, code="client_disconnected")
+        raise
+    except Exception:
+        await _end(database, action_id, record, status=500, code="internal_error")
+        raise
+    code = (
+        orjson.loads(response.body)["error"]["code"]
+        if response.status_code >= HTTPStatus.BAD_REQUEST
+        else None
+    )
+    await _end(database, action_id, record, status=response.status_code, code=code)
+    if error is not None and not isinstance(error, expected):
+        raise error
+    return response
+
+
+async def _end(database: Database, action_id: int, record: Record, **outcome: Any) -> None:
+    try:
+        async with database.write() as connection:
+            await audit.end(connection, action_id, {**vars(record), **outcome})
+    except DatabaseUnavailable as error:
+        # The action is done, and its answer must say so.
+        log.warning("outcome of an action not recorded", action=action_id, error=str(error), **outcome)
+
+
+def _readable(text: str | None) -> str | None:
+    """Return a text without secrets and control characters; None if nothing is left."""
+    return "".join(each if each.isprintable() else " " for each in mask(text or "")).strip() or None
 
 
 def _query_of(request: Request) -> dict[str, str]:

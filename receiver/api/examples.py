@@ -226,6 +226,17 @@ REJECTION: Final[dict[str, Any]] = {
     "headers": [["content-type", "application/json"], ["x-clipia-signature", f"t=1769860800,v1={_SHA256}"]],
     "body": '{"request_id": "c7b6521b-55d1-46c4-8952-f1af51482c78", …',
 }
+ACTION: Final[dict[str, Any]] = {
+    "id": 42,
+    "at": _AT,
+    "by": "alice on the command line",
+    "operation": "cancel_job",
+    "target": _JOB_ID,
+    "reason": "ordered twice",
+    "dry_run": False,
+    "status": 200,
+    "code": None,
+}
 REPLAY: Final[dict[str, Any]] = {**REPLAY_HEAD, "deliveries": {"orders": {"delivered": 312}}}
 
 STATUS: Final[dict[str, Any]] = {

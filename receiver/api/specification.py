@@ -9,7 +9,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from receiver import __version__
 from receiver.api.answers import ERROR_CODES
-from receiver.api.endpoints import Endpoint
+from receiver.api.endpoints import MAX_REASON_LENGTH, Endpoint
 from receiver.api.other_paths import OTHER_PATHS
 
 JsonObject = dict[str, Any]
@@ -60,6 +60,12 @@ _PATH_KEYS: Final[Mapping[str, JsonObject]] = {
         "schema": {"type": "string", "minLength": 1},
         "example": "nano-banana-2",
     },
+}
+_REASON: Final[JsonObject] = {
+    "name": "reason",
+    "in": "query",
+    "description": "Goes on record with the action.",
+    "schema": {"type": "string", "maxLength": MAX_REASON_LENGTH, "pattern": "^[^\\x00]*$"},
 }
 _KEY_HEADER: Final[JsonObject] = {
     "name": "Idempotency-Key",
@@ -159,10 +165,13 @@ def _path_parameters(row: Endpoint) -> list[JsonObject]:
 
 
 def _query_parameters(row: Endpoint) -> list[JsonObject]:
-    if row.query is None:
-        return []
-    properties = row.query.model_json_schema()["properties"]
-    return [_query_parameter(name, each) for name, each in properties.items()]
+    properties = {} if row.query is None else row.query.model_json_schema()["properties"]
+    found = [
+        _query_parameter(name, each)
+        for name, each in properties.items()
+        if name != "reason" or not row.is_action
+    ]
+    return [*found, _REASON] if row.is_action else found
 
 
 def _query_parameter(name: str, schema: JsonObject) -> JsonObject:
@@ -204,7 +213,7 @@ def _errors(row: Endpoint) -> JsonObject:
 
 def _codes(row: Endpoint) -> Iterable[str]:
     yield from ("invalid_token", "insufficient_scope", "service_unavailable", "internal_error")
-    if row.query is not None or row.body is not None or row.takes_key:
+    if row.query is not None or row.body is not None or row.takes_key or row.is_action:
         yield "invalid_request"
     if row.body is not None:
         yield "request_timeout"

@@ -71,6 +71,8 @@ def prune(
         stdout.print(f"{count(done.files, 'file')} and the inputs of {count(done.jobs, 'job')} {verb}")
     if done.rejections:
         stdout.print(f"{count(done.rejections, 'rejected request')} {verb}")
+    if done.actions:
+        stdout.print(f"{count(done.actions, 'record')} of operators' actions {verb}")
     if done.files_elsewhere:
         print_note(
             f"{count(done.files_elsewhere, 'file')} not deleted: they are not in the storage of "

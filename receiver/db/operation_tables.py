@@ -2,7 +2,18 @@
 
 from typing import Final
 
-from sqlalchemy import Column, MetaData, String, Table, Text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    false,
+)
 
 from receiver.db import tables
 from receiver.db.tables import PlainUuid, UtcDateTime
@@ -33,4 +44,20 @@ circuits = Table(
     Column("error", Text),
     # Renewed while the circuit is open: that of a process that was killed must not stay open.
     Column("reported_at", UtcDateTime, nullable=False),
+)
+
+actions = Table(
+    "actions",
+    metadata,
+    # One row for each action of an operator. It is written before the action begins; `status` and `code` are
+    # those of the answer, and null while the action is under way or if its process died.
+    Column("id", BigInteger().with_variant(Integer(), "sqlite"), primary_key=True),
+    Column("at", UtcDateTime, nullable=False),
+    Column("by", Text, nullable=False),
+    Column("operation", String(63), nullable=False),
+    Column("target", Text),
+    Column("reason", Text),
+    Column("dry_run", Boolean, nullable=False, server_default=false()),
+    Column("status", SmallInteger),
+    Column("code", String(63)),
 )

@@ -7,7 +7,7 @@ from sqlalchemy import text
 
 from receiver.db.connection import Transaction
 from receiver.db.database import Database
-from receiver.db.tables import metadata
+from receiver.db.operation_tables import metadata
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import SettingsError
 

@@ -139,7 +139,15 @@ def test_prune_prints_the_numbers_of_rows(
     monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
     found = json.loads(prune("--older-than", "90d", "--media", "--json"))
     before = datetime.fromisoformat(found.pop("before"))
-    assert found == {"events": 3, "kept": 0, "files": 3, "files_elsewhere": 0, "jobs": 3, "rejections": 0}
+    assert found == {
+        "events": 3,
+        "kept": 0,
+        "files": 3,
+        "files_elsewhere": 0,
+        "jobs": 3,
+        "rejections": 0,
+        "actions": 0,
+    }
     assert not list(tmp_path.rglob("*.png"))
     assert timedelta(0) < datetime.now(UTC) - timedelta(days=90) - before < timedelta(minutes=1)
     assert receiver.use(count_rows) == whole(0)

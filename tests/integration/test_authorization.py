@@ -63,6 +63,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "POST /v1/replays": ("operate", 400),
     "GET /v1/replays/{id}": ("operate", 404),
     "POST /v1/replays/{id}/cancel": ("operate", 404),
+    "GET /v1/audit": ("operate", 200),
     "GET /v1/rejections": ("operate", 200),
     "GET /v1/rejections/{id}": ("operate", 404),
 }
