@@ -6,6 +6,7 @@ import typer
 from typer.core import TyperGroup
 
 from receiver import __version__, exit_status
+from receiver.cli.audit import audit
 from receiver.cli.catalogue import account, estimate, models
 from receiver.cli.check import check
 from receiver.cli.client import choose
@@ -59,6 +60,7 @@ app.add_typer(deliveries, name="deliveries", cls=_Group)
 app.add_typer(replays, name="replays", cls=_Group)
 app.add_typer(media, name="media", cls=_Group)
 app.add_typer(rejections, name="rejections", cls=_Group)
+app.add_typer(audit, name="audit", cls=_Group)
 
 
 def _show_version(value: bool) -> None:

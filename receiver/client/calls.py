@@ -98,10 +98,15 @@ class Calls:
         body: Mapping[str, object] | None = None,
         *,
         key: str | None = None,
+        reason: str | None = None,
         wait: float = 0.0,
     ) -> Any:
-        """Return the answer to a call that changes something; `key` is its Idempotency-Key."""
-        return self._parsed(type_, await self._send(method, path, body=body, key=key, wait=wait), path)
+        """Return the answer to a call that changes something; `key` is its Idempotency-Key.
+
+        The `reason` goes on record with an action of an operator.
+        """
+        sent = self._send(method, path, query={"reason": reason}, body=body, key=key, wait=wait)
+        return self._parsed(type_, await sent, path)
 
     async def _send(
         self,

@@ -1,13 +1,38 @@
 """The calls of the client about the service itself."""
 
-from receiver.client.calls import Calls
+from datetime import datetime
+
+from receiver.client.calls import Calls, Page
+from receiver.db.audit import Action
 from receiver.status import Status
 
 
 class OperationCalls(Calls):
-    """The status."""
+    """The status, and the actions of operators."""
 
     async def show_status(self) -> Status:
         """Return lanes, destinations, workers, jobs and disks, and the problems in them."""
         found: Status = await self._get(Status, "/v1/status")
         return found
+
+    async def list_actions(
+        self,
+        *,
+        limit: int = 50,
+        cursor: str | None = None,
+        by: str | None = None,
+        operation: str | None = None,
+        target: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> Page[Action]:
+        """Return actions of operators with their reasons and outcomes, newest first."""
+        query = {
+            "cursor": cursor,
+            "by": by,
+            "operation": operation,
+            "target": target,
+            "since": since,
+            "until": until,
+        }
+        return await self._list(Action, "/v1/audit", query, limit=limit)

@@ -1,6 +1,7 @@
 """The record of operators' actions, on both databases."""
 
 import asyncio
+import json
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,15 +16,18 @@ from pydantic import SecretStr
 from sqlalchemy import update
 from starlette.applications import Starlette
 from starlette.responses import Response
+from structlog.testing import capture_logs
 from support.events import insert_event, plain
 from support.payloads import SECRET
 from support.servers import Postgres
 from support.specification import read_specification
+from typer.testing import CliRunner
 
 from receiver import masking, retention
 from receiver.api.auth import Tokens
 from receiver.api.endpoints import Call, Endpoint, guarded, json_response
 from receiver.app import create_app
+from receiver.cli import app as cli
 from receiver.db import audit, migrate, reads
 from receiver.db.database import Database
 from receiver.db.operation_tables import actions
@@ -125,6 +129,29 @@ async def test_actions_are_listed(client: httpx.AsyncClient) -> None:
         ({"until": "1h"}, 0),
     ):
         assert len((await client.get("/v1/audit", params=query)).json()["data"]) == number, query
+
+
+async def test_the_command_lists_actions(
+    client: httpx.AsyncClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`audit list` prints author, operation, target, outcome and reason, or JSON in the shape of the API."""
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", database.url)
+    await client.delete("/v1/events/r-1", params={"reason": "a person asked"})
+    async with database.write() as connection:
+        await audit.begin(connection, by="bob on the command line", operation="cancel_job")
+
+    async def run(*arguments: str) -> str:
+        with capture_logs():
+            result = await asyncio.to_thread(CliRunner().invoke, cli, ["audit", "list", *arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    lines = (await run()).splitlines()
+    assert "bob on the command line  cancel_job" in lines[1]
+    assert lines[2].split()[2:] == ["ops", "erase_event", "r-1", "not_found", "a", "person", "asked"]
+    page = json.loads(await run("--json", "--by", "ops"))
+    assert [row["target"] for row in page["data"]] == ["r-1"]
+    assert "No actions." in await run("--until", "1h")
 
 
 def make_row(handler: Any) -> Endpoint:

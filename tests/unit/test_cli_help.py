@@ -46,7 +46,13 @@ def test_help_shows_every_name_and_sentence_whole(
 
 @pytest.mark.parametrize(
     "arguments",
-    ["events list --cursor", "replays list --cursor", "rejections list --cursor", "rejections show"],
+    [
+        "events list --cursor",
+        "replays list --cursor",
+        "rejections list --cursor",
+        "audit list --cursor",
+        "rejections show",
+    ],
 )
 @pytest.mark.parametrize("number", ["-1", "9223372036854775808", "x"])
 def test_a_number_that_no_row_has_is_a_usage_error(arguments: str, number: str) -> None:
