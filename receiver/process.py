@@ -22,8 +22,10 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_for_work, started
 from receiver.errors import StorageUnavailable
 from receiver.ingest import Ingest
+from receiver.lanes.attempts import logged_failures
 from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.destination_states import DestinationStates
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.fresh_urls import FreshUrls
 from receiver.lanes.media import MediaLane
@@ -130,6 +132,11 @@ async def _open_worker(
         log.error("storage not cleaned up", error=str(error))
     stack.push_async_callback(parts.downloader.close)
     await parts.downloader.start()
+    states = DestinationStates(database, wake=wakeups.wake)
+    with logged_failures("state of destinations not read"):
+        # Before the first claim: a destination may be paused.
+        await states.refresh()
+    await stack.enter_async_context(running(states.run(wakeups), name="destination states"))
     down = await stack.enter_async_context(started(parts.destinations))
     targets = [
         make_target(each, parts.destinations[each.name], is_down=each.name in down)
@@ -148,7 +155,7 @@ async def _open_worker(
                 else None
             ),
         ),
-        *(DeliveryLane(database, target, wake=wakeups.wake) for target in targets),
+        *(DeliveryLane(database, target, wake=wakeups.wake, states=states) for target in targets),
         ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules),
         *_job_lanes(settings, database, wakeups, submitter),
     ]

@@ -58,6 +58,19 @@ class CircuitBreaker:
         self.open(now, retry_after=retry_after)
         return opens
 
+    def suspect(self) -> None:
+        """Ramp up from one delivery: another process has trouble. If it fails, the circuit opens.
+
+        It is not opened now, because the destination may answer this process all the same.
+        """
+        if not self.is_open:
+            self._limit, self._failures = 1, FAILURES_TO_OPEN - 1
+
+    def probe_at_once(self, now: float) -> None:
+        """Allow the next probe now: another process has reached the destination."""
+        if self.is_open:
+            self._probe_at = min(self._probe_at, now)
+
     def open(self, now: float, *, retry_after: float = 0.0) -> None:
         """Allow only probes from now on."""
         self._limit = 0

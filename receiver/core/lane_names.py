@@ -8,6 +8,8 @@ MEDIA_LANE: Final = "media"
 REPLAY_LANE: Final = "replay"
 SUBMIT_LANE: Final = "submit"
 POLL_LANE: Final = "poll"
+DESTINATION_STATES: Final = "destinations"
+"""No lane: its signal says that an operator has paused or resumed a destination."""
 
 Wake = Callable[[str], None]
 """Tells a lane, by its name, that it may have work."""

@@ -13,7 +13,6 @@ import structlog
 from cloudevents.core.v1.event import CloudEvent
 
 from receiver.batching import Batcher
-from receiver.core.circuit_breaker import CircuitBreaker
 from receiver.core.lane_names import Wake, destination_lane
 from receiver.core.replay_throttle import MAX_REST_SECONDS, ReplayThrottle
 from receiver.core.token_bucket import TokenBucket
@@ -23,13 +22,14 @@ from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
 from receiver.destinations.base import GroupDestination
-from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
+from receiver.errors import DatabaseUnavailable, PublishRejected
 from receiver.lanes import envelope
 from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
 from receiver.lanes.delivery_report import DeliveryReport
+from receiver.lanes.destination_states import DestinationStates
+from receiver.lanes.shared_circuit import SharedCircuit
 from receiver.lanes.targets import Target
-from receiver.metrics import CIRCUIT_OPEN
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
@@ -74,18 +74,20 @@ class DeliveryLane(Lane):
         wake: Wake,
         concurrency: int | None = None,
         max_rest_seconds: float = MAX_REST_SECONDS,
+        states: DestinationStates | None = None,
     ) -> None:
-        """`concurrency` defaults to the target's, and that to the destination's own."""
+        """`concurrency` defaults to the target's, and that to the destination's own.
+
+        Without `states` the destination is never paused, and its circuit belongs to this lane alone.
+        """
         concurrency = concurrency or target.concurrency or target.destination.concurrency
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
-        self._circuit = CircuitBreaker(concurrency)
         self._bucket = TokenBucket(target.rate) if target.rate else None
         self._next_claim: asyncio.TimerHandle | None = None
-        if target.is_down:
-            self._circuit.open(time.monotonic())
-        CIRCUIT_OPEN.labels(target.name).set(self._circuit.is_open)
+        self._states = states or DestinationStates(database)
+        self._circuit = SharedCircuit(target, concurrency, self._states, wake=wake)
         self._report = DeliveryReport(target.name)
         self._max_claims = self._fitting = self._most = concurrency
         self._publish_first: _PublishFirst | None = None
@@ -101,9 +103,11 @@ class DeliveryLane(Lane):
 
         Raises DatabaseUnavailable.
         """
-        now = time.monotonic()
-        asked = min(limit, self._circuit.available(now, under_way=self.concurrency - limit))
-        limit = self._most_now(asked, now)
+        if self._states.is_paused(self._target.name):
+            self.may_have_more = self.claims_again = False
+            return []
+        asked = min(limit, self._circuit.available(under_way=self.concurrency - limit))
+        limit = self._most_now(asked)
         self.may_have_more, self.claims_again = True, False
         if not limit:
             self._claim_when_allowed()
@@ -127,12 +131,12 @@ class DeliveryLane(Lane):
             self._claim_when_allowed()
         return self._works(found)
 
-    def _most_now(self, asked: int, now: float) -> int:
+    def _most_now(self, asked: int) -> int:
         """Return how many of `asked` deliveries may be claimed now."""
         if self.bytes_under_way >= MAX_BYTES:
             return 0
         limit = min(asked, self._max_claims, self._fitting, self._most)
-        return limit if self._bucket is None else min(limit, self._bucket.available(now))
+        return limit if self._bucket is None else min(limit, self._bucket.available(time.monotonic()))
 
     def _works(self, found: Sequence[tuple[_Delivery, bool]]) -> list[Work]:
         """Return the work of deliveries, each with whether its replay was canceled."""
@@ -228,7 +232,8 @@ class DeliveryLane(Lane):
     async def _attempt_group(self, group: Sequence[_Delivery], publish_first: _PublishFirst) -> None:
         """Publish deliveries together, as many at a time as the destination takes, and record them.
 
-        If none of these arrives, or time runs out, the rest is released: it was not attempted.
+        If none of these arrives, time runs out or the destination is paused, the rest is released: it was not
+        attempted.
         """
         until = time.monotonic() + self.lease_seconds / 3
         left = await self._build(group)
@@ -240,7 +245,8 @@ class DeliveryLane(Lane):
                 failures = [error] * len(left)
             sent, left = left[: len(failures)], left[len(failures) :]
             await self._end_group([this for this, _ in sent], failures, attempt)
-            if self._circuit.is_open or not _has_answer(failures):
+            is_paused = self._states.is_paused(self._target.name)
+            if is_paused or self._circuit.is_open or not _has_answer(failures):
                 break
         if left:
             claims = [this.claim for this, _ in left]
@@ -267,7 +273,7 @@ class DeliveryLane(Lane):
         """Record the confirmed deliveries together, and the others one by one."""
         confirmed, records = list[_Delivery](), list[Awaitable[object]]()
         for this, failure in zip(sent, failures, strict=True):
-            self._note(failure, attempt.began)
+            self._circuit.note(failure, attempt.began)
             if failure is None:
                 confirmed.append(this)
             else:
@@ -314,28 +320,16 @@ class DeliveryLane(Lane):
         try:
             await self._target.destination.publish(message)
         except Exception as error:  # noqa: BLE001 - likewise
-            self._note(error, attempt.began)
+            self._circuit.note(error, attempt.began)
             await self._failed(this, attempt, error)
             return
-        self._note(None, attempt.began)
+        self._circuit.note(None, attempt.began)
         await self._finish(this, attempt.end("succeeded"), state="delivered")
-
-    def _note(self, error: Exception | None, started: float) -> None:
-        """Count a result in the circuit breaker. A destination that rejects one message is healthy."""
-        was_open = self._circuit.is_open
-        after = (error.retry_after if isinstance(error, PublishFailed) else None) or 0.0
-        if error is None or isinstance(error, PublishRejected):
-            self._circuit.succeeded()
-            if was_open:
-                log.info("circuit breaker closed", destination=self._target.name)
-        elif self._circuit.failed(time.monotonic(), started=started, retry_after=after):
-            log.error("circuit breaker opened", destination=self._target.name, error=stored_text(error))
-        if self._circuit.is_open != was_open:
-            CIRCUIT_OPEN.labels(self._target.name).set(not was_open)
 
     async def _failed(self, this: _Delivery, attempt: StartedAttempt, error: Exception) -> None:
         claim, text = this.claim, stored_text(error)
-        delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=claim.age, jitter=jitter())
+        age = self._states.age(self._target.name, claim.age)
+        delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=age, jitter=jitter())
         if delay is None:
             await self._give_up(this, attempt.end("failed", text))
             return

@@ -6,7 +6,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import ColumnElement, FromClause, Table, select, update
 
+from receiver import background
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.core.output_files import FileRules
 from receiver.core.retry import RetryPolicy
@@ -31,6 +32,7 @@ from receiver.errors import PublishFailed, PublishRejected
 from receiver.ingest import make_event
 from receiver.lanes.base import LEASE_SECONDS, Lane
 from receiver.lanes.delivery import DeliveryLane
+from receiver.lanes.destination_states import DestinationStates
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.media import STORAGE_PAUSE_SECONDS, FreshUrl, MediaLane
 from receiver.lanes.replay import ReplayLane, ReplayPace
@@ -156,6 +158,8 @@ class World:
         self.replay_pace = ReplayPace()
         self.max_canceled = MAX_CANCELED
         self.timing = Timing()
+        self.shares_states = False
+        self.states_of_workers: list[DestinationStates] = []
         self.lease_seconds = LEASE_SECONDS
         self.storage_pause_seconds = STORAGE_PAUSE_SECONDS
         self.folder = folder
@@ -216,12 +220,21 @@ class World:
             storage_pause_seconds=self.storage_pause_seconds,
         )
 
-    def worker(self, *, drain: float = 5.0) -> Worker:
+    def worker(
+        self,
+        *,
+        drain: float = 5.0,
+        wakeups: Wakeups | None = None,
+        states: DestinationStates | None = None,
+    ) -> Worker:
         """Return a worker with all lanes."""
-        wakeups = Wakeups()
+        wakeups = wakeups or Wakeups()
         lanes: list[Lane] = [
             self.media_lane(wakeups.wake),
-            *(DeliveryLane(self.database, target, wake=wakeups.wake) for target in self.targets),
+            *(
+                DeliveryLane(self.database, target, wake=wakeups.wake, states=states)
+                for target in self.targets
+            ),
             self.replay_lane(wakeups.wake),
         ]
         for lane in lanes:
@@ -231,8 +244,18 @@ class World:
 
     @asynccontextmanager
     async def working(self, *, count: int = 1, drain: float = 5.0) -> AsyncIterator[None]:
-        """Run workers inside the block."""
-        async with running(*(self.worker(drain=drain) for _ in range(count))):
+        """Run workers inside the block; with `shares_states` each follows the states of destinations."""
+        async with AsyncExitStack() as stack:
+            for _ in range(count):
+                wakeups, states = Wakeups(), None
+                if self.shares_states:
+                    states = DestinationStates(self.database, wake=wakeups.wake)
+                    await states.refresh()
+                    self.states_of_workers.append(states)
+                    task = background.running(states.run(wakeups), name="states")
+                    await stack.enter_async_context(task)
+                worker = self.worker(drain=drain, wakeups=wakeups, states=states)
+                await stack.enter_async_context(running(worker))
             yield
 
     async def add(

@@ -173,3 +173,27 @@ def test_starts_stay_within_the_limits(width: int, steps: list[tuple[Step, float
     assert circuit.available(now + MAX_PROBE_SECONDS, under_way=0) >= 1, (
         "it may be left alone, never given up"
     )
+
+
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_a_circuit_that_is_suspected_ramps_up_or_opens_at_once(width: int) -> None:
+    """E4: if another process has trouble, one delivery decides: its failure opens, its success ramps up."""
+    circuit = CircuitBreaker(width)
+    circuit.suspect()
+    assert circuit.available(NOW, under_way=0) == 1
+    assert circuit.failed(NOW, started=NOW - 1)
+    circuit = CircuitBreaker(width)
+    circuit.suspect()
+    circuit.succeeded()
+    assert circuit.available(NOW, under_way=0) == min(2, width)
+    assert not circuit.failed(NOW, started=NOW - 1) or width == WIDTH
+
+
+def test_a_success_elsewhere_brings_the_next_probe_forward() -> None:
+    """E4: an open circuit probes at once if another process has reached the destination."""
+    circuit = opened()
+    circuit.suspect()
+    assert circuit.is_open
+    assert not circuit.available(NOW, under_way=0)
+    circuit.probe_at_once(NOW)
+    assert circuit.available(NOW, under_way=0) == 1
