@@ -170,6 +170,10 @@ async def test_a_group_that_is_paused_gives_its_rest_back(world: World) -> None:
         == [("delivered", 1)] * 2 + [("pending", 0)] * 8
     )
     assert await lane.claim(10) == []
+    await change(world, "orders", paused=False)
+    await states.refresh()
+    assert woken == ["destination:orders"]
+    assert await lane.claim(10)
 
 
 async def test_a_pause_extends_the_time_to_give_up(world: World) -> None:
