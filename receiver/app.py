@@ -30,6 +30,7 @@ from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
 from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import RejectionEndpoints
+from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
@@ -44,6 +45,7 @@ from receiver.media import open_storage
 from receiver.metrics import show_source
 from receiver.process import make_ingest, make_rejections, make_replays, running_worker
 from receiver.rejections import NO_SOURCE, Rejections
+from receiver.removed_deliveries import RemovedDeliveries
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
@@ -153,12 +155,16 @@ def endpoint_table(
     settings: Settings, database: Database, submitter: Submitter, *, wake: Wake
 ) -> list[Endpoint]:
     """Return the rows of the internal API."""
+    waits = {each.name: each.when == "media_stored" for each in settings.all_destinations}
     events = EventEndpoints(
-        database, open_storage=lambda: open_storage(settings.storage_url.get_secret_value())
+        database,
+        open_storage=lambda: open_storage(settings.storage_url.get_secret_value()),
+        destinations=waits,
     )
     return [
         *JobEndpoints(submitter).table(),
         *events.table(),
+        *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),

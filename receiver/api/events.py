@@ -2,8 +2,8 @@
 
 import asyncio
 import base64
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Collection
+from dataclasses import asdict, replace
 from typing import Annotated, Any, Final, Self
 
 import structlog
@@ -39,7 +39,7 @@ from receiver.api.parameters import (
     one_of,
 )
 from receiver.core.lenient_json import display_fields
-from receiver.db import forward, outbox, reads
+from receiver.db import forward, outbox, pruning, reads
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
 from receiver.db.outbox import DeadLetters
@@ -138,13 +138,18 @@ class RetryBody(Parameters):
     """Given up before this time."""
     all: Flag = False
     """All dead letters; required without a filter."""
+    not_restarted_since: Moment | None = None
+    """Leave out those that were restarted since then: the `began` of the first answer."""
 
 
 class EventEndpoints:
     """The endpoints need the scope `operate`: they show and change the events of every caller."""
 
-    def __init__(self, database: Database, *, open_storage: Callable[[], Storage]) -> None:
+    def __init__(
+        self, database: Database, *, open_storage: Callable[[], Storage], destinations: Collection[str]
+    ) -> None:
         self._database = database
+        self._destinations = destinations
         self._open_storage = open_storage
 
     def table(self) -> list[Endpoint]:
@@ -224,7 +229,7 @@ class EventEndpoints:
                 body=RetryBody,
                 body_example={"destination": "orders", "since": "2026-11-20T00:00:00Z"},
                 answer=RestartedMany,
-                example={"restarted": {"orders": 312}, "more": False},
+                example=examples.RESTARTED_MANY,
                 statuses=((202, "They are due now."),),
             ),
             Endpoint(
@@ -327,11 +332,18 @@ class EventEndpoints:
     async def _retry_many(self, call: Call[None, RetryBody]) -> Response:
         body = await call.read_body()
         selected = DeadLetters(**body.model_dump(exclude={"all"}))
-        if selected == DeadLetters(ids=[]) and not body.all:
+        if replace(selected, not_restarted_since=None) == DeadLetters(ids=[]) and not body.all:
             raise invalid('say which dead letters: ids, destination, since, until, or {"all": true}')
+        async with self._database.read() as connection:
+            began = await pruning.moment_ago(connection, seconds=0.0)
         done = await self._restart(selected, call.caller, limit=MAX_RESTARTED)
-        more = sum(done.values()) == MAX_RESTARTED
-        return json_response({"restarted": done, "more": more}, status=202)
+        answer = RestartedMany(
+            restarted=done,
+            not_configured=sorted(done.keys() - set(self._destinations)),
+            more=sum(done.values()) == MAX_RESTARTED,
+            began=body.not_restarted_since or began,
+        )
+        return json_response(answer, status=202)
 
     async def _restart(self, selected: DeadLetters, caller: Caller, *, limit: int) -> dict[str, int]:
         async with self._database.write() as connection:

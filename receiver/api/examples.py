@@ -101,6 +101,21 @@ DELIVERY: Final[dict[str, Any]] = {
     "status": "OK",
     "model": _MODEL,
 }
+RESTARTED_MANY: Final[dict[str, Any]] = {
+    "restarted": {"orders": 312},
+    "not_configured": [],
+    "more": False,
+    "began": _AT,
+}
+REDIRECTED: Final[dict[str, Any]] = {
+    "moved": 0,
+    "discarded": 312,
+    "replays": 1,
+    "under_way": 0,
+    "under_way_seconds": 0.0,
+    "still_in": [],
+    "more": False,
+}
 JOB_ORDER: Final[dict[str, Any]] = {
     "model": _MODEL,
     "input": {"prompt": "a cat"},

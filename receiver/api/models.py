@@ -1,5 +1,6 @@
 """The answers of the internal API that differ from the rows that the commands and the database layer have."""
 
+from datetime import datetime
 from typing import Annotated, Any, NotRequired
 
 from pydantic import ConfigDict, WithJsonSchema, with_config
@@ -55,8 +56,12 @@ class Restarted(TypedDict):
 class RestartedMany(Restarted):
     """Dead letters that will be delivered again, up to 10,000."""
 
+    not_configured: list[str]
+    """Those destinations that the receiver does not have any more."""
     more: bool
-    """Whether others may match: call again."""
+    """Whether others may match: call again, with `began` as `not_restarted_since`."""
+    began: datetime
+    """By the database's clock."""
 
 
 @with_config(ConfigDict(extra="allow"))

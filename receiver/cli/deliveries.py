@@ -1,37 +1,27 @@
 """`receiver deliveries`: deliveries, dead letters, and deliveries to a removed destination."""
 
-import contextlib
 import math
-from collections.abc import Awaitable, Callable, Collection
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 from uuid import UUID
 
 import typer
-from sqlalchemy import select
-from sqlalchemy.exc import IntegrityError
 
-from receiver.cli.database import query_database, with_database
+from receiver.cli.client import with_client
 from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, since_option, until_option
-from receiver.cli.terminal import count, operator, print_json, print_list, print_note, print_rows, stdout
-from receiver.cli.waiting import process_name
-from receiver.core.lane_names import destination_lane
-from receiver.core.request_values import split_page
-from receiver.db import outbox, reads, removed_destinations, workers
-from receiver.db.clock import db_time
-from receiver.db.database import Database
-from receiver.db.outbox import DeadLetters
-from receiver.db.removed_destinations import Taken
+from receiver.cli.terminal import count, print_json, print_list, print_note, print_rows, stdout
+from receiver.client import Client
 from receiver.db.rows import DeliveryState
 from receiver.errors import ReceiverError
-from receiver.settings import Settings
+from receiver.removed_deliveries import Redirected
 
-BATCH_ROWS: Final = 1000
-"""One transaction changes at most this many deliveries."""
-MAX_COLLISIONS: Final = 5
 MAX_ERROR_LENGTH: Final = 100
+_CHANGES: Final = ("moved", "discarded", "replays")
+_MOVE_COUNTS: Final = ("moved", "discarded")
+_DISCARD_COUNTS: Final = ("discarded",)
 
 deliveries = typer.Typer(
     help="List deliveries, retry dead letters, and move or discard those of a removed destination.",
@@ -56,22 +46,20 @@ def list_(
     json: Json = False,
 ) -> None:
     """List deliveries, newest first, each with the reason of its last failure."""
-    found = query_database(
-        partial(
-            reads.list_deliveries,
-            limit=limit + 1,
-            before=None if cursor is None else _id(cursor),
+    page = with_client(
+        lambda client: client.list_deliveries(
+            limit=limit,
+            cursor=None if cursor is None else str(_id(cursor)),
             state=state,
             destination=destination,
             since=since,
             until=until,
         )
     )
-    page, next_ = split_page(found, limit, "id")
-    rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in page]
+    rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in page.data]
     columns = ("id", "destination", "state", "attempts", "request_id", "created_at", "error")
     table = partial(print_rows, rows, *columns, none="No deliveries.", wrapped="error")
-    print_list(page, table, json=json, next_=next_)
+    print_list(page.data, table, json=json, next_=page.next)
 
 
 @deliveries.command()
@@ -87,30 +75,33 @@ def retry(
 
     The exit status is 1 if no dead letter matches.
     """
-    selected = DeadLetters(
-        ids=[_id(each) for each in ids or ()], destination=destination, since=since, until=until
-    )
-    if selected == DeadLetters(ids=[]) and not everything:
+    if not (ids or destination or since or until or everything):
         raise ReceiverError("say which dead letters: ids, --destination, --since, --until, or --all")
+    chosen = [_id(each) for each in ids or ()]
 
-    async def run(settings: Settings, database: Database) -> dict[str, int]:
-        done: dict[str, int] = {}
-        async with database.read() as connection:
-            began = (await connection.execute(select(db_time(0.0)))).scalar_one()
-        # A dead letter that fails again at once is not restarted twice by one call.
-        once = replace(selected, not_restarted_since=began)
-        while True:
-            async with database.write() as connection:
-                batch = await outbox.restart(connection, once, by=operator(), limit=BATCH_ROWS)
-            for name, number in batch.items():
-                done[name] = done.get(name, 0) + number
-            if sum(batch.values()) < BATCH_ROWS:
-                break
-        for name in sorted(done.keys() - {each.name for each in settings.all_destinations}):
+    async def run(client: Client) -> Counter[str]:
+        done: Counter[str] = Counter()
+        gone: set[str] = set()
+        began: datetime | None = None
+        more = True
+        while more:
+            # A dead letter that fails again at once is not restarted twice by one command.
+            answer = await client.retry_dead_letters(
+                ids=chosen,
+                destination=destination,
+                since=since,
+                until=until,
+                all=everything,
+                not_restarted_since=began,
+            )
+            done.update(answer["restarted"])
+            gone.update(answer["not_configured"])
+            more, began = answer["more"], answer["began"]
+        for name in sorted(gone):
             print_note(f"{name!r} is not configured: see `receiver deliveries move` and `discard`.")
         return done
 
-    done = with_database(run)
+    done = with_client(run)
     if json:
         print_json({"restarted": done})
     elif done:
@@ -139,21 +130,11 @@ def move(
     was killed. The command prints their number, and when to run it again.
     """
 
-    async def run(settings: Settings, database: Database) -> dict[str, int]:
-        known = {each.name: each for each in settings.all_destinations}
-        _require_removed(destination, known)
-        if to not in known:
-            raise ReceiverError(f"there is no destination {to!r}; configured: {', '.join(known) or 'none'}")
-        if dry_run:
-            async with database.read() as connection:
-                found = await removed_destinations.count_free(connection, destination, dead=dead)
-                had = await removed_destinations.count_free(connection, destination, dead=dead, had_by=to)
-            return await _add_claimed(database, destination, {"moved": found - had, "discarded": had})
-        waits = known[to].when == "media_stored"
-        batch = partial(removed_destinations.move, to=to, waits=waits)
-        return await _take(database, destination, batch, to=to, dead=dead)
+    async def run(client: Client) -> dict[str, int]:
+        move_some = partial(client.move_deliveries, destination, to=to, dead=dead, dry_run=dry_run)
+        return await _repeat(move_some, destination, _MOVE_COUNTS if dry_run else _CHANGES)
 
-    _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
+    _print_taken(with_client(run), destination, json=json, dry_run=dry_run)
 
 
 @deliveries.command()
@@ -167,66 +148,34 @@ def discard(destination: _Removed, dead: _Dead = False, dry_run: DryRun = False,
     it was killed. The command prints their number, and when to run it again.
     """
 
-    async def run(settings: Settings, database: Database) -> dict[str, int]:
-        _require_removed(destination, {each.name for each in settings.all_destinations})
-        if dry_run:
-            async with database.read() as connection:
-                found = await removed_destinations.count_free(connection, destination, dead=dead)
-            return await _add_claimed(database, destination, {"discarded": found})
-        return await _take(database, destination, removed_destinations.discard, to=None, dead=dead)
+    async def run(client: Client) -> dict[str, int]:
+        discard_some = partial(client.discard_deliveries, destination, dead=dead, dry_run=dry_run)
+        return await _repeat(discard_some, destination, _DISCARD_COUNTS if dry_run else _CHANGES)
 
-    _print_taken(with_database(run), destination, json=json, dry_run=dry_run)
+    _print_taken(with_client(run), destination, json=json, dry_run=dry_run)
 
 
-def _require_removed(destination: str, known: Collection[str]) -> None:
-    if destination in known:
-        raise ReceiverError(
-            f"{destination!r} is configured, so workers deliver to it: remove it from the settings first"
-        )
-
-
-async def _take(
-    database: Database, destination: str, take: Callable[..., Awaitable[Taken]], *, to: str | None, dead: bool
+async def _repeat(
+    take: Callable[[], Awaitable[Redirected]], destination: str, numbers: Sequence[str]
 ) -> dict[str, int]:
-    """Redirect the replays, then move or discard all deliveries in batches."""
-    async with database.read() as connection:
-        seen = await workers.find_runs(connection)
-    for each in seen:
-        if each.is_running and destination_lane(destination) in each.lanes:
-            print_note(
-                f"{process_name(each)} still has {destination!r} and may add deliveries to it: restart it, "
-                "then run this command again."
-            )
-    async with database.write() as connection:
-        replays = await removed_destinations.redirect_replays(connection, destination, to=to)
-    done = Taken()
-    while True:
-        batch = await _take_batch(database, partial(take, destination=destination, dead=dead, by=operator()))
-        done += batch
-        if batch.moved + batch.discarded < BATCH_ROWS:
-            return await _add_claimed(database, destination, vars(done) | {"replays": replays})
-
-
-async def _add_claimed(database: Database, destination: str, done: dict[str, int]) -> dict[str, int]:
-    """Add the number of deliveries that a worker has claimed, and print when to run the command again."""
-    async with database.read() as connection:
-        claimed, seconds = await removed_destinations.count_under_way(connection, destination)
-    if claimed:
+    """Call until nothing is left, and print which deliveries stay for now; return the numbers."""
+    answer = await take()
+    for name in answer["still_in"]:
+        print_note(
+            f"{name} still has {destination!r} and may add deliveries to it: restart it, then run this "
+            "command again."
+        )
+    answers = [answer]
+    while answer["more"]:
+        answers.append(answer := await take())
+    if claimed := answer["under_way"]:
         print_note(
             f"{count(claimed, 'delivery', 'deliveries')} to {destination!r} under way: claimed by a running "
             "worker, or by one that was killed. "
-            f"Run this command again in {max(1, math.ceil(seconds))} s."
+            f"Run this command again in {max(1, math.ceil(answer['under_way_seconds']))} s."
         )
-    return done | {"under_way": claimed}
-
-
-async def _take_batch(database: Database, take: Callable[..., Awaitable[Taken]]) -> Taken:
-    for _ in range(MAX_COLLISIONS):
-        # If a replay adds the same event for the other destination meanwhile, the next attempt finds it.
-        with contextlib.suppress(IntegrityError):
-            async with database.write() as connection:
-                return await take(connection, limit=BATCH_ROWS)
-    raise ReceiverError("a replay is adding the same deliveries: run this command again when it has ended")
+    values: Sequence[Mapping[str, Any]] = answers
+    return {**{name: sum(each[name] for each in values) for name in numbers}, "under_way": claimed}
 
 
 def _print_taken(done: dict[str, int], destination: str, *, json: bool, dry_run: bool) -> None:

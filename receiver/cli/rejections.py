@@ -6,15 +6,13 @@ from typing import Annotated
 
 import typer
 
-from receiver.api.rejections import readable
-from receiver.cli.database import query_database
+from receiver.api.models import ShownRejection
+from receiver.cli.client import missing, with_client
 from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
-from receiver.cli.terminal import moment, print_json, print_line, print_list, print_rows, print_title, size
+from receiver.cli.terminal import moment, print_line, print_list, print_result, print_rows, print_title, size
 from receiver.core.diagnosis import Cause
-from receiver.core.request_values import split_page
-from receiver.db import rejections as sql
-from receiver.db.rejections import Rejection
 from receiver.errors import ReceiverError
+from receiver.rejections import MAX_BODY_BYTES
 
 rejections = typer.Typer(help="Show rejected requests to the callback, and why.", no_args_is_help=True)
 
@@ -32,21 +30,19 @@ def list_(
     json: Json = False,
 ) -> None:
     """List rejected requests, newest first, each with its cause and its diagnosis."""
-    found = query_database(
-        partial(
-            sql.list_rejections,
-            limit=limit + 1,
-            before=cursor,
+    page = with_client(
+        lambda client: client.list_rejections(
+            limit=limit,
+            cursor=None if cursor is None else str(cursor),
             source=source,
             cause=cause,
             since=since,
             until=until,
         )
     )
-    rows, next_ = split_page(found, limit, "id")
     columns = ("id", "received_at", "source", "path", "cause", "diagnosis")
-    print_rejections = partial(print_rows, rows, *columns, none="No rejected requests.", wrapped="diagnosis")
-    print_list(rows, print_rejections, json=json, next_=next_)
+    table = partial(print_rows, page.data, *columns, none="No rejected requests.", wrapped="diagnosis")
+    print_list(page.data, table, json=json, next_=page.next)
 
 
 @rejections.command()
@@ -57,16 +53,13 @@ def show(
     json: Json = False,
 ) -> None:
     """Show one rejected request: its diagnosis, its headers and the start of its body."""
-    found = query_database(partial(sql.find, rejection_id=rejection_id))
-    if found is None:
-        raise ReceiverError(f"there is no rejected request with the id {rejection_id}; old ones are deleted")
-    if json:
-        print_json(readable(found))
-    else:
-        _print(found)
+    absent = f"there is no rejected request with the id {rejection_id}; old ones are deleted"
+    with missing(ReceiverError(absent)):
+        found = with_client(lambda client: client.show_rejection(rejection_id))
+    print_result(found, partial(_print, found), json=json)
 
 
-def _print(found: Rejection) -> None:
+def _print(found: ShownRejection) -> None:
     print_line(
         f"{moment(found['received_at'])}  {found['path']}  from {found['peer'] or 'an unknown address'}"
     )
@@ -75,12 +68,12 @@ def _print(found: Rejection) -> None:
     print_title("Headers", found["headers"])
     for name, value in found["headers"]:
         print_line(f"  {name}: {value}")
-    body = readable(found)["body"]
+    body = found["body"]
     if body is None:
         print_line("\nThe body was not read.")
         return
-    kept, whole = len(found["body"] or b""), found["body_size"] or 0
-    cut = "" if kept == whole else f", of which {size(kept)} are kept"
+    whole = found["body_size"] or 0
+    cut = "" if whole <= MAX_BODY_BYTES else f", of which {size(MAX_BODY_BYTES)} are kept"
     print_line(f"\nBody, {size(whole)}{cut}:")
     # A body is a stranger's: an escape sequence in it could change the terminal.
     print_line(

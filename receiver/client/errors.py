@@ -85,7 +85,7 @@ def _without_error(origin: str, path: str, response: httpx.Response) -> Receiver
 
 def _of_code(found: "_Error", response: httpx.Response) -> ReceiverError:
     status, code = response.status_code, found.code
-    if status == HTTPStatus.SERVICE_UNAVAILABLE and code != "submissions_frozen":
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return _for_now(code, found.message, response)
     details: dict[str, Any] = {"code": code, "type_": found.type, "job_id": found.job_id}
     if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:

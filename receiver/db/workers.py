@@ -45,6 +45,11 @@ class SeenWorker(WorkerRun):
         """Whether its last renewal is recent."""
         return self.age < FRESH_SECONDS
 
+    @property
+    def process_name(self) -> str:
+        """The process in words."""
+        return f"process {self.pid} on {self.host}"
+
 
 async def renew(connection: SqlConnection, run: WorkerRun) -> None:
     """Record that a process is running now."""

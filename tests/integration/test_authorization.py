@@ -59,6 +59,8 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     # The body is that of a job.
     "POST /v1/deliveries/retry": ("operate", 400),
     "POST /v1/deliveries/{id}/retry": ("operate", 404),
+    "POST /v1/deliveries/move": ("operate", 400),
+    "POST /v1/deliveries/discard": ("operate", 400),
     "GET /v1/replays": ("operate", 200),
     "POST /v1/replays": ("operate", 400),
     "GET /v1/replays/{id}": ("operate", 404),

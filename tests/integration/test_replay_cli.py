@@ -366,7 +366,7 @@ async def test_retrying_everything_comes_to_an_end(
 ) -> None:
     """E4: in batches, each dead letter once, even if the destination rejects them again at once."""
     await kill(commands.world, 7)
-    monkeypatch.setattr(import_module("receiver.cli.deliveries"), "BATCH_ROWS", 3)
+    monkeypatch.setattr("receiver.api.events.MAX_RESTARTED", 3)
     restart = outbox.restart
     batches = 0
 

@@ -45,7 +45,7 @@ async def failure(response: httpx.Response) -> ReceiverError:
 RAISED = [
     RequestError("there is no such event", code="not_found"),
     RequestError("it has ended", code="not_cancelable", job_id="5"),
-    RequestError("frozen", code="submissions_frozen"),
+    ClipiaUnavailable("no job was made", reason="submissions_frozen", retry_after=60.0),
     RequestTooLarge("the body is larger", code="invalid_request"),
     RefusedByClipia("no such model", code="model_gone", status=404, type_="invalid_request_error"),
     ClipiaUnavailable("Clipia is away", reason="overloaded", retry_after=7.0),
