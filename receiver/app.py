@@ -21,6 +21,7 @@ from receiver.api import request_ids
 from receiver.api.answers import error_body
 from receiver.api.audit import AuditEndpoints
 from receiver.api.auth import OneCaller, Tokens
+from receiver.api.deliveries import DeliveryEndpoints
 from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
 from receiver.api.endpoints import Endpoint, guarded
@@ -165,6 +166,7 @@ def endpoint_table(
         *JobEndpoints(submitter).table(),
         *events.table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
+        *DeliveryEndpoints(database).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),

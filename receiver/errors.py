@@ -117,7 +117,11 @@ class MediaBlocked(PermanentError):
 
 
 class PublishRejected(PermanentError):
-    """The destination rejected this message permanently."""
+    """The destination rejected this message permanently. `answer` is the start of its answer as text."""
+
+    def __init__(self, message: str, *, reason: str, answer: str | None = None) -> None:
+        super().__init__(message, reason=reason)
+        self.answer = answer
 
 
 class TransientError(ReceiverError):
@@ -213,4 +217,13 @@ class StorageUnavailable(TransientError):
 
 
 class PublishFailed(TransientError):
-    """The destination did not confirm; the message may or may not have arrived."""
+    """The destination did not confirm; the message may or may not have arrived.
+
+    `answer` is the start of its answer as text, if there was one.
+    """
+
+    def __init__(
+        self, message: str, *, reason: str, retry_after: float | None = None, answer: str | None = None
+    ) -> None:
+        super().__init__(message, reason=reason, retry_after=retry_after)
+        self.answer = answer

@@ -19,7 +19,7 @@ _ATTEMPT: Final = {
     "outcome": "succeeded",
     "error": None,
 }
-_LOGGED: Final = {"seq": 1, **_ATTEMPT}
+_LOGGED: Final = {"seq": 1, **_ATTEMPT, "answer": None}
 _EVENT_HEAD: Final = {
     "seq": 1,
     "id": _EVENT_ID,
@@ -115,6 +115,38 @@ REDIRECTED: Final[dict[str, Any]] = {
     "under_way_seconds": 0.0,
     "still_in": [],
     "more": False,
+}
+SHOWN_DELIVERY: Final[dict[str, Any]] = {
+    **DELIVERY,
+    "attempt_log": [
+        {
+            **_LOGGED,
+            "outcome": "failed",
+            "error": "PublishRejected: https://orders.example answered 422",
+            "answer": '{"error": "unknown order"}',
+        }
+    ],
+}
+FAILURES: Final[dict[str, Any]] = {
+    "destination": "orders",
+    "state": "dead",
+    "cause": "answered 422",
+    "count": 312,
+    "first": _AT,
+    "last": _AT,
+    "example": _DELIVERY_ID,
+}
+MESSAGE: Final[dict[str, Any]] = {
+    "specversion": "1.0",
+    "id": _EVENT_ID,
+    "source": "/clipia/webhook/clipia",
+    "type": "ai.clipia.generation.completed",
+    "subject": _REQUEST_ID,
+    "time": _AT,
+    "datacontenttype": "application/json",
+    "deliveryid": _DELIVERY_ID,
+    "attempt": 1,
+    "data": {"request_id": _REQUEST_ID, "status": "OK"},
 }
 JOB_ORDER: Final[dict[str, Any]] = {
     "model": _MODEL,

@@ -46,6 +46,24 @@ class ShownRejection(ListedRejection):
     """The first 16 KiB as text; null if it was not read."""
 
 
+class CloudEventModel(TypedDict):
+    """A CloudEvent (1.0) in structured mode."""
+
+    specversion: str
+    id: str
+    """The event's id."""
+    source: str
+    type: str
+    subject: str
+    """Clipia's request_id."""
+    time: str
+    datacontenttype: str
+    deliveryid: str
+    attempt: int
+    replayid: NotRequired[str]
+    data: dict[str, Any]
+
+
 class Restarted(TypedDict):
     """Dead letters that will be delivered again."""
 

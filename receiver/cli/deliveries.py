@@ -12,6 +12,7 @@ import typer
 
 from receiver.cli.client import with_client
 from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, since_option, until_option
+from receiver.cli.single_deliveries import discard_one, failures, is_delivery, show
 from receiver.cli.terminal import count, print_json, print_list, print_note, print_rows, stdout
 from receiver.client import Client
 from receiver.db.rows import DeliveryState
@@ -24,7 +25,7 @@ _MOVE_COUNTS: Final = ("moved", "discarded")
 _DISCARD_COUNTS: Final = ("discarded",)
 
 deliveries = typer.Typer(
-    help="List deliveries, retry dead letters, and move or discard those of a removed destination.",
+    help="List and show deliveries, retry dead letters, and move or discard those of a removed destination.",
     no_args_is_help=True,
 )
 
@@ -137,9 +138,26 @@ def move(
     _print_taken(with_client(run), destination, json=json, dry_run=dry_run)
 
 
+deliveries.command()(show)
+deliveries.command()(failures)
+
+
 @deliveries.command()
-def discard(destination: _Removed, dead: _Dead = False, dry_run: DryRun = False, json: Json = False) -> None:
-    """Cancel the deliveries of a removed destination: they are not sent any more.
+def discard(
+    destination: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|FROM", help="A delivery's id, or a destination that is no longer in the settings."
+        ),
+    ],
+    dead: _Dead = False,
+    dry_run: DryRun = False,
+    reason: Annotated[str | None, typer.Option(help="For the record, with the id of a delivery.")] = None,
+    json: Json = False,
+) -> None:
+    """Cancel one delivery, or those of a removed destination: they are not sent any more.
+
+    With an id, the delivery has to be pending or dead, and no worker may be attempting it now.
 
     Replays that have not ended leave the destination out; a replay to this destination alone is canceled.
 
@@ -147,6 +165,9 @@ def discard(destination: _Removed, dead: _Dead = False, dry_run: DryRun = False,
     discards. Deliveries that a worker has claimed stay until it is done with them, or for up to a minute if
     it was killed. The command prints their number, and when to run it again.
     """
+    if is_delivery(destination):
+        discard_one(destination, reason=reason, json=json)
+        return
 
     async def run(client: Client) -> dict[str, int]:
         discard_some = partial(client.discard_deliveries, destination, dead=dead, dry_run=dry_run)

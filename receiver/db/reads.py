@@ -163,12 +163,13 @@ async def list_deliveries(
     destination: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    delivery_id: uuid.UUID | None = None,
 ) -> list[ListedDelivery]:
     """Return deliveries, newest first.
 
     `before` is the id of the last row of the previous page; `since` and `until` bound `created_at`.
     """
-    where = equal(deliveries, {"destination": destination})
+    where = equal(deliveries, {"destination": destination, "id": delivery_id})
     where += between(deliveries.c.created_at, since, until)
     # An id begins with its time, and its index finds a page without reading the rows of other times.
     where += between(

@@ -231,6 +231,8 @@ class Attempt:
     duration_ms: int
     outcome: AttemptOutcome
     error: str | None = None
+    answer: str | None = None
+    """The start of a consumer's answer that did not confirm the event."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -250,7 +250,7 @@ attempts = Table(
     Column("started_at", UtcDateTime, nullable=False),
     Column("duration_ms", Integer, nullable=False),
     Column("outcome", String(16), nullable=False),
-    Column("error", Text),
+    *(Column(name, Text) for name in ("error", "answer")),  # the start of a consumer's answer that is no 2xx
     Index(None, "work_id"),
 )
 

@@ -69,6 +69,8 @@ class LoggedAttempt(TypedDict):
     duration_ms: int
     outcome: AttemptOutcome
     error: str | None
+    answer: str | None
+    """The first KiB of an HTTP destination's answer that did not confirm the event."""
 
 
 class ReceiptHead(TypedDict):

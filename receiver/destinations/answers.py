@@ -36,6 +36,8 @@ class RawAnswer:
         """The status; 0 until its line is complete, and if the answer is not HTTP/1."""
         self.is_cut = False
         """Whether we closed the connection before the whole request was sent."""
+        self.text = b""
+        """The start of the body of an answer that is no 2xx, without its framing."""
         self._is_interim = False
         self._is_passed_on = False
         self._recorded = bytearray()

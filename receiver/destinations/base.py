@@ -21,6 +21,8 @@ AnyFailure = TypeVar("AnyFailure", bound=Failure)
 
 MAX_QUOTED_CHARACTERS: Final = 300
 """How much of the other side's text an error message repeats."""
+MAX_ANSWER_CHARACTERS: Final = 1024
+"""How much of a consumer's answer is stored."""
 TIMEOUT_SECONDS: Final = 15.0
 """Seconds for a whole attempt, unless the destination's `timeout` says otherwise."""
 
@@ -120,6 +122,15 @@ def quoted(text: object, limit: int = MAX_QUOTED_CHARACTERS) -> str:
     # Mask before cutting: a cut could leave half of a secret, which no longer matches.
     shown = _EVENT.split(mask(str(text)[: 10 * limit]), maxsplit=1)[0]
     return shown.encode(errors="backslashreplace").decode()[:limit]
+
+
+def answer_text(content: bytes) -> str:
+    """Return the first KiB of the other side's answer, without secrets, and with control characters shown."""
+    # Mask before cutting, as `quoted` does.
+    shown = mask(content.decode(errors="backslashreplace"))[:MAX_ANSWER_CHARACTERS]
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in shown
+    )[:MAX_ANSWER_CHARACTERS]
 
 
 def attempt_timeout(timeout: float | None) -> float:

@@ -18,7 +18,14 @@ from receiver import __version__
 from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import RawAnswer
-from receiver.destinations.base import attempt_timeout, closed_failure, encode, timeout_failure
+from receiver.destinations.base import (
+    MAX_ANSWER_CHARACTERS,
+    answer_text,
+    attempt_timeout,
+    closed_failure,
+    encode,
+    timeout_failure,
+)
 from receiver.destinations.tls import open_tls
 from receiver.error_texts import cause
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
@@ -142,7 +149,7 @@ class HttpDestination:
         request.extensions = {"answer": raw}
         try:
             async with asyncio.timeout(attempt_timeout(self._timeout)), self._slots:
-                await _finish(await self._transport.handle_async_request(request))
+                await _finish(await self._transport.handle_async_request(request), raw)
         except TimeoutError:
             # A status counts even if the rest of the answer is late or invalid.
             if not raw.status or _is_partial(raw):
@@ -165,10 +172,11 @@ def _is_partial(reply: RawAnswer) -> bool:
 
 def _status_failure(origin: str, reply: RawAnswer) -> PublishFailed | PublishRejected:
     text = f"{origin} answered {reply.status}{_hint(reply.status)}"
+    answer = answer_text(reply.text) or None
     if reply.status in _REJECTED:
-        return PublishRejected(text, reason="status")
+        return PublishRejected(text, reason="status", answer=answer)
     after = longest_wait(reply.headers.get_list("retry-after"), now=datetime.now(UTC))
-    return PublishFailed(text, reason="status", retry_after=after)
+    return PublishFailed(text, reason="status", retry_after=after, answer=answer)
 
 
 def _hint(status: int) -> str:
@@ -187,15 +195,28 @@ def _takes_post(reply: RawAnswer) -> bool:
     return httpx.codes.is_success(reply.status) or reply.status == HTTPStatus.NOT_IMPLEMENTED
 
 
-async def _finish(response: httpx.Response) -> None:
-    """Read a 2xx answer to its end, if that is near, so that its connection can be used again."""
+async def _finish(response: httpx.Response, answer: RawAnswer) -> None:
+    """Read a 2xx answer to its end, if that is near, so that its connection can be used again.
+
+    Of any other answer keep the start, which may tell the reason.
+    """
     try:
-        if response.is_success:
-            async with asyncio.timeout(DRAIN_SECONDS):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            if response.is_success:
                 await _drain(response)
+            else:
+                await _keep_start(response, answer)
     finally:
         # This closes the connection unless the answer was read to its end.
         await response.aclose()
+
+
+async def _keep_start(response: httpx.Response, answer: RawAnswer) -> None:
+    async for chunk in response.aiter_raw():
+        answer.text += chunk
+        # A secret in it becomes shorter when it is masked.
+        if len(answer.text) >= 2 * MAX_ANSWER_CHARACTERS:
+            return
 
 
 async def _drain(response: httpx.Response) -> None:

@@ -35,11 +35,16 @@ class StartedAttempt:
         """Start the clock of an attempt."""
         return cls(number=claim.attempt, started_at=datetime.now(UTC), began=time.monotonic())
 
-    def end(self, outcome: AttemptOutcome, error: str | None = None) -> Attempt:
+    def end(self, outcome: AttemptOutcome, error: str | None = None, *, answer: str | None = None) -> Attempt:
         """Return the row to record."""
-        number, started_at = self.number, self.started_at
-        ms = round((time.monotonic() - self.began) * 1000)
-        return Attempt(number=number, started_at=started_at, duration_ms=ms, outcome=outcome, error=error)
+        return Attempt(
+            number=self.number,
+            started_at=self.started_at,
+            duration_ms=round((time.monotonic() - self.began) * 1000),
+            outcome=outcome,
+            error=error,
+            answer=answer,
+        )
 
 
 def crash_error(claim: Claim, work: str) -> str | None:

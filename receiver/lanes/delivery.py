@@ -22,7 +22,7 @@ from receiver.db.database import Database
 from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
 from receiver.destinations.base import GroupDestination
-from receiver.errors import DatabaseUnavailable, PublishRejected
+from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
 from receiver.lanes import envelope
 from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
@@ -328,13 +328,14 @@ class DeliveryLane(Lane):
 
     async def _failed(self, this: _Delivery, attempt: StartedAttempt, error: Exception) -> None:
         claim, text = this.claim, stored_text(error)
+        answer = error.answer if isinstance(error, PublishFailed | PublishRejected) else None
         age = self._states.age(self._target.name, claim.age)
         delay = self._target.retry.next_delay(error, attempt=claim.attempt, age=age, jitter=jitter())
         if delay is None:
-            await self._give_up(this, attempt.end("failed", text))
+            await self._give_up(this, attempt.end("failed", text, answer=answer))
             return
         log_failure("not delivered", error, work_id=str(claim.id), retry_in=delay, **self._ids(this))
-        await self._finish(this, attempt.end("retry", text), delay=delay)
+        await self._finish(this, attempt.end("retry", text, answer=answer), delay=delay)
 
     async def _give_up(self, this: _Delivery, attempt: Attempt) -> None:
         if await self._finish(this, attempt, state="dead"):

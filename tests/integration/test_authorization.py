@@ -56,6 +56,10 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/events/{id}/receipts": ("operate", 404),
     "POST /v1/events/{id}/replay": ("operate", 404),
     "GET /v1/deliveries": ("operate", 200),
+    "GET /v1/deliveries/failures": ("operate", 200),
+    "GET /v1/deliveries/{id}": ("operate", 404),
+    "GET /v1/deliveries/{id}/message": ("operate", 404),
+    "POST /v1/deliveries/{id}/discard": ("operate", 404),
     # The body is that of a job.
     "POST /v1/deliveries/retry": ("operate", 400),
     "POST /v1/deliveries/{id}/retry": ("operate", 404),

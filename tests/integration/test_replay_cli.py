@@ -1,13 +1,10 @@
 """Output of the commands for replays, deliveries, routes and stored files, on both databases."""
 
-import asyncio
 import hashlib
 import json
 import re
-import sys
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from importlib import import_module
 from pathlib import Path
@@ -15,11 +12,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from structlog.testing import capture_logs
+from support.command_line import Commands
 from support.events import World, opened, plain, with_files
 from support.payloads import failure
 
-from receiver.cli import main
 from receiver.db import outbox
 from receiver.db.clock import db_time
 from receiver.db.database import Database
@@ -31,67 +27,6 @@ TWO = (
     '[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n'
     '[[destinations]]\nname = "failures"\nurl = "file:failures.jsonl"\nfilter = { status = "ERROR" }\n'
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Output:
-    """The output of a command and its exit status."""
-
-    status: int
-    out: str
-    err: str
-
-
-class Commands:
-    """Runs commands in this process, on the database of a world."""
-
-    def __init__(
-        self, world: World, cdn: str, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch
-    ) -> None:
-        self.world = world
-        self.cdn = cdn
-        self._capsys = capsys
-        self._patch = patch
-
-    async def try_(self, *arguments: str) -> Output:
-        """Run a command in a thread, because it starts an event loop of its own."""
-        self._patch.setattr(sys, "argv", ["receiver", *arguments])
-        self._capsys.readouterr()
-        status = await asyncio.to_thread(self._main)
-        captured = self._capsys.readouterr()
-        return Output(status=status, out=captured.out, err=" ".join(captured.err.split()))
-
-    @staticmethod
-    def _main() -> int:
-        try:
-            main()
-        except SystemExit as exit_:
-            return int(exit_.code or 0)
-        return 0
-
-    async def run(self, *arguments: str) -> str:
-        """Run a command that succeeds; return its output."""
-        said = await self.try_(*arguments)
-        assert said.status == 0, said
-        return said.out
-
-    async def json(self, *arguments: str) -> Any:
-        """Run a command that succeeds with --json; return its output."""
-        return json.loads(await self.run(*arguments, "--json"))
-
-    async def error(self, *arguments: str, status: int = 1) -> str:
-        """Run a command that fails; return its error."""
-        said = await self.try_(*arguments)
-        assert said.status == status, said
-        return said.err
-
-
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Keep the logging of this process as it is, and log lines out of the commands' output."""
-    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
-    with capture_logs():
-        yield
 
 
 @pytest.fixture
@@ -113,7 +48,7 @@ async def commands(
     ):
         world.add_destination("main")
         world.add_destination("failures", status="ERROR")
-        yield Commands(world, cdn, capsys, monkeypatch)
+        yield Commands(world, capsys, monkeypatch, cdn=cdn)
 
 
 async def test_dry_runs_count_by_destination(commands: Commands) -> None:

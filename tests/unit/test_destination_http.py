@@ -26,6 +26,7 @@ from receiver.destinations import Destination, base, open_destination
 from receiver.destinations.answers import MAX_HEAD_BYTES
 from receiver.destinations.http import MAX_ANSWER_BYTES
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
+from receiver.masking import MASK, register_secret
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 CANARY = "s3cr3t-canary"
@@ -376,6 +377,36 @@ async def test_error_answers_leave_no_connections(
         with pytest.raises(PublishFailed):
             await destination.publish(make_event())
     await until(lambda: sink.open_connections <= 1)
+
+
+@pytest.mark.parametrize("code", [422, 503])
+async def test_start_of_an_answer_is_kept_as_text(
+    sink: HttpSink, destination: Destination, code: int
+) -> None:
+    """A2: the failure has the start of the consumer's answer, without secrets and control characters."""
+    register_secret(CANARY)
+    body = f'{{"error": "no order", "token": "{CANARY}"}}\r\n\x1b[31m'.encode() + b"\xff" + b"x" * 3000
+    chunked = b"HTTP/1.1 %d No\r\ntransfer-encoding: chunked\r\n\r\n" % code
+    sink.answer = raw(chunked + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body))
+    with pytest.raises(PublishFailed if code == 503 else PublishRejected) as caught:
+        await destination.publish(make_event())
+    assert isinstance(caught.value, PublishFailed | PublishRejected)
+    answer = str(caught.value.answer)
+    shown = f'{{"error": "no order", "token": "{MASK}"}}\\r\\n\\x1b[31m\\xff'
+    assert answer.startswith(shown + "xxx")
+    assert (len(answer), CANARY in str(caught.value)) == (1024, False)
+
+
+async def test_an_endless_error_answer_is_cut_off(sink: HttpSink, destination: Destination) -> None:
+    """D7: of an error answer that never ends the start is kept, and the attempt ends in a second."""
+
+    async def respond(_request: Received, writer: asyncio.StreamWriter) -> None:
+        await drip(writer, b"HTTP/1.1 500 No\r\ncontent-length: 9999999\r\n\r\n")
+
+    sink.answer = respond
+    with pytest.raises(PublishFailed, match="answered 500") as caught:
+        await asyncio.wait_for(destination.publish(make_event()), 10)
+    assert caught.value.answer
 
 
 async def test_answer_is_read_up_to_a_limit(sink: HttpSink, destination: Destination) -> None:
