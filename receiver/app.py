@@ -26,6 +26,7 @@ from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
 from receiver.api.endpoints import Endpoint, guarded
 from receiver.api.events import EventEndpoints
+from receiver.api.files import FileEndpoints
 from receiver.api.jobs import JobEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
@@ -157,14 +158,14 @@ def endpoint_table(
 ) -> list[Endpoint]:
     """Return the rows of the internal API."""
     waits = {each.name: each.when == "media_stored" for each in settings.all_destinations}
+    open_own = partial(open_storage, settings.storage_url.get_secret_value())
     events = EventEndpoints(
-        database,
-        open_storage=lambda: open_storage(settings.storage_url.get_secret_value()),
-        destinations=waits,
+        database, open_storage=open_own, destinations=waits, internal_url=settings.internal_url
     )
     return [
         *JobEndpoints(submitter).table(),
         *events.table(),
+        *FileEndpoints(database, open_storage=open_own).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
         *DeliveryEndpoints(database).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),

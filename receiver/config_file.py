@@ -277,12 +277,15 @@ def require_unique(kind: str, names: list[str]) -> None:
         raise ValueError(f"{kind} names must be unique; used more than once: {', '.join(doubles)}")
 
 
-def is_web_url(text: str) -> bool:
-    """Return whether a URL is https, or http on this machine, and has only a host, a port and a path."""
+def is_web_url(text: str, *, plain: bool = False) -> bool:
+    """Return whether a URL is https, or http on this machine, and has only a host, a port and a path.
+
+    With `plain`, http on another machine will do, too.
+    """
     parts = _split_url(text)
     if parts is None or not text.isprintable() or set(text) & _NO_WEB_URL:
         return False
-    return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in _LOCAL)
+    return parts.scheme == "https" or (parts.scheme == "http" and (plain or parts.hostname in _LOCAL))
 
 
 def _split_url(text: str) -> SplitResult | None:

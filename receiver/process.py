@@ -139,7 +139,12 @@ async def _open_worker(
     await stack.enter_async_context(running(states.run(wakeups), name="destination states"))
     down = await stack.enter_async_context(started(parts.destinations))
     targets = [
-        make_target(each, parts.destinations[each.name], is_down=each.name in down)
+        make_target(
+            each,
+            parts.destinations[each.name],
+            is_down=each.name in down,
+            internal_url=settings.internal_url,
+        )
         for each in settings.all_destinations
     ]
     if not targets:
@@ -205,7 +210,13 @@ def make_rejections(
     return Rejections(database, known, kept=settings.rejections_kept if keep else 0, clock=clock)
 
 
-def make_target(settings: DestinationSettings, destination: Destination, *, is_down: bool = False) -> Target:
+def make_target(
+    settings: DestinationSettings,
+    destination: Destination,
+    *,
+    is_down: bool = False,
+    internal_url: str | None = None,
+) -> Target:
     """Combine a destination with its settings for the lanes."""
     return Target(
         name=settings.name,
@@ -216,6 +227,7 @@ def make_target(settings: DestinationSettings, destination: Destination, *, is_d
         is_down=is_down,
         concurrency=settings.concurrency,
         rate=settings.rate,
+        internal_url=internal_url,
     )
 
 

@@ -135,6 +135,7 @@ class Settings(BaseSettings):
     durable_without: Annotated[tuple[Literal["fsync", "full_page_writes"], ...], NoDecode] = ()
     storage_url: SecretStr = SecretStr("file:data/media")
     public_url: str | None = None
+    internal_url: str | None = None
     api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
     signature_tolerance: int = Field(default=300, ge=30, le=900)
     rejections_kept: int = Field(default=1000, ge=0, le=10_000)
@@ -209,6 +210,16 @@ class Settings(BaseSettings):
                 "without user, password, query and fragment"
             )
         return value.rstrip("/")
+
+    @field_validator("internal_url")
+    @classmethod
+    def _any_web_url(cls, value: str | None) -> str | None:
+        if value is not None and not is_web_url(value, plain=True):
+            raise ValueError(
+                "write the internal listener's URL such as https://receiver.internal, without user, "
+                "password, query and fragment"
+            )
+        return None if value is None else value.rstrip("/")
 
     @field_validator("clipia_key", "clipia_webhook_secret", "clipia_retired_webhook_secret")
     @classmethod

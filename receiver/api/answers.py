@@ -50,19 +50,25 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = MappingProxyType(
         "insufficient_scope": ErrorCode(HTTPStatus.FORBIDDEN, "the token lacks the scope"),
         "model_not_found": ErrorCode(HTTPStatus.NOT_FOUND, "there is no such model"),
         "not_found": ErrorCode(HTTPStatus.NOT_FOUND, "there is no such object"),
+        "file_missing": ErrorCode(HTTPStatus.GONE, "the stored file is not in the storage any more"),
         "method_not_allowed": ErrorCode(HTTPStatus.METHOD_NOT_ALLOWED, "the path has other methods"),
         "request_timeout": ErrorCode(HTTPStatus.REQUEST_TIMEOUT, "the body did not arrive in time"),
         "account_changed": ErrorCode(HTTPStatus.CONFLICT, "the job may have reached another account"),
         "ambiguous": ErrorCode(
             HTTPStatus.CONFLICT, "several events have this request_id: use the event's id"
         ),
+        "file_changed": ErrorCode(HTTPStatus.CONFLICT, "the stored file is not the one that was downloaded"),
         "idempotency_key_reuse": ErrorCode(HTTPStatus.CONFLICT, "the key was used with other parameters"),
         "no_message": ErrorCode(HTTPStatus.CONFLICT, "the event cannot be made a message"),
         "not_cancelable": ErrorCode(HTTPStatus.CONFLICT, "it has ended, or cannot be canceled now"),
         "not_resubmittable": ErrorCode(HTTPStatus.CONFLICT, "the job cannot be submitted again"),
         "not_settled": ErrorCode(HTTPStatus.CONFLICT, "the event has a pending file or delivery"),
+        "not_stored": ErrorCode(HTTPStatus.CONFLICT, "the file is not stored, or not yet"),
         "outcome_unknown": ErrorCode(HTTPStatus.CONFLICT, "the job may have been accepted"),
         "request_id_taken": ErrorCode(HTTPStatus.CONFLICT, "Clipia gave the job another job's request_id"),
+        "range_not_satisfiable": ErrorCode(
+            HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "no byte of the file is in the range"
+        ),
         "internal_error": ErrorCode(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug; the log has the traceback"),
         "not_configured": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "a setting is missing or wrong"),
         "service_unavailable": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "the database or storage is away"),
@@ -85,6 +91,10 @@ def error_body(type_: str, code: str, message: str, *, job_id: str | None = None
     """Return `{"error": {"type", "code", "message"}}`, with `job_id` if a job was made."""
     job = {} if job_id is None else {"job_id": job_id}
     return orjson.dumps({"error": {"type": type_, "code": code, "message": message}, **job})
+
+
+class AnswerCut(Exception):
+    """An answer cannot be sent to its end: the protocol aborts the connection, so that its client notices."""
 
 
 class Answer(NamedTuple):
@@ -126,6 +136,8 @@ def error_response(error: RequestError) -> Response:
     status = status_of(error)
     body = error_body(error.type, error.code, str(error), job_id=error.job_id)
     headers = {"www-authenticate": "Bearer"} if status == HTTPStatus.UNAUTHORIZED else {}
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["retry-after"] = _RETRY_AFTER.decode()
     if status in _UNREAD:
         headers["connection"] = "close"
     return Response(body, status, headers, "application/json")

@@ -110,9 +110,9 @@ class Endpoint:
     name: str
     """The operation's id in the specification."""
     summary: str
-    answer: Any
-    """The type of the answer, or of an element if it is a list."""
-    example: Any
+    answer: Any = None
+    """The type of the answer, or of an element if it is a list; None if no answer but errors is JSON."""
+    example: Any = None
     """An answer, or an element of one."""
     query: type[Parameters] | None = None
     """None: query parameters are ignored."""
@@ -124,6 +124,10 @@ class Endpoint:
     statuses: tuple[tuple[int, str], ...] = ((200, "Done."),)
     errors: tuple[str, ...] = ()
     """Codes besides those that follow from the other columns."""
+    headers: tuple[Mapping[str, Any], ...] = ()
+    """Request headers that it reads, as OpenAPI's parameters."""
+    other_answers: tuple[tuple[int, Mapping[str, Any]], ...] = ()
+    """Answers that are not JSON, as OpenAPI's responses."""
     takes_key: bool = False
     """Whether it reads Idempotency-Key and answers with it."""
     asks_clipia: bool = False

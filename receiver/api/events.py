@@ -38,6 +38,7 @@ from receiver.api.parameters import (
     invalid,
     one_of,
 )
+from receiver.core.file_links import file_link
 from receiver.core.lenient_json import display_fields
 from receiver.db import forward, outbox, pruning, reads
 from receiver.db.database import Database
@@ -146,11 +147,17 @@ class EventEndpoints:
     """The endpoints need the scope `operate`: they show and change the events of every caller."""
 
     def __init__(
-        self, database: Database, *, open_storage: Callable[[], Storage], destinations: Collection[str]
+        self,
+        database: Database,
+        *,
+        open_storage: Callable[[], Storage],
+        destinations: Collection[str],
+        internal_url: str | None,
     ) -> None:
         self._database = database
         self._destinations = destinations
         self._open_storage = open_storage
+        self._internal_url = internal_url
 
     def table(self) -> list[Endpoint]:
         """Return the rows."""
@@ -276,7 +283,8 @@ class EventEndpoints:
             await asyncio.sleep(min(POLL_SECONDS, left) if until == start else 0)
 
     async def _show(self, call: Call[None, None]) -> Response:
-        return json_response(readable(await load_event(self._database, call.key, reads.show_event)))
+        event = await load_event(self._database, call.key, reads.show_event)
+        return json_response(readable(event, self._internal_url))
 
     async def _erase(self, call: Call[None, None]) -> Response:
         # Opened for this call alone: a process without a worker must be able to start without a storage.
@@ -361,13 +369,19 @@ async def load_event(database: Database, key: str, find: EventFinder[EventT]) ->
     return event
 
 
-def readable(event: EventDetails) -> dict[str, Any]:
+def readable(event: EventDetails, internal_url: str | None) -> dict[str, Any]:
     """Return an event for JSON: its body is decoded, and the bodies of its receipts are base64."""
     rest = {name: value for name, value in event.items() if name != "body"}
     return (
         rest
         | display_fields(event["body"])
-        | {"receipts": [_with_text_body(row) for row in event["receipts"]]}
+        | {
+            "receipts": [_with_text_body(row) for row in event["receipts"]],
+            "media": [
+                {**row, "link": file_link(internal_url, row["id"], row["storage_key"])}
+                for row in event["media"]
+            ],
+        }
     )
 
 

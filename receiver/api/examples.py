@@ -12,6 +12,7 @@ _SHA256: Final = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7
 _MODEL: Final = "nano-banana-2"
 _URL: Final = "https://media.clipia.ai/a.png"
 _URI: Final = "file:///data/media/c7b6521b/00-original.png"
+_LINK: Final = f"https://receiver.internal/v1/media/{_FILE_ID}"
 _ATTEMPT: Final = {
     "number": 1,
     "started_at": _AT,
@@ -83,7 +84,7 @@ EVENT: Final[dict[str, Any]] = {
     "body": {"request_id": _REQUEST_ID, "status": "OK", "payload": {"images": [{"url": _URL}]}},
     "receipts": [RECEIPT],
     "receipts_total": 1,
-    "media": [{**_FILE, "attempt_log": [_LOGGED]}],
+    "media": [{**_FILE, "attempt_log": [_LOGGED], "link": _LINK}],
     "deliveries": [{**_DELIVERY, "attempt_log": [_LOGGED]}],
 }
 ERASED: Final[dict[str, Any]] = {
@@ -186,6 +187,7 @@ JOB: Final[dict[str, Any]] = {
         **_JOB_EVENT,
         "media": [
             {
+                "id": _FILE_ID,
                 "kind": "image",
                 "variant": "original",
                 "url": _URL,

@@ -19,6 +19,13 @@ class ShownReceipt(ReceiptHead):
     """Of a conflict alone."""
 
 
+class ShownFile(FileWithLog):
+    """A file of an event and the attempts to download it."""
+
+    link: str | None
+    """The file at the receiver's own address; null if it is not stored, or without RECEIVER_INTERNAL_URL."""
+
+
 class ShownEvent(EventHead):
     """An event with its body, receipts, files, deliveries and attempts."""
 
@@ -33,7 +40,7 @@ class ShownEvent(EventHead):
     receipts: list[ShownReceipt]
     """The first 50."""
     receipts_total: int
-    media: list[FileWithLog]
+    media: list[ShownFile]
     deliveries: list[DeliveryWithLog]
 
 

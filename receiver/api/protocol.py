@@ -22,7 +22,7 @@ import httptools
 from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, Scope
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from receiver.api.answers import HEAD_COMPLETE, raw_error_response
+from receiver.api.answers import HEAD_COMPLETE, AnswerCut, raw_error_response
 from receiver.api.bodies import BodyParts
 from receiver.api.direct import DirectDoor, DirectRequest
 from receiver.api.heads import HeadRewriter, examine, head_size
@@ -285,6 +285,10 @@ class DeadlineHttpToolsProtocol(TimedHttpToolsProtocol):
     ) -> None:
         try:
             await app(scope, receive, send)
+        except AnswerCut:
+            # `close` would first send the rest of the buffer, for as long as the client does not read it.
+            cycle.disconnected = True
+            self.transport.abort()
         finally:
             self.forget(cycle)
 

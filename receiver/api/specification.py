@@ -101,7 +101,8 @@ class _Schemas:
     def __init__(self, table: Iterable[Endpoint]) -> None:
         inputs: list[tuple[tuple[str, str], Literal["validation", "serialization"], TypeAdapter[Any]]] = []
         for row in table:
-            inputs.append(((row.name, "answer"), "serialization", _adapter(row.answer)))
+            if row.answer is not None:
+                inputs.append(((row.name, "answer"), "serialization", _adapter(row.answer)))
             if row.body is not None:
                 inputs.append(((row.name, "body"), "validation", _adapter(row.body)))
         found, rest = TypeAdapter.json_schemas(inputs, ref_template=_REF)
@@ -138,7 +139,7 @@ def _operation(row: Endpoint, schemas: _Schemas) -> JsonObject:
         "summary": row.summary,
         "description": f"Needs the scope `{row.scope}`.",
         "security": [{"token": [row.scope]}],
-        "parameters": [*_path_parameters(row), *_query_parameters(row)],
+        "parameters": [*_path_parameters(row), *_query_parameters(row), *row.headers],
         "responses": {**_answers(row, schemas), **_errors(row)},
     }
     if row.takes_key:
@@ -193,9 +194,12 @@ def _query_parameter(name: str, schema: JsonObject) -> JsonObject:
 
 
 def _answers(row: Endpoint, schemas: _Schemas) -> JsonObject:
+    others = {str(status): answer for status, answer in row.other_answers}
+    if row.answer is None:
+        return others
     example = {"data": [row.example], "next": None} if row.is_list else row.example
     content = {"application/json": {"schema": schemas.answer(row), "example": example}}
-    return {str(status): {"description": text, "content": content} for status, text in row.statuses}
+    return others | {str(status): {"description": text, "content": content} for status, text in row.statuses}
 
 
 def _errors(row: Endpoint) -> JsonObject:

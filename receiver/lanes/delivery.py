@@ -261,7 +261,7 @@ class DeliveryLane(Lane):
                 records.append(self._give_up(this, attempt.end("failed", crashed)))
                 continue
             try:
-                built.append((this, envelope.build(*this)))
+                built.append((this, envelope.build(*this, internal_url=self._target.internal_url)))
             except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
                 records.append(self._failed(this, attempt, error))
         await asyncio.gather(*records)
@@ -313,7 +313,7 @@ class DeliveryLane(Lane):
             await self._give_up(this, attempt.end("failed", crashed))
             return
         try:
-            message = envelope.build(*this)
+            message = envelope.build(*this, internal_url=self._target.internal_url)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
             await self._failed(this, attempt, error)
             return

@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from cloudevents.core.v1.event import CloudEvent
 
+from receiver.core.file_links import file_link
 from receiver.core.payload import parse
 from receiver.db.rows import DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.settings import CALLBACK_PATH
@@ -29,12 +30,18 @@ class _Message(CloudEvent):
 
 
 def build(
-    claim: DeliveryClaim, event: StoredEvent, files: Sequence[MediaRow], job: JobRef | None
+    claim: DeliveryClaim,
+    event: StoredEvent,
+    files: Sequence[MediaRow],
+    job: JobRef | None,
+    *,
+    internal_url: str | None = None,
 ) -> CloudEvent:
     """Build the message of one delivery (CloudEvents 1.0). Raises UnrecognizedBody.
 
     `id` is the event's id, the same in all attempts and replays. `deliveryid` is the delivery's; `replayid`
-    is present if a replay ordered the delivery; `attempt` counts from 1. `altered` has JSON pointers into
+    is present if a replay ordered the delivery; `attempt` counts from 1. The links of files begin with
+    `internal_url`; without it they are null. `altered` has JSON pointers into
     `data`: these values differ from the signed body, because they could not be forwarded as they are.
     """
     content = parse(event.body)
@@ -59,9 +66,17 @@ def build(
             "output": content.output,
             "error": content.error,
             **({"altered": list(content.altered)} if content.altered else {}),
-            "media": [{name: getattr(row, name) for name in _FILE_FIELDS} for row in files],
+            "media": [_file(row, internal_url) for row in files],
             # The key is the caller's, not the one that was sent to Clipia.
             "job": job
             and {"id": str(job.id), "idempotency_key": job.idempotency_key, "metadata": job.metadata},
         },
     )
+
+
+def _file(row: MediaRow, internal_url: str | None) -> dict[str, Any]:
+    return {
+        "id": str(row.id),
+        **{name: getattr(row, name) for name in _FILE_FIELDS},
+        "link": file_link(internal_url, row.id, row.storage_key),
+    }

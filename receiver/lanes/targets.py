@@ -27,6 +27,8 @@ class Target:
     """The in-flight limit of its deliveries; None for the destination's own."""
     rate: float | None = None
     """Attempts that may begin per second; None for no limit."""
+    internal_url: str | None = None
+    """The internal listener's URL, for the links to files in messages; None for no links."""
 
 
 @dataclass(frozen=True)

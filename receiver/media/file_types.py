@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from receiver.core.output_files import Kind, extension_of, is_never_text
 from receiver.media import container_formats
@@ -113,6 +113,9 @@ _TYPES: dict[Kind, list[tuple[_Matches, FileType]]] = {
         (_webm, FileType("audio/webm", ".weba", container_formats.ebml)),
     ],
 }
+
+KNOWN_TYPES: Final = frozenset(each.content_type for known in _TYPES.values() for _, each in known)
+"""The content types of all allowed types; browsers run none of them."""
 
 # Text that is no error page: an SVG image, a playlist, a document.
 _DOCUMENTS = ("%pdf-", "%!ps")

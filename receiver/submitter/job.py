@@ -21,6 +21,8 @@ T = TypeVar("T")
 class JobFile:
     """One file of a job's result."""
 
+    id: UUID
+    """`GET /v1/media/{id}` serves the stored file."""
     kind: str
     variant: str
     url: str

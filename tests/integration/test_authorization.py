@@ -50,6 +50,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "POST /v1/models/{slug}/estimate": ("read", 200),
     "GET /v1/account": ("operate", 200),
     "GET /v1/status": ("read", 200),
+    "GET /v1/media/{id}": ("read", 404),
     "GET /v1/events": ("operate", 200),
     "GET /v1/events/{id}": ("operate", 404),
     "DELETE /v1/events/{id}": ("operate", 404),

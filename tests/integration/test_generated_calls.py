@@ -1,6 +1,7 @@
 """Generated calls of every operation: each answer is as the specification says, and none is a 5xx."""
 
 import asyncio
+import hashlib
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -24,14 +25,15 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
     status_code_conformance,
 )
-from support.events import opened, plain
+from support.events import World, opened, plain, with_files
+from support.media import chunked
 from support.payloads import SECRET, failure, signed
 from support.serving import serving
 from support.specification import closed, read_specification
 
 from receiver.app import create_app
 from receiver.db.database import Database
-from receiver.db.tables import deliveries
+from receiver.db.tables import deliveries, events, media
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
 from receiver.settings import Settings
@@ -79,11 +81,32 @@ async def filled(database_url: str, folder: Path) -> AsyncIterator[Served]:
             world.add_destination("orders")
             await world.add_history(*(plain(f"r-{number}") for number in range(3)), failure("r-3"))
             await world.change(deliveries, deliveries.c.event_seq == 1, state="dead", error="refused")
+            file_id = await store_file(world)
             served = Served(url, {})
             async with httpx.AsyncClient(base_url=url, headers=served.headers) as client:
                 ids = await fill(client)
-            yield Served(url, ids)
+            yield Served(url, ids | {"GET /v1/media/{id}": file_id})
         await database.close()
+
+
+async def store_file(world: World) -> str:
+    """Store an event with a file; return the file's id."""
+    await world.add(with_files("https://media.clipia.ai", "r-4", "/works/a.png"))
+    await world.fan_out()
+    (file,) = await world.rows(media)
+    await world.storage.put("aa/0-image.png", chunked(b"image"))
+    values = {
+        "state": "stored",
+        "next_attempt_at": None,
+        "size": 5,
+        "sha256": hashlib.sha256(b"image").hexdigest(),
+        "content_type": "image/png",
+        "storage_key": "aa/0-image.png",
+        "uri": world.storage.uri("aa/0-image.png"),
+    }
+    await world.change(media, **values)
+    await world.change(events, events.c.state == "fetching", state="ready")
+    return str(file["id"])
 
 
 async def fill(client: httpx.AsyncClient) -> dict[str, str]:

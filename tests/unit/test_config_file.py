@@ -178,6 +178,8 @@ def test_quotes_that_were_kept_are_an_error(monkeypatch: pytest.MonkeyPatch, nam
         ("RECEIVER_PUBLIC_URL", f"https://{CANARY} x.example.com"),
         ("RECEIVER_PUBLIC_URL", f"https://{CANARY}:x"),
         ("RECEIVER_PUBLIC_URL", f"https://[{CANARY}"),
+        ("RECEIVER_INTERNAL_URL", f"http://user:{CANARY}@receiver.internal"),
+        ("RECEIVER_INTERNAL_URL", f"ftp://{CANARY}.internal"),
         ("CLIPIA_BASE_URL", f"https://user:{CANARY}@api.example.com"),
         ("CLIPIA_BASE_URL", f"http://{CANARY}.example.com"),
         ("CLIPIA_BASE_URL", f"http://localhost.{CANARY}.com"),

@@ -11,6 +11,7 @@ from cloudevents.core.v1.event import CloudEvent
 from support.kinds_base import make_event
 from support.payloads import body, failure
 
+from receiver.core.file_links import file_link
 from receiver.db.rows import DeliveryClaim, JobRef, MediaRow, StoredEvent, new_id
 from receiver.destinations.base import JSON, encode
 from receiver.lanes import envelope
@@ -55,14 +56,23 @@ def test_message_is_a_valid_cloudevent(status: str, replay_id: uuid.UUID | None,
         id=new_id(), lease=uuid.uuid4(), attempt=2, lost=0, age=0.0, event_seq=1, replay_id=replay_id
     )
     job = JobRef(id=uuid.uuid4(), caller="shop", idempotency_key="order/1", metadata={"a": "b"})
-    message = envelope.build(claim, event, [FILE], job)
+    message = envelope.build(claim, event, [FILE], job, internal_url="https://receiver.internal")
     data = message.get_data()
     assert isinstance(data, dict)
+    assert data["media"][0]["link"] == f"https://receiver.internal/v1/media/{FILE.id}"
     checked = CloudEvent(dict(message.get_attributes()), data)
     assert checked.get_attributes() == message.get_attributes()
     assert json.loads(encode(message)) == json.loads(JSONFormat().write(checked))
     assert message.get_extension("deliveryid") == str(claim.id)
     assert message.get_subject() == request_id
+
+
+def test_only_stored_files_have_links() -> None:
+    """A file has a link if it is stored and the internal listener's URL is known."""
+    url = "https://receiver.internal"
+    assert file_link(url, FILE.id, FILE.storage_key) == f"{url}/v1/media/{FILE.id}"
+    assert file_link(url, FILE.id, None) is None
+    assert file_link(None, FILE.id, FILE.storage_key) is None
 
 
 @pytest.mark.parametrize(

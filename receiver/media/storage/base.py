@@ -34,8 +34,8 @@ class Storage(Protocol):
         exception passes through and no file is stored.
         """
 
-    def open(self, key: str) -> AsyncGenerator[bytes]:
-        """Iterate over a file's bytes. Raises FileNotFoundError if there is no such file."""
+    def open(self, key: str, *, start: int = 0) -> AsyncGenerator[bytes]:
+        """Iterate over a file's bytes from `start`. Raises FileNotFoundError if there is no such file."""
 
     async def stat(self, key: str) -> int | None:
         """Return the size in bytes; None if there is no such file."""

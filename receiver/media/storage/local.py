@@ -49,8 +49,8 @@ class LocalStorage:
                 await self._run(part.discard)
             raise
 
-    async def open(self, key: str) -> AsyncGenerator[bytes]:
-        file = await self._run(_open, self._path(key))
+    async def open(self, key: str, *, start: int = 0) -> AsyncGenerator[bytes]:
+        file = await self._run(_open, self._path(key), start)
         if file is None:
             raise FileNotFoundError(key)
         with file:
@@ -144,11 +144,13 @@ class _Part:
             os.close(descriptor)
 
 
-def _open(path: Path) -> io.FileIO | None:
+def _open(path: Path, start: int) -> io.FileIO | None:
     try:
-        return path.open("rb", buffering=0)
+        file = path.open("rb", buffering=0)
     except FileNotFoundError:
         return None
+    file.seek(start)
+    return file
 
 
 def _size(path: Path) -> int | None:

@@ -143,21 +143,21 @@ class ObjectStorage:
         finally:
             await source.aclose()
 
-    async def open(self, key: str) -> AsyncGenerator[bytes]:
+    async def open(self, key: str, *, start: int = 0) -> AsyncGenerator[bytes]:
         """Iterate over a file. If a connection breaks after a MiB or more, continue with a new one."""
         path = require_key(key)
-        position = 0
+        position = start
         first = found = await self._get(path, position)
         while True:
-            start = position
+            begin = position
             with self._translated():
                 stream, end = found.stream(min_chunk_size=_BLOCK_BYTES), found.range[1]
-            while (block := await self._read(stream, may_break=position - start >= _MIB)) is not None:
+            while (block := await self._read(stream, may_break=position - begin >= _MIB)) is not None:
                 position += len(block)
                 yield block
             if position >= end:
                 return
-            if position - start < _MIB:
+            if position - begin < _MIB:
                 raise StorageUnavailable(f"{self.uri(key)} ends early", reason="error")
             found = await self._get(path, position)
             with self._translated():
