@@ -1,47 +1,83 @@
-"""The command line: each module has one command or one group of them."""
+"""The command line: `commands` has the table of commands, and each other module one command or one group."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_group
 
 from receiver import __version__, exit_status
-from receiver.cli.audit import audit
-from receiver.cli.catalogue import account, estimate, models
-from receiver.cli.check import check
-from receiver.cli.client import choose
-from receiver.cli.deliveries import deliveries
-from receiver.cli.demo import demo
-from receiver.cli.events import events
-from receiver.cli.healthcheck import healthcheck
-from receiver.cli.jobs import jobs
-from receiver.cli.media import media
-from receiver.cli.migrate import migrate
-from receiver.cli.prune import prune
-from receiver.cli.rejections import rejections
-from receiver.cli.replay import replay, replays
-from receiver.cli.route import route
-from receiver.cli.sandbox import sandbox
-from receiver.cli.send import send
-from receiver.cli.serve import serve
-from receiver.cli.status import status
-from receiver.cli.submit import submit
-from receiver.cli.worker import worker
+from receiver.cli.commands import SENTENCES, load
 
 
 class _Group(TyperGroup):
     """A group whose help has the whole first sentence of each command."""
 
+    def sentences(self) -> Mapping[str, str]:
+        """Return the first sentence of the help of each command."""
+        return {name: command.get_short_help_str(1000) for name, command in self.commands.items()}
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         # click's own method cuts each sentence off after one line.
-        rows = [(name, self.commands[name].get_short_help_str(1000)) for name in self.list_commands(ctx)]
         with formatter.section("Commands"):
-            formatter.write_dl(rows)
+            formatter.write_dl(list(self.sentences().items()))
+
+
+class _Commands(Mapping[str, TyperCommand]):
+    """The commands of the table; each is imported when it is looked up."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, TyperCommand] = {}
+
+    def __getitem__(self, name: str) -> TyperCommand:
+        if name not in SENTENCES:
+            raise KeyError(name)
+        if name not in self._loaded:
+            # One command alone would be no group, and get no name.
+            group = typer.Typer(add_completion=False, rich_markup_mode=None)
+            found = load(name)
+            if isinstance(found, typer.Typer):
+                group.add_typer(found, name=name, cls=_Group)
+            else:
+                group.command(name)(found)
+            self._loaded[name] = cast("TyperCommand", get_group(group).commands[name])
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(SENTENCES)
+
+    def __len__(self) -> int:
+        return len(SENTENCES)
+
+
+class _Receiver(_Group):
+    """The group of all commands."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.commands = cast("Any", _Commands())
+
+    def sentences(self) -> Mapping[str, str]:
+        return SENTENCES
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        # The library's own method would load them all.
+        return list(self.commands)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        # Likewise.
+        commands = self.commands
+        self.commands = {name: TyperCommand(name, help=sentence) for name, sentence in SENTENCES.items()}
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            self.commands = commands
 
 
 app = typer.Typer(
     name="receiver",
-    cls=_Group,
+    cls=_Receiver,
     help="Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -49,18 +85,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (
-    *(demo, serve, worker, submit, models, estimate, account, replay, prune, route, sandbox),
-    *(status, migrate, check, healthcheck, send),
-):
-    app.command()(command)
-app.add_typer(jobs, name="jobs", cls=_Group)
-app.add_typer(events, name="events", cls=_Group)
-app.add_typer(deliveries, name="deliveries", cls=_Group)
-app.add_typer(replays, name="replays", cls=_Group)
-app.add_typer(media, name="media", cls=_Group)
-app.add_typer(rejections, name="rejections", cls=_Group)
-app.add_typer(audit, name="audit", cls=_Group)
 
 
 def _show_version(value: bool) -> None:
@@ -88,6 +112,8 @@ def options(
     ),
 ) -> None:
     """Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it."""
+    from receiver.cli.client import choose  # noqa: PLC0415 - not for --version, and it takes a second of CPU
+
     choose(url, token)
 
 
