@@ -22,6 +22,7 @@ from receiver.api.answers import error_body
 from receiver.api.audit import AuditEndpoints
 from receiver.api.auth import OneCaller, Tokens
 from receiver.api.deliveries import DeliveryEndpoints
+from receiver.api.destinations import DestinationEndpoints
 from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
 from receiver.api.endpoints import Endpoint, guarded
@@ -40,6 +41,7 @@ from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
+from receiver.destination_control import DestinationControl
 from receiver.error_texts import error_text, traceback_lines
 from receiver.lanes.worker import Wakeups
 from receiver.logs import flush_logs
@@ -162,6 +164,7 @@ def endpoint_table(
     events = EventEndpoints(
         database, open_storage=open_own, destinations=waits, internal_url=settings.internal_url
     )
+    control = DestinationControl(database, lambda: settings.all_destinations, wake=wake)
     return [
         *JobEndpoints(submitter).table(),
         *events.table(),
@@ -171,6 +174,7 @@ def endpoint_table(
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
+        *DestinationEndpoints(control).table(),
         *StatusEndpoints(partial(read_status, settings, database, submitter)).table(),
     ]
 

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Final
 from typing_extensions import TypedDict
 
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.db import outbox, rejections, status, workers
+from receiver.db import destinations, outbox, rejections, status, workers
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
+from receiver.db.destinations import Circuit
 from receiver.db.rows import Backlog
 from receiver.db.status import Rate
+from receiver.destination_settings import DestinationSettings
 from receiver.lanes.backlog import read_backlog
 from receiver.media import LocalStorage, open_storage
 from receiver.settings import Settings
@@ -41,6 +43,23 @@ class LaneStatus(TypedDict):
     oldest_seconds: float
 
 
+class PauseStatus(TypedDict):
+    """An operator has paused a destination: events wait."""
+
+    at: datetime
+    by: str
+    reason: str | None
+
+
+class CircuitStatus(TypedDict):
+    """A destination is down: processes send it probes only."""
+
+    since: datetime
+    processes: list[str]
+    """Host and process id of those with an open circuit breaker."""
+    error: str | None
+
+
 class DestinationStatus(TypedDict):
     """Deliveries to one destination."""
 
@@ -54,6 +73,8 @@ class DestinationStatus(TypedDict):
     delivered_per_minute: float
     failed_per_minute: float
     last_error: str | None
+    pause: PauseStatus | None
+    circuit: CircuitStatus | None
 
 
 class WorkerStatus(TypedDict):
@@ -119,7 +140,7 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
                 LaneStatus(lane=lane, rows=backlog[lane].rows, oldest_seconds=round(backlog[lane].oldest, 1))
                 for lane in (FAN_OUT_LANE, MEDIA_LANE, SUBMIT_LANE, POLL_LANE)
             ],
-            destinations=await _read_destinations(connection, settings, backlog),
+            destinations=await read_destinations(connection, settings.all_destinations, backlog),
             workers=await _read_workers(connection),
             disks=list(_disks(settings, database)),
         )
@@ -127,17 +148,30 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
     return found
 
 
-async def _read_destinations(
-    connection: SqlConnection, settings: Settings, backlog: Mapping[str, Backlog]
+async def read_destinations(
+    connection: SqlConnection,
+    settings: Sequence[DestinationSettings],
+    backlog: Mapping[str, Backlog],
+    *also: str,
 ) -> list[DestinationStatus]:
-    configured = [each.name for each in settings.all_destinations]
+    """Return the destinations that are configured, are paused, or have deliveries, and `also` these.
+
+    `backlog` is by lane.
+    """
+    configured = [each.name for each in settings]
     failing, dead = await status.count_failing(connection), await outbox.count_dead(connection)
     rates = await status.read_rates(connection)
     waiting = {
         lane.removeprefix(destination_lane("")) for lane in backlog if lane.startswith(destination_lane(""))
     }
+    pauses = {
+        name: PauseStatus(at=state.pause.at, by=state.pause.by, reason=state.pause.reason)
+        for name, state in (await destinations.read_pauses(connection)).items()
+        if state.pause is not None
+    }
+    circuits = await destinations.read_circuits(connection)
     found = []
-    for name in sorted({*configured, *waiting, *dead}):
+    for name in sorted({*configured, *waiting, *dead, *pauses, *also}):
         pending = backlog.get(destination_lane(name), Backlog(rows=0, oldest=0.0))
         rate = rates.get(name, Rate(0.0, 0.0))
         has_failed = name in failing or name in dead
@@ -152,9 +186,20 @@ async def _read_destinations(
                 delivered_per_minute=round(rate.delivered, 1),
                 failed_per_minute=round(rate.failed, 1),
                 last_error=await status.find_last_error(connection, name) if has_failed else None,
+                pause=pauses.get(name),
+                circuit=_circuit([each for each in circuits if each.destination == name]),
             )
         )
     return found
+
+
+def _circuit(opened: Sequence[Circuit]) -> CircuitStatus | None:
+    """Return the state of a destination by the circuits that processes have opened, the oldest first."""
+    if not opened:
+        return None
+    return CircuitStatus(
+        since=opened[0].open_since, processes=[each.owner for each in opened], error=opened[-1].error
+    )
 
 
 async def _read_workers(connection: SqlConnection) -> list[WorkerStatus]:
@@ -230,7 +275,16 @@ def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterat
             command=f"receiver deliveries move {name} NEW",
         )
         return
-    if each["failing"]:
+    pause, circuit = each["pause"], each["circuit"]
+    if pause is not None:
+        # The pause is the reason for all that waits, and for nothing else.
+        if each["pending"]:
+            yield Problem(text=pause_text(each), command=f"receiver destinations resume {name}")
+    elif circuit is not None:
+        since = f"{circuit['since']:%H:%M:%SZ}"
+        text = f"{name} is down since {since}, {each['pending']} pending: {circuit['error']}"
+        yield Problem(text=text, command=f"receiver destinations test {name}")
+    elif each["failing"]:
         text = f"{name}: {each['failing']} of {each['pending']} pending fail: {each['last_error']}"
         yield Problem(text=text, command=f"{shown} --state pending")
     elif each["pending"] and not is_served:
@@ -244,6 +298,16 @@ def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterat
     if each["dead"]:
         text = f"{name}: {each['dead']} dead, the last one: {each['last_error']}"
         yield Problem(text=text, command=f"{shown} --state dead")
+
+
+def pause_text(each: DestinationStatus) -> str:
+    """Return the pause of a destination and the number of deliveries that wait."""
+    pause = each["pause"]
+    if pause is None:
+        return f"{each['name']} is not paused"
+    reason = f" ({pause['reason']})" if pause["reason"] else ""
+    since = f"{pause['at']:%Y-%m-%d %H:%M:%SZ}"
+    return f"{each['name']} is paused by {pause['by']} since {since}{reason}: {each['pending']} wait"
 
 
 _LANE_COMMANDS: Final = {

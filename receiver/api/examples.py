@@ -288,13 +288,47 @@ ACTION: Final[dict[str, Any]] = {
 }
 REPLAY: Final[dict[str, Any]] = {**REPLAY_HEAD, "deliveries": {"orders": {"delivered": 312}}}
 
+_DESTINATION: Final = {
+    "name": "orders",
+    "configured": True,
+    "pending": 312,
+    "failing": 312,
+    "oldest_seconds": 540.5,
+    "dead": 0,
+    "delivered_per_minute": 0.0,
+    "failed_per_minute": 4.0,
+    "last_error": "connection refused",
+    "pause": None,
+    "circuit": {"since": _AT, "processes": ["web-1:41"], "error": "connection refused"},
+}
+DESTINATION: Final[dict[str, Any]] = {
+    **_DESTINATION,
+    "kind": "amqp",
+    "when": "media_stored",
+    "gets": "status OK",
+    "command": "receiver destinations test orders",
+}
+PAUSED_DESTINATION: Final[dict[str, Any]] = {
+    **DESTINATION,
+    "pause": {"at": _AT, "by": "ops", "reason": "orders moves its database"},
+    "command": "receiver destinations resume orders",
+}
+DESTINATION_TEST: Final[dict[str, Any]] = {
+    "name": "orders",
+    "reachable": True,
+    "seconds": 0.042,
+    "error": None,
+    "warnings": [],
+    "event_id": _DELIVERY_ID,
+}
+
 STATUS: Final[dict[str, Any]] = {
     "at": _AT,
     "database": "postgresql",
     "problems": [
         {
-            "text": "orders: 312 of 312 pending fail: connection refused",
-            "command": "receiver deliveries list --destination orders --state pending",
+            "text": "orders is down since 12:00:00Z, 312 pending: connection refused",
+            "command": "receiver destinations test orders",
         }
     ],
     "last_webhook_at": _AT,
@@ -302,19 +336,7 @@ STATUS: Final[dict[str, Any]] = {
     "jobs_last_day": {"completed": 1204, "submitted": 3},
     "submissions_paused": False,
     "lanes": [{"lane": "fanout", "rows": 0, "oldest_seconds": 0.0}],
-    "destinations": [
-        {
-            "name": "orders",
-            "configured": True,
-            "pending": 312,
-            "failing": 312,
-            "oldest_seconds": 540.5,
-            "dead": 0,
-            "delivered_per_minute": 0.0,
-            "failed_per_minute": 4.0,
-            "last_error": "connection refused",
-        }
-    ],
+    "destinations": [_DESTINATION],
     "workers": [
         {
             "host": "web-1",

@@ -55,6 +55,11 @@ _OTHER_IDS: Final[Mapping[str, JsonObject]] = {
 }
 _PATH_KEYS: Final[Mapping[str, JsonObject]] = {
     "id": {"schema": {"type": "string", "format": "uuid"}},
+    "name": {
+        "description": "The destination's name in the settings.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "orders",
+    },
     "slug": {
         "description": "The model's slug.",
         "schema": {"type": "string", "minLength": 1},

@@ -2,16 +2,14 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
 from typing import Final
 
-import structlog
 import typer
 from rich.text import Text
-from structlog.typing import EventDict, WrappedLogger
 
 from receiver.cli.database import opened_database, opened_storage
 from receiver.cli.submit import reason_text
@@ -25,6 +23,7 @@ from receiver.db import jobs, migrate, outbox, rejections, submission_freezes, w
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
 from receiver.db.workers import SeenWorker
+from receiver.destination_control import check_destination
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.error_texts import error_text
@@ -234,12 +233,10 @@ class _Check:
 
     async def _check_destination(self, settings: DestinationSettings) -> None:
         destination = open_destination(settings)
-        with collected_problems() as problems:
-            try:
-                await destination.start()
-                await destination.check()
-            finally:
-                await destination.close()
+        try:
+            problems = await check_destination(destination)
+        finally:
+            await destination.close()
         selected = filter_text(settings.filter) or "every event"
         summary = f"; {settings.summary}" if settings.summary else ""
         gets = f"gets {selected}, when {settings.when}{summary}"
@@ -270,25 +267,3 @@ def _warn(step: str, message: str) -> None:
 
 def _print(mark: str, step: str, message: str) -> None:
     stdout.print(mark, f"{step}:", Text(message), soft_wrap=True)
-
-
-@contextmanager
-def collected_problems() -> Iterator[list[str]]:
-    """Collect the problems that destinations log inside the block, instead of logging them."""
-    problems: list[str] = []
-
-    def collect(_logger: WrappedLogger, _method: str, entry: EventDict) -> EventDict:
-        if "problem" not in entry:
-            return entry
-        # `start` and `check` may find the same problem.
-        if entry["problem"] not in problems:
-            problems.append(entry["problem"])
-        raise structlog.DropEvent
-
-    # Loggers keep a reference to this list from their first line on, so a new list would not reach them.
-    processors = structlog.get_config()["processors"]
-    processors.insert(0, collect)
-    try:
-        yield problems
-    finally:
-        processors.remove(collect)

@@ -45,6 +45,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "deliveries": (
         "List and show deliveries, retry dead letters, and move or discard those of a removed destination."
     ),
+    "destinations": "List, pause, resume and test destinations.",
     "replays": "Show, watch and cancel replays.",
     "media": "Verify stored files, print links to them, and give up downloads.",
     "rejections": "Show rejected requests to the callback, and why.",

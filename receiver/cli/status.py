@@ -80,7 +80,7 @@ def screen(found: Status) -> Group:
 
 def _destination(each: DestinationStatus) -> tuple[Any, ...]:
     return (
-        each["name"] + ("" if each["configured"] else " (not configured)"),
+        each["name"] + _state(each),
         each["pending"],
         age(each["oldest_seconds"]) if each["pending"] else "-",
         _red(each["failing"]),
@@ -88,6 +88,14 @@ def _destination(each: DestinationStatus) -> tuple[Any, ...]:
         f"{each['delivered_per_minute']:g}",
         f"{each['failed_per_minute']:g}",
     )
+
+
+def _state(each: DestinationStatus) -> str:
+    if not each["configured"]:
+        return " (not configured)"
+    if each["pause"] is not None:
+        return " (paused)"
+    return "" if each["circuit"] is None else " (down)"
 
 
 def _head(found: Status) -> Text:

@@ -14,6 +14,7 @@ DatabaseUnavailable and SettingsError. If the receiver gives no answer, the erro
 
 from receiver.client.calls import Page
 from receiver.client.deliveries import DeliveryCalls
+from receiver.client.destinations import DestinationCalls
 from receiver.client.events import EventCalls
 from receiver.client.inquiries import InquiryCalls
 from receiver.client.operations import OperationCalls
@@ -22,7 +23,7 @@ from receiver.client.rejections import RejectionCalls
 __all__ = ["Client", "Page"]
 
 
-class Client(EventCalls, DeliveryCalls, InquiryCalls, RejectionCalls, OperationCalls):
+class Client(EventCalls, DeliveryCalls, DestinationCalls, InquiryCalls, RejectionCalls, OperationCalls):
     """Calls a receiver's internal API. Use it as an async context manager, or call `close`.
 
     One client may serve many tasks at once.

@@ -235,6 +235,7 @@ async def test_documented_examples_are_answered_as_specified(migrated_sqlite: Pa
             if name == "POST /v1/jobs":
                 content = {**content, "wait": LONGEST_WAIT}
             place = place.replace("{id}", served.ids.get(name, "")).replace("{slug}", MODEL)
+            place = place.replace("{name}", "orders")
             response = await client.request(method, place, json=content)
             assert response.is_success, (name, response.text)
             operation.validate_response(response)

@@ -119,6 +119,8 @@ async def test_failing_deliveries_are_shown_with_their_error(site: Site) -> None
         "failing": 1,
         "dead": 0,
         "last_error": "PublishFailed: the broker says no",
+        "pause": None,
+        "circuit": None,
     }
     assert of(found, "spare") == {
         "configured": True,
@@ -126,6 +128,8 @@ async def test_failing_deliveries_are_shown_with_their_error(site: Site) -> None
         "failing": 0,
         "dead": 1,
         "last_error": "PublishRejected: 422 from the destination",
+        "pause": None,
+        "circuit": None,
     }
     assert [each["failed_per_minute"] for each in found["destinations"]] == [1.0, 1.0]
     assert [each["command"] for each in found["problems"]] == [

@@ -6,7 +6,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from receiver.cli.check import collected_problems
+from receiver.destination_control import collected_problems
 
 
 @pytest.fixture(params=["before", "inside"])

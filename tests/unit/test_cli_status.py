@@ -35,9 +35,9 @@ def test_the_screen_fits_the_terminal(width: int) -> None:
     assert "no worker" not in text
     for column in ("waiting", "oldest", "failing", "dead", "delivered/min", "failed/min"):
         assert column in text
-    assert "    $ receiver deliveries list --destination orders --state pending" in lines
+    assert "    $ receiver destinations test orders" in lines
     assert [line.split() for line in lines if line.startswith("orders ")] == [
-        ["orders", "312", "9", "min", "312", "0", "0", "4"]
+        ["orders", "(down)", "312", "9", "min", "312", "0", "0", "4"]
     ]
 
 
