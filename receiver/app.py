@@ -28,6 +28,7 @@ from receiver.api.documents import Documents
 from receiver.api.endpoints import Endpoint, guarded
 from receiver.api.events import EventEndpoints
 from receiver.api.files import FileEndpoints
+from receiver.api.freezes import FreezeEndpoints
 from receiver.api.jobs import JobEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
@@ -175,7 +176,8 @@ def endpoint_table(
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
         *DestinationEndpoints(control).table(),
-        *StatusEndpoints(partial(read_status, settings, database, submitter)).table(),
+        *FreezeEndpoints(database).table(),
+        *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
     ]
 
 

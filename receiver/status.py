@@ -24,6 +24,7 @@ from receiver.lanes.backlog import read_backlog
 from receiver.media import LocalStorage, open_storage
 from receiver.settings import Settings
 from receiver.submitter import Submitter
+from receiver.submitter.job import is_live
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -85,6 +86,8 @@ class WorkerStatus(TypedDict):
     lanes: list[str]
     running: bool
     seen_seconds_ago: float
+    live: bool | None
+    """Whether its CLIPIA_KEY is a live key; null without one."""
 
 
 class DiskStatus(TypedDict):
@@ -141,7 +144,7 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
                 for lane in (FAN_OUT_LANE, MEDIA_LANE, SUBMIT_LANE, POLL_LANE)
             ],
             destinations=await read_destinations(connection, settings.all_destinations, backlog),
-            workers=await _read_workers(connection),
+            workers=await read_workers(connection),
             disks=list(_disks(settings, database)),
         )
     found["problems"] = list(find_problems(found))
@@ -202,7 +205,8 @@ def _circuit(opened: Sequence[Circuit]) -> CircuitStatus | None:
     )
 
 
-async def _read_workers(connection: SqlConnection) -> list[WorkerStatus]:
+async def read_workers(connection: SqlConnection) -> list[WorkerStatus]:
+    """Return the processes that work, or crashed lately."""
     return [
         WorkerStatus(
             host=run.host,
@@ -210,6 +214,7 @@ async def _read_workers(connection: SqlConnection) -> list[WorkerStatus]:
             lanes=run.lanes,
             running=run.is_running,
             seen_seconds_ago=round(run.age, 1),
+            live=is_live(run.account),
         )
         for run in await workers.find_runs(connection)
     ]

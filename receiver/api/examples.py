@@ -183,6 +183,8 @@ JOB: Final[dict[str, Any]] = {
     "updated_at": _AT,
     "finished_at": _AT,
     "next_attempt_at": None,
+    "has_webhook": True,
+    "live": True,
     "event": {
         **_JOB_EVENT,
         "media": [
@@ -322,6 +324,21 @@ DESTINATION_TEST: Final[dict[str, Any]] = {
     "event_id": _DELIVERY_ID,
 }
 
+FREEZE: Final[dict[str, Any]] = {
+    "frozen": True,
+    "by": "ops",
+    "reason": "the database was restored",
+    "restored": True,
+    "frozen_at": _AT,
+}
+WORKER: Final[dict[str, Any]] = {
+    "host": "web-1",
+    "pid": 41,
+    "lanes": ["fanout", "media", "destination:orders"],
+    "running": True,
+    "seen_seconds_ago": 2.1,
+    "live": True,
+}
 STATUS: Final[dict[str, Any]] = {
     "at": _AT,
     "database": "postgresql",
@@ -337,15 +354,7 @@ STATUS: Final[dict[str, Any]] = {
     "submissions_paused": False,
     "lanes": [{"lane": "fanout", "rows": 0, "oldest_seconds": 0.0}],
     "destinations": [_DESTINATION],
-    "workers": [
-        {
-            "host": "web-1",
-            "pid": 41,
-            "lanes": ["fanout", "media", "destination:orders"],
-            "running": True,
-            "seen_seconds_ago": 2.1,
-        }
-    ],
+    "workers": [WORKER],
     "disks": [
         {"holds": "media", "path": "/srv/media", "free_bytes": 42949672960, "total_bytes": 107374182400}
     ],

@@ -1,6 +1,7 @@
 """`/v1/jobs`, `/v1/models` and `/v1/account`: internal services submit jobs and read their results."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
+from uuid import UUID
 
 from pydantic import ConfigDict, model_validator
 from starlette.responses import Response
@@ -24,6 +25,9 @@ from receiver.db.rows import CostGroup, JobState, new_id
 from receiver.db.views import JobCosts
 from receiver.submitter import Job, Submitter
 from receiver.submitter.account_status import Account
+
+REPLAYED_HEADER: Final = "idempotent-replayed"
+"""In the answer to a submission whose key was used before."""
 
 
 class JobsQuery(MetadataFilter):
@@ -54,6 +58,7 @@ class CostsQuery(Parameters):
     """The rows of a sum of credits."""
 
     by: Annotated[CostGroup, one_of(CostGroup)] = "day"
+    caller: str | None = None
     since: Moment | None = None
     """Jobs made at or after this time."""
     until: Moment | None = None
@@ -259,21 +264,18 @@ class JobEndpoints:
             waited = await while_connected(call.request, self._submitter.wait(job.id, seconds=order.wait))
             job = waited or job
         status = 202 if job.request_id is None else 201 if new else 200
-        return json_response(job.as_dict(), status=status, headers={"location": f"/v1/jobs/{job.id}"})
+        headers = {"location": f"/v1/jobs/{job.id}"} | ({} if new else {REPLAYED_HEADER: "true"})
+        return json_response(job.as_dict(), status=status, headers=headers)
 
     async def _show(self, call: Call[WaitQuery, None]) -> Response:
         return json_response((await self._find(call, seconds=call.query.wait)).as_dict())
 
     async def _list(self, call: Call[JobsQuery, None]) -> Response:
         query = call.query
-        owner = query.caller
-        if not _sees_all(call.caller):
-            # The name of another caller finds no job, so the answer does not tell whether it has any.
-            owner = call.caller.name if owner in (None, call.caller.name) else ""
         page = await self._submitter.list_jobs(
             limit=query.limit,
             cursor=query.cursor,
-            caller=owner,
+            caller=_owner(call.caller, query.caller),
             state=query.state,
             model=query.model,
             since=query.since,
@@ -285,7 +287,7 @@ class JobEndpoints:
     async def _costs(self, call: Call[CostsQuery, None]) -> Response:
         rows = await self._submitter.costs(
             by=call.query.by,
-            caller=None if _sees_all(call.caller) else call.caller.name,
+            caller=_owner(call.caller, call.query.caller),
             since=call.query.since,
             until=call.query.until,
         )
@@ -316,14 +318,24 @@ class JobEndpoints:
         return json_response(await self._submitter.account())
 
     async def _find(self, call: Call[Any, None], *, seconds: float = 0.0) -> Job:
-        job_id, job = call.id, None
         owner = None if _sees_all(call.caller) else call.caller.name
-        if job_id is not None:
-            waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
-            job = await while_connected(call.request, waited)
+        job = None
+        if call.id is not None:
+            job = await self._wait(call, call.id, seconds, owner)
+        # Clipia's ids look like ours. PostgreSQL rejects NUL in a text parameter.
+        if job is None and "\0" not in call.key:
+            known = await self._submitter.find(call.key)
+            if known is not None and owner in (None, known.caller):
+                job = await self._wait(call, known.id, seconds, owner)
         if job is None:
             raise not_found("job")
         return job
+
+    async def _wait(
+        self, call: Call[Any, None], job_id: UUID, seconds: float, owner: str | None
+    ) -> Job | None:
+        waited = self._submitter.wait(job_id, seconds=seconds, caller=owner)
+        return await while_connected(call.request, waited)
 
 
 def _read_key(raw: bytes) -> str:
@@ -336,3 +348,11 @@ def _read_key(raw: bytes) -> str:
 
 def _sees_all(caller: Caller) -> bool:
     return "operate" in caller.scopes
+
+
+def _owner(caller: Caller, wanted: str | None) -> str | None:
+    """Return the caller whose jobs are shown; None for those of all callers."""
+    if _sees_all(caller):
+        return wanted
+    # The name of another caller finds no job, so the answer does not tell whether it has any.
+    return caller.name if wanted in (None, caller.name) else ""

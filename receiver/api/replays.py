@@ -139,7 +139,7 @@ class ReplayEndpoints:
     async def _cancel(self, call: Call[None, None]) -> Response:
         replay_id, _ = await self._find(call)
         if not await self._replays.cancel(replay_id, by=call.caller.name):
-            raise RequestError("the replay has ended", code="not_cancelable")
+            raise RequestError("the replay has ended, so it cannot be canceled", code="not_cancelable")
         return json_response(await self._replays.show(replay_id))
 
     async def _find(self, call: Call[None, None]) -> tuple[UUID, ReplayDetails]:

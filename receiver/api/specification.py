@@ -51,6 +51,10 @@ _EVENT_KEY: Final[JsonObject] = {
 }
 _OTHER_IDS: Final[Mapping[str, JsonObject]] = {
     "events": _EVENT_KEY,
+    "jobs": {
+        "description": "The job's id, or Clipia's request_id.",
+        "schema": {"type": "string", "minLength": 1},
+    },
     "rejections": {"schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "example": "17"},
 }
 _PATH_KEYS: Final[Mapping[str, JsonObject]] = {

@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from receiver.cli.clipia_calls import Input, Strict, read_input, with_submitter
+from receiver.cli.client import with_client
+from receiver.cli.clipia_calls import Input, Strict, read_input
 from receiver.cli.options import Json
 from receiver.cli.submit import reason_text
 from receiver.cli.terminal import amount, count, print_json, print_line, print_list, print_result, print_rows
-from receiver.clipia.client import Estimate
-from receiver.submitter import Submitter
+from receiver.client import Client
 
 _FACTS = (
     *("type", "required", "default", "enum", "options", "min", "max", "minimum", "maximum"),
@@ -31,11 +31,10 @@ def models(
     USD per token; they belong to Clipia's chat API, and you cannot submit jobs to them.
     """
 
-    async def run(submitter: Submitter) -> Any:
-        catalogue = submitter.catalogue
-        return await catalogue.models() if slug is None else await catalogue.model(slug, max_age=0.0)
+    async def run(client: Client) -> Any:
+        return await (client.list_models() if slug is None else client.show_model(slug))
 
-    found = with_submitter(run)
+    found = with_client(run, prepares=True)
     if slug is None:
         print_list(found, partial(_print_models, found), json=json)
     else:
@@ -50,11 +49,9 @@ def estimate(
 ) -> None:
     """Print the price of a job without submitting it."""
     parameters = read_input(given)
-
-    async def run(submitter: Submitter) -> Estimate:
-        return await submitter.catalogue.estimate_checked(model, parameters, strict=strict)
-
-    answer = with_submitter(run)
+    answer = with_client(
+        lambda client: client.estimate_price(model, parameters, strict=strict), prepares=True
+    )
     if json:
         print_json(answer)
         return
@@ -65,7 +62,7 @@ def estimate(
 
 def account(json: Json = False) -> None:
     """Show the account's credits and limits, and whether Clipia's figures match the receiver's own."""
-    found = with_submitter(lambda submitter: submitter.account())
+    found = with_client(lambda client: client.show_account(), prepares=True)
     if json:
         print_json(found)
         return

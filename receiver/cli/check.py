@@ -19,10 +19,9 @@ from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.routing import filter_text
 from receiver.core.signature import Secret
-from receiver.db import jobs, migrate, outbox, rejections, submission_freezes, workers
+from receiver.db import jobs, migrate, outbox, rejections, submission_freezes
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
-from receiver.db.workers import SeenWorker
 from receiver.destination_control import check_destination
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
@@ -31,6 +30,7 @@ from receiver.errors import SettingsError
 from receiver.lanes.removed_destinations import FATE
 from receiver.media import MediaHosts, open_tls
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
+from receiver.status import WorkerStatus, read_workers
 from receiver.submitter.account_status import AccountStatus, read_account_status
 from receiver.submitter.job import read_error
 
@@ -106,7 +106,7 @@ class _Check:
             await database.probe()
             async with database.read() as connection:
                 waiting = await outbox.delivery_backlog(connection)
-                seen = await workers.find_runs(connection)
+                seen = await read_workers(connection)
                 frozen = await submission_freezes.find(connection)
             masked = await mask_errors(database)
             schema = await migrate.current(database)
@@ -133,11 +133,11 @@ class _Check:
             )
         return True
 
-    def _check_workers(self, settings: Settings, seen: Sequence[SeenWorker]) -> None:
+    def _check_workers(self, settings: Settings, seen: Sequence[WorkerStatus]) -> None:
         for worker in seen:
-            name, age = process_name(worker), f"{worker.age:.0f} s ago"
-            if worker.is_running:
-                _ok("worker", f"{name}, seen {age}: {', '.join(worker.lanes)}")
+            name, age = process_name(worker), f"{worker['seen_seconds_ago']:.0f} s ago"
+            if worker["running"]:
+                _ok("worker", f"{name}, seen {age}: {', '.join(worker['lanes'])}")
             else:
                 _warn("worker", f"{name} was last seen {age}; it has crashed")
         names = [destination_lane(each.name) for each in settings.all_destinations]

@@ -1,7 +1,5 @@
 """Shared parts of the commands that use Clipia's API."""
 
-import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import typer
@@ -9,8 +7,6 @@ import typer
 from receiver.cli.terminal import read_file
 from receiver.core.lenient_json import clean_body
 from receiver.errors import ReceiverError, UnrecognizedBody
-from receiver.logs import configure_logging
-from receiver.submitter import Submitter
 
 T = TypeVar("T")
 
@@ -30,18 +26,6 @@ Strict = Annotated[
         show_default=False,
     ),
 ]
-
-
-def with_submitter(use: Callable[[Submitter], Awaitable[T]]) -> T:
-    """Run `use` with a submitter on the service's database and settings."""
-    # The command reports errors itself; a log line would repeat them.
-    configure_logging(level="CRITICAL")
-
-    async def run() -> T:
-        async with Submitter.open() as submitter:
-            return await use(submitter)
-
-    return asyncio.run(run())
 
 
 def read_input(text: str) -> dict[str, Any]:

@@ -4,20 +4,17 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Any
-from uuid import UUID
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from receiver.cli.clipia_calls import with_submitter
-from receiver.cli.database import change_database
+from receiver.cli.client import missing, with_client
 from receiver.cli.options import CURSOR_HELP, Json, Limit, read_pair, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.terminal import (
     count,
     moment,
-    operator,
     print_line,
     print_list,
     print_result,
@@ -26,12 +23,10 @@ from receiver.cli.terminal import (
     stdout,
     wide,
 )
-from receiver.core.retry import KEY_VALID_SECONDS
-from receiver.db import submission_freezes
+from receiver.client import Client
 from receiver.db.rows import CostGroup, JobState
 from receiver.errors import ReceiverError
-from receiver.lanes.attempts import error_json
-from receiver.submitter import Job, JobEvent, Submitter
+from receiver.submitter import Job, JobEvent
 
 jobs = typer.Typer(
     help="Show jobs and their cost, resubmit or cancel them, and freeze submissions.", no_args_is_help=True
@@ -67,8 +62,8 @@ def list_(
     """List jobs, newest first."""
     wanted = dict(read_pair(text) for text in metadata or ())
 
-    page = with_submitter(
-        lambda submitter: submitter.list_jobs(
+    page = with_client(
+        lambda client: client.list_jobs(
             limit=limit,
             cursor=cursor,
             caller=caller,
@@ -77,11 +72,12 @@ def list_(
             since=since,
             until=until,
             metadata=wanted,
-        )
+        ),
+        prepares=True,
     )
-    rows = [_row(job) for job in page.jobs]
+    rows = [_row(job) for job in page.data]
     table = partial(print_rows, rows, *_COLUMNS, none="No jobs.")
-    print_list([job.as_dict() for job in page.jobs], table, json=json, next_=page.next)
+    print_list([job.as_dict() for job in page.data], table, json=json, next_=page.next)
 
 
 def _row(job: Job) -> dict[str, Any]:
@@ -92,14 +88,14 @@ def _row(job: Job) -> dict[str, Any]:
 @jobs.command()
 def show(key: _Key, json: Json = False) -> None:
     """Show one job with its attempts, its files and its deliveries."""
-    job = with_submitter(lambda submitter: _find(submitter, key))
+    job = with_client(lambda client: _find(client, key), prepares=True)
     print_result(job.as_dict(), partial(_print_job, job), json=json)
 
 
 @jobs.command()
 def resubmit(key: _Key, yes: _Yes = False, json: Json = False) -> None:
     """Submit an unsure, failed or canceled job again: you may pay for it twice."""
-    job = _change(key, Submitter.resubmit, "" if yes else "Submit it again, and pay for it again?")
+    job = _change(key, Client.resubmit_job, "" if yes else "Submit it again, and pay for it again?")
     print_result(job.as_dict(), f"Job {job.id} will be submitted again by a running receiver.", json=json)
 
 
@@ -109,20 +105,20 @@ def cancel(key: _Key, yes: _Yes = False, json: Json = False) -> None:
 
     An unsure job may have been generated and charged: check it in Clipia's console before you cancel it.
     """
-    job = _change(key, Submitter.cancel, "" if yes else "Cancel it?")
+    job = _change(key, Client.cancel_job, "" if yes else "Cancel it?")
     print_result(job.as_dict(), f"Job {job.id} is {job.state}.", json=json)
 
 
 def _change(key: str, change: Callable[..., Awaitable[Job]], question: str) -> Job:
     """Change a job, after the user has confirmed the question if there is one."""
 
-    async def run(submitter: Submitter) -> Job:
-        job = await _find(submitter, key)
+    async def run(client: Client) -> Job:
+        job = await _find(client, key)
         if question:
             typer.confirm(f"Job {job.id} ({job.model}) is {job.state}. {question}", abort=True)
-        return await change(submitter, job.id, by=operator())
+        return await change(client, job.id)
 
-    return with_submitter(run)
+    return with_client(run, prepares=True)
 
 
 @jobs.command()
@@ -138,7 +134,7 @@ def freeze(
     A request with a known key is answered as usual; a new key is rejected (503 `submissions_frozen`). After a
     restore, run this before you start anything: docs/operating.md says why, and which steps follow.
     """
-    change_database(partial(submission_freezes.freeze, by=operator(), reason=reason, restored=restored))
+    with_client(lambda client: client.freeze_submissions(reason=reason, restored=restored))
     stdout.print("Submissions are frozen until `receiver jobs thaw`.")
 
 
@@ -149,12 +145,9 @@ def thaw() -> None:
     After a restore, a job that may have been sent too long ago becomes unsure: you decide whether to resubmit
     or cancel it.
     """
-    text = error_json("restored", "The database was restored: this job may have been sent since the backup.")
-    unsure = change_database(partial(submission_freezes.thaw, key_holds=KEY_VALID_SECONDS, error=text))
-    if unsure is None:
-        raise ReceiverError("submissions are not frozen")
+    done = with_client(lambda client: client.thaw_submissions())
     stdout.print("Jobs are accepted and submitted again.")
-    for job_id in unsure:
+    for job_id in done["unsure"]:
         print_line(
             f"Job {job_id} is unsure: it may have been sent since the backup, and its key has expired."
         )
@@ -172,7 +165,9 @@ def cost(
 
     Jobs of test keys cost nothing.
     """
-    rows = with_submitter(lambda submitter: submitter.costs(by=by, caller=caller, since=since, until=until))
+    rows = with_client(
+        lambda client: client.sum_costs(by=by, caller=caller, since=since, until=until), prepares=True
+    )
     print_list(rows, partial(_print_costs, rows, by), json=json)
 
 
@@ -188,15 +183,9 @@ def _print_costs(rows: Sequence[Mapping[str, Any]], by: str) -> None:
     wide.print(table)
 
 
-async def _find(submitter: Submitter, key: str) -> Job:
-    try:
-        job = await submitter.get(UUID(key))
-    except ValueError:
-        job = None
-    job = job or await submitter.find(key)
-    if job is None:
-        raise ReceiverError(f"there is no job with the id or request_id {key!r}")
-    return job
+async def _find(client: Client, key: str) -> Job:
+    with missing(ReceiverError(f"there is no job with the id or request_id {key!r}")):
+        return await client.show_job(key)
 
 
 def _print_job(job: Job) -> None:

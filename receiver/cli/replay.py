@@ -11,12 +11,11 @@ import typer
 from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from receiver.cli.database import with_database
+from receiver.cli.client import missing, with_client
 from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
 from receiver.cli.terminal import (
     count,
     moment,
-    operator,
     print_json,
     print_line,
     print_list,
@@ -28,16 +27,13 @@ from receiver.cli.terminal import (
     user_name,
 )
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.client import Client
 from receiver.core.lane_names import REPLAY_LANE, destination_lane
-from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem, split_page
-from receiver.db import workers
-from receiver.db.database import Database
-from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
-from receiver.db.workers import SeenWorker
+from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem
+from receiver.db.views import ReplayDetails
 from receiver.errors import ReceiverError
-from receiver.process import make_replays
-from receiver.replays import ReplayRequest, Replays
-from receiver.settings import Settings
+from receiver.replays import ReplayRequest
+from receiver.status import WorkerStatus
 
 POLL_SECONDS: Final = 0.5
 """Time between two queries for a replay's progress."""
@@ -120,10 +116,7 @@ def _read(values: Mapping[str, object]) -> ReplayRequest:
 
 
 def _dry_run(request: ReplayRequest, *, json: bool) -> None:
-    async def run(settings: Settings, database: Database) -> ReplayCounts:
-        return await make_replays(settings, database).dry_run(request)
-
-    found = with_database(run)
+    found = with_client(lambda client: client.count_replay(request))
     if json:
         print_json(found)
         return
@@ -133,15 +126,13 @@ def _dry_run(request: ReplayRequest, *, json: bool) -> None:
 
 
 def _order(request: ReplayRequest, *, key: str | None, patience: Patience | None, json: bool) -> None:
-    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
-        orders = make_replays(settings, database)
-        caller = f"cli-{user_name()}"[:MAX_CALLER_LENGTH]
-        order = await orders.order(request, key=key, caller=caller)
+    async def run(client: Client) -> tuple[ReplayDetails, int]:
+        order = await client.order_replay(request, key=key)
         if not json:
             print_note(f"Replay {order['id']}: {count(order['matched'], 'event')}")
-        return await _watch(database, orders, order, patience) if patience else (order, 0)
+        return await _watch(client, order, patience) if patience else (order, 0)
 
-    found, status = with_database(run)
+    found, status = with_client(run, caller=f"cli-{user_name()}"[:MAX_CALLER_LENGTH])
     if json:
         print_json(found)
     elif patience:
@@ -157,11 +148,9 @@ def list_(
     json: Json = False,
 ) -> None:
     """List replays, newest first, each with its caller and its reason."""
-
-    async def run(settings: Settings, database: Database) -> list[ReplayHead]:
-        return await make_replays(settings, database).list_orders(limit=limit + 1, before=cursor)
-
-    page, next_ = split_page(with_database(run), limit, "seq")
+    page = with_client(
+        lambda client: client.list_replays(limit=limit, cursor=None if cursor is None else str(cursor))
+    )
     rows = [
         {
             **row,
@@ -169,10 +158,11 @@ def list_(
             "deliveries": row["ordered"],
             "reason": row["reason"][:MAX_REASON_LENGTH],
         }
-        for row in page
+        for row in page.data
     ]
     columns = ("id", "state", "caller", "created_at", "events", "deliveries", "reason")
-    print_list(page, partial(print_rows, rows, *columns, none="No replays."), json=json, next_=next_)
+    table = partial(print_rows, rows, *columns, none="No replays.")
+    print_list(page.data, table, json=json, next_=page.next)
 
 
 @replays.command()
@@ -185,12 +175,11 @@ def show(
     """Show a replay and the states of its deliveries; with --wait the exit status is that of `replay`."""
     patience = Patience(timeout, waits=wait)
 
-    async def run(settings: Settings, database: Database) -> tuple[ReplayDetails, int]:
-        orders = make_replays(settings, database)
-        order = await _find(orders, replay_id)
-        return await _watch(database, orders, order, patience) if wait else (order, 0)
+    async def run(client: Client) -> tuple[ReplayDetails, int]:
+        order = await _find(client, replay_id)
+        return await _watch(client, order, patience) if wait else (order, 0)
 
-    found, status = with_database(run)
+    found, status = with_client(run)
     print_result(found, partial(_print, found), json=json)
     if status:
         raise typer.Exit(status)
@@ -199,27 +188,20 @@ def show(
 @replays.command()
 def cancel(replay_id: _ReplayId) -> None:
     """Cancel a replay and its pending deliveries; messages that were sent cannot be recalled."""
-
-    async def run(settings: Settings, database: Database) -> ReplayDetails:
-        orders = make_replays(settings, database)
-        await _find(orders, replay_id)
-        if not await orders.cancel(replay_id, by=operator()):
-            raise ReceiverError("the replay has ended, so it cannot be canceled")
-        return await _find(orders, replay_id)
-
-    _print(with_database(run))
+    with missing(_no_replay(replay_id)):
+        _print(with_client(lambda client: client.cancel_replay(replay_id)))
 
 
-async def _find(orders: Replays, replay_id: UUID) -> ReplayDetails:
-    found = await orders.show(replay_id)
-    if found is None:
-        raise ReceiverError(f"there is no replay {replay_id}")
-    return found
+async def _find(client: Client, replay_id: UUID) -> ReplayDetails:
+    with missing(_no_replay(replay_id)):
+        return await client.show_replay(replay_id)
 
 
-async def _watch(
-    database: Database, orders: Replays, order: ReplayDetails, patience: Patience
-) -> tuple[ReplayDetails, int]:
+def _no_replay(replay_id: UUID) -> ReceiverError:
+    return ReceiverError(f"there is no replay {replay_id}")
+
+
+async def _watch(client: Client, order: ReplayDetails, patience: Patience) -> tuple[ReplayDetails, int]:
     """Return the replay and the exit status once it has ended, or once waiting is of no use."""
     again = f"`receiver replays show {order['id']} --wait` watches it again."
     progress = progress_bar(
@@ -232,11 +214,11 @@ async def _watch(
     with progress:
         task = progress.add_task("delivered", total=None, rate="")
         try:
-            order = await _wait(database, orders, order, patience, progress, task)
+            order = await _wait(client, order, patience, progress, task)
         except GaveUp as over:
             print_note(f"The replay has not ended, and this command stops waiting: {over}.")
             print_note(again)
-            return await _find(orders, order["id"]), over.status
+            return await _find(client, order["id"]), over.status
         except BaseException:
             print_note(f"The replay goes on; {again}")
             raise
@@ -244,8 +226,7 @@ async def _watch(
 
 
 async def _wait(
-    database: Database,
-    orders: Replays,
+    client: Client,
     order: ReplayDetails,
     patience: Patience,
     progress: Progress,
@@ -259,9 +240,9 @@ async def _wait(
     while order["state"] == "pending" or _count(order, "pending"):
         patience.check(missing)
         await asyncio.sleep(min(POLL_SECONDS, patience.left))
-        order = await _find(orders, order["id"])
+        order = await _find(client, order["id"])
         progressed, sent = _ended(order) != sent, _ended(order)
-        missing = None if progressed else await _find_missing(database, order)
+        missing = None if progressed else _missing_worker(order, await client.list_workers())
         rate = (sent - sent_before) / (loop.time() - began)
         progress.update(task, completed=sent, total=_expected(order), rate=f"{rate:.0f}/s")
     return order
@@ -274,12 +255,7 @@ def _expected(order: ReplayDetails) -> int | None:
     return round(order["ordered"] * order["matched"] / order["handled"]) if order["handled"] else None
 
 
-async def _find_missing(database: Database, order: ReplayDetails) -> str | None:
-    async with database.read() as connection:
-        return _missing_worker(order, await workers.find_runs(connection))
-
-
-def _missing_worker(order: ReplayDetails, seen: Sequence[SeenWorker]) -> str | None:
+def _missing_worker(order: ReplayDetails, seen: Sequence[WorkerStatus]) -> str | None:
     """Return what has to be started or changed before the replay can continue; None if it continues."""
     if order["state"] == "pending":
         # A worker's step needs all destinations of the order.

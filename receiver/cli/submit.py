@@ -8,13 +8,14 @@ from typing import Annotated, Any, Final
 import typer
 from rich.status import Status
 
-from receiver.cli.clipia_calls import Input, Strict, read_input, with_submitter
+from receiver.cli.client import is_remote, with_client
+from receiver.cli.clipia_calls import Input, Strict, read_input
 from receiver.cli.options import Json, read_pair
 from receiver.cli.terminal import amount, print_json, print_line, print_note, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
+from receiver.client import Client
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE
-from receiver.db import submission_freezes, workers
-from receiver.submitter import Job, JobFile, Submitter
+from receiver.submitter import Job, JobFile
 
 CALLER: Final = "cli"
 UNATTENDED_SECONDS: Final = 5.0
@@ -36,9 +37,12 @@ def submit(
     ] = None,
     strict: Strict = None,
     caller: Annotated[
-        str,
-        typer.Option(help="The job's caller, which has keys of its own. In the API it is the token's name."),
-    ] = CALLER,
+        str | None,
+        typer.Option(
+            help=f"The job's caller, which has keys of its own. Default: {CALLER}. A receiver at --url takes "
+            "the token's name."
+        ),
+    ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Wait for the result and its files.")] = False,
     timeout: Timeout = None,
     json: Json = False,
@@ -53,20 +57,19 @@ def submit(
     values = dict(read_pair(text) for text in metadata or ())
     parameters = read_input(given)
 
-    async def run(submitter: Submitter) -> tuple[Job, int]:
-        job = await submitter.submit(
-            model,
-            parameters,
-            idempotency_key=key,
-            metadata=values,
-            max_cost=max_cost,
-            strict=strict,
-            caller=caller,
+    if caller is not None and is_remote():
+        raise typer.BadParameter(
+            "the receiver at --url takes the token's name as the caller", param_hint="--caller"
+        )
+
+    async def run(client: Client) -> tuple[Job, int]:
+        job = await client.submit_job(
+            model, parameters, key=key, metadata=values, max_cost=max_cost, strict=strict
         )
         _print_submitted(job)
-        return await _watch(submitter, job, patience) if wait else (job, 0)
+        return await _watch(client, job, patience) if wait else (job, 0)
 
-    job, status = with_submitter(run)
+    job, status = with_client(run, caller=CALLER if caller is None else caller, prepares=True)
     if json:
         print_json(job.as_dict())
     elif wait:
@@ -75,12 +78,12 @@ def submit(
         raise typer.Exit(status)
 
 
-async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Job, int]:
+async def _watch(client: Client, job: Job, patience: Patience) -> tuple[Job, int]:
     """Return the job and the exit status once it has ended, or once waiting is of no use."""
     try:
-        job = await _wait(submitter, job, patience)
+        job = await _wait(client, job, patience)
     except GaveUp as over:
-        job = await submitter.get(job.id) or job
+        job = await client.show_job(job.id)
         print_note(f"The job is {job.state}, and this command stops waiting: {over}.")
         print_note(f"`receiver jobs show {job.id}` shows its progress.")
         return job, over.status
@@ -90,18 +93,18 @@ async def _watch(submitter: Submitter, job: Job, patience: Patience) -> tuple[Jo
     return job, 0 if job.state == "completed" else 1
 
 
-async def _wait(submitter: Submitter, job: Job, patience: Patience) -> Job:
+async def _wait(client: Client, job: Job, patience: Patience) -> Job:
     """Return the job when it has ended. Raises GaveUp."""
     explained = warned = False
     began = time.monotonic()
     with Status(_line(job, 0.0), console=stderr) as status:
         while not job.ended:
-            missing, overdue = await _find_missing(submitter, job)
+            missing, overdue = await _find_missing(client, job)
             if missing and not warned:
                 warned = True
                 print_note(f"Nothing continues this job now: {missing}.")
             patience.check(missing if overdue else None)
-            job = await submitter.wait(job.id, seconds=min(1.0, patience.left)) or job
+            job = await client.show_job(job.id, wait=min(1.0, patience.left))
             status.update(_line(job, time.monotonic() - began))
             awaits_webhook = job.has_webhook and job.state != "pending"
             if not explained and not missing and not awaits_webhook and _unattended(job):
@@ -112,25 +115,23 @@ async def _wait(submitter: Submitter, job: Job, patience: Patience) -> Job:
     return job
 
 
-async def _find_missing(submitter: Submitter, job: Job) -> tuple[str | None, bool]:
+async def _find_missing(client: Client, job: Job) -> tuple[str | None, bool]:
     """Return the step that the job needs from a person, or None; and whether the job is late without it.
 
     A worker of an earlier release is not listed but may do the work, so only a late job ends the command.
     """
-    async with submitter.database.read() as connection:
-        seen = await workers.find_runs(connection)
-        frozen = await submission_freezes.find(connection)
+    seen = await client.list_workers()
     if job.event is not None:
         lane = FAN_OUT_LANE if job.event.state == "received" else MEDIA_LANE
     elif job.state == "pending":
-        if frozen is not None:
+        if (await client.show_freeze())["frozen"]:
             return "submissions are frozen: run `receiver jobs thaw`", True
         lane = SUBMIT_LANE
     elif job.has_webhook and _age(job.submitted_at) < WEBHOOK_SECONDS:
         lane = FAN_OUT_LANE
     else:
         lane = POLL_LANE
-    missing = find_missing(seen, [lane], account=submitter.client.account)
+    missing = find_missing(seen, [lane], live=job.live)
     return missing, lane == MEDIA_LANE or _unattended(job)
 
 

@@ -8,8 +8,8 @@ from typing import Annotated, Final
 import typer
 
 from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.db.workers import SeenWorker
 from receiver.errors import ReceiverError
+from receiver.status import WorkerStatus
 
 NO_WORKER_STATUS: Final = 3
 """The exit status if no running worker does the work that the command waits for."""
@@ -64,45 +64,47 @@ class Patience:
 
 
 def find_missing(
-    seen: Sequence[SeenWorker], lanes: Iterable[str], *, account: str | None = None
+    seen: Sequence[WorkerStatus], lanes: Iterable[str], *, live: bool | None = None
 ) -> str | None:
     """Return which worker is missing for these lanes, and how to start it; None if all of them run.
 
     Workers with a live key serve jobs of live keys alone, and workers with a test key those of test keys:
-    `account` names the key that is needed.
+    `live` names the kind of key that is needed.
     """
-    running = [worker for worker in seen if worker.is_running]
+    running = [worker for worker in seen if worker["running"]]
     if not running:
         return "no worker is running on this database: start `receiver serve` or `receiver worker`"
-    missing = (_missing_for(lane, running, account or "") for lane in lanes)
+    missing = (_missing_for(lane, running, live) for lane in lanes)
     return next(filter(None, missing), None)
 
 
-def _missing_for(lane: str, running: Sequence[SeenWorker], account: str) -> str | None:
-    able = [worker for worker in running if lane in worker.lanes]
+def _missing_for(lane: str, running: Sequence[WorkerStatus], live: bool | None) -> str | None:
+    able = [worker for worker in running if lane in worker["lanes"]]
     if lane in (SUBMIT_LANE, POLL_LANE):
-        return _missing_key(able, running, account)
+        return _missing_key(able, running, live)
     if able:
         return None
     name = lane.removeprefix(destination_lane(""))
     return f"no running worker has the destination {name!r}: restart the workers with this command's settings"
 
 
-def _missing_key(able: Sequence[SeenWorker], running: Sequence[SeenWorker], account: str) -> str | None:
+def _missing_key(
+    able: Sequence[WorkerStatus], running: Sequence[WorkerStatus], live: bool | None
+) -> str | None:
     if not able:
         return (
             f"{process_name(running[0])} is running without CLIPIA_KEY, so it neither submits jobs nor polls "
             "their results: restart it with CLIPIA_KEY"
         )
-    kind = account.partition("-")[0]
-    if any((worker.account or "").startswith(kind) for worker in able):
+    if live is None or any(worker["live"] is live for worker in able):
         return None
+    kind = "live" if live else "test"
     return (
         f"{process_name(able[0])} is running with a CLIPIA_KEY that is not a {kind} key: restart it with the "
         "key of this command"
     )
 
 
-def process_name(worker: SeenWorker) -> str:
+def process_name(worker: WorkerStatus) -> str:
     """Return a name for the process of a worker."""
-    return f"process {worker.pid} on {worker.host}"
+    return f"process {worker['pid']} on {worker['host']}"

@@ -15,15 +15,25 @@ DatabaseUnavailable and SettingsError. If the receiver gives no answer, the erro
 from receiver.client.calls import Page
 from receiver.client.deliveries import DeliveryCalls
 from receiver.client.destinations import DestinationCalls
-from receiver.client.events import EventCalls
 from receiver.client.inquiries import InquiryCalls
+from receiver.client.jobs import CatalogueCalls, JobCalls
 from receiver.client.operations import OperationCalls
 from receiver.client.rejections import RejectionCalls
+from receiver.client.replays import ReplayCalls
 
 __all__ = ["Client", "Page"]
 
 
-class Client(EventCalls, DeliveryCalls, DestinationCalls, InquiryCalls, RejectionCalls, OperationCalls):
+class Client(
+    JobCalls,
+    CatalogueCalls,
+    ReplayCalls,
+    DeliveryCalls,
+    DestinationCalls,
+    InquiryCalls,
+    RejectionCalls,
+    OperationCalls,
+):
     """Calls a receiver's internal API. Use it as an async context manager, or call `close`.
 
     One client may serve many tasks at once.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
-from typing import Any, Final, Generic, Self, TypeVar
+from typing import Any, Final, Generic, NamedTuple, Self, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -13,6 +13,7 @@ import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from receiver.client.errors import error_of, is_foreign, unavailable
+from receiver.core.request_values import check_key
 from receiver.errors import ReceiverUnavailable, SettingsError
 from receiver.masking import mask, register_secret, register_url
 
@@ -26,6 +27,13 @@ CONNECT_SECONDS: Final = 10.0
 ANSWER_SECONDS: Final = 120.0
 """How long the receiver may be silent, besides the time for which a call asks it to wait."""
 _HIDDEN: Final = frozenset(" \t\"'<>\\^`{|}@?#")
+
+
+class Answer(NamedTuple):
+    """A successful answer."""
+
+    content: bytes
+    headers: httpx.Headers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +125,8 @@ class Calls:
         body: Mapping[str, object] | None = None,
         key: str | None = None,
         wait: float = 0.0,
-    ) -> bytes:
-        headers = [] if key is None else [(b"idempotency-key", key.encode())]
+    ) -> Answer:
+        headers = [] if key is None else [(b"idempotency-key", check_key(key).encode())]
         if body is not None:
             headers.append((b"content-type", b"application/json"))
         request = self._http.build_request(
@@ -138,7 +146,7 @@ class Calls:
         except (httpx.HTTPError, httpx.StreamError) as error:
             raise unavailable(self._origin, method, error) from None
         if response.is_success:
-            return content
+            return Answer(content, response.headers)
         raise error_of(self._origin, method, path, response, content)
 
     async def _read(self, response: httpx.Response) -> bytes:
@@ -152,9 +160,9 @@ class Calls:
                 )
         return bytes(content)
 
-    def _parsed(self, type_: Any, content: bytes, path: str) -> Any:
+    def _parsed(self, type_: Any, answer: Answer, path: str) -> Any:
         try:
-            return _adapter(type_).validate_json(content)
+            return _adapter(type_).validate_json(answer.content)
         except ValidationError:
             raise is_foreign(self._origin, path) from None
 

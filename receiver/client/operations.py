@@ -4,7 +4,7 @@ from datetime import datetime
 
 from receiver.client.calls import Calls, Page
 from receiver.db.audit import Action
-from receiver.status import Status
+from receiver.status import Status, WorkerStatus
 
 
 class OperationCalls(Calls):
@@ -14,6 +14,11 @@ class OperationCalls(Calls):
         """Return lanes, destinations, workers, jobs and disks, and the problems in them."""
         found: Status = await self._get(Status, "/v1/status")
         return found
+
+    async def list_workers(self) -> list[WorkerStatus]:
+        """Return the worker processes that run or crashed lately, with their lanes."""
+        page: Page[WorkerStatus] = await self._get(Page[WorkerStatus], "/v1/workers")
+        return page.data
 
     async def list_actions(
         self,

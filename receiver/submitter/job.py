@@ -111,8 +111,10 @@ class Job:
     event: JobEvent | None
     attempts: tuple[JobAttempt, ...]
     """Attempts at submitting it; empty in lists."""
-    has_webhook: Annotated[bool, Field(exclude=True)] = False
-    """Whether the request to Clipia has a callback URL."""
+    has_webhook: bool
+    """Whether Clipia sends a webhook for it; otherwise the receiver polls its result."""
+    live: bool | None
+    """Whether it is of a live key, and not of a test key; None if no key took it yet."""
     new: Annotated[bool, Field(exclude=True)] = False
     """Whether this call created the job."""
 
@@ -136,6 +138,7 @@ class Job:
             attempts=tuple(
                 _make(JobAttempt, each, error=read_error(each["error"])) for each in row["attempt_log"]
             ),
+            live=is_live(row["account"]),
             new=new,
         )
 
@@ -144,7 +147,7 @@ class Job:
         return {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in _NOT_SHOWN}
 
 
-_NOT_SHOWN = ("new", "has_webhook")
+_NOT_SHOWN = ("new",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +157,11 @@ class JobPage:
     jobs: Sequence[Job]
     next: str | None
     """The cursor of the next page; None if this is the last one."""
+
+
+def is_live(account: str | None) -> bool | None:
+    """Return whether an account is that of a live key; None if there is none."""
+    return None if account is None else account.startswith("live-")
 
 
 def read_error(text: str | None) -> dict[str, Any] | None:

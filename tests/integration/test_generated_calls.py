@@ -221,7 +221,10 @@ async def test_documented_examples_are_answered_as_specified(migrated_sqlite: Pa
     path = tmp_path / "receiver.db"
     path.write_bytes(migrated_sqlite.read_bytes())
     # Before a replay ends, its events cannot be erased; another call retries all dead letters.
-    first = ("POST /v1/replays/{id}/cancel", "DELETE /v1/events/{id}", "POST /v1/deliveries/{id}/retry")
+    first = (
+        *("POST /v1/replays/{id}/cancel", "DELETE /v1/events/{id}", "POST /v1/deliveries/{id}/retry"),
+        *("POST /v1/freeze", "DELETE /v1/freeze"),
+    )
     names = [name for name in (*first, *sorted(OPERATIONS.keys() - {*first})) if "/clipia/" not in name]
     async with (
         filled(f"sqlite:///{path}", tmp_path) as served,

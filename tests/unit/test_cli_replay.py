@@ -2,11 +2,10 @@
 
 from importlib import import_module
 from typing import Any
-from uuid import UUID
 
 import pytest
 
-from receiver.db.workers import SeenWorker
+from receiver.status import WorkerStatus
 
 module: Any = import_module("receiver.cli.replay")
 
@@ -14,9 +13,9 @@ ENDED = {"main": {"delivered": 2}, "other": {"dead": 1}}
 PENDING = {"main": {"delivered": 1, "pending": 1}, "other": {"pending": 1}}
 
 
-def worker(*lanes: str) -> SeenWorker:
+def worker(*lanes: str) -> WorkerStatus:
     """Return a running worker with these lanes."""
-    return SeenWorker(id=UUID(int=1), host="here", pid=7, lanes=list(lanes), account=None, age=0.0)
+    return WorkerStatus(host="here", pid=7, lanes=list(lanes), running=True, seen_seconds_ago=0.0, live=None)
 
 
 @pytest.mark.parametrize(
