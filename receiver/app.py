@@ -27,6 +27,7 @@ from receiver.api.direct import DirectDoor
 from receiver.api.documents import Documents
 from receiver.api.endpoints import Endpoint, guarded
 from receiver.api.events import EventEndpoints
+from receiver.api.explain import ExplainEndpoints
 from receiver.api.files import FileEndpoints
 from receiver.api.freezes import FreezeEndpoints
 from receiver.api.jobs import JobEndpoints
@@ -178,6 +179,7 @@ def endpoint_table(
         *DestinationEndpoints(control).table(),
         *FreezeEndpoints(database).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
+        *ExplainEndpoints(database, lambda: settings.all_destinations).table(),
     ]
 
 

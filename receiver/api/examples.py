@@ -359,3 +359,16 @@ STATUS: Final[dict[str, Any]] = {
         {"holds": "media", "path": "/srv/media", "free_bytes": 42949672960, "total_bytes": 107374182400}
     ],
 }
+EXPLANATION: Final[dict[str, Any]] = {
+    "key": _REQUEST_ID,
+    "state": "delivery_failing",
+    "outcome": "waiting",
+    "verdict": "paid 40 credits, video stored; orders has failed since 12:00: queue full; 312 others wait "
+    "for the same reason; next attempt at 12:04",
+    "facts": [{"at": _AT, "text": "orders: attempt 3 retry: PublishFailed: queue full"}],
+    "commands": [f"receiver deliveries show {_DELIVERY_ID}"],
+    "event_id": _EVENT_ID,
+    "request_id": _REQUEST_ID,
+    "job_id": _JOB_ID,
+    "delivery_id": None,
+}

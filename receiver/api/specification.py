@@ -55,6 +55,11 @@ _OTHER_IDS: Final[Mapping[str, JsonObject]] = {
         "description": "The job's id, or Clipia's request_id.",
         "schema": {"type": "string", "minLength": 1},
     },
+    "explain": {
+        "description": "An event's id, a request_id, a job's id or idempotency key, a delivery's id, or "
+        "a file's id.",
+        "schema": {"type": "string", "minLength": 1},
+    },
     "rejections": {"schema": {"type": "string", "pattern": "^[0-9]{1,18}$"}, "example": "17"},
 }
 _PATH_KEYS: Final[Mapping[str, JsonObject]] = {

@@ -5,10 +5,19 @@ from typing import Any, cast
 from receiver.api.models import CloudEventModel
 from receiver.client.calls import Calls, Page, escaped
 from receiver.db.deliveries import FailureGroup, ShownDelivery
+from receiver.explain import Explanation
 
 
 class InquiryCalls(Calls):
     """Single deliveries, and failures by cause."""
+
+    async def explain_object(self, key: str) -> Explanation:
+        """Return the reason why an object is in its state, by any of its ids."""
+        # A server decodes %2F before it routes the call.
+        path, query = (
+            (f"/v1/explain/{escaped(key)}", {}) if "/" not in key else ("/v1/explain/-", {"id": key})
+        )
+        return cast("Explanation", await self._get(Explanation, path, query))
 
     async def show_delivery(self, delivery_id: object) -> ShownDelivery:
         """Return a delivery with every attempt."""

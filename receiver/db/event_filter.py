@@ -64,7 +64,7 @@ class EventFilter:
         if not wanted:
             return []
         if self.idempotency_key is not None and self.caller is None:
-            wanted.append(jobs.c.caller.in_(await _find_callers(connection)))
+            wanted.append(jobs.c.caller.in_(await find_callers(connection)))
         if self.caller is not None or self.idempotency_key is not None or self.job_id is not None:
             # No index leads from a job to its event, but the event's id is a hash of columns of the job.
             names = jobs.c.source, jobs.c.request_id
@@ -91,7 +91,7 @@ class EventFilter:
 EVERY_EVENT: Final = EventFilter()
 
 
-async def _find_callers(connection: SqlConnection) -> list[str]:
+async def find_callers(connection: SqlConnection) -> list[str]:
     """Return the callers of all jobs; the index has each of them first, so no other row is read.
 
     The index on the keys begins with the caller, and a query without one would read all jobs.

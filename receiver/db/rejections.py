@@ -1,6 +1,6 @@
 """SQL for rejected requests: evidence that is kept for a while, in a table of limited size."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, cast
@@ -127,6 +127,23 @@ async def find(connection: SqlConnection, rejection_id: int) -> Rejection | None
     columns = (*_HEAD, rejections.c.headers, rejections.c.body)
     found = _plain(await connection.execute(select(*columns).where(rejections.c.id == rejection_id)))
     return cast("Rejection", found[0]) if found else None
+
+
+async def find_with(
+    connection: SqlConnection, texts: Collection[str], *, limit: int
+) -> list[ListedRejection]:
+    """Return the newest requests with one of some texts in their path or the kept part of their body."""
+    # As in `erase`, bytes are searched here.
+    columns = (rejections.c.id, rejections.c.path, rejections.c.body)
+    rows = await connection.execute(select(*columns).order_by(rejections.c.id.desc()))
+    wanted = [(text, text.encode(errors="replace")) for text in texts if text]
+    ids = [
+        row.id
+        for row in rows
+        if any(text in row.path or (row.body is not None and raw in row.body) for text, raw in wanted)
+    ]
+    statement = select(*_HEAD).where(rejections.c.id.in_(ids[:limit])).order_by(rejections.c.id.desc())
+    return cast("list[ListedRejection]", _plain(await connection.execute(statement)))
 
 
 async def count_since(connection: SqlConnection, since: datetime) -> dict[str, int]:

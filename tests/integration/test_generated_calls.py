@@ -130,6 +130,7 @@ async def fill(client: httpx.AsyncClient) -> dict[str, str]:
         "GET /v1/jobs/{id}": jobs[2],
         "DELETE /v1/events/{id}": "r-2",
         "GET /v1/events/{id}": "r-0",
+        "GET /v1/explain/{id}": "r-0",
         "GET /v1/events/{id}/receipts": "r-0",
         "POST /v1/events/{id}/replay": "r-1",
         "POST /v1/deliveries/{id}/retry": dead["id"],
