@@ -18,6 +18,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from receiver.api import request_ids
+from receiver.api.alerts import AlertEndpoints
 from receiver.api.answers import error_body
 from receiver.api.audit import AuditEndpoints
 from receiver.api.auth import OneCaller, Tokens
@@ -177,6 +178,7 @@ def endpoint_table(
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
         *DestinationEndpoints(control).table(),
+        *AlertEndpoints(database).table(),
         *FreezeEndpoints(database).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
         *ExplainEndpoints(database, lambda: settings.all_destinations).table(),

@@ -102,6 +102,8 @@ class DestinationSettings(Table):
     """HTTP only: CloudEvents' binary mode, with the attributes as headers and the data as the body."""
     when: Literal["received", "media_stored"] = "media_stored"
     filter: FilterSettings = FilterSettings()
+    alerts: bool | Literal["only"] = False
+    """Whether it gets alerts, besides events or alone."""
     retry: RetrySettings = RetrySettings()
     timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT)
     """Seconds for one attempt."""

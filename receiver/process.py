@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from receiver.alerts import watching
 from receiver.background import running
 from receiver.core.diagnosis import Known
 from receiver.core.lane_names import FAN_OUT_LANE, Wake, wake_no_lane
@@ -22,6 +23,7 @@ from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, open_for_work, started
 from receiver.errors import StorageUnavailable
 from receiver.ingest import Ingest
+from receiver.lanes.alerts import AlertLane
 from receiver.lanes.attempts import logged_failures
 from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
@@ -71,7 +73,7 @@ class Parts:
                 ca=settings.media_ca,
                 proxy=settings.media_proxy.get_secret_value() if settings.media_proxy else None,
             ),
-            destinations={each.name: open_for_work(each) for each in settings.all_destinations},
+            destinations={each.name: open_for_work(each) for each in settings.every_destination},
         )
 
 
@@ -103,6 +105,7 @@ async def running_worker(
             await stack.enter_async_context(running(listen(database.statements, wakeups.wake), name="listen"))
         names = [each.name for each in settings.all_destinations]
         await stack.enter_async_context(giving_up(database, names))
+        await stack.enter_async_context(watching(settings, database, wake=wakeups.wake))
         account = submitter.client.account if submitter.lane is not None else None
 
         async def work() -> None:
@@ -163,6 +166,10 @@ async def _open_worker(
         *(DeliveryLane(database, target, wake=wakeups.wake, states=states) for target in targets),
         ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules),
         *_job_lanes(settings, database, wakeups, submitter),
+        *(
+            AlertLane(database, each.name, parts.destinations[each.name], wake=wakeups.wake)
+            for each in settings.alert_destinations
+        ),
     ]
     return Worker(FanOut(database, targets, wake=wakeups.wake, rules=parts.rules), lanes, wakeups)
 

@@ -246,7 +246,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
-        require_unique("destination", [destination.name for destination in self.all_destinations])
+        require_unique("destination", [destination.name for destination in self.every_destination])
         require_unique("source", [source.name for source in self.all_sources])
         names = [token.name for token in self.api_tokens]
         if doubles := [number for number, name in enumerate(names, 1) if names.count(name) > 1]:
@@ -288,6 +288,16 @@ class Settings(BaseSettings):
 
     @property
     def all_destinations(self) -> tuple[DestinationSettings, ...]:
+        """The destinations of events."""
+        return tuple(each for each in self.every_destination if each.alerts != "only")
+
+    @property
+    def alert_destinations(self) -> tuple[DestinationSettings, ...]:
+        """The destinations of alerts."""
+        return tuple(each for each in self.every_destination if each.alerts)
+
+    @property
+    def every_destination(self) -> tuple[DestinationSettings, ...]:
         """The tables of `receiver.toml`, and `RECEIVER_DESTINATION_URL` as the destination `default`."""
         if self.destination_url is None:
             return self.destinations
@@ -345,7 +355,7 @@ class Settings(BaseSettings):
             )
             raise SettingsError(f"invalid settings:\n{problems}") from None
         settings.register_secrets()
-        for url in (settings.storage_url, *(each.url for each in settings.all_destinations)):
+        for url in (settings.storage_url, *(each.url for each in settings.every_destination)):
             check_cloud_variables(os.environ, url.get_secret_value())
         return settings
 

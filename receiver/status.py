@@ -145,7 +145,7 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
             ],
             destinations=await read_destinations(connection, settings.all_destinations, backlog),
             workers=await read_workers(connection),
-            disks=list(_disks(settings, database)),
+            disks=list(read_disks(settings, database)),
         )
     found["problems"] = list(find_problems(found))
     return found
@@ -220,7 +220,8 @@ async def read_workers(connection: SqlConnection) -> list[WorkerStatus]:
     ]
 
 
-def _disks(settings: Settings, database: Database) -> Iterator[DiskStatus]:
+def read_disks(settings: Settings, database: Database) -> Iterator[DiskStatus]:
+    """Return the disks of the folders of media and of SQLite on this machine."""
     folders: dict[str, Path] = {}
     storage = open_storage(settings.storage_url.get_secret_value())
     if isinstance(storage, LocalStorage):

@@ -288,6 +288,22 @@ ACTION: Final[dict[str, Any]] = {
     "status": 200,
     "code": None,
 }
+ALERT: Final[dict[str, Any]] = {
+    "alert": "dead_letters",
+    "subject": "orders",
+    "state": "open",
+    "text": "deliveries to orders were given up: 100",
+    "command": "receiver deliveries list --destination orders --state dead",
+    "runbook": "docs/runbooks/dead-letters.md",
+    "count": 100,
+    "first_at": _AT,
+    "last_at": _AT,
+    "examples": [_DELIVERY_ID],
+    "id": _FILE_ID,
+    "raised_at": _AT,
+    "resolved_at": None,
+    "told_at": _AT,
+}
 REPLAY: Final[dict[str, Any]] = {**REPLAY_HEAD, "deliveries": {"orders": {"delivered": 312}}}
 
 _DESTINATION: Final = {

@@ -227,7 +227,7 @@ class _Check:
                 "none: events are stored and not forwarded; set RECEIVER_DESTINATION_URL or write "
                 "[[destinations]] in receiver.toml",
             )
-        for destination in settings.all_destinations:
+        for destination in settings.every_destination:
             async with self._step(f"destination {destination.name}"):
                 await self._check_destination(destination)
 
@@ -237,9 +237,11 @@ class _Check:
             problems = await check_destination(destination)
         finally:
             await destination.close()
-        selected = filter_text(settings.filter) or "every event"
+        selected = f"{filter_text(settings.filter) or 'every event'}, when {settings.when}"
+        if settings.alerts:
+            selected = "alerts alone" if settings.alerts == "only" else f"alerts and {selected}"
         summary = f"; {settings.summary}" if settings.summary else ""
-        gets = f"gets {selected}, when {settings.when}{summary}"
+        gets = f"gets {selected}{summary}"
         if problems:
             _warn(f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
         else:

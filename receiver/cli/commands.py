@@ -50,6 +50,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     "replays": "Show, watch and cancel replays.",
     "media": "Verify stored files, print links to them, and give up downloads.",
     "rejections": "Show rejected requests to the callback, and why.",
+    "alerts": "Show alerts, with the next command for each.",
     "audit": "Show the actions of operators, with reasons and outcomes.",
 }
 _MODULES: Final[Mapping[str, str]] = {

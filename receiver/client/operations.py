@@ -3,12 +3,14 @@
 from datetime import datetime
 
 from receiver.client.calls import Calls, Page
+from receiver.core.alerting import AlertKind
+from receiver.db.alerts import AlertState, ShownAlert
 from receiver.db.audit import Action
 from receiver.status import Status, WorkerStatus
 
 
 class OperationCalls(Calls):
-    """The status, and the actions of operators."""
+    """The status, alerts, and the actions of operators."""
 
     async def show_status(self) -> Status:
         """Return lanes, destinations, workers, jobs and disks, and the problems in them."""
@@ -41,3 +43,10 @@ class OperationCalls(Calls):
             "until": until,
         }
         return await self._list(Action, "/v1/audit", query, limit=limit)
+
+    async def list_alerts(
+        self, *, limit: int = 200, state: AlertState | None = None, alert: AlertKind | None = None
+    ) -> Page[ShownAlert]:
+        """Return alerts, open ones first."""
+        query = {"state": state, "alert": alert}
+        return await self._list(ShownAlert, "/v1/alerts", query, limit=limit)

@@ -20,5 +20,10 @@ def destination_lane(name: str) -> str:
     return f"destination:{name}"
 
 
+def alert_lane(name: str) -> str:
+    """Return the name of the lane that sends alerts to a destination."""
+    return f"alerts:{name}"
+
+
 def wake_no_lane(_lane: str) -> None:
     """Do not wake the lane: it finds its work when it polls."""

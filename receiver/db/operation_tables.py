@@ -3,6 +3,7 @@
 from typing import Final
 
 from sqlalchemy import (
+    JSON,
     BigInteger,
     Boolean,
     Column,
@@ -16,7 +17,7 @@ from sqlalchemy import (
 )
 
 from receiver.db import tables
-from receiver.db.tables import PlainUuid, UtcDateTime
+from receiver.db.tables import PlainUuid, UtcDateTime, work_columns
 
 metadata: Final[MetaData] = tables.metadata
 """All tables: those of `tables`, and those of this module."""
@@ -60,4 +61,36 @@ actions = Table(
     Column("dry_run", Boolean, nullable=False, server_default=false()),
     Column("status", SmallInteger),
     Column("code", String(63)),
+)
+
+alerts = Table(
+    "alerts",
+    metadata,
+    # One row for each alert, open or resolved; it keeps the time of the last message, which limits them.
+    Column("kind", String(32), primary_key=True),
+    Column("subject", String(255), primary_key=True),
+    Column("occurrence", PlainUuid, nullable=False),
+    *(Column(name, Text, nullable=False) for name in ("text", "command")),
+    Column("count", Integer, nullable=False),
+    Column("examples", JSON, nullable=False),
+    Column("first_at", UtcDateTime, nullable=False),
+    Column("last_at", UtcDateTime),
+    *(Column(name, UtcDateTime, nullable=False) for name in ("raised_at", "seen_at")),
+    Column("resolved_at", UtcDateTime),
+    Column("told", String(16)),
+    *(Column(name, UtcDateTime) for name in ("told_at", "told_last_at")),
+)
+
+alert_messages = Table(
+    "alert_messages",
+    metadata,
+    # One row for each message that an alert destination has not confirmed yet.
+    Column("id", PlainUuid, primary_key=True),
+    Column("destination", String(63), nullable=False),
+    # The alert's occurrence, and whether it was raised or resolved.
+    Column("occurrence", PlainUuid, nullable=False),
+    Column("told", String(16), nullable=False),
+    # The CloudEvent in structured mode.
+    Column("message", JSON, nullable=False),
+    *work_columns(),
 )

@@ -107,7 +107,7 @@ def _partial_index(
     Index(name, *columns, unique=unique, postgresql_where=where, sqlite_where=where)
 
 
-def _work_columns() -> list[Column[Any]]:
+def work_columns() -> list[Column[Any]]:
     """Return the columns of a row of work that is claimed by lease.
 
     A row is due if `next_attempt_at` is past. A claim moves it to the end of the lease, so an abandoned row
@@ -198,7 +198,7 @@ media = Table(
     Column("url", Text, nullable=False),
     # The path of the URL in the event's output.
     Column("field", Text),
-    *_work_columns(),
+    *work_columns(),
     Column("size", BigInteger),
     Column("sha256", String(64)),
     Column("content_type", String(127)),
@@ -218,7 +218,7 @@ deliveries = Table(
     Column("id", PlainUuid, primary_key=True),
     _event_reference(),
     Column("destination", String(63), nullable=False),
-    *_work_columns(),
+    *work_columns(),
     Column("replay_id", PlainUuid),
     Column("restarted_at", UtcDateTime),
     Index(None, "event_seq"),
@@ -271,7 +271,7 @@ jobs = Table(
     Column("metadata", JSON, nullable=False),
     Column("max_cost", BigInteger),
     _micros("max_cost"),
-    *_work_columns(),
+    *work_columns(),
     # The Clipia account of the first attempt; idempotency keys are valid for one account.
     Column("account", String(40)),
     Column("sent_at", UtcDateTime),
@@ -344,7 +344,7 @@ replays = Table(
     Column("handled", Integer, nullable=False, server_default=text("0")),
     Column("ordered", Integer, nullable=False, server_default=text("0")),
     Column("downloads", Integer, nullable=False, server_default=text("0")),
-    *_work_columns(),
+    *work_columns(),
     UniqueConstraint("id"),
     UniqueConstraint("caller", "idempotency_key"),
 )

@@ -1,0 +1,396 @@
+"""Alerts through the database: conditions, messages, a broker that dies, and processes that are killed."""
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis.asyncio
+from alembic import command
+from sqlalchemy import func, select
+from support.events import Recorder, World, insert_event, opened, plain, running, until
+from support.payloads import SECRET, failure
+from support.servers import Postgres
+from support.servers_redis_nats import Redis
+
+from receiver import alerts
+from receiver.core import alerting
+from receiver.core.retry import RetryPolicy
+from receiver.db import alerts as sql
+from receiver.db import audit, destinations, migrate, submission_freezes
+from receiver.db.clock import db_time
+from receiver.db.connection import SqlConnection
+from receiver.db.database import Database
+from receiver.db.destinations import Circuit
+from receiver.db.operation_tables import alert_messages
+from receiver.db.rejections import NewRejection
+from receiver.db.rejections import insert as insert_rejections
+from receiver.db.rows import new_id
+from receiver.db.tables import deliveries, events
+from receiver.destinations import Destination, open_for_work
+from receiver.errors import PublishRejected
+from receiver.ingest import make_event
+from receiver.lanes.alerts import AlertLane
+from receiver.lanes.fan_out import FanOut
+from receiver.lanes.worker import Wakeups, Worker
+from receiver.process import running_worker
+from receiver.settings import Settings
+from receiver.submitter import Submitter
+
+RETRY = RetryPolicy(initial=0.05, cap=0.1)
+KILLED = """
+import asyncio, os, signal, sys
+from datetime import timedelta
+from receiver import alerts
+from receiver.core import alerting
+from receiver.core.lane_names import wake_no_lane
+from receiver.db.database import Database
+from receiver.destinations import open_for_work
+from receiver.lanes.alerts import AlertLane
+from receiver.settings import Settings
+
+async def main():
+    alerting.GATHER, alerts.ROUND_SECONDS = timedelta(0), 0.0
+    settings = Settings.load()
+    database = Database(settings.database_url.get_secret_value())
+    assert await alerts.run_round(settings, database) == ["alerts:ops"]
+    if sys.argv[1] == "claimed":
+        lane = AlertLane(database, "ops", open_for_work(settings.alert_destinations[0]), wake=wake_no_lane)
+        lane.lease_seconds = 0.5
+        assert len(await lane.claim(10)) == 1
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alerts are told in the round that finds them, and each round is a turn."""
+    monkeypatch.setattr(alerting, "GATHER", timedelta(0))
+    monkeypatch.setattr(alerting, "QUIET", timedelta(microseconds=1))
+    monkeypatch.setattr(alerts, "ROUND_SECONDS", 0.0)
+
+
+def make_settings(database_url: str, *tables: dict[str, Any]) -> Settings:
+    """Return the settings of a receiver; by default `ops` takes alerts alone, and `orders` events."""
+    ops = {"name": "ops", "url": "memory:", "alerts": "only"}
+    found = tables or ({"name": "orders", "url": "memory:"}, ops)
+    return Settings.load(database_url=database_url, clipia_webhook_secret=SECRET, destinations=found)
+
+
+async def freeze(database: Database) -> None:
+    """Freeze submissions."""
+    async with database.write() as connection:
+        await submission_freezes.freeze(connection, by="ops", reason="a test", restored=False)
+
+
+async def thaw(database: Database) -> None:
+    """End the freeze."""
+    async with database.write() as connection:
+        await submission_freezes.thaw(connection, key_holds=1.0, error="{}")
+
+
+async def messages(database: Database, destination: str = "ops") -> list[tuple[str, str]]:
+    """Return the types and subjects of the messages that wait."""
+    query = select(alert_messages.c.message).where(alert_messages.c.destination == destination)
+    async with database.read() as connection:
+        found = (await connection.execute(query.order_by(alert_messages.c.id))).scalars().all()
+    return [(each["type"].rpartition(".")[2], each["subject"]) for each in found]
+
+
+async def count_messages(database: Database) -> int:
+    """Return the number of messages that wait."""
+    async with database.read() as connection:
+        counted = select(func.count()).select_from(alert_messages)
+        return int((await connection.execute(counted)).scalar_one())
+
+
+@asynccontextmanager
+async def sending(database: Database, to: dict[str, Destination]) -> AsyncIterator[None]:
+    """Run a worker that sends alerts."""
+    wakeups = Wakeups()
+    lanes = [AlertLane(database, name, each, wake=wakeups.wake, retry=RETRY) for name, each in to.items()]
+    async with running(Worker(FanOut(database, [], wake=wakeups.wake), lanes, wakeups)):
+        yield
+
+
+async def add_rejections(database: Database, number: int) -> None:
+    """Record requests with wrong signatures."""
+    row = NewRejection(
+        received_at=datetime.now(UTC),
+        source="clipia",
+        reason="mismatch",
+        cause="unknown_secret",
+        diagnosis="forged or foreign",
+        path="/clipia/webhook",
+        peer=None,
+        headers=[],
+        body_size=2,
+        size=2,
+        body=b"{}",
+    )
+    async with database.write() as connection:
+        await insert_rejections(connection, [row] * number)
+
+
+@pytest.fixture
+async def world(database: Database, tmp_path: Path) -> AsyncIterator[World]:
+    """A database with two events that were delivered to `orders`."""
+    async with opened(database, tmp_path / "media") as made:
+        made.add_destination("orders")
+        await made.add_history(plain("r-1"), failure("r-2"))
+        await made.change(events, received_at=db_time(-3600.0))
+        yield made
+
+
+async def test_each_condition_in_rows_is_an_alert(world: World) -> None:
+    """Rows of each condition raise its alert once, and their end resolves it."""
+    database, settings = world.database, make_settings(world.database.url)
+    await alerts.run_round(settings, database)
+    assert await messages(database) == []
+    opened_circuit = Circuit(
+        destination="orders",
+        process=new_id(),
+        owner="web-1",
+        open_since=datetime.now(UTC),
+        error=None,
+    )
+    await world.change(deliveries, state="dead", error="refused")
+    await freeze(database)
+    await add_rejections(database, 3)
+    async with database.write() as connection:
+        await destinations.report(connection, [opened_circuit])
+        pruning = await audit.begin(connection, by="ops", operation=sql.PRUNING)
+        await audit.end(connection, pruning, {"status": 503, "code": "service_unavailable"})
+    for _ in range(3):
+        await alerts.run_round(settings, database)
+    kinds = ("dead_letters/orders", "destination_down/orders", "retention_failed/prune")
+    expected = sorted((*kinds, "secret_mismatch/clipia", "submissions_paused/freeze"))
+    assert sorted(await messages(database)) == [("raised", each) for each in expected]
+    async with database.read() as connection:
+        (dead,) = await sql.list_alerts(connection, limit=9, kind="dead_letters")
+    assert (dead["count"], len(dead["examples"]), dead["state"]) == (2, 2, "open")
+
+    await thaw(database)
+    await world.change(deliveries, state="delivered", error=None)
+    await world.add(plain("r-3"))  # its signature was right
+    async with database.write() as connection:
+        await destinations.withdraw(connection, opened_circuit.process, ["orders"])
+        pruning = await audit.begin(connection, by="ops", operation=sql.PRUNING)
+        await audit.end(connection, pruning, {"status": 200})
+    for _ in range(3):
+        await alerts.run_round(settings, database)
+    assert sorted(await messages(database))[5:] == [("resolved", each) for each in expected]
+    async with database.read() as connection:
+        assert await sql.list_alerts(connection, limit=9, state="open") == []
+
+
+async def test_a_disk_of_each_process_is_watched(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose turn it is not records its own disk, and the next turn tells it."""
+    monkeypatch.setattr(alerts, "LEAST_FREE_SHARE", 1.1)
+    settings = make_settings(world.database.url)
+    monkeypatch.setattr(alerts, "ROUND_SECONDS", 1000.0)
+    assert await alerts.run_round(settings, world.database) == ["alerts:ops"]
+    first = await messages(world.database)
+    monkeypatch.setattr("socket.gethostname", lambda: "another-host")
+    assert await alerts.run_round(settings, world.database) == []
+    async with world.database.read() as connection:
+        rows = await sql.list_alerts(connection, limit=9)
+    assert len(rows) == 2 * len(first)
+    assert {row["alert"] for row in rows} == {"disk_nearly_full"}
+
+
+async def test_two_workers_write_one_message(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of processes that run their rounds at the same time, one writes the message of an alert."""
+    settings, load = make_settings(database.url), sql.load
+
+    async def load_slowly(connection: SqlConnection) -> Any:
+        found = await load(connection)
+        await asyncio.sleep(0.05)  # the others reach this point, unless a lock holds them
+        return found
+
+    monkeypatch.setattr(sql, "load", load_slowly)
+    await freeze(database)
+    others = [Database(database.url) for _ in range(3)]
+    for _ in range(2):
+        await asyncio.gather(*(alerts.run_round(settings, each) for each in (database, *others)))
+    assert await messages(database) == [("raised", "submissions_paused/freeze")]
+    for each in others:
+        await each.close()
+
+
+async def test_a_broker_that_dies_loses_no_alert(tmp_path: Path, migrated_sqlite: Path) -> None:
+    """While the broker is down alerts are raised and resolved; when it is back it gets each message."""
+    path = tmp_path / "receiver.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    database = Database(f"sqlite:///{path}")
+    with Redis() as server:
+        table = {"name": "orders", "url": server.url("stream=events"), "alerts": True}
+        settings = make_settings(database.url, table)
+        (marked,) = settings.alert_destinations
+        destination = open_for_work(marked)
+        async with sending(database, {"orders": destination}):
+            await freeze(database)
+            await alerts.run_round(settings, database)
+            await until(lambda: _is_empty(database))
+            server.crash()
+            await thaw(database)
+            await alerts.run_round(settings, database)
+            await freeze(database)
+            await until(lambda: _has_failed(database))
+            assert await messages(database, "orders") == [("resolved", "submissions_paused/freeze")]
+            server.start()
+            await until(lambda: _is_empty(database))
+        await destination.close()
+        client = redis.asyncio.Redis(port=server.port)
+        rows: Any = await client.xrange("events")
+        entries = [json.loads(fields[b"event"]) for _, fields in rows]
+        await client.aclose()
+    types = [each["type"] for each in entries]
+    assert sorted({*types}) == sorted(alerts.TYPES.values())
+    assert len({each["id"] for each in entries}) == 2
+    assert len({each["data"]["id"] for each in entries}) == 1
+    await database.close()
+
+
+async def _is_empty(database: Database) -> bool:
+    return await count_messages(database) == 0
+
+
+async def _has_failed(database: Database) -> bool:
+    """Return whether the message that waits has been attempted twice."""
+    async with database.read() as connection:
+        attempts = (await connection.execute(select(alert_messages.c.attempts))).scalars().all()
+    return any(number >= 2 for number in attempts)
+
+
+@pytest.mark.parametrize("when", ["written", "claimed"])
+def test_a_killed_process_loses_no_alert(when: str, tmp_path: Path, migrated_sqlite: Path) -> None:
+    """If the process is killed after it wrote or claimed a message, another one sends it."""
+    path = tmp_path / "receiver.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    tmp_path.joinpath("receiver.toml").write_text(
+        '[[destinations]]\nname = "ops"\nurl = "file:alerts.jsonl"\nalerts = "only"\n'
+    )
+    url = f"sqlite:///{path}"
+
+    async def go_on() -> list[str]:
+        database = Database(url)
+        await freeze(database)
+        killed = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-c", KILLED, when],
+            cwd=tmp_path,
+            env={"RECEIVER_DATABASE_URL": url, "CLIPIA_WEBHOOK_SECRET": SECRET},
+            timeout=60,
+            check=False,
+        )
+        assert killed.returncode == -signal.SIGKILL
+        recorder = Recorder()
+        async with sending(database, {"ops": recorder}):
+            await until(lambda: _is_empty(database))
+        await database.close()
+        return recorder.subjects
+
+    assert asyncio.run(go_on()) == ["submissions_paused/freeze"]
+
+
+async def test_a_rejected_alert_is_tried_again(database: Database) -> None:
+    """A destination that rejects a message and is repaired gets it, with the same id."""
+    settings = make_settings(database.url)
+    await freeze(database)
+    await alerts.run_round(settings, database)
+    recorder = Recorder()
+    seen = []
+
+    def reject_twice(event: Any) -> None:
+        seen.append(event.get_id())
+        if len(seen) < 3:
+            raise PublishRejected("no queue", reason="rejected")
+
+    recorder.behave = reject_twice
+    async with sending(database, {"ops": recorder}):
+        await until(lambda: _is_empty(database))
+    assert len(seen) == 3
+    assert len({*seen}) == 1
+
+
+async def test_messages_for_a_destination_that_is_away_do_not_pile_up(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A later message about an open alert takes the place of one that was not sent."""
+    monkeypatch.setattr(alerting, "LIMIT", timedelta(0))
+    settings = make_settings(world.database.url)
+    for number in (1, 2):
+        await world.change(
+            deliveries, deliveries.c.event_seq == number, state="dead", finished_at=db_time(0.0)
+        )
+        await alerts.run_round(settings, world.database)
+    async with world.database.read() as connection:
+        (found,) = (await connection.execute(select(alert_messages.c.message))).scalars()
+    assert found["data"]["count"] == 2
+
+
+async def test_destinations_of_alerts_get_alerts_alone(
+    tmp_path: Path, migrated_sqlite: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `alerts = "only"` a destination gets alerts and no event, with `true` both, by default events."""
+    monkeypatch.setattr(alerts, "ROUND_SECONDS", 0.2)
+    path = tmp_path / "receiver.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    tables: list[dict[str, Any]] = [
+        {"name": name, "url": f"file:{tmp_path / name}", "when": "received", **more}
+        for name, more in (("events", {}), ("both", {"alerts": True}), ("ops", {"alerts": "only"}))
+    ]
+    settings = make_settings(f"sqlite:///{path}", *tables)
+    database = Database(f"sqlite:///{path}")
+    await freeze(database)
+    async with database.write() as connection:
+        await insert_event(connection, make_event("clipia", failure("r-1"), received_at=0.0))
+    submitter = Submitter.configured(settings, database)
+
+    async def found() -> dict[str, set[str]] | None:
+        lines = {
+            name: {json.loads(line)["type"].rpartition(".")[2] for line in open_lines(tmp_path / name)}
+            for name in ("events", "both", "ops")
+        }
+        wanted = {"events": {"failed"}, "both": {"failed", "raised"}, "ops": {"raised"}}
+        return lines if lines == wanted else None
+
+    async with running_worker(settings, database, Wakeups(), submitter) as worker:
+        assert {"alerts:both", "alerts:ops"} <= {*worker.lanes}
+        assert "destination:ops" not in worker.lanes
+        await until(found)
+    await submitter.close()
+    await database.close()
+
+
+def open_lines(path: Path) -> list[str]:
+    """Return the lines of a file; none if it is missing."""
+    return path.read_text().splitlines() if path.exists() else []
+
+
+async def test_the_migration_keeps_a_filled_database(postgres: Postgres, tmp_path: Path) -> None:
+    """C15: a database of the schema 0017 with events becomes one with the tables, and back."""
+    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
+        database = Database(url)
+        await migrate.upgrade(database, "0017")
+        async with database.write() as connection:
+            await insert_event(connection, make_event("clipia", plain("r-1"), received_at=0.0))
+        for step in ("0018", "0017", "0018"):
+            if step == "0017":
+                await migrate.apply(database, lambda config: command.downgrade(config, "0017"))
+            else:
+                await migrate.upgrade(database, step)
+            async with database.read() as connection:
+                assert (await connection.scalar(select(events.c.request_id))) == "r-1"
+        assert await count_messages(database) == 0
+        await database.close()
