@@ -39,6 +39,7 @@ from receiver.api.rejections import RejectionEndpoints
 from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.status import StatusEndpoints
+from receiver.api.tail import TailEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
@@ -173,7 +174,7 @@ def endpoint_table(
         *events.table(),
         *FileEndpoints(database, open_storage=open_own).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
-        *DeliveryEndpoints(database).table(),
+        *DeliveryEndpoints(database, settings.internal_url).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
@@ -181,6 +182,7 @@ def endpoint_table(
         *AlertEndpoints(database).table(),
         *FreezeEndpoints(database).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
+        *TailEndpoints(database).table(),
         *ExplainEndpoints(database, lambda: settings.all_destinations).table(),
     ]
 

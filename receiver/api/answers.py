@@ -1,5 +1,6 @@
 """Error answers in the shape of Clipia's own, and their HTTP status."""
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from types import MappingProxyType
@@ -7,7 +8,7 @@ from typing import Final, NamedTuple
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Send
+from starlette.types import Message, Send
 
 from receiver.errors import RefusedByClipia, RequestError, RequestTooLarge
 
@@ -70,6 +71,7 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = MappingProxyType(
         "range_not_satisfiable": ErrorCode(
             HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "no byte of the file is in the range"
         ),
+        "too_many_streams": ErrorCode(HTTPStatus.TOO_MANY_REQUESTS, "the process serves enough streams"),
         "internal_error": ErrorCode(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug; the log has the traceback"),
         "not_configured": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "a setting is missing or wrong"),
         "service_unavailable": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "the database or storage is away"),
@@ -114,6 +116,19 @@ class Answer(NamedTuple):
             (b"cache-control", b"no-store"),
             *self.headers,
         )
+
+
+def in_time(send: Send, seconds: float) -> Send:
+    """Return a `send` that raises AnswerCut if the client reads nothing for `seconds`."""
+
+    async def send_in_time(message: Message) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await send(message)
+        except TimeoutError:
+            raise AnswerCut from None
+
+    return send_in_time
 
 
 async def send_answer(send: Send, answer: Answer) -> None:

@@ -48,8 +48,10 @@ class Discarded(TypedDict):
 class DeliveryEndpoints:
     """The endpoints need the scope `operate`: they show and change the deliveries of every caller."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, internal_url: str | None = None) -> None:
+        """`internal_url` is the start of the links of files in messages."""
         self._database = database
+        self._internal_url = internal_url
 
     def table(self) -> list[Endpoint]:
         """Return the rows; the path of the failures is before that of one delivery, which would match it."""
@@ -127,7 +129,7 @@ class DeliveryEndpoints:
         if parts is None:
             raise not_found("delivery")
         try:
-            message = encode(envelope.build(*parts))
+            message = encode(envelope.build(*parts, internal_url=self._internal_url))
         except (UnrecognizedBody, PublishRejected):
             text = "the event cannot be made a message: this release cannot read its body"
             raise RequestError(text, code="no_message") from None

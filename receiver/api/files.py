@@ -12,9 +12,9 @@ from uuid import UUID
 import structlog
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
-from receiver.api.answers import AnswerCut, error_response
+from receiver.api.answers import AnswerCut, error_response, in_time
 from receiver.api.endpoints import Call, Endpoint, not_found
 from receiver.core.byte_range import find_range
 from receiver.core.file_links import FILES_PATH
@@ -209,15 +209,8 @@ class _FileResponse(StreamingResponse):
         self._blocks = blocks
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_in_time(message: Message) -> None:
-            try:
-                async with asyncio.timeout(STALL_SECONDS):
-                    await send(message)
-            except TimeoutError:
-                raise AnswerCut from None
-
         async with self._places, aclosing(self._blocks):
-            await super().__call__(scope, receive, send_in_time)
+            await super().__call__(scope, receive, in_time(send, STALL_SECONDS))
 
 
 def _headers_of(file: ServedFile, key: str) -> dict[str, str]:

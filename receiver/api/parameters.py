@@ -92,6 +92,12 @@ def _read_flag(value: object, info: ValidationInfo) -> bool:
     return value
 
 
+def _read_query_flag(value: object, info: ValidationInfo) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise invalid(f"{info.field_name}: write true or false")
+    return str(value).lower() == "true"
+
+
 def _read_name(value: object, info: ValidationInfo) -> str:
     if not isinstance(value, str) or "\x00" in value:
         raise invalid(f"{info.field_name}: write a name")
@@ -135,6 +141,7 @@ Moment = Annotated[
 """A time, in UTC if it has no zone; or an age, such as 30s, 90m, 2h, 7d or 1w."""
 Seconds = Annotated[float, Field(ge=0, le=MAX_WAIT_SECONDS), BeforeValidator(_read_seconds)]
 Flag = Annotated[bool, BeforeValidator(_read_flag)]
+QueryFlag = Annotated[bool, BeforeValidator(_read_query_flag)]
 Name = Annotated[str, BeforeValidator(_read_name)]
 Id = Annotated[UUID, BeforeValidator(_read_id)]
 Ids = Annotated[list[UUID], BeforeValidator(_read_ids)]

@@ -30,6 +30,7 @@ SENTENCES: Final[Mapping[str, str]] = {
         "Show lanes, destinations, workers, jobs and disks on one screen, and the next command for "
         "each problem."
     ),
+    "tail": "Print new events, deliveries, failures and rejected requests as they happen, until Ctrl-C.",
     "why": "Explain in one sentence why an object is in its state, with the facts and the next command.",
     "migrate": (
         "Upgrade the database's schema to this release; safe to run at any time, and several times at once."

@@ -1,7 +1,7 @@
 """One call of the internal API: it is sent, and its answer becomes an object or an error."""
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -23,6 +23,8 @@ MAX_PAGE_ROWS: Final = 200
 """The API's largest page."""
 MAX_ANSWER_BYTES: Final = 256 * 1024 * 1024
 """A larger answer is not read to its end."""
+MAX_LINE_BYTES: Final = 1024 * 1024
+"""The longest line of a stream."""
 CONNECT_SECONDS: Final = 10.0
 ANSWER_SECONDS: Final = 120.0
 """How long the receiver may be silent, besides the time for which a call asks it to wait."""
@@ -148,6 +150,30 @@ class Calls:
         if response.is_success:
             return Answer(content, response.headers)
         raise error_of(self._origin, method, path, response, content)
+
+    async def _lines(
+        self, path: str, query: Mapping[str, object], *, silent_for: float
+    ) -> AsyncGenerator[bytes]:
+        """Iterate over the lines of an answer; it may be silent for so many seconds."""
+        timeout = httpx.Timeout(silent_for, connect=CONNECT_SECONDS, pool=None)
+        request = self._http.build_request("GET", path, params=tuple(_texts(query)), timeout=timeout)
+        rest = b""
+        try:
+            response = await self._http.send(request, stream=True, follow_redirects=False)
+            try:
+                if not response.is_success:
+                    raise error_of(self._origin, "GET", path, response, await self._read(response))
+                # httpx would also end a line at characters that JSON leaves as they are, such as U+2028.
+                async for chunk in response.aiter_bytes():
+                    *lines, rest = (rest + chunk).split(b"\n")
+                    for line in lines:
+                        yield line
+                    if len(rest) > MAX_LINE_BYTES:
+                        raise is_foreign(self._origin, path)
+            finally:
+                await response.aclose()
+        except (httpx.HTTPError, httpx.StreamError) as error:
+            raise unavailable(self._origin, "GET", error) from None
 
     async def _read(self, response: httpx.Response) -> bytes:
         content = bytearray()

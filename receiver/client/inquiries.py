@@ -1,10 +1,16 @@
 """The calls of the client that answer an operator's questions about one object."""
 
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any, cast
 
+import httpx
+
 from receiver.api.models import CloudEventModel
-from receiver.client.calls import Calls, Page, escaped
+from receiver.api.tail import HEARTBEAT_SECONDS
+from receiver.client.calls import Answer, Calls, Page, escaped
 from receiver.db.deliveries import FailureGroup, ShownDelivery
+from receiver.db.tail import TailItem
 from receiver.explain import Explanation
 
 
@@ -18,6 +24,25 @@ class InquiryCalls(Calls):
             (f"/v1/explain/{escaped(key)}", {}) if "/" not in key else ("/v1/explain/-", {"id": key})
         )
         return cast("Explanation", await self._get(Explanation, path, query))
+
+    async def stream_tail(
+        self, *, after: str | None = None, wait: float, destination: str | None = None, failures: bool = False
+    ) -> AsyncIterator[tuple[str, TailItem | None]]:
+        """Iterate over the items of one stream, each with its cursor, for `wait` seconds.
+
+        The last cursor is the next call's `after`; the first one comes without an item.
+        """
+        query = {"after": after, "wait": wait, "destination": destination, "failures": failures or None}
+        cursor = ""
+        async with aclosing(self._lines("/v1/tail", query, silent_for=2 * HEARTBEAT_SECONDS)) as lines:
+            async for line in lines:
+                name, _, value = line.partition(b": ")
+                if name == b"id":
+                    cursor = value.decode(errors="replace")
+                elif name == b"data":
+                    yield cursor, self._parsed(TailItem, Answer(value, httpx.Headers()), "/v1/tail")
+                elif not line and cursor:
+                    yield cursor, None
 
     async def show_delivery(self, delivery_id: object) -> ShownDelivery:
         """Return a delivery with every attempt."""
