@@ -54,11 +54,14 @@ class Record:
 
     reason: str | None = None
     dry_run: bool = False
+    is_part: bool = False
+    """Whether it goes on with an earlier call of the same action, which is on record."""
 
     def note(self, values: object) -> None:
         """Take the facts from a query or a body, if it has them."""
         self.reason = _readable(getattr(values, "reason", None)) or self.reason
         self.dry_run = getattr(values, "dry_run", False) is True or self.dry_run
+        self.is_part = getattr(values, "is_part", False) is True or self.is_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +223,8 @@ async def _act(
             by=call.caller.name,
             operation=row.name,
             target=(_readable(target) or "")[:MAX_TARGET_LENGTH] or None,
-            **vars(record),
+            reason=record.reason,
+            dry_run=record.dry_run,
         )
     error = None
     try:
@@ -244,13 +248,16 @@ async def _act(
     return response
 
 
-async def _end(database: Database, action_id: int, record: Record, **outcome: Any) -> None:
+async def _end(database: Database, action_id: int, record: Record, *, status: int, code: str | None) -> None:
+    """Record the outcome. A part that succeeded keeps no record of its own: a run may have thousands."""
+    values = {"status": status, "code": code, "reason": record.reason, "dry_run": record.dry_run}
     try:
         async with database.write() as connection:
-            await audit.end(connection, action_id, {**vars(record), **outcome})
+            if not (record.is_part and code is None and await audit.merge(connection, action_id)):
+                await audit.end(connection, action_id, values)
     except DatabaseUnavailable as error:
         # The action is done, and its answer must say so.
-        log.warning("outcome of an action not recorded", action=action_id, error=str(error), **outcome)
+        log.warning("outcome of an action not recorded", action=action_id, status=status, error=str(error))
 
 
 def _readable(text: str | None) -> str | None:

@@ -142,6 +142,11 @@ class RetryBody(Parameters):
     not_restarted_since: Moment | None = None
     """Leave out those that were restarted since then: the `began` of the first answer."""
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it goes on with an earlier call."""
+        return self.not_restarted_since is not None
+
 
 class EventEndpoints:
     """The endpoints need the scope `operate`: they show and change the events of every caller."""

@@ -11,7 +11,7 @@ from uuid import UUID
 import typer
 
 from receiver.cli.client import with_client
-from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, Reason, since_option, until_option
 from receiver.cli.single_deliveries import discard_one, failures, is_delivery, show
 from receiver.cli.terminal import count, print_json, print_list, print_note, print_rows, stdout
 from receiver.client import Client
@@ -70,6 +70,7 @@ def retry(
     since: Annotated[datetime | None, since_option("dead letters given up")] = None,
     until: Annotated[datetime | None, until_option("dead letters given up")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Retry all dead letters.")] = False,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Deliver dead letters again: each keeps its delivery id and the log of its attempts.
@@ -94,6 +95,7 @@ def retry(
                 until=until,
                 all=everything,
                 not_restarted_since=began,
+                reason=reason,
             )
             done.update(answer["restarted"])
             gone.update(answer["not_configured"])
@@ -119,6 +121,7 @@ def move(
     to: Annotated[str, typer.Argument(metavar="TO", help="A destination that is in the settings.")],
     dead: _Dead = False,
     dry_run: DryRun = False,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Move the deliveries of a removed or renamed destination to another one.
@@ -132,7 +135,9 @@ def move(
     """
 
     async def run(client: Client) -> dict[str, int]:
-        move_some = partial(client.move_deliveries, destination, to=to, dead=dead, dry_run=dry_run)
+        move_some = partial(
+            client.move_deliveries, destination, to=to, dead=dead, dry_run=dry_run, reason=reason
+        )
         return await _repeat(move_some, destination, _MOVE_COUNTS if dry_run else _CHANGES)
 
     _print_taken(with_client(run), destination, json=json, dry_run=dry_run)
@@ -152,7 +157,7 @@ def discard(
     ],
     dead: _Dead = False,
     dry_run: DryRun = False,
-    reason: Annotated[str | None, typer.Option(help="For the record, with the id of a delivery.")] = None,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Cancel one delivery, or those of a removed destination: they are not sent any more.
@@ -170,7 +175,9 @@ def discard(
         return
 
     async def run(client: Client) -> dict[str, int]:
-        discard_some = partial(client.discard_deliveries, destination, dead=dead, dry_run=dry_run)
+        discard_some = partial(
+            client.discard_deliveries, destination, dead=dead, dry_run=dry_run, reason=reason
+        )
         return await _repeat(discard_some, destination, _DISCARD_COUNTS if dry_run else _CHANGES)
 
     _print_taken(with_client(run), destination, json=json, dry_run=dry_run)

@@ -6,7 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from receiver.cli.client import with_client
-from receiver.cli.options import Json
+from receiver.cli.options import Json, Reason
 from receiver.cli.terminal import count, moment, print_json, print_line, print_list, print_note, print_rows
 from receiver.destination_control import ListedDestination
 from receiver.status import age, pause_text
@@ -14,7 +14,6 @@ from receiver.status import age, pause_text
 destinations = typer.Typer(help="List, pause, resume and test destinations.", no_args_is_help=True)
 
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The destination's name in the settings.")]
-_Reason = Annotated[str | None, typer.Option(help="Goes on record with the action.")]
 _COLUMNS: Final = ("name", "kind", "state", "waiting", "oldest", "failing", "dead", "per_minute", "gets")
 
 
@@ -26,7 +25,7 @@ def list_(json: Json = False) -> None:
 
 
 @destinations.command()
-def pause(name: _Name, reason: _Reason = None, json: Json = False) -> None:
+def pause(name: _Name, reason: Reason = None, json: Json = False) -> None:
     """Stop deliveries to a destination in all processes within a second; events wait.
 
     Deliveries under way end. The time of `give_up_after` begins anew when the destination is resumed.
@@ -39,7 +38,7 @@ def pause(name: _Name, reason: _Reason = None, json: Json = False) -> None:
 
 
 @destinations.command()
-def resume(name: _Name, reason: _Reason = None, json: Json = False) -> None:
+def resume(name: _Name, reason: Reason = None, json: Json = False) -> None:
     """End the pause of a destination: workers deliver the events that waited."""
     found = with_client(lambda client: client.resume_destination(name, reason=reason))
     if json:
@@ -56,7 +55,7 @@ def check(
     send: Annotated[
         bool, typer.Option("--send", help="Also send a message of the type ai.clipia.receiver.test.")
     ] = False,
-    reason: _Reason = None,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Check the connection to a destination, and with --send also that it confirms a message.

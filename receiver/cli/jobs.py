@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.client import missing, with_client
-from receiver.cli.options import CURSOR_HELP, Json, Limit, read_pair, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, Json, Limit, Reason, read_pair, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.terminal import (
     count,
@@ -93,30 +93,32 @@ def show(key: _Key, json: Json = False) -> None:
 
 
 @jobs.command()
-def resubmit(key: _Key, yes: _Yes = False, json: Json = False) -> None:
+def resubmit(key: _Key, yes: _Yes = False, reason: Reason = None, json: Json = False) -> None:
     """Submit an unsure, failed or canceled job again: you may pay for it twice."""
-    job = _change(key, Client.resubmit_job, "" if yes else "Submit it again, and pay for it again?")
+    job = _change(
+        key, Client.resubmit_job, "" if yes else "Submit it again, and pay for it again?", reason=reason
+    )
     print_result(job.as_dict(), f"Job {job.id} will be submitted again by a running receiver.", json=json)
 
 
 @jobs.command()
-def cancel(key: _Key, yes: _Yes = False, json: Json = False) -> None:
+def cancel(key: _Key, yes: _Yes = False, reason: Reason = None, json: Json = False) -> None:
     """Cancel a job that was never sent or is unsure; a sent one becomes unsure, as Clipia cannot cancel it.
 
     An unsure job may have been generated and charged: check it in Clipia's console before you cancel it.
     """
-    job = _change(key, Client.cancel_job, "" if yes else "Cancel it?")
+    job = _change(key, Client.cancel_job, "" if yes else "Cancel it?", reason=reason)
     print_result(job.as_dict(), f"Job {job.id} is {job.state}.", json=json)
 
 
-def _change(key: str, change: Callable[..., Awaitable[Job]], question: str) -> Job:
+def _change(key: str, change: Callable[..., Awaitable[Job]], question: str, *, reason: str | None) -> Job:
     """Change a job, after the user has confirmed the question if there is one."""
 
     async def run(client: Client) -> Job:
         job = await _find(client, key)
         if question:
             typer.confirm(f"Job {job.id} ({job.model}) is {job.state}. {question}", abort=True)
-        return await change(client, job.id)
+        return await change(client, job.id, reason=reason)
 
     return with_client(run, prepares=True)
 
@@ -139,13 +141,13 @@ def freeze(
 
 
 @jobs.command()
-def thaw() -> None:
+def thaw(reason: Reason = None) -> None:
     """Accept and submit jobs again.
 
     After a restore, a job that may have been sent too long ago becomes unsure: you decide whether to resubmit
     or cancel it.
     """
-    done = with_client(lambda client: client.thaw_submissions())
+    done = with_client(lambda client: client.thaw_submissions(reason=reason))
     stdout.print("Jobs are accepted and submitted again.")
     for job_id in done["unsure"]:
         print_line(

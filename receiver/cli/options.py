@@ -10,6 +10,7 @@ from receiver.errors import ReceiverError
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
 EventKey = Annotated[str, typer.Argument(metavar="EVENT", help="The event's id, or Clipia's request_id.")]
+Reason = Annotated[str | None, typer.Option(help="Goes on record with the action.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Limit = Annotated[int, typer.Option(help="Print at most this many rows.", min=1, max=1000)]
 MAX_ID: Final = 2**63 - 1

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from receiver.cli.client import missing, with_client
-from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
+from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, Reason, since_option, until_option
 from receiver.cli.terminal import (
     count,
     moment,
@@ -186,10 +186,10 @@ def show(
 
 
 @replays.command()
-def cancel(replay_id: _ReplayId) -> None:
+def cancel(replay_id: _ReplayId, reason: Reason = None) -> None:
     """Cancel a replay and its pending deliveries; messages that were sent cannot be recalled."""
     with missing(_no_replay(replay_id)):
-        _print(with_client(lambda client: client.cancel_replay(replay_id)))
+        _print(with_client(lambda client: client.cancel_replay(replay_id, reason=reason)))
 
 
 async def _find(client: Client, replay_id: UUID) -> ReplayDetails:

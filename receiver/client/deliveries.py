@@ -43,6 +43,7 @@ class DeliveryCalls(Calls):
         until: datetime | None = None,
         all: bool = False,  # noqa: A002 - the API's name
         not_restarted_since: datetime | None = None,
+        reason: str | None = None,
     ) -> RestartedMany:
         """Deliver dead letters again. If the answer's `more` is true, call it again with its `began`."""
         body = {
@@ -53,26 +54,35 @@ class DeliveryCalls(Calls):
             "all": all,
             "not_restarted_since": not_restarted_since,
         }
-        found: RestartedMany = await self._act(RestartedMany, "POST", "/v1/deliveries/retry", body)
+        found: RestartedMany = await self._act(
+            RestartedMany, "POST", "/v1/deliveries/retry", body, reason=reason
+        )
         return found
 
-    async def retry_dead_letter(self, delivery_id: UUID) -> Restarted:
+    async def retry_dead_letter(self, delivery_id: UUID, *, reason: str | None = None) -> Restarted:
         """Deliver one dead letter again."""
-        found: Restarted = await self._act(Restarted, "POST", f"/v1/deliveries/{delivery_id}/retry")
+        path = f"/v1/deliveries/{delivery_id}/retry"
+        found: Restarted = await self._act(Restarted, "POST", path, reason=reason)
         return found
 
     async def move_deliveries(
-        self, destination: str, *, to: str, dead: bool = False, dry_run: bool = False
+        self,
+        destination: str,
+        *,
+        to: str,
+        dead: bool = False,
+        dry_run: bool = False,
+        reason: str | None = None,
     ) -> Redirected:
         """Move deliveries of a removed destination. If the answer's `more` is true, call it again."""
         body = {"destination": destination, "to": to, "dead": dead, "dry_run": dry_run}
-        found: Redirected = await self._act(Redirected, "POST", "/v1/deliveries/move", body)
+        found: Redirected = await self._act(Redirected, "POST", "/v1/deliveries/move", body, reason=reason)
         return found
 
     async def discard_deliveries(
-        self, destination: str, *, dead: bool = False, dry_run: bool = False
+        self, destination: str, *, dead: bool = False, dry_run: bool = False, reason: str | None = None
     ) -> Redirected:
         """Cancel deliveries of a removed destination. If the answer's `more` is true, call it again."""
         body = {"destination": destination, "dead": dead, "dry_run": dry_run}
-        found: Redirected = await self._act(Redirected, "POST", "/v1/deliveries/discard", body)
+        found: Redirected = await self._act(Redirected, "POST", "/v1/deliveries/discard", body, reason=reason)
         return found

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from sqlalchemy import delete, insert, select, update
+from sqlalchemy import delete, exists, insert, select, update
 from typing_extensions import TypedDict
 
 from receiver.db.clock import db_time
@@ -14,6 +14,10 @@ from receiver.db.statements import between, count_rows, equal
 
 MAX_ROWS: Final = 100_000
 """Newest actions that are kept."""
+PART_SECONDS: Final = 86_400.0
+"""A call is a part of an action that has begun within this time."""
+FAILED: Final = 400
+"""The least status of an action that failed."""
 
 
 class Action(TypedDict):
@@ -47,6 +51,22 @@ async def begin(connection: SqlConnection, *, by: str, operation: str, **values:
 async def end(connection: SqlConnection, action_id: int, values: Mapping[str, Any]) -> None:
     """Record the outcome of an action, and further values of it."""
     await connection.execute(update(actions).where(actions.c.id == action_id).values(**values))
+
+
+async def merge(connection: SqlConnection, action_id: int) -> bool:
+    """Delete the record of a part that succeeded, if the same author has begun this action lately.
+
+    Otherwise it returns False: a call that only claims to be a part must stay on record.
+    """
+    part, begun = actions.alias("part"), actions.alias("begun")
+    has_begun = (
+        exists()
+        .where(part.c.id == action_id, begun.c.id < part.c.id, begun.c.at >= db_time(-PART_SECONDS))
+        .where(*(begun.c[name] == part.c[name] for name in ("by", "operation", "dry_run")))
+        .where(begun.c.status < FAILED)
+    )
+    done = delete(actions).where(actions.c.id == action_id, has_begun)
+    return (await connection.execute(done)).rowcount == 1
 
 
 async def list_actions(

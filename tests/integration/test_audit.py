@@ -28,6 +28,7 @@ from receiver.api.auth import Tokens
 from receiver.api.endpoints import Call, Endpoint, guarded, json_response
 from receiver.app import create_app
 from receiver.cli import app as cli
+from receiver.cli import terminal
 from receiver.db import audit, migrate
 from receiver.db.database import Database
 from receiver.db.operation_tables import actions
@@ -153,6 +154,36 @@ async def test_the_command_lists_actions(
     page = json.loads(await run("--json", "--by", "ops"))
     assert [row["target"] for row in page["data"]] == ["r-1"]
     assert "No actions." in await run("--until", "1h")
+
+
+async def test_an_action_of_a_command_is_on_record(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that acts on this machine's database is recorded with the user's name and the reason."""
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", database.url)
+    monkeypatch.setenv("USER", "bob")
+    for arguments in ("jobs freeze --reason a", "jobs thaw --reason b", "deliveries retry --all --reason c"):
+        with capture_logs():
+            await asyncio.to_thread(CliRunner().invoke, cli, arguments.split())
+    assert [(row["operation"], row["reason"], row["status"]) for row in await recorded(database)] == [
+        ("retry_dead_letters", "c", 202),
+        ("thaw_submissions", "b", 200),
+        ("freeze_submissions", "a", 200),
+    ]
+    assert {row["by"] for row in await recorded(database)} == {terminal.operator()}
+
+
+async def test_the_parts_of_an_action_are_one_record(client: httpx.AsyncClient, database: Database) -> None:
+    """A call that goes on with an earlier one leaves no record if it succeeds, unless there is no earlier."""
+    part = {"all": True, "not_restarted_since": "1h"}
+    await client.post("/v1/deliveries/retry", json=part)
+    assert len(await recorded(database)) == 1
+    for _ in range(3):
+        assert (await client.post("/v1/deliveries/retry", json=part)).status_code == 202
+    assert len(await recorded(database)) == 1
+    await client.post("/v1/deliveries/retry", json=part | {"all": False})
+    (failed, _) = await recorded(database)
+    assert failed["status"] == 400
 
 
 def make_row(handler: Any) -> Endpoint:
