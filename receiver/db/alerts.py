@@ -9,6 +9,7 @@ from sqlalchemy import delete, exists, func, insert, select, update
 from typing_extensions import TypedDict
 
 from receiver.core.alerting import RUNBOOKS, Alert, AlertKind
+from receiver.core.retry import GIVE_UP_SECONDS
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.leases import work_values
@@ -19,6 +20,8 @@ from receiver.db.tables import deliveries, events, in_state, jobs, probes, rejec
 
 KEPT_SECONDS: Final = 30 * 86_400.0
 """How long a resolved alert is kept."""
+LEFT_SECONDS: Final = GIVE_UP_SECONDS + 3600.0
+"""An older message has no lane: a lane gives up earlier."""
 EXAMPLES: Final = 5
 UNSURE_SECONDS: Final = 2 * 86_400.0
 """The age up to which jobs count: a job becomes unsure within a day."""
@@ -100,8 +103,10 @@ async def save(connection: SqlConnection, alert: Alert) -> None:
 
 
 async def delete_old(connection: SqlConnection) -> None:
-    """Delete alerts that were resolved long ago."""
+    """Delete alerts that were resolved long ago, and messages for destinations that no worker has."""
     await connection.execute(delete(alerts).where(alerts.c.resolved_at < db_time(-KEPT_SECONDS)))
+    is_left = alert_messages.c.created_at < db_time(-LEFT_SECONDS), alert_messages.c.lease.is_(None)
+    await connection.execute(delete(alert_messages).where(*is_left))
 
 
 async def add_messages(
@@ -197,7 +202,9 @@ async def find_dead_letters(connection: SqlConnection) -> dict[str, Occurrences]
 
 async def find_unsure_jobs(connection: SqlConnection) -> Occurrences:
     """Return the unsure jobs that were made lately."""
-    is_unsure = jobs.c.created_at >= db_time(-UNSURE_SECONDS), jobs.c.state == "unsure"
+    # As a value: the clock changes during a statement, so PostgreSQL would compare it with each row.
+    since = (await connection.execute(select(db_time(-UNSURE_SECONDS)))).scalar_one()
+    is_unsure = jobs.c.created_at >= since, jobs.c.state == "unsure"
     ended = jobs.c.finished_at
     counted = select(func.count(), func.min(ended), func.max(ended)).where(*is_unsure)
     row = (await connection.execute(counted)).one()

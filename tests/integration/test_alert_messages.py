@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 from alembic import command
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from support.events import Recorder, World, insert_event, opened, plain, running, until
 from support.payloads import SECRET, failure
 from support.servers import Postgres
@@ -30,6 +30,7 @@ from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.destinations import Circuit
 from receiver.db.operation_tables import alert_messages
+from receiver.db.operation_tables import alerts as alerts_table
 from receiver.db.rejections import NewRejection
 from receiver.db.rejections import insert as insert_rejections
 from receiver.db.rows import new_id
@@ -337,6 +338,25 @@ async def test_messages_for_a_destination_that_is_away_do_not_pile_up(
     async with world.database.read() as connection:
         (found,) = (await connection.execute(select(alert_messages.c.message))).scalars()
     assert found["data"]["count"] == 2
+
+
+async def test_old_rows_are_deleted(database: Database) -> None:
+    """Alerts that were resolved a month ago are deleted, and messages that no lane has taken for days."""
+    settings = make_settings(database.url)
+    await freeze(database)
+    await alerts.run_round(settings, database)
+    await thaw(database)
+    await alerts.run_round(settings, database)
+    assert len(await messages(database)) == 2
+    async with database.write() as connection:
+        await connection.execute(update(alerts_table).values(resolved_at=db_time(-31 * 86_400.0)))
+        first = select(alert_messages.c.id).order_by(alert_messages.c.id).limit(1).scalar_subquery()
+        late = update(alert_messages).where(alert_messages.c.id == first)
+        await connection.execute(late.values(created_at=db_time(-4 * 86_400.0)))
+    await alerts.run_round(settings, database)
+    assert await messages(database) == [("resolved", "submissions_paused/freeze")]
+    async with database.read() as connection:
+        assert await sql.list_alerts(connection, limit=9) == []
 
 
 async def test_destinations_of_alerts_get_alerts_alone(

@@ -14,6 +14,7 @@ from support.history import fill, fill_jobs
 from support.payloads import SECRET, signed
 from support.servers import Postgres
 
+from receiver.alerts import find_conditions, read_conditions
 from receiver.core.signature import Secret
 from receiver.db import forward, jobs, reads, replays
 from receiver.db.clock import db_time
@@ -24,6 +25,7 @@ from receiver.db.sqlite import Sqlite
 from receiver.db.tables import deliveries
 from receiver.ingest import Ingest, SignedRequest
 from receiver.lanes.backlog import count_dead_letters, read_backlog
+from receiver.settings import Settings
 
 HISTORY = 20_000
 ROWS_AT_MOST = 2_000
@@ -139,8 +141,9 @@ async def test_rows_that_wait_for_another_attempt(world: World, postgres: Postgr
 
 
 async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
-    """C13: pages of lists, one event by either of its ids, and the values of `/metrics` read few rows."""
+    """C13: pages of lists, one event by either id, and the values of `/metrics` and alerts read few rows."""
     just_now, long_ago = datetime.now(UTC), datetime.now(UTC) - timedelta(days=200)
+    settings = Settings.load(database_url=world.database.url, clipia_webhook_secret=SECRET)
     async with little_read(world.database, postgres):
         async with world.database.read() as connection:
             for before in (None, HISTORY // 2):
@@ -159,6 +162,8 @@ async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
         backlog = await read_backlog(world.database, [])
         assert not any(each.rows for each in backlog.values())
         assert not await count_dead_letters(world.database, [])
+        conditions = await read_conditions(settings, world.database)
+        assert not list(find_conditions(conditions))
 
 
 async def test_events_by_their_jobs_and_deliveries(world: World, postgres: Postgres) -> None:
