@@ -38,6 +38,7 @@ from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import RejectionEndpoints
 from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
 from receiver.api.replays import ReplayEndpoints
+from receiver.api.result_fetch import ResultFetchEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.tail import TailEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
@@ -54,6 +55,7 @@ from receiver.metrics import show_source
 from receiver.process import make_ingest, make_rejections, make_replays, running_worker
 from receiver.rejections import NO_SOURCE, Rejections
 from receiver.removed_deliveries import RemovedDeliveries
+from receiver.result_fetch import ResultFetch
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
@@ -182,6 +184,7 @@ def endpoint_table(
         *AlertEndpoints(database).table(),
         *FreezeEndpoints(database).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
+        *ResultFetchEndpoints(ResultFetch(database, submitter, wake=wake)).table(),
         *TailEndpoints(database).table(),
         *ExplainEndpoints(database, lambda: settings.all_destinations).table(),
     ]

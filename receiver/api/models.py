@@ -53,6 +53,14 @@ class ShownRejection(ListedRejection):
     """The first 16 KiB as text; null if it was not read."""
 
 
+class Fetched(TypedDict):
+    """The event of a result that was asked for."""
+
+    event_id: str
+    stored: bool
+    """Whether it is stored now; false if it was before."""
+
+
 class CloudEventModel(TypedDict):
     """A CloudEvent (1.0) in structured mode."""
 

@@ -43,7 +43,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     ),
     "send": "Sign a payload with the source's first secret and post it to a receiver, like Clipia does.",
     "jobs": "Show jobs and their cost, resubmit or cancel them, and freeze submissions.",
-    "events": "Show, export, import, recover and erase stored events.",
+    "events": "Show, fetch, export, import, recover and erase events.",
     "deliveries": (
         "List and show deliveries, retry dead letters, and move or discard those of a removed destination."
     ),

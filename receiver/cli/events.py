@@ -39,6 +39,7 @@ from receiver.cli.terminal import (
     size,
     stdout,
 )
+from receiver.client import Client
 from receiver.db.database import Database
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import DeliveryWithLog, FileWithLog
@@ -46,7 +47,7 @@ from receiver.retention import Erased
 from receiver.settings import Settings
 from receiver.unrecognized import Recovered
 
-events = typer.Typer(help="Show, export, import, recover and erase stored events.", no_args_is_help=True)
+events = typer.Typer(help="Show, fetch, export, import, recover and erase events.", no_args_is_help=True)
 
 _INDENT: Final = " " * 12
 
@@ -104,6 +105,26 @@ def show(key: EventKey, json: Json = False) -> None:
     """Show one event with its receipts, its files, its deliveries and every attempt at them."""
     with missing(no_event(key)):
         event = with_client(lambda client: client.show_event(key))
+    print_result(event, partial(_print_event, event), json=json)
+
+
+@events.command()
+def fetch(
+    request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Clipia's id of the generation.")],
+    json: Json = False,
+) -> None:
+    """Ask Clipia for a result that never arrived, and store it as an event, which is then forwarded.
+
+    It is also for jobs that were submitted elsewhere with the same account. If the event is stored already,
+    it is only shown.
+    """
+
+    async def run(client: Client) -> tuple[bool, ShownEvent]:
+        found = await client.fetch_event(request_id)
+        return found["stored"], await client.show_event(found["event_id"])
+
+    is_new, event = with_client(run)
+    print_note("The result is stored." if is_new else "The event was stored before; Clipia was not asked.")
     print_result(event, partial(_print_event, event), json=json)
 
 

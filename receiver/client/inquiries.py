@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import httpx
 
-from receiver.api.models import CloudEventModel
+from receiver.api.models import CloudEventModel, Fetched
 from receiver.api.tail import HEARTBEAT_SECONDS
 from receiver.client.calls import Answer, Calls, Page, escaped
 from receiver.db.deliveries import FailureGroup, ShownDelivery
@@ -43,6 +43,11 @@ class InquiryCalls(Calls):
                     yield cursor, self._parsed(TailItem, Answer(value, httpx.Headers()), "/v1/tail")
                 elif not line and cursor:
                     yield cursor, None
+
+    async def fetch_event(self, request_id: str) -> Fetched:
+        """Ask Clipia for a result that never arrived, and store it. Raises RequestError."""
+        body = {"request_id": request_id}
+        return cast("Fetched", await self._act(Fetched, "POST", "/v1/events/fetch", body, wait=60.0))
 
     async def show_delivery(self, delivery_id: object) -> ShownDelivery:
         """Return a delivery with every attempt."""

@@ -158,15 +158,26 @@ class PollLane(Lane):
     async def _learn(
         self, headers: RateHeaders, *, extra_calls: int = 0, limited: ClipiaUnavailable | None = None
     ) -> None:
-        """Update the account's quota from an answer."""
+        await learn(self._database, self._client.account, headers, calls=extra_calls, limited=limited)
 
-        def change(quota: Quota, now: float) -> Quota:
-            if extra_calls:
-                quota = quota.after_calls("poll", extra_calls, now)
-            return quota.after_rate_limit(now, retry_after=limited.retry_after) if limited else quota
 
-        async with self._database.write() as connection:
-            await accounts.learn(connection, self._client.account, headers, change)
+async def learn(
+    database: Database,
+    account: str,
+    headers: RateHeaders,
+    *,
+    calls: int,
+    limited: ClipiaUnavailable | None = None,
+) -> None:
+    """Update the account's quota from an answer; `calls` are polls that it has not counted yet."""
+
+    def change(quota: Quota, now: float) -> Quota:
+        if calls:
+            quota = quota.after_calls("poll", calls, now)
+        return quota.after_rate_limit(now, retry_after=limited.retry_after) if limited else quota
+
+    async with database.write() as connection:
+        await accounts.learn(connection, account, headers, change)
 
 
 def _patience(error: RequestError | ClipiaUnavailable, request: OpenRequest) -> float:

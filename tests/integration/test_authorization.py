@@ -61,6 +61,8 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/events/{id}/receipts": ("operate", 404),
     "POST /v1/events/{id}/replay": ("operate", 404),
     "GET /v1/explain/{id}": ("operate", 200),
+    # The body is that of a job.
+    "POST /v1/events/fetch": ("operate", 400),
     "GET /v1/tail": ("operate", 200),
     "GET /v1/deliveries": ("operate", 200),
     "GET /v1/deliveries/failures": ("operate", 200),

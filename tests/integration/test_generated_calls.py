@@ -238,6 +238,8 @@ async def test_documented_examples_are_answered_as_specified(migrated_sqlite: Pa
             content: Any = None if body is None else body["content"]["application/json"]["example"]
             if name == "POST /v1/jobs":
                 content = {**content, "wait": LONGEST_WAIT}
+            if name == "POST /v1/events/fetch":
+                content = {"request_id": "r-0"}
             place = place.replace("{id}", served.ids.get(name, "")).replace("{slug}", MODEL)
             place = place.replace("{name}", "orders")
             response = await client.request(method, place, json=content)
