@@ -170,7 +170,7 @@ def endpoint_table(
     events = EventEndpoints(
         database, open_storage=open_own, destinations=waits, internal_url=settings.internal_url
     )
-    control = DestinationControl(database, lambda: settings.all_destinations, wake=wake)
+    control = DestinationControl(database, lambda: settings.every_destination, wake=wake)
     return [
         *JobEndpoints(submitter).table(),
         *events.table(),

@@ -43,9 +43,9 @@ class ListedDestination(DestinationStatus):
     kind: str | None
     """The scheme of its URL; null if it is not configured."""
     when: str | None
-    """`received` or `media_stored`."""
+    """`received` or `media_stored`; null if it gets no events."""
     gets: str | None
-    """Its filter in words."""
+    """Its filter in words, and whether it gets alerts."""
     command: str | None
 
 
@@ -79,8 +79,10 @@ class DestinationControl:
         return [self._listed(each) for each in await self._read()]
 
     async def pause(self, name: str, *, by: str, reason: str | None) -> ListedDestination:
-        """Pause a destination. Raises RequestError if it is not configured."""
-        self.require(name)
+        """Pause a destination. Raises RequestError if it is not configured, or gets no events."""
+        if self.require(name).alerts == "only":
+            message = f"{name} gets alerts alone, which no pause stops: remove it from the settings"
+            raise RequestError(message, code="invalid_request")
         async with self._database.write() as connection:
             await destinations.pause(connection, name, by=by, reason=reason)
         self._wake(DESTINATION_STATES)
@@ -134,10 +136,18 @@ class DestinationControl:
         return ListedDestination(
             **each,
             kind=None if found is None else found.url.get_secret_value().partition(":")[0].lower(),
-            when=None if found is None else found.when,
-            gets=None if found is None else filter_text(found.filter) or "every event",
+            when=None if found is None or found.alerts == "only" else found.when,
+            gets=None if found is None else content_text(found),
             command=_next_command(each),
         )
+
+
+def content_text(settings: DestinationSettings) -> str:
+    """Return the messages of a destination in words."""
+    if settings.alerts == "only":
+        return "alerts alone"
+    selected = filter_text(settings.filter) or "every event"
+    return f"{selected}, and alerts" if settings.alerts else selected
 
 
 def _next_command(each: DestinationStatus) -> str | None:

@@ -17,12 +17,11 @@ from receiver.cli.terminal import amount, count, moment, stdout
 from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.core.routing import filter_text
 from receiver.core.signature import Secret
 from receiver.db import jobs, migrate, outbox, rejections, submission_freezes
 from receiver.db.masking import mask_errors
 from receiver.db.requirements import require_rights, require_usable
-from receiver.destination_control import check_destination
+from receiver.destination_control import check_destination, content_text
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import open_destination
 from receiver.error_texts import error_text
@@ -237,11 +236,9 @@ class _Check:
             problems = await check_destination(destination)
         finally:
             await destination.close()
-        selected = f"{filter_text(settings.filter) or 'every event'}, when {settings.when}"
-        if settings.alerts:
-            selected = "alerts alone" if settings.alerts == "only" else f"alerts and {selected}"
+        when = "" if settings.alerts == "only" else f", when {settings.when}"
         summary = f"; {settings.summary}" if settings.summary else ""
-        gets = f"gets {selected}{summary}"
+        gets = f"gets {content_text(settings)}{when}{summary}"
         if problems:
             _warn(f"destination {settings.name}", f"{'; '.join(problems)}; {gets}")
         else:

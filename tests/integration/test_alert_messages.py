@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import redis.asyncio
 from alembic import command
@@ -21,6 +22,7 @@ from support.servers import Postgres
 from support.servers_redis_nats import Redis
 
 from receiver import alerts
+from receiver.app import create_app
 from receiver.core import alerting
 from receiver.core.retry import RetryPolicy
 from receiver.db import alerts as sql
@@ -391,6 +393,39 @@ async def test_destinations_of_alerts_get_alerts_alone(
         await until(found)
     await submitter.close()
     await database.close()
+
+
+async def test_a_destination_of_alerts_is_listed_and_tested(migrated_sqlite: Path, tmp_path: Path) -> None:
+    """It is listed with its messages in words, it can be tested, and a pause says that it stops no alert."""
+    path = tmp_path / "receiver.db"
+    path.write_bytes(migrated_sqlite.read_bytes())
+    token = "operator-0123456789abcdef"
+    tables: list[dict[str, Any]] = [
+        {"name": name, "url": f"file:{tmp_path / name}", **more}
+        for name, more in (("events", {}), ("both", {"alerts": True}), ("ops", {"alerts": "only"}))
+    ]
+    settings = make_settings(f"sqlite:///{path}", *tables).model_copy(
+        update={"api_tokens": Settings.load(api_tokens=f"ops:{token}:read+operate").api_tokens}
+    )
+    app = create_app(settings, worker=False)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(
+            transport=httpx.ASGITransport(app),
+            base_url="http://receiver",
+            headers={"authorization": f"Bearer {token}"},
+        ) as client,
+    ):
+        rows = (await client.get("/v1/destinations")).json()["data"]
+        assert {row["name"]: row["gets"] for row in rows} == {
+            "both": "every event, and alerts",
+            "events": "every event",
+            "ops": "alerts alone",
+        }
+        tested = await client.post("/v1/destinations/ops/test", json={"send": True})
+        assert tested.json()["reachable"] is True
+        paused = await client.post("/v1/destinations/ops/pause")
+        assert (paused.status_code, "no pause stops" in paused.text) == (400, True)
 
 
 def open_lines(path: Path) -> list[str]:
