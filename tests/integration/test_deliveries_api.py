@@ -72,7 +72,7 @@ async def attempt(world: World, error: Exception | None) -> dict[str, Any]:
 
 
 async def test_a_delivery_is_shown_with_answers_and_message(world: World, client: httpx.AsyncClient) -> None:
-    """A2: each attempt has the start of the consumer's answer, and the message is that of the last one."""
+    """Each attempt has the start of the consumer's answer, and the message is that of the last one."""
     await world.add(plain("r-1"))
     await world.fan_out()
     failed = PublishFailed("answered 503", reason="status", answer='{"error": "busy"}')
@@ -122,7 +122,7 @@ async def test_a_delivery_is_discarded_once(world: World, client: httpx.AsyncCli
 
 
 async def test_failures_are_grouped_by_cause(world: World, client: httpx.AsyncClient) -> None:
-    """E5: errors that differ in ids are one cause; each group has its size, its times and an example."""
+    """Errors that differ in ids are one cause; each group has its size, its times and an example."""
     for number in range(4):
         await world.add(plain(f"r-{number}"))
         await world.fan_out()
@@ -149,7 +149,7 @@ async def test_commands_show_group_and_discard(
     monkeypatch: pytest.MonkeyPatch,
     quiet: None,  # noqa: ARG001 - a fixture
 ) -> None:
-    """A2: `deliveries show`, `failures` and `discard ID` are views of the API; an unknown id is an error."""
+    """`deliveries show`, `failures` and `discard ID` are views of the API; an unknown id is an error."""
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
     commands = Commands(world, capsys, monkeypatch)

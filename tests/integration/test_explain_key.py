@@ -34,7 +34,7 @@ async def explained(world: World, key: object, *configured: DestinationSettings)
 
 
 async def test_all_ids_lead_to_the_same_explanation(world: World) -> None:
-    """A2: event, request, job, key, delivery, file and its URL are found; only the delivery stands alone."""
+    """Event, request, job, key, delivery, file and its URL are found; only the delivery stands alone."""
     job_id = await world.add_job("order-1", request_id="r-1")
     await world.add_job("order-1", caller="other")
     await world.add(with_files("https://media.clipia.ai", "r-1", "/a/b.png"))
@@ -57,7 +57,7 @@ async def test_all_ids_lead_to_the_same_explanation(world: World) -> None:
 
 
 async def test_shared_state_of_destinations_is_in_the_verdict(world: World) -> None:
-    """A2: pause, removal and filter are those of the settings and of the database."""
+    """Pause, removal and filter are those of the settings and of the database."""
     await world.add(plain("r-1"))
     await world.fan_out()
     async with world.database.write() as connection:
@@ -74,7 +74,7 @@ async def test_shared_state_of_destinations_is_in_the_verdict(world: World) -> N
 
 
 async def test_a_lost_webhook_is_found_among_the_rejected(world: World) -> None:
-    """A2: an id of no event leads to the rejected request that contains it."""
+    """An id of no event leads to the rejected request that contains it."""
     rejection = NewRejection(
         received_at=datetime.now(UTC),
         source="clipia",
@@ -107,7 +107,7 @@ async def test_the_command_prints_the_reason_and_ends_with_its_status(
     monkeypatch: pytest.MonkeyPatch,
     quiet: None,  # noqa: ARG001 - a fixture
 ) -> None:
-    """A2: `receiver why` has the exit status of the outcome; an id with a slash is no other path."""
+    """`receiver why` has the exit status of the outcome; an id with a slash is no other path."""
     (tmp_path / "receiver.toml").write_text('[[destinations]]\nname = "main"\nurl = "file:main.jsonl"\n')
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     commands = Commands(world, capsys, monkeypatch)

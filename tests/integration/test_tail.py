@@ -97,7 +97,7 @@ async def deliver(world: World, request_id: str, error: Exception | None = None)
 
 
 async def test_a_reader_misses_nothing_and_gets_nothing_twice(world: World, database_url: str) -> None:
-    """A2: from any cursor the rest follows once, in order, with files' and jobs' attempts left out."""
+    """From any cursor the rest follows once, in order, with files' and jobs' attempts left out."""
     async with inside(database_url) as client:
         await deliver(world, "before")
         _, start = await read(client)
@@ -128,7 +128,7 @@ async def test_a_reader_misses_nothing_and_gets_nothing_twice(world: World, data
 
 
 async def test_a_small_page_is_followed_by_the_next(world: World) -> None:
-    """A2: pages bound the memory of a stream, and its cursor goes on in each table where the page ended."""
+    """Pages bound the memory of a stream, and its cursor goes on in each table where the page ended."""
     assert tail_rows.MAX_ROWS >= 100
     for number in range(5):
         await deliver(world, f"r-{number}")
@@ -144,7 +144,7 @@ async def test_a_small_page_is_followed_by_the_next(world: World) -> None:
 # SQLite has one writer at a time, so rows become visible in their order.
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 async def test_a_late_commit_is_not_missed(world: World) -> None:
-    """A2: if an attempt with a larger number is visible first, the reader waits for the earlier one."""
+    """If an attempt with a larger number is visible first, the reader waits for the earlier one."""
     await world.add(plain("r-1"))
     await world.fan_out()
     (row,) = await world.rows(tables.deliveries)
@@ -165,7 +165,7 @@ async def test_a_late_commit_is_not_missed(world: World) -> None:
 async def test_streams_are_limited_and_end_when_the_process_drains(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A2: items arrive while the stream is open; one too many is 429; a draining process ends its streams."""
+    """Items arrive while the stream is open; one too many is 429; a draining process ends its streams."""
     monkeypatch.setattr(tail_api, "MAX_STREAMS", 1)
     monkeypatch.setattr(tail_api, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(tail_api, "HEARTBEAT_SECONDS", 0.05)
@@ -210,7 +210,7 @@ async def test_the_command_prints_a_line_for_each_item(
     monkeypatch: pytest.MonkeyPatch,
     quiet: None,  # noqa: ARG001 - a fixture
 ) -> None:
-    """A2: `receiver tail` on this machine's database prints the rest after a cursor, as text and as JSON."""
+    """`receiver tail` on this machine's database prints the rest after a cursor, as text and as JSON."""
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     commands = Commands(world, capsys, monkeypatch)
     await deliver(world, "r-1", PublishFailed("queue full", reason="full"))

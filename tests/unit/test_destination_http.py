@@ -383,7 +383,7 @@ async def test_error_answers_leave_no_connections(
 async def test_start_of_an_answer_is_kept_as_text(
     sink: HttpSink, destination: Destination, code: int
 ) -> None:
-    """A2: the failure has the start of the consumer's answer, without secrets and control characters."""
+    """The failure has the start of the consumer's answer, without secrets and control characters."""
     register_secret(CANARY)
     body = f'{{"error": "no order", "token": "{CANARY}"}}\r\n\x1b[31m'.encode() + b"\xff" + b"x" * 3000
     chunked = b"HTTP/1.1 %d No\r\ntransfer-encoding: chunked\r\n\r\n" % code

@@ -220,7 +220,7 @@ def explained(**values: Any) -> Explanation:
 
 @pytest.mark.parametrize(("state", "words", "command", "values"), CASES, ids=[case[0] for case in CASES])
 def test_each_state_is_explained(state: State, words: str, command: str, values: Mapping[str, Any]) -> None:
-    """A2: the verdict names the state and its reason, and the next command is among the commands."""
+    """The verdict names the state and its reason, and the next command is among the commands."""
     found = explained(**values)
     assert (found["state"], words in found["verdict"]) == (state, True), found
     assert any(each.startswith(command) for each in found["commands"]) or not command, found
@@ -229,7 +229,7 @@ def test_each_state_is_explained(state: State, words: str, command: str, values:
 
 
 def test_every_state_has_a_case_and_one_outcome() -> None:
-    """A2: no state lacks its case, its outcome or its exit status."""
+    """No state lacks its case, its outcome or its exit status."""
     states = set(get_args(State))
     assert {case[0] for case in CASES} == states
     listed = [state for each in OUTCOMES.values() for state in each]
@@ -239,7 +239,7 @@ def test_every_state_has_a_case_and_one_outcome() -> None:
 
 
 def test_the_most_urgent_state_is_shown_first() -> None:
-    """A2: a dead letter at one destination counts for more than a failure or a success at others."""
+    """A dead letter at one destination counts for more than a failure or a success at others."""
     rows = [
         DONE,
         FAILING | {"id": OTHER_ID, "destination": "slow"},
@@ -261,7 +261,7 @@ def test_the_most_urgent_state_is_shown_first() -> None:
 
 
 def test_a_failed_generation_is_delivered_as_such() -> None:
-    """A2: the verdict of a failed generation has Clipia's reason."""
+    """The verdict of a failed generation has Clipia's reason."""
     failed = job("failed", charged=0, request_id="r-1", error=error("content_policy"))
     found = explained(event=event(status="ERROR", deliveries=[DONE]), job=failed)
     assert found["outcome"] == "delivered"
@@ -269,6 +269,6 @@ def test_a_failed_generation_is_delivered_as_such() -> None:
 
 
 def test_a_command_is_safe_to_paste() -> None:
-    """A2: an id from a stranger is quoted for the shell in the next command."""
+    """An id from a stranger is quoted for the shell in the next command."""
     (*_, command) = explained(key="r-1; rm -rf '~'", event=None)["commands"]
     assert command == "receiver events fetch 'r-1; rm -rf '\\''~'\\'''"
