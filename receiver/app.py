@@ -32,6 +32,7 @@ from receiver.api.explain import ExplainEndpoints
 from receiver.api.files import FileEndpoints
 from receiver.api.freezes import FreezeEndpoints
 from receiver.api.jobs import JobEndpoints
+from receiver.api.media import MediaEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
 from receiver.api.protocol import DIRECT_DOOR
@@ -39,8 +40,10 @@ from receiver.api.rejections import RejectionEndpoints
 from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
 from receiver.api.replays import ReplayEndpoints
 from receiver.api.result_fetch import ResultFetchEndpoints
+from receiver.api.routing import RoutingEndpoints
 from receiver.api.status import StatusEndpoints
 from receiver.api.tail import TailEndpoints
+from receiver.api.upkeep import UpkeepEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
@@ -175,6 +178,8 @@ def endpoint_table(
         *JobEndpoints(submitter).table(),
         *events.table(),
         *FileEndpoints(database, open_storage=open_own).table(),
+        *MediaEndpoints(database, open_storage=open_own).table(),
+        *RoutingEndpoints(database, {each.name: each.filter for each in settings.all_destinations}).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
         *DeliveryEndpoints(database, settings.internal_url).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
@@ -183,6 +188,7 @@ def endpoint_table(
         *DestinationEndpoints(control).table(),
         *AlertEndpoints(database).table(),
         *FreezeEndpoints(database).table(),
+        *UpkeepEndpoints(database, open_storage=open_own).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
         *ResultFetchEndpoints(ResultFetch(database, submitter, wake=wake)).table(),
         *TailEndpoints(database).table(),

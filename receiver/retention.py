@@ -10,7 +10,7 @@ deleted. So each file has a record until it is deleted, even if a run is killed 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final
@@ -24,6 +24,8 @@ from receiver.media import Storage
 
 MIN_AGE: Final = timedelta(days=30)
 """Events deduplicate for as long as they are kept, so Clipia's attempts and ours must fit into that time."""
+POSITION: Final = "^(events|inputs|records)-[0-9]{1,18}$"
+"""The pattern of a position in a run: the kind of rows, and the last one that was searched."""
 CONCURRENT_DELETIONS: Final = 8
 """Files that are deleted from the storage at the same time."""
 
@@ -63,6 +65,8 @@ class Pruned:
     """Rejected requests of before that moment that were deleted."""
     actions: int = 0
     """Actions of operators before that moment whose records were deleted."""
+    next: str | None = None
+    """Where another call continues the run; None at its end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +93,14 @@ async def begin(database: Database, *, older_than: timedelta) -> Pruned:
         return Pruned(before=await pruning.moment_ago(connection, seconds=older_than.total_seconds()))
 
 
+async def resume(database: Database, *, before: datetime, position: str | None) -> Pruned:
+    """Continue a run at its position. Raises DatabaseUnavailable, and RequestError as `begin` does."""
+    latest = await begin(database, older_than=MIN_AGE)
+    if before > latest.before:
+        raise RequestError(f"before: write a time {MIN_AGE.days} days ago or earlier", code="invalid_request")
+    return Pruned(before=before, next=position)
+
+
 async def prune(
     database: Database,
     done: Pruned,
@@ -97,17 +109,22 @@ async def prune(
     dry_run: bool = False,
     storage: Storage | None = None,
     limits: Limits = LIMITS,
-) -> AsyncIterator[Pruned]:
+) -> AsyncGenerator[Pruned, None]:
     """Delete old finished events, inputs of jobs, and other old records; yield the progress after each batch.
+
+    It goes on from the position of `done`.
 
     An event with a dead letter is kept unless `dead_letters`. Files are deleted if a `storage` is given.
     Raises DatabaseUnavailable and StorageUnavailable.
     """
     run = _Run(database, storage, dead_letters, dry_run, limits)
-    async for progress in run.prune_events(done):
-        yield (done := progress)
-    async for progress in run.prune_inputs(done):
-        yield (done := progress)
+    kind, _, after = (done.next or "events-0").partition("-")
+    if kind == "events":
+        async for progress in run.prune_events(done, int(after)):
+            yield (done := progress)
+    if kind != "records":
+        async for progress in run.prune_inputs(done, int(after) if kind == "inputs" else 0):
+            yield (done := progress)
     yield await run.prune_records(done)
 
 
@@ -119,9 +136,9 @@ class _Run:
     dry_run: bool
     limits: Limits
 
-    async def prune_events(self, done: Pruned) -> AsyncIterator[Pruned]:
+    async def prune_events(self, done: Pruned, after: int) -> AsyncIterator[Pruned]:
         """Delete finished events. The first batch without an old event is the last."""
-        after, is_last = 0, False
+        is_last = False
         while not is_last:
             began = time.monotonic()
             old, finished, files, after = await self._take_batch(after, done.before)
@@ -137,6 +154,7 @@ class _Run:
                 kept=done.kept + len(old) - deleted,
                 files=done.files + len(ours),
                 files_elsewhere=done.files_elsewhere + len(elsewhere),
+                next="inputs-0" if is_last else f"events-{after}",
             )
             await self._rest(began)
             yield done
@@ -168,11 +186,11 @@ class _Run:
             await pruning.delete_events(connection, locked)
         return len(locked)
 
-    async def prune_inputs(self, done: Pruned) -> AsyncIterator[Pruned]:
+    async def prune_inputs(self, done: Pruned, after: int) -> AsyncIterator[Pruned]:
         """Delete the inputs of jobs that ended long ago; keys, prices and results are kept."""
         async with self.database.read() as connection:
             last = await pruning.last_job(connection)
-        after, limit = 0, self.limits.events
+        limit = self.limits.events
         while after < last:
             began = time.monotonic()
             until = min(after + self.limits.jobs, last)
@@ -185,7 +203,7 @@ class _Run:
                     await pruning.delete_inputs(connection, found, before=done.before)
             after = found[-1] if len(found) == limit else until
             await self._rest(began)
-            done = replace(done, jobs=done.jobs + len(found))
+            done = replace(done, jobs=done.jobs + len(found), next=f"inputs-{after}")
             yield done
 
     async def prune_records(self, done: Pruned) -> Pruned:
@@ -193,7 +211,7 @@ class _Run:
         async with self.database.read() if self.dry_run else self.database.write() as connection:
             rejected = await rejections.prune(connection, done.before, dry_run=self.dry_run)
             done_before = await audit.prune(connection, done.before, dry_run=self.dry_run)
-        return replace(done, rejections=rejected, actions=done_before)
+        return replace(done, rejections=rejected, actions=done_before, next=None)
 
     async def _rest(self, began: float) -> None:
         """Sleep for as long as the batch took, to leave half of the time to live traffic."""

@@ -4,7 +4,6 @@ A newer release may read bodies that an older one could not. They are counted, b
 automatically: the events would be forwarded long after they came, and the operator decides that.
 """
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Final, Literal
 from uuid import UUID
@@ -21,6 +20,8 @@ from receiver.ingest import compare, make_event
 
 PAGE_EVENTS: Final = 20
 """Events that are read together."""
+PART_PAGES: Final = 50
+"""Pages of one call."""
 MAX_COUNTED_EVENTS: Final = 10_000
 """Only the newest events are counted."""
 MAX_READ_BODIES: Final = 500
@@ -45,16 +46,18 @@ class Recovered:
     reason: str | None
 
 
-async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator[Recovered]:
-    """Recover every unrecognized event that can be read, oldest first, and yield the results.
+async def recover_part(
+    database: Database, *, after: int, dry_run: bool
+) -> tuple[list[Recovered], int | None]:
+    """Recover the next unrecognized events that can be read, oldest first; return also the next `after`.
 
     If the event has come again in the meantime, the recovered one becomes a repeated receipt of it: a
-    duplicate or a conflict. Concurrent runs are safe, and a run may be killed at any point. Raises
-    DatabaseUnavailable.
+    duplicate or a conflict. Concurrent runs are safe, and a run may be killed at any point. A dry run
+    compares the events of one part with each other. Raises DatabaseUnavailable.
     """
-    after = 0
+    found: list[Recovered] = []
     planned: dict[UUID, NewEvent] = {}
-    while True:
+    for _ in range(PART_PAGES):
         async with database.read() as connection:
             page = await unrecognized.list_page(connection, after=after, limit=PAGE_EVENTS)
         for old in page:
@@ -65,24 +68,31 @@ async def recover(database: Database, *, dry_run: bool = False) -> AsyncIterator
                 origin=old.origin,
                 job_id=old.job_id,
             )
-            outcome: Outcome | None
-            if event.state == "unrecognized":
-                outcome = "unrecognized"
-            elif dry_run:
-                outcome = await _plan(database, old, event, planned)
-            else:
-                outcome = await _recover(database, old, event)
+            outcome = await _outcome(database, old, event, planned if dry_run else None)
             if outcome is not None:
-                yield Recovered(
-                    was=old.id,
-                    event_id=event.id,
-                    request_id=event.request_id,
-                    outcome=outcome,
-                    reason=event.reason,
+                found.append(
+                    Recovered(
+                        was=old.id,
+                        event_id=event.id,
+                        request_id=event.request_id,
+                        outcome=outcome,
+                        reason=event.reason,
+                    )
                 )
         if not page:
-            return
+            return found, None
         after = page[-1].seq
+    return found, after
+
+
+async def _outcome(
+    database: Database, old: Unrecognized, event: NewEvent, planned: dict[UUID, NewEvent] | None
+) -> Outcome | None:
+    if event.state == "unrecognized":
+        return "unrecognized"
+    if planned is not None:
+        return await _plan(database, old, event, planned)
+    return await _recover(database, old, event)
 
 
 async def _plan(

@@ -65,6 +65,7 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = MappingProxyType(
         "no_message": ErrorCode(HTTPStatus.CONFLICT, "the event cannot be made a message"),
         "not_cancelable": ErrorCode(HTTPStatus.CONFLICT, "it has ended, or cannot be canceled now"),
         "not_frozen": ErrorCode(HTTPStatus.CONFLICT, "submissions are not frozen"),
+        "not_linkable": ErrorCode(HTTPStatus.CONFLICT, "the storage makes no links to the file"),
         "not_resubmittable": ErrorCode(HTTPStatus.CONFLICT, "the job cannot be submitted again"),
         "not_settled": ErrorCode(HTTPStatus.CONFLICT, "the event has a pending file or delivery"),
         "not_stored": ErrorCode(HTTPStatus.CONFLICT, "the file is not stored, or not yet"),

@@ -112,7 +112,7 @@ def options(
     ),
 ) -> None:
     """Receive the Clipia API's webhooks: verify them, store each event once, save its media, forward it."""
-    from receiver.cli.client import choose  # noqa: PLC0415 - not for --version, and it takes a second of CPU
+    from receiver.cli.remote import choose  # noqa: PLC0415 - not for --version
 
     choose(url, token)
 

@@ -12,6 +12,7 @@ import typer
 from rich.text import Text
 
 from receiver.cli.database import opened_database, opened_storage
+from receiver.cli.remote import local_only
 from receiver.cli.submit import reason_text
 from receiver.cli.terminal import amount, count, moment, stdout
 from receiver.cli.waiting import find_missing, process_name
@@ -37,6 +38,7 @@ REJECTIONS_SHOWN: Final = timedelta(days=1)
 """The age of the rejected requests that are counted."""
 
 
+@local_only("it checks this machine's settings; `receiver status` shows the state of a receiver elsewhere")
 def check() -> None:
     """Check the settings, database, storage, destinations and API key, and print how to fix each problem.
 

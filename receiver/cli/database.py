@@ -6,9 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TypeVar
 
 from receiver.db import migrate
-from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
-from receiver.db.reads import EventFinder, EventT
 from receiver.errors import ReceiverError
 from receiver.logs import configure_logging
 from receiver.media import Storage, open_storage
@@ -33,34 +31,6 @@ def with_database(use: Callable[[Settings, Database], Awaitable[T]]) -> T:
 def silence_logs() -> None:
     """Log nothing: the command reports errors itself, and a log line would repeat them."""
     configure_logging(level="CRITICAL")
-
-
-def query_database(query: Callable[[SqlConnection], Awaitable[T]]) -> T:
-    """Run one query on the service's database and return its result."""
-
-    async def use(_settings: Settings, database: Database) -> T:
-        async with database.read() as connection:
-            return await query(connection)
-
-    return with_database(use)
-
-
-def change_database(change: Callable[[SqlConnection], Awaitable[T]]) -> T:
-    """Make one change in a transaction on the service's database."""
-
-    async def use(_settings: Settings, database: Database) -> T:
-        async with database.write() as connection:
-            return await change(connection)
-
-    return with_database(use)
-
-
-async def find_event(connection: SqlConnection, key: str, find: EventFinder[EventT]) -> EventT:
-    """Return an event by its id or request_id. Raises ReceiverError if there is none."""
-    event = await find(connection, key)
-    if event is None:
-        raise no_event(key)
-    return event
 
 
 def no_event(key: str) -> ReceiverError:

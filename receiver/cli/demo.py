@@ -19,6 +19,7 @@ import httpx
 import orjson
 import typer
 
+from receiver.cli.remote import local_only
 from receiver.cli.terminal import print_line, size, stdout
 from receiver.db import reads
 from receiver.db.database import Database
@@ -38,6 +39,7 @@ TIMEOUT_SECONDS: Final = 60.0
 """For the whole demo."""
 
 
+@local_only("it runs a receiver of its own")
 def demo(
     directory: Annotated[
         Path | None,

@@ -11,10 +11,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from receiver import retention, unrecognized
 from receiver.api.models import ShownEvent
 from receiver.cli.client import missing, with_client
-from receiver.cli.database import no_event, opened_storage, with_database
+from receiver.cli.database import no_event
 from receiver.cli.export_import import export, import_
 from receiver.cli.options import (
     CURSOR_HELP,
@@ -22,6 +21,7 @@ from receiver.cli.options import (
     EventKey,
     Json,
     Limit,
+    Reason,
     read_pair,
     since_option,
     until_option,
@@ -40,11 +40,8 @@ from receiver.cli.terminal import (
     stdout,
 )
 from receiver.client import Client
-from receiver.db.database import Database
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import DeliveryWithLog, FileWithLog
-from receiver.retention import Erased
-from receiver.settings import Settings
 from receiver.unrecognized import Recovered
 
 events = typer.Typer(help="Show, fetch, export, import, recover and erase events.", no_args_is_help=True)
@@ -135,6 +132,7 @@ events.command("import")(import_)
 @events.command()
 def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the result; change nothing.")] = False,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Recover events that an earlier release did not recognize and this release can read.
@@ -144,15 +142,20 @@ def recover(
     at any time.
     """
 
-    async def run(_settings: Settings, database: Database) -> list[Recovered]:
-        found = []
-        async for each in unrecognized.recover(database, dry_run=dry_run):
-            found.append(each)
-            if not json and each.outcome != "unrecognized":
-                print_line(f"{each.outcome:<9}  {each.request_id}  event {each.event_id}")
-        return found
+    async def run(client: Client) -> list[Recovered]:
+        found: list[Recovered] = []
+        cursor = None
+        while True:
+            page = await client.recover_events(cursor=cursor, dry_run=dry_run, reason=reason)
+            found += page.data
+            cursor = page.next
+            for each in page.data:
+                if not json and each.outcome != "unrecognized":
+                    print_line(f"{each.outcome:<9}  {each.request_id}  event {each.event_id}")
+            if cursor is None:
+                return found
 
-    found = with_database(run)
+    found = with_client(run)
     if json:
         print_json({"data": [asdict(each) for each in found], "next": None})
         return
@@ -165,20 +168,14 @@ def recover(
 
 
 @events.command()
-def erase(key: EventKey, json: Json = False) -> None:
+def erase(key: EventKey, reason: Reason = None, json: Json = False) -> None:
     """Erase one event for good: its body, its files and deliveries, and the input and metadata of its job.
 
     A tombstone stays, so that a late webhook is still a duplicate. Forwarded messages, exports and backups
     are not changed. An event with a pending file or delivery cannot be erased.
     """
-
-    async def run(settings: Settings, database: Database) -> Erased | None:
-        async with opened_storage(settings) as storage:
-            return await retention.erase(database, storage, key)
-
-    erased = with_database(run)
-    if erased is None:
-        raise no_event(key)
+    with missing(no_event(key)):
+        erased = with_client(lambda client: client.erase_event(key, reason=reason))
     if json:
         print_json(asdict(erased))
         return

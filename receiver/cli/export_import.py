@@ -14,6 +14,7 @@ from sqlalchemy.exc import StatementError
 
 from receiver.cli.database import with_database
 from receiver.cli.options import since_option, until_option
+from receiver.cli.remote import local_only
 from receiver.cli.terminal import count, print_note, progress_bar
 from receiver.db import export_import
 from receiver.db.database import Database
@@ -25,6 +26,7 @@ BATCH_LINES: Final = 200
 """Lines that are read or written in one transaction."""
 
 
+@local_only("it reads all rows of this machine's database; run it where the receiver runs")
 def export(
     file: Annotated[str, typer.Argument(help="The file to write; - for standard output.")],
     since: Annotated[datetime | None, since_option("rows made")] = None,
@@ -69,6 +71,7 @@ async def _read_batches(
             yield lines
 
 
+@local_only("it writes rows to this machine's database; run it where the receiver runs")
 def import_(
     file: Annotated[str, typer.Argument(help="A file from `events export`; - for standard input.")],
 ) -> None:

@@ -3,8 +3,10 @@
 import typer
 
 from receiver import heartbeat
+from receiver.cli.remote import local_only
 
 
+@local_only("it checks the processes of this machine")
 def healthcheck() -> None:
     """Check that every `serve` and `worker` of this user in this container or on this machine works.
 

@@ -3,12 +3,14 @@
 import asyncio
 
 from receiver.cli.database import opened_database
+from receiver.cli.remote import local_only
 from receiver.cli.terminal import stdout
 from receiver.db import migrate as migrations
 from receiver.db.requirements import require_usable
 from receiver.settings import Settings
 
 
+@local_only("it changes the tables of this machine's database; run it where the receiver runs")
 def migrate() -> None:
     """Upgrade the database's schema to this release; safe to run at any time, and several times at once."""
     settings = Settings.load()

@@ -2,22 +2,22 @@
 
 import asyncio
 import re
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import asdict
-from datetime import timedelta
-from typing import Annotated
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import asdict, fields, replace
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Annotated, Final
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
-from receiver import retention
-from receiver.cli.database import opened_storage, with_database
-from receiver.cli.options import DryRun, Json
+from receiver.cli.client import with_client
+from receiver.cli.options import DryRun, Json, Reason
 from receiver.cli.terminal import count, moment, print_json, print_note, progress_bar, stdout
-from receiver.db.database import Database
+from receiver.client import Client
 from receiver.retention import Pruned
-from receiver.settings import Settings
+
+_NUMBERS: Final = [each.name for each in fields(Pruned) if each.type is int]
 
 
 def _age(text: str) -> timedelta:
@@ -38,6 +38,7 @@ def prune(
     ] = False,
     media: Annotated[bool, typer.Option("--media", help="Delete the files of these events, too.")] = False,
     dry_run: DryRun = False,
+    reason: Reason = None,
     json: Json = False,
 ) -> None:
     """Delete old events with their receipts, deliveries and attempts, and the inputs of old jobs.
@@ -47,20 +48,15 @@ def prune(
     yet to send it. You can stop this command and run it again at any time.
     """
 
-    async def run(settings: Settings, database: Database) -> Pruned:
-        done = await retention.begin(database, older_than=older_than)
-        async with AsyncExitStack() as stack:
-            storage = None
-            if media:
-                storage = await stack.enter_async_context(opened_storage(settings))
-            batches = retention.prune(
-                database, done, dead_letters=dead_letters, dry_run=dry_run, storage=storage
-            )
-            return await _watch(done, batches)
+    async def run(client: Client) -> Pruned:
+        prune_some = partial(
+            client.prune_events, dead_letters=dead_letters, media=media, dry_run=dry_run, reason=reason
+        )
+        return await _watch(Pruned(before=datetime.now(UTC)), _prune(prune_some, older_than.days))
 
-    done = with_database(run)
+    done = with_client(run)
     if json:
-        print_json(asdict(done))
+        print_json({name: value for name, value in asdict(done).items() if name != "next"})
         return
     verb = "to delete" if dry_run else "deleted"
     stdout.print(
@@ -78,6 +74,17 @@ def prune(
             f"{count(done.files_elsewhere, 'file')} not deleted: they are not in the storage of "
             "RECEIVER_STORAGE_URL."
         )
+
+
+async def _prune(prune_some: Callable[..., Awaitable[Pruned]], days: int) -> AsyncIterator[Pruned]:
+    """Prune batch by batch; yield the sums so far."""
+    done = await prune_some(older_than_days=days)
+    yield done
+    while done.next is not None:
+        batch = await prune_some(before=done.before, next=done.next)
+        sums = {name: getattr(done, name) + getattr(batch, name) for name in _NUMBERS}
+        done = replace(done, next=batch.next, **sums)
+        yield done
 
 
 async def _watch(done: Pruned, batches: AsyncIterator[Pruned]) -> Pruned:

@@ -11,12 +11,14 @@ from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import bind
 from receiver.cli.options import MAX_PORT
+from receiver.cli.remote import local_only
 from receiver.cli.terminal import stdout
 from receiver.logs import configure_logging
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, create_app, switches
 from receiver.settings import Settings
 
 
+@local_only("it runs a Clipia of its own")
 def sandbox(context: typer.Context, host: str, port: int, like_clipia: bool, **values: Any) -> None:
     """Run a local Clipia: the documented API, signed webhooks and a small CDN, on one origin.
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import httpx
 import typer
 
+from receiver.cli.remote import local_only
 from receiver.cli.terminal import read_file, stdout
 from receiver.core.signature import sign
 from receiver.error_texts import cause
@@ -15,6 +16,7 @@ from receiver.masking import mask
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE, Settings
 
 
+@local_only("it signs with a secret of this machine; give the address of the callback with `send --url`")
 def send(
     file: Annotated[str, typer.Argument(help="A file with the payload; - for standard input.")],
     url: Annotated[

@@ -23,6 +23,7 @@ from receiver.app import Only, create_app
 from receiver.cli.heartbeat import announce
 from receiver.cli.listeners import MetricsHost, MetricsPort, bind, bind_metrics, url_of
 from receiver.cli.options import MAX_PORT
+from receiver.cli.remote import local_only
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
@@ -37,6 +38,7 @@ MAX_BACKLOG: Final = 2048
 log = structlog.get_logger()
 
 
+@local_only("it runs a web process on this machine")
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=MAX_PORT)] = 8000,

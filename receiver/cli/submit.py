@@ -8,9 +8,10 @@ from typing import Annotated, Any, Final
 import typer
 from rich.status import Status
 
-from receiver.cli.client import is_remote, with_client
+from receiver.cli.client import with_client
 from receiver.cli.clipia_calls import Input, Strict, read_input
 from receiver.cli.options import Json, read_pair
+from receiver.cli.remote import is_remote
 from receiver.cli.terminal import amount, print_json, print_line, print_note, size, stderr
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.client import Client

@@ -10,8 +10,9 @@ import orjson
 import typer
 from rich.text import Text
 
-from receiver.cli.client import is_remote, with_client
+from receiver.cli.client import with_client
 from receiver.cli.options import Json
+from receiver.cli.remote import is_remote
 from receiver.cli.terminal import moment, print_note, stdout
 from receiver.client import Client
 from receiver.db.tail import FAILURES, TailItem

@@ -11,6 +11,7 @@ from receiver.api.metrics import Metrics, serving_metrics
 from receiver.cli.database import opened_database
 from receiver.cli.heartbeat import beating
 from receiver.cli.listeners import MetricsHost, MetricsPort, bind_metrics
+from receiver.cli.remote import local_only
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare, running_worker
@@ -18,6 +19,7 @@ from receiver.settings import Settings
 from receiver.submitter import Submitter
 
 
+@local_only("it runs a worker on this machine")
 def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.0.1") -> None:
     """Save media, forward events and submit jobs; any number of workers may share a PostgreSQL database.
 

@@ -20,6 +20,7 @@ from receiver.client.jobs import CatalogueCalls, JobCalls
 from receiver.client.operations import OperationCalls
 from receiver.client.rejections import RejectionCalls
 from receiver.client.replays import ReplayCalls
+from receiver.client.upkeep import UpkeepCalls
 
 __all__ = ["Client", "Page"]
 
@@ -28,6 +29,7 @@ class Client(
     JobCalls,
     CatalogueCalls,
     ReplayCalls,
+    UpkeepCalls,
     DeliveryCalls,
     DestinationCalls,
     InquiryCalls,

@@ -17,6 +17,7 @@ from typing import TypeVar
 
 import pytest
 from sqlalchemy import select, text, update
+from structlog.testing import capture_logs
 from support.commands import command_environment
 from support.events import until
 from support.history import count_rows, fill, fill_jobs, whole
@@ -239,7 +240,8 @@ def test_events_erase(
     receiver.use(partial(add_files, folder=tmp_path / "media"))
 
     def erase(*arguments: str) -> str:
-        return CliRunner().invoke(app, ["events", "erase", *arguments], catch_exceptions=False).stdout
+        with capture_logs():
+            return CliRunner().invoke(app, ["events", "erase", *arguments], catch_exceptions=False).stdout
 
     assert re.fullmatch(r"Event [0-9a-f-]{36} is erased, 1 file deleted\.\n", erase("r-1"))
     assert json.loads(erase("r-2", "--json"))["files"] == 1

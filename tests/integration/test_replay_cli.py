@@ -6,7 +6,6 @@ import re
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -349,7 +348,7 @@ async def test_flagged_files_and_pages_are_listed(commands: Commands) -> None:
 
 async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """D11: each stored file is read; a damaged one is listed with advice, and the exit status is 1."""
-    monkeypatch.setattr(import_module("receiver.cli.media"), "PAGE_ROWS", 2)
+    monkeypatch.setattr("receiver.verification.PAGE_ROWS", 2)
     assert await commands.run("media", "verify") == "0 intact, 0 damaged\n"
     world = commands.world
     for number in range(5):

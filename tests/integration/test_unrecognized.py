@@ -26,7 +26,7 @@ from receiver.db.tables import deliveries, events
 from receiver.ingest import make_event
 from receiver.metrics import ROWS
 from receiver.settings import Settings
-from receiver.unrecognized import RecoverableCounter, recover
+from receiver.unrecognized import RecoverableCounter, recover_part
 
 CAME = datetime.now(UTC) - timedelta(days=3)
 
@@ -65,7 +65,8 @@ async def keep(world: World, content: bytes, *, deliveries_: int = 1, origin: An
 
 async def run(world: World, *, dry_run: bool = False) -> list[tuple[str, str]]:
     """Recover; return each request and its outcome."""
-    return [(each.request_id, each.outcome) async for each in recover(world.database, dry_run=dry_run)]
+    found, _ = await recover_part(world.database, after=0, dry_run=dry_run)
+    return [(each.request_id, each.outcome) for each in found]
 
 
 async def facts(world: World) -> list[tuple[str, str]]:
