@@ -270,13 +270,14 @@ def make_message(alert: Alert, told: Told, *, at: datetime) -> dict[str, Any]:
 
 
 def watching(settings: Settings, database: Database, *, wake: Wake) -> AbstractAsyncContextManager[None]:
-    """Watch the conditions inside the block, if a destination takes alerts."""
+    """Watch the conditions inside the block as long as a destination takes alerts; a reload may add one."""
     return running(_watch(settings, database, wake), name="alerts")
 
 
 async def _watch(settings: Settings, database: Database, wake: Wake) -> None:
-    while settings.alert_destinations:
-        with logged_failures("conditions of alerts not read"):
-            for lane in await run_round(settings, database):
-                wake(lane)
+    while True:
+        if settings.alert_destinations:
+            with logged_failures("conditions of alerts not read"):
+                for lane in await run_round(settings, database):
+                    wake(lane)
         await asyncio.sleep(ROUND_SECONDS)

@@ -45,11 +45,13 @@ from receiver.api.status import StatusEndpoints
 from receiver.api.tail import TailEndpoints
 from receiver.api.upkeep import UpkeepEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
+from receiver.background import running
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
 from receiver.db.signals import Signals
 from receiver.destination_control import DestinationControl
+from receiver.destination_settings import ByName
 from receiver.error_texts import error_text, traceback_lines
 from receiver.lanes.worker import Wakeups
 from receiver.logs import flush_logs
@@ -57,6 +59,7 @@ from receiver.media import open_storage
 from receiver.metrics import show_source
 from receiver.process import make_ingest, make_rejections, make_replays, running_worker
 from receiver.rejections import NO_SOURCE, Rejections
+from receiver.reload import Reloader
 from receiver.removed_deliveries import RemovedDeliveries
 from receiver.result_fetch import ResultFetch
 from receiver.settings import CALLBACK_PATH, Settings
@@ -103,6 +106,8 @@ def create_app(
         else Metrics.with_rows(settings, database, submitter)
     )
 
+    reloader = Reloader(settings)
+
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -116,7 +121,11 @@ def create_app(
             if signals:
                 stack.push_async_callback(signals.close)
             if worker:
-                await stack.enter_async_context(running_worker(settings, database, wakeups, submitter))
+                found = await stack.enter_async_context(
+                    running_worker(settings, database, wakeups, submitter)
+                )
+                reloader.replace = found.replace
+            await stack.enter_async_context(running(reloader.run(), name="reload"))
             await stack.enter_async_context(serving_metrics(metrics, metrics_listeners))
             yield
 
@@ -136,6 +145,7 @@ def create_app(
     )
     app.router.redirect_slashes = False
     app.state.draining = False
+    app.state.reload = reloader.request
     return app
 
 
@@ -168,7 +178,7 @@ def endpoint_table(
     settings: Settings, database: Database, submitter: Submitter, *, wake: Wake
 ) -> list[Endpoint]:
     """Return the rows of the internal API."""
-    waits = {each.name: each.when == "media_stored" for each in settings.all_destinations}
+    waits = ByName(lambda: settings.all_destinations, lambda each: each.when == "media_stored")
     open_own = partial(open_storage, settings.storage_url.get_secret_value())
     events = EventEndpoints(
         database, open_storage=open_own, destinations=waits, internal_url=settings.internal_url

@@ -249,6 +249,16 @@ def parse_budget(entry: str) -> tuple[str, float]:
     return name, float(credits_)
 
 
+def parse_token(entry: Any, scopes: Iterable[str]) -> Any:
+    """Return the name, the token and the scopes of one entry; without a scope it has all `scopes`."""
+    if not isinstance(entry, str):
+        return entry
+    name, _, rest = entry.partition(":")
+    token, colon, given = rest.partition(":")
+    # `name:token` has all scopes. `name:token:` has the empty scope "", which is invalid.
+    return {"name": name, "token": token, "scopes": frozenset(given.split("+") if colon else scopes)}
+
+
 def _require_unquoted(text: str, name: str) -> None:
     if len(text) > 1 and text[0] == text[-1] and text[0] in _QUOTES:
         raise SettingsError(

@@ -1,7 +1,8 @@
 """The typed `[[destinations]]` tables of `receiver.toml`."""
 
 import re
-from typing import Annotated, Final, Literal, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -16,6 +17,8 @@ from pydantic import (
 
 from receiver.config_file import ProxyUrl, one_or_more, shown_key
 from receiver.masking import mask, register_header, register_secret, register_url
+
+ValueT = TypeVar("ValueT")
 
 MAX_TIMEOUT: Final = 300.0
 MAX_CONCURRENCY: Final = 1024
@@ -184,3 +187,27 @@ class DestinationSettings(Table):
         """Register the headers that may be secret with `masking`."""
         for name, value in self.headers.items():
             register_header(name, value.get_secret_value(), is_given=name in self._given)
+
+
+class ByName(Mapping[str, ValueT]):
+    """A value of each destination that is configured now, by name; a reload changes it."""
+
+    def __init__(
+        self,
+        read: Callable[[], Iterable[DestinationSettings]],
+        value: Callable[[DestinationSettings], ValueT],
+    ) -> None:
+        self._read = read
+        self._value = value
+
+    def __getitem__(self, name: str) -> ValueT:
+        return self._values()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+    def _values(self) -> dict[str, ValueT]:
+        return {each.name: self._value(each) for each in self._read()}

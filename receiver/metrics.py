@@ -77,10 +77,20 @@ CREDITS = Counter("receiver_credits", "Credits that completed results name, by m
 LOGS_DROPPED = Counter(
     "receiver_log_records_dropped", "Log records dropped because the reader of standard error was too slow."
 )
+RELOAD_FAILED = Gauge(
+    "receiver_settings_reload_failed",
+    "1 if the last SIGHUP changed nothing, because the settings are not valid; otherwise 0.",
+)
 DATABASE_UP = Gauge("receiver_database_up", "1 if the database answered this scrape in time, otherwise 0.")
 DEAD_LETTERS = Gauge(
     "receiver_dead_letters",
     "Deliveries that were given up and wait for the operator, by destination.",
+    ["destination"],
+    registry=ROWS,
+)
+PAUSED = Gauge(
+    "receiver_destination_paused",
+    "1 while an operator has paused the destination: events wait.",
     ["destination"],
     registry=ROWS,
 )

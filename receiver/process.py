@@ -3,9 +3,10 @@
 import asyncio
 import gc
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import structlog
 
@@ -19,17 +20,16 @@ from receiver.core.signature import Secret
 from receiver.db import migrate
 from receiver.db.database import Database
 from receiver.db.signals import listen
-from receiver.destination_settings import DestinationSettings
-from receiver.destinations import Destination, open_for_work, started
+from receiver.destination_settings import ByName, DestinationSettings
+from receiver.destinations import Destination, open_for_work
 from receiver.errors import StorageUnavailable
 from receiver.ingest import Ingest
-from receiver.lanes.alerts import AlertLane
 from receiver.lanes.attempts import logged_failures
 from receiver.lanes.base import Lane
-from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.destination_states import DestinationStates
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.fresh_urls import FreshUrls
+from receiver.lanes.live_destinations import LiveDestinations, Users
 from receiver.lanes.media import MediaLane
 from receiver.lanes.poll import PollLane
 from receiver.lanes.removed_destinations import giving_up
@@ -77,6 +77,25 @@ class Parts:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunningWorker:
+    """A worker with its destinations."""
+
+    settings: Settings
+    live: LiveDestinations
+    users: Users
+
+    @property
+    def lanes(self) -> Sequence[str]:
+        """The names of its lanes."""
+        return self.users.worker.lanes
+
+    async def replace(self, loaded: Settings) -> object:
+        """Take the destinations of settings that were read again. Raises SettingsError before any change."""
+        done = partial(self.settings.take_destinations, loaded)
+        return await self.live.replace(loaded.every_destination, self.users, done=done)
+
+
 async def prepare(settings: Settings) -> None:
     """Check the database before anything is served; bring an SQLite schema up to date.
 
@@ -97,13 +116,14 @@ async def prepare(settings: Settings) -> None:
 @asynccontextmanager
 async def running_worker(
     settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
-) -> AsyncIterator[Worker]:
+) -> AsyncIterator[RunningWorker]:
     """Open storage and destinations, run a worker inside the block, and drain it at the end."""
     async with AsyncExitStack() as stack:
-        worker = await _open_worker(settings, database, wakeups, submitter, stack)
+        found = await _open_worker(settings, database, wakeups, submitter, stack)
+        worker = found.users.worker
         if database.statements is not None:
             await stack.enter_async_context(running(listen(database.statements, wakeups.wake), name="listen"))
-        names = [each.name for each in settings.all_destinations]
+        names = ByName(lambda: settings.all_destinations, lambda each: each.name)
         await stack.enter_async_context(giving_up(database, names))
         await stack.enter_async_context(watching(settings, database, wake=wakeups.wake))
         account = submitter.client.account if submitter.lane is not None else None
@@ -115,7 +135,7 @@ async def running_worker(
 
         task = asyncio.create_task(work(), name="worker")
         try:
-            yield worker
+            yield found
         finally:
             worker.stop()
             await task
@@ -123,7 +143,7 @@ async def running_worker(
 
 async def _open_worker(
     settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter, stack: AsyncExitStack
-) -> Worker:
+) -> RunningWorker:
     parts = Parts.make(settings)
     for origin in MediaHosts.parse(settings.media_hosts).development_origins:
         log.warning("media is fetched from a development origin, unguarded", origin=origin)
@@ -140,18 +160,19 @@ async def _open_worker(
         # Before the first claim: a destination may be paused.
         await states.refresh()
     await stack.enter_async_context(running(states.run(wakeups), name="destination states"))
-    down = await stack.enter_async_context(started(parts.destinations))
-    targets = [
-        make_target(
-            each,
-            parts.destinations[each.name],
-            is_down=each.name in down,
-            internal_url=settings.internal_url,
-        )
-        for each in settings.all_destinations
-    ]
+    live = LiveDestinations(
+        database,
+        states,
+        wake=wakeups.wake,
+        make_target=partial(make_target, internal_url=settings.internal_url),
+    )
+    stack.push_async_callback(live.close)
+    await live.start(settings.every_destination, parts.destinations)
+    targets = live.targets
     if not targets:
         log.warning("no destination is configured: events are stored and not forwarded")
+    replay = ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules)
+    fan_out = FanOut(database, targets, wake=wakeups.wake, rules=parts.rules)
     lanes: list[Lane] = [
         MediaLane(
             database,
@@ -163,15 +184,12 @@ async def _open_worker(
                 else None
             ),
         ),
-        *(DeliveryLane(database, target, wake=wakeups.wake, states=states) for target in targets),
-        ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules),
+        *live.make_lanes(),
+        replay,
         *_job_lanes(settings, database, wakeups, submitter),
-        *(
-            AlertLane(database, each.name, parts.destinations[each.name], wake=wakeups.wake)
-            for each in settings.alert_destinations
-        ),
     ]
-    return Worker(FanOut(database, targets, wake=wakeups.wake, rules=parts.rules), lanes, wakeups)
+    users = Users(Worker(fan_out, lanes, wakeups), fan_out, replay)
+    return RunningWorker(settings=settings, live=live, users=users)
 
 
 def _job_lanes(settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter) -> list[Lane]:
@@ -240,7 +258,7 @@ def make_target(
 
 def make_replays(settings: Settings, database: Database, *, wake: Wake = wake_no_lane) -> Replays:
     """Make the service that orders replays to the destinations of the settings."""
-    filters = {each.name: each.filter for each in settings.all_destinations}
+    filters = ByName(lambda: settings.all_destinations, lambda each: each.filter)
     return Replays(database, filters, wake=wake)
 
 

@@ -10,7 +10,15 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -28,6 +36,7 @@ from receiver.config_file import (
     check_cloud_variables,
     is_web_url,
     parse_budget,
+    parse_token,
     read_environment,
     read_file,
     register_secrets,
@@ -40,6 +49,7 @@ from receiver.config_file import (
 from receiver.destination_settings import DestinationSettings, Name, Table
 from receiver.errors import SettingsError
 from receiver.price import MAX_CREDITS, Credits, read_credits
+from receiver.source_settings import SourceSettings
 
 DEFAULT_SOURCE: Final = "clipia"
 CALLBACK_PATH: Final = "/clipia/webhook"
@@ -53,38 +63,6 @@ _LISTS: Final = frozenset(
     {"clipia_webhook_secret", "clipia_retired_webhook_secret", "api_tokens", "media_hosts", "budgets"}
 )
 """Settings that are lists separated by commas."""
-
-
-class SourceSettings(Table):
-    """One Clipia account or environment with its own webhook secrets."""
-
-    name: Name
-    secret: SecretStr
-    """One secret, or several separated by commas during a rotation."""
-    retired_secret: SecretStr | None = None
-    """Earlier secrets, separated by commas: they are not accepted, and a diagnosis recognizes them."""
-    environment: Literal["live", "test"] | None = None
-
-    @field_validator("secret", "retired_secret")
-    @classmethod
-    def _well_formed(cls, value: SecretStr | None) -> SecretStr | None:
-        require_well_formed(value.get_secret_value() if value else "")
-        return value
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """The secrets in the order of the setting."""
-        return _split_secrets(self.secret)
-
-    @property
-    def retired_secrets(self) -> tuple[str, ...]:
-        """The earlier secrets."""
-        return _split_secrets(self.retired_secret)
-
-
-def _split_secrets(value: SecretStr | None) -> tuple[str, ...]:
-    text = value.get_secret_value() if value else ""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 class ApiToken(Table):
@@ -156,6 +134,7 @@ class Settings(BaseSettings):
     input_check: InputCheck = "on"
     budgets: Annotated[dict[str, Credits], NoDecode] = Field(default_factory=dict)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    _reloaded: tuple[DestinationSettings, ...] | None = PrivateAttr(default=None)
 
     @classmethod
     def settings_customise_sources(
@@ -233,7 +212,7 @@ class Settings(BaseSettings):
     @field_validator("api_tokens", mode="before")
     @classmethod
     def _split_tokens(cls, value: Any) -> Any:
-        return [_parse_token(entry) for entry in split_list(value)]
+        return [parse_token(entry, SCOPES) for entry in split_list(value)]
 
     @model_validator(mode="after")
     def _check_buffer(self) -> Self:
@@ -298,10 +277,14 @@ class Settings(BaseSettings):
 
     @property
     def every_destination(self) -> tuple[DestinationSettings, ...]:
-        """The tables of `receiver.toml`, and `RECEIVER_DESTINATION_URL` as the destination `default`."""
-        if self.destination_url is None:
-            return self.destinations
+        """The tables of the file, and `RECEIVER_DESTINATION_URL` as `default`. A reload changes them."""
+        if self._reloaded is not None or self.destination_url is None:
+            return self.destinations if self._reloaded is None else self._reloaded
         return (*self.destinations, DestinationSettings(name="default", url=self.destination_url))
+
+    def take_destinations(self, loaded: "Settings") -> None:
+        """Use the destinations of settings that were read again."""
+        self._reloaded = loaded.every_destination
 
     @property
     def _retired_secret(self) -> SecretStr | None:
@@ -374,15 +357,6 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     known = {variable_name(field) for field in Settings.model_fields}
     known |= {"RECEIVER_CONFIG", URL_VARIABLE, TOKEN_VARIABLE}
     return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
-
-
-def _parse_token(entry: Any) -> Any:
-    if not isinstance(entry, str):
-        return entry
-    name, _, rest = entry.partition(":")
-    token, colon, scopes = rest.partition(":")
-    # `name:token` has all scopes. `name:token:` has the empty scope "", which is invalid.
-    return {"name": name, "token": token, "scopes": frozenset(scopes.split("+") if colon else SCOPES)}
 
 
 def _spelling(location: tuple[int | str, ...]) -> str:

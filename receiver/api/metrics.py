@@ -29,13 +29,20 @@ from receiver.api.protocol import DeadlineHttpToolsProtocol
 from receiver.db.database import Database
 from receiver.db.rows import Backlog
 from receiver.errors import ReceiverError, RequestError
-from receiver.lanes.backlog import count_dead_letters, count_refused_jobs, ping, read_backlog
+from receiver.lanes.backlog import (
+    count_dead_letters,
+    count_refused_jobs,
+    find_paused,
+    ping,
+    read_backlog,
+)
 from receiver.metrics import (
     BACKLOG,
     BACKLOG_OLDEST,
     DATABASE_UP,
     DEAD_LETTERS,
     JOBS_REFUSED,
+    PAUSED,
     ROWS,
     SUBMISSIONS_PAUSED,
     UNRECOGNIZED,
@@ -58,7 +65,7 @@ class RowGauges:
     """The gauges that count rows of the database."""
 
     def __init__(self, settings: Settings, database: Database, submitter: Submitter) -> None:
-        self._destinations = settings.all_destinations
+        self._settings = settings
         self._database = database
         self._submitter = submitter
         self._unrecognized = unrecognized.RecoverableCounter(database)
@@ -68,17 +75,20 @@ class RowGauges:
 
     async def __call__(self) -> None:
         """Read all of them and then set them. Raises DatabaseUnavailable."""
-        backlog = await read_backlog(self._database, self._destinations)
-        dead = await count_dead_letters(self._database, self._destinations)
+        destinations = self._settings.all_destinations
+        backlog = await read_backlog(self._database, destinations)
+        dead = await count_dead_letters(self._database, destinations)
+        paused_names = await find_paused(self._database)
         paused, refused = await self._submitter.paused(), await count_refused_jobs(self._database)
         by_recoverable = await self._unrecognized()
         SUBMISSIONS_PAUSED.set(paused)
         JOBS_REFUSED.set(refused)
         for recoverable, count in by_recoverable.items():
             UNRECOGNIZED.labels(str(recoverable).lower()).set(count)
-        self._names |= dead.keys()
+        self._names |= dead.keys() | paused_names
         for name in self._names:
             DEAD_LETTERS.labels(name).set(dead.get(name, 0))
+            PAUSED.labels(name).set(name in paused_names)
         self._lanes |= backlog.keys()
         for lane in self._lanes:
             BACKLOG.labels(lane).set(backlog.get(lane, _NO_ROWS).rows)

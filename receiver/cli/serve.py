@@ -28,6 +28,7 @@ from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare
+from receiver.reload import accept_reloads, hold_reloads, load_again, log_failed_reload
 from receiver.settings import Settings
 
 GRACE_SECONDS: Final = 10
@@ -60,8 +61,9 @@ def serve(
 
     Settings come from the environment and from receiver.toml; CLIPIA_WEBHOOK_SECRET is required. On SIGTERM
     the server keeps answering requests for RECEIVER_DRAIN seconds, while /readyz says 503. Ctrl-C stops it
-    at once. The exit status is 0 after either.
+    at once. The exit status is 0 after either. On SIGHUP it reads the destinations of receiver.toml again.
     """
+    hold_reloads()
     settings = Settings.load()
     settings.require_sources()
     configure_logging(level=settings.log_level)
@@ -84,9 +86,22 @@ def serve(
         # From here on clients wait for the processes to start; until now they were refused.
         listener.listen(MAX_BACKLOG)
     _log_listening(listeners)
-    status = Supervisor(run, listeners, count=workers, own=metrics).run()
+    reload = partial(_reload, settings, worker=worker)
+    status = Supervisor(run, listeners, count=workers, own=metrics, reload=reload).run()
     if status:
         sys.exit(status)
+
+
+def _reload(settings: Settings, *, worker: bool) -> None:
+    """Read the destinations again for web processes that start later."""
+    try:
+        loaded = load_again(settings)
+        if worker:
+            Parts.make(loaded)
+    except SettingsError as error:
+        log_failed_reload(error)
+    else:
+        settings.take_destinations(loaded)
 
 
 def _run_server(
@@ -119,6 +134,7 @@ class Server(uvicorn.Server):
         self._drain = drain
         self._drain_ends: float | None = None
         self._draining = False
+        self._must_reload = False
         self._on_start = on_start
 
     @contextlib.contextmanager
@@ -127,6 +143,8 @@ class Server(uvicorn.Server):
         before = {
             number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)
         }
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, self._note_reload)
+        accept_reloads()
         try:
             yield
         finally:
@@ -141,6 +159,9 @@ class Server(uvicorn.Server):
         elif self._drain_ends is None:
             self._drain_ends = time.monotonic() + self._drain
 
+    def _note_reload(self, _sig: int, _frame: FrameType | None) -> None:
+        self._must_reload = True
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the server, then report that it listens."""
         await super().startup(sockets)
@@ -150,6 +171,9 @@ class Server(uvicorn.Server):
         """Return whether to stop now."""
         if await super().on_tick(counter):
             return True
+        if self._must_reload:
+            self._must_reload = False
+            cast("Starlette", self.config.loaded_app).state.reload()
         if self._drain_ends is None:
             return False
         if not self._draining:

@@ -18,6 +18,8 @@ from typing import Final
 import structlog
 from uvicorn.config import STARTUP_FAILURE
 
+from receiver.reload import accept_reloads, hold_reloads
+
 POLL_SECONDS: Final = 0.2
 """Time between two checks for signals and for processes that died."""
 RESTART_PAUSE_SECONDS: Final = 1.0
@@ -40,8 +42,11 @@ class Supervisor:
         *,
         count: int,
         own: Sequence[Sequence[socket.socket]] = (),
+        reload: Callable[[], None] = lambda: None,
     ) -> None:
         """`target` has to be picklable, because the processes are spawned.
+
+        `reload` is called at SIGHUP, before the processes get the signal: later ones get another target.
 
         `own` has the listeners of each process alone. They are its second argument, and those of a process
         that died go to its replacement.
@@ -49,6 +54,7 @@ class Supervisor:
         self._target = target
         self._listeners = list(listeners)
         self._own = own
+        self._reload = reload
         self._places = list(range(count))
         """The numbers that no process has."""
         self._signals: list[int] = []
@@ -59,7 +65,9 @@ class Supervisor:
 
     def run(self) -> int:
         """Run until a signal and return the exit status. SIGTERM drains, SIGINT stops at once."""
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        before = {number: signal.signal(number, self._note) for number in numbers}
+        accept_reloads()
         try:
             return self._run()
         except BaseException:
@@ -111,16 +119,27 @@ class Supervisor:
     def _pass_signals_on(self) -> None:
         while self._signals:
             number = self._signals.pop(0)
+            if number == signal.SIGHUP:
+                self._pass_reload_on()
+                continue
             self._stop(number)
             if number == signal.SIGINT:
                 # A process that is still importing ignores SIGINT: `_start` spawned it that way.
                 self._stop(signal.SIGTERM)
+
+    def _pass_reload_on(self) -> None:
+        if not self._stopping:
+            self._reload()
+            self._kill_all(signal.SIGHUP)
 
     def _stop(self, number: int) -> None:
         self._stopping = True
         # An open listener would accept clients that no process serves any more.
         for listener in [*self._listeners, *(each for own in self._own for each in own)]:
             listener.close()
+        self._kill_all(number)
+
+    def _kill_all(self, number: int) -> None:
         for process in self._processes:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
@@ -133,9 +152,11 @@ class Supervisor:
         )
         # Ctrl-C in a terminal goes to all processes. A new one ignores it; this process passes it on later.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        hold_reloads()
         try:
             process.start()
         finally:
+            accept_reloads()
             signal.signal(signal.SIGINT, handler)
         self._processes[process] = self._places.pop(0)
         return process

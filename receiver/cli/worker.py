@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import uvloop
 
 from receiver.api.metrics import Metrics, serving_metrics
+from receiver.background import running
 from receiver.cli.database import opened_database
 from receiver.cli.heartbeat import beating
 from receiver.cli.listeners import MetricsHost, MetricsPort, bind_metrics
@@ -15,6 +16,7 @@ from receiver.cli.remote import local_only
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare, running_worker
+from receiver.reload import Reloader, accept_reloads, hold_reloads
 from receiver.settings import Settings
 from receiver.submitter import Submitter
 
@@ -23,8 +25,10 @@ from receiver.submitter import Submitter
 def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.0.1") -> None:
     """Save media, forward events and submit jobs; any number of workers may share a PostgreSQL database.
 
-    On SIGTERM the worker claims no new work, and finishes or releases the work that it has.
+    On SIGTERM the worker claims no new work, and finishes or releases the work that it has. On SIGHUP it
+    reads the destinations of receiver.toml again.
     """
+    hold_reloads()
     settings = Settings.load()
     configure_logging(level=settings.log_level)
     Parts.make(settings)
@@ -42,10 +46,15 @@ async def _run(settings: Settings, listeners: Sequence[socket.socket]) -> None:
         submitter = Submitter.configured(settings, database, wake=wakeups.wake)
         try:
             metrics = Metrics.with_rows(settings, database, submitter)
+            reloader = Reloader(settings)
             async with (
-                running_worker(settings, database, wakeups, submitter),
+                running_worker(settings, database, wakeups, submitter) as found,
+                running(reloader.run(), name="reload"),
                 serving_metrics(metrics, listeners),
             ):
+                reloader.replace = found.replace
+                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+                accept_reloads()
                 collect_garbage_less()
                 await stop.wait()
         finally:

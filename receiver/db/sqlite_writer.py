@@ -89,7 +89,7 @@ def _read(stream: BufferedRWPair, size: int) -> bytes:
 def main() -> None:
     """Serve the parent until it is gone."""
     # Ctrl-C and systemd's SIGTERM go to all processes, and the parent has webhooks to store even then.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # SQLite makes a file that all users can read if the database is gone.
     os.umask(0o077)

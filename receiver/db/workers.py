@@ -55,9 +55,8 @@ async def renew(connection: SqlConnection, run: WorkerRun) -> None:
     """Record that a process is running now."""
     new = insert_for(connection.dialect.name, workers)
     statement = new.values(**asdict(run), started_at=db_time(0.0), seen_at=db_time(0.0))
-    await connection.execute(
-        statement.on_conflict_do_update(index_elements=["id"], set_={"seen_at": statement.excluded.seen_at})
-    )
+    changed = {name: statement.excluded[name] for name in ("lanes", "seen_at")}
+    await connection.execute(statement.on_conflict_do_update(index_elements=["id"], set_=changed))
 
 
 async def delete_stale(connection: SqlConnection) -> None:

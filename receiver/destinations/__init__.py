@@ -51,10 +51,10 @@ def open_destination(settings: DestinationSettings) -> Destination:
 
     Raises SettingsError, which never quotes the URL: it may hold a password.
     """
-    return _load_kind(settings)(settings)
+    return load_kind(settings)(settings)
 
 
-def _load_kind(settings: DestinationSettings) -> type[_Opened]:
+def load_kind(settings: DestinationSettings) -> type[_Opened]:
     """Return the class of the kind of destination that the URL's scheme names. Raises SettingsError."""
     scheme, colon, _ = settings.url.get_secret_value().partition(":")
     if not colon or scheme.lower() not in _KINDS:
@@ -83,7 +83,7 @@ class DeferredDestination:
     def __init__(self, settings: DestinationSettings) -> None:
         self._settings = settings
         # The value of its class: a lane reads it only once, possibly before the files are usable.
-        self.concurrency = _load_kind(settings).concurrency
+        self.concurrency = load_kind(settings).concurrency
         self._opened: Destination | None = None
 
     async def start(self) -> None:

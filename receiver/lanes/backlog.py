@@ -6,7 +6,7 @@ from typing import Final
 from sqlalchemy import literal, select
 
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.db import leases, outbox, refused_jobs
+from receiver.db import destinations, leases, outbox, refused_jobs
 from receiver.db.database import Database
 from receiver.db.rows import Backlog
 from receiver.db.tables import events, jobs, media
@@ -22,22 +22,27 @@ _ROWS: Final = {
 _PING: Final = select(literal(1))
 
 
-async def read_backlog(database: Database, destinations: Sequence[DestinationSettings]) -> dict[str, Backlog]:
+async def read_backlog(database: Database, configured: Sequence[DestinationSettings]) -> dict[str, Backlog]:
     """Return the unfinished rows of every lane. Raises DatabaseUnavailable."""
     async with database.read() as connection:
         by_destination = await outbox.delivery_backlog(connection)
         lanes = {lane: await leases.read_backlog(connection, *rows) for lane, rows in _ROWS.items()}
     empty = Backlog(rows=0, oldest=0.0)
-    names = by_destination.keys() | {each.name for each in destinations}
+    names = by_destination.keys() | {each.name for each in configured}
     return lanes | {destination_lane(name): by_destination.get(name, empty) for name in names}
 
 
-async def count_dead_letters(
-    database: Database, destinations: Sequence[DestinationSettings]
-) -> dict[str, int]:
+async def count_dead_letters(database: Database, configured: Sequence[DestinationSettings]) -> dict[str, int]:
     """Return the number of dead letters by destination. Raises DatabaseUnavailable."""
     async with database.read() as connection:
-        return {each.name: 0 for each in destinations} | await outbox.count_dead(connection)
+        return {each.name: 0 for each in configured} | await outbox.count_dead(connection)
+
+
+async def find_paused(database: Database) -> set[str]:
+    """Return the names of the destinations that are paused. Raises DatabaseUnavailable."""
+    async with database.read() as connection:
+        found = await destinations.read_pauses(connection)
+    return {name for name, state in found.items() if state.pause is not None}
 
 
 async def count_refused_jobs(database: Database) -> int:

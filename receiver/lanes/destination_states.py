@@ -65,6 +65,11 @@ class DestinationStates:
         if name in self._elsewhere.values():
             listener.opened_elsewhere()
 
+    def forget(self, name: str) -> None:
+        """Withdraw the circuit of a destination that this process serves no more."""
+        self._listeners.pop(name, None)
+        self.closed(name)
+
     def is_paused(self, name: str) -> bool:
         """Return whether deliveries to a destination wait."""
         state = self._pauses.get(name)

@@ -89,7 +89,8 @@ class FanOut:
     ) -> None:
         """`rules` say which files are downloaded."""
         self._database = database
-        self._targets = targets
+        self._targets = self.targets = targets
+        """`targets` may be replaced; a run keeps those that it began with."""
         self._wake = wake
         self._rules = rules
         self._max_batch_bytes = max_batch_bytes
@@ -110,6 +111,8 @@ class FanOut:
         """
         limit = min(limit, self._max_events)
         self._taken = 0
+        # The facts that are loaded for the filters are those of these targets.
+        self._targets = self.targets
         try:
             found = await self._run_batch(limit)
         except DatabaseUnavailable:

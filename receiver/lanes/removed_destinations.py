@@ -31,13 +31,18 @@ log = structlog.get_logger()
 
 
 def giving_up(database: Database, configured: Collection[str]) -> AbstractAsyncContextManager[None]:
-    """Check inside the block for deliveries to destinations that are not `configured`."""
+    """Check inside the block for deliveries to destinations that are not `configured`; it may change."""
     return running(_check_regularly(database, configured), name="removed destinations")
 
 
 async def _check_regularly(database: Database, configured: Collection[str]) -> None:
     seen: set[str] = set()
+    known: set[str] = set()
     while True:
+        if known != set(configured):
+            # A destination that is back after a reload is looked at again, and so is one that is gone.
+            known = set(configured)
+            seen.clear()
         with logged_failures("deliveries without a destination not checked"):
             await check(database, configured, seen=seen)
         await asyncio.sleep(CHECK_SECONDS)

@@ -85,6 +85,10 @@ class ReplayLane(Lane):
         self._rules = rules
         self._pace = pace
 
+    def replace_targets(self, targets: Collection[Target]) -> None:
+        """Send replays to these destinations from now on; a step that misses one is tried again."""
+        self._targets = {target.name: target for target in targets}
+
     async def claim(self, limit: int) -> list[Work]:
         """Claim replays with a step that is due. Raises DatabaseUnavailable."""
         async with self._database.write() as connection:

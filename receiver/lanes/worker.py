@@ -71,29 +71,49 @@ class Worker:
         self, fan_out: FanOut, lanes: Sequence[Lane], wakeups: Wakeups, *, timing: Timing = DEFAULT_TIMING
     ) -> None:
         self._fan_out = fan_out
-        self._lanes = [_LaneRunner(lane, wakeups, timing) for lane in lanes]
         self._wakeups = wakeups
         self._timing = timing
         self._stopping = asyncio.Event()
-
-    @property
-    def lanes(self) -> list[str]:
-        """The names of its lanes."""
-        return [FAN_OUT_LANE, *(runner.name for runner in self._lanes)]
+        self._group: asyncio.TaskGroup | None = None
+        self._runners = [_LaneRunner(lane, wakeups, timing) for lane in lanes]
+        self.lanes: Final = [FAN_OUT_LANE, *(runner.name for runner in self._runners)]
+        """The names of its lanes; the list follows `add` and `remove`."""
 
     def stop(self) -> None:
         """Stop claiming and finish the work under way; `run` returns when that is done."""
         self._stopping.set()
-        for name in self.lanes:
-            self._wakeups.wake(name)
+        self._wakeups.wake(FAN_OUT_LANE)
+        for runner in self._runners:
+            runner.stop()
+
+    def add(self, lane: Lane) -> None:
+        """Work on one more lane, unless the worker stops."""
+        if self._stopping.is_set():
+            return
+        runner = _LaneRunner(lane, self._wakeups, self._timing)
+        self._runners.append(runner)
+        self.lanes.append(runner.name)
+        if self._group is not None:
+            self._group.create_task(runner.run(), name=runner.name)
+
+    async def remove(self, name: str) -> None:
+        """Stop claiming in a lane, and return when its work under way is done or given back."""
+        runner = next((each for each in self._runners if each.name == name), None)
+        if runner is None:
+            return
+        runner.stop()
+        await runner.ended.wait()
+        self._runners.remove(runner)
+        self.lanes.remove(name)
 
     async def run(self) -> None:
         """Work until `stop` is called. An unexpected error is logged with its traceback, and work goes on."""
-        log.info("worker started", lanes=[runner.name for runner in self._lanes])
+        log.info("worker started", lanes=[runner.name for runner in self._runners])
         async with asyncio.TaskGroup() as group:
+            self._group = group
             group.create_task(self._run_fan_out(), name=FAN_OUT_LANE)
-            for runner in self._lanes:
-                group.create_task(runner.run(self._stopping), name=runner.name)
+            for runner in self._runners:
+                group.create_task(runner.run(), name=runner.name)
         log.info("worker stopped")
 
     async def _run_fan_out(self) -> None:
@@ -120,22 +140,32 @@ class _LaneRunner:
         self._held = dict[asyncio.Task[None], Work]()
         self._rows = 0
         self._half_free = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self.ended: Final = asyncio.Event()
 
-    async def run(self, stopping: asyncio.Event) -> None:
-        """Claim and work until `stopping` is set, then drain."""
-        async with running(self._renew(), name=f"{self.name} renewal"):
-            while not stopping.is_set():
-                await self._run_round(stopping)
-            await self._drain()
+    def stop(self) -> None:
+        """Let `run` claim no more, and drain."""
+        self._stopping.set()
+        self._wakeups.wake(self.name)
 
-    async def _run_round(self, stopping: asyncio.Event) -> None:
+    async def run(self) -> None:
+        """Claim and work until `stop` is called, then drain."""
+        try:
+            async with running(self._renew(), name=f"{self.name} renewal"):
+                while not self._stopping.is_set():
+                    await self._run_round()
+                await self._drain()
+        finally:
+            self.ended.set()
+
+    async def _run_round(self) -> None:
         """Claim for the free places, and wait unless all of them were filled."""
         free = self._lane.concurrency - self._rows
         if free > 0:
             try:
                 works = await self._lane.claim(free)
             except Exception as error:  # noqa: BLE001 - as above
-                await _sit_out(error, self.name, stopping, self._timing)
+                await _sit_out(error, self.name, self._stopping, self._timing)
                 return
             for work in works:
                 task = asyncio.create_task(self._perform(work))

@@ -7,6 +7,7 @@ import socket
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final
 
 from receiver.background import wait_for
@@ -21,12 +22,12 @@ STOP_SECONDS: Final = 2.0
 
 @asynccontextmanager
 async def present(database: Database, lanes: Sequence[str], *, account: str | None) -> AsyncIterator[None]:
-    """Record inside the block that this process works on `lanes`."""
+    """Record inside the block that this process works on `lanes`; changes of the list are followed."""
     run = workers.WorkerRun(
         id=uuid.uuid4(), host=socket.gethostname()[:255], pid=os.getpid(), lanes=list(lanes), account=account
     )
     stopping = asyncio.Event()
-    task = asyncio.create_task(_renew(database, run, stopping), name="presence")
+    task = asyncio.create_task(_renew(database, run, lanes, stopping), name="presence")
     try:
         yield
     finally:
@@ -39,10 +40,12 @@ async def present(database: Database, lanes: Sequence[str], *, account: str | No
                     await workers.remove(connection, run.id)
 
 
-async def _renew(database: Database, run: workers.WorkerRun, stopping: asyncio.Event) -> None:
+async def _renew(
+    database: Database, run: workers.WorkerRun, lanes: Sequence[str], stopping: asyncio.Event
+) -> None:
     while not stopping.is_set():
         with logged_failures("presence not recorded"):
             async with database.write() as connection:
                 await workers.delete_stale(connection)
-                await workers.renew(connection, run)
+                await workers.renew(connection, replace(run, lanes=list(lanes)))
         await wait_for(stopping, workers.RENEW_SECONDS)

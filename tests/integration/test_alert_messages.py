@@ -391,6 +391,10 @@ async def test_destinations_of_alerts_get_alerts_alone(
         assert {"alerts:both", "alerts:ops"} <= {*worker.lanes}
         assert "destination:ops" not in worker.lanes
         await until(found)
+        tables[1]["alerts"] = False
+        await worker.replace(make_settings(f"sqlite:///{path}", *tables[:2]))
+        assert [lane for lane in worker.lanes if ":" in lane] == ["destination:events", "destination:both"]
+        assert settings.alert_destinations == ()
     await submitter.close()
     await database.close()
 

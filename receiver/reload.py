@@ -1,0 +1,95 @@
+"""SIGHUP: the destinations of `receiver.toml` are read again, all or nothing."""
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from receiver.config_file import variable_name
+from receiver.error_texts import error_text
+from receiver.errors import SettingsError
+from receiver.metrics import RELOAD_FAILED
+from receiver.settings import Settings
+
+Replace = Callable[[Settings], Awaitable[object]]
+"""Opens and closes the destinations of a worker, and lets the settings take them. Raises SettingsError."""
+
+_SIGNALS: Final = {signal.SIGHUP}
+
+log = structlog.get_logger()
+
+
+def hold_reloads() -> None:
+    """Keep a SIGHUP until `accept_reloads`: without a handler it would kill the process.
+
+    Processes that are spawned meanwhile hold theirs, too.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+
+
+def accept_reloads() -> None:
+    """Let the handler of SIGHUP get the signal, also one that was held."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def load_again(settings: Settings) -> Settings:
+    """Read the settings again, as at start. Raises SettingsError."""
+    loaded = Settings.load()
+    if settings.all_sources:
+        loaded.require_sources()
+    fields = Settings.model_fields.keys() - {"destinations", "destination_url"}
+    changed = [name for name in sorted(fields) if getattr(settings, name) != getattr(loaded, name)]
+    if changed:
+        log.warning(
+            "these settings have changed; they need a restart",
+            settings=[variable_name(name) for name in changed],
+        )
+    return loaded
+
+
+def log_failed_reload(error: Exception) -> None:
+    """Log that a reload has changed nothing."""
+    log.error(
+        "settings not read again: nothing has changed",
+        error=error_text(error),
+        help="correct receiver.toml (`receiver check`) and send SIGHUP again",
+    )
+
+
+class Reloader:
+    """Reads the destinations again at each request, one request after the other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self.replace: Replace | None = None
+        """Of the worker in this process, if it has one."""
+        self._requested = asyncio.Event()
+
+    def request(self) -> None:
+        """Reload soon. Several requests during a reload cause one more."""
+        self._requested.set()
+
+    async def run(self) -> None:
+        """Reload at each request until cancelled."""
+        while True:
+            await self._requested.wait()
+            self._requested.clear()
+            try:
+                await self._reload()
+            except Exception as error:
+                RELOAD_FAILED.set(1)
+                log_failed_reload(error)
+                if not isinstance(error, SettingsError):
+                    log.exception("reload failed unexpectedly")
+
+    async def _reload(self) -> None:
+        loaded = load_again(self._settings)
+        if self.replace is None:
+            self._settings.take_destinations(loaded)
+            done = None
+        else:
+            done = await self.replace(loaded)
+        RELOAD_FAILED.set(0)
+        log.info("destinations read again", names=[each.name for each in loaded.every_destination], done=done)
