@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from uuid import UUID
 
-from receiver.api.models import ShownEvent
+from receiver.api.models import ShownEvent, ShownReceipt
 from receiver.client.calls import MAX_PAGE_ROWS, Calls, Page, by_metadata, escaped
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import EventSummary
@@ -68,6 +68,13 @@ class EventCalls(Calls):
         """Return an event, by its id or request_id, with its receipts, files, deliveries and attempts."""
         found: ShownEvent = await self._get(ShownEvent, await self._event_path(key))
         return found
+
+    async def list_receipts(
+        self, key: str, *, limit: int = 50, cursor: str | None = None
+    ) -> Page[ShownReceipt]:
+        """Return the receipts of an event, oldest first."""
+        path = f"{await self._event_path(key)}/receipts"
+        return await self._list(ShownReceipt, path, {"cursor": cursor}, limit=limit)
 
     async def _event_path(self, key: str) -> str:
         """Return the path of an event. Raises RequestError."""

@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from support.specification import read_specification
 
 from receiver.api.endpoints import expected_error_response
 from receiver.api.examples import EVENT_SUMMARY, STATUS
@@ -272,3 +274,15 @@ async def test_an_endless_answer_is_bounded(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("receiver.client.calls.MAX_ANSWER_BYTES", 10)
     found = await failure(httpx.Response(200, content=b"x" * 11))
     assert "more than 10 bytes" in str(found)
+
+
+def test_every_operation_has_a_method_of_its_name(tmp_path: Path) -> None:
+    """A call of the API without a method would be out of reach for commands and for Python programs."""
+    ids = {
+        operation["operationId"]
+        for path, methods in read_specification(tmp_path)["paths"].items()
+        if path.startswith("/v1/")
+        for operation in methods.values()
+    }
+    # A file is for programs that follow the link of a message.
+    assert {name for name in ids - {"get_file"} if not hasattr(Client, name)} == set()
