@@ -13,7 +13,8 @@ import orjson
 import structlog
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope as StarletteScope
 
 from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Callers
@@ -158,12 +159,23 @@ def guarded(
     `Allow` would name only the methods of that route.
     """
     by_path: dict[str, dict[str, Endpoint]] = {}
-    for row in table:
+    for row in sorted(table, key=lambda row: "{" in row.path):
         by_path.setdefault(row.path, {})[row.method] = row
     return [
-        Route(path, _guard(callers, database, methods, expected), methods=list(methods))
+        (Route if "{" in path else _FixedRoute)(
+            path, _guard(callers, database, methods, expected), methods=list(methods)
+        )
         for path, methods in by_path.items()
     ]
+
+
+class _FixedRoute(Route):
+    """A path without an id: with any method, `/v1/events/fetch` is not the event with the id `fetch`."""
+
+    def matches(self, scope: StarletteScope) -> tuple[Match, StarletteScope]:
+        """Match other methods too, which `handle` answers 405."""
+        match, child = super().matches(scope)
+        return (match if match is Match.NONE else Match.FULL), child
 
 
 def _guard(
