@@ -14,11 +14,13 @@ from receiver.db import inbox, job_events, outbox, reads
 from receiver.db.connection import SqlConnection
 from receiver.db.leases import ENDED, is_unclaimed
 from receiver.db.rows import DeliveryClaim, DeliveryState, JobRef, MediaRow, StoredEvent
-from receiver.db.tables import attempts, deliveries, in_state
+from receiver.db.tables import attempts, deliveries, in_state, is_live, is_replayed
 from receiver.db.views import ListedDelivery, LoggedAttempt
 
 MAX_GROUPS: Final = 100
 """The most groups of failures that are returned, the largest first."""
+MAX_COMPARED: Final = 100
+"""The most errors of a group by which its last failure is found."""
 MAX_ERRORS: Final = 2000
 """The most different errors that are grouped, the most frequent first."""
 
@@ -124,7 +126,9 @@ async def list_failures(
 async def _count_errors(connection: SqlConnection, state: str, destination: str | None) -> Iterable[Any]:
     # PostgreSQL has no least UUID before version 18.
     text_id = cast_sql(deliveries.c.id, String)
-    where: list[ColumnElement[bool]] = [in_state(deliveries, state), deliveries.c.error.is_not(None)]
+    # Live and replayed deliveries have one partial index each, and none covers both.
+    chosen = deliveries.c.id.in_(reads.PENDING) if state == "pending" else in_state(deliveries, state)
+    where: list[ColumnElement[bool]] = [chosen, deliveries.c.error.is_not(None)]
     if destination is not None:
         where.append(deliveries.c.destination == destination)
     statement = (
@@ -148,11 +152,11 @@ async def _complete(
 ) -> FailureGroup:
     destination, state, cause = key
     oldest, newest = uuid.UUID(found["example"]), uuid.UUID(found["newest"])
-    latest = newest
-    if state == "pending":
+    ids = {oldest, newest}
+    for half in (is_live, is_replayed) if state == "pending" else ():
         # A delivery waits after its failure, so those that failed last are due last.
-        latest = await connection.scalar(_last_due(destination, found["errors"])) or newest
-    ids = {oldest, newest, latest}
+        latest = await connection.scalar(_last_due(destination, found["errors"]).where(half))
+        ids |= set() if latest is None else {latest}
     failures = select(attempts.c.started_at).where(
         attempts.c.work_id.in_(ids), attempts.c.outcome.in_(("retry", "failed"))
     )
@@ -177,7 +181,7 @@ def _last_due(destination: str, errors: Sequence[str]) -> Select[Any]:
         .where(
             in_state(deliveries, "pending"),
             deliveries.c.destination == destination,
-            deliveries.c.error.in_(errors),
+            deliveries.c.error.in_(errors[:MAX_COMPARED]),
         )
         .order_by(deliveries.c.next_attempt_at.desc())
         .limit(1)

@@ -53,9 +53,10 @@ _EVENT: Final = [
     *(readable(column) for column in events.c if column.name not in _UNSHOWN),
     _JOB_ID,
 ]
-_PENDING: Final = union_all(
+PENDING: Final = union_all(
     *(select(deliveries.c.id).where(in_state(deliveries, "pending"), half) for half in (is_live, is_replayed))
 )
+"""The ids of all pending deliveries."""
 CLOCKS_APART: Final = timedelta(days=1)
 """The largest difference that is expected between the clock in a row's id and the database's clock."""
 _HIDDEN = {"event_seq", "lease", "lost", "seen_sha256"}
@@ -179,7 +180,7 @@ async def list_deliveries(
     )
     if state == "pending":
         # Live and replayed deliveries have one partial index each, and none covers both.
-        where.append(deliveries.c.id.in_(_PENDING))
+        where.append(deliveries.c.id.in_(PENDING))
     elif state is not None:
         where.append(in_state(deliveries, state))
     if before is not None:

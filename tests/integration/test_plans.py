@@ -16,13 +16,15 @@ from support.servers import Postgres
 
 from receiver.alerts import find_conditions, read_conditions
 from receiver.core.signature import Secret
-from receiver.db import forward, jobs, reads, replays
+from receiver.db import deliveries as failing
+from receiver.db import forward, jobs, reads, replays, tail
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
 from receiver.db.rows import event_id
 from receiver.db.sqlite import Sqlite
 from receiver.db.tables import deliveries
+from receiver.explain import explain_key
 from receiver.ingest import Ingest, SignedRequest
 from receiver.lanes.backlog import count_dead_letters, read_backlog
 from receiver.settings import Settings
@@ -202,3 +204,17 @@ async def test_events_read_forward(world: World, postgres: Postgres) -> None:
             page = await reads.read_events(connection, limit=50, after=start, until=until)
         assert [row["request_id"] for row in page][-2:] == [f"r-{HISTORY}", "new-1"]
         assert await forward.settle(world.database, until) == (until, until)
+
+
+async def test_an_explanation_a_stream_and_failures(world: World, postgres: Postgres) -> None:
+    """C13: explanations by any id, a page of the tail and the groups of failures read few rows."""
+    await world.add_job("late", caller="blog", request_id="r-unseen")
+    async with little_read(world.database, postgres):
+        for key in ("r-7", str(event_id("clipia", "r-9")), "late", "r-unseen", "absent"):
+            found = await explain_key(world.database, key, tuple)
+            assert (found["state"] == "unknown") == (key == "absent"), key
+        async with world.database.read() as connection:
+            assert not await failing.list_failures(connection)
+        end = await tail.find_end(world.database)
+        page = await tail.read(world.database, end._replace(event=end.event - 10), tail.Wanted())
+        assert len(page.items) == 10
