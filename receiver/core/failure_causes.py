@@ -6,6 +6,7 @@ from typing import Final
 MAX_CAUSE_CHARACTERS: Final = 120
 
 _CLASS: Final = re.compile(r"^[A-Z][A-Za-z]+: ")
+_ADVICE: Final = re.compile(r": [^:]*\?$")
 _ADDRESS: Final = re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s,;]*[^\s,;:.]")
 _ID: Final = re.compile(r"[0-9a-fA-F]{8}-?(?:[0-9a-fA-F]{4}-?){3}[0-9a-fA-F]{12}|\b(?=\w*[0-9])\w{12,}\b")
 _NUMBER: Final = re.compile(r"[0-9]{4,}")
@@ -18,5 +19,6 @@ def cause_of(error: str | None) -> str:
     text = _CLASS.sub("", error or "", count=1)
     for pattern in (_ADDRESS, _QUOTED, _ID, _NUMBER):
         text = pattern.sub("…", text)
-    text = text.removeprefix("…").lstrip(": ")
+    text = _CLASS.sub("", text.removeprefix("…").lstrip(": "), count=1)
+    text = _ADVICE.sub("", text)
     return " ".join(text.split())[:MAX_CAUSE_CHARACTERS] or "unknown"

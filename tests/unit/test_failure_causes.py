@@ -9,7 +9,10 @@ from receiver.core.failure_causes import MAX_CAUSE_CHARACTERS, cause_of
     ("error", "cause"),
     [
         ("PublishRejected: https://orders.example answered 422", "answered 422"),
-        ("PublishFailed: http://127.0.0.1:8080: connection refused", "connection refused"),
+        (
+            "PublishFailed: http://a:9: ConnectError: connection refused: does a server listen there?",
+            "connection refused",
+        ),
         ("PublishFailed: amqp://mq.example:5672 did not answer in time", "did not answer in time"),
         ("ValueError, see the log", "ValueError, see the log"),
         ("destination not configured", "destination not configured"),
