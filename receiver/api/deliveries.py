@@ -54,7 +54,7 @@ class DeliveryEndpoints:
         self._internal_url = internal_url
 
     def table(self) -> list[Endpoint]:
-        """Return the rows; the path of the failures is before that of one delivery, which would match it."""
+        """Return the rows."""
         return [
             Endpoint(
                 method="GET",

@@ -42,6 +42,7 @@ ROUTES = [
     ("GET", "/v1/events"),
     ("GET", "/v1/events/{id}"),
     ("DELETE", "/v1/events/{id}"),
+    ("POST", "/v1/events/fetch"),
     ("GET", "/v1/events/{id}/receipts"),
     ("POST", "/v1/events/{id}/replay"),
     ("GET", "/v1/events/{id}/route"),
