@@ -216,7 +216,7 @@ async def find_unsure_jobs(connection: SqlConnection) -> Occurrences:
 async def find_mismatches(connection: SqlConnection, sources: Collection[str]) -> dict[str, Occurrences]:
     """Return the rejected signatures of the last minutes, by source, unless others were right.
 
-    If a webhook of the source was accepted meanwhile, the secret is right, and the others are forged.
+    If a webhook of the source was accepted after the first of them, the secret is right, and they are forged.
     """
     since = (await connection.execute(select(db_time(-MISMATCH_SECONDS)))).scalar_one()
     at = rejections.c.received_at
@@ -228,7 +228,7 @@ async def find_mismatches(connection: SqlConnection, sources: Collection[str]) -
     found = {}
     for name, count, first_at, last_at, newest in (await connection.execute(grouped)).all():
         accepted = exists().where(
-            events.c.received_at >= since, events.c.source == name, events.c.origin == "webhook"
+            events.c.received_at >= first_at, events.c.source == name, events.c.origin == "webhook"
         )
         if not (await connection.execute(select(accepted))).scalar_one():
             found[name] = Occurrences(count, first_at, last_at, [str(newest)])

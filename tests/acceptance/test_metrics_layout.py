@@ -9,23 +9,11 @@ import httpx
 from support.commands import ReceiverProcess, wait_for_lines
 from support.jobs import IMAGE, LIVE_KEY, TOKEN, Sandbox
 from support.payloads import body, signed
+from support.production import layout
 from support.servers import Postgres
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 60.0
-
-
-def layout() -> list[list[str]]:
-    """Return the arguments of the processes in the README, with free ports."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Running it for real")[2]
-    block = section.partition("```sh\n")[2].partition("```")[0]
-    lines = [line.partition("#")[0].split()[1:] for line in block.splitlines()]
-    commands = [line for line in lines if line[0] in {"serve", "worker"}]
-    return [
-        [re.sub(r"^\d+$", "0", each) for each in line]
-        + (["--port", "0"] if line[0] == "serve" and "--port" not in line else [])
-        for line in commands
-    ]
 
 
 def documented() -> set[str]:
