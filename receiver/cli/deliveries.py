@@ -10,6 +10,7 @@ from uuid import UUID
 
 import typer
 
+from receiver.api.models import RestartedMany
 from receiver.cli.client import with_client
 from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, Reason, since_option, until_option
 from receiver.cli.single_deliveries import discard_one, failures, is_delivery, show
@@ -82,27 +83,17 @@ def retry(
     chosen = [_id(each) for each in ids or ()]
 
     async def run(client: Client) -> Counter[str]:
-        done: Counter[str] = Counter()
-        gone: set[str] = set()
-        began: datetime | None = None
-        more = True
-        while more:
-            # A dead letter that fails again at once is not restarted twice by one command.
-            answer = await client.retry_dead_letters(
+        return await _retry(
+            partial(
+                client.retry_dead_letters,
                 ids=chosen,
                 destination=destination,
                 since=since,
                 until=until,
                 all=everything,
-                not_restarted_since=began,
                 reason=reason,
             )
-            done.update(answer["restarted"])
-            gone.update(answer["not_configured"])
-            more, began = answer["more"], answer["began"]
-        for name in sorted(gone):
-            print_note(f"{name!r} is not configured: see `receiver deliveries move` and `discard`.")
-        return done
+        )
 
     done = with_client(run)
     if json:
@@ -113,6 +104,23 @@ def retry(
     else:
         print_note("No dead letter matches.")
         raise typer.Exit(1)
+
+
+async def _retry(retry_some: Callable[..., Awaitable[RestartedMany]]) -> Counter[str]:
+    """Call until no dead letter is left; return their number by destination."""
+    done: Counter[str] = Counter()
+    gone: set[str] = set()
+    began: datetime | None = None
+    more = True
+    while more:
+        # A dead letter that fails again at once is not restarted twice by one command.
+        answer = await retry_some(not_restarted_since=began)
+        done.update(answer["restarted"])
+        gone.update(answer["not_configured"])
+        more, began = answer["more"], answer["began"]
+    for name in sorted(gone):
+        print_note(f"{name!r} is not configured: see `receiver deliveries move` and `discard`.")
+    return done
 
 
 @deliveries.command()

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, get_args
@@ -144,6 +145,35 @@ async def test_the_line_is_drawn_by_the_database_s_clock(world: World) -> None:
     done = await prune(world, days=30)
     assert (done.events, done.kept) == (1, 0)
     assert await left(world) == {"younger"}
+
+
+async def test_a_run_goes_on_at_its_position(world: World) -> None:
+    """C13: each call of the API deletes one batch; the next one goes on, and no event is counted twice."""
+    for number in range(5):
+        await add_old(world, f"r-{number}", days=100)
+    first = deliveries.c.event_seq == 1
+    await world.change(deliveries, first, state="pending", finished_at=None)
+    done = await retention.begin(world.database, older_than=timedelta(days=90))
+    counts = []
+    while True:
+        async with aclosing(retention.prune(world.database, done, limits=Limits(events=2))) as batches:
+            done = await anext(batches)
+        counts.append((done.events, done.kept))
+        if done.next is None:
+            break
+        done = await retention.resume(world.database, before=done.before, position=done.next)
+    assert counts[:3] == [(1, 1), (2, 0), (1, 0)]
+    assert set(counts[3:]) == {(0, 0)}
+    assert await left(world) == {"r-0"}
+
+
+async def test_a_run_cannot_go_on_with_younger_events(world: World) -> None:
+    """C16: the moment that a call hands back has the minimum age, too."""
+    for days in (29.9, -1.0):
+        with pytest.raises(RequestError, match="30 days ago or earlier"):
+            await retention.resume(
+                world.database, before=datetime.now(UTC) - timedelta(days=days), position="events-0"
+            )
 
 
 async def test_unfinished_events_are_kept(world: World) -> None:
