@@ -145,6 +145,7 @@ async def test_failures_are_grouped_by_cause(world: World, client: httpx.AsyncCl
     assert other.json() == {"data": [], "next": None}
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_commands_show_group_and_discard(
     world: World,
     database_url: str,

@@ -99,6 +99,7 @@ async def test_a_lost_webhook_is_found_among_the_rejected(world: World) -> None:
     assert (await explained(world, "r-l"))["state"] == "unknown"
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_the_command_prints_the_reason_and_ends_with_its_status(
     world: World,
     database_url: str,

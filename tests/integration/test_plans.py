@@ -195,20 +195,16 @@ async def test_events_by_their_jobs_and_deliveries(world: World, postgres: Postg
         assert len(await reads.list_events(connection, limit=50, which=which)) == 50
 
 
-async def test_events_read_forward(world: World, postgres: Postgres) -> None:
-    """C13: the next page of a consumer, and a look for new events, read few rows."""
+async def test_events_read_forward_and_explained(world: World, postgres: Postgres) -> None:
+    """C13: the next page of a consumer or of a stream, explanations and groups of failures read few rows."""
     await world.add(plain("new-1"))
+    await world.add_job("late", caller="blog", request_id="r-unseen")
     async with little_read(world.database, postgres):
         start, until = await forward.settle(world.database, HISTORY - 10)
         async with world.database.read() as connection:
             page = await reads.read_events(connection, limit=50, after=start, until=until)
         assert [row["request_id"] for row in page][-2:] == [f"r-{HISTORY}", "new-1"]
         assert await forward.settle(world.database, until) == (until, until)
-
-
-async def test_an_explanation_a_stream_and_failures(world: World, postgres: Postgres) -> None:
-    """C13: explanations by any id, a page of the tail and the groups of failures read few rows."""
-    await world.add_job("late", caller="blog", request_id="r-unseen")
     async with little_read(world.database, postgres):
         for key in ("r-7", str(event_id("clipia", "r-9")), "late", "r-unseen", "absent"):
             found = await explain_key(world.database, key, tuple)
@@ -216,5 +212,5 @@ async def test_an_explanation_a_stream_and_failures(world: World, postgres: Post
         async with world.database.read() as connection:
             assert not await failing.list_failures(connection)
         end = await tail.find_end(world.database)
-        page = await tail.read(world.database, end._replace(event=end.event - 10), tail.Wanted())
-        assert len(page.items) == 10
+        rows = await tail.read(world.database, end._replace(event=end.event - 10), tail.Wanted())
+        assert len(rows.items) == 10

@@ -162,6 +162,7 @@ async def test_a_late_commit_is_not_missed(world: World) -> None:
     assert [item["attempt"] for item, _ in page.items] == [1, 2]
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_streams_are_limited_and_end_when_the_process_drains(
     world: World, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,7 @@ async def until_data(lines: AsyncIterator[str]) -> AsyncIterator[str]:
             return
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_the_command_prints_a_line_for_each_item(
     world: World,
     database_url: str,
