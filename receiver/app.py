@@ -178,6 +178,7 @@ def endpoint_table(
     settings: Settings, database: Database, submitter: Submitter, *, wake: Wake
 ) -> list[Endpoint]:
     """Return the rows of the internal API."""
+    filters = ByName(lambda: settings.all_destinations, lambda each: each.filter)
     waits = ByName(lambda: settings.all_destinations, lambda each: each.when == "media_stored")
     open_own = partial(open_storage, settings.storage_url.get_secret_value())
     events = EventEndpoints(
@@ -189,7 +190,7 @@ def endpoint_table(
         *events.table(),
         *FileEndpoints(database, open_storage=open_own).table(),
         *MediaEndpoints(database, open_storage=open_own).table(),
-        *RoutingEndpoints(database, {each.name: each.filter for each in settings.all_destinations}).table(),
+        *RoutingEndpoints(database, filters).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
         *DeliveryEndpoints(database, settings.internal_url).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
