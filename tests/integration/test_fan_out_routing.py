@@ -9,10 +9,12 @@ import pytest
 from support.events import Recorder, World, opened, plain, with_files
 from support.payloads import failure
 
+from receiver.core.lane_names import wake_no_lane
 from receiver.core.routing import mismatch
 from receiver.db import inbox, job_events
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, jobs, media
+from receiver.lanes.fan_out import FanOut
 from receiver.lanes.targets import facts_of
 from receiver.sandbox import SandboxOptions, create_app, running
 
@@ -159,3 +161,29 @@ def add_job_filters(world: World) -> list[Recorder]:
         world.add_destination("shop", caller="shop"),
         world.add_destination("gold", caller="shop", metadata={"tier": "gold"}),
     ]
+
+
+async def test_a_run_keeps_the_destinations_that_it_began_with(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E4: a reload during a run routes no event by facts that were not loaded; the next run follows it."""
+    world.add_destination("all")
+    first = world.targets[:]
+    world.add_destination("shop", caller="shop")
+    world.add_destination("more")
+    for name in ("r-1", "r-2"):
+        await world.add_job(name, request_id=name)
+        await world.add(plain(name))
+    fan_out = FanOut(world.database, first, wake=wake_no_lane, rules=world.rules)
+    find = job_events.find_with_open_jobs
+
+    async def replace_meanwhile(*arguments: Any) -> Any:
+        fan_out.targets = world.targets
+        return await find(*arguments)
+
+    monkeypatch.setattr(job_events, "find_with_open_jobs", replace_meanwhile)
+    assert await fan_out.run(limit=1) == 1
+    assert await world.sent_to() == {("r-1", "all")}
+    assert await fan_out.run(limit=1) == 1
+    later = {("r-2", name) for name in ("all", "shop", "more")}
+    assert await world.sent_to() == {("r-1", "all")} | later

@@ -17,6 +17,7 @@ from receiver.db.database import Database
 from receiver.db.removed_destinations import NOT_CONFIGURED, Taken
 from receiver.db.tables import attempts, deliveries, events, workers
 from receiver.db.tables import replays as orders
+from receiver.lanes import removed_destinations as lanes_of_removed
 from receiver.lanes.removed_destinations import check, giving_up
 from receiver.lanes.replay import MAX_FAILED_STEPS
 
@@ -64,6 +65,29 @@ async def test_a_worker_checks_at_its_start(world: World) -> None:
 
             await until(is_logged)
     assert [entry["destination"] for entry in logs] == ["gone"]
+
+
+async def test_a_destination_that_is_back_after_a_reload_has_its_whole_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E4: a destination that a reload removes is missing, and one that adds it again undoes that."""
+    monkeypatch.setattr(lanes_of_removed, "CHECK_SECONDS", 0.02)
+    await leave(world, "orders", count=1)
+    configured = {"orders"}
+
+    async def is_marked() -> bool:
+        return {row["error"] for row in await world.rows(deliveries)} == {NOT_CONFIGURED}
+
+    async def is_clear() -> bool:
+        return not await is_marked()
+
+    async with giving_up(world.database, configured):
+        configured.clear()
+        await until(is_marked)
+        configured.add("orders")
+        await until(is_clear)
+        configured.clear()
+        await until(is_marked)
 
 
 async def test_it_is_a_dead_letter_three_days_after_it_was_missed(world: World) -> None:

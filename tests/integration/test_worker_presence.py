@@ -8,6 +8,7 @@ import uuid
 
 import pytest
 from sqlalchemy import update
+from support.events import until
 
 from receiver.db import workers
 from receiver.db.clock import db_time
@@ -53,6 +54,20 @@ async def test_a_worker_is_seen_while_it_works(database: Database) -> None:
             assert len(await until_seen(database, 2)) == 2
         await until_seen(database, 1)
     assert await seen(database) == []
+
+
+async def test_lanes_that_come_and_go_are_seen(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4: after a reload the row has the new lanes, so that other processes know who serves a destination."""
+    monkeypatch.setattr(workers, "RENEW_SECONDS", 0.05)
+    lanes = ["fanout", "destination:old"]
+    async with present(database, lanes, account=None):
+        await until_seen(database, 1)
+        lanes[1] = "destination:new"
+
+        async def are_seen() -> bool:
+            return (await seen(database))[0].lanes == lanes
+
+        await until(are_seen)
 
 
 async def test_a_row_is_renewed(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
