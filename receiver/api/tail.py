@@ -18,7 +18,7 @@ from receiver.api.endpoints import Call, Endpoint
 from receiver.api.parameters import Parameters, QueryFlag, Seconds, invalid
 from receiver.db import tail
 from receiver.db.database import Database
-from receiver.db.tail import Position, TailItem, Wanted
+from receiver.db.tail import Position, TailItem, TailPage, Wanted
 from receiver.errors import DatabaseUnavailable, RequestError
 
 MAX_STREAMS: Final = 16
@@ -125,25 +125,24 @@ class TailEndpoints:
         loop = asyncio.get_running_loop()
         deadline, sent_at = loop.time() + seconds, loop.time()
         yield b"retry: %d\nid: %b\n\n" % (RETRY_MILLISECONDS, str(position).encode())
-        while True:
+        # A process that stops ends its streams, so that they do not delay it.
+        while not getattr(request.app.state, "draining", False):
             try:
                 page = await tail.read(self._database, position, wanted)
             except DatabaseUnavailable as error:
                 # The client connects again, and is answered 503.
                 log.warning("stream ended", error=str(error))
                 return
-            frames = [_frame(item, after) for item, after in page.items]
-            if page.position != position and not (page.items and page.items[-1][1] == page.position):
-                frames.append(b"id: %b\n\n" % str(page.position).encode())
-            is_new, position = page.position != position, page.position
-            if not frames and loop.time() - sent_at > HEARTBEAT_SECONDS:
-                frames.append(b": still there\n\n")
-            if frames:
-                yield b"".join(frames)
+            is_new = page.position != position
+            position = page.position
+            if is_new:
+                yield _frames_of(page)
+                sent_at = loop.time()
+            elif loop.time() - sent_at > HEARTBEAT_SECONDS:
+                yield b": still there\n\n"
                 sent_at = loop.time()
             left = deadline - loop.time()
-            # A process that stops ends its streams, so that they do not delay it.
-            if left <= 0 or getattr(request.app.state, "draining", False):
+            if left <= 0:
                 return
             # Without a pause while it catches up.
             await asyncio.sleep(0 if is_new else min(POLL_SECONDS, left))
@@ -160,6 +159,12 @@ class _Stream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._places, aclosing(self._frames):
             await super().__call__(scope, receive, in_time(send, STALL_SECONDS))
+
+
+def _frames_of(page: TailPage) -> bytes:
+    # The last frame has the position after rows that were left out.
+    frames = [_frame(item, after) for item, after in page.items]
+    return b"".join((*frames, b"id: %b\n\n" % str(page.position).encode()))
 
 
 def _frame(item: TailItem, position: Position) -> bytes:

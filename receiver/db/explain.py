@@ -45,24 +45,27 @@ async def find(connection: SqlConnection, key: str, *, default_source: str) -> F
     if "\0" in key or not key.isprintable():
         return Found()
     delivery_id, seq = await _find_seq(connection, key)
-    event = await reads.show_event(connection, key)
-    if event is None and seq is not None:
-        own_id = await connection.scalar(select(events.c.id).where(events.c.seq == seq))
-        event = None if own_id is None else await reads.show_event(connection, str(own_id))
-    job_id, others = None, 0
+    event = await _find_event(connection, key, seq)
     if event is not None:
-        job_id = event["job_id"]
-    else:
-        job_id, others = await _find_job(connection, key, default_source)
+        job = None if event["job_id"] is None else await reads.show_job(connection, event["job_id"])
+        return Found(job=job, event=event, delivery_id=delivery_id)
+    job_id, others = await _find_job(connection, key, default_source)
     job = None if job_id is None else await reads.show_job(connection, job_id)
-    if event is None and job is not None and job["request_id"] is not None:
-        own_id = event_id(job["source"], job["request_id"])
-        event = await reads.show_event(connection, str(own_id))
-    rejected: Sequence[ListedRejection] = ()
-    if event is None:
-        texts = _texts(job, key)
-        rejected = await rejections.find_with(connection, texts, limit=MAX_REJECTIONS) if texts else ()
-    return Found(job=job, event=event, delivery_id=delivery_id, others=others, rejections=rejected)
+    if job is not None and job["request_id"] is not None:
+        of_job = event_id(job["source"], job["request_id"])
+        event = await reads.show_event(connection, str(of_job))
+    texts = _texts(job, key) if event is None else ()
+    rejected = await rejections.find_with(connection, texts, limit=MAX_REJECTIONS) if texts else ()
+    return Found(job=job, event=event, others=others, rejections=rejected)
+
+
+async def _find_event(connection: SqlConnection, key: str, seq: int | None) -> EventDetails | None:
+    """Return the event with this id or `request_id`, or else the one with this `seq`."""
+    event = await reads.show_event(connection, key)
+    if event is not None or seq is None:
+        return event
+    own_id = await connection.scalar(select(events.c.id).where(events.c.seq == seq))
+    return None if own_id is None else await reads.show_event(connection, str(own_id))
 
 
 def _texts(job: JobDetails | None, key: str) -> set[str]:

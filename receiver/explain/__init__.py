@@ -1,6 +1,7 @@
 """Why an object is in its state: the rows are read here, and `verdict` explains them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from receiver.core.routing import RoutingFacts, mismatch
@@ -8,7 +9,9 @@ from receiver.db import deliveries, destinations, submission_freezes, workers
 from receiver.db import explain as rows
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
+from receiver.db.deliveries import FailureGroup
 from receiver.db.explain import Found
+from receiver.db.views import EventDetails, JobDetails
 from receiver.destination_settings import DestinationSettings
 from receiver.explain.facts import DestinationFacts, Explanation, Facts
 from receiver.explain.verdict import explain
@@ -44,36 +47,44 @@ async def explain_key(
 async def _read_destinations(
     connection: SqlConnection, found: Found, configured: Sequence[DestinationSettings]
 ) -> list[DestinationFacts]:
-    event, job = found.event, found.job
+    event = found.event
     if event is None:
         return []
-    about = RoutingFacts(
+    about = _routing_facts(event, found.job)
+    known = {
+        each.name: DestinationFacts(name=each.name, mismatch=mismatch(each.filter, about))
+        for each in configured
+    }
+    pauses = await destinations.read_pauses(connection)
+    circuits = {each.destination: each for each in reversed(await destinations.read_circuits(connection))}
+    for name in {row["destination"] for row in event["deliveries"]}:
+        known[name] = replace(
+            known.get(name) or DestinationFacts(name=name, configured=False),
+            pause=pauses[name].pause if name in pauses else None,
+            circuit=circuits.get(name),
+            failures=await _read_failures(connection, event, name),
+        )
+    return list(known.values())
+
+
+def _routing_facts(event: EventDetails, job: JobDetails | None) -> RoutingFacts:
+    return RoutingFacts(
         status=event["status"] or "",
         model=event["model"],
         source=event["source"],
         caller=None if job is None else job["caller"],
         metadata={} if job is None else job["metadata"],
     )
-    filters = {each.name: each.filter for each in configured}
-    pauses = await destinations.read_pauses(connection)
-    circuits = {each.destination: each for each in reversed(await destinations.read_circuits(connection))}
-    has_failed = {
-        row["destination"] for row in event["deliveries"] if row["error"] and row["state"] != "canceled"
-    }
-    used = [row["destination"] for row in event["deliveries"]]
-    return [
-        DestinationFacts(
-            name=name,
-            configured=name in filters,
-            mismatch=mismatch(filters[name], about) if name in filters else None,
-            pause=pauses[name].pause if name in pauses and name in {*used} else None,
-            circuit=circuits.get(name) if name in {*used} else None,
-            failures=(
-                await deliveries.list_failures(connection, destination=name) if name in has_failed else ()
-            ),
-        )
-        for name in dict.fromkeys([*filters, *used])
-    ]
+
+
+async def _read_failures(
+    connection: SqlConnection, event: EventDetails, destination: str
+) -> Sequence[FailureGroup]:
+    """Return the failures at a destination, if the event's delivery to it has failed."""
+    rows = (row for row in event["deliveries"] if row["destination"] == destination)
+    if not any(row["error"] for row in rows if row["state"] in ("pending", "dead")):
+        return ()
+    return await deliveries.list_failures(connection, destination=destination)
 
 
 __all__ = ["Explanation", "explain_key"]

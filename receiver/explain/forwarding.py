@@ -50,22 +50,21 @@ def delivery_parts(facts: Facts, event: EventDetails) -> Iterator[Part]:
     for row in _chosen(event["deliveries"], facts):
         where = known.get(row["destination"]) or DestinationFacts(name=row["destination"], configured=False)
         yield _delivery_part(facts, row, where)
-    if event["deliveries"] or facts.delivery_id is not None:
-        return
+    if not event["deliveries"]:
+        yield _without_delivery(facts, event)
+
+
+def _without_delivery(facts: Facts, event: EventDetails) -> Part:
     configured = [each for each in facts.destinations if each.configured]
     if not configured:
-        yield Part("stored", "no destination is configured: the event is only stored")
-    elif all(each.mismatch is not None for each in configured):
-        reasons = "; ".join(f"{each.name}: {each.mismatch}" for each in configured)
-        yield Part(
-            "filtered",
-            f"each destination's filter leaves it out ({reasons})",
-            (f"receiver route {event['id']}",),
-        )
-    else:
-        names = ", ".join(each.name for each in configured if each.mismatch is None)
+        return Part("stored", "no destination is configured: the event is only stored")
+    names = ", ".join(each.name for each in configured if each.mismatch is None)
+    if names:
         text = f"it has no delivery: {names} took no such events when it came"
-        yield Part("filtered", text, (f"receiver replay {event['id']}",))
+        return Part("filtered", text, (f"receiver replay {event['id']}",))
+    reasons = "; ".join(f"{each.name}: {each.mismatch}" for each in configured)
+    text = f"each destination's filter leaves it out ({reasons})"
+    return Part("filtered", text, (f"receiver route {event['id']}",))
 
 
 def _chosen(rows: Sequence[DeliveryWithLog], facts: Facts) -> list[DeliveryWithLog]:

@@ -61,6 +61,10 @@ def _event_facts(facts: Facts, event: EventDetails) -> Iterator[Fact]:
     for delivery in event["deliveries"]:
         if facts.delivery_id in (None, delivery["id"]):
             yield from _delivery_facts(delivery)
+    yield from _filter_facts(facts, event)
+
+
+def _filter_facts(facts: Facts, event: EventDetails) -> Iterator[Fact]:
     with_delivery = {delivery["destination"] for delivery in event["deliveries"]}
     for where in facts.destinations:
         if where.mismatch is not None and where.name not in with_delivery:

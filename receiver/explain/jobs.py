@@ -1,10 +1,11 @@
 """The state of a job that has no event yet; pure."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE
 from receiver.db.views import JobDetails
+from receiver.db.workers import SeenWorker
 from receiver.explain.facts import Facts, Part, State, clock
 from receiver.submitter.job import read_error
 
@@ -62,13 +63,16 @@ def _submitted(facts: Facts, job: JobDetails) -> Part:
         return missing
     accepted = "" if job["submitted_at"] is None else f" since {clock(job['submitted_at'], facts.now)}"
     progress = "" if job["progress"] is None else f" ({job['progress']} %)"
-    awaited = "its webhook is awaited" if job["has_webhook"] else "it has no webhook"
-    error = error_words(read_error(job["error"]))
-    last = f"; the last poll failed{error}" if error else ""
-    due = job["next_attempt_at"]
-    poll = "" if due is None or missing is not None else f", and Clipia is asked at {clock(due, facts.now)}"
-    text = f"Clipia has worked on it{accepted}{progress}; {awaited}{poll}{last}"
+    text = f"Clipia has worked on it{accepted}{progress}; {_awaited(facts, job, polled=missing is None)}"
     return Part("job_submitted", text, (f"receiver events fetch {job['request_id']}",))
+
+
+def _awaited(facts: Facts, job: JobDetails, *, polled: bool) -> str:
+    words = "its webhook is awaited" if job["has_webhook"] else "it has no webhook"
+    if polled and job["next_attempt_at"] is not None:
+        words += f", and Clipia is asked at {clock(job['next_attempt_at'], facts.now)}"
+    error = error_words(read_error(job["error"]))
+    return f"{words}; the last poll failed{error}" if error else words
 
 
 def rejected_part(facts: Facts) -> Part:
@@ -96,11 +100,16 @@ def _missing_worker(facts: Facts, job: JobDetails, lane: str, verb: str) -> Part
     if not running:
         return _NO_WORKER
     kind = (job["account"] or "").partition("-")[0]
-    if any(lane in each.lanes and (each.account or "").startswith(kind) for each in running):
+    if _has_key(running, lane, kind):
         return None
-    key = f"CLIPIA_KEY of the {kind} kind" if kind else "CLIPIA_KEY"
     names = ", ".join(f"process {each.pid} on {each.host}" for each in running[:3])
-    return Part("no_key", f"no running worker {verb} it: {names} has no {key}", ("receiver check",))
+    text = f"no running worker {verb} it: {names} has no CLIPIA_KEY of the {kind or 'right'} kind"
+    return Part("no_key", text, ("receiver check",))
+
+
+def _has_key(running: Sequence[SeenWorker], lane: str, kind: str) -> bool:
+    accounts = [each.account or "" for each in running if lane in each.lanes]
+    return any(account.startswith(kind) for account in accounts)
 
 
 def _next(facts: Facts, job: JobDetails) -> str:

@@ -1,6 +1,9 @@
 """The explanation of an id: one state, one sentence, the next commands; pure."""
 
 from collections.abc import Iterator
+from uuid import UUID
+
+from typing_extensions import TypedDict
 
 from receiver.core.lane_names import FAN_OUT_LANE
 from receiver.db.views import EventDetails
@@ -16,10 +19,9 @@ MAX_COMMANDS = 5
 def explain(facts: Facts) -> Explanation:
     """Explain the state of an id."""
     parts = first(_parts(facts))
-    job, event = facts.job, facts.event
     words = [_head(facts), *dict.fromkeys(part.text for part in parts)]
     commands = dict.fromkeys(command for part in parts for command in part.commands)
-    request_id = event["request_id"] if event is not None else job and job["request_id"]
+    ids = _ids(facts)
     return Explanation(
         key=facts.key,
         state=parts[0].state,
@@ -27,11 +29,26 @@ def explain(facts: Facts) -> Explanation:
         verdict="; ".join(word for word in words if word),
         facts=history(facts),
         commands=list(commands)[:MAX_COMMANDS],
-        event_id=event["id"] if event is not None else None,
-        request_id=request_id or None,
-        job_id=job["id"] if job is not None else None,
-        delivery_id=facts.delivery_id,
+        **ids,
     )
+
+
+class _Ids(TypedDict):
+    event_id: UUID | None
+    request_id: str | None
+    job_id: UUID | None
+    delivery_id: UUID | None
+
+
+def _ids(facts: Facts) -> _Ids:
+    job, event = facts.job, facts.event
+    named = event or job
+    return {
+        "event_id": event and event["id"],
+        "request_id": named and named["request_id"],
+        "job_id": job and job["id"],
+        "delivery_id": facts.delivery_id,
+    }
 
 
 def _parts(facts: Facts) -> list[Part]:
@@ -92,17 +109,21 @@ def _head(facts: Facts) -> str:
     words = []
     if facts.others:
         words.append(f"{facts.others} other callers have a job with this key, too")
-    charged = job["charged"] if job is not None else None
-    if charged:
-        words.append(f"paid {charged} credits")
-    elif job is None and event is not None and event["cost"]:
-        words.append(f"cost {event['cost']} credits")
+    words += _price(facts)
     if event is not None and event["status"] == "ERROR":
         error = error_words(read_error(job["error"])) if job is not None else ""
         words.append(f"the generation failed{error}")
     if event is not None and (media := media_words(event)):
         words.append(media)
     return ", ".join(words)
+
+
+def _price(facts: Facts) -> Iterator[str]:
+    job, event = facts.job, facts.event
+    if job is not None and job["charged"]:
+        yield f"paid {job['charged']} credits"
+    elif job is None and event is not None and event["cost"]:
+        yield f"cost {event['cost']} credits"
 
 
 def _quoted(key: str) -> str:
