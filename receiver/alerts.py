@@ -108,7 +108,7 @@ def _destinations(seen: Seen) -> Iterator[Finding]:
             kind="destination_down",
             subject=name,
             text=f"destination {name} is down, and {waiting} deliveries wait",
-            command=f"receiver deliveries list --destination {name} --state pending",
+            command=f"receiver destinations test {name}",
             count=max(waiting, 1),
             first_at=min(times),
         )
