@@ -32,6 +32,7 @@ from receiver.api.explain import ExplainEndpoints
 from receiver.api.files import FileEndpoints
 from receiver.api.freezes import FreezeEndpoints
 from receiver.api.jobs import JobEndpoints
+from receiver.api.known_destinations import KnownDestinations
 from receiver.api.media import MediaEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
@@ -181,8 +182,9 @@ def endpoint_table(
     filters = ByName(lambda: settings.all_destinations, lambda each: each.filter)
     waits = ByName(lambda: settings.all_destinations, lambda each: each.when == "media_stored")
     open_own = partial(open_storage, settings.storage_url.get_secret_value())
+    known = KnownDestinations(database, waits)
     events = EventEndpoints(
-        database, open_storage=open_own, destinations=waits, internal_url=settings.internal_url
+        database, open_storage=open_own, destinations=known, internal_url=settings.internal_url
     )
     control = DestinationControl(database, lambda: settings.every_destination, wake=wake)
     return [
@@ -192,7 +194,7 @@ def endpoint_table(
         *MediaEndpoints(database, open_storage=open_own).table(),
         *RoutingEndpoints(database, filters).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
-        *DeliveryEndpoints(database, settings.internal_url).table(),
+        *DeliveryEndpoints(database, known, settings.internal_url).table(),
         *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
@@ -202,7 +204,7 @@ def endpoint_table(
         *UpkeepEndpoints(database, open_storage=open_own).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
         *ResultFetchEndpoints(ResultFetch(database, submitter, wake=wake)).table(),
-        *TailEndpoints(database).table(),
+        *TailEndpoints(database, known).table(),
         *ExplainEndpoints(database, lambda: settings.all_destinations).table(),
     ]
 

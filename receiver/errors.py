@@ -5,6 +5,7 @@
     ReceiverError
     ├── SettingsError            a setting is missing or wrong; the message names it and gives advice
     │   └── UnusableFileError    a file of a setting is missing or unusable; it may be repaired later
+    ├── UsageError               a command line is wrong; the message says how to write it
     ├── SignatureError           a webhook's signature is invalid or too old (`reason`)
     ├── UnrecognizedBody         an authentic body that is not an event (`reason`)
     ├── PermanentError           a retry cannot help (`reason`)
@@ -46,6 +47,10 @@ class SettingsError(ReceiverError):
 
 class UnusableFileError(SettingsError):
     """A file that a setting names is missing or has the wrong content; it may be repaired later."""
+
+
+class UsageError(ReceiverError):
+    """A command line is wrong; the message says how to write it."""
 
 
 class SignatureError(ReceiverError):

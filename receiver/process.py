@@ -40,7 +40,7 @@ from receiver.lanes.worker_presence import present
 from receiver.media import Downloader, MediaHosts, Storage, open_storage
 from receiver.rejections import Rejections
 from receiver.replays import Replays
-from receiver.settings import Settings
+from receiver.settings import Settings, unknown_variables
 from receiver.submitter import Submitter
 
 log = structlog.get_logger()
@@ -101,6 +101,8 @@ async def prepare(settings: Settings) -> None:
 
     Raises SettingsError, with advice for the operator, and DatabaseUnavailable.
     """
+    for name, closest in unknown_variables().items():
+        log.warning("a variable is not a setting: is it mistyped?", variable=name, closest=closest)
     database = Database(settings.database_url.get_secret_value())
     try:
         await migrate.prepare(database, durable_without=settings.durable_without)

@@ -8,6 +8,7 @@ of the file.
 import os
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import (
@@ -48,6 +49,7 @@ from receiver.config_file import (
 )
 from receiver.destination_settings import DestinationSettings, Name, Table
 from receiver.errors import SettingsError
+from receiver.plain_words import in_our_words
 from receiver.price import MAX_CREDITS, Credits, read_credits
 from receiver.source_settings import SourceSettings
 
@@ -352,11 +354,18 @@ class Settings(BaseSettings):
             each.register_headers()
 
 
-def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Return the names in `environ` that start with RECEIVER_ and are not settings: probably typos."""
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> dict[str, str | None]:
+    """Return the names in `environ` that start with RECEIVER_ and are no settings, each with the closest one.
+
+    They are probably mistyped; the closest one is None if none is similar.
+    """
     known = {variable_name(field) for field in Settings.model_fields}
     known |= {"RECEIVER_CONFIG", URL_VARIABLE, TOKEN_VARIABLE}
-    return sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
+    found = sorted(name for name in environ if name.startswith("RECEIVER_") and name not in known)
+    # Without the common start, which would make all of them similar.
+    endings = {name.removeprefix("RECEIVER_"): name for name in known}
+    close = {name: get_close_matches(name.removeprefix("RECEIVER_"), endings, n=1) for name in found}
+    return {name: endings[matches[0]] if matches else None for name, matches in close.items()}
 
 
 def _spelling(location: tuple[int | str, ...]) -> str:
@@ -376,4 +385,4 @@ def _spelling(location: tuple[int | str, ...]) -> str:
 def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         return "is not a setting: see the table in the README"
-    return str(error["msg"]).removeprefix("Value error, ")
+    return in_our_words(error["msg"])

@@ -15,6 +15,7 @@ from receiver.api.endpoints import (
     list_response,
     not_found,
 )
+from receiver.api.known_destinations import KnownDestinations
 from receiver.api.models import CloudEventModel
 from receiver.api.parameters import Name, Parameters
 from receiver.db import deliveries
@@ -48,9 +49,12 @@ class Discarded(TypedDict):
 class DeliveryEndpoints:
     """The endpoints need the scope `operate`: they show and change the deliveries of every caller."""
 
-    def __init__(self, database: Database, internal_url: str | None = None) -> None:
+    def __init__(
+        self, database: Database, destinations: KnownDestinations, internal_url: str | None = None
+    ) -> None:
         """`internal_url` is the start of the links of files in messages."""
         self._database = database
+        self._destinations = destinations
         self._internal_url = internal_url
 
     def table(self) -> list[Endpoint]:
@@ -109,6 +113,8 @@ class DeliveryEndpoints:
     async def _list_failures(self, call: Call[FailuresQuery, None]) -> Response:
         async with self._database.read() as connection:
             found = await deliveries.list_failures(connection, destination=call.query.destination)
+        if not found:
+            await self._destinations.require(call.query.destination)
         return list_response(found)
 
     async def _show(self, call: Call[None, None]) -> Response:

@@ -2,7 +2,7 @@
 
 import asyncio
 import base64
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Annotated, Any, Final, Self
 
@@ -22,6 +22,7 @@ from receiver.api.endpoints import (
     page_response,
     while_connected,
 )
+from receiver.api.known_destinations import KnownDestinations
 from receiver.api.models import Restarted, RestartedMany, ShownEvent, ShownReceipt
 from receiver.api.parameters import (
     Cursor,
@@ -156,7 +157,7 @@ class EventEndpoints:
         database: Database,
         *,
         open_storage: Callable[[], Storage],
-        destinations: Collection[str],
+        destinations: KnownDestinations,
         internal_url: str | None,
     ) -> None:
         self._database = database
@@ -266,6 +267,8 @@ class EventEndpoints:
             rows = await reads.list_events(
                 connection, limit=query.limit + 1, before=query.cursor, which=query.which
             )
+        if not rows:
+            await self._destinations.require(query.destination)
         return page_response(rows, query.limit, "seq")
 
     async def _read_forward(self, query: EventsQuery, after: int) -> Response:
@@ -282,6 +285,8 @@ class EventEndpoints:
                 until = rows[-1]["seq"]
             left = deadline - loop.time()
             if rows or left <= 0:
+                if not rows:
+                    await self._destinations.require(query.destination)
                 return list_response(rows, str(until))
             after = until
             # Without a pause if events were read and none matches.
@@ -332,6 +337,8 @@ class EventEndpoints:
                 since=query.since,
                 until=query.until,
             )
+        if not rows:
+            await self._destinations.require(query.destination)
         return page_response(rows, query.limit, "id")
 
     async def _retry(self, call: Call[None, None]) -> Response:
@@ -350,9 +357,11 @@ class EventEndpoints:
         async with self._database.read() as connection:
             began = await pruning.moment_ago(connection, seconds=0.0)
         done = await self._restart(selected, call.caller, limit=MAX_RESTARTED)
+        if not done:
+            await self._destinations.require(body.destination)
         answer = RestartedMany(
             restarted=done,
-            not_configured=sorted(done.keys() - set(self._destinations)),
+            not_configured=sorted(done.keys() - set(self._destinations.configured)),
             more=sum(done.values()) == MAX_RESTARTED,
             began=body.not_restarted_since or began,
         )
@@ -376,18 +385,12 @@ async def load_event(database: Database, key: str, find: EventFinder[EventT]) ->
 
 def readable(event: EventDetails, internal_url: str | None) -> dict[str, Any]:
     """Return an event for JSON: its body is decoded, and the bodies of its receipts are base64."""
-    rest = {name: value for name, value in event.items() if name != "body"}
-    return (
-        rest
-        | display_fields(event["body"])
-        | {
-            "receipts": [_with_text_body(row) for row in event["receipts"]],
-            "media": [
-                {**row, "link": file_link(internal_url, row["id"], row["storage_key"])}
-                for row in event["media"]
-            ],
-        }
-    )
+    shown: dict[str, Any] = {name: value for name, value in event.items() if name != "body"}
+    shown |= display_fields(event["body"])
+    shown["receipts"] = [_with_text_body(row) for row in event["receipts"]]
+    for row in shown["media"]:
+        row["link"] = file_link(internal_url, row["id"], row["storage_key"])
+    return shown
 
 
 def _with_text_body(receipt: Receipt) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from receiver.api.answers import in_time
 from receiver.api.endpoints import Call, Endpoint
+from receiver.api.known_destinations import KnownDestinations
 from receiver.api.parameters import Parameters, QueryFlag, Seconds, invalid
 from receiver.db import tail
 from receiver.db.database import Database
@@ -75,8 +76,9 @@ class TailQuery(Parameters):
 class TailEndpoints:
     """The endpoint needs the scope `operate`: it shows events of every caller, and diagnoses."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, destinations: KnownDestinations) -> None:
         self._database = database
+        self._destinations = destinations
         self._places = asyncio.Semaphore(MAX_STREAMS)
 
     def table(self) -> list[Endpoint]:
@@ -111,6 +113,7 @@ class TailEndpoints:
                 f"this process serves {MAX_STREAMS} streams already; end one of them", code="too_many_streams"
             )
         query = call.query
+        await self._destinations.require(query.destination)
         after = query.after or Position.read(call.request.headers.get("last-event-id", ""))
         if after is None:
             # Before the answer begins, so that it is 503 if the database is away.

@@ -9,6 +9,8 @@ from typer.main import get_group
 
 from receiver import __version__, exit_status
 from receiver.cli.commands import SENTENCES, load
+from receiver.cli.examples import epilog_of
+from receiver.plain_words import in_our_words
 
 
 class _Group(TyperGroup):
@@ -41,7 +43,10 @@ class _Commands(Mapping[str, TyperCommand]):
                 group.add_typer(found, name=name, cls=_Group)
             else:
                 group.command(name)(found)
-            self._loaded[name] = cast("TyperCommand", get_group(group).commands[name])
+            command = cast("TyperCommand", get_group(group).commands[name])
+            for words, each in {name: command, **_inside(name, command)}.items():
+                each.epilog = epilog_of(words)
+            self._loaded[name] = command
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -49,6 +54,11 @@ class _Commands(Mapping[str, TyperCommand]):
 
     def __len__(self) -> int:
         return len(SENTENCES)
+
+
+def _inside(name: str, group: Any) -> dict[str, Any]:
+    """Return the commands of a group by all their words."""
+    return {f"{name} {each}": command for each, command in getattr(group, "commands", {}).items()}
 
 
 class _Receiver(_Group):
@@ -60,6 +70,13 @@ class _Receiver(_Group):
 
     def sentences(self) -> Mapping[str, str]:
         return SENTENCES
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = in_our_words(error.message)
+            raise
 
     def list_commands(self, ctx: Any) -> list[str]:
         # The library's own method would load them all.
@@ -118,5 +135,5 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. The exit status is 2 if the settings are wrong, and 1 for other failures."""
+    """Run the command line."""
     exit_status.run(app)

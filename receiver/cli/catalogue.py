@@ -8,6 +8,7 @@ import typer
 
 from receiver.cli.client import with_client
 from receiver.cli.clipia_calls import Input, Strict, read_input
+from receiver.cli.completion import complete_model
 from receiver.cli.options import Json
 from receiver.cli.submit import reason_text
 from receiver.cli.terminal import amount, count, print_json, print_line, print_list, print_result, print_rows
@@ -21,7 +22,10 @@ _FACTS = (
 
 def models(
     slug: Annotated[
-        str | None, typer.Argument(help="Show this model: its slug, or the id of a text model.")
+        str | None,
+        typer.Argument(
+            help="Show this model: its slug, or the id of a text model.", autocompletion=complete_model
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -42,7 +46,9 @@ def models(
 
 
 def estimate(
-    model: Annotated[str, typer.Argument(help="The model's slug; see `receiver models`.")],
+    model: Annotated[
+        str, typer.Argument(help="The model's slug; see `receiver models`.", autocompletion=complete_model)
+    ],
     given: Input,
     strict: Strict = None,
     json: Json = False,

@@ -6,7 +6,7 @@ import typer
 
 from receiver.cli.terminal import read_file
 from receiver.core.lenient_json import clean_body
-from receiver.errors import ReceiverError, UnrecognizedBody
+from receiver.errors import UnrecognizedBody, UsageError
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ Strict = Annotated[
 
 
 def read_input(text: str) -> dict[str, Any]:
-    """Return the object that `--input` contains, or that its file contains. Raises ReceiverError."""
+    """Return the object that `--input` contains, or that its file contains. Raises UsageError."""
     # Bytes of an argument that are not UTF-8 arrive as surrogates.
     content = text.encode(errors="surrogateescape")
     if text.startswith("@"):
@@ -37,12 +37,12 @@ def read_input(text: str) -> dict[str, Any]:
     try:
         value, altered = clean_body(content)
     except UnrecognizedBody:
-        raise ReceiverError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
+        raise UsageError('--input is not JSON; write \'{"prompt": "a cat"}\' or @FILE') from None
     if altered:
-        raise ReceiverError(
+        raise UsageError(
             f"--input: the values at {', '.join(altered[:5])} cannot be sent to Clipia: "
             "write integers of at most 64 bits, complete Unicode characters, and each name once"
         )
     if not isinstance(value, dict):
-        raise ReceiverError('--input: write a JSON object, as in \'{"prompt": "a cat"}\'')
+        raise UsageError('--input: write a JSON object, as in \'{"prompt": "a cat"}\'')
     return value

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from receiver.db import migrate
 from receiver.db.database import Database
-from receiver.errors import ReceiverError
+from receiver.errors import RequestError
 from receiver.logs import configure_logging
 from receiver.media import Storage, open_storage
 from receiver.settings import Settings
@@ -33,9 +33,9 @@ def silence_logs() -> None:
     configure_logging(level="CRITICAL")
 
 
-def no_event(key: str) -> ReceiverError:
+def no_event(key: str) -> RequestError:
     """Return the error for a key that matches no event."""
-    return ReceiverError(f"there is no event with the id or request_id {key!r}")
+    return RequestError(f"there is no event with the id or request_id {key!r}", code="not_found")
 
 
 @asynccontextmanager

@@ -12,12 +12,13 @@ import typer
 
 from receiver.api.models import RestartedMany
 from receiver.cli.client import with_client
+from receiver.cli.completion import complete_destination
 from receiver.cli.options import CURSOR_HELP, DryRun, Json, Limit, Reason, since_option, until_option
 from receiver.cli.single_deliveries import discard_one, failures, is_delivery, show
 from receiver.cli.terminal import count, print_json, print_list, print_note, print_rows, stdout
 from receiver.client import Client
 from receiver.db.rows import DeliveryState
-from receiver.errors import ReceiverError
+from receiver.errors import UsageError
 from receiver.removed_deliveries import Redirected
 
 MAX_ERROR_LENGTH: Final = 100
@@ -31,7 +32,9 @@ deliveries = typer.Typer(
 )
 
 _Dead = Annotated[bool, typer.Option("--dead", help="Include its dead letters.")]
-_Destination = Annotated[str | None, typer.Option(help="Only deliveries to this destination.")]
+_Destination = Annotated[
+    str | None, typer.Option(help="Only deliveries to this destination.", autocompletion=complete_destination)
+]
 _Removed = Annotated[
     str, typer.Argument(metavar="FROM", help="The destination that is no longer in the settings.")
 ]
@@ -79,7 +82,7 @@ def retry(
     The exit status is 1 if no dead letter matches.
     """
     if not (ids or destination or since or until or everything):
-        raise ReceiverError("say which dead letters: ids, --destination, --since, --until, or --all")
+        raise UsageError("say which dead letters: ids, --destination, --since, --until, or --all")
     chosen = [_id(each) for each in ids or ()]
 
     async def run(client: Client) -> Counter[str]:
@@ -126,7 +129,12 @@ async def _retry(retry_some: Callable[..., Awaitable[RestartedMany]]) -> Counter
 @deliveries.command()
 def move(
     destination: _Removed,
-    to: Annotated[str, typer.Argument(metavar="TO", help="A destination that is in the settings.")],
+    to: Annotated[
+        str,
+        typer.Argument(
+            metavar="TO", help="A destination that is in the settings.", autocompletion=complete_destination
+        ),
+    ],
     dead: _Dead = False,
     dry_run: DryRun = False,
     reason: Reason = None,
@@ -232,6 +240,6 @@ def _id(text: str) -> UUID:
     try:
         return UUID(text)
     except ValueError:
-        raise ReceiverError(
+        raise UsageError(
             f"{text!r} is not the id of a delivery; `receiver deliveries list` shows them"
         ) from None

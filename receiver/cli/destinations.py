@@ -6,6 +6,7 @@ from typing import Annotated, Final
 import typer
 
 from receiver.cli.client import with_client
+from receiver.cli.completion import complete_destination
 from receiver.cli.options import Json, Reason
 from receiver.cli.terminal import count, moment, print_json, print_line, print_list, print_note, print_rows
 from receiver.destination_control import ListedDestination
@@ -13,7 +14,12 @@ from receiver.status import age, pause_text
 
 destinations = typer.Typer(help="List, pause, resume and test destinations.", no_args_is_help=True)
 
-_Name = Annotated[str, typer.Argument(metavar="NAME", help="The destination's name in the settings.")]
+_Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME", help="The destination's name in the settings.", autocompletion=complete_destination
+    ),
+]
 _COLUMNS: Final = ("name", "kind", "state", "waiting", "oldest", "failing", "dead", "per_minute", "gets")
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from receiver.api.models import ShownEvent
 from receiver.cli.client import missing, with_client
+from receiver.cli.completion import complete_destination, complete_model
 from receiver.cli.database import no_event
 from receiver.cli.export_import import export, import_
 from receiver.cli.options import (
@@ -54,7 +55,9 @@ def list_(
     source: Annotated[str | None, typer.Option(help="Only events of this source.")] = None,
     state: Annotated[EventState | None, typer.Option(help="Only events in this state.")] = None,
     status: Annotated[EventStatus | None, typer.Option(help="Only events with this status.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only events of this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only events of this model.", autocompletion=complete_model)
+    ] = None,
     caller: Annotated[str | None, typer.Option(help="Only events of this caller's jobs.")] = None,
     metadata: Annotated[
         list[str] | None,
@@ -64,7 +67,10 @@ def list_(
     delivery_state: Annotated[
         DeliveryState | None, typer.Option(help="Only events with a delivery in this state.")
     ] = None,
-    destination: Annotated[str | None, typer.Option(help="Only events with a delivery to it.")] = None,
+    destination: Annotated[
+        str | None,
+        typer.Option(help="Only events with a delivery to it.", autocompletion=complete_destination),
+    ] = None,
     since: Annotated[datetime | None, since_option("events received")] = None,
     until: Annotated[datetime | None, until_option("events received")] = None,
     limit: Limit = 50,

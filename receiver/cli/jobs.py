@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from receiver.cli.client import missing, with_client
+from receiver.cli.completion import complete_model
 from receiver.cli.options import CURSOR_HELP, Json, Limit, Reason, read_pair, since_option, until_option
 from receiver.cli.submit import file_text, reason_text
 from receiver.cli.terminal import (
@@ -21,11 +22,10 @@ from receiver.cli.terminal import (
     print_rows,
     print_title,
     stdout,
-    wide,
 )
 from receiver.client import Client
 from receiver.db.rows import CostGroup, JobState
-from receiver.errors import ReceiverError
+from receiver.errors import RequestError
 from receiver.submitter import Job, JobEvent
 
 jobs = typer.Typer(
@@ -48,7 +48,9 @@ _COLUMNS = ("id", "state", "model", "caller", "key", "created_at", "credits")
 @jobs.command("list")
 def list_(
     state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
-    model: Annotated[str | None, typer.Option(help="Only jobs of this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Only jobs of this model.", autocompletion=complete_model)
+    ] = None,
     caller: _Caller = None,
     since: _Since = None,
     until: _Until = None,
@@ -182,11 +184,11 @@ def _print_costs(rows: Sequence[Mapping[str, Any]], by: str) -> None:
     for row in rows:
         table.add_row(Text(row[by]), *(str(row[name]) for name in sums))
     table.add_row("[bold]total", *(str(sum(row[name] for row in rows)) for name in sums))
-    wide.print(table)
+    stdout.print(table)
 
 
 async def _find(client: Client, key: str) -> Job:
-    with missing(ReceiverError(f"there is no job with the id or request_id {key!r}")):
+    with missing(RequestError(f"there is no job with the id or request_id {key!r}", code="not_found")):
         return await client.show_job(key)
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from receiver.core.request_values import read_moment
-from receiver.errors import ReceiverError
+from receiver.errors import UsageError
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only count; change nothing.")]
 EventKey = Annotated[str, typer.Argument(metavar="EVENT", help="The event's id, or Clipia's request_id.")]
@@ -42,8 +42,8 @@ def until_option(noun: str) -> Any:
 
 
 def read_pair(text: str) -> tuple[str, str]:
-    """Return the name and the value of `--metadata`. Raises ReceiverError."""
+    """Return the name and the value of `--metadata`. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ReceiverError(f"--metadata {text!r}: write NAME=VALUE")
+        raise UsageError(f"--metadata {text!r}: write NAME=VALUE")
     return name, value

@@ -11,7 +11,7 @@ from receiver.cli.client import missing, with_client
 from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
 from receiver.cli.terminal import moment, print_line, print_list, print_result, print_rows, print_title, size
 from receiver.core.diagnosis import Cause
-from receiver.errors import ReceiverError
+from receiver.errors import RequestError
 from receiver.rejections import MAX_BODY_BYTES
 
 rejections = typer.Typer(help="Show rejected requests to the callback, and why.", no_args_is_help=True)
@@ -54,7 +54,7 @@ def show(
 ) -> None:
     """Show one rejected request: its diagnosis, its headers and the start of its body."""
     absent = f"there is no rejected request with the id {rejection_id}; old ones are deleted"
-    with missing(ReceiverError(absent)):
+    with missing(RequestError(absent, code="not_found")):
         found = with_client(lambda client: client.show_rejection(rejection_id))
     print_result(found, partial(_print, found), json=json)
 

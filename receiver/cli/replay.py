@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from receiver.cli.client import missing, with_client
+from receiver.cli.completion import complete_destination, complete_model
 from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, Reason, since_option, until_option
 from receiver.cli.terminal import (
     count,
@@ -31,7 +32,7 @@ from receiver.client import Client
 from receiver.core.lane_names import REPLAY_LANE, destination_lane
 from receiver.core.request_values import MAX_CALLER_LENGTH, first_problem
 from receiver.db.views import ReplayDetails
-from receiver.errors import ReceiverError
+from receiver.errors import RequestError, UsageError
 from receiver.replays import ReplayRequest
 from receiver.status import WorkerStatus
 
@@ -45,7 +46,12 @@ _Ids = Annotated[list[str] | None, typer.Argument(metavar="EVENT", help="Ids or 
 _DeliveryState = Annotated[
     str | None, typer.Option(help="Only events with a delivery in this state: pending, delivered, dead.")
 ]
-_To = Annotated[list[str] | None, typer.Option(help="Only to this destination. Repeatable. Default: to all.")]
+_To = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Only to this destination. Repeatable. Default: to all.", autocompletion=complete_destination
+    ),
+]
 _Media = Annotated[
     bool, typer.Option("--media", help="First download missing, changed and non-media files again.")
 ]
@@ -61,11 +67,17 @@ def replay(
     until: Annotated[datetime | None, until_option("events received")] = None,
     status: Annotated[str | None, typer.Option(help="Only events with this status: OK or ERROR.")] = None,
     model: Annotated[
-        str | None, typer.Option(help="Only events of this model; a glob such as 'seedance-*'.")
+        str | None,
+        typer.Option(
+            help="Only events of this model; a glob such as 'seedance-*'.", autocompletion=complete_model
+        ),
     ] = None,
     source: Annotated[str | None, typer.Option(help="Only events of this source.")] = None,
     caller: Annotated[str | None, typer.Option(help="Only events of this caller's jobs.")] = None,
-    destination: Annotated[str | None, typer.Option(help="Only events with a delivery to it.")] = None,
+    destination: Annotated[
+        str | None,
+        typer.Option(help="Only events with a delivery to it.", autocompletion=complete_destination),
+    ] = None,
     delivery_state: _DeliveryState = None,
     everything: Annotated[bool, typer.Option("--all", help="Replay all events.")] = False,
     to: _To = None,
@@ -90,7 +102,7 @@ def replay(
         ids=ids, since=since, until=until, status=status, model=model, source=source, caller=caller
     ) | _given(destination=destination, delivery_state=delivery_state)
     if not selection and not everything:
-        raise ReceiverError("say which events: ids, a filter such as --since, or --all")
+        raise UsageError("say which events: ids, a filter such as --since, or --all")
     options = {"all": everything, "media": media, "force": force, "rate": rate, "reason": reason}
     request = _read({"selection": selection, **_given(to=to), **options})
     if dry_run:
@@ -112,7 +124,7 @@ def _read(values: Mapping[str, object]) -> ReplayRequest:
         name = next((part for part in reversed(path) if not part.isdigit()), "replay")
         # Ids are an argument, and not an option.
         option = "ids" if name == "ids" else "--" + name.replace("_", "-")
-        raise ReceiverError(f"{option}: {message}") from None
+        raise UsageError(f"{option}: {message}") from None
 
 
 def _dry_run(request: ReplayRequest, *, json: bool) -> None:
@@ -197,8 +209,8 @@ async def _find(client: Client, replay_id: UUID) -> ReplayDetails:
         return await client.show_replay(replay_id)
 
 
-def _no_replay(replay_id: UUID) -> ReceiverError:
-    return ReceiverError(f"there is no replay {replay_id}")
+def _no_replay(replay_id: UUID) -> RequestError:
+    return RequestError(f"there is no replay {replay_id}", code="not_found")
 
 
 async def _watch(client: Client, order: ReplayDetails, patience: Patience) -> tuple[ReplayDetails, int]:

@@ -8,10 +8,10 @@ import httpx
 import typer
 
 from receiver.cli.remote import local_only
-from receiver.cli.terminal import read_file, stdout
+from receiver.cli.terminal import print_line, read_file
 from receiver.core.signature import sign
 from receiver.error_texts import cause
-from receiver.errors import ReceiverError, SettingsError
+from receiver.errors import ReceiverUnavailable, SettingsError
 from receiver.masking import mask
 from receiver.settings import CALLBACK_PATH, DEFAULT_SOURCE, Settings
 
@@ -43,9 +43,9 @@ def send(
     try:
         response = httpx.post(url, content=body, headers=headers, timeout=10, trust_env=False)
     except httpx.HTTPError as error:
-        raise ReceiverError(
-            f"{mask(url)} did not answer: {cause(error)}; is `receiver serve` running?"
+        raise ReceiverUnavailable(
+            f"{mask(url)} did not answer: {cause(error)}; is `receiver serve` running?", reason="unreachable"
         ) from None
-    stdout.print(f"{response.status_code} {response.text}", markup=False)
+    print_line(f"{response.status_code} {response.text}")
     if not response.is_success:
         raise typer.Exit(1)

@@ -7,11 +7,12 @@ from uuid import UUID
 import typer
 
 from receiver.cli.client import missing, with_client
+from receiver.cli.completion import complete_destination
 from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_json, print_line, print_list, print_result, stdout
 from receiver.client import Client
 from receiver.db.deliveries import FailureGroup, ShownDelivery
-from receiver.errors import ReceiverError
+from receiver.errors import RequestError
 
 _INDENT: Final = " " * 12
 
@@ -59,7 +60,10 @@ def _print_delivery(found: ShownDelivery) -> None:
 
 
 def failures(
-    destination: Annotated[str | None, typer.Option(help="Only deliveries to this destination.")] = None,
+    destination: Annotated[
+        str | None,
+        typer.Option(help="Only deliveries to this destination.", autocompletion=complete_destination),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Group failing deliveries and dead letters by destination and cause, with the next command for each."""
@@ -108,6 +112,8 @@ def discard_one(delivery_id: str, *, reason: str | None, json: bool) -> None:
         print_line("1 discarded")
 
 
-def no_delivery(delivery_id: str) -> ReceiverError:
+def no_delivery(delivery_id: str) -> RequestError:
     """Return the error for an id that names no delivery."""
-    return ReceiverError(f"there is no delivery {delivery_id!r}; `receiver deliveries list` shows them")
+    return RequestError(
+        f"there is no delivery {delivery_id!r}; `receiver deliveries list` shows them", code="not_found"
+    )

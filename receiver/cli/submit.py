@@ -10,6 +10,7 @@ from rich.status import Status
 
 from receiver.cli.client import with_client
 from receiver.cli.clipia_calls import Input, Strict, read_input
+from receiver.cli.completion import complete_model
 from receiver.cli.options import Json, read_pair
 from receiver.cli.remote import is_remote
 from receiver.cli.terminal import amount, print_json, print_line, print_note, size, stderr
@@ -26,7 +27,9 @@ WEBHOOK_SECONDS: Final = 60.0
 
 
 def submit(
-    model: Annotated[str, typer.Argument(help="The model's slug; see `receiver models`.")],
+    model: Annotated[
+        str, typer.Argument(help="The model's slug; see `receiver models`.", autocompletion=complete_model)
+    ],
     given: Input,
     key: Annotated[str | None, typer.Option(help="Idempotency key: the same key is the same job.")] = None,
     metadata: Annotated[

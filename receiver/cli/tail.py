@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from receiver.cli.client import with_client
+from receiver.cli.completion import complete_destination
 from receiver.cli.options import Json
 from receiver.cli.remote import is_remote
 from receiver.cli.terminal import moment, print_note, stdout
@@ -27,7 +28,10 @@ PAUSE_SECONDS: Final = 2.0
 
 
 def tail(
-    destination: Annotated[str | None, typer.Option(help="Only attempts at deliveries to it.")] = None,
+    destination: Annotated[
+        str | None,
+        typer.Option(help="Only attempts at deliveries to it.", autocompletion=complete_destination),
+    ] = None,
     failures: Annotated[
         bool, typer.Option("--failures", help="Only failed attempts, dead letters and rejected requests.")
     ] = False,

@@ -2,13 +2,15 @@
 
 import getpass
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence, Sized
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 import orjson
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn
 from rich.table import Table
@@ -16,9 +18,27 @@ from rich.text import Text
 
 from receiver.errors import ReceiverError
 
-stdout: Final = Console(highlight=False)
-# For tables: Rich would cut ids off at the width of the terminal, which wraps a long line on its own.
-wide: Final = Console(highlight=False, width=max(160, stdout.width))
+_UNLIMITED: Final = 1_000_000
+_GAP: Final = 2
+"""The spaces around a cell."""
+_TEXT_WIDTH: Final = 18
+"""A column of sentences is not made narrower than this."""
+_SPARE: Final = (
+    *("seq", "path", "attempts", "caller", "model", "media", "source", "status"),
+    *("created_at", "received_at", "request_id"),
+)
+"""Columns that a narrow terminal does without, the least important first."""
+_KEYS: Final = ("id", "request_id")
+"""The first of them names a row, and is never left out."""
+_DEAD: Final = re.compile(r"^ *dead(?= |$)|\b\d+ dead\b")
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+# A pipe or a file has no width. Rich would take 80 columns for it, and break lines that programs read.
+stdout: Final = Console(highlight=False, width=None if _is_terminal(sys.stdout) else _UNLIMITED)
 stderr: Final = Console(stderr=True, highlight=False)
 
 
@@ -69,14 +89,82 @@ def print_list(
         print_note(f"For more, add --cursor {next_}")
 
 
-def print_rows(rows: Sequence[Mapping[str, object]], *columns: str, none: str, wrapped: str = "") -> None:
-    """Print a table, or the line `none` if there are no rows; the cells of the column `wrapped` may wrap."""
+def print_rows(
+    rows: Sequence[Mapping[str, object]],
+    *columns: str,
+    none: str,
+    wrapped: str = "",
+) -> None:
+    """Print a table, or the line `none` if there are no rows.
+
+    On a terminal that is too narrow, cells wrap at their spaces, first those of the column `wrapped`, which
+    has sentences. Then less important columns are left out. If that is not enough, each row is a list of its
+    values. No id is ever broken, so it can be copied.
+    """
+    if not rows:
+        stdout.print(none)
+        return
+    cells = [{name: _cell(row[name]) for name in columns} for row in rows]
+    full = {name: max(cell_len(name), *(row[name].cell_len for row in cells)) + _GAP for name in columns}
+    least = {
+        name: min(
+            full[name], max(cell_len(name), *(_least(row[name], name == wrapped) for row in cells)) + _GAP
+        )
+        for name in columns
+    }
+    shown = _most_important(columns, least)
+    if not shown:
+        _print_records(cells)
+        return
     table = Table(box=None)
-    for name in columns:
-        table.add_column(name, no_wrap=name != wrapped)
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in columns))
-    wide.print(table if rows else none)
+    widths = _shrink({name: full[name] for name in shown}, least)
+    for name, width in widths.items():
+        table.add_column(name, width=width - _GAP, overflow="fold")
+    for row in cells:
+        table.add_row(*(row[name] for name in widths))
+    stdout.print(table)
+    if left_out := [name for name in columns if name not in shown]:
+        print_note(f"Left out, because the terminal is narrow: {', '.join(left_out)}.")
+
+
+def _most_important(columns: Sequence[str], least: Mapping[str, int]) -> list[str]:
+    """Return the columns that fit the terminal; none if those that may not be left out are too wide."""
+    key = next((name for name in columns if name in _KEYS), columns[0])
+    spare = [name for name in _SPARE if name in columns and name != key]
+    shown = set(columns) - set(spare)
+    free = stdout.width - sum(least[name] for name in shown)
+    if free < 0:
+        return []
+    for name in reversed(spare):
+        if least[name] <= free:
+            shown.add(name)
+            free -= least[name]
+    return [name for name in columns if name in shown]
+
+
+def _least(cell: Text, has_sentences: bool) -> int:
+    """Return the least width of a cell: that of its longest word, or a readable one for sentences."""
+    if has_sentences:
+        return min(cell.cell_len, _TEXT_WIDTH)
+    return max(map(cell_len, cell.plain.split(" ")))
+
+
+def _shrink(widths: dict[str, int], least: Mapping[str, int]) -> dict[str, int]:
+    """Take from the widest columns until all fit the terminal, but from none more than to its least width."""
+    # One alone may be wider than the screen, and is then cut to it in one step.
+    found = {name: max(least[name], min(width, stdout.width)) for name, width in widths.items()}
+    while sum(found.values()) > stdout.width:
+        widest = max((name for name in found if found[name] > least[name]), key=lambda name: found[name])
+        found[widest] -= 1
+    return found
+
+
+def _print_records(rows: Sequence[Mapping[str, Text]]) -> None:
+    for number, row in enumerate(rows):
+        if number:
+            stdout.print()
+        for name, cell in row.items():
+            stdout.print(Text(f"{name}: ").append_text(cell), soft_wrap=True)
 
 
 def _cell(value: object) -> Text:
@@ -84,7 +172,14 @@ def _cell(value: object) -> Text:
         return Text(moment(value))
     if isinstance(value, dict):
         value = ", ".join(f"{number} {state}" for state, number in sorted(value.items()))
-    return Text("-" if value in (None, "") else str(value))
+    return colored("-" if value in (None, "") else str(value))
+
+
+def colored(text: str) -> Text:
+    """Return text in which the state `dead`, or the number of dead letters, is red."""
+    found = Text(text)
+    found.highlight_regex(_DEAD, "red")
+    return found
 
 
 def amount(number: object, noun: str) -> str:
@@ -124,7 +219,7 @@ def print_title(title: str, rows: Sized) -> None:
 
 def print_line(line: str) -> None:
     """Print a line of a result; brackets in it are not markup, and it is not wrapped."""
-    stdout.print(Text(line), soft_wrap=True)
+    stdout.print(colored(line), soft_wrap=True)
 
 
 def print_note(note: str) -> None:

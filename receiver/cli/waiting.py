@@ -8,21 +8,16 @@ from typing import Annotated, Final
 import typer
 
 from receiver.core.lane_names import POLL_LANE, SUBMIT_LANE, destination_lane
-from receiver.errors import ReceiverError
+from receiver.errors import UsageError
+from receiver.exit_status import NO_WORKER, TIMED_OUT
 from receiver.status import WorkerStatus
 
-NO_WORKER_STATUS: Final = 3
-"""The exit status if no running worker does the work that the command waits for."""
-TIMEOUT_STATUS: Final = 124
-"""The exit status after --timeout; the command `timeout` uses the same."""
 GRACE_SECONDS: Final = 10.0
 """How long a worker may be missing: it may be starting."""
 
 Timeout = Annotated[
     float | None,
-    typer.Option(
-        metavar="SECONDS", min=0.0, help=f"Stop waiting after this time; exit status {TIMEOUT_STATUS}."
-    ),
+    typer.Option(metavar="SECONDS", min=0.0, help=f"Stop waiting after this time; exit status {TIMED_OUT}."),
 ]
 
 
@@ -38,9 +33,9 @@ class Patience:
     """Decides when a command stops waiting."""
 
     def __init__(self, timeout: float | None, *, waits: bool) -> None:
-        """`timeout` is in seconds from now; None is no limit. Raises ReceiverError without --wait."""
+        """`timeout` is in seconds from now; None is no limit. Raises UsageError without --wait."""
         if timeout is not None and not waits:
-            raise ReceiverError("--timeout needs --wait")
+            raise UsageError("--timeout needs --wait")
         self._timeout = math.inf if timeout is None else timeout
         self._began = time.monotonic()
         self._missing_since: float | None = None
@@ -58,9 +53,9 @@ class Patience:
         elif self._missing_since is None:
             self._missing_since = now
         elif now - self._missing_since > GRACE_SECONDS:
-            raise GaveUp(missing, NO_WORKER_STATUS)
+            raise GaveUp(missing, NO_WORKER)
         if not self.left:
-            raise GaveUp(f"the {self._timeout:g} seconds of --timeout are over", TIMEOUT_STATUS)
+            raise GaveUp(f"the {self._timeout:g} seconds of --timeout are over", TIMED_OUT)
 
 
 def find_missing(

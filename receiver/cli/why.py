@@ -10,11 +10,12 @@ import typer
 from receiver.cli.client import with_client
 from receiver.cli.options import Json
 from receiver.cli.terminal import moment, print_line, print_result
+from receiver.exit_status import NOT_FOUND
 from receiver.explain import Explanation
 from receiver.explain.facts import Outcome
 
 STATUSES: Final[Mapping[Outcome, int]] = MappingProxyType(
-    {"delivered": 0, "waiting": 10, "needs_action": 11, "ended": 12, "unknown": 13}
+    {"delivered": 0, "waiting": 10, "needs_action": 11, "ended": 12, "unknown": NOT_FOUND}
 )
 """The exit status of each outcome."""
 
@@ -32,7 +33,7 @@ def why(
     """Explain in one sentence why an object is in its state, with the facts and the next command.
 
     The exit status is 0 if all is delivered, 10 if something is awaited that comes by itself, 11 if a person
-    has to act, 12 if it has ended without being delivered everywhere, and 13 if the id is unknown.
+    has to act, 12 if it has ended without being delivered everywhere, and 4 if the id is unknown.
     """
     found = with_client(lambda client: client.explain_object(key))
     print_result(found, partial(_print_explanation, found), json=json)

@@ -278,7 +278,7 @@ def _unanswered(error: Exception, call: Call) -> ClipiaUnavailable:
 
 
 def _unreachable(why: str) -> ClipiaUnavailable:
-    message = f"Clipia cannot be reached: {why}"
+    message = f"Clipia cannot be reached: {why}; check CLIPIA_BASE_URL, the network and CLIPIA_PROXY"
     return ClipiaUnavailable(message, reason="unreachable", may_have_arrived=False)
 
 

@@ -9,6 +9,7 @@ from uuid import UUID
 from pydantic import ValidationError
 
 from receiver.errors import RequestError
+from receiver.plain_words import in_our_words
 
 MAX_CALLER_LENGTH: Final = 63
 MAX_KEY_LENGTH: Final = 255
@@ -84,7 +85,7 @@ def split_page(rows: Sequence[_Row], limit: int, cursor: str) -> tuple[Sequence[
 def first_problem(error: ValidationError) -> tuple[tuple[str, ...], str]:
     """Return the path of the first invalid field, and why it is invalid."""
     first = error.errors(include_input=False, include_url=False)[0]
-    return tuple(str(part)[:_MAX_FIELD_LENGTH] for part in first["loc"]), first["msg"]
+    return tuple(str(part)[:_MAX_FIELD_LENGTH] for part in first["loc"]), in_our_words(first["msg"])
 
 
 def invalid_request(error: ValidationError) -> RequestError:

@@ -172,7 +172,7 @@ async def _write_replay(connection: SqlConnection, line: Line) -> bool:
 async def _write_attempts(connection: SqlConnection, line: Line) -> None:
     if made := line.get(_ATTEMPTS):
         # An INSERT of many rows has the columns of the first one, so all rows get all columns.
-        same = {"error": None, "answer": None, "work_id": uuid.UUID(line["id"])}
+        same = {"error": None, "work_id": uuid.UUID(line["id"])}
         await connection.execute(insert(attempts), [same | _load(attempts, each) for each in made])
 
 

@@ -59,10 +59,10 @@ TROUBLES = {
         ("migrate",),
         "check the folder and its permissions",
         (("RECEIVER_DATABASE_URL", "sqlite:///folder"),),
-        1,
+        6,
     ),
     "another file for a database": Trouble(
-        ("migrate",), "not an SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 1
+        ("migrate",), "not an SQLite database", (("RECEIVER_DATABASE_URL", "sqlite:///file"),), 6
     ),
     "destinations in the environment": Trouble(
         ("serve",), "RECEIVER_DESTINATIONS", (("RECEIVER_DESTINATIONS", "file:x"),)
@@ -84,17 +84,17 @@ TROUBLES = {
     "a demo under a file": Trouble(("demo", "--dir", "file/x"), "not a directory", (), 1),
     "a missing payload": Trouble(("send", "missing"), "cannot be read", (), 1),
     "an address where nothing listens": Trouble(
-        ("send", "payload.json", "--url", "http://127.0.0.1:1/clipia/webhook"), "connection refused", (), 1
+        ("send", "payload.json", "--url", "http://127.0.0.1:1/clipia/webhook"), "connection refused", (), 6
     ),
     "a database where nothing listens": Trouble(
-        ("migrate",), "connection refused", (("RECEIVER_DATABASE_URL", "postgresql://u@127.0.0.1:1/x"),), 1
+        ("migrate",), "connection refused", (("RECEIVER_DATABASE_URL", "postgresql://u@127.0.0.1:1/x"),), 6
     ),
 }
 
 
 @pytest.mark.parametrize("name", sorted(TROUBLES))
 def test_an_expected_failure_is_one_sentence(name: str, tmp_path: Path) -> None:
-    """The command prints the reason in one line on standard error, and exits with 1 or 2."""
+    """The command prints the reason in one line on standard error, and exits with the status of its error."""
     trouble = TROUBLES[name]
     (tmp_path / "file").write_text("a text")
     (tmp_path / "folder").mkdir()

@@ -212,9 +212,9 @@ def test_watching_has_a_time_limit(service: Service) -> None:
     printed = service.error("replay", "--all", "--key", "k", "--timeout", "1", status=124)
     assert "--timeout are over" in printed
     assert [each["state"] for each in service.json("replays", "list")["data"]] == ["pending"]
-    assert "needs --wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1")
+    assert "needs --wait" in service.error("replay", "--all", "--no-wait", "--timeout", "1", status=2)
     (order,) = service.json("replays", "list")["data"]
-    assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1")
+    assert "needs --wait" in service.error("replays", "show", order["id"], "--timeout", "1", status=2)
 
 
 def test_a_replay_whose_worker_is_killed_sends_each_event_once(tmp_path: Path) -> None:

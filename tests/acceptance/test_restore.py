@@ -91,10 +91,10 @@ def test_a_repeat_after_a_restore_is_not_paid_for_twice(
             result = run_command(
                 *("submit", IMAGE[0], "-i", '{"prompt": "x"}'), settings=receiver.settings, cwd=tmp_path
             )
-            assert (result.returncode, b"frozen" in result.stderr) == (1, True)
+            assert (result.returncode, b"frozen" in result.stderr) == (6, True)
             assert len(sandbox.requests()["requests"]) == 2, "the repeat was paid for again"
             command("jobs", "thaw")
             assert submit(receiver, "a new key").status_code == 201
         assert "frozen" not in command("check")
         again = run_command("jobs", "thaw", settings=receiver.settings, cwd=tmp_path)
-        assert (again.returncode, b"not frozen" in again.stderr) == (1, True)
+        assert (again.returncode, b"not frozen" in again.stderr) == (5, True)

@@ -651,3 +651,23 @@ async def test_an_event_is_erased(site: Site, tmp_path: Path) -> None:
     assert (await site.operator.delete(f"/v1/events/{event_id('clipia', 'r-1')}")).json()["files"] == 0
     for path in (f"/v1/events/{NOBODY}", "/v1/events/r-%00", "/v1/events/unknown"):
         assert error_of(await site.operator.delete(path)) == (404, "not_found")
+
+
+async def test_an_unknown_destination_in_a_filter_is_an_error(site: Site) -> None:
+    """A mistyped destination is 400 and names the known ones; a removed one with deliveries is known."""
+    world = site.world
+    world.add_destination("removed")
+    await world.add(plain("r-1"))
+    await world.fan_out()
+    await world.change(deliveries, deliveries.c.destination == "main", state="delivered")
+    for path in ("/v1/events", "/v1/deliveries", "/v1/deliveries/failures", "/v1/tail"):
+        response = await site.get(path, destination="mian", **({"wait": 0} if path == "/v1/tail" else {}))
+        assert error_of(response) == (400, "invalid_request"), path
+        assert response.json()["error"]["message"].endswith("known: failures, main, removed")
+    retried = await site.post("/v1/deliveries/retry", {"destination": "mian"})
+    assert error_of(retried) == (400, "invalid_request")
+    assert len(await site.data("/v1/events", destination="removed")) == 1
+    assert await site.data("/v1/deliveries", destination="failures") == []
+    # A removed destination of which only delivered events are left: they are found.
+    await world.change(deliveries, state="delivered")
+    assert len(await site.data("/v1/deliveries", destination="removed")) == 1

@@ -115,7 +115,7 @@ async def test_the_command_prints_the_reason_and_ends_with_its_status(
     await world.add_history(plain("r-1"), plain("r/2"))
     for key in ("r-1", "r/2"):
         assert "delivered: cost 1 credits; delivered to main at " in await commands.run("why", key)
-    assert (await commands.try_("why", "https://x/absent")).status == 13
+    assert (await commands.try_("why", "https://x/absent")).status == 4
     async with world.database.write() as connection:
         await connection.execute(update(tables.deliveries).values(state="dead", error="PublishRejected: no"))
     said = await commands.try_("why", "r-1")

@@ -108,6 +108,7 @@ async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
     assert data["output"]["images"][0]["width"] == 1
     assert data["media"] == [
         {
+            "id": str(file["id"]),
             "url": f"{cdn}/sandbox/sample-image.png",
             "field": "images[0].url",
             "kind": "image",
@@ -119,6 +120,7 @@ async def test_an_event_travels_the_whole_way(world: World, cdn: str) -> None:
             "content_type": "image/png",
             "error": None,
             "warning": None,
+            "link": None,
         }
     ]
     assert {row["outcome"] for row in await world.rows(attempts)} == {"succeeded"}

@@ -550,7 +550,7 @@ async def test_the_commands_list_and_show(
     assert '{"a": "\N{REPLACEMENT CHARACTER}[31m"}' in shown
     assert json.loads(await run("rejections", "show", first, "--json"))["cause"] == "unknown_secret"
     assert "The body was not read." in await run("rejections", "show", str(rows[0]["id"]))
-    assert "there is no rejected request with the id 0" in await run("rejections", "show", "0", status=1)
+    assert "there is no rejected request with the id 0" in await run("rejections", "show", "0", status=4)
     checked = await run("check")
     assert re.search(r"webhook secret: source clipia: 1 secret, id [0-9a-f]{8}", checked)
     assert re.search(rf"rejections: 1 with the cause wrong_url .*rejections show {rows[0]['id']}`", checked)

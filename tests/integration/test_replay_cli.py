@@ -114,9 +114,9 @@ async def test_replays_are_listed_and_shown(commands: Commands) -> None:
     assert "pending, 0 of 1 events" in shown
     assert "by caller-2" in shown
     assert "canceled" in await commands.run("replays", "cancel", newest)
-    assert "has ended" in await commands.error("replays", "cancel", newest)
+    assert "has ended" in await commands.error("replays", "cancel", newest, status=5)
     for command in ("show", "cancel"):
-        assert "there is no replay" in await commands.error("replays", command, str(uuid.uuid4()))
+        assert "there is no replay" in await commands.error("replays", command, str(uuid.uuid4()), status=4)
 
 
 async def test_a_failed_replay_says_why(commands: Commands) -> None:
@@ -133,9 +133,9 @@ async def test_an_invalid_order_is_one_clear_error(commands: Commands) -> None:
     """E12: without a filter, with an invalid one or an unknown destination, the command orders no replay."""
     await commands.world.add_history(plain("r-1"))
     for arguments in ([], ["--to", "main"], ["--reason", "x"], ["--media"], ["--dry-run"]):
-        assert "say which events" in await commands.error("replay", *arguments)
-    assert "no event 'absent'" in await commands.error("replay", "r-1", "absent")
-    assert "no destination 'absent'" in await commands.error("replay", "--all", "--to", "absent")
+        assert "say which events" in await commands.error("replay", *arguments, status=2)
+    assert "no event 'absent'" in await commands.error("replay", "r-1", "absent", status=2)
+    assert "no destination 'absent'" in await commands.error("replay", "--all", "--to", "absent", status=2)
     for option, value in (
         ("--status", "ok"),
         ("--delivery-state", "canceled"),
@@ -145,24 +145,24 @@ async def test_an_invalid_order_is_one_clear_error(commands: Commands) -> None:
         ("--source", "a\x00b"),
         ("--reason", "x" * 1001),
     ):
-        assert f"error: {option}: " in await commands.error("replay", "--all", option, value)
+        assert f"error: {option}: " in await commands.error("replay", "--all", option, value, status=2)
     assert "--since" in await commands.error("replay", "--since", "yesterday", status=2)
     assert (await commands.run("replays", "list")).strip() == "No replays."
     await commands.run("replay", "--all", "--key", "k", "--no-wait")
-    assert "another replay" in await commands.error("replay", "r-1", "--key", "k", "--no-wait")
+    assert "another replay" in await commands.error("replay", "r-1", "--key", "k", "--no-wait", status=5)
 
 
 async def test_a_bad_id_is_named_as_one(commands: Commands) -> None:
     """E12: if an id is empty or too long, the error names the id."""
     for bad in ("", "x" * 256):
-        assert re.match("error: (the )?ids?: ", await commands.error("replay", "r-1", bad))
+        assert re.match("error: (the )?ids?: ", await commands.error("replay", "r-1", bad, status=2))
 
 
 async def test_a_bad_key_is_one_clear_error(commands: Commands) -> None:
     """F8: a key that the database cannot store is rejected before a replay is ordered."""
     await commands.world.add_history(plain("r-1"))
     for key in ("x" * 256, "a\nb"):
-        assert "key" in (await commands.error("replay", "--all", "--key", key, "--no-wait")).lower()
+        assert "key" in (await commands.error("replay", "--all", "--key", key, "--no-wait", status=2)).lower()
     assert (await commands.run("replays", "list")).strip() == "No replays."
 
 
@@ -170,7 +170,7 @@ async def test_without_destinations_there_is_nothing_to_replay(commands: Command
     """E12: if no destination is configured, the error says so; `route` says so too."""
     await commands.world.add_history(plain("r-1"))
     Path("receiver.toml").write_text("")
-    assert "no destination is configured" in await commands.error("replay", "--all")
+    assert "no destination is configured" in await commands.error("replay", "--all", status=2)
     assert (await commands.run("route", "r-1")).strip() == "No destination is configured."
 
 
@@ -208,7 +208,7 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
     assert "yes main" in " ".join((await commands.run("route", "new")).split())
     (odd,) = await commands.world.rows(events, events.c.state == "unrecognized")
     assert "goes to no destination" in await commands.error("route", str(odd["id"]))
-    assert "no event" in await commands.error("route", "absent")
+    assert "no event" in await commands.error("route", "absent", status=4)
 
 
 async def test_route_knows_the_job(commands: Commands) -> None:
@@ -268,7 +268,9 @@ async def test_deliveries_are_listed_with_their_reasons(commands: Commands) -> N
         (["--since", "2020-01-01", "--until", "2100-01-01"], 7),
     ):
         assert len((await commands.json("deliveries", "list", *arguments))["data"]) == count
-    assert "not the id of a delivery" in await commands.error("deliveries", "list", "--before", "r-1")
+    assert "not the id of a delivery" in await commands.error(
+        "deliveries", "list", "--before", "r-1", status=2
+    )
 
 
 async def test_dead_letters_are_retried(commands: Commands) -> None:
@@ -276,7 +278,9 @@ async def test_dead_letters_are_retried(commands: Commands) -> None:
     ids = await kill(commands.world, 6)
     assert await commands.run("deliveries", "retry", ids[0], ids[1]) == "main: 2 restarted\n"
     assert "No dead letter matches" in await commands.error("deliveries", "retry", ids[0])
-    assert "No dead letter matches" in await commands.error("deliveries", "retry", "--destination", "absent")
+    assert "known: failures, main" in await commands.error(
+        "deliveries", "retry", "--destination", "absent", status=2
+    )
     yesterday = (datetime.now(UTC) - timedelta(hours=25)).strftime("%Y-%m-%dT%H:%M:%S")
     assert "No dead letter matches" in await commands.error("deliveries", "retry", "--until", yesterday)
     await commands.world.change(
@@ -340,7 +344,7 @@ async def test_flagged_files_and_pages_are_listed(commands: Commands) -> None:
     ]
     found = json.loads((await commands.try_("media", "verify", "--json")).out)
     assert [row["warning"] for row in found["flagged"]] == ["it ends early"]
-    assert "force needs media" in await commands.error("replay", "--all", "--force")
+    assert "force needs media" in await commands.error("replay", "--all", "--force", status=2)
     async with world.working():
         assert "3 files downloaded again" in await commands.run("replay", "--all", "--media", "--force")
     assert await commands.run("media", "verify") == "3 intact, 0 damaged\n"
@@ -390,7 +394,7 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
     assert "can have links" in await commands.error("media", "link", "r-0")
     world.folder.rename(world.folder.with_name("elsewhere"))
     world.folder.write_bytes(b"a file in the place of the folder")
-    assert "Cannot use" in await commands.error("media", "verify")
+    assert "Cannot use" in await commands.error("media", "verify", status=6)
 
 
 async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,5 +418,5 @@ async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pyt
     assert all("X-Amz-Expires=7200&" in line and "very-secret" not in line for line in lines)
     found = await commands.json("media", "link", "r-1")
     assert [each["uri"] for each in found["data"]] == [f"s3://files/some/{key}" for key in keys]
-    assert "there is no event" in await commands.error("media", "link", "r-2")
+    assert "there is no event" in await commands.error("media", "link", "r-2", status=4)
     assert await commands.error("media", "link", "r-1", "--hours", "169", status=2)

@@ -1,11 +1,16 @@
 """`receiver check` and the log."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
 from structlog.testing import capture_logs
+from support.payloads import SECRET
+from typer.testing import CliRunner
 
+from receiver.cli import app
 from receiver.destination_control import collected_problems
 
 
@@ -30,3 +35,19 @@ def test_problems_are_collected_in_the_block_only(logger: str) -> None:
     with capture_logs() as logs:
         log.warning("odd", problem="another one")
     assert (problems, len(logs)) == (["no replica"], 1)
+
+
+def test_the_result_of_check_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`check --json` prints each finding with its level, and its exit status is that of `check`."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", SECRET)
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", f"sqlite:///{tmp_path / 'receiver.db'}")
+    monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
+    for url, status, level in (("file:events.jsonl", 0, "ok"), ("file:a-file/events.jsonl", 1, "error")):
+        monkeypatch.setenv("RECEIVER_DESTINATION_URL", url)
+        Path("a-file").touch()
+        result = CliRunner().invoke(app, ["check", "--json"])
+        found = {each["step"]: each for each in json.loads(result.stdout)["data"]}
+        assert (result.exit_code, found["destination default"]["level"]) == (status, level), found
+        assert found["settings"] == {"level": "ok", "step": "settings", "message": "readable"}
+        assert found["storage"]["level"] == "ok"

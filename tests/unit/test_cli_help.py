@@ -64,3 +64,23 @@ def test_aiohttp_is_imported_for_requests_only() -> None:
     """A process that opens no HTTP destination does not import aiohttp, for 0.15 s."""
     code = "import sys, receiver.cli, receiver.process, receiver.app; sys.exit('aiohttp' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ("replays show nope", "write an id such as 01a1fe1f-4d6d-74d7-af73-a0b5ac94520e"),
+        ("events list --limit x", "write a whole number"),
+        ("events list --limit 0", "write 1 or more"),
+        (
+            "events list --state x",
+            "'x' is not one of 'received', 'fetching', 'ready',",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_answered_with_advice(arguments: str, advice: str) -> None:
+    """A usage error says what to write, in our words."""
+    shown = CliRunner().invoke(app, arguments.split())
+    assert (shown.exit_code, advice in shown.stderr) == (2, True), shown.stderr
+    assert "Input should" not in shown.stderr
+    assert "Value error" not in shown.stderr

@@ -2,19 +2,42 @@
 
 import getpass
 import os
+import re
+from pathlib import Path
 
 import pytest
 
 from receiver import exit_status
 from receiver.cli.terminal import user_name
-from receiver.errors import DatabaseUnavailable, SettingsError
+from receiver.errors import (
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    ReceiverError,
+    ReceiverUnavailable,
+    RefusedByClipia,
+    RequestError,
+    SettingsError,
+    StorageUnavailable,
+    UsageError,
+)
 
 
 @pytest.mark.parametrize(
     ("error", "expected", "status"),
     [
         (SettingsError("write X"), "write X", 2),
-        (DatabaseUnavailable("it is away", reason="database"), "it is away", 1),
+        (UsageError("write Y"), "write Y", 2),
+        (RequestError("limit: write less", code="invalid_request"), "limit: write less", 2),
+        (RequestError("there is no such job", code="not_found"), "there is no such job", 4),
+        (RequestError("no such model", code="model_not_found"), "no such model", 4),
+        (RequestError("too late", code="not_cancelable"), "too late", 5),
+        (RequestError("this needs a token", code="invalid_token"), "this needs a token", 5),
+        (RefusedByClipia("no credits", code="insufficient_credits", status=402), "no credits", 5),
+        (DatabaseUnavailable("it is away", reason="database"), "it is away", 6),
+        (ReceiverUnavailable("no answer", reason="unreachable"), "no answer", 6),
+        (ClipiaUnavailable("no answer", reason="connect"), "no answer", 6),
+        (StorageUnavailable("it is full", reason="full"), "it is full", 6),
+        (ReceiverError("the demo failed"), "the demo failed", 1),
         (PermissionError(13, "Permission denied", "/data/x"), "PermissionError: access denied: /data/x", 1),
         (OSError(28, "No space left on device"), "OSError: the disk is full", 1),
         (
@@ -37,6 +60,15 @@ def test_an_error_is_one_sentence(
         exit_status.run(command)
     assert exit_.value.code == status
     assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_each_status_is_documented_and_has_one_meaning() -> None:
+    """docs/operating.md has a row for each status, and no two of them are equal."""
+    page = (Path(__file__).parents[2] / "docs" / "operating.md").read_text(encoding="utf-8")
+    statuses = [value for name, value in vars(exit_status).items() if name.isupper() and name[0] != "_"]
+    assert len(set(statuses)) == len(statuses) == 8
+    for status in statuses:
+        assert re.search(rf"^\| {status}[ ,]", page, re.MULTILINE), status
 
 
 def test_no_text_of_a_library_is_shown(

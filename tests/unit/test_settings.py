@@ -215,7 +215,8 @@ def test_the_variable_replaces_the_secret_of_the_default_source(monkeypatch: pyt
 def test_unknown_variables_are_found() -> None:
     """A misspelled variable is reported, not ignored."""
     names = {"RECEIVER_DATABSE_URL": "x", "RECEIVER_DATABASE_URL": "x", "RECEIVER_CONFIG": "x", "PATH": "x"}
-    assert unknown_variables(names) == ["RECEIVER_DATABSE_URL"]
+    assert unknown_variables(names) == {"RECEIVER_DATABSE_URL": "RECEIVER_DATABASE_URL"}
+    assert unknown_variables({"RECEIVER_XYZ": ""}) == {"RECEIVER_XYZ": None}
 
 
 def test_the_budget_of_memory_has_room_for_large_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,3 +253,23 @@ def test_an_invalid_budget_is_an_error(given: Any) -> None:
     """F12: a budget that is no number of credits from 0 up is an error that names the setting."""
     with pytest.raises(SettingsError, match=r"(?i)budgets"):
         Settings.load(budgets=given)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "advice"),
+    [
+        ("RECEIVER_KEEP_ALIVE", "1.5", "write a whole number"),
+        ("RECEIVER_KEEP_ALIVE", "0", "write 1 or more"),
+        ("RECEIVER_KEEP_ALIVE", "3601", "write 3600 or less"),
+        ("RECEIVER_POLL_AFTER", "soon", "write a number"),
+        ("RECEIVER_LOG_LEVEL", "LOUD", "write 'DEBUG', 'INFO', 'WARNING' or 'ERROR'"),
+    ],
+)
+def test_a_wrong_value_is_answered_with_advice(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, advice: str
+) -> None:
+    """The error says what to write, in our words."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value) == f"invalid settings:\n  {name}: {advice}"
