@@ -167,11 +167,7 @@ async def read_destinations(
     waiting = {
         lane.removeprefix(destination_lane("")) for lane in backlog if lane.startswith(destination_lane(""))
     }
-    pauses = {
-        name: PauseStatus(at=state.pause.at, by=state.pause.by, reason=state.pause.reason)
-        for name, state in (await destinations.read_pauses(connection)).items()
-        if state.pause is not None
-    }
+    pauses = await _read_pauses(connection)
     circuits = await destinations.read_circuits(connection)
     found = []
     for name in sorted({*configured, *waiting, *dead, *pauses, *also}):
@@ -194,6 +190,14 @@ async def read_destinations(
             )
         )
     return found
+
+
+async def _read_pauses(connection: SqlConnection) -> dict[str, PauseStatus]:
+    return {
+        name: PauseStatus(at=state.pause.at, by=state.pause.by, reason=state.pause.reason)
+        for name, state in (await destinations.read_pauses(connection)).items()
+        if state.pause is not None
+    }
 
 
 def _circuit(opened: Sequence[Circuit]) -> CircuitStatus | None:
@@ -274,36 +278,45 @@ def _disk_problems(disks: Sequence[DiskStatus]) -> Iterator[Problem]:
 
 def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:
     name, shown = each["name"], f"receiver deliveries list --destination {each['name']}"
-    if not each["configured"] and (each["pending"] or each["dead"]):
-        waiting = each["pending"] + each["dead"]
+    waiting = each["pending"] + each["dead"]
+    if waiting and not each["configured"]:
         yield Problem(
             text=f"{name} is not configured any more: {waiting} pending or dead",
             command=f"receiver deliveries move {name} NEW",
         )
         return
-    pause, circuit = each["pause"], each["circuit"]
-    if pause is not None:
-        # The pause is the reason for all that waits, and for nothing else.
+    if each["pause"] or each["circuit"]:
+        yield from _state_problems(each)
+    elif each["failing"]:
+        text = f"{name}: {each['failing']} of {each['pending']} pending fail: {each['last_error']}"
+        yield Problem(text=text, command=f"{shown} --state pending")
+    elif each["pending"]:
+        yield from _waiting_problems(each, is_served=is_served)
+    if each["dead"]:
+        text = f"{name}: {each['dead']} dead, the last one: {each['last_error']}"
+        yield Problem(text=text, command=f"{shown} --state dead")
+
+
+def _waiting_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:
+    """Return the problem of deliveries that wait for no reason of their destination."""
+    waiting = f"{each['name']}: {each['pending']} pending"
+    if not is_served:
+        yield Problem(text=f"{waiting}, and no running worker serves it", command="receiver worker")
+    elif each["oldest_seconds"] > OLD_SECONDS:
+        command = f"receiver deliveries list --destination {each['name']} --state pending"
+        yield Problem(text=f"{waiting}, the oldest for {age(each['oldest_seconds'])}", command=command)
+
+
+def _state_problems(each: DestinationStatus) -> Iterator[Problem]:
+    """Return the problem of a destination that is paused or down: the reason for all that waits."""
+    name, circuit = each["name"], each["circuit"]
+    if each["pause"] is not None:
         if each["pending"]:
             yield Problem(text=pause_text(each), command=f"receiver destinations resume {name}")
     elif circuit is not None:
         since = f"{circuit['since']:%H:%M:%SZ}"
         text = f"{name} is down since {since}, {each['pending']} pending: {circuit['error']}"
         yield Problem(text=text, command=f"receiver destinations test {name}")
-    elif each["failing"]:
-        text = f"{name}: {each['failing']} of {each['pending']} pending fail: {each['last_error']}"
-        yield Problem(text=text, command=f"{shown} --state pending")
-    elif each["pending"] and not is_served:
-        yield Problem(
-            text=f"{name}: {each['pending']} pending, and no running worker serves it",
-            command="receiver worker",
-        )
-    elif each["pending"] and each["oldest_seconds"] > OLD_SECONDS:
-        text = f"{name}: {each['pending']} pending, the oldest for {age(each['oldest_seconds'])}"
-        yield Problem(text=text, command=f"{shown} --state pending")
-    if each["dead"]:
-        text = f"{name}: {each['dead']} dead, the last one: {each['last_error']}"
-        yield Problem(text=text, command=f"{shown} --state dead")
 
 
 def pause_text(each: DestinationStatus) -> str:

@@ -103,9 +103,6 @@ class DeliveryLane(Lane):
 
         Raises DatabaseUnavailable.
         """
-        if self._states.is_paused(self._target.name):
-            self.may_have_more = self.claims_again = False
-            return []
         asked = min(limit, self._circuit.available(under_way=self.concurrency - limit))
         limit = self._most_now(asked)
         self.may_have_more, self.claims_again = True, False
@@ -245,8 +242,7 @@ class DeliveryLane(Lane):
                 failures = [error] * len(left)
             sent, left = left[: len(failures)], left[len(failures) :]
             await self._end_group([this for this, _ in sent], failures, attempt)
-            is_paused = self._states.is_paused(self._target.name)
-            if is_paused or self._circuit.is_open or not _has_answer(failures):
+            if not (self._circuit.may_go_on and _has_answer(failures)):
                 break
         if left:
             claims = [this.claim for this, _ in left]

@@ -109,10 +109,7 @@ class LiveDestinations:
         the lanes of the others end. A changed destination gets its new lane after that, so that its limits
         hold.
         """
-        kept = {
-            each.name for each in wanted if each.name in self._open and self._open[each.name].serves(each)
-        }
-        fresh = await self._open_fresh([each for each in wanted if each.name not in kept])
+        fresh = await self._open_fresh([each for each in wanted if not self._serves(each)])
         opened = {each.target.name: each for each in await self._start(fresh)}
         before = self._open
         self._open = {each.name: opened.get(each.name) or before[each.name] for each in wanted}
@@ -135,6 +132,9 @@ class LiveDestinations:
     async def close(self) -> None:
         """Close all destinations; their lanes have ended."""
         await asyncio.gather(*(each.aclose() for each in self._closing))
+
+    def _serves(self, wanted: DestinationSettings) -> bool:
+        return wanted.name in self._open and self._open[wanted.name].serves(wanted)
 
     async def _open_fresh(
         self, wanted: Iterable[DestinationSettings]

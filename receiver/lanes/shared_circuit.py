@@ -37,8 +37,15 @@ class SharedCircuit:
         """Whether only probes may be sent."""
         return self._breaker.is_open
 
+    @property
+    def may_go_on(self) -> bool:
+        """Whether a group under way may go on: the circuit is not open, and the destination is not paused."""
+        return not self.is_open and not self._states.is_paused(self._name)
+
     def available(self, *, under_way: int) -> int:
         """Return how many more deliveries may start while `under_way` are in flight."""
+        if self._states.is_paused(self._name):
+            return 0
         return self._breaker.available(time.monotonic(), under_way=under_way)
 
     def note(self, error: Exception | None, started: float) -> None:
