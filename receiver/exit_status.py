@@ -67,9 +67,9 @@ def status_of(error: Exception) -> int:
         return MISUSED
     if code in _NOT_FOUND_CODES:
         return NOT_FOUND
-    if isinstance(error, PermanentError):
-        return REJECTED
-    return UNAVAILABLE if isinstance(error, TransientError) else FAILED
+    if isinstance(error, TransientError) or code == "service_unavailable":
+        return UNAVAILABLE
+    return REJECTED if isinstance(error, PermanentError) else FAILED
 
 
 def _print_error(message: str) -> None:

@@ -207,7 +207,7 @@ async def test_route_shows_every_verdict(commands: Commands) -> None:
     assert found == {"data": verdicts, "next": None}
     assert "yes main" in " ".join((await commands.run("route", "new")).split())
     (odd,) = await commands.world.rows(events, events.c.state == "unrecognized")
-    assert "goes to no destination" in await commands.error("route", str(odd["id"]))
+    assert "goes to no destination" in await commands.error("route", str(odd["id"]), status=5)
     assert "no event" in await commands.error("route", "absent", status=4)
 
 
@@ -291,8 +291,8 @@ async def test_dead_letters_are_retried(commands: Commands) -> None:
         "restarted": {"main": 1}
     }
     assert await commands.run("deliveries", "retry", "--all") == "main: 2 restarted\n"
-    assert "say which dead letters" in await commands.error("deliveries", "retry")
-    assert "not the id of a delivery" in await commands.error("deliveries", "retry", "r-1")
+    assert "say which dead letters" in await commands.error("deliveries", "retry", status=2)
+    assert "not the id of a delivery" in await commands.error("deliveries", "retry", "r-1", status=2)
     assert await commands.world.states(deliveries) == {"pending": 6}
     records = await commands.world.rows(attempts)
     assert {row["outcome"] for row in records} == {"restarted"}
@@ -391,7 +391,7 @@ async def test_stored_files_are_verified(commands: Commands, monkeypatch: pytest
     assert lines[0].startswith(f"unreadable file://{paths[1]} of r-1: Cannot use ")
     assert "Is a directory" in lines[0]
     assert lines[1] == "4 intact, 1 damaged"
-    assert "can have links" in await commands.error("media", "link", "r-0")
+    assert "can have links" in await commands.error("media", "link", "r-0", status=5)
     world.folder.rename(world.folder.with_name("elsewhere"))
     world.folder.write_bytes(b"a file in the place of the folder")
     assert "Cannot use" in await commands.error("media", "verify", status=6)
@@ -409,7 +409,7 @@ async def test_files_in_a_bucket_have_links(commands: Commands, monkeypatch: pyt
         "AWS_SECRET_ACCESS_KEY": "very-secret",
     }.items():
         monkeypatch.setenv(name, value)
-    assert "is not in the storage" in await commands.error("media", "link", "r-1")
+    assert "is not in the storage" in await commands.error("media", "link", "r-1", status=5)
     async with world.database.write() as connection:
         await connection.execute(media.update().values(uri="s3://files/some/" + media.c.storage_key))
     lines = (await commands.run("media", "link", "r-1", "--hours", "2")).splitlines()

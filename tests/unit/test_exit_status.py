@@ -30,6 +30,7 @@ from receiver.errors import (
         (RequestError("limit: write less", code="invalid_request"), "limit: write less", 2),
         (RequestError("there is no such job", code="not_found"), "there is no such job", 4),
         (RequestError("no such model", code="model_not_found"), "no such model", 4),
+        (RequestError("the storage is away", code="service_unavailable"), "the storage is away", 6),
         (RequestError("too late", code="not_cancelable"), "too late", 5),
         (RequestError("this needs a token", code="invalid_token"), "this needs a token", 5),
         (RefusedByClipia("no credits", code="insufficient_credits", status=402), "no credits", 5),
