@@ -5,13 +5,13 @@ import json
 import signal
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from support.commands import ReceiverProcess
@@ -62,18 +62,33 @@ def reload(receiver: ReceiverProcess, *, count: int = 1, event: str = "destinati
     wait_until(lambda: len(records(receiver, event)) >= before + count)
 
 
+def fetch(
+    receiver: ReceiverProcess, path: str, content: bytes | None = None, headers: dict[str, str] | None = None
+) -> str:
+    """Return the text of an answer. A client of httpx for each call would take more CPU than the receiver."""
+    request = urllib.request.Request(f"{receiver.url}{path}", content, headers or HEADERS)
+    with urllib.request.urlopen(request, timeout=SECONDS) as answer:
+        assert answer.status == 200
+        text: str = answer.read().decode()
+        return text
+
+
+def listed(receiver: ReceiverProcess) -> list[dict[str, Any]]:
+    """Return the destinations that a process lists."""
+    rows: list[dict[str, Any]] = json.loads(fetch(receiver, "/v1/destinations"))["data"]
+    return rows
+
+
 def configured(receiver: ReceiverProcess) -> list[str]:
     """Return the names of the destinations that a process knows."""
-    answer = httpx.get(f"{receiver.url}/v1/destinations", headers=HEADERS, timeout=SECONDS)
-    return [row["name"] for row in answer.json()["data"] if row["configured"]]
+    return [row["name"] for row in listed(receiver) if row["configured"]]
 
 
 def post(receiver: ReceiverProcess, *names: str) -> None:
     """Post webhooks."""
     for name in names:
         content = body(name, payload={"model": "m", "output": {}, "cost": 1})
-        answer = httpx.post(f"{receiver.url}/clipia/webhook", content=content, headers=signed(content))
-        assert answer.status_code == 200
+        fetch(receiver, "/clipia/webhook", content, signed(content))
 
 
 class Consumer:
@@ -131,7 +146,7 @@ def test_destinations_come_and_go_without_a_restart(tmp_path: Path) -> None:
             reload(receiver, event="settings not read again: nothing has changed")
             (failed,) = records(receiver, "settings not read again: nothing has changed")
             assert "destination 'wrong'" in failed["error"]
-            metrics = httpx.get(f"{receiver.url}/metrics", headers=HEADERS).text
+            metrics = fetch(receiver, "/metrics")
             assert "receiver_settings_reload_failed 1.0" in metrics
             assert configured(receiver) == ["kept", "slow"]
             post(receiver, "r-2")
@@ -149,10 +164,9 @@ def test_destinations_come_and_go_without_a_restart(tmp_path: Path) -> None:
             wait_until(lambda: records(receiver, "destinations read again"))
             (done,) = records(receiver, "destinations read again")
             assert done["done"] == {"added": ["new"], "changed": [], "removed": ["slow"]}
-            metrics = httpx.get(f"{receiver.url}/metrics", headers=HEADERS).text
+            metrics = fetch(receiver, "/metrics")
             assert "receiver_settings_reload_failed 0.0" in metrics
-            listed = httpx.get(f"{receiver.url}/v1/destinations", headers=HEADERS).json()["data"]
-            assert {row["name"]: row["pending"] for row in listed} == {"kept": 0, "new": 0}
+            assert {row["name"]: row["pending"] for row in listed(receiver)} == {"kept": 0, "new": 0}
         assert consumer.confirmed == {"r-1": 1, "r-2": 1}
         assert subjects(tmp_path / "kept.jsonl") == {"r-1": 1, "r-2": 1, "r-3": 1}
 
@@ -161,7 +175,9 @@ def test_several_reloads_under_load_lose_and_double_no_event(tmp_path: Path) -> 
     """E4: while webhooks arrive, a destination changes with each of many SIGHUPs; each event comes once."""
     configure(tmp_path, file("kept"), file("changing"))
     names = [f"r-{number}" for number in range(120)]
-    with ReceiverProcess(tmp_path) as receiver:
+    receiver = ReceiverProcess(tmp_path)
+    receiver.measured = False
+    with receiver:
         for number, name in enumerate(names):
             post(receiver, name)
             if number % 10 == 0:
@@ -244,9 +260,10 @@ def test_a_killed_process_leaves_no_destination_down(tmp_path: Path, postgres: P
     configure(tmp_path, f'name = "orders"\nurl = "http://127.0.0.1:{port}/"\nwhen = "received"\n{retry}\n')
     web = ReceiverProcess(tmp_path, "serve", "--port", "0", "--no-worker", **settings)
     worker = ReceiverProcess(tmp_path, "worker", **settings)
+    web.measured = worker.measured = False
 
     def circuit() -> dict[str, Any] | None:
-        (row,) = httpx.get(f"{web.url}/v1/destinations", headers=HEADERS).json()["data"]
+        (row,) = listed(web)
         found: dict[str, Any] | None = row["circuit"]
         return found
 
