@@ -7,13 +7,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import structlog
-
 from receiver.core.lane_names import Wake, alert_lane, destination_lane
 from receiver.db.database import Database
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, load_kind, open_for_work, started
 from receiver.lanes.alerts import AlertLane
+from receiver.lanes.attempts import logged_failures
 from receiver.lanes.base import Lane
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.destination_states import DestinationStates
@@ -24,8 +23,6 @@ from receiver.lanes.worker import Worker
 from receiver.metrics import CIRCUIT_OPEN
 
 MakeTarget = Callable[..., Target]
-
-log = structlog.get_logger()
 
 
 class Users(NamedTuple):
@@ -175,5 +172,7 @@ class LiveDestinations:
             CIRCUIT_OPEN.remove(name)
         if name in opened:
             self._add_lanes(opened[name], users)
-        await old.closing.aclose()
+        # The others have been replaced: an error of this one's library must not look like a failed reload.
+        with logged_failures("destination not closed", destination=name):
+            await old.closing.aclose()
         self._closing.remove(old.closing)

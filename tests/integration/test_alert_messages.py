@@ -393,6 +393,12 @@ async def test_destinations_of_alerts_get_alerts_alone(
         assert "destination:ops" not in worker.lanes
         await until(found)
         tables[1]["alerts"] = False
+
+        async def fail() -> None:
+            raise RuntimeError("the library fails to close")
+
+        # An error of the old destination does not stop the reload.
+        monkeypatch.setattr(worker.live.targets[1].destination, "close", fail)
         await worker.replace(make_settings(f"sqlite:///{path}", *tables[:2]))
         assert [lane for lane in worker.lanes if ":" in lane] == ["destination:events", "destination:both"]
         assert settings.alert_destinations == ()
