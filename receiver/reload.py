@@ -1,8 +1,10 @@
 """SIGHUP: the destinations of `receiver.toml` are read again, all or nothing."""
 
 import asyncio
+import os
 import signal
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Final
 
 import structlog
@@ -26,12 +28,32 @@ def hold_reloads() -> None:
 
     Processes that are spawned meanwhile hold theirs, too.
     """
+    _had_terminal()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
 def accept_reloads() -> None:
     """Let the handler of SIGHUP get the signal, also one that was held."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def is_hangup() -> bool:
+    """Return whether a SIGHUP says that the terminal of this process was closed, which ends the process."""
+    return _had_terminal() and not _has_terminal()
+
+
+@cache
+def _had_terminal() -> bool:
+    """Return whether this process had a terminal at its start that ends it; `nohup` lets it go on."""
+    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
 
 
 def load_again(settings: Settings) -> Settings:

@@ -28,7 +28,7 @@ from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare
-from receiver.reload import accept_reloads, hold_reloads, load_again, log_failed_reload
+from receiver.reload import accept_reloads, hold_reloads, is_hangup, load_again, log_failed_reload
 from receiver.settings import Settings
 
 GRACE_SECONDS: Final = 10
@@ -159,8 +159,11 @@ class Server(uvicorn.Server):
         elif self._drain_ends is None:
             self._drain_ends = time.monotonic() + self._drain
 
-    def _note_reload(self, _sig: int, _frame: FrameType | None) -> None:
-        self._must_reload = True
+    def _note_reload(self, _sig: int, frame: FrameType | None) -> None:
+        if is_hangup():
+            self.handle_exit(signal.SIGTERM, frame)
+        else:
+            self._must_reload = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start the server, then report that it listens."""

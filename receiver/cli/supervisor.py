@@ -18,7 +18,7 @@ from typing import Final
 import structlog
 from uvicorn.config import STARTUP_FAILURE
 
-from receiver.reload import accept_reloads, hold_reloads
+from receiver.reload import accept_reloads, hold_reloads, is_hangup
 
 POLL_SECONDS: Final = 0.2
 """Time between two checks for signals and for processes that died."""
@@ -114,7 +114,8 @@ class Supervisor:
             self._due.append(time.monotonic() + RESTART_PAUSE_SECONDS)
 
     def _note(self, number: int, _frame: object) -> None:
-        self._signals.append(number)
+        is_end = number == signal.SIGHUP and is_hangup()
+        self._signals.append(signal.SIGTERM if is_end else number)
 
     def _pass_signals_on(self) -> None:
         while self._signals:

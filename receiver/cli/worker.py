@@ -16,7 +16,7 @@ from receiver.cli.remote import local_only
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
 from receiver.process import Parts, collect_garbage_less, prepare, running_worker
-from receiver.reload import Reloader, accept_reloads, hold_reloads
+from receiver.reload import Reloader, accept_reloads, hold_reloads, is_hangup
 from receiver.settings import Settings
 from receiver.submitter import Submitter
 
@@ -26,7 +26,7 @@ def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.
     """Save media, forward events and submit jobs; any number of workers may share a PostgreSQL database.
 
     On SIGTERM the worker claims no new work, and finishes or releases the work that it has. On SIGHUP it
-    reads the destinations of receiver.toml again.
+    reads the destinations of receiver.toml again, unless its terminal was closed: then it ends.
     """
     hold_reloads()
     settings = Settings.load()
@@ -53,7 +53,9 @@ async def _run(settings: Settings, listeners: Sequence[socket.socket]) -> None:
                 serving_metrics(metrics, listeners),
             ):
                 reloader.replace = found.replace
-                asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, reloader.request)
+                asyncio.get_running_loop().add_signal_handler(
+                    signal.SIGHUP, lambda: stop.set() if is_hangup() else reloader.request()
+                )
                 accept_reloads()
                 collect_garbage_less()
                 await stop.wait()

@@ -2,7 +2,11 @@
 
 import http.server
 import json
+import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -14,7 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support.commands import ReceiverProcess
+from support.commands import ReceiverProcess, command_environment
 from support.payloads import body, signed
 from support.servers import Postgres, free_port
 
@@ -247,6 +251,42 @@ def _blocks(pid: int, number: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     mask = next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk:"))
     return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+os.setsid()
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "receiver", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize("arguments", [("serve", "--port", "0"), ("worker",)])
+def test_a_closed_terminal_ends_a_process(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """E4: SIGHUP in a terminal reads the file again; if the terminal is closed, the process ends."""
+    configure(tmp_path, file("kept"))
+    receiver = ReceiverProcess(tmp_path, *arguments)
+    ours, theirs = pty.openpty()
+    receiver.starts = 1
+    with receiver.log.open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", IN_TERMINAL, *arguments],
+            env=command_environment(**receiver.settings),
+            cwd=tmp_path,
+            stdin=theirs,
+            stdout=log,
+            stderr=log,
+        )
+    os.close(theirs)
+    try:
+        wait_until(lambda: _blocks(process.pid, signal.SIGHUP))
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: records(receiver, "destinations read again"))
+        os.close(ours)
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_a_killed_process_leaves_no_destination_down(tmp_path: Path, postgres: Postgres) -> None:
