@@ -187,6 +187,11 @@ def discard(
     it was killed. The command prints their number, and when to run it again.
     """
     if is_delivery(destination):
+        if dead or dry_run:
+            option = "--dry-run" if dry_run else "--dead"
+            raise UsageError(
+                f"{option} is for the deliveries of a destination; see `receiver deliveries show` for one"
+            )
         discard_one(destination, reason=reason, json=json)
         return
 

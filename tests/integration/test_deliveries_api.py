@@ -154,7 +154,7 @@ async def test_commands_show_group_and_discard(
     monkeypatch: pytest.MonkeyPatch,
     quiet: None,  # noqa: ARG001 - a fixture
 ) -> None:
-    """`deliveries show`, `failures` and `discard ID` are views of the API; an unknown id is an error."""
+    """`deliveries show`, `failures` and `discard ID` are views of the API; a dry run of one is an error."""
     monkeypatch.setenv("RECEIVER_DATABASE_URL", database_url)
     monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
     commands = Commands(world, capsys, monkeypatch)
@@ -169,6 +169,10 @@ async def test_commands_show_group_and_discard(
     grouped = await commands.json("deliveries", "failures")
     assert (grouped["data"][0]["count"], grouped["data"][0]["cause"]) == (1, "answered 422")
     assert "$ receiver deliveries retry --destination main" in await commands.run("deliveries", "failures")
+    for option in ("--dry-run", "--dead"):
+        said = await commands.error("deliveries", "discard", str(row["id"]), option, status=2)
+        assert f"{option} is for the deliveries of a destination" in said
+    assert (await world.rows(deliveries))[-1]["state"] == "dead"
     assert await commands.run("deliveries", "discard", str(row["id"]), "--reason", "gone") == "1 discarded\n"
     assert "the delivery is canceled" in await commands.error(
         "deliveries", "discard", str(row["id"]), status=5
