@@ -48,8 +48,10 @@ def delivery_parts(facts: Facts, event: EventDetails) -> Iterator[Part]:
     """Return the state of the delivery to each destination, or of one delivery."""
     known = {each.name: each for each in facts.destinations}
     for row in _chosen(event["deliveries"], facts):
-        where = known.get(row["destination"]) or DestinationFacts(name=row["destination"], configured=False)
-        yield _delivery_part(facts, row, where)
+        destination = known.get(row["destination"]) or DestinationFacts(
+            name=row["destination"], configured=False
+        )
+        yield _delivery_part(facts, row, destination)
     if not event["deliveries"]:
         yield _without_delivery(facts, event)
 
@@ -78,7 +80,7 @@ def _chosen(rows: Sequence[DeliveryWithLog], facts: Facts) -> list[DeliveryWithL
     return list(newest.values())
 
 
-def _delivery_part(facts: Facts, row: Delivery, where: DestinationFacts) -> Part:
+def _delivery_part(facts: Facts, row: Delivery, destination: DestinationFacts) -> Part:
     name = row["destination"]
     if row["state"] == "delivered":
         at = row["finished_at"] or row["created_at"]
@@ -91,18 +93,18 @@ def _delivery_part(facts: Facts, row: Delivery, where: DestinationFacts) -> Part
         at = row["finished_at"] or row["created_at"]
         text = f"{name} has not got it: dead letter since {clock(at, facts.now)}: {cause_of(row['error'])}"
         commands = (f"receiver deliveries show {row['id']}", f"receiver deliveries retry {row['id']}")
-        return Part("delivery_dead", text + _others(row, where), commands)
-    return _pending_part(facts, row, where)
+        return Part("delivery_dead", text + _others(row, destination), commands)
+    return _pending_part(facts, row, destination)
 
 
-def _pending_part(facts: Facts, row: Delivery, where: DestinationFacts) -> Part:
+def _pending_part(facts: Facts, row: Delivery, destination: DestinationFacts) -> Part:
     name = row["destination"]
-    if not where.configured:
+    if not destination.configured:
         commands = (f"receiver deliveries move {name} NEW", f"receiver deliveries discard {name}")
         return Part("destination_removed", f"{name} is not configured any more", commands)
-    if where.pause is not None:
-        reason = f": {where.pause.reason}" if where.pause.reason else ""
-        text = f"{name} has been paused since {clock(where.pause.at, facts.now)} by {where.pause.by}{reason}"
+    if (pause := destination.pause) is not None:
+        reason = f": {pause.reason}" if pause.reason else ""
+        text = f"{name} has been paused since {clock(pause.at, facts.now)} by {pause.by}{reason}"
         return Part("destination_paused", text, (f"receiver destinations resume {name}",))
     if row["next_attempt_at"] is None:
         return Part("waits_for_media", f"{name} gets it when its files are stored")
@@ -111,38 +113,41 @@ def _pending_part(facts: Facts, row: Delivery, where: DestinationFacts) -> Part:
     if destination_lane(name) not in facts.lanes:
         text = f"no running worker delivers to {name}: restart the workers with the present settings"
         return Part("destination_unserved", text, ("receiver check",))
-    return _tried_part(facts, row, where)
+    return _tried_part(facts, row, destination)
 
 
-def _tried_part(facts: Facts, row: Delivery, where: DestinationFacts) -> Part:
+def _tried_part(facts: Facts, row: Delivery, destination: DestinationFacts) -> Part:
     name, due = row["destination"], row["next_attempt_at"] or facts.now
     at = "now" if due <= facts.now else f"at {clock(due, facts.now)}"
     if row["error"] is not None:
-        group = _group(row, where)
+        group = _group(row, destination)
         since = f" since {clock(group['first'], facts.now)}" if group else ""
-        text = f"{name} has failed{since}: {cause_of(row['error'])}{_others(row, where)}; next attempt {at}"
+        others = _others(row, destination)
+        text = f"{name} has failed{since}: {cause_of(row['error'])}{others}; next attempt {at}"
         commands = (
             f"receiver deliveries show {row['id']}",
             f"receiver deliveries failures --destination {name}",
         )
         return Part("delivery_failing", text, commands)
-    if where.circuit is not None:
-        since = clock(where.circuit.open_since, facts.now)
-        text = f"{name} has been down since {since}: {cause_of(where.circuit.error)}; only probes are sent"
+    if destination.circuit is not None:
+        since = clock(destination.circuit.open_since, facts.now)
+        text = (
+            f"{name} has been down since {since}: {cause_of(destination.circuit.error)}; only probes are sent"
+        )
         return Part("destination_down", text, (f"receiver deliveries failures --destination {name}",))
     if row["attempts"] and due > facts.now:
         return Part("delivery_under_way", f"{name} is getting it now")
     return Part("delivery_due", f"{name} gets it {at}")
 
 
-def _group(row: Delivery, where: DestinationFacts) -> FailureGroup | None:
+def _group(row: Delivery, destination: DestinationFacts) -> FailureGroup | None:
     cause = cause_of(row["error"])
-    same = (each for each in where.failures if each["state"] == row["state"] and each["cause"] == cause)
+    same = (each for each in destination.failures if each["state"] == row["state"] and each["cause"] == cause)
     return next(same, None)
 
 
-def _others(row: Delivery, where: DestinationFacts) -> str:
-    group = _group(row, where)
+def _others(row: Delivery, destination: DestinationFacts) -> str:
+    group = _group(row, destination)
     number = group["count"] - 1 if group else 0
     if number < 1:
         return ""

@@ -28,12 +28,14 @@ def _facts(facts: Facts) -> Iterator[Fact]:
     if facts.freeze is not None and facts.job is not None and facts.job["state"] == "pending":
         text = f"submissions were frozen by {facts.freeze.by}: {facts.freeze.reason}"
         yield Fact(at=facts.freeze.frozen_at, text=text)
-    for where in facts.destinations:
-        if where.pause is not None:
-            yield Fact(at=where.pause.at, text=f"{where.name} was paused by {where.pause.by}")
-        if where.circuit is not None:
-            text = f"{where.name}: {where.circuit.owner} opened its circuit: {where.circuit.error}"
-            yield Fact(at=where.circuit.open_since, text=text)
+    for destination in facts.destinations:
+        if destination.pause is not None:
+            yield Fact(
+                at=destination.pause.at, text=f"{destination.name} was paused by {destination.pause.by}"
+            )
+        if (circuit := destination.circuit) is not None:
+            text = f"{destination.name}: {circuit.owner} opened its circuit: {circuit.error}"
+            yield Fact(at=circuit.open_since, text=text)
 
 
 def _job_facts(job: JobDetails) -> Iterator[Fact]:
@@ -66,9 +68,9 @@ def _event_facts(facts: Facts, event: EventDetails) -> Iterator[Fact]:
 
 def _filter_facts(facts: Facts, event: EventDetails) -> Iterator[Fact]:
     with_delivery = {delivery["destination"] for delivery in event["deliveries"]}
-    for where in facts.destinations:
-        if where.mismatch is not None and where.name not in with_delivery:
-            text = f"{where.name}: its filter leaves the event out: {where.mismatch}"
+    for destination in facts.destinations:
+        if destination.mismatch is not None and destination.name not in with_delivery:
+            text = f"{destination.name}: its filter leaves the event out: {destination.mismatch}"
             yield Fact(at=event["received_at"], text=text)
 
 

@@ -3,24 +3,20 @@
 import uuid
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 import orjson
 import pytest
-from alembic import command
 from cloudevents.core.v1.event import CloudEvent
-from sqlalchemy import column, insert, literal, select, table
 from support.command_line import Commands
 from support.events import World, opened, plain
 from support.payloads import SECRET
-from support.servers import Postgres
 
 from receiver.app import create_app
 from receiver.core.retry import RetryPolicy
-from receiver.db import migrate
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import attempts, deliveries
@@ -178,28 +174,3 @@ async def test_commands_show_group_and_discard(
         "deliveries", "discard", str(row["id"]), status=5
     )
     assert "there is no delivery" in await commands.error("deliveries", "show", str(uuid.uuid4()), status=4)
-
-
-async def test_the_migration_keeps_a_filled_database(postgres: Postgres, tmp_path: Path) -> None:
-    """C15: a database of the schema 0016 with attempts becomes one with answers, and back."""
-    now = datetime.now(UTC)
-    values = {"work_id": uuid.uuid4(), "number": 1, "started_at": now, "duration_ms": 1, "outcome": "retry"}
-    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
-        database = Database(url)
-        await migrate.upgrade(database, "0016")
-        async with database.write() as connection:
-            old = insert(table(attempts.name, *(column(name) for name in values)))
-            types = {name: attempts.c[name].type for name in values}
-            await connection.execute(
-                old.values({name: literal(value, types[name]) for name, value in values.items()})
-            )
-        for step in ("0017", "0016", "0017"):
-            if step == "0016":
-                await migrate.apply(database, lambda config: command.downgrade(config, "0016"))
-            else:
-                await migrate.upgrade(database, step)
-        await migrate.upgrade(database)
-        async with database.read() as connection:
-            (row,) = (await connection.execute(select(attempts))).mappings()
-        assert (row["work_id"], row["outcome"], row["answer"]) == (values["work_id"], "retry", None)
-        await database.close()

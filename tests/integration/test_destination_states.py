@@ -1,32 +1,26 @@
 """The state of destinations that all processes share: pauses, and open circuits."""
 
 import asyncio
-import time
 import uuid
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from alembic import command
 from cloudevents.core.v1.event import CloudEvent
 from sqlalchemy import select, update
-from support.events import GroupRecorder, World, insert_event, plain, until
+from support.events import GroupRecorder, World, plain, until
 from support.events import opened as open_world
-from support.payloads import body
-from support.servers import Postgres
 
 from receiver.core.lane_names import wake_no_lane
 from receiver.core.retry import RetryPolicy
 from receiver.db import destinations as sql
-from receiver.db import migrate
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.destinations import FRESH_SECONDS, Circuit
 from receiver.db.operation_tables import circuits
-from receiver.db.tables import deliveries, events
+from receiver.db.tables import deliveries
 from receiver.errors import PublishFailed
-from receiver.ingest import make_event
 from receiver.lanes.delivery import DeliveryLane
 from receiver.lanes.destination_states import DestinationStates
 
@@ -246,27 +240,3 @@ async def test_a_circuit_is_followed_by_other_processes(world: World) -> None:
     await states[1].refresh()
     assert woken == ["destination:orders"]
     assert len(await second.claim(10)) == 1
-
-
-async def test_the_migration_keeps_a_filled_database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """C15: a database of the schema before, with events, becomes one with the tables, and back."""
-    postgres: Postgres = request.getfixturevalue("postgres")
-    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
-        database = Database(url)
-        await migrate.upgrade(database, "0014")
-        async with database.write() as connection:
-            event = make_event(
-                "clipia", body("r-1"), received_at=time.time(), secret_id="a", signed_at=time.time()
-            )
-            await insert_event(connection, event)
-        for step in ("0015", "0014", "0015"):
-            if step == "0014":
-                await migrate.apply(database, lambda config: command.downgrade(config, "0014"))
-            else:
-                await migrate.upgrade(database, step)
-            async with database.read() as connection:
-                assert (await connection.execute(select(events.c.request_id))).scalars().all() == ["r-1"]
-        async with database.write() as connection:
-            await sql.pause(connection, "orders", by="mia", reason=None)
-            await sql.report(connection, [opened(uuid.uuid4())])
-        await database.close()

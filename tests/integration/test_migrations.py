@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,8 @@ from receiver.db.selection import Selection
 from receiver.db.version import VERSION_TABLE
 from receiver.errors import DatabaseUnavailable
 from receiver.ingest import make_event
+
+VERSIONS = Path(__file__).parents[2] / "migrations/versions"
 
 
 async def test_no_drift(database: Database) -> None:
@@ -49,6 +53,34 @@ async def test_partial_indexes_are_partial(database: Database) -> None:
     async with database.read() as connection:
         for name, state in conditions.items():
             assert f"'{state}'" in (await definition(connection, name)).split("WHERE")[1]
+
+
+async def test_each_migration_keeps_a_filled_database(postgres: Postgres, tmp_path: Path) -> None:
+    """C15: each migration from 0013 on keeps events and attempts, there, back and there again."""
+    revisions = sorted(path.name[:4] for path in VERSIONS.glob("0*.py"))
+    revisions = revisions[revisions.index("0013") :]
+    assert len(revisions) > 5
+    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
+        database = Database(url)
+        await migrate.upgrade(database, revisions[0])
+        async with database.write() as connection:
+            await insert_event(connection, make_event("clipia", plain("r-1"), received_at=0.0))
+            await connection.execute(
+                text(
+                    "INSERT INTO attempts (work_id, number, started_at, duration_ms, outcome) "
+                    "SELECT id, 1, received_at, 7, 'retry' FROM events"
+                )
+            )
+        for old, new in pairwise(revisions):
+            for step in (new, old, new):
+                if step == old:
+                    await migrate.apply(database, partial(command.downgrade, revision=old))
+                else:
+                    await migrate.upgrade(database, step)
+                async with database.read() as connection:
+                    kept = "SELECT request_id, duration_ms FROM events JOIN attempts ON work_id = events.id"
+                    assert (await connection.exec_driver_sql(kept)).all() == [("r-1", 7)]
+        await database.close()
 
 
 async def test_events_of_an_older_schema_are_found(database: Database) -> None:

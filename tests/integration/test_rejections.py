@@ -15,7 +15,6 @@ from typing import Any
 
 import httpx
 import pytest
-from alembic import command
 from prometheus_client import REGISTRY
 from sqlalchemy import func, select
 from structlog.testing import capture_logs
@@ -29,7 +28,6 @@ from receiver import retention
 from receiver.app import create_app
 from receiver.cli import main
 from receiver.core import diagnosis
-from receiver.db import migrate
 from receiver.db import rejections as sql
 from receiver.db.database import Database
 from receiver.db.rejections import NewRejection
@@ -556,30 +554,3 @@ async def test_the_commands_list_and_show(
     assert re.search(rf"rejections: 1 with the cause wrong_url .*rejections show {rows[0]['id']}`", checked)
     monkeypatch.setenv("RECEIVER_REJECTIONS_KEPT", "0")
     assert "rejections: not kept: RECEIVER_REJECTIONS_KEPT is 0" in await run("check")
-
-
-# --- migration ---
-
-
-async def test_the_migration_keeps_a_filled_database(request: pytest.FixtureRequest, tmp_path: Path) -> None:
-    """C15: a database of the schema 0013 with events becomes one with the table, and back."""
-    postgres: Postgres = request.getfixturevalue("postgres")
-    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
-        database = Database(url)
-        await migrate.upgrade(database, "0013")
-        async with database.write() as connection:
-            event = make_event(
-                "clipia", body("r-1"), received_at=time.time(), secret_id="a", signed_at=time.time()
-            )
-            await insert_event(connection, event)
-        for step in ("0014", "0013", "0014"):
-            if step == "0013":
-                await migrate.apply(database, lambda config: command.downgrade(config, "0013"))
-            else:
-                await migrate.upgrade(database, step)
-            async with database.read() as connection:
-                assert (await connection.execute(select(events.c.request_id))).scalars().all() == ["r-1"]
-        async with database.write() as connection:
-            await sql.insert(connection, [new(1)])
-        assert await numbers(database) == [1]
-        await database.close()
