@@ -186,6 +186,7 @@ def endpoint_table(
     events = EventEndpoints(
         database, open_storage=open_own, destinations=known, internal_url=settings.internal_url
     )
+    sources = [source.name for source in settings.all_sources]
     control = DestinationControl(database, lambda: settings.every_destination, wake=wake)
     return [
         *JobEndpoints(submitter).table(),
@@ -203,7 +204,7 @@ def endpoint_table(
         *FreezeEndpoints(database).table(),
         *UpkeepEndpoints(database, open_storage=open_own).table(),
         *StatusEndpoints(database, partial(read_status, settings, database, submitter)).table(),
-        *ResultFetchEndpoints(ResultFetch(database, submitter, wake=wake)).table(),
+        *ResultFetchEndpoints(ResultFetch(database, submitter, sources=sources, wake=wake)).table(),
         *TailEndpoints(database, known).table(),
         *ExplainEndpoints(database, lambda: settings.all_destinations).table(),
     ]

@@ -1,6 +1,7 @@
 """Fetches a result that never arrived: Clipia is asked once, and the result is stored like a webhook's."""
 
 import time
+from collections.abc import Sequence
 from typing import Final, Literal, NamedTuple, cast
 
 import structlog
@@ -8,7 +9,7 @@ import structlog
 from receiver.clipia.client import Call
 from receiver.core.lane_names import FAN_OUT_LANE, Wake
 from receiver.core.payload import is_request_id, result_body
-from receiver.db import reads
+from receiver.db import jobs, reads
 from receiver.db.database import Database
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, UnrecognizedBody
 from receiver.ingest import Ingest
@@ -32,9 +33,14 @@ class FetchedResult(NamedTuple):
 class ResultFetch:
     """Fetches results of the account of CLIPIA_KEY, also of jobs that were submitted elsewhere."""
 
-    def __init__(self, database: Database, submitter: Submitter, *, wake: Wake) -> None:
+    def __init__(
+        self, database: Database, submitter: Submitter, *, sources: Sequence[str], wake: Wake
+    ) -> None:
+        """Take the names of the configured sources."""
         self._database = database
         self._submitter = submitter
+        # Jobs of this receiver that are polled need no source with a secret.
+        self._sources: Final = tuple(sources) or (DEFAULT_SOURCE,)
         # Without secrets it records polled results only.
         self._ingest = Ingest(
             database,
@@ -44,23 +50,47 @@ class ResultFetch:
             on_accepted=lambda: wake(FAN_OUT_LANE),
         )
 
-    async def fetch(self, request_id: str) -> FetchedResult:
+    async def fetch(self, request_id: str, *, source: str | None = None) -> FetchedResult:
         """Store the result of a generation, unless its event is stored already.
 
-        Raises RequestError if Clipia does not know it or has not finished it, ClipiaUnavailable,
-        DatabaseUnavailable, and SettingsError without CLIPIA_KEY.
+        `source` is the one that its webhook would name; None: it follows from the job or the settings.
+        Raises RequestError if the source is wrong or missing, or if Clipia does not know the generation or
+        has not finished it; ClipiaUnavailable, DatabaseUnavailable, and SettingsError without CLIPIA_KEY.
         """
         if not is_request_id(request_id):
             raise RequestError("request_id: this is no id of Clipia's", code="invalid_request")
         async with self._database.read() as connection:
             known = await reads.find_event(connection, request_id)
+            own = await jobs.find_by_request(connection, DEFAULT_SOURCE, request_id)
+        source = self._choose(source, own=own is not None)
         if known is not None and known["state"] != "unrecognized":
             return FetchedResult(str(known["id"]), is_new=False)
         body = await self._ask(request_id)
-        received = await self._ingest.record_result(DEFAULT_SOURCE, body)
+        received = await self._ingest.record_result(source, body)
         is_new = received.outcome == "accepted"
-        log.info("result fetched", request_id=request_id, event_id=received.event_id, new=is_new)
+        log.info(
+            "result fetched", request_id=request_id, source=source, event_id=received.event_id, new=is_new
+        )
         return FetchedResult(received.event_id, is_new=is_new)
+
+    def _choose(self, given: str | None, *, own: bool) -> str:
+        """Return the source; `own` is true for a job of this receiver. Raises RequestError.
+
+        An event's id is made of it: with another source, a webhook that comes later would be a second event.
+        """
+        choices = (DEFAULT_SOURCE,) if own else self._sources
+        if given in choices:
+            return given
+        if given is None and len(choices) == 1:
+            return choices[0]
+        names = ", ".join(choices)
+        if given is None:
+            text = f"write the one whose webhook would have brought the result: {names}"
+        elif own:
+            text = f"the job is this receiver's, so its source is {names}"
+        else:
+            text = f"no source has this name; the settings have {names}"
+        raise RequestError(f"source: {text}", code="invalid_request")
 
     async def _ask(self, request_id: str) -> bytes:
         """Return the body that the webhook would have had."""

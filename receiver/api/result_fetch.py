@@ -14,6 +14,9 @@ class FetchBody(Parameters):
 
     request_id: Name
     """Clipia's id."""
+    source: Name | None = None
+    """The source whose webhook would have brought it; required if several are configured and the job was
+    submitted elsewhere."""
 
 
 class ResultFetchEndpoints:
@@ -44,6 +47,6 @@ class ResultFetchEndpoints:
 
     async def _ask(self, call: Call[None, FetchBody]) -> Response:
         body = await call.read_body()
-        found = await self._fetch.fetch(body.request_id)
+        found = await self._fetch.fetch(body.request_id, source=body.source)
         answer = Fetched(event_id=found.event_id, stored=found.is_new)
         return json_response(answer, status=201 if found.is_new else 200)

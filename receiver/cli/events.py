@@ -114,6 +114,13 @@ def show(key: EventKey, json: Json = False) -> None:
 @events.command()
 def fetch(
     request_id: Annotated[str, typer.Argument(metavar="REQUEST_ID", help="Clipia's id of the generation.")],
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="The source whose webhook would have brought it. Required if several are configured and the "
+            "job was submitted elsewhere."
+        ),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Ask Clipia for a result that never arrived, and store it as an event, which is then forwarded.
@@ -123,7 +130,7 @@ def fetch(
     """
 
     async def run(client: Client) -> tuple[bool, ShownEvent]:
-        found = await client.fetch_event(request_id)
+        found = await client.fetch_event(request_id, source=source)
         return found["stored"], await client.show_event(found["event_id"])
 
     is_new, event = with_client(run)

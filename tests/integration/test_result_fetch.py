@@ -8,6 +8,7 @@ from support.clipia import MODEL, PROMPT, Sandbox, World, show
 
 from receiver.clipia.client import Call
 from receiver.core.lane_names import FAN_OUT_LANE, wake_no_lane
+from receiver.db.tables import events
 from receiver.errors import RequestError, SettingsError
 from receiver.result_fetch import ResultFetch
 from receiver.submitter import Submitter
@@ -22,16 +23,16 @@ async def submit_elsewhere(submitter: Submitter) -> str:
     return accepted.request_id
 
 
-def fetching(world: World, submitter: Submitter) -> ResultFetch:
-    """Return the service."""
-    return ResultFetch(world.database, submitter, wake=wake_no_lane)
+def fetching(world: World, submitter: Submitter, *sources: str) -> ResultFetch:
+    """Return the service of a receiver with these sources."""
+    return ResultFetch(world.database, submitter, sources=sources, wake=wake_no_lane)
 
 
 async def test_a_result_of_another_submitter_becomes_an_event(world: World, sandbox: Sandbox) -> None:
     """F10: the result is stored once and forwarded; until the generation ends, the error says so."""
     submitter = world.submitter()
     woken: list[str] = []
-    service = ResultFetch(world.database, submitter, wake=woken.append)
+    service = ResultFetch(world.database, submitter, sources=["clipia"], wake=woken.append)
     request_id = await submit_elsewhere(submitter)
     with pytest.raises(RequestError, match="has not finished") as open_:
         await service.fetch(request_id)
@@ -56,6 +57,29 @@ async def test_the_job_of_a_fetched_result_ends(world: World, sandbox: Sandbox) 
     await fetching(world, submitter).fetch(job.request_id)
     await world.forward()
     assert (await show(submitter, job)).state == "completed"
+
+
+async def test_a_fetched_result_has_the_source_of_its_webhook(world: World, sandbox: Sandbox) -> None:
+    """F10: of several sources the caller names one, except for a job of this receiver; one alone is taken."""
+    submitter = world.submitter(public_url="https://hooks.example.com")
+    elsewhere = [await submit_elsewhere(submitter) for _ in range(2)]
+    own = (await submitter.submit(MODEL, PROMPT)).request_id
+    sandbox.end_all()
+    assert own is not None
+    service = fetching(world, submitter, "clipia", "shop")
+    for source, request_id, error in (
+        (None, elsewhere[0], "would have brought the result: clipia, shop"),
+        ("shoo", elsewhere[0], "no source has this name; the settings have clipia, shop"),
+        ("shop", own, "its source is clipia"),
+    ):
+        with pytest.raises(RequestError, match=error) as wrong:
+            await service.fetch(request_id, source=source)
+        assert wrong.value.code == "invalid_request"
+    await service.fetch(elsewhere[0], source="shop")
+    await fetching(world, submitter, "shop").fetch(elsewhere[1])
+    await service.fetch(own)
+    stored = {row["request_id"]: row["source"] for row in await world.rows(events)}
+    assert stored == dict.fromkeys(elsewhere, "shop") | {own: "clipia"}
 
 
 async def test_an_unknown_request_and_a_missing_key_are_named(world: World, sandbox: Sandbox) -> None:
