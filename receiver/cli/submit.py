@@ -1,7 +1,8 @@
 """`receiver submit`: submit one job from the command line."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final
 
@@ -17,6 +18,8 @@ from receiver.cli.terminal import amount, print_json, print_line, print_note, si
 from receiver.cli.waiting import GaveUp, Patience, Timeout, find_missing
 from receiver.client import Client
 from receiver.core.lane_names import FAN_OUT_LANE, MEDIA_LANE, POLL_LANE, SUBMIT_LANE
+from receiver.db.rows import new_id
+from receiver.errors import RefusedByClipia, RequestError, SettingsError
 from receiver.submitter import Job, JobFile
 
 CALLER: Final = "cli"
@@ -31,7 +34,13 @@ def submit(
         str, typer.Argument(help="The model's slug; see `receiver models`.", autocompletion=complete_model)
     ],
     given: Input,
-    key: Annotated[str | None, typer.Option(help="Idempotency key: the same key is the same job.")] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(
+            help="Idempotency key: the same key is the same job. Default: a random one, which is printed if "
+            "the receiver's answer is lost."
+        ),
+    ] = None,
     metadata: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Returned with the job and with its message. Repeatable."),
@@ -67,9 +76,10 @@ def submit(
         )
 
     async def run(client: Client) -> tuple[Job, int]:
-        job = await client.submit_job(
-            model, parameters, key=key, metadata=values, max_cost=max_cost, strict=strict
-        )
+        with nullcontext(key) if key is not None else _new_key() as used:
+            job = await client.submit_job(
+                model, parameters, key=used, metadata=values, max_cost=max_cost, strict=strict
+            )
         _print_submitted(job)
         return await _watch(client, job, patience) if wait else (job, 0)
 
@@ -80,6 +90,23 @@ def submit(
         _print_result(job)
     if status:
         raise typer.Exit(status)
+
+
+@contextmanager
+def _new_key() -> Iterator[str]:
+    """Yield a new key, and print it if the block may have made a job without an answer.
+
+    The receiver would make one too, but names it in the answer alone: a repeated command would be a second
+    paid job.
+    """
+    key = str(new_id())
+    try:
+        yield key
+    except BaseException as error:
+        is_unmade = isinstance(error, RequestError) and error.job_id is None
+        if not is_unmade and not isinstance(error, RefusedByClipia | SettingsError):
+            print_note(f"Repeat the command with `--key {key}`: the same key is the same job.")
+        raise
 
 
 async def _watch(client: Client, job: Job, patience: Patience) -> tuple[Job, int]:
