@@ -80,8 +80,11 @@ class EventCalls(Calls):
         """Return the path of an event. Raises RequestError."""
         if "/" in key:
             # A server decodes %2F before it routes the call.
-            found = (await self.list_events(request_id=key, limit=1)).data
+            found = (await self.list_events(request_id=key, limit=2)).data
             if not found:
                 raise RequestError("there is no such event", code="not_found")
+            if len(found) > 1:
+                text = "events of several sources have this request_id: give the id of one of them"
+                raise RequestError(text, code="ambiguous")
             key = str(found[0]["id"])
         return f"/v1/events/{escaped(key)}"

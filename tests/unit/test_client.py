@@ -147,6 +147,21 @@ async def test_a_long_list_takes_several_calls() -> None:
     assert page.data[0]["received_at"] == datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
+async def test_a_request_id_of_several_sources_names_no_event() -> None:
+    """A request_id with a slash is looked up first: if two events have it, none of them is erased."""
+    asked = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.method)
+        rows = [EVENT_SUMMARY] * min(2, int(request.url.params["limit"]))
+        return httpx.Response(200, json={"data": rows, "next": None})
+
+    async with client(answer) as calls:
+        with pytest.raises(RequestError) as caught:
+            await calls.erase_event("a/b")
+    assert (caught.value.code, asked) == ("ambiguous", ["GET"])
+
+
 async def test_parameters_are_sent_as_the_api_reads_them() -> None:
     """None is left out, a time is ISO 8601, and metadata is a parameter for each name."""
     urls = []
