@@ -24,6 +24,7 @@ from receiver.db.views import ReplayCounts, ReplayDetails, ReplayHead
 from receiver.destination_settings import FilterSettings
 from receiver.errors import RequestError
 from receiver.lanes.targets import load_facts
+from receiver.masking import mask
 
 MAX_CANCELED: Final = 5000
 """Deliveries that one transaction cancels."""
@@ -136,7 +137,7 @@ class Replays:
             caller=caller,
             idempotency_key=key or str(order_id),
             fingerprint=hashlib.sha256(orjson.dumps(content, option=orjson.OPT_SORT_KEYS)).hexdigest(),
-            reason=request.reason,
+            reason=mask(request.reason),
             selection=content["selection"],
             destinations=self._destinations(request),
             media=request.media,

@@ -96,7 +96,7 @@ class FreezeEndpoints:
         body = await call.read_body()
         async with self._database.write() as connection:
             await submission_freezes.freeze(
-                connection, by=call.caller.name, reason=body.reason, restored=body.restored
+                connection, by=call.caller.name, reason=call.record.reason or "", restored=body.restored
             )
         return json_response(await self._read())
 

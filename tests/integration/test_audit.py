@@ -113,6 +113,16 @@ async def test_a_wrong_reason_stops_the_action(client: httpx.AsyncClient, databa
     assert row["reason"] == "key [masked]"
 
 
+async def test_a_secret_in_a_reason_is_stored_nowhere(client: httpx.AsyncClient, database: Database) -> None:
+    """A freeze and a replay keep the reason without secrets, too."""
+    masking.register_secret("hunter2-hunter2-hunter2")
+    body = {"reason": "key hunter2-hunter2-hunter2"}
+    frozen = await client.post("/v1/freeze", json=body)
+    ordered = await client.post("/v1/replays", json=body | {"all": True})
+    assert frozen.json()["reason"] == ordered.json()["reason"] == "key [masked]"
+    assert {row["reason"] for row in await recorded(database)} == {"key [masked]"}
+
+
 async def test_actions_are_listed(client: httpx.AsyncClient) -> None:
     """The list has pages, newest first, and filters by author, operation, target and time."""
     for number in range(3):

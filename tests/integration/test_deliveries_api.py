@@ -22,6 +22,7 @@ from receiver.db.database import Database
 from receiver.db.tables import attempts, deliveries
 from receiver.destinations.base import encode
 from receiver.errors import PublishFailed, PublishRejected
+from receiver.masking import register_secret
 from receiver.settings import Settings
 
 TOKEN = "operator-0123456789abcdef"
@@ -95,7 +96,9 @@ async def test_a_delivery_is_shown_with_answers_and_message(world: World, client
 
 
 async def test_a_delivery_is_discarded_once(world: World, client: httpx.AsyncClient) -> None:
-    """E15: a pending or dead delivery is canceled with the reason on record, and no other one."""
+    """E15: a pending or dead delivery is canceled with its masked reason on record, and no other one."""
+    secret = "hunter2-hunter2-hunter2"
+    register_secret(secret)
     for name in ("pending", "dead", "delivered", "under-way"):
         await world.add(plain(name))
     await world.fan_out()
@@ -106,13 +109,15 @@ async def test_a_delivery_is_discarded_once(world: World, client: httpx.AsyncCli
     await world.change(deliveries, under_way, lease=uuid.uuid4(), next_attempt_at=db_time(60.0))
     statuses = {}
     for name, row in rows.items():
-        response = await client.post(f"/v1/deliveries/{row['id']}/discard", json={"reason": "canceled order"})
+        response = await client.post(
+            f"/v1/deliveries/{row['id']}/discard", json={"reason": f"canceled order {secret}"}
+        )
         statuses[name] = response.status_code
     assert statuses == {"pending": 200, "dead": 200, "delivered": 409, "under-way": 409}
     states = [row["state"] for row in await world.rows(deliveries)]
     assert states == ["canceled", "canceled", "delivered", "pending"]
     recorded = [(row["outcome"], row["error"]) for row in await world.rows(attempts)]
-    assert recorded == [("canceled", "discarded by ops: canceled order")] * 2
+    assert recorded == [("canceled", "discarded by ops: canceled order [masked]")] * 2
     again = await client.post(f"/v1/deliveries/{rows['dead']['id']}/discard")
     assert (again.status_code, again.json()["error"]["code"]) == (409, "not_cancelable")
     assert (await client.post(f"/v1/deliveries/{uuid.uuid4()}/discard")).status_code == 404
