@@ -5,7 +5,9 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+import structlog
 
 from receiver.core.lane_names import Wake, alert_lane, destination_lane
 from receiver.db.database import Database
@@ -23,6 +25,12 @@ from receiver.lanes.worker import Worker
 from receiver.metrics import CIRCUIT_OPEN
 
 MakeTarget = Callable[..., Target]
+
+RELOAD_SECONDS: Final = 25.0
+"""How long a reload waits for the lanes of old destinations. Later they end in the background: attempts with
+a long `timeout`, or results that wait for the database, must not keep the next reload waiting."""
+
+log = structlog.get_logger()
 
 
 class Users(NamedTuple):
@@ -71,6 +79,9 @@ class LiveDestinations:
         self._wake = wake
         self._make_target = make_target
         self._open: dict[str, _Open] = {}
+        self._working: dict[str, _Open] = {}
+        """The destinations with lanes; an old one stays until its lanes have ended."""
+        self._retiring = set[asyncio.Task[None]]()
         self._closing: list[AsyncExitStack] = []
         """One for each destination that is not closed yet, with those that are being opened or replaced."""
 
@@ -81,6 +92,7 @@ class LiveDestinations:
 
     def make_lanes(self) -> list[Lane]:
         """Make the lanes of all destinations."""
+        self._working = dict(self._open)
         return [lane for each in self._open.values() for lane in self._lanes_of(each)]
 
     def _lanes_of(self, opened: _Open) -> Iterator[Lane]:
@@ -104,7 +116,7 @@ class LiveDestinations:
 
         Raises SettingsError before anything has changed. `done` is called when the new ones are in use; then
         the lanes of the others end. A changed destination gets its new lane after that, so that its limits
-        hold.
+        hold; if it is changed again meanwhile, only the newest one gets a lane.
         """
         fresh = await self._open_fresh([each for each in wanted if not self._serves(each)])
         opened = {each.target.name: each for each in await self._start(fresh)}
@@ -116,10 +128,9 @@ class LiveDestinations:
         done()
         changed = before.keys() & opened.keys()
         removed = before.keys() - self._open.keys()
-        for name in opened.keys() - changed:
-            self._add_lanes(opened[name], users)
-        retired = (before[name] for name in sorted(changed | removed))
-        await asyncio.gather(*(self._retire(each, users, opened) for each in retired))
+        for name in opened.keys() - self._working.keys():
+            self._add_lanes(name, users)
+        await self._retire_all([before[name] for name in sorted(changed | removed)], users)
         return {
             "added": sorted(opened.keys() - changed),
             "changed": sorted(changed),
@@ -128,6 +139,7 @@ class LiveDestinations:
 
     async def close(self) -> None:
         """Close all destinations; their lanes have ended."""
+        await asyncio.gather(*self._retiring)
         await asyncio.gather(*(each.aclose() for each in self._closing))
 
     def _serves(self, wanted: DestinationSettings) -> bool:
@@ -159,19 +171,37 @@ class LiveDestinations:
         target = self._make_target(settings, destination, is_down=bool(down))
         return _Open(settings=settings, target=target, closing=closing)
 
-    def _add_lanes(self, opened: _Open, users: Users) -> None:
-        for lane in self._lanes_of(opened):
+    def _add_lanes(self, name: str, users: Users) -> None:
+        self._working[name] = self._open[name]
+        for lane in self._lanes_of(self._open[name]):
             users.worker.add(lane)
 
-    async def _retire(self, old: _Open, users: Users, opened: Mapping[str, _Open]) -> None:
-        """End the lanes of a destination, close it, and begin the lanes of its successor."""
+    async def _retire_all(self, old: Sequence[_Open], users: Users) -> None:
+        tasks = [asyncio.create_task(self._retire(each, users), name="retire") for each in old]
+        if not tasks:
+            return
+        self._retiring.update(tasks)
+        for task in tasks:
+            task.add_done_callback(self._retiring.discard)
+        done, late = await asyncio.wait(tasks, timeout=RELOAD_SECONDS)
+        if late:
+            names = [each.target.name for each, task in zip(old, tasks, strict=True) if task in late]
+            log.warning("old destinations still finish their work", names=names)
+        for task in done:
+            task.result()
+
+    async def _retire(self, old: _Open, users: Users) -> None:
+        """End the lanes of a destination, begin those of its successor, and close it."""
         name = old.target.name
-        await asyncio.gather(*map(users.worker.remove, old.lanes))
-        self._states.forget(name)
-        with contextlib.suppress(KeyError):
-            CIRCUIT_OPEN.remove(name)
-        if name in opened:
-            self._add_lanes(opened[name], users)
+        # One that was replaced before it had lanes is only closed.
+        if self._working.get(name) is old:
+            await asyncio.gather(*map(users.worker.remove, old.lanes))
+            self._states.forget(name)
+            with contextlib.suppress(KeyError):
+                CIRCUIT_OPEN.remove(name)
+            del self._working[name]
+            if name in self._open:
+                self._add_lanes(name, users)
         # The others have been replaced: an error of this one's library must not look like a failed reload.
         with logged_failures("destination not closed", destination=name):
             await old.closing.aclose()

@@ -36,7 +36,11 @@ class Timing:
     outage_pause_seconds: float = 2.0
     """Pause after a claim that failed because of an unavailable database or a bug."""
     drain_seconds: float = 25.0
-    """Time for the work under way to finish at shutdown. Claims that are left are given back."""
+    """Time for the work under way to finish at shutdown. Claims that are left are given back.
+
+    A lane that is removed has no such limit: its process goes on, and so do the attempts, which have limits
+    of their own, and the records of results, which wait for the database.
+    """
 
 
 DEFAULT_TIMING: Final = Timing()
@@ -97,11 +101,11 @@ class Worker:
             self._group.create_task(runner.run(), name=runner.name)
 
     async def remove(self, name: str) -> None:
-        """Stop claiming in a lane, and return when its work under way is done or given back."""
+        """Stop claiming in a lane, and return when its work under way is done, or given back at shutdown."""
         runner = next((each for each in self._runners if each.name == name), None)
         if runner is None:
             return
-        runner.stop()
+        runner.retire()
         await runner.ended.wait()
         self._runners.remove(runner)
         self.lanes.remove(name)
@@ -141,15 +145,21 @@ class _LaneRunner:
         self._rows = 0
         self._half_free = asyncio.Event()
         self._stopping = asyncio.Event()
+        self._limited = asyncio.Event()
         self.ended: Final = asyncio.Event()
 
     def stop(self) -> None:
-        """Let `run` claim no more, and drain."""
+        """Let `run` claim no more, and drain for a limited time."""
+        self._limited.set()
+        self.retire()
+
+    def retire(self) -> None:
+        """Let `run` claim no more, and finish the work under way."""
         self._stopping.set()
         self._wakeups.wake(self.name)
 
     async def run(self) -> None:
-        """Claim and work until `stop` is called, then drain."""
+        """Claim and work until `stop` or `retire` is called, then drain."""
         try:
             async with running(self._renew(), name=f"{self.name} renewal"):
                 while not self._stopping.is_set():
@@ -214,6 +224,14 @@ class _LaneRunner:
                         task.cancel()
 
     async def _drain(self) -> None:
+        if not self._held:
+            return
+        waits = [asyncio.create_task(each) for each in (asyncio.wait(self._held), self._limited.wait())]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for each in waits:
+                each.cancel()
         if not self._held:
             return
         _, late = await asyncio.wait(self._held, timeout=self._timing.drain_seconds)

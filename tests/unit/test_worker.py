@@ -5,6 +5,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import cast
 from uuid import UUID
 
@@ -14,7 +15,7 @@ from receiver.core.lane_names import FAN_OUT_LANE
 from receiver.db.rows import Claim
 from receiver.lanes.base import LEASE_SECONDS, Lane, Work
 from receiver.lanes.fan_out import FanOut
-from receiver.lanes.worker import DEFAULT_TIMING, Wakeups, Worker
+from receiver.lanes.worker import DEFAULT_TIMING, Timing, Wakeups, Worker
 
 MANY = 200
 """Events that fill a batch."""
@@ -113,3 +114,53 @@ async def test_a_lane_that_has_left_nothing_is_not_claimed_from_again() -> None:
         await asyncio.sleep(SOON)
         assert took_all.claims == 1
         assert left_some.claims > 1
+
+
+class Gated(Places):
+    """A lane with work that lasts until the gate opens."""
+
+    def __init__(self) -> None:
+        super().__init__(may_have_more=False)
+        self.gate = asyncio.Event()
+        self.begun = asyncio.Event()
+        self.done = 0
+        self.released: list[Claim] = []
+
+    async def claim(self, limit: int) -> Sequence[Work]:
+        """Claim two rows the first time."""
+        return [replace(work, run=self._perform) for work in await super().claim(limit)]
+
+    async def _perform(self) -> None:
+        self.begun.set()
+        await self.gate.wait()
+        self.done += 1
+
+    async def release(self, claims: Collection[Claim]) -> None:
+        """Note the claims."""
+        self.released += claims
+
+
+async def test_a_lane_that_is_removed_finishes_its_work() -> None:
+    """The limit of a shutdown does not apply to a removal: results and long attempts are waited for."""
+    lane = Gated()
+    worker = Worker(cast("FanOut", Events()), [lane], Wakeups(), timing=Timing(drain_seconds=0.0))
+    async with running(worker):
+        await lane.begun.wait()
+        removal = asyncio.create_task(worker.remove(lane.name))
+        await asyncio.sleep(0.1)
+        assert (removal.done(), lane.released) == (False, [])
+        lane.gate.set()
+        await removal
+        assert (lane.done, lane.released, worker.lanes) == (2, [], [FAN_OUT_LANE])
+
+
+async def test_a_removal_does_not_hold_a_shutdown() -> None:
+    """If the process stops while a removal waits, the work that is left is given back after the limit."""
+    lane = Gated()
+    worker = Worker(cast("FanOut", Events()), [lane], Wakeups(), timing=Timing(drain_seconds=0.05))
+    async with asyncio.timeout(30), running(worker):
+        await lane.begun.wait()
+        removal = asyncio.create_task(worker.remove(lane.name))
+        await asyncio.sleep(0.05)
+    await removal
+    assert (lane.done, len(lane.released)) == (0, 2)
