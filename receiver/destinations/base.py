@@ -23,6 +23,10 @@ MAX_QUOTED_CHARACTERS: Final = 300
 """How much of the other side's text an error message repeats."""
 MAX_ANSWER_CHARACTERS: Final = 1024
 """How much of a consumer's answer is stored."""
+MAX_READ_ANSWER: Final = 2 * MAX_ANSWER_CHARACTERS
+"""How much of it is masked, so that enough is left if secrets become shorter: masking holds the loop."""
+_CUT_CHARACTERS: Final = 256
+"""How much is dropped from the end of a cut answer: half of a secret may no longer match."""
 TIMEOUT_SECONDS: Final = 15.0
 """Seconds for a whole attempt, unless the destination's `timeout` says otherwise."""
 
@@ -126,10 +130,13 @@ def quoted(text: object, limit: int = MAX_QUOTED_CHARACTERS) -> str:
 
 def answer_text(content: bytes) -> str:
     """Return the first KiB of the other side's answer, without secrets, and with control characters shown."""
-    # Mask before cutting, as `quoted` does.
-    shown = mask(content.decode(errors="backslashreplace"))[:MAX_ANSWER_CHARACTERS]
+    text = content[:MAX_READ_ANSWER].decode(errors="backslashreplace")
+    masked = mask(text[:MAX_READ_ANSWER])
+    # Only after the mask, which knows half of a secret if it is long enough.
+    shown = masked if len(text) < MAX_READ_ANSWER else masked[:-_CUT_CHARACTERS]
     return "".join(
-        each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in shown
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in shown[:MAX_ANSWER_CHARACTERS]
     )[:MAX_ANSWER_CHARACTERS]
 
 

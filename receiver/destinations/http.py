@@ -19,7 +19,7 @@ from receiver.core.retry import longest_wait
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations.answers import RawAnswer
 from receiver.destinations.base import (
-    MAX_ANSWER_CHARACTERS,
+    MAX_READ_ANSWER,
     answer_text,
     attempt_timeout,
     closed_failure,
@@ -213,9 +213,8 @@ async def _finish(response: httpx.Response, answer: RawAnswer) -> None:
 
 async def _keep_start(response: httpx.Response, answer: RawAnswer) -> None:
     async for chunk in response.aiter_raw():
-        answer.text += chunk
-        # A secret in it becomes shorter when it is masked.
-        if len(answer.text) >= 2 * MAX_ANSWER_CHARACTERS:
+        answer.text += chunk[: MAX_READ_ANSWER - len(answer.text)]
+        if len(answer.text) == MAX_READ_ANSWER:
             return
 
 

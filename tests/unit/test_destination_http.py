@@ -24,6 +24,7 @@ from receiver import http_connections
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import Destination, base, open_destination
 from receiver.destinations.answers import MAX_HEAD_BYTES
+from receiver.destinations.base import MAX_READ_ANSWER, answer_text
 from receiver.destinations.http import MAX_ANSWER_BYTES
 from receiver.errors import PublishFailed, PublishRejected, SettingsError
 from receiver.masking import MASK, register_secret
@@ -395,6 +396,37 @@ async def test_start_of_an_answer_is_kept_as_text(
     shown = f'{{"error": "no order", "token": "{MASK}"}}\\r\\n\\x1b[31m\\xff'
     assert answer.startswith(shown + "xxx")
     assert (len(answer), CANARY in str(caught.value)) == (1024, False)
+
+
+async def test_only_the_start_of_an_answer_is_masked(
+    sink: HttpSink, destination: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a long answer only the start is decoded and masked: masking all of it would block the event loop."""
+    sizes: list[int] = []
+
+    def seen(text: str) -> str:
+        sizes.append(len(text))
+        return text
+
+    monkeypatch.setattr(base, "mask", seen)
+    sink.answer = raw(b"HTTP/1.1 422 No\r\ncontent-length: 100000\r\n\r\n" + b"\xff" * 100_000)
+    with pytest.raises(PublishRejected):
+        await destination.publish(make_event())
+    assert sizes == [MAX_READ_ANSWER]
+
+
+@pytest.mark.parametrize("cut", range(4, 40, 3))
+def test_half_a_secret_at_the_cut_is_not_shown(cut: int) -> None:
+    """A secret that the cut of an answer has halved is dropped, even if masked secrets have made room."""
+    secret = "Zq7".join("canary")
+    register_secret(secret * 3)
+    url = "amqp://login:hunter2-hunter2-hunter2-hunter2@broker"
+    for last in (secret, url):
+        start = f"{secret * 3} " * (MAX_READ_ANSWER // (3 * len(secret) + 1) - 1)
+        start = start.ljust(MAX_READ_ANSWER - cut, "-")
+        shown = answer_text(f"{start}{last} and more".encode())
+        assert shown.startswith(MASK)
+        assert not any(last[at : at + 4] in shown for at in range(len(last) - 3))
 
 
 async def test_an_endless_error_answer_is_cut_off(sink: HttpSink, destination: Destination) -> None:
