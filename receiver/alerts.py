@@ -23,10 +23,11 @@ from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.destinations import Circuit
 from receiver.db.rows import Backlog, new_id
+from receiver.disks import LEAST_FREE_SHARE, DiskStatus, free_share, read_disks
 from receiver.lanes.attempts import logged_failures
 from receiver.lanes.backlog import read_backlog
 from receiver.settings import Settings
-from receiver.status import LEAST_FREE_SHARE, OLD_SECONDS, DiskStatus, age, read_disks
+from receiver.status import OLD_SECONDS, age
 from receiver.submitter.account_status import read_account_status
 
 ROUND_SECONDS: Final = 15.0
@@ -80,8 +81,8 @@ def find_conditions(seen: Seen) -> Iterator[Finding]:
             )
     yield from _backlogs(seen)
     for disk in seen.disks:
-        share = disk["free_bytes"] / disk["total_bytes"]
-        if share < LEAST_FREE_SHARE:
+        share = free_share(disk)
+        if share is not None and share < LEAST_FREE_SHARE:
             yield Finding(
                 kind="disk_nearly_full",
                 subject=f"{seen.host}:{disk['path']}"[:255],
@@ -204,8 +205,11 @@ async def run_round(settings: Settings, database: Database) -> list[str]:
     messages. Raises DatabaseUnavailable.
     """
     names = [each.name for each in settings.alert_destinations]
-    disks = Seen(disks=list(read_disks(settings, database)), host=socket.gethostname()[:63])
-    findings = list(find_conditions(disks))
+    disks = await read_disks(settings, database)
+    for disk in disks:
+        if disk["free_bytes"] is None:
+            log.warning("a disk does not answer", path=disk["path"], holds=disk["holds"])
+    findings = list(find_conditions(Seen(disks=disks, host=socket.gethostname()[:63])))
     async with database.write() as connection:
         has_turn = await alerts.take_turn(connection, seconds=ROUND_SECONDS * 0.9)
     if has_turn:

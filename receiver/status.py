@@ -4,10 +4,9 @@
 is that of the process that reads it.
 """
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 # pydantic does not read the standard library's TypedDict before Python 3.12.
 from typing_extensions import TypedDict
@@ -20,20 +19,15 @@ from receiver.db.destinations import Circuit
 from receiver.db.rows import Backlog
 from receiver.db.status import Rate
 from receiver.destination_settings import DestinationSettings
+from receiver.disks import LEAST_FREE_SHARE, DiskStatus, free_share, read_disks
 from receiver.lanes.backlog import read_backlog
-from receiver.media import LocalStorage, open_storage
 from receiver.settings import Settings
 from receiver.submitter import Submitter
 from receiver.submitter.job import is_live
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
 JOB_HOURS: Final = 24
 OLD_SECONDS: Final = 600.0
 """Rows that wait for longer are a problem, even if no attempt has failed."""
-LEAST_FREE_SHARE: Final = 0.05
-"""A disk with less free space is a problem."""
 
 
 class LaneStatus(TypedDict):
@@ -90,16 +84,6 @@ class WorkerStatus(TypedDict):
     """Whether its CLIPIA_KEY is a live key; null without one."""
 
 
-class DiskStatus(TypedDict):
-    """The file system of a folder."""
-
-    holds: str
-    """`media`, or `database` for SQLite's file."""
-    path: str
-    free_bytes: int
-    total_bytes: int
-
-
 class Problem(TypedDict):
     """A sentence, and the command that shows more."""
 
@@ -130,6 +114,7 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
     now = datetime.now(UTC)
     backlog = await read_backlog(database, settings.all_destinations)
     paused = await submitter.paused()
+    disks = await read_disks(settings, database)
     async with database.read() as connection:
         found = Status(
             at=now,
@@ -145,7 +130,7 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
             ],
             destinations=await read_destinations(connection, settings.all_destinations, backlog),
             workers=await read_workers(connection),
-            disks=list(read_disks(settings, database)),
+            disks=disks,
         )
     found["problems"] = list(find_problems(found))
     return found
@@ -224,21 +209,6 @@ async def read_workers(connection: SqlConnection) -> list[WorkerStatus]:
     ]
 
 
-def read_disks(settings: Settings, database: Database) -> Iterator[DiskStatus]:
-    """Return the disks of the folders of media and of SQLite on this machine."""
-    folders: dict[str, Path] = {}
-    storage = open_storage(settings.storage_url.get_secret_value())
-    if isinstance(storage, LocalStorage):
-        folders["media"] = storage.root
-    if database.file is not None:
-        folders["database"] = database.file.parent.resolve()
-    for holds, folder in folders.items():
-        # The first file makes the folder.
-        existing = next(each for each in (folder, *folder.parents) if each.exists())
-        usage = shutil.disk_usage(existing)
-        yield DiskStatus(holds=holds, path=str(folder), free_bytes=usage.free, total_bytes=usage.total)
-
-
 def find_problems(found: Status) -> Iterator[Problem]:
     """Return the problems of a status, the most urgent first."""
     running = {lane for worker in found["workers"] if worker["running"] for lane in worker["lanes"]}
@@ -270,10 +240,11 @@ def _lane_problems(lanes: Sequence[LaneStatus]) -> Iterator[Problem]:
 
 def _disk_problems(disks: Sequence[DiskStatus]) -> Iterator[Problem]:
     for disk in disks:
-        share = disk["free_bytes"] / disk["total_bytes"]
-        if share < LEAST_FREE_SHARE:
-            text = f"the disk of {disk['path']} ({disk['holds']}) has {share:.1%} left"
-            yield Problem(text=text, command="receiver prune")
+        share, text = free_share(disk), f"the disk of {disk['path']} ({disk['holds']})"
+        if share is None:
+            yield Problem(text=f"{text} does not answer", command="receiver check")
+        elif share < LEAST_FREE_SHARE:
+            yield Problem(text=f"{text} has {share:.1%} left", command="receiver prune")
 
 
 def _destination_problems(each: DestinationStatus, *, is_served: bool) -> Iterator[Problem]:

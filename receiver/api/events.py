@@ -298,7 +298,7 @@ class EventEndpoints:
 
     async def _erase(self, call: Call[None, None]) -> Response:
         # Opened for this call alone: a process without a worker must be able to start without a storage.
-        storage = self._open_storage()
+        storage = await asyncio.to_thread(self._open_storage)
         try:
             # PostgreSQL rejects NUL in a text parameter.
             erased = None if "\0" in call.key else await retention.erase(self._database, storage, call.key)

@@ -3,10 +3,9 @@
 import asyncio
 import hashlib
 import re
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
-from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import structlog
@@ -29,6 +28,10 @@ LINK_SECONDS: Final = 300
 """How long a URL to a bucket is valid: its client requests it at once."""
 MAX_DOWNLOADS: Final = 16
 """Files that a process sends at once; each has two blocks of 512 KiB in memory at most."""
+LOOK_SECONDS: Final = 15.0
+"""How long a call waits for the storage's first answer."""
+MAX_HANGING: Final = 4
+"""If so many looks at the storage hang, no other one begins: each keeps a thread."""
 STALL_SECONDS: Final = 30.0
 """How long a client may read nothing before its connection is aborted."""
 
@@ -41,6 +44,8 @@ _SAFE_HEADERS: Final = {
 }
 """A browser that opens a file must neither guess its type nor run it."""
 _EXTENSION: Final = re.compile(r"\.[a-z0-9]{1,8}")
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -60,6 +65,9 @@ class FileEndpoints:
     def __init__(self, database: Database, *, open_storage: Callable[[], Storage]) -> None:
         self._database = database
         self._open_storage = open_storage
+        self._opened: Storage | None = None
+        self._hanging: set[asyncio.Future[Any]] = set()
+        """Looks at the storage that have not ended in time."""
         self._places = asyncio.Semaphore(MAX_DOWNLOADS)
 
     def table(self) -> list[Endpoint]:
@@ -90,19 +98,41 @@ class FileEndpoints:
             )
         ]
 
-    @cached_property
-    def _storage(self) -> Storage:
+    async def _storage(self) -> Storage:
         # Opened by the first call: a process without a worker must be able to start without a storage. A
         # bucket's client is kept, because it has connections.
-        return self._open_storage()
+        if self._opened is None:
+            self._opened = await self._look(asyncio.to_thread(self._open_storage))
+        return self._opened
+
+    async def _look(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for a look at the storage, but not for a folder that hangs. Raises StorageUnavailable."""
+        away = StorageUnavailable("the storage does not answer", reason="error")
+        if len(self._hanging) >= MAX_HANGING:
+            work.close()
+            raise away
+        look = asyncio.ensure_future(work)
+        # A thread cannot be cancelled, and `wait` does not try.
+        await asyncio.wait({look}, timeout=LOOK_SECONDS)
+        if not look.done():
+            self._hanging.add(look)
+            look.add_done_callback(self._end)
+            raise away
+        return look.result()
+
+    def _end(self, look: asyncio.Future[Any]) -> None:
+        self._hanging.discard(look)
+        # Retrieved, or asyncio would report it as lost.
+        look.cancelled() or look.exception()
 
     async def _send(self, call: Call[None, None]) -> Response:
         file = None if call.id is None else await self._find(call.id)
         if file is None:
             raise not_found("file")
         try:
-            key, size = await self._locate(file)
-            url = await self._storage.link(key, seconds=LINK_SECONDS)
+            storage = await self._storage()
+            key, size = await self._locate(file, storage)
+            url = await self._look(storage.link(key, seconds=LINK_SECONDS))
         except StorageUnavailable as error:
             raise _storage_away(file.id, error) from None
         if url is not None:
@@ -115,16 +145,16 @@ class FileEndpoints:
         async with self._database.read() as connection:
             return await find_file(connection, file_id)
 
-    async def _locate(self, file: ServedFile) -> tuple[str, int]:
+    async def _locate(self, file: ServedFile, storage: Storage) -> tuple[str, int]:
         """Return the key and the size of a stored file. Raises RequestError and StorageUnavailable."""
         if file.storage_key is None:
             reason = f": {file.error}" if file.error else ""
             raise RequestError(f"the file is {file.state}{reason}", code="not_stored")
         try:
-            is_ours = self._storage.uri(file.storage_key) == file.uri
+            is_ours = storage.uri(file.storage_key) == file.uri
         except ValueError:  # an imported row may have any key
             is_ours = False
-        size = await self._storage.stat(file.storage_key) if is_ours else None
+        size = await self._look(storage.stat(file.storage_key)) if is_ours else None
         if size is None:
             raise RequestError(
                 "the file is not in the storage of RECEIVER_STORAGE_URL; "
@@ -175,7 +205,7 @@ class FileEndpoints:
         """
         left, held, digest = end - start, b"", hashlib.sha256()
         try:
-            async with aclosing(self._storage.open(key, start=start)) as blocks:
+            async with aclosing((await self._storage()).open(key, start=start)) as blocks:
                 async for block in blocks:
                     if held:
                         yield held

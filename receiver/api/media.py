@@ -1,5 +1,6 @@
 """`/v1/events/{id}/links` and `/give-up`, and `/v1/verification`: files of events for an operator."""
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final
@@ -143,7 +144,7 @@ class MediaEndpoints:
     @asynccontextmanager
     async def _storage(self) -> AsyncIterator[Storage]:
         # Opened for a call alone: a process without a worker must be able to start without a storage.
-        storage = self._open_storage()
+        storage = await asyncio.to_thread(self._open_storage)
         try:
             yield storage
         except StorageUnavailable as error:

@@ -1,5 +1,6 @@
 """`/v1/prune` and `/v1/recovery`: old events are deleted, and unrecognized ones recovered, in parts."""
 
+import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict
@@ -131,7 +132,7 @@ class UpkeepEndpoints:
         async with AsyncExitStack() as stack:
             storage = None
             if body.media:
-                storage = self._open_storage()
+                storage = await asyncio.to_thread(self._open_storage)
                 stack.push_async_callback(storage.close)
             batches = await stack.enter_async_context(
                 aclosing(

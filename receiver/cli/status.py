@@ -73,8 +73,9 @@ def screen(found: Status) -> Group:
     parts.append(Text(f"jobs of 24 h: {_counts(found['jobs_last_day'])}"))
     parts.append(Text(f"rejected requests of 1 h: {_counts(found['rejections_last_hour'])}"))
     for disk in found["disks"]:
-        free, total = size(disk["free_bytes"]), size(disk["total_bytes"])
-        parts.append(Text(f"disk of the {disk['holds']}: {free} of {total} free ({disk['path']})"))
+        free, total = disk["free_bytes"], disk["total_bytes"]
+        space = "no answer" if free is None or total is None else f"{size(free)} of {size(total)} free"
+        parts.append(Text(f"disk of the {disk['holds']}: {space} ({disk['path']})"))
     return Group(*parts)
 
 

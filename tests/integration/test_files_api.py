@@ -5,6 +5,7 @@ import hashlib
 import json
 import socket
 import struct
+import threading
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -26,6 +27,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.tables import deliveries, events, media
 from receiver.media import open_storage
+from receiver.media.storage.local import LocalStorage
 from receiver.settings import Settings
 
 READER, OTHER = "reader-0123456789abcdef", "other-0123456789abcdef"
@@ -75,6 +77,10 @@ class Site:
         """Get a file as a reader."""
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         return await self.client.get(f"/v1/media/{file_id}", headers=names)
+
+    async def is_served(self, file_id: str) -> bool:
+        """Return whether a file is sent."""
+        return (await self.get(file_id)).status_code == 200
 
     async def error(self, file_id: str, **headers: str) -> tuple[int, str]:
         """Return status and code of an error in Clipia's shape."""
@@ -218,6 +224,30 @@ async def test_a_file_that_cannot_be_sent_is_an_error_in_words(site: Site, tmp_p
     (tmp_path / "media/aa/changed.png").unlink()
     (tmp_path / "media/aa/changed.png").symlink_to(secret)
     assert await site.error(changed) == (503, "service_unavailable")
+
+
+async def test_a_folder_that_hangs_is_an_error_in_time(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D14: a network mount without its server keeps few threads, and its files come back."""
+    file_id = await site.add(b"x")
+    assert (await site.get(file_id)).status_code == 200
+    back, threads, find = threading.Event(), list[threading.Thread](), LocalStorage._path
+
+    def hang(storage: LocalStorage, key: str) -> Path:
+        assert threading.current_thread() is not threading.main_thread()
+        threads.append(threading.current_thread())
+        assert back.wait(60)
+        return find(storage, key)
+
+    monkeypatch.setattr(files, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(LocalStorage, "_path", hang)
+    try:
+        for _ in range(files.MAX_HANGING + 3):
+            assert await site.error(file_id) == (503, "service_unavailable")
+        assert len(threads) == files.MAX_HANGING
+    finally:
+        back.set()
+        monkeypatch.undo()
+    await until(lambda: site.is_served(file_id))
 
 
 async def test_an_erased_event_has_no_files(site: Site) -> None:

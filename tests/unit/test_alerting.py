@@ -14,7 +14,7 @@ from receiver.core.alerting import KINDS, RUNBOOKS, Alert, Finding, Told, observ
 from receiver.db.alerts import Occurrences
 from receiver.db.destinations import Circuit
 from receiver.db.rows import Backlog
-from receiver.status import DiskStatus
+from receiver.disks import DiskStatus
 
 ROOT = Path(__file__).parents[2]
 START = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -148,7 +148,7 @@ def circuit(destination: str, seconds: float) -> Circuit:
     )
 
 
-def disk(free: int) -> DiskStatus:
+def disk(free: int | None) -> DiskStatus:
     """Return a disk of 1,000 bytes."""
     return DiskStatus(holds="media", path="/data", free_bytes=free, total_bytes=1000)
 
@@ -180,6 +180,7 @@ CONDITIONS: list[tuple[dict[str, Any], list[tuple[str, str, int]]]] = [
     ({"backlog": {"destination:a": Backlog(rows=2, oldest=9000.0)}, "paused": ["a"]}, []),
     ({"disks": [disk(49)], "host": "web-1"}, [("disk_nearly_full", "web-1:/data", 1)]),
     ({"disks": [disk(50)], "host": "web-1"}, []),
+    ({"disks": [disk(None)], "host": "web-1"}, []),
     ({"failed_pruning": at(1)}, [("retention_failed", "prune", 1)]),
 ]
 

@@ -11,7 +11,7 @@ from receiver.errors import SettingsError
 from receiver.media.storage.base import Storage
 from receiver.media.storage.local import LocalStorage
 
-__all__ = ["LocalStorage", "Storage", "open_storage"]
+__all__ = ["LocalStorage", "Storage", "local_folder", "open_storage"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,17 +59,22 @@ def open_storage(url: str) -> Storage:
     except ValueError as error:
         raise _invalid("it is not a URL") from error
     if parts.scheme == "file":
-        return _open_local(parts)
+        return LocalStorage(_folder(parts))
     if cloud := _CLOUDS.get(parts.scheme):
         return _open_bucket(parts, cloud)
     raise _invalid("it must start with file:, s3://, gs:// or az://")
 
 
-def _open_local(parts: SplitResult) -> Storage:
+def local_folder(url: str) -> Path | None:
+    """Return the folder that a URL names, without a look at it; None if it names a bucket."""
+    return _folder(urlsplit(url)) if url.startswith("file:") else None
+
+
+def _folder(parts: SplitResult) -> Path:
     path = unquote(parts.path)
     if parts.netloc or parts.query or parts.fragment or not path or "\0" in path:
         raise _invalid("a folder is written file:data/media or file:///srv/media")
-    return LocalStorage(Path(path))
+    return Path(path)
 
 
 def _open_bucket(parts: SplitResult, cloud: _Cloud) -> Storage:

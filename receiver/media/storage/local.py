@@ -8,6 +8,8 @@ import os
 import stat
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 from uuid import uuid4
@@ -23,6 +25,8 @@ T = TypeVar("T")
 _INCOMING = ".incoming"
 _BLOCK_BYTES = 512 * 1024
 _ABANDONED_SECONDS = 24 * 60 * 60
+_THREADS: Final = ThreadPoolExecutor(thread_name_prefix="storage")
+"""Not asyncio's: a network mount without its server would keep all of them, and name resolution needs one."""
 _FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -33,7 +37,7 @@ class LocalStorage:
         self.root: Final = root.resolve()
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
-        path = self._path(key)
+        require_key(key)
         part = _Part(self.root)
         try:
             last = b""
@@ -42,7 +46,7 @@ class LocalStorage:
                     await self._run(part.write, last)
                 last = block
             # A small file is one block, and so takes one call of a thread.
-            await self._run(part.publish, last, path)
+            await self._run(lambda: part.publish(last, self._path(key)))
         except BaseException:
             # Raise the first error. If the file cannot be removed now, `sweep` will do so.
             with contextlib.suppress(StorageUnavailable):
@@ -50,7 +54,7 @@ class LocalStorage:
             raise
 
     async def open(self, key: str, *, start: int = 0) -> AsyncGenerator[bytes]:
-        file = await self._run(_open, self._path(key), start)
+        file = await self._run(lambda: _open(self._path(key), start))
         if file is None:
             raise FileNotFoundError(key)
         with file:
@@ -58,13 +62,13 @@ class LocalStorage:
                 yield block
 
     async def stat(self, key: str) -> int | None:
-        return await self._run(_size, self._path(key))
+        return await self._run(lambda: _size(self._path(key)))
 
     async def delete(self, key: str) -> None:
-        await self._run(self._path(key).unlink, missing_ok=True)
+        await self._run(lambda: self._path(key).unlink(missing_ok=True))
 
     def uri(self, key: str) -> str:
-        return self._path(key).as_uri()
+        return (self.root / require_key(key)).as_uri()
 
     async def link(self, key: str, *, seconds: int) -> str | None:
         """Return None: a local folder has no signed URLs."""
@@ -80,6 +84,7 @@ class LocalStorage:
         """There are no connections to close."""
 
     def _path(self, key: str) -> Path:
+        """Return the path of a key. Only for threads: a network mount without its server hangs."""
         path = self.root / require_key(key)
         # A key has no `..`, but a symbolic link in the folder could lead out of it.
         if not path.resolve().is_relative_to(self.root):
@@ -88,7 +93,8 @@ class LocalStorage:
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await run_to_end(asyncio.to_thread(work, *args, **kwargs))
+            call = partial(work, *args, **kwargs)
+            return await run_to_end(asyncio.get_running_loop().run_in_executor(_THREADS, call))
         except OSError as error:
             is_full = error.errno in _FULL_ERRORS
             advice = "free some space" if is_full else "make it a folder that this user can write to"
