@@ -231,9 +231,10 @@ async def _record(
     before = dict(known)
     for finding in findings:
         known[finding.key] = observe(known.get(finding.key), finding, now=now, occurrence=new_id())
+    since = await alerts.read_watched_since(connection) if settles else now
     told = []
     for key, alert in known.items():
-        after, type_ = settle(alert, now=now) if settles else (alert, None)
+        after, type_ = settle(alert, now=now, watched_since=since) if settles else (alert, None)
         if after != before.get(key):
             await alerts.save(connection, after)
         if type_ is not None:

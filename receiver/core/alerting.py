@@ -102,9 +102,13 @@ def observe(alert: Alert | None, finding: Finding, *, now: datetime, occurrence:
     return replace(alert, **facts)
 
 
-def settle(alert: Alert, *, now: datetime) -> tuple[Alert, Told | None]:
-    """End an alert whose condition is over; return it with the type of the message that is due."""
-    if alert.resolved_at is None and now - alert.seen_at >= QUIET:
+def settle(alert: Alert, *, now: datetime, watched_since: datetime) -> tuple[Alert, Told | None]:
+    """End an alert whose condition is over; return it with the type of the message that is due.
+
+    Before `watched_since` the conditions were not read for a while, so that time says nothing: rows that are
+    renewed every few seconds were stale, too.
+    """
+    if alert.resolved_at is None and now - max(alert.seen_at, watched_since) >= QUIET:
         alert = replace(alert, resolved_at=now)
     if alert.resolved_at is not None:
         # Told at once: an alert that was not told needs no message at its end either.

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from receiver.core.alerting import RUNBOOKS, Alert, AlertKind
 from receiver.core.retry import GIVE_UP_SECONDS
-from receiver.db.clock import db_time
+from receiver.db.clock import db_time, seconds_since
 from receiver.db.connection import SqlConnection
 from receiver.db.leases import work_values
 from receiver.db.operation_tables import actions, alert_messages, alerts
@@ -29,7 +29,11 @@ MISMATCH_SECONDS: Final = 900.0
 PRUNING: Final = "prune_events"
 """The operation whose failed run is an alert."""
 
+GAP_SECONDS: Final = 15.0
+"""A turn that begins later than this after it was due ends the time in which the conditions were watched."""
+
 _TURN: Final = "alerts"
+_WATCHED_SINCE: Final = "alerts_since"
 _COLUMNS: Final = [alerts.c[name] for name in Alert.__dataclass_fields__]
 
 
@@ -72,10 +76,27 @@ class ShownAlert(TypedDict):
 
 async def take_turn(connection: SqlConnection, *, seconds: float) -> bool:
     """Return whether this process reads the conditions now; the next turn is due in `seconds`."""
-    new = insert_for(connection.dialect.name, probes).values(name=_TURN, at=db_time(0.0))
-    await connection.execute(new.on_conflict_do_nothing())
-    due = update(probes).where(probes.c.name == _TURN, probes.c.at <= db_time(0.0))
-    return (await connection.execute(due.values(at=db_time(seconds)))).rowcount == 1
+    for name in (_TURN, _WATCHED_SINCE):
+        new = insert_for(connection.dialect.name, probes).values(name=name, at=db_time(0.0))
+        await connection.execute(new.on_conflict_do_nothing())
+    is_due = probes.c.name == _TURN, probes.c.at <= db_time(0.0)
+    due = select(seconds_since(probes.c.at)).where(*is_due).with_for_update()
+    late = (await connection.execute(due)).scalar_one_or_none()
+    if late is None:
+        return False
+    await connection.execute(update(probes).where(probes.c.name == _TURN).values(at=db_time(seconds)))
+    if late > GAP_SECONDS:
+        begin = update(probes).where(probes.c.name == _WATCHED_SINCE)
+        await connection.execute(begin.values(at=db_time(0.0)))
+    return True
+
+
+async def read_watched_since(connection: SqlConnection) -> datetime:
+    """Return the time since which no turn was missed."""
+    found: datetime = (
+        await connection.execute(select(probes.c.at).where(probes.c.name == _WATCHED_SINCE))
+    ).scalar_one()
+    return found
 
 
 async def lock(connection: SqlConnection) -> datetime:

@@ -36,7 +36,7 @@ from receiver.db.operation_tables import alerts as alerts_table
 from receiver.db.rejections import NewRejection
 from receiver.db.rejections import insert as insert_rejections
 from receiver.db.rows import new_id
-from receiver.db.tables import deliveries, events
+from receiver.db.tables import deliveries, events, probes
 from receiver.destinations import Destination, open_for_work
 from receiver.errors import PublishRejected
 from receiver.ingest import make_event
@@ -229,6 +229,33 @@ async def test_two_workers_write_one_message(database: Database, monkeypatch: py
     assert await messages(database) == [("raised", "submissions_paused/freeze")]
     for each in others:
         await each.close()
+
+
+async def test_an_alert_outlives_the_downtime_of_all_workers(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a time without a round an alert is open until rounds have missed its condition for a minute."""
+    monkeypatch.setattr(alerting, "QUIET", timedelta(seconds=60))
+    settings = make_settings(database.url)
+    await freeze(database)
+    await alerts.run_round(settings, database)
+    await thaw(database)
+
+    async def go_back(*names: str) -> None:
+        """Let all workers have been away for two minutes."""
+        async with database.write() as connection:
+            await connection.execute(update(alerts_table).values(seen_at=db_time(-120.0)))
+            rows = update(probes).where(probes.c.name.in_(names))
+            await connection.execute(rows.values(at=db_time(-120.0)))
+
+    raised = ("raised", "submissions_paused/freeze")
+    await go_back("alerts", "alerts_since")
+    for _ in range(2):
+        await alerts.run_round(settings, database)
+        assert await messages(database) == [raised]
+    await go_back("alerts_since")
+    await alerts.run_round(settings, database)
+    assert await messages(database) == [raised, ("resolved", "submissions_paused/freeze")]
 
 
 async def test_a_broker_that_dies_loses_no_alert(tmp_path: Path, migrated_sqlite: Path) -> None:

@@ -33,6 +33,7 @@ class Story:
         self.alert: Alert | None = None
         self.told: list[tuple[float, Told]] = []
         self.began = 0
+        self.watched_since = START
 
     def see(self, seconds: float, finding: Finding | None) -> None:
         """Read the condition; None if it does not hold."""
@@ -40,7 +41,7 @@ class Story:
             self.began += 1
             self.alert = observe(self.alert, finding, now=at(seconds), occurrence=uuid.UUID(int=self.began))
         if self.alert is not None:
-            self.alert, told = settle(self.alert, now=at(seconds))
+            self.alert, told = settle(self.alert, now=at(seconds), watched_since=self.watched_since)
             if told is not None:
                 self.told.append((seconds, told))
 
@@ -126,6 +127,21 @@ def test_messages_about_an_alert(name: str) -> None:
     for seconds in range(0, int(until) + 1, 15):
         story.see(seconds, condition(seconds))
     assert story.told == told
+
+
+def test_a_time_without_readings_resolves_nothing() -> None:
+    """After a gap the condition has to be away for a whole minute of readings, and then it is resolved."""
+    story = Story()
+    for seconds in (0, 15, 30):
+        story.see(seconds, down())
+    story.watched_since = at(1000)
+    for seconds in (1000, 1015, 1030):
+        story.see(seconds, None)
+    story.see(1045, down())
+    assert story.told == [(15, "raised")]
+    for seconds in (1060, 1075, 1090, 1105):
+        story.see(seconds, None)
+    assert story.told == [(15, "raised"), (1105, "resolved")]
 
 
 def test_an_alert_that_comes_back_is_another_one() -> None:
