@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final, Literal, NamedTuple
 
-from sqlalchemy import delete, exists, func, insert, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, insert, select, tuple_, update
 from typing_extensions import TypedDict
 
 from receiver.core.alerting import RUNBOOKS, Alert, AlertKind
@@ -149,6 +149,19 @@ async def add_messages(
         await connection.execute(delete(alert_messages).where(*same, *mine))
         values = {"destination": name, "occurrence": occurrence, "told": told, "message": message}
         await connection.execute(insert(alert_messages).values(**work_values(), **values))
+
+
+def is_next() -> ColumnElement[bool]:
+    """Return the condition that no earlier message about the same alert waits for the same destination.
+
+    Not the time at which a message is due: each that fails has a delay of its own.
+    """
+    mine, earlier = alert_messages.c, alert_messages.alias("earlier").c
+    return ~exists().where(
+        earlier.destination == mine.destination,
+        earlier.occurrence == mine.occurrence,
+        tuple_(earlier.created_at, earlier.id) < tuple_(mine.created_at, mine.id),
+    )
 
 
 async def load_messages(

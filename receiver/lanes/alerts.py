@@ -27,7 +27,10 @@ log = structlog.get_logger()
 
 
 class AlertLane(Lane):
-    """Sends the messages for one destination, in the order in which they are due."""
+    """Sends the messages for one destination; those about one alert in their order.
+
+    If `resolved` came before `raised`, the receiver of both would keep the alert open.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class AlertLane(Lane):
 
     async def claim(self, limit: int) -> Sequence[Work]:
         """Claim messages that are due."""
-        mine = [alert_messages.c.destination == self._to]
+        mine = [alert_messages.c.destination == self._to, alerts.is_next()]
         async with self._database.write() as connection:
             claims = await leases.claim(
                 connection, alert_messages, limit=limit, lease=self.lease_seconds, where=mine

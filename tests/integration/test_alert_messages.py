@@ -38,7 +38,7 @@ from receiver.db.rejections import insert as insert_rejections
 from receiver.db.rows import new_id
 from receiver.db.tables import deliveries, events, probes
 from receiver.destinations import Destination, open_for_work
-from receiver.errors import PublishRejected
+from receiver.errors import PublishFailed, PublishRejected
 from receiver.ingest import make_event
 from receiver.lanes.alerts import AlertLane
 from receiver.lanes.fan_out import FanOut
@@ -352,6 +352,32 @@ async def test_a_rejected_alert_is_tried_again(database: Database) -> None:
         await until(lambda: _is_empty(database))
     assert len(seen) == 3
     assert len({*seen}) == 1
+
+
+async def test_resolved_does_not_overtake_raised(database: Database) -> None:
+    """While `raised` fails, `resolved` of the same alert waits, and that of no other destination does."""
+    settings = make_settings(
+        database.url, *({"name": name, "url": "memory:", "alerts": "only"} for name in ("ops", "mail"))
+    )
+    await freeze(database)
+    await alerts.run_round(settings, database)
+    await thaw(database)
+    await alerts.run_round(settings, database)
+    recorders = {"ops": Recorder(), "mail": Recorder()}
+    failures: list[str] = []
+
+    def fail_early(event: Any) -> None:
+        is_early = len(failures) < 2 or len(recorders["mail"].published) < 2
+        if event.get_type() == alerts.TYPES["raised"] and is_early:
+            failures.append(event.get_id())
+            raise PublishFailed("down", reason="connection")
+
+    recorders["ops"].behave = fail_early
+    async with sending(database, {**recorders}):
+        await until(lambda: _is_empty(database))
+    assert len(failures) >= 2
+    for recorder in recorders.values():
+        assert [each.get_type() for each in recorder.published] == list(alerts.TYPES.values())
 
 
 async def test_messages_for_a_destination_that_is_away_do_not_pile_up(
