@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, Generic, TypeVar, cast
 from uuid import UUID
@@ -16,11 +17,11 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Scope as StarletteScope
 
+from receiver.api.action_record import ActionLog, Record, readable
 from receiver.api.answers import error_body, error_response
 from receiver.api.auth import Caller, Callers
 from receiver.api.parameters import Parameters, invalid
 from receiver.core.request_values import split_page
-from receiver.db import audit
 from receiver.db.database import Database
 from receiver.errors import (
     ClipiaUnavailable,
@@ -30,7 +31,6 @@ from receiver.errors import (
     RequestTooLarge,
     SettingsError,
 )
-from receiver.masking import mask
 from receiver.settings import Scope
 
 MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
@@ -38,7 +38,6 @@ MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
 BODY_SECONDS: Final = 10.0
 """How long a body may take to arrive."""
 MAX_REASON_LENGTH: Final = 1000
-MAX_TARGET_LENGTH: Final = 255
 EXPECTED: Final = (RequestError, ClipiaUnavailable, DatabaseUnavailable, SettingsError)
 """Errors that `expected_error_response` turns into an answer; any other error is a bug."""
 
@@ -47,22 +46,6 @@ QueryT = TypeVar("QueryT")
 BodyT = TypeVar("BodyT")
 
 log = structlog.get_logger()
-
-
-@dataclass(kw_only=True)
-class Record:
-    """Facts of an action that its query or its body tells."""
-
-    reason: str | None = None
-    dry_run: bool = False
-    is_part: bool = False
-    """Whether it goes on with an earlier call of the same action, which is on record."""
-
-    def note(self, values: object) -> None:
-        """Take the facts from a query or a body, if it has them."""
-        self.reason = _readable(getattr(values, "reason", None)) or self.reason
-        self.dry_run = getattr(values, "dry_run", False) is True or self.dry_run
-        self.is_part = getattr(values, "is_part", False) is True or self.is_part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +141,13 @@ def guarded(
     A path gets one route for all its methods: Starlette answers 405 from the first route of a path, and
     `Allow` would name only the methods of that route.
     """
+    actions = ActionLog(database)
     by_path: dict[str, dict[str, Endpoint]] = {}
     for row in sorted(table, key=lambda row: "{" in row.path):
         by_path.setdefault(row.path, {})[row.method] = row
     return [
         (Route if "{" in path else _FixedRoute)(
-            path, _guard(callers, database, methods, expected), methods=list(methods)
+            path, _guard(callers, actions, methods, expected), methods=list(methods)
         )
         for path, methods in by_path.items()
     ]
@@ -180,7 +164,7 @@ class _FixedRoute(Route):
 
 def _guard(
     callers: Callers,
-    database: Database,
+    actions: ActionLog,
     methods: Mapping[str, Endpoint],
     expected: tuple[type[ReceiverError], ...],
 ) -> Callable[[Request], Awaitable[Response]]:
@@ -194,7 +178,7 @@ def _guard(
             call: Call[Any, Any] = Call(
                 request=request, caller=caller, query=query, endpoint=row, record=record
             )
-            return await (_act(database, call, expected) if row.is_action else row.handler(call))
+            return await (_act(actions, call, expected) if row.is_action else row.handler(call))
         except expected as error:
             return expected_error_response(error)
         except ClientDisconnect:
@@ -211,7 +195,7 @@ def _read_query(row: Endpoint, request: Request, record: Record) -> Parameters |
         reason = values.get("reason", "")
         if len(reason) > MAX_REASON_LENGTH:
             raise invalid(f"reason: write {MAX_REASON_LENGTH} characters at most")
-        record.reason = _readable(reason)
+        record.reason = readable(reason)
         if row.query is None or "reason" not in row.query.model_fields:
             values.pop("reason", None)
     query = None if row.query is None else row.query.read(values)
@@ -220,61 +204,37 @@ def _read_query(row: Endpoint, request: Request, record: Record) -> Parameters |
 
 
 async def _act(
-    database: Database, call: Call[Any, Any], expected: tuple[type[ReceiverError], ...]
+    actions: ActionLog, call: Call[Any, Any], expected: tuple[type[ReceiverError], ...]
 ) -> Response:
     """Carry out an action between the record of its beginning and of its outcome.
 
     Without the first record it does not begin: the caller gets DatabaseUnavailable. If its process dies, the
     outcome stays open.
     """
-    row, record = call.endpoint, call.record
+    row, record, author = call.endpoint, call.record, call.caller.name
     target = "/".join(str(each) for each in call.request.path_params.values())
-    async with database.write() as connection:
-        action_id = await audit.begin(
-            connection,
-            by=call.caller.name,
-            operation=row.name,
-            target=(_readable(target) or "")[:MAX_TARGET_LENGTH] or None,
-            reason=record.reason,
-            dry_run=record.dry_run,
-        )
+    action_id = await actions.begin(record, by=author, operation=row.name, target=target)
+    end = partial(actions.end, action_id, record, by=author, operation=row.name)
     error = None
     try:
         response = await row.handler(call)
     except EXPECTED as raised:
         error, response = raised, expected_error_response(raised)
     except ClientDisconnect:
-        await _end(database, action_id, record, status=400, code="client_disconnected")
+        await end(status=400, code="client_disconnected")
         raise
     except Exception:
-        await _end(database, action_id, record, status=500, code="internal_error")
+        await end(status=500, code="internal_error")
         raise
     code = (
         orjson.loads(response.body)["error"]["code"]
         if response.status_code >= HTTPStatus.BAD_REQUEST
         else None
     )
-    await _end(database, action_id, record, status=response.status_code, code=code)
+    await end(status=response.status_code, code=code)
     if error is not None and not isinstance(error, expected):
         raise error
     return response
-
-
-async def _end(database: Database, action_id: int, record: Record, *, status: int, code: str | None) -> None:
-    """Record the outcome. A part that succeeded keeps no record of its own: a run may have thousands."""
-    values = {"status": status, "code": code, "reason": record.reason, "dry_run": record.dry_run}
-    try:
-        async with database.write() as connection:
-            if not (record.is_part and code is None and await audit.merge(connection, action_id)):
-                await audit.end(connection, action_id, values)
-    except DatabaseUnavailable as error:
-        # The action is done, and its answer must say so.
-        log.warning("outcome of an action not recorded", action=action_id, status=status, error=str(error))
-
-
-def _readable(text: str | None) -> str | None:
-    """Return a text without secrets and control characters; None if nothing is left."""
-    return "".join(each if each.isprintable() else " " for each in mask(text or "")).strip() or None
 
 
 def _query_of(request: Request) -> dict[str, str]:

@@ -355,7 +355,8 @@ class EventEndpoints:
         if replace(selected, not_restarted_since=None) == DeadLetters(ids=[]) and not body.all:
             raise invalid('say which dead letters: ids, destination, since, until, or {"all": true}')
         async with self._database.read() as connection:
-            began = await pruning.moment_ago(connection, seconds=0.0)
+            began = body.not_restarted_since or await pruning.moment_ago(connection, seconds=0.0)
+        call.record.note_run(body.ids, body.destination, body.since, body.until, body.all, began)
         done = await self._restart(selected, call.caller, limit=MAX_RESTARTED)
         if not done:
             await self._destinations.require(body.destination)
@@ -363,7 +364,7 @@ class EventEndpoints:
             restarted=done,
             not_configured=sorted(done.keys() - set(self._destinations.configured)),
             more=sum(done.values()) == MAX_RESTARTED,
-            began=body.not_restarted_since or began,
+            began=began,
         )
         return json_response(answer, status=202)
 

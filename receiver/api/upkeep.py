@@ -129,6 +129,7 @@ class UpkeepEndpoints:
             done = await retention.begin(self._database, older_than=timedelta(days=days))
         else:
             done = await retention.resume(self._database, before=body.before, position=body.next)
+        call.record.note_run(done.before, body.dead_letters, body.media)
         async with AsyncExitStack() as stack:
             storage = None
             if body.media:
@@ -153,6 +154,7 @@ class UpkeepEndpoints:
 
     async def _recover(self, call: Call[None, RecoverBody]) -> Response:
         body = await call.read_body()
+        call.record.note_run()
         found, after = await unrecognized.recover_part(
             self._database, after=int(body.cursor or 0), dry_run=body.dry_run
         )

@@ -16,8 +16,6 @@ MAX_ROWS: Final = 100_000
 """Newest actions that are kept."""
 PART_SECONDS: Final = 86_400.0
 """A call is a part of an action that has begun within this time."""
-FAILED: Final = 400
-"""The least status of an action that failed."""
 
 
 class Action(TypedDict):
@@ -53,18 +51,13 @@ async def end(connection: SqlConnection, action_id: int, values: Mapping[str, An
     await connection.execute(update(actions).where(actions.c.id == action_id).values(**values))
 
 
-async def merge(connection: SqlConnection, action_id: int) -> bool:
-    """Delete the record of a part that succeeded, if the same author has begun this action lately.
+async def merge(connection: SqlConnection, action_id: int, *, begun: int) -> bool:
+    """Delete the record of a part that succeeded, if the action that it goes on with has begun lately.
 
-    Otherwise it returns False: a call that only claims to be a part must stay on record.
+    Otherwise it returns False: without that record the part must stay.
     """
-    part, begun = actions.alias("part"), actions.alias("begun")
-    has_begun = (
-        exists()
-        .where(part.c.id == action_id, begun.c.id < part.c.id, begun.c.at >= db_time(-PART_SECONDS))
-        .where(*(begun.c[name] == part.c[name] for name in ("by", "operation", "dry_run")))
-        .where(begun.c.status < FAILED)
-    )
+    first = actions.alias("first")
+    has_begun = exists().where(first.c.id == begun, first.c.at >= db_time(-PART_SECONDS))
     done = delete(actions).where(actions.c.id == action_id, has_begun)
     return (await connection.execute(done)).rowcount == 1
 

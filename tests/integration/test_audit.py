@@ -33,6 +33,7 @@ from receiver.db import audit, migrate
 from receiver.db.database import Database
 from receiver.db.operation_tables import actions
 from receiver.db.tables import events
+from receiver.errors import RefusedByClipia
 from receiver.ingest import make_event
 from receiver.settings import ApiToken, Settings
 
@@ -185,7 +186,7 @@ async def test_an_action_of_a_command_is_on_record(
 
 async def test_the_parts_of_an_action_are_one_record(client: httpx.AsyncClient, database: Database) -> None:
     """A call that goes on with an earlier one leaves no record if it succeeds, unless there is no earlier."""
-    part = {"all": True, "not_restarted_since": "1h"}
+    part = {"all": True, "not_restarted_since": (datetime.now(UTC) - timedelta(hours=1)).isoformat()}
     await client.post("/v1/deliveries/retry", json=part)
     assert len(await recorded(database)) == 1
     for _ in range(3):
@@ -194,6 +195,32 @@ async def test_the_parts_of_an_action_are_one_record(client: httpx.AsyncClient, 
     await client.post("/v1/deliveries/retry", json=part | {"all": False})
     (failed, _) = await recorded(database)
     assert failed["status"] == 400
+
+
+async def test_another_action_is_no_part(client: httpx.AsyncClient, database: Database) -> None:
+    """A call with other parameters or another reason is on record, even if it claims to go on with a run."""
+    retry, prune = "/v1/deliveries/retry", "/v1/prune"
+    began = (await client.post(retry, json={"ids": [NOBODY]})).json()["began"]
+    one = {"ids": [NOBODY], "not_restarted_since": began}
+    before = (await client.post(prune, json={"older_than_days": 90})).json()["before"]
+    for path, body, number in (
+        (retry, one, 0),
+        (retry, one | {"reason": "x"}, 1),
+        (retry, one | {"ids": [], "all": True}, 1),
+        (retry, one | {"not_restarted_since": "1h"}, 1),
+        (prune, {"before": before}, 0),
+        (prune, {"before": before, "dry_run": True}, 1),
+        (prune, {"before": before, "dead_letters": True}, 1),
+        (prune, {"before": before, "dead_letters": True, "next": "records-0"}, 0),
+        (prune, {"before": "60d"}, 1),
+        ("/v1/recovery", {}, 1),
+        ("/v1/recovery", {"cursor": "7"}, 0),
+    ):
+        known = len(await recorded(database))
+        values = {name: value for name, value in body.items() if name != "reason"}
+        query = {"reason": body["reason"]} if "reason" in body else {}
+        (await client.post(path, json=values, params=query)).raise_for_status()
+        assert len(await recorded(database)) == known + number, (path, body)
 
 
 def make_row(handler: Any) -> Endpoint:
@@ -208,6 +235,27 @@ def make_row(handler: Any) -> Endpoint:
         answer=None,
         example=None,
     )
+
+
+async def test_an_outcome_that_cannot_be_recorded_changes_no_answer(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A code of Clipia's is cut to the column; if the record fails for any reason, the answer stays."""
+
+    async def change(_call: Call[None, None]) -> Response:
+        raise RefusedByClipia("no", code="c" * 64, status=422)
+
+    async def fail(*_arguments: object) -> None:
+        raise ZeroDivisionError
+
+    app = Starlette(routes=guarded([make_row(change)], Tokens(TOKENS), database))
+    async with client_of(app) as client:
+        answer = await client.post("/v1/things/1")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (422, "c" * 64)
+        (row,) = await recorded(database)
+        assert (row["status"], row["code"]) == (422, "c" * 63)
+        monkeypatch.setattr(audit, "end", fail)
+        assert (await client.post("/v1/things/1")).status_code == 422
 
 
 async def test_the_record_is_written_first(database: Database) -> None:
