@@ -105,13 +105,8 @@ def print_rows(
         stdout.print(none)
         return
     cells = [{name: _cell(row[name]) for name in columns} for row in rows]
-    full = {name: max(cell_len(name), *(row[name].cell_len for row in cells)) + _GAP for name in columns}
-    least = {
-        name: min(
-            full[name], max(cell_len(name), *(_least(row[name], name == wrapped) for row in cells)) + _GAP
-        )
-        for name in columns
-    }
+    full = _widths(cells, lambda cell, _name: cell.cell_len)
+    least = _widths(cells, lambda cell, name: _least(cell, name == wrapped))
     shown = _most_important(columns, least)
     if not shown:
         _print_records(cells)
@@ -127,18 +122,25 @@ def print_rows(
         print_note(f"Left out, because the terminal is narrow: {', '.join(left_out)}.")
 
 
+def _widths(rows: Sequence[Mapping[str, Text]], width_of: Callable[[Text, str], int]) -> dict[str, int]:
+    """Return the width of each column with its gap; the heading is one of its cells."""
+    return {
+        name: max(cell_len(name), *(width_of(row[name], name) for row in rows)) + _GAP for name in rows[0]
+    }
+
+
 def _most_important(columns: Sequence[str], least: Mapping[str, int]) -> list[str]:
     """Return the columns that fit the terminal; none if those that may not be left out are too wide."""
     key = next((name for name in columns if name in _KEYS), columns[0])
     spare = [name for name in _SPARE if name in columns and name != key]
     shown = set(columns) - set(spare)
-    free = stdout.width - sum(least[name] for name in shown)
-    if free < 0:
+    width = sum(least[name] for name in shown)
+    if width > stdout.width:
         return []
     for name in reversed(spare):
-        if least[name] <= free:
+        if width + least[name] <= stdout.width:
             shown.add(name)
-            free -= least[name]
+            width += least[name]
     return [name for name in columns if name in shown]
 
 

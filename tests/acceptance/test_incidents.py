@@ -27,6 +27,7 @@ SECONDS = 150.0
 MODEL, INPUT = IMAGE[0], json.dumps(IMAGE[1])
 RETIRED = "whsec_retired-0123456789abcdef"
 POISON = "poison"
+DISK_BYTES = 8 * 1024 * 1024
 
 DELIVERED, WAITING, UNKNOWN = 0, 10, 4
 """Exit statuses of `receiver why`."""
@@ -107,7 +108,9 @@ def small_disk(folder: Path) -> Iterator[None]:
     if os.geteuid() != 0:
         yield
         return
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], check=True, timeout=60)
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], check=True, timeout=60
+    )
     try:
         yield
     finally:
@@ -267,7 +270,7 @@ def fill_disk(service: Service) -> Path:
     filler = service.media / "filler"
     if os.geteuid() == 0:
         with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-            while True:
+            for _ in range(2 * DISK_BYTES // 65_536):
                 file.write(bytes(65_536))
     return filler
 

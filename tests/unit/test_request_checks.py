@@ -43,7 +43,7 @@ def test_cursors() -> None:
     ("values", "path", "message"),
     [
         ({"names": [1, "x"]}, ("names", "1"), "names.1: "),
-        ({}, ("names",), "names: Field required"),
+        ({}, ("names",), "names: it is missing"),
         ([], (), "the body: "),
     ],
 )
