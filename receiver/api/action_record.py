@@ -70,8 +70,7 @@ class ActionLog:
 
         It raises nothing: the action is done, and its answer must say so.
         """
-        code = None if code is None else (readable(code) or "")[:MAX_CODE_LENGTH]
-        values = {"status": status, "code": code, "reason": record.reason, "dry_run": record.dry_run}
+        values = {"status": status, "code": _cut(code), "reason": record.reason, "dry_run": record.dry_run}
         facts = (by, operation, record.reason, record.dry_run, record.run)
         run = hashlib.sha256(repr(facts).encode(errors="replace")).digest()
         begun = self._runs.get(run) if record.is_part and record.run is not None and code is None else None
@@ -93,6 +92,10 @@ class ActionLog:
             self._runs[run] = action_id
             if len(self._runs) > MAX_RUNS:
                 self._runs.popitem(last=False)
+
+
+def _cut(code: str | None) -> str | None:
+    return None if code is None else (readable(code) or "")[:MAX_CODE_LENGTH]
 
 
 def readable(text: str | None) -> str | None:

@@ -46,7 +46,7 @@ REMOTE: dict[str, tuple[list[str], int, str]] = {
     "jobs thaw": ([], 0, "accepted and submitted again"),
     "events list": (["--limit", "1000"], 0, "r-250"),
     "events show": (["r-1"], 0, "Receipts"),
-    "events fetch": (["absent"], 1, "absent"),
+    "events fetch": (["absent"], 5, "absent"),
     "events recover": ([], 0, "0 events recovered"),
     "events erase": (["r-2"], 0, "is erased"),
     "deliveries list": (["--state", "dead"], 0, "refused"),
@@ -243,7 +243,7 @@ async def test_the_variables_name_the_receiver(
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     assert (await terminal.run("--token", f"@{tmp_path / 'token'}", "status"))[0] == 0
     status, shown = await terminal.run("--token", "wrong-0123456789abcdef", "status")
-    assert (status, "does not know the token" in shown) == (1, True)
+    assert (status, "does not know the token" in shown) == (5, True)
     assert "wrong-0123456789" not in shown
     status, shown = await terminal.run(
         *("--token", TOKEN, "submit", MODEL, "--input", INPUT, "--caller", "shop")
