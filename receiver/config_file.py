@@ -111,7 +111,13 @@ def read_file(environ: Mapping[str, str]) -> Values:
     except OSError as error:
         raise SettingsError(f"{_shown(path)} cannot be read: {os.strerror(error.errno or 0)}") from None
     if raw is not None:
-        resolved: Values = _cleaned_tree(_parse(raw, path), (), partial(_resolve, environ, path))
+        try:
+            resolved: Values = _cleaned_tree(_parse(raw, path), (), partial(_resolve, environ, path))
+        except RecursionError as error:
+            # Dotted keys are parsed without recursion, however deep they are.
+            raise SettingsError(
+                f"{_shown(path)} cannot be read ({type(error).__name__}): it is nested too deeply"
+            ) from None
         return resolved
     if named:
         raise SettingsError(f"{variable} names {_shown(path)}, which is not a file in {Path.cwd()}")
@@ -135,6 +141,11 @@ def _parse(raw: bytes, path: Path) -> Values:
         raise SettingsError(
             f"{_shown(path)} cannot be read: it is not TOML"
             + (f", see {position[1]}" if position else ": check for a key that is given twice")
+        ) from None
+    except ValueError as error:
+        raise SettingsError(
+            f"{_shown(path)} cannot be read ({type(error).__name__}): check for a number with thousands of "
+            "digits"
         ) from None
 
 

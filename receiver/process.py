@@ -76,6 +76,16 @@ class Parts:
             destinations={each.name: open_for_work(each) for each in settings.every_destination},
         )
 
+    async def close(self) -> None:
+        """Close the parts, which nothing has used."""
+        closing = [each.close() for each in self.destinations.values()]
+        await asyncio.gather(*closing, self.downloader.close(), self.storage.close(), return_exceptions=True)
+
+
+async def check_parts(settings: Settings) -> None:
+    """Raise SettingsError if a part of a worker cannot be made from the settings."""
+    await Parts.make(settings).close()
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunningWorker:

@@ -72,12 +72,14 @@ def load_again(settings: Settings) -> Settings:
 
 
 def log_failed_reload(error: Exception) -> None:
-    """Log that a reload has changed nothing."""
+    """Log that a reload has changed nothing, with a traceback if that was not foreseen."""
     log.error(
         "settings not read again: nothing has changed",
         error=error_text(error),
         help="correct receiver.toml (`receiver check`) and send SIGHUP again",
     )
+    if not isinstance(error, SettingsError):
+        log.error("reload failed unexpectedly", exc_info=error)
 
 
 class Reloader:
@@ -100,11 +102,9 @@ class Reloader:
             self._requested.clear()
             try:
                 await self._reload()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the destinations of before go on
                 RELOAD_FAILED.set(1)
                 log_failed_reload(error)
-                if not isinstance(error, SettingsError):
-                    log.exception("reload failed unexpectedly")
 
     async def _reload(self) -> None:
         loaded = load_again(self._settings)

@@ -27,7 +27,7 @@ from receiver.cli.remote import local_only
 from receiver.cli.supervisor import Supervisor
 from receiver.errors import SettingsError
 from receiver.logs import configure_logging
-from receiver.process import Parts, collect_garbage_less, prepare
+from receiver.process import check_parts, collect_garbage_less, prepare
 from receiver.reload import accept_reloads, hold_reloads, is_hangup, load_again, log_failed_reload
 from receiver.settings import Settings
 
@@ -68,7 +68,7 @@ def serve(
     settings.require_sources()
     configure_logging(level=settings.log_level)
     if worker:
-        Parts.make(settings)
+        asyncio.run(check_parts(settings))
     if workers > 1 and settings.database_url.get_secret_value().startswith("sqlite"):
         raise SettingsError(
             "--workers needs PostgreSQL: several processes that write to one SQLite file wait for each other"
@@ -97,8 +97,8 @@ def _reload(settings: Settings, *, worker: bool) -> None:
     try:
         loaded = load_again(settings)
         if worker:
-            Parts.make(loaded)
-    except SettingsError as error:
+            asyncio.run(check_parts(loaded))
+    except Exception as error:  # noqa: BLE001 - any error would end the web processes
         log_failed_reload(error)
     else:
         settings.take_destinations(loaded)

@@ -15,7 +15,7 @@ from receiver.cli.listeners import MetricsHost, MetricsPort, bind_metrics
 from receiver.cli.remote import local_only
 from receiver.lanes.worker import Wakeups
 from receiver.logs import configure_logging
-from receiver.process import Parts, collect_garbage_less, prepare, running_worker
+from receiver.process import check_parts, collect_garbage_less, prepare, running_worker
 from receiver.reload import Reloader, accept_reloads, hold_reloads, is_hangup
 from receiver.settings import Settings
 from receiver.submitter import Submitter
@@ -31,7 +31,7 @@ def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.
     hold_reloads()
     settings = Settings.load()
     configure_logging(level=settings.log_level)
-    Parts.make(settings)
+    asyncio.run(check_parts(settings))
     listeners = [each for group in bind_metrics(metrics_host, metrics_port) for each in group]
     uvloop.run(_run(settings, listeners))
 

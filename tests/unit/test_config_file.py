@@ -140,6 +140,23 @@ def test_mistakes_in_the_file_are_named_and_not_shown(content: str, where: str) 
     assert_hidden(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("x = " + "[" * 3000 + "]" * 3000, "(RecursionError): it is nested too deeply"),
+        ("a." * 3000 + "b = 1", "(RecursionError): it is nested too deeply"),
+        ("keep_alive = " + "9" * 5000, "(ValueError): check for a number with thousands of digits"),
+    ],
+    ids=["lists", "keys", "digits"],
+)
+def test_a_file_beyond_the_limits_of_the_parser_is_a_mistake(content: str, problem: str) -> None:
+    """E4: too deep a nesting and too long a number are errors of the settings, as any other mistake."""
+    Path("receiver.toml").write_text(content)
+    with pytest.raises(SettingsError) as caught:
+        Settings.load()
+    assert str(caught.value) == f"receiver.toml cannot be read {problem}"
+
+
 @pytest.mark.parametrize("quote", ['"', "'", "`"])
 @pytest.mark.parametrize("name", VARIABLES)
 def test_quotes_that_were_kept_are_an_error(monkeypatch: pytest.MonkeyPatch, name: str, quote: str) -> None:

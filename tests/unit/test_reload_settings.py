@@ -8,10 +8,13 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 from support.events import until
 
-from receiver import masking
+from receiver import masking, process
 from receiver.background import running
+from receiver.cli import serve
 from receiver.destination_settings import ByName
 from receiver.destinations import open_destination
+from receiver.error_texts import error_text
+from receiver.errors import SettingsError
 from receiver.lanes.live_destinations import _Open
 from receiver.metrics import RELOAD_FAILED
 from receiver.process import make_target
@@ -75,6 +78,49 @@ async def test_invalid_settings_change_nothing() -> None:
         reloader.request()
         await until(has_succeeded)
         assert [each.name for each in settings.every_destination] == ["new"]
+
+
+@pytest.mark.parametrize("error", [SettingsError("wrong"), RecursionError("deep"), ValueError("digits")])
+def test_no_error_of_a_reload_ends_the_supervisor(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """E4: after any error the settings for later web processes stay, and the log names the class."""
+    write(table("old"))
+    settings = Settings.load()
+
+    def fail(_settings: Settings) -> Settings:
+        raise error
+
+    monkeypatch.setattr(serve, "load_again", fail)
+    with capture_logs() as logs:
+        serve._reload(settings, worker=True)
+    assert [each.name for each in settings.every_destination] == ["old"]
+    assert logs[0]["event"] == "settings not read again: nothing has changed"
+    assert logs[0]["error"] == error_text(error)
+
+
+def test_a_reload_of_the_supervisor_leaves_nothing_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """E4: the parts that only checked the settings are closed, whether or not one fails to close."""
+    closed: list[str] = []
+
+    class Closes:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        async def close(self) -> None:
+            closed.append(self.name)
+            raise RuntimeError(self.name)
+
+    def make(_url: object, **_options: object) -> Closes:
+        return Closes("storage or downloader")
+
+    monkeypatch.setattr(process, "open_storage", make)
+    monkeypatch.setattr(process, "Downloader", lambda **_options: make(""))
+    monkeypatch.setattr(process, "open_for_work", lambda each: Closes(each.name))
+    write(table("old"))
+    settings = Settings.load()
+    write(table("new") + table("other"))
+    serve._reload(settings, worker=True)
+    assert [each.name for each in settings.every_destination] == ["new", "other"]
+    assert sorted(closed) == ["new", "other", "storage or downloader", "storage or downloader"]
 
 
 @pytest.mark.parametrize(
