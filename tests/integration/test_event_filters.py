@@ -115,7 +115,9 @@ async def test_events_are_found_by_their_deliveries(site: Site) -> None:
     assert await site.found(delivery_state="pending", destination="main") == ["r-2"]
     assert await site.found(delivery_state="canceled") == ["r-3"]
     assert await site.found(delivery_state="delivered") == ["r-4", "r-0"]
-    assert await site.found(delivery_state="dead", destination="other") == []
+    assert await site.found(delivery_state="dead", destination="main") == ["r-1"]
+    unknown = await site.get(delivery_state="dead", destination="other")
+    assert "there is no destination 'other'; known: main" in unknown.json()["error"]["message"]
     assert await site.found(destination="main", limit=2) == ["r-4", "r-3"]
     response = await site.get(delivery_state="lost")
     assert "pending, delivered, dead, canceled" in response.json()["error"]["message"]

@@ -54,10 +54,11 @@ class LocalStorage:
             raise
 
     async def open(self, key: str, *, start: int = 0) -> AsyncGenerator[bytes]:
-        file = await self._run(lambda: _open(self._path(key), start))
-        if file is None:
-            raise FileNotFoundError(key)
-        with file:
+        with contextlib.ExitStack() as opened:
+            # Noted in the thread: a call that is cancelled has no result, and the file would stay open.
+            file = await self._run(lambda: _open(self._path(key), start, opened))
+            if file is None:
+                raise FileNotFoundError(key)
             while block := await self._run(file.read, _BLOCK_BYTES):
                 yield block
 
@@ -150,9 +151,9 @@ class _Part:
             os.close(descriptor)
 
 
-def _open(path: Path, start: int) -> io.FileIO | None:
+def _open(path: Path, start: int, opened: contextlib.ExitStack) -> io.FileIO | None:
     try:
-        file = path.open("rb", buffering=0)
+        file = opened.enter_context(path.open("rb", buffering=0))
     except FileNotFoundError:
         return None
     file.seek(start)
