@@ -1,6 +1,7 @@
 """The command line: `commands` has the table of commands, and each other module one command or one group."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import typer
@@ -8,7 +9,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_group
 
 from receiver import __version__, exit_status
-from receiver.cli.commands import SENTENCES, load
+from receiver.cli.commands import GROUPS, SENTENCES, load
 from receiver.cli.examples import epilog_of
 from receiver.plain_words import in_our_words
 
@@ -26,47 +27,51 @@ class _Group(TyperGroup):
             formatter.write_dl(list(self.sentences().items()))
 
 
-class _Commands(Mapping[str, TyperCommand]):
-    """The commands of the table; each is imported when it is looked up."""
+class _Loaded(Mapping[str, TyperCommand]):
+    """Commands whose names are known; each is imported when it is looked up."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: Iterable[str], load_one: Callable[[str], TyperCommand]) -> None:
+        self._names = tuple(names)
+        self._load = load_one
         self._loaded: dict[str, TyperCommand] = {}
 
     def __getitem__(self, name: str) -> TyperCommand:
-        if name not in SENTENCES:
+        if name not in self._names:
             raise KeyError(name)
         if name not in self._loaded:
-            # One command alone would be no group, and get no name.
-            group = typer.Typer(add_completion=False, rich_markup_mode=None)
-            found = load(name)
-            if isinstance(found, typer.Typer):
-                group.add_typer(found, name=name, cls=_Group)
-            else:
-                group.command(name)(found)
-            command = cast("TyperCommand", get_group(group).commands[name])
-            for words, each in {name: command, **_inside(name, command)}.items():
-                each.epilog = epilog_of(words)
-            self._loaded[name] = command
+            self._loaded[name] = self._load(name)
         return self._loaded[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(SENTENCES)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(SENTENCES)
+        return len(self._names)
 
 
-def _inside(name: str, group: Any) -> dict[str, Any]:
-    """Return the commands of a group by all their words."""
-    return {f"{name} {each}": command for each, command in getattr(group, "commands", {}).items()}
+class _LazyGroup(_Group):
+    """A group that imports a command when it is looked up, and none to list or to complete their names."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        # The library's own method would load them all.
+        return list(self.commands)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        # Likewise.
+        commands = self.commands
+        self.commands = {name: TyperCommand(name, help=SENTENCES.get(name)) for name in commands}
+        try:
+            return super().shell_complete(ctx, incomplete)
+        finally:
+            self.commands = commands
 
 
-class _Receiver(_Group):
+class _Receiver(_LazyGroup):
     """The group of all commands."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self.commands = cast("Any", _Commands())
+        self.commands = cast("Any", _Loaded(SENTENCES, _load_command))
 
     def sentences(self) -> Mapping[str, str]:
         return SENTENCES
@@ -78,18 +83,28 @@ class _Receiver(_Group):
             error.message = in_our_words(error.message)
             raise
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        # The library's own method would load them all.
-        return list(self.commands)
 
-    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        # Likewise.
-        commands = self.commands
-        self.commands = {name: TyperCommand(name, help=sentence) for name, sentence in SENTENCES.items()}
-        try:
-            return super().shell_complete(ctx, incomplete)
-        finally:
-            self.commands = commands
+def _load_command(name: str) -> TyperCommand:
+    """Return a command, or a group whose commands are still to be imported."""
+    if name in GROUPS:
+        group = _LazyGroup(name=name, help=SENTENCES[name], no_args_is_help=True, epilog=epilog_of(name))
+        group.rich_markup_mode = None
+        group.commands = cast("Any", _Loaded(GROUPS[name], partial(_load_inside, name)))
+        return cast("TyperCommand", group)
+    # One command alone would be no group, and get no name.
+    one = typer.Typer(add_completion=False, rich_markup_mode=None)
+    one.command(name)(load(name))
+    command = cast("TyperCommand", get_group(one).commands[name])
+    command.epilog = epilog_of(name)
+    return command
+
+
+def _load_inside(group: str, name: str) -> TyperCommand:
+    found = typer.Typer(add_completion=False, rich_markup_mode=None)
+    found.add_typer(load(group), name=group)
+    command = cast("TyperCommand", cast("Any", get_group(found).commands[group]).commands[name])
+    command.epilog = epilog_of(f"{group} {name}")
+    return command
 
 
 app = typer.Typer(

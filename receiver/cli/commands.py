@@ -54,6 +54,18 @@ SENTENCES: Final[Mapping[str, str]] = {
     "alerts": "Show alerts, with the next command for each.",
     "audit": "Show the actions of operators, with reasons and outcomes.",
 }
+GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
+    "jobs": ("list", "show", "resubmit", "cancel", "freeze", "thaw", "cost"),
+    "events": ("list", "show", "fetch", "export", "import", "recover", "erase"),
+    "deliveries": ("list", "retry", "move", "show", "failures", "discard"),
+    "destinations": ("list", "pause", "resume", "test"),
+    "replays": ("list", "show", "cancel"),
+    "media": ("verify", "link", "give-up"),
+    "rejections": ("list", "show"),
+    "alerts": ("list",),
+    "audit": ("list",),
+}
+"""The commands of each group, in the order of its help."""
 _MODULES: Final[Mapping[str, str]] = {
     "account": "catalogue",
     "estimate": "catalogue",

@@ -13,7 +13,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from receiver.cli import app
-from receiver.cli.commands import SENTENCES, load
+from receiver.cli.commands import GROUPS, SENTENCES, load
 from receiver.cli.completion import MODELS
 from receiver.cli.examples import EXAMPLES
 from receiver.sandbox import catalogue
@@ -62,6 +62,22 @@ def test_the_completion_of_a_name_imports_no_heavy_package() -> None:
     shown, imported = imported_by("", COMP_WORDS="receiver re", COMP_CWORD="1", **COMPLETES)
     assert set(shown.split()) == {name for name in SENTENCES if name.startswith("re")}
     assert imported <= {"pydantic"}  # typer's own
+
+
+def test_the_completion_of_a_name_in_a_group_imports_no_heavy_package() -> None:
+    """A shell completes the commands of a group without their module."""
+    shown, imported = imported_by("", COMP_WORDS="receiver events ", COMP_CWORD="2", **COMPLETES)
+    assert set(shown.split()) == set(GROUPS["events"])
+    assert imported <= {"pydantic"}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_the_table_has_the_commands_of_each_group(name: str) -> None:
+    """The names of a group's commands are those in the table, and its help is its sentence there."""
+    assert (
+        tuple(each.name or each.callback.__name__ for each in load(name).registered_commands) == GROUPS[name]
+    )
+    assert load(name).info.help == SENTENCES[name]
 
 
 def complete(monkeypatch: pytest.MonkeyPatch, *words: str) -> set[str]:
