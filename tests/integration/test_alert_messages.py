@@ -14,11 +14,9 @@ from typing import Any
 import httpx
 import pytest
 import redis.asyncio
-from alembic import command
 from sqlalchemy import func, select, update
 from support.events import Recorder, World, insert_event, opened, plain, running, until
 from support.payloads import SECRET, failure
-from support.servers import Postgres
 from support.servers_redis_nats import Redis
 
 from receiver import alerts
@@ -26,7 +24,7 @@ from receiver.app import create_app
 from receiver.core import alerting
 from receiver.core.retry import RetryPolicy
 from receiver.db import alerts as sql
-from receiver.db import audit, destinations, migrate, submission_freezes
+from receiver.db import audit, destinations, submission_freezes
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
@@ -495,21 +493,3 @@ async def test_a_destination_of_alerts_is_listed_and_tested(migrated_sqlite: Pat
 def open_lines(path: Path) -> list[str]:
     """Return the lines of a file; none if it is missing."""
     return path.read_text().splitlines() if path.exists() else []
-
-
-async def test_the_migration_keeps_a_filled_database(postgres: Postgres, tmp_path: Path) -> None:
-    """C15: a database of the schema 0017 with events becomes one with the tables, and back."""
-    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
-        database = Database(url)
-        await migrate.upgrade(database, "0017")
-        async with database.write() as connection:
-            await insert_event(connection, make_event("clipia", plain("r-1"), received_at=0.0))
-        for step in ("0018", "0017", "0018"):
-            if step == "0017":
-                await migrate.apply(database, lambda config: command.downgrade(config, "0017"))
-            else:
-                await migrate.upgrade(database, step)
-            async with database.read() as connection:
-                assert (await connection.scalar(select(events.c.request_id))) == "r-1"
-        assert await count_messages(database) == 0
-        await database.close()

@@ -11,15 +11,12 @@ from typing import Any
 
 import httpx
 import pytest
-from alembic import command
 from pydantic import SecretStr
-from sqlalchemy import select, update
+from sqlalchemy import update
 from starlette.applications import Starlette
 from starlette.responses import Response
 from structlog.testing import capture_logs
-from support.events import insert_event, plain
 from support.payloads import SECRET
-from support.servers import Postgres
 from support.specification import read_specification
 from typer.testing import CliRunner
 
@@ -29,12 +26,10 @@ from receiver.api.endpoints import Call, Endpoint, guarded, json_response
 from receiver.app import create_app
 from receiver.cli import app as cli
 from receiver.cli import terminal
-from receiver.db import audit, migrate
+from receiver.db import audit
 from receiver.db.database import Database
 from receiver.db.operation_tables import actions
-from receiver.db.tables import events
 from receiver.errors import RefusedByClipia
-from receiver.ingest import make_event
 from receiver.settings import ApiToken, Settings
 
 OPERATOR = "operator-0123456789abcdef"
@@ -327,23 +322,3 @@ async def test_records_end(database: Database, monkeypatch: pytest.MonkeyPatch) 
     async with database.write() as connection:
         last = await audit.begin(connection, by="ops", operation="x")
     assert [row["id"] for row in await recorded(database)] == [last, last - 1]
-
-
-async def test_the_migration_keeps_a_filled_database(postgres: Postgres, tmp_path: Path) -> None:
-    """C15: a database of the schema 0015 with events becomes one with the table, and back."""
-    for url in (f"sqlite:///{tmp_path / 'old.db'}", postgres.url()):
-        database = Database(url)
-        await migrate.upgrade(database, "0015")
-        async with database.write() as connection:
-            await insert_event(connection, make_event("clipia", plain("r-1"), received_at=0.0))
-        for step in ("0016", "0015", "0016"):
-            if step == "0015":
-                await migrate.apply(database, lambda config: command.downgrade(config, "0015"))
-            else:
-                await migrate.upgrade(database, step)
-            async with database.read() as connection:
-                assert (await connection.scalar(select(events.c.request_id))) == "r-1"
-        async with database.write() as connection:
-            await audit.begin(connection, by="ops", operation="x")
-        assert len(await recorded(database)) == 1
-        await database.close()
