@@ -8,7 +8,7 @@ import asyncio
 import socket
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final
 
@@ -85,7 +85,7 @@ def find_conditions(seen: Seen) -> Iterator[Finding]:
         if share is not None and share < LEAST_FREE_SHARE:
             yield Finding(
                 kind="disk_nearly_full",
-                subject=f"{seen.host}:{disk['path']}"[:255],
+                subject=_disk_subject(seen.host, disk),
                 text=f"the disk of {disk['path']} ({disk['holds']}) on {seen.host} has {share:.1%} left",
                 command="receiver status",
             )
@@ -97,6 +97,10 @@ def find_conditions(seen: Seen) -> Iterator[Finding]:
             command=f"receiver audit list --operation {alerts.PRUNING}",
             last_at=seen.failed_pruning,
         )
+
+
+def _disk_subject(host: str, disk: DiskStatus) -> str:
+    return f"{host}:{disk['path']}"[:255]
 
 
 def _destinations(seen: Seen) -> Iterator[Finding]:
@@ -205,32 +209,42 @@ async def run_round(settings: Settings, database: Database) -> list[str]:
     messages. Raises DatabaseUnavailable.
     """
     names = [each.name for each in settings.alert_destinations]
-    disks = await read_disks(settings, database)
-    for disk in disks:
-        if disk["free_bytes"] is None:
-            log.warning("a disk does not answer", path=disk["path"], holds=disk["holds"])
-    findings = list(find_conditions(Seen(disks=disks, host=socket.gethostname()[:63])))
+    disks, host = await read_disks(settings, database), socket.gethostname()[:63]
+    silent = [disk for disk in disks if disk["free_bytes"] is None]
+    for disk in silent:
+        log.warning("a disk does not answer", path=disk["path"], holds=disk["holds"])
+    findings = list(find_conditions(Seen(disks=disks, host=host)))
     async with database.write() as connection:
         has_turn = await alerts.take_turn(connection, seconds=ROUND_SECONDS * 0.9)
     if has_turn:
         findings += find_conditions(await read_conditions(settings, database))
-    elif not findings:
+    elif not findings and not silent:
         return []
+    unknown = {_disk_subject(host, disk) for disk in silent}
     async with database.write() as connection:
-        told = await _record(connection, findings, names, settles=has_turn)
+        told = await _record(connection, findings, names, unknown=unknown, settles=has_turn)
     for alert, type_ in told:
         log.warning("alert", type=type_, alert=alert.kind, subject=alert.subject, text=alert.text)
     return [alert_lane(name) for name in names] if told else []
 
 
 async def _record(
-    connection: SqlConnection, findings: Sequence[Finding], names: Sequence[str], *, settles: bool
+    connection: SqlConnection,
+    findings: Sequence[Finding],
+    names: Sequence[str],
+    *,
+    unknown: Collection[str],
+    settles: bool,
 ) -> list[tuple[Alert, Told]]:
+    """Record findings. `unknown` are the subjects of disks that do not answer: their alerts stay open."""
     now = await alerts.lock(connection)
     known = await alerts.load(connection)
     before = dict(known)
     for finding in findings:
         known[finding.key] = observe(known.get(finding.key), finding, now=now, occurrence=new_id())
+    for key, alert in known.items():
+        if alert.kind == "disk_nearly_full" and alert.subject in unknown and alert.resolved_at is None:
+            known[key] = replace(alert, seen_at=now)
     since = await alerts.read_watched_since(connection) if settles else now
     told = []
     for key, alert in known.items():

@@ -61,7 +61,10 @@ async def _read(holds: str, folder: Path) -> DiskStatus:
         # Without this a caller that gives up would cancel the reading for all.
         reading.set_running_or_notify_cancel()
         # No executor: the interpreter would wait for its thread at exit.
-        Thread(target=_measure, args=(folder, reading), name="disk", daemon=True).start()
+        try:
+            Thread(target=_measure, args=(folder, reading), name="disk", daemon=True).start()
+        except RuntimeError as error:  # no thread is left
+            reading.set_exception(OSError(type(error).__name__))
     try:
         path, free, total = await asyncio.wait_for(asyncio.wrap_future(reading), ANSWER_SECONDS)
     except OSError:  # or TimeoutError, which is one

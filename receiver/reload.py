@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 from collections.abc import Awaitable, Callable
-from functools import cache
 from typing import Final
 
 import structlog
@@ -20,6 +19,9 @@ Replace = Callable[[Settings], Awaitable[object]]
 
 _SIGNALS: Final = {signal.SIGHUP}
 
+_ends_with_terminal: bool | None = None
+"""Whether this process had a terminal when it started. None in a web process: its parent decides."""
+
 log = structlog.get_logger()
 
 
@@ -28,7 +30,10 @@ def hold_reloads() -> None:
 
     Processes that are spawned meanwhile hold theirs, too.
     """
-    _had_terminal()
+    global _ends_with_terminal  # noqa: PLW0603 - as the mask below, of this process
+    if _ends_with_terminal is None:
+        # `nohup` lets it go on.
+        _ends_with_terminal = signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
 
 
@@ -39,13 +44,7 @@ def accept_reloads() -> None:
 
 def is_hangup() -> bool:
     """Return whether a SIGHUP says that the terminal of this process was closed, which ends the process."""
-    return _had_terminal() and not _has_terminal()
-
-
-@cache
-def _had_terminal() -> bool:
-    """Return whether this process had a terminal at its start that ends it; `nohup` lets it go on."""
-    return signal.getsignal(signal.SIGHUP) != signal.SIG_IGN and _has_terminal()
+    return bool(_ends_with_terminal) and not _has_terminal()
 
 
 def _has_terminal() -> bool:

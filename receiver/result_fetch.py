@@ -62,9 +62,9 @@ class ResultFetch:
         async with self._database.read() as connection:
             known = await reads.find_event(connection, request_id)
             own = await jobs.find_by_request(connection, DEFAULT_SOURCE, request_id)
-        source = self._choose(source, own=own is not None)
         if known is not None and known["state"] != "unrecognized":
             return FetchedResult(str(known["id"]), is_new=False)
+        source = self._choose(source, own=own is not None)
         body = await self._ask(request_id)
         received = await self._ingest.record_result(source, body)
         is_new = received.outcome == "accepted"

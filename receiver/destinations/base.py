@@ -133,7 +133,7 @@ def answer_text(content: bytes) -> str:
     text = content[:MAX_READ_ANSWER].decode(errors="backslashreplace")
     masked = mask(text[:MAX_READ_ANSWER])
     # Only after the mask, which knows half of a secret if it is long enough.
-    shown = masked if len(text) < MAX_READ_ANSWER else masked[:-_CUT_CHARACTERS]
+    shown = masked if len(content) < MAX_READ_ANSWER else masked[:-_CUT_CHARACTERS]
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
         for each in shown[:MAX_ANSWER_CHARACTERS]

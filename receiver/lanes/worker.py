@@ -226,7 +226,7 @@ class _LaneRunner:
     async def _drain(self) -> None:
         if not self._held:
             return
-        waits = [asyncio.create_task(each) for each in (asyncio.wait(self._held), self._limited.wait())]
+        waits = [asyncio.create_task(each) for each in (asyncio.wait(set(self._held)), self._limited.wait())]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:

@@ -19,7 +19,7 @@ from support.events import Recorder, World, insert_event, opened, plain, running
 from support.payloads import SECRET, failure
 from support.servers_redis_nats import Redis
 
-from receiver import alerts
+from receiver import alerts, disks
 from receiver.app import create_app
 from receiver.core import alerting
 from receiver.core.retry import RetryPolicy
@@ -36,6 +36,7 @@ from receiver.db.rejections import insert as insert_rejections
 from receiver.db.rows import new_id
 from receiver.db.tables import deliveries, events, probes
 from receiver.destinations import Destination, open_for_work
+from receiver.disks import DiskStatus
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.ingest import make_event
 from receiver.lanes.alerts import AlertLane
@@ -208,6 +209,29 @@ async def test_a_disk_of_each_process_is_watched(world: World, monkeypatch: pyte
         rows = await sql.list_alerts(connection, limit=9)
     assert len(rows) == 2 * len(first)
     assert {row["alert"] for row in rows} == {"disk_nearly_full"}
+
+
+async def test_a_disk_that_does_not_answer_resolves_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The alert of a full disk stays open while the disk hangs."""
+    settings, silent = make_settings(world.database.url), list[DiskStatus]()
+    with monkeypatch.context() as full:
+        full.setattr(alerts, "LEAST_FREE_SHARE", 1.1)
+        await alerts.run_round(settings, world.database)
+        for disk in await disks.read_disks(settings, world.database):
+            silent.append({**disk, "free_bytes": None, "total_bytes": None})
+
+    async def read_disks(_settings: Settings, _database: Database) -> list[DiskStatus]:
+        return silent
+
+    monkeypatch.setattr(alerts, "read_disks", read_disks)
+    monkeypatch.setattr(alerting, "QUIET", timedelta(microseconds=1))
+    await alerts.run_round(settings, world.database)
+    async with world.database.read() as connection:
+        rows = await sql.list_alerts(connection, limit=9)
+    assert rows
+    assert {row["state"] for row in rows} == {"open"}
 
 
 async def test_two_workers_write_one_message(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,6 +76,7 @@ async def test_a_fetched_result_has_the_source_of_its_webhook(world: World, sand
             await service.fetch(request_id, source=source)
         assert wrong.value.code == "invalid_request"
     await service.fetch(elsewhere[0], source="shop")
+    assert not (await service.fetch(elsewhere[0])).is_new
     await fetching(world, submitter, "shop").fetch(elsewhere[1])
     await service.fetch(own)
     stored = {row["request_id"]: row["source"] for row in await world.rows(events)}

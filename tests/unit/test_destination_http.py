@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import itertools
 import json
 import logging
 import random
@@ -421,9 +422,10 @@ def test_half_a_secret_at_the_cut_is_not_shown(cut: int) -> None:
     secret = "Zq7".join("canary")
     register_secret(secret * 3)
     url = "amqp://login:hunter2-hunter2-hunter2-hunter2@broker"
-    for last in (secret, url):
-        start = f"{secret * 3} " * (MAX_READ_ANSWER // (3 * len(secret) + 1) - 1)
-        start = start.ljust(MAX_READ_ANSWER - cut, "-")
+    # The cut counts bytes: other letters take three.
+    for last, rest in itertools.product((secret, url), ("-", "\N{CJK UNIFIED IDEOGRAPH-9519}")):
+        start = f"{secret * 3} "
+        start += rest * ((MAX_READ_ANSWER - cut - len(start)) // len(rest.encode()))
         shown = answer_text(f"{start}{last} and more".encode())
         assert shown.startswith(MASK)
         assert not any(last[at : at + 4] in shown for at in range(len(last) - 3))

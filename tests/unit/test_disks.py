@@ -44,7 +44,7 @@ async def test_a_disk_that_hangs_keeps_one_thread(
     mount: Mount, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loop goes on, the disk is reported as silent, and later rounds start no other thread."""
-    monkeypatch.setattr(disks, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(disks, "ANSWER_SECONDS", 0.5)
     settings = Settings.load(storage_url=f"file:{tmp_path}")
     database = Database("postgresql://nowhere/none")
     silent = DiskStatus(holds="media", path=str(tmp_path), free_bytes=None, total_bytes=None)
@@ -54,6 +54,7 @@ async def test_a_disk_that_hangs_keeps_one_thread(
     (problem,) = _disk_problems([silent])
     assert problem["text"] == f"the disk of {tmp_path} (media) does not answer"
 
+    monkeypatch.setattr(disks, "ANSWER_SECONDS", 30.0)
     mount.back.set()
     await asyncio.to_thread(mount.waiting[0].join)
     (found,) = await read_disks(settings, database)
