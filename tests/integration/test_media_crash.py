@@ -26,13 +26,15 @@ import asyncio, os, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from receiver.errors import StorageUnavailable
 from receiver.media import open_storage
+from receiver.media.storage import local
+
+local._THREADS = ThreadPoolExecutor(1)
 
 async def chunks():
     for number in range(40):
         yield bytes([number]) * 65_536
 
 async def main(url, file_size):
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     try:
@@ -183,6 +185,9 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 UPLOADER = """
 import asyncio, os, signal, sys
 from receiver.media import open_storage
+from receiver.media.storage import local
+
+local._THREADS = ThreadPoolExecutor(1)
 
 async def chunks():
     for number in range(8):
