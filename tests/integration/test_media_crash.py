@@ -185,9 +185,6 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
 UPLOADER = """
 import asyncio, os, signal, sys
 from receiver.media import open_storage
-from receiver.media.storage import local
-
-local._THREADS = ThreadPoolExecutor(1)
 
 async def chunks():
     for number in range(8):
