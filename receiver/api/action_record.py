@@ -10,6 +10,7 @@ import structlog
 
 from receiver.db import audit
 from receiver.db.database import Database
+from receiver.error_texts import error_text
 from receiver.masking import mask
 
 MAX_TARGET_LENGTH: Final = 255
@@ -84,8 +85,7 @@ class ActionLog:
                 "outcome of an action not recorded",
                 action=action_id,
                 status=status,
-                error=mask(str(error)),
-                kind=type(error).__name__,
+                error=error_text(error),
             )
             return
         if code is None and record.run is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import delete, exists, insert, select, update
 from typing_extensions import TypedDict
@@ -79,7 +79,8 @@ async def list_actions(
     if before is not None:
         where.append(actions.c.id < before)
     statement = select(actions).where(*where).order_by(actions.c.id.desc()).limit(limit)
-    return [Action(**row) for row in (await connection.execute(statement)).mappings()]  # type: ignore[typeddict-item]
+    rows = (await connection.execute(statement)).mappings()
+    return [cast("Action", dict(row)) for row in rows]
 
 
 async def prune(connection: SqlConnection, before: datetime, *, dry_run: bool) -> int:

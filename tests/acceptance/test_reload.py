@@ -13,6 +13,7 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,10 @@ def test_several_reloads_under_load_lose_and_double_no_event(tmp_path: Path) -> 
     """E4: while webhooks arrive, a destination changes with each of many SIGHUPs; each event comes once."""
     configure(tmp_path, file("kept"), file("changing"))
     names = [f"r-{number}" for number in range(120)]
+
+    def has_all(path: Path) -> bool:
+        return len(subjects(path)) == len(names)
+
     receiver = ReceiverProcess(tmp_path)
     receiver.measured = False
     with receiver:
@@ -188,7 +193,7 @@ def test_several_reloads_under_load_lose_and_double_no_event(tmp_path: Path) -> 
                 configure(tmp_path, file("kept"), file("changing", f"concurrency = {number + 1}"))
                 receiver.signal(signal.SIGHUP)
         for path in (tmp_path / "kept.jsonl", tmp_path / "changing.jsonl"):
-            wait_until(lambda path=path: len(subjects(path)) == len(names))  # type: ignore[misc]
+            wait_until(partial(has_all, path))
         changes = [record["done"]["changed"] for record in records(receiver, "destinations read again")]
         assert ["changing"] in changes
     for path in (tmp_path / "kept.jsonl", tmp_path / "changing.jsonl"):

@@ -235,13 +235,16 @@ def make_row(handler: Any) -> Endpoint:
 async def test_an_outcome_that_cannot_be_recorded_changes_no_answer(
     database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A code of Clipia's is cut to the column; if the record fails for any reason, the answer stays."""
+    """A code of Clipia's is cut to the column; if the record fails for any reason, the answer stays.
+
+    The log has our words and the exception's class.
+    """
 
     async def change(_call: Call[None, None]) -> Response:
         raise RefusedByClipia("no", code="c" * 64, status=422)
 
     async def fail(*_arguments: object) -> None:
-        raise ZeroDivisionError
+        raise ZeroDivisionError("a library's text")
 
     app = Starlette(routes=guarded([make_row(change)], Tokens(TOKENS), database))
     async with client_of(app) as client:
@@ -250,7 +253,11 @@ async def test_an_outcome_that_cannot_be_recorded_changes_no_answer(
         (row,) = await recorded(database)
         assert (row["status"], row["code"]) == (422, "c" * 63)
         monkeypatch.setattr(audit, "end", fail)
-        assert (await client.post("/v1/things/1")).status_code == 422
+        with capture_logs() as logs:
+            assert (await client.post("/v1/things/1")).status_code == 422
+        (logged,) = (each["error"] for each in logs if each["event"].startswith("outcome of an action"))
+        assert "ZeroDivisionError" in logged
+        assert "library" not in logged
 
 
 async def test_the_record_is_written_first(database: Database) -> None:
