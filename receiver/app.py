@@ -21,7 +21,7 @@ from receiver.api import request_ids
 from receiver.api.alerts import AlertEndpoints
 from receiver.api.answers import error_body
 from receiver.api.audit import AuditEndpoints
-from receiver.api.auth import OneCaller, Tokens
+from receiver.api.auth import Caller, OneCaller, Tokens
 from receiver.api.deliveries import DeliveryEndpoints
 from receiver.api.destinations import DestinationEndpoints
 from receiver.api.direct import DirectDoor
@@ -63,7 +63,7 @@ from receiver.rejections import NO_SOURCE, Rejections
 from receiver.reload import Reloader
 from receiver.removed_deliveries import RemovedDeliveries
 from receiver.result_fetch import ResultFetch
-from receiver.settings import CALLBACK_PATH, Settings
+from receiver.settings import CALLBACK_PATH, SCOPES, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
 
@@ -218,7 +218,8 @@ def create_local_app(
     A handler's error is raised to the caller as it is, in place of an answer.
     """
     table = endpoint_table(settings, database, submitter, wake=wake_no_lane)
-    return Starlette(routes=guarded(table, OneCaller(caller), database, expected=()))
+    operator = Caller(name=caller, scopes=frozenset(SCOPES))
+    return Starlette(routes=guarded(table, OneCaller(operator), database, expected=()))
 
 
 class _App(Starlette):

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from starlette.datastructures import Headers
 
 from receiver.errors import RequestError
-from receiver.settings import SCOPES, ApiToken, Scope
+from receiver.settings import ApiToken, Scope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +28,14 @@ class Callers(Protocol):
 
 
 class OneCaller:
-    """Answers each request as one caller's with all scopes: for calls inside a process, without a token."""
+    """Answers each request as one caller's: for calls inside a process, without a token."""
 
-    def __init__(self, name: str) -> None:
-        self._caller: Final = Caller(name=name, scopes=frozenset(SCOPES))
+    def __init__(self, caller: Caller) -> None:
+        self._caller: Final = caller
 
-    def require(self, _headers: Headers, _scope: Scope) -> Caller:
-        """Return the caller."""
-        return self._caller
+    def require(self, _headers: Headers, scope: Scope) -> Caller:
+        """Return the caller. Raises RequestError if it lacks the scope."""
+        return _with_scope(self._caller, scope)
 
 
 class Tokens:
@@ -73,13 +73,16 @@ class Tokens:
                 code="invalid_token",
                 type_="authentication_error",
             )
-        if scope not in caller.scopes:
-            raise RequestError(
-                f"This needs the scope `{scope}`.",
-                code="insufficient_scope",
-                type_="permission_error",
-            )
-        return caller
+        return _with_scope(caller, scope)
+
+
+def _with_scope(caller: Caller, scope: Scope) -> Caller:
+    """Return the caller. Raises RequestError if it lacks the scope."""
+    if scope not in caller.scopes:
+        raise RequestError(
+            f"This needs the scope `{scope}`.", code="insufficient_scope", type_="permission_error"
+        )
+    return caller
 
 
 def _digest(token: str) -> bytes:
