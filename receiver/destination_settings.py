@@ -28,7 +28,7 @@ _HEADER_NAME: Final = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,128}")
 _HEADER_VALUE: Final = re.compile(r"[!-~](?:[ -~]*[!-~])?")
 _OUR_HEADERS: Final = re.compile(
     r"content-(?:type|length|encoding)|transfer-encoding|accept-encoding|(?:proxy-)?connection|keep-alive|te|"
-    r"trailer|upgrade|expect|webhook-(?:id|timestamp|signature)|ce-.*",
+    r"trailer|upgrade|expect|webhook-(?:id|timestamp|signature)|trace(?:parent|state)|ce-.*",
     re.IGNORECASE,
 )
 _USER: Final = re.compile(r"https?://[^/?#]*@", re.IGNORECASE)

@@ -21,6 +21,7 @@ from receiver.api.endpoints import (
 from receiver.api.models import ModelEstimate
 from receiver.api.parameters import Limit, MetadataFilter, Moment, Parameters, Seconds, invalid, one_of
 from receiver.clipia.job_request import JobRequest
+from receiver.core.trace_context import TraceContext
 from receiver.db.rows import CostGroup, JobState, new_id
 from receiver.db.views import JobCosts
 from receiver.submitter import Job, Submitter
@@ -28,6 +29,23 @@ from receiver.submitter.account_status import Account
 
 REPLAYED_HEADER: Final = "idempotent-replayed"
 """In the answer to a submission whose key was used before."""
+_TRACE_HEADERS: Final = tuple(
+    {
+        "name": name,
+        "in": "header",
+        "description": f"{what} (W3C Trace Context). An invalid one is ignored.",
+        "schema": {"type": "string"},
+        "example": example,
+    }
+    for name, what, example in (
+        (
+            "traceparent",
+            "The caller's span: the job continues its trace",
+            "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        ),
+        ("tracestate", "What tracing systems add to it; passed on with the job's message", "vendor=value"),
+    )
+)
 
 
 class JobsQuery(MetadataFilter):
@@ -125,6 +143,7 @@ class JobEndpoints:
                     *("idempotency_key_reuse", "submissions_frozen"),
                 ),
                 takes_key=True,
+                headers=_TRACE_HEADERS,
                 asks_clipia=True,
             ),
             Endpoint(
@@ -258,7 +277,9 @@ class JobEndpoints:
 
     async def _issue(self, call: Call[None, JobOrder], key: str) -> Response:
         order = await call.read_body()
-        job = await self._submitter.issue(order, key=key, caller=call.caller.name)
+        given = call.request.headers
+        trace = TraceContext.read(given.getlist("traceparent"), given.getlist("tracestate"))
+        job = await self._submitter.issue(order, key=key, caller=call.caller.name, trace=trace)
         new = job.new
         if order.wait:
             waited = await while_connected(call.request, self._submitter.wait(job.id, seconds=order.wait))

@@ -76,6 +76,8 @@ class CloudEventModel(TypedDict):
     deliveryid: str
     attempt: int
     replayid: NotRequired[str]
+    traceparent: NotRequired[str]
+    tracestate: NotRequired[str]
     data: dict[str, Any]
 
 

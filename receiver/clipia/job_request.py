@@ -10,6 +10,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from receiver.core.request_values import check_key, invalid_request
+from receiver.core.trace_context import TraceContext
 from receiver.db.rows import NewJob, digest_token, new_id
 from receiver.errors import RequestError, RequestTooLarge
 from receiver.price import MAX_CREDITS, Credits, read_credits
@@ -71,6 +72,7 @@ class JobRequest(BaseModel):
         account: str,
         cost: Credits | None = None,
         warnings: list[dict[str, Any]] | None = None,
+        trace: TraceContext | None = None,
     ) -> NewJob:
         """Make the row of a new job. All attempts will send the same bytes.
 
@@ -93,6 +95,8 @@ class JobRequest(BaseModel):
             account=account,
             path_token=digest_token(token),
             warnings=warnings or [],
+            traceparent=trace and trace.parent,
+            tracestate=trace and trace.state,
         )
 
     def fingerprint(self) -> str:

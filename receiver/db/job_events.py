@@ -58,7 +58,7 @@ _WITH_OPEN_JOBS: Final = union(
     )
 )
 _REFS: Final = (
-    select(events.c.seq, jobs.c.id, jobs.c.caller, jobs.c.idempotency_key, jobs.c.metadata)
+    select(events.c.seq, *(jobs.c[name] for name in JobRef.__dataclass_fields__))
     .join(jobs, _SAME_REQUEST)
     .where(_AMONG)
 )

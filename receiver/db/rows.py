@@ -306,6 +306,9 @@ class NewJob:
     """The digest of the token in its callback's path (`digest_token`)."""
     warnings: list[dict[str, Any]] = field(default_factory=list)
     """Keys of the input that the model's schema does not have."""
+    traceparent: str | None = None
+    """The span of its caller; None if the caller sent none."""
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,6 +356,8 @@ class JobRef:
     caller: str
     idempotency_key: str
     metadata: dict[str, str]
+    traceparent: str | None = None
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

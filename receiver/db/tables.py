@@ -289,6 +289,8 @@ jobs = Table(
     Column("warnings", JSON),
     # SHA-256 of the token in the callback's path; None for jobs of releases before 0006.
     Column("path_token", String(64)),
+    # The span of the caller that submitted the job (W3C Trace Context).
+    *(Column(name, String(length)) for name, length in (("traceparent", 55), ("tracestate", 512))),
     UniqueConstraint("id"),
     UniqueConstraint("caller", "idempotency_key"),
     UniqueConstraint("source", "request_id"),

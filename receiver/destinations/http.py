@@ -109,7 +109,7 @@ class HttpDestination:
         if self._binary:
             message = to_binary(event, JSONFormat())
             fields, body = message.headers, message.body
-        headers = self._headers | fields | self._sign(event, body)
+        headers = self._headers | fields | _trace_headers(event) | self._sign(event, body)
         reply = await self._exchange(httpx.Request("POST", self._url, headers=headers, content=body))
         if not httpx.codes.is_success(reply.status):
             raise _status_failure(self._origin, reply)
@@ -163,6 +163,12 @@ class HttpDestination:
             early = f"{self._origin} answered {raw.status} before it had read the event"
             raise PublishFailed(f"{early}, and the answer is invalid", reason="protocol")
         return raw
+
+
+def _trace_headers(event: CloudEvent) -> dict[str, str]:
+    """Return the headers by which HTTP servers continue a trace: they do not look into the event."""
+    attributes = event.get_attributes()
+    return {name: attributes[name] for name in ("traceparent", "tracestate") if name in attributes}
 
 
 def _is_partial(reply: RawAnswer) -> bool:

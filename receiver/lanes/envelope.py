@@ -7,6 +7,7 @@ from cloudevents.core.v1.event import CloudEvent
 
 from receiver.core.file_links import file_link
 from receiver.core.payload import parse
+from receiver.core.trace_context import TraceContext
 from receiver.db.rows import DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.settings import CALLBACK_PATH
 
@@ -36,6 +37,7 @@ def build(
     job: JobRef | None,
     *,
     internal_url: str | None = None,
+    trace: TraceContext | None = None,
 ) -> CloudEvent:
     """Build the message of one delivery (CloudEvents 1.0). Raises UnrecognizedBody.
 
@@ -43,6 +45,7 @@ def build(
     is present if a replay ordered the delivery; `attempt` counts from 1. The links of files begin with
     `internal_url`; without it they are null. `altered` has JSON pointers into
     `data`: these values differ from the signed body, because they could not be forwarded as they are.
+    `traceparent` and `tracestate` name the span of this attempt, `trace`, or else the job's caller's.
     """
     content = parse(event.body)
     return _Message(
@@ -57,6 +60,7 @@ def build(
             "deliveryid": str(claim.id),
             "attempt": claim.attempt,
             **({} if claim.replay_id is None else {"replayid": str(claim.replay_id)}),
+            **_trace_attributes(job, trace),
         },
         data={
             "request_id": event.request_id,
@@ -72,6 +76,17 @@ def build(
             and {"id": str(job.id), "idempotency_key": job.idempotency_key, "metadata": job.metadata},
         },
     )
+
+
+def _trace_attributes(job: JobRef | None, trace: TraceContext | None) -> dict[str, str]:
+    """Return CloudEvents' extension for distributed tracing."""
+    if trace is not None:
+        parent, state = trace.parent, trace.state
+    elif job is not None and job.traceparent is not None:
+        parent, state = job.traceparent, job.tracestate
+    else:
+        return {}
+    return {"traceparent": parent} | ({"tracestate": state} if state else {})
 
 
 def _file(row: MediaRow, internal_url: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from receiver.clipia.job_request import JobRequest, refreeze
 from receiver.core.lane_names import SUBMIT_LANE, Wake, wake_no_lane
 from receiver.core.request_values import check_caller, check_key, read_cursor
 from receiver.core.retry import REFUSED_GIVE_UP_SECONDS
+from receiver.core.trace_context import TraceContext
 from receiver.db import jobs, migrate, operator_decisions, reads, submission_freezes, tables
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
@@ -145,13 +146,16 @@ class Submitter:
         max_cost: Credits | None = None,
         strict: bool | None = None,
         caller: str = "local",
+        traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> Job:
         """Submit a job, or return the existing job if this caller has used the key before.
 
         When this returns, the job is committed and will be submitted exactly once. If Clipia could not accept
         it yet, its state is `pending`. Without a key, a random one is used, and a repeated call creates
         another job. If `strict` is true, unknown keys of the input are invalid; otherwise they cause a
-        warning. None: the setting decides.
+        warning. None: the setting decides. `traceparent` and `tracestate` (W3C Trace Context) are those of
+        the caller's span; the job continues its trace. Invalid ones are ignored.
 
         Raises RequestError if the input is invalid for the model, the price exceeds `max_cost` (credits) or
         the caller's budget, the key was used with other parameters (409, `idempotency_key_reuse`), or Clipia
@@ -160,10 +164,13 @@ class Submitter:
         """
         values = {"model": model, "input": dict(input), "metadata": dict(metadata or {})}
         request = JobRequest.read(values | {"max_cost": max_cost, "strict": strict})
-        return await self.issue(request, key=idempotency_key, caller=caller)
+        trace = TraceContext.parse(traceparent, tracestate)
+        return await self.issue(request, key=idempotency_key, caller=caller, trace=trace)
 
-    async def issue(self, request: JobRequest, *, key: str | None, caller: str) -> Job:
-        """Submit a validated job, as `submit` does."""
+    async def issue(
+        self, request: JobRequest, *, key: str | None, caller: str, trace: TraceContext | None = None
+    ) -> Job:
+        """Submit a validated job, as `submit` does; `trace` is the caller's span."""
         check_caller(caller)
         fingerprint = request.fingerprint()
         if key is not None:
@@ -179,6 +186,7 @@ class Submitter:
             account=self.client.account,
             cost=await self._budgets.price(request, caller, self.catalogue),
             warnings=warnings,
+            trace=trace,
         )
         async with self.database.write() as connection:
             new = await jobs.insert(connection, job)

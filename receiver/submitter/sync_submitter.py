@@ -54,6 +54,8 @@ class SyncSubmitter:
         max_cost: Credits | None = None,
         strict: bool | None = None,
         caller: str = "local",
+        traceparent: str | None = None,
+        tracestate: str | None = None,
     ) -> Job:
         """Call `Submitter.submit`."""
         call = partial(
@@ -65,6 +67,8 @@ class SyncSubmitter:
             max_cost=max_cost,
             strict=strict,
             caller=caller,
+            traceparent=traceparent,
+            tracestate=tracestate,
         )
         return self._portal.call(call)
 

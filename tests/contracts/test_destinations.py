@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.kinds import ALL_KINDS
-from support.kinds_base import Kind, make_event
+from support.kinds_base import TRACE, Kind, make_event
 
 from receiver.destinations import Destination
 from receiver.destinations.base import GroupDestination, encode
@@ -57,6 +57,7 @@ async def test_attributes_arrive_unchanged(kind: Kind, destination: Destination)
             deliveryid="delivery-1",
             attempt=7,
             replayid="replay-1",
+            **TRACE,
         )
     )
     assert await kind.received() == [
@@ -71,6 +72,7 @@ async def test_attributes_arrive_unchanged(kind: Kind, destination: Destination)
             "deliveryid": "delivery-1",
             "attempt": 7,
             "replayid": "replay-1",
+            **TRACE,
             "data": {"cost": 12},
         }
     ]

@@ -22,6 +22,11 @@ from receiver.destinations.base import encode
 from receiver.destinations.memory import MemoryDestination
 from receiver.errors import PublishFailed, PublishRejected
 
+TRACE: Final = {
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+    "tracestate": "vendor=a b%,other=1",
+}
+
 
 def make_event(data: Mapping[str, Any] | None = None, **attributes: Any) -> CloudEvent:
     """Make a message as the delivery lane does."""

@@ -19,7 +19,7 @@ from pydantic import SecretStr
 from standardwebhooks import Webhook, WebhookVerificationError
 from structlog.testing import capture_logs
 from support.certificates import make_certificate
-from support.kinds_base import Answer, HttpSink, Received, make_event, open_url, until
+from support.kinds_base import TRACE, Answer, HttpSink, Received, make_event, open_url, until
 
 from receiver import http_connections
 from receiver.destination_settings import DestinationSettings
@@ -57,13 +57,14 @@ async def test_binary_mode_has_the_attributes_in_headers(sink: HttpSink) -> None
         name="test", url=SecretStr(sink.url), secret=SecretStr(SECRET), binary=True
     )
     destination = open_destination(settings)
-    event = make_event({"prompt": "Zürich 東京"}, subject="request é 1", replayid="replay-1")
+    event = make_event({"prompt": "Zürich 東京"}, subject="request é 1", replayid="replay-1", **TRACE)
     await destination.publish(event)
     await destination.close()
     (request,) = sink.requests
     read = from_http_event(HTTPMessage(headers=request.headers, body=request.body))
     assert read.get_attributes() == event.get_attributes() | {"attempt": "1"}
     assert read.get_data() == event.get_data()
+    assert {name: request.headers[name] for name in TRACE} == TRACE
     Webhook(SECRET).verify(request.body, request.headers)
 
 
@@ -85,9 +86,10 @@ def status(code: int, headers: str = "") -> Answer:
 
 async def test_request(sink: HttpSink, destination: Destination) -> None:
     """E1: an event is one POST of a structured CloudEvent to exactly the path of the URL."""
-    event = make_event({"text": "Zürich"})
+    event = make_event({"text": "Zürich"}, **TRACE)
     await destination.publish(event)
     (request,) = sink.requests
+    assert {name: request.headers[name] for name in TRACE} == TRACE
     assert (request.method, request.target) == ("POST", "/events")
     assert request.headers["content-type"] == "application/cloudevents+json"
     assert request.headers["host"] == f"127.0.0.1:{sink.port}"

@@ -186,6 +186,7 @@ def test_a_password_in_a_basic_header_is_masked() -> None:
         ("https://x", 'headers = { Content-Type = "text/plain" }', "content-type is set by the receiver"),
         ("https://x", 'headers = { webhook-signature = "v1,x" }', "webhook-signature is set by the receiver"),
         ("https://x", 'headers = { ce-id = "1" }', "ce-id is set by the receiver"),
+        ("https://x", 'headers = { Traceparent = "1" }', "traceparent is set by the receiver"),
         ("https://x", 'headers = { "X Key" = "1" }', "a header's name has letters"),
         ("https://x", 'headers = { "X-Key:" = "1" }', "a header's name has letters"),
         ("https://x", 'headers = { X-Key = "" }', "X-Key is empty"),

@@ -12,6 +12,7 @@ from support.kinds_base import make_event
 from support.payloads import body, failure
 
 from receiver.core.file_links import file_link
+from receiver.core.trace_context import TraceContext
 from receiver.db.rows import DeliveryClaim, JobRef, MediaRow, StoredEvent, new_id
 from receiver.destinations.base import JSON, encode
 from receiver.lanes import envelope
@@ -35,13 +36,12 @@ FILE = MediaRow(
 )
 
 
-@pytest.mark.parametrize("status", ["OK", "ERROR"])
-@pytest.mark.parametrize("replay_id", [None, uuid.uuid4()])
-@pytest.mark.parametrize("microsecond", [0, 5])
-def test_message_is_a_valid_cloudevent(status: str, replay_id: uuid.UUID | None, microsecond: int) -> None:
-    """The library's own constructor, which checks attributes, takes those of a message unchanged."""
-    request_id = str(uuid.uuid4())
-    event = StoredEvent(
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+def stored_event(request_id: str, *, status: str = "OK", microsecond: int = 0) -> StoredEvent:
+    """Return an event as workers load it."""
+    return StoredEvent(
         seq=1,
         id=uuid.uuid4(),
         source="clipia",
@@ -52,9 +52,23 @@ def test_message_is_a_valid_cloudevent(status: str, replay_id: uuid.UUID | None,
         job_id=None,
         path_token=None,
     )
-    claim = DeliveryClaim(
+
+
+def claim_of(replay_id: uuid.UUID | None) -> DeliveryClaim:
+    """Return the claim of the second attempt at a delivery."""
+    return DeliveryClaim(
         id=new_id(), lease=uuid.uuid4(), attempt=2, lost=0, age=0.0, event_seq=1, replay_id=replay_id
     )
+
+
+@pytest.mark.parametrize("status", ["OK", "ERROR"])
+@pytest.mark.parametrize("replay_id", [None, uuid.uuid4()])
+@pytest.mark.parametrize("microsecond", [0, 5])
+def test_message_is_a_valid_cloudevent(status: str, replay_id: uuid.UUID | None, microsecond: int) -> None:
+    """The library's own constructor, which checks attributes, takes those of a message unchanged."""
+    request_id = str(uuid.uuid4())
+    event = stored_event(request_id, status=status, microsecond=microsecond)
+    claim = claim_of(replay_id)
     job = JobRef(id=uuid.uuid4(), caller="shop", idempotency_key="order/1", metadata={"a": "b"})
     message = envelope.build(claim, event, [FILE], job, internal_url="https://receiver.internal")
     data = message.get_data()
@@ -65,6 +79,38 @@ def test_message_is_a_valid_cloudevent(status: str, replay_id: uuid.UUID | None,
     assert json.loads(encode(message)) == json.loads(JSONFormat().write(checked))
     assert message.get_extension("deliveryid") == str(claim.id)
     assert message.get_subject() == request_id
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "sent"),
+    [
+        ((None, None), None, {}),
+        ((PARENT, "a=1"), None, {"traceparent": PARENT, "tracestate": "a=1"}),
+        ((PARENT, None), None, {"traceparent": PARENT}),
+        ((PARENT, "a=1"), TraceContext(1, 2, 0), {"traceparent": f"00-{1:032x}-{2:016x}-00"}),
+        (
+            (None, None),
+            TraceContext(1, 2, 1, "b=2"),
+            {"traceparent": f"00-{1:032x}-{2:016x}-01", "tracestate": "b=2"},
+        ),
+    ],
+)
+def test_message_names_its_trace(
+    stored: tuple[str | None, str | None], own: TraceContext | None, sent: dict[str, str]
+) -> None:
+    """The message has the attempt's own span, or else that of the job's caller, or else none."""
+    parent, state = stored
+    job = JobRef(
+        id=uuid.uuid4(),
+        caller="shop",
+        idempotency_key="1",
+        metadata={},
+        traceparent=parent,
+        tracestate=state,
+    )
+    event = stored_event(str(uuid.uuid4()))
+    attributes = envelope.build(claim_of(None), event, [], job, trace=own).get_attributes()
+    assert {name: attributes[name] for name in ("traceparent", "tracestate") if name in attributes} == sent
 
 
 def test_only_stored_files_have_links() -> None:
