@@ -47,6 +47,7 @@ from receiver.api.tail import TailEndpoints
 from receiver.api.upkeep import UpkeepEndpoints
 from receiver.api.webhook import WebhookEndpoint, raw_request
 from receiver.background import running
+from receiver.client.local import LocalClients
 from receiver.core.lane_names import Wake, wake_no_lane
 from receiver.db.database import Database
 from receiver.db.requirements import require_usable
@@ -171,8 +172,16 @@ def _callback_routes(callback: WebhookEndpoint | None) -> list[BaseRoute]:
 def _internal_routes(
     settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
 ) -> list[BaseRoute]:
+    # Jinja2 is not needed by commands that make calls in their process.
+    from receiver.dashboard import dashboard_routes  # noqa: PLC0415
+
     table = endpoint_table(settings, database, submitter, wake=wakeups.wake)
-    return [*Documents(table).routes(), *guarded(table, Tokens(settings.api_tokens), database)]
+    tokens = Tokens(settings.api_tokens)
+    return [
+        *Documents(table).routes(),
+        *guarded(table, tokens, database),
+        *dashboard_routes(LocalClients(table, database), tokens),
+    ]
 
 
 def endpoint_table(

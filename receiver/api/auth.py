@@ -38,36 +38,56 @@ class OneCaller:
         return _with_scope(self._caller, scope)
 
 
+@dataclass(frozen=True, kw_only=True)
+class KnownToken:
+    """A token of the settings: its digest alone, so that a memory dump shows no token."""
+
+    digest: bytes
+    caller: Caller
+
+
 class Tokens:
-    """Finds the caller of a token; keeps digests, so that a memory dump shows no token."""
+    """Finds the caller of a token."""
 
     def __init__(self, tokens: Sequence[ApiToken]) -> None:
-        self._callers = [
-            (_digest(token.token.get_secret_value()), Caller(name=token.name, scopes=token.scopes))
+        self._known = [
+            KnownToken(
+                digest=_digest(token.token.get_secret_value()),
+                caller=Caller(name=token.name, scopes=token.scopes),
+            )
             for token in tokens
         ]
 
     def __bool__(self) -> bool:
-        return bool(self._callers)
+        return bool(self._known)
+
+    def find(self, token: str) -> KnownToken | None:
+        """Return a token of the settings; None if it is unknown."""
+        digest = _digest(token.strip())
+        found = None
+        for known in self._known:
+            # A break after the match would make the time of an answer depend on the token.
+            if hmac.compare_digest(known.digest, digest):
+                found = known
+        return found
+
+    def named(self, name: str) -> list[KnownToken]:
+        """Return the tokens of a caller: while it changes its token, there are two."""
+        return [known for known in self._known if known.caller.name == name]
 
     def caller(self, headers: Headers) -> Caller | None:
         """Return the caller that a request's token belongs to; None if the token is missing or unknown."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer" or not token:
             return None
-        digest = _digest(token.strip())
-        found = None
-        for known, caller in self._callers:
-            # A break after the match would make the time of an answer depend on the token.
-            if hmac.compare_digest(known, digest):
-                found = caller
-        return found
+        known = self.find(token)
+        return None if known is None else known.caller
 
     def require(self, headers: Headers, scope: Scope) -> Caller:
         """Return the caller. Raises RequestError without a known token (401) or without the scope (403)."""
         caller = self.caller(headers)
         if caller is None:
-            hint = "" if self._callers else " No token is configured yet: set RECEIVER_API_TOKENS."
+            hint = "" if self else " No token is configured yet: set RECEIVER_API_TOKENS."
             raise RequestError(
                 f"Send Authorization: Bearer <token>.{hint}",
                 code="invalid_token",

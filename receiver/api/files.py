@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from receiver.api.answers import AnswerCut, error_response, in_time
 from receiver.api.endpoints import Call, Endpoint, not_found
+from receiver.api.parameters import Parameters, QueryFlag
 from receiver.core.byte_range import find_range
 from receiver.core.file_links import FILES_PATH
 from receiver.db.database import Database
@@ -59,6 +60,13 @@ _FILE_CONTENT: Final = {"*/*": {"schema": {}, "example": "the bytes of the file"
 _ETAG: Final = {"ETag": {"description": "The file's SHA-256.", "schema": {"type": "string"}}}
 
 
+class FileQuery(Parameters):
+    """How a file of a bucket is sent."""
+
+    redirect: QueryFlag = True
+    """Whether the answer may be a redirect; `false` is for clients that cannot reach the bucket."""
+
+
 class FileEndpoints:
     """The endpoint needs `read`, whichever caller the job had: the id is in the message alone, and random."""
 
@@ -80,6 +88,7 @@ class FileEndpoints:
                 handler=self._send,
                 name="get_file",
                 summary="Get a stored file: its bytes, or a redirect to its bucket",
+                query=FileQuery,
                 headers=(
                     _header("Range", "One range of bytes; several are answered with the file.", "bytes=0-99"),
                     _header("If-Range", "The `ETag` that the range is of.", '"9f86d081…"'),
@@ -125,14 +134,14 @@ class FileEndpoints:
         # Retrieved, or asyncio would report it as lost.
         look.cancelled() or look.exception()
 
-    async def _send(self, call: Call[None, None]) -> Response:
+    async def _send(self, call: Call[FileQuery, None]) -> Response:
         file = None if call.id is None else await self._find(call.id)
         if file is None:
             raise not_found("file")
         try:
             storage = await self._storage()
             key, size = await self._locate(file, storage)
-            url = await self._look(storage.link(key, seconds=LINK_SECONDS))
+            url = await self._look(storage.link(key, seconds=LINK_SECONDS)) if call.query.redirect else None
         except StorageUnavailable as error:
             raise _storage_away(file.id, error) from None
         if url is not None:

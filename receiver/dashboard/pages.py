@@ -1,0 +1,240 @@
+"""The table of pages: a row routes a visit, checks its session and its origin, and renders its view.
+
+A page has no logic of its own: it calls the internal API as the caller of the session's token, so the guard
+of each endpoint checks scopes and records actions.
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Literal
+from urllib.parse import parse_qsl, urlencode
+
+from starlette.datastructures import ImmutableMultiDict
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from receiver.api.answers import ERROR_CODES
+from receiver.api.auth import Caller
+from receiver.client import Client
+from receiver.client.local import LocalClients
+from receiver.dashboard.origin import is_own_page
+from receiver.dashboard.rendering import SAFE_HEADERS, render
+from receiver.dashboard.sessions import COOKIE, Session, Sessions
+from receiver.errors import (
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    ReceiverError,
+    ReceiverUnavailable,
+    RequestError,
+    SettingsError,
+)
+
+HOME: Final = "/dashboard"
+LOGIN: Final = "/dashboard/login"
+MAX_FORM_BYTES: Final = 256 * 1024
+MAX_FORM_FIELDS: Final = 1000
+EXPECTED: Final = (
+    RequestError,
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    SettingsError,
+    ReceiverUnavailable,
+)
+"""Errors that a page shows; any other error is a bug."""
+
+Form = ImmutableMultiDict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A page to render."""
+
+    template: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    status: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visit:
+    """A request of a browser whose session and origin have been checked."""
+
+    request: Request
+    caller: Caller
+    client: Client
+    form: Form
+    """The fields of a POST."""
+
+    @property
+    def key(self) -> str:
+        """The only parameter of the path."""
+        (value,) = self.request.path_params.values()
+        return str(value)
+
+    def filters(self, *names: str) -> dict[str, Any]:
+        """Return those query parameters that are filled in."""
+        query = self.request.query_params
+        return {name: query[name].strip() for name in names if query.get(name, "").strip()}
+
+    def field(self, name: str) -> str:
+        """Return a field of the form without white space around it; it is empty if it was left out."""
+        return self.form.get(name, "").strip()
+
+    @property
+    def reason(self) -> str | None:
+        """The reason that the form asks for."""
+        return self.field("reason") or None
+
+
+Handler = Callable[[Visit], Awaitable[View | Response]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A row of the table. A POST changes something, a GET never does."""
+
+    method: Literal["GET", "POST"] = "GET"
+    path: str
+    """Below `/dashboard`."""
+    handler: Handler
+
+
+def done(path: str, notice: str, **values: object) -> Response:
+    """Return the answer to an action that was carried out: the page at `path` shows the notice.
+
+    `notice` is one of `rendering.NOTICES`, and `values` are the numbers in it.
+    """
+    mark = "&" if "?" in path else "?"
+    return RedirectResponse(f"{path}{mark}{urlencode({'done': notice, **values})}", 303)
+
+
+class Guard:
+    """Lets visits through to the handlers of pages."""
+
+    def __init__(self, sessions: Sessions, clients: LocalClients) -> None:
+        self._sessions = sessions
+        self._clients = clients
+
+    def routes(self, table: Sequence[Page]) -> list[Route]:
+        """Return the routes of pages. A path gets one route for all its methods, or 405 would name one."""
+        by_path: dict[str, dict[str, Page]] = {}
+        for page in table:
+            by_path.setdefault(HOME + page.path, {})[page.method] = page
+        return [
+            Route(path, partial(self._visit, methods), methods=list(methods))
+            for path, methods in by_path.items()
+        ]
+
+    def session(self, request: Request) -> Session | None:
+        """Return the session of a request."""
+        return self._sessions.read(request.cookies.get(COOKIE, ""), now=time.time())
+
+    async def _visit(self, methods: Mapping[str, Page], request: Request) -> Response:
+        page = methods["GET" if request.method == "HEAD" else request.method]
+        if page.method == "POST" and not is_own_page(request.headers):
+            return foreign_form(request)
+        session = self.session(request)
+        if session is None:
+            return _to_login(request)
+        caller = session.token.caller
+        try:
+            form = await read_form(request) if page.method == "POST" else Form()
+            visit = Visit(request=request, caller=caller, client=self._clients.client(caller), form=form)
+            answer = await page.handler(visit)
+        except EXPECTED as error:
+            answer = _error_view(error)
+        except ClientDisconnect:
+            return Response(status_code=400)  # the browser is gone; Starlette needs some response
+        response = (
+            render(request, answer.template, answer.values, status=answer.status, caller=caller)
+            if isinstance(answer, View)
+            else answer
+        )
+        if not is_live(request):
+            set_cookie(response, session.renewed(time.time()))
+        return response
+
+
+def is_live(request: Request) -> bool:
+    """Return whether a page reads itself again, which is no visit of a person."""
+    return "hx-request" in request.headers
+
+
+def set_cookie(response: Response, session: Session | None) -> None:
+    """Give a session's cookie to the browser."""
+    if session is not None:
+        response.set_cookie(COOKIE, session.cookie, path="/", secure=True, httponly=True, samesite="strict")
+
+
+async def read_form(request: Request) -> Form:
+    """Return the fields of a form. Raises RequestError."""
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MAX_FORM_BYTES:
+            raise RequestError(
+                f"The form has more than {MAX_FORM_BYTES} bytes: select less.", code="invalid_request"
+            )
+    try:
+        fields = parse_qsl(
+            body.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS, errors="strict"
+        )
+    except ValueError:
+        raise RequestError("The form cannot be read.", code="invalid_request") from None
+    if any("\0" in name + value for name, value in fields):
+        raise RequestError("Remove the NUL character.", code="invalid_request")
+    return Form(fields)
+
+
+def foreign_form(request: Request) -> Response:
+    """Return the answer to a form of another site."""
+    text = (
+        "This form was not sent by a page of the dashboard, so nothing was done. Open the page again and "
+        "repeat the action. A proxy in front must leave Host, Origin and Sec-Fetch-Site as they are."
+    )
+    return render(
+        request, "error.html", {"title": "Not done", "text": text, "tries_again": False}, status=403
+    )
+
+
+def _to_login(request: Request) -> Response:
+    target = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+    login = f"{LOGIN}?{urlencode({'next': target if request.method == 'GET' else HOME})}"
+    if is_live(request):
+        return Response(status_code=401, headers={"hx-redirect": login, **SAFE_HEADERS})
+    return RedirectResponse(login, 303, SAFE_HEADERS)
+
+
+_TITLES: Final[Mapping[int, str]] = {
+    400: "This input is not valid",
+    402: "Too expensive",
+    403: "Not allowed",
+    404: "Not found",
+    409: "Not possible now",
+    410: "Gone",
+    503: "Not available now",
+}
+
+
+def _error_view(error: ReceiverError) -> View:
+    status = _status_of(error)
+    text = str(error)
+    if isinstance(error, DatabaseUnavailable):
+        text = (
+            "The database does not answer. Webhooks are answered 503 until it does, and Clipia sends them "
+            "again. This page tries again by itself."
+        )
+    return View(
+        template="error.html",
+        values={"title": _TITLES.get(status, "An error"), "text": text, "tries_again": status == 503},
+        status=status,
+    )
+
+
+def _status_of(error: ReceiverError) -> int:
+    if isinstance(error, RequestError):
+        known = ERROR_CODES.get(error.code)
+        return known.status if known else 400
+    return 503
