@@ -16,6 +16,7 @@ from starlette.routing import Route
 from support.commands import ReceiverProcess
 from support.payloads import SECRET, body, signed
 
+from receiver import dashboard
 from receiver.app import Only, create_app
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
@@ -36,6 +37,15 @@ OPEN = {
 """Routes that need no token, with the status of their answer."""
 DOCUMENTS = {"GET /openapi.json", "GET /docs"}
 """Routes of the internal half that need no token: they have nothing that the source code does not have."""
+PAGES = {f"{page.method} /dashboard{page.path}" for page in dashboard.PAGES}
+"""Pages of the dashboard, which need a session."""
+SESSIONLESS = {
+    "GET /dashboard/login",
+    "POST /dashboard/login",
+    "POST /dashboard/logout",
+    "GET /dashboard/static/{name}",
+}
+"""Routes of the dashboard that show nothing of the installation."""
 GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /metrics": ("read", 200),
     "POST /v1/jobs": ("submit", 201),
@@ -215,11 +225,8 @@ def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
         database_url=f"sqlite:///{tmp_path / 'receiver.db'}", clipia_webhook_secret=SECRET, api_tokens=TOKENS
     )
     health = {"GET /livez", "GET /readyz"}
-    expected = {
-        None: {*OPEN, *GUARDED, *DOCUMENTS},
-        "webhook": {*OPEN},
-        "internal": {*GUARDED, *DOCUMENTS, *health},
-    }
+    internal = {*GUARDED, *DOCUMENTS, *PAGES, *SESSIONLESS, "GET /dashboard/media/{id}"}
+    expected = {None: {*OPEN, *internal}, "webhook": {*OPEN}, "internal": {*internal, *health}}
     assert routes_of(create_app(settings, only=only, worker=False)) == expected[only]
 
 
@@ -237,7 +244,7 @@ def routes_of(app: Starlette) -> set[str]:
 @pytest.mark.parametrize("only", get_args(Only))
 async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only) -> None:
     """G2: a route of the other listener is 404 on this one, even with a token that has all scopes."""
-    internal = [*GUARDED, *DOCUMENTS]
+    internal = [*GUARDED, *DOCUMENTS, *PAGES, *SESSIONLESS]
     foreign = internal if only == "webhook" else [route for route in OPEN if "webhook" in route]
     content = body()
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, only=only) as site:
@@ -247,6 +254,29 @@ async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clip
         delivered = await site.client.post("/clipia/webhook", content=content, headers=signed(content))
         assert delivered.status_code == (200 if only == "webhook" else 404)
         assert (await site.client.get("/livez")).status_code == 200
+
+
+# Pages
+
+
+async def test_a_page_needs_a_session(local: Site) -> None:
+    """G1, G4: without a session each page leads to the login, and each form is refused; a token is no session."""
+    token = bearer(token_of(SCOPES))
+    for route in sorted(PAGES):
+        method, path = route.split(" ")
+        for headers in ({}, token, token | {"cookie": "__Host-receiver-session=x.y"}):
+            response = await local.client.request(method, path, headers=headers)
+            assert response.status_code == (303 if method == "GET" else 403), route
+            if method == "GET":
+                assert response.headers["location"].startswith("/dashboard/login?next=")
+    own = {"sec-fetch-site": "same-origin"}
+    for route in sorted(each for each in PAGES if each.startswith("POST")):
+        response = await local.client.post(route.split(" ")[1], headers=token | own)
+        assert (response.status_code, response.headers["location"]) == (
+            303,
+            "/dashboard/login?next=%2Fdashboard",
+        )
+    assert (await local.client.get("/dashboard/media/x", headers=token)).status_code == 401
 
 
 # Tokens

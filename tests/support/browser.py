@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
-from playwright.sync_api import BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import BrowserContext, Dialog, Page, Request, sync_playwright
 
 from support.npm import install
 from support.servers import missing
@@ -81,11 +81,15 @@ class Window:
         self.page.on("console", self._console)
         self.page.on("pageerror", lambda error: self.faults.append(f"script: {error}"))
         self.page.on("request", self._request)
-        self.page.on("dialog", lambda dialog: (self.faults.append("a dialog"), dialog.dismiss())[1])
+        self.page.on("dialog", self._dialog)
 
     def _console(self, message: Any) -> None:
         if message.type in ("error", "warning") or "Content Security Policy" in message.text:
             self.faults.append(f"console: {message.text}")
+
+    def _dialog(self, dialog: Dialog) -> None:
+        self.faults.append("a dialog")
+        dialog.dismiss()
 
     def _request(self, request: Request) -> None:
         parts = urlsplit(request.url)
