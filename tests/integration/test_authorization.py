@@ -260,8 +260,8 @@ async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clip
 
 
 async def test_a_page_needs_a_session(local: Site) -> None:
-    """G1, G4: without a session each page leads to the login, and each form is refused; a token is no session."""
-    token = bearer(token_of(SCOPES))
+    """G1, G4: without a session a page leads to the login, and a form is refused; a token is no session."""
+    token = dict(bearer(token_of(SCOPES)))
     for route in sorted(PAGES):
         method, path = route.split(" ")
         for headers in ({}, token, token | {"cookie": "__Host-receiver-session=x.y"}):
