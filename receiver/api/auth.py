@@ -71,9 +71,9 @@ class Tokens:
                 found = known
         return found
 
-    def named(self, name: str) -> list[KnownToken]:
-        """Return the tokens of a caller: while it changes its token, there are two."""
-        return [known for known in self._known if known.caller.name == name]
+    def named(self, name: str) -> KnownToken | None:
+        """Return the token of a caller."""
+        return next((known for known in self._known if known.caller.name == name), None)
 
     def caller(self, headers: Headers) -> Caller | None:
         """Return the caller that a request's token belongs to; None if the token is missing or unknown."""

@@ -2,9 +2,9 @@
 
 from urllib.parse import quote
 
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 
-from receiver.dashboard.pages import Page, View, Visit
+from receiver.dashboard.pages import Page, View, Visit, go_to
 
 
 async def show(visit: Visit) -> View:
@@ -25,9 +25,8 @@ async def show(visit: Visit) -> View:
 async def find(visit: Visit) -> Response:
     """Go to the page of an id."""
     key = visit.request.query_params.get("id", "").strip()
-    return RedirectResponse(
-        f"/dashboard/generations/{quote(key, safe='')}" if key else "/dashboard/events", 303
-    )
+    path = f"/dashboard/generations/{quote(key, safe='')}"
+    return go_to(path if key else "/dashboard/events")
 
 
 PAGES = (

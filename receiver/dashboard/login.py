@@ -8,13 +8,13 @@ from urllib.parse import urlencode
 
 import structlog
 from starlette.requests import Request
-from starlette.responses import RedirectResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from receiver.api.auth import Tokens
 from receiver.dashboard.origin import is_own_page
-from receiver.dashboard.pages import HOME, LOGIN, foreign_form, read_form, set_cookie
-from receiver.dashboard.rendering import SAFE_HEADERS, render
+from receiver.dashboard.pages import HOME, LOGIN, foreign_form, go_to, read_form, set_cookie
+from receiver.dashboard.rendering import render
 from receiver.dashboard.sessions import COOKIE, Sessions
 from receiver.errors import RequestError
 
@@ -69,7 +69,7 @@ class Login:
     async def _show(self, request: Request) -> Response:
         next_ = _own_path(request.query_params.get("next", HOME))
         if self._sessions.read(request.cookies.get(COOKIE, ""), now=time.time()) is not None:
-            return RedirectResponse(next_, 303, SAFE_HEADERS)
+            return go_to(next_)
         return self._page(request, next_=next_, is_lost=AFTER_LOGIN in request.query_params)
 
     async def _begin(self, request: Request) -> Response:
@@ -97,14 +97,14 @@ class Login:
         log.info("dashboard login", by=session.token.caller.name, client=address)
         # By way of this page, which sees whether the browser sends the cookie back.
         query = urlencode({"next": _own_path(next_), AFTER_LOGIN: ""})
-        response = RedirectResponse(f"{LOGIN}?{query}", 303, SAFE_HEADERS)
+        response = go_to(f"{LOGIN}?{query}")
         set_cookie(response, session)
         return response
 
     async def _logout(self, request: Request) -> Response:
         if not is_own_page(request.headers):
             return foreign_form(request)
-        response = RedirectResponse(f"{LOGIN}?done=logged_out", 303, SAFE_HEADERS)
+        response = go_to(f"{LOGIN}?done=logged_out")
         response.delete_cookie(COOKIE, path="/", secure=True, httponly=True, samesite="strict")
         return response
 

@@ -107,7 +107,12 @@ def done(path: str, notice: str, **values: object) -> Response:
     `notice` is one of `rendering.NOTICES`, and `values` are the numbers in it.
     """
     mark = "&" if "?" in path else "?"
-    return RedirectResponse(f"{path}{mark}{urlencode({'done': notice, **values})}", 303)
+    return go_to(f"{path}{mark}{urlencode({'done': notice, **values})}")
+
+
+def go_to(path: str) -> Response:
+    """Return the answer that leads to another page."""
+    return RedirectResponse(path, 303, SAFE_HEADERS)
 
 
 class Guard:
@@ -204,7 +209,7 @@ def _to_login(request: Request) -> Response:
     login = f"{LOGIN}?{urlencode({'next': target if request.method == 'GET' else HOME})}"
     if is_live(request):
         return Response(status_code=401, headers={"hx-redirect": login, **SAFE_HEADERS})
-    return RedirectResponse(login, 303, SAFE_HEADERS)
+    return go_to(login)
 
 
 _TITLES: Final[Mapping[int, str]] = {

@@ -57,14 +57,15 @@ class Sessions:
 
     def read(self, cookie: str, *, now: float) -> Session | None:
         """Return the session of a cookie; None if it is not one of ours, or has ended."""
-        for token in self._tokens.named(_read_name(cookie)):
-            try:
-                _name, started, seen, nonce = _serializer(token).loads(cookie)
-            except BadData:
-                continue
-            is_live = now - seen <= IDLE_SECONDS and now - started <= LONGEST_SECONDS
-            return Session(token=token, started=started, seen=seen, nonce=nonce) if is_live else None
-        return None
+        token = self._tokens.named(_read_name(cookie))
+        if token is None:
+            return None
+        try:
+            _name, started, seen, nonce = _serializer(token).loads(cookie)
+        except BadData:
+            return None
+        is_live = now - seen <= IDLE_SECONDS and now - started <= LONGEST_SECONDS
+        return Session(token=token, started=started, seen=seen, nonce=nonce) if is_live else None
 
 
 def _serializer(token: KnownToken) -> URLSafeSerializer:
