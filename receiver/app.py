@@ -64,7 +64,8 @@ from receiver.rejections import NO_SOURCE, Rejections
 from receiver.reload import Reloader
 from receiver.removed_deliveries import RemovedDeliveries
 from receiver.result_fetch import ResultFetch
-from receiver.settings import CALLBACK_PATH, SCOPES, Settings
+from receiver.setting_fields import SCOPES
+from receiver.settings import CALLBACK_PATH, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
 

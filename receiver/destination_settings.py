@@ -48,8 +48,11 @@ class RetrySettings(Table):
     """The retries of a destination: exponential backoff with full jitter, in seconds."""
 
     initial: float = Field(default=2.0, gt=0, le=3600)
+    """The most seconds before the second attempt; they double with each further one."""
     cap: float = Field(default=600.0, gt=0, le=86_400)
+    """The most seconds between two attempts."""
     give_up_after: float = Field(default=259_200.0, gt=0)
+    """Seconds after which a delivery is a dead letter; the default is three days."""
 
 
 _Words = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(one_or_more)]
@@ -62,10 +65,15 @@ class FilterSettings(Table):
     """
 
     status: Annotated[tuple[Literal["OK", "ERROR"], ...], BeforeValidator(one_or_more)] = ()
+    """Whether the generation succeeded."""
     model: _Words = ()
+    """Models; globs such as `seedance-*` match, too."""
     source: _Words = ()
+    """Names of sources."""
     caller: _Words = ()
+    """Callers of the jobs. An event without a job does not match."""
     metadata: dict[str, _Words] = Field(default_factory=dict)
+    """Values of the job's metadata by name. An event without a job does not match."""
 
     @property
     def needs_job(self) -> bool:
@@ -79,6 +87,7 @@ class TlsSettings(Table):
     ca: str | None = Field(default=None, min_length=1)
     """Trusted authorities, in place of the system's."""
     certificate: str | None = Field(default=None, min_length=1)
+    """The client certificate, for mutual TLS."""
     key: str | None = Field(default=None, min_length=1)
     """The certificate's key, if it is not in the certificate's file."""
 
@@ -95,28 +104,37 @@ class DestinationSettings(Table):
     """One `[[destinations]]` table."""
 
     name: Name
+    """Lower-case letters, digits, `_` and `-`, 63 characters at most. Deliveries belong to this name."""
     url: SecretStr
-    """Masked in output, because broker URLs contain passwords."""
+    """Where messages go; each scheme has a section in docs/destinations.md. Masked in output, because broker
+    URLs contain passwords."""
     secret: SecretStr | None = None
-    """HTTP only: `whsec_…` of Standard Webhooks; several, separated by commas, during a rotation."""
+    """HTTP only: sign as in Standard Webhooks with this `whsec_…`; several, separated by commas, during a
+    rotation."""
     headers: dict[str, SecretStr] = Field(default_factory=dict)
     """HTTP only: sent with each request; masked in output, because they may contain tokens."""
     binary: bool = False
     """HTTP only: CloudEvents' binary mode, with the attributes as headers and the data as the body."""
     when: Literal["received", "media_stored"] = "media_stored"
+    """`media_stored`: an event is sent after its files have been stored or given up; `received`: at once."""
     filter: FilterSettings = FilterSettings()
+    """The events that it gets; all of them without a filter."""
     alerts: bool | Literal["only"] = False
-    """Whether it gets alerts, besides events or alone."""
+    """`true`: it gets alerts besides events; `"only"`: alerts and no event (docs/alerts.md)."""
     retry: RetrySettings = RetrySettings()
+    """The times of its attempts."""
     timeout: float | None = Field(default=None, gt=0, le=MAX_TIMEOUT)
-    """Seconds for one attempt."""
+    """Seconds for one attempt, from its start to the confirmation; 15 by default. For a file, seconds to wait
+    for its lock; 10 by default."""
     concurrency: int | None = Field(default=None, ge=1, le=MAX_CONCURRENCY)
-    """Concurrent attempts of each worker process."""
+    """Concurrent attempts of each worker process; docs/destinations.md has the default of each scheme."""
     rate: float | None = Field(default=None, gt=0, le=MAX_RATE)
     """Attempts per second of each worker process."""
     tls: TlsSettings | None = None
+    """Certificates, for schemes with TLS."""
     proxy: ProxyUrl | None = None
-    """HTTP only: the proxy of every request."""
+    """HTTP only: `http://user:password@host:port`, the proxy of every request. Those of the environment are
+    ignored."""
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     """Headers with values from variables."""
 

@@ -6,13 +6,11 @@ of the file.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import (
-    Field,
     PrivateAttr,
     SecretStr,
     ValidationError,
@@ -23,17 +21,14 @@ from pydantic import (
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
 
 from receiver.config_file import (
     DEFAULT_CONFIG,
-    MIN_TOKEN,
     TOKEN_VARIABLE,
     URL_VARIABLE,
-    ProxyUrl,
     check_cloud_variables,
     is_web_url,
     parse_budget,
@@ -47,19 +42,16 @@ from receiver.config_file import (
     split_list,
     variable_name,
 )
-from receiver.destination_settings import DestinationSettings, Name, Table
+from receiver.destination_settings import DestinationSettings
 from receiver.errors import SettingsError
 from receiver.plain_words import in_our_words
 from receiver.price import MAX_CREDITS, Credits, read_credits
+from receiver.setting_fields import SCOPES, SettingFields
 from receiver.source_settings import SourceSettings
 
 DEFAULT_SOURCE: Final = "clipia"
 CALLBACK_PATH: Final = "/clipia/webhook"
 """The path of the default source's webhooks; `/<source>` is appended for other sources."""
-
-Scope = Literal["submit", "read", "operate"]
-InputCheck = Literal["on", "strict", "off"]
-SCOPES: Final[tuple[Scope, ...]] = ("submit", "read", "operate")
 
 _LISTS: Final = frozenset(
     {"clipia_webhook_secret", "clipia_retired_webhook_secret", "api_tokens", "media_hosts", "budgets"}
@@ -67,33 +59,8 @@ _LISTS: Final = frozenset(
 """Settings that are lists separated by commas."""
 
 
-class ApiToken(Table):
-    """A bearer token of the internal API: the caller's name, its token and its scopes."""
-
-    name: Name
-    token: SecretStr
-    scopes: frozenset[Scope]
-
-    @field_validator("name")
-    @classmethod
-    def _no_token(cls, value: str) -> str:
-        if re.fullmatch(r"[0-9a-f]{32,}", value):
-            raise ValueError("looks like a token: write name:token[:scope+scope]")
-        return value
-
-    @field_validator("token")
-    @classmethod
-    def _sendable(cls, value: SecretStr) -> SecretStr:
-        if not re.fullmatch(rf"[!-~]{{{MIN_TOKEN},}}", value.get_secret_value()):
-            raise ValueError(
-                f"write name:token[:scope+scope] with a token of {MIN_TOKEN} or more ASCII characters, "
-                "without spaces"
-            )
-        return value
-
-
-class Settings(BaseSettings):
-    """All settings. `Settings.load()` reads them; the README has a table of them."""
+class Settings(SettingFields):
+    """All settings. `Settings.load()` reads them; docs/configuration.md has a table of them."""
 
     model_config = SettingsConfigDict(
         env_prefix="RECEIVER_",
@@ -104,38 +71,6 @@ class Settings(BaseSettings):
         env_ignore_empty=True,
     )
 
-    clipia_key: SecretStr | None = Field(default=None, validation_alias="CLIPIA_KEY")
-    clipia_webhook_secret: SecretStr | None = Field(default=None, validation_alias="CLIPIA_WEBHOOK_SECRET")
-    clipia_retired_webhook_secret: SecretStr | None = Field(
-        default=None, validation_alias="CLIPIA_RETIRED_WEBHOOK_SECRET"
-    )
-    clipia_base_url: str = Field(default="https://api.clipia.ai", validation_alias="CLIPIA_BASE_URL")
-    clipia_proxy: ProxyUrl | None = Field(default=None, validation_alias="CLIPIA_PROXY")
-    database_url: SecretStr = SecretStr("sqlite:///data/receiver.db")
-    durable_without: Annotated[tuple[Literal["fsync", "full_page_writes"], ...], NoDecode] = ()
-    storage_url: SecretStr = SecretStr("file:data/media")
-    public_url: str | None = None
-    internal_url: str | None = None
-    api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
-    signature_tolerance: int = Field(default=300, ge=30, le=900)
-    rejections_kept: int = Field(default=1000, ge=0, le=10_000)
-    max_body_bytes: int = Field(default=256 * 1024, ge=1024, le=16 * 1024 * 1024)
-    keep_alive: int = Field(default=75, ge=1, le=3600)
-    drain: float = Field(default=5.0, ge=0, le=300)
-    max_buffered_bytes: int = Field(default=64 * 1024 * 1024, ge=8 * 1024 * 1024, le=16 * 1024**3)
-    media_hosts: Annotated[tuple[str, ...], NoDecode] = ("media.clipia.ai",)
-    media_ca: Annotated[str, Field(min_length=1)] | None = None
-    media_proxy: ProxyUrl | None = None
-    media_max_files: int = Field(default=512, ge=1, le=10_000)
-    media_max_url_length: int = Field(default=8192, ge=256, le=65_536)
-    destination_url: SecretStr | None = None
-    destinations: tuple[DestinationSettings, ...] = ()
-    sources: tuple[SourceSettings, ...] = ()
-    poll_after: float = Field(default=60.0, ge=1, le=86_400)
-    refused_give_up_after: float = Field(default=86_400.0, ge=0, le=30 * 86_400)
-    input_check: InputCheck = "on"
-    budgets: Annotated[dict[str, Credits], NoDecode] = Field(default_factory=dict)
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
     _reloaded: tuple[DestinationSettings, ...] | None = PrivateAttr(default=None)
 
     @classmethod
@@ -384,5 +319,5 @@ def _spelling(location: tuple[int | str, ...]) -> str:
 
 def _reason(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return "is not a setting: see the table in the README"
+        return "is not a setting: see docs/configuration.md"
     return in_our_words(error["msg"])

@@ -12,11 +12,13 @@ class SourceSettings(Table):
     """One Clipia account or environment with its own webhook secrets."""
 
     name: Name
+    """Its webhooks go to `/clipia/webhook/<name>`; those of `clipia` to `/clipia/webhook`, too."""
     secret: SecretStr
     """One secret, or several separated by commas during a rotation."""
     retired_secret: SecretStr | None = None
     """Earlier secrets, separated by commas: they are not accepted, and a diagnosis recognizes them."""
     environment: Literal["live", "test"] | None = None
+    """Sandbox and live events must not mix: a `CLIPIA_KEY` of the other kind is an error."""
 
     @field_validator("secret", "retired_secret")
     @classmethod

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 from starlette.datastructures import Headers
 
 from receiver.errors import RequestError
-from receiver.settings import ApiToken, Scope
+from receiver.setting_fields import ApiToken, Scope
 
 
 @dataclass(frozen=True, kw_only=True)

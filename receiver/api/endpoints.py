@@ -31,7 +31,7 @@ from receiver.errors import (
     RequestTooLarge,
     SettingsError,
 )
-from receiver.settings import Scope
+from receiver.setting_fields import Scope
 
 MAX_BODY_BYTES: Final = 1024 * 1024 + 65_536
 """The largest request to Clipia, and room for the fields around it."""

@@ -16,7 +16,7 @@ from receiver.core.quota import Quota
 from receiver.db import accounts
 from receiver.db.database import Database
 from receiver.errors import ClipiaUnavailable, RequestError
-from receiver.settings import InputCheck
+from receiver.setting_fields import InputCheck
 
 MODEL_CACHE_SECONDS: Final = 600.0
 """A cached model is used for this long, and for longer while Clipia is unavailable."""

@@ -30,7 +30,8 @@ from receiver.lanes.base import Work
 from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
 from receiver.price import Credits
-from receiver.settings import DEFAULT_SOURCE, InputCheck, Settings
+from receiver.setting_fields import InputCheck
+from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.account_status import Account, AccountStatus, account_report, read_account_status
 from receiver.submitter.job import Job, JobPage
 from receiver.submitter.waiting import JobWaiter

@@ -30,7 +30,8 @@ from receiver.db import audit
 from receiver.db.database import Database
 from receiver.db.operation_tables import actions
 from receiver.errors import RefusedByClipia
-from receiver.settings import ApiToken, Settings
+from receiver.setting_fields import ApiToken
+from receiver.settings import Settings
 
 OPERATOR = "operator-0123456789abcdef"
 SUBMITTER = "submitter-0123456789abcdef"

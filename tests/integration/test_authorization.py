@@ -20,7 +20,8 @@ from receiver import dashboard
 from receiver.app import Only, create_app
 from receiver.sandbox import WITHOUT_LIMITS, SandboxOptions, running
 from receiver.sandbox import create_app as create_sandbox
-from receiver.settings import SCOPES, Scope, Settings
+from receiver.setting_fields import SCOPES, Scope
+from receiver.settings import Settings
 
 MODEL = "nano-banana-2"
 JOB: dict[str, Any] = {"model": MODEL, "input": {"prompt": "a cat"}}

@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from receiver.api.answers import status_of
 from receiver.api.auth import Caller, Tokens
 from receiver.errors import RequestError
-from receiver.settings import ApiToken
+from receiver.setting_fields import ApiToken
 
 FIRST, LAST = "token-of-first-0123456789", "token-of-last-0123456789"
 TOKENS = Tokens(

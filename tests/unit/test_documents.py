@@ -10,13 +10,14 @@ import typer.main
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 from starlette.routing import Route
+from support import configuration_reference
 
 from receiver import metrics
 from receiver.app import create_app
 from receiver.cli import app
-from receiver.config_file import variable_name
 from receiver.destination_settings import DestinationSettings
 from receiver.destinations import _KINDS
+from receiver.setting_fields import SettingFields
 from receiver.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -73,10 +74,23 @@ def test_paths_of_the_repository_exist(page: Path) -> None:
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", sorted(set(Settings.model_fields) - {"destinations", "sources"}))
-def test_the_readme_has_every_setting(name: str) -> None:
-    """The table is the only list of variables."""
-    assert re.search(rf"^\| [^|]*`{variable_name(name)}`", text_of("README.md"), re.MULTILINE)
+def test_the_reference_of_settings_is_up_to_date() -> None:
+    """Its tables are those that the code makes now."""
+    page = configuration_reference.PAGE.read_text(encoding="utf-8")
+    assert configuration_reference.render(page) == page, "run python tests/support/configuration_reference.py"
+
+
+@pytest.mark.parametrize("model", configuration_reference.MODELS)
+def test_every_setting_has_a_meaning_and_every_table_a_place(model: str) -> None:
+    """Each field has a docstring, and each model a mark in the page."""
+    fields = set(configuration_reference.MODELS[model].model_fields) - {"destinations", "sources"}
+    assert fields <= configuration_reference.meanings(configuration_reference.MODELS[model]).keys()
+    assert f"<!-- fields of {model} -->" in text_of("docs/configuration.md")
+
+
+def test_the_reference_has_the_settings_that_are_read() -> None:
+    """`Settings` adds no field to those of the reference."""
+    assert Settings.model_fields.keys() == SettingFields.model_fields.keys()
 
 
 @pytest.mark.parametrize("name", sorted(DestinationSettings.model_fields))
