@@ -4,11 +4,15 @@ They hold prompts, payloads, media and logs.
 """
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 MODE: Final = 0o640
 """The mode of a new file; the umask may remove more bits."""
+FOLDER_MODE: Final = 0o750
+"""The mode of a new folder, whatever the umask is."""
+_OTHERS: Final = 0o007
 
 
 def open_private(path: str, flags: int) -> int:
@@ -31,8 +35,19 @@ def make_folder(path: Path) -> None:
     """Make a folder and its parents, each flushed to the disk: `mkdir` alone may not survive a power cut."""
     if not path.is_dir():
         make_folder(path.parent)
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(mode=FOLDER_MODE)
+        except FileExistsError:  # another process made it, and maybe an operator changed its mode
+            if not path.is_dir():
+                raise
+        else:
+            path.chmod(FOLDER_MODE)
         sync_folder(path.parent)
+
+
+def open_to_others(paths: Iterable[Path]) -> list[Path]:
+    """Return those files that users outside of the service's group can read or write."""
+    return [path for path in paths if path.exists() and path.stat().st_mode & _OTHERS]
 
 
 def sync_folder(path: Path) -> None:

@@ -1,10 +1,12 @@
 """`receiver check`: check whether this configuration works."""
 
 import asyncio
+import shlex
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from operator import itemgetter
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final, Literal
 
@@ -31,6 +33,7 @@ from receiver.errors import SettingsError
 from receiver.exit_status import FAILED
 from receiver.lanes.removed_destinations import FATE
 from receiver.media import MediaHosts, open_tls
+from receiver.private_files import open_to_others
 from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
 from receiver.status import WorkerStatus, read_workers
 from receiver.submitter.account_status import AccountStatus, read_account_status
@@ -132,6 +135,7 @@ class _Check:
         """Return whether the database has its tables."""
         async with opened_database(settings) as database:
             await require_usable(database, durable_without=settings.durable_without)
+            self._check_modes(database.file)
             if database.is_sqlite and await migrate.current(database) is None:
                 self._ok("database", "SQLite, empty; `receiver serve` makes its tables")
                 return False
@@ -166,6 +170,17 @@ class _Check:
                 "jobs", f"frozen by {frozen.by} at {moment(frozen.frozen_at)}{why}: see `receiver jobs thaw`"
             )
         return True
+
+    def _check_modes(self, file: Path | None) -> None:
+        if file is None:
+            return
+        readable = open_to_others(Path(f"{file}{ending}") for ending in ("", "-wal", "-shm"))
+        if readable:
+            names = " ".join(shlex.quote(str(path)) for path in readable)
+            self._warn(
+                "database",
+                f"every user of this machine can open it, with all prompts: run `chmod o= {names}`",
+            )
 
     def _check_workers(self, settings: Settings, seen: Sequence[WorkerStatus]) -> None:
         for worker in seen:

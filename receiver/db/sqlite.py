@@ -35,18 +35,18 @@ from receiver.db.sqlite_writer import Statement, set_up
 from receiver.db.transactions import POOL_WAIT, unavailable, unavailable_error
 from receiver.error_texts import cause
 from receiver.errors import DatabaseUnavailable, SettingsError
-from receiver.private_files import open_private
+from receiver.private_files import MODE, make_folder, open_private
 
 T = TypeVar("T")
 Call = Callable[..., Awaitable[Any]]
 
 
 def make_file(url: URL) -> None:
-    """Create the file of a database with its folder, so that only its owner can read it."""
+    """Create the file of a database with its folder, so that only its owner and its group can read it."""
     if not url.database:
         return
     try:
-        Path(url.database).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(url.database).parent)
     except OSError as error:
         raise SettingsError(
             f"RECEIVER_DATABASE_URL: cannot create the folder of the file: {cause(error)}; "
@@ -54,7 +54,12 @@ def make_file(url: URL) -> None:
         ) from error
     # SQLite would create a file that all users can read. The -wal and -shm files get its mode.
     with contextlib.suppress(OSError):
-        os.close(open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        descriptor = open_private(url.database, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
+        try:
+            # A umask such as 077 would keep the group's backup out.
+            os.fchmod(descriptor, MODE)
+        finally:
+            os.close(descriptor)
 
 
 def _inode(file: Path) -> tuple[int, int] | None:

@@ -1,5 +1,6 @@
 """The modes of the receiver's files, and the output of its commands into a pipe."""
 
+import os
 import re
 import subprocess
 import sys
@@ -39,13 +40,22 @@ def test_files_are_for_their_user_and_group(demo: Path) -> None:
     assert {"receiver.db", "events.jsonl", "receiver.log"} <= found.keys()
     assert [name for name in found if name.startswith("media/")]
     assert set(found.values()) == {"640"}, found
+    folders = [path for path in demo.rglob("*") if path.is_dir()]
+    assert folders
+    assert {f"{path.stat().st_mode & 0o777:o}" for path in folders} == {"750"}
 
 
-def test_the_files_beside_a_database_in_use_are_too(tmp_path: Path) -> None:
-    """SQLite's -wal file holds raw bodies just as the database does."""
-    with ReceiverProcess(tmp_path):
-        found = {name: mode for name, mode in modes(tmp_path).items() if name.startswith("receiver.db")}
+@pytest.mark.parametrize("umask", [0o000, 0o077])
+def test_the_files_beside_a_database_in_use_are_too(tmp_path: Path, umask: int) -> None:
+    """SQLite's -wal file holds raw bodies just as the database does. A backup of the group can read all."""
+    before = os.umask(umask)
+    try:
+        with ReceiverProcess(tmp_path, RECEIVER_DATABASE_URL=f"sqlite:///{tmp_path / 'data/receiver.db'}"):
+            found = modes(tmp_path / "data")
+    finally:
+        os.umask(before)
     assert found == dict.fromkeys(("receiver.db", "receiver.db-shm", "receiver.db-wal"), "640")
+    assert f"{(tmp_path / 'data').stat().st_mode & 0o777:o}" == "750"
 
 
 def test_an_export_is_too_and_pipes_get_no_progress_bars(demo: Path, tmp_path: Path) -> None:

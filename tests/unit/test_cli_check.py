@@ -51,3 +51,21 @@ def test_the_result_of_check_as_json(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         assert (result.exit_code, found["destination default"]["level"]) == (status, level), found
         assert found["settings"] == {"level": "ok", "step": "settings", "message": "readable"}
         assert found["storage"]["level"] == "ok"
+
+
+def test_a_database_that_every_user_can_read_is_a_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`check` names the files and the command. A stricter mode of the operator is fine, and is kept."""
+    monkeypatch.setattr("receiver.cli.database.configure_logging", lambda **_: None)
+    monkeypatch.setenv("CLIPIA_WEBHOOK_SECRET", SECRET)
+    file = tmp_path / "receiver.db"
+    monkeypatch.setenv("RECEIVER_DATABASE_URL", f"sqlite:///{file}")
+    monkeypatch.setenv("RECEIVER_STORAGE_URL", f"file:{tmp_path / 'media'}")
+    for mode, warned in ((0o644, True), (0o660, False), (0o600, False)):
+        file.touch()
+        file.chmod(mode)
+        result = CliRunner().invoke(app, ["check", "--json"])
+        texts = [each["message"] for each in json.loads(result.stdout)["data"] if each["level"] == "warning"]
+        assert any(f"chmod o= {file}" in text for text in texts) == warned, texts
+        assert file.stat().st_mode & 0o777 == mode

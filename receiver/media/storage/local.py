@@ -128,7 +128,7 @@ class _Part:
         write_all(descriptor, last)
         os.fsync(descriptor)
         self._close()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._path.rename(path)
         # Flush existing folders, too: the process that made one may not have done so yet.
         for folder in path.parents[: len(path.relative_to(self.root).parts)]:
