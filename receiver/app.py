@@ -81,13 +81,15 @@ def create_app(
     worker: bool = True,
     multiprocess: bool = False,
     metrics_listeners: Sequence[socket.socket] = (),
+    mcp_allow_write: bool = False,
     clock: Callable[[], float] = time.time,
 ) -> Starlette:
     """Make the web application.
 
     `only` serves one half of the routes: the public callback, or the internal API. `worker` embeds a worker.
     `multiprocess` means that other processes serve the same listener, and `metrics_listeners` belong to this
-    process alone. Raises SettingsError if there is no usable webhook secret.
+    process alone. `mcp_allow_write` offers agents the tools that act. Raises SettingsError if there is no
+    usable webhook secret.
     """
     settings.require_sources()
     database = Database(settings.database_url.get_secret_value())
@@ -137,7 +139,7 @@ def create_app(
         if only == "webhook"
         else [
             Route("/metrics", shared_metrics if multiprocess else metrics.__call__, methods=["GET"]),
-            *_internal_routes(settings, database, wakeups, submitter),
+            *_internal_routes(settings, database, wakeups, submitter, mcp_allow_write=mcp_allow_write),
         ]
     )
     app = _App(
@@ -171,17 +173,26 @@ def _callback_routes(callback: WebhookEndpoint | None) -> list[BaseRoute]:
 
 
 def _internal_routes(
-    settings: Settings, database: Database, wakeups: Wakeups, submitter: Submitter
+    settings: Settings,
+    database: Database,
+    wakeups: Wakeups,
+    submitter: Submitter,
+    *,
+    mcp_allow_write: bool,
 ) -> list[BaseRoute]:
-    # Jinja2 is not needed by commands that make calls in their process.
+    # Jinja2 and the tools are not needed by commands that make calls in their process.
     from receiver.dashboard import dashboard_routes  # noqa: PLC0415
+    from receiver.mcp.http import Agents  # noqa: PLC0415
 
     table = endpoint_table(settings, database, submitter, wake=wakeups.wake)
     tokens = Tokens(settings.api_tokens)
+    clients = LocalClients(table, database)
+    agents = Agents(clients, tokens, internal_url=settings.internal_url, allow_write=mcp_allow_write)
     return [
         *Documents(table).routes(),
         *guarded(table, tokens, database),
-        *dashboard_routes(LocalClients(table, database), tokens),
+        *dashboard_routes(clients, tokens),
+        *agents.routes(),
     ]
 
 

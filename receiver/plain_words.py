@@ -12,6 +12,8 @@ _WORDS: Final = tuple(
         (r"Input should be a valid boolean\b.*", "write true or false"),
         (r"Input should be a valid UUID\b.*", "write an id such as 01a1fe1f-4d6d-74d7-af73-a0b5ac94520e"),
         (r"Input should be a valid string\b.*", "write a text"),
+        (r"Input should be a valid dictionary\b.*", "write an object"),
+        (r"Input should be a valid list\b.*", "write a list"),
         (r"Input should be greater than or equal to (\S+)", r"write \1 or more"),
         (r"Input should be less than or equal to (\S+)", r"write \1 or less"),
         (r"Input should be greater than (\S+)", r"write more than \1"),

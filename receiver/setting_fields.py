@@ -74,8 +74,9 @@ class SettingFields(BaseSettings):
     """`https://…`: this service's address for Clipia. Jobs get a `webhook_url` under it; without it they are
     polled from the start."""
     internal_url: str | None = None
-    """`https://…` or `http://…`: the internal listener's address for consumers. Messages get a `link` to each
-    stored file under it (docs/media.md#links)."""
+    """`https://…` or `http://…`: the internal listener's address for consumers and agents. Messages get a
+    `link` to each stored file under it (docs/media.md#links), and `/mcp` answers requests to its host
+    (docs/mcp.md#hosts)."""
     api_tokens: Annotated[tuple[ApiToken, ...], NoDecode] = ()
     """`name:token[:scope+scope]`; a token has 16 characters or more, and scopes are `submit`, `read` and
     `operate`; a token without scopes has all three. The name is the caller of the jobs that the token

@@ -15,6 +15,7 @@ from receiver.errors import RefusedByClipia, RequestError, RequestTooLarge
 _UNREAD: Final = (
     HTTPStatus.UNAUTHORIZED,
     HTTPStatus.FORBIDDEN,
+    HTTPStatus.MISDIRECTED_REQUEST,
     HTTPStatus.REQUEST_TIMEOUT,
     HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
 )
@@ -74,6 +75,10 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = MappingProxyType(
         "range_not_satisfiable": ErrorCode(
             HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "no byte of the file is in the range"
         ),
+        "unknown_host": ErrorCode(
+            HTTPStatus.MISDIRECTED_REQUEST, "the Host header is not that of RECEIVER_INTERNAL_URL"
+        ),
+        "unknown_origin": ErrorCode(HTTPStatus.FORBIDDEN, "the Origin header is that of another site"),
         "too_many_streams": ErrorCode(HTTPStatus.TOO_MANY_REQUESTS, "the process serves enough streams"),
         "internal_error": ErrorCode(HTTPStatus.INTERNAL_SERVER_ERROR, "a bug; the log has the traceback"),
         "not_configured": ErrorCode(HTTPStatus.SERVICE_UNAVAILABLE, "a setting is missing or wrong"),

@@ -263,13 +263,7 @@ def expected_error_response(error: ReceiverError) -> Response:
 
 async def read_object(request: Request, *, optional: bool = False) -> dict[str, Any]:
     """Return the JSON object of a body; with `optional`, an empty body is `{}`. Raises RequestError."""
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            raw = await _read_body(request)
-    except TimeoutError:
-        raise RequestError(
-            f"the body took longer than {BODY_SECONDS:.0f} s; send it again", code="request_timeout"
-        ) from None
+    raw = await read_body(request)
     if optional and not raw:
         return {}
     try:
@@ -295,12 +289,20 @@ def _read_float(text: str) -> float:
     return number
 
 
-async def _read_body(request: Request) -> bytes:
+async def read_body(request: Request) -> bytes:
+    """Return a body. Raises RequestError if it is too large or too slow."""
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise RequestTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes", code="invalid_request")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    message = f"the body is larger than {MAX_BODY_BYTES} bytes"
+                    raise RequestTooLarge(message, code="invalid_request")
+    except TimeoutError:
+        raise RequestError(
+            f"the body took longer than {BODY_SECONDS:.0f} s; send it again", code="request_timeout"
+        ) from None
     return bytes(body)
 
 

@@ -118,6 +118,43 @@ OTHER_PATHS: Final[dict[str, Any]] = {
             },
         }
     },
+    "/mcp": {
+        "post": {
+            "operationId": "call_agent_tools",
+            "tags": ["operation"],
+            "summary": "The calls as tools for agents, over the Model Context Protocol (Streamable HTTP)",
+            "description": "Needs a token with any scope; its scopes decide which tools there are.",
+            "security": [{"token": []}],
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {
+                        "schema": {"type": "object"},
+                        "example": {"jsonrpc": "2.0", "id": 1, "method": "tools/list"},
+                    }
+                },
+            },
+            "responses": {
+                "200": {
+                    "description": "A message of the protocol, or a stream of them.",
+                    "content": {
+                        "application/json": {"schema": {"type": "object"}},
+                        "text/event-stream": {"schema": {"type": "string"}},
+                    },
+                },
+                "202": _answer("A notification was accepted; no body.", "text/plain", {"const": ""}),
+                "400": {
+                    "description": "It is no message of the protocol.",
+                    "content": {"application/json": {"schema": {"type": "object"}}},
+                },
+                "401": _error("`invalid_token`: the token is missing or unknown"),
+                "403": _error("`unknown_origin`: the Origin header is that of another site"),
+                "404": _error("`not_found`: the extra `mcp` is not installed"),
+                "413": _error("`invalid_request`: the body is too large"),
+                "421": _error("`unknown_host`: the Host header is not that of RECEIVER_INTERNAL_URL"),
+            },
+        }
+    },
     "/openapi.json": _plain(
         "specification",
         "This specification",

@@ -32,6 +32,9 @@ SENTENCES: Final[Mapping[str, str]] = {
     ),
     "tail": "Print new events, deliveries, failures and rejected requests as they happen, until Ctrl-C.",
     "why": "Explain in one sentence why an object is in its state, with the facts and the next command.",
+    "mcp": (
+        "Offer tools to an agent over MCP on standard input and output: generate, explain, count replays."
+    ),
     "migrate": (
         "Upgrade the database's schema to this release; safe to run at any time, and several times at once."
     ),

@@ -29,6 +29,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "status": ("receiver status --watch", "receiver --url https://receiver.internal status --json"),
     "tail": ("receiver tail --failures", "receiver tail --destination orders --timeout 60 --json"),
     "why": ("receiver why r-4711", "receiver why order-4711/hero --json"),
+    "mcp": ("receiver mcp", "receiver --url https://receiver.internal --token @token mcp --allow-write"),
     "migrate": ("receiver migrate",),
     "check": ("receiver check", "receiver check --json"),
     "healthcheck": ("receiver healthcheck",),

@@ -54,6 +54,12 @@ def serve(
         typer.Option(help="Serve only the public callback, or only the internal API. Default: both."),
     ] = None,
     workers: Annotated[int, typer.Option(help="Web processes; more than one needs PostgreSQL.", min=1)] = 1,
+    mcp_allow_write: Annotated[
+        bool,
+        typer.Option(
+            "--mcp-allow-write", help="Offer agents at /mcp the tools that act, if their token may operate."
+        ),
+    ] = False,
     metrics_port: MetricsPort = None,
     metrics_host: MetricsHost = "127.0.0.1",
 ) -> None:
@@ -78,7 +84,14 @@ def serve(
     listeners = bind(host, port)
     metrics = bind_metrics(metrics_host, metrics_port, count=workers)
     asyncio.run(prepare(settings))
-    run = partial(_run_server, settings, only=only, worker=worker, multiprocess=workers > 1)
+    run = partial(
+        _run_server,
+        settings,
+        only=only,
+        worker=worker,
+        multiprocess=workers > 1,
+        mcp_allow_write=mcp_allow_write,
+    )
     if workers == 1:
         run(listeners, *metrics, on_start=partial(_log_listening, listeners))
         return

@@ -105,6 +105,11 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/rejections/{id}": ("operate", 404),
 }
 """Routes that need a scope, with the status of the answer to a caller that has it."""
+KNOWN = {"POST /mcp": 400}
+"""Routes for each known caller, whatever its scopes, with the status of the answer to this body.
+
+An agent's scopes decide which tools it has: tests/integration/test_agents.py.
+"""
 ALLOWED_WITH_ALL = {"GET /v1/jobs/{id}": 200}
 
 SUBSETS = list(chain.from_iterable(combinations(SCOPES, size) for size in range(len(SCOPES) + 1)))
@@ -187,7 +192,7 @@ async def make_site(
 ) -> AsyncIterator[Site]:
     """Open a receiver."""
     values = {"clipia_webhook_secret": SECRET, "clipia_key": "clipia_live_x", "api_tokens": TOKENS}
-    values |= {"database_url": database_url, "clipia_base_url": clipia}
+    values |= {"database_url": database_url, "clipia_base_url": clipia, "internal_url": "http://receiver"}
     app = create_app(Settings.load(**(values | settings)), only=only, worker=False)
     async with app.router.lifespan_context(app):
         site = Site(app)
@@ -226,7 +231,7 @@ def test_every_route_has_a_row(tmp_path: Path, only: Only | None) -> None:
         database_url=f"sqlite:///{tmp_path / 'receiver.db'}", clipia_webhook_secret=SECRET, api_tokens=TOKENS
     )
     health = {"GET /livez", "GET /readyz"}
-    internal = {*GUARDED, *DOCUMENTS, *PAGES, *SESSIONLESS, "GET /dashboard/media/{id}"}
+    internal = {*GUARDED, *KNOWN, *DOCUMENTS, *PAGES, *SESSIONLESS, "GET /dashboard/media/{id}"}
     expected = {None: {*OPEN, *internal}, "webhook": {*OPEN}, "internal": {*internal, *health}}
     assert routes_of(create_app(settings, only=only, worker=False)) == expected[only]
 
@@ -245,7 +250,7 @@ def routes_of(app: Starlette) -> set[str]:
 @pytest.mark.parametrize("only", get_args(Only))
 async def test_the_other_half_is_404(migrated_sqlite: Path, tmp_path: Path, clipia: str, only: Only) -> None:
     """G2: a route of the other listener is 404 on this one, even with a token that has all scopes."""
-    internal = [*GUARDED, *DOCUMENTS, *PAGES, *SESSIONLESS]
+    internal = [*GUARDED, *KNOWN, *DOCUMENTS, *PAGES, *SESSIONLESS]
     foreign = internal if only == "webhook" else [route for route in OPEN if "webhook" in route]
     content = body()
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, only=only) as site:
@@ -300,7 +305,7 @@ async def test_a_scope_opens_its_routes_and_no_others(local: Site, scopes: tuple
                     "message": f"This needs the scope `{scope}`.",
                 }
             }
-    for route, status in OPEN.items():
+    for route, status in (OPEN | KNOWN).items():
         assert (await local.call(route, headers=headers)).status_code == status, route
     submitted = (await local.as_(token_of(SCOPES), "GET", "/v1/jobs")).json()["data"]
     assert len(submitted) == (2 if "submit" in scopes else 1)
@@ -309,7 +314,7 @@ async def test_a_scope_opens_its_routes_and_no_others(local: Site, scopes: tuple
 async def test_invalid_credentials_open_no_route(local: Site) -> None:
     """G1: without a known token every guarded route answers the same 401, whichever credential was sent."""
     job_id = (await local.submit(OWNER))["id"]
-    for route in GUARDED:
+    for route in (*GUARDED, *KNOWN):
         answers = {
             name: await local.call(route, job_id=job_id, headers=headers)
             for name, headers in BAD_CREDENTIALS.items()
@@ -354,7 +359,7 @@ async def test_other_methods_and_paths_are_405_and_404(local: Site) -> None:
     """Other methods and paths are 405 and 404 in Clipia's shape, with or without a token; no job changes."""
     job_id = (await local.submit(OWNER))["id"]
     for headers in ((), bearer(token_of(SCOPES))):
-        for route in (*OPEN, *GUARDED):
+        for route in (*OPEN, *GUARDED, *KNOWN):
             _, path = route.split()
             for method in {"PUT", "PATCH", "DELETE", "OPTIONS", "TRACE"} - methods_of(path):
                 response = await local.call(f"{method} {path}", job_id=job_id, headers=headers)
@@ -371,7 +376,9 @@ async def test_other_methods_and_paths_are_405_and_404(local: Site) -> None:
 
 def methods_of(path: str) -> set[str]:
     """Return the methods of a path, which a 405 has to name (RFC 9110, section 15.5.6)."""
-    methods = {method for method, each in (route.split() for route in (*OPEN, *GUARDED)) if each == path}
+    methods = {
+        method for method, each in (route.split() for route in (*OPEN, *GUARDED, *KNOWN)) if each == path
+    }
     return methods | {"HEAD"} if "GET" in methods else methods
 
 
@@ -380,7 +387,7 @@ async def test_without_tokens_the_internal_api_is_closed(
 ) -> None:
     """G1: if no token is configured, every request is rejected; the answer names the setting."""
     async with make_site(copy_of(migrated_sqlite, tmp_path), clipia, api_tokens=()) as site:
-        for route in GUARDED:
+        for route in (*GUARDED, *KNOWN):
             for headers in BAD_CREDENTIALS.values():
                 response = await site.call(route, headers=headers)
                 if route == "GET /metrics":  # open until there is a token, as documented

@@ -1,0 +1,78 @@
+"""The tools for agents: their page, their results and their errors."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter
+
+from receiver.errors import (
+    ClipiaUnavailable,
+    DatabaseUnavailable,
+    ReceiverError,
+    RequestError,
+    SettingsError,
+)
+from receiver.masking import register_secret
+from receiver.mcp.results import MAX_RESULT_BYTES, MAX_TEXT_CHARACTERS, bounded, error_of
+from receiver.mcp.table import TOOLS
+
+PAGE = Path(__file__).parents[2] / "docs" / "mcp.md"
+
+
+def test_the_page_has_every_tool() -> None:
+    """The table has each tool with its scope, in the order of the list, and says which of them act."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)`(, acts)? \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert rows == [(tool.name, tool.scope, ", acts" if tool.acts else "") for tool in TOOLS]
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=lambda tool: tool.name)
+def test_schemas_stand_alone(tool: Any) -> None:
+    """Every reference in a schema leads to a definition in it, and each argument has a type."""
+    schemas = (tool.arguments.model_json_schema(), TypeAdapter(tool.answer).json_schema(mode="serialization"))
+    for schema in schemas:
+        text = str(schema)
+        for name in re.findall(r"#/\$defs/([\w-]+)", text):
+            assert name in schema["$defs"]
+        assert schema["type"] == "object"
+
+
+def test_results_are_bounded() -> None:
+    """A long text is cut, at any depth; a result that is too large as a whole is an error that says so."""
+    long = "x" * (MAX_TEXT_CHARACTERS + 1)
+    cut = "x" * MAX_TEXT_CHARACTERS + "…"
+    assert bounded({"a": [{"b": long}], "c": 1, "d": None}) == {"a": [{"b": cut}], "c": 1, "d": None}
+    with pytest.raises(RequestError, match="ask for less") as caught:
+        bounded(["x" * 1000] * (MAX_RESULT_BYTES // 1000))
+    assert caught.value.code == "result_too_large"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (RequestError("no", code="not_found"), "not_found: no"),
+        (RequestError("no", code="x", job_id="j"), "x: no The generation is j."),
+        (
+            ClipiaUnavailable("away", reason="overloaded", retry_after=7.4),
+            "overloaded: away Try again in 7 s, a generation with the same idempotency_key.",
+        ),
+        (
+            DatabaseUnavailable("away", reason="service_unavailable"),
+            "service_unavailable: away Try again, a generation with the same idempotency_key.",
+        ),
+        (SettingsError("CLIPIA_KEY is not set"), "not_configured: CLIPIA_KEY is not set"),
+        (ReceiverError("a bug"), "internal_error: a bug"),
+        (ValueError("password=hunter2"), "internal_error: a bug in the receiver; its log has the traceback"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_an_error_is_a_code_and_our_words(error: Exception, text: str) -> None:
+    """G8: a library's text, which may quote a secret, does not reach an agent."""
+    assert error_of(error) == text
+
+
+def test_a_secret_in_an_error_is_masked() -> None:
+    """G8: an error of a peer that quotes our key is masked."""
+    register_secret("clipia_live_0123456789abcdef")
+    assert "0123456789" not in error_of(RequestError("bad clipia_live_0123456789abcdef", code="x"))
