@@ -98,6 +98,12 @@ class Status(TypedDict):
     database: str
     problems: list[Problem]
     last_webhook_at: datetime | None
+    events_last_hour: list[int]
+    """Events received in each minute, the newest minute last; fewer than 60 if more than 50,000 came."""
+    delivered_last_hour: list[int]
+    """Deliveries that succeeded in each minute; fewer minutes if there were more than 10,000 attempts."""
+    failed_last_hour: list[int]
+    """Attempts at deliveries that failed in the same minutes."""
     rejections_last_hour: dict[str, int]
     """Kept requests by cause."""
     jobs_last_day: dict[str, int]
@@ -116,11 +122,15 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
     paused = await submitter.paused()
     disks = await read_disks(settings, database)
     async with database.read() as connection:
+        delivered, failed = await status.count_attempts(connection, now)
         found = Status(
             at=now,
             database=database.dialect_name,
             problems=[],
             last_webhook_at=await status.find_last_webhook(connection),
+            events_last_hour=await status.count_events(connection, now),
+            delivered_last_hour=delivered,
+            failed_last_hour=failed,
             rejections_last_hour=await rejections.count_since(connection, now - timedelta(hours=1)),
             jobs_last_day=await status.count_jobs(connection, now - timedelta(hours=JOB_HOURS)),
             submissions_paused=paused,

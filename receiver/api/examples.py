@@ -365,6 +365,9 @@ STATUS: Final[dict[str, Any]] = {
         }
     ],
     "last_webhook_at": _AT,
+    "events_last_hour": [0] * 57 + [4, 12, 9],
+    "delivered_last_hour": [0] * 57 + [4, 0, 0],
+    "failed_last_hour": [0] * 57 + [0, 12, 9],
     "rejections_last_hour": {"newline_added": 2},
     "jobs_last_day": {"completed": 1204, "submitted": 3},
     "submissions_paused": False,

@@ -18,6 +18,7 @@ from receiver.client import Client
 from receiver.status import DestinationStatus, Status, age
 
 WATCH_SECONDS: Final = 2.0
+BARS: Final = "▁▂▃▄▅▆▇█"
 
 
 def status(
@@ -70,6 +71,11 @@ def screen(found: Status) -> Group:
         seen = age(worker["seen_seconds_ago"])
         lanes_text = ", ".join(worker["lanes"])
         parts.append(Text(f"worker {worker['host']}:{worker['pid']}  {state} ({seen} ago)  {lanes_text}"))
+    parts += [
+        Text(_by_minute("events of 1 h", found["events_last_hour"])),
+        Text(_by_minute("delivered in 1 h", found["delivered_last_hour"])),
+        Text(_by_minute("failed attempts of 1 h", found["failed_last_hour"])),
+    ]
     parts.append(Text(f"jobs of 24 h: {_counts(found['jobs_last_day'])}"))
     parts.append(Text(f"rejected requests of 1 h: {_counts(found['rejections_last_hour'])}"))
     for disk in found["disks"]:
@@ -122,6 +128,16 @@ def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 def _red(number: int) -> Text:
     return Text(str(number), style="red" if number else "")
+
+
+def _by_minute(title: str, counts: Sequence[int]) -> str:
+    """Return the counts of minutes as a line of bars, if the terminal can show them, and their sum."""
+    total = f"{title}: {sum(counts)}"
+    if not any(counts) or not stdout.encoding.startswith("utf"):
+        return total
+    highest = max(counts)
+    bars = "".join(" " if not each else BARS[(each * len(BARS) - 1) // highest] for each in counts)
+    return f"{total}, {highest} in a minute at most\n  {bars}"
 
 
 def _counts(numbers: dict[str, int]) -> str:

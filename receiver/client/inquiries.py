@@ -44,13 +44,17 @@ class InquiryCalls(Calls):
                 elif not line and cursor:
                     yield cursor, None
 
-    async def fetch_event(self, request_id: str, *, source: str | None = None) -> Fetched:
+    async def fetch_event(
+        self, request_id: str, *, source: str | None = None, reason: str | None = None
+    ) -> Fetched:
         """Ask Clipia for a result that never arrived, and store it. Raises RequestError.
 
         `source` is required if several are configured and the job was submitted elsewhere.
         """
         body = {"request_id": request_id, "source": source}
-        return cast("Fetched", await self._act(Fetched, "POST", "/v1/events/fetch", body, wait=60.0))
+        return cast(
+            "Fetched", await self._act(Fetched, "POST", "/v1/events/fetch", body, reason=reason, wait=60.0)
+        )
 
     async def show_delivery(self, delivery_id: object) -> ShownDelivery:
         """Return a delivery with every attempt."""

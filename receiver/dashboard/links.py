@@ -5,6 +5,8 @@ from typing import Final
 from urllib.parse import quote, urlencode
 
 _LISTS: Final = {
+    ("audit", "list"): "/dashboard/audit",
+    ("deliveries", "failures"): "/dashboard/dead-letters",
     ("deliveries", "list"): "/dashboard/dead-letters",
     ("destinations", "list"): "/dashboard/destinations",
     ("events", "list"): "/dashboard/events",
@@ -14,16 +16,32 @@ _LISTS: Final = {
 }
 """Commands whose options are the filters of a page."""
 _OBJECTS: Final = {
+    ("deliveries", "discard"): "/dashboard/destinations/{}",
+    ("deliveries", "move"): "/dashboard/destinations/{}",
+    ("deliveries", "retry"): "/dashboard/generations/{}",
+    ("deliveries", "show"): "/dashboard/generations/{}",
     ("destinations", "resume"): "/dashboard/destinations/{}",
     ("destinations", "test"): "/dashboard/destinations/{}",
+    ("events", "fetch"): "/dashboard/events/fetch?request_id={}",
     ("events", "show"): "/dashboard/generations/{}",
+    ("jobs", "cancel"): "/dashboard/generations/{}",
     ("jobs", "resubmit"): "/dashboard/generations/{}",
     ("jobs", "show"): "/dashboard/generations/{}",
+    ("media", "give-up"): "/dashboard/generations/{}",
     ("rejections", "show"): "/dashboard/rejections/{}",
     ("replays", "show"): "/dashboard/replays/{}",
 }
 """Commands whose argument is the id of a page's object."""
-_OTHERS: Final = {"account": "/dashboard/jobs", "status": "/dashboard"}
+_SINGLE: Final = {"replay": "/dashboard/generations/{}", "route": "/dashboard/generations/{}"}
+"""Commands of one word whose argument is the id of a page's object."""
+_OTHERS: Final = {
+    ("account",): "/dashboard/jobs",
+    ("events", "recover"): "/dashboard/events/recover",
+    ("jobs", "thaw"): "/dashboard/jobs",
+    ("status",): "/dashboard",
+}
+FOR_THE_SHELL: Final = frozenset({"check", "prune", "worker"})
+"""Commands that no page can carry out: they start processes, or read the settings of their own machine."""
 
 
 def page_of(command: str) -> str | None:
@@ -43,4 +61,6 @@ def page_of(command: str) -> str | None:
         return _LISTS[names] + (f"?{urlencode(filters)}" if filters else "")
     if names in _OBJECTS and len(words) > len(names):
         return _OBJECTS[names].format(quote(words[2], safe=""))
-    return _OTHERS.get(words[0]) if words else None
+    if names[:1] and names[0] in _SINGLE and len(words) > 1:
+        return _SINGLE[names[0]].format(quote(words[1], safe=""))
+    return _OTHERS.get(names) or _OTHERS.get(names[:1])

@@ -1,5 +1,6 @@
 """Templates and files of the dashboard. Jinja2 escapes each value; no template marks one as safe."""
 
+import base64
 import hashlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from starlette.responses import HTMLResponse, Response
 from receiver import __version__
 from receiver.api.auth import Caller
 from receiver.dashboard.links import page_of
+from receiver.media.file_types import KNOWN_TYPES
 from receiver.status import age
 
 _FOLDER: Final = Path(__file__).parent
@@ -35,9 +37,21 @@ SAFE_HEADERS: Final = {
 }
 NOTICES: Final = {
     "logged_out": "You are logged out.",
+    "delivery_retried": "The delivery is due now.",
+    "delivery_discarded": "The delivery was discarded.",
+    "files_given_up": "Downloads given up: {number}. Their messages are sent without these files.",
+    "event_erased": "The event was erased.",
+    "job_resubmitted": "The job is submitted again.",
+    "job_canceled": "The job was canceled.",
+    "job_unsure": "The job is unsure now: Clipia may have it.",
+    "result_stored": "Clipia's result is stored.",
+    "result_known": "The result was stored already.",
+    "recovered": "Unrecognized events that were read: {number}.",
 }
 """The sentences after actions. A page shows a known one alone: its address may come from anywhere."""
 _MAX_NUMBER_LENGTH: Final = 12
+MAX_TEXT: Final = 64 * 1024
+"""The most characters of a body that a page shows."""
 
 
 def render(
@@ -92,6 +106,10 @@ def _environment() -> Environment:
         "moment": _moment,
         "size": _size,
         "pretty": _pretty,
+        "cut": _cut,
+        "error_text": _error_text,
+        "text_of_base64": _text_of_base64,
+        "preview_of": _preview_of,
         "page_of": page_of,
     }
     environment.globals["static"] = _static_path
@@ -120,6 +138,28 @@ def _size(number: int) -> str:
 def _pretty(value: object) -> str:
     """Return JSON with indents."""
     return orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS, default=str).decode()
+
+
+def _cut(text: str) -> str:
+    """Return the start of a long text."""
+    rest = len(text) - MAX_TEXT
+    return text if rest <= 0 else f"{text[:MAX_TEXT]}\n… {rest} more characters: the API has them"
+
+
+def _error_text(error: str | Mapping[str, Any] | None) -> str | None:
+    """Return an error as a text; the ones of jobs have a code and a message."""
+    if isinstance(error, Mapping):
+        return ": ".join(str(error[name]) for name in ("code", "message") if error.get(name))
+    return error
+
+
+def _text_of_base64(text: str) -> str:
+    return base64.b64decode(text).decode(errors="replace")
+
+
+def _preview_of(content_type: str | None) -> str | None:
+    """Return the element that shows a file: `image`, `video` or `audio`; None if a browser might run it."""
+    return content_type.partition("/")[0] if content_type in KNOWN_TYPES else None
 
 
 @cache

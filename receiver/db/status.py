@@ -1,9 +1,10 @@
-"""SQL of the status: deliveries that fail, the rate of each destination, and the last webhook."""
+"""SQL of the status: failing deliveries, rates, the last webhook, and the last hour by minute."""
 
-from datetime import datetime
-from typing import NamedTuple
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
 
-from sqlalchemy import case, func, select
+from sqlalchemy import ColumnElement, String, and_, case, func, select
 
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.connection import SqlConnection
@@ -16,6 +17,12 @@ MAX_RECENT_ATTEMPTS = 5000
 """The most attempts that are read for the rates; if there are more, the rates are of a shorter time."""
 MAX_NEWEST_EVENTS = 100
 """The newest events among which the last webhook is searched; the others were polled."""
+MINUTES = 60
+"""The minutes that are counted one by one."""
+MAX_COUNTED_EVENTS = 50_000
+"""The most events that are counted by minute; if there are more, fewer minutes are."""
+MAX_COUNTED_ATTEMPTS = 10_000
+"""The most attempts that are counted by minute, with those at files and jobs."""
 
 
 class Rate(NamedTuple):
@@ -96,3 +103,75 @@ async def count_jobs(connection: SqlConnection, since: datetime) -> dict[str, in
     """Count the jobs made at or after a time, by state."""
     statement = select(jobs.c.state, func.count()).where(jobs.c.created_at >= since).group_by(jobs.c.state)
     return {row[0]: row[1] for row in await connection.execute(statement)}
+
+
+async def count_events(connection: SqlConnection, now: datetime) -> list[int]:
+    """Count the events received in each of the last minutes, the newest last; there may be fewer minutes."""
+    newest = (
+        select(events.c.received_at.label("at"))
+        .where(events.c.received_at >= _first_minute(now))
+        .order_by(events.c.received_at.desc(), events.c.seq.desc())
+        .limit(MAX_COUNTED_EVENTS)
+        .subquery()
+    )
+    minute = _minute(connection, newest.c.at)
+    rows = (await connection.execute(select(minute, func.count()).group_by(minute))).all()
+    is_cut = sum(row[1] for row in rows) == MAX_COUNTED_EVENTS
+    (counts,) = _by_minute([(row[0], row[1]) for row in rows], now, is_cut=is_cut)
+    return counts
+
+
+async def count_attempts(connection: SqlConnection, now: datetime) -> tuple[list[int], list[int]]:
+    """Count the deliveries that succeeded and the attempts that failed in each of the last minutes."""
+    newest = (
+        select(attempts.c.work_id, attempts.c.outcome, attempts.c.started_at)
+        .order_by(attempts.c.seq.desc())
+        .limit(MAX_COUNTED_ATTEMPTS)
+        .subquery()
+    )
+    is_delivery = deliveries.c.id.is_not(None)
+    minute = _minute(connection, newest.c.started_at)
+    statement = (
+        select(
+            minute,
+            func.count(case((and_(is_delivery, newest.c.outcome == "succeeded"), 1))),
+            func.count(case((and_(is_delivery, newest.c.outcome.in_(["retry", "failed"])), 1))),
+            func.count(),
+        )
+        .select_from(newest.outerjoin(deliveries, deliveries.c.id == newest.c.work_id))
+        .where(newest.c.started_at >= _first_minute(now))
+        .group_by(minute)
+    )
+    rows = (await connection.execute(statement)).all()
+    is_cut = sum(row[3] for row in rows) == MAX_COUNTED_ATTEMPTS
+    delivered, failed = _by_minute([tuple(row[:3]) for row in rows], now, is_cut=is_cut, figures=2)
+    return delivered, failed
+
+
+def _first_minute(now: datetime) -> datetime:
+    return now.replace(second=0, microsecond=0) - timedelta(minutes=MINUTES - 1)
+
+
+def _minute(connection: SqlConnection, time: ColumnElement[Any]) -> ColumnElement[Any]:
+    """Return the minute of a time; in SQLite as text, because its functions of time take much longer."""
+    if connection.dialect.name == "sqlite":
+        return func.substr(time, 1, len("2026-01-31 12:00"), type_=String)
+    return func.date_trunc("minute", time)
+
+
+def _by_minute(
+    rows: Sequence[tuple[Any, ...]], now: datetime, *, is_cut: bool, figures: int = 1
+) -> list[list[int]]:
+    """Return each figure of rows by minute. If the rows were cut, their first minute is not complete."""
+    found = {_read_minute(row[0]): row[1:] for row in rows}
+    minutes = [_first_minute(now) + timedelta(minutes=number) for number in range(MINUTES)]
+    if is_cut:
+        minutes = [each for each in minutes if each > min(found)] or minutes[-1:]
+    nothing = (0,) * figures
+    return [[found.get(each, nothing)[index] for each in minutes] for index in range(figures)]
+
+
+def _read_minute(value: str | datetime) -> datetime:
+    if isinstance(value, str):
+        return datetime.fromisoformat(value).replace(tzinfo=UTC)
+    return value.astimezone(UTC)

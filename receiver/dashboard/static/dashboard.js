@@ -10,3 +10,15 @@ document.addEventListener("htmx:after:swap", () => {
   last = new Date();
   stale.hidden = true;
 });
+
+// A list that is followed stands still while its rows are selected, or if the person says so.
+const follow = document.getElementById("follow");
+if (follow) {
+  follow.parentElement.hidden = false;
+  document.addEventListener("change", (event) => {
+    if (event.target.name === "ids" && event.target.checked) follow.checked = false;
+  });
+  document.addEventListener("htmx:before:request", (event) => {
+    if (!follow.checked) event.preventDefault();
+  });
+}
