@@ -64,7 +64,7 @@ from receiver.rejections import NO_SOURCE, Rejections
 from receiver.reload import Reloader
 from receiver.removed_deliveries import RemovedDeliveries
 from receiver.result_fetch import ResultFetch
-from receiver.setting_fields import SCOPES
+from receiver.setting_fields import SCOPES, ApiToken
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
@@ -241,6 +241,29 @@ def create_local_app(
     table = endpoint_table(settings, database, submitter, wake=wake_no_lane)
     operator = Caller(name=caller, scopes=frozenset(SCOPES))
     return Starlette(routes=guarded(table, OneCaller(operator), database, expected=()))
+
+
+def create_dashboard_app(settings: Settings, *, token: ApiToken) -> Starlette:
+    """Make the dashboard alone, for one token; it needs no webhook secret, and nothing calls `/v1` in it."""
+    from receiver.dashboard import dashboard_routes  # noqa: PLC0415 - as above
+
+    database = Database(settings.database_url.get_secret_value())
+    submitter = Submitter.configured(settings, database)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+        yield
+        await submitter.close()
+        await database.close()
+
+    table = endpoint_table(settings, database, submitter, wake=wake_no_lane)
+    routes = [
+        *Documents(table).routes(),
+        *dashboard_routes(LocalClients(table, database), Tokens([token])),
+    ]
+    app = Starlette(routes=routes, lifespan=lifespan)
+    app.state.reload = lambda: None
+    return app
 
 
 class _App(Starlette):

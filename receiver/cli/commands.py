@@ -25,6 +25,9 @@ SENTENCES: Final[Mapping[str, str]] = {
     "replay": "Send stored events again, with the same event ids, new delivery ids and the replay's id.",
     "prune": "Delete old events with their receipts, deliveries and attempts, and the inputs of old jobs.",
     "route": "Show which destinations a stored event goes to, and which filter keeps it from the others.",
+    "dashboard": (
+        "Serve the dashboard of this machine's database on 127.0.0.1, and print a token to log in with."
+    ),
     "sandbox": "Run a local Clipia: the documented API, signed webhooks and a small CDN, on one origin.",
     "status": (
         "Show lanes, destinations, workers, jobs and disks on one screen, and the next command for "

@@ -95,6 +95,9 @@ class _Demo:
                 self._print_results(environment["RECEIVER_DATABASE_URL"])
                 if keep:
                     self._print("Everything keeps running: press Ctrl-C to stop.")
+                    print_line(
+                        f"          dashboard: {receiver}/dashboard\n          token:     {self._token}"
+                    )
                     await asyncio.Event().wait()
 
     def _environment(self, clipia: str, secret: str) -> dict[str, str]:

@@ -25,6 +25,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "prune": ("receiver prune --older-than 90d --dry-run", "receiver prune --older-than 90d --media"),
     "route": ("receiver route r-4711",),
+    "dashboard": ("receiver dashboard", "receiver dashboard --port 8003"),
     "sandbox": ("receiver sandbox", "receiver sandbox --port 9001 --webhook-loss-rate 0.5 --fail-rate 0.1"),
     "status": ("receiver status --watch", "receiver --url https://receiver.internal status --json"),
     "tail": ("receiver tail --failures", "receiver tail --destination orders --timeout 60 --json"),

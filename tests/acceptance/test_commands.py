@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.commands import ReceiverProcess, run_command, wait_for_lines
+from support.commands import ReceiverProcess, run_command, shown_login, wait_for_lines
 from support.payloads import SECRET, body, signed
 from support.servers import Postgres, free_port
 from typer.testing import CliRunner
@@ -57,16 +57,21 @@ def test_help_lists_every_command() -> None:
 
 
 def test_the_demo_runs_to_its_end(tmp_path: Path) -> None:
-    """The demo ends with status 0, and its database, media and messages exist."""
+    """The demo ends with status 0, its files exist, and with `--keep` it prints a login of its dashboard."""
     result = run_command("demo", "--dir", str(tmp_path / "demo"), cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     lines = wait_for_lines(tmp_path / "demo" / "events.jsonl", 3)
     assert {line["type"] for line in lines} == {"ai.clipia.generation.completed"}
     stored = {path.suffix for path in (tmp_path / "demo" / "media").rglob("*") if path.is_file()}
     assert stored == {".png", ".webp", ".mp4", ".mp3"}
-    again = run_command("demo", "--dir", str(tmp_path / "demo"), cwd=tmp_path)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert len(wait_for_lines(tmp_path / "demo" / "events.jsonl", 6)) == 6
+    again = ("demo", "--dir", str(tmp_path / "demo"), "--keep")
+    with shown_login(*again, cwd=tmp_path) as (dashboard, token, process):
+        assert len(wait_for_lines(tmp_path / "demo" / "events.jsonl", 6)) == 6
+        own_page = {"sec-fetch-site": "same-origin"}
+        login = httpx.post(f"{dashboard}/login", data={"token": token}, headers=own_page)
+        assert login.status_code == 303
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=40) == 130
 
 
 def test_serve_without_a_secret_says_what_to_set(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ LOCAL: dict[str, list[str]] = {
     "check": [],
     "healthcheck": [],
     "demo": [],
+    "dashboard": [],
     "sandbox": [],
     "send": ["payload.json"],
     "events export": ["-"],

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from types import TracebackType
 from typing import Self
 
@@ -71,6 +72,31 @@ def wait_for_lines(path: Path, count: int, *, seconds: float = 30) -> list[dict[
             return [orjson.loads(line) for line in lines]
         assert time.monotonic() < deadline, f"{len(lines)} of {count} lines"
         time.sleep(0.05)
+
+
+@contextmanager
+def shown_login(
+    *arguments: str, cwd: Path, **settings: str
+) -> Iterator[tuple[str, str, subprocess.Popen[bytes]]]:
+    """Start a command; yield the address and the token of the dashboard that it prints, and its process."""
+    environment = command_environment(**settings)
+    program = [sys.executable, "-m", "receiver", *arguments]
+    with subprocess.Popen(program, env=environment, cwd=cwd, stdout=subprocess.PIPE) as process:
+        watchdog = Timer(90, process.kill)
+        watchdog.start()
+        try:
+            assert process.stdout is not None
+            found: dict[str, str] = {}
+            while found.keys() < {"dashboard", "token"}:
+                line = process.stdout.readline().decode()
+                assert line, f"it ended: {process.wait(timeout=10)}"
+                name, _, value = line.strip().partition(": ")
+                if name in {"dashboard", "token"}:
+                    found[name] = value.strip()
+            yield found["dashboard"], found["token"], process
+        finally:
+            watchdog.cancel()
+            end(process)
 
 
 class ReceiverProcess:

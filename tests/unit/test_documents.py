@@ -21,7 +21,7 @@ from receiver.setting_fields import SettingFields
 from receiver.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.MULTILINE)
 _PATH = re.compile(r"`((?:receiver|tests|docs|deploy|migrations|benchmarks)/(?!.*NAME)[\w./-]+)`")
