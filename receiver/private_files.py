@@ -31,10 +31,13 @@ def write_all(descriptor: int, data: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each flushed to the disk: `mkdir` alone may not survive a power cut."""
+def make_folder(path: Path, *, flush: bool = True) -> None:
+    """Make a folder and its parents, each flushed to the disk: `mkdir` alone may not survive a power cut.
+
+    Without `flush` the caller calls `sync_folder` itself.
+    """
     if not path.is_dir():
-        make_folder(path.parent)
+        make_folder(path.parent, flush=flush)
         try:
             path.mkdir(mode=FOLDER_MODE)
         except FileExistsError:  # another process made it, and maybe an operator changed its mode
@@ -42,7 +45,8 @@ def make_folder(path: Path) -> None:
                 raise
         else:
             path.chmod(FOLDER_MODE)
-        sync_folder(path.parent)
+        if flush:
+            sync_folder(path.parent)
 
 
 def open_to_others(paths: Iterable[Path]) -> list[Path]:

@@ -17,7 +17,7 @@ from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.destinations import Circuit
 from receiver.db.rows import Backlog
-from receiver.db.status import Rate
+from receiver.db.status import FailingFile, Rate
 from receiver.destination_settings import DestinationSettings
 from receiver.disks import LEAST_FREE_SHARE, DiskStatus, free_share, read_disks
 from receiver.lanes.backlog import read_backlog
@@ -72,6 +72,16 @@ class DestinationStatus(TypedDict):
     circuit: CircuitStatus | None
 
 
+class FailingFiles(TypedDict):
+    """Files whose last download failed; they are tried again."""
+
+    number: int
+    request_id: str
+    """Of the event with the last of them."""
+    error: str
+    """Of its last attempt."""
+
+
 class WorkerStatus(TypedDict):
     """A worker process."""
 
@@ -110,6 +120,7 @@ class Status(TypedDict):
     """Jobs made in the last 24 hours by state."""
     submissions_paused: bool
     lanes: list[LaneStatus]
+    failing_files: FailingFiles | None
     destinations: list[DestinationStatus]
     workers: list[WorkerStatus]
     disks: list[DiskStatus]
@@ -138,12 +149,19 @@ async def read_status(settings: Settings, database: Database, submitter: Submitt
                 LaneStatus(lane=lane, rows=backlog[lane].rows, oldest_seconds=round(backlog[lane].oldest, 1))
                 for lane in (FAN_OUT_LANE, MEDIA_LANE, SUBMIT_LANE, POLL_LANE)
             ],
+            failing_files=_failing_files(await status.find_failing_file(connection)),
             destinations=await read_destinations(connection, settings.all_destinations, backlog),
             workers=await read_workers(connection),
             disks=disks,
         )
     found["problems"] = list(find_problems(found))
     return found
+
+
+def _failing_files(last: FailingFile | None) -> FailingFiles | None:
+    if last is None:
+        return None
+    return FailingFiles(number=last.number, request_id=last.request_id, error=last.error)
 
 
 async def read_destinations(
@@ -230,6 +248,9 @@ def find_problems(found: Status) -> Iterator[Problem]:
         is_served = not running or destination_lane(each["name"]) in running
         yield from _destination_problems(each, is_served=is_served)
     yield from _lane_problems(found["lanes"])
+    if files := found["failing_files"]:
+        text = f"downloads that fail: {files['number']}, the last one: {files['error']}"
+        yield Problem(text=text, command=f"receiver events show {files['request_id']}")
     if unsure := found["jobs_last_day"].get("unsure"):
         text = f"jobs that may or may not have reached Clipia: {unsure}"
         yield Problem(text=text, command="receiver jobs list --state unsure")

@@ -372,6 +372,7 @@ STATUS: Final[dict[str, Any]] = {
     "jobs_last_day": {"completed": 1204, "submitted": 3},
     "submissions_paused": False,
     "lanes": [{"lane": "fanout", "rows": 0, "oldest_seconds": 0.0}],
+    "failing_files": None,
     "destinations": [_DESTINATION],
     "workers": [WORKER],
     "disks": [

@@ -9,7 +9,8 @@ from sqlalchemy import ColumnElement, String, and_, case, func, select
 from receiver.db.clock import db_time, seconds_since
 from receiver.db.connection import SqlConnection
 from receiver.db.reads import PENDING
-from receiver.db.tables import attempts, deliveries, events, in_state, is_live, jobs
+from receiver.db.statements import count_rows
+from receiver.db.tables import attempts, deliveries, events, in_state, is_live, jobs, media
 
 RECENT_SECONDS = 300.0
 """The time whose attempts make a rate."""
@@ -30,6 +31,14 @@ class Rate(NamedTuple):
 
     delivered: float
     failed: float
+
+
+class FailingFile(NamedTuple):
+    """A file that could not be downloaded yet, and the number of such files."""
+
+    number: int
+    request_id: str
+    error: str
 
 
 async def count_failing(connection: SqlConnection) -> dict[str, int]:
@@ -62,6 +71,23 @@ async def find_last_error(connection: SqlConnection, destination: str) -> str | 
         .limit(1)
     )
     return await connection.scalar(pending) or await connection.scalar(dead)
+
+
+async def find_failing_file(connection: SqlConnection) -> FailingFile | None:
+    """Return the file whose download failed last, among those that are tried again; None without one."""
+    is_failing = in_state(media, "pending"), media.c.error.is_not(None)
+    newest = (
+        select(events.c.request_id, media.c.error)
+        .join(events, events.c.seq == media.c.event_seq)
+        .where(*is_failing)
+        .order_by(media.c.next_attempt_at.desc())
+        .limit(1)
+    )
+    row = (await connection.execute(newest)).one_or_none()
+    if row is None:
+        return None
+    number = await count_rows(connection, media, *is_failing)
+    return FailingFile(number=number, request_id=row.request_id, error=row.error)
 
 
 async def read_rates(connection: SqlConnection) -> dict[str, Rate]:

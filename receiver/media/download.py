@@ -151,6 +151,8 @@ class Downloader:
         async with self._follow(self._hosts.vet(url)) as (final, response):
             headers = httpx.Headers(response.headers)
             _check_answer(response.status, headers, max_bytes)
+            # Before the body: a file that does not fit would be fetched again and again to its middle.
+            await self._storage.require_space(int(headers.get("content-length", 0)))
             body = read_resuming(
                 response,
                 pace=partial(_pace, limits=self._limits, deadline=deadline),

@@ -20,15 +20,18 @@ from support.events import plain, with_files
 from support.payloads import body, failure
 
 from receiver.core.lane_names import wake_no_lane
-from receiver.db import inbox, leases, outbox
+from receiver.db import inbox, leases, outbox, status
 from receiver.db.clock import db_time
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim, StoredEvent
+from receiver.db.status import FailingFile
 from receiver.db.tables import attempts, deliveries, events, media
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected, StorageUnavailable
 from receiver.lanes.fan_out import FanOut
 from receiver.lanes.worker import Timing
+from receiver.media.storage import local
+from receiver.media.storage.local import LocalStorage
 from receiver.sandbox import SandboxOptions, create_app, running
 
 SECONDS = 15.0
@@ -320,6 +323,37 @@ async def test_a_full_storage_pauses_downloads_and_gives_nothing_up(world: World
         await world.until(media, "stored")
         await world.until(deliveries, "delivered")
     assert calls[1] - calls[0] >= 0.3
+
+
+async def test_a_file_that_would_fill_the_disk_waits_without_being_fetched(
+    world: World, cdn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D16: a reserve stays free for webhooks: the body is not read, and the download goes on by itself."""
+    world.storage_pause_seconds = 0.3
+    # All of the disk is reserved.
+    monkeypatch.setattr(local, "RESERVED_SHARE", 1.0)
+    monkeypatch.setattr(local, "MAX_RESERVED_BYTES", 2**62)
+    begun = list[str]()
+    put = LocalStorage.put
+
+    async def noted(self: LocalStorage, key: str, *arguments: Any, **options: Any) -> None:
+        begun.append(key)
+        await put(self, key, *arguments, **options)
+
+    monkeypatch.setattr(LocalStorage, "put", noted)
+    await world.add(with_image(cdn))
+    async with world.working():
+        file = await world.until_tried(media)
+        assert (file["state"], begun) == ("pending", [])
+        assert "stay reserved for webhooks; free some space" in file["error"]
+        async with world.database.read() as connection:
+            failing = await status.find_failing_file(connection)
+        assert failing == FailingFile(number=1, request_id="r-1", error=file["error"])
+        monkeypatch.setattr(local, "RESERVED_SHARE", 0.0)
+        await world.change(media, next_attempt_at=db_time(0.0))
+        await world.until(media, "stored")
+    async with world.database.read() as connection:
+        assert await status.find_failing_file(connection) is None
 
 
 async def test_shutdown_finishes_work_under_way(world: World) -> None:

@@ -175,6 +175,21 @@ async def test_a_full_disk_recovers_by_itself(small_disk: Path) -> None:
     assert list(stored_files(small_disk)) == ["ab/01-video.mp4"]
 
 
+async def test_files_leave_a_reserve_for_the_database(small_disk: Path) -> None:
+    """D16: neither an announced file nor one without a length takes the last 2 % of the disk."""
+    storage, filler = LocalStorage(small_disk / "media"), small_disk / "filler"
+    filler.write_bytes(bytes(3_000_000))
+    await storage.require_space(1_000_000)
+    with pytest.raises(StorageUnavailable, match=r"No space left for 1\.1 MB: 1\.2 MB are free, and 0\.1 MB"):
+        await storage.require_space(1_150_000)
+    with pytest.raises(StorageUnavailable) as caught:
+        await storage.put("ab/00-video.mp4", chunked(bytes(1_150_000), 65_536))
+    assert (caught.value.reason, stored_files(small_disk / "media")) == ("full", {})
+    filler.unlink()
+    await storage.put("ab/00-video.mp4", chunked(bytes(1_150_000), 65_536))
+    assert list(stored_files(small_disk / "media")) == ["ab/00-video.mp4"]
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     """Run an S3 server for the tests of this module."""

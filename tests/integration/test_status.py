@@ -10,7 +10,7 @@ import httpx
 import pytest
 from cloudevents.core.v1.event import CloudEvent
 from support.events import World, opened, plain
-from support.payloads import SECRET
+from support.payloads import SECRET, body
 
 from receiver.app import create_app
 from receiver.core.lane_names import destination_lane
@@ -20,7 +20,7 @@ from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rejections import NewRejection
 from receiver.db.rows import new_id
-from receiver.db.tables import deliveries, events, jobs
+from receiver.db.tables import deliveries, events, jobs, media
 from receiver.db.workers import WorkerRun
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.settings import Settings
@@ -214,6 +214,16 @@ async def test_a_full_disk_is_a_problem(site: Site, monkeypatch: pytest.MonkeyPa
     holds = ["media", "database"] if site.world.database.is_sqlite else ["media"]
     assert [each["holds"] for each in found["disks"]] == holds
     assert len([each for each in texts(found) if each.endswith("% left")]) == len(holds)
+
+
+async def test_a_download_that_fails_is_a_problem(site: Site) -> None:
+    """With the error of the last attempt, such as that the disk has no space, and the way to its event."""
+    await site.world.add(body("r-1"))
+    await site.world.fan_out()
+    await site.world.change(media, state="pending", error="StorageUnavailable: no space left")
+    found = await site.read()
+    assert "downloads that fail: 1, the last one: StorageUnavailable: no space left" in texts(found)
+    assert "receiver events show r-1" in [each["command"] for each in found["problems"]]
 
 
 async def test_the_api_shows_the_status(site: Site) -> None:

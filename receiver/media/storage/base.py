@@ -27,6 +27,9 @@ class Storage(Protocol):
     StorageUnavailable if the storage fails, with the reason `full` if it has no space left, else `error`.
     """
 
+    async def require_space(self, size: int) -> None:
+        """Raise StorageUnavailable if a file of `size` bytes would fill the disk; a bucket takes any."""
+
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
         """Store all `chunks` under `key`; a bucket sends the `content_type` to browsers.
 

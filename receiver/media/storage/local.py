@@ -28,6 +28,12 @@ _ABANDONED_SECONDS = 24 * 60 * 60
 _THREADS: Final = ThreadPoolExecutor(thread_name_prefix="storage")
 """Not asyncio's: a network mount without its server would keep all of them, and name resolution needs one."""
 _FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_MB: Final = 1_000_000
+RESERVED_SHARE: Final = 0.02
+"""The share of the disk that files leave free, so that SQLite, on the same disk, still takes webhooks.
+
+It is less than `LEAST_FREE_SHARE` of `receiver.disks`: operators are told before downloads wait."""
+MAX_RESERVED_BYTES: Final = 1024 * _MB
 
 
 class LocalStorage:
@@ -35,6 +41,9 @@ class LocalStorage:
 
     def __init__(self, root: Path) -> None:
         self.root: Final = root.resolve()
+
+    async def require_space(self, size: int) -> None:
+        await self._run(_require_space, self.root, size)
 
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
         require_key(key)
@@ -118,17 +127,20 @@ class _Part:
         """Append a block that is not the last one."""
         if self._writer is None:
             self._writer = DirectWriter(self._open())
+        # Before each block: other processes fill the disk, too, and some servers name no length.
+        _require_space(self._open(), len(block))
         self._writer.write(block)
 
     def publish(self, last: bytes, path: Path) -> None:
         """Append the last block, flush the file and move it to `path`."""
         descriptor = self._open()
+        _require_space(descriptor, len(last))
         if self._writer is not None:
             self._writer.end()
         write_all(descriptor, last)
         os.fsync(descriptor)
         self._close()
-        make_folder(path.parent)
+        make_folder(path.parent, flush=False)
         self._path.rename(path)
         # Flush existing folders, too: the process that made one may not have done so yet.
         for folder in path.parents[: len(path.relative_to(self.root).parts)]:
@@ -149,6 +161,23 @@ class _Part:
         if self._descriptor is not None:
             descriptor, self._descriptor = self._descriptor, None
             os.close(descriptor)
+
+
+def _require_space(place: Path | int, size: int) -> None:
+    """Raise OSError unless a file of `size` bytes leaves the reserve; `place` is a folder or an open file."""
+    if isinstance(place, Path):
+        # The first file makes the folder.
+        place = next(each for each in (place, *place.parents) if each.exists())
+    disk = os.statvfs(place)
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    reserved = min(int(total * RESERVED_SHARE), MAX_RESERVED_BYTES)
+    # Some file systems of buckets have a total of 0.
+    if total and free - size < reserved:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left for {size / _MB:.1f} MB: {free / _MB:.1f} MB are free, and "
+            f"{reserved / _MB:.1f} MB of the disk stay reserved for webhooks",
+        )
 
 
 def _open(path: Path, start: int, opened: contextlib.ExitStack) -> io.FileIO | None:

@@ -115,6 +115,9 @@ class ObjectStorage:
         self._base = base
         self._credentials = credentials
 
+    async def require_space(self, size: int) -> None:
+        """Return: a bucket has no limit that it tells."""
+
     async def put(self, key: str, chunks: AsyncIterator[bytes], *, content_type: str = ANY_TYPE) -> None:
         """Store a file of less than a part with a single request, and a larger one in a multipart upload."""
         path = require_key(key)
