@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from receiver.db.views import EventSummary
 
 PAGE_ROWS: Final = 50
+FREQUENT: Final = ("state", "status", "destination", "delivery_state", "since")
 FILTERS: Final = (
-    *("state", "status", "model", "source", "caller", "destination", "delivery_state"),
-    *("since", "until", "request_id", "idempotency_key"),
+    *FREQUENT,
+    *("until", "model", "caller", "source", "idempotency_key", "request_id"),
 )
 REPLAYABLE: Final = frozenset(
     {"status", "model", "source", "caller", "destination", "delivery_state", "since", "until"}
@@ -48,14 +49,16 @@ async def show(visit: Visit) -> View:
         )
     except RequestError as raised:
         status, error = 400, str(raised)
+    shown = filters | ({"metadata": metadata} if metadata else {})
     values = {
         "page": page,
-        "filters": filters | ({"metadata": metadata} if metadata else {}),
+        "filters": shown,
+        "has_rare": bool(shown.keys() - FREQUENT),
         "choices": CHOICES,
         "destinations": [each["name"] for each in await visit.client.list_destinations()],
         "error": error,
         "selection": {} if error else _selection(filters),
-        "not_replayable": sorted((filters.keys() | ({"metadata"} if metadata else set())) - REPLAYABLE),
+        "not_replayable": sorted(shown.keys() - REPLAYABLE),
     }
     return View(template="events.html", values=values, status=status)
 

@@ -17,7 +17,7 @@ from support.servers import Postgres
 from receiver.alerts import find_conditions, read_conditions
 from receiver.core.signature import Secret
 from receiver.db import deliveries as failing
-from receiver.db import forward, jobs, reads, replays, tail
+from receiver.db import forward, jobs, reads, replays, status, tail
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
@@ -161,6 +161,7 @@ async def test_pages_and_metrics(world: World, postgres: Postgres) -> None:
                 assert not await reads.list_deliveries(connection, limit=50, state=state)
             assert not await reads.list_deliveries(connection, limit=50, since=just_now)
             assert not await reads.list_deliveries(connection, limit=50, until=long_ago)
+            assert sum(await status.count_events(connection, just_now)) == 0
         backlog = await read_backlog(world.database, [])
         assert not any(each.rows for each in backlog.values())
         assert not await count_dead_letters(world.database, [])

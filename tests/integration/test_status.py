@@ -15,7 +15,7 @@ from support.payloads import SECRET, body
 from receiver.app import create_app
 from receiver.core.lane_names import destination_lane
 from receiver.core.retry import RetryPolicy
-from receiver.db import rejections, workers
+from receiver.db import rejections, status, workers
 from receiver.db.clock import db_time
 from receiver.db.database import Database
 from receiver.db.rejections import NewRejection
@@ -151,6 +151,38 @@ async def test_delivered_events_make_a_rate(site: Site) -> None:
     assert found["last_webhook_at"] is not None
     assert abs(found["last_webhook_at"] - datetime.now(UTC)) < timedelta(minutes=5)
     assert texts(found) == ["no worker is running: nothing is forwarded"]
+
+
+async def test_the_last_hour_is_counted_by_minute(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events, deliveries and failed attempts have a count for each minute; a large hour has fewer minutes."""
+    world = site.world
+    main = world.add_destination("main", retry=RetryPolicy(initial=60, cap=60, give_up_after=600))
+    for number in range(3):
+        await world.add(plain(f"r-{number}"))
+    async with world.working():
+        await world.until_states(deliveries, delivered=3)
+
+    def fail(_event: CloudEvent) -> None:
+        raise PublishFailed("the broker says no", reason="connect")
+
+    main.behave = fail
+    await world.add(plain("r-3"))
+    async with world.working():
+        await world.until_states(deliveries, deliveries.c.error.is_not(None), pending=1)
+    await world.change(events, events.c.request_id == "r-0", received_at=db_time(-30 * 60.0))
+    await world.change(events, events.c.request_id == "r-1", received_at=db_time(-61 * 60.0))
+    found = await site.read()
+    counted = [found["events_last_hour"], found["delivered_last_hour"], found["failed_last_hour"]]
+    assert [len(each) for each in counted] == [60] * 3
+    # A test may run from one minute to the next.
+    assert sum(found["events_last_hour"][-2:]) == 2
+    assert sum(found["events_last_hour"][28:31]) == 1
+    assert [sum(each) for each in counted] == [3, 3, 1]
+    monkeypatch.setattr(status, "MAX_COUNTED_EVENTS", 2)
+    monkeypatch.setattr(status, "MAX_COUNTED_ATTEMPTS", 1)
+    found = await site.read()
+    assert len(found["events_last_hour"]) < 30
+    assert (found["failed_last_hour"], found["delivered_last_hour"]) == ([1], [0])
 
 
 async def test_rows_that_wait_too_long_are_problems(site: Site) -> None:

@@ -3,7 +3,8 @@
 import http.server
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, Self, TypeVar
@@ -11,8 +12,9 @@ from typing import Any, Final, Self, TypeVar
 import httpx
 import orjson
 
+from receiver.db.database import Database
 from support.commands import ReceiverProcess
-from support.jobs import LIVE_KEY, TOKEN, Sandbox
+from support.jobs import IMAGE, LIVE_KEY, TOKEN, Sandbox, run
 from support.payloads import signed
 from support.servers import free_port
 
@@ -23,6 +25,8 @@ HOSTILE: Final = (
     '"\'><a href="javascript:alert(4)">x</a>{{ 7 * 7 }}\u202e</pre></textarea>'
 )
 """A text that would run or break out of its place on a page that does not escape it."""
+
+EVIL_SVG: Final = b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(5)</script></svg>'
 
 CONFIGURATION: Final = """
 [[destinations]]
@@ -37,7 +41,10 @@ url = "file:{folder}/archive.jsonl"
 
 
 class Consumer:
-    """Takes messages over HTTP; it rejects events whose request id begins with `poison`."""
+    """Takes messages over HTTP; it rejects events whose request id begins with `poison`.
+
+    It also serves an SVG file with a script, and has no other file.
+    """
 
     def __init__(self) -> None:
         self.messages: list[dict[str, Any]] = []
@@ -57,11 +64,20 @@ class Consumer:
                 self.end_headers()
                 self.wfile.write(answer)
 
+            def do_GET(self) -> None:
+                is_there = self.path.startswith("/files/evil.svg")
+                self.send_response(200 if is_there else 503)
+                self.send_header("content-type", "image/svg+xml")
+                self.send_header("content-length", str(len(EVIL_SVG) if is_there else 0))
+                self.end_headers()
+                self.wfile.write(EVIL_SVG if is_there else b"")
+
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - as its base
                 pass
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/orders"
+        self.origin = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.url = f"{self.origin}/orders"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -112,21 +128,40 @@ class Site:
         assert response.is_success, response.text
         return response.json()
 
-    def receive(self, content: bytes, **how: Any) -> str:
+    def receive(self, content: bytes, **headers: str) -> str:
         """Send a webhook and return the event's id."""
-        response = self._http.post("/clipia/webhook", content=content, headers=signed(content, **how))
+        response = self._http.post("/clipia/webhook", content=content, headers=signed(content) | headers)
         assert response.status_code == 200, response.text
         return str(response.json()["event_id"])
+
+    def submit_elsewhere(self) -> str:
+        """Submit a job whose webhook goes to a path that no receiver has, and return its request id."""
+        accepted = httpx.post(
+            f"{self.sandbox.url}/v1/models/{IMAGE[0]}",
+            headers={"X-Api-Key": LIVE_KEY},
+            json={"input": IMAGE[1], "webhook_url": f"{self.url}/lost"},
+            timeout=30,
+        )
+        return str(accepted.json()["request_id"])
 
     def why(self, key: str) -> dict[str, Any]:
         """Return the explanation of an id."""
         found: dict[str, Any] = self.get("/v1/explain/-", id=key)
         return found
 
+    def event(self, key: str) -> dict[str, Any]:
+        """Return the event of any id."""
+        return dict(self.get(f"/v1/events/{self.why(key)['event_id']}"))
+
     def wait_for_state(self, key: str, state: str) -> dict[str, Any]:
         """Wait until an id is explained with a state, and return the event."""
         wait_for(lambda: self.why(key)["state"] == state, f"{key}: {state}")
-        return dict(self.get(f"/v1/events/{self.why(key)['event_id']}"))
+        return self.event(key)
+
+    def change(self, work: Callable[[Database], Awaitable[None]]) -> None:
+        """Change the database, in a thread: a browser's thread has an event loop of its own."""
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(run, self.receiver.settings["RECEIVER_DATABASE_URL"], work).result(60)
 
     def last_action(self) -> dict[str, Any]:
         """Return the newest action of the audit."""
@@ -151,7 +186,7 @@ def running_site(folder: Path, **settings: str) -> Iterator[Site]:
             CLIPIA_KEY=LIVE_KEY,
             CLIPIA_BASE_URL=sandbox.url,
             RECEIVER_CONFIG=str(configuration),
-            RECEIVER_MEDIA_HOSTS=sandbox.url,
+            RECEIVER_MEDIA_HOSTS=f"{sandbox.url},{consumer.origin}",
             RECEIVER_API_TOKENS=f"tests:{TOKEN}",
             RECEIVER_PUBLIC_URL=f"http://127.0.0.1:{port}",
             **settings,

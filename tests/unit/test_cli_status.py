@@ -9,6 +9,7 @@ from rich.console import Console
 
 from receiver.api.examples import STATUS
 from receiver.cli.status import screen
+from receiver.cli.terminal import stdout
 from receiver.status import Status, age
 
 
@@ -39,6 +40,18 @@ def test_the_screen_fits_the_terminal(width: int) -> None:
     assert [line.split() for line in lines if line.startswith("orders ")] == [
         ["orders", "(down)", "312", "9", "min", "312", "0", "0", "4"]
     ]
+
+
+def test_the_last_hour_is_a_line_of_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each minute has a bar, the highest one a full one; without such letters there is only the sum."""
+    counts = [0] * 57 + [1, 80, 40]
+    monkeypatch.setattr(type(stdout), "encoding", "utf-8")
+    lines = shown(status(events_last_hour=counts, delivered_last_hour=[0] * 60), width=80)
+    at = lines.index("events of 1 h: 121, 80 in a minute at most")
+    assert lines[at + 1] == f"  {' ' * 57}▁█▄"
+    assert "delivered in 1 h: 0" in lines
+    monkeypatch.setattr(type(stdout), "encoding", "iso-8859-1")
+    assert "events of 1 h: 121" in shown(status(events_last_hour=counts), width=80)
 
 
 def test_a_long_command_stays_in_one_line() -> None:
