@@ -139,7 +139,7 @@ OTHER_PATHS: Final[dict[str, Any]] = {
                     "description": "A message of the protocol, or a stream of them.",
                     "content": {
                         "application/json": {"schema": {"type": "object"}},
-                        "text/event-stream": {"schema": {"type": "string"}},
+                        "text/event-stream": {"schema": {"type": "object"}},
                     },
                 },
                 "202": _answer("A notification was accepted; no body.", "text/plain", {"const": ""}),
