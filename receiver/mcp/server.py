@@ -41,7 +41,7 @@ def make_server(tools: Sequence[Tool], client: Client, *, internal_url: str | No
     ) -> types.ListToolsResult:
         return types.ListToolsResult(tools=listed)
 
-    async def call_tool(
+    async def call_by_name(
         context: ServerRequestContext[Any, Any], params: types.CallToolRequestParams
     ) -> types.CallToolResult:
         tool = by_name.get(params.name)
@@ -52,7 +52,7 @@ def make_server(tools: Sequence[Tool], client: Client, *, internal_url: str | No
             await context.session.report_progress(percent, 100.0, text)
 
         session = Session(client=client, internal_url=internal_url, report=report)
-        return await _call(tool, session, params.arguments or {})
+        return await call_tool(tool, session, params.arguments or {})
 
     return Server(
         "clipia-receiver",
@@ -60,7 +60,7 @@ def make_server(tools: Sequence[Tool], client: Client, *, internal_url: str | No
         title="Clipia receiver",
         instructions=INSTRUCTIONS,
         on_list_tools=list_tools,
-        on_call_tool=call_tool,
+        on_call_tool=call_by_name,
     )
 
 
@@ -87,7 +87,7 @@ async def _uncancelled(run: Awaitable[object]) -> object:
     return await asyncio.shield(task)
 
 
-async def _call(tool: Tool, session: Session, arguments: dict[str, Any]) -> types.CallToolResult:
+async def call_tool(tool: Tool, session: Session, arguments: dict[str, Any]) -> types.CallToolResult:
     """Run a tool. An error is a result, too: the agent's model reads it."""
     try:
         run = tool.run(session, tool.arguments.read(arguments))

@@ -187,6 +187,25 @@ async def test_a_caller_does_not_get_another_callers_generation(url: str) -> Non
     assert own["id"] != made["id"]
 
 
+async def test_only_a_generation_without_a_result_is_submitted_again(
+    tmp_path: Path, migrated_sqlite: Path, sandbox: Sandbox
+) -> None:
+    """E1: a generation that Clipia has is not submitted again; an unsure one is, for an operator's reason."""
+    async with (
+        receiver(tmp_path, migrated_sqlite, sandbox.url, allow_write=True) as url,
+        http_agent(url, AGENT) as agent,
+        httpx.AsyncClient(base_url=url, headers=HEADERS) as client,
+    ):
+        made = await use(agent, "generate_image", model=MODEL, input=PROMPT, idempotency_key="k")
+        order = {"id": made["id"], "reason": "not in the console"}
+        assert (await failure(agent, "resubmit_generation", **order)).startswith("not_resubmittable: ")
+        (await client.post(f"/v1/jobs/{made['id']}/cancel")).raise_for_status()
+        assert (await use(agent, "get_generation", id=made["id"]))["state"] == "unsure"
+        assert (await use(agent, "resubmit_generation", **order))["state"] == "pending"
+        actions = (await client.get("/v1/audit?operation=resubmit_job")).json()["data"]
+    assert [each["reason"] for each in actions] == ["not in the console"] * 2
+
+
 @pytest.mark.parametrize("mode", ["auto", "legacy"])
 async def test_a_wait_is_bounded_and_reports_progress(
     url: str, mode: Mode, monkeypatch: pytest.MonkeyPatch

@@ -1,7 +1,7 @@
 """Agents: the official client of the SDK, over both transports."""
 
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +31,7 @@ async def http_agent(url: str, token: str, *, mode: Mode = "auto") -> AsyncItera
 
 @asynccontextmanager
 async def stdio_agent(
-    *arguments: str, log: Path, mode: Mode = "auto", **settings: str
+    *arguments: str, settings: Mapping[str, str], log: Path, mode: Mode = "auto"
 ) -> AsyncIterator[Client]:
     """Connect an agent to a command, such as `receiver mcp`; its standard error goes to `log`."""
     command = StdioServerParameters(

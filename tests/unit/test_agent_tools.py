@@ -1,6 +1,8 @@
 """The tools for agents: their page, their results and their errors."""
 
+import asyncio
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from receiver.errors import (
     SettingsError,
 )
 from receiver.masking import register_secret
+from receiver.mcp.generation import NoArguments
 from receiver.mcp.results import MAX_RESULT_BYTES, MAX_TEXT_CHARACTERS, bounded, error_of
+from receiver.mcp.server import call_tool
 from receiver.mcp.table import TOOLS
+from receiver.mcp.tool import Session
 
 PAGE = Path(__file__).parents[2] / "docs" / "mcp.md"
 
@@ -76,3 +81,41 @@ def test_a_secret_in_an_error_is_masked() -> None:
     """G8: an error of a peer that quotes our key is masked."""
     register_secret("clipia_live_0123456789abcdef")
     assert "0123456789" not in error_of(RequestError("bad clipia_live_0123456789abcdef", code="x"))
+
+
+async def test_an_action_goes_on_if_its_agent_hangs_up() -> None:
+    """An action is carried out and recorded to its end; a tool that only reads ends with its agent."""
+    begun, released = asyncio.Event(), asyncio.Event()
+    done: list[bool] = []
+
+    async def run(_session: Session, _given: object) -> dict[str, int]:
+        begun.set()
+        await released.wait()
+        done.append(True)
+        return {}
+
+    session = Session(client=None, internal_url=None, report=None)  # type: ignore[arg-type]  # not used
+    for read_only, expected in ((True, []), (False, [True])):
+        tool = replace(TOOLS[-1], arguments=NoArguments, answer=dict[str, int], run=run, read_only=read_only)
+        begun.clear()
+        released.clear()
+        call = asyncio.create_task(call_tool(tool, session, {}))
+        await asyncio.wait_for(begun.wait(), 5)
+        call.cancel()
+        await asyncio.wait({call}, timeout=5)
+        assert call.cancelled()
+        released.set()
+        await asyncio.sleep(0.01)
+        assert done == expected
+
+
+async def test_an_unexpected_error_says_nothing() -> None:
+    """G8: a bug is an error result without the exception's text."""
+
+    async def run(_session: Session, _given: object) -> object:
+        raise ValueError("password=hunter2")
+
+    session = Session(client=None, internal_url=None, report=None)  # type: ignore[arg-type]  # not used
+    result = await call_tool(replace(TOOLS[-1], arguments=NoArguments, run=run), session, {})
+    assert result.is_error
+    assert "hunter2" not in str(result.content)
