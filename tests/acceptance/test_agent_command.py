@@ -98,6 +98,10 @@ def test_it_ends_with_its_input_and_by_signals(tmp_path: Path, number: signal.Si
         else:
             raw.process.send_signal(number)
         assert raw.process.wait(30) == 0
+        assert raw.process.stdout is not None
+        # At the end of input, the open call gets an error.
+        rest = [orjson.loads(line) for line in raw.process.stdout]
+        assert all(each["jsonrpc"] == "2.0" for each in rest)
         assert raw.process.stderr is not None
         assert b"Traceback" not in raw.process.stderr.read()
 

@@ -313,12 +313,29 @@ async def test_ill_requests_are_answered(url: str) -> None:
         assert (await client.post("/mcp", json=LIST)).status_code == 200
 
 
-async def test_a_slow_body_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """B2: a body that does not come to its end holds no memory for ever."""
-    monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.2)
+async def begin(url: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send a request without the rest of its body."""
     reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
     head = [f"{name}: {value}" for name, value in (HEADERS | {"Host": "localhost"}).items()]
     writer.write("\r\n".join(("POST /mcp HTTP/1.1", *head, "Content-Length: 9", "", "{")).encode())
+    return reader, writer
+
+
+async def test_a_client_that_hangs_up_is_no_bug(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """B5: a client that disconnects before the end of its body leaves no traceback in the log."""
+    _, writer = await begin(url)
+    async with httpx.AsyncClient(base_url=url, headers=HEADERS) as client:
+        assert (await client.post("/mcp", json=LIST)).status_code == 200
+        writer.close()
+        await writer.wait_closed()
+        assert (await client.post("/mcp", json=LIST)).status_code == 200
+    assert "Exception in ASGI application" not in caplog.text
+
+
+async def test_a_slow_body_is_given_up(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """B2: a body that does not come to its end holds no memory for ever."""
+    monkeypatch.setattr("receiver.api.endpoints.BODY_SECONDS", 0.2)
+    reader, writer = await begin(url)
     async with asyncio.timeout(20):
         answer = await reader.read()
     writer.close()
