@@ -36,6 +36,7 @@ from receiver.api.known_destinations import KnownDestinations
 from receiver.api.media import MediaEndpoints
 from receiver.api.metrics import Metrics, serving_metrics, shared_metrics
 from receiver.api.operations import Readiness, livez
+from receiver.api.promotions import PromotionEndpoints
 from receiver.api.protocol import DIRECT_DOOR
 from receiver.api.rejections import RejectionEndpoints
 from receiver.api.removed_deliveries import RemovedDeliveryEndpoints
@@ -59,7 +60,8 @@ from receiver.lanes.worker import Wakeups
 from receiver.logs import flush_logs
 from receiver.media import open_storage
 from receiver.metrics import show_source
-from receiver.process import make_ingest, make_rejections, make_replays, running_worker
+from receiver.process import file_rules, make_ingest, make_rejections, make_replays, running_worker
+from receiver.promotions import Promotions
 from receiver.rejections import NO_SOURCE, Rejections
 from receiver.reload import Reloader
 from receiver.removed_deliveries import RemovedDeliveries
@@ -207,6 +209,8 @@ def endpoint_table(
     events = EventEndpoints(
         database, open_storage=open_own, destinations=known, internal_url=settings.internal_url
     )
+    replays = make_replays(settings, database, wake=wake)
+    rules = partial(file_rules, settings)
     sources = [source.name for source in settings.all_sources]
     control = DestinationControl(database, lambda: settings.every_destination, wake=wake)
     return [
@@ -214,10 +218,11 @@ def endpoint_table(
         *events.table(),
         *FileEndpoints(database, open_storage=open_own).table(),
         *MediaEndpoints(database, open_storage=open_own).table(),
+        *PromotionEndpoints(database, Promotions(database, replays, rules=rules, wake=wake)).table(),
         *RoutingEndpoints(database, filters).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
         *DeliveryEndpoints(database, known, settings.internal_url).table(),
-        *ReplayEndpoints(database, make_replays(settings, database, wake=wake)).table(),
+        *ReplayEndpoints(database, replays).table(),
         *RejectionEndpoints(database).table(),
         *AuditEndpoints(database).table(),
         *DestinationEndpoints(control).table(),

@@ -253,6 +253,7 @@ async def _insert_repeats(connection: SqlConnection, group: Sequence[NewEvent]) 
     stored = [found.get(event.id) for event in group]
     bodies = await _load_unequal_bodies(connection, group, stored)
     outcomes = [_repeat_outcome(known, event, bodies) for known, event in zip(stored, group, strict=True)]
+    outcomes = await _without_decided(connection, group, stored, outcomes)
     receipts = [
         (known.seq, event, outcome)
         for known, event, outcome in zip(stored, group, outcomes, strict=True)
@@ -268,6 +269,23 @@ async def _load_unequal_bodies(
     pairs = zip(stored, group, strict=True)
     seqs = {known.seq for known, event in pairs if known and known.body_sha256 != event.body_sha256}
     return await inbox.load_bodies(connection, seqs) if seqs else {}
+
+
+async def _without_decided(
+    connection: SqlConnection,
+    group: Sequence[NewEvent],
+    stored: Sequence[inbox.KnownEvent | None],
+    outcomes: Sequence[Outcome | None],
+) -> list[Outcome | None]:
+    """Turn a conflict into a duplicate if a person has decided against the same body before."""
+    if "conflict" not in outcomes:
+        return list(outcomes)
+    seqs = {known.seq for known in stored if known is not None}
+    decided = await inbox.find_superseded(connection, seqs)
+    return [
+        "duplicate" if known is not None and (known.seq, event.body_sha256) in decided else outcome
+        for known, event, outcome in zip(stored, group, outcomes, strict=True)
+    ]
 
 
 def _repeat_outcome(

@@ -46,6 +46,15 @@ from receiver.submitter import Submitter
 log = structlog.get_logger()
 
 
+def file_rules(settings: Settings) -> FileRules:
+    """Return the rules that say which files are downloaded. Raises SettingsError."""
+    return FileRules(
+        skip_reason=MediaHosts.parse(settings.media_hosts).skip_reason,
+        max_files=settings.media_max_files,
+        max_url_length=settings.media_max_url_length,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parts:
     """The parts of a worker beside the database; making them sends no request."""
@@ -62,11 +71,7 @@ class Parts:
         hosts = MediaHosts.parse(settings.media_hosts)
         return cls(
             storage=storage,
-            rules=FileRules(
-                skip_reason=hosts.skip_reason,
-                max_files=settings.media_max_files,
-                max_url_length=settings.media_max_url_length,
-            ),
+            rules=file_rules(settings),
             downloader=Downloader(
                 hosts=hosts,
                 storage=storage,

@@ -3,7 +3,7 @@
 import hashlib
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Final, Self
 
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from receiver.core.lane_names import REPLAY_LANE, Wake, wake_no_lane
 from receiver.core.request_values import check_key, invalid_request
-from receiver.core.routing import mismatch
+from receiver.core.routing import RoutingFacts, mismatch
 from receiver.db import replays, tables
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
@@ -107,7 +107,7 @@ class Replays:
         """
         if key is not None:
             check_key(key)
-        order = self._make_order(request, key=key, caller=caller)
+        order = self.make_order(request, key=key, caller=caller)
         order_id = order.id
         # Counting is slow, so it is done before the transaction that writes.
         async with self._database.read() as connection:
@@ -127,7 +127,17 @@ class Replays:
         self._wake(REPLAY_LANE)
         return found
 
-    def _make_order(self, request: ReplayRequest, *, key: str | None, caller: str) -> NewReplay:
+    @property
+    def destinations(self) -> Sequence[str]:
+        """The names of the configured destinations."""
+        return list(self._filters)
+
+    def find_destinations(self, facts: RoutingFacts) -> list[str]:
+        """Return the destinations with a filter that an event passes."""
+        return [name for name, wanted in self._filters.items() if mismatch(wanted, facts) is None]
+
+    def make_order(self, request: ReplayRequest, *, key: str | None, caller: str) -> NewReplay:
+        """Make an order that is not stored yet. Raises RequestError if a destination is unknown."""
         # Earlier releases had no `force`; without it, a repeated order has the same fingerprint as theirs.
         known = ReplayRequest.model_fields.keys() - (set() if request.force else {"force"})
         content = request.model_dump(mode="json", include=known)

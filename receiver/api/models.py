@@ -16,7 +16,7 @@ class ShownReceipt(ReceiptHead):
     """A request on record for an event."""
 
     body: Base64 | None
-    """Of a conflict alone."""
+    """Of a conflict, and of a body that another one has superseded."""
 
 
 class ShownFile(FileWithLog):

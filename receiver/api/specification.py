@@ -69,6 +69,11 @@ _PATH_KEYS: Final[Mapping[str, JsonObject]] = {
         "schema": {"type": "string", "minLength": 1},
         "example": "orders",
     },
+    "seq": {
+        "description": "The receipt's `seq`.",
+        "schema": {"type": "string", "pattern": "^[0-9]{1,18}$"},
+        "example": "42",
+    },
     "slug": {
         "description": "The model's slug.",
         "schema": {"type": "string", "minLength": 1},
@@ -174,7 +179,7 @@ def _tag(path: str) -> str:
 def _path_parameters(row: Endpoint) -> list[JsonObject]:
     found = []
     for name in re.findall(r"{(\w+)}", row.path):
-        facts = _OTHER_IDS.get(_tag(row.path)) or _PATH_KEYS[name]
+        facts = (_OTHER_IDS.get(_tag(row.path)) if name == "id" else None) or _PATH_KEYS[name]
         found.append({"name": name, "in": "path", "required": True, **facts})
     return found
 

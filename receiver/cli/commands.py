@@ -49,7 +49,7 @@ SENTENCES: Final[Mapping[str, str]] = {
     ),
     "send": "Sign a payload with the source's first secret and post it to a receiver, like Clipia does.",
     "jobs": "Show jobs and their cost, resubmit or cancel them, and freeze submissions.",
-    "events": "Show, fetch, export, import, recover and erase events.",
+    "events": "Show, fetch, export, import, recover, promote and erase events.",
     "deliveries": (
         "List and show deliveries, retry dead letters, and move or discard those of a removed destination."
     ),
@@ -62,7 +62,7 @@ SENTENCES: Final[Mapping[str, str]] = {
 }
 GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "jobs": ("list", "show", "resubmit", "cancel", "freeze", "thaw", "cost"),
-    "events": ("list", "show", "fetch", "export", "import", "recover", "erase"),
+    "events": ("list", "show", "fetch", "export", "import", "recover", "promote", "erase"),
     "deliveries": ("list", "retry", "move", "show", "failures", "discard"),
     "destinations": ("list", "pause", "resume", "test"),
     "replays": ("list", "show", "cancel"),

@@ -45,7 +45,9 @@ from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import DeliveryWithLog, FileWithLog
 from receiver.unrecognized import Recovered
 
-events = typer.Typer(help="Show, fetch, export, import, recover and erase events.", no_args_is_help=True)
+events = typer.Typer(
+    help="Show, fetch, export, import, recover, promote and erase events.", no_args_is_help=True
+)
 
 _INDENT: Final = " " * 12
 
@@ -181,6 +183,44 @@ def recover(
 
 
 @events.command()
+def promote(
+    key: EventKey,
+    receipt: Annotated[
+        int,
+        typer.Argument(
+            metavar="RECEIPT", min=0, max=MAX_ID, help="Its number in `receiver events show EVENT`."
+        ),
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the result; change nothing.")] = False,
+    reason: Reason = None,
+    json: Json = False,
+) -> None:
+    """Make the body of a conflicting webhook the body of its event, and send it to all destinations.
+
+    The former body is kept on a receipt, so you can promote it in turn. Deliveries of it that are pending are
+    canceled; messages that were sent are not taken back. Run it with --dry-run first.
+    """
+    done = with_client(lambda client: client.promote_receipt(key, receipt, dry_run=dry_run, reason=reason))
+    if json:
+        print_json(asdict(done))
+        return
+    verb = "would get" if dry_run else "has"
+    print_line(
+        f"Event {done.event_id} {verb} the body of the receipt {done.receipt}: its status was "
+        f"{done.status_before} and {'would be' if dry_run else 'is'} {done.status}."
+    )
+    print_line(
+        f"Files: {done.files_added} new, {done.files_kept} kept, {done.files_superseded} superseded. "
+        f"Deliveries canceled: {done.deliveries_canceled}."
+    )
+    print_line(f"Destinations that get it: {', '.join(done.destinations) or 'none'}.")
+    if done.replay_id is not None:
+        print_line(f"Progress: receiver replays show {done.replay_id}")
+    if done.former_receipt is not None:
+        print_line(f"The former body is on the receipt {done.former_receipt}.")
+
+
+@events.command()
 def erase(key: EventKey, reason: Reason = None, json: Json = False) -> None:
     """Erase one event for good: its body, its files and deliveries, and the input and metadata of its job.
 
@@ -221,7 +261,8 @@ def _print_receipts(event: ShownEvent) -> None:
     for receipt in event["receipts"]:
         more = f"  and {receipt['repeated']:,} more" if receipt["repeated"] else ""
         print_line(
-            f"  {moment(receipt['received_at'])}  {receipt['outcome']}  secret {receipt['secret_id']}{more}"
+            f"  {receipt['seq']:>3}  {moment(receipt['received_at'])}  {receipt['outcome']}  "
+            f"secret {receipt['secret_id']}{more}"
         )
     unseen = event["receipts_total"] - sum(1 + receipt["repeated"] for receipt in event["receipts"])
     if unseen:

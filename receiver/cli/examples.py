@@ -54,6 +54,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "events export": ("receiver events export events.jsonl --since 2026-11-01",),
     "events import": ("receiver events import events.jsonl",),
     "events recover": ("receiver events recover --dry-run",),
+    "events promote": ("receiver events promote r-4711 42 --dry-run",),
     "events fetch": ("receiver events fetch c7b6521b-55d1-46c4-8952-f1af51482c78",),
     "events erase": ("receiver events erase r-4711",),
     "deliveries list": (

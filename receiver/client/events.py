@@ -9,6 +9,7 @@ from receiver.client.calls import MAX_PAGE_ROWS, Calls, Page, by_metadata, escap
 from receiver.db.rows import DeliveryState, EventState, EventStatus
 from receiver.db.views import EventSummary
 from receiver.errors import RequestError
+from receiver.promotions import Promoted
 
 
 class EventCalls(Calls):
@@ -75,6 +76,14 @@ class EventCalls(Calls):
         """Return the receipts of an event, oldest first."""
         path = f"{await self._event_path(key)}/receipts"
         return await self._list(ShownReceipt, path, {"cursor": cursor}, limit=limit)
+
+    async def promote_receipt(
+        self, event_key: str, receipt_seq: int, *, dry_run: bool = False, reason: str | None = None
+    ) -> Promoted:
+        """Make the body of a conflicting receipt the event's body, and send it to all destinations."""
+        path = f"{await self._event_path(event_key)}/receipts/{receipt_seq}/promote"
+        done: Promoted = await self._act(Promoted, "POST", path, {"dry_run": dry_run}, reason=reason)
+        return done
 
     async def _event_path(self, key: str) -> str:
         """Return the path of an event. Raises RequestError."""

@@ -23,6 +23,7 @@ _OBJECTS: Final = {
     ("destinations", "resume"): "/dashboard/destinations/{}",
     ("destinations", "test"): "/dashboard/destinations/{}",
     ("events", "fetch"): "/dashboard/events/fetch?request_id={}",
+    ("events", "promote"): "/dashboard/generations/{}",
     ("events", "show"): "/dashboard/generations/{}",
     ("jobs", "cancel"): "/dashboard/generations/{}",
     ("jobs", "resubmit"): "/dashboard/generations/{}",

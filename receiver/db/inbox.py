@@ -43,6 +43,11 @@ async def load_bodies(connection: SqlConnection, seqs: Collection[int]) -> dict[
     return {row.seq: row.body for row in rows}
 
 
+async def find_superseded(connection: SqlConnection, seqs: Collection[int]) -> set[tuple[int, bytes]]:
+    """Return the digests of the bodies of events that a person has decided against, each with the `seq`."""
+    return {(seq, sha256) for seq, sha256 in await connection.execute(_SUPERSEDED, {"seqs": seqs})}
+
+
 KEPT_RECEIPTS: Final = 20
 """An event keeps this many receipts of each outcome; the last one counts the later requests."""
 
@@ -104,6 +109,9 @@ _COUNT_REPEATED = (
         .scalar_subquery()
     )
     .values(repeated=receipts.c.repeated + bindparam("number", type_=Integer))
+)
+_SUPERSEDED = select(receipts.c.event_seq, receipts.c.body_sha256).where(
+    among(receipts.c.event_seq, "seqs"), receipts.c.outcome == "superseded"
 )
 _BODIES = select(events.c.seq, events.c.body).where(among(events.c.seq, "seqs"))
 _STORED = [events.c[name] for name in StoredEvent._fields]

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
 import orjson
-from sqlalchemy import ColumnElement, and_, case, exists, or_, select, union, update
+from sqlalchemy import ColumnElement, and_, case, exists, func, or_, select, union, update
 
 from receiver.core.payload import Generation
 from receiver.db import prices
@@ -99,6 +99,14 @@ async def finish_job(
     )
     found = (await connection.execute(statement)).one_or_none()
     return None if found is None else FinishedJob(*found)
+
+
+async def revise_job(connection: SqlConnection, source: str, generation: Generation) -> None:
+    """Give the job of an event the result of another body; it keeps the time of its end."""
+    values = _final_values(generation)
+    values["finished_at"] = func.coalesce(jobs.c.finished_at, db_time(0.0))
+    mine = jobs.c.source == source, jobs.c.request_id == generation.request_id
+    await connection.execute(update(jobs).where(*mine).values(values))
 
 
 def _is_on_path(

@@ -104,7 +104,7 @@ _FILE: Final = [media.c[name] for name in MediaRow.__dataclass_fields__]
 _FILES_BY_ID: Final = select(*_FILE).where(among(media.c.id, "ids"))
 _FILES: Final = (
     select(media.c.event_seq, *_FILE)
-    .where(among(media.c.event_seq, "seqs"))
+    .where(among(media.c.event_seq, "seqs"), media.c.state != "superseded")
     .order_by(media.c.event_seq, media.c.position, media.c.variant.desc())
 )
 
@@ -114,7 +114,7 @@ _WITH_FILES: Final = select(media.c.event_seq).where(among(media.c.event_seq, "s
 async def load_media(
     connection: SqlConnection, event_seqs: Collection[int], *, at_once: int = EVENTS_AT_ONCE
 ) -> dict[int, list[MediaRow]]:
-    """Return the files of events, by the event's `seq`, in their order."""
+    """Return the files of events, by the event's `seq`, in their order; not those of superseded bodies."""
     found: dict[int, list[MediaRow]] = defaultdict(list)
     # Most claims have many events and few files: one short query finds the events that have any.
     with_files = (await connection.execute(_WITH_FILES, {"seqs": list(event_seqs)})).scalars()

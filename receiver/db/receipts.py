@@ -24,6 +24,12 @@ from receiver.db.tables import events, receipts
 FIRST_SEQ: Final = 0
 """The `seq` of the first receipt, below those of all others."""
 
+POLLED: Final = "poll"
+"""In place of the id of a secret: this body came as the answer to a poll, so it is not signed.
+
+Such a receipt exists only if another body was promoted over it.
+"""
+
 FIRST_COLUMNS: Final = ("webhook_id", "secret_id", "signed_at", "first_outcome")
 """The columns of an event that only its first receipt has."""
 FIRST_OUTCOME: Final = func.coalesce(

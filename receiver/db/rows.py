@@ -18,12 +18,15 @@ _NAMESPACE_BYTES: Final = EVENT_NAMESPACE.bytes
 
 EventState = Literal["received", "fetching", "ready", "unrecognized", "erased"]
 """`erased`: a tombstone without a body, so that a later request for the event is still a duplicate."""
-MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipped"]
+MediaState = Literal["pending", "stored", "not_media", "gone", "blocked", "skipped", "superseded"]
+"""`superseded`: only an earlier body of the event names the file, so no message does."""
 DeliveryState = Literal["pending", "delivered", "dead", "canceled"]
 EventStatus = Literal["OK", "ERROR"]
 Origin = Literal["webhook", "poll"]
-Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized"]
-AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted", "canceled"]
+Outcome = Literal["accepted", "duplicate", "conflict", "unrecognized", "promoted", "superseded"]
+"""The last two are made by a person: the body of `promoted` is the event's, that of `superseded` was decided
+against."""
+AttemptOutcome = Literal["succeeded", "retry", "failed", "resubmitted", "restarted", "canceled", "superseded"]
 JobState = Literal["pending", "submitted", "completed", "failed", "canceled", "unsure"]
 CostGroup = Literal["caller", "model", "day"]
 
@@ -162,6 +165,8 @@ class StoredEvent(NamedTuple):
     received_at: datetime
     job_id: uuid.UUID | None
     path_token: str | None
+    first_outcome: Outcome | None = None
+    """`promoted` if its body was."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -149,11 +149,13 @@ events = Table(
     Column("path_token", String(64)),
     # The first receipt: the request that made the event; `received_at` and `body_sha256` belong to it, too.
     # In a table of its own it would cost each webhook a row, two index entries and a quarter of the
-    # write-ahead log. All are null if the event was polled.
+    # write-ahead log. All are null if the event was polled, or if another body was promoted: then all its
+    # receipts are in that table.
     Column("webhook_id", String(255)),
     Column("secret_id", String(16)),
     Column("signed_at", UtcDateTime),
-    # The outcome of the first receipt if another one follows from the event: it was recognized later.
+    # The outcome of the first receipt if another one follows from the event: it was recognized later; or
+    # `promoted`, if the body is that of another receipt.
     Column("first_outcome", String(16)),
     # A hash of source and request_id. It is the only unique key with random values: each insert into the
     # index of such a key dirties another B-tree page, which is written to the disk and to the write-ahead

@@ -18,7 +18,7 @@ from receiver.db.tables import attempts, deliveries, events, rejections
 MAX_ROWS: Final = 200
 """The most rows of a table that one page has."""
 
-Kind = Literal["event", "delivered", "failed", "dead", "canceled", "restarted", "rejected"]
+Kind = Literal["event", "delivered", "failed", "dead", "canceled", "restarted", "superseded", "rejected"]
 FAILURES: Final[Sequence[Kind]] = ("failed", "dead", "rejected")
 
 _TABLES: Final[Sequence[Table]] = (events, attempts, rejections)

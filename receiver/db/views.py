@@ -79,6 +79,7 @@ class ReceiptHead(TypedDict):
     seq: int
     webhook_id: str | None
     secret_id: str
+    """`poll` if the body was polled, and not signed."""
     signed_at: datetime
     received_at: datetime
     body_sha256: str
@@ -91,7 +92,7 @@ class Receipt(ReceiptHead):
     """A request on record for an event."""
 
     body: bytes | None
-    """Of a conflict alone."""
+    """Of a conflict, and of a body that another one has superseded."""
 
 
 class _Work(TypedDict):

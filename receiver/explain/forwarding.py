@@ -17,7 +17,9 @@ _STATE_WORDS = {"not_media": "no media", "gone": "lost", "pending": "not stored 
 def media_words(event: EventDetails) -> str:
     """Return the files in words: `video stored`, `2 images stored`."""
     counts = Counter(
-        (file["kind"], file["state"]) for file in event["media"] if file["variant"] == "original"
+        (file["kind"], file["state"])
+        for file in event["media"]
+        if file["variant"] == "original" and file["state"] != "superseded"
     )
     words = []
     for (kind, state), number in counts.items():
@@ -51,7 +53,10 @@ def delivery_parts(facts: Facts, event: EventDetails) -> Iterator[Part]:
         destination = known.get(row["destination"]) or DestinationFacts(
             name=row["destination"], configured=False
         )
-        yield _delivery_part(facts, row, destination)
+        if facts.delivery_id is None and _is_superseded(row):
+            yield _superseded_part(destination)
+        else:
+            yield _delivery_part(facts, row, destination)
     if not event["deliveries"]:
         yield _without_delivery(facts, event)
 
@@ -74,10 +79,28 @@ def _chosen(rows: Sequence[DeliveryWithLog], facts: Facts) -> list[DeliveryWithL
     if facts.delivery_id is not None:
         return [row for row in rows if row["id"] == facts.delivery_id]
     newest: dict[str, DeliveryWithLog] = {}
-    for row in sorted(rows, key=lambda row: (row["state"] in ("delivered", "pending"), row["id"])):
+    for row in sorted(
+        rows,
+        key=lambda row: (not _is_superseded(row), row["state"] in ("delivered", "pending"), row["id"]),
+    ):
         # A replay that was delivered stands for a dead letter before it.
         newest[row["destination"]] = row
     return list(newest.values())
+
+
+def _is_superseded(row: DeliveryWithLog) -> bool:
+    """Tell whether a delivery belongs to a body that another one has superseded."""
+    return any(attempt["outcome"] == "superseded" for attempt in row["attempt_log"])
+
+
+def _superseded_part(destination: DestinationFacts) -> Part:
+    name = destination.name
+    if not destination.configured:
+        return Part("filtered", f"{name} is not configured any more and does not get the promoted body")
+    if destination.mismatch is not None:
+        text = f"{name} does not get the promoted body: its filter leaves it out ({destination.mismatch})"
+        return Part("filtered", text)
+    return Part("delivery_due", f"{name} gets the promoted body by a replay next", ("receiver replays list",))
 
 
 def _delivery_part(facts: Facts, row: Delivery, destination: DestinationFacts) -> Part:

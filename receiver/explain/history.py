@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Final
 
+from receiver.db.receipts import POLLED
 from receiver.db.views import DeliveryWithLog, EventDetails, FileWithLog, JobDetails
 from receiver.explain.facts import Fact, Facts
 
@@ -57,6 +58,8 @@ def _event_facts(facts: Facts, event: EventDetails) -> Iterator[Fact]:
     for receipt in event["receipts"][:SHOWN_ATTEMPTS]:
         more = f" and {receipt['repeated']} more" if receipt["repeated"] else ""
         text = f"webhook {receipt['outcome']}{more}, signed with the secret {receipt['secret_id']}"
+        if receipt["secret_id"] == POLLED:
+            text = f"polled result {receipt['outcome']}"
         yield Fact(at=receipt["received_at"], text=text)
     for file in event["media"]:
         yield from _file_facts(file)

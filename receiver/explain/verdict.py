@@ -79,9 +79,12 @@ def _event_parts(facts: Facts, event: EventDetails) -> Iterator[Part]:
         return
     yield from media_parts(facts, event)
     yield from delivery_parts(facts, event)
-    if any(receipt["outcome"] == "conflict" for receipt in event["receipts"]):
+    conflicts = [receipt["seq"] for receipt in event["receipts"] if receipt["outcome"] == "conflict"]
+    if conflicts:
         text = "a webhook with the same request_id and another body came later and was kept apart"
-        yield Part("conflict", text, (f"receiver events show {event['id']}",))
+        show = f"receiver events show {event['id']}"
+        promote = f"receiver events promote {event['id']} {conflicts[-1]} --dry-run"
+        yield Part("conflict", text, (show, promote))
 
 
 def _unrecognized(event: EventDetails) -> Part:

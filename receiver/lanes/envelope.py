@@ -45,6 +45,7 @@ def build(
     is present if a replay ordered the delivery; `attempt` counts from 1. The links of files begin with
     `internal_url`; without it they are null. `altered` has JSON pointers into
     `data`: these values differ from the signed body, because they could not be forwarded as they are.
+    `promoted` is present if a person put this body in the place of an earlier one.
     `traceparent` and `tracestate` name the span of this attempt, `trace`, or else the job's caller's.
     """
     content = parse(event.body)
@@ -70,6 +71,7 @@ def build(
             "output": content.output,
             "error": content.error,
             **({"altered": list(content.altered)} if content.altered else {}),
+            **({"promoted": True} if event.first_outcome == "promoted" else {}),
             "media": [_file(row, internal_url) for row in files],
             # The key is the caller's, not the one that was sent to Clipia.
             "job": job

@@ -76,6 +76,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/events/{id}": ("operate", 404),
     "DELETE /v1/events/{id}": ("operate", 404),
     "GET /v1/events/{id}/receipts": ("operate", 404),
+    "POST /v1/events/{id}/receipts/{seq}/promote": ("operate", 404),
     "POST /v1/events/{id}/replay": ("operate", 404),
     "GET /v1/explain/{id}": ("operate", 200),
     # The body is that of a job.
@@ -168,7 +169,13 @@ class Site:
     async def call(self, route: str, *, job_id: str = "x", headers: Any = ()) -> httpx.Response:
         """Call a route as its table writes it."""
         method, path = route.split()
-        for name, value in {"source": "clipia", "job": job_id, "id": job_id, "slug": MODEL}.items():
+        for name, value in {
+            "source": "clipia",
+            "job": job_id,
+            "id": job_id,
+            "slug": MODEL,
+            "seq": "1",
+        }.items():
             path = path.replace(f"{{{name}}}", value)
         content = JOB if method == "POST" else None
         return await self.client.request(method, path, json=content, headers=list(headers))

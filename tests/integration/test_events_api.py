@@ -44,6 +44,7 @@ ROUTES = [
     ("DELETE", "/v1/events/{id}"),
     ("POST", "/v1/events/fetch"),
     ("GET", "/v1/events/{id}/receipts"),
+    ("POST", "/v1/events/{id}/receipts/{seq}/promote"),
     ("POST", "/v1/events/{id}/replay"),
     ("GET", "/v1/events/{id}/route"),
     ("GET", "/v1/events/{id}/links"),

@@ -132,6 +132,7 @@ async def fill(client: httpx.AsyncClient) -> dict[str, str]:
         "GET /v1/events/{id}": "r-0",
         "GET /v1/explain/{id}": "r-0",
         "GET /v1/events/{id}/receipts": "r-0",
+        "POST /v1/events/{id}/receipts/{seq}/promote": "r-0",
         "POST /v1/events/{id}/replay": "r-1",
         "GET /v1/events/{id}/route": "r-0",
         "GET /v1/events/{id}/links": "r-0",
@@ -244,7 +245,7 @@ async def test_documented_examples_are_answered_as_specified(migrated_sqlite: Pa
             if name == "POST /v1/events/fetch":
                 content = {"request_id": "r-0"}
             place = place.replace("{id}", served.ids.get(name, "")).replace("{slug}", MODEL)
-            place = place.replace("{name}", "orders")
+            place = place.replace("{name}", "orders").replace("{seq}", "1")
             response = await client.request(method, place, json=content)
             assert response.is_success, (name, response.text)
             operation.validate_response(response)

@@ -48,6 +48,7 @@ REMOTE: dict[str, tuple[list[str], int, str]] = {
     "events show": (["r-1"], 0, "Receipts"),
     "events fetch": (["absent"], 5, "absent"),
     "events recover": ([], 0, "0 events recovered"),
+    "events promote": (["r-1", "999999"], 4, "no such receipt"),
     "events erase": (["r-2"], 0, "is erased"),
     "deliveries list": (["--state", "dead"], 0, "refused"),
     "deliveries show": (["DEAD"], 0, "refused"),
