@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from receiver.sandbox import api, cdn
+from receiver.sandbox import agents, api, cdn
 from receiver.sandbox.answers import Problem
 from receiver.sandbox.control import Control
 from receiver.sandbox.options import SandboxOptions
@@ -42,7 +42,12 @@ def create_app(
             await sender.stop()
 
     app = Starlette(
-        routes=[*api.routes(sandbox, sender), *Control(sandbox, sender).routes(), *cdn.routes(sandbox)],
+        routes=[
+            *api.routes(sandbox, sender),
+            *agents.routes(),
+            *Control(sandbox, sender).routes(),
+            *cdn.routes(sandbox),
+        ],
         lifespan=lifespan,
         exception_handlers={Problem: _render_problem, HTTPException: _render_http_exception},
     )

@@ -39,7 +39,7 @@ class Gate:
 
     async def answer(self, request: Request, handler: Handler) -> Response:
         """Answer with the handler, or with an error if a check fails; both with RateLimit headers."""
-        key = _api_key(request)
+        key = api_key_of(request)
         headers: dict[str, str] = {}
         try:
             # All calls without a valid key share one limit.
@@ -70,7 +70,7 @@ class Gate:
         return await handler(request, key)
 
 
-def _api_key(request: Request) -> str | None:
+def api_key_of(request: Request) -> str | None:
     """Return the key, if it is well-formed, from any of the three headers that Clipia accepts."""
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     key = credentials if scheme.lower() in ("bearer", "key") else request.headers.get("X-Api-Key", "")
