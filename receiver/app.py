@@ -70,6 +70,7 @@ from receiver.setting_fields import SCOPES, ApiToken
 from receiver.settings import CALLBACK_PATH, Settings
 from receiver.status import read_status
 from receiver.submitter import Submitter
+from receiver.tracing import start_tracing
 
 Only = Literal["webhook", "internal"]
 
@@ -97,12 +98,13 @@ def create_app(
     database = Database(settings.database_url.get_secret_value())
     signals = Signals(database.statements) if database.statements and not worker else None
     wakeups = Wakeups(signals.send) if signals else Wakeups()
-    submitter = Submitter.configured(settings, database, wake=wakeups.wake)
+    tracer = start_tracing()
+    submitter = Submitter.configured(settings, database, wake=wakeups.wake, tracer=tracer)
 
     rejections = make_rejections(settings, database, clock=clock, keep=only != "internal")
     callback = door = None
     if only != "internal":
-        ingest = make_ingest(settings, database, wakeups, clock=clock)
+        ingest = make_ingest(settings, database, wakeups, clock=clock, tracer=tracer)
         callback = WebhookEndpoint(ingest, rejections, max_body_bytes=settings.max_body_bytes)
         door = DirectDoor(callback)
         for source in ingest.sources:
@@ -119,6 +121,7 @@ def create_app(
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(flush_logs)
+            stack.push_async_callback(tracer.close)
             stack.push_async_callback(database.close)
             if callback is not None:
                 await stack.enter_async_context(rejections.recorded())

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Final
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import AfterValidator, SecretStr
 
@@ -46,6 +46,7 @@ _ENVIRONMENT_SECRETS: Final = re.compile(
     r"(?:SECRET|TOKEN|PASSWORD|PASSPHRASE|KEY|KEY_BASE64|SAS|CONNECTION_STRING)"
 )
 """Variables with a secret. Other variables of these clients hold a secret's path, URI, name or kind."""
+_COLLECTOR: Final = re.compile(r"OTEL_EXPORTER_OTLP_(?:TRACES_)?(?:ENDPOINT|HEADERS)")
 _SECRET_PARTS: Final = re.compile(r"(?:^|[;&?=])(?:AccountKey|SharedAccessKey|sig)=([^;&]+)", re.IGNORECASE)
 """The secrets in connection strings and SAS tokens; dates and host names around them are not secret."""
 _SEVERAL_LINES: Final = re.compile(r"\s*([{\[]|-----BEGIN)")
@@ -198,6 +199,12 @@ def strip_cloud_variables(environ: MutableMapping[str, str]) -> None:
         if _ENVIRONMENT_SECRETS.fullmatch(name) and not _SEVERAL_LINES.match(text):
             for secret in _SECRET_PARTS.findall(text) or [text]:
                 register_secret(secret)
+        if _COLLECTOR.fullmatch(name):
+            # In HEADERS: key=value, separated by commas and percent-encoded.
+            for part in [text, *text.split(",")] if name.endswith("HEADERS") else ():
+                register_secret(part.partition("=")[2])
+                register_secret(unquote(part.partition("=")[2]))
+            register_url(text)
 
 
 def check_cloud_variables(environ: Mapping[str, str], url: str) -> None:
@@ -218,6 +225,15 @@ def aws_endpoint(environ: Mapping[str, str], service: str) -> str | None:
 def aws_region(environ: Mapping[str, str]) -> str:
     """Return the region from the variables of AWS clients; empty if none is set."""
     return environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or ""
+
+
+def otlp_endpoint(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the URL that spans are sent to by OpenTelemetry's own variables; None if tracing is off."""
+    is_off = environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if is_off or environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() not in {"", "otlp"}:
+        return None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((value for name in names if (value := environ.get(name, "").strip())), None)
 
 
 def cleaned(value: str, name: str) -> str:

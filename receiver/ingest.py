@@ -20,7 +20,9 @@ from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import EventState, NewEvent, Outcome, id_text, raw_event_id
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
+from receiver.lanes.spans import start_storing
 from receiver.metrics import SECRETS_USED, WEBHOOKS
+from receiver.tracing import OFF, Tracer
 
 MAX_BATCH_WEBHOOKS: Final = 256
 """The most webhooks in one transaction."""
@@ -67,6 +69,7 @@ class Ingest:
         tolerance: int,
         clock: Callable[[], float],
         on_accepted: Callable[[], None],
+        tracer: Tracer = OFF,
     ) -> None:
         """`secrets` are given by source; `tolerance` is in seconds, and `clock` returns unix seconds.
 
@@ -77,6 +80,7 @@ class Ingest:
         self._tolerance = tolerance
         self._clock = clock
         self._on_accepted = on_accepted
+        self._tracer = tracer
         self._new = _batcher(self._store)
         self._repeated = _batcher(self._record_repeats)
         self._verified = {(source, secret.id): 0 for source, known in secrets.items() for secret in known}
@@ -150,7 +154,8 @@ class Ingest:
         self._count_verified()
         # If an event is twice in a group, only its first request is new.
         new = {event.raw_id: event for event in reversed(group)}
-        known = await self._database.insert_arrivals([*new.values()])
+        with start_storing(self._tracer, group, system=self._database.dialect_name):
+            known = await self._database.insert_arrivals([*new.values()])
         outcomes: list[Outcome | None] = [
             event.first_outcome if event.raw_id not in known and new[event.raw_id] is event else None
             for event in group

@@ -42,6 +42,7 @@ from receiver.rejections import Rejections
 from receiver.replays import Replays
 from receiver.settings import Settings, unknown_variables
 from receiver.submitter import Submitter
+from receiver.tracing import OFF, Tracer
 
 log = structlog.get_logger()
 
@@ -182,6 +183,7 @@ async def _open_worker(
         states,
         wake=wakeups.wake,
         make_target=partial(make_target, internal_url=settings.internal_url),
+        tracer=submitter.tracer,
     )
     stack.push_async_callback(live.close)
     await live.start(settings.every_destination, parts.destinations)
@@ -189,7 +191,7 @@ async def _open_worker(
     if not targets:
         log.warning("no destination is configured: events are stored and not forwarded")
     replay = ReplayLane(database, targets, parts.storage, wake=wakeups.wake, rules=parts.rules)
-    fan_out = FanOut(database, targets, wake=wakeups.wake, rules=parts.rules)
+    fan_out = FanOut(database, targets, wake=wakeups.wake, rules=parts.rules, tracer=submitter.tracer)
     lanes: list[Lane] = [
         MediaLane(
             database,
@@ -200,6 +202,7 @@ async def _open_worker(
                 if submitter.lane is not None
                 else None
             ),
+            tracer=submitter.tracer,
         ),
         *live.make_lanes(),
         replay,
@@ -218,13 +221,23 @@ def _job_lanes(settings: Settings, database: Database, wakeups: Wakeups, submitt
         await ingest.record_result(source, body)
 
     poll = PollLane(
-        database, submitter.client, store=store, wake=wakeups.wake, poll_after=settings.poll_after
+        database,
+        submitter.client,
+        store=store,
+        wake=wakeups.wake,
+        poll_after=settings.poll_after,
+        tracer=submitter.tracer,
     )
     return [submitter.lane, poll]
 
 
 def make_ingest(
-    settings: Settings, database: Database, wakeups: Wakeups, *, clock: Callable[[], float] = time.time
+    settings: Settings,
+    database: Database,
+    wakeups: Wakeups,
+    *,
+    clock: Callable[[], float] = time.time,
+    tracer: Tracer = OFF,
 ) -> Ingest:
     """Make the ingest of all sources; a source without a secret can record polled results only."""
     return Ingest(
@@ -236,6 +249,7 @@ def make_ingest(
         tolerance=settings.signature_tolerance,
         clock=clock,
         on_accepted=lambda: wakeups.wake(FAN_OUT_LANE),
+        tracer=tracer,
     )
 
 
@@ -269,6 +283,7 @@ def make_target(
         is_down=is_down,
         concurrency=settings.concurrency,
         rate=settings.rate,
+        scheme=settings.url.get_secret_value().partition(":")[0].lower(),
         internal_url=internal_url,
     )
 

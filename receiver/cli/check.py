@@ -20,6 +20,7 @@ from receiver.cli.submit import reason_text
 from receiver.cli.terminal import amount, count, moment, print_json, stdout
 from receiver.cli.waiting import find_missing, process_name
 from receiver.clipia.client import Call, open_client
+from receiver.config_file import otlp_endpoint
 from receiver.core.lane_names import FAN_OUT_LANE, POLL_LANE, SUBMIT_LANE, destination_lane
 from receiver.core.signature import Secret
 from receiver.db import jobs, migrate, outbox, rejections, submission_freezes
@@ -38,6 +39,7 @@ from receiver.settings import CALLBACK_PATH, Settings, unknown_variables
 from receiver.status import WorkerStatus, read_workers
 from receiver.submitter.account_status import AccountStatus, read_account_status
 from receiver.submitter.job import read_error
+from receiver.tracing import check_collector, require_tracing
 
 REJECTIONS_SHOWN: Final = timedelta(days=1)
 """The age of the rejected requests that are counted."""
@@ -92,6 +94,8 @@ class _Check:
             self._ok("public URL", f"Clipia sends webhooks to {settings.public_url}{CALLBACK_PATH}")
         async with self._step("Clipia"):
             await self._check_clipia(settings)
+        async with self._step("traces"):
+            await self._check_traces()
         if has_tables:
             async with self._step("jobs"):
                 await self._check_jobs(settings)
@@ -272,6 +276,15 @@ class _Check:
             self._warn(
                 "Clipia", "no token of RECEIVER_API_TOKENS has the scope `submit`, which POST /v1/jobs needs"
             )
+
+    async def _check_traces(self) -> None:
+        if otlp_endpoint() is None:
+            self._ok("traces", "off: OTEL_EXPORTER_OTLP_ENDPOINT is not set, or OpenTelemetry is disabled")
+            return
+        require_tracing()
+        # In a thread: the library waits.
+        origin = await asyncio.to_thread(check_collector)
+        self._ok("traces", f"on; the collector at {origin} takes spans")
 
     async def _check_destinations(self, settings: Settings) -> None:
         if not settings.all_destinations:

@@ -13,17 +13,23 @@ from receiver.cli.terminal import operator
 from receiver.client import Client
 from receiver.errors import ReceiverError, RequestError
 from receiver.settings import Settings
+from receiver.tracing import OFF, Tracer, start_tracing
 
 T = TypeVar("T")
 
 
 def with_client(
-    use: Callable[[Client], Awaitable[T]], *, caller: str | None = None, prepares: bool = False
+    use: Callable[[Client], Awaitable[T]],
+    *,
+    caller: str | None = None,
+    prepares: bool = False,
+    is_traced: bool = False,
 ) -> T:
     """Run `use` with a client of the receiver at --url or RECEIVER_URL, or else of this machine's database.
 
     On this machine the calls come from `caller`, by default from the user of the command. `prepares` makes
-    the tables of an empty SQLite database. Raises SettingsError, DatabaseUnavailable and ReceiverUnavailable.
+    the tables of an empty SQLite database. `is_traced` lets calls on this machine make spans. Raises
+    SettingsError, DatabaseUnavailable and ReceiverUnavailable.
     """
     silence_logs()
     remote = find_remote()
@@ -32,14 +38,15 @@ def with_client(
         if remote is not None:
             async with Client(*remote) as client:
                 return await use(client)
-        async with _local_client(caller or operator(), prepares=prepares) as client:
+        tracer = start_tracing() if is_traced else OFF
+        async with _local_client(caller or operator(), tracer, prepares=prepares) as client:
             return await use(client)
 
     return asyncio.run(run())
 
 
 @asynccontextmanager
-async def _local_client(caller: str, *, prepares: bool) -> AsyncIterator[Client]:
+async def _local_client(caller: str, tracer: Tracer, *, prepares: bool) -> AsyncIterator[Client]:
     # Most of a second of CPU, which a command for a receiver elsewhere does not need.
     from receiver.app import create_local_app  # noqa: PLC0415
     from receiver.db import migrate  # noqa: PLC0415
@@ -51,7 +58,7 @@ async def _local_client(caller: str, *, prepares: bool) -> AsyncIterator[Client]
             await migrate.prepare(database, durable_without=settings.durable_without)
         else:
             await migrate.require_current(database)
-        submitter = Submitter.configured(settings, database)
+        submitter = Submitter.configured(settings, database, tracer=tracer)
         try:
             app = create_local_app(settings, database, submitter, caller=caller)
             transport = httpx.ASGITransport(app)
@@ -59,6 +66,7 @@ async def _local_client(caller: str, *, prepares: bool) -> AsyncIterator[Client]
                 yield client
         finally:
             await submitter.close()
+            await tracer.close()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from receiver.logs import configure_logging
 from receiver.process import check_parts, collect_garbage_less, prepare
 from receiver.reload import accept_reloads, hold_reloads, is_hangup, load_again, log_failed_reload
 from receiver.settings import Settings
+from receiver.tracing import require_tracing
 
 GRACE_SECONDS: Final = 10
 """Time that open requests have to end after the drain period, before the worker drains."""
@@ -73,6 +74,7 @@ def serve(
     settings = Settings.load()
     settings.require_sources()
     configure_logging(level=settings.log_level)
+    require_tracing()
     if worker:
         asyncio.run(check_parts(settings))
     if workers > 1 and settings.database_url.get_secret_value().startswith("sqlite"):

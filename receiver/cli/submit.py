@@ -83,7 +83,7 @@ def submit(
         _print_submitted(job)
         return await _watch(client, job, patience) if wait else (job, 0)
 
-    job, status = with_client(run, caller=CALLER if caller is None else caller, prepares=True)
+    job, status = with_client(run, caller=CALLER if caller is None else caller, prepares=True, is_traced=True)
     if json:
         print_json(job.as_dict())
     elif wait:

@@ -19,6 +19,7 @@ from receiver.process import check_parts, collect_garbage_less, prepare, running
 from receiver.reload import Reloader, accept_reloads, hold_reloads, is_hangup
 from receiver.settings import Settings
 from receiver.submitter import Submitter
+from receiver.tracing import require_tracing, start_tracing
 
 
 @local_only("it runs a worker on this machine")
@@ -31,6 +32,7 @@ def worker(metrics_port: MetricsPort = None, metrics_host: MetricsHost = "127.0.
     hold_reloads()
     settings = Settings.load()
     configure_logging(level=settings.log_level)
+    require_tracing()
     asyncio.run(check_parts(settings))
     listeners = [each for group in bind_metrics(metrics_host, metrics_port) for each in group]
     uvloop.run(_run(settings, listeners))
@@ -43,7 +45,8 @@ async def _run(settings: Settings, listeners: Sequence[socket.socket]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         wakeups = Wakeups()
-        submitter = Submitter.configured(settings, database, wake=wakeups.wake)
+        tracer = start_tracing()
+        submitter = Submitter.configured(settings, database, wake=wakeups.wake, tracer=tracer)
         try:
             metrics = Metrics.with_rows(settings, database, submitter)
             reloader = Reloader(settings)
@@ -61,3 +64,4 @@ async def _run(settings: Settings, listeners: Sequence[socket.socket]) -> None:
                 await stop.wait()
         finally:
             await submitter.close()
+            await tracer.close()

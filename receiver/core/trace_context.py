@@ -50,22 +50,14 @@ class TraceContext(NamedTuple):
         return f"00-{self.trace_id:032x}-{self.span_id:016x}-{self.flags:02x}"
 
 
-def computed_span_id(of: UUID) -> int:
-    """Return the id of the span of a job or an event: each process computes the same one."""
-    return int.from_bytes(_digest(of)[16:])
+def computed_ids(of: UUID) -> tuple[int, int]:
+    """Return the ids of the trace that begins with a job or an event, and of its span in any trace.
 
-
-def computed_trace_id(of: UUID) -> int:
-    """Return the id of the trace that begins with a job or an event: each process computes the same one.
-
-    The UUID itself would not do: samplers compare the last eight bytes with a bound, and in a UUID two bits
-    of these are always the same.
+    Each process computes the same ones, so none has to be stored. The UUID itself would not do as a trace's
+    id: samplers compare the last eight bytes with a bound, and in a UUID two bits of these never change.
     """
-    return int.from_bytes(_digest(of)[:16])
-
-
-def _digest(of: UUID) -> bytes:
-    return hashlib.blake2b(of.bytes, digest_size=24, person=b"clipia-receiver").digest()
+    digest = hashlib.blake2b(of.bytes, digest_size=24, person=b"clipia-receiver").digest()
+    return int.from_bytes(digest[:16]), int.from_bytes(digest[16:])
 
 
 def _parse_state(text: str) -> str | None:

@@ -142,6 +142,8 @@ async def _load_submissions(
         jobs.c.warnings,
         jobs.c.max_cost,
         jobs.c.max_cost_micros,
+        jobs.c.traceparent,
+        jobs.c.tracestate,
     ).where(jobs.c.id.in_(ids))
     rows = (await connection.execute(statement)).mappings()
     return {row["id"]: Submission(**prices.join(row)) for row in rows}
@@ -158,9 +160,10 @@ async def claim_to_poll(
         return []
     watched = func.coalesce(jobs.c.watched_until > db_time(0.0), false()).label("watched")
     open_for = func.coalesce(seconds_since(jobs.c.submitted_at), 0.0).label("open_for")
-    statement = select(
-        jobs.c.id, jobs.c.source, jobs.c.request_id, jobs.c.has_webhook, jobs.c.error, watched, open_for
-    ).where(jobs.c.id.in_([claim.id for claim in claims]))
+    names = ("id", "source", "request_id", "has_webhook", "error", "traceparent", "tracestate")
+    statement = select(*(jobs.c[name] for name in names), watched, open_for).where(
+        jobs.c.id.in_([claim.id for claim in claims])
+    )
     found = {row["id"]: OpenRequest(**row) for row in (await connection.execute(statement)).mappings()}
     return [(claim, found[claim.id]) for claim in claims]
 

@@ -335,6 +335,9 @@ class Submission:
     warnings: list[dict[str, Any]] | None
     """Keys of the input that the model's schema does not have."""
     max_cost: Credits | None
+    traceparent: str | None = None
+    """The span of its caller."""
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,6 +354,9 @@ class OpenRequest:
     """Seconds since Clipia accepted it."""
     error: str | None
     """The problem with the answer to the last poll, as JSON."""
+    traceparent: str | None = None
+    """The span of its caller."""
+    tracestate: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,8 @@ from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.rows import Claim
 from receiver.errors import DatabaseUnavailable
+from receiver.lanes.spans import database_attributes
+from receiver.tracing import NO_SPAN, Span
 
 LEASE_SECONDS: Final = 60.0
 """How long a claim holds unless the worker renews it."""
@@ -75,9 +77,27 @@ class Lane(ABC):
         """Give claims back; their attempts do not count."""
         await self._database.run_transaction(partial(leases.release, table=self._table, claims=claims))
 
-    async def _record(self, claim: Claim, write: Callable[[SqlConnection], Awaitable[T]]) -> T:
-        """Record a result in a transaction; `write` returns False if the lease was lost."""
-        return await self._until_recorded(claim, lambda: self._database.run_transaction(write))
+    async def _record(
+        self,
+        claim: Claim,
+        write: Callable[[SqlConnection], Awaitable[T]],
+        span: Span = NO_SPAN,
+        rows: int = 1,
+    ) -> T:
+        """Record a result in a transaction; `write` returns False if the lease was lost.
+
+        `span` is that of the work, and `rows` are those that are recorded together.
+        """
+        with self._recording(span, rows):
+            return await self._until_recorded(claim, lambda: self._database.run_transaction(write))
+
+    def _recording(self, span: Span, rows: int = 1) -> Span:
+        """Return the span of a transaction that records results."""
+        if span is NO_SPAN:
+            return NO_SPAN
+        name = self._table.name
+        attributes = database_attributes(self._database.dialect_name, "UPDATE", name, rows=rows)
+        return span.child(f"UPDATE {name}", attributes=attributes)
 
     async def _until_recorded(self, claim: Claim, record: Callable[[], Awaitable[T]]) -> T:
         """Call `record` until the database is available.

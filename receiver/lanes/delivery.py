@@ -2,12 +2,11 @@
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, NamedTuple
-from uuid import UUID
 
 import structlog
 from cloudevents.core.v1.event import CloudEvent
@@ -19,7 +18,7 @@ from receiver.core.token_bucket import TokenBucket
 from receiver.db import inbox, job_events, leases, outbox, replays
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
-from receiver.db.rows import Attempt, Claim, DeliveryClaim, JobRef, MediaRow, StoredEvent
+from receiver.db.rows import Attempt, DeliveryClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import deliveries
 from receiver.destinations.base import GroupDestination
 from receiver.errors import DatabaseUnavailable, PublishFailed, PublishRejected
@@ -27,9 +26,12 @@ from receiver.lanes import envelope
 from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
 from receiver.lanes.delivery_report import DeliveryReport
+from receiver.lanes.delivery_results import Result, record
 from receiver.lanes.destination_states import DestinationStates
 from receiver.lanes.shared_circuit import SharedCircuit
+from receiver.lanes.spans import start_delivery
 from receiver.lanes.targets import Target
+from receiver.tracing import NO_SPAN, OFF, Span, Tracer
 
 MAX_RESULTS: Final = 200
 """Results in one transaction."""
@@ -50,17 +52,8 @@ class _Delivery(NamedTuple):
     event: StoredEvent
     files: Sequence[MediaRow]
     job: JobRef | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The result of an attempt: the delivery's last state, or the seconds until the next attempt."""
-
-    claim: DeliveryClaim
-    event: StoredEvent
-    attempt: Attempt
-    state: str | None = None
-    delay: float = 0.0
+    span: Span = NO_SPAN
+    """The span of the attempt."""
 
 
 class DeliveryLane(Lane):
@@ -75,6 +68,7 @@ class DeliveryLane(Lane):
         concurrency: int | None = None,
         max_rest_seconds: float = MAX_REST_SECONDS,
         states: DestinationStates | None = None,
+        tracer: Tracer = OFF,
     ) -> None:
         """`concurrency` defaults to the target's, and that to the destination's own.
 
@@ -84,6 +78,7 @@ class DeliveryLane(Lane):
         name = destination_lane(target.name)
         super().__init__(database, deliveries, name=name, concurrency=concurrency, wake=wake)
         self._target = target
+        self._tracer = tracer
         self._bucket = TokenBucket(target.rate) if target.rate else None
         self._next_claim: asyncio.TimerHandle | None = None
         self._states = states or DestinationStates(database)
@@ -256,12 +251,26 @@ class DeliveryLane(Lane):
             if crashed := crash_error(this.claim, "delivering this event"):
                 records.append(self._give_up(this, attempt.end("failed", crashed)))
                 continue
+            begun = self._begin(this)
             try:
-                built.append((this, envelope.build(*this, internal_url=self._target.internal_url)))
+                built.append((begun, self._message(begun)))
             except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
-                records.append(self._failed(this, attempt, error))
+                begun.span.end(error)
+                records.append(self._failed(begun, attempt, error))
         await asyncio.gather(*records)
         return built
+
+    def _begin(self, this: _Delivery) -> _Delivery:
+        """Return a delivery with the span of its attempt."""
+        target = self._target
+        return this._replace(
+            span=start_delivery(self._tracer, target.name, target.scheme, *this[:2], this.job)
+        )
+
+    def _message(self, this: _Delivery) -> CloudEvent:
+        claim, event, files, job, span = this
+        url = self._target.internal_url
+        return envelope.build(claim, event, files, job, internal_url=url, trace=span.context)
 
     async def _end_group(
         self, sent: Sequence[_Delivery], failures: Sequence[Exception | None], attempt: StartedAttempt
@@ -270,6 +279,7 @@ class DeliveryLane(Lane):
         confirmed, records = list[_Delivery](), list[Awaitable[object]]()
         for this, failure in zip(sent, failures, strict=True):
             self._circuit.note(failure, attempt.began)
+            this.span.end(failure)
             if failure is None:
                 confirmed.append(this)
             else:
@@ -288,7 +298,7 @@ class DeliveryLane(Lane):
             duration_ms=ended.duration_ms,
         )
         try:
-            await self._record(claims[0], write)
+            await self._record(claims[0], write, group[0].span, rows=len(claims))
         except Exception as error:
             if not isinstance(error, leases.LeaseLost):
                 log.exception("results recorded one by one", lane=self.name)
@@ -308,18 +318,22 @@ class DeliveryLane(Lane):
         if crashed := crash_error(this.claim, "delivering this event"):
             await self._give_up(this, attempt.end("failed", crashed))
             return
+        this = self._begin(this)
         try:
-            message = envelope.build(*this, internal_url=self._target.internal_url)
+            message = self._message(this)
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
+            this.span.end(error)
             await self._failed(this, attempt, error)
             return
         try:
             await self._target.destination.publish(message)
         except Exception as error:  # noqa: BLE001 - likewise
             self._circuit.note(error, attempt.began)
+            this.span.end(error)
             await self._failed(this, attempt, error)
             return
         self._circuit.note(None, attempt.began)
+        this.span.end()
         await self._finish(this, attempt.end("succeeded"), state="delivered")
 
     async def _failed(self, this: _Delivery, attempt: StartedAttempt, error: Exception) -> None:
@@ -342,11 +356,12 @@ class DeliveryLane(Lane):
     ) -> bool:
         """Record a result; False if the lease was lost."""
         result = Result(claim=this.claim, event=this.event, attempt=attempt, state=state, delay=delay)
-        return await self._until_recorded(this.claim, lambda: self._results.add(result))
+        with self._recording(this.span):
+            return await self._until_recorded(this.claim, lambda: self._results.add(result))
 
     async def _write(self, results: Sequence[Result]) -> list[bool]:
         """Record results in one transaction; return for each whether its lease was still held."""
-        held = await self._database.run_transaction(partial(_record, results=results))
+        held = await self._database.run_transaction(partial(record, results=results))
         recorded = [each for each in results if each.claim.id in held]
         delivered = [(each.claim, each.event) for each in recorded if each.state == "delivered"]
         self._report.tell(Counter(each.state or "retry" for each in recorded), delivered)
@@ -361,22 +376,3 @@ class DeliveryLane(Lane):
 def _has_answer(failures: Sequence[Exception | None]) -> bool:
     """Return whether the destination has answered for any message, even if it rejected it."""
     return any(failure is None or isinstance(failure, PublishRejected) for failure in failures)
-
-
-async def _record(connection: SqlConnection, results: Sequence[Result]) -> set[UUID]:
-    """Record results; return the ids of the deliveries with a lease that was still held."""
-    held = set[UUID]()
-    finished: dict[tuple[str, str | None], list[Claim]] = defaultdict(list)
-    await leases.lock(connection, deliveries, [each.claim for each in results])
-    for each in results:
-        if each.state is not None:
-            finished[each.state, each.attempt.error].append(each.claim)
-        elif await leases.retry(
-            connection, deliveries, each.claim, delay=each.delay, error=each.attempt.error
-        ):
-            held.add(each.claim.id)
-    for (state, error), claims in finished.items():
-        held |= await leases.finish_all(connection, deliveries, claims, state=state, error=error)
-    attempts = [(each.claim.id, each.attempt) for each in results if each.claim.id in held]
-    await leases.record_attempts(connection, attempts)
-    return held

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -14,17 +14,18 @@ from receiver.core.lane_names import MEDIA_LANE, SUBMIT_LANE, Wake, destination_
 from receiver.core.output_files import FileRules, Listing
 from receiver.core.payload import Generation, parse
 from receiver.core.retry import GIVE_UP_SECONDS
-from receiver.core.routing import RoutingFacts
 from receiver.db import inbox, job_events, outbox
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
 from receiver.db.job_events import FinishedJob
-from receiver.db.rows import EventState, NewMedia, StoredEvent
+from receiver.db.rows import EventState, JobRef, NewMedia, StoredEvent
 from receiver.errors import DatabaseUnavailable, UnrecognizedBody
 from receiver.lanes.attempts import stored_text
 from receiver.lanes.generation_metrics import count_results, observe_jobs
+from receiver.lanes.spans import FannedOut, tell_fan_out
 from receiver.lanes.targets import Routes, Target, facts_of
 from receiver.metrics import MEDIA_SKIPPED
+from receiver.tracing import OFF, Tracer
 
 MAX_EVENTS: Final = 200
 """Events in one batch."""
@@ -60,6 +61,8 @@ class _Added:
     results: list[Generation] = field(default_factory=list)
     jobs: list[FinishedJob] = field(default_factory=list)
     """The jobs that have ended."""
+    traced: list[FannedOut] = field(default_factory=list)
+    """The events, if tracing is on."""
 
     def add(self, other: "_Added") -> None:
         """Add another result."""
@@ -67,6 +70,7 @@ class _Added:
         self.skipped += other.skipped
         self.results += other.results
         self.jobs += other.jobs
+        self.traced += other.traced
 
 
 _AddWork = Callable[[SqlConnection, Sequence[StoredEvent]], Awaitable[_Added]]
@@ -83,6 +87,7 @@ class FanOut:
         *,
         wake: Wake,
         rules: FileRules = _ANY_HOST,
+        tracer: Tracer = OFF,
         max_batch_bytes: int = MAX_BATCH_BYTES,
         rest_seconds: float = REST_SECONDS,
         min_failing_seconds: float = MIN_FAILING_SECONDS,
@@ -93,6 +98,7 @@ class FanOut:
         """`targets` may be replaced; a run keeps those that it began with."""
         self._wake = wake
         self._rules = rules
+        self._tracer = tracer
         self._max_batch_bytes = max_batch_bytes
         self._rest_seconds = rest_seconds
         self._min_failing_seconds = min_failing_seconds
@@ -136,7 +142,9 @@ class FanOut:
 
     async def _run(self, limit: int, add_work: _AddWork) -> int:
         take = partial(self._take, limit=limit, add_work=add_work)
+        began = time.time()
         self.may_have_more, added = await self._database.run_transaction(take)
+        tell_fan_out(self._tracer, added.traced, system=self._database.dialect_name, began=began)
         for lane in added.lanes:
             self._wake(lane)
         for reason, number in added.skipped.items():
@@ -199,24 +207,30 @@ class FanOut:
         if unrecognized := [event.seq for event, generation in parsed if generation is None]:
             await inbox.set_state(connection, unrecognized, "unrecognized")
         finished = await self._finish_jobs(connection, recognized)
-        added = await self._add_rows(connection, recognized, await self._load_facts(connection, recognized))
+        refs = await self._load_refs(connection, recognized)
+        added = await self._add_rows(connection, recognized, refs)
         added.results, added.jobs = [generation for _, generation in recognized], finished
         if finished:
             added.lanes.add(SUBMIT_LANE)
         return added
 
     async def _add_rows(
-        self, connection: SqlConnection, recognized: _Recognized, facts: Sequence[RoutingFacts]
+        self, connection: SqlConnection, recognized: _Recognized, refs: Mapping[int, JobRef]
     ) -> _Added:
         files, routes, added = list[tuple[int, NewMedia]](), Routes(), _Added()
         states: dict[EventState, list[int]] = {"fetching": [], "ready": []}
-        for (event, generation), each in zip(recognized, facts, strict=True):
+        for event, generation in recognized:
+            job = refs.get(event.seq)
             listing = generation.list_files(self._rules)
             added.skipped += _count_skipped(event, listing)
             files.extend((event.seq, NewMedia.of(ref)) for ref in listing.files)
             is_fetching = any(ref.skip is None for ref in listing.files)
             states["fetching" if is_fetching else "ready"].append(event.seq)
-            routes.add(event.seq, self._targets, each, is_fetching=is_fetching)
+            facts = facts_of(event, generation.model, job)
+            number = routes.add(event.seq, self._targets, facts, is_fetching=is_fetching)
+            if self._tracer.is_on:
+                traced = FannedOut(event=event, job=job, files=len(listing.files), deliveries=number)
+                added.traced.append(traced)
         await outbox.insert_media(connection, files)
         await outbox.insert_deliveries(connection, routes.due, due=True)
         await outbox.insert_deliveries(connection, routes.held, due=False)
@@ -240,12 +254,11 @@ class FanOut:
         ]
         return [job for job in finished if job is not None]
 
-    async def _load_facts(self, connection: SqlConnection, recognized: _Recognized) -> list[RoutingFacts]:
-        """Return the facts that filters compare, for each event."""
-        needs_job = any(target.filter.needs_job for target in self._targets)
+    async def _load_refs(self, connection: SqlConnection, recognized: _Recognized) -> dict[int, JobRef]:
+        """Return the jobs of events, by the event's `seq`, if filters or spans need them."""
+        needs_job = self._tracer.is_on or any(target.filter.needs_job for target in self._targets)
         seqs = [event.seq for event, _ in recognized] if needs_job else []
-        refs = await job_events.load_refs(connection, seqs) if seqs else {}
-        return [facts_of(event, generation.model, refs.get(event.seq)) for event, generation in recognized]
+        return await job_events.load_refs(connection, seqs) if seqs else {}
 
 
 def _parse(event: StoredEvent) -> Generation | None:

@@ -23,6 +23,7 @@ from receiver.lanes.replay import ReplayLane
 from receiver.lanes.targets import Target
 from receiver.lanes.worker import Worker
 from receiver.metrics import CIRCUIT_OPEN
+from receiver.tracing import OFF, Tracer
 
 MakeTarget = Callable[..., Target]
 
@@ -71,13 +72,20 @@ class LiveDestinations:
     """Opens, replaces and closes destinations with their lanes."""
 
     def __init__(
-        self, database: Database, states: DestinationStates, *, wake: Wake, make_target: MakeTarget
+        self,
+        database: Database,
+        states: DestinationStates,
+        *,
+        wake: Wake,
+        make_target: MakeTarget,
+        tracer: Tracer = OFF,
     ) -> None:
         """`make_target` makes a Target of its settings, a destination, and `is_down`."""
         self._database = database
         self._states = states
         self._wake = wake
         self._make_target = make_target
+        self._tracer = tracer
         self._open: dict[str, _Open] = {}
         self._working: dict[str, _Open] = {}
         """The destinations with lanes; an old one stays until its lanes have ended."""
@@ -98,7 +106,9 @@ class LiveDestinations:
     def _lanes_of(self, opened: _Open) -> Iterator[Lane]:
         target = opened.target
         if opened.takes_events:
-            yield DeliveryLane(self._database, target, wake=self._wake, states=self._states)
+            yield DeliveryLane(
+                self._database, target, wake=self._wake, states=self._states, tracer=self._tracer
+            )
         if opened.settings.alerts:
             yield AlertLane(self._database, target.name, target.destination, wake=self._wake)
 

@@ -12,10 +12,10 @@ import structlog
 
 from receiver.core.lane_names import MEDIA_LANE, Wake, destination_lane
 from receiver.core.retry import DAY, MEDIA_DOUBTFUL, media_policy
-from receiver.db import inbox, leases, outbox
+from receiver.db import inbox, job_events, leases, outbox
 from receiver.db.connection import SqlConnection
 from receiver.db.database import Database
-from receiver.db.rows import Attempt, EventClaim, MediaRow, StoredEvent
+from receiver.db.rows import Attempt, EventClaim, JobRef, MediaRow, StoredEvent
 from receiver.db.tables import media
 from receiver.errors import (
     MediaBlocked,
@@ -27,8 +27,10 @@ from receiver.errors import (
 )
 from receiver.lanes.attempts import StartedAttempt, crash_error, jitter, log_failure, stored_text
 from receiver.lanes.base import Lane, Work
+from receiver.lanes.spans import start_download
 from receiver.media import Downloader, StoredFile
 from receiver.metrics import MEDIA_BYTES, MEDIA_FILES
+from receiver.tracing import NO_SPAN, OFF, Span, Tracer
 
 FreshUrl = Callable[[StoredEvent, MediaRow], Awaitable[str | None]]
 """Returns the present URL of a file, None if Clipia has none. Raises TransientError if it cannot tell now."""
@@ -53,6 +55,7 @@ class _Download:
     event: StoredEvent
     row: MediaRow
     attempt: StartedAttempt
+    span: Span = NO_SPAN
 
     @property
     def ids(self) -> dict[str, Any]:
@@ -73,12 +76,14 @@ class MediaLane(Lane):
         fresh_url: FreshUrl | None = None,
         concurrency: int = 8,
         storage_pause_seconds: float = STORAGE_PAUSE_SECONDS,
+        tracer: Tracer = OFF,
     ) -> None:
         """`fresh_url` is called if a file is missing at its URL."""
         super().__init__(database, media, name=MEDIA_LANE, concurrency=concurrency, wake=wake)
         self._downloader = downloader
         self._fresh_url = fresh_url
         self._storage_pause_seconds = storage_pause_seconds
+        self._tracer = tracer
         self._paused_until = 0.0
         self._unstorable = set[UUID]()
         """The files that the storage has failed for."""
@@ -95,13 +100,16 @@ class MediaLane(Lane):
             return []
         events = await inbox.load_events(connection, {claim.event_seq for claim in claims})
         rows = await outbox.load_files(connection, {claim.id for claim in claims})
-        return [
-            Work(claim=claim, run=partial(self._save, claim, events[claim.event_seq], rows[claim.id]))
-            for claim in claims
+        # The job names the trace.
+        jobs = await job_events.load_refs(connection, events) if self._tracer.is_on else {}
+        found = [
+            (claim, events[claim.event_seq], rows[claim.id], jobs.get(claim.event_seq)) for claim in claims
         ]
+        return [Work(claim=parts[0], run=partial(self._save, *parts)) for parts in found]
 
-    async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow) -> None:
-        this = _Download(claim=claim, event=event, row=row, attempt=StartedAttempt.of(claim))
+    async def _save(self, claim: EventClaim, event: StoredEvent, row: MediaRow, job: JobRef | None) -> None:
+        span = start_download(self._tracer, claim, event, row, job)
+        this = _Download(claim=claim, event=event, row=row, attempt=StartedAttempt.of(claim), span=span)
         if crashed := crash_error(claim, "downloading this file"):
             await self._give_up(this, crashed, state="gone")
             return
@@ -116,8 +124,10 @@ class MediaLane(Lane):
                 keep_doubtful=claim.age >= MEDIA_DOUBTFUL.give_up_after and row.storage_key is None,
             )
         except Exception as error:  # noqa: BLE001 - any error belongs to this row, not to its lane
+            span.end(error)
             await self._failed(this, error)
             return
+        span.end(clipia__media__size=stored.size, clipia__media__content_type=stored.content_type)
         await self._stored(this, stored)
 
     async def _stored(self, this: _Download, stored: StoredFile) -> None:
@@ -206,7 +216,7 @@ class MediaLane(Lane):
             # With the event's last file, its held deliveries become due.
             return list(await outbox.release_held(connection, this.claim.event_seq))
 
-        destinations = await self._record(this.claim, write)
+        destinations = await self._record(this.claim, write, this.span)
         for name in destinations or ():
             self._wake(destination_lane(name))
         return destinations is not False
@@ -221,7 +231,7 @@ class MediaLane(Lane):
                 await leases.record_attempt(connection, this.claim.id, attempt)
             return held
 
-        return await self._record(this.claim, write)
+        return await self._record(this.claim, write, this.span)
 
 
 def storage_stem(event: StoredEvent, row: MediaRow) -> str:

@@ -21,7 +21,9 @@ from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedForNow, Re
 from receiver.lanes.attempts import error_json, stored_json
 from receiver.lanes.base import Lane, Work
 from receiver.lanes.generation_metrics import observe_jobs
+from receiver.lanes.spans import database_attributes, start_call
 from receiver.metrics import POLLS
+from receiver.tracing import NO_SPAN, OFF, Span, Tracer
 
 CONCURRENCY: Final = 8
 GIVE_UP_SECONDS: Final = 86_400.0
@@ -39,12 +41,20 @@ class PollLane(Lane):
     """Asks Clipia for the state of open jobs, within the polls' share of the account's rate limit."""
 
     def __init__(
-        self, database: Database, client: ClipiaClient, *, store: Store, wake: Wake, poll_after: float
+        self,
+        database: Database,
+        client: ClipiaClient,
+        *,
+        store: Store,
+        wake: Wake,
+        poll_after: float,
+        tracer: Tracer = OFF,
     ) -> None:
         """`poll_after` is the number of seconds that a webhook may take."""
         super().__init__(database, tables.jobs, name=POLL_LANE, concurrency=CONCURRENCY, wake=wake)
         self._client = client
         self._store = store
+        self._tracer = tracer
         self._poll_after = poll_after
 
     async def claim(self, limit: int) -> list[Work]:
@@ -64,12 +74,13 @@ class PollLane(Lane):
     async def _poll(self, claim: Claim, request: OpenRequest) -> None:
         call = Call()
         try:
-            status = await self._client.status(request.request_id, call=call)
-            result = None
-            if status.terminal:
-                # The claim has counted the first call only.
-                await self._learn(call.headers, extra_calls=1)
-                result = await self._client.result(request.request_id, call=call)
+            with start_call(self._tracer, "poll Clipia", "GET", request, claim) as span:
+                status = await self._client.status(request.request_id, call=call)
+                result = None
+                if status.terminal:
+                    # The claim has counted the first call only.
+                    await self._learn(call.headers, extra_calls=1)
+                    result = await self._client.result(request.request_id, call=call)
         except (RequestError, ClipiaUnavailable) as error:
             await self._failed(claim, request, error, call)
             return
@@ -77,12 +88,19 @@ class PollLane(Lane):
         if result is not None:
             POLLS.labels("ended").inc()
             ended = cast("Literal['COMPLETED', 'FAILED', 'CANCELED']", status.status)
-            await self._end(claim, request, result_body(request.request_id, ended, result))
+            with self._storing(span):
+                await self._end(claim, request, result_body(request.request_id, ended, result))
         elif status.known and not status.terminal:
             POLLS.labels("open").inc()
             await self._poll_later(claim, request, progress=status.progress)
         else:
             await self._not_understood(claim, request, status)
+
+    def _storing(self, span: Span) -> Span:
+        if span is NO_SPAN:
+            return span
+        attributes = database_attributes(self._database.dialect_name, "INSERT", "events")
+        return span.child("INSERT events", attributes=attributes)
 
     async def _failed(
         self, claim: Claim, request: OpenRequest, error: RequestError | ClipiaUnavailable, call: Call

@@ -22,8 +22,10 @@ from receiver.errors import AccountRefused, ClipiaUnavailable, RefusedByClipia, 
 from receiver.lanes.attempts import StartedAttempt, jitter, stored_json, stored_text
 from receiver.lanes.base import Lane, Work
 from receiver.lanes.generation_metrics import observe_jobs
+from receiver.lanes.spans import start_call
 from receiver.lanes.submit_records import QuotaChange, SubmitAttempt
 from receiver.metrics import SUBMISSIONS
+from receiver.tracing import OFF, Span, Tracer
 
 CONCURRENCY: Final = 16
 ACCOUNT_PAUSE_SECONDS: Final = 5.0
@@ -50,6 +52,7 @@ class SubmitLane(Lane):
         wake: Wake,
         poll_after: float,
         refused_give_up_after: float = REFUSED_GIVE_UP_SECONDS,
+        tracer: Tracer = OFF,
     ) -> None:
         """`poll_after` is the number of seconds that a webhook may take.
 
@@ -60,6 +63,7 @@ class SubmitLane(Lane):
         self._catalogue = catalogue
         self._poll_after = poll_after
         self._refused_give_up_after = refused_give_up_after
+        self._tracer = tracer
         self._claimed = 0
 
     async def claim(self, limit: int) -> list[Work]:
@@ -122,9 +126,10 @@ class SubmitLane(Lane):
             await require_price(submission, self._catalogue, age=claim.age)
             # Even a refusal of the job shows that Clipia accepts the account.
             change = Quota.unpaused
-            accepted = await self._client.submit(
-                submission.model, submission.request, key=submission.provider_key, call=this.call
-            )
+            with self._traced(this):
+                accepted = await self._client.submit(
+                    submission.model, submission.request, key=submission.provider_key, call=this.call
+                )
         except RequestError as error:
             # No other client has this key. If Clipia knows it for other bytes, the job may have a generation.
             await self._refused(this, error, change, maybe_paid=error.code in _MAYBE_PAID)
@@ -137,6 +142,11 @@ class SubmitLane(Lane):
             await self._failed(this, ClipiaUnavailable(stored_text(error), reason="internal_error"))
         else:
             await self._accepted(this, accepted)
+
+    def _traced(self, this: SubmitAttempt) -> Span:
+        """Begin the span of a call."""
+        this.span = start_call(self._tracer, "submit to Clipia", "POST", this.submission, this.claim)
+        return this.span
 
     def _unsafe_to_send(self, this: SubmitAttempt) -> RequestError | None:
         """Return why another attempt could be charged twice; None if it could not."""
@@ -155,7 +165,7 @@ class SubmitLane(Lane):
 
     async def _accepted(self, this: SubmitAttempt, accepted: Accepted) -> None:
         record = partial(this.record_accepted, accepted=accepted, poll_after=self._poll_after)
-        result = await self._record(this.claim, record)
+        result = await self._record(this.claim, record, this.span)
         if result == "taken":
             error = RequestError(
                 f"Clipia answered with the request_id of another job ({accepted.request_id}), so this job's "
@@ -183,7 +193,7 @@ class SubmitLane(Lane):
         """Put back a job that Clipia refuses for now, or end it; other jobs go on."""
         give_up_after = self._refused_give_up_after
         record = partial(this.record_refused_for_now, error=stored_json(error), give_up_after=give_up_after)
-        delay = await self._record(this.claim, record)
+        delay = await self._record(this.claim, record, this.span)
         if delay is None:
             status = error.status or 402
             final = RefusedByClipia(str(error), code=error.reason, status=status, type_=error.type)
@@ -210,7 +220,7 @@ class SubmitLane(Lane):
             await self._end(this, RequestError(message, code="outcome_unknown"), state="unsure")
             return
         record = partial(this.record_retry, failure=error, delay=delay, never_sent=never_sent)
-        if await self._record(this.claim, record):
+        if await self._record(this.claim, record, this.span):
             SUBMISSIONS.labels("account_refused" if is_account else "retry").inc()
             emit = log.error if is_account else log.warning
             message = "submissions paused: Clipia refuses the account" if is_account else "job not submitted"
@@ -223,7 +233,7 @@ class SubmitLane(Lane):
         """End a job without a result."""
         attempt = this.attempt.end("failed", stored_json(error))
         record = partial(this.record_end, attempt=attempt, state=state, change=change)
-        if await self._record(this.claim, record):
+        if await self._record(this.claim, record, this.span):
             SUBMISSIONS.labels("unsure" if state == "unsure" else "refused").inc()
             ids = {"job_id": str(this.claim.id), "code": error.code, "error": str(error)}
             log.error("job ended without a result", **ids, state=state)

@@ -17,6 +17,7 @@ from receiver.db.connection import SqlConnection
 from receiver.db.rows import Attempt, Claim, JobState, Submission
 from receiver.errors import AccountRefused, ClipiaUnavailable, UnrecognizedBody
 from receiver.lanes.attempts import StartedAttempt, error_json, jitter, stored_json
+from receiver.tracing import NO_SPAN, Span
 
 QuotaChange = Callable[[Quota, float], Quota]
 """Returns the quota after an answer, from the quota before and the time."""
@@ -24,7 +25,7 @@ QuotaChange = Callable[[Quota, float], Quota]
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class SubmitAttempt:
     """One attempt at submitting a job."""
 
@@ -37,6 +38,8 @@ class SubmitAttempt:
     """The same by the database's clock."""
     attempt: StartedAttempt
     call: Call
+    span: Span = NO_SPAN
+    """The span of the call."""
 
     def sent_for(self) -> float:
         """Return the seconds since the first attempt that may have arrived, which may be this one."""

@@ -27,6 +27,8 @@ class Target:
     """The in-flight limit of its deliveries; None for the destination's own."""
     rate: float | None = None
     """Attempts that may begin per second; None for no limit."""
+    scheme: str = ""
+    """The scheme of its URL; spans name the kind of the destination by it."""
     internal_url: str | None = None
     """The internal listener's URL, for the links to files in messages; None for no links."""
 
@@ -39,12 +41,15 @@ class Routes:
     held: list[tuple[int, str]] = field(default_factory=list)
     """Deliveries that wait until the event's files are stored."""
 
-    def add(self, seq: int, targets: Iterable[Target], facts: RoutingFacts, *, is_fetching: bool) -> None:
-        """Add an event's delivery to each target with a filter that the event passes."""
+    def add(self, seq: int, targets: Iterable[Target], facts: RoutingFacts, *, is_fetching: bool) -> int:
+        """Add an event's delivery to each target with a filter that the event passes; return their number."""
+        number = 0
         for target in targets:
             if mismatch(target.filter, facts) is None:
                 deliveries = self.held if is_fetching and target.waits_for_media else self.due
                 deliveries.append((seq, target.name))
+                number += 1
+        return number
 
 
 def facts_of(event: StoredEvent | ReplayedEvent, model: str | None, job: JobRef | None) -> RoutingFacts:

@@ -27,6 +27,7 @@ from receiver.db.views import JobCosts
 from receiver.errors import ClipiaUnavailable, RefusedByClipia, RequestError, SettingsError
 from receiver.lanes.attempts import error_json
 from receiver.lanes.base import Work
+from receiver.lanes.spans import start_submission
 from receiver.lanes.submit import SubmitLane
 from receiver.logs import configure_library_logging
 from receiver.price import Credits
@@ -35,6 +36,7 @@ from receiver.settings import DEFAULT_SOURCE, Settings
 from receiver.submitter.account_status import Account, AccountStatus, account_report, read_account_status
 from receiver.submitter.job import Job, JobPage
 from receiver.submitter.waiting import JobWaiter
+from receiver.tracing import OFF, Tracer, start_tracing
 
 ANSWER_TIMEOUT_SECONDS: Final = CALL_TIMEOUT_SECONDS + 5.0
 """`submit` waits this long for Clipia. After that, the submission continues in the background."""
@@ -60,6 +62,7 @@ class Submitter:
         refused_give_up_after: float = REFUSED_GIVE_UP_SECONDS,
         input_check: InputCheck = "on",
         wake: Wake = wake_no_lane,
+        tracer: Tracer = OFF,
     ) -> None:
         """Take over `client` (`close` closes it). Without a client, jobs can be read but not submitted.
 
@@ -71,6 +74,7 @@ class Submitter:
         self._public_url = public_url
         self._budgets = Budgets(budgets or {})
         self._wake = wake
+        self.tracer: Final = tracer
         self._waiting = JobWaiter(database)
         self._reads = asyncio.Semaphore(MAX_CONCURRENT_READS)
         self._running: set[asyncio.Task[Any]] = set()
@@ -79,7 +83,7 @@ class Submitter:
         if client is not None:
             times = {"poll_after": poll_after, "refused_give_up_after": refused_give_up_after}
             self._catalogue = Catalogue(database, client, input_check=input_check)
-            self.lane = SubmitLane(database, client, self._catalogue, wake=wake, **times)
+            self.lane = SubmitLane(database, client, self._catalogue, wake=wake, tracer=tracer, **times)
 
     @classmethod
     @asynccontextmanager
@@ -93,16 +97,21 @@ class Submitter:
         database = Database(settings.database_url.get_secret_value())
         try:
             await migrate.prepare(database, durable_without=settings.durable_without)
-            submitter = cls.configured(settings, database)
+            # The program may have the variables for its own spans, and not our extra.
+            tracer = start_tracing(is_optional=True)
+            submitter = cls.configured(settings, database, tracer=tracer)
             try:
                 yield submitter
             finally:
                 await submitter.close()
+                await tracer.close()
         finally:
             await database.close()
 
     @classmethod
-    def configured(cls, settings: Settings, database: Database, *, wake: Wake = wake_no_lane) -> Self:
+    def configured(
+        cls, settings: Settings, database: Database, *, wake: Wake = wake_no_lane, tracer: Tracer = OFF
+    ) -> Self:
         """Make a submitter from settings. Raises SettingsError."""
         return cls(
             database,
@@ -113,6 +122,7 @@ class Submitter:
             refused_give_up_after=settings.refused_give_up_after,
             input_check=settings.input_check,
             wake=wake,
+            tracer=tracer,
         )
 
     async def close(self) -> None:
@@ -173,6 +183,7 @@ class Submitter:
     ) -> Job:
         """Submit a validated job, as `submit` does; `trace` is the caller's span."""
         check_caller(caller)
+        began = time.time()
         fingerprint = request.fingerprint()
         if key is not None:
             async with self.database.read() as connection:
@@ -189,6 +200,7 @@ class Submitter:
             warnings=warnings,
             trace=trace,
         )
+        stored = time.time()
         async with self.database.write() as connection:
             new = await jobs.insert(connection, job)
             if new:
@@ -198,11 +210,14 @@ class Submitter:
         if known is not None:
             return await self._repeat(known, fingerprint)
         log.info("job issued", job_id=str(job.id), caller=caller, model=job.model)
-        if not works:
-            self._wake(SUBMIT_LANE)
-        for work in works:
-            await self._finish(work)
-        return await self._show_or_raise(job.id, new=True)
+        # Only now is it known that the job is new.
+        system = self.database.dialect_name
+        with start_submission(self.tracer, job, began=began, storing=stored, system=system):
+            if not works:
+                self._wake(SUBMIT_LANE)
+            for work in works:
+                await self._finish(work)
+            return await self._show_or_raise(job.id, new=True)
 
     async def get(self, job_id: UUID, *, caller: str | None = None) -> Job | None:
         """Return a job with its event, or None. With a `caller`, only a job of this caller is returned."""

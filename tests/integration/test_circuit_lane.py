@@ -24,7 +24,7 @@ from receiver.db.rows import DeliveryClaim
 from receiver.db.tables import attempts, deliveries
 from receiver.errors import PublishFailed, PublishRejected
 from receiver.lanes.attempts import StartedAttempt
-from receiver.lanes.delivery import Result
+from receiver.lanes.delivery_results import Result
 
 WIDTH = 32
 """In-flight limit of the lanes."""

@@ -40,6 +40,7 @@ from receiver.lanes.targets import Target
 from receiver.lanes.worker import Timing, Wakeups, Worker
 from receiver.media import Downloader, MediaHosts, open_storage
 from receiver.replays import MAX_CANCELED, ReplayRequest, Replays
+from receiver.tracing import OFF, Tracer
 from support.payloads import body
 
 SECONDS = 20.0
@@ -158,6 +159,7 @@ class World:
         self.replay_pace = ReplayPace()
         self.max_canceled = MAX_CANCELED
         self.timing = Timing()
+        self.tracer: Tracer = OFF
         self.shares_states = False
         self.states_of_workers: list[DestinationStates] = []
         self.lease_seconds = LEASE_SECONDS
@@ -218,6 +220,7 @@ class World:
             wake=wake,
             fresh_url=self.fresh_url,
             storage_pause_seconds=self.storage_pause_seconds,
+            tracer=self.tracer,
         )
 
     def worker(
@@ -232,14 +235,14 @@ class World:
         lanes: list[Lane] = [
             self.media_lane(wakeups.wake),
             *(
-                DeliveryLane(self.database, target, wake=wakeups.wake, states=states)
+                DeliveryLane(self.database, target, wake=wakeups.wake, states=states, tracer=self.tracer)
                 for target in self.targets
             ),
             self.replay_lane(wakeups.wake),
         ]
         for lane in lanes:
             lane.lease_seconds = self.lease_seconds
-        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules)
+        fan_out = FanOut(self.database, self.targets, wake=wakeups.wake, rules=self.rules, tracer=self.tracer)
         return Worker(fan_out, lanes, wakeups, timing=replace(self.timing, drain_seconds=drain))
 
     @asynccontextmanager

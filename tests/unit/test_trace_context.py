@@ -4,7 +4,7 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from receiver.core.trace_context import TraceContext, computed_span_id, computed_trace_id
+from receiver.core.trace_context import TraceContext, computed_ids
 from receiver.db.rows import event_id, new_id
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -90,10 +90,9 @@ def test_tracestate_is_bounded(given: str, kept: str | int | None) -> None:
 def test_computed_trace_ids_are_spread_evenly(make: "type[UUID]") -> None:
     """Samplers by ratio compare the last eight bytes of a trace id, so these have to be spread evenly."""
     ids = [make() for _ in range(4000)]
-    low = [computed_trace_id(each) % 2**64 for each in ids]
+    traces, spans = zip(*map(computed_ids, ids), strict=True)
     for quarter in range(4):
-        share = sum(each >> 62 == quarter for each in low) / len(low)
+        share = sum(each % 2**64 >> 62 == quarter for each in traces) / len(ids)
         assert share == pytest.approx(0.25, abs=0.05)
-    assert len({computed_trace_id(each) for each in ids}) == len(ids)
-    assert len({computed_span_id(each) for each in ids}) == len(ids)
-    assert [computed_trace_id(each) for each in ids] == [computed_trace_id(each) for each in ids]
+    assert len(set(traces)) == len(set(spans)) == len(ids)
+    assert (*map(computed_ids, ids),) == (*zip(traces, spans, strict=True),)
