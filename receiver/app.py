@@ -22,6 +22,7 @@ from receiver.api.alerts import AlertEndpoints
 from receiver.api.answers import error_body
 from receiver.api.audit import AuditEndpoints
 from receiver.api.auth import Caller, OneCaller, Tokens
+from receiver.api.dead_letters import DeadLetterEndpoints
 from receiver.api.deliveries import DeliveryEndpoints
 from receiver.api.destinations import DestinationEndpoints
 from receiver.api.direct import DirectDoor
@@ -224,6 +225,7 @@ def endpoint_table(
         *PromotionEndpoints(database, Promotions(database, replays, rules=rules, wake=wake)).table(),
         *RoutingEndpoints(database, filters).table(),
         *RemovedDeliveryEndpoints(RemovedDeliveries(database, waits)).table(),
+        *DeadLetterEndpoints(database, known).table(),
         *DeliveryEndpoints(database, known, settings.internal_url).table(),
         *ReplayEndpoints(database, replays).table(),
         *RejectionEndpoints(database).table(),

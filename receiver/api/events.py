@@ -1,18 +1,17 @@
-"""`/v1/events` and `/v1/deliveries`: stored events, their receipts and deliveries, and dead letters."""
+"""`/v1/events`: stored events and their receipts."""
 
 import asyncio
 import base64
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Annotated, Any, Final, Self
 
 import structlog
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from starlette.responses import Response
 
 from receiver import retention
 from receiver.api import examples
-from receiver.api.auth import Caller
 from receiver.api.endpoints import (
     Call,
     Endpoint,
@@ -23,17 +22,13 @@ from receiver.api.endpoints import (
     while_connected,
 )
 from receiver.api.known_destinations import KnownDestinations
-from receiver.api.models import Restarted, RestartedMany, ShownEvent, ShownReceipt
+from receiver.api.models import ShownEvent, ShownReceipt
 from receiver.api.parameters import (
     Cursor,
-    Flag,
     Id,
-    IdCursor,
-    Ids,
     Limit,
     MetadataFilter,
     Moment,
-    Name,
     Parameters,
     Seconds,
     invalid,
@@ -41,19 +36,15 @@ from receiver.api.parameters import (
 )
 from receiver.core.file_links import file_link
 from receiver.core.lenient_json import display_fields
-from receiver.db import forward, outbox, pruning, reads
+from receiver.db import forward, reads
 from receiver.db.database import Database
 from receiver.db.event_filter import EventFilter
-from receiver.db.outbox import DeadLetters
 from receiver.db.reads import EventFinder, EventT
 from receiver.db.rows import DeliveryState, EventState, EventStatus
-from receiver.db.views import EventDetails, EventSummary, ListedDelivery, Receipt
+from receiver.db.views import EventDetails, EventSummary, Receipt
 from receiver.errors import RequestError, StorageUnavailable
 from receiver.media import Storage
 from receiver.retention import Erased
-
-MAX_RESTARTED: Final = 10_000
-"""Dead letters that one call restarts; the answer's `more` tells whether to call again."""
 
 POLL_SECONDS: Final = 0.5
 """Time between two looks for a new event while a call waits for one."""
@@ -112,41 +103,6 @@ class ReceiptsQuery(Parameters):
     limit: Limit = 50
     cursor: Cursor = None
     """The `next` of the page before."""
-
-
-class DeliveriesQuery(Parameters):
-    """Filters of a list of deliveries."""
-
-    limit: Limit = 50
-    cursor: IdCursor = None
-    """The `next` of the page before."""
-    state: Annotated[DeliveryState | None, one_of(DeliveryState)] = None
-    destination: str | None = None
-    since: Moment | None = None
-    """Made at or after this time."""
-    until: Moment | None = None
-    """Made before this time."""
-
-
-class RetryBody(Parameters):
-    """The dead letters to deliver again: those that match all given filters."""
-
-    ids: Ids = Field(default_factory=list)
-    """Ids of deliveries."""
-    destination: Name | None = None
-    since: Moment | None = None
-    """Given up at or after this time."""
-    until: Moment | None = None
-    """Given up before this time."""
-    all: Flag = False
-    """All dead letters; required without a filter."""
-    not_restarted_since: Moment | None = None
-    """Leave out those that were restarted since then: the `began` of the first answer."""
-
-    @property
-    def is_part(self) -> bool:
-        """Whether it goes on with an earlier call."""
-        return self.not_restarted_since is not None
 
 
 class EventEndpoints:
@@ -213,48 +169,6 @@ class EventEndpoints:
                 answer=ShownReceipt,
                 is_list=True,
                 example=examples.RECEIPT,
-                errors=("not_found",),
-            ),
-            *self._delivery_table(),
-        ]
-
-    def _delivery_table(self) -> list[Endpoint]:
-        return [
-            Endpoint(
-                method="GET",
-                path="/v1/deliveries",
-                scope="operate",
-                handler=self._list_deliveries,
-                name="list_deliveries",
-                summary="List deliveries, newest first, each with the reason of its last failure",
-                query=DeliveriesQuery,
-                answer=ListedDelivery,
-                is_list=True,
-                example=examples.DELIVERY,
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/deliveries/retry",
-                scope="operate",
-                handler=self._retry_many,
-                name="retry_dead_letters",
-                summary="Deliver dead letters again",
-                body=RetryBody,
-                body_example={"destination": "orders", "since": "2026-11-20T00:00:00Z"},
-                answer=RestartedMany,
-                example=examples.RESTARTED_MANY,
-                statuses=((202, "They are due now."),),
-            ),
-            Endpoint(
-                method="POST",
-                path="/v1/deliveries/{id}/retry",
-                scope="operate",
-                handler=self._retry,
-                name="retry_dead_letter",
-                summary="Deliver one dead letter again",
-                answer=Restarted,
-                example={"restarted": {"orders": 1}},
-                statuses=((202, "It is due now."),),
                 errors=("not_found",),
             ),
         ]
@@ -324,55 +238,6 @@ class EventEndpoints:
                 connection, event["seq"], limit=query.limit + 1, after=query.cursor
             )
         return page_response([_with_text_body(row) for row in rows], query.limit, "seq")
-
-    async def _list_deliveries(self, call: Call[DeliveriesQuery, None]) -> Response:
-        query = call.query
-        async with self._database.read() as connection:
-            rows = await reads.list_deliveries(
-                connection,
-                limit=query.limit + 1,
-                before=query.cursor,
-                state=query.state,
-                destination=query.destination,
-                since=query.since,
-                until=query.until,
-            )
-        if not rows:
-            await self._destinations.require(query.destination)
-        return page_response(rows, query.limit, "id")
-
-    async def _retry(self, call: Call[None, None]) -> Response:
-        if call.id is None:
-            raise not_found("delivery")
-        done = await self._restart(DeadLetters(ids=[call.id]), call.caller, limit=1)
-        if not done:
-            raise RequestError("there is no dead letter with this id", code="not_found")
-        return json_response({"restarted": done}, status=202)
-
-    async def _retry_many(self, call: Call[None, RetryBody]) -> Response:
-        body = await call.read_body()
-        selected = DeadLetters(**body.model_dump(exclude={"all"}))
-        if replace(selected, not_restarted_since=None) == DeadLetters(ids=[]) and not body.all:
-            raise invalid('say which dead letters: ids, destination, since, until, or {"all": true}')
-        async with self._database.read() as connection:
-            began = body.not_restarted_since or await pruning.moment_ago(connection, seconds=0.0)
-        call.record.note_run(body.ids, body.destination, body.since, body.until, body.all, began)
-        done = await self._restart(selected, call.caller, limit=MAX_RESTARTED)
-        if not done:
-            await self._destinations.require(body.destination)
-        answer = RestartedMany(
-            restarted=done,
-            not_configured=sorted(done.keys() - set(self._destinations.configured)),
-            more=sum(done.values()) == MAX_RESTARTED,
-            began=began,
-        )
-        return json_response(answer, status=202)
-
-    async def _restart(self, selected: DeadLetters, caller: Caller, *, limit: int) -> dict[str, int]:
-        async with self._database.write() as connection:
-            done = await outbox.restart(connection, selected, by=caller.name, limit=limit)
-        log.info("dead letters restarted", by=caller.name, count=sum(done.values()))
-        return done
 
 
 async def load_event(database: Database, key: str, find: EventFinder[EventT]) -> EventT:

@@ -35,6 +35,10 @@ _Dead = Annotated[bool, typer.Option("--dead", help="Include its dead letters.")
 _Destination = Annotated[
     str | None, typer.Option(help="Only deliveries to this destination.", autocompletion=complete_destination)
 ]
+_Cause = Annotated[
+    str | None,
+    typer.Option(help="Only deliveries that fail for this cause of `receiver deliveries failures`."),
+]
 _Removed = Annotated[
     str, typer.Argument(metavar="FROM", help="The destination that is no longer in the settings.")
 ]
@@ -46,6 +50,7 @@ def list_(
     destination: _Destination = None,
     since: Annotated[datetime | None, since_option("deliveries made")] = None,
     until: Annotated[datetime | None, until_option("deliveries made")] = None,
+    cause: _Cause = None,
     limit: Limit = 50,
     cursor: Annotated[str | None, typer.Option("--cursor", "--before", help=CURSOR_HELP)] = None,
     json: Json = False,
@@ -59,6 +64,7 @@ def list_(
             destination=destination,
             since=since,
             until=until,
+            cause=cause,
         )
     )
     rows = [{**row, "error": (row["error"] or "")[:MAX_ERROR_LENGTH]} for row in page.data]
@@ -73,6 +79,7 @@ def retry(
     destination: _Destination = None,
     since: Annotated[datetime | None, since_option("dead letters given up")] = None,
     until: Annotated[datetime | None, until_option("dead letters given up")] = None,
+    cause: _Cause = None,
     everything: Annotated[bool, typer.Option("--all", help="Retry all dead letters.")] = False,
     reason: Reason = None,
     json: Json = False,
@@ -81,8 +88,8 @@ def retry(
 
     The exit status is 1 if no dead letter matches.
     """
-    if not (ids or destination or since or until or everything):
-        raise UsageError("say which dead letters: ids, --destination, --since, --until, or --all")
+    if not (ids or destination or since or until or cause or everything):
+        raise UsageError("say which dead letters: ids, --destination, --since, --until, --cause, or --all")
     chosen = [_id(each) for each in ids or ()]
 
     async def run(client: Client) -> Counter[str]:
@@ -93,6 +100,7 @@ def retry(
                 destination=destination,
                 since=since,
                 until=until,
+                cause=cause,
                 all=everything,
                 reason=reason,
             )

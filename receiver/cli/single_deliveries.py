@@ -1,5 +1,6 @@
 """`receiver deliveries show`, `failures`, and `discard` with the id of a delivery."""
 
+import shlex
 from functools import partial
 from typing import Annotated, Any, Final
 from uuid import UUID
@@ -75,7 +76,8 @@ def failures(
 def next_command(group: FailureGroup) -> str:
     """Return the command that shows more about failures, or ends them."""
     if group["state"] == "dead":
-        return f"receiver deliveries retry --destination {group['destination']}"
+        cause = shlex.quote(group["cause"])
+        return f"receiver deliveries retry --destination {group['destination']} --cause {cause}"
     return f"receiver deliveries show {group['example']}"
 
 

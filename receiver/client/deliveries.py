@@ -23,14 +23,19 @@ class DeliveryCalls(Calls):
         destination: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
+        cause: str | None = None,
     ) -> Page[ListedDelivery]:
-        """Return deliveries, newest first, each with the reason of its last failure."""
+        """Return deliveries, newest first, each with the reason of its last failure.
+
+        `cause` is one of `list_failures`.
+        """
         query = {
             "cursor": cursor,
             "state": state,
             "destination": destination,
             "since": since,
             "until": until,
+            "cause": cause,
         }
         return await self._list(ListedDelivery, "/v1/deliveries", query, limit=limit)
 
@@ -41,6 +46,7 @@ class DeliveryCalls(Calls):
         destination: str | None = None,
         since: datetime | None = None,
         until: datetime | None = None,
+        cause: str | None = None,
         all: bool = False,  # noqa: A002 - the API's name
         not_restarted_since: datetime | None = None,
         reason: str | None = None,
@@ -51,6 +57,7 @@ class DeliveryCalls(Calls):
             "destination": destination,
             "since": since,
             "until": until,
+            "cause": cause,
             "all": all,
             "not_restarted_since": not_restarted_since,
         }

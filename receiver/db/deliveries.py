@@ -123,6 +123,16 @@ async def list_failures(
     return [await _complete(connection, key, found) for key, found in largest]
 
 
+async def find_errors(connection: SqlConnection, cause: str, *, destination: str | None = None) -> set[str]:
+    """Return the errors behind a cause of `list_failures`, of the failures to one destination or to all."""
+    return {
+        row["error"]
+        for state in ("pending", "dead")
+        for row in await _count_errors(connection, state, destination)
+        if cause_of(row["error"]) == cause
+    }
+
+
 async def _count_errors(connection: SqlConnection, state: str, destination: str | None) -> Iterable[Any]:
     # PostgreSQL has no least UUID before version 18.
     text_id = cast_sql(deliveries.c.id, String)

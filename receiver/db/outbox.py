@@ -175,6 +175,8 @@ class DeadLetters:
     since: datetime | None = None
     until: datetime | None = None
     """They became dead at or after `since` and before `until`."""
+    errors: Collection[str] | None = None
+    """Those whose last error is one of these."""
     not_restarted_since: datetime | None = None
 
     def conditions(self) -> list[ColumnElement[bool]]:
@@ -183,6 +185,8 @@ class DeadLetters:
         found += equal(deliveries, {"destination": self.destination})
         if self.ids:
             found.append(deliveries.c.id.in_(self.ids))
+        if self.errors is not None:
+            found.append(deliveries.c.error.in_(self.errors))
         if self.not_restarted_since is not None:
             restarted = deliveries.c.restarted_at
             found.append(or_(restarted.is_(None), restarted < self.not_restarted_since))

@@ -2,7 +2,7 @@
 
 import uuid
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Final, TypeVar, cast
 
@@ -164,9 +164,10 @@ async def list_deliveries(
     destination: str | None = None,
     since: datetime | None = None,
     until: datetime | None = None,
+    errors: Collection[str] | None = None,
     delivery_id: uuid.UUID | None = None,
 ) -> list[ListedDelivery]:
-    """Return deliveries, newest first.
+    """Return deliveries, newest first; with `errors` those whose last error is one of these.
 
     `before` is the id of the last row of the previous page; `since` and `until` bound `created_at`.
     """
@@ -183,6 +184,8 @@ async def list_deliveries(
         where.append(deliveries.c.id.in_(PENDING))
     elif state is not None:
         where.append(in_state(deliveries, state))
+    if errors is not None:
+        where.append(deliveries.c.error.in_(errors))
     if before is not None:
         where.append(deliveries.c.id < before)
     columns = [column for column in deliveries.c if column.name not in _HIDDEN]

@@ -146,6 +146,23 @@ async def test_failures_are_grouped_by_cause(world: World, client: httpx.AsyncCl
     assert other.status_code == 400
 
 
+async def test_a_group_of_failures_is_listed_and_retried(world: World, client: httpx.AsyncClient) -> None:
+    """The deliveries of one cause are listed, and only the dead letters of this cause are retried."""
+    for number, reason in enumerate(("no order {}", "no order {}", "too large")):
+        await world.add(plain(f"r-{number}"))
+        await world.fan_out()
+        await attempt(world, PublishRejected(reason.format(uuid.uuid4()), reason="x"))
+    for which in ({"cause": "too large"}, {"cause": "too large", "destination": "main"}):
+        listed = (await client.get("/v1/deliveries", params=which)).json()["data"]
+        assert [row["request_id"] for row in listed] == ["r-2"]
+    assert (await client.get("/v1/deliveries", params={"cause": "no order"})).json()["data"] == []
+    unknown = await client.post("/v1/deliveries/retry", json={"cause": "no order"})
+    assert unknown.json()["restarted"] == {}
+    done = await client.post("/v1/deliveries/retry", json={"cause": "no order …"})
+    assert done.json()["restarted"] == {"main": 2}
+    assert [row["state"] for row in await world.rows(deliveries)] == ["pending", "pending", "dead"]
+
+
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
 async def test_commands_show_group_and_discard(
     world: World,
@@ -169,7 +186,12 @@ async def test_commands_show_group_and_discard(
     assert orjson.loads(message)["data"]["request_id"] == "r-1"
     grouped = await commands.json("deliveries", "failures")
     assert (grouped["data"][0]["count"], grouped["data"][0]["cause"]) == (1, "answered 422")
-    assert "$ receiver deliveries retry --destination main" in await commands.run("deliveries", "failures")
+    command = "$ receiver deliveries retry --destination main --cause 'answered 422'"
+    assert command in await commands.run("deliveries", "failures")
+    listed = await commands.json("deliveries", "list", "--cause", "answered 422")
+    assert [each["id"] for each in listed["data"]] == [str(row["id"])]
+    said = await commands.error("deliveries", "retry", "--cause", "another", status=1)
+    assert "No dead letter matches." in said
     for option in ("--dry-run", "--dead"):
         said = await commands.error("deliveries", "discard", str(row["id"]), option, status=2)
         assert f"{option} is for the deliveries of a destination" in said

@@ -18,7 +18,7 @@ from support.events import World, opened, plain
 from support.payloads import SECRET, failure, signed
 from support.servers import free_port
 
-from receiver.api import events as events_api
+from receiver.api import dead_letters
 from receiver.app import create_app
 from receiver.db import outbox
 from receiver.db.clock import db_time
@@ -554,7 +554,7 @@ async def test_dead_letters_are_retried_by_filter(site: Site) -> None:
 
 async def test_a_retry_says_whether_there_are_more(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """E5: one call restarts a limited number, and `more` tells whether to call again."""
-    monkeypatch.setattr(events_api, "MAX_RESTARTED", 2)
+    monkeypatch.setattr(dead_letters, "MAX_RESTARTED", 2)
     await kill(site, 3)
     answers = [(await site.post("/v1/deliveries/retry", {"all": True})).json() for _ in range(3)]
     assert [(answer["restarted"], answer["more"]) for answer in answers] == [

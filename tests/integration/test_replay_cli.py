@@ -304,7 +304,7 @@ async def test_retrying_everything_comes_to_an_end(
 ) -> None:
     """E4: in batches, each dead letter once, even if the destination rejects them again at once."""
     await kill(commands.world, 7)
-    monkeypatch.setattr("receiver.api.events.MAX_RESTARTED", 3)
+    monkeypatch.setattr("receiver.api.dead_letters.MAX_RESTARTED", 3)
     restart = outbox.restart
     batches = 0
 
