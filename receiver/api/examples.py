@@ -260,23 +260,6 @@ REPLAY_HEAD: Final[dict[str, Any]] = {
     "created_at": _AT,
     "finished_at": _AT,
 }
-REJECTION_HEAD: Final[dict[str, Any]] = {
-    "id": 17,
-    "received_at": _AT,
-    "source": "clipia",
-    "reason": "mismatch",
-    "cause": "newline_added",
-    "diagnosis": "A newline was appended to the body on its way: Clipia signed other bytes (secret "
-    "1f0c8d19). Let the proxy in front pass the body on unchanged.",
-    "path": "/clipia/webhook",
-    "peer": "192.0.2.7",
-    "body_size": 154,
-}
-REJECTION: Final[dict[str, Any]] = {
-    **REJECTION_HEAD,
-    "headers": [["content-type", "application/json"], ["x-clipia-signature", f"t=1769860800,v1={_SHA256}"]],
-    "body": '{"request_id": "c7b6521b-55d1-46c4-8952-f1af51482c78", …',
-}
 ACTION: Final[dict[str, Any]] = {
     "id": 42,
     "at": _AT,

@@ -6,7 +6,7 @@ from typing import Annotated, Any, NotRequired
 from pydantic import ConfigDict, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
-from receiver.db.rejections import ListedRejection
+from receiver.db.rejections import ListedRejection, RejectionGroup
 from receiver.db.views import DeliveryWithLog, EventHead, FileWithLog, ReceiptHead
 
 Base64 = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64"})]
@@ -51,6 +51,15 @@ class ShownRejection(ListedRejection):
     """Names and values of those headers that hold no secret."""
     body: str | None
     """The first 16 KiB as text; null if it was not read."""
+    remedy: str
+    """What to do about its cause."""
+
+
+class ShownRejectionGroup(RejectionGroup):
+    """Rejected requests of one cause."""
+
+    remedy: str
+    """What to do about the cause."""
 
 
 class Fetched(TypedDict):

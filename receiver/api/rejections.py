@@ -4,11 +4,12 @@ from typing import Annotated, Any
 
 from starlette.responses import Response
 
-from receiver.api import examples
-from receiver.api.endpoints import Call, Endpoint, json_response, not_found, page_response
-from receiver.api.models import ShownRejection
+from receiver.api import rejection_examples
+from receiver.api.endpoints import Call, Endpoint, json_response, list_response, not_found, page_response
+from receiver.api.models import ShownRejection, ShownRejectionGroup
 from receiver.api.parameters import Cursor, Limit, Moment, Parameters, one_of
 from receiver.core.diagnosis import Cause
+from receiver.core.remedies import REMEDIES
 from receiver.db import rejections
 from receiver.db.database import Database
 from receiver.db.rejections import ListedRejection, Rejection
@@ -32,6 +33,13 @@ class RejectionsQuery(Parameters):
     """Received before this time."""
 
 
+class GroupsQuery(Parameters):
+    """A time."""
+
+    since: Moment | None = None
+    """Only requests received at or after this time."""
+
+
 class RejectionEndpoints:
     """The endpoints need the scope `operate`: a diagnosis would help a forger."""
 
@@ -51,7 +59,19 @@ class RejectionEndpoints:
                 query=RejectionsQuery,
                 answer=ListedRejection,
                 is_list=True,
-                example=examples.REJECTION_HEAD,
+                example=rejection_examples.REJECTION_HEAD,
+            ),
+            Endpoint(
+                method="GET",
+                path="/v1/rejections/causes",
+                scope="operate",
+                handler=self._group,
+                name="group_rejections",
+                summary="Group the kept requests by source and cause, with what to do",
+                query=GroupsQuery,
+                answer=ShownRejectionGroup,
+                is_list=True,
+                example=rejection_examples.REJECTION_GROUP,
             ),
             Endpoint(
                 method="GET",
@@ -61,7 +81,7 @@ class RejectionEndpoints:
                 name="show_rejection",
                 summary="Show a rejected request with its headers and the start of its body",
                 answer=ShownRejection,
-                example=examples.REJECTION,
+                example=rejection_examples.REJECTION,
                 errors=("not_found",),
             ),
         ]
@@ -75,6 +95,11 @@ class RejectionEndpoints:
             )
         return page_response(rows, query.limit, "id")
 
+    async def _group(self, call: Call[GroupsQuery, None]) -> Response:
+        async with self._database.read() as connection:
+            found = await rejections.group(connection, since=call.query.since)
+        return list_response([{**each, "remedy": REMEDIES[each["cause"]]} for each in found])
+
     async def _show(self, call: Call[None, None]) -> Response:
         found = None
         if call.key.isascii() and call.key.isdigit() and len(call.key) <= _MAX_DIGITS:
@@ -87,6 +112,10 @@ class RejectionEndpoints:
 
 
 def readable(rejection: Rejection) -> dict[str, Any]:
-    """Return a rejected request for JSON, with its body as text."""
+    """Return a rejected request for JSON, with its body as text, and what to do about it."""
     body = rejection["body"]
-    return {**rejection, "body": None if body is None else body.decode("utf-8", "backslashreplace")}
+    return {
+        **rejection,
+        "body": None if body is None else body.decode("utf-8", "backslashreplace"),
+        "remedy": REMEDIES[rejection["cause"]],
+    }

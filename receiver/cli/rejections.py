@@ -1,12 +1,13 @@
 """`receiver rejections`: requests to the callback that were rejected, and why."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from functools import partial
 from typing import Annotated
 
 import typer
 
-from receiver.api.models import ShownRejection
+from receiver.api.models import ShownRejection, ShownRejectionGroup
 from receiver.cli.client import missing, with_client
 from receiver.cli.options import CURSOR_HELP, MAX_ID, Json, Limit, since_option, until_option
 from receiver.cli.terminal import moment, print_line, print_list, print_result, print_rows, print_title, size
@@ -46,6 +47,25 @@ def list_(
 
 
 @rejections.command()
+def causes(
+    since: Annotated[datetime | None, since_option("requests received")] = None, json: Json = False
+) -> None:
+    """Group rejected requests by source and cause, the newest first, with what to do."""
+    found = with_client(lambda client: client.group_rejections(since=since))
+    print_list(found, partial(_print_groups, found), json=json, next_=None)
+
+
+def _print_groups(found: Sequence[ShownRejectionGroup]) -> None:
+    for each in found:
+        times = f"{moment(each['first'])} to {moment(each['last'])}"
+        print_line(f"{each['source']}: {each['count']} {each['cause']}, {times}, such as {each['example']}")
+        print_line(f"    {each['diagnosis']}")
+        print_line(f"    {each['remedy']}")
+    if not found:
+        print_line("No rejected requests.")
+
+
+@rejections.command()
 def show(
     rejection_id: Annotated[
         int, typer.Argument(metavar="ID", help="The id in `receiver rejections list`.", min=0, max=MAX_ID)
@@ -64,7 +84,7 @@ def _print(found: ShownRejection) -> None:
         f"{moment(found['received_at'])}  {found['path']}  from {found['peer'] or 'an unknown address'}"
     )
     print_line(f"source {found['source']}, reason {found['reason']}, cause {found['cause']}")
-    print_line(f"\n{found['diagnosis']}")
+    print_line(f"\n{found['diagnosis']}\n{found['remedy']}")
     print_title("Headers", found["headers"])
     for name, value in found["headers"]:
         print_line(f"  {name}: {value}")

@@ -2,7 +2,7 @@
 
 from datetime import datetime
 
-from receiver.api.models import ShownRejection
+from receiver.api.models import ShownRejection, ShownRejectionGroup
 from receiver.client.calls import Calls, Page
 from receiver.core.diagnosis import Cause
 from receiver.db.rejections import ListedRejection
@@ -32,6 +32,13 @@ class RejectionCalls(Calls):
             "until": until,
         }
         return await self._list(ListedRejection, "/v1/rejections", query, limit=limit)
+
+    async def group_rejections(self, *, since: datetime | None = None) -> list[ShownRejectionGroup]:
+        """Return the kept requests by source and cause, with what to do."""
+        page: Page[ShownRejectionGroup] = await self._get(
+            Page[ShownRejectionGroup], "/v1/rejections/causes", {"since": since}
+        )
+        return page.data
 
     async def show_rejection(self, rejection_id: int) -> ShownRejection:
         """Return a rejected request with its headers and the start of its body."""

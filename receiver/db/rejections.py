@@ -60,6 +60,21 @@ class ListedRejection(TypedDict):
     """Bytes of the whole body; null if it was not read."""
 
 
+class RejectionGroup(TypedDict):
+    """Kept requests to one source that were rejected for one cause."""
+
+    source: str
+    """`-` if the path names no source."""
+    cause: Cause
+    count: int
+    first: datetime
+    last: datetime
+    example: int
+    """The id of the newest of them."""
+    diagnosis: str
+    """Of the newest of them."""
+
+
 class Rejection(ListedRejection):
     """A rejected request."""
 
@@ -120,6 +135,29 @@ async def list_rejections(
         where.append(rejections.c.id < before)
     statement = select(*_HEAD).where(*where).order_by(rejections.c.id.desc()).limit(limit)
     return cast("list[ListedRejection]", _plain(await connection.execute(statement)))
+
+
+async def group(connection: SqlConnection, *, since: datetime | None = None) -> list[RejectionGroup]:
+    """Return kept requests by source and cause, the cause of the newest one first."""
+    counted = (
+        select(
+            rejections.c.source,
+            rejections.c.cause,
+            func.count().label("count"),
+            func.min(rejections.c.received_at).label("first"),
+            func.max(rejections.c.received_at).label("last"),
+            func.max(rejections.c.id).label("example"),
+        )
+        .where(*between(rejections.c.received_at, since, None))
+        .group_by(rejections.c.source, rejections.c.cause)
+        .subquery()
+    )
+    statement = (
+        select(counted, rejections.c.diagnosis)
+        .join(rejections, rejections.c.id == counted.c.example)
+        .order_by(counted.c.example.desc())
+    )
+    return cast("list[RejectionGroup]", _plain(await connection.execute(statement)))
 
 
 async def find(connection: SqlConnection, rejection_id: int) -> Rejection | None:

@@ -103,6 +103,7 @@ GUARDED: dict[str, tuple[Scope, int]] = {
     "GET /v1/alerts": ("read", 200),
     "GET /v1/audit": ("operate", 200),
     "GET /v1/rejections": ("operate", 200),
+    "GET /v1/rejections/causes": ("operate", 200),
     "GET /v1/rejections/{id}": ("operate", 404),
 }
 """Routes that need a scope, with the status of the answer to a caller that has it."""

@@ -70,6 +70,7 @@ REMOTE: dict[str, tuple[list[str], int, str]] = {
     "media link": (["r-1"], 0, ""),
     "media give-up": (["r-1"], 1, "No download"),
     "rejections list": ([], 0, "no_signature"),
+    "rejections causes": ([], 0, "no_signature"),
     "rejections show": (["REJECTION"], 0, "no_signature"),
     "alerts list": ([], 0, "No alerts"),
     "audit list": ([], 0, "erase_event"),

@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -15,8 +16,10 @@ import pytest
 from receiver.core import diagnosis
 from receiver.core.diagnosis import CAUSES, Diagnosis, Known, LastUsed, RejectedRequest, diagnose
 from receiver.core.json_forms import MAX_DEPTH, MAX_FORM_BYTES, MAX_TOKENS, json_forms
+from receiver.core.remedies import REMEDIES
 from receiver.core.signature import Secret, verify
 from receiver.errors import SignatureError
+from receiver.settings import Settings
 
 NOW = 1_790_000_000
 TEXT = "whsec_bG9uZyBlbm91Z2ggdG8gYmUgYSBzZWNyZXQ="
@@ -353,6 +356,15 @@ def test_rejections_before_the_signature(case: tuple[str, bool]) -> None:
 def test_each_cause_is_in_a_table() -> None:
     """No cause is left without a test."""
     assert {case[0] for case in (*CASES.values(), *BEFORE.values())} == set(CAUSES)
+
+
+def test_each_cause_has_a_remedy() -> None:
+    """Each cause has a sentence on what to do, and the settings in it exist."""
+    assert REMEDIES.keys() == set(CAUSES)
+    named = set(re.findall(r"\b(?:RECEIVER|CLIPIA)_[A-Z_]+", " ".join(REMEDIES.values())))
+    known = {f"RECEIVER_{name}".upper() for name in Settings.model_fields}
+    known |= {str(field.validation_alias) for field in Settings.model_fields.values()}
+    assert named <= known
 
 
 def test_the_number_of_digests_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
