@@ -6,14 +6,21 @@ from starlette.routing import BaseRoute, Route
 
 from receiver.api.auth import Tokens
 from receiver.client.local import LocalClients
-from receiver.dashboard import events, generation, overview
+from receiver.dashboard import dead_letters, destinations, events, generation, overview, rejections
 from receiver.dashboard.files import Files
 from receiver.dashboard.login import Login
 from receiver.dashboard.pages import HOME, Guard, Page
 from receiver.dashboard.rendering import send_static
 from receiver.dashboard.sessions import Sessions
 
-PAGES: Sequence[Page] = (*overview.PAGES, *events.PAGES, *generation.PAGES)
+PAGES: Sequence[Page] = (
+    *overview.PAGES,
+    *events.PAGES,
+    *generation.PAGES,
+    *destinations.PAGES,
+    *dead_letters.PAGES,
+    *rejections.PAGES,
+)
 """All pages that need a session."""
 
 

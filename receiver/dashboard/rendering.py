@@ -47,6 +47,10 @@ NOTICES: Final = {
     "result_stored": "Clipia's result is stored.",
     "result_known": "The result was stored already.",
     "recovered": "Unrecognized events that were read: {number}.",
+    "paused": "It is paused: events wait.",
+    "resumed": "Deliveries go on.",
+    "retried": "{count} dead letters will be delivered again.",
+    "discarded": "It is discarded.",
 }
 """The sentences after actions. A page shows a known one alone: its address may come from anywhere."""
 _MAX_NUMBER_LENGTH: Final = 12

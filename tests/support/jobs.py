@@ -107,7 +107,7 @@ def job_receiver(
 ) -> ReceiverProcess:
     """Return a receiver that submits to the sandbox, through `api` if it is given.
 
-    It forwards to `events.jsonl` in its folder.
+    It forwards to `events.jsonl` in its folder, unless its destinations are in RECEIVER_CONFIG.
     """
     folder.mkdir(exist_ok=True)
     port = str(free_port())
@@ -121,7 +121,11 @@ def job_receiver(
         RECEIVER_MEDIA_HOSTS=sandbox.url,
         RECEIVER_API_TOKENS=f"tests:{TOKEN}",
         RECEIVER_PUBLIC_URL=f"http://127.0.0.1:{port}",
-        RECEIVER_DESTINATION_URL=f"file:{folder / 'events.jsonl'}",
+        **(
+            {}
+            if "RECEIVER_CONFIG" in settings
+            else {"RECEIVER_DESTINATION_URL": f"file:{folder / 'events.jsonl'}"}
+        ),
         **settings,
     )
     receiver.url = f"http://127.0.0.1:{port}"
