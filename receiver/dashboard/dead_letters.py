@@ -57,7 +57,7 @@ async def retry_one(visit: Visit) -> Response:
 async def discard(visit: Visit) -> Response:
     """End a delivery for good."""
     await visit.client.discard_delivery(visit.key, reason=visit.reason)
-    return done(_back(visit), "discarded", count=1)
+    return done(_back(visit), "delivery_discarded")
 
 
 def _back(visit: Visit) -> str:

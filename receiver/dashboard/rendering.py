@@ -50,7 +50,6 @@ NOTICES: Final = {
     "paused": "It is paused: events wait.",
     "resumed": "Deliveries go on.",
     "retried": "{count} dead letters will be delivered again.",
-    "discarded": "It is discarded.",
 }
 """The sentences after actions. A page shows a known one alone: its address may come from anywhere."""
 _MAX_NUMBER_LENGTH: Final = 12

@@ -6,8 +6,8 @@ import httpx
 import pytest
 from playwright.sync_api import Page
 from support.browser import PHONE, Browser, Scheme, Window
-from support.operators_desk import MARKUP, Desk, act, assert_inert, desk, wait_until
 from support.jobs import TOKEN
+from support.operators_desk import MARKUP, Desk, act, assert_inert, desk, wait_until
 from support.payloads import signed
 
 from receiver.db.tables import deliveries
