@@ -67,7 +67,7 @@ GROUPS: Final[Mapping[str, tuple[str, ...]]] = {
     "destinations": ("list", "pause", "resume", "test"),
     "replays": ("list", "show", "cancel"),
     "media": ("verify", "link", "give-up"),
-    "rejections": ("list", "show"),
+    "rejections": ("list", "causes", "show"),
     "alerts": ("list",),
     "audit": ("list",),
 }

@@ -80,6 +80,7 @@ EXAMPLES: Final[Mapping[str, tuple[str, ...]]] = {
     "media link": ("receiver media link r-4711 --hours 24",),
     "media give-up": ("receiver media give-up r-4711 --dry-run",),
     "rejections list": ("receiver rejections list --since 1d --cause unknown_secret",),
+    "rejections causes": ("receiver rejections causes --since 1d",),
     "rejections show": ("receiver rejections show 17",),
     "alerts list": ("receiver alerts list",),
     "audit list": ("receiver audit list --since 7d --operation erase_event",),
