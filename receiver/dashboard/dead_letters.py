@@ -2,10 +2,10 @@
 
 from typing import Any, Final
 from urllib.parse import urlencode
-from uuid import UUID
 
 from starlette.responses import Response
 
+from receiver.dashboard.generation import read_id
 from receiver.dashboard.pages import HOME, Page, View, Visit, done
 
 PAGE_ROWS: Final = 50
@@ -50,7 +50,7 @@ async def retry(visit: Visit) -> View | Response:
 
 async def retry_one(visit: Visit) -> Response:
     """Deliver one dead letter again."""
-    await visit.client.retry_dead_letter(UUID(visit.key), reason=visit.reason)
+    await visit.client.retry_dead_letter(read_id(visit.key), reason=visit.reason)
     return done(_back(visit), "retried", count=1)
 
 
@@ -69,6 +69,6 @@ def _back(visit: Visit) -> str:
 PAGES = (
     Page(path="/dead-letters", handler=show),
     Page(method="POST", path="/dead-letters/retry", handler=retry),
-    Page(method="POST", path="/dead-letters/{id:uuid}/retry", handler=retry_one),
-    Page(method="POST", path="/dead-letters/{id:uuid}/discard", handler=discard),
+    Page(method="POST", path="/dead-letters/{id}/retry", handler=retry_one),
+    Page(method="POST", path="/dead-letters/{id}/discard", handler=discard),
 )

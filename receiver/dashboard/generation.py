@@ -89,7 +89,7 @@ async def show_message(visit: Visit) -> View:
 
 async def retry_delivery(visit: Visit) -> Response:
     """Deliver a dead letter again."""
-    await visit.client.retry_dead_letter(_read_id(visit.key), reason=visit.reason)
+    await visit.client.retry_dead_letter(read_id(visit.key), reason=visit.reason)
     return _done(visit, "delivery_retried")
 
 
@@ -123,11 +123,12 @@ async def cancel_job(visit: Visit) -> Response:
     return _done(visit, "job_canceled" if job.state == "canceled" else "job_unsure")
 
 
-def _read_id(text: str) -> UUID:
+def read_id(text: str) -> UUID:
+    """Return an id of a path. Raises RequestError."""
     try:
         return UUID(text)
     except ValueError:
-        raise RequestError("there is no such delivery", code="not_found") from None
+        raise RequestError("there is no object with this id", code="not_found") from None
 
 
 def _done(visit: Visit, notice: str, **numbers: object) -> Response:
