@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import event
 from support.events import World, opened, plain, with_files
 from support.history import fill, fill_jobs
-from support.payloads import SECRET, signed
+from support.payloads import SECRET, failure, signed
 from support.servers import Postgres
 
 from receiver.alerts import find_conditions, read_conditions
+from receiver.core.output_files import FileRules
 from receiver.core.signature import Secret
 from receiver.db import deliveries as failing
 from receiver.db import forward, jobs, reads, replays, status, tail
@@ -27,6 +28,7 @@ from receiver.db.tables import deliveries
 from receiver.explain import explain_key
 from receiver.ingest import Ingest, SignedRequest
 from receiver.lanes.backlog import count_dead_letters, read_backlog
+from receiver.promotions import Promotions
 from receiver.settings import Settings
 
 HISTORY = 20_000
@@ -129,6 +131,19 @@ async def test_an_event_on_its_way(world: World, postgres: Postgres) -> None:
             assert not await jobs.claim_to_submit(connection, "live-1", limit=10, lease=60.0)
             assert not await jobs.claim_to_poll(connection, "live-1", limit=10, lease=60.0)
             assert not await replays.claim(connection, limit=1, lease=60.0)
+
+
+async def test_a_promotion(world: World, postgres: Postgres) -> None:
+    """C9, C13: a promotion, and a late webhook with the former body, read few rows."""
+    promotions = Promotions(world.database, world.replays, rules=FileRules)
+    async with little_read(world.database, postgres):
+        assert await receive(world, [plain("new-1"), failure("new-1")]) == ["accepted", "conflict"]
+        await world.fan_out()
+        async with world.database.read() as connection:
+            shown = await reads.show_event(connection, "new-1")
+        assert shown is not None
+        assert await promotions.promote("new-1", shown["receipts"][1]["seq"], by="ops", reason=None)
+        assert await receive(world, [plain("new-1")]) == ["duplicate"]
 
 
 async def test_rows_that_wait_for_another_attempt(world: World, postgres: Postgres) -> None:

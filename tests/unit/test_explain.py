@@ -95,6 +95,10 @@ REJECTION: Final = cast(
 FAILING: Final = delivery(error="PublishFailed: queue full", attempts=3, next_attempt_at=LATER)
 DEAD: Final = delivery("dead", error="PublishRejected: queue full", finished_at=AT)
 DONE: Final = delivery("delivered", finished_at=AT)
+OLD: Final = DONE | {
+    "attempt_log": [{"outcome": "superseded", "number": 0, "error": None, "answer": None, "started_at": AT}]
+}
+"""Delivered before another body was promoted."""
 
 CASES: Final[list[tuple[State, str, str, dict[str, Any]]]] = [
     ("job_frozen", "frozen since 14:02 by ops: restored", "receiver jobs thaw",
@@ -201,6 +205,21 @@ CASES: Final[list[tuple[State, str, str, dict[str, Any]]]] = [
      {"event": event(deliveries=[DEAD, DONE | {"id": OTHER_ID, "replay_id": ID}]), "delivery_id": ID}),
     ("conflict", "another body came later", f"receiver events show {ID}",
      {"event": event(deliveries=[DONE], receipts=[receipt("accepted"), receipt("conflict")])}),
+    ("conflict", "another body came later", f"receiver events promote {ID} 0 --dry-run",
+     {"event": event(deliveries=[DONE], receipts=[receipt("accepted"), receipt("conflict")])}),
+    ("delivered", "delivered to main", "",
+     {"event": event(deliveries=[OLD, DONE | {"id": OTHER_ID, "replay_id": ID}],
+                     receipts=[receipt("promoted"), receipt("superseded")])}),
+    ("delivery_dead", "main has not got it", "receiver deliveries retry",
+     {"event": event(deliveries=[OLD, DEAD | {"id": OTHER_ID, "replay_id": ID}])}),
+    ("delivery_due", "main gets the promoted body by a replay next", "receiver replays list",
+     {"event": event(deliveries=[OLD])}),
+    ("filtered", "main does not get the promoted body: its filter leaves it out (status is 'ERROR')", "",
+     {"event": event(deliveries=[OLD]),
+      "destinations": [DestinationFacts(name="main", mismatch="status is 'ERROR'")]}),
+    ("filtered", "gone is not configured any more", "",
+     {"event": event(deliveries=[OLD | {"destination": "gone"}])}),
+    ("delivered", "delivered to main", "", {"event": event(deliveries=[OLD]), "delivery_id": ID}),
     ("filtered", "main: status is 'OK', the filter allows 'ERROR'", f"receiver route {ID}",
      {"event": event(), "destinations": [
          DestinationFacts(name="main", mismatch="status is 'OK', the filter allows 'ERROR'")]}),
