@@ -245,7 +245,7 @@ async def test_documented_examples_are_answered_as_specified(migrated_sqlite: Pa
             if name == "POST /v1/events/fetch":
                 content = {"request_id": "r-0"}
             place = place.replace("{id}", served.ids.get(name, "")).replace("{slug}", MODEL)
-            place = place.replace("{name}", "orders").replace("{seq}", "1")
+            place = place.replace("{name}", "orders").replace("{seq}", "2")
             response = await client.request(method, place, json=content)
             assert response.is_success, (name, response.text)
             operation.validate_response(response)
