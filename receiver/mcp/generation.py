@@ -183,7 +183,7 @@ async def _wait(session: Session, given: WaitArguments) -> Generation:
     while True:
         left = max(0.0, deadline - loop.time())
         job = await session.client.show_job(given.id, wait=min(left, REPORT_SECONDS))
-        if job.ended or not left:
+        if job.ended or not left or session.is_stopping():
             return generation_of(job, session)
         await session.report(float(job.progress or 0), f"{job.state}, {left:.0f} s left")
 

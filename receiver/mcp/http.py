@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
+from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
@@ -72,7 +73,7 @@ class Agents:
         from mcp.server.streamable_http_manager import StreamableHTTPSessionManager  # noqa: PLC0415
 
         manager = StreamableHTTPSessionManager(
-            self._server(caller),
+            self._server(caller, scope["app"]),
             stateless=True,
             security_settings=self._security,
             max_request_body_size=MAX_BODY_BYTES,
@@ -80,13 +81,18 @@ class Agents:
         async with manager.run():
             await manager.handle_request(scope, receive, send)
 
-    def _server(self, caller: Caller) -> "Server[Any]":
+    def _server(self, caller: Caller, app: Starlette) -> "Server[Any]":
         from receiver.mcp.server import make_server  # noqa: PLC0415
 
         if caller not in self._servers:
             tools = tools_for(caller.scopes, allow_write=self._allow_write)
             client = self._clients.client(caller)
-            self._servers[caller] = make_server(tools, client, internal_url=self._internal_url)
+            self._servers[caller] = make_server(
+                tools,
+                client,
+                internal_url=self._internal_url,
+                is_stopping=lambda: bool(app.state.draining),
+            )
         return self._servers[caller]
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import mcp_types as types
@@ -31,7 +31,13 @@ _acting: Final[set[asyncio.Future[object]]] = set()
 logging.getLogger("mcp").setLevel(logging.WARNING)
 
 
-def make_server(tools: Sequence[Tool], client: Client, *, internal_url: str | None) -> Server[Any]:
+def make_server(
+    tools: Sequence[Tool],
+    client: Client,
+    *,
+    internal_url: str | None,
+    is_stopping: Callable[[], bool] = lambda: False,
+) -> Server[Any]:
     """Make a server with these tools, for any number of requests at once."""
     by_name = {tool.name: tool for tool in tools}
     listed = [_listed(tool) for tool in tools]
@@ -51,7 +57,7 @@ def make_server(tools: Sequence[Tool], client: Client, *, internal_url: str | No
         async def report(percent: float, text: str) -> None:
             await context.session.report_progress(percent, 100.0, text)
 
-        session = Session(client=client, internal_url=internal_url, report=report)
+        session = Session(client=client, internal_url=internal_url, report=report, is_stopping=is_stopping)
         return await call_tool(tool, session, params.arguments or {})
 
     return Server(

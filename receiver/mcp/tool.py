@@ -31,6 +31,8 @@ class Session:
     internal_url: str | None
     """The base of links to stored files; None if it is not known."""
     report: Report
+    is_stopping: Callable[[], bool]
+    """Whether the process is about to end: a call that waits has to answer now."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 AGENT, BUYER, READER = ("agent-0123456789abcdef", "buyer-0123456789abcdef", "reader-0123456789abcdef")
 SECONDS = 60.0
+PAGE = Path(__file__).parents[2] / "docs" / "mcp.md"
 
 
 class Consumer:
@@ -325,3 +326,22 @@ async def test_stdio_works_with_a_receiver_elsewhere(
     jobs = f"{site.receiver.url}/v1/jobs?caller=reader"
     async with httpx.AsyncClient(headers={"Authorization": f"Bearer {AGENT}"}) as client:
         assert (await client.get(jobs)).json()["data"] == []
+
+
+async def test_the_documented_configurations_connect(site: Site, tmp_path: Path) -> None:
+    """The JSON of docs/mcp.md, with this receiver's URL and token, connects over both transports."""
+    text = PAGE.read_text(encoding="utf-8")
+    blocks = [block.partition("```")[0] for block in text.split("```json\n")[1:]]
+    over_http, over_stdio = (
+        orjson.loads(
+            block.replace("http://receiver.internal:8001", site.receiver.url).replace("<token>", READER)
+        )["mcpServers"]["clipia"]
+        for block in blocks
+    )
+    assert over_http["headers"] == {"Authorization": f"Bearer {READER}"}
+    async with http_agent(over_http["url"].removesuffix("/mcp"), READER) as agent:
+        expected = await names_of(agent)
+    assert over_stdio["command"] == "receiver"
+    log = tmp_path / "log"
+    async with stdio_agent(*over_stdio["args"], log=log, settings=over_stdio["env"]) as agent:
+        assert await names_of(agent) == expected

@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 from mcp.shared.exceptions import MCPError
 from mcp_types import ToolAnnotations
+from starlette.applications import Starlette
 from support.agents import Mode, failure, http_agent, names_of, use
 from support.clipia import MODEL, PROMPT, Sandbox
 from support.payloads import SECRET
@@ -50,11 +51,10 @@ def token_of(scopes: tuple[Scope, ...]) -> str:
     return f"token-for-{'-'.join(scopes) or 'nothing'}-0123456789"
 
 
-@asynccontextmanager
-async def receiver(
+def make_app(
     folder: Path, template: Path, clipia: str, *, allow_write: bool = False, **settings: Any
-) -> AsyncIterator[str]:
-    """Serve a receiver without a worker; yield its URL."""
+) -> Starlette:
+    """Make a receiver without a worker."""
     database = folder / "agents.db"
     database.write_bytes(template.read_bytes())
     tokens = [
@@ -68,8 +68,13 @@ async def receiver(
         "database_url": f"sqlite:///{database}",
         "api_tokens": tokens,
     }
-    app = create_app(Settings.load(**(values | settings)), worker=False, mcp_allow_write=allow_write)
-    async with serving(app) as url:
+    return create_app(Settings.load(**(values | settings)), worker=False, mcp_allow_write=allow_write)
+
+
+@asynccontextmanager
+async def receiver(folder: Path, template: Path, clipia: str, **options: Any) -> AsyncIterator[str]:
+    """Serve a receiver; yield its URL."""
+    async with serving(make_app(folder, template, clipia, **options)) as url:
         yield url
 
 
@@ -229,6 +234,22 @@ async def test_a_wait_is_bounded_and_reports_progress(
     assert (found.structured_content["state"], found.structured_content["finished"]) == ("submitted", False)
     assert reports
     assert all(total == 100 and "submitted" in (message or "") for _, total, message in reports)
+
+
+async def test_a_wait_ends_when_the_receiver_stops(
+    tmp_path: Path, migrated_sqlite: Path, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait answers in the drain period, so the agent can wait at another process: nothing is cut off."""
+    monkeypatch.setattr("receiver.mcp.generation.REPORT_SECONDS", 0.05)
+    app = make_app(tmp_path, migrated_sqlite, sandbox.url)
+    async with serving(app) as url, http_agent(url, AGENT) as agent:
+        made = await use(agent, "generate_image", model=MODEL, input=PROMPT, idempotency_key="k")
+        waiting = asyncio.create_task(use(agent, "wait_generation", id=made["id"], timeout_seconds=300))
+        await use(agent, "get_generation", id=made["id"])
+        assert not waiting.done()
+        app.state.draining = True
+        async with asyncio.timeout(20):
+            assert (await waiting)["finished"] is False
 
 
 # Requests

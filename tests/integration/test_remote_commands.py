@@ -199,7 +199,9 @@ def terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 def test_every_command_is_in_these_tests() -> None:
     """A new command works with --url, or says why not."""
-    assert set(names(typer.main.get_command(app))) == REMOTE.keys() | LOCAL.keys()
+    # It needs a process of its own: tests/acceptance/test_agent_processes.py.
+    elsewhere = {"mcp"}
+    assert set(names(typer.main.get_command(app))) == REMOTE.keys() | LOCAL.keys() | elsewhere
 
 
 async def test_commands_work_with_a_receiver_elsewhere(no_database: Elsewhere, terminal: Terminal) -> None:

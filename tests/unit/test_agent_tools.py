@@ -2,6 +2,8 @@
 
 import asyncio
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -83,6 +85,21 @@ def test_a_secret_in_an_error_is_masked() -> None:
     assert "0123456789" not in error_of(RequestError("bad clipia_live_0123456789abcdef", code="x"))
 
 
+def test_no_package_of_agents_is_imported() -> None:
+    """Without the extra, the receiver and the sandbox start; with it, they do not import it."""
+    code = """
+import sys
+import receiver.app, receiver.cli.mcp, receiver.mcp.http, receiver.mcp.table, receiver.sandbox
+from receiver.settings import Settings
+app = receiver.app.create_app(Settings.load(clipia_webhook_secret="whsec_test"), worker=False)
+receiver.sandbox.create_app()
+assert "/mcp" in [route.path for route in app.routes]
+found = [name for name in ("mcp", "mcp_types", "httpx2", "opentelemetry") if name in sys.modules]
+sys.exit(str(found) if found else 0)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, env={"PATH": "/usr/bin:/bin"})
+
+
 async def test_an_action_goes_on_if_its_agent_hangs_up() -> None:
     """An action is carried out and recorded to its end; a tool that only reads ends with its agent."""
     begun, released = asyncio.Event(), asyncio.Event()
@@ -94,7 +111,7 @@ async def test_an_action_goes_on_if_its_agent_hangs_up() -> None:
         done.append(True)
         return {}
 
-    session = Session(client=None, internal_url=None, report=None)  # type: ignore[arg-type]  # not used
+    session = Session(client=None, internal_url=None, report=None, is_stopping=bool)  # type: ignore[arg-type]  # not used
     for read_only, expected in ((True, []), (False, [True])):
         tool = replace(TOOLS[-1], arguments=NoArguments, answer=dict[str, int], run=run, read_only=read_only)
         begun.clear()
@@ -115,7 +132,7 @@ async def test_an_unexpected_error_says_nothing() -> None:
     async def run(_session: Session, _given: object) -> object:
         raise ValueError("password=hunter2")
 
-    session = Session(client=None, internal_url=None, report=None)  # type: ignore[arg-type]  # not used
+    session = Session(client=None, internal_url=None, report=None, is_stopping=bool)  # type: ignore[arg-type]  # not used
     result = await call_tool(replace(TOOLS[-1], arguments=NoArguments, run=run), session, {})
     assert result.is_error
     assert "hunter2" not in str(result.content)
